@@ -1,0 +1,165 @@
+"""Model shapes: the few numbers of a base model that everything else is computed from.
+
+Torch-free, so that planning never pays for importing torch.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from tasks.errors import ConfigError
+
+TINY = "tiny"
+MODELS_DIR = Path("models")
+
+SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a decoder-only transformer. `path` is None for a shape known only by name."""
+
+    name: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    tied_embeddings: bool = False
+    path: Path | None = None
+
+    def linear_sizes(self) -> dict[str, tuple[int, int]]:
+        """Return {module name: (in_features, out_features)} of one decoder layer's linears."""
+        hidden, ffn = self.hidden_size, self.intermediate_size
+        query, key = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return {
+            "q_proj": (hidden, query),
+            "k_proj": (hidden, key),
+            "v_proj": (hidden, key),
+            "o_proj": (query, hidden),
+            "gate_proj": (hidden, ffn),
+            "up_proj": (hidden, ffn),
+            "down_proj": (ffn, hidden),
+        }
+
+    def adapter_elements(self, rank: int, target_modules: tuple[str, ...]) -> int:
+        """Return the number of LoRA parameters of one adapter over all layers."""
+        sizes = self.linear_sizes()
+        per_layer = sum(rank * sum(sizes[module]) for module in target_modules)
+        return per_layer * self.num_layers
+
+
+# Layers, hidden, ffn and heads as LobRA publishes them (its model configurations); 70B with
+# Llama-2-70B's 8 key/value heads, the others with as many as query heads.
+NAMED_SHAPES = {
+    "7B": ModelShape("7B", 32, 4096, 11008, 32, 32, 128, 32000),
+    "13B": ModelShape("13B", 40, 5120, 13824, 40, 40, 128, 32000),
+    "32B": ModelShape("32B", 60, 6656, 17920, 64, 64, 104, 32000),
+    "70B": ModelShape("70B", 80, 8192, 28672, 64, 8, 128, 32000),
+    TINY: ModelShape(TINY, 4, 128, 352, 4, 2, 32, 2048),
+}
+
+
+def resolve_shape(model: str) -> ModelShape:
+    """Return the shape of `tiny`, `7B`, `13B`, `32B`, `70B` or of a Hugging Face model folder.
+
+    A folder `models/<name>` takes precedence over the built-in sizes of that name.
+
+    Raises:
+        ConfigError: the name is unknown and no such folder exists, or config.json is unusable.
+    """
+    for folder in (Path(model), MODELS_DIR / model):
+        if (folder / "config.json").is_file():
+            return read_shape(folder)
+    if model in NAMED_SHAPES:
+        return NAMED_SHAPES[model]
+    raise ConfigError(
+        f"model {model!r}: neither one of {', '.join(NAMED_SHAPES)} nor a folder with a "
+        f"config.json; give the path of a Hugging Face model folder"
+    )
+
+
+def read_shape(folder: Path) -> ModelShape:
+    """Read the shape from a Hugging Face `config.json` (all problems reported at once)."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as JSON ({error})") from error
+    problems = []
+    model_type = config.get("model_type")
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        problems.append(
+            f"{path}: model_type: {model_type!r} is not supported; "
+            f"supported are {', '.join(SUPPORTED_MODEL_TYPES)}"
+        )
+    needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
+    sizes = {}
+    for field in (*needed, "vocab_size"):
+        value = config.get(field)
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            problems.append(f"{path}: {field}: {value!r} is not a positive integer")
+        else:
+            sizes[field] = value
+    if problems:
+        raise ConfigError(problems)
+    heads = sizes["num_attention_heads"]
+    return ModelShape(
+        name=folder.name,
+        num_layers=sizes["num_hidden_layers"],
+        hidden_size=sizes["hidden_size"],
+        intermediate_size=sizes["intermediate_size"],
+        num_heads=heads,
+        num_kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or sizes["hidden_size"] // heads,
+        vocab_size=sizes["vocab_size"],
+        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        path=folder,
+    )
+
+
+def resolve_folder(model: str) -> Path:
+    """Return the folder that holds the base model's weights; `tiny` is built on first use.
+
+    Raises:
+        ConfigError: there is no such folder, or it holds no safetensors file.
+    """
+    for folder in (Path(model), MODELS_DIR / model):
+        if (folder / "config.json").is_file():
+            if not any(folder.glob("*.safetensors")):
+                raise ConfigError(
+                    f"{folder}: no *.safetensors file; only safetensors weights are read "
+                    f"(convert with transformers' save_pretrained)"
+                )
+            return folder
+    if model == TINY:
+        from model.tiny import build_tiny
+
+        return build_tiny(MODELS_DIR / TINY)
+    raise ConfigError(
+        f"model {model!r}: no folder with its weights at {Path(model)} or {MODELS_DIR / model}; "
+        f"download a Hugging Face model folder and give its path or link it there"
+    )
+
+
+def layout_problem(shape: ModelShape, tp: int, pp: int) -> str | None:
+    """Return why the layout <tp,pp> cannot run this model, or None when it can.
+
+    Tensor parallelism needs tp to divide the heads and the ffn size, and the key/value heads to
+    divide tp or be divided by it; every pipeline stage needs at least one layer.
+    """
+    if tp < 1 or pp < 1:
+        return f"<{tp},{pp}>: tp and pp must be at least 1"
+    if shape.num_heads % tp:
+        return f"<{tp},{pp}>: tp {tp} does not divide the {shape.num_heads} attention heads"
+    if shape.num_kv_heads % tp and tp % shape.num_kv_heads:
+        return f"<{tp},{pp}>: tp {tp} and the {shape.num_kv_heads} key/value heads do not divide"
+    if shape.intermediate_size % tp:
+        return f"<{tp},{pp}>: tp {tp} does not divide the ffn size {shape.intermediate_size}"
+    if pp > shape.num_layers:
+        return f"<{tp},{pp}>: pp {pp} is more than the {shape.num_layers} layers"
+    return None
