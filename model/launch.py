@@ -1,0 +1,228 @@
+"""Start one process per rank on this machine and collect what each returns.
+
+Importing torch, transformers and deepspeed costs about ten seconds of CPU time a process, so CPU
+ranks are forked from one server that has imported them already. CUDA ranks are spawned, because
+a CUDA context does not survive a fork.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import multiprocessing
+import os
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+DEFAULT_PRELOAD = ("torch", "transformers", "model.preload")
+
+
+class RankError(RuntimeError):
+    """A rank failed; `.rank` says which, the message carries its traceback."""
+
+    def __init__(self, rank: int, message: str) -> None:
+        super().__init__(f"rank {rank} failed: {message}")
+        self.rank = rank
+
+
+@dataclass(frozen=True)
+class RankEnv:
+    """What a rank process needs to join its world."""
+
+    rank: int
+    world_size: int
+    device: str
+    init_method: str
+    threads: int
+    environment: dict[str, str]
+
+
+def default_threads(world_size: int) -> int:
+    """Return the CPU threads a rank should use when `world_size` ranks share this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // world_size)
+
+
+def init_rank(env: RankEnv) -> None:
+    """Join torch.distributed as rank `env.rank` and set the device and the thread count."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(env.threads)
+    if env.device == "cuda":
+        torch.cuda.set_device(env.rank)
+    dist.init_process_group(
+        backend="nccl" if env.device == "cuda" else "gloo",
+        init_method=env.init_method,
+        rank=env.rank,
+        world_size=env.world_size,
+        device_id=torch.device("cuda", env.rank) if env.device == "cuda" else None,
+    )
+
+
+def resolve_target(target: str) -> Callable[..., Any]:
+    """Return the function named "package.module:function"."""
+    module, _, function = target.partition(":")
+    resolved: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return resolved
+
+
+def _rank_main(env: RankEnv, target: str, kwargs: dict[str, Any], pipe: Connection) -> None:
+    """Run `target` on one rank and send ("ok", result) or ("error", traceback) back."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
+    os.environ.update(env.environment)
+    os.environ.update(
+        RANK=str(env.rank), LOCAL_RANK=str(env.rank), WORLD_SIZE=str(env.world_size)
+    )
+    try:
+        import torch.distributed as dist
+
+        init_rank(env)
+        result = resolve_target(target)(**kwargs)
+        pipe.send(("ok", result))
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except BaseException as error:  # reported to the parent, which raises it
+        pipe.send(("error", error if _is_user_error(error) else traceback.format_exc()))
+        # Leave at once: peers blocked in a collective with us must not keep us alive.
+        os._exit(1)
+
+
+def _is_user_error(error: BaseException) -> bool:
+    from tasks.errors import ConfigError
+
+    return isinstance(error, ConfigError)
+
+
+def _context(device: str, preload: Sequence[str]) -> multiprocessing.context.BaseContext:
+    if device == "cuda":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(preload))
+    return context
+
+
+def run_ranks(
+    target: str,
+    world_size: int,
+    kwargs: dict[str, Any] | None = None,
+    *,
+    device: str = "cpu",
+    timeout_s: float | None = None,
+    threads: int | None = None,
+    environment: dict[str, str] | None = None,
+    preload: Sequence[str] = DEFAULT_PRELOAD,
+) -> list[Any]:
+    """Run `target(**kwargs)` in `world_size` processes and return their results in rank order.
+
+    Args:
+        target: "package.module:function"; it finds torch.distributed initialised (gloo on CPU,
+            NCCL on CUDA) and must return something picklable.
+        world_size: number of rank processes.
+        kwargs: keyword arguments, the same for every rank (picklable).
+        device: "cpu" or "cuda" (rank i uses CUDA device i).
+        timeout_s: seconds after which all ranks are ended and RankError is raised.
+        threads: CPU threads a rank; the machine's cores divided by the ranks when None.
+        environment: extra environment variables of the ranks.
+        preload: modules the fork server imports once, before the first rank is forked.
+
+    Raises:
+        RankError: a rank raised, died or timed out; every other rank is ended.
+        ConfigError: a rank found a user's mistake; passed on as it is.
+    """
+    context = _context(device, preload)
+    with tempfile.TemporaryDirectory(prefix="lobra-rendezvous-") as folder:
+        local = {"OMP_NUM_THREADS": "1"} if device == "cpu" else {}
+        if device == "cpu" and Path("/sys/class/net/lo").exists():
+            local["GLOO_SOCKET_IFNAME"] = "lo"
+        processes, pipes = [], []
+        try:
+            for rank in range(world_size):
+                env = RankEnv(
+                    rank=rank,
+                    world_size=world_size,
+                    device=device,
+                    init_method=f"file://{folder}/store",
+                    threads=threads or default_threads(world_size),
+                    environment={**local, **(environment or {})},
+                )
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(  # type: ignore[attr-defined]
+                    target=_rank_main, args=(env, target, kwargs or {}, sender), daemon=False
+                )
+                process.start()
+                sender.close()
+                processes.append(process)
+                pipes.append(receiver)
+            return _collect(processes, pipes, timeout_s)
+        finally:
+            _end(processes)
+
+
+def _collect(
+    processes: list[Any], pipes: list[Connection], timeout_s: float | None
+) -> list[Any]:
+    """Wait for every rank's message; raise on the first failure."""
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    results: dict[int, Any] = {}
+    pending = dict(enumerate(pipes))
+    while pending:
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        ready = wait(list(pending.values()), timeout=left)
+        if not ready:
+            raise RankError(min(pending), f"no result after {timeout_s:.0f} s")
+        failures: dict[int, Any] = {}
+        for rank in [rank for rank, pipe in pending.items() if pipe in ready]:
+            try:
+                status, payload = pending[rank].recv()
+            except EOFError:
+                processes[rank].join(timeout=5)
+                failures[rank] = f"the process died (exit code {processes[rank].exitcode})"
+            else:
+                if status == "ok":
+                    results[rank] = payload
+                else:
+                    failures[rank] = payload
+            del pending[rank]
+        if failures:
+            rank, payload = min(failures.items(), key=_blame)
+            if isinstance(payload, BaseException):
+                raise payload
+            raise RankError(rank, str(payload))
+    for process in processes:
+        process.join()
+    return [results[rank] for rank in range(len(processes))]
+
+
+def _blame(failure: tuple[int, Any]) -> tuple[int, int]:
+    """Order failures: a user's mistake first, then a real error, then a lost connection."""
+    rank, payload = failure
+    if isinstance(payload, BaseException):
+        return 0, rank
+    lost = "Connection closed by peer" in payload or "Connection reset" in payload
+    return (2 if lost else 1), rank
+
+
+def _end(processes: list[Any]) -> None:
+    """End whatever still runs: first politely, after two seconds for good."""
+    for process in processes:
+        if process.is_alive():
+            process.terminate()
+    deadline = time.monotonic() + 2.0
+    for process in processes:
+        with contextlib.suppress(AssertionError):
+            process.join(timeout=max(0.0, deadline - time.monotonic()))
+        if process.is_alive():
+            log.warning("rank process %s did not end, killing it", process.pid)
+            process.kill()
+            process.join()

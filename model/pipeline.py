@@ -1,0 +1,153 @@
+"""The 1F1B pipeline schedule over one replica's micro-batches (PipeDream-flush, Megatron-LM).
+
+Every rank of a replica knows the shapes of all its micro-batches beforehand, so no metadata is
+exchanged. Micro-batches may differ in rows and in length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model.groups import ReplicaGroups
+from model.stage import MicroBatchTensors, Stage
+
+
+def run_replica(stage: Stage, batches: Sequence[MicroBatchTensors], num_tasks: int) -> Tensor:
+    """Run forward and backward of all micro-batches; gradients add up in the adapters.
+
+    Returns:
+        The summed token loss of each task [num_tasks], fp32, non-zero only on the last stage.
+    """
+    losses = torch.zeros(num_tasks, dtype=torch.float32, device=stage.device)
+    if stage.groups.role.num_stages == 1:
+        for batch in batches:
+            weighted, per_task = stage.loss(stage.hidden(batch, None), batch)
+            weighted.backward()
+            losses += per_task
+        return losses
+    _OneForwardOneBackward(stage, batches, losses).run()
+    return losses
+
+
+class _OneForwardOneBackward:
+    """State of one pass over the micro-batches on one stage."""
+
+    def __init__(
+        self, stage: Stage, batches: Sequence[MicroBatchTensors], losses: Tensor
+    ) -> None:
+        self.stage = stage
+        self.batches = batches
+        self.losses = losses
+        self.links = _Links(stage.groups)
+        # (received, output or loss) of the micro-batches whose backward is still to come.
+        self.in_flight: list[tuple[Tensor | None, Tensor]] = []
+        self.num_backward = 0
+
+    def run(self) -> None:
+        role = self.stage.groups.role
+        total = len(self.batches)
+        warm_up = min(role.num_stages - role.stage - 1, total)
+        for index in range(warm_up):
+            received = self._receive_input(index)
+            output = self._forward(index, received)
+            self.links.exchange(send_next=output)
+        steady = total - warm_up
+        received = self._receive_input(warm_up) if steady else None
+        for step in range(steady):
+            index = warm_up + step
+            output = self._forward(index, received)
+            gradient = self._exchange_with_next(output)
+            input_gradient = self._backward(gradient)
+            last = step == steady - 1
+            received = self._exchange_with_previous(input_gradient, None if last else index + 1)
+        for _ in range(warm_up):
+            gradient = self.links.exchange(receive_next=self._hidden_like(self.num_backward))[1]
+            self.links.exchange(send_previous=self._backward(gradient))
+
+    def _hidden_like(self, index: int) -> Tensor:
+        rows, length = self.batches[index].tokens_BS.shape
+        return torch.empty(
+            rows,
+            length,
+            self.stage.shape.hidden_size,
+            dtype=self.stage.dtype,
+            device=self.stage.device,
+        )
+
+    def _receive_input(self, index: int) -> Tensor | None:
+        if self.stage.groups.role.is_first_stage:
+            return None
+        return self.links.exchange(receive_previous=self._hidden_like(index))[0]
+
+    def _forward(self, index: int, received: Tensor | None) -> Tensor:
+        batch = self.batches[index]
+        if received is not None:
+            received.requires_grad_(True)
+        output = self.stage.hidden(batch, received)
+        if self.stage.groups.role.is_last_stage:
+            output, per_task = self.stage.loss(output, batch)
+            self.losses += per_task
+        self.in_flight.append((received, output))
+        return output
+
+    def _backward(self, gradient: Tensor | None) -> Tensor | None:
+        received, output = self.in_flight.pop(0)
+        self.num_backward += 1
+        if output.requires_grad:
+            torch.autograd.backward(output, gradient)
+        if received is None:
+            return None
+        # No adapter of these tasks lies on or before this stage: the gradient is still owed.
+        return torch.zeros_like(received) if received.grad is None else received.grad
+
+    def _exchange_with_next(self, output: Tensor) -> Tensor | None:
+        if self.stage.groups.role.is_last_stage:
+            return None
+        expected = self._hidden_like(self.num_backward)
+        return self.links.exchange(send_next=output, receive_next=expected)[1]
+
+    def _exchange_with_previous(
+        self, gradient: Tensor | None, next_index: int | None
+    ) -> Tensor | None:
+        if self.stage.groups.role.is_first_stage:
+            return None
+        expected = None if next_index is None else self._hidden_like(next_index)
+        return self.links.exchange(send_previous=gradient, receive_previous=expected)[0]
+
+
+class _Links:
+    """Point-to-point exchange with the neighbouring stages, batched so that it cannot deadlock."""
+
+    def __init__(self, groups: ReplicaGroups) -> None:
+        self.groups = groups
+
+    def exchange(
+        self,
+        *,
+        send_next: Tensor | None = None,
+        send_previous: Tensor | None = None,
+        receive_next: Tensor | None = None,
+        receive_previous: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Send and receive what is given; return (received from previous, from next)."""
+        group = self.groups.pipe_group
+        operations = []
+        if send_previous is not None:
+            payload = send_previous.detach().contiguous()
+            operations.append(dist.P2POp(dist.isend, payload, self.groups.previous_rank, group))
+        if receive_previous is not None:
+            operations.append(
+                dist.P2POp(dist.irecv, receive_previous, self.groups.previous_rank, group)
+            )
+        if send_next is not None:
+            payload = send_next.detach().contiguous()
+            operations.append(dist.P2POp(dist.isend, payload, self.groups.next_rank, group))
+        if receive_next is not None:
+            operations.append(dist.P2POp(dist.irecv, receive_next, self.groups.next_rank, group))
+        for work in dist.batch_isend_irecv(operations) if operations else []:
+            work.wait()
+        return receive_previous, receive_next

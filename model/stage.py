@@ -1,0 +1,320 @@
+"""One pipeline stage on one rank: transformers' own decoder layers over sharded linears.
+
+The layers are built by transformers from a configuration cut down to this stage, on the meta
+device; every linear is then replaced by its shard with adapters, read straight from the
+checkpoint. New model families with Llama's module names therefore need no code here.
+
+Shape suffixes: B rows, S positions, T target tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
+
+from model.checkpoint import CheckpointReader, as_slice
+from model.groups import ReplicaGroups
+from model.lora import (
+    Adapter,
+    AdapterBank,
+    AdapterSpec,
+    MultiAdapterLinear,
+    RowTasks,
+    Shard,
+    init_adapter,
+    row_segments,
+)
+from model.shapes import ModelShape, layout_problem, read_shape
+from model.tensor_parallel import VocabParallelEmbedding, VocabParallelHead, copy_to_group
+from model.topology import kv_head_range, shard_range, stage_layers
+from tasks.errors import ConfigError
+
+IGNORED_LABEL = -100
+ROW_PARALLEL = ("o_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class MicroBatchTensors:
+    """One micro-batch on a rank.
+
+    tokens [B, S] and labels [B, S] (-100 where there is no loss; the label of a position is its
+    own token, the shift happens in the loss) are padded on the right; `row_tasks` gives each
+    row's task index, rows of a task adjacent; `task_weights[t]` multiplies the summed loss of
+    task t (1 / its target tokens in the global batch).
+    """
+
+    tokens_BS: Tensor
+    labels_BS: Tensor
+    row_tasks: tuple[int, ...]
+    task_weights: Tensor
+
+
+class Stage(nn.Module):
+    """A rank's share of the base model with its adapters."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        groups: ReplicaGroups,
+        decoder: nn.Module,
+        head: VocabParallelHead | None,
+        bank: AdapterBank,
+        row_tasks: RowTasks,
+        layers: range,
+    ) -> None:
+        super().__init__()
+        self.shape = shape
+        self.groups = groups
+        self.decoder = decoder
+        self.head = head
+        self.bank = bank
+        self.row_tasks = row_tasks
+        self.layers = layers
+        self.loaded_bytes = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the frozen weights and of the activations."""
+        return next(self.decoder.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of this stage."""
+        return next(self.decoder.parameters()).device
+
+    def hidden(self, batch: MicroBatchTensors, received_BSD: Tensor | None) -> Tensor:
+        """Return the hidden states [B, S, D] this stage passes on (normed on the last stage).
+
+        `received_BSD` is the previous stage's output, None on the first stage. Padding is on the
+        right and attention is causal, so no real token ever sees a padded one.
+        """
+        self.row_tasks.segments = row_segments(batch.row_tasks)
+        if received_BSD is None:
+            received_BSD = self.decoder.embed_tokens(batch.tokens_BS)
+        output = self.decoder(inputs_embeds=received_BSD, attention_mask=None, use_cache=False)
+        hidden_BSD: Tensor = output.last_hidden_state
+        return hidden_BSD
+
+    def loss(self, hidden_BSD: Tensor, batch: MicroBatchTensors) -> tuple[Tensor, Tensor]:
+        """Return (weighted loss, summed loss of each task [num_tasks], detached).
+
+        The weighted loss is sum over tasks of task_weights[t] * sum of t's token losses. Only
+        positions with a label are sent through the head.
+        """
+        assert self.head is not None, "only the last stage has the head"
+        targets_BS = batch.labels_BS[:, 1:]
+        wanted_BS = targets_BS != IGNORED_LABEL
+        rows_B = torch.tensor(batch.row_tasks, device=targets_BS.device)
+        tasks_T = rows_B.unsqueeze(1).expand_as(targets_BS)[wanted_BS]
+        losses_T = self.head.token_losses(hidden_BSD[:, :-1][wanted_BS], targets_BS[wanted_BS])
+        per_task = torch.zeros_like(batch.task_weights)
+        per_task = per_task.index_add(0, tasks_T, losses_T.to(per_task.dtype))
+        # A sum over zero tokens still depends on the hidden states: every rank runs backward.
+        weighted = (per_task * batch.task_weights).sum()
+        return weighted, per_task.detach()
+
+    def logits(self, batch: MicroBatchTensors, received_BSD: Tensor | None = None) -> Tensor:
+        """Return this rank's slice of the logits [B, S, v] (last stage only, no gradient)."""
+        assert self.head is not None, "only the last stage has the head"
+        with torch.no_grad():
+            return self.head.logits(self.hidden(batch, received_BSD))
+
+
+def build_stage(
+    folder: Path,
+    groups: ReplicaGroups,
+    specs: Sequence[AdapterSpec],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    attention: str = "sdpa",
+) -> Stage:
+    """Build this rank's stage: its layers' shards from `folder`, fresh adapters for `specs`.
+
+    Args:
+        folder: a Hugging Face model folder with safetensors weights.
+        groups: this rank's role and process groups.
+        specs: one adapter per task, in task order.
+        dtype: of the frozen weights and activations; adapters are always fp32.
+        device: where everything lives.
+        attention: transformers' attention implementation.
+
+    Raises:
+        ConfigError: the model cannot be run under this layout, or a target module is unknown.
+    """
+    role = groups.role
+    shape = read_shape(folder)
+    problem = layout_problem(shape, role.tp_size, role.num_stages)
+    if problem:
+        raise ConfigError(f"{folder}: {problem}")
+    _check_targets(specs, shape)
+    device = torch.device(device)
+    layers = stage_layers(shape.num_layers, role.num_stages, role.stage)
+    reader = CheckpointReader(folder, dtype, device)
+    config = _stage_config(folder, layers, attention)
+    with torch.device("meta"):
+        decoder = AutoModel.from_config(config)
+    row_tasks = RowTasks()
+    bank = AdapterBank(tuple(specs), [{} for _ in specs])
+    for local, layer in enumerate(layers):
+        _shard_layer(decoder.layers[local], layer, shape, groups, reader, row_tasks, bank)
+    head = _place_ends(decoder, shape, groups, reader)
+    _load_rest(decoder, layers, reader)
+    # Non-persistent buffers were made on the meta device: build the module anew where it runs.
+    decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(device)
+    reader.close()
+    decoder.requires_grad_(False)
+    stage = Stage(shape, groups, decoder, head, bank, row_tasks, layers)
+    stage.loaded_bytes = reader.loaded_bytes
+    return stage
+
+
+def _check_targets(specs: Sequence[AdapterSpec], shape: ModelShape) -> None:
+    known = shape.linear_sizes()
+    problems = [
+        f"task {spec.name}: target module {module!r} is not one of {', '.join(known)}"
+        for spec in specs
+        for module in spec.target_modules
+        if module not in known
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _stage_config(folder: Path, layers: range, attention: str) -> Any:
+    """Return the model's configuration cut down to this stage's layers."""
+    config = copy.deepcopy(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[layers.start : layers.stop]
+    config.num_hidden_layers = len(layers)
+    config._attn_implementation = attention
+    config.use_cache = False
+    return config
+
+
+def linear_shards(shape: ModelShape, tp_size: int, tp_index: int) -> dict[str, Shard]:
+    """Return this rank's shard of each linear: heads and ffn columns split, o and down by rows."""
+    queries = shard_range(shape.num_heads, tp_size, tp_index)
+    keys = kv_head_range(shape.num_kv_heads, tp_size, tp_index)
+    ffn = shard_range(shape.intermediate_size, tp_size, tp_index)
+    scale = shape.head_dim
+    query_columns = range(queries.start * scale, queries.stop * scale)
+    key_columns = range(keys.start * scale, keys.stop * scale)
+    split = {"q_proj": query_columns, "k_proj": key_columns, "v_proj": key_columns}
+    split |= {"gate_proj": ffn, "up_proj": ffn, "o_proj": query_columns, "down_proj": ffn}
+    shards = {}
+    for module, (inputs, outputs) in shape.linear_sizes().items():
+        if module in ROW_PARALLEL:
+            shards[module] = Shard(split[module], range(outputs), inputs, outputs)
+        else:
+            shards[module] = Shard(range(inputs), split[module], inputs, outputs)
+    return shards
+
+
+def _shard_layer(
+    layer_module: nn.Module,
+    layer: int,
+    shape: ModelShape,
+    groups: ReplicaGroups,
+    reader: CheckpointReader,
+    row_tasks: RowTasks,
+    bank: AdapterBank,
+) -> None:
+    """Replace the layer's linears by their shards with adapters and adjust its head counts."""
+    role = groups.role
+    shards = linear_shards(shape, role.tp_size, role.tp_index)
+    for parent_name in ("self_attn", "mlp"):
+        parent = getattr(layer_module, parent_name)
+        for module in [name for name in shards if hasattr(parent, name)]:
+            shard = shards[module]
+            prefix = f"model.layers.{layer}.{parent_name}.{module}"
+            rows, columns = as_slice(shard.outputs), as_slice(shard.inputs)
+            bias = None
+            if getattr(parent, module).bias is not None:
+                bias = reader.read(f"{prefix}.bias", rows)
+            linear = MultiAdapterLinear(
+                reader.read(f"{prefix}.weight", rows, columns),
+                bias,
+                shard,
+                groups.tp_group,
+                row_tasks,
+            )
+            setattr(parent, module, linear)
+            _add_adapters(linear, layer, module, bank, reader.device)
+        if groups.tp_group is not None:
+            _sum_input_gradient(parent, groups)
+    attention = layer_module.self_attn
+    local_queries = len(shards["q_proj"].outputs) // shape.head_dim
+    local_keys = len(shards["k_proj"].outputs) // shape.head_dim
+    attention.num_key_value_groups = local_queries // local_keys
+
+
+def _add_adapters(
+    linear: MultiAdapterLinear, layer: int, module: str, bank: AdapterBank, device: torch.device
+) -> None:
+    shard = linear.shard
+    for task, spec in enumerate(bank.specs):
+        if module not in spec.target_modules:
+            continue
+        A_rI, B_Or = init_adapter(spec, layer, module, shard.in_features, shard.out_features)
+        adapter = Adapter(
+            nn.Parameter(A_rI.to(device)), nn.Parameter(B_Or.to(device)), spec.scaling
+        )
+        linear.adapters[task] = adapter
+        bank.adapters[task].setdefault(layer, {})[module] = adapter
+
+
+def _sum_input_gradient(parent: nn.Module, groups: ReplicaGroups) -> None:
+    """Sum the input's gradient over the TP group once for all column-parallel linears below."""
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (copy_to_group(args[0], groups.tp_group), *args[1:]), kwargs
+        hidden = copy_to_group(kwargs["hidden_states"], groups.tp_group)
+        return args, {**kwargs, "hidden_states": hidden}
+
+    parent.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _place_ends(
+    decoder: nn.Module, shape: ModelShape, groups: ReplicaGroups, reader: CheckpointReader
+) -> VocabParallelHead | None:
+    """Load the embedding on the first stage, norm and head on the last; drop them elsewhere."""
+    role = groups.role
+    rows = shard_range(shape.vocab_size, role.tp_size, role.tp_index)
+    embedding = "model.embed_tokens.weight"
+    decoder.embed_tokens = None
+    weight_vD = None
+    if role.is_first_stage:
+        weight_vD = reader.read(embedding, as_slice(rows))
+        decoder.embed_tokens = VocabParallelEmbedding(weight_vD, rows, groups.tp_group)
+    if not role.is_last_stage:
+        decoder.norm = nn.Identity()
+        return None
+    if not shape.tied_embeddings:
+        weight_vD = reader.read("lm_head.weight", as_slice(rows))
+    elif weight_vD is None:
+        weight_vD = reader.read(embedding, as_slice(rows))
+    return VocabParallelHead(weight_vD, rows, groups.tp_group)
+
+
+def _load_rest(decoder: nn.Module, layers: range, reader: CheckpointReader) -> None:
+    """Load every parameter that is still on the meta device (norms), whole."""
+    for name, parameter in list(decoder.named_parameters()):
+        if parameter.device.type != "meta":
+            continue
+        checkpoint_name = name
+        parts = name.split(".")
+        if parts[0] == "layers":
+            parts[1] = str(layers[int(parts[1])])
+            checkpoint_name = ".".join(parts)
+        parent = decoder.get_submodule(name.rpartition(".")[0])
+        value = reader.read(f"model.{checkpoint_name}")
+        setattr(parent, name.rpartition(".")[2], nn.Parameter(value, requires_grad=False))

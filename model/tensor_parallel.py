@@ -1,0 +1,144 @@
+"""Tensor-parallel primitives: the two conjugate operators, vocabulary-parallel embedding, head
+and cross-entropy (Megatron-LM, arXiv 1909.08053, section 3).
+
+Shape suffixes: B batch rows, S sequence positions, T selected tokens, D hidden, V vocabulary,
+v this rank's slice of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional
+
+Group = dist.ProcessGroup | None
+
+
+class _CopyToGroup(torch.autograd.Function):
+    """Identity forward, sum over the group backward (Megatron's operator f)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        grad = grad.contiguous()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+class _ReduceFromGroup(torch.autograd.Function):
+    """Sum over the group forward, identity backward (Megatron's operator g)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        x = x.contiguous()
+        dist.all_reduce(x, group=group)
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+def copy_to_group(x: Tensor, group: Group) -> Tensor:
+    """Return x; its gradient is summed over the tensor-parallel group."""
+    if group is None:
+        return x
+    copied: Tensor = _CopyToGroup.apply(x, group)
+    return copied
+
+
+def reduce_from_group(x: Tensor, group: Group) -> Tensor:
+    """Return the sum of x over the tensor-parallel group (x itself is overwritten)."""
+    if group is None:
+        return x
+    reduced: Tensor = _ReduceFromGroup.apply(x, group)
+    return reduced
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Rows [start, stop) of the token embedding; the sum over the group is the embedding.
+
+    `weight` [v, D] is frozen.
+    """
+
+    def __init__(self, weight_vD: Tensor, rows: range, group: Group) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight_vD, requires_grad=False)
+        self.rows = rows
+        self.group = group
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        """Return the embeddings [B, S, D]."""
+        if self.group is None:
+            return functional.embedding(tokens_BS, self.weight)
+        local_BS = tokens_BS - self.rows.start
+        outside_BS = (local_BS < 0) | (local_BS >= len(self.rows))
+        embedded_BSD = functional.embedding(local_BS.masked_fill(outside_BS, 0), self.weight)
+        embedded_BSD = embedded_BSD.masked_fill(outside_BS.unsqueeze(-1), 0.0)
+        return reduce_from_group(embedded_BSD, self.group)
+
+
+class _VocabParallelCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of each token over logits whose vocabulary is split over a group."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_Tv: Tensor, targets_T: Tensor, start: int, group: Group
+    ) -> Tensor:
+        logits_Tv = logits_Tv.float()
+        maximum_T = logits_Tv.amax(dim=-1)
+        if group is not None:
+            dist.all_reduce(maximum_T, op=dist.ReduceOp.MAX, group=group)
+        logits_Tv = logits_Tv - maximum_T.unsqueeze(-1)
+        local_T = targets_T - start
+        outside_T = (local_T < 0) | (local_T >= logits_Tv.shape[-1])
+        local_T = local_T.masked_fill(outside_T, 0)
+        target_T = logits_Tv.gather(-1, local_T.unsqueeze(-1)).squeeze(-1)
+        target_T = target_T.masked_fill(outside_T, 0.0)
+        exponent_Tv = logits_Tv.exp_()
+        sums_2T = torch.stack([exponent_Tv.sum(dim=-1), target_T])
+        if group is not None:
+            dist.all_reduce(sums_2T, group=group)
+        total_T, target_T = sums_2T
+        ctx.save_for_backward(exponent_Tv.div_(total_T.unsqueeze(-1)), local_T, outside_T)
+        return total_T.log() - target_T
+
+    @staticmethod
+    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        softmax_Tv, local_T, outside_T = ctx.saved_tensors
+        hit_T = torch.where(outside_T, 0.0, 1.0).to(softmax_Tv.dtype)
+        grad_Tv = softmax_Tv.scatter_add(-1, local_T.unsqueeze(-1), -hit_T.unsqueeze(-1))
+        return grad_Tv.mul_(grad_T.unsqueeze(-1)), None, None, None
+
+
+class VocabParallelHead(nn.Module):
+    """The output projection over this rank's slice of the vocabulary, with the loss.
+
+    `weight` [v, D] is frozen.
+    """
+
+    def __init__(self, weight_vD: Tensor, rows: range, group: Group) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight_vD, requires_grad=False)
+        self.rows = rows
+        self.group = group
+
+    def token_losses(self, hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
+        """Return the cross-entropy [T] of each token, in fp32, the same on the whole group."""
+        logits_Tv = self.logits(hidden_TD)
+        losses_T: Tensor = _VocabParallelCrossEntropy.apply(
+            logits_Tv, targets_T, self.rows.start, self.group
+        )
+        return losses_T
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """Return this rank's slice of the logits [T, v]."""
+        return functional.linear(copy_to_group(hidden_TD, self.group), self.weight)

@@ -1,0 +1,104 @@
+"""Small random models and rank functions for the multi-rank tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from model.groups import build_groups
+from model.lora import AdapterSpec, peft_name
+from model.pipeline import run_replica
+from model.shapes import ModelShape
+from model.stage import MicroBatchTensors, build_stage
+from model.topology import Grid
+
+SPECS = (
+    AdapterSpec("first", 4, 8.0, ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj"), seed=1),
+    AdapterSpec("second", 2, 2.0, ("gate_proj", "up_proj", "o_proj"), seed=2),
+)
+
+
+def save_llama(folder: Path, **overrides: Any) -> Path:
+    """Save a small random Llama (4 layers, grouped-query heads) and return its folder."""
+    torch.manual_seed(0)
+    sizes = dict(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=256,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        initializer_range=0.08,
+    )
+    LlamaForCausalLM(LlamaConfig(**{**sizes, **overrides})).save_pretrained(folder)
+    return folder
+
+
+def random_batches(num: int, vocab: int = 256) -> list[tuple[torch.Tensor, torch.Tensor, tuple]]:
+    """Return micro-batches (tokens, labels, row tasks) of different shapes, some mixed."""
+    generator = torch.Generator().manual_seed(3)
+    batches = []
+    for index in range(num):
+        rows, length = (3, 20 - 3 * index) if index % 2 else (2, 24 - 3 * index)
+        tokens = torch.randint(3, vocab, (rows, length), generator=generator)
+        labels = tokens.clone()
+        labels[:, : 3 + index] = -100
+        labels[0, -2:] = -100
+        row_tasks = ((0, 1), (0, 0, 1), (1, 1))[index % 3]
+        row_tasks = (*row_tasks, *(1,) * (rows - len(row_tasks)))[:rows]
+        batches.append((tokens, labels, tuple(row_tasks)))
+    return batches
+
+
+def random_adapter(shape: ModelShape, task: int) -> dict[str, torch.Tensor]:
+    """Return random A and B of every layer under PEFT's names (a fresh B is zero: no gradient)."""
+    generator = torch.Generator().manual_seed(task)
+    tensors = {}
+    for layer in range(shape.num_layers):
+        for module in SPECS[task].target_modules:
+            inputs, outputs = shape.linear_sizes()[module]
+            for part, size in (("A", (SPECS[task].rank, inputs)), ("B", (outputs, SPECS[task].rank))):
+                name = f"{peft_name(layer, module)}.lora_{part}.weight"
+                tensors[name] = torch.randn(size, generator=generator) * 0.1
+    return tensors
+
+
+def gradients_on_rank(folder: Path, grids: tuple[Grid, ...], num: int) -> dict[str, Any]:
+    """Run one replica's forward and backward; return gradients, losses and what was loaded."""
+    groups = build_groups(grids)
+    stage = build_stage(folder, groups, SPECS)
+    for task in range(len(SPECS)):
+        stage.bank.load(task, random_adapter(stage.shape, task))
+    weights = torch.tensor([0.5, 0.25])
+    batches = [MicroBatchTensors(t, lab, rows, weights) for t, lab, rows in random_batches(num)]
+    losses = run_replica(stage, batches, len(SPECS))
+    gradients = {}
+    for task in range(len(SPECS)):
+        for layer, modules in stage.bank.adapters[task].items():
+            for module, adapter in modules.items():
+                for part in ("A", "B"):
+                    parameter = getattr(adapter, part)
+                    value = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                    gradients[f"{task}.{layer}.{module}.{part}"] = value.numpy()
+    elements = sum(p.numel() for p in stage.decoder.parameters())
+    elements += sum(p.numel() for p in stage.head.parameters()) if stage.head else 0
+    return {
+        "gradients": gradients,
+        "losses": losses.numpy(),
+        "loaded_bytes": stage.loaded_bytes,
+        "held_bytes": 4 * elements,
+        "role": groups.role,
+    }
+
+
+def fail_on_rank_one() -> None:
+    """Fail on rank 1 while rank 0 waits for it in a collective."""
+    if dist.get_rank() == 1:
+        torch.empty(-1)
+    dist.all_reduce(torch.zeros(1))

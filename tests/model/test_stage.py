@@ -1,0 +1,92 @@
+"""A sharded, pipelined model computes what transformers and PEFT compute on one process."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from model.launch import RankError, run_ranks
+from model.lora import peft_name
+from model.shapes import read_shape
+from tests.model.support import SPECS, random_adapter, random_batches, save_llama
+from tests.model.test_topology import make_grids
+
+FUNCTION = "tests.model.support:gradients_on_rank"
+NUM_BATCHES = 5
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory):
+    return save_llama(tmp_path_factory.mktemp("llama") / "base")
+
+
+@pytest.fixture(scope="module")
+def peft_gradients(llama) -> tuple[dict, list[float]]:
+    """Gradients and per-task losses from PEFT on one process, one task at a time."""
+    gradients, losses = {}, []
+    for task, spec in enumerate(SPECS):
+        model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+        config = LoraConfig(
+            r=spec.rank, lora_alpha=spec.alpha, target_modules=list(spec.target_modules)
+        )
+        model = get_peft_model(model, config)
+        named = dict(model.named_parameters())
+        for name, value in random_adapter(read_shape(llama), task).items():
+            named[name.replace(".weight", ".default.weight")].data.copy_(value)
+        total = torch.zeros(())
+        for tokens, labels, rows in random_batches(NUM_BATCHES):
+            mine = [row for row, owner in enumerate(rows) if owner == task]
+            if not mine:
+                continue
+            logits = model(input_ids=tokens[mine]).logits[:, :-1].flatten(0, 1)
+            total = total + torch.nn.functional.cross_entropy(
+                logits, labels[mine][:, 1:].flatten(), reduction="sum", ignore_index=-100
+            )
+        (total * (0.5, 0.25)[task]).backward()
+        losses.append(total.item())
+        for layer in range(4):
+            for module in spec.target_modules:
+                for part in ("A", "B"):
+                    name = f"{peft_name(layer, module)}.lora_{part}.default.weight"
+                    gradients[f"{task}.{layer}.{module}.{part}"] = named[name].grad.numpy()
+    return gradients, losses
+
+
+@pytest.mark.parametrize("layout", [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 3)])
+def test_gradients_and_losses_equal_peft(llama, peft_gradients, layout: tuple[int, int]) -> None:
+    grids = make_grids([layout])
+    world = layout[0] * layout[1]
+    ranks = run_ranks(FUNCTION, world, dict(folder=llama, grids=grids, num=NUM_BATCHES))
+    expected, losses = peft_gradients
+    summed: dict[str, np.ndarray] = {}
+    for result in ranks:
+        for name, gradient in result["gradients"].items():
+            summed[name] = summed.get(name, 0) + gradient
+        if result["role"].is_last_stage:
+            np.testing.assert_allclose(result["losses"], losses, rtol=1e-5)
+    assert summed.keys() == expected.keys()
+    for name, gradient in expected.items():
+        error = np.linalg.norm(summed[name] - gradient) / np.linalg.norm(gradient)
+        assert error < 1e-4, f"{name}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("layout", [(2, 2), (4, 1)])
+def test_a_rank_reads_and_holds_only_its_own_weights(llama, layout: tuple[int, int]) -> None:
+    grids = make_grids([layout])
+    whole = run_ranks(FUNCTION, 1, dict(folder=llama, grids=(((0,),),), num=1))[0]
+    ranks = run_ranks(
+        FUNCTION, layout[0] * layout[1], dict(folder=llama, grids=grids, num=1)
+    )
+    for result in ranks:
+        assert result["loaded_bytes"] == result["held_bytes"]
+        # Only norms (64 floats each) and, with tp over the kv heads, shared heads are held twice.
+        share = whole["held_bytes"] / len(ranks)
+        assert result["held_bytes"] < share + 9 * 64 * 4 + 4 * 2 * 16 * 64 * 4
+
+
+def test_a_failing_rank_is_named() -> None:
+    with pytest.raises(RankError, match="rank 1 failed(.|\n)*negative dimension"):
+        run_ranks("tests.model.support:fail_on_rank_one", 2)
