@@ -1,0 +1,55 @@
+"""Packaging of LobRA-on-DeepSpeed: five packages that form an import chain, two commands."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+CHAIN = ("tasks", "model", "profiler", "planner", "trainer")
+
+setup(
+    name="lobra",
+    version="0.1.0",
+    description="Multi-tenant LoRA fine-tuning on heterogeneous parallel layouts, on DeepSpeed",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=[p for name in CHAIN for p in (name, f"{name}.*")]),
+    package_data={"": ["py.typed", "*.json", "*.yaml", "*.toml", "*.csv"]},
+    install_requires=[
+        # An upper bound, so that the newest build is never fetched by surprise.
+        "torch>=2.6,<=2.13.0",
+        "deepspeed>=0.19,<0.20",
+        "transformers>=5.17,<5.24",
+        "datasets>=4.0,<6",
+        "numpy>=2.0,<3",
+        "pandas>=2.2,<4",
+        "scipy>=1.13,<2",
+        "pyyaml>=6.0,<7",
+        "pyscipopt>=6.0,<7",
+        "ortools>=9.12,<10",
+        "safetensors>=0.5,<1",
+        "rich>=13.7,<16",
+        "tensorboard>=2.16,<3",
+        "matplotlib>=3.8,<4",
+    ],
+    extras_require={
+        "dev": [
+            "peft>=0.19,<0.22",
+            "pytest>=8.0,<10",
+            "pytest-timeout>=2.3,<3",
+            "pytest-xdist>=3.6,<4",
+            "hypothesis>=6.100,<7",
+            "ruff>=0.15,<1",
+            "mypy>=1.15,<3",
+            "types-PyYAML>=6.0",
+            "pandas-stubs>=2.2",
+        ],
+    },
+    entry_points={
+        "console_scripts": [
+            "lobra=trainer.cli:main",
+            "deploy_strategy_plan=planner.cli:main",
+        ],
+    },
+)
