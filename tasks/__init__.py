@@ -1,0 +1,1 @@
+"""What is trained: task sets, data sets, prompts, tokenised lengths and sampling."""

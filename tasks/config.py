@@ -1,0 +1,432 @@
+"""The tasks of a run: what a ``trainer_config/<name>.json`` (or YAML) says, checked and resolved.
+
+LobRA's own files load unchanged. Everything that is wrong with a file is reported at once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path, PurePosixPath
+from typing import Any, cast
+
+from tasks.documents import read_document
+from tasks.errors import ConfigError, did_you_mean
+from tasks.prompts import template_problem
+
+CONFIG_FOLDER = Path("trainer_config")
+SUFFIXES = (".json", ".yaml", ".yml")
+VARIANTS = ("canonical", "fused")
+LR_SCHEDULERS = ("constant", "linear", "cosine")
+
+#: The linear projections of a Llama layer, in the order adapters are listed.
+TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+#: Names of other systems (LobRA's are Megatron's) for one or several of them.
+MODULE_ALIASES: Mapping[str, tuple[str, ...]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "dense": ("o_proj",),
+    "dense_h_to_4h": ("gate_proj", "up_proj"),
+    "dense_4h_to_h": ("down_proj",),
+}
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """One tenant's fine-tuning job.
+
+    Attributes
+    ----------
+    name
+        Unique in its file, usable as a folder's name. Default: from ``dataset_name``.
+    rank, lora_alpha, target_modules, lora_dropout
+        The adapter; ``target_modules`` in Hugging Face's names, in the order of `TARGET_MODULES`.
+    global_batch_size
+        Sequences of this task in every step.
+    dataset_name
+        A file ``<data-dir>/<dataset_name>.jsonl``, a path, a hub name, or an embedded task.
+    context_length
+        Most tokens of a sequence; longer ones are cut.
+    json_key
+        The field that holds the text of a row, for data without instructions.
+    steps, epochs
+        The task runs for ``steps`` steps if given, otherwise for ``epochs`` passes over its data.
+    learning_rate, weight_decay, lr_scheduler, warmup_steps, max_grad_norm
+        AdamW and its schedule; ``max_grad_norm`` 0 means no clipping.
+    seed
+        Seed of the task's adapter initialisation and of its order of sequences.
+    prompt
+        ``auto`` (by the data's fields), ``alpaca``, ``chat``, ``plain``, or a custom template.
+    train_on_inputs
+        Learn the prompt's tokens too.
+    validation_split
+        Share of the sequences held out from training, in [0, 1).
+    resume_from
+        PEFT adapter folder to start from.
+    """
+
+    name: str
+    rank: int
+    lora_alpha: float
+    target_modules: tuple[str, ...]
+    global_batch_size: int
+    dataset_name: str
+    context_length: int
+    json_key: str = "text"
+    steps: int | None = None
+    epochs: int = 1
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.0
+    lr_scheduler: str = "constant"
+    warmup_steps: int = 0
+    max_grad_norm: float = 1.0
+    lora_dropout: float = 0.0
+    seed: int = 0
+    prompt: str = "auto"
+    train_on_inputs: bool = False
+    validation_split: float = 0.0
+    resume_from: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """The tasks of one run, and the file they came from.
+
+    ``variant`` is LobRA's: whether its query, key and value projections were one module
+    (``fused``) or three (``canonical``). Here both mean the same three.
+    """
+
+    name: str
+    variant: str
+    tasks: tuple[TaskConfig, ...]
+    path: Path
+
+
+def load_trainer_config(
+    name_or_path: str | os.PathLike[str], num_tasks: int | None = None
+) -> TrainerConfig:
+    """Return the trainer configuration of a name (``trainer_config/<name>.json``) or of a path.
+
+    Parameters
+    ----------
+    name_or_path
+        A path of a JSON or YAML file, or a name looked up in ``trainer_config/`` of the working
+        folder.
+    num_tasks
+        Use the first ``num_tasks`` tasks, whatever ``train_task_num`` says.
+
+    Raises
+    ------
+    ConfigError
+        Naming every mistake of the file: its field, its value and what would be right.
+    """
+    path = _find_config(name_or_path)
+    document = read_document(path)
+    problems: list[str] = []
+    config = _read_config(document, path, num_tasks, problems)
+    if problems:
+        raise ConfigError([f"{path}: {problem}" for problem in problems])
+    return config
+
+
+def resolve_target_modules(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the Hugging Face names of target modules, each once, in the order of the layer.
+
+    Raises
+    ------
+    ValueError
+        For a name that is neither in `TARGET_MODULES` nor in `MODULE_ALIASES`.
+    """
+    chosen: set[str] = set()
+    for name in names:
+        if name in TARGET_MODULES:
+            chosen.add(name)
+        elif name in MODULE_ALIASES:
+            chosen.update(MODULE_ALIASES[name])
+        else:
+            raise ValueError(f"unknown target module {name!r}")
+    return tuple(name for name in TARGET_MODULES if name in chosen)
+
+
+def _find_config(name_or_path: str | os.PathLike[str]) -> Path:
+    given = Path(name_or_path)
+    tried = [given, *(CONFIG_FOLDER / f"{os.fspath(name_or_path)}{suffix}" for suffix in SUFFIXES)]
+    if given.suffix in SUFFIXES:
+        tried = [given, CONFIG_FOLDER / given]
+    for path in tried:
+        if path.is_file():
+            return path
+    names = sorted(p.stem for p in CONFIG_FOLDER.glob("*") if p.suffix in SUFFIXES)
+    raise ConfigError(
+        f"no trainer configuration {os.fspath(name_or_path)!r}{did_you_mean(given.stem, names)}: "
+        f"looked for {', '.join(str(path) for path in tried)}; "
+        + (f"{CONFIG_FOLDER}/ has {', '.join(names)}" if names else f"{CONFIG_FOLDER}/ has none")
+    )
+
+
+_TASK_FIELDS = tuple(field.name for field in fields(TaskConfig))
+_REQUIRED = (
+    "rank",
+    "lora_alpha",
+    "target_modules",
+    "global_batch_size",
+    "dataset_name",
+    "context_length",
+)
+_TOP_FIELDS = ("variant", "train_task_num", "task")
+
+# A check returns what is wanted if the value is wrong, otherwise None.
+_Check = Callable[[Any], str | None]
+
+
+def _integer(least: int) -> _Check:
+    wanted = {0: "an integer of 0 or more", 1: "a positive integer"}[least]
+
+    def check(value: Any) -> str | None:
+        good = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        return None if good else wanted
+
+    return check
+
+
+def _number(accept: Callable[[float], bool], wanted: str) -> _Check:
+    def check(value: Any) -> str | None:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return wanted
+        return None if math.isfinite(value) and accept(value) else wanted
+
+    return check
+
+
+def _one_of(choices: Sequence[str]) -> _Check:
+    def check(value: Any) -> str | None:
+        if value in choices:
+            return None
+        hint = did_you_mean(value, choices) if isinstance(value, str) else ""
+        return f"one of {', '.join(choices)}{hint}"
+
+    return check
+
+
+def _text(value: Any) -> str | None:
+    return None if isinstance(value, str) and value.strip() else "a text that is not empty"
+
+
+def _boolean(value: Any) -> str | None:
+    return None if isinstance(value, bool) else "true or false"
+
+
+_SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,99}")
+
+
+def _safe_name(value: Any) -> str | None:
+    if isinstance(value, str) and _SAFE_NAME.fullmatch(value):
+        return None
+    return (
+        "a name of at most 100 letters, digits and ._+- that starts with a letter, digit or _ "
+        "(it becomes a folder)"
+    )
+
+
+_CHECKS: Mapping[str, _Check] = {
+    "name": _safe_name,
+    "rank": _integer(1),
+    "lora_alpha": _number(lambda x: x > 0, "a positive number"),
+    "global_batch_size": _integer(1),
+    "dataset_name": _text,
+    "context_length": _integer(1),
+    "json_key": _text,
+    "steps": _integer(1),
+    "epochs": _integer(1),
+    "learning_rate": _number(lambda x: x > 0, "a positive number"),
+    "weight_decay": _number(lambda x: x >= 0, "a number of 0 or more"),
+    "lr_scheduler": _one_of(LR_SCHEDULERS),
+    "warmup_steps": _integer(0),
+    "max_grad_norm": _number(lambda x: x >= 0, "a number of 0 or more (0: no clipping)"),
+    "lora_dropout": _number(lambda x: 0 <= x < 1, "a number from 0 to below 1"),
+    "seed": _integer(0),
+    "train_on_inputs": _boolean,
+    "validation_split": _number(lambda x: 0 <= x < 1, "a number from 0 to below 1"),
+    "resume_from": _text,
+}
+
+
+def _show(value: Any) -> str:
+    """Return a value as the file spells it, cut to a line's length."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):
+        text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _read_config(
+    document: Any, path: Path, num_tasks: int | None, problems: list[str]
+) -> TrainerConfig:
+    if not isinstance(document, dict):
+        problems.append(
+            f"holds {_show(document)}, want an object with the fields {', '.join(_TOP_FIELDS)}"
+        )
+        return TrainerConfig(path.stem, VARIANTS[0], (), path)
+    _report_unknown(document, _TOP_FIELDS, "", problems)
+    variant = document.get("variant", VARIANTS[0])
+    _report(_one_of(VARIANTS)(variant), "variant", variant, problems)
+
+    entries = document.get("task")
+    if entries is None:
+        problems.append("task: is missing, want a list of tasks")
+    elif not isinstance(entries, list) or not entries:
+        problems.append(f"task = {_show(entries)}: want a list of at least one task")
+    entries = entries if isinstance(entries, list) else []
+    tasks = [_read_task(entry, f"task[{index}]", problems) for index, entry in enumerate(entries)]
+    count = _count_tasks(document, len(entries), num_tasks, problems)
+    named = _name_tasks(tasks, problems)
+    return TrainerConfig(path.stem, cast(str, variant), named[:count], path)
+
+
+def _count_tasks(
+    document: Mapping[str, Any], available: int, num_tasks: int | None, problems: list[str]
+) -> int:
+    """Return how many of the listed tasks to use, and report when there are not that many."""
+    given = document.get("train_task_num", available)
+    wanted = _integer(1)(given)
+    if "train_task_num" in document:
+        _report(wanted, "train_task_num", given, problems)
+        if wanted is None and given > available > 0:
+            problems.append(
+                f"train_task_num = {given}: but `task` lists only {available}: "
+                f"want at most {available}, or {given - available} more tasks"
+            )
+    if num_tasks is None:
+        return available if wanted else int(given)
+    if num_tasks < 1:
+        problems.append(f"{num_tasks} tasks were asked for, want at least 1")
+    elif num_tasks > available > 0:
+        problems.append(
+            f"{num_tasks} tasks were asked for, but `task` lists only {available}: "
+            f"ask for at most {available}"
+        )
+    return num_tasks
+
+
+def _read_task(entry: Any, where: str, problems: list[str]) -> dict[str, Any]:
+    """Return the valid fields of one entry of ``task``; report everything else."""
+    if not isinstance(entry, dict):
+        problems.append(f"{where} = {_show(entry)}: want an object with the fields of a task")
+        return {}
+    _report_unknown(entry, _TASK_FIELDS, f"{where}.", problems)
+    for field in _REQUIRED:
+        if entry.get(field) is None:
+            problems.append(f"{where}.{field}: is missing, want {_wanted(field)}")
+    # null means "not given", which is how YAML and LobRA's tools leave a field open.
+    given = {key: value for key, value in entry.items() if value is not None}
+    if "steps" not in given and "epochs" not in given:
+        problems.append(f"{where}: has neither steps nor epochs, want at least one of them")
+
+    good: dict[str, Any] = {}
+    for field, check in _CHECKS.items():
+        if field in given:
+            wanted = check(given[field])
+            _report(wanted, f"{where}.{field}", given[field], problems)
+            if wanted is None:
+                good[field] = given[field]
+    if "target_modules" in given:
+        modules = _read_modules(given["target_modules"], f"{where}.target_modules", problems)
+        if modules:
+            good["target_modules"] = modules
+    if "prompt" in given:
+        good["prompt"] = _read_prompt(given["prompt"], f"{where}.prompt", problems)
+    if {"steps", "warmup_steps"} <= good.keys() and good["warmup_steps"] > good["steps"]:
+        problems.append(
+            f"{where}.warmup_steps = {good['warmup_steps']}: "
+            f"want at most the task's steps, {good['steps']}"
+        )
+    return good
+
+
+def _read_modules(value: Any, where: str, problems: list[str]) -> tuple[str, ...]:
+    known = (*TARGET_MODULES, *MODULE_ALIASES)
+    if not isinstance(value, list) or not value:
+        problems.append(f"{where} = {_show(value)}: want a list of {', '.join(known)}")
+        return ()
+    good = []
+    for index, module in enumerate(value):
+        if isinstance(module, str) and module in known:
+            good.append(module)
+            continue
+        hint = did_you_mean(module, known) if isinstance(module, str) else ""
+        problems.append(f"{where}[{index}] = {_show(module)}: want one of {', '.join(known)}{hint}")
+    return resolve_target_modules(good)
+
+
+def _read_prompt(value: Any, where: str, problems: list[str]) -> str:
+    problem = template_problem(value) if isinstance(value, str) else "is no text"
+    if problem:
+        problems.append(f"{where} = {_show(value)}: {problem}")
+        return "auto"
+    return cast(str, value)
+
+
+def _wanted(field: str) -> str:
+    if field == "target_modules":
+        return f"a list of {', '.join((*TARGET_MODULES, *MODULE_ALIASES))}"
+    return _CHECKS[field](None) or "a value"
+
+
+def _report(wanted: str | None, where: str, value: Any, problems: list[str]) -> None:
+    if wanted:
+        problems.append(f"{where} = {_show(value)}: want {wanted}")
+
+
+def _report_unknown(
+    entry: Mapping[Any, Any], known: Sequence[str], prefix: str, problems: list[str]
+) -> None:
+    for key in entry:
+        if key not in known:
+            hint = did_you_mean(str(key), known)
+            problems.append(f"{prefix}{key}: is no field{hint}: known are {', '.join(known)}")
+
+
+def _name_tasks(tasks: Sequence[dict[str, Any]], problems: list[str]) -> tuple[TaskConfig, ...]:
+    """Return the tasks with their names: the given ones, unique; the others made unique.
+
+    Names are compared without case, since they become folders. Incomplete tasks are left out;
+    their problems are reported already.
+    """
+    owners: dict[str, int] = {}
+    for index, task in enumerate(tasks):
+        if "name" not in task:
+            continue
+        key = task["name"].casefold()
+        if key in owners:
+            problems.append(
+                f"task[{index}].name = {_show(task['name'])}: task[{owners[key]}] has this name "
+                "already, want a name of its own (upper and lower case count as equal)"
+            )
+        owners.setdefault(key, index)
+
+    named = []
+    for index, task in enumerate(tasks):
+        if any(field not in task for field in _REQUIRED):
+            continue
+        name = task.get("name")
+        if name is None:
+            stem = _name_of(task["dataset_name"])
+            name, number = stem, 1
+            while name.casefold() in owners:
+                number += 1
+                name = f"{stem}_{number}"
+            owners[name.casefold()] = index
+        named.append(TaskConfig(**{**task, "name": name}))
+    return tuple(named)
+
+
+def _name_of(dataset_name: str) -> str:
+    """Return a data set's name without folders and suffix, safe as the name of a folder."""
+    name = PurePosixPath(dataset_name.replace("\\", "/")).name
+    name = re.sub(r"\.jsonl?$", "", name)
+    name = re.sub(r"[^A-Za-z0-9._+-]+", "_", name).lstrip(".+-")[:90]
+    return name or "task"
