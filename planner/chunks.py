@@ -1,0 +1,105 @@
+"""What chunks (micro-batches) of every bucket cost on one layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.layout import Layout
+from profiler.cost_model import CostModel
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkTable:
+    """Chunk times of one layout over all buckets. R buckets, B the largest chunk.
+
+    Attributes
+    ----------
+    layout, max_tokens
+        The layout and the tokens of its largest chunk.
+    limit
+        int64 [R]: most sequences in one chunk, ``max_tokens // s_j``, at most the number wanted.
+    time_s
+        float64 [R, B + 1]: seconds of a chunk of b sequences; 0 for b = 0, inf beyond ``limit``.
+    """
+
+    layout: Layout
+    max_tokens: int
+    limit: np.ndarray
+    time_s: np.ndarray
+
+    @property
+    def bubble_chunks(self) -> int:
+        """How often the longest chunk is paid in the pipeline's bubble: pp - 1."""
+        return self.layout.pp - 1
+
+    def full_time_s(self) -> np.ndarray:
+        """Return float64 [R]: seconds of the largest chunk of each bucket; inf where none fits."""
+        full = self.time_s[np.arange(len(self.limit)), self.limit]
+        return np.where(self.limit > 0, full, np.inf)
+
+    def rate_s(self) -> np.ndarray:
+        """Return float64 [R]: the least seconds per sequence over all chunk sizes; inf if none."""
+        sizes = np.arange(1, self.time_s.shape[1])
+        return (self.time_s[:, 1:] / sizes).min(axis=1)
+
+    def capped(self, longest_s: float) -> ChunkTable:
+        """Return the table of chunks that take at most ``longest_s``."""
+        allowed = self.time_s <= longest_s
+        limit = np.where(allowed, np.arange(self.time_s.shape[1]), 0).max(axis=1)
+        sizes = np.arange(self.time_s.shape[1])
+        time_s = np.where(sizes[None, :] <= limit[:, None], self.time_s, np.inf)
+        return ChunkTable(self.layout, self.max_tokens, limit, time_s)
+
+    def work_s(self, most: int) -> np.ndarray:
+        """Return float64 [R, most + 1]: seconds n sequences of a bucket take, without bubble.
+
+        The better of full chunks with one remainder and of the same number of even chunks.
+        """
+        n = np.arange(most + 1)[None, :]
+        size = np.maximum(self.limit, 1)[:, None]
+        rows = np.arange(len(self.limit))[:, None]
+        whole, rest = np.divmod(n, size)
+        work = whole * self.time_s[rows, size] + self.time_s[rows, rest]
+        chunks = np.maximum(-(-n // size), 1)
+        small, larger = np.divmod(n, chunks)
+        upper = np.minimum(small + 1, self.time_s.shape[1] - 1)
+        times = self.time_s[rows, small] * (chunks - larger)
+        even = times + np.where(larger > 0, self.time_s[rows, upper] * np.maximum(larger, 1), 0.0)
+        work = np.minimum(work, even)
+        work[self.limit == 0, 1:] = np.inf
+        work[:, 0] = 0.0
+        return work
+
+    def split(self, bucket: int, n: int) -> list[int]:
+        """Return the chunk sizes, largest first, that ``work_s`` counts for n sequences."""
+        if n == 0:
+            return []
+        size = int(self.limit[bucket])
+        whole, rest = divmod(n, size)
+        packed = [size] * whole + ([rest] if rest else [])
+        small, larger = divmod(n, len(packed))
+        even = [small + 1] * larger + [small] * (len(packed) - larger)
+        times = self.time_s[bucket]
+        better = times[even].sum() < times[packed].sum()
+        return even if better else packed
+
+
+def chunk_table(
+    layout: Layout,
+    max_tokens: int,
+    buckets: np.ndarray,
+    cost_model: CostModel,
+    counts: np.ndarray | None = None,
+) -> ChunkTable:
+    """Return what chunks of the buckets cost on a layout (``counts`` [R] limits their size)."""
+    buckets = np.asarray(buckets, dtype=np.int64)
+    limit = max_tokens // buckets
+    if counts is not None:
+        limit = np.minimum(limit, counts)
+    sizes = np.arange(int(limit.max(initial=0)) + 1)
+    time_ms = cost_model.chunk_time_ms(layout.tp, layout.pp, sizes[None, :], buckets[:, None])
+    time_s = np.where(sizes[None, :] <= limit[:, None], time_ms / 1000.0, np.inf)
+    time_s[:, 0] = 0.0
+    return ChunkTable(layout, max_tokens, limit, time_s)

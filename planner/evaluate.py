@@ -1,0 +1,56 @@
+"""The one exact evaluator: what a replica's micro-batches and a whole step take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from planner.layout import Layout
+from planner.plan import Plan
+from profiler.cost_model import CostModel
+
+
+def replica_time_s(
+    layout: Layout, chunks: Iterable[tuple[int, int]], cost_model: CostModel
+) -> float:
+    """Return the seconds a replica needs for its chunks, pairs (sequences, padded length).
+
+    The sum of the chunks' times plus pp - 1 times the longest (1F1B, longest chunk first; LobRA,
+    section 4.2). 0 without chunks.
+    """
+    pairs = np.array(list(chunks), dtype=np.int64).reshape(-1, 2)
+    if not len(pairs):
+        return 0.0
+    sizes, padded = pairs[:, 0], pairs[:, 1]
+    time_ms = cost_model.chunk_time_ms(layout.tp, layout.pp, sizes, padded)
+    return float(time_ms.sum() + (layout.pp - 1) * time_ms.max()) / 1000.0
+
+
+def step_time_s(
+    plan: Plan, chunks: Sequence[Sequence[tuple[int, int]]], cost_model: CostModel
+) -> float:
+    """Return the seconds of a step: the slowest replica's time.
+
+    ``chunks`` holds, per replica in plan order, its pairs (sequences, padded length).
+
+    Raises
+    ------
+    ValueError
+        If there is not one entry per replica, or a chunk is larger than its replica holds.
+    """
+    replicas = plan.replicas
+    if len(chunks) != len(replicas):
+        raise ValueError(f"chunks of {len(chunks)} replicas for a plan of {len(replicas)}")
+    for replica, pairs in zip(replicas, chunks, strict=True):
+        for size, padded in pairs:
+            if size * padded > replica.max_tokens:
+                raise ValueError(
+                    f"replica {replica.index} {replica.layout}: a chunk of {size} x {padded} "
+                    f"tokens, more than its {replica.max_tokens}"
+                )
+    times = [
+        replica_time_s(replica.layout, pairs, cost_model)
+        for replica, pairs in zip(replicas, chunks, strict=True)
+    ]
+    return max(times)

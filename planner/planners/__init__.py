@@ -1,0 +1,1 @@
+"""The planners: each a small module, all behind ``planner.planners.base``."""

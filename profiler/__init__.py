@@ -1,0 +1,1 @@
+"""What it costs: memory and time profiles, their measurement and estimation, the cost model."""

@@ -1,0 +1,325 @@
+"""Profile files: what was measured, one row at a time, and the sidecar that says how."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tasks.errors import ConfigError, first_problems
+from tasks.files import write_atomic
+
+TIME_COLUMNS = ("tp", "seq_len", "mbs", "time")
+MEMORY_COLUMNS = ("tp", "pp", "sp", "max_tokens")
+PROFILE_DIR = Path("exp_result/profile")
+MONOTONE_SLACK_TOKENS = 256  # a memory profile is bisected in steps of 256 tokens
+
+
+@dataclass(frozen=True, eq=False)
+class TimeProfile:
+    """Times of one transformer layer, forward + backward, one row per measurement.
+
+    Attributes
+    ----------
+    path
+        The file, for messages; None when made in memory.
+    tp, seq_len, mbs
+        int64 [rows]: tensor-parallel size, tokens per sequence, sequences per micro-batch.
+    time_ms
+        float64 [rows], positive and finite.
+    meta
+        The sidecar (hardware, versions, measured or estimated), empty when there is none.
+    digest
+        The first 16 hexadecimal digits of the file's SHA-256.
+    """
+
+    tp: np.ndarray
+    seq_len: np.ndarray
+    mbs: np.ndarray
+    time_ms: np.ndarray
+    path: Path | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+    digest: str = ""
+
+    @property
+    def tps(self) -> tuple[int, ...]:
+        """The tensor-parallel sizes profiled, ascending."""
+        return tuple(int(tp) for tp in np.unique(self.tp))
+
+    def __len__(self) -> int:
+        return len(self.tp)
+
+
+@dataclass(frozen=True, order=True)
+class MemoryRow:
+    """The largest micro-batch, in tokens, that fits layout ``<tp,pp>`` (0: none fits)."""
+
+    tp: int
+    pp: int
+    sp: int
+    max_tokens: int
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryProfile:
+    """What fits each layout. Rows with ``max_tokens`` 0 (nothing fits) are kept."""
+
+    rows: tuple[MemoryRow, ...]
+    path: Path | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+    digest: str = ""
+
+    def max_tokens(self, tp: int, pp: int) -> int:
+        """Return the tokens of the largest micro-batch of ``<tp,pp>``; 0 if not profiled."""
+        fits = [row.max_tokens for row in self.rows if (row.tp, row.pp) == (tp, pp)]
+        return max(fits, default=0)
+
+    @property
+    def layouts(self) -> tuple[tuple[int, int], ...]:
+        """The (tp, pp) that hold at least one token, ordered."""
+        return tuple(sorted({(row.tp, row.pp) for row in self.rows if row.max_tokens > 0}))
+
+
+def model_slug(model: str) -> str:
+    """Return the model's name as profile files carry it: a name as is, a folder's last part."""
+    return Path(model).name or model
+
+
+def default_time_path(model: str) -> Path:
+    """Return ``exp_result/profile/cost_model/profile_time_<model>.csv`` (or LobRA's spelling)."""
+    folder = PROFILE_DIR / "cost_model"
+    return _published_spelling(folder, f"profile_time_{model_slug(model)}.csv", model)
+
+
+def default_head_path(model: str) -> Path:
+    """Return where the time of embedding and head is kept, columns as the layer's."""
+    return PROFILE_DIR / "cost_model" / f"profile_head_{model_slug(model)}.csv"
+
+
+def default_memory_path(model: str, num_tasks: int) -> Path:
+    """Return ``exp_result/profile/memory/max_tokens_<model>_<n>tasks.csv``."""
+    folder = PROFILE_DIR / "memory"
+    return _published_spelling(folder, f"max_tokens_{model_slug(model)}_{num_tasks}tasks.csv", model)
+
+
+def meta_path(path: str | os.PathLike[str]) -> Path:
+    """Return the sidecar of a profile: the same name with ``.meta.json`` for ``.csv``."""
+    return Path(path).with_suffix(".meta.json")
+
+
+def read_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the sidecar of the profile at ``path``, or ``{}`` if there is none.
+
+    Raises
+    ------
+    ConfigError
+        If the sidecar is not a JSON object.
+    """
+    sidecar = meta_path(path)
+    if not sidecar.is_file():
+        return {}
+    try:
+        meta = json.loads(sidecar.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{sidecar}: not readable as JSON ({error})") from error
+    if not isinstance(meta, dict):
+        raise ConfigError(f"{sidecar}: a JSON object is expected, not {type(meta).__name__}")
+    return meta
+
+
+def write_meta(path: str | os.PathLike[str], meta: dict[str, Any]) -> None:
+    """Write the sidecar of the profile at ``path``."""
+    write_atomic(meta_path(path), json.dumps(meta, indent=2, sort_keys=True) + "\n")
+
+
+def load_time_profile(path: str | os.PathLike[str]) -> TimeProfile:
+    """Read a CSV with columns ``tp,seq_len,mbs,time`` (ms; further columns are ignored).
+
+    Rows that repeat (tp, seq_len, mbs) are kept: they are repeated measurements.
+
+    Raises
+    ------
+    ConfigError
+        With every mistake of the file: it is missing or empty, lacks a column, or a row is cut
+        short, not a number, not finite or not positive.
+    """
+    path = Path(path)
+    rows, digest = _read_rows(path, TIME_COLUMNS, "lobra profile time")
+    problems = []
+    values = []
+    for line, row in rows:
+        numbers = _numbers(path, line, row, TIME_COLUMNS[:3], problems)
+        time_ms = _finite(path, line, row["time"], problems)
+        if numbers is None or time_ms is None:
+            continue
+        bad = [name for name, value in zip(TIME_COLUMNS, numbers, strict=False) if value < 1]
+        problems += [f"{path}: line {line}: {name}: must be at least 1" for name in bad]
+        if time_ms <= 0:
+            problems.append(f"{path}: line {line}: time: {time_ms} ms; a time is positive")
+        values.append((*numbers, time_ms))
+    if problems:
+        raise ConfigError(first_problems(problems))
+    table = np.array(values, dtype=np.float64)
+    tp, seq_len, mbs = (table[:, column].astype(np.int64) for column in range(3))
+    return TimeProfile(tp, seq_len, mbs, table[:, 3], path, read_meta(path), digest)
+
+
+def load_memory_profile(path: str | os.PathLike[str]) -> MemoryProfile:
+    """Read a CSV with columns ``tp,pp,sp,max_tokens``.
+
+    Raises
+    ------
+    ConfigError
+        With every mistake of the file; also when the table is not monotone: more GPUs per layer
+        (tp) or more stages (pp) must not hold fewer tokens, up to one step of 256 tokens.
+    """
+    path = Path(path)
+    rows, digest = _read_rows(path, MEMORY_COLUMNS, "lobra profile memory")
+    problems: list[str] = []
+    table: list[MemoryRow] = []
+    seen: dict[tuple[int, int, int], int] = {}
+    for line, row in rows:
+        numbers = _numbers(path, line, row, MEMORY_COLUMNS, problems)
+        if numbers is None:
+            continue
+        entry = MemoryRow(*numbers)
+        if entry.tp < 1 or entry.pp < 1 or entry.sp < 0 or entry.max_tokens < 0:
+            problems.append(f"{path}: line {line}: tp and pp are at least 1, max_tokens at least 0")
+            continue
+        key = (entry.tp, entry.pp, entry.sp)
+        if key in seen:
+            problems.append(
+                f"{path}: line {line}: <{entry.tp},{entry.pp}> sp {entry.sp} is already on line "
+                f"{seen[key]}; keep one"
+            )
+            continue
+        seen[key] = line
+        table.append(entry)
+    if not problems:
+        problems = _not_monotone(path, table)
+    if problems:
+        raise ConfigError(first_problems(problems))
+    return MemoryProfile(tuple(sorted(table)), path, read_meta(path), digest)
+
+
+def append_row(path: str | os.PathLike[str], columns: Sequence[str], row: Sequence[object]) -> None:
+    """Append one row and flush it to disk; a new file gets the header first.
+
+    A last line without its line end (a writer died in the middle) is cut off first, so that a
+    sweep resumed after a crash leaves no broken row.
+
+    Raises
+    ------
+    ValueError
+        If ``row`` and ``columns`` differ in length.
+    """
+    if len(row) != len(columns):
+        raise ValueError(f"{len(row)} values for the columns {', '.join(columns)}")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        _cut_torn_line(file)
+        text = ",".join(str(value) for value in row) + "\n"
+        if file.tell() == 0:
+            text = ",".join(columns) + "\n" + text
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _cut_torn_line(file: Any) -> None:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    content = file.read(size)
+    end = content.rfind(b"\n") + 1
+    if end < size:
+        file.truncate(end)
+    file.seek(0, os.SEEK_END)
+
+
+def _published_spelling(folder: Path, name: str, model: str) -> Path:
+    """Prefer our name; take LobRA's (``..._llama_7B...``) where only that exists."""
+    path = folder / name
+    slug = model_slug(model)
+    published = folder / name.replace(slug, f"llama_{slug}", 1)
+    return published if published.is_file() and not path.is_file() else path
+
+
+def _read_rows(
+    path: Path, columns: tuple[str, ...], command: str
+) -> tuple[list[tuple[int, dict[str, str]]], str]:
+    try:
+        data = path.read_bytes()
+        text = data.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such profile; make it with `{command}` or give its path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as CSV text ({error})") from error
+    reader = csv.DictReader(text.splitlines(), skipinitialspace=True)
+    header = [(name or "").strip() for name in reader.fieldnames or ()]
+    reader.fieldnames = header
+    missing = [name for name in columns if name not in header]
+    if missing:
+        raise ConfigError(
+            f"{path}: column {', '.join(missing)} is missing; the header must hold "
+            f"{','.join(columns)}, it is {','.join(header) or 'empty'}"
+        )
+    rows = [
+        (reader.line_num, {name: (row.get(name) or "").strip() for name in columns})
+        for row in reader
+        if any((value or "").strip() for value in row.values() if isinstance(value, str))
+    ]
+    if not rows:
+        raise ConfigError(f"{path}: has no rows; make the profile with `{command}`")
+    return rows, hashlib.sha256(data).hexdigest()[:16]
+
+
+def _numbers(
+    path: Path, line: int, row: dict[str, str], names: tuple[str, ...], problems: list[str]
+) -> tuple[int, ...] | None:
+    """Return the row's whole numbers, or None with the problems noted."""
+    numbers = []
+    for name in names:
+        try:
+            number = float(row[name])
+            if not math.isfinite(number) or number != int(number):
+                raise ValueError
+        except ValueError:
+            problems.append(f"{path}: line {line}: {name}: {row[name]!r} is not a whole number")
+            continue
+        numbers.append(int(number))
+    return tuple(numbers) if len(numbers) == len(names) else None
+
+
+def _finite(path: Path, line: int, text: str, problems: list[str]) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        problems.append(f"{path}: line {line}: time: {text!r} is not a number of ms")
+        return None
+    if not math.isfinite(value):
+        problems.append(f"{path}: line {line}: time: {text} is not finite; measure the row again")
+        return None
+    return value
+
+
+def _not_monotone(path: Path, table: list[MemoryRow]) -> list[str]:
+    problems = []
+    for less in table:
+        for more in table:
+            neighbours = more.tp >= less.tp and more.pp >= less.pp and more.sp == less.sp
+            slack = max(MONOTONE_SLACK_TOKENS, less.max_tokens // 32)
+            if neighbours and more.max_tokens < less.max_tokens - slack:
+                problems.append(
+                    f"{path}: not monotone: <{more.tp},{more.pp}> holds {more.max_tokens} tokens, "
+                    f"fewer than <{less.tp},{less.pp}> with {less.max_tokens}; measure both again"
+                )
+    return problems
