@@ -1,0 +1,103 @@
+"""Sequence lengths instead of data sets, so that planning needs no data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tasks.errors import ConfigError
+
+Lengths = NDArray[np.int64]
+
+
+def load_lengths(path: str | Path) -> dict[str, Lengths]:
+    """Return every task's sequence lengths in tokens, int64 [num_sequences], by the task's name.
+
+    Parameters
+    ----------
+    path
+        A JSON file ``{"<task>": [int, ...]}``, or a folder with one ``<task>.npy`` per task.
+
+    Raises
+    ------
+    ConfigError
+        Naming every task whose lengths are not positive integers.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = _load_folder(path)
+    elif path.is_file():
+        found = _load_json(path)
+    else:
+        raise ConfigError(
+            f"no lengths at {path}: want a JSON file of lists of integers by task, "
+            "or a folder with one .npy file per task"
+        )
+    problems: list[str] = []
+    lengths = {name: _check(values, where, problems) for name, (where, values) in found.items()}
+    if problems:
+        raise ConfigError(problems)
+    return lengths
+
+
+def _load_json(path: Path) -> dict[str, tuple[str, Any]]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: line {error.lineno}: not valid JSON: {error.msg}") from None
+    if not isinstance(document, dict) or not document:
+        raise ConfigError(f"{path}: want an object with a list of lengths for each task")
+    return {name: (f"{path}: {name}", values) for name, values in document.items()}
+
+
+def _load_folder(path: Path) -> dict[str, tuple[str, Any]]:
+    files = sorted(path.glob("*.npy"))
+    if not files:
+        raise ConfigError(f"{path}: no .npy file in this folder, want one per task")
+    found: dict[str, tuple[str, Any]] = {}
+    problems = []
+    for file in files:
+        try:
+            found[file.stem] = (str(file), np.load(file, allow_pickle=False))
+        except (ValueError, EOFError) as error:
+            problems.append(f"{file}: not an array of numbers ({error})")
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+def _check(values: Any, where: str, problems: list[str]) -> Lengths:
+    """Return the lengths as an array; report what is no flat list of positive integers."""
+    nothing = np.empty(0, dtype=np.int64)
+    if isinstance(values, list):
+        for index, value in enumerate(values):
+            if not isinstance(value, int) or isinstance(value, bool):
+                problems.append(f"{where}[{index}] = {value!r}: want a positive integer")
+                return nothing
+        try:
+            array = np.array(values, dtype=np.int64)
+        except OverflowError:
+            problems.append(f"{where}: holds an integer beyond 64 bits, want lengths in tokens")
+            return nothing
+    elif isinstance(values, np.ndarray):
+        if values.ndim != 1 or values.dtype.kind not in "iu":
+            problems.append(
+                f"{where}: is {values.dtype} of shape {values.shape}, want integers of one axis"
+            )
+            return nothing
+        array = values.astype(np.int64)
+    else:
+        problems.append(f"{where} = {values!r:.60}: want a list of lengths")
+        return nothing
+    if not len(array):
+        problems.append(f"{where}: is empty, want at least one length")
+    elif array.min() < 1:
+        index = int(np.argmax(array < 1))
+        problems.append(f"{where}[{index}] = {array[index]}: want a positive integer")
+    return array
