@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Trains every task's adapter on a plan. Without STRATEGY_CONFIG the plan is made first, by pruning.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+usage 8 11 "MODEL NUM_GPUS BUCKET_NUM TRAIN_TASK_NUM MAX_SEQ_LENGTH SERVER_ADDR SERVER_PORT TRAINER_CONFIG [STRATEGY_CONFIG] [HOST_FILE] [ENV_FILE]" "$@"
+model=${ARGS[0]} num_gpus=${ARGS[1]} buckets=${ARGS[2]} tasks=${ARGS[3]} length=${ARGS[4]}
+config=${ARGS[7]} strategy=${ARGS[8]-}
+source_env_file "${ARGS[10]-}"
+need_lobra
+
+name=$(basename "${config%.*}")
+if [[ -z $strategy ]]; then
+    strategy="${name}_prune_${num_gpus}gpus"
+    EXPR_DEPLOY_PATTERN=PRUNE deploy_strategy_plan --model "$model" --num-gpus "$num_gpus" \
+        --num-buckets "$buckets" --num-tasks "$tasks" --max-seq-length "$length" \
+        --trainer-config "$config" --strategy-config "$strategy"
+fi
+output=()
+if [[ " ${OPTIONS[*]-} " != *" --output-dir "* ]]; then
+    output=(--output-dir "runs/${name}_$(date +%Y%m%d_%H%M%S)")
+fi
+exec lobra train --model "$model" --trainer-config "$config" --strategy-config "$strategy" \
+    --num-tasks "$tasks" --num-buckets "$buckets" \
+    --server-addr "${ARGS[5]}" --server-port "${ARGS[6]}" \
+    ${ARGS[9]:+--host-file "${ARGS[9]}"} ${ARGS[10]:+--env-file "${ARGS[10]}"} \
+    "${output[@]}" "${OPTIONS[@]}"

@@ -1,0 +1,93 @@
+"""The `lobra` command: a thin door to the packages' own command lines.
+
+A subcommand is a module with `add_arguments(parser)` and `run(args) -> exit code`. Only the module
+that is asked for is imported, so that `lobra plan` never pays for importing torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tasks.errors import ConfigError
+
+EXIT_OK, EXIT_FAILURE, EXIT_USER_MISTAKE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: the module that holds it and one line of help."""
+
+    module: str
+    help: str
+
+
+COMMANDS = {
+    "profile": Command("profiler.cli", "measure what layouts cost on this machine"),
+    "plan": Command("planner.cli", "choose which replicas to deploy"),
+    "simulate": Command("planner.simulate_cli", "run a plan's steps under the cost model"),
+    "train": Command("trainer.train_cli", "train every task's adapter on a plan"),
+    "report": Command("trainer.report_cli", "tables and plots of a run or a simulation"),
+    "doctor": Command("trainer.doctor", "what this machine has and lacks"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `lobra <command> ...` and return its exit code (CONTRACT: 0, 1, 2 or 130)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _top_parser()
+    args, rest = parser.parse_known_args(argv[:1])
+    if args.command is None:
+        parser.print_help()
+        return EXIT_USER_MISTAKE
+    command = COMMANDS[args.command]
+    module = importlib.import_module(command.module)
+    sub_parser = argparse.ArgumentParser(
+        prog=f"lobra {args.command}", description=command.help.capitalize() + "."
+    )
+    module.add_arguments(sub_parser)
+    sub_args = sub_parser.parse_args([*rest, *argv[1:]])
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    return guarded(module.run, sub_args)
+
+
+def guarded(run: Callable[[Any], int], args: argparse.Namespace) -> int:
+    """Return `run(args)`; turn errors into the contract's messages and exit codes.
+
+    A user's mistake is printed without a traceback (2), Ctrl-C ends with 130, anything else with
+    its traceback and 1.
+    """
+    try:
+        return run(args)
+    except ConfigError as error:
+        print(f"lobra: {error}", file=sys.stderr)
+        return EXIT_USER_MISTAKE
+    except KeyboardInterrupt:
+        print("lobra: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        return EXIT_FAILURE
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    width = max(map(len, COMMANDS))
+    listing = "\n".join(f"  {name:<{width}}  {entry.help}" for name, entry in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="lobra",
+        description="Multi-tenant LoRA fine-tuning on heterogeneous parallel layouts.",
+        epilog=f"commands:\n{listing}\n\n`lobra <command> --help` explains each.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", nargs="?", choices=tuple(COMMANDS), metavar="command")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
