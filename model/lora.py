@@ -42,11 +42,13 @@ class AdapterSpec:
 
 @dataclass
 class Adapter:
-    """One task's A [r, I] and B [O, r] on one linear layer."""
+    """One task's A [r, I] and B [O, r] on one linear layer; `key` is unique to (task, layer)."""
 
     A: nn.Parameter
     B: nn.Parameter
     scaling: float
+    dropout: float = 0.0
+    key: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,13 @@ class RowSegment:
 
 @dataclass
 class RowTasks:
-    """Which rows of the micro-batch now running belong to which task (one object a stage)."""
+    """What the micro-batch now running is made of (one object a stage).
+
+    `noise_seed` seeds LoRA dropout; None switches it off.
+    """
 
     segments: tuple[RowSegment, ...] = ()
+    noise_seed: int | None = None
 
 
 def row_segments(row_tasks: Sequence[int]) -> tuple[RowSegment, ...]:
@@ -76,6 +82,12 @@ def row_segments(row_tasks: Sequence[int]) -> tuple[RowSegment, ...]:
     return tuple(segments)
 
 
+def adapter_key(spec: AdapterSpec, layer: int, module: str) -> int:
+    """Return a 63-bit number unique to the adapter's seed, task, layer and module."""
+    digest = hashlib.sha256(f"{spec.seed}/{spec.name}/{layer}/{module}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
 def init_adapter(
     spec: AdapterSpec, layer: int, module: str, in_features: int, out_features: int
 ) -> tuple[Tensor, Tensor]:
@@ -85,8 +97,7 @@ def init_adapter(
     1/sqrt(in_features). The draw depends on (seed, task, layer, module) only, so every rank of
     every plan starts from the same adapter.
     """
-    digest = hashlib.sha256(f"{spec.seed}/{spec.name}/{layer}/{module}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    generator = torch.Generator().manual_seed(adapter_key(spec, layer, module))
     bound = 1.0 / math.sqrt(in_features)
     A_rI = torch.empty(spec.rank, in_features).uniform_(-bound, bound, generator=generator)
     return A_rI, torch.zeros(out_features, spec.rank)
@@ -155,11 +166,27 @@ class MultiAdapterLinear(nn.Module):
 
     def _update(self, adapter: Adapter, x_BSi: Tensor) -> Tensor:
         A_rI, B_Or = adapter.A.to(x_BSi.dtype), adapter.B.to(x_BSi.dtype)
+        if adapter.dropout > 0.0 and self.row_tasks.noise_seed is not None:
+            x_BSi = x_BSi * self._kept(adapter, x_BSi, self.row_tasks.noise_seed)
         if self.shard.is_row_parallel:
             A_rI = A_rI[:, self.shard.inputs.start : self.shard.inputs.stop]
         else:
             B_Or = B_Or[self.shard.outputs.start : self.shard.outputs.stop]
         return functional.linear(functional.linear(x_BSi, A_rI), B_Or * adapter.scaling)
+
+
+    def _kept(self, adapter: Adapter, x_BSi: Tensor, noise_seed: int) -> Tensor:
+        """Return the dropout factors of x: 0 or 1 / (1 - p), the same on the whole TP group.
+
+        They are drawn for the unsharded input and cut to the shard, so that they depend on the
+        micro-batch, the task and the layer, but not on the layout.
+        """
+        generator = torch.Generator(x_BSi.device)
+        generator.manual_seed((noise_seed * 0x9E3779B1 + adapter.key) & 0x7FFFFFFFFFFFFFFF)
+        full = (*x_BSi.shape[:-1], self.shard.in_features)
+        drawn = torch.rand(full, generator=generator, device=x_BSi.device)
+        drawn = drawn[..., self.shard.inputs.start : self.shard.inputs.stop]
+        return (drawn >= adapter.dropout).to(x_BSi.dtype) / (1.0 - adapter.dropout)
 
 
 @dataclass

@@ -28,6 +28,7 @@ from model.lora import (
     MultiAdapterLinear,
     RowTasks,
     Shard,
+    adapter_key,
     init_adapter,
     row_segments,
 )
@@ -47,13 +48,14 @@ class MicroBatchTensors:
     tokens [B, S] and labels [B, S] (-100 where there is no loss; the label of a position is its
     own token, the shift happens in the loss) are padded on the right; `row_tasks` gives each
     row's task index, rows of a task adjacent; `task_weights[t]` multiplies the summed loss of
-    task t (1 / its target tokens in the global batch).
+    task t (1 / its target tokens in the global batch); `noise_seed` seeds LoRA dropout (None: off).
     """
 
     tokens_BS: Tensor
     labels_BS: Tensor
     row_tasks: tuple[int, ...]
     task_weights: Tensor
+    noise_seed: int | None = None
 
 
 class Stage(nn.Module):
@@ -96,6 +98,7 @@ class Stage(nn.Module):
         right and attention is causal, so no real token ever sees a padded one.
         """
         self.row_tasks.segments = row_segments(batch.row_tasks)
+        self.row_tasks.noise_seed = batch.noise_seed
         if received_BSD is None:
             received_BSD = self.decoder.embed_tokens(batch.tokens_BS)
         output = self.decoder(inputs_embeds=received_BSD, attention_mask=None, use_cache=False)
@@ -265,7 +268,11 @@ def _add_adapters(
             continue
         A_rI, B_Or = init_adapter(spec, layer, module, shard.in_features, shard.out_features)
         adapter = Adapter(
-            nn.Parameter(A_rI.to(device)), nn.Parameter(B_Or.to(device)), spec.scaling
+            A=nn.Parameter(A_rI.to(device)),
+            B=nn.Parameter(B_Or.to(device)),
+            scaling=spec.scaling,
+            dropout=spec.dropout,
+            key=adapter_key(spec, layer, module),
         )
         linear.adapters[task] = adapter
         bank.adapters[task].setdefault(layer, {})[module] = adapter

@@ -1,0 +1,79 @@
+"""Runs made by hand: random data, a plan from layouts, a cost model with plain costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from model.shapes import read_shape
+from planner.layout import Layout
+from planner.placement import place
+from planner.plan import Plan, ReplicaGroup
+from profiler.cost_model import CostModel, fit_cost_model
+from profiler.profiles import TimeProfile
+from tasks.config import TaskConfig
+from tasks.dataset import TokenizedDataset
+from trainer.run_spec import RunSpec
+
+
+def plain_cost_model(num_layers: int, tps: tuple[int, ...] = (1, 2, 4, 8)) -> CostModel:
+    """Return a cost model fitted to t = 1 + tokens / 200 / tp + tokens * length / 1e5 / tp ms."""
+    rows = [(tp, s, b) for tp in tps for s in (16, 64, 128, 256, 512) for b in (1, 2, 4, 8)]
+    tp, s, b = (np.asarray(column, dtype=np.int64) for column in zip(*rows, strict=True))
+    time_ms = 1.0 + b * s / 200 / tp + b * s * s / 1e5 / tp
+    return fit_cost_model(TimeProfile(tp, s, b, time_ms), num_layers)
+
+
+def make_plan(layouts: list[tuple[int, int]], max_tokens: int) -> Plan:
+    """Return a plan with one replica per <tp,pp>; larger layouts hold more tokens."""
+    groups = [ReplicaGroup(Layout(tp, pp), 1, max_tokens * tp * pp) for tp, pp in layouts]
+    return Plan(tuple(groups))
+
+
+def random_dataset(num: int, shortest: int, longest: int, vocab: int, seed: int) -> TokenizedDataset:
+    """Return random sequences whose first third is prompt (masked)."""
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(shortest, longest + 1, num)
+    tokens = generator.integers(3, vocab, int(lengths.sum())).astype(np.int32)
+    labels = tokens.copy()
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    for start, length in zip(offsets[:-1], lengths, strict=True):
+        labels[start : start + max(1, length // 3)] = -100
+    return TokenizedDataset(tokens, labels, offsets, 0, 0)
+
+
+def make_run(
+    folder: Path,
+    model_folder: Path,
+    tasks: tuple[TaskConfig, ...],
+    datasets: list[TokenizedDataset],
+    plan: Plan,
+    steps: int,
+    **changes: object,
+) -> RunSpec:
+    """Save the data and return the run that trains `tasks` on `plan` on CPU ranks."""
+    shape = read_shape(model_folder)
+    values: dict = dict(
+        model_folder=model_folder,
+        base_model=str(model_folder),
+        tasks=tasks,
+        num_steps=tuple(task.steps or steps for task in tasks),
+        last_step=steps,
+        plan=plan,
+        grids=place(plan, 1 << 20),
+        cost_model=plain_cost_model(shape.num_layers),
+        output_dir=folder,
+        precision="fp32",
+        device="cpu",
+        num_buckets=4,
+        dynamic_buckets=True,
+        buckets=(),
+        dispatch_mode="balance",
+        seed=0,
+        record_sequences=True,
+    )
+    run = RunSpec(**{**values, **changes})
+    for task, data in enumerate(datasets):
+        data.save(run.data_folder(task))
+    return run

@@ -1,0 +1,197 @@
+"""Joint equals alone: every adapter of a joint run on any plan is what PEFT gets on one process.
+
+The reference is PEFT and torch only: PEFT's own initialisation, its LoRA layers, transformers'
+loss, torch's AdamW, clipping and schedule. Nothing of ours but the order of the sequences.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, get_scheduler
+
+from tasks.config import TaskConfig
+from tasks.dataset import TokenizedDataset
+from tasks.sampling import sample_indices
+from tests.model.support import save_llama
+from tests.trainer.support import make_plan, make_run, random_dataset
+from trainer.run import run_local
+
+STEPS = 5
+VOCAB = 256
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+TASKS = (
+    dict(
+        name="attention",
+        rank=4,
+        lora_alpha=8,
+        target_modules=("q_proj", "k_proj", "v_proj", "o_proj"),
+        global_batch_size=5,
+        learning_rate=3e-3,
+        max_grad_norm=0.05,
+        lr_scheduler="cosine",
+        warmup_steps=2,
+    ),
+    dict(
+        name="everything",
+        rank=8,
+        lora_alpha=8,
+        target_modules=ALL_LINEAR,
+        global_batch_size=8,
+        learning_rate=1e-2,
+        weight_decay=0.1,
+        max_grad_norm=1.0,
+    ),
+    dict(
+        name="few",  # one long sequence a step: absent on most replicas; ends before the others
+        rank=2,
+        lora_alpha=16,
+        target_modules=("down_proj", "up_proj"),
+        global_batch_size=1,
+        learning_rate=5e-3,
+        max_grad_norm=0.5,
+        lr_scheduler="linear",
+        steps=4,
+    ),
+)
+LENGTHS = ((8, 40), (6, 60), (70, 90))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("equality") / "base")
+
+
+@pytest.fixture(scope="module")
+def datasets() -> list[TokenizedDataset]:
+    return [
+        random_dataset(20, shortest, longest, VOCAB, seed)
+        for seed, (shortest, longest) in enumerate(LENGTHS)
+    ]
+
+
+@pytest.fixture(scope="module")
+def starts(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """PEFT's own fresh adapters, B made non-zero so that A has a gradient from the first step."""
+    folders = []
+    for number, task in enumerate(TASKS):
+        torch.manual_seed(100 + number)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora_config(task))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.02)
+        folders.append(tmp_path_factory.mktemp("start") / task["name"])
+        model.save_pretrained(folders[-1])
+    return folders
+
+
+def lora_config(task: dict) -> LoraConfig:
+    return LoraConfig(
+        r=task["rank"],
+        lora_alpha=task["lora_alpha"],
+        target_modules=list(task["target_modules"]),
+        task_type="CAUSAL_LM",
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(base: Path, datasets: list[TokenizedDataset], starts: list[Path]) -> list[dict]:
+    """What PEFT gets on one process, each task on its own: final tensors and losses per step."""
+    results = []
+    for number, task in enumerate(TASKS):
+        model = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(base), starts[number], is_trainable=True
+        )
+        model.train()
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            trainable, lr=task["learning_rate"], weight_decay=task.get("weight_decay", 0.0)
+        )
+        steps = task.get("steps", STEPS)
+        scheduler = get_scheduler(
+            task.get("lr_scheduler", "constant_with_warmup"),
+            optimizer,
+            num_warmup_steps=task.get("warmup_steps", 0),
+            num_training_steps=steps,
+        )
+        losses = []
+        for step in range(steps):
+            indices = sample_indices(20, task["global_batch_size"], seed=0, step=step)
+            tokens, labels, mask = padded(datasets[number], indices)
+            loss = model(input_ids=tokens, attention_mask=mask, labels=labels).loss
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trainable, task["max_grad_norm"])
+            optimizer.step()
+            scheduler.step()
+            losses.append(loss.item())
+        folder = starts[number].with_name("alone")
+        model.save_pretrained(folder)
+        results.append(
+            {"tensors": load_file(folder / "adapter_model.safetensors"), "losses": losses}
+        )
+    return results
+
+
+def padded(
+    dataset: TokenizedDataset, indices: np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    longest = int(dataset.lengths[indices].max())
+    tokens = torch.zeros(len(indices), longest, dtype=torch.int64)
+    labels = torch.full((len(indices), longest), -100)
+    mask = torch.zeros(len(indices), longest, dtype=torch.int64)
+    for row, index in enumerate(indices):
+        ids, targets = dataset.sequence(int(index))
+        tokens[row, : len(ids)] = torch.from_numpy(np.array(ids))
+        labels[row, : len(ids)] = torch.from_numpy(np.array(targets))
+        mask[row, : len(ids)] = 1
+    return tokens, labels, mask
+
+
+PLANS = {
+    "one <1,1>": [(1, 1)],
+    "<1,1>x2 <2,1> <1,2>": [(1, 1), (1, 1), (2, 1), (1, 2)],
+    "<1,1> <2,2>": [(1, 1), (2, 2)],
+}
+
+
+@pytest.mark.parametrize("layouts", PLANS.values(), ids=PLANS.keys())
+def test_joint_equals_alone(
+    layouts: list[tuple[int, int]],
+    base: Path,
+    datasets: list[TokenizedDataset],
+    starts: list[Path],
+    alone: list[dict],
+    tmp_path: Path,
+) -> None:
+    tasks = tuple(
+        TaskConfig(dataset_name="random", context_length=128, resume_from=str(start), **task)
+        for task, start in zip(TASKS, starts, strict=True)
+    )
+    plan = make_plan(layouts, max_tokens=128)
+    run = make_run(tmp_path / "run", base, tasks, datasets, plan, STEPS)
+    ranks = run_local(run)
+
+    for number, task in enumerate(tasks):
+        joint = load_file(run.adapter_folder(number) / "adapter_model.safetensors")
+        assert joint.keys() == alone[number]["tensors"].keys()
+        for name, expected in alone[number]["tensors"].items():
+            error = float((joint[name] - expected).norm() / expected.norm())
+            assert error < 1e-4, f"{task.name} {name}: relative error {error:.1e}"
+        losses = [step.tasks[task.name].loss for step in ranks[0].steps if task.name in step.tasks]
+        np.testing.assert_allclose(losses, alone[number]["losses"], rtol=1e-4)
+
+    trained = [batch for rank in ranks for batch in rank.trained]
+    absent = {
+        (number, replica)
+        for number in range(len(tasks))
+        for replica in range(len(layouts))
+        if not any(number in b.tasks for b in trained if b.replica == replica)
+    }
+    assert len(layouts) == 1 or absent, "the test means some task to be absent on some replica"

@@ -1,0 +1,1 @@
+"""Running it: launch, placement, step loop, adapter optimisation, checkpoints, metrics."""

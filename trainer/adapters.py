@@ -1,0 +1,177 @@
+"""Adapters in and out: gathered from their holders, written and read in PEFT's format."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model.lora import AdapterBank, AdapterSpec, peft_name
+from model.shapes import ModelShape
+from model.topology import Grid, layer_blocks
+from tasks.config import TaskConfig
+from tasks.errors import ConfigError
+from tasks.files import write_atomic
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+def adapter_spec(task: TaskConfig) -> AdapterSpec:
+    """Return the adapter a task trains."""
+    return AdapterSpec(
+        name=task.name,
+        rank=task.rank,
+        alpha=task.lora_alpha,
+        target_modules=task.target_modules,
+        dropout=task.lora_dropout,
+        seed=task.seed,
+    )
+
+
+def tensor_shapes(
+    spec: AdapterSpec, shape: ModelShape, layers: range
+) -> dict[str, tuple[int, int]]:
+    """Return PEFT's names and the shapes of an adapter's tensors in these layers."""
+    sizes = shape.linear_sizes()
+    shapes = {}
+    for layer in layers:
+        for module in spec.target_modules:
+            inputs, outputs = sizes[module]
+            name = peft_name(layer, module)
+            shapes[f"{name}.lora_A.weight"] = (spec.rank, inputs)
+            shapes[f"{name}.lora_B.weight"] = (outputs, spec.rank)
+    return shapes
+
+
+def gather_adapter(
+    bank: AdapterBank,
+    task: int,
+    shape: ModelShape,
+    grids: Sequence[Grid],
+    group: dist.ProcessGroup,
+) -> dict[str, Tensor]:
+    """Return the task's whole adapter on rank 0 (CPU, fp32), {} elsewhere. Collective.
+
+    Each layer block is sent by its first holder, over a CPU group.
+    """
+    rank = dist.get_rank()
+    own = bank.named_tensors(task)
+    gathered: dict[str, Tensor] = {}
+    for block in layer_blocks(grids, shape.num_layers):
+        owner = block.holders[0]
+        if rank not in (0, owner):
+            continue
+        for name, size in tensor_shapes(bank.specs[task], shape, block.layers).items():
+            if rank == owner:
+                value = own[name].to("cpu", torch.float32).clone()
+            else:
+                value = torch.empty(size)
+            if owner != 0:
+                if rank == owner:
+                    dist.send(value, 0, group=group)
+                else:
+                    dist.recv(value, owner, group=group)
+            if rank == 0:
+                gathered[name] = value
+    return gathered
+
+
+def save_adapter(
+    folder: Path, spec: AdapterSpec, tensors: Mapping[str, Tensor], base_model: str
+) -> None:
+    """Write an adapter folder that `peft.PeftModel.from_pretrained` and vLLM load unchanged.
+
+    The folder appears complete or not at all; an older one of that name is replaced.
+    """
+    draft = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    save_file(dict(tensors), draft / WEIGHTS_FILE, metadata={"format": "pt"})
+    write_atomic(draft / CONFIG_FILE, json.dumps(peft_config(spec, base_model), indent=2) + "\n")
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.rename(draft, folder)
+
+
+def peft_config(spec: AdapterSpec, base_model: str) -> dict[str, Any]:
+    """Return the content of `adapter_config.json`."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": spec.rank,
+        "lora_alpha": spec.alpha,
+        "lora_dropout": spec.dropout,
+        "target_modules": list(spec.target_modules),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_rslora": False,
+        "use_dora": False,
+    }
+
+
+def check_adapter(folder: Path, spec: AdapterSpec) -> list[str]:
+    """Return what is wrong with starting a task from this PEFT adapter folder (empty: nothing)."""
+    config_path = folder / CONFIG_FILE
+    weights_path = folder / WEIGHTS_FILE
+    missing = [str(path) for path in (config_path, weights_path) if not path.is_file()]
+    if missing:
+        return [f"task {spec.name}: resume_from: {', '.join(missing)} not found"]
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        with safe_open(weights_path, framework="pt") as file:
+            names = set(file.keys())
+    except Exception as error:  # any unreadable file is the same mistake
+        return [f"task {spec.name}: resume_from: {folder}: not readable ({error})"]
+    problems = []
+    wanted = {"r": spec.rank, "lora_alpha": spec.alpha}
+    for field, value in wanted.items():
+        if config.get(field) != value:
+            problems.append(
+                f"task {spec.name}: resume_from: {config_path}: {field} is "
+                f"{config.get(field)!r}, the task says {value!r}"
+            )
+    for field in ("use_rslora", "use_dora", "modules_to_save", "rank_pattern", "alpha_pattern"):
+        if config.get(field):
+            problems.append(
+                f"task {spec.name}: resume_from: {config_path}: {field} is not supported"
+            )
+    modules = {name.split(".lora_")[0].rpartition(".")[2] for name in names}
+    if modules != set(spec.target_modules):
+        problems.append(
+            f"task {spec.name}: resume_from: {weights_path} has modules {sorted(modules)}, "
+            f"the task says {sorted(spec.target_modules)}"
+        )
+    return problems
+
+
+def load_adapter(folder: Path, bank: AdapterBank, task: int) -> None:
+    """Load a PEFT adapter folder into this rank's layers of the task.
+
+    Raises:
+        ConfigError: a tensor is missing or has another shape.
+    """
+    try:
+        bank.load(task, load_file(folder / WEIGHTS_FILE))
+    except (KeyError, ValueError) as error:
+        name = bank.specs[task].name
+        raise ConfigError(
+            f"task {name}: resume_from: {folder / WEIGHTS_FILE} does not fit: {error}"
+        ) from error

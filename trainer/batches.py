@@ -1,0 +1,107 @@
+"""Global batches: which sequences a step trains, and the tensors of a dispatched micro-batch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model.stage import IGNORED_LABEL, MicroBatchTensors
+from tasks.config import TaskConfig
+from tasks.dataset import TokenizedDataset
+from tasks.sampling import sample_indices
+
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """The sequences of one step over all running tasks: parallel arrays of equal size.
+
+    `tasks[i]` is the task of sequence i, `indices[i]` its place in the task's data set,
+    `lengths[i]` its tokens. Sequences are ordered by task.
+    """
+
+    tasks: IntArray
+    indices: IntArray
+    lengths: IntArray
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+
+def draw_global_batch(
+    tasks: Sequence[TaskConfig],
+    datasets: Sequence[TokenizedDataset],
+    num_steps: Sequence[int],
+    seed: int,
+    step: int,
+) -> GlobalBatch:
+    """Return the global batch of `step` (0-based): a pure function of (seed, task, step).
+
+    A task whose own steps are over takes no part.
+    """
+    parts = []
+    for number, (task, dataset) in enumerate(zip(tasks, datasets, strict=True)):
+        if step >= num_steps[number]:
+            continue
+        indices = sample_indices(len(dataset), task.global_batch_size, seed + task.seed, step)
+        parts.append((np.full(len(indices), number), indices, dataset.lengths[indices]))
+    columns = [
+        np.concatenate([part[column] for part in parts]).astype(np.int64)
+        if parts
+        else np.empty(0, dtype=np.int64)
+        for column in range(3)
+    ]
+    return GlobalBatch(*columns)
+
+
+def target_tokens(batch: GlobalBatch, datasets: Sequence[TokenizedDataset]) -> IntArray:
+    """Return each task's number of positions with a loss in the global batch [num_tasks].
+
+    A sequence's first token is never predicted, so its label never counts.
+    """
+    counts = np.zeros(len(datasets), dtype=np.int64)
+    for task, index in zip(batch.tasks, batch.indices, strict=True):
+        labels = datasets[task].sequence(int(index))[1]
+        counts[task] += int(np.count_nonzero(labels[1:] != IGNORED_LABEL))
+    return counts
+
+
+def micro_batch_tensors(
+    batch: GlobalBatch,
+    rows: IntArray,
+    padded_length: int,
+    datasets: Sequence[TokenizedDataset],
+    task_weights: torch.Tensor,
+    device: torch.device,
+    seed: int,
+) -> MicroBatchTensors:
+    """Return the padded tensors of the micro-batch made of the global batch's `rows`.
+
+    Rows of a task are made adjacent; padding is on the right and carries no label. The seed of
+    LoRA dropout comes from `seed` and the sequences in the micro-batch.
+    """
+    rows = rows[np.lexsort((rows, batch.tasks[rows]))]
+    tokens = np.zeros((len(rows), padded_length), dtype=np.int64)
+    labels = np.full((len(rows), padded_length), IGNORED_LABEL, dtype=np.int64)
+    for place, row in enumerate(rows):
+        sequence, targets = datasets[batch.tasks[row]].sequence(int(batch.indices[row]))
+        tokens[place, : len(sequence)] = sequence
+        labels[place, : len(targets)] = targets
+    return MicroBatchTensors(
+        tokens_BS=torch.from_numpy(tokens).to(device),
+        labels_BS=torch.from_numpy(labels).to(device),
+        row_tasks=tuple(int(task) for task in batch.tasks[rows]),
+        task_weights=task_weights,
+        noise_seed=_noise_seed(seed, batch.tasks[rows], batch.indices[rows]),
+    )
+
+
+def _noise_seed(seed: int, tasks: IntArray, indices: IntArray) -> int:
+    content = np.concatenate([[seed], tasks, indices]).astype("<i8").tobytes()
+    return int.from_bytes(hashlib.sha256(content).digest()[:7], "little")

@@ -1,0 +1,118 @@
+"""What a run leaves behind while it runs: metrics.jsonl and TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class TaskMetrics:
+    """One task's step: mean loss per target token, target tokens, sequences, norm, rate."""
+
+    loss: float
+    tokens: int
+    sequences: int
+    grad_norm: float
+    lr: float
+    applied: bool
+
+
+@dataclass(frozen=True)
+class ReplicaMetrics:
+    """One replica's step: seconds it computed, seconds predicted by its assignment's share."""
+
+    layout: str
+    busy_s: float
+    micro_batches: int
+    padded_tokens: int
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One step (0-based). Times in seconds, tokens over all tasks."""
+
+    step: int
+    step_time_s: float
+    predicted_step_time_s: float
+    dispatch_time_s: float
+    dispatch_wait_s: float
+    update_time_s: float
+    tokens: int
+    padded_tokens: int
+    gpu_seconds: float
+    tasks: dict[str, TaskMetrics]
+    replicas: list[ReplicaMetrics]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Return real (unpadded) tokens a second."""
+        return self.tokens / self.step_time_s
+
+
+class MetricsWriter:
+    """Appends a line a step to metrics.jsonl and mirrors it to TensorBoard."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.file = (folder / METRICS_FILE).open("a", encoding="utf-8")
+        self.board = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Write one step and flush it, so that a crash loses nothing already printed."""
+        self.file.write(json.dumps(asdict(metrics)) + "\n")
+        self.file.flush()
+        for name, value in _scalars(metrics).items():
+            self.board.add_scalar(name, value, metrics.step)  # type: ignore[no-untyped-call]
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.file.close()
+        self.board.close()  # type: ignore[no-untyped-call]
+
+
+def _scalars(metrics: StepMetrics) -> dict[str, float]:
+    scalars = {
+        "step/time_s": metrics.step_time_s,
+        "step/predicted_time_s": metrics.predicted_step_time_s,
+        "step/dispatch_wait_s": metrics.dispatch_wait_s,
+        "step/tokens_per_second": metrics.tokens_per_second,
+        "step/padding_ratio": 1 - metrics.tokens / max(1, metrics.padded_tokens),
+    }
+    for name, task in metrics.tasks.items():
+        scalars[f"loss/{name}"] = task.loss
+        scalars[f"grad_norm/{name}"] = task.grad_norm
+        scalars[f"lr/{name}"] = task.lr
+    for index, replica in enumerate(metrics.replicas):
+        scalars[f"replica_busy_s/{index}_{replica.layout}"] = replica.busy_s
+    return scalars
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the steps of a run; a last line cut short by a crash is left out.
+
+    Raises:
+        ValueError: a line before the last is not JSON.
+    """
+    steps = []
+    lines = (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            steps.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{folder / METRICS_FILE}:{number}: {error}") from error
+    return steps

@@ -1,0 +1,329 @@
+"""From what the user asked for to a checked `RunSpec`: everything is refused before it is started.
+
+All mistakes are collected and reported at once; nothing is written until there are none.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from model.shapes import ModelShape, layout_problem, read_shape, resolve_folder
+from planner.buckets import make_buckets
+from planner.placement import place
+from planner.plan import Plan, load_plan
+from profiler.cost_model import CostModel, fit_cost_model
+from profiler.profiles import default_head_path, default_time_path, load_time_profile
+from tasks.config import TaskConfig, TrainerConfig, load_trainer_config
+from tasks.dataset import TokenizedDataset, load_dataset
+from tasks.errors import ConfigError
+from tasks.files import write_atomic
+from tasks.sampling import num_steps
+from tasks.tokenizer import load_tokenizer
+from trainer.adapters import adapter_spec, check_adapter
+from trainer.metrics import METRICS_FILE
+from trainer.run_spec import CONFIG_FILE, DATA_FOLDER, RunSpec
+
+ONE_MACHINE = 1 << 30  # a CPU machine is one node, however many ranks it runs
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """What `lobra train` was asked for (the CLI's arguments, as values)."""
+
+    model: str
+    trainer_config: str
+    strategy_config: str
+    output_dir: Path
+    data_dir: Path = Path("data")
+    num_tasks: int | None = None
+    max_steps: int | None = None
+    max_seq_length: int | None = None
+    precision: str = "fp32"
+    device: str = "auto"
+    dynamic_buckets: bool = True
+    num_buckets: int = 16
+    dispatch_mode: str = "balance"
+    seed: int = 0
+    time_profile: Path | None = None
+    cost_model: str = "fitted"
+    gpus_per_node: int = 8
+    local_ranks: bool = True
+    record_sequences: bool = False
+
+
+class _Collector:
+    """Runs checks and keeps every problem."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+
+    def attempt(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return function(...), or None after noting the ConfigError it raised."""
+        try:
+            return function(*args, **kwargs)
+        except ConfigError as error:
+            self.problems += error.problems
+            return None
+
+    def raise_if_any(self) -> None:
+        if self.problems:
+            raise ConfigError(self.problems)
+
+
+def prepare(request: TrainRequest) -> RunSpec:
+    """Check the request, tokenise the data into the run's folder and return the RunSpec.
+
+    Raises:
+        ConfigError: with every mistake found; nothing was written then.
+    """
+    checks = _Collector()
+    config: TrainerConfig | None = checks.attempt(
+        load_trainer_config, request.trainer_config, request.num_tasks
+    )
+    plan: Plan | None = checks.attempt(load_plan, request.strategy_config)
+    folder: Path | None = checks.attempt(resolve_folder, request.model)
+    shape: ModelShape | None = checks.attempt(read_shape, folder) if folder else None
+    if (request.output_dir / METRICS_FILE).exists():
+        checks.problems.append(
+            f"--output-dir {request.output_dir}: already holds a run; choose another folder"
+        )
+    device = checks.attempt(_choose_device, request, plan)
+    grids = None
+    if plan is not None:
+        nodes = request.gpus_per_node if device == "cuda" else ONE_MACHINE
+        grids = checks.attempt(place, plan, nodes)
+    if shape is not None and plan is not None:
+        checks.problems += [
+            f"{request.strategy_config}: {problem} ({request.model})"
+            for layout in {group.layout for group in plan.groups}
+            if (problem := layout_problem(shape, layout.tp, layout.pp))
+        ]
+    cost_model = None
+    if shape is not None and plan is not None:
+        cost_model = checks.attempt(load_cost_model, request, shape, plan)
+    datasets: list[TokenizedDataset] = []
+    if config is not None and folder is not None:
+        tasks = _clip_context(config.tasks, request.max_seq_length)
+        for task in tasks:
+            if task.resume_from:
+                checks.problems += check_adapter(Path(task.resume_from), adapter_spec(task))
+        tokenizer = checks.attempt(load_tokenizer, folder)
+        if tokenizer is not None:
+            datasets = _load_datasets(checks, tasks, tokenizer, request.data_dir)
+            if plan is not None:
+                checks.problems += too_long(tasks, datasets, plan)
+            if shape is not None:
+                checks.problems += _foreign_tokens(tasks, datasets, shape)
+    checks.raise_if_any()
+    assert config and plan and folder and shape and grids and cost_model and device
+
+    training = [_training_part(task, data) for task, data in zip(tasks, datasets, strict=True)]
+    steps = tuple(num_steps(task, len(data)) for task, data in zip(tasks, training, strict=True))
+    last_step = max(steps) if request.max_steps is None else min(max(steps), request.max_steps)
+    lengths = np.concatenate([data.lengths for data in training])
+    run = RunSpec(
+        model_folder=folder,
+        base_model=str(folder.resolve()),
+        tasks=tasks,
+        num_steps=steps,
+        last_step=last_step,
+        plan=plan,
+        grids=grids,
+        cost_model=cost_model,
+        output_dir=request.output_dir,
+        precision=request.precision,
+        device=device,
+        num_buckets=request.num_buckets,
+        dynamic_buckets=request.dynamic_buckets,
+        buckets=tuple(int(b) for b in make_buckets(lengths, request.num_buckets)),
+        dispatch_mode=request.dispatch_mode,
+        seed=request.seed,
+        record_sequences=request.record_sequences,
+    )
+    _write_run_folder(run, request, training)
+    return run
+
+
+def _choose_device(request: TrainRequest, plan: Plan | None) -> str:
+    """Return "cuda" or "cpu"; refuse a plan that needs more GPUs than this machine has."""
+    import torch
+
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = request.device
+    if device == "auto":
+        device = "cuda" if found else "cpu"
+    if device == "cuda" and request.local_ranks and plan is not None and plan.num_gpus > found:
+        raise ConfigError(
+            f"{request.strategy_config}: the plan {plan} needs {plan.num_gpus} GPUs, this machine "
+            f"has {found}: {plan.num_gpus - found} missing; give --host-file for several "
+            f"machines, or --device cpu to run every rank as a CPU process"
+        )
+    if device == "cpu" and request.precision == "bf16":
+        return device  # supported, merely slow
+    return device
+
+
+def load_cost_model(request: TrainRequest, shape: ModelShape, plan: Plan) -> CostModel:
+    """Return the cost model the dispatcher balances with.
+
+    Raises:
+        ConfigError: there is no time profile, or it lacks a tensor-parallel degree of the plan.
+    """
+    path = request.time_profile or default_time_path(request.model)
+    if not Path(path).is_file():
+        raise ConfigError(
+            f"{path}: no time profile of {request.model}, which the dispatcher needs; measure it "
+            f"with scripts/cost_model_benchmark.sh or give --time-profile"
+        )
+    profile = load_time_profile(path)
+    head_path = default_head_path(request.model) if request.time_profile is None else None
+    head = load_time_profile(head_path) if head_path and Path(head_path).is_file() else None
+    model = fit_cost_model(
+        profile, shape.num_layers, kind=request.cost_model, head_profile=head
+    )
+    missing = sorted({group.layout.tp for group in plan.groups} - set(model.tps))
+    if missing:
+        raise ConfigError(
+            f"{path}: has tp {', '.join(map(str, model.tps))}, the plan also needs tp "
+            f"{', '.join(map(str, missing))}; profile them with scripts/cost_model_benchmark.sh"
+        )
+    return model
+
+
+def _clip_context(
+    tasks: Sequence[TaskConfig], max_seq_length: int | None
+) -> tuple[TaskConfig, ...]:
+    """Return the tasks with context_length no longer than `max_seq_length`."""
+    from dataclasses import replace
+
+    if max_seq_length is None:
+        return tuple(tasks)
+    return tuple(
+        replace(task, context_length=min(task.context_length, max_seq_length)) for task in tasks
+    )
+
+
+def _load_datasets(
+    checks: _Collector, tasks: Sequence[TaskConfig], tokenizer: Any, data_dir: Path
+) -> list[TokenizedDataset]:
+    """Return the tokenised data of every task, or [] after noting what is wrong with some."""
+    datasets = [checks.attempt(load_dataset, task, tokenizer, data_dir) for task in tasks]
+    return datasets if all(data is not None for data in datasets) else []
+
+
+def too_long(
+    tasks: Sequence[TaskConfig], datasets: Sequence[TokenizedDataset], plan: Plan
+) -> list[str]:
+    """Return a problem for every task with a sequence that no replica of the plan can take."""
+    capacity = plan.max_tokens
+    problems = []
+    for task, data in zip(tasks, datasets, strict=False):
+        longest = int(data.lengths.max())
+        if longest > capacity:
+            count = int((data.lengths > capacity).sum())
+            problems.append(
+                f"task {task.name}: {count} of {len(data)} sequences are longer than any replica "
+                f"can take (longest {longest} tokens, largest max_tokens {capacity}); lower "
+                f"context_length to {capacity} or plan for the longer length"
+            )
+    return problems
+
+
+def _foreign_tokens(
+    tasks: Sequence[TaskConfig], datasets: Sequence[TokenizedDataset], shape: ModelShape
+) -> list[str]:
+    """Return a problem for every task whose token ids exceed the model's vocabulary."""
+    problems = []
+    for task, data in zip(tasks, datasets, strict=False):
+        largest = int(data.tokens.max())
+        if largest >= shape.vocab_size:
+            problems.append(
+                f"task {task.name}: token id {largest} is outside the model's vocabulary of "
+                f"{shape.vocab_size}; the data was tokenised for another model"
+            )
+    return problems
+
+
+def _training_part(task: TaskConfig, data: TokenizedDataset) -> TokenizedDataset:
+    """Return the sequences to train on: all but the last `validation_split` of them."""
+    keep = len(data) - int(len(data) * task.validation_split)
+    if keep == len(data):
+        return data
+    stop = int(data.offsets[keep])
+    return TokenizedDataset(
+        data.tokens[:stop],
+        data.labels[:stop],
+        data.offsets[: keep + 1],
+        data.num_truncated,
+        data.num_dropped,
+    )
+
+
+def _write_run_folder(
+    run: RunSpec, request: TrainRequest, training: Sequence[TokenizedDataset]
+) -> None:
+    """Write config.yaml and the tokenised data of a checked run."""
+    run.output_dir.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(run.output_dir / DATA_FOLDER, ignore_errors=True)
+    for task, data in enumerate(training):
+        data.save(run.data_folder(task))
+    content = resolved_config(run, request)
+    write_atomic(run.output_dir / CONFIG_FILE, yaml.safe_dump(content, sort_keys=False))
+
+
+def resolved_config(run: RunSpec, request: TrainRequest) -> dict[str, Any]:
+    """Return everything the run was made of, as plain values."""
+    return {
+        "model": request.model,
+        "model_folder": os.fspath(run.model_folder),
+        "precision": run.precision,
+        "device": run.device,
+        "seed": run.seed,
+        "last_step": run.last_step,
+        "dp_bucket": run.dynamic_buckets,
+        "num_buckets": run.num_buckets,
+        "buckets": None if run.dynamic_buckets else list(run.buckets),
+        "dispatch": run.dispatch_mode,
+        "cost_model": request.cost_model,
+        "tasks": [
+            {**_plain(asdict(task)), "num_steps": steps}
+            for task, steps in zip(run.tasks, run.num_steps, strict=True)
+        ],
+        "plan": [
+            {
+                "dp": group.replicas,
+                "tp": group.layout.tp,
+                "pp": group.layout.pp,
+                "max_tokens": group.max_tokens,
+            }
+            for group in run.plan.groups
+        ],
+        "plan_meta": _plain(run.plan.meta),
+        "rank_map": [[list(stage) for stage in grid] for grid in run.grids],
+        "versions": {name: _version(name) for name in ("lobra", "torch", "deepspeed")},
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Return value with tuples as lists and paths as text, so that YAML stays plain."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

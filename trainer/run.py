@@ -1,0 +1,183 @@
+"""Start a run: on this machine, inside a launcher's world, or through deepspeed's launcher."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from model.launch import DEFAULT_PRELOAD, run_ranks
+from tasks.errors import ConfigError
+from trainer.prepare import TrainRequest, prepare
+from trainer.run_spec import RunSpec
+from trainer.worker import RankResult
+
+ENV_FILE_MARK = "LOBRA_ENV_FILE"
+PRELOAD = (*DEFAULT_PRELOAD, "trainer.preload")
+
+
+def train(request: TrainRequest) -> tuple[RunSpec, list[RankResult]]:
+    """Train on this machine, one process a rank of the plan; return every rank's result.
+
+    Raises:
+        ConfigError: the request cannot be run; nothing was written.
+        RankError: a rank failed.
+    """
+    run = prepare(request)
+    return run, run_local(run)
+
+
+def run_local(run: RunSpec) -> list[RankResult]:
+    """Run a prepared run on this machine, one process a rank."""
+    environment = {"DS_ACCELERATOR": "cpu"} if run.device == "cpu" else {}
+    os.environ.update(environment)  # the fork server imports deepspeed with this environment
+    return run_ranks(
+        "trainer.worker:train_rank",
+        run.world_size,
+        {"run": run},
+        device=run.device,
+        environment=environment,
+        preload=PRELOAD,
+    )
+
+
+def in_launcher() -> bool:
+    """Return whether torchrun or deepspeed started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def train_in_launcher(request: TrainRequest) -> tuple[RunSpec, RankResult]:
+    """Train as one rank of the world a launcher made; rank 0 prepares for all. Collective.
+
+    Raises:
+        ConfigError: on every rank, when rank 0 found a mistake or the world does not fit.
+    """
+    import torch
+    import torch.distributed as dist
+
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    on_gpu = request.device != "cpu" and torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        outcome: list[Any] = [None]
+        if rank == 0:
+            try:
+                run = prepare(request)
+                if run.world_size != world:
+                    raise ConfigError(
+                        f"{request.strategy_config}: the plan {run.plan} has {run.world_size} "
+                        f"ranks, the launcher started {world}"
+                    )
+                outcome = [run]
+            except ConfigError as error:
+                outcome = [error]
+        dist.broadcast_object_list(outcome, src=0)
+        if isinstance(outcome[0], ConfigError):
+            raise outcome[0]
+        from trainer.worker import train_rank
+
+        return outcome[0], train_rank(outcome[0])
+    finally:
+        dist.destroy_process_group()
+
+
+def launcher_command(
+    arguments: Sequence[str],
+    host_file: Path,
+    num_gpus: int,
+    server_addr: str | None,
+    server_port: int | None,
+) -> list[str]:
+    """Return the deepspeed launcher's command that runs `lobra train arguments` on all hosts.
+
+    Raises:
+        ConfigError: the host file is unreadable or has fewer slots than the plan has ranks.
+    """
+    slots = read_host_file(host_file)
+    if sum(slots.values()) < num_gpus:
+        raise ConfigError(
+            f"{host_file}: {sum(slots.values())} slots on {len(slots)} hosts, the plan needs "
+            f"{num_gpus}"
+        )
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(host_file)]
+    command += ["--no_local_rank"]
+    if server_addr:
+        command += ["--master_addr", server_addr]
+    if server_port:
+        command += ["--master_port", str(server_port)]
+    return [*command, "--module", "trainer.cli", "train", *arguments]
+
+
+def read_host_file(path: Path) -> dict[str, int]:
+    """Return {host: slots} of a DeepSpeed host file (`name slots=8`).
+
+    Raises:
+        ConfigError: with every line that is not of that form.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConfigError(f"{path}: host file not readable ({error.strerror})") from error
+    slots: dict[str, int] = {}
+    problems = []
+    for number, line in enumerate(lines, start=1):
+        words = line.split("#")[0].split()
+        if not words:
+            continue
+        count = words[1].removeprefix("slots=") if len(words) == 2 else ""
+        if not count.isdigit() or int(count) == 0:
+            problems.append(f"{path}:{number}: {line!r} is not of the form 'host slots=8'")
+        elif words[0] in slots:
+            problems.append(f"{path}:{number}: host {words[0]!r} is listed twice")
+        else:
+            slots[words[0]] = int(count)
+    if not slots and not problems:
+        problems.append(f"{path}: no host in it")
+    if problems:
+        raise ConfigError(problems)
+    return slots
+
+
+def run_launcher(command: Sequence[str]) -> int:
+    """Run the launcher's command in the foreground and return its exit code."""
+    return subprocess.run(list(command), check=False).returncode
+
+
+def sourced_environment(env_file: Path) -> dict[str, str]:
+    """Return this process's environment after sourcing `env_file` with bash.
+
+    Raises:
+        ConfigError: the file is missing or fails.
+    """
+    if not env_file.is_file():
+        raise ConfigError(f"--env-file {env_file}: no such file")
+    done = subprocess.run(
+        ["bash", "-c", 'set -ea; . "$0" >&2; env -0', str(env_file.resolve())],
+        stdout=subprocess.PIPE,
+        check=False,
+    )
+    if done.returncode:
+        raise ConfigError(f"--env-file {env_file}: failed with exit code {done.returncode}")
+    entries = done.stdout.decode().split("\0")
+    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
+
+
+def restart_with(env_file: Path) -> None:
+    """Source `env_file` and run this command again in its environment, once.
+
+    Every rank gets the same arguments from the launcher, so the file is sourced on every host;
+    the process is replaced because libraries read their variables when they are loaded.
+    """
+    if os.environ.get(ENV_FILE_MARK) == str(env_file):
+        return
+    environment = {**sourced_environment(env_file), ENV_FILE_MARK: str(env_file)}
+    command = [sys.executable, "-m", "trainer.cli", *sys.argv[1:]]
+    os.execve(sys.executable, command, environment)
