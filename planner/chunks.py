@@ -44,10 +44,19 @@ class ChunkTable:
         sizes = np.arange(1, self.time_s.shape[1])
         return (self.time_s[:, 1:] / sizes).min(axis=1)
 
+    def bubble_s(self) -> float:
+        """Return the seconds of bubble that the longest chunk of the table causes."""
+        finite = np.where(np.isfinite(self.time_s), self.time_s, 0.0)
+        return self.bubble_chunks * float(finite.max())
+
     def capped(self, longest_s: float) -> ChunkTable:
-        """Return the table of chunks that take at most ``longest_s``."""
+        """Return the table of chunks up to the largest that takes at most ``longest_s``."""
         allowed = self.time_s <= longest_s
         limit = np.where(allowed, np.arange(self.time_s.shape[1]), 0).max(axis=1)
+        return self.limited(limit)
+
+    def limited(self, limit: np.ndarray) -> ChunkTable:
+        """Return the table with at most ``limit`` [R] sequences in a chunk."""
         sizes = np.arange(self.time_s.shape[1])
         time_s = np.where(sizes[None, :] <= limit[:, None], self.time_s, np.inf)
         return ChunkTable(self.layout, self.max_tokens, limit, time_s)
@@ -60,16 +69,15 @@ class ChunkTable:
         n = np.arange(most + 1)[None, :]
         size = np.maximum(self.limit, 1)[:, None]
         rows = np.arange(len(self.limit))[:, None]
+        finite = np.where(np.isfinite(self.time_s), self.time_s, 0.0)
         whole, rest = np.divmod(n, size)
-        work = whole * self.time_s[rows, size] + self.time_s[rows, rest]
+        packed = whole * finite[rows, size] + finite[rows, rest]
         chunks = np.maximum(-(-n // size), 1)
         small, larger = np.divmod(n, chunks)
         upper = np.minimum(small + 1, self.time_s.shape[1] - 1)
-        times = self.time_s[rows, small] * (chunks - larger)
-        even = times + np.where(larger > 0, self.time_s[rows, upper] * np.maximum(larger, 1), 0.0)
-        work = np.minimum(work, even)
+        even = finite[rows, small] * (chunks - larger) + finite[rows, upper] * larger
+        work = np.minimum(packed, even)
         work[self.limit == 0, 1:] = np.inf
-        work[:, 0] = 0.0
         return work
 
     def split(self, bucket: int, n: int) -> list[int]:
@@ -98,7 +106,7 @@ def chunk_table(
     limit = max_tokens // buckets
     if counts is not None:
         limit = np.minimum(limit, counts)
-    sizes = np.arange(int(limit.max(initial=0)) + 1)
+    sizes = np.arange(max(1, int(limit.max(initial=0))) + 1)
     time_ms = cost_model.chunk_time_ms(layout.tp, layout.pp, sizes[None, :], buckets[:, None])
     time_s = np.where(sizes[None, :] <= limit[:, None], time_ms / 1000.0, np.inf)
     time_s[:, 0] = 0.0

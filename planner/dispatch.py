@@ -1,0 +1,330 @@
+"""The dispatcher: which sequences go to which replica this step, in which micro-batches."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from planner.buckets import bucket_index, make_buckets
+from planner.chunks import ChunkTable, chunk_table
+from planner.evaluate import replica_time_s
+from planner.fluid import Fluid, solve_fluid
+from planner.plan import Plan
+from planner.search import Loads, improve
+from profiler.cost_model import CostModel
+from tasks.errors import ConfigError
+
+Mode = Literal["balance", "group"]
+MODES: tuple[Mode, ...] = ("balance", "group")
+GOOD_ENOUGH = 1e-3  # relative distance to the bound at which the search stops
+CHUNK_CAPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1)
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """Sequences computed together, all padded to ``padded_length`` tokens.
+
+    ``indices`` is int64 [b]: positions in the lengths that were dispatched.
+    """
+
+    padded_length: int
+    indices: np.ndarray
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences in the micro-batch."""
+        return len(self.indices)
+
+    @property
+    def padded_tokens(self) -> int:
+        """Tokens computed, padding included."""
+        return self.padded_length * len(self.indices)
+
+
+@dataclass(frozen=True, eq=False)
+class Assignment:
+    """One step's work.
+
+    Attributes
+    ----------
+    micro_batches
+        Per replica, in plan order, its micro-batches, the costliest first.
+    replica_time_s
+        float64 [replicas]: predicted busy time, the pipeline's bubble included.
+    step_time_s
+        The slowest replica's time.
+    lower_bound_s
+        No dispatch of these buckets over this plan is faster.
+    buckets
+        int64 [R]: the padded lengths used.
+    """
+
+    micro_batches: tuple[tuple[MicroBatch, ...], ...]
+    replica_time_s: np.ndarray
+    step_time_s: float
+    lower_bound_s: float
+    buckets: np.ndarray
+
+    @property
+    def padded_tokens(self) -> int:
+        """Tokens computed by all replicas, padding included."""
+        return sum(chunk.padded_tokens for chunks in self.micro_batches for chunk in chunks)
+
+
+@dataclass(frozen=True, eq=False)
+class CountAssignment:
+    """A dispatch at bucket level: ``chunks[replica]`` are pairs (bucket index, sequences)."""
+
+    chunks: tuple[tuple[tuple[int, int], ...], ...]
+    step_time_s: float
+    lower_bound_s: float
+
+
+def dispatch(
+    lengths: Sequence[int] | np.ndarray,
+    plan: Plan,
+    cost_model: CostModel,
+    *,
+    buckets: np.ndarray | None = None,
+    num_buckets: int = 16,
+    mode: Mode = "balance",
+) -> Assignment:
+    """Assign every sequence to a micro-batch of one replica, the replicas finishing together.
+
+    Parameters
+    ----------
+    lengths
+        int [n]: tokens of the step's sequences.
+    plan, cost_model
+        What runs and what it costs.
+    buckets
+        Padded lengths to use, ascending; without them the exact dynamic buckets of ``lengths``.
+    num_buckets
+        The most dynamic buckets.
+    mode
+        ``balance``: any replica that holds a sequence may take it; ``group``: only replicas with
+        the smallest sufficient capacity (LobRA's length-based dispatch).
+
+    Returns
+    -------
+    Every sequence exactly once, no micro-batch above its replica's ``max_tokens``. The result is
+    a function of the arguments alone, bit for bit.
+
+    Raises
+    ------
+    ConfigError
+        If there is no sequence, or one is too long for the buckets or for every replica.
+    """
+    if mode not in MODES:
+        raise ConfigError(f"dispatch {mode!r}: known are {', '.join(MODES)}")
+    lengths = np.asarray(lengths)
+    if buckets is None:
+        buckets = make_buckets(lengths, num_buckets)
+    buckets = np.asarray(buckets, dtype=np.int64)
+    _check_fits(lengths, buckets, plan)
+    index = bucket_index(lengths, buckets)
+    counts = np.bincount(index, minlength=len(buckets))
+    result = dispatch_counts(counts, buckets, plan, cost_model, mode=mode)
+    return _with_sequences(result, index, buckets, plan, cost_model)
+
+
+def dispatch_counts(
+    counts: np.ndarray,
+    buckets: np.ndarray,
+    plan: Plan,
+    cost_model: CostModel,
+    *,
+    mode: Mode = "balance",
+    max_rounds: int = 400,
+) -> CountAssignment:
+    """Assign ``counts`` [R] sequences of the ``buckets`` [R]; the core of ``dispatch``.
+
+    The fluid relaxation says how much of each bucket every group of equal replicas takes; its
+    chunks go to the replicas longest first; local search then moves and swaps sequences.
+    """
+    counts = np.asarray(counts, dtype=np.int64)
+    tables = plan_tables(plan, buckets, cost_model, counts, mode)
+    replicas = np.array([group.replicas for group in plan.groups])
+    fluid = solve_fluid(tables, replicas, counts, np.zeros(len(tables)))
+    bound = max(fluid.step_time_s, longest_sequence_s(tables, counts))
+    tables, bubbles = _choose_caps(tables, replicas, counts, fluid)
+    if bubbles.any():
+        fluid = solve_fluid(tables, replicas, counts, bubbles)
+    group = np.repeat(np.arange(len(tables)), replicas)
+    loads = Loads(
+        np.stack([table.work_s(int(counts.max(initial=0))) for table in tables]),
+        group,
+        bubbles[group],
+        _first_assignment(tables, replicas, counts, fluid.share),
+    )
+    improve(loads, max(bound, fluid.step_time_s) * (1 + GOOD_ENOUGH), max_rounds)
+    chunks = tuple(
+        tuple(
+            (bucket, size)
+            for bucket in np.flatnonzero(loads.counts[replica])
+            for size in tables[group[replica]].split(int(bucket), int(loads.counts[replica, bucket]))
+        )
+        for replica in range(len(group))
+    )
+    times = [
+        _chunks_time_s(tables[group[replica]], pairs) for replica, pairs in enumerate(chunks)
+    ]
+    return CountAssignment(chunks, max(times), min(bound, max(times)))
+
+
+def plan_tables(
+    plan: Plan,
+    buckets: np.ndarray,
+    cost_model: CostModel,
+    counts: np.ndarray,
+    mode: Mode = "balance",
+) -> list[ChunkTable]:
+    """Return one chunk table per replica group, with only what ``mode`` lets it take."""
+    tables = [
+        chunk_table(group.layout, group.max_tokens, buckets, cost_model, counts)
+        for group in plan.groups
+    ]
+    if mode == "group":
+        capacity = np.array([group.max_tokens for group in plan.groups])
+        fits = np.where(capacity[:, None] >= buckets[None, :], capacity[:, None], np.iinfo(int).max)
+        smallest = fits.min(axis=0)
+        tables = [
+            table.limited(np.where(allowed, table.limit, 0))
+            for table, allowed in zip(tables, capacity[:, None] == smallest[None, :], strict=True)
+        ]
+    return tables
+
+
+def longest_sequence_s(tables: list[ChunkTable], counts: np.ndarray) -> float:
+    """Return a bound: every bucket's single sequence on the layout that is fastest for it."""
+    alone = np.stack([table.time_s[:, 1] * (1 + table.bubble_chunks) for table in tables])
+    return float(alone.min(axis=0)[counts > 0].max(initial=0.0))
+
+
+def _check_fits(lengths: np.ndarray, buckets: np.ndarray, plan: Plan) -> None:
+    if lengths.size == 0:
+        raise ConfigError("dispatch: there is no sequence")
+    longest = int(lengths.max())
+    fitting = np.searchsorted(buckets, longest)
+    padded = int(buckets[fitting]) if fitting < len(buckets) else longest
+    if padded > plan.max_tokens:
+        raise ConfigError(
+            f"dispatch: a sequence of {longest} tokens (padded to {padded}) fits no replica of the "
+            f"plan {plan}, whose largest holds {plan.max_tokens} tokens; plan for that length or "
+            f"lower the context length"
+        )
+
+
+def _choose_caps(
+    tables: list[ChunkTable], replicas: np.ndarray, counts: np.ndarray, fluid: Fluid
+) -> tuple[list[ChunkTable], np.ndarray]:
+    """Limit the chunks of pipelined groups where a shorter bubble gains more than it costs.
+
+    Returns the tables with their chunks limited, and float64 [groups]: seconds of bubble.
+    """
+    chosen, bubbles = [], np.zeros(len(tables))
+    for group, table in enumerate(tables):
+        longest = np.where(np.isfinite(table.time_s), table.time_s, 0.0).max()
+        if not table.bubble_chunks or longest == 0.0:
+            chosen.append(table)
+            continue
+        share = fluid.share[group] / replicas[group]
+        used = share > 1e-9
+        best = (np.inf, table, 0.0)
+        for cap in CHUNK_CAPS:
+            capped = table.capped(cap * longest)
+            rate = capped.rate_s()
+            bubble = capped.bubble_s()
+            time_s = float((rate[used] * share[used]).sum()) + bubble
+            if time_s < best[0]:
+                best = (time_s, capped, bubble)
+        chosen.append(best[1])
+        bubbles[group] = best[2]
+    return _all_buckets_fit(tables, chosen, bubbles, counts)
+
+
+def _all_buckets_fit(
+    tables: list[ChunkTable], chosen: list[ChunkTable], bubbles: np.ndarray, counts: np.ndarray
+) -> tuple[list[ChunkTable], np.ndarray]:
+    """Lift limits that leave a bucket without any replica."""
+    fits = np.stack([table.limit > 0 for table in chosen]).any(axis=0)
+    missing = (counts > 0) & ~fits
+    if missing.any():
+        for group, table in enumerate(tables):
+            if (table.limit[missing] > 0).any():
+                chosen[group] = table
+                bubbles[group] = table.bubble_s()
+    return chosen, bubbles
+
+
+def _first_assignment(
+    tables: list[ChunkTable], replicas: np.ndarray, counts: np.ndarray, share: np.ndarray
+) -> np.ndarray:
+    """Return int64 [Q, R]: shares rounded to whole sequences, chunks longest first."""
+    whole = np.floor(share + 1e-9).astype(np.int64)
+    takes = np.stack([table.limit > 0 for table in tables])
+    missing = counts - whole.sum(axis=0)
+    for bucket in np.flatnonzero(missing > 0):
+        order = np.lexsort((np.arange(len(tables)), -(share - whole)[:, bucket]))
+        order = order[takes[order, bucket]]
+        for number in range(int(missing[bucket])):
+            whole[order[number % len(order)], bucket] += 1
+    for bucket in np.flatnonzero(missing < 0):
+        whole[int(np.argmax(whole[:, bucket])), bucket] += missing[bucket]
+    assigned = np.zeros((int(replicas.sum()), len(counts)), dtype=np.int64)
+    first = 0
+    for group, table in enumerate(tables):
+        chunks = [
+            (-float(table.time_s[bucket, size]), int(bucket), size)
+            for bucket in np.flatnonzero(whole[group])
+            for size in table.split(int(bucket), int(whole[group, bucket]))
+        ]
+        heap = [(0.0, replica) for replica in range(first, first + int(replicas[group]))]
+        for negative, bucket, size in sorted(chunks):
+            busy, replica = heap[0]
+            assigned[replica, bucket] += size
+            heapq.heapreplace(heap, (busy - negative, replica))
+        first += int(replicas[group])
+    return assigned
+
+
+def _chunks_time_s(table: ChunkTable, chunks: tuple[tuple[int, int], ...]) -> float:
+    if not chunks:
+        return 0.0
+    times = [float(table.time_s[bucket, size]) for bucket, size in chunks]
+    return sum(times) + table.bubble_chunks * max(times)
+
+
+def _with_sequences(
+    result: CountAssignment,
+    index: np.ndarray,
+    buckets: np.ndarray,
+    plan: Plan,
+    cost_model: CostModel,
+) -> Assignment:
+    """Fill the chunks with sequences, in order of their index, and order them by cost."""
+    order = np.argsort(index, kind="stable")
+    starts = np.searchsorted(index[order], np.arange(len(buckets) + 1))
+    taken = starts[:-1].copy()
+    micro_batches, times = [], []
+    for replica, chunks in zip(plan.replicas, result.chunks, strict=True):
+        layout = replica.layout
+        sizes = np.array([size for _, size in chunks], dtype=np.int64)
+        padded = buckets[[bucket for bucket, _ in chunks]] if chunks else np.empty(0, np.int64)
+        cost = cost_model.chunk_time_ms(layout.tp, layout.pp, sizes, padded)
+        batches = []
+        for bucket, size in chunks:
+            start = taken[bucket]
+            taken[bucket] += size
+            batches.append(MicroBatch(int(buckets[bucket]), order[start : start + size]))
+        by_cost = np.lexsort((np.arange(len(batches)), -padded, -cost))
+        micro_batches.append(tuple(batches[position] for position in by_cost))
+        pairs = [(batch.num_sequences, batch.padded_length) for batch in batches]
+        times.append(replica_time_s(layout, pairs, cost_model))
+    step = max(times)
+    bound = min(result.lower_bound_s, step)
+    return Assignment(tuple(micro_batches), np.array(times), step, bound, buckets)

@@ -1,0 +1,150 @@
+"""Local search: sequences moved and swapped between replicas until the slowest is fast enough."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+LARGEST_MOVE = 32
+LARGEST_SWAP = 24
+FIRST_CANDIDATES = 4
+CANDIDATES_PER_GROUP = 2
+SMALLEST_GAIN = 1e-7  # relative to the slowest replica
+
+
+@dataclass(eq=False)
+class Loads:
+    """Which replica takes how many sequences of each bucket, and what that costs it.
+
+    Q replicas, R buckets, G groups of equal replicas.
+
+    Attributes
+    ----------
+    work_s
+        float64 [G, R, most + 1]: seconds n sequences of a bucket take on a replica of a group.
+    group
+        int64 [Q]: the group of each replica.
+    bubble_s
+        float64 [Q]: seconds a replica loses to its pipeline's bubble.
+    counts
+        int64 [Q, R]: the state.
+    """
+
+    work_s: np.ndarray
+    group: np.ndarray
+    bubble_s: np.ndarray
+    counts: np.ndarray
+
+    def __post_init__(self) -> None:
+        self._buckets = np.arange(self.counts.shape[1])
+        self.parts_s = self.work_s[self.group[:, None], self._buckets[None, :], self.counts]
+        self.time_s = self.parts_s.sum(axis=1) + self.bubble_s
+
+    def transfer(self, source: int, target: int, bucket: int, count: int) -> None:
+        """Move ``count`` sequences of a bucket from one replica to another."""
+        for replica, change in ((source, -count), (target, count)):
+            self.counts[replica, bucket] += change
+            self.parts_s[replica, bucket] = self.work_s[
+                self.group[replica], bucket, self.counts[replica, bucket]
+            ]
+            self.time_s[replica] = self.parts_s[replica].sum() + self.bubble_s[replica]
+
+
+def improve(loads: Loads, target_s: float, max_rounds: int = 400) -> int:
+    """Shorten the slowest replica's time in place until ``target_s`` or no move helps.
+
+    Each round takes the slowest replica and the best move of up to 32 sequences of one bucket to
+    a less busy replica; where none helps, the best swap of two such sets. Ties go to the first, so
+    the result depends on the input alone. Returns the rounds taken.
+    """
+    for done in range(max_rounds):
+        slowest = int(np.argmax(loads.time_s))
+        if loads.time_s[slowest] <= target_s:
+            return done
+        others = _candidates(loads, slowest)
+        if not len(others):
+            return done
+        if not (_best_move(loads, slowest, others) or _best_swap(loads, slowest, others)):
+            return done
+    return max_rounds
+
+
+def _candidates(loads: Loads, slowest: int) -> np.ndarray:
+    """Return the least busy replicas, overall and of every group."""
+    order = np.argsort(loads.time_s, kind="stable")
+    chosen = list(order[: FIRST_CANDIDATES + 1])
+    groups = loads.group[order]
+    for group in range(len(loads.work_s)):
+        chosen += list(order[groups == group][:CANDIDATES_PER_GROUP])
+    return np.array([r for r in dict.fromkeys(chosen) if r != slowest], dtype=np.int64)
+
+
+def _removal(loads: Loads, replica: int, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return bool, float64 [R, sizes]: what can leave a replica, and the seconds it saves."""
+    left = loads.counts[replica][:, None] - sizes[None, :]
+    possible = left >= 0
+    after = loads.work_s[loads.group[replica], loads._buckets[:, None], np.maximum(left, 0)]
+    saved = np.where(possible, loads.parts_s[replica][:, None] - after, -np.inf)
+    return possible, saved
+
+
+def _addition(
+    loads: Loads, replicas: np.ndarray, sizes: np.ndarray, possible: np.ndarray
+) -> np.ndarray:
+    """Return float64 [replicas, R, sizes]: the seconds it costs to add what is possible."""
+    added = np.where(possible, sizes[None, :], 0)
+    after = loads.counts[replicas][:, :, None] + added[None]
+    work = loads.work_s[loads.group[replicas][:, None, None], loads._buckets[None, :, None], after]
+    return np.where(possible[None], work - loads.parts_s[replicas][:, :, None], np.inf)
+
+
+def _best_move(loads: Loads, slowest: int, others: np.ndarray) -> bool:
+    top = loads.time_s[slowest]
+    sizes = np.arange(1, min(LARGEST_MOVE, int(loads.counts[slowest].max())) + 1)
+    possible, saved = _removal(loads, slowest, sizes)
+    cost = _addition(loads, others, sizes, possible)
+    longest = np.maximum(top - saved[None], loads.time_s[others][:, None, None] + cost)
+    # of two equal moves the one that wastes less time
+    score = np.where(longest < top * (1 - SMALLEST_GAIN), longest + 0.1 * (cost - saved[None]), np.inf)
+    best = int(np.argmin(score))
+    if not np.isfinite(score.flat[best]):
+        return False
+    other, bucket, size = np.unravel_index(best, score.shape)
+    loads.transfer(slowest, int(others[other]), int(bucket), int(sizes[size]))
+    return True
+
+
+def _best_swap(loads: Loads, slowest: int, others: np.ndarray) -> bool:
+    top = loads.time_s[slowest]
+    sizes = np.arange(1, LARGEST_SWAP + 1)
+    out_possible, out_saved = _removal(loads, slowest, sizes)
+    out_cost = _addition(loads, others, sizes, out_possible)
+    bucket_of = np.repeat(loads._buckets, len(sizes))
+    best_time, best = top * (1 - SMALLEST_GAIN), None
+    for index, other in enumerate(others):
+        in_possible, in_saved = _removal(loads, int(other), sizes)
+        in_cost = _addition(loads, np.array([slowest]), sizes, in_possible)[0]
+        outs = np.flatnonzero(out_possible.ravel() & np.isfinite(out_cost[index].ravel()))
+        ins = np.flatnonzero(in_possible.ravel() & np.isfinite(in_cost.ravel()))
+        if not len(outs) or not len(ins):
+            continue
+        here = top - out_saved.ravel()[outs][:, None] + in_cost.ravel()[ins][None, :]
+        gain = out_cost[index].ravel()[outs][:, None] - in_saved.ravel()[ins][None, :]
+        longest = np.maximum(here, loads.time_s[other] + gain)
+        longest[bucket_of[outs][:, None] == bucket_of[ins][None, :]] = np.inf
+        flat = int(np.argmin(longest))
+        if longest.flat[flat] < best_time:
+            row, column = np.unravel_index(flat, longest.shape)
+            best_time, best = longest.flat[flat], (int(other), outs[row], ins[column])
+    if best is None:
+        return False
+    other, out, back = best
+    loads.transfer(slowest, other, *_bucket_and_size(int(out), len(sizes)))
+    loads.transfer(other, slowest, *_bucket_and_size(int(back), len(sizes)))
+    return True
+
+
+def _bucket_and_size(flat: int, num_sizes: int) -> tuple[int, int]:
+    bucket, size = divmod(flat, num_sizes)
+    return bucket, size + 1
