@@ -81,9 +81,7 @@ def _rank_main(env: RankEnv, target: str, kwargs: dict[str, Any], pipe: Connecti
     """Run `target` on one rank and send ("ok", result) or ("error", traceback) back."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     os.environ.update(env.environment)
-    os.environ.update(
-        RANK=str(env.rank), LOCAL_RANK=str(env.rank), WORLD_SIZE=str(env.world_size)
-    )
+    os.environ.update(RANK=str(env.rank), LOCAL_RANK=str(env.rank), WORLD_SIZE=str(env.world_size))
     try:
         import torch.distributed as dist
 
@@ -169,9 +167,7 @@ def run_ranks(
             _end(processes)
 
 
-def _collect(
-    processes: list[Any], pipes: list[Connection], timeout_s: float | None
-) -> list[Any]:
+def _collect(processes: list[Any], pipes: list[Connection], timeout_s: float | None) -> list[Any]:
     """Wait for every rank's message; raise on the first failure."""
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     results: dict[int, Any] = {}

@@ -174,7 +174,6 @@ class MultiAdapterLinear(nn.Module):
             B_Or = B_Or[self.shard.outputs.start : self.shard.outputs.stop]
         return functional.linear(functional.linear(x_BSi, A_rI), B_Or * adapter.scaling)
 
-
     def _kept(self, adapter: Adapter, x_BSi: Tensor, noise_seed: int) -> Tensor:
         """Return the dropout factors of x: 0 or 1 / (1 - p), the same on the whole TP group.
 
@@ -221,7 +220,9 @@ class AdapterBank:
         for name, value in self.named_tensors(task).items():
             value_new = tensors[name]
             if tuple(value_new.shape) != tuple(value.shape):
-                raise ValueError(f"{name}: {tuple(value_new.shape)} instead of {tuple(value.shape)}")
+                raise ValueError(
+                    f"{name}: {tuple(value_new.shape)} instead of {tuple(value.shape)}"
+                )
             value.copy_(value_new)
 
 

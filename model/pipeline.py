@@ -36,9 +36,7 @@ def run_replica(stage: Stage, batches: Sequence[MicroBatchTensors], num_tasks: i
 class _OneForwardOneBackward:
     """State of one pass over the micro-batches on one stage."""
 
-    def __init__(
-        self, stage: Stage, batches: Sequence[MicroBatchTensors], losses: Tensor
-    ) -> None:
+    def __init__(self, stage: Stage, batches: Sequence[MicroBatchTensors], losses: Tensor) -> None:
         self.stage = stage
         self.batches = batches
         self.losses = losses

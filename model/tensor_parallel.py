@@ -90,9 +90,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     """Cross-entropy of each token over logits whose vocabulary is split over a group."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits_Tv: Tensor, targets_T: Tensor, start: int, group: Group
-    ) -> Tensor:
+    def forward(ctx: Any, logits_Tv: Tensor, targets_T: Tensor, start: int, group: Group) -> Tensor:
         logits_Tv = logits_Tv.float()
         maximum_T = logits_Tv.amax(dim=-1)
         if group is not None:

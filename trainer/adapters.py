@@ -21,20 +21,21 @@ from model.topology import Grid, layer_blocks
 from tasks.config import TaskConfig
 from tasks.errors import ConfigError
 from tasks.files import write_atomic
+from tasks.sampling import task_seed
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 
-def adapter_spec(task: TaskConfig) -> AdapterSpec:
-    """Return the adapter a task trains."""
+def adapter_spec(task: TaskConfig, run_seed: int = 0) -> AdapterSpec:
+    """Return the adapter a task trains in a run with this seed."""
     return AdapterSpec(
         name=task.name,
         rank=task.rank,
         alpha=task.lora_alpha,
         target_modules=task.target_modules,
         dropout=task.lora_dropout,
-        seed=task.seed,
+        seed=task_seed(task, run_seed),
     )
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from model.stage import IGNORED_LABEL, MicroBatchTensors
 from tasks.config import TaskConfig
 from tasks.dataset import TokenizedDataset
-from tasks.sampling import sample_indices
+from tasks.sampling import sample_indices, task_seed
 
 IntArray = NDArray[np.int64]
 
@@ -49,7 +49,7 @@ def draw_global_batch(
     for number, (task, dataset) in enumerate(zip(tasks, datasets, strict=True)):
         if step >= num_steps[number]:
             continue
-        indices = sample_indices(len(dataset), task.global_batch_size, seed + task.seed, step)
+        indices = sample_indices(len(dataset), task.global_batch_size, task_seed(task, seed), step)
         parts.append((np.full(len(indices), number), indices, dataset.lengths[indices]))
     columns = [
         np.concatenate([part[column] for part in parts]).astype(np.int64)

@@ -187,9 +187,7 @@ def load_cost_model(request: TrainRequest, shape: ModelShape, plan: Plan) -> Cos
     profile = load_time_profile(path)
     head_path = default_head_path(request.model) if request.time_profile is None else None
     head = load_time_profile(head_path) if head_path and Path(head_path).is_file() else None
-    model = fit_cost_model(
-        profile, shape.num_layers, kind=request.cost_model, head_profile=head
-    )
+    model = fit_cost_model(profile, shape.num_layers, kind=request.cost_model, head_profile=head)
     missing = sorted({group.layout.tp for group in plan.groups} - set(model.tps))
     if missing:
         raise ConfigError(

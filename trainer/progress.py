@@ -47,7 +47,8 @@ class Progress:
         if self.bar is not None:
             self.bar.update(self.bar_task, advance=1, state=state)
         else:
-            print(f"step {metrics.step + 1}/{self.total}  {state}", file=sys.stderr, flush=True)
+            line = f"step {metrics.step + 1}/{self.total}  {state}"
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Progress:
         if self.bar is not None:

@@ -44,9 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dp-bucket", choices=("on", "off"), help="bucket every step anew (env DP_BUCKET)"
     )
     parser.add_argument("--num-buckets", type=int, default=16)
-    parser.add_argument(
-        "--dispatch", choices=("balance", "group"), help="(env EXPR_DATA_DISPATCH)"
-    )
+    parser.add_argument("--dispatch", choices=("balance", "group"), help="(env EXPR_DATA_DISPATCH)")
     parser.add_argument("--seed", type=int, default=0, help="added to every task's own seed")
     parser.add_argument("--time-profile", type=Path, help="CSV; default: the model's own profile")
     parser.add_argument("--cost-model", choices=("fitted", "lobra6"), default="fitted")

@@ -12,6 +12,7 @@ import logging
 import math
 import resource
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,9 +79,11 @@ class _Worker:
         _start_deepspeed(run.device)
         self.run = run
         self.rank = dist.get_rank()
-        self.device = torch.device(
-            "cuda", torch.cuda.current_device()
-        ) if run.device == "cuda" else torch.device("cpu")
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device())
+            if run.device == "cuda"
+            else torch.device("cpu")
+        )
         self.control = dist.new_group(backend="gloo")
         groups = build_groups(run.grids)
         self.role = groups.role
@@ -88,7 +91,7 @@ class _Worker:
         self.stage = build_stage(
             run.model_folder,
             groups,
-            [adapter_spec(task) for task in run.tasks],
+            [adapter_spec(task, run.seed) for task in run.tasks],
             dtype=DTYPES[run.precision],
             device=self.device,
         )
@@ -190,9 +193,7 @@ class _Worker:
                     TrainedMicroBatch(step, self.role.replica, tasks, indices)
                 )
 
-    def _warn_of_skipped(
-        self, step: int, updates: list[TaskUpdate], result: UpdateResult
-    ) -> None:
+    def _warn_of_skipped(self, step: int, updates: list[TaskUpdate], result: UpdateResult) -> None:
         if self.rank != 0:
             return
         for number, update in enumerate(updates):
@@ -288,7 +289,9 @@ def _start_deepspeed(device: str) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     import deepspeed
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # deepspeed 0.19 calls what torch 2.13 has renamed; nothing a user could do about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     deepspeed.init_distributed(
         dist_backend="nccl" if device == "cuda" else "gloo",
         auto_mpi_discovery=False,

@@ -63,7 +63,10 @@ def random_adapter(shape: ModelShape, task: int) -> dict[str, torch.Tensor]:
     for layer in range(shape.num_layers):
         for module in SPECS[task].target_modules:
             inputs, outputs = shape.linear_sizes()[module]
-            for part, size in (("A", (SPECS[task].rank, inputs)), ("B", (outputs, SPECS[task].rank))):
+            for part, size in (
+                ("A", (SPECS[task].rank, inputs)),
+                ("B", (outputs, SPECS[task].rank)),
+            ):
                 name = f"{peft_name(layer, module)}.lora_{part}.weight"
                 tensors[name] = torch.randn(size, generator=generator) * 0.1
     return tensors
@@ -84,7 +87,9 @@ def gradients_on_rank(folder: Path, grids: tuple[Grid, ...], num: int) -> dict[s
             for module, adapter in modules.items():
                 for part in ("A", "B"):
                     parameter = getattr(adapter, part)
-                    value = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                    value = (
+                        torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                    )
                     gradients[f"{task}.{layer}.{module}.{part}"] = value.numpy()
     elements = sum(p.numel() for p in stage.decoder.parameters())
     elements += sum(p.numel() for p in stage.head.parameters()) if stage.head else 0

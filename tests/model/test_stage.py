@@ -77,9 +77,7 @@ def test_gradients_and_losses_equal_peft(llama, peft_gradients, layout: tuple[in
 def test_a_rank_reads_and_holds_only_its_own_weights(llama, layout: tuple[int, int]) -> None:
     grids = make_grids([layout])
     whole = run_ranks(FUNCTION, 1, dict(folder=llama, grids=(((0,),),), num=1))[0]
-    ranks = run_ranks(
-        FUNCTION, layout[0] * layout[1], dict(folder=llama, grids=grids, num=1)
-    )
+    ranks = run_ranks(FUNCTION, layout[0] * layout[1], dict(folder=llama, grids=grids, num=1))
     for result in ranks:
         assert result["loaded_bytes"] == result["held_bytes"]
         # Only norms (64 floats each) and, with tp over the kv heads, shared heads are held twice.

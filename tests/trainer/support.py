@@ -31,7 +31,9 @@ def make_plan(layouts: list[tuple[int, int]], max_tokens: int) -> Plan:
     return Plan(tuple(groups))
 
 
-def random_dataset(num: int, shortest: int, longest: int, vocab: int, seed: int) -> TokenizedDataset:
+def random_dataset(
+    num: int, shortest: int, longest: int, vocab: int, seed: int
+) -> TokenizedDataset:
     """Return random sequences whose first third is prompt (masked)."""
     generator = np.random.default_rng(seed)
     lengths = generator.integers(shortest, longest + 1, num)

@@ -1,0 +1,179 @@
+"""What a run did, as a person wants to read it: plan, times, cost, losses, adapters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from tasks.errors import ConfigError
+from trainer.metrics import METRICS_FILE, read_metrics
+from trainer.run_spec import ADAPTER_FOLDER, CONFIG_FILE
+
+WARM_UP_STEPS = 1  # the first step also pays for lazy initialisation; left out of the medians
+EDGE_STEPS = 3  # losses before and after are means over this many steps
+
+
+@dataclass(frozen=True)
+class TaskSummary:
+    """A task's mean loss over its first and last steps, and how many it trained."""
+
+    name: str
+    steps: int
+    sequences: int
+    loss_before: float
+    loss_after: float
+    skipped: int
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """The figures of a run's report. Times in seconds."""
+
+    plan: str
+    num_gpus: int
+    device: str
+    steps: int
+    step_time_s: float
+    predicted_step_time_s: float
+    dispatch_wait_share: float
+    update_share: float
+    gpu_seconds: float
+    padding_ratio: float
+    tasks: tuple[TaskSummary, ...]
+    replicas: tuple[dict[str, Any], ...]
+    planned: dict[str, Any]
+    adapters: Path
+
+
+def summarise(folder: Path) -> RunSummary:
+    """Read a run's folder.
+
+    Raises:
+        ConfigError: the folder holds no run, or not a step of it.
+    """
+    for name in (CONFIG_FILE, METRICS_FILE):
+        if not (folder / name).is_file():
+            raise ConfigError(f"{folder}: no {name} in it; give the folder of a run")
+    config = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    steps = read_metrics(folder)
+    if not steps:
+        raise ConfigError(f"{folder / METRICS_FILE}: the run has not finished a step yet")
+    timed = steps[WARM_UP_STEPS:] or steps
+    total_s = sum(step["step_time_s"] for step in timed)
+    replicas = []
+    for index, last in enumerate(steps[-1]["replicas"]):
+        busy_s = sum(step["replicas"][index]["busy_s"] for step in timed)
+        replicas.append({"layout": last["layout"], "busy_share": busy_s / total_s})
+    return RunSummary(
+        plan=" ".join(f"<{g['tp']},{g['pp']}>x{g['dp']}" for g in config["plan"]),
+        num_gpus=sum(g["dp"] * g["tp"] * g["pp"] for g in config["plan"]),
+        device=config["device"],
+        steps=len(steps),
+        step_time_s=median(step["step_time_s"] for step in timed),
+        predicted_step_time_s=median(step["predicted_step_time_s"] for step in timed),
+        dispatch_wait_share=sum(step["dispatch_wait_s"] for step in timed) / total_s,
+        update_share=sum(step["update_time_s"] for step in timed) / total_s,
+        gpu_seconds=sum(step["gpu_seconds"] for step in steps),
+        padding_ratio=1
+        - sum(step["tokens"] for step in steps) / sum(step["padded_tokens"] for step in steps),
+        tasks=tuple(_task_summary(task["name"], steps) for task in config["tasks"]),
+        replicas=tuple(replicas),
+        planned=config.get("plan_meta") or {},
+        adapters=folder / ADAPTER_FOLDER,
+    )
+
+
+def _task_summary(name: str, steps: list[dict[str, Any]]) -> TaskSummary:
+    own = [step["tasks"][name] for step in steps if name in step["tasks"]]
+    losses = [entry["loss"] for entry in own] or [float("nan")]
+    edge = max(1, min(EDGE_STEPS, len(losses) // 2))
+    return TaskSummary(
+        name=name,
+        steps=len(own),
+        sequences=sum(entry["sequences"] for entry in own),
+        loss_before=sum(losses[:edge]) / edge,
+        loss_after=sum(losses[-edge:]) / edge,
+        skipped=sum(not entry["applied"] for entry in own),
+    )
+
+
+def print_run_report(folder: Path, console: Console | None = None) -> None:
+    """Print a run's report to standard output (or to `console`)."""
+    summary = summarise(folder)
+    console = console or Console()
+    console.print(_overview(summary, folder))
+    console.print(_task_table(summary))
+    console.print(_replica_table(summary))
+    console.print(f"adapters (PEFT format): {summary.adapters}", soft_wrap=True)
+
+
+def _overview(summary: RunSummary, folder: Path) -> Table:
+    table = Table(title=f"Run {folder}", show_header=False, title_justify="left")
+    unit = "GPU" if summary.device == "cuda" else "CPU rank"
+    planned = summary.planned.get("step_time_s")
+    gpu_seconds = summary.step_time_s * summary.num_gpus
+    rows = [
+        ("plan", f"{summary.plan} on {summary.num_gpus} {unit}s"),
+        ("steps", str(summary.steps)),
+        ("step time, measured", f"{summary.step_time_s:.3f} s (median)"),
+        ("step time, predicted", f"{summary.predicted_step_time_s:.3f} s (median)"),
+        (f"{unit}-seconds per step", f"{gpu_seconds:.2f} measured"),
+    ]
+    homogeneous = summary.planned.get("homogeneous") or {}
+    if planned and homogeneous.get("step_time_s"):
+        best_s = homogeneous["step_time_s"]
+        saved = 1 - planned / best_s
+        rows.append(
+            (
+                "against the best homogeneous plan",
+                f"{planned * summary.num_gpus:.2f} against {best_s * summary.num_gpus:.2f} "
+                f"{unit}-seconds per step, both predicted: {saved:.1%} less "
+                f"({describe_groups(homogeneous.get('plan', []))})",
+            )
+        )
+    rows += [
+        (f"{unit}-seconds, whole run", f"{summary.gpu_seconds:.1f}"),
+        ("padding", f"{summary.padding_ratio:.1%} of the tokens computed"),
+        ("waiting for the dispatcher", f"{summary.dispatch_wait_share:.2%} of step time"),
+        ("adapter reduction and optimiser", f"{summary.update_share:.1%} of step time"),
+    ]
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def describe_groups(groups: list[dict[str, Any]]) -> str:
+    """Return a plan given as the contract's JSON list in LobRA's notation."""
+    return " ".join(f"<{g['tp']},{g['pp']}>x{g['replicas']}" for g in groups) or "unknown"
+
+
+def _task_table(summary: RunSummary) -> Table:
+    table = Table(title="Tasks", title_justify="left")
+    for column in ("task", "steps", "sequences", "loss before", "loss after", "change", "skipped"):
+        table.add_column(column, justify="left" if column == "task" else "right")
+    for task in summary.tasks:
+        table.add_row(
+            task.name,
+            str(task.steps),
+            str(task.sequences),
+            f"{task.loss_before:.3f}",
+            f"{task.loss_after:.3f}",
+            f"{task.loss_after - task.loss_before:+.3f}",
+            str(task.skipped),
+        )
+    return table
+
+
+def _replica_table(summary: RunSummary) -> Table:
+    table = Table(title="Replicas", title_justify="left")
+    for column in ("replica", "layout", "busy"):
+        table.add_column(column, justify="right")
+    for index, replica in enumerate(summary.replicas):
+        table.add_row(str(index), replica["layout"], f"{replica['busy_share']:.0%}")
+    return table
