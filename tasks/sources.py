@@ -1,0 +1,97 @@
+"""Where a data set's file is: the data folder, a path, the embedded corpus, or a hub."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from tasks.errors import ConfigError, did_you_mean
+from tasks.files import atomic_path
+
+#: Data sets that scripts/create_finetune_datasets.sh fetches, by the names LobRA's files use.
+PUBLISHED = (
+    "dolly",
+    "python_code_instructions",
+    "evol_instruct",
+    "commitpackft",
+    "MathInstruct",
+    "MetaMathQA",
+    "NuminaMath-CoT",
+    "PubMedQA",
+    "xsum",
+    "billsum",
+    "cnn_dailymail",
+    "meetingbank",
+)
+
+_HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([\w.-]+))?")
+
+
+def resolve_dataset(dataset_name: str, data_dir: str | Path) -> Path:
+    """Return the JSONL file of a data set; mine or fetch it first if it must be.
+
+    Tried in this order: ``<data_dir>/<dataset_name>.jsonl``; the path ``dataset_name``, from the
+    working folder and from ``data_dir``; an embedded task, which is mined into ``data_dir``; a hub
+    name ``owner/name`` or ``owner/name:configuration``, whose training split is fetched once into
+    ``data_dir``.
+
+    Raises
+    ------
+    ConfigError
+        If there is none, with the places looked at and how to get it; or if the hub fails.
+    """
+    from tasks.corpus import EMBEDDED, ensure_corpus
+
+    data_dir = Path(data_dir)
+    hub_name = _HUB_NAME.fullmatch(dataset_name)
+    looked = [data_dir / f"{dataset_name}.jsonl", Path(dataset_name), data_dir / dataset_name]
+    if hub_name:
+        looked.append(data_dir / f"{re.sub(r'[/:]', '--', dataset_name)}.jsonl")
+    for path in looked:
+        if path.is_file():
+            return path
+    if dataset_name in EMBEDDED:
+        return ensure_corpus(data_dir)[dataset_name]
+    if hub_name and not dataset_name.endswith((".json", ".jsonl")):
+        return _fetch(hub_name[1], hub_name[2], looked[-1])
+    raise ConfigError(
+        f"dataset_name = {dataset_name!r}: no such data set: looked for "
+        f"{', '.join(str(path) for path in looked)}; {_remedy(dataset_name, data_dir)}"
+    )
+
+
+def _remedy(dataset_name: str, data_dir: Path) -> str:
+    from tasks.corpus import EMBEDDED
+
+    if dataset_name in PUBLISHED:
+        return f"get it with: bash scripts/create_finetune_datasets.sh {dataset_name}"
+    present = [path.stem for path in sorted(data_dir.glob("*.jsonl"))]
+    hint = did_you_mean(dataset_name, [*present, *EMBEDDED, *PUBLISHED])
+    shown = ", ".join(present[:20]) if present else "no .jsonl file"
+    return (
+        f"{data_dir}/ has {shown}{hint}: put the file there, give its path, or use a hub name "
+        f"(owner/name) or an embedded task ({', '.join(EMBEDDED)})"
+    )
+
+
+def _fetch(name: str, configuration: str | None, path: Path) -> Path:
+    """Write the training split of a hub data set to ``path``, a row per line, and return it."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ConfigError(
+            f"dataset_name = {name!r}: hub data sets need the package `datasets` ({error})"
+        ) from error
+    try:
+        rows: Any = load_dataset(name, configuration, split="train")
+        with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+    except Exception as error:  # network, access, unknown name: the library has dozens of its own
+        raise ConfigError(
+            f"dataset_name = {name!r}: not a file, and the hub gave none: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return path
