@@ -5,15 +5,14 @@ LobRA's own files load unchanged. Everything that is wrong with a file is report
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
+from tasks.checks import Check, boolean, integer, number, one_of, safe_name, show, text
 from tasks.documents import read_document
 from tasks.errors import ConfigError, did_you_mean
 from tasks.prompts import template_problem
@@ -157,7 +156,7 @@ def _find_config(name_or_path: str | os.PathLike[str]) -> Path:
     if given.suffix in SUFFIXES:
         tried = [given, CONFIG_FOLDER / given]
     for path in tried:
-        if path.is_file():
+        if os.path.isfile(path):  # False, not an error, for names no file can have
             return path
     names = sorted(p.stem for p in CONFIG_FOLDER.glob("*") if p.suffix in SUFFIXES)
     raise ConfigError(
@@ -178,89 +177,27 @@ _REQUIRED = (
 )
 _TOP_FIELDS = ("variant", "train_task_num", "task")
 
-# A check returns what is wanted if the value is wrong, otherwise None.
-_Check = Callable[[Any], str | None]
-
-
-def _integer(least: int) -> _Check:
-    wanted = {0: "an integer of 0 or more", 1: "a positive integer"}[least]
-
-    def check(value: Any) -> str | None:
-        good = isinstance(value, int) and not isinstance(value, bool) and value >= least
-        return None if good else wanted
-
-    return check
-
-
-def _number(accept: Callable[[float], bool], wanted: str) -> _Check:
-    def check(value: Any) -> str | None:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return wanted
-        return None if math.isfinite(value) and accept(value) else wanted
-
-    return check
-
-
-def _one_of(choices: Sequence[str]) -> _Check:
-    def check(value: Any) -> str | None:
-        if value in choices:
-            return None
-        hint = did_you_mean(value, choices) if isinstance(value, str) else ""
-        return f"one of {', '.join(choices)}{hint}"
-
-    return check
-
-
-def _text(value: Any) -> str | None:
-    return None if isinstance(value, str) and value.strip() else "a text that is not empty"
-
-
-def _boolean(value: Any) -> str | None:
-    return None if isinstance(value, bool) else "true or false"
-
-
-_SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,99}")
-
-
-def _safe_name(value: Any) -> str | None:
-    if isinstance(value, str) and _SAFE_NAME.fullmatch(value):
-        return None
-    return (
-        "a name of at most 100 letters, digits and ._+- that starts with a letter, digit or _ "
-        "(it becomes a folder)"
-    )
-
-
-_CHECKS: Mapping[str, _Check] = {
-    "name": _safe_name,
-    "rank": _integer(1),
-    "lora_alpha": _number(lambda x: x > 0, "a positive number"),
-    "global_batch_size": _integer(1),
-    "dataset_name": _text,
-    "context_length": _integer(1),
-    "json_key": _text,
-    "steps": _integer(1),
-    "epochs": _integer(1),
-    "learning_rate": _number(lambda x: x > 0, "a positive number"),
-    "weight_decay": _number(lambda x: x >= 0, "a number of 0 or more"),
-    "lr_scheduler": _one_of(LR_SCHEDULERS),
-    "warmup_steps": _integer(0),
-    "max_grad_norm": _number(lambda x: x >= 0, "a number of 0 or more (0: no clipping)"),
-    "lora_dropout": _number(lambda x: 0 <= x < 1, "a number from 0 to below 1"),
-    "seed": _integer(0),
-    "train_on_inputs": _boolean,
-    "validation_split": _number(lambda x: 0 <= x < 1, "a number from 0 to below 1"),
-    "resume_from": _text,
+_CHECKS: Mapping[str, Check] = {
+    "name": safe_name,
+    "rank": integer(1),
+    "lora_alpha": number(lambda x: x > 0, "a positive number"),
+    "global_batch_size": integer(1),
+    "dataset_name": text,
+    "context_length": integer(1),
+    "json_key": text,
+    "steps": integer(1),
+    "epochs": integer(1),
+    "learning_rate": number(lambda x: x > 0, "a positive number"),
+    "weight_decay": number(lambda x: x >= 0, "a number of 0 or more"),
+    "lr_scheduler": one_of(LR_SCHEDULERS),
+    "warmup_steps": integer(0),
+    "max_grad_norm": number(lambda x: x >= 0, "a number of 0 or more (0: no clipping)"),
+    "lora_dropout": number(lambda x: 0 <= x < 1, "a number from 0 to below 1"),
+    "seed": integer(0),
+    "train_on_inputs": boolean,
+    "validation_split": number(lambda x: 0 <= x < 1, "a number from 0 to below 1"),
+    "resume_from": text,
 }
-
-
-def _show(value: Any) -> str:
-    """Return a value as the file spells it, cut to a line's length."""
-    try:
-        text = json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError):
-        text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _read_config(
@@ -268,18 +205,18 @@ def _read_config(
 ) -> TrainerConfig:
     if not isinstance(document, dict):
         problems.append(
-            f"holds {_show(document)}, want an object with the fields {', '.join(_TOP_FIELDS)}"
+            f"holds {show(document)}, want an object with the fields {', '.join(_TOP_FIELDS)}"
         )
         return TrainerConfig(path.stem, VARIANTS[0], (), path)
     _report_unknown(document, _TOP_FIELDS, "", problems)
     variant = document.get("variant", VARIANTS[0])
-    _report(_one_of(VARIANTS)(variant), "variant", variant, problems)
+    _report(one_of(VARIANTS)(variant), "variant", variant, problems)
 
     entries = document.get("task")
     if entries is None:
         problems.append("task: is missing, want a list of tasks")
     elif not isinstance(entries, list) or not entries:
-        problems.append(f"task = {_show(entries)}: want a list of at least one task")
+        problems.append(f"task = {show(entries)}: want a list of at least one task")
     entries = entries if isinstance(entries, list) else []
     tasks = [_read_task(entry, f"task[{index}]", problems) for index, entry in enumerate(entries)]
     count = _count_tasks(document, len(entries), num_tasks, problems)
@@ -292,7 +229,7 @@ def _count_tasks(
 ) -> int:
     """Return how many of the listed tasks to use, and report when there are not that many."""
     given = document.get("train_task_num", available)
-    wanted = _integer(1)(given)
+    wanted = integer(1)(given)
     if "train_task_num" in document:
         _report(wanted, "train_task_num", given, problems)
         if wanted is None and given > available > 0:
@@ -315,7 +252,7 @@ def _count_tasks(
 def _read_task(entry: Any, where: str, problems: list[str]) -> dict[str, Any]:
     """Return the valid fields of one entry of ``task``; report everything else."""
     if not isinstance(entry, dict):
-        problems.append(f"{where} = {_show(entry)}: want an object with the fields of a task")
+        problems.append(f"{where} = {show(entry)}: want an object with the fields of a task")
         return {}
     _report_unknown(entry, _TASK_FIELDS, f"{where}.", problems)
     for field in _REQUIRED:
@@ -350,7 +287,7 @@ def _read_task(entry: Any, where: str, problems: list[str]) -> dict[str, Any]:
 def _read_modules(value: Any, where: str, problems: list[str]) -> tuple[str, ...]:
     known = (*TARGET_MODULES, *MODULE_ALIASES)
     if not isinstance(value, list) or not value:
-        problems.append(f"{where} = {_show(value)}: want a list of {', '.join(known)}")
+        problems.append(f"{where} = {show(value)}: want a list of {', '.join(known)}")
         return ()
     good = []
     for index, module in enumerate(value):
@@ -358,14 +295,14 @@ def _read_modules(value: Any, where: str, problems: list[str]) -> tuple[str, ...
             good.append(module)
             continue
         hint = did_you_mean(module, known) if isinstance(module, str) else ""
-        problems.append(f"{where}[{index}] = {_show(module)}: want one of {', '.join(known)}{hint}")
+        problems.append(f"{where}[{index}] = {show(module)}: want one of {', '.join(known)}{hint}")
     return resolve_target_modules(good)
 
 
 def _read_prompt(value: Any, where: str, problems: list[str]) -> str:
     problem = template_problem(value) if isinstance(value, str) else "is no text"
     if problem:
-        problems.append(f"{where} = {_show(value)}: {problem}")
+        problems.append(f"{where} = {show(value)}: {problem}")
         return "auto"
     return cast(str, value)
 
@@ -378,7 +315,7 @@ def _wanted(field: str) -> str:
 
 def _report(wanted: str | None, where: str, value: Any, problems: list[str]) -> None:
     if wanted:
-        problems.append(f"{where} = {_show(value)}: want {wanted}")
+        problems.append(f"{where} = {show(value)}: want {wanted}")
 
 
 def _report_unknown(
@@ -403,7 +340,7 @@ def _name_tasks(tasks: Sequence[dict[str, Any]], problems: list[str]) -> tuple[T
         key = task["name"].casefold()
         if key in owners:
             problems.append(
-                f"task[{index}].name = {_show(task['name'])}: task[{owners[key]}] has this name "
+                f"task[{index}].name = {show(task['name'])}: task[{owners[key]}] has this name "
                 "already, want a name of its own (upper and lower case count as equal)"
             )
         owners.setdefault(key, index)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import sysconfig
 import textwrap
@@ -110,16 +111,17 @@ class _Module:
 
 def _modules(folder: Path) -> Iterator[_Module]:
     """Yield the modules below a folder, in the order of their names."""
-    relatives = [path.relative_to(folder) for path in folder.rglob("*.py")]
-    for relative in sorted(relatives, key=lambda path: path.parts):
-        if _LEFT_OUT.intersection(relative.parts) or relative.parts[0].startswith("config-"):
-            continue
+    paths = []
+    for root, folders, files in os.walk(folder):
+        folders[:] = [f for f in folders if f not in _LEFT_OUT and not f.startswith("config-")]
+        paths += [Path(root, file) for file in files if file.endswith(".py")]
+    for path in sorted(paths, key=lambda path: path.relative_to(folder).parts):
         try:
-            source = (folder / relative).read_text(encoding="utf-8")
+            source = path.read_text(encoding="utf-8")
             tree = ast.parse(source)
         except (UnicodeDecodeError, SyntaxError):
             continue  # the few files in another encoding, and templates that are not yet Python
-        name = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
+        name = ".".join(path.relative_to(folder).with_suffix("").parts).removesuffix(".__init__")
         yield _Module(name, source.splitlines(), tree)
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tasks.checks import show
 from tasks.errors import ConfigError, did_you_mean, first_problems
 from tasks.prompts import ALPACA, ROLES, parse_template, render_turn
 
@@ -134,7 +135,7 @@ def _read_objects(path: Path, problems: list[str]) -> Iterator[tuple[int, Mappin
                     yield number, row
                 else:
                     problems.append(
-                        f"{path}: line {number}: is {_show(row)}, want an object {{...}}"
+                        f"{path}: line {number}: is {show(row)}, want an object {{...}}"
                     )
 
 
@@ -168,7 +169,7 @@ def _parser(
     fitting = {"tokens": ("auto",), "chat": ("auto", "chat"), "text": ("auto", "plain")}
     if kind in fitting and prompt not in fitting[kind]:
         raise _PromptError(
-            f"prompt = {_show(prompt)} does not go with rows of the format {kind!r}: "
+            f"prompt = {show(prompt)} does not go with rows of the format {kind!r}: "
             f"want {' or '.join(fitting[kind])}, or rows with instruction and output"
         )
     if kind == "tokens":
@@ -208,7 +209,7 @@ def _text_field(row: Mapping[str, Any], names: Sequence[str]) -> str:
         raise _RowError(f"{names[0]}: is missing{did_you_mean(names[0], row)}, want a text")
     value = row[name]
     if not isinstance(value, str):
-        raise _RowError(f"{name} = {_show(value)}: want a text")
+        raise _RowError(f"{name} = {show(value)}: want a text")
     return _encodable(value, name)
 
 
@@ -232,17 +233,17 @@ def _as_messages(row: Mapping[str, Any]) -> list[Message]:
 def _messages(row: Mapping[str, Any]) -> list[Message]:
     messages = row.get("messages")
     if not isinstance(messages, list):
-        raise _RowError(f"messages = {_show(messages)}: want a list of role and content")
+        raise _RowError(f"messages = {show(messages)}: want a list of role and content")
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
         if not isinstance(message, dict):
-            raise _RowError(f"{where} = {_show(message)}: want an object with role and content")
+            raise _RowError(f"{where} = {show(message)}: want an object with role and content")
         if message.get("role") not in ROLES:
             raise _RowError(
-                f"{where}.role = {_show(message.get('role'))}: want one of {', '.join(ROLES)}"
+                f"{where}.role = {show(message.get('role'))}: want one of {', '.join(ROLES)}"
             )
         if not isinstance(message.get("content"), str):
-            raise _RowError(f"{where}.content = {_show(message.get('content'))}: want a text")
+            raise _RowError(f"{where}.content = {show(message.get('content'))}: want a text")
         _encodable(message["content"], f"{where}.content")
     return messages
 
@@ -278,12 +279,12 @@ def _parse_tokens(row: Mapping[str, Any], vocab_size: int) -> Row:
         labels = tokens
     for name, values, least in (("input_ids", tokens, 0), ("labels", labels, -100)):
         if not isinstance(values, list):
-            raise _RowError(f"{name} = {_show(values)}: want a list of token ids")
+            raise _RowError(f"{name} = {show(values)}: want a list of token ids")
         for index, value in enumerate(values):
             good = isinstance(value, int) and not isinstance(value, bool)
             if not good or not least <= value < vocab_size:
                 raise _RowError(
-                    f"{name}[{index}] = {_show(value)}: want a token id from 0 to "
+                    f"{name}[{index}] = {show(value)}: want a token id from 0 to "
                     f"{vocab_size - 1}" + (", or -100" if least else "")
                 )
     if len(labels) != len(tokens):
@@ -295,8 +296,3 @@ def _parse_tokens(row: Mapping[str, Any], vocab_size: int) -> Row:
                 "(the shift by one is the model's), or -100 where nothing is learned"
             )
     return TokenRow(tokens, labels)
-
-
-def _show(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def resolve_dataset(dataset_name: str, data_dir: str | Path) -> Path:
     if hub_name:
         looked.append(data_dir / f"{re.sub(r'[/:]', '--', dataset_name)}.jsonl")
     for path in looked:
-        if path.is_file():
+        if os.path.isfile(path):  # False, not an error, for names no file can have
             return path
     if dataset_name in EMBEDDED:
         return ensure_corpus(data_dir)[dataset_name]
