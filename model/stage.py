@@ -65,7 +65,7 @@ class Stage(nn.Module):
         self,
         shape: ModelShape,
         groups: ReplicaGroups,
-        decoder: nn.Module,
+        decoder: Any,
         head: VocabParallelHead | None,
         bank: AdapterBank,
         row_tasks: RowTasks,
@@ -222,7 +222,7 @@ def linear_shards(shape: ModelShape, tp_size: int, tp_index: int) -> dict[str, S
 
 
 def _shard_layer(
-    layer_module: nn.Module,
+    layer_module: Any,
     layer: int,
     shape: ModelShape,
     groups: ReplicaGroups,
@@ -291,7 +291,7 @@ def _sum_input_gradient(parent: nn.Module, groups: ReplicaGroups) -> None:
 
 
 def _place_ends(
-    decoder: nn.Module, shape: ModelShape, groups: ReplicaGroups, reader: CheckpointReader
+    decoder: Any, shape: ModelShape, groups: ReplicaGroups, reader: CheckpointReader
 ) -> VocabParallelHead | None:
     """Load the embedding on the first stage, norm and head on the last; drop them elsewhere."""
     role = groups.role

@@ -25,6 +25,7 @@ INITIALIZER_RANGE = 0.08
 def build_tiny(folder: Path) -> Path:
     """Build the tiny model in `folder` (atomically, deterministically) and return the folder."""
     import torch
+    import transformers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     shape = NAMED_SHAPES[TINY]
@@ -56,8 +57,12 @@ def build_tiny(folder: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
+        transformers.utils.logging.disable_progress_bar()
         model.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
+        draft.chmod(0o755)  # a temporary folder is private at first
+        for file in draft.iterdir():
+            file.chmod(0o644)
         try:
             os.rename(draft, folder)
         except OSError:

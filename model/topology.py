@@ -90,7 +90,7 @@ def layer_blocks(grids: Sequence[Grid], num_layers: int) -> tuple[LayerBlock, ..
     """
     holders_of_layer: list[tuple[int, ...]] = []
     for layer in range(num_layers):
-        holders = []
+        holders: list[int] = []
         for grid in grids:
             for stage, ranks in enumerate(grid):
                 if layer in stage_layers(num_layers, len(grid), stage):

@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import yaml
@@ -26,7 +26,7 @@ from tasks.config import TaskConfig, TrainerConfig, load_trainer_config
 from tasks.dataset import TokenizedDataset, load_dataset
 from tasks.errors import ConfigError
 from tasks.files import write_atomic
-from tasks.sampling import num_steps
+from tasks.sampling import num_steps, split_validation, task_seed
 from tasks.tokenizer import load_tokenizer
 from trainer.adapters import adapter_spec, check_adapter
 from trainer.metrics import METRICS_FILE
@@ -51,10 +51,10 @@ class TrainRequest:
     device: str = "auto"
     dynamic_buckets: bool = True
     num_buckets: int = 16
-    dispatch_mode: str = "balance"
+    dispatch_mode: Literal["balance", "group"] = "balance"
     seed: int = 0
     time_profile: Path | None = None
-    cost_model: str = "fitted"
+    cost_model: Literal["fitted", "lobra6"] = "fitted"
     gpus_per_node: int = 8
     local_ranks: bool = True
     record_sequences: bool = False
@@ -126,7 +126,9 @@ def prepare(request: TrainRequest) -> RunSpec:
     checks.raise_if_any()
     assert config and plan and folder and shape and grids and cost_model and device
 
-    training = [_training_part(task, data) for task, data in zip(tasks, datasets, strict=True)]
+    training = [
+        _training_part(task, data, request.seed) for task, data in zip(tasks, datasets, strict=True)
+    ]
     steps = tuple(num_steps(task, len(data)) for task, data in zip(tasks, training, strict=True))
     last_step = max(steps) if request.max_steps is None else min(max(steps), request.max_steps)
     lengths = np.concatenate([data.lengths for data in training])
@@ -167,8 +169,6 @@ def _choose_device(request: TrainRequest, plan: Plan | None) -> str:
             f"has {found}: {plan.num_gpus - found} missing; give --host-file for several "
             f"machines, or --device cpu to run every rank as a CPU process"
         )
-    if device == "cpu" and request.precision == "bf16":
-        return device  # supported, merely slow
     return device
 
 
@@ -201,8 +201,6 @@ def _clip_context(
     tasks: Sequence[TaskConfig], max_seq_length: int | None
 ) -> tuple[TaskConfig, ...]:
     """Return the tasks with context_length no longer than `max_seq_length`."""
-    from dataclasses import replace
-
     if max_seq_length is None:
         return tuple(tasks)
     return tuple(
@@ -251,16 +249,16 @@ def _foreign_tokens(
     return problems
 
 
-def _training_part(task: TaskConfig, data: TokenizedDataset) -> TokenizedDataset:
-    """Return the sequences to train on: all but the last `validation_split` of them."""
-    keep = len(data) - int(len(data) * task.validation_split)
-    if keep == len(data):
+def _training_part(task: TaskConfig, data: TokenizedDataset, seed: int) -> TokenizedDataset:
+    """Return the sequences to train on: those that `validation_split` does not hold out."""
+    kept, held_out = split_validation(len(data), task.validation_split, task_seed(task, seed))
+    if not len(held_out):
         return data
-    stop = int(data.offsets[keep])
+    parts = [data.sequence(int(index)) for index in kept]
     return TokenizedDataset(
-        data.tokens[:stop],
-        data.labels[:stop],
-        data.offsets[: keep + 1],
+        np.concatenate([tokens for tokens, _ in parts]),
+        np.concatenate([labels for _, labels in parts]),
+        np.concatenate([[0], np.cumsum(data.lengths[kept])]).astype(np.int64),
         data.num_truncated,
         data.num_dropped,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from model.topology import Grid
 from planner.plan import Plan
@@ -38,7 +39,7 @@ class RunSpec:
     num_buckets: int
     dynamic_buckets: bool
     buckets: tuple[int, ...]
-    dispatch_mode: str
+    dispatch_mode: Literal["balance", "group"]
     seed: int
     record_sequences: bool = False
 

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from planner.plan import load_plan
 from tasks.errors import ConfigError
@@ -22,10 +23,9 @@ from trainer.run import (
     train_in_launcher,
 )
 
-SWITCHES = {
-    "DP_BUCKET": {"TRUE": "on", "FALSE": "off"},
-    "EXPR_DATA_DISPATCH": {"BALANCE": "balance", "GROUP": "group"},
-}
+Mode = Literal["balance", "group"]
+DYNAMIC_BUCKETS = {"TRUE": True, "FALSE": False}
+DISPATCH_MODES: dict[str, Mode] = {"BALANCE": "balance", "GROUP": "group"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +59,9 @@ def run(args: argparse.Namespace) -> int:
     """Run `lobra train` and return its exit code."""
     if args.env_file is not None:
         restart_with(args.env_file)
-    switches = read_switches(os.environ)
+    dynamic_buckets, dispatch_mode = read_switches(os.environ)
+    if args.dp_bucket is not None:
+        dynamic_buckets = args.dp_bucket == "on"
     problems = [
         f"--{name.replace('_', '-')} {value}: must be at least 1"
         for name in ("max_steps", "max_seq_length", "num_buckets", "gpus_per_node")
@@ -86,9 +88,9 @@ def run(args: argparse.Namespace) -> int:
         max_seq_length=args.max_seq_length,
         precision=args.precision,
         device=args.device,
-        dynamic_buckets=(args.dp_bucket or switches["DP_BUCKET"]) == "on",
+        dynamic_buckets=dynamic_buckets,
         num_buckets=args.num_buckets,
-        dispatch_mode=args.dispatch or switches["EXPR_DATA_DISPATCH"],
+        dispatch_mode=args.dispatch or dispatch_mode,
         seed=args.seed,
         time_profile=args.time_profile,
         cost_model=args.cost_model,
@@ -112,20 +114,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_switches(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the values of LobRA's environment variables, defaults where unset.
+def read_switches(environment: Mapping[str, str]) -> tuple[bool, Mode]:
+    """Return (DP_BUCKET, EXPR_DATA_DISPATCH): LobRA's environment variables, with its defaults.
 
     Raises:
         ConfigError: a variable has a value that is not one of its own.
     """
-    values = {}
-    problems = []
-    for name, meaning in SWITCHES.items():
-        given = environment.get(name) or next(iter(meaning))
-        if given not in meaning:
-            problems.append(f"{name}={given}: must be one of {', '.join(meaning)}")
-        else:
-            values[name] = meaning[given]
+    buckets = environment.get("DP_BUCKET", "TRUE")
+    mode = environment.get("EXPR_DATA_DISPATCH", "BALANCE")
+    problems = [
+        f"{name}={value}: must be one of {', '.join(known)}"
+        for name, value, known in (
+            ("DP_BUCKET", buckets, list(DYNAMIC_BUCKETS)),
+            ("EXPR_DATA_DISPATCH", mode, list(DISPATCH_MODES)),
+        )
+        if value not in known
+    ]
     if problems:
         raise ConfigError(problems)
-    return values
+    return DYNAMIC_BUCKETS[buckets], DISPATCH_MODES[mode]
