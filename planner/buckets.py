@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import numpy as np
 
@@ -184,9 +185,12 @@ def _best_ends(ends: np.ndarray, counts: np.ndarray, num_buckets: int) -> np.nda
         return np.arange(n)
     cumulative = np.concatenate(([0], np.cumsum(counts)))
     # Whole numbers throughout; 32 bits where they suffice, which halves the memory traffic.
-    dtype = np.int32 if int(ends[-1]) * int(cumulative[-1]) < 2**30 - 1 else np.int64
+    dtype: type[np.signedinteger] = (
+        np.int32 if int(ends[-1]) * int(cumulative[-1]) < 2**30 - 1 else np.int64
+    )
     huge = np.iinfo(dtype).max // 2  # so large that no cost reaches it, and twice it still fits
-    ends_d, cumulative_d = ends.astype(dtype), cumulative.astype(dtype)
+    ends_d: np.ndarray = ends.astype(dtype)
+    cumulative_d: np.ndarray = cumulative.astype(dtype)
     # cost[j, i]: padded units of one bucket ending at boundary j that starts after i boundaries
     blocks = _blocks(n)
     costs = []
@@ -222,4 +226,4 @@ def _best_ends(ends: np.ndarray, counts: np.ndarray, num_buckets: int) -> np.nda
 
 def _blocks(n: int) -> list[tuple[int, int]]:
     edges = np.linspace(0, n, min(_COLUMN_BLOCKS, n) + 1).astype(int)
-    return [(int(a), int(b)) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [(int(start), int(stop)) for start, stop in pairwise(edges)]

@@ -165,14 +165,12 @@ def dispatch_counts(
     chunks = tuple(
         tuple(
             (bucket, size)
-            for bucket in np.flatnonzero(loads.counts[replica])
-            for size in tables[group[replica]].split(int(bucket), int(loads.counts[replica, bucket]))
+            for bucket in np.flatnonzero(row).tolist()
+            for size in tables[group[replica]].split(bucket, int(row[bucket]))
         )
-        for replica in range(len(group))
+        for replica, row in enumerate(loads.counts)
     )
-    times = [
-        _chunks_time_s(tables[group[replica]], pairs) for replica, pairs in enumerate(chunks)
-    ]
+    times = [_chunks_time_s(tables[group[replica]], pairs) for replica, pairs in enumerate(chunks)]
     return CountAssignment(chunks, max(times), min(bound, max(times)))
 
 
@@ -268,20 +266,20 @@ def _first_assignment(
     whole = np.floor(share + 1e-9).astype(np.int64)
     takes = np.stack([table.limit > 0 for table in tables])
     missing = counts - whole.sum(axis=0)
-    for bucket in np.flatnonzero(missing > 0):
+    for bucket in np.flatnonzero(missing > 0).tolist():
         order = np.lexsort((np.arange(len(tables)), -(share - whole)[:, bucket]))
         order = order[takes[order, bucket]]
         for number in range(int(missing[bucket])):
             whole[order[number % len(order)], bucket] += 1
-    for bucket in np.flatnonzero(missing < 0):
+    for bucket in np.flatnonzero(missing < 0).tolist():
         whole[int(np.argmax(whole[:, bucket])), bucket] += missing[bucket]
     assigned = np.zeros((int(replicas.sum()), len(counts)), dtype=np.int64)
     first = 0
     for group, table in enumerate(tables):
         chunks = [
-            (-float(table.time_s[bucket, size]), int(bucket), size)
-            for bucket in np.flatnonzero(whole[group])
-            for size in table.split(int(bucket), int(whole[group, bucket]))
+            (-float(table.time_s[bucket, size]), bucket, size)
+            for bucket in np.flatnonzero(whole[group]).tolist()
+            for size in table.split(bucket, int(whole[group, bucket]))
         ]
         heap = [(0.0, replica) for replica in range(first, first + int(replicas[group]))]
         for negative, bucket, size in sorted(chunks):

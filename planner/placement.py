@@ -92,9 +92,7 @@ def pack(sizes: list[int], capacities: list[int], max_trials: int = 20_000) -> l
     return chosen
 
 
-def _take_nodes(
-    free: list[list[int]], tp: int, gpus_per_node: int, plan: Plan
-) -> tuple[int, ...]:
+def _take_nodes(free: list[list[int]], tp: int, gpus_per_node: int, plan: Plan) -> tuple[int, ...]:
     """Take whole nodes for a group that is larger than one."""
     count, rest = divmod(tp, gpus_per_node)
     whole = [node for node in range(len(free)) if len(free[node]) == gpus_per_node]

@@ -106,7 +106,8 @@ def _best_move(loads: Loads, slowest: int, others: np.ndarray) -> bool:
     cost = _addition(loads, others, sizes, possible)
     longest = np.maximum(top - saved[None], loads.time_s[others][:, None, None] + cost)
     # of two equal moves the one that wastes less time
-    score = np.where(longest < top * (1 - SMALLEST_GAIN), longest + 0.1 * (cost - saved[None]), np.inf)
+    better = longest < top * (1 - SMALLEST_GAIN)
+    score = np.where(better, longest + 0.1 * (cost - saved[None]), np.inf)
     best = int(np.argmin(score))
     if not np.isfinite(score.flat[best]):
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -9,7 +10,13 @@ from typing import Any, Literal
 import numpy as np
 from scipy.optimize import nnls
 
-from profiler.profiles import TimeProfile
+from profiler.profiles import (
+    TimeProfile,
+    default_head_path,
+    default_time_path,
+    load_time_profile,
+    num_layers_of,
+)
 from tasks.errors import ConfigError
 
 Kind = Literal["fitted", "lobra6"]
@@ -208,3 +215,24 @@ def _monotone_terms(b: np.ndarray, s: np.ndarray, knots: np.ndarray) -> np.ndarr
     terms += [np.maximum(0.0, tokens - knot) for knot in knots]
     terms += [np.minimum(tokens, knot) for knot in knots]
     return np.stack(terms, axis=1)
+
+
+def load_cost_model(
+    model: str,
+    time_path: str | os.PathLike[str] | None = None,
+    kind: Kind = "fitted",
+) -> CostModel:
+    """Return the cost model of a model (``tiny``, ``7B``, ... or a folder) from its profiles.
+
+    Without ``time_path`` the profile at the contract's path is read, and that of embedding and
+    head beside it if there is one.
+
+    Raises
+    ------
+    ConfigError
+        If the model is unknown, or a profile is missing or has mistakes.
+    """
+    path = default_time_path(model) if time_path is None else time_path
+    head_path = default_head_path(model)
+    head = load_time_profile(head_path) if time_path is None and head_path.is_file() else None
+    return fit_cost_model(load_time_profile(path), num_layers_of(model), kind, head)

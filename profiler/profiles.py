@@ -93,6 +93,39 @@ def model_slug(model: str) -> str:
     return Path(model).name or model
 
 
+def num_layers_of(model: str) -> int:
+    """Return the transformer layers of ``tiny``, ``7B``, ... or a Hugging Face model folder.
+
+    Raises
+    ------
+    ConfigError
+        If the model is neither.
+    """
+    from model.shapes import resolve_shape
+
+    return resolve_shape(model).num_layers
+
+
+def layout_problem_of(model: str, tp: int, pp: int) -> str | None:
+    """Return why ``<tp,pp>`` cannot run the model (heads not divisible, ...), or None."""
+    from model.shapes import layout_problem, resolve_shape
+
+    return layout_problem(resolve_shape(model), tp, pp)
+
+
+def weights_folder_of(model: str) -> Path:
+    """Return the folder with the model's weights and tokenizer; ``tiny`` is built on first use.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such folder.
+    """
+    from model.shapes import resolve_folder
+
+    return resolve_folder(model)
+
+
 def default_time_path(model: str) -> Path:
     """Return ``exp_result/profile/cost_model/profile_time_<model>.csv`` (or LobRA's spelling)."""
     folder = PROFILE_DIR / "cost_model"
@@ -106,8 +139,8 @@ def default_head_path(model: str) -> Path:
 
 def default_memory_path(model: str, num_tasks: int) -> Path:
     """Return ``exp_result/profile/memory/max_tokens_<model>_<n>tasks.csv``."""
-    folder = PROFILE_DIR / "memory"
-    return _published_spelling(folder, f"max_tokens_{model_slug(model)}_{num_tasks}tasks.csv", model)
+    name = f"max_tokens_{model_slug(model)}_{num_tasks}tasks.csv"
+    return _published_spelling(PROFILE_DIR / "memory", name, model)
 
 
 def meta_path(path: str | os.PathLike[str]) -> Path:
@@ -153,7 +186,7 @@ def load_time_profile(path: str | os.PathLike[str]) -> TimeProfile:
     """
     path = Path(path)
     rows, digest = _read_rows(path, TIME_COLUMNS, "lobra profile time")
-    problems = []
+    problems: list[str] = []
     values = []
     for line, row in rows:
         numbers = _numbers(path, line, row, TIME_COLUMNS[:3], problems)
@@ -260,7 +293,9 @@ def _read_rows(
         data = path.read_bytes()
         text = data.decode("utf-8-sig")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such profile; make it with `{command}` or give its path") from None
+        raise ConfigError(
+            f"{path}: no such profile; make it with `{command}` or give its path"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not readable as CSV text ({error})") from error
     reader = csv.DictReader(text.splitlines(), skipinitialspace=True)

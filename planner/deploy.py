@@ -1,0 +1,170 @@
+"""Deployment: from profiles, a workload and a number of GPUs to a plan with what is known of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from planner.candidates import Candidates, all_candidates, propose
+from planner.placement import place
+from planner.plan import Plan
+from planner.planners import exact, homogeneous
+from planner.planners.base import Outcome, Problem, Progress, silent
+from planner.workload import ExpectedBatch, Workload, expect
+from profiler.cost_model import CostModel
+from profiler.profiles import MemoryProfile
+from tasks.errors import ConfigError
+
+Solver = Callable[[Problem, float | None, Progress], Outcome]
+PATTERNS: dict[str, Solver] = {"EXACT": exact.solve}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to plan: the pattern, whether layouts are proposed first, and the buckets."""
+
+    pattern: str = "EXACT"
+    proposal: bool = False
+    static_buckets: bool = False
+    num_buckets: int = 16
+    gpus_per_node: int = 8
+    time_limit_s: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Deployment:
+    """A plan, the batch it was made for, the candidates and the best homogeneous plan."""
+
+    outcome: Outcome
+    batch: ExpectedBatch
+    candidates: Candidates
+    homogeneous: Outcome | None
+    problem: Problem
+
+    @property
+    def plan(self) -> Plan:
+        """The plan to deploy."""
+        return self.outcome.plan
+
+
+def deploy(
+    workload: Workload,
+    memory: MemoryProfile,
+    cost_model: CostModel,
+    num_gpus: int,
+    options: Options,
+    progress: Progress = silent,
+    refused: Callable[[int, int], str | None] | None = None,
+) -> Deployment:
+    """Return the plan of the chosen pattern for the workload's expected batch.
+
+    ``refused`` says, for (tp, pp), why the model cannot run on a layout, or None.
+
+    Raises
+    ------
+    ConfigError
+        If the inputs do not allow a plan, see ``all_candidates``, or the pattern is unknown.
+    """
+    if options.pattern not in PATTERNS:
+        known = ", ".join(PATTERNS)
+        raise ConfigError(f"pattern {options.pattern!r}: known are {known}")
+    if options.time_limit_s is not None and not options.time_limit_s > 0:
+        raise ConfigError(f"--time-limit: {options.time_limit_s}; a positive number of seconds")
+    batch = expect(workload, options.num_buckets, options.static_buckets)
+    longest = int(batch.buckets[batch.counts > 0].max())
+    candidates = all_candidates(
+        memory, cost_model, num_gpus, longest, options.gpus_per_node, refused
+    )
+    problem = Problem(
+        batch.counts,
+        batch.buckets,
+        candidates.chosen,
+        num_gpus,
+        cost_model,
+        options.gpus_per_node,
+    )
+    try:
+        same = homogeneous.solve(problem)
+    except ConfigError:
+        same = None
+    if options.proposal:
+        candidates = propose(candidates, cost_model)
+        problem = replace(problem, candidates=candidates.chosen)
+    outcome = PATTERNS[options.pattern](problem, options.time_limit_s, progress)
+    return Deployment(outcome, batch, candidates, same, problem)
+
+
+def plan_entries(plan: Plan) -> list[dict[str, int]]:
+    """Return the plan as the contract's JSON lists it."""
+    return [
+        {
+            "tp": group.layout.tp,
+            "pp": group.layout.pp,
+            "replicas": group.replicas,
+            "max_tokens": group.max_tokens,
+        }
+        for group in plan.groups
+    ]
+
+
+def as_json(deployment: Deployment) -> dict[str, Any]:
+    """Return the contract's JSON object."""
+    outcome, same = deployment.outcome, deployment.homogeneous
+    return {
+        "plan": plan_entries(outcome.plan),
+        "num_gpus": outcome.plan.num_gpus,
+        "step_time_s": outcome.step_time_s,
+        "gpu_seconds": outcome.gpu_seconds,
+        "lower_bound_s": outcome.lower_bound_s,
+        "gap": outcome.gap,
+        "buckets": [int(bucket) for bucket in deployment.batch.buckets],
+        "padding_ratio": deployment.batch.padding_ratio,
+        "planner": outcome.planner,
+        "planner_time_s": outcome.planner_time_s,
+        "objective_s": outcome.objective_s,
+        "proven": outcome.proven,
+        "homogeneous": None
+        if same is None
+        else {"plan": plan_entries(same.plan), "step_time_s": same.step_time_s},
+        "notes": [*outcome.notes],
+        "dropped_layouts": list(deployment.candidates.dropped),
+    }
+
+
+def plan_with_meta(
+    deployment: Deployment, model: str, memory: MemoryProfile, gpus_per_node: int
+) -> Plan:
+    """Return the plan with the ``meta`` map its file carries, its rank map included."""
+    outcome = deployment.outcome
+    cost_model = deployment.problem.cost_model
+    ranks = place(outcome.plan, gpus_per_node)
+    meta = {
+        "model": model,
+        "num_gpus": outcome.plan.num_gpus,
+        "gpus_per_node": gpus_per_node,
+        "buckets": [int(bucket) for bucket in deployment.batch.buckets],
+        "expected_batch": [int(count) for count in deployment.batch.counts],
+        "step_time_s": round(outcome.step_time_s, 6),
+        "lower_bound_s": round(outcome.lower_bound_s, 6),
+        "gap": round(outcome.gap, 6),
+        "planner": outcome.planner,
+        "cost_model": cost_model.kind,
+        "time_profile": _profile_meta(cost_model.meta),
+        "memory_profile": _profile_meta({"path": str(memory.path), "digest": memory.digest}),
+        "ranks": [[list(stage) for stage in replica] for replica in ranks],
+        "version": _version(),
+    }
+    return replace(outcome.plan, meta=meta)
+
+
+def _profile_meta(meta: Any) -> dict[str, str]:
+    return {"file": str(meta.get("path", "")), "sha256": str(meta.get("digest", ""))}
+
+
+def _version() -> str:
+    try:
+        return version("lobra")
+    except PackageNotFoundError:
+        return "unknown"
