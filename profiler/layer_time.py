@@ -1,0 +1,236 @@
+"""The time profiler: milliseconds of one layer, forward + backward with LoRA, per tp and shape.
+
+All points of a tp are measured by one group of processes, which appends each to the file as it is
+measured. When a point runs out of memory it is noted as such and the sweep goes on with the others.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model.launch import DEFAULT_PRELOAD, RankError, run_ranks
+from model.lora import AdapterSpec
+from model.shapes import ModelShape, layout_problem
+from profiler.layer_time_rank import TARGET_FRACTION
+from profiler.memory import OUT_OF_MEMORY, shape_settings
+from profiler.points import time_points
+from profiler.profiles import TIME_COLUMNS
+from profiler.sweep_file import Restart, SweepFile, open_sweep
+from tasks.config import TARGET_MODULES
+from tasks.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+NUM_KEYS = 3
+POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class TimeSweep:
+    """What to measure.
+
+    Attributes
+    ----------
+    folder, shape
+        The base model.
+    tps
+        Tensor-parallel sizes.
+    max_seq_length, max_tokens
+        The longest sequence, and the most tokens of a micro-batch.
+    load_ranks
+        Ranks that run at once, so that a machine with fewer cores than ranks is measured under
+        the load training will have; 0 measures one replica alone.
+    num_tasks, lora_rank
+        Adapters, each on all linear layers; a micro-batch's rows are shared out to them.
+    precision, device
+        "fp32" or "bf16"; "cpu" or "cuda".
+    """
+
+    folder: Path
+    shape: ModelShape
+    tps: tuple[int, ...]
+    max_seq_length: int
+    max_tokens: int
+    load_ranks: int
+    num_tasks: int
+    lora_rank: int
+    precision: str
+    device: str
+
+    @property
+    def points(self) -> tuple[tuple[int, int], ...]:
+        """The micro-batch shapes (b, s) to measure for each tp."""
+        return time_points(self.max_seq_length, self.max_tokens)
+
+    def num_replicas(self, tp: int) -> int:
+        """Return how many groups of ``tp`` ranks are timed at once."""
+        return max(1, self.load_ranks // tp)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what must agree for rows of two sweeps to be comparable (not which rows)."""
+        return {
+            "model": self.shape.name,
+            "shape": shape_settings(self.shape),
+            "load_ranks": self.load_ranks,
+            "num_tasks": self.num_tasks,
+            "lora_rank": self.lora_rank,
+            "precision": self.precision,
+            "device": self.device,
+        }
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with it, all at once."""
+        problems = [
+            f"time profile of {self.shape.name}: {problem}"
+            for tp in self.tps
+            if (problem := layout_problem(self.shape, tp, 1))
+        ]
+        if self.max_seq_length < 1 or self.max_tokens < 1:
+            problems.append("--max-seq-length and --max-tokens: at least 1 token is needed")
+        if self.load_ranks and self.load_ranks < max(self.tps):
+            problems.append(
+                f"--load-ranks {self.load_ranks}: less than tp {max(self.tps)}; give the number "
+                f"of ranks training will have"
+            )
+        return problems
+
+
+def open_files(
+    sweep: TimeSweep,
+    layer_path: Path,
+    head_path: Path,
+    restart: Restart,
+    environment: dict[str, Any],
+) -> tuple[SweepFile, SweepFile]:
+    """Open the layers' and the ends' profile, new or to be continued (see `open_sweep`).
+
+    Raises
+    ------
+    ConfigError
+        If the sweep is not possible, or a file was made under other settings or is broken.
+    """
+    problems = sweep.problems()
+    if problems:
+        raise ConfigError(problems)
+    layer_settings = sweep.settings() | {"what": "one layer, forward + backward, ms"}
+    head_settings = sweep.settings() | {
+        "what": "embedding and head with loss, forward + backward, ms",
+        "target_fraction": TARGET_FRACTION,
+    }
+    layers, head = (
+        open_sweep(
+            path,
+            TIME_COLUMNS,
+            NUM_KEYS,
+            settings,
+            kind="measured",
+            restart=restart,
+            environment=environment,
+        )
+        for path, settings in ((layer_path, layer_settings), (head_path, head_settings))
+    )
+    return layers, head
+
+
+def missing_points(
+    sweep: TimeSweep, tp: int, files: tuple[SweepFile, SweepFile]
+) -> tuple[tuple[int, int], ...]:
+    """Return the (b, s) of ``tp`` that one of the files still lacks, in order."""
+    skipped = set().union(*(file.skipped for file in files))
+    return tuple(
+        (b, s)
+        for b, s in sweep.points
+        if (tp, s, b) not in skipped and any((tp, s, b) not in file.done for file in files)
+    )
+
+
+def sweep_time(
+    sweep: TimeSweep,
+    files: tuple[SweepFile, SweepFile],
+    report: Callable[[int, int], None] = lambda tp, left: None,
+    ready: Callable[[int], bool] = lambda tp: True,
+) -> tuple[SweepFile, SweepFile]:
+    """Measure every point the files lack and return the files as they then are.
+
+    Parameters
+    ----------
+    files
+        The layers' and the ends' profile (`open_files`); the rank processes append to them.
+    report
+        ``report(tp, points left)``, called from time to time.
+    ready
+        Whether this machine can run that tp; others are left out.
+
+    Raises
+    ------
+    RankError
+        If a rank failed for another reason than memory; what was measured before is kept.
+    """
+    for tp in filter(ready, sweep.tps):
+        while points := missing_points(sweep, tp, files):
+            report(tp, len(points))
+            try:
+                _measure(sweep, tp, points, files, report)
+                failure = None
+            except RankError as error:
+                if not OUT_OF_MEMORY.search(str(error)):
+                    raise
+                failure = error
+            files = files[0].reopened(), files[1].reopened()
+            left = missing_points(sweep, tp, files)
+            if failure is not None and left:
+                b, s = left[0]  # they are measured in order
+                log.warning("tp %d: %d x %d ran out of memory and is left out", tp, b, s)
+                files[0].skip((tp, s, b), "ran out of memory")
+        report(tp, 0)
+    return files
+
+
+def _measure(
+    sweep: TimeSweep,
+    tp: int,
+    points: tuple[tuple[int, int], ...],
+    files: tuple[SweepFile, SweepFile],
+    report: Callable[[int, int], None],
+) -> None:
+    """Run the ranks that measure `points`, reporting progress from the growing file."""
+    count = sweep.num_replicas(tp)
+    grids = tuple((tuple(range(start, start + tp)),) for start in range(0, count * tp, tp))
+    specs = tuple(
+        AdapterSpec(f"task{task}", sweep.lora_rank, sweep.lora_rank, TARGET_MODULES)
+        for task in range(sweep.num_tasks)
+    )
+    ended = threading.Event()
+    before = files[1].num_rows_on_disk()
+
+    def watch() -> None:
+        while not ended.wait(POLL_S):
+            report(tp, len(points) - (files[1].num_rows_on_disk() - before))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        run_ranks(
+            "profiler.layer_time_rank:time_points_on_rank",
+            count * tp,
+            {
+                "folder": sweep.folder,
+                "grids": grids,
+                "specs": specs,
+                "points": points,
+                "precision": sweep.precision,
+                "device": sweep.device,
+                "layer_file": files[0],
+                "head_file": files[1],
+            },
+            device=sweep.device,
+            preload=(*DEFAULT_PRELOAD, "profiler.layer_time_rank"),
+        )
+    finally:
+        ended.set()
+        watcher.join()

@@ -1,0 +1,241 @@
+"""The memory profiler: how many tokens a micro-batch may hold under each layout.
+
+Every trial trains in processes of its own, so that running out of memory, or a crash, ends that
+trial and not the sweep.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model.launch import DEFAULT_PRELOAD, RankError, run_ranks
+from model.lora import AdapterSpec
+from model.shapes import ModelShape, layout_problem
+from profiler.memory_rank import RankMemory
+from profiler.search import Trial, largest_fitting
+from profiler.sweep_file import SweepFile
+from tasks.config import TaskConfig
+from tasks.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+STEP_TOKENS = 256
+SHORT_LENGTH = 256  # the "many short sequences" of a trial
+# Stages may differ by so much from layers / pp: <1,3> of 32 layers (11, 11, 10) yes, of 4 no.
+MAX_STAGE_IMBALANCE = 1.125
+TRIAL_TIMEOUT_S = 1800.0
+OUT_OF_MEMORY = re.compile(
+    r"OutOfMemoryError|MemoryError|out of memory|can't allocate memory|bad_alloc"
+    r"|Cannot allocate memory|exit code -9\b",
+    re.IGNORECASE,
+)
+MEMORY_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+@dataclass(frozen=True)
+class MemorySweep:
+    """What to measure.
+
+    Attributes
+    ----------
+    folder, shape
+        The base model.
+    tasks
+        The tasks whose adapters are trained together.
+    layouts
+        (tp, pp) of every layout, see `layouts_within`.
+    max_seq_length
+        Tokens at most tried, and the longest sequence.
+    budget_bytes
+        Of one rank.
+    precision, device
+        "fp32" or "bf16"; "cpu" or "cuda".
+    """
+
+    folder: Path
+    shape: ModelShape
+    tasks: tuple[TaskConfig, ...]
+    layouts: tuple[tuple[int, int], ...]
+    max_seq_length: int
+    budget_bytes: int
+    precision: str
+    device: str
+
+    def settings(self) -> dict[str, Any]:
+        """Return what must agree for rows of two sweeps to be comparable."""
+        return {
+            "model": self.shape.name,
+            "shape": shape_settings(self.shape),
+            "adapters": [[task.rank, list(task.target_modules)] for task in self.tasks],
+            "max_seq_length": self.max_seq_length,
+            "step_tokens": STEP_TOKENS,
+            "memory_budget_bytes": self.budget_bytes,
+            "precision": self.precision,
+            "device": self.device,
+        }
+
+
+@dataclass(frozen=True)
+class LayoutResult:
+    """A layout's capacity in tokens with the trials that found it, or why there is none."""
+
+    tp: int
+    pp: int
+    max_tokens: int | None
+    trials: tuple[Trial, ...] = ()
+    failure: str = ""
+
+
+def shape_settings(shape: ModelShape) -> list[int]:
+    """Return the sizes of a model that its costs depend on."""
+    return [
+        shape.num_layers,
+        shape.hidden_size,
+        shape.intermediate_size,
+        shape.num_heads,
+        shape.num_kv_heads,
+        shape.head_dim,
+        shape.vocab_size,
+    ]
+
+
+def layouts_within(shape: ModelShape, num_gpus: int) -> tuple[tuple[int, int], ...]:
+    """Return every sensible layout (tp, pp) of at most ``num_gpus`` ranks, ordered.
+
+    tp divides the heads; pp divides the layers, or nearly: the longest stage has at most an eighth
+    more layers than layers / pp.
+    """
+    found = []
+    for tp in range(1, num_gpus + 1):
+        for pp in range(1, num_gpus // tp + 1):
+            longest = -(-shape.num_layers // pp)
+            if (
+                layout_problem(shape, tp, pp) is None
+                and longest * pp <= MAX_STAGE_IMBALANCE * shape.num_layers
+            ):
+                found.append((tp, pp))
+    return tuple(found)
+
+
+def parse_bytes(text: str) -> int:
+    """Return the bytes of "600MB", "1.5GiB", "2G" or a plain number (units of 1024).
+
+    Raises
+    ------
+    ConfigError
+        If it is none of these or not positive.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    size = int(float(match[1]) * MEMORY_UNITS[match[2].upper()]) if match else 0
+    if size < 1:
+        raise ConfigError(f"memory budget {text!r}: a size such as 600MB or 40GB is expected")
+    return size
+
+
+def trial_shapes(tokens: int) -> tuple[tuple[int, int], ...]:
+    """Return the micro-batches (b, s) of ``tokens`` tokens tried: one long sequence, many short."""
+    shapes = [(1, tokens)]
+    if tokens > SHORT_LENGTH:
+        shapes.append((tokens // SHORT_LENGTH, SHORT_LENGTH))
+    return tuple(shapes)
+
+
+def sweep_memory(
+    sweep: MemorySweep,
+    file: SweepFile,
+    report: Callable[[LayoutResult], None] = lambda result: None,
+    measure: Callable[[MemorySweep, int, int, int], Sequence[RankMemory]] | None = None,
+) -> tuple[LayoutResult, ...]:
+    """Measure every layout that the file does not hold yet; return what was measured now.
+
+    A layout whose trial failed for another reason than memory is returned with its failure; the
+    others go on.
+
+    Parameters
+    ----------
+    file
+        Rows ``tp,pp,sp,max_tokens`` are appended to it; sp is 1.
+    report
+        Called after each layout.
+    measure
+        ``measure(sweep, tp, pp, tokens)`` gives each rank's memory; real processes by default.
+    """
+    results = []
+    for tp, pp in sweep.layouts:
+        if (tp, pp, 1) in file.done:
+            continue
+        result = _measure_layout(sweep, tp, pp, measure or measure_trial)
+        if result.max_tokens is not None:
+            details = {
+                "trials": [[t.size, t.peak_bytes, t.reason or "fits"] for t in result.trials],
+            }
+            file.add((tp, pp, 1, result.max_tokens), details)
+        results.append(result)
+        report(result)
+    return tuple(results)
+
+
+def _measure_layout(
+    sweep: MemorySweep,
+    tp: int,
+    pp: int,
+    measure: Callable[[MemorySweep, int, int, int], Sequence[RankMemory]],
+) -> LayoutResult:
+    def trial(tokens: int) -> Trial:
+        try:
+            ranks = measure(sweep, tp, pp, tokens)
+        except RankError as error:
+            if not OUT_OF_MEMORY.search(str(error)):
+                raise
+            log.info("<%d,%d> with %d tokens ran out of memory", tp, pp, tokens)
+            return Trial(tokens, False, None, "ran out of memory")
+        peak = max(rank.total_bytes for rank in ranks)
+        log.debug("<%d,%d> with %d tokens takes %.1f MiB", tp, pp, tokens, peak / (1 << 20))
+        fits = peak <= sweep.budget_bytes
+        return Trial(tokens, fits, peak, "" if fits else "over the memory budget")
+
+    try:
+        tokens, trials = largest_fitting(
+            trial, STEP_TOKENS, sweep.max_seq_length, sweep.budget_bytes
+        )
+    except RankError as error:
+        log.warning("<%d,%d> failed: %s", tp, pp, error)
+        return LayoutResult(tp, pp, None, failure=str(error).strip())
+    return LayoutResult(tp, pp, tokens, trials)
+
+
+def measure_trial(sweep: MemorySweep, tp: int, pp: int, tokens: int) -> list[RankMemory]:
+    """Train one replica of <tp,pp> in tp * pp new processes; return each rank's memory.
+
+    Raises
+    ------
+    RankError
+        If a rank died or raised; running out of memory is one of the reasons.
+    """
+    grid = tuple(tuple(range(stage * tp, (stage + 1) * tp)) for stage in range(pp))
+    specs = tuple(
+        AdapterSpec(task.name, task.rank, task.lora_alpha, task.target_modules, seed=task.seed)
+        for task in sweep.tasks
+    )
+    return run_ranks(
+        "profiler.memory_rank:memory_of_rank",
+        tp * pp,
+        {
+            "folder": sweep.folder,
+            "grid": grid,
+            "specs": specs,
+            "shapes": trial_shapes(tokens),
+            "precision": sweep.precision,
+            "device": sweep.device,
+            "budget_bytes": sweep.budget_bytes,
+        },
+        device=sweep.device,
+        timeout_s=TRIAL_TIMEOUT_S,
+        threads=1 if sweep.device == "cpu" else None,
+        preload=(*DEFAULT_PRELOAD, "profiler.memory_rank"),
+    )

@@ -1,0 +1,152 @@
+"""One trial of the memory profiler on one rank: train micro-batches of a size, report the peak.
+
+Shape suffixes: B rows, S positions.
+"""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from model.groups import build_groups
+from model.lora import AdapterSpec
+from model.pipeline import run_replica
+from model.shapes import ModelShape
+from model.stage import MicroBatchTensors, Stage, build_stage
+from model.topology import Grid
+from profiler.peak_memory import peak_bytes_of, settle_allocator, status_bytes
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WARM_UP_SHAPE = (1, 16)
+# Of an adapter's parameter: fp32 value and gradient on every rank that holds it, and fp32 master
+# copy and two AdamW moments shared by the holders (ZeRO stage 1).
+ADAPTER_BYTES, OPTIMIZER_BYTES = 8, 12
+# A trial that needs more than this multiple of its budget fails to allocate rather than take the
+# machine down with it.
+RUNAWAY_FACTOR, RUNAWAY_EXTRA_BYTES = 3, 512 << 20
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """What one rank took, in bytes.
+
+    Attributes
+    ----------
+    weight_bytes
+        Frozen weights.
+    adapter_bytes
+        Adapters and their gradients.
+    optimizer_bytes
+        The optimiser's state (computed, not run): master copy and moments, shared by the tp ranks.
+    activation_bytes
+        The most that training took beyond those, measured.
+    """
+
+    weight_bytes: int
+    adapter_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Return the sum of all four."""
+        return self.weight_bytes + self.adapter_bytes + self.optimizer_bytes + self.activation_bytes
+
+
+def memory_of_rank(
+    folder: Path,
+    grid: Grid,
+    specs: tuple[AdapterSpec, ...],
+    shapes: tuple[tuple[int, int], ...],
+    precision: str,
+    device: str,
+    budget_bytes: int,
+) -> RankMemory:
+    """Train one replica with as many micro-batches in flight as it has stages; return the peak.
+
+    Every position carries a loss, the most the head can be asked for. Collective.
+
+    Parameters
+    ----------
+    grid
+        The replica: ``grid[stage][tp_index]`` is a rank.
+    shapes
+        (B, S) of the micro-batches to try one after the other; the larger peak counts.
+    budget_bytes
+        On a CPU, a rank that would need far more than this fails to allocate.
+    """
+    if device == "cpu":
+        settle_allocator()
+        _limit_memory(budget_bytes)
+    groups = build_groups((grid,))
+    stage = build_stage(folder, groups, specs, dtype=DTYPES[precision], device=torch_device(device))
+    elements = 0
+    for task in range(len(specs)):
+        for parameter in stage.bank.parameters(task, stage.layers):
+            parameter.grad = torch.zeros_like(parameter)
+            elements += parameter.numel()
+    _train(stage, WARM_UP_SHAPE, len(specs))  # libraries load and buffers are made on first use
+    activation_bytes = max(
+        peak_bytes_of(partial(_train, stage, shape, len(specs)), device) for shape in shapes
+    )
+    return RankMemory(
+        weight_bytes=_weight_bytes(stage),
+        adapter_bytes=ADAPTER_BYTES * elements,
+        optimizer_bytes=OPTIMIZER_BYTES * elements // groups.role.tp_size,
+        activation_bytes=activation_bytes,
+    )
+
+
+def _train(stage: Stage, shape: tuple[int, int], num_tasks: int) -> None:
+    """Forward and backward of one micro-batch of `shape` per pipeline stage."""
+    batch = synthetic_batch(shape, stage.shape, num_tasks, stage.device)
+    run_replica(stage, [batch] * stage.groups.role.num_stages, num_tasks)
+
+
+def synthetic_batch(
+    shape: tuple[int, int],
+    model: ModelShape,
+    num_tasks: int,
+    device: torch.device,
+    target_fraction: float = 1.0,
+) -> MicroBatchTensors:
+    """Return a micro-batch of random tokens, its rows shared out to the tasks.
+
+    The last ``target_fraction`` of each row's positions carry a loss.
+    """
+    num_rows, length = shape
+    generator = torch.Generator().manual_seed(num_rows * 1_000_003 + length)
+    tokens_BS = torch.randint(0, model.vocab_size, shape, generator=generator)
+    labels_BS = tokens_BS.clone()
+    labels_BS[:, : length - max(1, round(target_fraction * length))] = -100
+    return MicroBatchTensors(
+        tokens_BS.to(device),
+        labels_BS.to(device),
+        tuple(row * num_tasks // max(num_rows, num_tasks) for row in range(num_rows)),
+        torch.full((num_tasks,), 1.0 / (num_rows * length), device=device),
+    )
+
+
+def _weight_bytes(stage: Stage) -> int:
+    modules = [stage.decoder] + ([stage.head] if stage.head is not None else [])
+    tensors = {p.data_ptr(): p for module in modules for p in module.parameters()}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def torch_device(device: str) -> torch.device:
+    """Return this rank's device of the kind "cpu" or "cuda"."""
+    if device == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _limit_memory(budget_bytes: int) -> None:
+    """Let this process allocate only so much more than it has (private, writable memory)."""
+    limit = status_bytes("VmData") + RUNAWAY_FACTOR * budget_bytes + RUNAWAY_EXTRA_BYTES
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if hard == resource.RLIM_INFINITY or limit < hard:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))

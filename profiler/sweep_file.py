@@ -1,0 +1,212 @@
+"""A sweep's files: the CSV that grows row by row and the sidecar that says how it was made.
+
+A sweep that is killed at any moment and started again with the same settings measures no row
+twice and loses none. The sidecar is written before a row's line, so that every line of the CSV
+has its details there.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from profiler.profiles import append_row, meta_path, read_meta, write_meta
+from tasks.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+Restart = Literal["never", "changed", "always"]
+RESTARTS: tuple[Restart, ...] = ("never", "changed", "always")
+Key = tuple[int, ...]
+
+
+@dataclass
+class SweepFile:
+    """The rows of one profile on disk.
+
+    Attributes
+    ----------
+    path
+        The CSV; its sidecar lies beside it.
+    columns
+        The CSV's columns; the first ``num_keys`` of them name a row.
+    meta
+        The sidecar: ``settings`` (what must agree for rows to be comparable) and ``rows`` (details
+        of each row by its key, such as "1,512,4").
+    done
+        Keys of the rows measured, in the order of the file.
+    """
+
+    path: Path
+    columns: tuple[str, ...]
+    num_keys: int
+    meta: dict[str, Any]
+    done: dict[Key, tuple[str, ...]] = field(default_factory=dict)
+
+    def add(self, row: Sequence[int | float], details: Mapping[str, Any]) -> None:
+        """Append a measured row: first its details to the sidecar, then its line, flushed."""
+        key = tuple(int(value) for value in row[: self.num_keys])
+        self.meta["rows"][_name(key)] = dict(details)
+        self.meta["last_measured"] = _now()
+        write_meta(self.path, self.meta)
+        append_row(self.path, self.columns, row)
+        self.done[key] = tuple(str(value) for value in row)
+
+    def skip(self, key: Sequence[int], reason: str) -> None:
+        """Note in the sidecar that a row cannot be measured, so that it is not tried again."""
+        self.meta["skipped"][_name(tuple(key))] = reason
+        write_meta(self.path, self.meta)
+
+    def reopened(self) -> SweepFile:
+        """Return the file as it now is on disk (another process may have written it)."""
+        if not self.path.is_file():
+            return self
+        return _resume(self.path, self.columns, self.num_keys, read_meta(self.path))
+
+    def num_rows_on_disk(self) -> int:
+        """Return how many complete rows the file holds now, without reading them closely."""
+        return max(0, self.path.read_bytes().count(b"\n") - 1) if self.path.is_file() else 0
+
+    @property
+    def skipped(self) -> set[Key]:
+        """Keys of the rows that could not be measured."""
+        return {tuple(map(int, name.split(","))) for name in self.meta["skipped"]}
+
+
+def open_sweep(
+    path: Path,
+    columns: Sequence[str],
+    num_keys: int,
+    settings: Mapping[str, Any],
+    *,
+    kind: str,
+    restart: Restart = "never",
+    environment: Mapping[str, Any] | None = None,
+) -> SweepFile:
+    """Open the files of a sweep, new or to be continued.
+
+    Parameters
+    ----------
+    path, columns, num_keys
+        The CSV, its columns, and how many of them (whole numbers) name a row.
+    settings
+        What was measured and how; rows of other settings are never mixed with these.
+    kind
+        "measured" or "estimated".
+    restart
+        What to do with a file of other settings: "never" refuses it, "changed" sets it aside (as
+        ``.csv.old``) and starts anew; "always" does so with any file.
+    environment
+        Versions and the like, recorded but not compared.
+
+    Raises
+    ------
+    ConfigError
+        If the file has other settings and ``restart`` is "never", or a line of it is broken.
+    """
+    if path.is_file():
+        _cut_torn_line(path)
+    if path.is_file():
+        meta = read_meta(path)
+        problem = _settings_problem(path, meta, settings)
+        if restart == "always" or (problem and restart == "changed"):
+            _set_aside(path)
+        elif problem:
+            raise ConfigError(problem)
+        else:
+            return _resume(path, tuple(columns), num_keys, meta)
+    meta = {
+        "kind": kind,
+        "settings": dict(settings),
+        "environment": dict(environment or {}),
+        "started": _now(),
+        "rows": {},
+        "skipped": {},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_meta(path, meta)
+    return SweepFile(path, tuple(columns), num_keys, meta)
+
+
+def _resume(path: Path, columns: tuple[str, ...], num_keys: int, meta: dict[str, Any]) -> SweepFile:
+    meta.setdefault("rows", {})
+    meta.setdefault("skipped", {})
+    sweep = SweepFile(path, columns, num_keys, meta)
+    with path.open(encoding="utf-8", newline="") as file:
+        lines = list(csv.reader(file))
+    problems = []
+    if lines and tuple(lines[0]) != columns:
+        raise ConfigError(
+            f"{path}: line 1: the columns are {','.join(lines[0])}, expected {','.join(columns)}; "
+            f"repair or remove the file"
+        )
+    for number, row in enumerate(lines[1:], start=2):
+        try:
+            if len(row) != len(columns):
+                raise ValueError(f"{len(row)} values for {len(columns)} columns")
+            key = tuple(int(value) for value in row[:num_keys])
+            for value in row[num_keys:]:
+                float(value)
+        except ValueError as error:
+            problems.append(
+                f"{path}: line {number}: {','.join(row)!r}: {error}; repair or remove the line "
+                f"(a removed line is measured again)"
+            )
+            continue
+        if key in sweep.done:
+            problems.append(f"{path}: line {number}: {_name(key)} is there twice; remove one line")
+        sweep.done[key] = tuple(row)
+    if problems:
+        raise ConfigError(problems)
+    return sweep
+
+
+def _settings_problem(
+    path: Path, meta: Mapping[str, Any], settings: Mapping[str, Any]
+) -> str | None:
+    """Return why the rows of `path` cannot be continued under `settings`, None if they can."""
+    remedy = "--restart changed sets it aside and measures anew, --output takes another file"
+    if not meta:
+        return (
+            f"{path}: exists without a sidecar {meta_path(path).name}: not measured by us; {remedy}"
+        )
+    before = meta.get("settings")
+    if not isinstance(before, dict):
+        return f"{meta_path(path)}: settings: missing; {remedy}"
+    differences = [
+        f"{name} was {before.get(name)!r}, is now {settings.get(name)!r}"
+        for name in sorted({*before, *settings})
+        if before.get(name) != settings.get(name)
+    ]
+    if differences:
+        return f"{path}: was measured under other settings ({'; '.join(differences)}); {remedy}"
+    return None
+
+
+def _set_aside(path: Path) -> None:
+    for old in (path, meta_path(path)):
+        if old.is_file():
+            os.replace(old, old.with_name(old.name + ".old"))
+    log.warning("%s: the earlier measurement was set aside as %s.old", path, path.name)
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Cut a last line without its line end: a writer died in the middle of it."""
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        os.truncate(path, end)
+
+
+def _name(key: Key) -> str:
+    return ",".join(map(str, key))
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
