@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from model.groups import build_groups
 from model.shapes import read_shape
+from model.stage import MicroBatchTensors, build_stage
 from planner.layout import Layout
 from planner.placement import place
 from planner.plan import Plan, ReplicaGroup
@@ -14,6 +17,7 @@ from profiler.cost_model import CostModel, fit_cost_model
 from profiler.profiles import TimeProfile
 from tasks.config import TaskConfig
 from tasks.dataset import TokenizedDataset
+from trainer.adapters import adapter_spec, load_adapter
 from trainer.run_spec import RunSpec
 
 
@@ -79,3 +83,21 @@ def make_run(
     for task, data in enumerate(datasets):
         data.save(run.data_folder(task))
     return run
+
+
+def logits_on_rank(
+    model_folder: Path,
+    grids: tuple,
+    tasks: tuple[TaskConfig, ...],
+    adapters: list[Path],
+    tokens: np.ndarray,
+    row_tasks: tuple[int, ...],
+) -> np.ndarray:
+    """Return this rank's slice of our model's logits [rows, positions, v] (tp only)."""
+    stage = build_stage(model_folder, build_groups(grids), [adapter_spec(task) for task in tasks])
+    for number, folder in enumerate(adapters):
+        load_adapter(folder, stage.bank, number)
+    batch = MicroBatchTensors(
+        torch.from_numpy(tokens), torch.from_numpy(tokens), row_tasks, torch.ones(len(tasks))
+    )
+    return stage.logits(batch).numpy()

@@ -1,0 +1,109 @@
+"""Exported adapters are PEFT's: they load unchanged and give the logits our model gives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from model.launch import run_ranks
+from tasks.config import TARGET_MODULES, TaskConfig
+from tests.model.support import save_llama
+from tests.model.test_topology import make_grids
+from tests.trainer.support import make_plan, make_run, random_dataset
+from trainer.adapters import adapter_spec, check_adapter, save_adapter
+from trainer.run import run_local
+
+SHARED_FIELDS = dict(dataset_name="random", context_length=64, learning_rate=2e-2)
+TASKS = (
+    TaskConfig("wide", 8, 16.0, TARGET_MODULES, 4, **SHARED_FIELDS),
+    TaskConfig("narrow", 2, 1.0, ("o_proj", "gate_proj"), 3, **SHARED_FIELDS),
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("adapters") / "base")
+
+
+@pytest.fixture(scope="module")
+def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Adapters of a two-step run on a heterogeneous plan."""
+    data = [random_dataset(12, 8, 40, 256, seed) for seed in range(2)]
+    plan = make_plan([(1, 1), (1, 2)], max_tokens=64)
+    run = make_run(tmp_path_factory.mktemp("adapters") / "run", base, TASKS, data, plan, 2)
+    run_local(run)
+    return [run.adapter_folder(number) for number in range(2)]
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_logits_of_the_exported_adapter_in_peft(base: Path, trained: list[Path], tp: int) -> None:
+    tokens = np.random.default_rng(0).integers(3, 256, (4, 30))
+    row_tasks = (0, 0, 1, 1)
+    slices = run_ranks(
+        "tests.trainer.support:logits_on_rank",
+        tp,
+        dict(
+            model_folder=base,
+            grids=make_grids([(tp, 1)]),
+            tasks=TASKS,
+            adapters=trained,
+            tokens=tokens,
+            row_tasks=row_tasks,
+        ),
+    )
+    ours = np.concatenate(slices, axis=-1)
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        unadapted = plain(torch.from_numpy(tokens)).logits.numpy()
+    for number, folder in enumerate(trained):
+        rows = [row for row, task in enumerate(row_tasks) if task == number]
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+        with torch.no_grad():
+            theirs = model(torch.from_numpy(tokens[rows])).logits.numpy()
+        np.testing.assert_allclose(ours[rows], theirs, atol=1e-4, rtol=1e-4)
+        assert np.abs(theirs - unadapted[rows]).max() > 1e-2, "the adapter does nothing"
+
+
+def test_an_adapter_that_does_not_fit_the_task_is_refused(trained: list[Path]) -> None:
+    assert check_adapter(trained[0], adapter_spec(TASKS[0])) == []
+    problems = "\n".join(check_adapter(trained[1], adapter_spec(TASKS[0])))
+    for wrong in ("r is 2", "lora_alpha is 1.0", "down_proj"):
+        assert wrong in problems
+    assert "not found" in check_adapter(trained[0] / "nowhere", adapter_spec(TASKS[0]))[0]
+
+
+def test_a_damaged_adapter_is_refused(trained: list[Path], tmp_path: Path) -> None:
+    save_adapter(
+        tmp_path / "copy",
+        adapter_spec(TASKS[0]),
+        load_file(trained[0] / "adapter_model.safetensors"),
+        "base",
+    )
+    assert check_adapter(tmp_path / "copy", adapter_spec(TASKS[0])) == []
+    weights = tmp_path / "copy" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert "not readable" in check_adapter(tmp_path / "copy", adapter_spec(TASKS[0]))[0]
+    config = tmp_path / "copy" / "adapter_config.json"
+    config.write_text("{")
+    assert "not readable" in check_adapter(tmp_path / "copy", adapter_spec(TASKS[0]))[0]
+
+
+def test_saving_replaces_an_older_adapter_whole(tmp_path: Path) -> None:
+    spec = adapter_spec(TASKS[1])
+    save_adapter(tmp_path / "a", spec, {"x": torch.zeros(2)}, "first")
+    (tmp_path / "a" / "stale").write_text("old")
+    save_adapter(tmp_path / "a", spec, {"x": torch.ones(2)}, "second")
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

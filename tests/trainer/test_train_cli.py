@@ -1,0 +1,183 @@
+"""What a user does wrong is said at once, with exit code 2, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tasks.errors import ConfigError
+from trainer.cli import main
+from trainer.run import launcher_command, read_host_file, sourced_environment
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_base: Path) -> Path:
+    """A folder with a valid set-up of a run; each test breaks something."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("DP_BUCKET", "EXPR_DATA_DISPATCH", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    rows = [{"input_ids": list(range(3, 3 + n)), "labels": list(range(3, 3 + n))} for n in (9, 40)]
+    Path("data").mkdir()
+    Path("data/small.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_config()
+    write_plan({"dp": 1, "tp": 1, "pp": 1, "max_tokens": 64})
+    lines = ["tp,seq_len,mbs,time"]
+    lines += [f"1,{s},{b},{1 + b * s / 50}" for s in (16, 32, 64, 128) for b in (1, 2, 4)]
+    Path("time.csv").write_text("\n".join(lines) + "\n")
+    return tiny_base
+
+
+def write_config(**changes: object) -> None:
+    task = {
+        "rank": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "global_batch_size": 2,
+        "dataset_name": "small", "context_length": 64, "json_key": "text", "steps": 1,
+    }  # fmt: skip
+    content = {"variant": "canonical", "train_task_num": 1, "task": [{**task, **changes}]}
+    Path("tasks.json").write_text(json.dumps(content))
+
+
+def write_plan(*groups: dict) -> None:
+    Path("plan.yaml").write_text(yaml.safe_dump({"strategy_config": list(groups)}))
+
+
+def train(base: Path, *more: str) -> int:
+    return main(
+        ["train", "--model", str(base), "--trainer-config", "tasks.json", "--strategy-config",
+         "plan.yaml", "--output-dir", "run", "--device", "cpu", "--time-profile", "time.csv", *more]
+    )  # fmt: skip
+
+
+def refused(capsys: pytest.CaptureFixture[str], *expected: str) -> None:
+    message = capsys.readouterr().err
+    for part in expected:
+        assert part in message
+    assert "Traceback" not in message
+    assert not Path("run").exists()
+
+
+def test_a_missing_data_file(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_config(dataset_name="nowhere")
+    assert train(place) == 2
+    refused(capsys, "nowhere")
+
+
+def test_a_sequence_longer_than_any_replica_takes(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_plan({"dp": 1, "tp": 1, "pp": 1, "max_tokens": 32})
+    assert train(place) == 2
+    refused(capsys, "task small: 1 of 2 sequences", "longest 40", "max_tokens 32")
+
+
+def test_five_mistakes_are_all_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_config(
+        rank=0, lora_alpha="x", target_modules=["z_proj"], global_batch_size=-1, context_length=1.5
+    )
+    assert train(place) == 2
+    refused(
+        capsys, "rank", "lora_alpha", "z_proj", "global_batch_size", "context_length", "tasks.json"
+    )
+
+
+def test_mistakes_of_several_files_are_reported_together(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_config(rank=0)
+    write_plan({"dp": 1, "tp": 3, "pp": 9, "max_tokens": 0})
+    assert train(place, "--model", "no-such-model") == 2
+    refused(capsys, "rank", "max_tokens", "no-such-model")
+
+
+def test_a_layout_the_model_cannot_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_plan({"dp": 1, "tp": 3, "pp": 1, "max_tokens": 64})
+    assert train(place) == 2
+    refused(capsys, "<3,1>: tp 3 does not divide the 4 attention heads", "the plan also needs tp 3")
+
+
+def test_a_plan_with_more_gpus_than_there_are(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    write_plan({"dp": 4, "tp": 1, "pp": 1, "max_tokens": 64})
+    assert train(place, "--device", "cuda") == 2
+    refused(capsys, "needs 4 GPUs", "has 1: 3 missing")
+
+
+def test_no_time_profile(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(place, "--time-profile", "missing.csv") == 2
+    refused(capsys, "missing.csv: no time profile", "cost_model_benchmark.sh")
+
+
+def test_an_adapter_to_start_from_that_is_not_there(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_config(resume_from="adapters/old")
+    assert train(place) == 2
+    refused(capsys, "resume_from", "adapter_config.json")
+
+
+@pytest.mark.parametrize(("name", "value"), [("DP_BUCKET", "yes"), ("EXPR_DATA_DISPATCH", "FAST")])
+def test_an_unknown_value_in_the_environment(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    name: str, value: str,
+) -> None:  # fmt: skip
+    monkeypatch.setenv(name, value)
+    assert train(place) == 2
+    refused(capsys, f"{name}={value}")
+
+
+@pytest.mark.parametrize("option", ["--max-steps", "--num-buckets", "--max-seq-length"])
+def test_numbers_that_must_be_positive(
+    place: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    assert train(place, option, "0") == 2
+    refused(capsys, f"{option} 0")
+
+
+def test_a_run_is_never_overwritten(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(place) == 0
+    metrics = Path("run/metrics.jsonl").read_text()
+    assert train(place) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert Path("run/metrics.jsonl").read_text() == metrics
+    assert (Path("run/adapters/small") / "adapter_model.safetensors").is_file()
+    assert main(["report", "run"]) == 0
+    assert "small" in capsys.readouterr().out
+
+
+def test_report_of_a_folder_without_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(tmp_path)]) == 2
+    assert "give the folder of a run" in capsys.readouterr().err
+
+
+def test_host_files(tmp_path: Path) -> None:
+    path = tmp_path / "hosts"
+    path.write_text("# ours\nalpha slots=8\nbeta slots=4 # half\n\n")
+    assert read_host_file(path) == {"alpha": 8, "beta": 4}
+    command = launcher_command(["--model", "7B"], path, 12, "10.0.0.1", 29500)
+    assert command[command.index("--hostfile") + 1] == str(path)
+    assert command[command.index("--master_addr") + 1] == "10.0.0.1"
+    assert command[-4:] == ["trainer.cli", "train", "--model", "7B"]
+    with pytest.raises(ConfigError, match="12 slots on 2 hosts, the plan needs 16"):
+        launcher_command([], path, 16, None, None)
+    path.write_text("alpha\nbeta slots=x\nbeta slots=1\nbeta slots=2\n")
+    with pytest.raises(ConfigError) as caught:
+        read_host_file(path)
+    assert len(caught.value.problems) == 3
+
+
+def test_an_environment_file_is_sourced(tmp_path: Path) -> None:
+    path = tmp_path / "env.sh"
+    path.write_text("LOBRA_TEST_VALUE=$((40 + 2))\necho noise\n")
+    assert sourced_environment(path)["LOBRA_TEST_VALUE"] == "42"
+    path.write_text("exit 3\n")
+    with pytest.raises(ConfigError, match="exit code 3"):
+        sourced_environment(path)
+    with pytest.raises(ConfigError, match="no such file"):
+        sourced_environment(tmp_path / "none")
