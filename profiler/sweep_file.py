@@ -173,9 +173,7 @@ def _settings_problem(
     """Return why the rows of `path` cannot be continued under `settings`, None if they can."""
     remedy = "--restart changed sets it aside and measures anew, --output takes another file"
     if not meta:
-        return (
-            f"{path}: exists without a sidecar {meta_path(path).name}: not measured by us; {remedy}"
-        )
+        return f"{path}: exists without its sidecar {meta_path(path).name}: not ours; {remedy}"
     before = meta.get("settings")
     if not isinstance(before, dict):
         return f"{meta_path(path)}: settings: missing; {remedy}"

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Profile -> plan -> train on this machine, with nothing but Python there to begin with: makes an
+# environment if none is active, installs the project, and runs the embedded default (a small Llama
+# and four tasks mined from the Python standard library).
+# usage: bash scripts/quickstart.sh [train options, such as --max-steps 10]
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+usage 0 0 "" "$@"
+MODEL=tiny CONFIG=quickstart PLAN=quickstart RUN=runs/quickstart
+NUM_TASKS=4 NUM_BUCKETS=16 MAX_SEQ_LENGTH=2048 NUM_RANKS=4
+# Of one CPU rank. So that a single rank cannot hold the longest sequences but two together can,
+# as on real accelerators.
+MEMORY_BUDGET=84MB
+
+activate_environment
+install_project
+
+device=cpu
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+if ((gpus >= NUM_RANKS)); then
+    device=cuda
+fi
+# On a CPU the ranks share its cores: measure under the load training will have.
+load=()
+[[ $device == cpu ]] && load=(--load-ranks "$NUM_RANKS")
+
+if [[ -e $RUN ]]; then
+    kept="$RUN.$(date +%Y%m%d_%H%M%S)"
+    mv "$RUN" "$kept"
+    say "an earlier run was moved to $kept"
+fi
+
+begin=$SECONDS
+say "1/4 time profile: one layer of the $MODEL model on 1 and 2 $device ranks"
+bash scripts/cost_model_benchmark.sh "$MODEL" 1,2 --device "$device" --restart changed \
+    --max-seq-length "$MAX_SEQ_LENGTH" "${load[@]}"
+
+say "2/4 memory profile: tokens a micro-batch may hold in $MEMORY_BUDGET a rank"
+bash scripts/profile_memory.sh "$MODEL" "$NUM_RANKS" "$NUM_TASKS" "$CONFIG" "$MAX_SEQ_LENGTH" \
+    --device "$device" --restart changed --memory-budget "$MEMORY_BUDGET"
+
+say "3/4 plan for $NUM_RANKS ranks"
+bash scripts/deploy_strategy_plan.sh "$MODEL" "$NUM_RANKS" "$NUM_BUCKETS" "$NUM_TASKS" \
+    "$MAX_SEQ_LENGTH" "$CONFIG" "$PLAN"
+
+say "4/4 training $NUM_TASKS adapters together"
+lobra train --model "$MODEL" --trainer-config "$CONFIG" --strategy-config "$PLAN" \
+    --output-dir "$RUN" --device "$device" "${OPTIONS[@]}"
+
+say "done in $((SECONDS - begin)) s after installation"
+printf '%s\n' \
+    "plan:      strategy_config/$PLAN.yaml" \
+    "profiles:  exp_result/profile/" \
+    "adapters:  $RUN/adapters/  (PEFT's format, one folder a task)" \
+    "report:    lobra report $RUN"

@@ -1,0 +1,107 @@
+"""A sweep's files: killed at any byte and continued, nothing is lost and nothing done twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from profiler.profiles import TIME_COLUMNS, load_time_profile, meta_path, read_meta
+from profiler.sweep_file import SweepFile, open_sweep
+from tasks.errors import ConfigError
+
+SETTINGS = {"model": "tiny", "adapters": [[16, ["q_proj"]]], "precision": "fp32"}
+ROWS = [(1, 64, 1, 1.25), (1, 64, 4, 3.5), (2, 128, 1, 2.125), (2, 128, 16, 30.0)]
+
+
+def opened(path: Path, settings: dict = SETTINGS, **options) -> SweepFile:
+    return open_sweep(path, TIME_COLUMNS, 3, settings, kind="measured", **options)
+
+
+def written(path: Path) -> Path:
+    sweep = opened(path)
+    for row in ROWS:
+        sweep.add(row, {"spread": 0.1})
+    return path
+
+
+def test_killed_at_any_byte_and_continued(tmp_path: Path) -> None:
+    whole = written(tmp_path / "whole.csv")
+    content, sidecar = whole.read_bytes(), meta_path(whole).read_bytes()
+    for end in range(len(content) + 1):
+        path = tmp_path / f"cut{end}.csv"
+        path.write_bytes(content[:end])
+        meta_path(path).write_bytes(sidecar)
+        sweep = opened(path)
+        complete = content[:end].count(b"\n") - 1
+        assert len(sweep.done) == max(0, complete)
+        for row in ROWS:
+            if row[:3] not in sweep.done:
+                sweep.add(row, {"spread": 0.1})
+        assert path.read_bytes() == content
+
+
+def test_a_row_has_its_details_and_the_loader_reads_it(tmp_path: Path) -> None:
+    path = written(tmp_path / "t.csv")
+    assert list(load_time_profile(path).time_ms) == [row[3] for row in ROWS]
+    meta = read_meta(path)
+    assert meta["kind"] == "measured"
+    assert meta["settings"] == SETTINGS
+    assert meta["rows"]["2,128,16"] == {"spread": 0.1}
+
+
+def test_a_skipped_row_is_remembered(tmp_path: Path) -> None:
+    path = written(tmp_path / "t.csv")
+    opened(path).skip((4, 1, 1), "ran out of memory")
+    assert opened(path).skipped == {(4, 1, 1)}
+
+
+def test_other_settings_are_never_mixed(tmp_path: Path) -> None:
+    path = written(tmp_path / "t.csv")
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match=r"precision was 'fp32', is now 'bf16'.*--restart"):
+        opened(path, SETTINGS | {"precision": "bf16"})
+    assert path.read_bytes() == before
+    assert opened(path, SETTINGS | {"precision": "bf16"}, restart="changed").done == {}
+    assert path.with_name("t.csv.old").read_bytes() == before
+
+
+def test_restart_changed_continues_equal_settings_and_always_does_not(tmp_path: Path) -> None:
+    path = written(tmp_path / "t.csv")
+    assert len(opened(path, restart="changed").done) == len(ROWS)
+    assert opened(path, restart="always").done == {}
+    assert path.with_name("t.csv.old").is_file()
+
+
+def test_a_file_without_sidecar_is_not_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "published.csv"
+    path.write_text("tp,seq_len,mbs,time\n1,128,1,3.08\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="without its sidecar"):
+        opened(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("1,64", "2 values for 4 columns"),
+        ("1,64,x,2.0", "invalid literal"),
+        ("1,256,1,fast", "could not convert"),
+        ("1,64,1,9.0", "there twice"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+    path = written(tmp_path / "t.csv")
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n2,64,,\n")
+    with pytest.raises(ConfigError) as error:
+        opened(path)
+    assert len(error.value.problems) == 2, "all mistakes at once"
+    assert "line 6" in str(error.value)
+    assert message in str(error.value)
+
+
+def test_other_columns_are_refused(tmp_path: Path) -> None:
+    path = written(tmp_path / "t.csv")
+    path.write_text("tp,seq_len,time\n1,2,3\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="expected tp,seq_len,mbs,time"):
+        opened(path)
