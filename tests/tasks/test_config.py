@@ -1,0 +1,327 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tasks.config import (
+    MODULE_ALIASES,
+    TARGET_MODULES,
+    load_trainer_config,
+    resolve_target_modules,
+)
+from tasks.errors import ConfigError
+from tasks.lengths import load_lengths
+
+LOBRA_TASK = {
+    "rank": 16,
+    "lora_alpha": 16,
+    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "dense_h_to_4h", "dense_4h_to_h"],
+    "global_batch_size": 256,
+    "dataset_name": "dolly",
+    "context_length": 8192,
+    "json_key": "text",
+    "steps": 21,
+    "epochs": 1,
+}
+
+
+def write(folder: Path, tasks: list[Any], name: str = "c.json", **fields: Any) -> Path:
+    path = folder / name
+    path.write_text(json.dumps({"variant": "canonical", "task": tasks, **fields}))
+    return path
+
+
+def problems_of(path: Path, **arguments: Any) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        load_trainer_config(path, **arguments)
+    assert all(problem.startswith(str(path)) for problem in caught.value.problems)
+    return tuple(problem.removeprefix(f"{path}: ") for problem in caught.value.problems)
+
+
+def test_lobras_file_loads_unchanged(tmp_path: Path) -> None:
+    path = write(tmp_path, [LOBRA_TASK], train_task_num=1)
+    config = load_trainer_config(path)
+    (task,) = config.tasks
+    assert (config.name, config.variant, config.path) == ("c", "canonical", path)
+    assert (task.name, task.dataset_name) == ("dolly", "dolly")
+    assert (task.rank, task.lora_alpha, task.global_batch_size) == (16, 16, 256)
+    assert (task.context_length, task.json_key, task.steps, task.epochs) == (8192, "text", 21, 1)
+    assert task.target_modules == TARGET_MODULES
+
+
+def test_lobras_fused_modules_are_the_same_projections(tmp_path: Path) -> None:
+    fused = LOBRA_TASK | {"target_modules": ["qkv_proj", "dense", "dense_h_to_4h", "dense_4h_to_h"]}
+    config = load_trainer_config(write(tmp_path, [fused], variant="fused"))
+    assert config.variant == "fused" and config.tasks[0].target_modules == TARGET_MODULES
+
+
+def test_yaml_says_the_same_as_json(tmp_path: Path) -> None:
+    document = {"task": [LOBRA_TASK, LOBRA_TASK | {"learning_rate": 2e-4, "prompt": "plain"}]}
+    as_json = tmp_path / "c.json"
+    as_json.write_text(json.dumps(document))
+    as_yaml = tmp_path / "c.yaml"
+    as_yaml.write_text(yaml.safe_dump(document))
+    assert load_trainer_config(as_json).tasks == load_trainer_config(as_yaml).tasks
+
+
+def test_every_optional_field_reaches_the_task(tmp_path: Path) -> None:
+    options = {
+        "name": "mine",
+        "learning_rate": 1e-3,
+        "weight_decay": 0.1,
+        "lr_scheduler": "cosine",
+        "warmup_steps": 3,
+        "max_grad_norm": 0,
+        "lora_dropout": 0.05,
+        "seed": 5,
+        "prompt": "{instruction} -> {output}",
+        "train_on_inputs": True,
+        "validation_split": 0.1,
+        "resume_from": "adapters/old",
+    }
+    (task,) = load_trainer_config(write(tmp_path, [LOBRA_TASK | options])).tasks
+    assert {field: getattr(task, field) for field in options} == options
+
+
+def test_five_mistakes_are_all_named(tmp_path: Path) -> None:
+    bad = LOBRA_TASK | {
+        "rank": -4,
+        "lora_alpha": True,
+        "target_modules": ["q_prj"],
+        "learning_rte": 1e-4,
+        "context_length": "8k",
+    }
+    problems = problems_of(write(tmp_path, [LOBRA_TASK, bad]))
+    assert len(problems) == 5
+    for field, value, right in (
+        ("rank", "-4", "a positive integer"),
+        ("lora_alpha", "true", "a positive number"),
+        ("target_modules[0]", '"q_prj"', "did you mean 'q_proj'"),
+        ("learning_rte", "", "did you mean 'learning_rate'"),
+        ("context_length", '"8k"', "a positive integer"),
+    ):
+        (problem,) = (p for p in problems if p.startswith(f"task[1].{field}"))
+        assert value in problem and right in problem
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rank", 0),
+        ("rank", True),
+        ("rank", 16.0),
+        ("rank", "16"),
+        ("lora_alpha", 0),
+        ("lora_alpha", float("nan")),
+        ("lora_alpha", 10**400),
+        ("target_modules", []),
+        ("target_modules", "q_proj"),
+        ("target_modules", [["q_proj"]]),
+        ("global_batch_size", -1),
+        ("dataset_name", ""),
+        ("dataset_name", 7),
+        ("context_length", 0),
+        ("json_key", 3),
+        ("steps", 0),
+        ("epochs", -2),
+        ("learning_rate", 0),
+        ("learning_rate", float("inf")),
+        ("learning_rate", "1e-4"),
+        ("weight_decay", -0.1),
+        ("lr_scheduler", "cosin"),
+        ("lr_scheduler", ["cosine"]),
+        ("warmup_steps", -1),
+        ("warmup_steps", 22),
+        ("max_grad_norm", -1),
+        ("lora_dropout", 1),
+        ("seed", -1),
+        ("seed", 1.5),
+        ("prompt", "alpacca"),
+        ("prompt", 3),
+        ("prompt", "{instruct}"),
+        ("train_on_inputs", 1),
+        ("validation_split", 1.0),
+        ("resume_from", False),
+        ("name", "../up"),
+        ("name", "a/b"),
+        ("name", ".hidden"),
+    ],
+)
+def test_one_wrong_value_is_one_problem_that_names_it(
+    tmp_path: Path, field: str, value: Any
+) -> None:
+    (problem,) = problems_of(write(tmp_path, [LOBRA_TASK | {field: value}]))
+    assert problem.startswith(f"task[0].{field}")
+
+
+@pytest.mark.parametrize(
+    "field", ["rank", "lora_alpha", "target_modules", "global_batch_size", "dataset_name"]
+)
+@pytest.mark.parametrize("absent", [True, False])
+def test_required_fields(tmp_path: Path, field: str, absent: bool) -> None:
+    task: dict[str, Any] = LOBRA_TASK | {field: None}
+    if absent:
+        del task[field]
+    (problem,) = problems_of(write(tmp_path, [task]))
+    assert problem.startswith(f"task[0].{field}: is missing")
+
+
+def test_steps_or_epochs_is_enough_but_not_neither(tmp_path: Path) -> None:
+    bare = {key: value for key, value in LOBRA_TASK.items() if key not in ("steps", "epochs")}
+    (problem,) = problems_of(write(tmp_path, [bare | {"steps": None}]))
+    assert "neither steps nor epochs" in problem
+    (by_epochs,) = load_trainer_config(write(tmp_path, [bare | {"epochs": 2}])).tasks
+    assert (by_epochs.steps, by_epochs.epochs) == (None, 2)
+    (by_steps,) = load_trainer_config(write(tmp_path, [bare | {"steps": 9}])).tasks
+    assert (by_steps.steps, by_steps.epochs) == (9, 1)
+
+
+def test_the_first_tasks_are_used(tmp_path: Path) -> None:
+    tasks = [LOBRA_TASK | {"name": name} for name in "abc"]
+    path = write(tmp_path, tasks, train_task_num=2)
+    assert [task.name for task in load_trainer_config(path).tasks] == ["a", "b"]
+    assert [task.name for task in load_trainer_config(path, num_tasks=3).tasks] == ["a", "b", "c"]
+    assert [task.name for task in load_trainer_config(path, num_tasks=1).tasks] == ["a"]
+    (problem,) = problems_of(path, num_tasks=4)
+    assert "4 tasks" in problem and "at most 3" in problem
+    assert len(problems_of(path, num_tasks=0)) == 1
+
+
+@pytest.mark.parametrize("count", [4, 0, True, "3", None])
+def test_wrong_counts_of_tasks(tmp_path: Path, count: Any) -> None:
+    (problem,) = problems_of(write(tmp_path, [LOBRA_TASK] * 3, train_task_num=count))
+    assert problem.startswith("train_task_num")
+
+
+def test_names_are_unique_and_safe(tmp_path: Path) -> None:
+    names = ["dolly", "data/dolly.jsonl", "owner/Dolly", "../../etc/pass wd", "...", "dolly_2"]
+    tasks = [LOBRA_TASK | {"dataset_name": name} for name in names]
+    config = load_trainer_config(write(tmp_path, [*tasks, LOBRA_TASK | {"name": "dolly_3"}]))
+    found = [task.name for task in config.tasks]
+    assert len({name.casefold() for name in found}) == len(found)
+    assert all(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._+-]*", name) for name in found)
+    assert found[0] == "dolly" and found[-1] == "dolly_3"
+    (problem,) = problems_of(
+        write(tmp_path, [LOBRA_TASK | {"name": "A"}, LOBRA_TASK | {"name": "a"}])
+    )
+    assert problem.startswith("task[1].name") and "task[0]" in problem
+
+
+@pytest.mark.parametrize("document", ["[]", "3", '{"task": {}}', '{"task": []}', '{"task": [3]}'])
+def test_documents_of_the_wrong_shape(tmp_path: Path, document: str) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(document)
+    assert len(problems_of(path)) == 1
+
+
+def test_unknown_top_fields_are_named(tmp_path: Path) -> None:
+    (problem,) = problems_of(write(tmp_path, [LOBRA_TASK], train_tasks_num=1))
+    assert "'train_task_num'" in problem
+
+
+def test_a_missing_configuration_says_where_it_looked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "trainer_config").mkdir()
+    write(tmp_path / "trainer_config", [LOBRA_TASK], "exp_task6.json")
+    assert load_trainer_config("exp_task6").name == "exp_task6"
+    assert load_trainer_config("trainer_config/exp_task6.json").name == "exp_task6"
+    with pytest.raises(ConfigError, match=r"did you mean 'exp_task6'.*exp_task7\.json"):
+        load_trainer_config("exp_task7")
+    for impossible in ("", ".", "x" * 5000, "a\0b"):
+        with pytest.raises(ConfigError):
+            load_trainer_config(impossible)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("quickstart", 4),
+        ("exp_task4", 4),
+        ("exp_task6", 6),
+        ("exp_task12", 12),
+        ("real4", 4),
+        ("real12", 12),
+    ],
+)
+def test_the_projects_own_files_load(project_root: Path, name: str, count: int) -> None:
+    config = load_trainer_config(project_root / "trainer_config" / f"{name}.json")
+    assert len(config.tasks) == count
+
+
+@pytest.mark.parametrize(
+    ("config", "lengths"),
+    [
+        ("exp_task6", "lobra_like_6tasks"),
+        ("exp_task12", "lobra_like_12tasks"),
+        ("real12", "real_12tasks"),
+    ],
+)
+def test_task_names_are_those_of_the_shared_lengths(
+    project_root: Path, shared: Path, config: str, lengths: str
+) -> None:
+    tasks = load_trainer_config(project_root / "trainer_config" / f"{config}.json").tasks
+    keys = load_lengths(shared / "lengths" / f"{lengths}.json").keys()
+    assert {task.name for task in tasks} == set(keys)
+
+
+@given(st.lists(st.sampled_from([*TARGET_MODULES, *MODULE_ALIASES]), min_size=1))
+def test_target_modules_are_each_once_and_in_order(names: list[str]) -> None:
+    modules = resolve_target_modules(names)
+    expected = {m for name in names for m in MODULE_ALIASES.get(name, (name,))}
+    assert set(modules) == expected and len(modules) == len(expected)
+    assert list(modules) == sorted(modules, key=TARGET_MODULES.index)
+    assert resolve_target_modules(names[::-1]) == modules
+
+
+def test_unknown_target_modules_are_refused() -> None:
+    with pytest.raises(ValueError, match="lm_head"):
+        resolve_target_modules(["lm_head"])
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+fields = st.sampled_from([*LOBRA_TASK, "name", "prompt", "learning_rate", "seed", "resume_from"])
+
+
+@given(changes=st.dictionaries(fields, values, max_size=4), top=values)
+@settings(deadline=None, max_examples=200)
+def test_whatever_a_file_holds_it_loads_or_says_what_is_wrong(
+    tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any], top: Any
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    for document in ({"task": [LOBRA_TASK | changes, LOBRA_TASK]}, {"task": top}, top):
+        path = folder / "fuzz.json"
+        path.write_text(json.dumps(document))
+        try:
+            config = load_trainer_config(path)
+        except ConfigError as error:
+            assert all(problem.startswith(str(path)) for problem in error.problems)
+        else:
+            assert config.tasks
+            assert all(task.rank > 0 and task.target_modules for task in config.tasks)
+
+
+def test_importing_it_is_light() -> None:
+    program = (
+        "import sys, tasks.config\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'tokenizers', 'numpy', 'yaml'}\n"
+        "print(sorted(heavy & sys.modules.keys()))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
