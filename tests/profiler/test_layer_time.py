@@ -1,0 +1,96 @@
+"""Timing on two real ranks: rows appear, killed sweeps continue, costs are counted per layer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from model.launch import RankError
+from model.shapes import read_shape
+from profiler import layer_time
+from profiler.layer_time import TimeSweep, missing_points, open_files, sweep_time
+from profiler.profiles import load_time_profile, read_meta
+from profiler.sweep_file import SweepFile
+from tasks.errors import ConfigError
+from tests.model.support import save_llama
+
+Files = tuple[SweepFile, SweepFile]
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> TimeSweep:
+    folder = save_llama(tmp_path_factory.mktemp("model") / "llama")
+    return TimeSweep(folder, read_shape(folder), (1, 2), 64, 64, 2, 2, 4, "fp32", "cpu")
+
+
+def opened(sweep: TimeSweep, folder: Path) -> Files:
+    return open_files(sweep, folder / "t.csv", folder / "h.csv", "never", {})
+
+
+@pytest.mark.ranks
+def test_real_ranks_fill_both_files_and_continue(sweep: TimeSweep, tmp_path: Path) -> None:
+    first = replace(sweep, tps=(2,))
+    assert missing_points(first, 2, opened(first, tmp_path)) == ((1, 64),)
+    sweep_time(first, opened(first, tmp_path))
+    before = (tmp_path / "t.csv").read_bytes(), (tmp_path / "h.csv").read_bytes()
+
+    reports: list[tuple[int, int]] = []
+    layers, head = sweep_time(
+        sweep, opened(sweep, tmp_path), lambda tp, left: reports.append((tp, left))
+    )
+    for name, content in zip(("t.csv", "h.csv"), before, strict=True):
+        assert (tmp_path / name).read_bytes().startswith(content), "rows measured before stay"
+        profile = load_time_profile(tmp_path / name)
+        points = list(zip(profile.tp, profile.mbs, profile.seq_len, strict=True))
+        assert sorted(points) == [(1, 1, 64), (2, 1, 64)]
+        assert (profile.time_ms > 0.01).all()
+        details = read_meta(tmp_path / name)["rows"]["1,64,1"]
+        assert details["repeats"] >= 3
+        assert details["spread"] >= 0
+    assert reports[0] == (1, 1)
+    assert reports[-1] == (2, 0)
+    assert missing_points(sweep, 1, (layers, head)) == ()
+
+
+def test_running_out_of_memory_leaves_the_point_out(
+    sweep: TimeSweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = replace(sweep, tps=(1,), max_tokens=256)
+    asked: list[tuple[tuple[int, int], ...]] = []
+
+    def ranks(target, world_size, kwargs, **options) -> None:
+        asked.append(kwargs["points"])
+        for b, s in kwargs["points"]:
+            if b == 4:
+                raise RankError(0, "torch.OutOfMemoryError: CUDA out of memory")
+            for file in (kwargs["layer_file"], kwargs["head_file"]):
+                file.add((1, s, b, 1.0), {"spread": 0.0, "repeats": 3})
+
+    monkeypatch.setattr(layer_time, "run_ranks", ranks)
+    files = sweep_time(sweep, opened(sweep, tmp_path))
+    assert files[0].skipped == {(1, 64, 4)}
+    assert asked == [((1, 64), (4, 64))]
+    sweep_time(sweep, opened(sweep, tmp_path))
+    assert len(asked) == 1, "a point left out is not tried again"
+
+
+def test_another_failure_is_raised(
+    sweep: TimeSweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ranks(*args, **options) -> None:
+        raise RankError(0, "ZeroDivisionError")
+
+    monkeypatch.setattr(layer_time, "run_ranks", ranks)
+    with pytest.raises(RankError, match="ZeroDivisionError"):
+        sweep_time(sweep, opened(sweep, tmp_path))
+
+
+def test_all_mistakes_at_once(sweep: TimeSweep, tmp_path: Path) -> None:
+    wrong = replace(sweep, tps=(3, 8), load_ranks=4)
+    with pytest.raises(ConfigError) as error:
+        opened(wrong, tmp_path)
+    assert len(error.value.problems) == 3
+    assert "tp 3 does not divide the 4 attention heads" in str(error.value)
+    assert list(tmp_path.iterdir()) == [], "nothing half-written"

@@ -1,0 +1,164 @@
+"""The memory sweep over a stand-in for the ranks, and once over real ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from model.launch import RankError
+from model.shapes import NAMED_SHAPES, read_shape
+from profiler.memory import (
+    LayoutResult,
+    MemorySweep,
+    layouts_within,
+    measure_trial,
+    parse_bytes,
+    sweep_memory,
+    trial_shapes,
+)
+from profiler.memory_rank import RankMemory
+from profiler.profiles import MEMORY_COLUMNS, load_memory_profile
+from profiler.sweep_file import SweepFile, open_sweep
+from tasks.config import TARGET_MODULES, TaskConfig
+from tasks.errors import ConfigError
+from tests.model.support import save_llama
+
+TINY = NAMED_SHAPES["tiny"]
+LAYOUTS = ((1, 1), (1, 2), (2, 1))
+TASKS = tuple(
+    TaskConfig(f"task{rank}", rank, 2.0 * rank, TARGET_MODULES, 4, "none", 512) for rank in (4, 8)
+)
+SWEEP = MemorySweep(Path("unused"), TINY, TASKS, LAYOUTS, 4096, 1_000_000, "fp32", "cpu")
+
+
+def opened(path: Path, sweep: MemorySweep = SWEEP) -> SweepFile:
+    return open_sweep(path, MEMORY_COLUMNS, 3, sweep.settings(), kind="measured")
+
+
+def linear_memory(sweep: MemorySweep, tp: int, pp: int, tokens: int) -> list[RankMemory]:
+    """Half the activations per rank with tp 2, and the weights split by both."""
+    rank = RankMemory(100_000 // (tp * pp), 1000, 1000, 400 * tokens // tp)
+    return [rank] * (tp * pp)
+
+
+def test_capacities_of_a_linear_memory(tmp_path: Path) -> None:
+    path = tmp_path / "m.csv"
+    results = sweep_memory(SWEEP, opened(path), measure=linear_memory)
+    capacity = {(r.tp, r.pp): r.max_tokens for r in results}
+    # budget 1,000,000: <1,1> (1e6 - 102,000) / 400 = 2245; <2,1> twice (1e6 - 52,000) / 400 = 4740
+    assert capacity == {(1, 1): 2048, (1, 2): 2304, (2, 1): 4096}
+    assert load_memory_profile(path).max_tokens(1, 2) == 2304
+
+
+def test_a_sweep_that_is_continued_measures_no_layout_twice(tmp_path: Path) -> None:
+    path = tmp_path / "m.csv"
+    tried: list[tuple[int, int]] = []
+
+    def killed_at_the_second(sweep, tp, pp, tokens):
+        tried.append((tp, pp))
+        if (tp, pp) == (1, 2):
+            raise KeyboardInterrupt
+        return linear_memory(sweep, tp, pp, tokens)
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep_memory(SWEEP, opened(path), measure=killed_at_the_second)
+    results = sweep_memory(SWEEP, opened(path), measure=linear_memory)
+    assert [(r.tp, r.pp) for r in results] == [(1, 2), (2, 1)]
+    assert len(load_memory_profile(path).rows) == 3
+    assert sweep_memory(SWEEP, opened(path), measure=linear_memory) == ()
+
+
+@pytest.mark.parametrize(
+    "death",
+    [
+        "the process died (exit code -9)",
+        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB",
+        "RuntimeError: DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
+    ],
+)
+def test_out_of_memory_is_an_answer(tmp_path: Path, death: str) -> None:
+    def measure(sweep, tp, pp, tokens):
+        if tokens > 1024:
+            raise RankError(0, death)
+        return linear_memory(sweep, tp, pp, tokens)
+
+    results = sweep_memory(SWEEP, opened(tmp_path / "m.csv"), measure=measure)
+    assert {r.max_tokens for r in results} == {1024}
+
+
+def test_another_failure_ends_the_layout_but_not_the_sweep(tmp_path: Path) -> None:
+    path = tmp_path / "m.csv"
+
+    def measure(sweep, tp, pp, tokens):
+        if (tp, pp) == (1, 2):
+            raise RankError(1, "ZeroDivisionError: a bug")
+        return linear_memory(sweep, tp, pp, tokens)
+
+    reported: list[LayoutResult] = []
+    sweep_memory(SWEEP, opened(path), reported.append, measure)
+    failed = [r for r in reported if r.max_tokens is None]
+    assert [(r.tp, r.pp) for r in failed] == [(1, 2)]
+    assert "ZeroDivisionError" in failed[0].failure
+    assert [(r.tp, r.pp) for r in load_memory_profile(path).rows] == [(1, 1), (2, 1)]
+
+
+def test_nothing_fits_is_a_row_of_zero(tmp_path: Path) -> None:
+    sweep = replace(SWEEP, budget_bytes=1)
+    results = sweep_memory(sweep, opened(tmp_path / "m.csv", sweep), measure=linear_memory)
+    assert {r.max_tokens for r in results} == {0}
+
+
+def test_layouts() -> None:
+    assert layouts_within(TINY, 4) == ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1))
+    assert (1, 3) in layouts_within(NAMED_SHAPES["7B"], 4), "11, 11, 10 layers: nearly divided"
+    for tp, pp in layouts_within(NAMED_SHAPES["70B"], 64):
+        assert 64 % tp == 0
+        assert tp * pp <= 64
+
+
+def test_both_shapes_of_a_trial_hold_its_tokens() -> None:
+    for tokens in range(256, 4096, 256):
+        assert {b * s for b, s in trial_shapes(tokens)} == {tokens}
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("84MB", 84 << 20), ("1.5GiB", 3 << 29), ("2g", 2 << 30), ("512", 512)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1GB", "84 bananas", "GB"])
+def test_wrong_sizes(text: str) -> None:
+    with pytest.raises(ConfigError, match="600MB"):
+        parse_bytes(text)
+
+
+@pytest.mark.ranks
+def test_real_ranks_take_what_they_must_and_more_with_more_tokens(tmp_path: Path) -> None:
+    folder = save_llama(tmp_path / "llama", max_position_embeddings=2048)
+    sweep = replace(SWEEP, folder=folder, shape=read_shape(folder), budget_bytes=1 << 30)
+    small, large = (measure_trial(sweep, 1, 2, tokens) for tokens in (512, 2048))
+    assert len(small) == len(large) == 2
+    for one, two in zip(small, large, strict=True):
+        assert one.weight_bytes == two.weight_bytes
+        assert one.adapter_bytes == two.adapter_bytes
+        # The residual stream alone: hidden 64, 4 bytes, kept at least twice a layer, 2 layers.
+        assert one.activation_bytes > 512 * 64 * 4 * 2 * 2
+        assert 2.5 < two.activation_bytes / one.activation_bytes < 6
+    elements = sum(sweep.shape.adapter_elements(t.rank, t.target_modules) for t in sweep.tasks)
+    assert sum(rank.adapter_bytes for rank in small) == 8 * elements
+    assert sum(rank.optimizer_bytes for rank in small) == 12 * elements
+
+
+@pytest.mark.ranks
+def test_a_rank_far_over_its_budget_fails_to_allocate(tmp_path: Path) -> None:
+    folder = save_llama(tmp_path / "llama", vocab_size=32_000)
+    # 32,000 logits of 8,192 tokens are 1 GiB, several times.
+    sweep = replace(
+        SWEEP, folder=folder, shape=read_shape(folder), budget_bytes=1 << 20, max_seq_length=8192
+    )
+    with pytest.raises(RankError, match="can't allocate memory"):
+        measure_trial(sweep, 1, 1, 8192)
