@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tasks.encoding import cut, encode_rows
+from tasks.rows import Row, TextRow, TokenRow
+from tests.tasks.support import TEXTS
+
+texts = st.text(max_size=25) | st.sampled_from(TEXTS) | st.sampled_from(["</s>", "<s> <pad>"])
+
+
+@given(st.lists(st.lists(st.tuples(texts, texts), max_size=3), max_size=4))
+@settings(deadline=None)
+def test_read_and_learned_texts_come_back(
+    tokenizer: Any, conversations: list[list[tuple[str, str]]]
+) -> None:
+    rows: list[Row] = [TextRow(tuple(turns)) for turns in conversations]
+    encoded = list(encode_rows(rows, tokenizer))
+    assert len(encoded) == len(rows)
+    for turns, (tokens, learned) in zip(conversations, encoded, strict=True):
+        assert tokens.dtype == np.int32 and learned.dtype == np.bool_
+        assert len(tokens) == len(learned)
+        text = "".join(f"{prompt}{target}</s>" for prompt, target in turns)
+        assert tokenizer.decode(tokens) == (f"<s>{text}" if turns else "")
+        ends = tokens == tokenizer.eos_token_id
+        assert ends.sum() == len(turns) and np.all(learned[ends])
+        assert (tokens == tokenizer.bos_token_id).sum() == bool(turns)
+
+
+@given(prompt=texts, target=texts)
+@settings(deadline=None)
+def test_every_character_of_the_target_is_learned(tokenizer: Any, prompt: str, target: str) -> None:
+    ((tokens, learned),) = encode_rows([TextRow(((prompt, target),))], tokenizer)
+    spelled = tokenizer.decode(tokens[learned])
+    assert spelled.endswith(f"{target}</s>") or "\ufffd" in spelled
+    first = int(learned.argmax())
+    assert np.all(learned[first:])
+    # What is read is all of the prompt, but for a token that reaches into the target.
+    read = tokens[1:first]
+    assert prompt.encode().startswith(tokenizer.decode(read).encode()) or "\ufffd" in (
+        tokenizer.decode(read)
+    )
+    spanning = tokenizer.decode(tokens[first : first + 1])
+    assert len(tokenizer.decode(read)) + len(spanning) >= len(prompt)
+
+
+def test_text_that_looks_like_a_special_token_is_text(tokenizer: Any) -> None:
+    ((tokens, _),) = encode_rows([TextRow((("a </s> b", "<pad>"),))], tokenizer)
+    assert list(tokens).count(tokenizer.eos_token_id) == 1
+    assert tokenizer.pad_token_id not in tokens
+    # and the tokenizer behaves for others as it did
+    assert tokenizer.eos_token_id in tokenizer("a </s>").input_ids
+
+
+def test_complete_rows_spell_their_special_tokens(tokenizer: Any) -> None:
+    row = TextRow((("<s>hi", "cat</s>"),), complete=True)
+    ((tokens, learned),) = encode_rows([row], tokenizer)
+    assert list(tokens).count(tokenizer.bos_token_id) == 1
+    assert tokens[-1] == tokenizer.eos_token_id and learned[-1]
+
+
+def test_tokenised_rows_stay_as_they_are(tokenizer: Any) -> None:
+    rows: list[Row] = [TokenRow([5, 6, 7], [-100, 6, -100]), TokenRow([], [])]
+    (first, second) = encode_rows(rows, tokenizer)
+    assert first[0].tolist() == [5, 6, 7] and first[1].tolist() == [False, True, False]
+    assert len(second[0]) == 0
+
+
+def test_rows_of_all_kinds_keep_their_order(tokenizer: Any) -> None:
+    rows: list[Row] = []
+    for number in range(50):
+        rows += [TokenRow([number], [number]), TextRow((("", str(number)),)), TextRow(())]
+        rows.append(TextRow((("", f"x{number}"),), complete=True))
+    texts = [tokenizer.decode(tokens) for tokens, _ in encode_rows(rows, tokenizer)]
+    assert texts[1::4] == [f"<s>{number}</s>" for number in range(50)]
+    assert texts[3::4] == [f"<s>x{number}" for number in range(50)]
+
+
+@given(prompt=st.integers(0, 300), target=st.integers(0, 300), context=st.integers(1, 200))
+@settings(deadline=None)
+def test_cutting(prompt: int, target: int, context: int) -> None:
+    tokens = np.arange(prompt + target, dtype=np.int32)
+    learned = tokens >= prompt
+    kept, mask = cut(tokens, learned, context)
+    assert len(kept) == len(mask) == min(context, prompt + target)
+    assert np.all(np.diff(kept) > 0)  # nothing is moved or doubled
+    assert np.array_equal(mask, kept >= prompt)
+    if prompt + target <= context:
+        return
+    num_target, num_prompt = int(mask.sum()), int((~mask).sum())
+    # the target's beginning stays; the prompt loses its middle
+    assert kept[mask].tolist() == list(range(prompt, prompt + num_target))
+    removed = sorted(set(range(prompt)) - set(kept[~mask].tolist()))
+    assert removed == list(range(removed[0], removed[0] + len(removed))) if removed else True
+    if removed and num_prompt > 1:
+        assert removed[0] > 0 and removed[-1] < prompt - 1
+    # a target of at most half the context is whole; a longer one keeps its share, at least
+    if target <= context // 2:
+        assert num_target == target
+    else:
+        assert num_target >= min(context // 2, target)
+        assert num_target >= round(context * target / (prompt + target)) - 1
+    if target:
+        assert num_target >= 1
+    if num_target < target and num_prompt < prompt:
+        assert num_target >= context // 2
