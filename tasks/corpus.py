@@ -41,6 +41,9 @@ _LEFT_OUT = frozenset(
     }
 )
 
+# Characters of no text; a docstring with one is a table or a joke.
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 Example = dict[str, str]
 
@@ -171,7 +174,7 @@ def _definitions(node: ast.AST, owner: str) -> Iterator[tuple[str, _Function | a
 
 def _docstring(node: _Function | ast.ClassDef | ast.Module) -> str:
     text = ast.get_docstring(node) or ""
-    return text if text.isprintable() or all(c.isprintable() or c.isspace() for c in text) else ""
+    return "" if _CONTROL.search(text) else text
 
 
 def _first_sentence(text: str) -> str:

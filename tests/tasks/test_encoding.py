@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from tasks.encoding import cut, encode_rows
 from tasks.rows import Row, TextRow, TokenRow
+from tasks.tokenizer import train_tokenizer
 from tests.tasks.support import TEXTS
 
 texts = st.text(max_size=25) | st.sampled_from(TEXTS) | st.sampled_from(["</s>", "<s> <pad>"])
@@ -61,6 +66,62 @@ def test_complete_rows_spell_their_special_tokens(tokenizer: Any) -> None:
     ((tokens, learned),) = encode_rows([row], tokenizer)
     assert list(tokens).count(tokenizer.bos_token_id) == 1
     assert tokens[-1] == tokenizer.eos_token_id and learned[-1]
+
+
+def llama2_like() -> Any:
+    """Return a tokenizer whose normaliser writes spaces as a mark, one before every text."""
+    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))],
+        show_progress=False,
+    )
+    backend.train_from_iterator([*TEXTS * 3, "Answer:\n  one\nAnswer: two"], trainer)
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def llama3_like() -> Any:
+    """Return a byte-level tokenizer that leaves spaces out of the offsets of its tokens."""
+    backend = train_tokenizer(TEXTS, 300)
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("target", ["cat", "  one", "\n\n two", "\u00e9\U0001f600 a", "a  \n", " "])
+@pytest.mark.parametrize("prompt", ["Answer:\n", "\u00fc\U0001f600 Answer: the\n", "", "cat"])
+@pytest.mark.parametrize("make", [llama2_like, llama3_like])
+def test_boundaries_of_other_tokenizers(make: Callable[[], Any], prompt: str, target: str) -> None:
+    other = make()
+    ((tokens, learned),) = encode_rows([TextRow(((prompt, target),))], other)
+    whole = other.backend_tokenizer.encode(prompt + target, add_special_tokens=False).ids
+    beginning = [1] if make is llama2_like else []
+    assert tokens.tolist() == [*beginning, *whole, other.eos_token_id]
+    first = int(learned.argmax())
+    assert np.all(learned[first:]) and learned.any()
+    # The boundary is the first token at which the text is no longer all prompt.
+    ids = tokens[len(beginning) :].tolist()
+    count = first - len(beginning)
+    assert prompt.startswith(other.decode(ids[:count]).replace("\ufffd", ""))
+    if not prompt:
+        assert count == 0
+    elif target.strip():
+        assert len(other.decode(ids[: count + 1])) > len(prompt)
 
 
 def test_tokenised_rows_stay_as_they_are(tokenizer: Any) -> None:
