@@ -10,15 +10,21 @@ from typing import Any
 from planner.candidates import Candidates, all_candidates, propose
 from planner.placement import place
 from planner.plan import Plan
-from planner.planners import exact, homogeneous
+from planner.planners import exact, homogeneous, lobra
 from planner.planners.base import Outcome, Problem, Progress, silent
+from planner.planners.relaxation import FluidPlanner
 from planner.workload import ExpectedBatch, Workload, expect
 from profiler.cost_model import CostModel
 from profiler.profiles import MemoryProfile
 from tasks.errors import ConfigError
 
 Solver = Callable[[Problem, float | None, Progress], Outcome]
-PATTERNS: dict[str, Solver] = {"EXACT": exact.solve}
+PATTERNS: dict[str, Solver] = {
+    "EXACT": exact.solve,
+    "BALANCE": lobra.balance,
+    "GROUP": lobra.group,
+    "PRUNE": lobra.prune,
+}
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,7 @@ def deploy(
         cost_model,
         options.gpus_per_node,
     )
+    everything = problem
     try:
         same = homogeneous.solve(problem)
     except ConfigError:
@@ -93,6 +100,9 @@ def deploy(
         candidates = propose(candidates, cost_model)
         problem = replace(problem, candidates=candidates.chosen)
     outcome = PATTERNS[options.pattern](problem, options.time_limit_s, progress)
+    if outcome.lower_bound_s == 0.0:  # the pattern proves nothing about other plans' exact time
+        bound = FluidPlanner(everything).minimum(outcome.step_time_s)
+        outcome = replace(outcome, lower_bound_s=min(bound.step_time_s, outcome.step_time_s))
     return Deployment(outcome, batch, candidates, same, problem)
 
 

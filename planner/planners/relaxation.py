@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import LinearConstraint, milp
 
+from planner.chunks import ChunkTable
 from planner.planners.base import Problem
 
 
@@ -26,12 +28,13 @@ class FluidPlanner:
     sizes and ``bubble`` that of the smallest chunk, so no real plan needs fewer GPUs.
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, tables: Sequence[ChunkTable] | None = None) -> None:
+        tables = problem.tables if tables is None else tables
         self._problem = problem
         used = problem.counts > 0
-        rates = np.stack([table.rate_s() for table in problem.tables])[:, used]
-        alone = np.stack([table.time_s[:, 1] for table in problem.tables])[:, used]
-        chunks = np.array([table.bubble_chunks for table in problem.tables])
+        rates = np.stack([table.rate_s() for table in tables])[:, used]
+        alone = np.stack([table.time_s[:, 1] for table in tables])[:, used]
+        chunks = np.array([table.bubble_chunks for table in tables])
         self._bubble = chunks * alone.min(axis=1)
         # a bucket may go to a layout only if one sequence of it, bubble included, ends by T
         self._alone = alone * (1 + chunks)[:, None]
