@@ -47,7 +47,7 @@ class TrainRequest:
     num_tasks: int | None = None
     max_steps: int | None = None
     max_seq_length: int | None = None
-    precision: str = "fp32"
+    precision: str | None = None  # fp32 on CPU, bf16 on GPU
     device: str = "auto"
     dynamic_buckets: bool = True
     num_buckets: int = 16
@@ -56,7 +56,7 @@ class TrainRequest:
     time_profile: Path | None = None
     cost_model: Literal["fitted", "lobra6"] = "fitted"
     gpus_per_node: int = 8
-    local_ranks: bool = True
+    launched_world: int | None = None  # ranks a launcher has started, None without one
     record_sequences: bool = False
 
 
@@ -95,6 +95,12 @@ def prepare(request: TrainRequest) -> RunSpec:
     if (request.output_dir / METRICS_FILE).exists():
         checks.problems.append(
             f"--output-dir {request.output_dir}: already holds a run; choose another folder"
+        )
+    world = request.launched_world
+    if plan is not None and world is not None and plan.num_gpus != world:
+        checks.problems.append(
+            f"{request.strategy_config}: the plan {plan} has {plan.num_gpus} ranks, the launcher "
+            f"started {world}; start one process per rank"
         )
     device = checks.attempt(_choose_device, request, plan)
     grids = None
@@ -142,7 +148,7 @@ def prepare(request: TrainRequest) -> RunSpec:
         grids=grids,
         cost_model=cost_model,
         output_dir=request.output_dir,
-        precision=request.precision,
+        precision=request.precision or ("bf16" if device == "cuda" else "fp32"),
         device=device,
         num_buckets=request.num_buckets,
         dynamic_buckets=request.dynamic_buckets,
@@ -163,7 +169,12 @@ def _choose_device(request: TrainRequest, plan: Plan | None) -> str:
     device = request.device
     if device == "auto":
         device = "cuda" if found else "cpu"
-    if device == "cuda" and request.local_ranks and plan is not None and plan.num_gpus > found:
+    if (
+        device == "cuda"
+        and request.launched_world is None
+        and plan is not None
+        and plan.num_gpus > found
+    ):
         raise ConfigError(
             f"{request.strategy_config}: the plan {plan} needs {plan.num_gpus} GPUs, this machine "
             f"has {found}: {plan.num_gpus - found} missing; give --host-file for several "

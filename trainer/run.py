@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,7 @@ def train_in_launcher(request: TrainRequest) -> tuple[RunSpec, RankResult]:
         outcome: list[Any] = [None]
         if rank == 0:
             try:
-                run = prepare(request)
-                if run.world_size != world:
-                    raise ConfigError(
-                        f"{request.strategy_config}: the plan {run.plan} has {run.world_size} "
-                        f"ranks, the launcher started {world}"
-                    )
-                outcome = [run]
+                outcome = [prepare(replace(request, launched_world=world))]
             except ConfigError as error:
                 outcome = [error]
         dist.broadcast_object_list(outcome, src=0)

@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train-task-num", type=int, help="use the first N tasks only")
     parser.add_argument("--max-steps", type=int, help="end after N steps even if tasks want more")
     parser.add_argument("--max-seq-length", type=int, help="cut every task's context_length to N")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), help="default: fp32 on CPU, bf16 on GPU"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
         "--dp-bucket", choices=("on", "off"), help="bucket every step anew (env DP_BUCKET)"
@@ -95,7 +97,6 @@ def run(args: argparse.Namespace) -> int:
         time_profile=args.time_profile,
         cost_model=args.cost_model,
         gpus_per_node=args.gpus_per_node,
-        local_ranks=not in_launcher(),
     )
     if in_launcher():
         is_first = os.environ["RANK"] == "0"

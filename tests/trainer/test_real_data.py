@@ -1,0 +1,99 @@
+"""Profile, plan and train on real fine-tuning data, end to end, through the command lines.
+
+Four data sets, GPT-2's BPE and a small random Llama; skipped where the shared data is absent.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from model.topology import shard_range
+from planner.cli import main as plan_main
+from planner.plan import load_plan
+from tasks.dataset import TokenizedDataset
+from tests.model.support import save_llama
+from trainer.batches import draw_global_batch
+from trainer.cli import main
+from trainer.prepare import TrainRequest
+from trainer.run import train
+
+HIDDEN, FFN, LAYERS, VOCAB = 64, 160, 4, 50257
+NUM_RANKS = 4
+TASK_NAMES = ("dolly_3k", "codegen_gpt4", "pubmedqa", "us_bills_115_all")
+
+
+@pytest.mark.slow
+def test_four_real_data_sets(
+    shared: Path, project_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = save_llama(
+        tmp_path / "base",
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=FFN,
+        num_hidden_layers=LAYERS,
+        max_position_embeddings=1024,
+    )
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copyfile(shared / "tokenizers" / f"gpt2-{name}", base / name)
+    config = project_root / "trainer_config" / "real4.json"
+
+    common = ["--model", str(base), "--device", "cpu"]
+    limit = ["--max-seq-length", "1024"]
+    assert main(["profile", "time", *common, *limit, "--tp", "1,2", "--load-ranks", "4"]) == 0
+    memory = ["--num-gpus", "4", "--trainer-config", str(config), "--memory-budget", "330MB"]
+    assert main(["profile", "memory", *common, *limit, *memory]) == 0
+    plan_arguments = ["--model", str(base), "--num-gpus", str(NUM_RANKS), *limit]
+    plan_arguments += ["--trainer-config", str(config), "--strategy-config", "plan.yaml"]
+    assert plan_main([*plan_arguments, "--data-dir", str(shared / "data")]) == 0
+    plan = load_plan("plan.yaml")
+    assert len({group.layout for group in plan.groups}) >= 2, f"{plan} is homogeneous"
+
+    request = TrainRequest(
+        model=str(base),
+        trainer_config=str(config),
+        strategy_config="plan.yaml",
+        output_dir=Path("run"),
+        data_dir=shared / "data",
+        device="cpu",
+        record_sequences=True,
+    )
+    run, ranks = train(request)
+
+    steps = ranks[0].steps
+    assert len(steps) == 20
+    for name in TASK_NAMES:
+        losses = [step.tasks[name].loss for step in steps]
+        assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.1, f"{name}: {losses}"
+
+    datasets = [TokenizedDataset.load(run.data_folder(task)) for task in range(4)]
+    trained = [batch for rank in ranks for batch in rank.trained]
+    for step in range(20):
+        batch = draw_global_batch(run.tasks, datasets, run.num_steps, run.seed, step)
+        wanted = sorted(zip(batch.tasks.tolist(), batch.indices.tolist(), strict=True))
+        done = [
+            pair
+            for part in trained
+            if part.step == step
+            for pair in zip(part.tasks.tolist(), part.indices.tolist(), strict=True)
+        ]
+        assert sorted(done) == wanted
+
+    norms = 2 * HIDDEN * 4
+    layer = (HIDDEN * (HIDDEN + 2 * HIDDEN // 2 + HIDDEN) + 3 * HIDDEN * FFN) * 4
+    for replica, grid in zip(plan.replicas, run.grids, strict=True):
+        for stage, stage_ranks in enumerate(grid):
+            for tp_index, rank in enumerate(stage_ranks):
+                tp, pp = replica.layout.tp, replica.layout.pp
+                layers = len(shard_range(LAYERS, pp, stage))
+                rows = len(shard_range(VOCAB, tp, tp_index)) * HIDDEN * 4
+                share = layers * (layer // tp + norms)
+                share += rows if stage == 0 else 0
+                share += rows + HIDDEN * 4 if stage == pp - 1 else 0
+                assert ranks[rank].held_bytes == share
+                assert ranks[rank].loaded_bytes == share
