@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Fetches and converts LobRA's twelve public data sets into data/<name>.jsonl (needs network).
+# usage: bash scripts/create_finetune_datasets.sh [DATASET ...]
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+need_lobra
+exec python -m tasks.published_cli "$@"
