@@ -22,7 +22,7 @@ from trainer.prepare import TrainRequest
 from trainer.run import train
 
 HIDDEN, FFN, LAYERS, VOCAB = 64, 160, 4, 50257
-NUM_RANKS = 4
+NUM_RANKS = 3
 TASK_NAMES = ("dolly_3k", "codegen_gpt4", "pubmedqa", "us_bills_115_all")
 
 
@@ -44,9 +44,16 @@ def test_four_real_data_sets(
     config = project_root / "trainer_config" / "real4.json"
 
     common = ["--model", str(base), "--device", "cpu"]
-    limit = ["--max-seq-length", "1024"]
-    assert main(["profile", "time", *common, *limit, "--tp", "1,2", "--load-ranks", "4"]) == 0
-    memory = ["--num-gpus", "4", "--trainer-config", str(config), "--memory-budget", "330MB"]
+    limit = ["--max-seq-length", "512"]
+    assert main(["profile", "time", *common, *limit, "--tp", "1,2", "--load-ranks", "3"]) == 0
+    memory = [
+        "--num-gpus",
+        str(NUM_RANKS),
+        "--trainer-config",
+        str(config),
+        "--memory-budget",
+        "180MB",
+    ]
     assert main(["profile", "memory", *common, *limit, *memory]) == 0
     plan_arguments = ["--model", str(base), "--num-gpus", str(NUM_RANKS), *limit]
     plan_arguments += ["--trainer-config", str(config), "--strategy-config", "plan.yaml"]
@@ -61,6 +68,7 @@ def test_four_real_data_sets(
         output_dir=Path("run"),
         data_dir=shared / "data",
         device="cpu",
+        max_seq_length=512,
         record_sequences=True,
     )
     run, ranks = train(request)
