@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -80,6 +81,7 @@ def resolve_target(target: str) -> Callable[..., Any]:
 def _rank_main(env: RankEnv, target: str, kwargs: dict[str, Any], pipe: Connection) -> None:
     """Run `target` on one rank and send ("ok", result) or ("error", traceback) back."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.update(env.environment)
     os.environ.update(RANK=str(env.rank), LOCAL_RANK=str(env.rank), WORLD_SIZE=str(env.world_size))
     try:
@@ -93,6 +95,14 @@ def _rank_main(env: RankEnv, target: str, kwargs: dict[str, Any], pipe: Connecti
     except BaseException as error:  # reported to the parent, which raises it
         pipe.send(("error", error if _is_user_error(error) else traceback.format_exc()))
         # Leave at once: peers blocked in a collective with us must not keep us alive.
+        os._exit(1)
+
+
+def _end_with_parent() -> None:
+    """End this process as soon as the one that started it is gone, killed ones included."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
         os._exit(1)
 
 
