@@ -1,0 +1,65 @@
+"""kill -9 in the middle of a sweep, then the same command: nothing lost, nothing measured twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from profiler.profiles import load_time_profile
+from tests.model.support import save_llama
+
+
+def group_is_alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.ranks
+def test_a_killed_time_profile_is_continued(tmp_path: Path, project_root: Path) -> None:
+    folder = save_llama(tmp_path / "llama")
+    path = tmp_path / "time.csv"
+    arguments = [
+        "time",
+        "--model",
+        str(folder),
+        "--tp",
+        "1",
+        "--device",
+        "cpu",
+        "--load-ranks",
+        "2",
+    ]
+    arguments += ["--max-seq-length", "256", "--output", str(path)]
+    command = [sys.executable, "-m", "trainer.cli", "profile", *arguments]
+
+    process = subprocess.Popen(
+        command, cwd=project_root, start_new_session=True, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (path.is_file() and path.read_bytes().count(b"\n") > 2):
+        assert process.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < deadline, "no row was measured"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    while group_is_alive(process.pid):
+        assert time.monotonic() < deadline, "its ranks live on"
+        time.sleep(0.05)
+
+    before = path.read_bytes()
+    complete = before[: before.rfind(b"\n") + 1]
+    subprocess.run(command, cwd=project_root, check=True, stderr=subprocess.DEVNULL)
+    assert path.read_bytes().startswith(complete), "the rows measured before are as they were"
+    for name in (path, path.with_name("head_time.csv")):
+        profile = load_time_profile(name)
+        points = list(zip(profile.tp, profile.seq_len, profile.mbs, strict=True))
+        assert len(set(points)) == len(points) > complete.count(b"\n") - 1
