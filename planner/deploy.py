@@ -121,7 +121,7 @@ def plan_entries(plan: Plan) -> list[dict[str, int]]:
 
 def as_json(deployment: Deployment) -> dict[str, Any]:
     """Return the contract's JSON object."""
-    outcome, same = deployment.outcome, deployment.homogeneous
+    outcome = deployment.outcome
     return {
         "plan": plan_entries(outcome.plan),
         "num_gpus": outcome.plan.num_gpus,
@@ -135,12 +135,18 @@ def as_json(deployment: Deployment) -> dict[str, Any]:
         "planner_time_s": outcome.planner_time_s,
         "objective_s": outcome.objective_s,
         "proven": outcome.proven,
-        "homogeneous": None
-        if same is None
-        else {"plan": plan_entries(same.plan), "step_time_s": same.step_time_s},
+        "homogeneous": homogeneous_entry(deployment),
         "notes": [*outcome.notes],
         "dropped_layouts": list(deployment.candidates.dropped),
     }
+
+
+def homogeneous_entry(deployment: Deployment) -> dict[str, Any] | None:
+    """Return the best homogeneous plan as the contract's JSON has it, None if there is none."""
+    same = deployment.homogeneous
+    if same is None:
+        return None
+    return {"plan": plan_entries(same.plan), "step_time_s": round(same.step_time_s, 6)}
 
 
 def plan_with_meta(
@@ -160,6 +166,7 @@ def plan_with_meta(
         "lower_bound_s": round(outcome.lower_bound_s, 6),
         "gap": round(outcome.gap, 6),
         "planner": outcome.planner,
+        "homogeneous": homogeneous_entry(deployment),
         "cost_model": cost_model.kind,
         "time_profile": _profile_meta(cost_model.meta),
         "memory_profile": _profile_meta({"path": str(memory.path), "digest": memory.digest}),

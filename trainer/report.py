@@ -127,12 +127,14 @@ def _overview(summary: RunSummary, folder: Path) -> Table:
     ]
     homogeneous = summary.planned.get("homogeneous") or {}
     if planned and homogeneous.get("step_time_s"):
-        best_s = homogeneous["step_time_s"]
-        saved = 1 - planned / best_s
+        best = homogeneous["step_time_s"] * sum(
+            group["tp"] * group["pp"] * group["replicas"] for group in homogeneous["plan"]
+        )
+        saved = 1 - planned * summary.num_gpus / best
         rows.append(
             (
                 "against the best homogeneous plan",
-                f"{planned * summary.num_gpus:.2f} against {best_s * summary.num_gpus:.2f} "
+                f"{planned * summary.num_gpus:.2f} against {best:.2f} "
                 f"{unit}-seconds per step, both predicted: {saved:.1%} less "
                 f"({describe_groups(homogeneous.get('plan', []))})",
             )
