@@ -12,7 +12,7 @@ import numpy as np
 from planner.buckets import bucket_index, make_buckets
 from planner.chunks import ChunkTable, chunk_table
 from planner.evaluate import replica_time_s
-from planner.fluid import Fluid, solve_fluid
+from planner.fluid import Fluid, solve_fluid, solve_rates
 from planner.plan import Plan
 from planner.search import Loads, improve
 from profiler.cost_model import CostModel
@@ -21,7 +21,6 @@ from tasks.errors import ConfigError
 Mode = Literal["balance", "group"]
 MODES: tuple[Mode, ...] = ("balance", "group")
 GOOD_ENOUGH = 1e-3  # relative distance to the bound at which the search stops
-CHUNK_CAPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,19 +148,18 @@ def dispatch_counts(
     counts = np.asarray(counts, dtype=np.int64)
     tables = plan_tables(plan, buckets, cost_model, counts, mode)
     replicas = np.array([group.replicas for group in plan.groups])
-    fluid = solve_fluid(tables, replicas, counts, np.zeros(len(tables)))
+    fluid = solve_fluid(tables, replicas, counts)
     bound = max(fluid.step_time_s, longest_sequence_s(tables, counts))
-    tables, bubbles = _choose_caps(tables, replicas, counts, fluid)
-    if bubbles.any():
-        fluid = solve_fluid(tables, replicas, counts, bubbles)
+    tables, share = _limit_chunks(tables, replicas, counts, fluid)
+    bubbles = np.array([table.bubble_s() for table in tables])
     group = np.repeat(np.arange(len(tables)), replicas)
     loads = Loads(
         np.stack([table.work_s(int(counts.max(initial=0))) for table in tables]),
         group,
         bubbles[group],
-        _first_assignment(tables, replicas, counts, fluid.share),
+        _first_assignment(tables, replicas, counts, share),
     )
-    improve(loads, max(bound, fluid.step_time_s) * (1 + GOOD_ENOUGH), max_rounds)
+    improve(loads, bound * (1 + GOOD_ENOUGH), max_rounds)
     chunks = tuple(
         tuple(
             (bucket, size)
@@ -217,46 +215,52 @@ def _check_fits(lengths: np.ndarray, buckets: np.ndarray, plan: Plan) -> None:
         )
 
 
-def _choose_caps(
+def _limit_chunks(
     tables: list[ChunkTable], replicas: np.ndarray, counts: np.ndarray, fluid: Fluid
 ) -> tuple[list[ChunkTable], np.ndarray]:
     """Limit the chunks of pipelined groups where a shorter bubble gains more than it costs.
 
-    Returns the tables with their chunks limited, and float64 [groups]: seconds of bubble.
+    Returns the tables with their chunks limited, and float64 [groups, R]: the sequences that each
+    group takes when its replicas lose the bubble of their limit.
     """
-    chosen, bubbles = [], np.zeros(len(tables))
-    for group, table in enumerate(tables):
-        longest = np.where(np.isfinite(table.time_s), table.time_s, 0.0).max()
-        if not table.bubble_chunks or longest == 0.0:
-            chosen.append(table)
-            continue
-        share = fluid.share[group] / replicas[group]
-        used = share > 1e-9
-        best = (np.inf, table, 0.0)
-        for cap in CHUNK_CAPS:
-            capped = table.capped(cap * longest)
-            rate = capped.rate_s()
-            bubble = capped.bubble_s()
-            time_s = float((rate[used] * share[used]).sum()) + bubble
-            if time_s < best[0]:
-                best = (time_s, capped, bubble)
-        chosen.append(best[1])
-        bubbles[group] = best[2]
-    return _all_buckets_fit(tables, chosen, bubbles, counts)
-
-
-def _all_buckets_fit(
-    tables: list[ChunkTable], chosen: list[ChunkTable], bubbles: np.ndarray, counts: np.ndarray
-) -> tuple[list[ChunkTable], np.ndarray]:
-    """Lift limits that leave a bucket without any replica."""
+    if not any(table.bubble_chunks for table in tables):
+        return tables, fluid.share
+    chosen = [
+        table.capped(_best_cap_s(table, fluid.share[group] / replicas[group]))
+        if table.bubble_chunks and fluid.share[group].any()
+        else table
+        for group, table in enumerate(tables)
+    ]
     fits = np.stack([table.limit > 0 for table in chosen]).any(axis=0)
     missing = (counts > 0) & ~fits
-    if missing.any():
-        for group, table in enumerate(tables):
-            if (table.limit[missing] > 0).any():
-                chosen[group] = table
-                bubbles[group] = table.bubble_s()
-    return chosen, bubbles
+    if missing.any():  # lift limits that leave a bucket without any replica
+        chosen = [
+            table if (table.limit[missing] > 0).any() else limited
+            for table, limited in zip(tables, chosen, strict=True)
+        ]
+    bubbles = np.array([table.bubble_s() for table in chosen])
+    rates = np.stack([table.rate_s() for table in chosen])
+    longest_s = max(fluid.step_time_s, float(bubbles.max()) * 1.01)
+    for _ in range(2):  # the bubble's part of the step depends on the step's length
+        worked = np.maximum(1.0 - bubbles / longest_s, 0.01)
+        limited = solve_rates(rates / worked[:, None], replicas, counts)
+        longest_s = max(limited.step_time_s, float(bubbles.max()) * 1.01)
+    return chosen, limited.share
+
+
+def _best_cap_s(table: ChunkTable, share: np.ndarray) -> float:
+    """Return the longest chunk time that makes ``share`` [R] sequences and the bubble shortest."""
+    used = np.flatnonzero(share > 1e-9)
+    times = table.time_s[used, 1:]
+    caps = np.unique(times[np.isfinite(times)])
+    caps = caps[caps >= times[:, 0].max(initial=0.0)]
+    work = np.zeros(len(caps))
+    for row, bucket in zip(times, used, strict=True):
+        row = row[np.isfinite(row)]
+        order = np.argsort(row, kind="stable")
+        best = np.minimum.accumulate((row / np.arange(1, len(row) + 1))[order])
+        work += share[bucket] * best[np.searchsorted(row[order], caps, side="right") - 1]
+    return float(caps[np.argmin(work + table.bubble_chunks * caps)])
 
 
 def _first_assignment(

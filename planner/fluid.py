@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,9 @@ from scipy.optimize import linprog
 
 from planner.chunks import ChunkTable
 from tasks.errors import ConfigError
+
+SECANT_STEPS = 6
+TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,44 +25,55 @@ class Fluid:
         A lower bound on the step time of every dispatch.
     share
         float64 [groups, R]: sequences of each bucket that each replica group takes.
-    price_s
-        float64 [R]: by how much the step time grows per further sequence of the bucket.
+    price
+        float64 [R]: what a further sequence of the bucket costs; not scaled.
     """
 
     step_time_s: float
     share: np.ndarray
-    price_s: np.ndarray
+    price: np.ndarray
 
 
-def solve_fluid(
-    tables: list[ChunkTable], replicas: np.ndarray, counts: np.ndarray, bubbles_s: np.ndarray
-) -> Fluid:
-    """Minimise T with ``sum_j rate_gj x_gj <= p_g (T - bubble_g)`` and all sequences taken.
+def amounts(table: ChunkTable, step_time_s: float) -> np.ndarray:
+    """Return float64 [R]: sequences of one bucket alone that a replica does in a step, at most.
 
-    Parameters
-    ----------
-    tables
-        One per replica group.
-    replicas
-        int [groups]: p_g.
-    counts
-        int [R]: sequences of each bucket.
-    bubbles_s
-        float64 [groups]: what each replica loses to the pipeline's bubble; for a bound at most
-        what any dispatch must lose.
+    Chunks of time c cost the bubble (pp - 1) c once, so a replica whose longest chunk takes z has
+    T - (pp - 1) z for its work: ``A_j(T) = max_z (T - (pp - 1) z) max_{c(b) <= z} b / c(b)``.
+    A mix x of buckets then needs ``sum_j x_j / A_j(T) <= 1``: for every z its rates are worse.
+    """
+    bubbles = table.bubble_chunks
+    time_s = table.time_s[:, 1:]
+    sizes = np.arange(1, time_s.shape[1] + 1)
+    speed = sizes / time_s
+    in_time = time_s * (1 + bubbles) <= step_time_s * (1 + 1e-12)
+    if not bubbles:
+        return step_time_s * np.where(in_time, speed, 0.0).max(axis=1)
+    # chunk times need not grow with b: take the chunks in the order of their times
+    order = np.argsort(time_s, axis=1, kind="stable")
+    ordered = np.take_along_axis(time_s, order, axis=1)
+    fastest = np.maximum.accumulate(np.take_along_axis(speed, order, axis=1), axis=1)
+    possible = ordered * (1 + bubbles) <= step_time_s * (1 + 1e-12)
+    left = step_time_s - bubbles * np.where(possible, ordered, 0.0)
+    return np.where(possible, left * fastest, 0.0).max(axis=1)
+
+
+def solve_rates(rates: np.ndarray, replicas: np.ndarray, counts: np.ndarray) -> Fluid:
+    """Minimise T with ``sum_j rate_gj x_gj <= p_g T``, every sequence taken.
+
+    ``rates`` is float64 [groups, R], seconds per sequence, inf where a bucket does not fit;
+    ``replicas`` int [groups]; ``counts`` int [R].
 
     Raises
     ------
     ConfigError
         If a bucket with sequences fits no group.
     """
-    rates = np.stack([table.rate_s() for table in tables])
     groups, num_buckets = rates.shape
     used = counts > 0
-    stuck = used & ~np.isfinite(rates).any(axis=0)
-    if stuck.any():
+    possible = np.isfinite(rates) & used[None, :]
+    if (used & ~possible.any(axis=0)).any():
         raise ConfigError("a bucket fits no replica of the plan")
-    group, bucket = np.nonzero(np.isfinite(rates) & used[None, :])
+    group, bucket = np.nonzero(possible)
     columns = len(group)
     if columns == 0:
         return Fluid(0.0, np.zeros_like(rates), np.zeros(num_buckets))
@@ -73,7 +88,7 @@ def solve_fluid(
     result = linprog(
         objective,
         A_ub=upper,
-        b_ub=-replicas * bubbles_s,
+        b_ub=np.zeros(groups),
         A_eq=equal,
         b_eq=counts[used],
         bounds=(0, None),
@@ -86,3 +101,43 @@ def solve_fluid(
     price = np.zeros(num_buckets)
     price[used] = result.eqlin.marginals
     return Fluid(float(result.x[-1]), share, price)
+
+
+def solve_fluid(tables: Sequence[ChunkTable], replicas: np.ndarray, counts: np.ndarray) -> Fluid:
+    """Return the relaxation of a plan: the greatest T shown impossible, its share and prices.
+
+    Without pipelines one linear program is exact. With them the work a replica can do is not
+    proportional to T (``amounts``); a few secant steps find where the replicas just suffice, and
+    the bound is a T at which they were seen not to.
+
+    Raises
+    ------
+    ConfigError
+        If a bucket with sequences fits no group.
+    """
+    plain = solve_rates(np.stack([table.rate_s() for table in tables]), replicas, counts)
+    if not any(table.bubble_chunks for table in tables):
+        return plain
+    bound_s = max(plain.step_time_s, _longest_s(tables, counts) * (1 - 1e-12))
+    step_s, fluid = bound_s, plain
+    for _ in range(SECANT_STEPS):
+        rates = step_s / np.maximum(np.stack([amounts(table, step_s) for table in tables]), 1e-300)
+        rates[rates > 1e200] = np.inf
+        if (~np.isfinite(rates).any(axis=0) & (counts > 0)).any():
+            step_s *= 1.01  # some sequence does not end in time: impossible
+            bound_s = max(bound_s, step_s / 1.01)
+            continue
+        fluid = solve_rates(rates, replicas, counts)
+        needed = fluid.step_time_s / step_s
+        if needed > 1.0 + 1e-7:
+            bound_s = max(bound_s, step_s)
+        if abs(needed - 1.0) < TOLERANCE / 2:
+            break
+        # aim a little below the root, so that the last point is a proof
+        step_s = max(bound_s, step_s * needed * (1 - TOLERANCE / 4))
+    return Fluid(bound_s, fluid.share, fluid.price)
+
+
+def _longest_s(tables: Sequence[ChunkTable], counts: np.ndarray) -> float:
+    alone = np.stack([table.time_s[:, 1] * (1 + table.bubble_chunks) for table in tables])
+    return float(alone.min(axis=0)[counts > 0].max(initial=0.0))

@@ -8,8 +8,8 @@ import numpy as np
 
 LARGEST_MOVE = 32
 LARGEST_SWAP = 24
-FIRST_CANDIDATES = 4
-CANDIDATES_PER_GROUP = 2
+FIRST_CANDIDATES = 8
+CANDIDATES_PER_GROUP = 8
 SMALLEST_GAIN = 1e-7  # relative to the slowest replica
 
 
@@ -71,13 +71,16 @@ def improve(loads: Loads, target_s: float, max_rounds: int = 400) -> int:
 
 
 def _candidates(loads: Loads, slowest: int) -> np.ndarray:
-    """Return the least busy replicas, overall and of every group."""
+    """Return the least busy replicas, overall and of every group, one of those that are alike."""
     order = np.argsort(loads.time_s, kind="stable")
-    chosen = list(order[: FIRST_CANDIDATES + 1])
+    _, first = np.unique(loads.time_s[order], return_index=True)
+    order = order[first]
+    order = order[order != slowest]
+    chosen = list(order[:FIRST_CANDIDATES])
     groups = loads.group[order]
     for group in range(len(loads.work_s)):
         chosen += list(order[groups == group][:CANDIDATES_PER_GROUP])
-    return np.array([r for r in dict.fromkeys(chosen) if r != slowest], dtype=np.int64)
+    return np.array(list(dict.fromkeys(chosen)), dtype=np.int64)
 
 
 def _removal(loads: Loads, replica: int, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

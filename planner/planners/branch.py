@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.chunks import ChunkTable
-from planner.fluid import solve_fluid
+from planner.fluid import solve_rates
 from planner.planners.base import Clock, Progress, silent
 from planner.planners.identical import IdenticalModel, IdenticalResult
 from tasks.errors import ConfigError
@@ -69,10 +69,11 @@ class PlanBounds:
         plan = self.plans[index]
         used = np.flatnonzero(plan).tolist()
         tables = [self._tables[i] for i in used]
-        fluid = solve_fluid(tables, plan[used], self._counts, np.zeros(len(used)))
+        rates = np.stack([table.rate_s() for table in tables])
+        fluid = solve_rates(rates, plan[used], self._counts)
         self.bound_s[index] = max(self.bound_s[index], fluid.step_time_s * (1 - 1e-9))
         self.tight[index] = True
-        price = np.maximum(fluid.price_s, 0.0)
+        price = np.maximum(fluid.price, 0.0)
         earned = np.where(np.isfinite(self._rates), price[None, :] / self._rates, 0.0).max(axis=1)
         with np.errstate(divide="ignore"):
             bound = float(price @ self._counts) / (self._plans_float @ earned.astype(np.float32))
