@@ -49,6 +49,10 @@ class ChunkTable:
         finite = np.where(np.isfinite(self.time_s), self.time_s, 0.0)
         return self.bubble_chunks * float(finite.max())
 
+    def slowed(self, factor: float) -> ChunkTable:
+        """Return the table of a replica that takes ``factor`` times as long."""
+        return ChunkTable(self.layout, self.max_tokens, self.limit, self.time_s * factor)
+
     def capped(self, longest_s: float) -> ChunkTable:
         """Return the table of chunks up to the largest that takes at most ``longest_s``."""
         allowed = self.time_s <= longest_s
@@ -78,6 +82,17 @@ class ChunkTable:
         even = finite[rows, small] * (chunks - larger) + finite[rows, upper] * larger
         work = np.minimum(packed, even)
         work[self.limit == 0, 1:] = np.inf
+        return work
+
+    def least_work_s(self, most: int) -> np.ndarray:
+        """Return float64 [R, most + 1]: the least seconds n sequences take in any chunks."""
+        work = np.full((len(self.limit), most + 1), np.inf)
+        work[:, 0] = 0.0
+        largest = self.time_s.shape[1] - 1
+        for n in range(1, most + 1):
+            size = min(n, largest)
+            before = work[:, n - size : n][:, ::-1]
+            work[:, n] = (self.time_s[:, 1 : size + 1] + before).min(axis=1)
         return work
 
     def split(self, bucket: int, n: int) -> list[int]:

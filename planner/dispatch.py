@@ -13,7 +13,7 @@ from planner.buckets import bucket_index, make_buckets
 from planner.chunks import ChunkTable, chunk_table
 from planner.evaluate import replica_time_s
 from planner.fluid import Fluid, solve_fluid, solve_rates
-from planner.plan import Plan
+from planner.plan import Plan, ReplicaGroup
 from planner.search import Loads, improve
 from profiler.cost_model import CostModel
 from tasks.errors import ConfigError
@@ -91,6 +91,7 @@ def dispatch(
     buckets: np.ndarray | None = None,
     num_buckets: int = 16,
     mode: Mode = "balance",
+    slowdown: Sequence[float] | None = None,
 ) -> Assignment:
     """Assign every sequence to a micro-batch of one replica, the replicas finishing together.
 
@@ -107,6 +108,8 @@ def dispatch(
     mode
         ``balance``: any replica that holds a sequence may take it; ``group``: only replicas with
         the smallest sufficient capacity (LobRA's length-based dispatch).
+    slowdown
+        Per replica, in plan order: its measured time over the cost model's (1: as modelled).
 
     Returns
     -------
@@ -127,8 +130,16 @@ def dispatch(
     _check_fits(lengths, buckets, plan)
     index = bucket_index(lengths, buckets)
     counts = np.bincount(index, minlength=len(buckets))
-    result = dispatch_counts(counts, buckets, plan, cost_model, mode=mode)
-    return _with_sequences(result, index, buckets, plan, cost_model)
+    factors = np.ones(len(plan.replicas)) if slowdown is None else np.asarray(slowdown, float)
+    if factors.shape != (len(plan.replicas),) or not (factors > 0).all():
+        raise ValueError(f"slowdown {slowdown}: not one positive factor per replica of {plan}")
+    if (factors == 1.0).all():
+        result = dispatch_counts(counts, buckets, plan, cost_model, mode=mode)
+    else:  # replicas of a group differ: each becomes a group of its own
+        groups = [ReplicaGroup(r.layout, 1, r.max_tokens) for r in plan.replicas]
+        single = Plan(tuple(groups))
+        result = dispatch_counts(counts, buckets, single, cost_model, mode=mode, slowdown=factors)
+    return _with_sequences(result, index, buckets, plan, cost_model, factors)
 
 
 def dispatch_counts(
@@ -139,6 +150,7 @@ def dispatch_counts(
     *,
     mode: Mode = "balance",
     max_rounds: int = 400,
+    slowdown: np.ndarray | None = None,
 ) -> CountAssignment:
     """Assign ``counts`` [R] sequences of the ``buckets`` [R]; the core of ``dispatch``.
 
@@ -147,6 +159,8 @@ def dispatch_counts(
     """
     counts = np.asarray(counts, dtype=np.int64)
     tables = plan_tables(plan, buckets, cost_model, counts, mode)
+    if slowdown is not None:
+        tables = [table.slowed(factor) for table, factor in zip(tables, slowdown, strict=True)]
     replicas = np.array([group.replicas for group in plan.groups])
     fluid = solve_fluid(tables, replicas, counts)
     bound = max(fluid.step_time_s, longest_sequence_s(tables, counts))
@@ -307,6 +321,7 @@ def _with_sequences(
     buckets: np.ndarray,
     plan: Plan,
     cost_model: CostModel,
+    slowdown: np.ndarray,
 ) -> Assignment:
     """Fill the chunks with sequences, in order of their index, and order them by cost."""
     order = np.argsort(index, kind="stable")
@@ -326,7 +341,8 @@ def _with_sequences(
         by_cost = np.lexsort((np.arange(len(batches)), -padded, -cost))
         micro_batches.append(tuple(batches[position] for position in by_cost))
         pairs = [(batch.num_sequences, batch.padded_length) for batch in batches]
-        times.append(replica_time_s(layout, pairs, cost_model))
+        factor = float(slowdown[replica.index])
+        times.append(replica_time_s(layout, pairs, cost_model) * factor)
     step = max(times)
     bound = min(result.lower_bound_s, step)
     return Assignment(tuple(micro_batches), np.array(times), step, bound, buckets)
