@@ -92,10 +92,7 @@ def deploy(
         options.gpus_per_node,
     )
     everything = problem
-    try:
-        same = homogeneous.solve(problem)
-    except ConfigError:
-        same = None
+    same = homogeneous.find(problem)
     if options.proposal:
         candidates = propose(candidates, cost_model)
         problem = replace(problem, candidates=candidates.chosen)

@@ -43,12 +43,15 @@ class Loads:
 
     def transfer(self, source: int, target: int, bucket: int, count: int) -> None:
         """Move ``count`` sequences of a bucket from one replica to another."""
-        for replica, change in ((source, -count), (target, count)):
-            self.counts[replica, bucket] += change
-            self.parts_s[replica, bucket] = self.work_s[
-                self.group[replica], bucket, self.counts[replica, bucket]
-            ]
-            self.time_s[replica] = self.parts_s[replica].sum() + self.bubble_s[replica]
+        self.change(source, bucket, -count)
+        self.change(target, bucket, count)
+
+    def change(self, replica: int, bucket: int, count: int) -> None:
+        """Give a replica ``count`` more (or fewer) sequences of a bucket."""
+        self.counts[replica, bucket] += count
+        number = self.counts[replica, bucket]
+        self.parts_s[replica, bucket] = self.work_s[self.group[replica], bucket, number]
+        self.time_s[replica] = self.parts_s[replica].sum() + self.bubble_s[replica]
 
 
 def improve(loads: Loads, target_s: float, max_rounds: int = 400) -> int:
@@ -98,8 +101,14 @@ def _addition(
     """Return float64 [replicas, R, sizes]: the seconds it costs to add what is possible."""
     added = np.where(possible, sizes[None, :], 0)
     after = loads.counts[replicas][:, :, None] + added[None]
+    most = loads.work_s.shape[2] - 1
+    if after.max() > most:
+        possible = possible[None] & (after <= most)
+        after = np.minimum(after, most)
+    else:
+        possible = possible[None]
     work = loads.work_s[loads.group[replicas][:, None, None], loads._buckets[None, :, None], after]
-    return np.where(possible[None], work - loads.parts_s[replicas][:, :, None], np.inf)
+    return np.where(possible, work - loads.parts_s[replicas][:, :, None], np.inf)
 
 
 def _best_move(loads: Loads, slowest: int, others: np.ndarray) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -102,6 +101,8 @@ class Outcome:
         Whether the planner's own search was completed.
     notes
         What a person should know, one sentence each.
+    alternatives
+        Plans nearly as good, the best first, each with its step time.
     """
 
     plan: Plan
@@ -112,6 +113,7 @@ class Outcome:
     objective_s: float | None = None
     proven: bool = False
     notes: tuple[str, ...] = field(default=())
+    alternatives: tuple[tuple[Plan, float], ...] = field(default=())
 
     @property
     def gap(self) -> float:
@@ -122,21 +124,3 @@ class Outcome:
     def gpu_seconds(self) -> float:
         """Step time times the GPUs deployed."""
         return self.step_time_s * self.plan.num_gpus
-
-
-class Clock:
-    """Seconds since a start, and what is left of a limit."""
-
-    def __init__(self, limit_s: float | None = None) -> None:
-        self._start = time.perf_counter()
-        self.limit_s = limit_s
-
-    @property
-    def elapsed_s(self) -> float:
-        """Seconds since the start."""
-        return time.perf_counter() - self._start
-
-    @property
-    def left_s(self) -> float:
-        """Seconds left; infinite without a limit."""
-        return float("inf") if self.limit_s is None else self.limit_s - self.elapsed_s

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.chunks import ChunkTable
+from planner.clock import Clock
 from planner.fluid import solve_rates
-from planner.planners.base import Clock, Progress, silent
+from planner.planners.base import Progress, silent
 from planner.planners.identical import IdenticalModel, IdenticalResult
 from tasks.errors import ConfigError
 

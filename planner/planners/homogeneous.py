@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from planner.planners.base import Clock, Outcome, Problem
-from tasks.errors import ConfigError
+from planner.clock import Clock
+from planner.planners.base import Outcome, Problem
 
 
-def solve(problem: Problem) -> Outcome:
+def find(problem: Problem) -> Outcome | None:
     """Return the fastest plan of one layout, with as many replicas of it as there are GPUs for.
 
-    Raises
-    ------
-    ConfigError
-        If no layout that holds the longest bucket can be placed.
+    None if no layout that holds the longest bucket can be placed.
     """
     clock = Clock()
     longest = int(problem.buckets[problem.counts > 0].max())
@@ -31,9 +28,4 @@ def solve(problem: Problem) -> Outcome:
         time_s = problem.evaluate(plan).step_time_s
         if best is None or time_s < best.step_time_s:
             best = Outcome(plan, time_s, 0.0, "HOMOGENEOUS", clock.elapsed_s, proven=True)
-    if best is None:
-        raise ConfigError(
-            f"no single layout holds the longest bucket of {longest} tokens on "
-            f"{problem.num_gpus} GPUs"
-        )
     return best

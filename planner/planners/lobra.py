@@ -17,7 +17,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from planner.chunks import ChunkTable, chunk_table
-from planner.planners.base import Clock, Outcome, Problem, Progress, silent
+from planner.clock import Clock
+from planner.planners.base import Outcome, Problem, Progress, silent
 from planner.planners.branch import BranchResult, PlanBounds, best_first
 from planner.planners.identical import IdenticalModel
 from planner.planners.partitions import count_maximal, maximal

@@ -1,0 +1,193 @@
+"""Patterns: what one replica can do within a step, and the most valuable of them at given prices.
+
+A pattern is a number of sequences per bucket together with its chunks. Given a price per sequence
+the best pattern is a knapsack over chunks, solved by a dynamic program over time cut into equal
+ticks, one vectorised pass per chunk. Weights rounded down make its value an upper bound on every
+real pattern's (what certificates need); rounded up, every pattern found is real.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from planner.chunks import ChunkTable
+
+Rounding = Literal["down", "up"]
+EXCLUSIVE_MOST = 40  # buckets with at most so many sequences are priced by their exact number
+VALUE_SLACK = 1e-5  # covers single precision in the sums of up to some hundred terms
+WEIGHT_SLACK = 1e-12
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """``counts`` int64 [R]: sequences of each bucket; ``longest_s``: its longest chunk's time."""
+
+    counts: np.ndarray
+    longest_s: float
+
+
+@dataclass(frozen=True)
+class _Item:
+    """Chunks that enter the knapsack together: ``size`` sequences for ``ticks`` of time."""
+
+    bucket: int
+    size: int
+    ticks: int
+    chunk_s: float
+    capacity: int  # ticks left beside the bubble if this is the longest chunk; -1: not to be read
+
+
+class PatternPricer:
+    """Finds the most valuable pattern of one layout within a step time.
+
+    Parameters
+    ----------
+    table
+        Chunk times; ``limit`` must not exceed the counts.
+    counts
+        int64 [R]: how many sequences there are; a pattern takes no more than that where there
+        are at most 40 (a relaxation where there are more).
+    step_time_s
+        The step time T.
+    ticks
+        Into how many equal parts T is cut.
+    rounding
+        ``down`` for upper bounds, ``up`` for real patterns.
+    """
+
+    def __init__(
+        self,
+        table: ChunkTable,
+        counts: np.ndarray,
+        step_time_s: float,
+        ticks: int,
+        rounding: Rounding,
+    ) -> None:
+        self._table, self._counts = table, counts
+        self._step_s, self._ticks = step_time_s, ticks
+        self._tick_s = step_time_s / ticks
+        self._rounding = rounding
+        # a list of groups: of an exclusive group at most one item is taken
+        self._groups: list[tuple[bool, list[_Item]]] = (
+            [(False, self._pipelined())] if table.bubble_chunks else self._plain()
+        )
+
+    def price(self, prices: np.ndarray, with_pattern: bool = True) -> tuple[float, Pattern | None]:
+        """Return the value of the best pattern at ``prices`` [R], and the pattern.
+
+        With weights rounded down the value is not below any real pattern's.
+        """
+        value = np.zeros(self._ticks + 1, dtype=np.float32)
+        buffer = np.empty_like(value)
+        taken: list[tuple[_Item, np.ndarray | None, bool]] = []
+        best, best_at, best_step = 0.0, self._ticks, 0
+        for exclusive, items in self._groups:
+            base = value.copy() if exclusive else value
+            for item in items:
+                worth = np.float32(prices[item.bucket] * item.size)
+                mask = None
+                if worth > 0 and item.ticks <= self._ticks:
+                    room = self._ticks + 1 - item.ticks
+                    with_item = np.add(base[:room], worth, out=buffer[:room])
+                    if with_pattern:
+                        mask = with_item > value[item.ticks :]
+                    np.maximum(value[item.ticks :], with_item, out=value[item.ticks :])
+                taken.append((item, mask, exclusive))
+                if item.capacity >= 0 and value[item.capacity] > best:
+                    best, best_at = float(value[item.capacity]), item.capacity
+                    best_step = len(taken)
+        if not self._table.bubble_chunks:
+            best, best_at, best_step = float(value[-1]), self._ticks, len(taken)
+        pattern = self._trace(taken[:best_step], best_at) if with_pattern else None
+        return best * (1 + VALUE_SLACK), pattern
+
+    def _trace(self, taken: list[tuple[_Item, np.ndarray | None, bool]], at: int) -> Pattern:
+        counts = np.zeros(len(self._counts), dtype=np.int64)
+        longest = 0.0
+        closed = -1  # the exclusive bucket already decided
+        for item, mask, exclusive in reversed(taken):
+            if exclusive and item.bucket == closed:
+                continue
+            if mask is not None and at >= item.ticks and mask[at - item.ticks]:
+                counts[item.bucket] += item.size
+                longest = max(longest, item.chunk_s)
+                at -= item.ticks
+                if exclusive:
+                    closed = item.bucket
+        return Pattern(counts, longest)
+
+    def _weight(self, seconds: float) -> int:
+        exact = seconds / self._tick_s
+        if self._rounding == "down":
+            return int(np.floor(exact * (1 - WEIGHT_SLACK)))
+        return int(np.ceil(exact * (1 + WEIGHT_SLACK)))
+
+    def _plain(self) -> list[tuple[bool, list[_Item]]]:
+        """Return the groups of a layout without pipeline: no bubble, buckets one by one."""
+        table, groups = self._table, []
+        exact = table.least_work_s if self._rounding == "down" else table.work_s
+        work = exact(int(min(EXCLUSIVE_MOST, self._counts.max(initial=0))))
+        for bucket in np.flatnonzero((self._counts > 0) & (table.limit > 0)).tolist():
+            count, most = int(self._counts[bucket]), int(table.limit[bucket])
+            if count <= EXCLUSIVE_MOST:
+                items = [
+                    _Item(bucket, n, self._weight(work[bucket, n]), 0.0, -1)
+                    for n in range(1, count + 1)
+                    if work[bucket, n] <= self._step_s
+                ]
+                groups.append((True, items))
+                continue
+            times = table.time_s[bucket]
+            items = []
+            for size in range(most, 0, -1):
+                copies = int(min(self._step_s / times[size], -(-count // size)))
+                if size < most and self._merges(times, size, most):
+                    copies = min(copies, 1)
+                items += self._copies(bucket, size, float(times[size]), copies, -1)
+            groups.append((False, items))
+        return groups
+
+    def _pipelined(self) -> list[_Item]:
+        """Return the items of a pipelined layout in the order of their chunk's time.
+
+        After the items up to a chunk time z the value holds all patterns whose longest chunk is
+        at most z; it is read where T minus the bubble of z is left.
+        """
+        table, bubbles = self._table, self._table.bubble_chunks
+        chunks = [
+            (float(table.time_s[bucket, size]), bucket, size)
+            for bucket in np.flatnonzero((self._counts > 0) & (table.limit > 0)).tolist()
+            for size in range(1, int(table.limit[bucket]) + 1)
+            if table.time_s[bucket, size] * (1 + bubbles) <= self._step_s
+        ]
+        items = []
+        for chunk_s, bucket, size in sorted(chunks):
+            left = self._step_s - bubbles * chunk_s
+            copies = int(min(left / chunk_s + 1e-9, -(-int(self._counts[bucket]) // size)))
+            items += self._copies(
+                bucket, size, chunk_s, max(1, copies), int(left / self._tick_s * (1 + WEIGHT_SLACK))
+            )
+        return items
+
+    def _copies(
+        self, bucket: int, size: int, chunk_s: float, copies: int, capacity: int
+    ) -> list[_Item]:
+        """Return items of 1, 2, 4, ... chunks that together make any number up to ``copies``."""
+        items, bundle = [], 1
+        while copies > 0:
+            number = min(bundle, copies)
+            copies -= number
+            bundle *= 2
+            read = min(capacity, self._ticks) if copies == 0 else -1
+            ticks = self._weight(number * chunk_s)
+            items.append(_Item(bucket, number * size, ticks, chunk_s, read))
+        return items
+
+    @staticmethod
+    def _merges(times: np.ndarray, size: int, most: int) -> bool:
+        """Return whether two chunks of ``size`` are never better than one larger (and a rest)."""
+        larger = min(2 * size, most)
+        return bool(times[larger] + times[2 * size - larger] <= 2 * times[size] * (1 + 1e-12))

@@ -1,0 +1,167 @@
+"""From fractional mixtures of patterns to a plan with a real dispatch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import LinearConstraint, milp
+
+from planner.chunks import ChunkTable
+from planner.clock import Clock
+from planner.columns import Budget, Columns
+from planner.patterns import Pattern
+from planner.search import Loads, improve
+
+SPARE_COUNT = 256  # how far a replica's sequences of a bucket may grow in the search
+MIP_LIMIT_S = 3.0
+
+
+@dataclass(frozen=True, eq=False)
+class Dispatched:
+    """Replicas with their work.
+
+    Attributes
+    ----------
+    replicas
+        int64 [layouts].
+    chunks
+        Per replica, in the order of the layouts, its pairs (bucket, sequences).
+    step_time_s
+        The slowest replica's time, exactly.
+    """
+
+    replicas: np.ndarray
+    chunks: tuple[tuple[tuple[int, int], ...], ...]
+    step_time_s: float
+
+
+def choose(
+    columns: Columns, budget: Budget, counts: np.ndarray, prices: np.ndarray, clock: Clock
+) -> list[tuple[int, Pattern]] | None:
+    """Return whole replicas (layout, pattern) within the budget that leave the least value undone.
+
+    An integer program over the columns; None if the solver found nothing in time.
+    """
+    matrix = columns.matrix()
+    used = np.flatnonzero(counts > 0)
+    number = len(matrix)
+    # a long sequence left over needs a large hole: weigh it more than its price
+    undone = prices[used] * (1 + 4 * prices[used] / prices.max()) + 1e-6 * prices.max()
+    result = milp(
+        np.concatenate([np.zeros(number), undone]),
+        constraints=[
+            LinearConstraint(
+                np.hstack([matrix[:, used].T.astype(float), np.eye(len(used))]),
+                counts[used],
+                np.inf,
+            ),
+            LinearConstraint(
+                np.hstack(
+                    [budget.rows[:, columns.owner], np.zeros((len(budget.limits), len(used)))]
+                ),
+                -np.inf,
+                budget.limits,
+            ),
+        ],
+        integrality=np.ones(number + len(used)),
+        bounds=(0, np.inf),
+        options={
+            "time_limit": float(min(MIP_LIMIT_S, max(0.1, clock.left_s))),
+            "mip_rel_gap": 1e-2,
+        },
+    )
+    if result.x is None:
+        return None
+    times = np.rint(result.x[:number]).astype(int)
+    return [
+        (columns.owner[k], columns.patterns[k])
+        for k in np.flatnonzero(times).tolist()
+        for _ in range(times[k])
+    ]
+
+
+def realise(
+    tables: Sequence[ChunkTable],
+    counts: np.ndarray,
+    chosen: Sequence[tuple[int, Pattern]],
+    target_s: float,
+    max_rounds: int,
+) -> Dispatched:
+    """Return a real dispatch near the chosen patterns: all sequences placed, then improved.
+
+    Sequences the patterns do twice are dropped from the busiest replicas, those they leave undone
+    are put, longest first, where the step grows least; then local search.
+    """
+    chosen = sorted(chosen, key=lambda item: item[0])
+    capped: dict[tuple[int, float], int] = {}
+    limited: list[ChunkTable] = []
+    kinds = []
+    for layout, pattern in chosen:
+        cap_s = pattern.longest_s if tables[layout].bubble_chunks else np.inf
+        if (layout, cap_s) not in capped:
+            capped[layout, cap_s] = len(limited)
+            # a replica without work yet may take any chunk
+            free = not tables[layout].bubble_chunks or cap_s == 0.0
+            limited.append(tables[layout] if free else tables[layout].capped(cap_s))
+        kinds.append(capped[layout, cap_s])
+    state = np.stack([pattern.counts for _, pattern in chosen])
+    most = int(min(counts.max(initial=0), state.max(initial=0) + SPARE_COUNT))
+    state = np.minimum(state, most)
+    kind = np.array(kinds)
+    loads = Loads(
+        np.stack([table.work_s(most) for table in limited]),
+        kind,
+        np.array([table.bubble_s() for table in limited])[kind],
+        state,
+    )
+    _drop_surplus(loads, counts)
+    _place_missing(loads, counts)
+    improve(loads, target_s, max_rounds)
+    chunks, longest_s = [], 0.0
+    for replica, row in enumerate(loads.counts):
+        table = limited[kind[replica]]
+        pairs = tuple(
+            (bucket, size)
+            for bucket in np.flatnonzero(row).tolist()
+            for size in table.split(bucket, int(row[bucket]))
+        )
+        times = [float(table.time_s[bucket, size]) for bucket, size in pairs]
+        busy_s = sum(times) + table.bubble_chunks * max(times, default=0.0)
+        longest_s = max(longest_s, busy_s)
+        chunks.append(pairs)
+    owners = np.array([layout for layout, _ in chosen])
+    replicas = np.bincount(owners, minlength=len(tables)).astype(np.int64)
+    return Dispatched(replicas, tuple(chunks), longest_s)
+
+
+def _drop_surplus(loads: Loads, counts: np.ndarray) -> None:
+    surplus = loads.counts.sum(axis=0) - counts
+    for bucket in np.flatnonzero(surplus > 0).tolist():
+        left = int(surplus[bucket])
+        while left > 0:
+            holders = np.flatnonzero(loads.counts[:, bucket])
+            replica = int(holders[np.argmax(loads.time_s[holders])])
+            # whole chunks at a time where there is much to drop
+            number = min(left, max(1, int(loads.counts[replica, bucket]) // 8))
+            loads.change(replica, bucket, -number)
+            left -= number
+
+
+def _place_missing(loads: Loads, counts: np.ndarray) -> None:
+    missing = counts - loads.counts.sum(axis=0)
+    most = loads.work_s.shape[2] - 1
+    everyone = np.arange(len(loads.counts))
+    for bucket in np.flatnonzero(missing > 0).tolist()[::-1]:
+        left = int(missing[bucket])
+        while left > 0:
+            number = max(1, left // (2 * len(everyone)))
+            after = np.minimum(loads.counts[:, bucket] + number, most)
+            grown = loads.work_s[loads.group, bucket, after] - loads.parts_s[:, bucket]
+            grown[loads.counts[:, bucket] + number > most] = np.inf
+            replica = int(np.argmin(loads.time_s + grown))
+            if not np.isfinite(grown[replica]):
+                raise RuntimeError(f"no replica can take a sequence of bucket {bucket}")
+            loads.change(replica, bucket, number)
+            left -= number
