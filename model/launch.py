@@ -17,14 +17,16 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 log = logging.getLogger(__name__)
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 DEFAULT_PRELOAD = ("torch", "transformers", "model.preload")
 
 
@@ -130,6 +132,7 @@ def run_ranks(
     threads: int | None = None,
     environment: dict[str, str] | None = None,
     preload: Sequence[str] = DEFAULT_PRELOAD,
+    on_signal: Callable[[int], None] | None = None,
 ) -> list[Any]:
     """Run `target(**kwargs)` in `world_size` processes and return their results in rank order.
 
@@ -143,6 +146,9 @@ def run_ranks(
         threads: CPU threads a rank; the machine's cores divided by the ranks when None.
         environment: extra environment variables of the ranks.
         preload: modules the fork server imports once, before the first rank is forked.
+        on_signal: makes stopping graceful: the first SIGINT or SIGTERM is passed to the ranks as
+            SIGTERM (which `target` must handle by returning soon) and to this function; a second
+            one ends everything at once.
 
     Raises:
         RankError: a rank raised, died or timed out; every other rank is ended.
@@ -172,9 +178,37 @@ def run_ranks(
                 sender.close()
                 processes.append(process)
                 pipes.append(receiver)
-            return _collect(processes, pipes, timeout_s)
+            with _forwarded_signals(processes, on_signal):
+                return _collect(processes, pipes, timeout_s)
         finally:
             _end(processes)
+
+
+@contextlib.contextmanager
+def _forwarded_signals(
+    processes: list[Any], on_signal: Callable[[int], None] | None
+) -> Iterator[None]:
+    """Pass the first SIGINT or SIGTERM on to the ranks; raise KeyboardInterrupt on the second."""
+    if on_signal is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        on_signal(number)
+        for process in processes:
+            if process.is_alive():
+                process.terminate()
+
+    previous = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _collect(processes: list[Any], pipes: list[Connection], timeout_s: float | None) -> list[Any]:

@@ -204,15 +204,19 @@ class AdapterBank:
                 found += [adapter.A, adapter.B]
         return found
 
-    def named_tensors(self, task: int) -> dict[str, Tensor]:
-        """Return the task's local adapter tensors under PEFT's names."""
-        tensors: dict[str, Tensor] = {}
+    def named_parameters(self, task: int) -> dict[str, nn.Parameter]:
+        """Return the task's parameters on this rank under PEFT's names."""
+        named: dict[str, nn.Parameter] = {}
         for layer, modules in self.adapters[task].items():
             for module, adapter in modules.items():
                 name = peft_name(layer, module)
-                tensors[f"{name}.lora_A.weight"] = adapter.A.detach()
-                tensors[f"{name}.lora_B.weight"] = adapter.B.detach()
-        return tensors
+                named[f"{name}.lora_A.weight"] = adapter.A
+                named[f"{name}.lora_B.weight"] = adapter.B
+        return named
+
+    def named_tensors(self, task: int) -> dict[str, Tensor]:
+        """Return the task's adapter tensors on this rank under PEFT's names."""
+        return {name: p.detach() for name, p in self.named_parameters(task).items()}
 
     @torch.no_grad()
     def load(self, task: int, tensors: dict[str, Any]) -> None:

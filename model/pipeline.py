@@ -7,6 +7,7 @@ exchanged. Micro-batches may differ in rows and in length.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,35 @@ def run_replica(stage: Stage, batches: Sequence[MicroBatchTensors], num_tasks: i
         return losses
     _OneForwardOneBackward(stage, batches, losses).run()
     return losses
+
+
+@torch.no_grad()
+def evaluate_replica(stage: Stage, batches: Sequence[MicroBatchTensors], num_tasks: int) -> Tensor:
+    """Run forward only over all micro-batches, without LoRA dropout.
+
+    Returns:
+        The summed token loss of each task [num_tasks], fp32, non-zero only on the last stage.
+    """
+    losses = torch.zeros(num_tasks, dtype=torch.float32, device=stage.device)
+    links = _Links(stage.groups)
+    role = stage.groups.role
+    for batch in batches:
+        batch = replace(batch, noise_seed=None)
+        received = None
+        if not role.is_first_stage:
+            received = links.exchange(receive_previous=hidden_like(stage, batch))[0]
+        output = stage.hidden(batch, received)
+        if role.is_last_stage:
+            losses += stage.loss(output, batch)[1]
+        else:
+            links.exchange(send_next=output)
+    return losses
+
+
+def hidden_like(stage: Stage, batch: MicroBatchTensors) -> Tensor:
+    """Return an uninitialised tensor for the hidden states [B, S, D] of a micro-batch."""
+    size = (*batch.tokens_BS.shape, stage.shape.hidden_size)
+    return torch.empty(size, dtype=stage.dtype, device=stage.device)
 
 
 class _OneForwardOneBackward:
@@ -67,14 +97,7 @@ class _OneForwardOneBackward:
             self.links.exchange(send_previous=self._backward(gradient))
 
     def _hidden_like(self, index: int) -> Tensor:
-        rows, length = self.batches[index].tokens_BS.shape
-        return torch.empty(
-            rows,
-            length,
-            self.stage.shape.hidden_size,
-            dtype=self.stage.dtype,
-            device=self.stage.device,
-        )
+        return hidden_like(self.stage, self.batches[index])
 
     def _receive_input(self, index: int) -> Tensor | None:
         if self.stage.groups.role.is_first_stage:
@@ -94,6 +117,7 @@ class _OneForwardOneBackward:
 
     def _backward(self, gradient: Tensor | None) -> Tensor | None:
         received, output = self.in_flight.pop(0)
+        self.stage.select(self.batches[self.num_backward])
         self.num_backward += 1
         if output.requires_grad:
             torch.autograd.backward(output, gradient)

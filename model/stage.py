@@ -91,14 +91,21 @@ class Stage(nn.Module):
         """Return the device of this stage."""
         return next(self.decoder.parameters()).device
 
+    def select(self, batch: MicroBatchTensors) -> None:
+        """Make `batch` the one whose rows' tasks the linears look up.
+
+        With gradient checkpointing the backward pass computes layers again, so it selects too.
+        """
+        self.row_tasks.segments = row_segments(batch.row_tasks)
+        self.row_tasks.noise_seed = batch.noise_seed
+
     def hidden(self, batch: MicroBatchTensors, received_BSD: Tensor | None) -> Tensor:
         """Return the hidden states [B, S, D] this stage passes on (normed on the last stage).
 
         `received_BSD` is the previous stage's output, None on the first stage. Padding is on the
         right and attention is causal, so no real token ever sees a padded one.
         """
-        self.row_tasks.segments = row_segments(batch.row_tasks)
-        self.row_tasks.noise_seed = batch.noise_seed
+        self.select(batch)
         if received_BSD is None:
             received_BSD = self.decoder.embed_tokens(batch.tokens_BS)
         output = self.decoder(inputs_embeds=received_BSD, attention_mask=None, use_cache=False)
@@ -138,6 +145,7 @@ def build_stage(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     attention: str = "sdpa",
+    gradient_checkpointing: bool = False,
 ) -> Stage:
     """Build this rank's stage: its layers' shards from `folder`, fresh adapters for `specs`.
 
@@ -148,6 +156,8 @@ def build_stage(
         dtype: of the frozen weights and activations; adapters are always fp32.
         device: where everything lives.
         attention: transformers' attention implementation.
+        gradient_checkpointing: keep only each layer's input and compute the layer again in the
+            backward pass.
 
     Raises:
         ConfigError: the model cannot be run under this layout, or a target module is unknown.
@@ -174,6 +184,9 @@ def build_stage(
     decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(device)
     reader.close()
     decoder.requires_grad_(False)
+    if gradient_checkpointing:
+        decoder.train()
+        decoder.gradient_checkpointing_enable({"use_reentrant": False})
     stage = Stage(shape, groups, decoder, head, bank, row_tasks, layers)
     stage.loaded_bytes = reader.loaded_bytes
     return stage

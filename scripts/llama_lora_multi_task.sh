@@ -21,7 +21,7 @@ if [[ " ${OPTIONS[*]-} " != *" --output-dir "* ]]; then
     output=(--output-dir "runs/${name}_$(date +%Y%m%d_%H%M%S)")
 fi
 exec lobra train --model "$model" --trainer-config "$config" --strategy-config "$strategy" \
-    --train-task-num "$tasks" --num-buckets "$buckets" --max-seq-length "$length" \
+    --num-tasks "$tasks" --num-buckets "$buckets" --max-seq-length "$length" \
     --server-addr "${ARGS[5]}" --server-port "${ARGS[6]}" \
     ${ARGS[9]:+--host-file "${ARGS[9]}"} ${ARGS[10]:+--env-file "${ARGS[10]}"} \
     "${output[@]}" "${OPTIONS[@]}"

@@ -63,6 +63,9 @@ class TaskConfig:
         Learn the prompt's tokens too.
     validation_split
         Share of the sequences held out from training, in [0, 1).
+    early_stopping_patience, early_stopping_min_delta
+        End the task after this many evaluation periods in a row without its loss (the validation
+        loss where there is one) falling by more than ``min_delta``; 0 never does.
     resume_from
         PEFT adapter folder to start from.
     """
@@ -87,6 +90,8 @@ class TaskConfig:
     prompt: str = "auto"
     train_on_inputs: bool = False
     validation_split: float = 0.0
+    early_stopping_patience: int = 0
+    early_stopping_min_delta: float = 0.0
     resume_from: str | None = None
 
 
@@ -196,6 +201,8 @@ _CHECKS: Mapping[str, Check] = {
     "seed": integer(0),
     "train_on_inputs": boolean,
     "validation_split": number(lambda x: 0 <= x < 1, "a number from 0 to below 1"),
+    "early_stopping_patience": integer(0),
+    "early_stopping_min_delta": number(lambda x: x >= 0, "a number of 0 or more"),
     "resume_from": text,
 }
 

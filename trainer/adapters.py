@@ -54,25 +54,25 @@ def tensor_shapes(
     return shapes
 
 
-def gather_adapter(
-    bank: AdapterBank,
-    task: int,
+def gather_tensors(
+    own: Mapping[str, Tensor],
+    spec: AdapterSpec,
     shape: ModelShape,
     grids: Sequence[Grid],
     group: dist.ProcessGroup,
 ) -> dict[str, Tensor]:
-    """Return the task's whole adapter on rank 0 (CPU, fp32), {} elsewhere. Collective.
+    """Return a task's tensors of all layers on rank 0 (CPU, fp32), {} elsewhere. Collective.
 
+    `own` holds this rank's layers under PEFT's names (weights, or moments of the same shapes).
     Each layer block is sent by its first holder, over a CPU group.
     """
     rank = dist.get_rank()
-    own = bank.named_tensors(task)
     gathered: dict[str, Tensor] = {}
     for block in layer_blocks(grids, shape.num_layers):
         owner = block.holders[0]
         if rank not in (0, owner):
             continue
-        for name, size in tensor_shapes(bank.specs[task], shape, block.layers).items():
+        for name, size in tensor_shapes(spec, shape, block.layers).items():
             if rank == owner:
                 value = own[name].to("cpu", torch.float32).clone()
             else:

@@ -37,37 +37,55 @@ class GlobalBatch:
 def draw_global_batch(
     tasks: Sequence[TaskConfig],
     datasets: Sequence[TokenizedDataset],
-    num_steps: Sequence[int],
+    running: Sequence[bool],
     seed: int,
     step: int,
 ) -> GlobalBatch:
-    """Return the global batch of `step` (0-based): a pure function of (seed, task, step).
+    """Return the global batch of `step` (0-based) over the running tasks.
 
-    A task whose own steps are over takes no part.
+    What a task contributes is a pure function of (seed, task, step).
     """
     parts = []
     for number, (task, dataset) in enumerate(zip(tasks, datasets, strict=True)):
-        if step >= num_steps[number]:
-            continue
-        indices = sample_indices(len(dataset), task.global_batch_size, task_seed(task, seed), step)
-        parts.append((np.full(len(indices), number), indices, dataset.lengths[indices]))
-    columns = [
-        np.concatenate([part[column] for part in parts]).astype(np.int64)
-        if parts
-        else np.empty(0, dtype=np.int64)
-        for column in range(3)
+        if running[number]:
+            indices = sample_indices(
+                len(dataset), task.global_batch_size, task_seed(task, seed), step
+            )
+            parts.append((number, indices, dataset.lengths[indices]))
+    return _concatenate(parts)
+
+
+def whole_batch(datasets: Sequence[TokenizedDataset | None]) -> GlobalBatch:
+    """Return the batch of every sequence of the given data sets (None: no data of that task)."""
+    parts = [
+        (number, np.arange(len(data)), data.lengths)
+        for number, data in enumerate(datasets)
+        if data is not None
     ]
-    return GlobalBatch(*columns)
+    return _concatenate(parts)
 
 
-def target_tokens(batch: GlobalBatch, datasets: Sequence[TokenizedDataset]) -> IntArray:
+def _concatenate(parts: Sequence[tuple[int, IntArray, IntArray]]) -> GlobalBatch:
+    """Return the batch of (task number, indices, lengths) parts."""
+    empty = [np.empty(0, dtype=np.int64)]
+    tasks = [np.full(len(indices), number, dtype=np.int64) for number, indices, _ in parts]
+    indices = [np.asarray(indices, dtype=np.int64) for _, indices, _ in parts]
+    lengths = [np.asarray(lengths, dtype=np.int64) for _, _, lengths in parts]
+    return GlobalBatch(
+        np.concatenate(tasks or empty),
+        np.concatenate(indices or empty),
+        np.concatenate(lengths or empty),
+    )
+
+
+def target_tokens(batch: GlobalBatch, datasets: Sequence[TokenizedDataset | None]) -> IntArray:
     """Return each task's number of positions with a loss in the global batch [num_tasks].
 
     A sequence's first token is never predicted, so its label never counts.
     """
     counts = np.zeros(len(datasets), dtype=np.int64)
     for task, index in zip(batch.tasks, batch.indices, strict=True):
-        labels = datasets[task].sequence(int(index))[1]
+        labels = _sequence(datasets, int(task), int(index))[1]
         counts[task] += int(np.count_nonzero(labels[1:] != IGNORED_LABEL))
     return counts
 
@@ -76,7 +94,7 @@ def micro_batch_tensors(
     batch: GlobalBatch,
     rows: IntArray,
     padded_length: int,
-    datasets: Sequence[TokenizedDataset],
+    datasets: Sequence[TokenizedDataset | None],
     task_weights: torch.Tensor,
     device: torch.device,
     seed: int,
@@ -90,7 +108,7 @@ def micro_batch_tensors(
     tokens = np.zeros((len(rows), padded_length), dtype=np.int64)
     labels = np.full((len(rows), padded_length), IGNORED_LABEL, dtype=np.int64)
     for place, row in enumerate(rows):
-        sequence, targets = datasets[batch.tasks[row]].sequence(int(batch.indices[row]))
+        sequence, targets = _sequence(datasets, int(batch.tasks[row]), int(batch.indices[row]))
         tokens[place, : len(sequence)] = sequence
         labels[place, : len(targets)] = targets
     return MicroBatchTensors(
@@ -100,6 +118,14 @@ def micro_batch_tensors(
         task_weights=task_weights,
         noise_seed=_noise_seed(seed, batch.tasks[rows], batch.indices[rows]),
     )
+
+
+def _sequence(
+    datasets: Sequence[TokenizedDataset | None], task: int, index: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    data = datasets[task]
+    assert data is not None, "a batch draws only from tasks that have data"
+    return data.sequence(index)
 
 
 def _noise_seed(seed: int, tasks: IntArray, indices: IntArray) -> int:

@@ -1,6 +1,7 @@
 """Dispatch solved ahead: rank 0 computes the next step's assignment while this step trains.
 
-The assignment travels as one flat integer array over a CPU group, never pickled.
+The assignment travels as one flat integer array over a CPU group, never pickled. The same message
+tells every rank whether to stop, so that all stop before the same step.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ import torch.distributed as dist
 
 from planner.dispatch import Assignment
 from trainer.batches import GlobalBatch, IntArray
+
+STOP = -1
+Running = tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,21 @@ class DispatchedMicroBatch:
 
 @dataclass(frozen=True)
 class StepDispatch:
-    """One step's assignment as every rank knows it."""
+    """One step's assignment as every rank knows it.
+
+    `replica_time_s[r]` is predicted for replica r with its speed factor `slowdown[r]`.
+    """
 
     replicas: tuple[tuple[DispatchedMicroBatch, ...], ...]
-    predicted_step_time_s: float
+    replica_time_s: tuple[float, ...]
+    slowdown: tuple[float, ...]
     solve_time_s: float
-    wait_time_s: float
+    wait_time_s: float = 0.0
+
+    @property
+    def predicted_step_time_s(self) -> float:
+        """Return the slowest replica's predicted time."""
+        return max(self.replica_time_s)
 
     @property
     def padded_tokens(self) -> int:
@@ -46,10 +59,11 @@ class StepDispatch:
         return sum(batch.padded_tokens for replica in self.replicas for batch in replica)
 
 
-def encode(assignment: Assignment, solve_time_s: float) -> IntArray:
-    """Return the assignment as one int64 array: times in microseconds, then the micro-batches."""
-    flat = [round(assignment.step_time_s * 1e6), round(solve_time_s * 1e6)]
-    flat.append(len(assignment.micro_batches))
+def encode(assignment: Assignment, slowdown: tuple[float, ...], solve_time_s: float) -> IntArray:
+    """Return the assignment as one int64 array: times in nanoseconds, then the micro-batches."""
+    flat = [round(solve_time_s * 1e9), len(assignment.micro_batches)]
+    flat += [round(float(time_s) * 1e9) for time_s in assignment.replica_time_s]
+    flat += [round(factor * 1e9) for factor in slowdown]
     for replica in assignment.micro_batches:
         flat.append(len(replica))
         for batch in replica:
@@ -60,63 +74,78 @@ def encode(assignment: Assignment, solve_time_s: float) -> IntArray:
 def decode(flat: IntArray, wait_time_s: float = 0.0) -> StepDispatch:
     """Return what `encode` was given."""
     values = iter(flat.tolist())
-    predicted_s, solved_s = next(values) / 1e6, next(values) / 1e6
+    solved_s, num_replicas = next(values) / 1e9, next(values)
+    times_s = tuple(next(values) / 1e9 for _ in range(num_replicas))
+    slowdown = tuple(next(values) / 1e9 for _ in range(num_replicas))
     replicas = []
-    for _ in range(next(values)):
+    for _ in range(num_replicas):
         batches = []
         for _ in range(next(values)):
             padded, size = next(values), next(values)
             rows = np.asarray([next(values) for _ in range(size)], dtype=np.int64)
             batches.append(DispatchedMicroBatch(padded, rows))
         replicas.append(tuple(batches))
-    return StepDispatch(tuple(replicas), predicted_s, solved_s, wait_time_s)
+    return StepDispatch(tuple(replicas), times_s, slowdown, solved_s, wait_time_s)
 
 
 class AheadDispatcher:
-    """Gives every rank the assignment of each step, in order; rank 0 solves one step ahead."""
+    """Gives every rank the assignment of each step, in order; rank 0 solves one step ahead.
+
+    `solve(step, running)` returns the encoded assignment of a step in which these tasks run. When
+    a task ends between solving ahead and the step itself, the step is solved again.
+    """
 
     def __init__(
-        self, solve: Callable[[int], Assignment], group: dist.ProcessGroup, last_step: int
+        self,
+        solve: Callable[[int, Running], IntArray],
+        expected: Callable[[int], Running],
+        group: dist.ProcessGroup,
     ) -> None:
         self.solve = solve
+        self.expected = expected
         self.group = group
-        self.last_step = last_step
-        self.is_solver = dist.get_rank() == 0
-        self.pool = ThreadPoolExecutor(max_workers=1) if self.is_solver else None
-        self.ahead: tuple[int, Future[IntArray]] | None = None
+        self.pool = ThreadPoolExecutor(max_workers=1) if dist.get_rank() == 0 else None
+        self.ahead: tuple[int, Running, Future[IntArray]] | None = None
 
-    def _start(self, step: int) -> None:
-        if self.pool is not None and step < self.last_step:
-            self.ahead = (step, self.pool.submit(self._solve, step))
+    def _start(self, step: int, running: Running) -> None:
+        if self.pool is not None and any(running):
+            self.ahead = (step, running, self.pool.submit(self.solve, step, running))
 
-    def _solve(self, step: int) -> IntArray:
+    def get(self, step: int, running: Running, stop: bool = False) -> StepDispatch | None:
+        """Return the assignment of `step`, or None when rank 0 was told to stop. Collective."""
         start = time.perf_counter()
-        assignment = self.solve(step)
-        return encode(assignment, time.perf_counter() - start)
-
-    def get(self, step: int) -> StepDispatch:
-        """Return the assignment of `step`. Collective over the group."""
-        start = time.perf_counter()
-        size = torch.zeros(1, dtype=torch.int64)
-        flat = torch.empty(0, dtype=torch.int64)
-        if self.is_solver:
-            if self.ahead is None or self.ahead[0] != step:
-                self._start(step)
+        flat = None
+        if self.pool is not None and not stop:
+            if self.ahead is None or self.ahead[:2] != (step, running):
+                self._start(step, running)
             assert self.ahead is not None
-            flat = torch.from_numpy(self.ahead[1].result())
-            size[0] = len(flat)
+            flat = self.ahead[2].result()
         wait_s = time.perf_counter() - start
-        dist.broadcast(size, src=0, group=self.group)
-        if not self.is_solver:
-            flat = torch.empty(int(size), dtype=torch.int64)
-        dist.broadcast(flat, src=0, group=self.group)
-        self._start(step + 1)
-        return decode(flat.numpy(), wait_s)
+        flat = broadcast_array(flat, self.group)
+        if flat is None:
+            return None
+        self._start(step + 1, self.expected(step + 1))
+        return decode(flat, wait_s)
 
     def close(self) -> None:
         """End the solver thread."""
         if self.pool is not None:
             self.pool.shutdown(cancel_futures=True)
+
+
+def broadcast_array(flat: IntArray | None, group: dist.ProcessGroup) -> IntArray | None:
+    """Return rank 0's array on every rank, or None when rank 0 gives None. Collective."""
+    size = torch.tensor([STOP if flat is None else len(flat)])
+    dist.broadcast(size, src=0, group=group)
+    if int(size) == STOP:
+        return None
+    content = (
+        torch.from_numpy(flat)
+        if dist.get_rank() == 0
+        else torch.empty(int(size), dtype=torch.int64)
+    )
+    dist.broadcast(content, src=0, group=group)
+    return content.numpy()
 
 
 def check_complete(dispatch: StepDispatch, batch: GlobalBatch) -> None:

@@ -8,9 +8,7 @@ plain sum over holders (docs/architecture.md).
 
 from __future__ import annotations
 
-import logging
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +19,9 @@ from torch import Tensor, nn
 from model.lora import AdapterBank
 from model.topology import Grid, LayerBlock, layer_blocks
 from tasks.config import TaskConfig
-from trainer.optimizer import clip_coefficient, task_optimizer
+from trainer.optimizer import task_optimizer
 
-log = logging.getLogger(__name__)
-
+MOMENTS = ("exp_avg", "exp_avg_sq")
 ENGINE_CONFIG = {
     "train_micro_batch_size_per_gpu": 1,
     "gradient_accumulation_steps": 1,
@@ -37,7 +34,7 @@ ENGINE_CONFIG = {
     },
     "zero_allow_untested_optimizer": True,
     "gradient_allreduce_op": "sum",
-    "gradient_clipping": 0.0,  # clipping is per task, below
+    "gradient_clipping": 0.0,  # clipping is per task, see `TaskUpdate.clip`
     "steps_per_print": 10**9,
 }
 
@@ -45,13 +42,12 @@ ENGINE_CONFIG = {
 class _HolderGroup:
     """What DeepSpeed asks of `mpu`: the data-parallel group is the block's holders.
 
-    The model-parallel size is reported as 1 everywhere: DeepSpeed would otherwise divide norms
-    by sizes that differ between replicas.
+    The model-parallel size is 1 everywhere: DeepSpeed would otherwise divide norms by sizes that
+    differ between replicas.
     """
 
-    def __init__(self, group: dist.ProcessGroup, solo: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
-        self.solo = solo
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         return self.group
@@ -62,8 +58,8 @@ class _HolderGroup:
     def get_data_parallel_rank(self) -> int:
         return dist.get_rank(self.group)
 
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return self.solo
+    def get_model_parallel_group(self) -> None:
+        return None
 
     def get_model_parallel_world_size(self) -> int:
         return 1
@@ -74,18 +70,14 @@ class _HolderGroup:
 
 @dataclass(frozen=True)
 class TaskUpdate:
-    """What one step is to do with a task: its learning rate, and whether it takes part."""
+    """What one step does to a task: whether its update is applied, the rate, the clipping factor.
 
-    learning_rate: float
-    active: bool
+    A task that is not applied keeps its weights and its moments exactly.
+    """
 
-
-@dataclass(frozen=True)
-class UpdateResult:
-    """Each task's gradient norm before clipping, and whether its update was applied."""
-
-    grad_norms: tuple[float, ...]
-    applied: tuple[bool, ...]
+    apply: bool
+    learning_rate: float = 0.0
+    clip: float = 1.0
 
 
 class AdapterOptimizer:
@@ -97,20 +89,14 @@ class AdapterOptimizer:
         bank: AdapterBank,
         grids: Sequence[Grid],
         num_layers: int,
-        control_group: dist.ProcessGroup,
     ) -> None:
         """Create the engines. Collective: every rank of the world calls it with the same plan."""
         self.tasks = tuple(tasks)
-        self.control_group = control_group
+        self.bank = bank
         self.blocks: list[LayerBlock] = []
         self.parameters: list[list[list[nn.Parameter]]] = []
         self.engines: list[Any] = []
-        rank, world = dist.get_rank(), dist.get_world_size()
-        solo = None
-        for member in range(world):
-            group = dist.new_group([member])
-            solo = group if member == rank else solo
-        assert solo is not None
+        rank = dist.get_rank()
         for block in layer_blocks(grids, num_layers):
             group = dist.new_group(list(block.holders))
             if rank not in block.holders:
@@ -118,7 +104,7 @@ class AdapterOptimizer:
             parameters = [bank.parameters(t, block.layers) for t in range(len(self.tasks))]
             self.blocks.append(block)
             self.parameters.append(parameters)
-            self.engines.append(self._engine(parameters, _HolderGroup(group, solo)))
+            self.engines.append(self._engine(parameters, _HolderGroup(group)))
 
     def _engine(self, parameters: list[list[nn.Parameter]], mpu: _HolderGroup) -> Any:
         import deepspeed
@@ -132,13 +118,27 @@ class AdapterOptimizer:
             mpu=mpu,
             dist_init_required=False,
         )
+        # Make every task's moments now, as AdamW would at its first step: deepspeed links them to
+        # the parameters once, when some tasks may not have stepped yet.
+        for group in engine.optimizer.param_groups:
+            for partition in group["params"]:
+                engine.optimizer.optimizer.state[partition] = {
+                    "step": torch.zeros(()),
+                    "exp_avg": torch.zeros_like(partition),
+                    "exp_avg_sq": torch.zeros_like(partition),
+                }
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
         return engine
 
-    def step(self, updates: Sequence[TaskUpdate]) -> UpdateResult:
-        """Sum the gradients over the holders, clip each task by its own norm, update.
+    def reduce(self) -> Tensor:
+        """Sum the gradients over the holders of each block. Collective.
 
-        A task whose gradient is not finite is skipped without touching the others. Collective.
+        Returns:
+            This rank's part of each task's squared gradient norm [num_tasks], fp64, CPU. A rank
+            owns one ZeRO partition of each block it holds and partitions are disjoint, so the sum
+            over the world is the squared norm.
         """
+        squared = torch.zeros(len(self.tasks), dtype=torch.float64)
         for engine, parameters in zip(self.engines, self.parameters, strict=True):
             for own in parameters:
                 for parameter in own:  # what did not run here still takes part in the sum
@@ -146,39 +146,48 @@ class AdapterOptimizer:
                         parameter.grad = torch.zeros_like(parameter)
             engine.set_gradient_accumulation_boundary(True)
             engine.allreduce_gradients()
-        norms = self._gradient_norms()
-        applied = tuple(
-            update.active and math.isfinite(norm)
-            for update, norm in zip(updates, norms, strict=True)
-        )
+            norms = [
+                torch.stack([g.double().square().sum() for g in gradients]).sum()
+                for _, gradients in sorted(engine.optimizer.averaged_gradients.items())
+            ]
+            squared += torch.stack(norms).cpu()
+        return squared
+
+    def update(self, updates: Sequence[TaskUpdate]) -> None:
+        """Apply each task's update to the reduced gradients. Collective."""
         for engine in self.engines:
             for task, update in enumerate(updates):
                 group = engine.optimizer.param_groups[task]
                 group["lr"] = update.learning_rate
-                group["skip"] = not applied[task]
-                if applied[task]:
-                    factor = clip_coefficient(norms[task], self.tasks[task].max_grad_norm)
-                    if factor < 1.0:
-                        for gradient in engine.optimizer.averaged_gradients[task]:
-                            gradient.mul_(factor)
+                group["skip"] = not update.apply
+                if update.apply and update.clip != 1.0:
+                    for gradient in engine.optimizer.averaged_gradients[task]:
+                        gradient.mul_(update.clip)
             engine.step()
-        return UpdateResult(norms, applied)
 
-    def _gradient_norms(self) -> tuple[float, ...]:
-        """Return each task's gradient norm over all layers.
+    def moments(self, task: int) -> dict[str, dict[str, Tensor]]:
+        """Return the task's Adam moments by PEFT's names, for this rank's layers. Collective."""
+        from deepspeed.utils import safe_get_full_optimizer_state
 
-        After the reduction a rank owns one ZeRO partition of each block it holds, the partitions
-        are disjoint, so the squared norms add up over the world.
-        """
-        squared = torch.zeros(len(self.tasks), dtype=torch.float64)
+        parameters = self.bank.named_parameters(task)
+        return {
+            moment: {
+                name: safe_get_full_optimizer_state(parameter, moment).cpu()
+                for name, parameter in parameters.items()
+            }
+            for moment in MOMENTS
+        }
+
+    def load_moments(
+        self, task: int, moments: Mapping[str, Mapping[str, Tensor]], updates: int
+    ) -> None:
+        """Set the task's Adam moments (PEFT's names) and its count of applied updates."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        for moment in MOMENTS:
+            for name, parameter in self.bank.named_parameters(task).items():
+                value = moments[moment][name].to(parameter.device)
+                safe_set_full_optimizer_state(parameter, value, moment)
         for engine in self.engines:
-            for task in range(len(self.tasks)):
-                squared[task] += sum(
-                    float(_squared_norm(g)) for g in engine.optimizer.averaged_gradients[task]
-                )
-        dist.all_reduce(squared, group=self.control_group)
-        return tuple(squared.sqrt().tolist())
-
-
-def _squared_norm(gradient: Tensor) -> Tensor:
-    return gradient.double().square().sum()
+            for partition in engine.optimizer.param_groups[task]["params"]:
+                engine.optimizer.optimizer.state[partition]["step"].fill_(updates)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from tasks.files import write_atomic
 
 METRICS_FILE = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
 class TaskMetrics:
-    """One task's step: mean loss per target token, target tokens, sequences, norm, rate."""
+    """One task's step: mean loss per target token, target tokens, sequences, norm, rate.
+
+    `applied`: whether the update was made; `validation_loss`: where an evaluation period ended.
+    """
 
     loss: float
     tokens: int
@@ -21,31 +27,40 @@ class TaskMetrics:
     grad_norm: float
     lr: float
     applied: bool
+    validation_loss: float | None = None
 
 
 @dataclass(frozen=True)
 class ReplicaMetrics:
-    """One replica's step: seconds it computed, seconds predicted by its assignment's share."""
+    """One replica's step: seconds it computed, and predicted with its speed factor."""
 
     layout: str
     busy_s: float
+    predicted_s: float
+    speed_factor: float
     micro_batches: int
     padded_tokens: int
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One step (0-based). Times in seconds, tokens over all tasks."""
+    """One step (0-based). Times in seconds, tokens over all tasks.
+
+    `reduce_time_s` is the adapters' gradient reduction (waiting for slower replicas included),
+    `memory_bytes` the most any rank has in use.
+    """
 
     step: int
     step_time_s: float
     predicted_step_time_s: float
     dispatch_time_s: float
     dispatch_wait_s: float
-    update_time_s: float
+    reduce_time_s: float
+    optimizer_time_s: float
     tokens: int
     padded_tokens: int
     gpu_seconds: float
+    memory_bytes: int
     tasks: dict[str, TaskMetrics]
     replicas: list[ReplicaMetrics]
 
@@ -66,7 +81,7 @@ class MetricsWriter:
 
     def write(self, metrics: StepMetrics) -> None:
         """Write one step and flush it, so that a crash loses nothing already printed."""
-        self.file.write(json.dumps(asdict(metrics)) + "\n")
+        self.file.write(json.dumps(_finite(asdict(metrics))) + "\n")
         self.file.flush()
         for name, value in _scalars(metrics).items():
             self.board.add_scalar(name, value, metrics.step)  # type: ignore[no-untyped-call]
@@ -96,9 +111,27 @@ def _scalars(metrics: StepMetrics) -> dict[str, float]:
         scalars[f"loss/{name}"] = task.loss
         scalars[f"grad_norm/{name}"] = task.grad_norm
         scalars[f"lr/{name}"] = task.lr
+        if task.validation_loss is not None:
+            scalars[f"validation_loss/{name}"] = task.validation_loss
     for index, replica in enumerate(metrics.replicas):
         scalars[f"replica_busy_s/{index}_{replica.layout}"] = replica.busy_s
     return scalars
+
+
+def _finite(value: Any) -> Any:
+    """Return value with NaN and infinity as None: JSON has neither."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def drop_steps(folder: Path, first: int) -> None:
+    """Remove the steps from `first` on, which a resumed run will train again."""
+    kept = [step for step in read_metrics(folder) if step["step"] < first]
+    lines = "".join(json.dumps(step) + "\n" for step in kept)
+    write_atomic(folder / METRICS_FILE, lines)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

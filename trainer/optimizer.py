@@ -69,7 +69,10 @@ def learning_rate(task: TaskConfig, step: int, num_steps: int) -> float:
 
 
 def clip_coefficient(norm: float, max_norm: float) -> float:
-    """Return the factor `torch.nn.utils.clip_grad_norm_` applies; 1 when max_norm is 0."""
-    if max_norm <= 0:
+    """Return the factor `torch.nn.utils.clip_grad_norm_` applies; 1 when max_norm is 0.
+
+    Also 1 for a norm that is not finite: such an update is skipped, not scaled.
+    """
+    if max_norm <= 0 or not math.isfinite(norm):
         return 1.0
     return min(1.0, max_norm / (norm + 1e-6))

@@ -15,8 +15,10 @@ from typing import Any, Literal
 
 import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 from model.shapes import ModelShape, layout_problem, read_shape, resolve_folder
+from model.topology import Grid, check_grids
 from planner.buckets import make_buckets
 from planner.placement import place
 from planner.plan import Plan, load_plan
@@ -29,9 +31,11 @@ from tasks.files import write_atomic
 from tasks.sampling import num_steps, split_validation, task_seed
 from tasks.tokenizer import load_tokenizer
 from trainer.adapters import adapter_spec, check_adapter
-from trainer.metrics import METRICS_FILE
-from trainer.run_spec import CONFIG_FILE, DATA_FOLDER, RunSpec
+from trainer.checkpoint import CheckpointState, read_state, resume_problems, task_record
+from trainer.metrics import METRICS_FILE, drop_steps
+from trainer.run_spec import CONFIG_FILE, DATA_FOLDER, VALIDATION_FOLDER, RunSpec
 
+DEFAULT_PERIOD = 10  # steps between evaluations, where a task asks for them
 ONE_MACHINE = 1 << 30  # a CPU machine is one node, however many ranks it runs
 
 
@@ -56,6 +60,13 @@ class TrainRequest:
     time_profile: Path | None = None
     cost_model: Literal["fitted", "lobra6"] = "fitted"
     gpus_per_node: int = 8
+    gradient_checkpointing: bool = False
+    feedback: bool | None = None  # on for GPUs; off on CPU, where runs are then bit-reproducible
+    validate_every: int | None = None  # a default where a task validates or may stop early
+    save_every: int = 0
+    keep_last: int = 3
+    resume: bool = False
+    resume_step: int | None = None  # the last checkpoint
     launched_world: int | None = None  # ranks a launcher has started, None without one
     record_sequences: bool = False
 
@@ -92,9 +103,13 @@ def prepare(request: TrainRequest) -> RunSpec:
     plan: Plan | None = checks.attempt(load_plan, request.strategy_config)
     folder: Path | None = checks.attempt(resolve_folder, request.model)
     shape: ModelShape | None = checks.attempt(read_shape, folder) if folder else None
-    if (request.output_dir / METRICS_FILE).exists():
+    state: CheckpointState | None = None
+    if request.resume:
+        state = checks.attempt(read_state, request.output_dir, request.resume_step)
+    elif (request.output_dir / METRICS_FILE).exists():
         checks.problems.append(
-            f"--output-dir {request.output_dir}: already holds a run; choose another folder"
+            f"--output-dir {request.output_dir}: already holds a run; choose another folder, or "
+            f"go on with it by --resume"
         )
     world = request.launched_world
     if plan is not None and world is not None and plan.num_gpus != world:
@@ -105,8 +120,7 @@ def prepare(request: TrainRequest) -> RunSpec:
     device = checks.attempt(_choose_device, request, plan)
     grids = None
     if plan is not None:
-        nodes = request.gpus_per_node if device == "cuda" else ONE_MACHINE
-        grids = checks.attempt(place, plan, nodes)
+        grids = checks.attempt(placed, plan, request, device)
     if shape is not None and plan is not None:
         checks.problems += [
             f"{request.strategy_config}: {problem} ({request.model})"
@@ -129,12 +143,20 @@ def prepare(request: TrainRequest) -> RunSpec:
                 checks.problems += too_long(tasks, datasets, plan)
             if shape is not None:
                 checks.problems += _foreign_tokens(tasks, datasets, shape)
+    training: list[TokenizedDataset] = []
+    if datasets:
+        parts = [
+            _split(task, data, request.seed) for task, data in zip(tasks, datasets, strict=True)
+        ]
+        training = [part[0] for part in parts]
+        validation = [part[1] for part in parts]
+    if state is not None and training:
+        records = [task_record(task, data) for task, data in zip(tasks, training, strict=True)]
+        source = request.trainer_config
+        checks.problems += resume_problems(state, records, request.seed, source)
     checks.raise_if_any()
     assert config and plan and folder and shape and grids and cost_model and device
 
-    training = [
-        _training_part(task, data, request.seed) for task, data in zip(tasks, datasets, strict=True)
-    ]
     steps = tuple(num_steps(task, len(data)) for task, data in zip(tasks, training, strict=True))
     last_step = max(steps) if request.max_steps is None else min(max(steps), request.max_steps)
     lengths = np.concatenate([data.lengths for data in training])
@@ -155,10 +177,49 @@ def prepare(request: TrainRequest) -> RunSpec:
         buckets=tuple(int(b) for b in make_buckets(lengths, request.num_buckets)),
         dispatch_mode=request.dispatch_mode,
         seed=request.seed,
+        gradient_checkpointing=request.gradient_checkpointing,
+        feedback=device == "cuda" if request.feedback is None else request.feedback,
+        validate_every=_evaluation_period(request, tasks),
+        save_every=request.save_every,
+        keep_last=request.keep_last,
+        resume_step=None if state is None else state.step,
         record_sequences=request.record_sequences,
     )
-    _write_run_folder(run, request, training)
+    _write_run_folder(run, request, training, validation)
     return run
+
+
+def placed(plan: Plan, request: TrainRequest, device: str | None) -> tuple[Grid, ...]:
+    """Return the ranks of every replica: the plan's own rank map, else placed here.
+
+    Raises:
+        ConfigError: the rank map does not fit the plan, or the plan cannot be placed.
+    """
+    ranks = plan.meta.get("ranks")
+    if ranks is None:
+        return place(plan, request.gpus_per_node if device == "cuda" else ONE_MACHINE)
+    try:
+        grids = tuple(tuple(tuple(stage) for stage in replica) for replica in ranks)
+        check_grids(grids, plan.num_gpus)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{request.strategy_config}: meta.ranks is no rank map of {plan}: {error}"
+        ) from error
+    shapes = [(len(grid[0]), len(grid)) for grid in grids]
+    if shapes != [(replica.layout.tp, replica.layout.pp) for replica in plan.replicas]:
+        raise ConfigError(
+            f"{request.strategy_config}: meta.ranks has the layouts {shapes}, the plan is {plan}; "
+            f"remove meta.ranks to have the plan placed anew"
+        )
+    return grids
+
+
+def _evaluation_period(request: TrainRequest, tasks: Sequence[TaskConfig]) -> int:
+    """Return the steps of an evaluation period, 0 when nothing is to be evaluated."""
+    if request.validate_every is not None:
+        return request.validate_every
+    wanted = any(task.validation_split or task.early_stopping_patience for task in tasks)
+    return DEFAULT_PERIOD if wanted else 0
 
 
 def _choose_device(request: TrainRequest, plan: Plan | None) -> str:
@@ -260,29 +321,43 @@ def _foreign_tokens(
     return problems
 
 
-def _training_part(task: TaskConfig, data: TokenizedDataset, seed: int) -> TokenizedDataset:
-    """Return the sequences to train on: those that `validation_split` does not hold out."""
+def _split(
+    task: TaskConfig, data: TokenizedDataset, seed: int
+) -> tuple[TokenizedDataset, TokenizedDataset | None]:
+    """Return the sequences to train on, and those that `validation_split` holds out."""
     kept, held_out = split_validation(len(data), task.validation_split, task_seed(task, seed))
     if not len(held_out):
-        return data
-    parts = [data.sequence(int(index)) for index in kept]
+        return data, None
+    return _select(data, kept), _select(data, held_out)
+
+
+def _select(data: TokenizedDataset, indices: NDArray[np.int64]) -> TokenizedDataset:
+    parts = [data.sequence(int(index)) for index in indices]
     return TokenizedDataset(
         np.concatenate([tokens for tokens, _ in parts]),
         np.concatenate([labels for _, labels in parts]),
-        np.concatenate([[0], np.cumsum(data.lengths[kept])]).astype(np.int64),
+        np.concatenate([[0], np.cumsum(data.lengths[indices])]).astype(np.int64),
         data.num_truncated,
         data.num_dropped,
     )
 
 
 def _write_run_folder(
-    run: RunSpec, request: TrainRequest, training: Sequence[TokenizedDataset]
+    run: RunSpec,
+    request: TrainRequest,
+    training: Sequence[TokenizedDataset],
+    validation: Sequence[TokenizedDataset | None],
 ) -> None:
-    """Write config.yaml and the tokenised data of a checked run."""
+    """Write config.yaml and the tokenised data of a checked run; forget steps to be redone."""
     run.output_dir.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(run.output_dir / DATA_FOLDER, ignore_errors=True)
-    for task, data in enumerate(training):
+    for folder in (DATA_FOLDER, VALIDATION_FOLDER):
+        shutil.rmtree(run.output_dir / folder, ignore_errors=True)
+    for task, (data, held_out) in enumerate(zip(training, validation, strict=True)):
         data.save(run.data_folder(task))
+        if held_out is not None:
+            held_out.save(run.validation_folder(task))
+    if run.resume_step is not None and (run.output_dir / METRICS_FILE).exists():
+        drop_steps(run.output_dir, run.resume_step)
     content = resolved_config(run, request)
     write_atomic(run.output_dir / CONFIG_FILE, yaml.safe_dump(content, sort_keys=False))
 
@@ -301,6 +376,12 @@ def resolved_config(run: RunSpec, request: TrainRequest) -> dict[str, Any]:
         "buckets": None if run.dynamic_buckets else list(run.buckets),
         "dispatch": run.dispatch_mode,
         "cost_model": request.cost_model,
+        "feedback": run.feedback,
+        "gradient_checkpointing": run.gradient_checkpointing,
+        "validate_every": run.validate_every,
+        "save_every": run.save_every,
+        "keep_last": run.keep_last,
+        "resumed_at": run.resume_step,
         "tasks": [
             {**_plain(asdict(task)), "num_steps": steps}
             for task, steps in zip(run.tasks, run.num_steps, strict=True)

@@ -23,7 +23,7 @@ from trainer.run_spec import RunSpec
 class Progress:
     """Shows each step on standard error."""
 
-    def __init__(self, run: RunSpec) -> None:
+    def __init__(self, run: RunSpec, first_step: int = 0) -> None:
         self.total = run.last_step
         self.console = Console(file=sys.stderr)
         self.bar: RichProgress | None = None
@@ -39,7 +39,9 @@ class Progress:
                 TextColumn("{task.fields[state]}"),
                 console=self.console,
             )
-            self.bar_task = self.bar.add_task("train", total=self.total, state="")
+            self.bar_task = self.bar.add_task(
+                "train", total=self.total, completed=first_step, state=""
+            )
 
     def update(self, metrics: StepMetrics) -> None:
         """Show one finished step."""

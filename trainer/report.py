@@ -42,7 +42,9 @@ class RunSummary:
     step_time_s: float
     predicted_step_time_s: float
     dispatch_wait_share: float
-    update_share: float
+    reduce_share: float
+    optimizer_share: float
+    memory_bytes: int
     gpu_seconds: float
     padding_ratio: float
     tasks: tuple[TaskSummary, ...]
@@ -78,7 +80,9 @@ def summarise(folder: Path) -> RunSummary:
         step_time_s=median(step["step_time_s"] for step in timed),
         predicted_step_time_s=median(step["predicted_step_time_s"] for step in timed),
         dispatch_wait_share=sum(step["dispatch_wait_s"] for step in timed) / total_s,
-        update_share=sum(step["update_time_s"] for step in timed) / total_s,
+        reduce_share=sum(step["reduce_time_s"] for step in timed) / total_s,
+        optimizer_share=sum(step["optimizer_time_s"] for step in timed) / total_s,
+        memory_bytes=max(step["memory_bytes"] for step in steps),
         gpu_seconds=sum(step["gpu_seconds"] for step in steps),
         padding_ratio=1
         - sum(step["tokens"] for step in steps) / sum(step["padded_tokens"] for step in steps),
@@ -91,7 +95,7 @@ def summarise(folder: Path) -> RunSummary:
 
 def _task_summary(name: str, steps: list[dict[str, Any]]) -> TaskSummary:
     own = [step["tasks"][name] for step in steps if name in step["tasks"]]
-    losses = [entry["loss"] for entry in own] or [float("nan")]
+    losses = [e["loss"] for e in own if e["loss"] is not None] or [float("nan")]
     edge = max(1, min(EDGE_STEPS, len(losses) // 2))
     return TaskSummary(
         name=name,
@@ -143,7 +147,9 @@ def _overview(summary: RunSummary, folder: Path) -> Table:
         (f"{unit}-seconds, whole run", f"{summary.gpu_seconds:.1f}"),
         ("padding", f"{summary.padding_ratio:.1%} of the tokens computed"),
         ("waiting for the dispatcher", f"{summary.dispatch_wait_share:.2%} of step time"),
-        ("adapter reduction and optimiser", f"{summary.update_share:.1%} of step time"),
+        ("adapter reduction, waiting", f"{summary.reduce_share:.1%} of rank 0's step time"),
+        ("optimiser", f"{summary.optimizer_share:.1%} of step time"),
+        ("memory in use, largest rank", f"{summary.memory_bytes / 2**20:,.0f} MiB"),
     ]
     for name, value in rows:
         table.add_row(name, value)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,6 +17,8 @@ from tasks.errors import ConfigError
 from trainer.prepare import TrainRequest, prepare
 from trainer.run_spec import RunSpec
 from trainer.worker import RankResult
+
+log = logging.getLogger(__name__)
 
 ENV_FILE_MARK = "LOBRA_ENV_FILE"
 PRELOAD = (*DEFAULT_PRELOAD, "trainer.preload")
@@ -31,18 +35,35 @@ def train(request: TrainRequest) -> tuple[RunSpec, list[RankResult]]:
     return run, run_local(run)
 
 
-def run_local(run: RunSpec) -> list[RankResult]:
-    """Run a prepared run on this machine, one process a rank."""
+def run_local(run: RunSpec, target: str = "trainer.worker:train_rank") -> list[RankResult]:
+    """Run a prepared run on this machine, one process a rank.
+
+    The first Ctrl-C or SIGTERM lets every rank finish its step and save a checkpoint; rank 0's
+    result then names the signal.
+    """
+    received: list[int] = []
+
+    def tell(number: int) -> None:
+        received.append(number)
+        log.warning(
+            "%s: finishing the step and saving a checkpoint; once more ends at once",
+            signal.Signals(number).name,
+        )
+
     environment = {"DS_ACCELERATOR": "cpu"} if run.device == "cpu" else {}
     os.environ.update(environment)  # the fork server imports deepspeed with this environment
-    return run_ranks(
-        "trainer.worker:train_rank",
+    results = run_ranks(
+        target,
         run.world_size,
         {"run": run},
         device=run.device,
         environment=environment,
         preload=PRELOAD,
+        on_signal=tell,
     )
+    if received and results[0].stopped_at is not None:
+        results[0].stop_signal = received[0]
+    return results
 
 
 def in_launcher() -> bool:

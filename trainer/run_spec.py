@@ -12,7 +12,8 @@ from profiler.cost_model import CostModel
 from tasks.config import TaskConfig
 
 CONFIG_FILE = "config.yaml"
-DATA_FOLDER = "data"
+DATA_FOLDER = "data/training"
+VALIDATION_FOLDER = "data/validation"
 ADAPTER_FOLDER = "adapters"
 
 
@@ -22,7 +23,8 @@ class RunSpec:
 
     `num_steps[t]` is how many steps task t trains, `last_step` where the run ends;
     `grids[replica][stage][tp_index]` is a global rank; `buckets` are the fixed padded lengths
-    when `dynamic_buckets` is off.
+    when `dynamic_buckets` is off. `feedback`: measured replica times correct the dispatcher.
+    `validate_every` and `save_every`: steps between evaluation periods and checkpoints (0: none).
     """
 
     model_folder: Path
@@ -41,6 +43,12 @@ class RunSpec:
     buckets: tuple[int, ...]
     dispatch_mode: Literal["balance", "group"]
     seed: int
+    gradient_checkpointing: bool = False
+    feedback: bool = False
+    validate_every: int = 0
+    save_every: int = 0
+    keep_last: int = 3
+    resume_step: int | None = None
     record_sequences: bool = False
 
     @property
@@ -51,6 +59,10 @@ class RunSpec:
     def data_folder(self, task: int) -> Path:
         """Return where the task's tokenised sequences lie."""
         return self.output_dir / DATA_FOLDER / self.tasks[task].name
+
+    def validation_folder(self, task: int) -> Path:
+        """Return where the task's held-out sequences lie, if it has any."""
+        return self.output_dir / VALIDATION_FOLDER / self.tasks[task].name
 
     def adapter_folder(self, task: int) -> Path:
         """Return where the task's adapter is written."""

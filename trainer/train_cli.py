@@ -12,6 +12,8 @@ from typing import Literal
 
 from planner.plan import load_plan
 from tasks.errors import ConfigError
+from trainer.checkpoint import step_folder
+from trainer.metrics import METRICS_FILE
 from trainer.prepare import TrainRequest
 from trainer.report import print_run_report
 from trainer.run import (
@@ -22,7 +24,10 @@ from trainer.run import (
     train,
     train_in_launcher,
 )
+from trainer.signals import EXIT_CODES
 
+LAST_CHECKPOINT = -1
+POSITIVE = ("max_steps", "max_seq_length", "num_buckets", "gpus_per_node", "keep_last", "num_tasks")
 Mode = Literal["balance", "group"]
 DYNAMIC_BUCKETS = {"TRUE": True, "FALSE": False}
 DISPATCH_MODES: dict[str, Mode] = {"BALANCE": "balance", "GROUP": "group"}
@@ -35,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strategy-config", required=True, help="name or path of the plan")
     parser.add_argument("--output-dir", required=True, type=Path, help="the run's folder")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where data sets lie")
-    parser.add_argument("--train-task-num", type=int, help="use the first N tasks only")
+    parser.add_argument("--num-tasks", type=int, help="use the first N tasks only")
     parser.add_argument("--max-steps", type=int, help="end after N steps even if tasks want more")
     parser.add_argument("--max-seq-length", type=int, help="cut every task's context_length to N")
     parser.add_argument(
@@ -48,6 +53,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-buckets", type=int, default=16)
     parser.add_argument("--dispatch", choices=("balance", "group"), help="(env EXPR_DATA_DISPATCH)")
     parser.add_argument("--seed", type=int, default=0, help="added to every task's own seed")
+    parser.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="keep only each layer's input and compute it again in the backward pass",
+    )
+    parser.add_argument(
+        "--feedback",
+        choices=("on", "off"),
+        help="let measured replica times correct the dispatcher (default: on for GPUs; off on "
+        "CPU, where a run is then reproducible bit for bit)",
+    )
+    parser.add_argument(
+        "--validate-every",
+        type=int,
+        help="steps between validation losses (default: 10 if a task validates or may stop early)",
+    )
+    parser.add_argument("--save-every", type=int, default=0, help="checkpoint every N steps")
+    parser.add_argument("--keep-last", type=int, default=3, help="checkpoints to keep")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        type=int,
+        const=LAST_CHECKPOINT,
+        metavar="STEP",
+        help="go on from a checkpoint of --output-dir (default: the last), on any plan",
+    )
     parser.add_argument("--time-profile", type=Path, help="CSV; default: the model's own profile")
     parser.add_argument("--cost-model", choices=("fitted", "lobra6"), default="fitted")
     parser.add_argument("--gpus-per-node", type=int, default=8)
@@ -66,11 +97,16 @@ def run(args: argparse.Namespace) -> int:
         dynamic_buckets = args.dp_bucket == "on"
     problems = [
         f"--{name.replace('_', '-')} {value}: must be at least 1"
-        for name in ("max_steps", "max_seq_length", "num_buckets", "gpus_per_node")
+        for name in POSITIVE
         if (value := getattr(args, name)) is not None and value < 1
     ]
-    if args.seed < 0:
-        problems.append(f"--seed {args.seed}: must not be negative")
+    problems += [
+        f"--{name.replace('_', '-')} {value}: must not be negative"
+        for name in ("seed", "save_every", "validate_every")
+        if (value := getattr(args, name)) is not None and value < 0
+    ]
+    if args.resume is not None and args.resume < 0 and args.resume != LAST_CHECKPOINT:
+        problems.append(f"--resume {args.resume}: must not be negative")
     if problems:
         raise ConfigError(problems)
     if args.host_file is not None and not in_launcher():
@@ -85,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
         strategy_config=args.strategy_config,
         output_dir=args.output_dir,
         data_dir=args.data_dir,
-        num_tasks=args.train_task_num,
+        num_tasks=args.num_tasks,
         max_steps=args.max_steps,
         max_seq_length=args.max_seq_length,
         precision=args.precision,
@@ -97,22 +133,35 @@ def run(args: argparse.Namespace) -> int:
         time_profile=args.time_profile,
         cost_model=args.cost_model,
         gpus_per_node=args.gpus_per_node,
+        gradient_checkpointing=args.gradient_checkpointing,
+        feedback=None if args.feedback is None else args.feedback == "on",
+        validate_every=args.validate_every,
+        save_every=args.save_every,
+        keep_last=args.keep_last,
+        resume=args.resume is not None,
+        resume_step=None if args.resume in (None, LAST_CHECKPOINT) else args.resume,
     )
     if in_launcher():
         is_first = os.environ["RANK"] == "0"
         try:
-            spec, _ = train_in_launcher(request)
+            spec, result = train_in_launcher(request)
         except ConfigError:
             if is_first:
                 raise
             return 2  # rank 0 has said why
         if not is_first:
-            return 0
+            return EXIT_CODES.get(result.stop_signal or 0, 0)
     else:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        spec, _ = train(request)
-    print_run_report(spec.output_dir)
-    return 0
+        spec, results = train(request)
+        result = results[0]
+    if (spec.output_dir / METRICS_FILE).stat().st_size:
+        print_run_report(spec.output_dir)
+    if result.stopped_at is None:
+        return 0
+    folder = step_folder(spec.output_dir, result.stopped_at)
+    print(f"stopped; saved {folder}; go on with the same command and --resume", file=sys.stderr)
+    return EXIT_CODES.get(result.stop_signal or 0, 1)
 
 
 def read_switches(environment: Mapping[str, str]) -> tuple[bool, Mode]:

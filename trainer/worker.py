@@ -13,7 +13,8 @@ import math
 import resource
 import time
 import warnings
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,24 +22,45 @@ import torch
 import torch.distributed as dist
 
 from model.groups import build_groups
-from model.pipeline import run_replica
-from model.stage import build_stage
-from planner.dispatch import Assignment, dispatch
+from model.pipeline import evaluate_replica, run_replica
+from model.stage import MicroBatchTensors, build_stage
+from planner.dispatch import dispatch
 from tasks.dataset import TokenizedDataset
-from trainer.adapters import adapter_spec, gather_adapter, load_adapter, save_adapter
+from trainer.adapters import adapter_spec, gather_tensors, load_adapter, save_adapter
 from trainer.batches import (
     GlobalBatch,
     IntArray,
     draw_global_batch,
     micro_batch_tensors,
     target_tokens,
+    whole_batch,
 )
-from trainer.dispatcher import AheadDispatcher, StepDispatch, check_complete
-from trainer.engines import AdapterOptimizer, TaskUpdate, UpdateResult
+from trainer.checkpoint import (
+    CheckpointState,
+    CheckpointWriter,
+    load_moments,
+    load_weights,
+    read_state,
+    task_record,
+)
+from trainer.dispatcher import (
+    AheadDispatcher,
+    Running,
+    StepDispatch,
+    broadcast_array,
+    check_complete,
+    decode,
+    encode,
+)
+from trainer.engines import AdapterOptimizer, TaskUpdate
+from trainer.feedback import SpeedFeedback
+from trainer.figures import StepFigures, exchange_figures
+from trainer.life import TaskLife, lives_from_json, lives_to_json
 from trainer.metrics import MetricsWriter, ReplicaMetrics, StepMetrics, TaskMetrics
-from trainer.optimizer import learning_rate
+from trainer.optimizer import clip_coefficient, learning_rate
 from trainer.progress import Progress
 from trainer.run_spec import RunSpec
+from trainer.signals import StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -57,25 +79,39 @@ class TrainedMicroBatch:
 
 @dataclass
 class RankResult:
-    """What a rank reports at the end."""
+    """What a rank reports at the end. `stop_signal` is what ended the run early, if any did."""
 
     rank: int
     loaded_bytes: int
     held_bytes: int
-    peak_memory_bytes: int
+    peak_memory_bytes: int = 0
+    stopped_at: int | None = None
+    stop_signal: int | None = None
     trained: list[TrainedMicroBatch] = field(default_factory=list)
     steps: list[StepMetrics] = field(default_factory=list)
 
 
+@dataclass
+class _Clock:
+    """Wall-clock marks of one step, in seconds."""
+
+    start: float
+    compute_s: float = 0.0
+    reduce_s: float = 0.0
+    optimizer_s: float = 0.0
+
+
 def train_rank(run: RunSpec) -> RankResult:
     """Train `run` as this rank of an initialised world and return what it did. Collective."""
-    return _Worker(run).train()
+    with StopRequest() as stop:
+        return Worker(run).train(stop)
 
 
-class _Worker:
-    """The state of one rank: stage, engines, dispatcher, data."""
+class Worker:
+    """The state of one rank: stage, engines, dispatcher, data, the tasks' lives."""
 
     def __init__(self, run: RunSpec) -> None:
+        """Build everything this rank needs. Collective."""
         _start_deepspeed(run.device)
         self.run = run
         self.rank = dist.get_rank()
@@ -87,22 +123,58 @@ class _Worker:
         self.control = dist.new_group(backend="gloo")
         groups = build_groups(run.grids)
         self.role = groups.role
-        self.datasets = [TokenizedDataset.load(run.data_folder(t)) for t in range(len(run.tasks))]
+        numbers = range(len(run.tasks))
+        self.datasets = [TokenizedDataset.load(run.data_folder(t)) for t in numbers]
+        self.validation = [
+            TokenizedDataset.load(folder) if (folder := run.validation_folder(t)).is_dir() else None
+            for t in numbers
+        ]
         self.stage = build_stage(
             run.model_folder,
             groups,
             [adapter_spec(task, run.seed) for task in run.tasks],
             dtype=DTYPES[run.precision],
             device=self.device,
+            gradient_checkpointing=run.gradient_checkpointing,
         )
+        self.lives = [TaskLife(steps) for steps in run.num_steps]
+        self.feedback = SpeedFeedback([1.0] * len(run.grids))
+        self._load_weights()
+        self.optimizer = AdapterOptimizer(
+            run.tasks, self.stage.bank, run.grids, self.stage.shape.num_layers
+        )
+        self.first_step = self._restore()
+        self.dispatcher = AheadDispatcher(self._solve, self._running, self.control)
+        self.evaluation: tuple[Running, StepDispatch] | None = None
+        self.result = RankResult(self.rank, self.stage.loaded_bytes, self._held_bytes())
+
+    # -- set-up ---------------------------------------------------------------------------------
+
+    def _load_weights(self) -> None:
+        """Load the adapters of a checkpoint, or those that tasks start from."""
+        run, bank = self.run, self.stage.bank
+        if run.resume_step is not None:
+            load_weights(run.output_dir, run.resume_step, bank)
+            return
         for number, task in enumerate(run.tasks):
             if task.resume_from:
-                load_adapter(Path(task.resume_from), self.stage.bank, number)
-        self.optimizer = AdapterOptimizer(
-            run.tasks, self.stage.bank, run.grids, self.stage.shape.num_layers, self.control
-        )
-        self.dispatcher = AheadDispatcher(self._solve, self.control, run.last_step)
-        self.result = RankResult(self.rank, self.stage.loaded_bytes, self._held_bytes(), 0)
+                load_adapter(Path(task.resume_from), bank, number)
+
+    def _restore(self) -> int:
+        """Restore moments, lives and factors from the checkpoint; return the first step."""
+        run = self.run
+        if run.resume_step is None:
+            return 0
+        state = read_state(run.output_dir, run.resume_step)
+        self.lives = [
+            replace(life, num_steps=steps)
+            for life, steps in zip(lives_from_json(state.lives), run.num_steps, strict=True)
+        ]
+        updates = [life.updates for life in self.lives]
+        load_moments(run.output_dir, run.resume_step, self.stage.bank, self.optimizer, updates)
+        if state.plan == str(run.plan):
+            self.feedback = SpeedFeedback(list(state.speed_factors))
+        return state.step
 
     def _held_bytes(self) -> int:
         frozen = list(self.stage.decoder.parameters())
@@ -111,78 +183,221 @@ class _Worker:
         storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in frozen}
         return sum(storages.values())
 
-    def _draw(self, step: int) -> GlobalBatch:
-        run = self.run
-        return draw_global_batch(run.tasks, self.datasets, run.num_steps, run.seed, step)
+    # -- dispatch -------------------------------------------------------------------------------
 
-    def _solve(self, step: int) -> Assignment:
-        run = self.run
-        buckets = None if run.dynamic_buckets else np.asarray(run.buckets, dtype=np.int64)
-        return dispatch(
-            self._draw(step).lengths,
-            run.plan,
-            run.cost_model,
-            buckets=buckets,
-            num_buckets=run.num_buckets,
-            mode=run.dispatch_mode,
-        )
+    def _running(self, step: int) -> Running:
+        if step >= self.run.last_step:
+            return (False,) * len(self.lives)
+        return tuple(life.runs_at(step) for life in self.lives)
 
-    def train(self) -> RankResult:
-        run = self.run
-        if self.rank == 0:
-            run.output_dir.mkdir(parents=True, exist_ok=True)
-            with MetricsWriter(run.output_dir) as writer, Progress(run) as progress:
-                for step in range(run.last_step):
-                    metrics = self._step(step)
-                    writer.write(metrics)
-                    progress.update(metrics)
-                    self.result.steps.append(metrics)
-        else:
-            for step in range(run.last_step):
-                self._step(step)
-        self.dispatcher.close()
-        self._export()
-        self.result.peak_memory_bytes = self._peak_memory_bytes()
-        return self.result
+    def _draw(self, step: int, running: Running) -> GlobalBatch:
+        return draw_global_batch(self.run.tasks, self.datasets, running, self.run.seed, step)
 
-    def _step(self, step: int) -> StepMetrics:
+    def _solve(self, step: int, running: Running) -> IntArray:
+        return self._assign(self._draw(step, running))
+
+    def _assign(self, batch: GlobalBatch) -> IntArray:
+        """Return the encoded assignment of a batch (rank 0 only)."""
         run = self.run
         start = time.perf_counter()
-        batch = self._draw(step)
-        assignment = self.dispatcher.get(step)
-        check_complete(assignment, batch)
-        targets = target_tokens(batch, self.datasets)
-        weights = torch.tensor(
-            [1.0 / count if count else 0.0 for count in targets], device=self.device
+        slowdown = tuple(self.feedback.factors)
+        assignment = dispatch(
+            batch.lengths,
+            run.plan,
+            run.cost_model,
+            buckets=None if run.dynamic_buckets else np.asarray(run.buckets, dtype=np.int64),
+            num_buckets=run.num_buckets,
+            mode=run.dispatch_mode,
+            slowdown=slowdown,
         )
-        noise = run.seed * 1_000_003 + step
-        batches = [
+        return encode(assignment, slowdown, time.perf_counter() - start)
+
+    def _tensors(
+        self,
+        batch: GlobalBatch,
+        assignment: StepDispatch,
+        data: list[TokenizedDataset | None],
+        weights: torch.Tensor,
+        noise: int,
+    ) -> list[MicroBatchTensors]:
+        """Return the tensors of this rank's replica's micro-batches."""
+        return [
             micro_batch_tensors(
-                batch, item.rows, item.padded_length, self.datasets, weights, self.device, noise
+                batch, item.rows, item.padded_length, data, weights, self.device, noise
             )
             for item in assignment.replicas[self.role.replica]
         ]
-        compute_start = time.perf_counter()
-        losses = run_replica(self.stage, batches, len(run.tasks))
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        busy_s = time.perf_counter() - compute_start
-        self._record(step, batch, assignment)
-        update_start = time.perf_counter()
-        updates = [
-            TaskUpdate(
-                learning_rate(task, step, run.num_steps[number]),
-                step < run.num_steps[number] and int(targets[number]) > 0,
-            )
-            for number, task in enumerate(run.tasks)
-        ]
-        result = self.optimizer.step(updates)
-        update_s = time.perf_counter() - update_start
-        self._warn_of_skipped(step, updates, result)
-        summed, busy = self._reduce(losses, busy_s)
-        return self._metrics(
-            step, batch, assignment, targets, summed, busy, updates, result, update_s, start
+
+    # -- the loop -------------------------------------------------------------------------------
+
+    def train(self, stop: StopRequest) -> RankResult:
+        """Run the steps, then write the adapters and a last checkpoint. Collective."""
+        run = self.run
+        with ExitStack() as stack:
+            writer = progress = None
+            if self.rank == 0:
+                writer = stack.enter_context(MetricsWriter(run.output_dir))
+                progress = stack.enter_context(Progress(run, self.first_step))
+            step, saved = self.first_step, run.resume_step
+            while any(self._running(step)):
+                metrics = self._step(step, stop.received is not None)
+                if metrics is None:
+                    break
+                step += 1
+                if writer is not None and progress is not None:
+                    writer.write(metrics)
+                    progress.update(metrics)
+                    self.result.steps.append(metrics)
+                if run.save_every and step % run.save_every == 0:
+                    self._save(step)
+                    saved = step
+            self.dispatcher.close()
+            finished = not any(self._running(step))
+            if saved != step:
+                self._save(step)
+            if finished:
+                self._export()
+            else:
+                self.result.stopped_at = step
+                self.result.stop_signal = stop.received
+        self.result.peak_memory_bytes = self._peak_memory_bytes()
+        return self.result
+
+    def _step(self, step: int, stop: bool) -> StepMetrics | None:
+        """Run one step; None when rank 0 was told to stop before it. Collective."""
+        run = self.run
+        clock = _Clock(time.perf_counter())
+        running = self._running(step)
+        assignment = self.dispatcher.get(step, running, stop)
+        if assignment is None:
+            return None
+        batch = self._draw(step, running)
+        check_complete(assignment, batch)
+        targets = target_tokens(batch, self.datasets)
+        weights = self._task_weights(step, targets)
+        batches = self._tensors(
+            batch, assignment, list(self.datasets), weights, run.seed * 1_000_003 + step
         )
+        clock.compute_s = time.perf_counter()
+        losses = run_replica(self.stage, batches, len(run.tasks))
+        self._synchronize()
+        clock.compute_s = time.perf_counter() - clock.compute_s
+        self._record(step, batch, assignment)
+
+        mark = time.perf_counter()
+        squared = self.optimizer.reduce()
+        clock.reduce_s = time.perf_counter() - mark
+        if not (self.role.is_last_stage and self.role.tp_index == 0):
+            losses = torch.zeros_like(losses)  # its TP peers computed the same
+        figures = exchange_figures(losses, squared, clock.compute_s, self.control)
+        updates = self._decide(step, targets, figures)
+        mark = time.perf_counter()
+        self.optimizer.update(updates)
+        self._synchronize()
+        clock.optimizer_s = time.perf_counter() - mark
+        return self._conclude(step, batch, assignment, targets, figures, updates, clock)
+
+    def _task_weights(self, step: int, targets: IntArray) -> torch.Tensor:
+        """Return what each task's summed loss is multiplied by: 1 / its target tokens."""
+        return torch.tensor(
+            [1.0 / count if count else 0.0 for count in targets], device=self.device
+        )
+
+    def _decide(self, step: int, targets: IntArray, figures: StepFigures) -> list[TaskUpdate]:
+        """Return what this step does to each task; the same on every rank."""
+        updates = []
+        for number, task in enumerate(self.run.tasks):
+            norm = figures.grad_norms[number]
+            updates.append(
+                TaskUpdate(
+                    apply=bool(targets[number] > 0) and math.isfinite(norm),
+                    learning_rate=learning_rate(task, step, self.run.num_steps[number]),
+                    clip=clip_coefficient(norm, task.max_grad_norm),
+                )
+            )
+        return updates
+
+    def _conclude(
+        self,
+        step: int,
+        batch: GlobalBatch,
+        assignment: StepDispatch,
+        targets: IntArray,
+        figures: StepFigures,
+        updates: list[TaskUpdate],
+        clock: _Clock,
+    ) -> StepMetrics:
+        """Let the tasks' lives and the feedback learn from the step; return its metrics."""
+        run = self.run
+        losses = [
+            figures.losses[number] / int(targets[number]) if targets[number] else math.nan
+            for number in range(len(run.tasks))
+        ]
+        took_part = [bool(count) for count in targets]
+        for number, task in enumerate(run.tasks):
+            if took_part[number]:
+                message = self.lives[number].record(updates[number].apply, losses[number])
+                self._tell(step, task.name, updates[number].apply, message)
+        busy = [max(figures.busy_s[rank] for stage in grid for rank in stage) for grid in run.grids]
+        if run.feedback:
+            plain = [
+                time_s / factor
+                for time_s, factor in zip(
+                    assignment.replica_time_s, assignment.slowdown, strict=True
+                )
+            ]
+            self.feedback.update(plain, busy)
+        step_time_s = time.perf_counter() - clock.start
+        validation = self._end_of_period(step)
+        sequences = np.bincount(batch.tasks, minlength=len(run.tasks))
+        return StepMetrics(
+            step=step,
+            step_time_s=step_time_s,
+            predicted_step_time_s=assignment.predicted_step_time_s,
+            dispatch_time_s=assignment.solve_time_s,
+            dispatch_wait_s=assignment.wait_time_s,
+            reduce_time_s=clock.reduce_s,
+            optimizer_time_s=clock.optimizer_s,
+            tokens=int(batch.lengths.sum()),
+            padded_tokens=assignment.padded_tokens,
+            gpu_seconds=step_time_s * run.world_size,
+            memory_bytes=max(figures.memory_bytes),
+            tasks={
+                task.name: TaskMetrics(
+                    loss=losses[number],
+                    tokens=int(targets[number]),
+                    sequences=int(sequences[number]),
+                    grad_norm=figures.grad_norms[number],
+                    lr=updates[number].learning_rate,
+                    applied=updates[number].apply,
+                    validation_loss=validation.get(number),
+                )
+                for number, task in enumerate(run.tasks)
+                if took_part[number]
+            },
+            replicas=[
+                ReplicaMetrics(
+                    layout=str(item.layout),
+                    busy_s=busy[item.index],
+                    predicted_s=assignment.replica_time_s[item.index],
+                    speed_factor=assignment.slowdown[item.index],
+                    micro_batches=len(assignment.replicas[item.index]),
+                    padded_tokens=sum(b.padded_tokens for b in assignment.replicas[item.index]),
+                )
+                for item in run.plan.replicas
+            ],
+        )
+
+    def _tell(self, step: int, task: str, applied: bool, stopped: str | None) -> None:
+        """Warn of a skipped update or a stopped task (rank 0)."""
+        if self.rank != 0:
+            return
+        if not applied:
+            log.warning(
+                "step %d: the gradient of task %s is not finite, its update is skipped", step, task
+            )
+        if stopped is not None:
+            log.warning("step %d: task %s is stopped: %s", step, task, stopped)
 
     def _record(self, step: int, batch: GlobalBatch, assignment: StepDispatch) -> None:
         """Note what this replica trained (by the rank that computes its loss)."""
@@ -193,87 +408,93 @@ class _Worker:
                     TrainedMicroBatch(step, self.role.replica, tasks, indices)
                 )
 
-    def _warn_of_skipped(self, step: int, updates: list[TaskUpdate], result: UpdateResult) -> None:
-        if self.rank != 0:
-            return
-        for number, update in enumerate(updates):
-            if update.active and not result.applied[number]:
-                log.warning(
-                    "step %d: the gradient of task %s is not finite; its update was skipped",
-                    step,
-                    self.run.tasks[number].name,
-                )
+    # -- evaluation -----------------------------------------------------------------------------
 
-    def _reduce(self, losses: torch.Tensor, busy_s: float) -> tuple[list[float], list[float]]:
-        """Return each task's summed loss and each replica's busiest rank's seconds."""
-        summed = losses.double().cpu()
-        if not (self.role.is_last_stage and self.role.tp_index == 0):
-            summed.zero_()
-        dist.all_reduce(summed, group=self.control)
-        busy = torch.zeros(len(self.run.grids), dtype=torch.float64)
-        busy[self.role.replica] = busy_s
-        dist.all_reduce(busy, op=dist.ReduceOp.MAX, group=self.control)
-        return summed.tolist(), busy.tolist()
+    def _end_of_period(self, step: int) -> dict[int, float]:
+        """Close an evaluation period if one ends here; return {task: validation loss}."""
+        every = self.run.validate_every
+        if not every or (step + 1) % every:
+            return {}
+        validation = self._validate(step)
+        for number, task in enumerate(self.run.tasks):
+            life = self.lives[number]
+            if life.runs_at(step):
+                stopped = life.end_period(task, validation.get(number))
+                self._tell(step, task.name, True, stopped)
+        return validation
 
-    def _metrics(
-        self,
-        step: int,
-        batch: GlobalBatch,
-        assignment: StepDispatch,
-        targets: IntArray,
-        summed: list[float],
-        busy: list[float],
-        updates: list[TaskUpdate],
-        result: UpdateResult,
-        update_s: float,
-        start: float,
-    ) -> StepMetrics:
-        sequences = np.bincount(batch.tasks, minlength=len(self.run.tasks))
-        tasks = {
-            task.name: TaskMetrics(
-                loss=summed[number] / int(targets[number]) if targets[number] else math.nan,
-                tokens=int(targets[number]),
-                sequences=int(sequences[number]),
-                grad_norm=result.grad_norms[number],
-                lr=updates[number].learning_rate,
-                applied=result.applied[number],
-            )
-            for number, task in enumerate(self.run.tasks)
-            if updates[number].active
-        }
-        replicas = [
-            ReplicaMetrics(
-                layout=str(replica.layout),
-                busy_s=busy[replica.index],
-                micro_batches=len(assignment.replicas[replica.index]),
-                padded_tokens=sum(b.padded_tokens for b in assignment.replicas[replica.index]),
-            )
-            for replica in self.run.plan.replicas
+    def _validate(self, step: int) -> dict[int, float]:
+        """Return the mean loss of every running task's held-out sequences. Collective."""
+        running = self._running(step)
+        data = [
+            held_out if runs else None
+            for held_out, runs in zip(self.validation, running, strict=True)
         ]
-        step_time_s = time.perf_counter() - start
-        return StepMetrics(
-            step=step,
-            step_time_s=step_time_s,
-            predicted_step_time_s=assignment.predicted_step_time_s,
-            dispatch_time_s=assignment.solve_time_s,
-            dispatch_wait_s=assignment.wait_time_s,
-            update_time_s=update_s,
-            tokens=int(batch.lengths.sum()),
-            padded_tokens=assignment.padded_tokens,
-            gpu_seconds=step_time_s * self.run.world_size,
-            tasks=tasks,
-            replicas=replicas,
-        )
+        batch = whole_batch(data)
+        if not len(batch):
+            return {}
+        if self.evaluation is None or self.evaluation[0] != running:
+            flat = self._assign(batch) if self.rank == 0 else None
+            flat = broadcast_array(flat, self.control)
+            assert flat is not None
+            self.evaluation = (running, decode(flat))
+        assignment = self.evaluation[1]
+        num_tasks = len(self.run.tasks)
+        weights = torch.zeros(num_tasks, device=self.device)
+        batches = self._tensors(batch, assignment, data, weights, noise=0)
+        losses = evaluate_replica(self.stage, batches, num_tasks)
+        if not (self.role.is_last_stage and self.role.tp_index == 0):
+            losses = torch.zeros_like(losses)
+        nothing = torch.zeros(num_tasks, dtype=torch.float64)
+        figures = exchange_figures(losses, nothing, 0.0, self.control)
+        counts = target_tokens(batch, data)
+        return {
+            number: figures.losses[number] / int(count)
+            for number, count in enumerate(counts)
+            if count
+        }
+
+    # -- what is left behind --------------------------------------------------------------------
+
+    def _gather(self, task: int, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        spec, shape = self.stage.bank.specs[task], self.stage.shape
+        return gather_tensors(own, spec, shape, self.run.grids, self.control)
+
+    def _save(self, step: int) -> None:
+        """Write the checkpoint after `step` steps. Collective."""
+        run = self.run
+        writer = CheckpointWriter(run.output_dir, step) if self.rank == 0 else None
+        for task, spec in enumerate(self.stage.bank.specs):
+            weights = self._gather(task, self.stage.bank.named_tensors(task))
+            moments = {
+                kind: self._gather(task, own) for kind, own in self.optimizer.moments(task).items()
+            }
+            if writer is not None:
+                writer.add_task(spec, weights, moments, run.base_model)
+        if writer is not None:
+            pairs = zip(run.tasks, self.datasets, strict=True)
+            state = CheckpointState(
+                step=step,
+                seed=run.seed,
+                tasks=[task_record(task, data) for task, data in pairs],
+                lives=lives_to_json(self.lives),
+                speed_factors=list(self.feedback.factors),
+                plan=str(run.plan),
+            )
+            writer.finish(state, run.keep_last)
+        dist.barrier(group=self.control)
 
     def _export(self) -> None:
         """Write every task's adapter (rank 0), gathered from its holders. Collective."""
         for task, spec in enumerate(self.stage.bank.specs):
-            tensors = gather_adapter(
-                self.stage.bank, task, self.stage.shape, self.run.grids, self.control
-            )
+            tensors = self._gather(task, self.stage.bank.named_tensors(task))
             if self.rank == 0:
                 save_adapter(self.run.adapter_folder(task), spec, tensors, self.run.base_model)
         dist.barrier(group=self.control)
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def _peak_memory_bytes(self) -> int:
         if self.device.type == "cuda":

@@ -26,10 +26,12 @@ def global_batch(lengths: list[int]) -> GlobalBatch:
 def test_encoding_keeps_the_assignment(lengths: list[int]) -> None:
     batch = global_batch(lengths)
     assignment = dispatch(batch.lengths, PLAN, COST, num_buckets=6)
-    decoded = decode(encode(assignment, 0.25), wait_time_s=0.5)
+    decoded = decode(encode(assignment, (1.0, 1.5, 0.75), 0.25), wait_time_s=0.5)
     check_complete(decoded, batch)
     assert decoded.predicted_step_time_s == pytest.approx(assignment.step_time_s, abs=1e-6)
     assert (decoded.solve_time_s, decoded.wait_time_s) == (0.25, 0.5)
+    assert decoded.slowdown == (1.0, 1.5, 0.75)
+    np.testing.assert_allclose(decoded.replica_time_s, assignment.replica_time_s, atol=1e-9)
     for mine, theirs in zip(decoded.replicas, assignment.micro_batches, strict=True):
         assert [b.padded_length for b in mine] == [b.padded_length for b in theirs]
         for ours, given_batch in zip(mine, theirs, strict=True):
@@ -42,9 +44,9 @@ def test_encoding_keeps_the_assignment(lengths: list[int]) -> None:
 
 def test_a_lost_or_doubled_sequence_is_noticed() -> None:
     batch = global_batch([10, 20, 30])
-    whole = decode(encode(dispatch(batch.lengths, PLAN, COST), 0.0))
+    whole = decode(encode(dispatch(batch.lengths, PLAN, COST), (1.0,) * 3, 0.0))
     first = next(b for replica in whole.replicas for b in replica)
     with pytest.raises(RuntimeError, match="of 3 sequences"):
-        check_complete(StepDispatch((), 0, 0, 0), batch)
+        check_complete(StepDispatch((), (), (), 0.0), batch)
     with pytest.raises(RuntimeError, match="of 3 sequences"):
-        check_complete(StepDispatch((*whole.replicas, (first,)), 0, 0, 0), batch)
+        check_complete(StepDispatch((*whole.replicas, (first,)), (), (), 0.0), batch)

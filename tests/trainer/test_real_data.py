@@ -82,7 +82,7 @@ def test_four_real_data_sets(
     datasets = [TokenizedDataset.load(run.data_folder(task)) for task in range(4)]
     trained = [batch for rank in ranks for batch in rank.trained]
     for step in range(20):
-        batch = draw_global_batch(run.tasks, datasets, run.num_steps, run.seed, step)
+        batch = draw_global_batch(run.tasks, datasets, (True,) * 4, run.seed, step)
         wanted = sorted(zip(batch.tasks.tolist(), batch.indices.tolist(), strict=True))
         done = [
             pair

@@ -1,0 +1,177 @@
+"""Checkpoints: canonical (they know no layout), atomic, the last few kept.
+
+`checkpoints/step_<n>/` holds the state after n steps:
+
+- `adapters/<task>/`: the adapter in PEFT's format, loadable as it is;
+- `moments/<task>.safetensors`: Adam's moments, `<moment>/<PEFT's name>`;
+- `state.json`: steps, every task's life, what the data was, the replicas' speed factors.
+
+Sampling and dropout are pure functions of the step, so there is no random state to keep.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model.lora import AdapterBank
+from tasks.config import TaskConfig
+from tasks.dataset import TokenizedDataset
+from tasks.errors import ConfigError
+from tasks.files import write_atomic
+from trainer.adapters import WEIGHTS_FILE, save_adapter
+from trainer.engines import MOMENTS, AdapterOptimizer
+
+FOLDER = "checkpoints"
+STATE_FILE = "state.json"
+FORMAT = 1
+
+# What must be the same for a task to go on; the rest may be changed between runs.
+FIXED_FIELDS = ("name", "rank", "lora_alpha", "target_modules", "global_batch_size", "seed")
+
+
+@dataclass(frozen=True)
+class CheckpointState:
+    """The part of a checkpoint that is not tensors."""
+
+    step: int
+    seed: int
+    tasks: list[dict[str, Any]]
+    lives: list[dict[str, Any]]
+    speed_factors: list[float]
+    plan: str
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """Return the folder of the checkpoint after `step` steps."""
+    return run / FOLDER / f"step_{step}"
+
+
+def list_checkpoints(run: Path) -> list[int]:
+    """Return the steps of the complete checkpoints of a run, ascending."""
+    if not (run / FOLDER).is_dir():
+        return []
+    matches = [re.fullmatch(r"step_(\d+)", path.name) for path in (run / FOLDER).iterdir()]
+    steps = sorted(int(match[1]) for match in matches if match)
+    return [step for step in steps if (step_folder(run, step) / STATE_FILE).is_file()]
+
+
+def task_record(task: TaskConfig, data: TokenizedDataset) -> dict[str, Any]:
+    """Return what identifies a task and its data, to be compared when a run goes on."""
+    record = {name: getattr(task, name) for name in FIXED_FIELDS}
+    record["target_modules"] = list(task.target_modules)
+    record["num_sequences"] = len(data)
+    record["data_sha256"] = hashlib.sha256(data.tokens.tobytes()).hexdigest()[:16]
+    return record
+
+
+class CheckpointWriter:
+    """Writes one checkpoint task by task into a hidden folder, then makes it visible."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        self.run = run
+        self.target = step_folder(run, step)
+        self.draft = self.target.with_name(f".{self.target.name}.partial")
+        shutil.rmtree(self.draft, ignore_errors=True)
+        self.draft.mkdir(parents=True)
+
+    def add_task(
+        self,
+        spec: Any,
+        weights: dict[str, Tensor],
+        moments: dict[str, dict[str, Tensor]],
+        base_model: str,
+    ) -> None:
+        """Write one task's adapter and moments (PEFT's names)."""
+        save_adapter(self.draft / "adapters" / spec.name, spec, weights, base_model)
+        flat = {f"{kind}/{name}": t for kind, own in moments.items() for name, t in own.items()}
+        (self.draft / "moments").mkdir(exist_ok=True)
+        save_file(flat, self.draft / "moments" / f"{spec.name}.safetensors")
+
+    def finish(self, state: CheckpointState, keep_last: int) -> None:
+        """Make the checkpoint visible and remove all but the last `keep_last`."""
+        content = {"format": FORMAT, **state.__dict__}
+        write_atomic(self.draft / STATE_FILE, json.dumps(content, indent=1) + "\n")
+        shutil.rmtree(self.target, ignore_errors=True)
+        os.rename(self.draft, self.target)
+        for old in list_checkpoints(self.run)[:-keep_last]:
+            shutil.rmtree(step_folder(self.run, old))
+
+
+def read_state(run: Path, step: int | None) -> CheckpointState:
+    """Return the state of a run's checkpoint; of the last one when `step` is None.
+
+    Raises:
+        ConfigError: there is no such checkpoint, or it cannot be read.
+    """
+    steps = list_checkpoints(run)
+    if not steps:
+        raise ConfigError(f"--resume: {run / FOLDER} holds no checkpoint")
+    step = steps[-1] if step is None else step
+    if step not in steps:
+        have = ", ".join(map(str, steps))
+        raise ConfigError(f"--resume {step}: {run / FOLDER} has only the steps {have}")
+    path = step_folder(run, step) / STATE_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("format") != FORMAT:
+            raise ConfigError(f"{path}: written by another version; it cannot be resumed")
+        return CheckpointState(**content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: not a usable checkpoint ({error!r})") from error
+
+
+def resume_problems(
+    state: CheckpointState, tasks: Sequence[dict[str, Any]], seed: int, source: str
+) -> list[str]:
+    """Return why a run with these task records cannot go on from a checkpoint (empty: it can)."""
+    problems = []
+    if state.seed != seed:
+        problems.append(f"--resume: the checkpoint was made with --seed {state.seed}, not {seed}")
+    before = [record["name"] for record in state.tasks]
+    now = [record["name"] for record in tasks]
+    if before != now:
+        problems.append(f"--resume: {source} has the tasks {now}, the checkpoint {before}")
+        return problems
+    for old, new in zip(state.tasks, tasks, strict=True):
+        problems += [
+            f"--resume: task {new['name']}: {field} is {new[field]!r}, "
+            f"in the checkpoint {old.get(field)!r}"
+            for field in new
+            if new[field] != old.get(field)
+        ]
+    return problems
+
+
+def load_weights(run: Path, step: int, bank: AdapterBank) -> None:
+    """Load every task's adapter of a checkpoint into this rank's layers (before the engines)."""
+    for task, spec in enumerate(bank.specs):
+        path = step_folder(run, step) / "adapters" / spec.name / WEIGHTS_FILE
+        with safe_open(path, framework="pt") as file:
+            bank.load(task, {name: file.get_tensor(name) for name in bank.named_parameters(task)})
+
+
+def load_moments(
+    run: Path, step: int, bank: AdapterBank, optimizer: AdapterOptimizer, updates: Sequence[int]
+) -> None:
+    """Load every task's moments of a checkpoint into this rank's engines."""
+    for task, spec in enumerate(bank.specs):
+        path = step_folder(run, step) / "moments" / f"{spec.name}.safetensors"
+        names = list(bank.named_parameters(task))
+        with safe_open(path, framework="pt") as file:
+            moments = {
+                kind: {name: file.get_tensor(f"{kind}/{name}") for name in names}
+                for kind in MOMENTS
+            }
+        optimizer.load_moments(task, moments, updates[task])

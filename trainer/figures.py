@@ -1,0 +1,64 @@
+"""The figures of one step, summed over the world and the same on every rank, bit for bit."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """`losses[t]`: summed token loss; `grad_norms[t]`; `busy_s[rank]`; `memory_bytes[rank]`."""
+
+    losses: tuple[float, ...]
+    grad_norms: tuple[float, ...]
+    busy_s: tuple[float, ...]
+    memory_bytes: tuple[int, ...]
+
+
+def exchange_figures(
+    losses: Tensor, squared_norms: Tensor, busy_s: float, group: dist.ProcessGroup
+) -> StepFigures:
+    """Add up every rank's part. Collective over the CPU group.
+
+    Decisions (skip an update, stop a task, clip) are made from the result on every rank, so the
+    sum is broadcast from rank 0: an all-reduce alone may differ in the last bit between ranks.
+
+    Args:
+        losses: [num_tasks] this rank's summed token losses, zero unless it computed them.
+        squared_norms: [num_tasks] this rank's part of the squared gradient norms.
+        busy_s: seconds this rank computed.
+        group: a group of the whole world.
+    """
+    num_tasks, world, rank = len(losses), dist.get_world_size(), dist.get_rank()
+    own = torch.zeros(2 * num_tasks + 2 * world, dtype=torch.float64)
+    own[:num_tasks] = losses.double().cpu()
+    own[num_tasks : 2 * num_tasks] = squared_norms
+    own[2 * num_tasks + rank] = busy_s
+    own[2 * num_tasks + world + rank] = memory_in_use_bytes()
+    dist.all_reduce(own, group=group)
+    dist.broadcast(own, src=0, group=group)
+    summed, squared, busy, memory = own.split([num_tasks, num_tasks, world, world])
+    return StepFigures(
+        losses=tuple(summed.tolist()),
+        grad_norms=tuple(squared.sqrt().tolist()),
+        busy_s=tuple(busy.tolist()),
+        memory_bytes=tuple(int(value) for value in memory.tolist()),
+    )
+
+
+def memory_in_use_bytes() -> int:
+    """Return the GPU memory allocated by this rank, or its resident memory on a CPU."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.memory_allocated()
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * PAGE_BYTES
+    except OSError:  # not Linux
+        return 0
