@@ -24,7 +24,7 @@ from planner.planners import homogeneous
 from planner.planners.base import Outcome, Problem, Progress, silent
 from planner.planners.exclusion import OpenPlans
 from planner.planners.partitions import count_maximal, maximal
-from planner.planners.relaxation import FluidPlanner
+from planner.planners.relaxation import CUT_SLACK, Cut, FluidPlanner
 from planner.rounding import choose, realise
 
 MOST_PLANS = 2_000_000
@@ -257,6 +257,7 @@ def _search_near(state: _State, relaxation: FluidPlanner) -> None:
         replicas = relaxation.gpus(state.bound_s * (1 + slack), min(3.0, state.clock.left_s))
         if replicas is not None and replicas.any():
             state.try_plan(_filled(problem, replicas))
+    _raise_bound(state, relaxation)
     while not state.done():
         centre, before_s = state.best_plans(1)[0], state.best_s
         for replicas in _promising(state, centre):
@@ -266,9 +267,64 @@ def _search_near(state: _State, relaxation: FluidPlanner) -> None:
                 break
         if state.best_s >= before_s * (1 - 1e-4):
             break
+    _raise_bound(state, relaxation)
     for replicas in state.best_plans(3):
         if not state.done():
             _polish(state, replicas, state.bound_s * 1.003)
+
+
+def _raise_bound(state: _State, relaxation: FluidPlanner) -> None:
+    """Raise the bound, step by step towards the best time, as far as no plan survives."""
+    for step in PROOF_STEPS:
+        step_s = state.best_s * (1 - step)
+        if state.done():
+            return
+        if step_s <= state.bound_s:
+            continue
+        survivor = _survivor_of_cuts(state, relaxation, step_s)
+        if survivor is None:
+            state.prove(step_s)
+            continue
+        before_s = state.best_s
+        if survivor.any() and not state.done():
+            state.try_plan(survivor)
+            _polish(state, survivor, step_s)
+        if state.best_s >= before_s * (1 - 1e-6):
+            return
+
+
+def _survivor_of_cuts(state: _State, relaxation: FluidPlanner, step_s: float) -> np.ndarray | None:
+    """Return a plan that neither the relaxation nor columns exclude at T; None if there is none.
+
+    A plan of the relaxation is asked for its columns; if those prove T impossible for it, their
+    prices become a cut for all plans. Zeros if time runs out before either.
+    """
+    problem = state.problem
+    reach = np.stack([amounts(table, step_s) for table in problem.tables])
+    cuts: list[Cut] = []
+    while state.clock.left_s > 0:
+        replicas = relaxation.gpus(step_s, max(0.5, state.clock.left_s), cuts)
+        if replicas is None:
+            return None
+        if not replicas.any():
+            break
+        layouts = np.flatnonzero(replicas)
+        found = generate(
+            [problem.tables[i] for i in layouts.tolist()],
+            Budget.of_plan(replicas[layouts]),
+            problem.counts,
+            step_s,
+            rounding="down",
+            ticks=PROOF_TICKS,
+            clock=state.clock,
+            stop_at_proof=True,
+        )
+        if found.bound <= 1 + 2 * CUT_SLACK or not np.isfinite(found.bound):
+            return replicas if state.clock.left_s > 0 else np.zeros_like(replicas)
+        values = (found.prices[None, :] * reach).max(axis=1)
+        values[layouts] = np.minimum(values[layouts], found.values)
+        cuts.append(Cut(values, float(found.prices @ problem.counts)))
+    return np.zeros(len(problem.candidates), dtype=np.int64)
 
 
 def _promising(state: _State, centre: np.ndarray) -> list[np.ndarray]:

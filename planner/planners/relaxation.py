@@ -13,6 +13,19 @@ from planner.fluid import amounts
 from planner.planners.base import Problem
 
 MIP_LIMIT_S = 10.0
+CUT_SLACK = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """What every plan reaching T satisfies: ``values @ replicas >= needed``; float64 [candidates].
+
+    Needed is the batch's value at some prices per sequence, values what one replica of a layout can
+    have of it within T. Valid for T and every smaller step time.
+    """
+
+    values: np.ndarray
+    needed: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +55,12 @@ class FluidPlanner:
         alone = [table.time_s[self._used, 1] * (1 + table.bubble_chunks) for table in self._tables]
         return float(np.stack(alone).min(axis=0).max())
 
-    def gpus(self, step_time_s: float, limit_s: float = MIP_LIMIT_S) -> np.ndarray | None:
+    def gpus(
+        self, step_time_s: float, limit_s: float = MIP_LIMIT_S, cuts: Sequence[Cut] | None = None
+    ) -> np.ndarray | None:
         """Return the replicas that need the fewest GPUs, or None if T is proven impossible.
+
+        With ``cuts`` (valid at T) the replicas satisfy them too, and leave no room for one more.
 
         If the solver stops undecided the answer is no replicas (zeros): nothing is proven.
         """
@@ -62,13 +79,19 @@ class FluidPlanner:
         objective = np.concatenate([sizes, np.zeros(columns)])
         integrality = np.zeros(number + columns)
         integrality[:number] = 1.0
+        fewest = 0 if cuts is None else problem.num_gpus - int(sizes.min()) + 1
+        constraints = [
+            LinearConstraint(capacity, -np.inf, 0.0),
+            LinearConstraint(cover, counts, np.inf),
+            LinearConstraint(objective[None, :], fewest, problem.num_gpus),
+        ]
+        for cut in cuts or ():
+            row = np.zeros((1, number + columns))
+            row[0, :number] = cut.values / cut.needed
+            constraints.append(LinearConstraint(row, 1.0 - CUT_SLACK, np.inf))
         result = milp(
             objective,
-            constraints=[
-                LinearConstraint(capacity, -np.inf, 0.0),
-                LinearConstraint(cover, counts, np.inf),
-                LinearConstraint(objective[None, :], 0, problem.num_gpus),
-            ],
+            constraints=constraints,
             bounds=(0, np.concatenate([problem.num_gpus // sizes, counts[bucket]])),
             integrality=integrality,
             options={"time_limit": limit_s},
