@@ -1,0 +1,156 @@
+"""Ten steps are five and a resume and five: bit for bit on the same plan, 1e-5 on another."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from planner.placement import place
+from planner.plan import Plan
+from tasks.config import TARGET_MODULES, TaskConfig
+from tasks.errors import ConfigError
+from tests.model.support import save_llama
+from tests.trainer.support import make_plan, make_run, random_dataset
+from trainer.adapters import adapter_spec, save_adapter
+from trainer.checkpoint import (
+    CheckpointState,
+    CheckpointWriter,
+    list_checkpoints,
+    read_state,
+    resume_problems,
+    step_folder,
+    task_record,
+)
+from trainer.run import run_local
+from trainer.run_spec import RunSpec
+
+COMMON = dict(dataset_name="random", context_length=64, learning_rate=1e-2)
+TASKS = (
+    TaskConfig(
+        "one", 4, 8.0, TARGET_MODULES, 4, lr_scheduler="cosine", warmup_steps=3, steps=10,
+        weight_decay=0.05, **COMMON,
+    ),
+    TaskConfig("two", 2, 4.0, ("q_proj", "down_proj"), 3, max_grad_norm=0.1, steps=10, **COMMON),
+    TaskConfig("short", 2, 4.0, ("o_proj",), 2, steps=4, **COMMON),
+)  # fmt: skip
+PLAN = make_plan([(1, 1), (2, 1), (1, 2)], max_tokens=64)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("resume") / "base")
+
+
+def new_run(folder: Path, base: Path, steps: int) -> RunSpec:
+    data = [random_dataset(15, 6, 50, 256, seed) for seed in range(3)]
+    return make_run(folder, base, TASKS, data, PLAN, steps)
+
+
+def adapters(run: RunSpec) -> dict[str, torch.Tensor]:
+    return {
+        f"{task.name}.{name}": value
+        for number, task in enumerate(run.tasks)
+        for name, value in load_file(
+            run.adapter_folder(number) / "adapter_model.safetensors"
+        ).items()
+    }
+
+
+@pytest.fixture(scope="module")
+def straight(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    run = new_run(tmp_path_factory.mktemp("straight") / "run", base, 10)
+    run_local(run)
+    return adapters(run)
+
+
+@pytest.fixture(scope="module")
+def half(base: Path, tmp_path_factory: pytest.TempPathFactory) -> RunSpec:
+    run = new_run(tmp_path_factory.mktemp("half") / "run", base, 5)
+    run_local(run)
+    assert list_checkpoints(run.output_dir) == [5]
+    return run
+
+
+PLANS = {
+    "same": PLAN,
+    "fewer ranks": make_plan([(1, 1)], 64),
+    "more ranks": make_plan([(2, 2), (1, 1), (1, 1)], 64),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_resume(
+    name: str, base: Path, half: RunSpec, straight: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    plan: Plan = PLANS[name]
+    run = replace(
+        half, output_dir=half.output_dir, last_step=10, resume_step=5, plan=plan,
+        grids=place(plan, 1 << 20),
+    )  # fmt: skip
+    ranks = run_local(run)
+    assert [step.step for step in ranks[0].steps] == [5, 6, 7, 8, 9]
+    resumed = adapters(run)
+    assert resumed.keys() == straight.keys()
+    for key, expected in straight.items():
+        if name == "same":
+            assert torch.equal(resumed[key], expected), f"{key} differs"
+        else:
+            error = float((resumed[key] - expected).norm() / expected.norm())
+            assert error < 1e-5, f"{key}: relative error {error:.1e}"
+
+
+def test_a_checkpoint_is_a_set_of_peft_adapters(half: RunSpec) -> None:
+    folder = step_folder(half.output_dir, 5)
+    for number, task in enumerate(half.tasks):
+        saved = load_file(folder / "adapters" / task.name / "adapter_model.safetensors")
+        final = load_file(half.adapter_folder(number) / "adapter_model.safetensors")
+        assert saved.keys() == final.keys()
+    assert json.loads((folder / "state.json").read_text())["step"] == 5
+
+
+def state(step: int) -> CheckpointState:
+    return CheckpointState(step, 0, [], [], [], "plan")
+
+
+def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
+    spec = adapter_spec(TASKS[2])
+    for step in (2, 4, 6, 10):
+        writer = CheckpointWriter(tmp_path, step)
+        writer.add_task(spec, {"w": torch.ones(2)}, {"exp_avg": {"w": torch.ones(2)}}, "base")
+        assert step not in list_checkpoints(tmp_path), "visible before it is complete"
+        writer.finish(state(step), keep_last=2)
+    assert list_checkpoints(tmp_path) == [6, 10]
+    assert read_state(tmp_path, None).step == 10
+    assert read_state(tmp_path, 6).step == 6
+    with pytest.raises(ConfigError, match="only the steps 6, 10"):
+        read_state(tmp_path, 7)
+    (step_folder(tmp_path, 10) / "state.json").write_text("{}")
+    with pytest.raises(ConfigError, match="not a usable checkpoint"):
+        read_state(tmp_path, 10)
+    with pytest.raises(ConfigError, match="holds no checkpoint"):
+        read_state(tmp_path / "elsewhere", None)
+
+
+def test_what_may_not_change_is_named() -> None:
+    data = random_dataset(5, 6, 20, 256, 0)
+    before = [task_record(task, data) for task in TASKS]
+    saved = CheckpointState(5, 0, before, [], [], "plan")
+    assert resume_problems(saved, before, 0, "tasks.json") == []
+    other = random_dataset(5, 6, 20, 256, 1)
+    changed = [task_record(replace(TASKS[0], rank=8), other), *before[1:]]
+    problems = "\n".join(resume_problems(saved, changed, 3, "tasks.json"))
+    for part in ("--seed 0, not 3", "task one: rank is 8", "task one: data_sha256"):
+        assert part in problems
+    assert "has the tasks" in resume_problems(saved, before[:2], 0, "tasks.json")[0]
+
+
+def test_saving_over_a_half_written_adapter(tmp_path: Path) -> None:
+    (tmp_path / ".a.partial").mkdir()
+    (tmp_path / ".a.partial" / "rubbish").write_text("left by a crash")
+    save_adapter(tmp_path / "a", adapter_spec(TASKS[2]), {"w": torch.ones(1)}, "base")
+    assert not (tmp_path / "a" / "rubbish").exists()
