@@ -10,12 +10,15 @@ from scipy.optimize import LinearConstraint, milp
 
 from planner.chunks import ChunkTable
 from planner.clock import Clock
-from planner.columns import Budget, Columns
-from planner.patterns import Pattern
+from planner.columns import Budget, Columns, Generated
+from planner.patterns import Pattern, PatternPricer
 from planner.search import Loads, improve
 
 SPARE_COUNT = 256  # how far a replica's sequences of a bucket may grow in the search
-MIP_LIMIT_S = 3.0
+MIP_LIMIT_S = 2.0
+DIVERSITY = 0.2  # standard deviation of the disturbance, in the logarithm
+DIVERSITY_ROUNDS = 60
+DIVERSITY_LIMIT_S = 0.6
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +38,29 @@ class Dispatched:
     replicas: np.ndarray
     chunks: tuple[tuple[tuple[int, int], ...], ...]
     step_time_s: float
+
+
+def diversify(
+    found: Generated,
+    tables: Sequence[ChunkTable],
+    counts: np.ndarray,
+    step_time_s: float,
+    ticks: int,
+    seed: int,
+    clock: Clock,
+) -> None:
+    """Add real patterns that are best at prices disturbed at random (deterministic in ``seed``)."""
+    rng = np.random.default_rng(seed)
+    pricers = [PatternPricer(table, counts, step_time_s, ticks, "up") for table in tables]
+    limit = Clock(min(DIVERSITY_LIMIT_S, 0.2 * max(0.0, clock.left_s)))
+    for _ in range(DIVERSITY_ROUNDS):
+        prices = found.prices * np.exp(DIVERSITY * rng.standard_normal(len(found.prices)))
+        for layout, pricer in enumerate(pricers):
+            pattern = pricer.price(prices)[1]
+            if pattern is not None:
+                found.columns.add(layout, pattern)
+        if limit.left_s <= 0:
+            return
 
 
 def choose(

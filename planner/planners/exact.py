@@ -11,7 +11,7 @@ generation's patterns rounded by an integer program; each followed by local sear
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,26 +19,31 @@ import numpy as np
 from planner.clock import Clock
 from planner.columns import Budget, generate
 from planner.fluid import amounts, solve_rates
+from planner.patterns import Pattern
 from planner.plan import Plan
 from planner.planners import homogeneous
 from planner.planners.base import Outcome, Problem, Progress, silent
 from planner.planners.exclusion import OpenPlans
 from planner.planners.partitions import count_maximal, maximal
 from planner.planners.relaxation import CUT_SLACK, Cut, FluidPlanner
-from planner.rounding import choose, realise
+from planner.rounding import choose, diversify, realise
 
-MOST_PLANS = 2_000_000
+MOST_LISTED = 20_000
 TARGET_GAP = 1e-3
 PROOF_TICKS = 8192
 ROUNDING_TICKS = 4096
 PROOF_STEPS = (0.0095, 0.006, 0.004, 0.0025, 0.0015, 0.001)
 TRIED_AT_ONCE = 24
+FEW_GPUS = 128  # beyond, neighbours of the best plan are tried before proofs
+ROUNDINGS = 3
+MOST_ROOM = 0.0065
+MOST_POLISHES = 40
 
 
 def default_limit_s(num_gpus: int) -> float:
     """Return the seconds EXACT takes at most when no limit is given."""
     if num_gpus <= 64:
-        return 4.0
+        return 4.5
     return 12.0 if num_gpus <= 256 else 35.0
 
 
@@ -111,7 +116,7 @@ def solve(
     skeleton = relaxation.minimum(upper_s)
     state.prove(skeleton.step_time_s)
     state.try_plan(_filled(problem, skeleton.replicas))
-    if count_maximal(problem.sizes, problem.num_gpus) <= MOST_PLANS:
+    if count_maximal(problem.sizes, problem.num_gpus) <= MOST_LISTED:
         _search_listed(state)
     else:
         _search_near(state, relaxation)
@@ -135,7 +140,7 @@ def solve(
 
 
 def _search_listed(state: _State) -> None:
-    """Search where all plans can be listed: exclude, try, exclude the rest by columns."""
+    """Search where all plans can be listed."""
     problem = state.problem
     everything = OpenPlans(problem, maximal(problem.sizes, problem.num_gpus))
     open_plans = everything.at(state.best_s * (1 - 1e-9), state.clock)
@@ -143,154 +148,101 @@ def _search_listed(state: _State) -> None:
         if state.done():
             return
         state.try_plan(replicas.astype(np.int64))
-    for step in PROOF_STEPS:
-        if state.done():
-            return
-        step_s = state.best_s * (1 - step)
-        if step_s <= state.bound_s:
-            continue
-        open_plans = open_plans.at(state.best_s * (1 - 1e-9), state.clock)
-        survivors = _survivors(state, open_plans, step_s)
-        if state.clock.left_s <= 0:
-            return
-        if not survivors:
-            state.prove(step_s)
-            continue
-        before_s = state.best_s
-        for replicas in survivors[:4]:
-            state.try_plan(replicas)
-            _polish(state, replicas, step_s)
-        if state.best_s >= before_s * (1 - 1e-6):
-            _prove_between(state, open_plans, step_s)
-            break
-    for replicas in state.best_plans(3):
-        if not state.done():
-            _polish(state, replicas, state.bound_s * 1.001)
-
-
-def _prove_between(state: _State, open_plans: OpenPlans, upper_s: float) -> None:
-    """Raise the bound by bisection between itself and a T at which plans survive."""
-    low, high = state.bound_s, upper_s
-    while high - low > 1e-3 * high and not state.done():
-        middle = 0.5 * (low + high)
-        if _survivors(state, open_plans, middle, stop_at_first=True) or state.clock.left_s <= 0:
-            high = middle
-        else:
-            low = middle
-            state.prove(middle)
-
-
-def _survivors(
-    state: _State, open_plans: OpenPlans, step_s: float, stop_at_first: bool = False
-) -> list[np.ndarray]:
-    """Return the plans that column generation does not exclude at T (all, if time runs out)."""
-    problem = state.problem
-    here = open_plans.at(step_s, state.clock)
-    survivors: list[np.ndarray] = []
-    reach = np.stack([amounts(table, step_s) for table in problem.tables])
-    while len(here.plans):
-        if state.clock.left_s <= 0:
-            return [*survivors, *here.plans.astype(np.int64)]
-        replicas = here.plans[0].astype(np.int64)
-        layouts = np.flatnonzero(replicas)
-        found = generate(
-            [problem.tables[i] for i in layouts.tolist()],
-            Budget.of_plan(replicas[layouts]),
-            problem.counts,
-            step_s,
-            rounding="down",
-            ticks=PROOF_TICKS,
-            clock=state.clock,
-            stop_at_proof=True,
-        )
-        excluded = found.bound > 1 + 1e-6
-        if not excluded:
-            survivors.append(replicas)
-            if stop_at_first:
-                return survivors
-        if np.isfinite(found.bound):
-            values = (found.prices[None, :] * reach).max(axis=1)
-            values[layouts] = np.minimum(values[layouts], found.values)
-            here.plans, here.theta = here.plans[1:], here.theta[1:]
-            here.exclude(found.prices, values)
-        else:
-            here.plans, here.theta = here.plans[1:], here.theta[1:]
-    return survivors
-
-
-def _polish(state: _State, replicas: np.ndarray, step_s: float) -> None:
-    """Look for a better dispatch of a plan: columns at T, rounded; T grows until they suffice."""
-    problem = state.problem
-    layouts = np.flatnonzero(replicas).tolist()
-    tables = [problem.tables[i] for i in layouts]
-    budget = Budget.of_plan(replicas[layouts])
-    rounded = 0
-    while rounded < 3 and step_s < state.best_s and not state.done():
-        found = generate(
-            tables,
-            budget,
-            problem.counts,
-            step_s,
-            rounding="up",
-            ticks=ROUNDING_TICKS,
-            clock=state.clock,
-        )
-        if found.theta > 1.0005:
-            step_s *= 1.0005 + min(0.01, found.theta - 1.0)
-            continue
-        chosen = choose(found.columns, budget, problem.counts, found.prices, state.clock)
-        rounded += 1
-        if chosen is not None and len(chosen) > 0:
-            full = [(layouts[owner], pattern) for owner, pattern in chosen]
-            real = realise(problem.tables, problem.counts, full, 0.0, 100)
-            if (real.replicas <= replicas).all():
-                state.note(replicas, real.step_time_s)
-        step_s *= 1.002
+    _close_gap(state, lambda step_s: _survivor_of_list(state, open_plans, step_s))
 
 
 def _search_near(state: _State, relaxation: FluidPlanner) -> None:
     """Search where plans cannot be listed: skeletons for several T, then neighbours of the best."""
     problem = state.problem
-    for slack in (0.0005, 0.002, 0.004, 0.006, 0.008, 0.012):
+    for slack in (0.0005, 0.002, 0.004, 0.008):
         if state.done():
             return
         replicas = relaxation.gpus(state.bound_s * (1 + slack), min(3.0, state.clock.left_s))
         if replicas is not None and replicas.any():
             state.try_plan(_filled(problem, replicas))
-    _raise_bound(state, relaxation)
-    while not state.done():
+    if problem.num_gpus > FEW_GPUS:
+        _climb(state)
+    _close_gap(state, lambda step_s: _survivor_of_cuts(state, relaxation, step_s))
+
+
+def _climb(state: _State) -> None:
+    """Go to better neighbours of the best plan while there are any, for half of the time."""
+    clock = Clock(0.5 * state.clock.left_s)
+    while not state.done() and clock.left_s > 0:
         centre, before_s = state.best_plans(1)[0], state.best_s
         for replicas in _promising(state, centre):
-            if state.done():
+            if state.done() or clock.left_s <= 0:
                 return
             if state.try_plan(replicas) < before_s * (1 - 1e-4):
                 break
         if state.best_s >= before_s * (1 - 1e-4):
-            break
-    _raise_bound(state, relaxation)
-    for replicas in state.best_plans(3):
-        if not state.done():
-            _polish(state, replicas, state.bound_s * 1.003)
+            return
 
 
-def _raise_bound(state: _State, relaxation: FluidPlanner) -> None:
-    """Raise the bound, step by step towards the best time, as far as no plan survives."""
+def _close_gap(state: _State, survivor_at: Callable[[float], np.ndarray | None]) -> None:
+    """Prove step times ever nearer to the best impossible; polish the plans that resist.
+
+    ``survivor_at(T)`` returns a plan not excluded at T, None if there is none, zeros if undecided.
+    """
+    seed = 0
     for step in PROOF_STEPS:
-        step_s = state.best_s * (1 - step)
-        if state.done():
-            return
-        if step_s <= state.bound_s:
-            continue
-        survivor = _survivor_of_cuts(state, relaxation, step_s)
-        if survivor is None:
-            state.prove(step_s)
-            continue
-        before_s = state.best_s
-        if survivor.any() and not state.done():
+        while not state.done():
+            step_s, before_s = state.best_s * (1 - step), state.best_s
+            if step_s <= state.bound_s * (1 + 1e-6):
+                break
+            survivor = survivor_at(step_s)
+            if survivor is None:
+                state.prove(step_s)
+                break
+            if not survivor.any():
+                return
             state.try_plan(survivor)
-            _polish(state, survivor, step_s)
-        if state.best_s >= before_s * (1 - 1e-6):
+            seed += 1
+            _polish(state, survivor, step_s, seed)
+            if state.best_s > before_s * (1 - 1e-5):
+                _prove_between(state, survivor_at, step_s)
+                break
+    while not state.done():
+        before = seed
+        for replicas in state.best_plans(3):
+            seed += 1
+            _polish(state, replicas, max(state.bound_s, state.best_s * (1 - 0.005)), seed)
+        if seed == before or seed > MOST_POLISHES:
             return
+
+
+def _prove_between(
+    state: _State, survivor_at: Callable[[float], np.ndarray | None], upper_s: float
+) -> None:
+    """Raise the bound by bisection between itself and a T at which a plan survives."""
+    low, high = state.bound_s, upper_s
+    while high - low > 1e-3 * high and not state.done():
+        middle = 0.5 * (low + high)
+        if survivor_at(middle) is None:
+            low = middle
+            state.prove(middle)
+        else:
+            high = middle
+
+
+def _survivor_of_list(state: _State, open_plans: OpenPlans, step_s: float) -> np.ndarray | None:
+    """Return a listed plan that column generation does not exclude at T; None if there is none.
+
+    Zeros if time runs out before either.
+    """
+    problem = state.problem
+    here = open_plans.at(step_s, state.clock)
+    reach = np.stack([amounts(table, step_s) for table in problem.tables])
+    while len(here.plans):
+        if state.clock.left_s <= 0:
+            return np.zeros(len(problem.candidates), dtype=np.int64)
+        replicas = here.plans[0].astype(np.int64)
+        cut = _cut(state, replicas, reach, step_s)
+        if cut is None:
+            return replicas
+        here.plans, here.theta = here.plans[1:], here.theta[1:]
+        here.exclude(cut.values, cut.needed)
+    return None
 
 
 def _survivor_of_cuts(state: _State, relaxation: FluidPlanner, step_s: float) -> np.ndarray | None:
@@ -304,27 +256,73 @@ def _survivor_of_cuts(state: _State, relaxation: FluidPlanner, step_s: float) ->
     cuts: list[Cut] = []
     while state.clock.left_s > 0:
         replicas = relaxation.gpus(step_s, max(0.5, state.clock.left_s), cuts)
-        if replicas is None:
-            return None
-        if not replicas.any():
-            break
-        layouts = np.flatnonzero(replicas)
+        if replicas is None or not replicas.any():
+            return replicas
+        cut = _cut(state, replicas, reach, step_s)
+        if cut is None:
+            return replicas
+        cuts.append(cut)
+    return np.zeros(len(problem.candidates), dtype=np.int64)
+
+
+def _cut(state: _State, replicas: np.ndarray, reach: np.ndarray, step_s: float) -> Cut | None:
+    """Return a cut that excludes a plan at T, by its columns; None if they do not."""
+    problem = state.problem
+    layouts = np.flatnonzero(replicas)
+    found = generate(
+        [problem.tables[i] for i in layouts.tolist()],
+        Budget.of_plan(replicas[layouts]),
+        problem.counts,
+        step_s,
+        rounding="down",
+        ticks=PROOF_TICKS,
+        clock=state.clock,
+        stop_at_proof=True,
+    )
+    if not np.isfinite(found.bound):  # a bucket fits no layout of the plan in time
+        fits = (reach[layouts] > 0).any(axis=0) | (problem.counts == 0)
+        bucket = int(np.argmin(fits))
+        return Cut(np.where(reach[:, bucket] > 0, 1.0, 0.0), 1.0)
+    if found.bound <= 1 + 2 * CUT_SLACK:
+        return None
+    values = (found.prices[None, :] * reach).max(axis=1)
+    values[layouts] = np.minimum(values[layouts], found.values)
+    return Cut(values, float(found.prices @ problem.counts))
+
+
+def _polish(state: _State, replicas: np.ndarray, step_s: float, seed: int) -> None:
+    """Look for a better dispatch of a plan: columns at T, rounded; T grows until they suffice."""
+    problem = state.problem
+    layouts = np.flatnonzero(replicas).tolist()
+    tables = [problem.tables[i] for i in layouts]
+    budget = Budget.of_plan(replicas[layouts])
+    # whole replicas need some room: about a fifth of one
+    room = min(MOST_ROOM, 0.2 / int(replicas.sum()))
+    rounded = 0
+    while rounded < ROUNDINGS and step_s < state.best_s and not state.done():
         found = generate(
-            [problem.tables[i] for i in layouts.tolist()],
-            Budget.of_plan(replicas[layouts]),
+            tables,
+            budget,
             problem.counts,
             step_s,
-            rounding="down",
-            ticks=PROOF_TICKS,
+            rounding="up",
+            ticks=ROUNDING_TICKS,
             clock=state.clock,
-            stop_at_proof=True,
         )
-        if found.bound <= 1 + 2 * CUT_SLACK or not np.isfinite(found.bound):
-            return replicas if state.clock.left_s > 0 else np.zeros_like(replicas)
-        values = (found.prices[None, :] * reach).max(axis=1)
-        values[layouts] = np.minimum(values[layouts], found.values)
-        cuts.append(Cut(values, float(found.prices @ problem.counts)))
-    return np.zeros(len(problem.candidates), dtype=np.int64)
+        if found.theta > 1.0 - 0.8 * room:
+            step_s *= 1.0 + 0.7 * min(0.01, found.theta - 1.0 + room)
+            continue
+        diversify(found, tables, problem.counts, step_s, ROUNDING_TICKS, seed, state.clock)
+        chosen = choose(found.columns, budget, problem.counts, found.prices, state.clock)
+        rounded += 1
+        if chosen:
+            full = [(layouts[owner], pattern) for owner, pattern in chosen]
+            idle = replicas - np.bincount([i for i, _ in full], minlength=len(replicas))
+            none = Pattern(np.zeros(len(problem.counts), dtype=np.int64), 0.0)
+            full += [(i, none) for i in layouts for _ in range(int(idle[i]))]
+            real = realise(problem.tables, problem.counts, full, 0.0, 200)
+            state.note(replicas, real.step_time_s)
+        step_s = step_s * 1.002
 
 
 def _promising(state: _State, centre: np.ndarray) -> list[np.ndarray]:

@@ -58,17 +58,18 @@ class OpenPlans:
             layouts = np.flatnonzero(result.plans[index])
             fluid = solve_rates(rates[layouts], result.plans[index][layouts], counts)
             prices = np.maximum(fluid.price, 0.0)
-            stays = result.exclude(prices, (prices[None, :] * reach).max(axis=1))
+            needed = float(prices @ counts)
+            stays = result.exclude((prices[None, :] * reach).max(axis=1), needed)
             solved = solved[stays]
         order = np.argsort(result.theta, kind="stable")
         result.plans, result.theta = result.plans[order], result.theta[order]
         return result
 
-    def exclude(self, prices: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """Drop the plans that prices [R] with values [candidates] exclude; return who stays."""
+    def exclude(self, values: np.ndarray, needed: float) -> np.ndarray:
+        """Drop the plans with ``plan @ values < needed``; return bool [plans]: who stays."""
         reached = self.plans.astype(np.float32) @ values.astype(np.float32)
         with np.errstate(divide="ignore", invalid="ignore"):
-            theta = float(prices @ self._problem.counts) / reached
+            theta = needed / reached
         np.maximum(self.theta, np.nan_to_num(theta, nan=0.0, posinf=np.inf), out=self.theta)
         stays = self.theta <= 1 + SURE
         self.plans, self.theta = self.plans[stays], self.theta[stays]
