@@ -104,6 +104,28 @@ class Generated:
     columns: Columns
 
 
+class Pool:
+    """Patterns that were useful once, by layout, to start later searches from."""
+
+    def __init__(self, num_layouts: int) -> None:
+        self._patterns: list[dict[bytes, Pattern]] = [{} for _ in range(num_layouts)]
+
+    def keep(self, layouts: Sequence[int], found: Generated) -> None:
+        """Remember the patterns that the last master program used, of the given layouts."""
+        for k in np.flatnonzero(found.weights > 1e-9).tolist():
+            pattern = found.columns.patterns[k]
+            self._patterns[layouts[found.columns.owner[k]]][pattern.counts.tobytes()] = pattern
+
+    def columns(self, layouts: Sequence[int], step_time_s: float) -> Columns:
+        """Return the known patterns of the given layouts that are real within a step time."""
+        columns = Columns()
+        for owner, layout in enumerate(layouts):
+            for pattern in self._patterns[layout].values():
+                if pattern.time_s <= step_time_s:
+                    columns.add(owner, pattern)
+        return columns
+
+
 def generate(
     tables: Sequence[ChunkTable],
     budget: Budget,
@@ -129,7 +151,8 @@ def generate(
             if table.limit[bucket] > 0 and alone_s * (1 + table.bubble_chunks) <= step_time_s:
                 one = np.zeros(len(counts), dtype=np.int64)
                 one[bucket] = 1
-                columns.add(group, Pattern(one, float(alone_s)))
+                alone_s = float(alone_s)
+                columns.add(group, Pattern(one, alone_s, alone_s * (1 + table.bubble_chunks)))
     none = np.zeros(len(counts))
     if not columns.patterns or not (columns.matrix().sum(axis=0)[used] > 0).all():
         empty = np.zeros(len(tables))

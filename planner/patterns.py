@@ -23,10 +23,15 @@ WEIGHT_SLACK = 1e-12
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
-    """``counts`` int64 [R]: sequences of each bucket; ``longest_s``: its longest chunk's time."""
+    """What a replica does in a step.
+
+    ``counts`` int64 [R]: sequences of each bucket; ``longest_s``: its longest chunk's time (of
+    pipelined layouts); ``time_s``: the step's time, bubble included.
+    """
 
     counts: np.ndarray
     longest_s: float
+    time_s: float
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class _Item:
     bucket: int
     size: int
     ticks: int
+    seconds: float
     chunk_s: float
     capacity: int  # ticks left beside the bubble if this is the longest chunk; -1: not to be read
 
@@ -106,7 +112,7 @@ class PatternPricer:
 
     def _trace(self, taken: list[tuple[_Item, np.ndarray | None, bool]], at: int) -> Pattern:
         counts = np.zeros(len(self._counts), dtype=np.int64)
-        longest = 0.0
+        longest = seconds = 0.0
         closed = -1  # the exclusive bucket already decided
         for item, mask, exclusive in reversed(taken):
             if exclusive and item.bucket == closed:
@@ -114,10 +120,11 @@ class PatternPricer:
             if mask is not None and at >= item.ticks and mask[at - item.ticks]:
                 counts[item.bucket] += item.size
                 longest = max(longest, item.chunk_s)
+                seconds += item.seconds
                 at -= item.ticks
                 if exclusive:
                     closed = item.bucket
-        return Pattern(counts, longest)
+        return Pattern(counts, longest, seconds + self._table.bubble_chunks * longest)
 
     def _weight(self, seconds: float) -> int:
         exact = seconds / self._tick_s
@@ -134,7 +141,7 @@ class PatternPricer:
             count, most = int(self._counts[bucket]), int(table.limit[bucket])
             if count <= EXCLUSIVE_MOST:
                 items = [
-                    _Item(bucket, n, self._weight(work[bucket, n]), 0.0, -1)
+                    _Item(bucket, n, self._weight(work[bucket, n]), float(work[bucket, n]), 0.0, -1)
                     for n in range(1, count + 1)
                     if work[bucket, n] <= self._step_s
                 ]
@@ -182,8 +189,9 @@ class PatternPricer:
             copies -= number
             bundle *= 2
             read = min(capacity, self._ticks) if copies == 0 else -1
-            ticks = self._weight(number * chunk_s)
-            items.append(_Item(bucket, number * size, ticks, chunk_s, read))
+            seconds = number * chunk_s
+            ticks = self._weight(seconds)
+            items.append(_Item(bucket, number * size, ticks, seconds, chunk_s, read))
         return items
 
     @staticmethod

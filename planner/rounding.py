@@ -94,7 +94,7 @@ def choose(
         integrality=np.ones(number + len(used)),
         bounds=(0, np.inf),
         options={
-            "time_limit": float(min(MIP_LIMIT_S, max(0.1, clock.left_s))),
+            "time_limit": float(min(MIP_LIMIT_S, max(0.1, 0.4 * clock.left_s))),
             "mip_rel_gap": 1e-2,
         },
     )

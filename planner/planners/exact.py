@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from planner.clock import Clock
-from planner.columns import Budget, generate
+from planner.columns import Budget, Pool, generate
 from planner.fluid import amounts, solve_rates
 from planner.patterns import Pattern
 from planner.plan import Plan
@@ -34,8 +34,9 @@ PROOF_TICKS = 8192
 ROUNDING_TICKS = 4096
 PROOF_STEPS = (0.0095, 0.006, 0.004, 0.0025, 0.0015, 0.001)
 TRIED_AT_ONCE = 24
+LARGE_GAP = 0.015  # a gap at which a better plan is looked for before a better bound
 FEW_GPUS = 128  # beyond, neighbours of the best plan are tried before proofs
-ROUNDINGS = 3
+ROUNDINGS = 2
 MOST_ROOM = 0.0065
 MOST_POLISHES = 40
 
@@ -57,6 +58,9 @@ class _State:
     bound_s: float = 0.0
     best_s: float = np.inf
     times: dict[tuple[int, ...], float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.pool = Pool(len(self.problem.candidates))
 
     @property
     def gap(self) -> float:
@@ -185,6 +189,9 @@ def _close_gap(state: _State, survivor_at: Callable[[float], np.ndarray | None])
     ``survivor_at(T)`` returns a plan not excluded at T, None if there is none, zeros if undecided.
     """
     seed = 0
+    if state.gap > LARGE_GAP:
+        for replicas in state.best_plans(1):
+            _polish(state, replicas, state.bound_s * (1 + LARGE_GAP), seed, roundings=1)
     for step in PROOF_STEPS:
         while not state.done():
             step_s, before_s = state.best_s * (1 - step), state.best_s
@@ -268,17 +275,19 @@ def _survivor_of_cuts(state: _State, relaxation: FluidPlanner, step_s: float) ->
 def _cut(state: _State, replicas: np.ndarray, reach: np.ndarray, step_s: float) -> Cut | None:
     """Return a cut that excludes a plan at T, by its columns; None if they do not."""
     problem = state.problem
-    layouts = np.flatnonzero(replicas)
+    layouts = np.flatnonzero(replicas).tolist()
     found = generate(
-        [problem.tables[i] for i in layouts.tolist()],
+        [problem.tables[i] for i in layouts],
         Budget.of_plan(replicas[layouts]),
         problem.counts,
         step_s,
         rounding="down",
         ticks=PROOF_TICKS,
         clock=state.clock,
+        columns=state.pool.columns(layouts, step_s),
         stop_at_proof=True,
     )
+    state.pool.keep(layouts, found)
     if not np.isfinite(found.bound):  # a bucket fits no layout of the plan in time
         fits = (reach[layouts] > 0).any(axis=0) | (problem.counts == 0)
         bucket = int(np.argmin(fits))
@@ -290,7 +299,9 @@ def _cut(state: _State, replicas: np.ndarray, reach: np.ndarray, step_s: float) 
     return Cut(values, float(found.prices @ problem.counts))
 
 
-def _polish(state: _State, replicas: np.ndarray, step_s: float, seed: int) -> None:
+def _polish(
+    state: _State, replicas: np.ndarray, step_s: float, seed: int, roundings: int = ROUNDINGS
+) -> None:
     """Look for a better dispatch of a plan: columns at T, rounded; T grows until they suffice."""
     problem = state.problem
     layouts = np.flatnonzero(replicas).tolist()
@@ -299,7 +310,7 @@ def _polish(state: _State, replicas: np.ndarray, step_s: float, seed: int) -> No
     # whole replicas need some room: about a fifth of one
     room = min(MOST_ROOM, 0.2 / int(replicas.sum()))
     rounded = 0
-    while rounded < ROUNDINGS and step_s < state.best_s and not state.done():
+    while rounded < roundings and step_s < state.best_s and not state.done():
         found = generate(
             tables,
             budget,
@@ -308,7 +319,9 @@ def _polish(state: _State, replicas: np.ndarray, step_s: float, seed: int) -> No
             rounding="up",
             ticks=ROUNDING_TICKS,
             clock=state.clock,
+            columns=state.pool.columns(layouts, step_s),
         )
+        state.pool.keep(layouts, found)
         if found.theta > 1.0 - 0.8 * room:
             step_s *= 1.0 + 0.7 * min(0.01, found.theta - 1.0 + room)
             continue
@@ -318,7 +331,7 @@ def _polish(state: _State, replicas: np.ndarray, step_s: float, seed: int) -> No
         if chosen:
             full = [(layouts[owner], pattern) for owner, pattern in chosen]
             idle = replicas - np.bincount([i for i, _ in full], minlength=len(replicas))
-            none = Pattern(np.zeros(len(problem.counts), dtype=np.int64), 0.0)
+            none = Pattern(np.zeros(len(problem.counts), dtype=np.int64), 0.0, 0.0)
             full += [(i, none) for i in layouts for _ in range(int(idle[i]))]
             real = realise(problem.tables, problem.counts, full, 0.0, 200)
             state.note(replicas, real.step_time_s)
