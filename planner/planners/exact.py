@@ -204,10 +204,11 @@ def _close_gap(state: _State, survivor_at: Callable[[float], np.ndarray | None])
             if not survivor.any():
                 return
             state.try_plan(survivor)
+            _prove_between(state, survivor_at, step_s, 4e-3)
             seed += 1
             _polish(state, survivor, step_s, seed)
             if state.best_s > before_s * (1 - 1e-5):
-                _prove_between(state, survivor_at, step_s)
+                _prove_between(state, survivor_at, step_s, 1e-3)
                 break
     while not state.done():
         before = seed
@@ -219,11 +220,14 @@ def _close_gap(state: _State, survivor_at: Callable[[float], np.ndarray | None])
 
 
 def _prove_between(
-    state: _State, survivor_at: Callable[[float], np.ndarray | None], upper_s: float
+    state: _State,
+    survivor_at: Callable[[float], np.ndarray | None],
+    upper_s: float,
+    tolerance: float,
 ) -> None:
     """Raise the bound by bisection between itself and a T at which a plan survives."""
     low, high = state.bound_s, upper_s
-    while high - low > 1e-3 * high and not state.done():
+    while high - low > tolerance * high and not state.done():
         middle = 0.5 * (low + high)
         if survivor_at(middle) is None:
             low = middle
