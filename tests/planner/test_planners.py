@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from planner.candidates import Candidates, all_candidates, propose
+from planner.chunks import ChunkTable, chunk_table
+from planner.clock import Clock
+from planner.planners import exact, homogeneous, lobra
+from planner.planners.base import Problem
+from planner.planners.identical import IdenticalModel
+from planner.planners.partitions import count_maximal, maximal
+from profiler.profiles import MemoryProfile, MemoryRow
+from tasks.errors import ConfigError
+from tests.planner.support import (
+    best_identical_s,
+    best_plan_s,
+    random_cost_model,
+    random_problem,
+)
+
+HUNDREDS = range(120)
+
+
+def memory_tables(problem: Problem) -> list[ChunkTable]:
+    return [
+        chunk_table(c.layout, c.max_tokens, problem.buckets, problem.cost_model)
+        for c in problem.candidates
+    ]
+
+
+def optimum_identical_s(problem: Problem, tables: list[ChunkTable], plans: np.ndarray) -> float:
+    return min(best_identical_s(tables, problem.counts, plan) for plan in plans)
+
+
+@pytest.mark.parametrize("seed", HUNDREDS)
+def test_balance_group_and_prune_agree_with_brute_force(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    problem = random_problem(rng, "lobra6" if seed % 2 else "fitted", max_count=3)
+    plans = maximal(problem.sizes, problem.num_gpus)
+    assert len(plans) == count_maximal(problem.sizes, problem.num_gpus)
+    tables = memory_tables(problem)
+    balance = lobra.balance(problem)
+    assert balance.proven
+    assert balance.objective_s == pytest.approx(optimum_identical_s(problem, tables, plans))
+
+    masked = lobra.length_based(tables)
+    best_group = optimum_identical_s(problem, masked, plans)
+    if np.isfinite(best_group):
+        assert lobra.group(problem).objective_s == pytest.approx(best_group)
+    else:
+        with pytest.raises(ConfigError):
+            lobra.group(problem)
+
+    estimate = lobra.length_based_estimate_s(tables, problem.counts, plans, problem.sizes)
+    kept = plans[estimate <= 1.15 * estimate.min()]
+    best_kept = optimum_identical_s(problem, tables, kept)
+    assert lobra.prune(problem).objective_s == pytest.approx(best_kept)
+
+
+@pytest.mark.parametrize("seed", HUNDREDS)
+def test_exact_is_certified_and_never_worse(seed: int) -> None:
+    rng = np.random.default_rng(1000 + seed)
+    problem = random_problem(rng, "lobra6" if seed % 2 else "fitted", max_count=3)
+    optimum = best_plan_s(problem)
+    found = exact.solve(problem, 1.0)
+    assert found.lower_bound_s <= optimum * (1 + 1e-9)
+    assert found.step_time_s >= optimum * (1 - 1e-9)
+    assert found.plan.num_gpus <= problem.num_gpus
+    same = homogeneous.find(problem)
+    others = [lobra.balance(problem), lobra.prune(problem), *([same] if same else [])]
+    for other in others:
+        assert found.step_time_s <= other.step_time_s * (1 + 1e-9)
+    if found.proven:
+        assert found.step_time_s <= optimum * (1 + 2e-3)
+
+
+def test_the_bilinear_model_finds_the_same_optimum() -> None:
+    for seed in range(6):
+        problem = random_problem(np.random.default_rng(seed), "lobra6", max_count=2)
+        tables = memory_tables(problem)
+        model = IdenticalModel(tables, problem.counts, num_gpus=problem.num_gpus)
+        found = model.solve(20.0)
+        plans = maximal(problem.sizes, problem.num_gpus)
+        assert found.objective_s == pytest.approx(optimum_identical_s(problem, tables, plans))
+
+
+def test_maximal_plans_leave_no_room_and_are_all_there() -> None:
+    sizes = np.array([2, 3, 4])
+    plans = maximal(sizes, 11)
+    totals = plans @ sizes
+    assert (totals <= 11).all() and (totals > 11 - 2).all()
+    listed = {tuple(plan) for plan in plans.tolist()}
+    expected = {
+        (a, b, c)
+        for a in range(6)
+        for b in range(4)
+        for c in range(3)
+        if 11 - 2 < 2 * a + 3 * b + 4 * c <= 11
+    }
+    assert listed == expected
+
+
+def test_a_time_limit_is_kept() -> None:
+    problem = random_problem(np.random.default_rng(5), max_gpus=4)
+    clock = Clock()
+    found = exact.solve(problem, 0.05)
+    assert clock.elapsed_s < 2.0
+    assert found.lower_bound_s <= found.step_time_s
+
+
+def published(*rows: tuple[int, int, int]) -> MemoryProfile:
+    return MemoryProfile(tuple(MemoryRow(tp, pp, 1, tokens) for tp, pp, tokens in rows))
+
+
+def test_candidates_say_what_was_left_out() -> None:
+    cost_model = random_cost_model(np.random.default_rng(0))
+    memory = published((1, 1, 2048), (2, 1, 4096), (8, 1, 8192), (1, 16, 4096), (4, 1, 8192))
+    found = all_candidates(memory, cost_model, 8, 4096, 8)
+    assert [str(c.layout) for c in found.chosen] == ["<1,1>", "<2,1>", "<4,1>"]
+    text = " ".join(found.dropped)
+    assert "<1,16>: needs 16 GPUs" in text
+    assert "<8,1>: the time profile" in text
+
+
+def test_no_layout_for_the_longest_bucket_names_the_missing_times() -> None:
+    cost_model = random_cost_model(np.random.default_rng(0))
+    memory = published((1, 1, 2048), (8, 1, 8192))
+    with pytest.raises(ConfigError, match=r"longest bucket of 5008 .*no rows for tp 8"):
+        all_candidates(memory, cost_model, 8, 5008, 8)
+    with pytest.raises(ConfigError, match="at least one GPU"):
+        all_candidates(memory, cost_model, 0, 100, 8)
+
+
+def test_the_proposal_keeps_the_fastest_of_each_capacity() -> None:
+    cost_model = random_cost_model(np.random.default_rng(0))
+    memory = published((1, 1, 2048), (1, 2, 2048), (2, 1, 4096), (4, 1, 8192))
+    everything = all_candidates(memory, cost_model, 8, 2048, 8)
+    proposed = propose(everything, cost_model)
+    assert isinstance(proposed, Candidates)
+    assert [str(c.layout) for c in proposed.chosen] == ["<1,1>", "<2,1>", "<4,1>"]
+    assert any(text.startswith("<1,2>: not proposed") for text in proposed.dropped)

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from profiler.cost_model import fit_cost_model
+from profiler.profiles import TimeProfile, load_time_profile
+from tasks.errors import ConfigError
+
+
+def profile_of(times: list[tuple[int, int, int, float]]) -> TimeProfile:
+    table = np.array(times, dtype=float)
+    whole = table[:, :3].astype(np.int64)
+    return TimeProfile(whole[:, 0], whole[:, 1], whole[:, 2], table[:, 3])
+
+
+@pytest.fixture
+def published(shared: Path) -> TimeProfile:
+    return load_time_profile(
+        shared / "reference" / "lobra_7b_a100_40gb" / "profile_time_llama_7B.csv"
+    )
+
+
+def test_the_six_coefficients_err_as_lobras_do(published: TimeProfile) -> None:
+    model = fit_cost_model(published, 32, "lobra6")
+    mean = {1: 0.039, 2: 0.023, 4: 0.014, 8: 0.048}
+    worst = {1: 0.14, 2: 0.10, 4: 0.06, 8: 0.16}
+    for tp, fit in model.layers.items():
+        assert fit.mean_error == pytest.approx(mean[tp], abs=1e-3)
+        assert fit.max_error == pytest.approx(worst[tp], abs=6e-3)
+
+
+def test_the_fitted_times_never_fall(published: TimeProfile) -> None:
+    model = fit_cost_model(published, 32)
+    b, s = np.arange(1, 65)[:, None], np.arange(16, 65536, 64)[None, :]
+    for tp in model.tps:
+        time_ms = model.layer_time_ms(tp, b, s)
+        assert time_ms.shape == (64, s.shape[1])
+        assert (time_ms > 0).all()
+        assert (np.diff(time_ms, axis=0) >= 0).all()
+        assert (np.diff(time_ms, axis=1) >= 0).all()
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=50, deadline=None)
+def test_a_few_rows_of_a_plain_law_are_followed_four_times_beyond(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    constant, per_token, quadratic = (
+        rng.uniform(0.1, 2),
+        rng.uniform(1e-3, 1e-2),
+        rng.uniform(0, 1e-6),
+    )
+
+    def law(b: float, s: float) -> float:
+        return constant + per_token * b * s + quadratic * b * s * s
+
+    rows = [(1, s, b, law(b, s)) for s in (128, 512, 2048) for b in (1, 4)]
+    model = fit_cost_model(profile_of(rows), 4)
+    assert model.layers[1].max_error < 1e-6
+    assert float(model.layer_time_ms(1, 2, 8192)) == pytest.approx(law(2, 8192), rel=1e-6)
+
+
+def test_a_chunk_takes_the_layers_of_the_largest_stage_and_the_head() -> None:
+    rows = [(1, s, b, 1.0 + b * s / 1000) for s in (100, 200, 400) for b in (1, 2, 3)]
+    head = [(1, s, b, b * s / 100) for s in (100, 200, 400) for b in (1, 2, 3)]
+    model = fit_cost_model(profile_of(rows), 5, head_profile=profile_of(head))
+    layer = float(model.layer_time_ms(1, 2, 300))
+    assert float(model.chunk_time_ms(1, 2, 2, 300)) == pytest.approx(3 * layer + 6.0, rel=1e-6)
+
+
+def test_too_few_rows_or_an_unknown_tp_are_refused() -> None:
+    rows = [(1, s, 1, 1.0 + s) for s in (100, 200, 300, 400, 500, 600)]
+    with pytest.raises(ConfigError, match="coefficients"):
+        fit_cost_model(profile_of(rows), 4, "lobra6")
+    with pytest.raises(ConfigError, match="no rows for tp 2"):
+        fit_cost_model(profile_of(rows), 4).layer_time_ms(2, 1, 100)
+    with pytest.raises(ConfigError, match="known are"):
+        fit_cost_model(profile_of(rows), 4, "best")  # type: ignore[arg-type]

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from profiler.profiles import (
+    MEMORY_COLUMNS,
+    TIME_COLUMNS,
+    append_row,
+    default_memory_path,
+    default_time_path,
+    load_memory_profile,
+    load_time_profile,
+    read_meta,
+    write_meta,
+)
+from tasks.errors import ConfigError
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "profile.csv"
+    path.write_text(text)
+    return path
+
+
+def test_lobras_files_load_unchanged(shared: Path) -> None:
+    folder = shared / "reference" / "lobra_7b_a100_40gb"
+    times = load_time_profile(folder / "profile_time_llama_7B.csv")
+    assert len(times) == 250
+    assert times.tps == (1, 2, 4, 8)
+    memory = load_memory_profile(folder / "max_tokens_llama_7B_6tasks.csv")
+    assert len(memory.layouts) == 14
+    assert memory.max_tokens(1, 8) == 4096
+    assert memory.max_tokens(16, 1) == 0
+
+
+def test_every_mistake_of_a_time_profile_is_named(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        "tp,seq_len,mbs,time\n1,128,1,nan\n1,x,1,3.0\n1,256,2,-1\n1,256\n0,256,1,2.0\n1,512,1,4.0\n",
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_time_profile(path)
+    text = str(caught.value)
+    for part in ("line 2", "line 3", "line 4", "line 5", "line 6", "not finite", "'x'", str(path)):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("tp,seq_len,time\n1,128,2.0\n", "column mbs is missing"),
+        ("", "missing"),
+        ("tp,seq_len,mbs,time\n", "has no rows"),
+    ],
+)
+def test_a_file_that_is_no_time_profile_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_time_profile(written(tmp_path, text))
+
+
+def test_a_missing_file_says_how_to_make_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="lobra profile memory"):
+        load_memory_profile(tmp_path / "none.csv")
+
+
+def test_a_memory_table_that_is_not_monotone_is_refused(tmp_path: Path) -> None:
+    good = "tp,pp,sp,max_tokens\n1,1,1,2048\n2,1,1,1900\n1,2,1,2048\n"
+    assert load_memory_profile(written(tmp_path, good)).max_tokens(2, 1) == 1900  # one step less
+    bad = "tp,pp,sp,max_tokens\n1,1,1,4096\n2,1,1,2048\n"
+    with pytest.raises(ConfigError, match=r"not monotone: <2,1> holds 2048"):
+        load_memory_profile(written(tmp_path, bad))
+
+
+def test_repeated_layouts_are_refused(tmp_path: Path) -> None:
+    text = "tp,pp,sp,max_tokens\n1,1,1,2048\n1,1,1,4096\n"
+    with pytest.raises(ConfigError, match="already on line 2"):
+        load_memory_profile(written(tmp_path, text))
+
+
+def test_rows_are_appended_and_a_torn_line_is_cut(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "profile.csv"
+    append_row(path, TIME_COLUMNS, (1, 128, 1, 3.5))
+    with path.open("a") as file:
+        file.write("1,256,1,4.")
+    append_row(path, TIME_COLUMNS, (1, 256, 1, 4.25))
+    times = load_time_profile(path)
+    assert times.time_ms.tolist() == [3.5, 4.25]
+    with pytest.raises(ValueError, match="values for the columns"):
+        append_row(path, MEMORY_COLUMNS, (1, 2))
+
+
+def test_the_sidecar_goes_with_the_profile(tmp_path: Path) -> None:
+    path = tmp_path / "profile.csv"
+    assert read_meta(path) == {}
+    write_meta(path, {"hardware": "CPU", "measured": True})
+    append_row(path, TIME_COLUMNS, (1, 128, 1, 3.5))
+    assert load_time_profile(path).meta == {"hardware": "CPU", "measured": True}
+    (tmp_path / "profile.meta.json").write_text("[1]")
+    with pytest.raises(ConfigError, match="JSON object"):
+        read_meta(path)
+
+
+def test_default_paths_are_the_contracts_and_lobras_spelling_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert str(default_time_path("7B")) == "exp_result/profile/cost_model/profile_time_7B.csv"
+    assert default_memory_path("models/my", 4).name == "max_tokens_my_4tasks.csv"
+    folder = tmp_path / "exp_result/profile/cost_model"
+    folder.mkdir(parents=True)
+    (folder / "profile_time_llama_7B.csv").touch()
+    assert default_time_path("7B").name == "profile_time_llama_7B.csv"
