@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import LlamaConfig, LlamaForCausalLM
+import transformers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from model.groups import build_groups
 from model.lora import AdapterSpec, peft_name
@@ -22,9 +30,23 @@ SPECS = (
 )
 
 
+FAMILIES = {
+    "llama": (LlamaConfig, {}),
+    "qwen2": (Qwen2Config, {}),  # biases on q, k and v
+    "qwen3": (Qwen3Config, {"head_dim": 32, "tie_word_embeddings": True}),  # norms on q and k
+    "mistral": (MistralConfig, {"sliding_window": None}),
+}
+
+
 def save_llama(folder: Path, **overrides: Any) -> Path:
     """Save a small random Llama (4 layers, grouped-query heads) and return its folder."""
+    return save_family("llama", folder, **overrides)
+
+
+def save_family(family: str, folder: Path, **overrides: Any) -> Path:
+    """Save a small random model of a family; biases and norms are random too."""
     torch.manual_seed(0)
+    config, own = FAMILIES[family]
     sizes = dict(
         hidden_size=64,
         intermediate_size=96,
@@ -36,7 +58,12 @@ def save_llama(folder: Path, **overrides: Any) -> Path:
         tie_word_embeddings=False,
         initializer_range=0.08,
     )
-    LlamaForCausalLM(LlamaConfig(**{**sizes, **overrides})).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config(**{**sizes, **own, **overrides}))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "norm" in name:
+            torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.1)
+    transformers.utils.logging.disable_progress_bar()
+    model.save_pretrained(folder)
     return folder
 
 
@@ -72,14 +99,20 @@ def random_adapter(shape: ModelShape, task: int) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def gradients_on_rank(folder: Path, grids: tuple[Grid, ...], num: int) -> dict[str, Any]:
+def gradients_on_rank(
+    folder: Path, grids: tuple[Grid, ...], num: int, dropout: float = 0.0
+) -> dict[str, Any]:
     """Run one replica's forward and backward; return gradients, losses and what was loaded."""
     groups = build_groups(grids)
-    stage = build_stage(folder, groups, SPECS)
+    specs = [replace(spec, dropout=dropout) for spec in SPECS]
+    stage = build_stage(folder, groups, specs)
     for task in range(len(SPECS)):
         stage.bank.load(task, random_adapter(stage.shape, task))
     weights = torch.tensor([0.5, 0.25])
-    batches = [MicroBatchTensors(t, lab, rows, weights) for t, lab, rows in random_batches(num)]
+    batches = [
+        MicroBatchTensors(tokens, labels, rows, weights, noise_seed=seed if dropout else None)
+        for seed, (tokens, labels, rows) in enumerate(random_batches(num))
+    ]
     losses = run_replica(stage, batches, len(SPECS))
     gradients = {}
     for task in range(len(SPECS)):

@@ -85,6 +85,27 @@ def test_a_rank_reads_and_holds_only_its_own_weights(llama, layout: tuple[int, i
         assert result["held_bytes"] < share + 9 * 64 * 4 + 4 * 2 * 16 * 64 * 4
 
 
+def test_dropout_is_the_same_on_every_layout(llama) -> None:
+    """One mask per micro-batch, task and layer: shared by a TP group, the same for any layout."""
+    summed = []
+    for layout, dropout in [((1, 1), 0.5), ((2, 1), 0.5), ((1, 2), 0.5), ((1, 1), 0.0)]:
+        ranks = run_ranks(
+            FUNCTION,
+            layout[0] * layout[1],
+            dict(folder=llama, grids=make_grids([layout]), num=3, dropout=dropout),
+        )
+        total: dict[str, np.ndarray] = {}
+        for result in ranks:
+            for name, gradient in result["gradients"].items():
+                total[name] = total.get(name, 0) + gradient
+        summed.append(total)
+    reference, *others, without = summed
+    for other in others:
+        for name, gradient in reference.items():
+            np.testing.assert_allclose(other[name], gradient, rtol=1e-3, atol=1e-5)
+    assert any(np.abs(reference[name] - without[name]).max() > 1e-2 for name in reference)
+
+
 def test_a_failing_rank_is_named() -> None:
     with pytest.raises(RankError, match="rank 1 failed(.|\n)*negative dimension"):
         run_ranks("tests.model.support:fail_on_rank_one", 2)
