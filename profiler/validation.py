@@ -1,4 +1,4 @@
-"""How well a cost model predicts rows it has not seen: k-fold cross-validation over a profile."""
+"""How well a cost model predicts rows it has not seen, and which rows of a profile look wrong."""
 
 from __future__ import annotations
 
@@ -7,11 +7,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from profiler.cost_model import Kind, fit_layer
+from profiler.layer_fit import Kind, LayerFit, fit_layer
 from profiler.profiles import TimeProfile
+from profiler.series import other_series
 from tasks.errors import ConfigError
 
 Array = np.ndarray
+
+SUSPICIOUS_DEVIATIONS = 5.0
+SUSPICIOUS_ERROR = 0.05  # less is of no consequence for a plan
+# A fit may err on held-out rows by this multiple of the rows' own spread, and by this in any case.
+EXCUSED_SPREADS = 3.0
+EXCUSED_ERROR = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,9 +46,26 @@ class Validation:
         return float(np.abs(self.error).mean())
 
     @property
+    def median_error(self) -> float:
+        """The median of the absolute relative errors."""
+        return float(np.median(np.abs(self.error)))
+
+    @property
     def max_error(self) -> float:
         """The largest absolute relative error."""
         return float(np.abs(self.error).max())
+
+
+@dataclass(frozen=True)
+class SuspiciousRow:
+    """A row that its neighbours contradict: ``reason`` says how."""
+
+    tp: int
+    b: int
+    s: int
+    time_ms: float
+    error: float
+    reason: str
 
 
 def fold_of_row(profile: TimeProfile, num_folds: int, seed: int = 0) -> Array:
@@ -60,10 +84,23 @@ def fold_of_row(profile: TimeProfile, num_folds: int, seed: int = 0) -> Array:
     return folds
 
 
+def fold_of_length(profile: TimeProfile) -> Array:
+    """Return int64 [rows]: a fold for every sequence length, so that a length is unseen whole."""
+    folds: Array = np.unique(profile.seq_len, return_inverse=True)[1].reshape(-1)
+    return folds
+
+
 def cross_validate(
-    profile: TimeProfile, kind: Kind, num_folds: int = 5, seed: int = 0
+    profile: TimeProfile,
+    kind: Kind,
+    num_folds: int = 5,
+    seed: int = 0,
+    by_length: bool = False,
 ) -> tuple[Validation, ...]:
     """Return, for every tp, the error on each row of a cost model fitted without its fold.
+
+    ``by_length`` leaves out whole lengths, one after the other, instead of random rows. Where a
+    profile is of two series, a row is compared with the prediction for its own (see `series`).
 
     Raises
     ------
@@ -73,11 +110,12 @@ def cross_validate(
     """
     if num_folds < 2:
         raise ConfigError(f"--folds {num_folds}: at least 2 are needed")
-    folds = fold_of_row(profile, num_folds, seed)
+    folds = fold_of_length(profile) if by_length else fold_of_row(profile, num_folds, seed)
     results, problems = [], []
     for tp in profile.tps:
         rows = np.flatnonzero(profile.tp == tp)
-        if len(set(folds[rows])) < num_folds:
+        found = len(set(folds[rows]))
+        if found < (2 if by_length else num_folds):
             problems.append(
                 f"{profile.path}: tp {tp}: fewer points than {num_folds} folds; measure more or "
                 f"pass a smaller --folds"
@@ -95,14 +133,20 @@ def cross_validate(
 def _validate_tp(
     profile: TimeProfile, tp: int, kind: Kind, rows: Array, folds: Array
 ) -> Validation:
-    b, s = profile.mbs[rows].astype(np.float64), profile.seq_len[rows].astype(np.float64)
-    time_ms = profile.time_ms[rows]
+    b, s, time_ms, others = _rows_of(profile, rows)
     error = np.empty(len(rows))
     for fold in np.unique(folds):
-        held_out = folds == fold
-        fit = fit_layer(b[~held_out], s[~held_out], time_ms[~held_out], kind)
-        error[held_out] = fit.time_ms(b[held_out], s[held_out]) / time_ms[held_out] - 1.0
+        out = folds == fold
+        fit = fit_layer(b[~out], s[~out], time_ms[~out], kind, others[~out])
+        error[out] = fit.time_ms(b[out], s[out], others[out]) / time_ms[out] - 1.0
     return Validation(tp, kind, rows, error)
+
+
+def _rows_of(profile: TimeProfile, rows: Array) -> tuple[Array, Array, Array, Array]:
+    b, s = profile.mbs[rows].astype(np.float64), profile.seq_len[rows].astype(np.float64)
+    others = other_series(profile)
+    chosen = np.zeros(len(rows), dtype=bool) if others is None else others[rows]
+    return b, s, profile.time_ms[rows], chosen
 
 
 def worst_rows(
@@ -121,3 +165,90 @@ def worst_rows(
         for row, error in zip(validation.rows, validation.error, strict=True)
     ]
     return sorted(table, key=lambda entry: -abs(entry[4]))[:count]
+
+
+def suspicious_rows(
+    profile: TimeProfile, validations: Iterable[Validation]
+) -> tuple[SuspiciousRow, ...]:
+    """Return the rows that stick out by far more than the others of their tp, worst first.
+
+    Two ways: the fit that has not seen a row misses it by five robust standard deviations (and at
+    least 5 %), or a larger micro-batch of the same series takes 5 % less time.
+    """
+    others = other_series(profile)
+    found = []
+    for validation in validations:
+        rows = validation.rows
+        deviation = 1.4826 * float(np.median(np.abs(validation.error)))
+        limit = max(SUSPICIOUS_ERROR, SUSPICIOUS_DEVIATIONS * deviation)
+        for row, error in zip(rows, validation.error, strict=True):
+            same = rows if others is None else rows[others[rows] == others[row]]
+            shape = (profile.mbs[same], profile.seq_len[same])
+            larger = (shape[0] >= profile.mbs[row]) & (shape[1] >= profile.seq_len[row])
+            least_ms = profile.time_ms[same[larger]].min()
+            measured = float(profile.time_ms[row])
+            if least_ms < measured * (1.0 - SUSPICIOUS_ERROR):
+                reason = f"a larger micro-batch takes {least_ms:.3f} ms"
+            elif abs(error) > limit:
+                reason = f"its neighbours predict {measured * (1.0 + error):.3f} ms"
+            else:
+                continue
+            point = int(validation.tp), int(profile.mbs[row]), int(profile.seq_len[row])
+            found.append(SuspiciousRow(*point, measured, float(error), reason))
+    return tuple(sorted(found, key=lambda row: -abs(row.error)))
+
+
+def row_spread(profile: TimeProfile, tp: int) -> float:
+    """Return the median relative spread of a tp's repeats, from the sidecar; 0 if not recorded."""
+    rows = profile.meta.get("rows", {})
+    spreads = [
+        float(details["spread"])
+        for name, details in rows.items()
+        if name.partition(",")[0] == str(tp) and "spread" in details
+    ]
+    return float(np.median(spreads)) if spreads else 0.0
+
+
+def refusals(profile: TimeProfile, validations: Iterable[Validation]) -> list[str]:
+    """Return, for every tp whose fit cannot be trusted, why.
+
+    A fit is refused when its median error on held-out rows is more than three times the spread of
+    the rows' own repeats, and more than 5 %.
+    """
+    problems = []
+    for validation in validations:
+        spread = row_spread(profile, validation.tp)
+        excused = max(EXCUSED_ERROR, EXCUSED_SPREADS * spread)
+        if validation.median_error > excused:
+            problems.append(
+                f"{profile.path}: tp {validation.tp}: half of the held-out rows are missed by "
+                f"{100 * validation.median_error:.1f} % or more; their own spread of "
+                f"{100 * spread:.1f} % excuses {100 * excused:.1f} %. Measure the suspicious rows "
+                f"again on a quiet machine (lobra profile time --remeasure)"
+            )
+    return problems
+
+
+def decreasing_points(fit: LayerFit, longest: int, largest: int) -> int:
+    """Return how many neighbours on a dense grid (b to ``largest``, s to ``longest``) decrease."""
+    b = np.arange(1, largest + 1)[:, None]
+    s = np.arange(16, longest + 1, 16)[None, :]
+    time_ms = fit.time_ms(b, s)
+    slack = 1e-9 * time_ms
+    in_b = np.diff(time_ms, axis=0) < -slack[1:]
+    in_s = np.diff(time_ms, axis=1) < -slack[:, 1:]
+    return int(in_b.sum() + in_s.sum())
+
+
+def least_possible_error(profile: TimeProfile, tp: int) -> tuple[float, tuple[int, int]]:
+    """Return the largest error that every monotone cost model makes on its own rows, and where.
+
+    A row of time t whose larger neighbour takes only u < t: one of both is missed by at least
+    (t - u) / (t + u). The pair are rows of the profile; (0, (row, row)) if it never decreases.
+    """
+    rows = np.flatnonzero(profile.tp == tp)
+    b, s, time_ms = profile.mbs[rows], profile.seq_len[rows], profile.time_ms[rows]
+    larger = (b[:, None] <= b) & (s[:, None] <= s)
+    error = np.where(larger, (time_ms[:, None] - time_ms) / (time_ms[:, None] + time_ms), 0.0)
+    first, second = np.unravel_index(int(error.argmax()), error.shape)
+    return float(error.max()), (int(rows[first]), int(rows[second]))

@@ -1,0 +1,303 @@
+"""The fit of one tensor-parallel size: milliseconds as a function of micro-batch shape.
+
+Three things make up a layer's time on a device: what it costs to start at all, what grows with the
+tokens of the micro-batch (matrix products: flat while the device fills up, in steps where it is
+full, see the knots), and attention, which grows with b s^2. Every term is non-negative and never
+decreases in b or s, so neither does their sum, inside the rows it was fitted to and beyond.
+
+A profile may consist of rows measured in two ways (another timer, another session); the offset
+between them belongs to the measurement, not to the layer. Rows of the other *series* are fitted
+with an offset of their own, and predictions are those of the reference series.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+from scipy.optimize import nnls
+
+from tasks.errors import ConfigError
+
+Array = np.ndarray
+Kind = Literal["fitted", "lobra6"]
+KINDS: tuple[Kind, ...] = ("fitted", "lobra6")
+
+# The published fit can go below zero far from its data; a time is never less than this.
+SMALLEST_TIME_MS = 1e-3
+MAX_KNOTS = 40
+# How much a slope's change counts against a relative error: of few rows what predicts rows left
+# out best, with many the least.
+ROUGHNESS = (0.01, 0.03, 0.1, 0.3, 1.0)
+MANY_ROWS = 25
+# Errors beyond this many standard deviations pull no harder than one at it (Huber, 1964).
+HUBER = 1.5
+IRLS_STEPS = 8
+SMALLEST_DEVIATION = 1e-3
+# An offset between series shrinks to its lasting part over about so many tokens.
+SERIES_DECAY_TOKENS = 2000.0
+SERIES_ROWS = 8
+SERIES_GAIN = 0.9  # of the mean error that must remain at most, or there is but one series
+FEW_ROWS = 10  # too few to tell the smaller terms apart
+NUM_PLAIN = 4  # terms before the knots': constant, b, s, b s^2
+
+
+@dataclass(frozen=True, eq=False)
+class LayerFit:
+    """One tensor-parallel size's fitted time of a layer.
+
+    Attributes
+    ----------
+    kind
+        ``lobra6``: ``(c1 b + c2) s^2 + (c3 b + c4) s + (c5 b + c6)`` (LobRA, section 4.2);
+        ``fitted``: ``c0 + c1 b + c2 s + c3 b s^2 + g(b s)`` with g piecewise linear and rising.
+    coefficients
+        float64 [terms], in ms: six, or the four above.
+    knots, heights_ms
+        float64 [k]: g at these tokens, straight between them and beyond the last.
+    offset_ms
+        float64 [2]: what the other series takes more than the reference, lasting and fading.
+    roughness
+        The weight against changes of slope that cross-validation chose.
+    deviation
+        Standard deviation of a row's relative error, robustly from the rows it was fitted to.
+    scatter
+        float64 [terms, terms]: (X'X)^-1, by which a prediction's variance exceeds a row's.
+    mean_error, max_error
+        Relative errors on the rows it was fitted to.
+    """
+
+    kind: Kind
+    coefficients: Array
+    knots: Array = field(default_factory=lambda: np.empty(0))
+    heights_ms: Array = field(default_factory=lambda: np.empty(0))
+    offset_ms: Array = field(default_factory=lambda: np.zeros(2))
+    roughness: float = 0.0
+    deviation: float = 0.0
+    scatter: Array = field(default_factory=lambda: np.empty((0, 0)))
+    mean_error: float = 0.0
+    max_error: float = 0.0
+
+    @property
+    def has_series(self) -> bool:
+        """Whether the rows were found to be of two series."""
+        return bool(np.any(self.offset_ms))
+
+    def time_ms(self, b: Array, s: Array, other_series: Array | bool = False) -> Array:
+        """Return ms for micro-batches of ``b`` sequences of ``s`` tokens (arrays broadcast).
+
+        ``other_series`` adds the offset of the rows that were measured in the other way.
+        """
+        b, s = np.asarray(b, dtype=np.float64), np.asarray(s, dtype=np.float64)
+        tokens = b * s
+        if self.kind == "lobra6":
+            c1, c2, c3, c4, c5, c6 = self.coefficients
+            time_ms = (c1 * b + c2) * s * s + (c3 * b + c4) * s + (c5 * b + c6)
+            return np.maximum(time_ms, SMALLEST_TIME_MS)
+        constant, per_sequence, per_position, quadratic = self.coefficients
+        time_ms = constant + quadratic * (tokens * s)
+        if per_sequence:
+            time_ms = time_ms + per_sequence * b
+        if per_position:
+            time_ms = time_ms + per_position * s
+        time_ms = time_ms + np.interp(tokens, self.knots, self.heights_ms)
+        width = self.knots[-1] - self.knots[-2]
+        slope = (self.heights_ms[-1] - self.heights_ms[-2]) / width
+        time_ms = time_ms + slope * np.maximum(tokens - self.knots[-1], 0.0)
+        if self.has_series and np.any(other_series):
+            lasting, fading = self.offset_ms
+            offset = lasting + fading * np.exp(-tokens / SERIES_DECAY_TOKENS)
+            time_ms = time_ms + np.where(other_series, offset, 0.0)
+        return np.maximum(time_ms, SMALLEST_TIME_MS)
+
+    def relative_error(self, b: Array, s: Array) -> Array:
+        """Return the relative standard error of a prediction (arrays broadcast).
+
+        The spread of single rows about the fit, and what the fit itself is uncertain by there:
+        sqrt(deviation^2 (1 + x' (X'X)^-1 x)), x the terms relative to the time predicted.
+        """
+        b, s = np.broadcast_arrays(np.asarray(b, dtype=np.float64), np.asarray(s, dtype=np.float64))
+        if not self.scatter.size:
+            return np.full(b.shape, self.deviation)
+        terms = _terms(b.reshape(-1), s.reshape(-1), self.knots[1:-1])
+        terms = terms / self.time_ms(b, s).reshape(-1, 1)
+        leverage = np.einsum("ni,ij,nj->n", terms, self.scatter, terms)
+        return (self.deviation * np.sqrt(1.0 + np.maximum(leverage, 0.0))).reshape(b.shape)
+
+
+def fit_layer(
+    b: Array, s: Array, time_ms: Array, kind: Kind, other_series: Array | None = None
+) -> LayerFit:
+    """Fit one tensor-parallel size's rows: ``b``, ``s``, ``time_ms`` are float64 [rows].
+
+    ``lobra6`` is ordinary least squares, as published. ``fitted`` minimises relative errors
+    (robustly: rows that stick out do not bend it) plus a small penalty on changes of slope.
+    ``other_series`` (bool [rows]) marks rows that may have been measured in another way; the offset
+    is kept only if it explains a tenth of the error.
+
+    Raises
+    ------
+    ConfigError
+        If the rows do not determine the six coefficients of ``lobra6``.
+    """
+    if kind == "lobra6":
+        return _with_errors(_fit_lobra6(b, s, time_ms), b, s, time_ms)
+    fit = _fit_smoothest(b, s, time_ms, None)
+    if other_series is not None and _could_be_two(other_series):
+        split = _fit_smoothest(b, s, time_ms, other_series)
+        if split.mean_error < SERIES_GAIN * fit.mean_error:
+            return split
+    return fit
+
+
+def _could_be_two(other_series: Array) -> bool:
+    return SERIES_ROWS <= int(other_series.sum()) <= len(other_series) - SERIES_ROWS
+
+
+def _fit_lobra6(b: Array, s: Array, time_ms: Array) -> LayerFit:
+    terms = np.stack([b * s * s, s * s, b * s, s, b, np.ones_like(b)], axis=1)
+    scale = np.abs(terms).max(axis=0)
+    rank = int(np.linalg.matrix_rank(terms / scale))
+    if rank < 6:
+        raise ConfigError(
+            f"{len(b)} rows determine {rank} of the six coefficients of the lobra6 fit; "
+            f"measure at least 3 lengths x 2 batch sizes, or use the fitted cost model"
+        )
+    return LayerFit("lobra6", np.linalg.lstsq(terms / scale, time_ms, rcond=None)[0] / scale)
+
+
+def _fit_smoothest(b: Array, s: Array, time_ms: Array, other_series: Array | None) -> LayerFit:
+    """Return the fit of the roughness that predicts rows left out best, if the rows are few."""
+    roughness = ROUGHNESS[0]
+    if len(b) < MANY_ROWS:
+        everything = np.arange(len(b))
+        held_out_error = [
+            sum(_held_out_error(b, s, time_ms, everything != row, r) for row in everything)
+            for r in ROUGHNESS
+        ]
+        roughness = ROUGHNESS[int(np.argmin(held_out_error))]
+    fit = _fit_rows(b, s, time_ms, other_series, roughness)
+    return _with_errors(fit, b, s, time_ms, other_series)
+
+
+def _held_out_error(b: Array, s: Array, time_ms: Array, kept: Array, roughness: float) -> float:
+    if not kept.any():
+        return 0.0
+    fit = _fit_rows(b[kept], s[kept], time_ms[kept], None, roughness)
+    return float(np.abs(fit.time_ms(b[~kept], s[~kept]) / time_ms[~kept] - 1.0).sum())
+
+
+def _fit_rows(
+    b: Array, s: Array, time_ms: Array, other_series: Array | None, roughness: float
+) -> LayerFit:
+    tokens = b * s
+    knots = _knots(tokens)
+    terms = _terms(b, s, knots)
+    num_terms = terms.shape[1]
+    if len(b) < FEW_ROWS:
+        terms[:, 1:3] = 0.0
+    columns = [terms]
+    if other_series is not None:
+        fading = np.exp(-tokens / SERIES_DECAY_TOKENS)
+        offsets = other_series[:, None] * np.stack([np.ones_like(b), fading], axis=1)
+        columns += [offsets, -offsets]
+    penalty = _roughness_rows(tokens, time_ms, knots, roughness * np.sqrt(len(b)))
+    data = np.concatenate(columns, axis=1) / time_ms[:, None]
+    matrix = np.zeros((len(b) + len(penalty), data.shape[1]))
+    matrix[: len(b)] = data
+    matrix[len(b) :, NUM_PLAIN:num_terms] = penalty
+    target = np.concatenate([np.ones(len(b)), np.zeros(len(penalty))])
+    solution, weights, deviation = _robust_nnls(matrix, target, len(b))
+    slopes = solution[NUM_PLAIN:num_terms]
+    edges = np.concatenate([[0.0], knots])
+    heights_ms = np.concatenate([[0.0], np.cumsum(slopes * np.diff(edges, append=edges[-1]))[:-1]])
+    # One more knot carries the slope beyond the last.
+    edges = np.append(edges, 2.0 * edges[-1])
+    heights_ms = np.append(heights_ms, heights_ms[-1] + slopes[-1] * knots[-1])
+    offset = np.zeros(2)
+    if other_series is not None:
+        offset = solution[num_terms : num_terms + 2] - solution[num_terms + 2 :]
+    active = solution[:num_terms] > 0
+    return LayerFit(
+        "fitted",
+        solution[:NUM_PLAIN],
+        edges,
+        heights_ms,
+        offset,
+        roughness,
+        deviation,
+        _scatter(matrix[:, :num_terms] * weights[:, None], active),
+    )
+
+
+def _knots(tokens: Array) -> Array:
+    """Return the tokens at which the slope may change: spread evenly in the logarithm."""
+    distinct = len(np.unique(tokens))
+    if distinct < 3:
+        return np.array([tokens.max()])
+    ends = np.log(tokens.min()), np.log(tokens.max())
+    return np.exp(np.linspace(*ends, min(MAX_KNOTS, 2 * distinct)))
+
+
+def _terms(b: Array, s: Array, knots: Array) -> Array:
+    """Return the terms [rows, 4 + knots + 1]; those of g are the tokens within each interval."""
+    tokens = b * s
+    edges = np.concatenate([[0.0], knots, [np.inf]])
+    within = np.clip(tokens[:, None], edges[:-1], edges[1:]) - edges[:-1]
+    return np.concatenate([np.stack([np.ones_like(b), b, s, tokens * s], axis=1), within], axis=1)
+
+
+def _roughness_rows(tokens: Array, time_ms: Array, knots: Array, weight: float) -> Array:
+    """Return rows [knots, knots + 1] that penalise a change of slope, relative to the time there.
+
+    A slope that doubles at a knot counts like the relative error it makes at twice the knot.
+    """
+    order = np.argsort(tokens, kind="stable")
+    at_knot = np.exp(np.interp(np.log(knots), np.log(tokens[order]), np.log(time_ms[order])))
+    size = weight * knots / at_knot
+    rows = np.zeros((len(knots), len(knots) + 1))
+    index = np.arange(len(knots))
+    rows[index, index] = -size
+    rows[index, index + 1] = size
+    return rows
+
+
+def _robust_nnls(matrix: Array, target: Array, num_rows: int) -> tuple[Array, Array, float]:
+    """Solve non-negative least squares, the first rows' errors weighed after Huber (IRLS).
+
+    Returns the solution, the square roots of the weights, and the rows' standard deviation.
+    """
+    scale = np.abs(matrix).max(axis=0)
+    scale[scale == 0.0] = 1.0
+    scaled, weights = matrix / scale, np.ones(len(target))
+    solution, deviation = np.zeros(matrix.shape[1]), 0.0
+    for _ in range(IRLS_STEPS):
+        found = nnls(scaled * weights[:, None], target * weights, maxiter=100 * matrix.shape[1])[0]
+        solution = found / scale
+        error = np.abs(matrix[:num_rows] @ solution - target[:num_rows])
+        deviation = 1.4826 * float(np.median(error)) + SMALLEST_DEVIATION
+        weights[:num_rows] = np.sqrt(1.0 / np.maximum(1.0, error / (HUBER * deviation)))
+    # The median is blind to what few parameters leave over from few rows.
+    freedom = max(1.0, num_rows - min(num_rows / 2, float((solution > 0).sum())))
+    spread = float(np.sqrt((np.minimum(error, 3 * deviation) ** 2).sum() / freedom))
+    return solution, weights, max(deviation, spread)
+
+
+def _scatter(weighted: Array, active: Array) -> Array:
+    """Return (X'X)^-1 of the active terms (penalty included), zero elsewhere [terms, terms]."""
+    columns = weighted[:, active]
+    inverse = np.zeros((len(active), len(active)))
+    inverse[np.ix_(active, active)] = np.linalg.pinv(columns.T @ columns, rcond=1e-10)
+    return inverse
+
+
+def _with_errors(
+    fit: LayerFit, b: Array, s: Array, time_ms: Array, other_series: Array | None = None
+) -> LayerFit:
+    series = False if other_series is None else other_series
+    error = np.abs(fit.time_ms(b, s, series) / time_ms - 1.0)
+    deviation = fit.deviation or float(np.sqrt((error**2).mean()))
+    return replace(
+        fit, deviation=deviation, mean_error=float(error.mean()), max_error=float(error.max())
+    )
