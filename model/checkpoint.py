@@ -8,12 +8,90 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tasks.errors import ConfigError
+from model.shapes import ModelShape, module_path
+from tasks.errors import ConfigError, first_problems
 
 WHOLE = slice(None)
+INDEX = "model.safetensors.index.json"
+
+
+def tensor_files(folder: Path) -> dict[str, str]:
+    """Return {tensor name: file name} of a model folder with one or several safetensors files.
+
+    Raises:
+        ConfigError: there are none, the index or a file is damaged, or a file is missing.
+    """
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"{index}: no usable weight_map ({error!r})") from error
+        missing = sorted({name for name in files.values() if not (folder / name).is_file()})
+        if missing:
+            raise ConfigError(
+                [f"{folder / name}: named in {INDEX} but missing" for name in missing]
+            )
+        return files
+    files = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with opened(path) as file:
+            files.update(dict.fromkeys(file.keys(), path.name))
+    if not files:
+        raise ConfigError(f"{folder}: no safetensors weights found")
+    return files
+
+
+def opened(path: Path) -> Any:
+    """Return the opened safetensors file.
+
+    Raises:
+        ConfigError: the file is damaged or cut short.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path}: not a usable safetensors file ({error})") from error
+
+
+def checkpoint_problems(folder: Path, shape: ModelShape) -> list[str]:
+    """Return what is wrong with a model folder's weights (empty: nothing); reads no tensor."""
+    try:
+        files = tensor_files(folder)
+        found: dict[str, tuple[int, ...]] = {}
+        for name in sorted(set(files.values())):
+            with opened(folder / name) as file:
+                names = list(file.keys())
+                found |= {key: tuple(file.get_slice(key).get_shape()) for key in names}
+    except ConfigError as error:
+        return list(error.problems)
+    problems = []
+    for name, wanted in _expected_tensors(shape).items():
+        if name not in found:
+            problems.append(f"{folder}: the checkpoint has no tensor {name!r}")
+        elif found[name] != wanted:
+            problems.append(
+                f"{folder}: tensor {name!r} is {found[name]}, config.json implies {wanted}"
+            )
+    return first_problems(problems)
+
+
+def _expected_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes that every supported family has."""
+    table = (shape.vocab_size, shape.hidden_size)
+    expected: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": table,
+        "model.norm.weight": (shape.hidden_size,),
+    }
+    if not shape.tied_embeddings:
+        expected["lm_head.weight"] = table
+    for layer in range(shape.num_layers):
+        for module, (inputs, outputs) in shape.linear_sizes().items():
+            expected[f"model.layers.{layer}.{module_path(module)}.weight"] = (outputs, inputs)
+    return expected
 
 
 @dataclass
@@ -27,23 +105,10 @@ class CheckpointReader:
     dtype: torch.dtype
     device: torch.device
     loaded_bytes: int = 0
-    loaded_names: set[str] = field(default_factory=set)
     _files: dict[str, str] = field(default_factory=dict)
-    _open: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            try:
-                self._files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-            except (KeyError, ValueError) as error:
-                raise ConfigError(f"{index}: no usable weight_map ({error!r})") from error
-        else:
-            for path in sorted(self.folder.glob("*.safetensors")):
-                with safe_open(path, framework="pt") as file:
-                    self._files.update(dict.fromkeys(file.keys(), path.name))
-        if not self._files:
-            raise ConfigError(f"{self.folder}: no safetensors weights found")
+        self._files = tensor_files(self.folder)
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
@@ -52,26 +117,19 @@ class CheckpointReader:
         """Return `tensor[rows]` or `tensor[rows, columns]` in this reader's dtype and device.
 
         Raises:
-            ConfigError: the checkpoint has no such tensor, or its file is missing.
+            ConfigError: the checkpoint has no such tensor, or its file is damaged.
         """
         if name not in self._files:
             raise ConfigError(f"{self.folder}: the checkpoint has no tensor {name!r}")
-        file = self._files[name]
-        if file not in self._open:
-            path = self.folder / file
-            if not path.is_file():
-                raise ConfigError(f"{path}: named in the checkpoint's index but missing")
-            self._open[file] = safe_open(path, framework="pt")
-        lazy = self._open[file].get_slice(name)
-        tensor: Tensor = lazy[rows] if columns is None else lazy[rows, columns]
-        self.loaded_bytes += tensor.numel() * tensor.element_size()
-        self.loaded_names.add(name)
-        # .clone(): a slice may be a view into the file's memory map; own exactly our share.
-        return tensor.to(dtype=self.dtype, device=self.device).clone()
-
-    def close(self) -> None:
-        """Forget the open files."""
-        self._open.clear()
+        # Opened for this tensor only: the pages of a file that stays mapped would add up to much
+        # more than this rank's share.
+        with opened(self.folder / self._files[name]) as file:
+            lazy = file.get_slice(name)
+            part: Tensor = lazy[rows] if columns is None else lazy[rows, columns]
+            # A slice may be a view into the file's map; own exactly our share.
+            tensor = part.to(dtype=self.dtype, device=self.device, copy=True)
+        self.loaded_bytes += tensor.numel() * part.element_size()
+        return tensor
 
 
 def as_slice(part: range) -> slice:

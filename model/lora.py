@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model.shapes import module_path
 from model.tensor_parallel import Group, reduce_from_group
 
 
@@ -230,10 +231,6 @@ class AdapterBank:
             value.copy_(value_new)
 
 
-ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
-
-
 def peft_name(layer: int, module: str) -> str:
     """Return the name PEFT gives the adapter of a module (without `.lora_A.weight`)."""
-    parent = "self_attn" if module in ATTENTION_MODULES else "mlp"
-    return f"base_model.model.model.layers.{layer}.{parent}.{module}"
+    return f"base_model.model.model.layers.{layer}.{module_path(module)}"

@@ -53,6 +53,14 @@ class ModelShape:
         return per_layer * self.num_layers
 
 
+ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def module_path(module: str) -> str:
+    """Return where a linear sits in its decoder layer, such as `self_attn.q_proj`."""
+    return f"{'self_attn' if module in ATTENTION_MODULES else 'mlp'}.{module}"
+
+
 # Layers, hidden, ffn and heads as LobRA publishes them (its model configurations); 70B with
 # Llama-2-70B's 8 key/value heads, the others with as many as query heads.
 NAMED_SHAPES = {

@@ -182,7 +182,6 @@ def build_stage(
     _load_rest(decoder, layers, reader)
     # Non-persistent buffers were made on the meta device: build the module anew where it runs.
     decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(device)
-    reader.close()
     decoder.requires_grad_(False)
     if gradient_checkpointing:
         decoder.train()

@@ -17,6 +17,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from model.checkpoint import checkpoint_problems
 from model.shapes import ModelShape, layout_problem, read_shape, resolve_folder
 from model.topology import Grid, check_grids
 from planner.buckets import make_buckets
@@ -103,6 +104,8 @@ def prepare(request: TrainRequest) -> RunSpec:
     plan: Plan | None = checks.attempt(load_plan, request.strategy_config)
     folder: Path | None = checks.attempt(resolve_folder, request.model)
     shape: ModelShape | None = checks.attempt(read_shape, folder) if folder else None
+    if folder is not None and shape is not None:
+        checks.problems += checkpoint_problems(folder, shape)
     state: CheckpointState | None = None
     if request.resume:
         state = checks.attempt(read_state, request.output_dir, request.resume_step)

@@ -140,3 +140,21 @@ def fail_on_rank_one() -> None:
     if dist.get_rank() == 1:
         torch.empty(-1)
     dist.all_reduce(torch.zeros(1))
+
+
+def loading_peak_bytes(folder: Path, grids: tuple[Grid, ...]) -> tuple[int, int]:
+    """Return (bytes of this rank's weights, how much the peak of resident memory rose)."""
+    groups = build_groups(grids)
+    build_stage(folder.parent / "small", groups, ())  # everything lazy is imported and allocated
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak_resident_bytes()
+    stage = build_stage(folder, groups, ())
+    return stage.loaded_bytes, peak_resident_bytes() - before
+
+
+def peak_resident_bytes() -> int:
+    """Return the kernel's high-water mark of this process's resident memory."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("no VmHWM")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -109,3 +111,19 @@ def test_dropout_is_the_same_on_every_layout(llama) -> None:
 def test_a_failing_rank_is_named() -> None:
     with pytest.raises(RankError, match="rank 1 failed(.|\n)*negative dimension"):
         run_ranks("tests.model.support:fail_on_rank_one", 2)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_loading_peaks_near_the_rank_s_own_share(tmp_path: Path) -> None:
+    save_llama(tmp_path / "small", num_hidden_layers=2)
+    big = save_llama(
+        tmp_path / "big", hidden_size=512, intermediate_size=1536, vocab_size=8192,
+        num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=4,
+    )  # fmt: skip
+    whole = sum(path.stat().st_size for path in big.glob("*.safetensors"))
+    for own, peak in run_ranks(
+        "tests.model.support:loading_peak_bytes", 4, dict(folder=big, grids=make_grids([(2, 2)]))
+    ):
+        assert own < 0.26 * whole
+        # One tensor at a time is in flight, and the file's pages are mapped while it is read.
+        assert peak < 2.2 * own + 20 * 2**20, f"{peak / 2**20:.0f} MiB for {own / 2**20:.0f}"

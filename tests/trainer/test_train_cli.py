@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,22 @@ def test_a_plan_with_more_gpus_than_there_are(
 def test_no_time_profile(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(place, "--time-profile", "missing.csv") == 2
     refused(capsys, "missing.csv: no time profile", "cost_model_benchmark.sh")
+
+
+def test_damaged_weights(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(place, "copy")
+    weights = Path("copy/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:5000])
+    assert train(Path("copy")) == 2
+    refused(capsys, "copy/model.safetensors: not a usable safetensors file")
+
+
+def test_weights_of_another_shape(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(place, "copy")
+    config = json.loads(Path("copy/config.json").read_text())
+    Path("copy/config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
+    assert train(Path("copy")) == 2
+    refused(capsys, "the checkpoint has no tensor 'model.layers.4.self_attn.q_proj.weight'")
 
 
 def test_an_adapter_to_start_from_that_is_not_there(
