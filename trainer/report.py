@@ -163,8 +163,9 @@ def describe_groups(groups: list[dict[str, Any]]) -> str:
 
 def _task_table(summary: RunSummary) -> Table:
     table = Table(title="Tasks", title_justify="left")
-    for column in ("task", "steps", "sequences", "loss before", "loss after", "change", "skipped"):
-        table.add_column(column, justify="left" if column == "task" else "right")
+    table.add_column("task", overflow="fold")
+    for column in ("steps", "sequences", "loss before", "after", "skipped"):
+        table.add_column(column, justify="right")
     for task in summary.tasks:
         table.add_row(
             task.name,
@@ -172,7 +173,6 @@ def _task_table(summary: RunSummary) -> Table:
             str(task.sequences),
             f"{task.loss_before:.3f}",
             f"{task.loss_after:.3f}",
-            f"{task.loss_after - task.loss_before:+.3f}",
             str(task.skipped),
         )
     return table

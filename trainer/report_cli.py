@@ -5,15 +5,25 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from trainer.metrics import read_metrics
+from trainer.plots import plot_run
 from trainer.report import print_run_report
+from trainer.trace import write_trace
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `lobra report`."""
     parser.add_argument("run", type=Path, help="a run's folder, such as runs/quickstart")
+    parser.add_argument("--plots", action="store_true", help="write pictures under RUN/report")
+    parser.add_argument("--trace", action="store_true", help="write RUN/trace.json (Chrome trace)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report and return 0."""
+    """Print the report, write what else was asked for, and return 0."""
     print_run_report(args.run)
+    if args.plots:
+        for path in plot_run(args.run, read_metrics(args.run)):
+            print(f"written: {path}")
+    if args.trace:
+        print(f"written: {write_trace(args.run, read_metrics(args.run))}")
     return 0

@@ -1,0 +1,145 @@
+"""How much of a step is not computing: dispatch wait, adapter reduction, optimiser.
+
+    python benchmarks/trainer_overhead.py [--steps 12] [--output FILE.csv]
+
+Trains random data on the tiny model's shape with CPU ranks, over numbers of tasks (on 4 ranks) and
+of ranks (with 8 tasks), and prints a table. Work per task is fixed, so more tasks mean longer
+steps. Times are means over ranks' steps without the first two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+
+from model.shapes import read_shape, resolve_folder  # noqa: E402
+from planner.layout import Layout  # noqa: E402
+from planner.placement import place  # noqa: E402
+from planner.plan import Plan, ReplicaGroup  # noqa: E402
+from profiler.cost_model import fit_cost_model  # noqa: E402
+from profiler.profiles import TimeProfile  # noqa: E402
+from tasks.config import TARGET_MODULES, TaskConfig  # noqa: E402
+from tasks.dataset import TokenizedDataset  # noqa: E402
+from trainer.run import run_local  # noqa: E402
+from trainer.run_spec import RunSpec  # noqa: E402
+
+SEQUENCES_PER_TASK = 6
+LENGTHS = (24, 200)
+PLANS = {
+    1: [(1, 1)],
+    2: [(1, 1), (1, 1)],
+    4: [(1, 1), (1, 1), (2, 1)],
+    8: [(1, 1), (1, 1), (1, 1), (1, 1), (2, 1), (1, 2)],
+}
+CASES = [(tasks, 4) for tasks in (1, 2, 4, 8, 16, 32)] + [(8, ranks) for ranks in (1, 2, 8)]
+COLUMNS = ("tasks", "ranks", "step_ms", "dispatch_wait", "reduction", "optimiser", "solve_ms")
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Shares of step time in [0, 1]; times in ms."""
+
+    tasks: int
+    ranks: int
+    step_ms: float
+    dispatch_wait: float
+    reduction: float
+    optimiser: float
+    solve_ms: float
+
+
+def measure(folder: Path, num_tasks: int, num_ranks: int, steps: int) -> Shares:
+    """Train one case and return rank 0's shares (reduction includes waiting for slower ranks)."""
+    base = resolve_folder("tiny")
+    shape = read_shape(base)
+    tasks = tuple(
+        TaskConfig(f"task{n}", 16, 16, TARGET_MODULES, SEQUENCES_PER_TASK, "random", 256, seed=n)
+        for n in range(num_tasks)
+    )
+    groups = tuple(ReplicaGroup(Layout(tp, pp), 1, 1024) for tp, pp in PLANS[num_ranks])
+    plan = Plan(groups)
+    run = RunSpec(
+        model_folder=base,
+        base_model=str(base),
+        tasks=tasks,
+        num_steps=(steps,) * num_tasks,
+        last_step=steps,
+        plan=plan,
+        grids=place(plan, num_ranks),
+        cost_model=plain_cost_model(shape.num_layers),
+        output_dir=folder,
+        precision="fp32",
+        device="cpu",
+        num_buckets=16,
+        dynamic_buckets=True,
+        buckets=(),
+        dispatch_mode="balance",
+        seed=0,
+    )
+    for number in range(num_tasks):
+        random_dataset(number, shape.vocab_size).save(run.data_folder(number))
+    timed = run_local(run)[0].steps[2:]
+    total_s = sum(step.step_time_s for step in timed)
+    return Shares(
+        tasks=num_tasks,
+        ranks=num_ranks,
+        step_ms=1e3 * total_s / len(timed),
+        dispatch_wait=sum(step.dispatch_wait_s for step in timed) / total_s,
+        reduction=sum(step.reduce_time_s for step in timed) / total_s,
+        optimiser=sum(step.optimizer_time_s for step in timed) / total_s,
+        solve_ms=1e3 * sum(step.dispatch_time_s for step in timed) / len(timed),
+    )
+
+
+def plain_cost_model(num_layers: int):  # noqa: ANN201
+    """Return a cost model of the tiny model's rough proportions; only the balance depends on it."""
+    points = [(tp, s, b) for tp in (1, 2) for s in (32, 64, 128, 256) for b in (1, 2, 4)]
+    tp, s, b = (np.asarray(column) for column in zip(*points, strict=True))
+    return fit_cost_model(TimeProfile(tp, s, b, 1 + b * s / 100 / tp), num_layers)
+
+
+def random_dataset(seed: int, vocab_size: int) -> TokenizedDataset:
+    """Return 200 random sequences of heavy-tailed lengths, all tokens targets but the first."""
+    generator = np.random.default_rng(seed)
+    low, high = LENGTHS
+    lengths = np.clip(generator.lognormal(4.0, 0.6, 200), low, high).astype(np.int64)
+    tokens = generator.integers(3, vocab_size, int(lengths.sum())).astype(np.int32)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    labels = tokens.copy()
+    labels[offsets[:-1]] = -100
+    return TokenizedDataset(tokens, labels, offsets)
+
+
+def main() -> int:
+    """Run all cases and print (and write) the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    rows = []
+    print("".join(f"{column:>15}" for column in COLUMNS))
+    for num_tasks, num_ranks in CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            shares = measure(Path(folder) / "run", num_tasks, num_ranks, args.steps)
+        rows.append([getattr(shares, column) for column in COLUMNS])
+        print("".join(f"{value:>15.4g}" for value in rows[-1]), flush=True)
+    if args.output:
+        with args.output.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([COLUMNS, *rows])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
