@@ -144,7 +144,7 @@ def realise(
     )
     _drop_surplus(loads, counts)
     _place_missing(loads, counts)
-    improve(loads, target_s, max_rounds)
+    improve(loads, target_s, max_rounds, max_exchanges=max_rounds)
     chunks, longest_s = [], 0.0
     for replica, row in enumerate(loads.counts):
         table = limited[kind[replica]]

@@ -10,6 +10,8 @@ LARGEST_MOVE = 32
 LARGEST_SWAP = 24
 FIRST_CANDIDATES = 8
 CANDIDATES_PER_GROUP = 8
+EXCHANGE_SIZES = (1, 2, 3, 5, 9)
+EXCHANGE_CANDIDATES = 6
 SMALLEST_GAIN = 1e-7  # relative to the slowest replica
 
 
@@ -54,13 +56,15 @@ class Loads:
         self.time_s[replica] = self.parts_s[replica].sum() + self.bubble_s[replica]
 
 
-def improve(loads: Loads, target_s: float, max_rounds: int = 400) -> int:
+def improve(loads: Loads, target_s: float, max_rounds: int = 400, max_exchanges: int = 8) -> int:
     """Shorten the slowest replica's time in place until ``target_s`` or no move helps.
 
     Each round takes the slowest replica and the best move of up to 32 sequences of one bucket to
-    a less busy replica; where none helps, the best swap of two such sets. Ties go to the first, so
-    the result depends on the input alone. Returns the rounds taken.
+    a less busy replica; where none helps, the best swap of two such sets; where none helps either,
+    an exchange of one set for two, at most ``max_exchanges`` times. Ties go to the first, so the
+    result depends on the input alone. Returns the rounds taken.
     """
+    exchanges = 0
     for done in range(max_rounds):
         slowest = int(np.argmax(loads.time_s))
         if loads.time_s[slowest] <= target_s:
@@ -68,7 +72,10 @@ def improve(loads: Loads, target_s: float, max_rounds: int = 400) -> int:
         others = _candidates(loads, slowest)
         if not len(others):
             return done
-        if not (_best_move(loads, slowest, others) or _best_swap(loads, slowest, others)):
+        if _best_move(loads, slowest, others) or _best_swap(loads, slowest, others):
+            continue
+        exchanges += 1
+        if exchanges > max_exchanges or not _best_exchange(loads, slowest, others):
             return done
     return max_rounds
 
@@ -156,6 +163,77 @@ def _best_swap(loads: Loads, slowest: int, others: np.ndarray) -> bool:
     loads.transfer(slowest, other, *_bucket_and_size(int(out), len(sizes)))
     loads.transfer(other, slowest, *_bucket_and_size(int(back), len(sizes)))
     return True
+
+
+def _best_exchange(loads: Loads, slowest: int, others: np.ndarray) -> bool:
+    """Swap one set of sequences for two, either way, with a few of the other replicas."""
+    top = loads.time_s[slowest]
+    sizes = np.array(EXCHANGE_SIZES)
+    out_possible, out_saved = _removal(loads, slowest, sizes)
+    out_cost = _addition(loads, others, sizes, out_possible)
+    best_time, best = top * (1 - SMALLEST_GAIN), None
+    for index, other in enumerate(others[:EXCHANGE_CANDIDATES].tolist()):
+        in_possible, in_saved = _removal(loads, other, sizes)
+        in_cost = _addition(loads, np.array([slowest]), sizes, in_possible)[0]
+        # what leaves the slowest shortens it by `gives` and lengthens the other by `takes`
+        outs = _options(out_saved, out_cost[index])
+        ins = _options(in_cost, in_saved)
+        for one, two, one_leaves in ((outs, _pairs(ins), True), (ins, _pairs(outs), False)):
+            if not len(one.here) or not len(two.here):
+                continue
+            sign = -1.0 if one_leaves else 1.0
+            here = top + sign * one.here[:, None] - sign * two.here[None, :]
+            there = loads.time_s[other] - sign * one.there[:, None] + sign * two.there[None, :]
+            longest = np.maximum(here, there)
+            clash = one.bucket[:, :1] == two.bucket[:, 0][None, :]
+            clash |= one.bucket[:, :1] == two.bucket[:, 1][None, :]
+            longest[clash] = np.inf
+            flat = int(np.argmin(longest))
+            if longest.flat[flat] < best_time:
+                row, column = np.unravel_index(flat, longest.shape)
+                best_time = longest.flat[flat]
+                best = (other, one_leaves, one.sets(int(row)), two.sets(int(column)))
+    if best is None:
+        return False
+    other, one_leaves, one_sets, two_sets = best
+    leaving, coming = (one_sets, two_sets) if one_leaves else (two_sets, one_sets)
+    for bucket, slot in leaving:
+        loads.transfer(slowest, other, bucket, int(sizes[slot]))
+    for bucket, slot in coming:
+        loads.transfer(other, slowest, bucket, int(sizes[slot]))
+    return True
+
+
+@dataclass(frozen=True, eq=False)
+class _Options:
+    """Sets that may change places: their seconds on the slowest replica and on the other.
+
+    ``bucket``, ``slot`` int64 [options, 1 or 2]: buckets and positions in the sizes.
+    """
+
+    bucket: np.ndarray
+    slot: np.ndarray
+    here: np.ndarray
+    there: np.ndarray
+
+    def sets(self, index: int) -> list[tuple[int, int]]:
+        return list(zip(self.bucket[index].tolist(), self.slot[index].tolist(), strict=True))
+
+
+def _options(here: np.ndarray, there: np.ndarray) -> _Options:
+    bucket, slot = np.nonzero(np.isfinite(here) & np.isfinite(there))
+    return _Options(bucket[:, None], slot[:, None], here[bucket, slot], there[bucket, slot])
+
+
+def _pairs(options: _Options) -> _Options:
+    """Return every pair of options of different buckets."""
+    first, second = np.nonzero(options.bucket < options.bucket[:, 0][None, :])
+    return _Options(
+        np.hstack([options.bucket[first], options.bucket[second]]),
+        np.hstack([options.slot[first], options.slot[second]]),
+        options.here[first] + options.here[second],
+        options.there[first] + options.there[second],
+    )
 
 
 def _bucket_and_size(flat: int, num_sizes: int) -> tuple[int, int]:
