@@ -103,7 +103,7 @@ def measure(folder: Path, num_tasks: int, num_ranks: int, steps: int) -> Shares:
     )
 
 
-def plain_cost_model(num_layers: int):  # noqa: ANN201
+def plain_cost_model(num_layers: int):
     """Return a cost model of the tiny model's rough proportions; only the balance depends on it."""
     points = [(tp, s, b) for tp in (1, 2) for s in (32, 64, 128, 256) for b in (1, 2, 4)]
     tp, s, b = (np.asarray(column) for column in zip(*points, strict=True))
