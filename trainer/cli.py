@@ -31,6 +31,7 @@ class Command:
 COMMANDS = {
     "profile": Command("profiler.cli", "measure what layouts cost on this machine"),
     "plan": Command("planner.cli", "choose which replicas to deploy"),
+    "simulate": Command("planner.simulate_cli", "run a plan's steps under the cost model"),
     "train": Command("trainer.train_cli", "train every task's adapter on a plan"),
     "report": Command("trainer.report_cli", "tables and plots of a run or a simulation"),
     "doctor": Command("trainer.doctor", "what this machine has and lacks"),

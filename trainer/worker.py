@@ -26,7 +26,7 @@ from model.pipeline import evaluate_replica, run_replica
 from model.stage import MicroBatchTensors, build_stage
 from planner.dispatch import dispatch
 from tasks.dataset import TokenizedDataset
-from trainer.adapters import adapter_spec, gather_tensors, load_adapter, save_adapter
+from trainer.adapters import adapter_spec, load_adapter
 from trainer.batches import (
     GlobalBatch,
     IntArray,
@@ -37,7 +37,6 @@ from trainer.batches import (
 )
 from trainer.checkpoint import (
     CheckpointState,
-    CheckpointWriter,
     load_moments,
     load_weights,
     read_state,
@@ -61,6 +60,7 @@ from trainer.optimizer import clip_coefficient, learning_rate
 from trainer.progress import Progress
 from trainer.run_spec import RunSpec
 from trainer.signals import StopRequest
+from trainer.store import AdapterStore
 
 log = logging.getLogger(__name__)
 
@@ -142,6 +142,9 @@ class Worker:
         self._load_weights()
         self.optimizer = AdapterOptimizer(
             run.tasks, self.stage.bank, run.grids, self.stage.shape.num_layers
+        )
+        self.store = AdapterStore(
+            run, self.stage.bank, self.stage.shape, self.optimizer, self.control
         )
         self.first_step = self._restore()
         self.dispatcher = AheadDispatcher(self._solve, self._running, self.control)
@@ -249,14 +252,14 @@ class Worker:
                     progress.update(metrics)
                     self.result.steps.append(metrics)
                 if run.save_every and step % run.save_every == 0:
-                    self._save(step)
+                    self.store.save_checkpoint(self._state(step))
                     saved = step
             self.dispatcher.close()
             finished = not any(self._running(step))
             if saved != step:
-                self._save(step)
+                self.store.save_checkpoint(self._state(step))
             if finished:
-                self._export()
+                self.store.export_adapters()
             else:
                 self.result.stopped_at = step
                 self.result.stop_signal = stop.received
@@ -456,41 +459,17 @@ class Worker:
 
     # -- what is left behind --------------------------------------------------------------------
 
-    def _gather(self, task: int, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        spec, shape = self.stage.bank.specs[task], self.stage.shape
-        return gather_tensors(own, spec, shape, self.run.grids, self.control)
-
-    def _save(self, step: int) -> None:
-        """Write the checkpoint after `step` steps. Collective."""
+    def _state(self, step: int) -> CheckpointState:
+        """Return the part of a checkpoint after `step` steps that is not tensors."""
         run = self.run
-        writer = CheckpointWriter(run.output_dir, step) if self.rank == 0 else None
-        for task, spec in enumerate(self.stage.bank.specs):
-            weights = self._gather(task, self.stage.bank.named_tensors(task))
-            moments = {
-                kind: self._gather(task, own) for kind, own in self.optimizer.moments(task).items()
-            }
-            if writer is not None:
-                writer.add_task(spec, weights, moments, run.base_model)
-        if writer is not None:
-            pairs = zip(run.tasks, self.datasets, strict=True)
-            state = CheckpointState(
-                step=step,
-                seed=run.seed,
-                tasks=[task_record(task, data) for task, data in pairs],
-                lives=lives_to_json(self.lives),
-                speed_factors=list(self.feedback.factors),
-                plan=str(run.plan),
-            )
-            writer.finish(state, run.keep_last)
-        dist.barrier(group=self.control)
-
-    def _export(self) -> None:
-        """Write every task's adapter (rank 0), gathered from its holders. Collective."""
-        for task, spec in enumerate(self.stage.bank.specs):
-            tensors = self._gather(task, self.stage.bank.named_tensors(task))
-            if self.rank == 0:
-                save_adapter(self.run.adapter_folder(task), spec, tensors, self.run.base_model)
-        dist.barrier(group=self.control)
+        return CheckpointState(
+            step=step,
+            seed=run.seed,
+            tasks=[task_record(t, data) for t, data in zip(run.tasks, self.datasets, strict=True)],
+            lives=lives_to_json(self.lives),
+            speed_factors=list(self.feedback.factors),
+            plan=str(run.plan),
+        )
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":

@@ -1,0 +1,60 @@
+"""Writing what was learnt: adapters and checkpoints, gathered from the ranks that hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch.distributed as dist
+from torch import Tensor
+
+from model.lora import AdapterBank
+from model.shapes import ModelShape
+from trainer.adapters import gather_tensors, save_adapter
+from trainer.checkpoint import CheckpointState, CheckpointWriter
+from trainer.engines import AdapterOptimizer
+from trainer.run_spec import RunSpec
+
+
+class AdapterStore:
+    """Gathers this rank's adapters to rank 0 and writes them. All methods are collective."""
+
+    def __init__(
+        self,
+        run: RunSpec,
+        bank: AdapterBank,
+        shape: ModelShape,
+        optimizer: AdapterOptimizer,
+        control_group: dist.ProcessGroup,
+    ) -> None:
+        self.run = run
+        self.bank = bank
+        self.shape = shape
+        self.optimizer = optimizer
+        self.control = control_group
+        self.is_writer = dist.get_rank() == 0
+
+    def _gather(self, task: int, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        spec = self.bank.specs[task]
+        return gather_tensors(own, spec, self.shape, self.run.grids, self.control)
+
+    def save_checkpoint(self, state: CheckpointState) -> None:
+        """Write the checkpoint of `state.step`: every task's weights and moments."""
+        writer = CheckpointWriter(self.run.output_dir, state.step) if self.is_writer else None
+        for task, spec in enumerate(self.bank.specs):
+            weights = self._gather(task, self.bank.named_tensors(task))
+            moments = {
+                kind: self._gather(task, own) for kind, own in self.optimizer.moments(task).items()
+            }
+            if writer is not None:
+                writer.add_task(spec, weights, moments, self.run.base_model)
+        if writer is not None:
+            writer.finish(state, self.run.keep_last)
+        dist.barrier(group=self.control)
+
+    def export_adapters(self) -> None:
+        """Write every task's adapter folder."""
+        for task, spec in enumerate(self.bank.specs):
+            tensors = self._gather(task, self.bank.named_tensors(task))
+            if self.is_writer:
+                save_adapter(self.run.adapter_folder(task), spec, tensors, self.run.base_model)
+        dist.barrier(group=self.control)
