@@ -127,7 +127,7 @@ def load_collectives(path: str | os.PathLike[str]) -> Collectives:
         problems.append(f"{path}: its sidecar lacks settings.bytes_per_token; measure it again")
     if problems:
         raise ConfigError(first_problems(problems))
-    links = {key: fit_link(*map(np.array, zip(*rows_, strict=True))) for key, rows_ in points.items()}
+    links = {key: fit_link(*np.array(measured).T) for key, measured in points.items()}
     return Collectives(links, float(bytes_per_token), meta)
 
 

@@ -16,8 +16,9 @@ from typing import Any
 from model.launch import DEFAULT_PRELOAD, RankError, run_ranks
 from model.lora import AdapterSpec
 from model.shapes import ModelShape, layout_problem
-from profiler.layer_time_rank import TARGET_FRACTION
+from profiler.layer_time_rank import TARGET_FRACTION, SingleDevice
 from profiler.memory import OUT_OF_MEMORY, shape_settings
+from profiler.outliers import MAX_ATTEMPTS, doubtful_points
 from profiler.points import time_points
 from profiler.profiles import TIME_COLUMNS
 from profiler.sweep_file import Restart, SweepFile, open_sweep
@@ -49,6 +50,8 @@ class TimeSweep:
         Adapters, each on all linear layers; a micro-batch's rows are shared out to them.
     precision, device
         "fp32" or "bf16"; "cpu" or "cuda".
+    single_device
+        One for each tp: time a shard on one device and model the collectives; empty: real groups.
     """
 
     folder: Path
@@ -61,6 +64,7 @@ class TimeSweep:
     lora_rank: int
     precision: str
     device: str
+    single_device: tuple[SingleDevice, ...] = ()
 
     @property
     def points(self) -> tuple[tuple[int, int], ...]:
@@ -71,9 +75,13 @@ class TimeSweep:
         """Return how many groups of ``tp`` ranks are timed at once."""
         return max(1, self.load_ranks // tp)
 
+    def num_ranks(self, tp: int) -> int:
+        """Return the processes that time ``tp``."""
+        return 1 if self.single_device else tp * self.num_replicas(tp)
+
     def settings(self) -> dict[str, Any]:
         """Return what must agree for rows of two sweeps to be comparable (not which rows)."""
-        return {
+        settings: dict[str, Any] = {
             "model": self.shape.name,
             "shape": shape_settings(self.shape),
             "load_ranks": self.load_ranks,
@@ -82,6 +90,9 @@ class TimeSweep:
             "precision": self.precision,
             "device": self.device,
         }
+        if self.single_device:
+            settings["collectives"] = "modelled: a shard's compute was timed on one device"
+        return settings
 
     def problems(self) -> list[str]:
         """Return what is wrong with it, all at once."""
@@ -92,7 +103,9 @@ class TimeSweep:
         ]
         if self.max_seq_length < 1 or self.max_tokens < 1:
             problems.append("--max-seq-length and --max-tokens: at least 1 token is needed")
-        if self.load_ranks and self.load_ranks < max(self.tps):
+        if self.load_ranks and self.single_device:
+            problems.append("--load-ranks and --single-device: one or the other")
+        elif self.load_ranks and self.load_ranks < max(self.tps):
             problems.append(
                 f"--load-ranks {self.load_ranks}: less than tp {max(self.tps)}; give the number "
                 f"of ranks training will have"
@@ -128,7 +141,7 @@ def open_files(
             TIME_COLUMNS,
             NUM_KEYS,
             settings,
-            kind="measured",
+            kind="measured on a single device" if sweep.single_device else "measured",
             restart=restart,
             environment=environment,
         )
@@ -187,7 +200,25 @@ def sweep_time(
                 b, s = left[0]  # they are measured in order
                 log.warning("tp %d: %d x %d ran out of memory and is left out", tp, b, s)
                 files[0].skip((tp, s, b), "ran out of memory")
+        files = _measure_doubtful(sweep, tp, files, report)
         report(tp, 0)
+    return files
+
+
+def _measure_doubtful(
+    sweep: TimeSweep,
+    tp: int,
+    files: tuple[SweepFile, SweepFile],
+    report: Callable[[int, int], None],
+) -> tuple[SweepFile, SweepFile]:
+    """Measure rows that stick out again, until each has been measured often enough."""
+    for _ in range(MAX_ATTEMPTS - 1):
+        points = tuple(sorted(set().union(*(doubtful_points(file, tp) for file in files))))
+        if not points:
+            break
+        log.info("tp %d: %d of its shapes stick out and are measured again", tp, len(points))
+        _measure(sweep, tp, points, files, report, again=True)
+        files = files[0].reopened(), files[1].reopened()
     return files
 
 
@@ -197,10 +228,12 @@ def _measure(
     points: tuple[tuple[int, int], ...],
     files: tuple[SweepFile, SweepFile],
     report: Callable[[int, int], None],
+    again: bool = False,
 ) -> None:
     """Run the ranks that measure `points`, reporting progress from the growing file."""
-    count = sweep.num_replicas(tp)
-    grids = tuple((tuple(range(start, start + tp)),) for start in range(0, count * tp, tp))
+    shards = [single for single in sweep.single_device if single.tp == tp]
+    count, size = (1, 1) if shards else (sweep.num_replicas(tp), tp)
+    grids = tuple((tuple(range(start, start + size)),) for start in range(0, count * size, size))
     specs = tuple(
         AdapterSpec(f"task{task}", sweep.lora_rank, sweep.lora_rank, TARGET_MODULES)
         for task in range(sweep.num_tasks)
@@ -209,7 +242,7 @@ def _measure(
     before = files[1].num_rows_on_disk()
 
     def watch() -> None:
-        while not ended.wait(POLL_S):
+        while not (again or ended.wait(POLL_S)):
             report(tp, len(points) - (files[1].num_rows_on_disk() - before))
 
     watcher = threading.Thread(target=watch, daemon=True)
@@ -217,7 +250,7 @@ def _measure(
     try:
         run_ranks(
             "profiler.layer_time_rank:time_points_on_rank",
-            count * tp,
+            count * size,
             {
                 "folder": sweep.folder,
                 "grids": grids,
@@ -227,6 +260,8 @@ def _measure(
                 "device": sweep.device,
                 "layer_file": files[0],
                 "head_file": files[1],
+                "again": again,
+                "single_device": shards[0] if shards else None,
             },
             device=sweep.device,
             preload=(*DEFAULT_PRELOAD, "profiler.layer_time_rank"),

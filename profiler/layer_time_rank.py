@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,23 @@ class Timing:
     repeats: int
 
 
+@dataclass(frozen=True)
+class SingleDevice:
+    """One device computes one shard of a tensor-parallel group; the rest is modelled.
+
+    Attributes
+    ----------
+    tp
+        The size of the group whose shard is timed.
+    layer_ms, head_ms
+        (fixed, per token) ms of the collectives of a layer, and of embedding and head.
+    """
+
+    tp: int
+    layer_ms: tuple[float, float]
+    head_ms: tuple[float, float]
+
+
 def time_points_on_rank(
     folder: Path,
     grids: tuple[Grid, ...],
@@ -46,6 +64,8 @@ def time_points_on_rank(
     device: str,
     layer_file: SweepFile,
     head_file: SweepFile,
+    again: bool = False,
+    single_device: SingleDevice | None = None,
 ) -> None:
     """Time every point that the files do not hold and append it to them (rank 0 writes).
 
@@ -60,25 +80,69 @@ def time_points_on_rank(
         (b, s) in the order they are measured.
     layer_file, head_file
         Rows ``tp,seq_len,mbs,time``; only rank 0's copies are written to.
+    again
+        Time the points once more although the files hold them; a row becomes the median of all
+        its attempts.
+    single_device
+        Time one shard on this one rank, and add the collectives from a model.
     """
     tp = len(grids[0][0])
     groups = build_groups(grids)
+    if single_device is not None:
+        tp = single_device.tp
+        groups = replace(groups, role=replace(groups.role, tp_size=tp))
     where = torch_device(device)
     layers, ends = _build_probes(folder, groups, specs, DTYPES[precision], where)
     for b, s in points:
         batch = synthetic_batch((b, s), layers.shape, len(specs), where, TARGET_FRACTION)
+        if single_device is not None:  # the other shards' rows of the embedding are not here
+            batch = replace(batch, tokens_BS=batch.tokens_BS % len(_embedding_rows(layers)))
         received_BSD = torch.randn(b, s, layers.shape.hidden_size, device=where).to(layers.dtype)
         gradient_BSD = torch.randn_like(received_BSD)
-        for file, run, share in (
-            (layer_file, _layer_run(layers, batch, received_BSD, gradient_BSD), len(layers.layers)),
-            (head_file, _ends_run(layers, ends, batch, received_BSD), 1),
+        for file, run, share, modelled in (
+            (
+                layer_file,
+                _layer_run(layers, batch, received_BSD, gradient_BSD),
+                len(layers.layers),
+                (0.0, 0.0) if single_device is None else single_device.layer_ms,
+            ),
+            (
+                head_file,
+                _ends_run(layers, ends, batch, received_BSD),
+                1,
+                (0.0, 0.0) if single_device is None else single_device.head_ms,
+            ),
         ):
-            if (tp, s, b) in file.done:
+            if (tp, s, b) in file.done and not again:
                 continue
-            timing = _timing(run, where)
+            timing = measured_timing(run, where)
             if dist.get_rank() == 0:
+                collectives_ms = modelled[0] + modelled[1] * b * s
+                time_ms = timing.time_ms / share + collectives_ms
                 details = {"spread": round(timing.spread, 4), "repeats": timing.repeats}
-                file.add((tp, s, b, round(timing.time_ms / share, 6)), details)
+                if single_device is not None:
+                    details["modelled_collectives_ms"] = round(collectives_ms, 6)
+                _record(file, (tp, s, b), time_ms, details)
+
+
+def _embedding_rows(stage: Stage) -> range:
+    rows: range = stage.decoder.embed_tokens.rows
+    return rows
+
+
+def _record(
+    file: SweepFile, key: tuple[int, int, int], time_ms: float, details: dict[str, Any]
+) -> None:
+    """Append a row, or make one measured before the median of all its attempts."""
+    attempts = [round(time_ms, 6)]
+    if key not in file.done:
+        file.add((*key, attempts[0]), details)
+        return
+    before = file.details(key)
+    attempts = [*before.get("attempts", [float(file.done[key][-1])]), *attempts]
+    spread = min(before.get("spread", details["spread"]), details["spread"])
+    revised = before | details | {"attempts": attempts, "spread": spread}
+    file.revise((*key, round(float(np.median(attempts)), 6)), revised)
 
 
 def _build_probes(
@@ -129,7 +193,7 @@ def _ends_run(
     return run
 
 
-def _timing(run: Callable[[], None], device: torch.device) -> Timing:
+def measured_timing(run: Callable[[], None], device: torch.device) -> Timing:
     """Time a collective function: warm-up, then as many repeats as rank 0 finds worthwhile.
 
     Each rank takes the median of its repeats; the mean over all ranks is returned, everywhere.

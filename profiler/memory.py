@@ -55,6 +55,8 @@ class MemorySweep:
         Of one rank.
     precision, device
         "fp32" or "bf16"; "cpu" or "cuda".
+    gradient_checkpointing
+        Whether layers are computed again in the backward pass.
     """
 
     folder: Path
@@ -65,6 +67,7 @@ class MemorySweep:
     budget_bytes: int
     precision: str
     device: str
+    gradient_checkpointing: bool = False
 
     def settings(self) -> dict[str, Any]:
         """Return what must agree for rows of two sweeps to be comparable."""
@@ -77,6 +80,7 @@ class MemorySweep:
             "memory_budget_bytes": self.budget_bytes,
             "precision": self.precision,
             "device": self.device,
+            **({"gradient_checkpointing": True} if self.gradient_checkpointing else {}),
         }
 
 
@@ -233,6 +237,7 @@ def measure_trial(sweep: MemorySweep, tp: int, pp: int, tokens: int) -> list[Ran
             "precision": sweep.precision,
             "device": sweep.device,
             "budget_bytes": sweep.budget_bytes,
+            "gradient_checkpointing": sweep.gradient_checkpointing,
         },
         device=sweep.device,
         timeout_s=TRIAL_TIMEOUT_S,

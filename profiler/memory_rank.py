@@ -65,6 +65,7 @@ def memory_of_rank(
     precision: str,
     device: str,
     budget_bytes: int,
+    gradient_checkpointing: bool = False,
 ) -> RankMemory:
     """Train one replica with as many micro-batches in flight as it has stages; return the peak.
 
@@ -78,12 +79,21 @@ def memory_of_rank(
         (B, S) of the micro-batches to try one after the other; the larger peak counts.
     budget_bytes
         On a CPU, a rank that would need far more than this fails to allocate.
+    gradient_checkpointing
+        Keep each layer's input only.
     """
     if device == "cpu":
         settle_allocator()
         _limit_memory(budget_bytes)
     groups = build_groups((grid,))
-    stage = build_stage(folder, groups, specs, dtype=DTYPES[precision], device=torch_device(device))
+    stage = build_stage(
+        folder,
+        groups,
+        specs,
+        dtype=DTYPES[precision],
+        device=torch_device(device),
+        gradient_checkpointing=gradient_checkpointing,
+    )
     elements = 0
     for task in range(len(specs)):
         for parameter in stage.bank.parameters(task, stage.layers):

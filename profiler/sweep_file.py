@@ -18,12 +18,13 @@ from typing import Any, Literal
 
 from profiler.profiles import append_row, meta_path, read_meta, write_meta
 from tasks.errors import ConfigError
+from tasks.files import write_atomic
 
 log = logging.getLogger(__name__)
 
 Restart = Literal["never", "changed", "always"]
 RESTARTS: tuple[Restart, ...] = ("never", "changed", "always")
-Key = tuple[int, ...]
+Key = tuple[int | str, ...]
 
 
 @dataclass
@@ -49,16 +50,30 @@ class SweepFile:
     meta: dict[str, Any]
     done: dict[Key, tuple[str, ...]] = field(default_factory=dict)
 
-    def add(self, row: Sequence[int | float], details: Mapping[str, Any]) -> None:
+    def add(self, row: Sequence[int | float | str], details: Mapping[str, Any]) -> None:
         """Append a measured row: first its details to the sidecar, then its line, flushed."""
-        key = tuple(int(value) for value in row[: self.num_keys])
+        key = tuple(_key_part(value) for value in row[: self.num_keys])
         self.meta["rows"][_name(key)] = dict(details)
         self.meta["last_measured"] = _now()
         write_meta(self.path, self.meta)
         append_row(self.path, self.columns, row)
         self.done[key] = tuple(str(value) for value in row)
 
-    def skip(self, key: Sequence[int], reason: str) -> None:
+    def revise(self, row: Sequence[int | float | str], details: Mapping[str, Any]) -> None:
+        """Replace a row measured before: the CSV is written anew and renamed, then the sidecar."""
+        key = tuple(_key_part(value) for value in row[: self.num_keys])
+        self.done[key] = tuple(str(value) for value in row)
+        lines = [self.columns, *self.done.values()]
+        write_atomic(self.path, "".join(",".join(line) + "\n" for line in lines))
+        self.meta["rows"][_name(key)] = dict(details)
+        self.meta["last_measured"] = _now()
+        write_meta(self.path, self.meta)
+
+    def details(self, key: Sequence[int | str]) -> dict[str, Any]:
+        """Return the details of a row, {} if the sidecar has none."""
+        return dict(self.meta["rows"].get(_name(tuple(key)), {}))
+
+    def skip(self, key: Sequence[int | str], reason: str) -> None:
         """Note in the sidecar that a row cannot be measured, so that it is not tried again."""
         self.meta["skipped"][_name(tuple(key))] = reason
         write_meta(self.path, self.meta)
@@ -76,7 +91,7 @@ class SweepFile:
     @property
     def skipped(self) -> set[Key]:
         """Keys of the rows that could not be measured."""
-        return {tuple(map(int, name.split(","))) for name in self.meta["skipped"]}
+        return {tuple(map(_key_part, name.split(","))) for name in self.meta["skipped"]}
 
 
 def open_sweep(
@@ -150,7 +165,7 @@ def _resume(path: Path, columns: tuple[str, ...], num_keys: int, meta: dict[str,
         try:
             if len(row) != len(columns):
                 raise ValueError(f"{len(row)} values for {len(columns)} columns")
-            key = tuple(int(value) for value in row[:num_keys])
+            key = tuple(_key_part(value) for value in row[:num_keys])
             for value in row[num_keys:]:
                 float(value)
         except ValueError as error:
@@ -204,6 +219,13 @@ def _cut_torn_line(path: Path) -> None:
 
 def _name(key: Key) -> str:
     return ",".join(map(str, key))
+
+
+def _key_part(value: int | float | str) -> int | str:
+    """Return a whole number as int, a name as it is; ValueError for anything else."""
+    if isinstance(value, str) and value.replace("_", "").isalpha() and len(value) > 1:
+        return value
+    return int(value)
 
 
 def _now() -> str:

@@ -1,0 +1,171 @@
+"""The table of accelerators and runtimes behind the estimator (`accelerators.yaml`)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from tasks.errors import ConfigError
+
+FLAGS = ("sequence_parallel", "adapters_sharded")
+BUILT_IN = Path(__file__).with_name("accelerators.yaml")
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """A device's figures; see the comments of `accelerators.yaml` for units."""
+
+    memory_gib: float
+    bf16_tflops: float
+    fp32_tflops: float
+    memory_gb_s: float
+    link_gb_s: float
+    network_gb_s: float
+    name: str = ""
+
+    @property
+    def memory_bytes(self) -> int:
+        """Return the size of its memory in bytes."""
+        return int(self.memory_gib * 2**30)
+
+    def flops_per_ms(self, precision: str) -> float:
+        """Return the peak of "bf16" or "fp32" matrix products."""
+        return 1e9 * (self.bf16_tflops if precision == "bf16" else self.fp32_tflops)
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Shares of the peaks that are reached, and ms a layer and a collective take to start."""
+
+    matmul: float
+    attention: float
+    memory: float
+    link: float
+    network: float
+    start_ms: float
+    collective_start_ms: float
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How a runtime keeps activations and adapters."""
+
+    sequence_parallel: bool
+    adapters_sharded: bool
+    activation_factor: float
+    name: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """Everything of the file."""
+
+    accelerators: Mapping[str, Accelerator]
+    efficiency: Efficiency
+    runtimes: Mapping[str, Runtime]
+
+    def accelerator(self, name: str) -> Accelerator:
+        """Return an accelerator by name, whatever its case; ConfigError if unknown."""
+        return _named(self.accelerators, name, "accelerator")
+
+    def runtime(self, name: str) -> Runtime:
+        """Return a runtime by name; ConfigError if unknown."""
+        return _named(self.runtimes, name, "runtime")
+
+
+T = TypeVar("T")
+
+
+def _named(table: Mapping[str, T], name: str, what: str) -> T:
+    for known, entry in table.items():
+        if known.lower() == name.lower():
+            return entry
+    raise ConfigError(
+        f"{what} {name!r}: known are {', '.join(table)}; describe others in a file like "
+        f"profiler/accelerators.yaml and pass it with --accelerators"
+    )
+
+
+def load_tables(path: str | os.PathLike[str] | None = None) -> Tables:
+    """Return the built-in tables, with those of a user's file on top.
+
+    Raises
+    ------
+    ConfigError
+        With every mistake of the file.
+    """
+    raw = _read(BUILT_IN)
+    if path is not None:
+        for section, entries in _read(Path(path)).items():
+            raw[section] = {**raw.get(section, {}), **entries}
+    problems: list[str] = []
+    where = path or BUILT_IN
+    accelerators = _build_all(Accelerator, raw["accelerators"], f"{where}: accelerators", problems)
+    runtimes = _build_all(Runtime, raw["runtimes"], f"{where}: runtimes", problems)
+    efficiency = _build(Efficiency, raw["efficiency"], f"{where}: efficiency", problems)
+    if problems or efficiency is None:
+        raise ConfigError(problems)
+    return Tables(accelerators, efficiency, runtimes)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if path == BUILT_IN:
+        return dict(_built_in())
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: not readable as YAML ({error})") from error
+    sections = ("accelerators", "efficiency", "runtimes")
+    if not isinstance(raw, dict) or not all(isinstance(v, dict) for v in raw.values()):
+        raise ConfigError(f"{path}: a mapping with {', '.join(sections)} is expected")
+    unknown = [name for name in raw if name not in sections]
+    if unknown:
+        raise ConfigError(f"{path}: {', '.join(unknown)}: unknown; known are {', '.join(sections)}")
+    return raw
+
+
+@cache
+def _built_in() -> dict[str, Any]:
+    raw: dict[str, Any] = yaml.safe_load(BUILT_IN.read_text(encoding="utf-8"))
+    return raw
+
+
+def _build_all(
+    kind: type[T], entries: Mapping[str, Any], where: str, problems: list[str]
+) -> dict[str, T]:
+    built = {
+        name: _build(kind, values, f"{where}.{name}", problems, name)
+        for name, values in entries.items()
+    }
+    return {name: entry for name, entry in built.items() if entry is not None}
+
+
+def _build(
+    kind: type[T], values: Any, where: str, problems: list[str], name: str | None = None
+) -> T | None:
+    wanted = {field.name: field for field in fields(kind) if field.name != "name"}  # type: ignore[arg-type]
+    if not isinstance(values, dict):
+        problems.append(f"{where}: a mapping of {', '.join(wanted)} is expected")
+        return None
+    before = len(problems)
+    problems += [
+        f"{where}.{key}: unknown; known are {', '.join(wanted)}"
+        for key in values
+        if key not in wanted
+    ]
+    for key in wanted:
+        value = values.get(key)
+        if key in FLAGS:
+            if not isinstance(value, bool):
+                problems.append(f"{where}.{key}: {value!r} is not true or false")
+        elif isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            problems.append(f"{where}.{key}: {value!r} is not a positive number")
+    if len(problems) > before:
+        return None
+    return kind(**values, **({} if name is None else {"name": name}))

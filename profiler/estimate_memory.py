@@ -1,0 +1,149 @@
+"""Memory of a rank from a model's shapes alone: which micro-batches fit a layout, without hardware.
+
+What autograd keeps of a layer is counted tensor by tensor as `model.stage` runs it; a test compares
+the count with the tensors really saved. Bytes; e is the size of an activation's element.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from model.shapes import ModelShape
+from model.topology import stage_layers
+from profiler.accelerators import Runtime
+
+FLOAT_BYTES = 4
+# Of an adapter's parameter, as `profiler.memory_rank` counts them.
+ADAPTER_BYTES, OPTIMIZER_BYTES = 8, 12
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """The adapters trained together: (rank, target modules) of each task."""
+
+    specs: tuple[tuple[int, tuple[str, ...]], ...]
+
+    def elements_per_layer(self, shape: ModelShape) -> int:
+        """Return the adapters' parameters in one layer, all tasks."""
+        total = sum(shape.adapter_elements(rank, targets) for rank, targets in self.specs)
+        return total // shape.num_layers
+
+    @property
+    def largest_rank(self) -> int:
+        """Return the largest LoRA rank."""
+        return max((rank for rank, _ in self.specs), default=0)
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of a rank that do not depend on the micro-batch, and those per token of it."""
+
+    fixed_bytes: float
+    bytes_per_token: float
+
+    def max_tokens(self, budget_bytes: float, step: int, largest: int) -> int:
+        """Return the largest multiple of ``step`` up to ``largest`` that fits (0: none)."""
+        room = (budget_bytes - self.fixed_bytes) / self.bytes_per_token
+        return max(0, min(int(room) // step, largest // step) * step)
+
+
+def element_bytes(precision: str) -> int:
+    """Return the bytes of an activation's element."""
+    return 2 if precision == "bf16" else FLOAT_BYTES
+
+
+def layer_weights(shape: ModelShape) -> int:
+    """Return the parameters of one layer's linears."""
+    return sum(inputs * outputs for inputs, outputs in shape.linear_sizes().values())
+
+
+def saved_bytes_per_token(
+    shape: ModelShape, tp: int, precision: str, lora_rank: int, sequence_parallel: bool = False
+) -> float:
+    """Return what autograd keeps of one layer for the backward pass, per token and rank.
+
+    Whole on every rank of a tp group (unless sequence parallel): the inputs of both norms in fp32
+    and their outputs. Split by tp: q, k, v, the attention's output and its log-sum-exp, gate, up,
+    silu(gate) and their product. LoRA: x A' of each linear.
+    """
+    e, h = element_bytes(precision), shape.hidden_size
+    query, key = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    key = max(key, shape.head_dim * tp)  # a rank holds at least one key/value head
+    whole = 2 * FLOAT_BYTES * (h + 1) + 2 * e * h
+    split = e * (2 * query + 2 * key + 4 * shape.intermediate_size)
+    split += FLOAT_BYTES * shape.num_heads
+    lora = e * lora_rank * len(shape.linear_sizes())
+    return whole / (tp if sequence_parallel else 1) + split / tp + lora
+
+
+def checkpointed_bytes_per_token(shape: ModelShape, precision: str) -> float:
+    """Return what is kept of a layer per token with gradient checkpointing: its input."""
+    return float(element_bytes(precision) * shape.hidden_size)
+
+
+def head_bytes_per_token(shape: ModelShape, tp: int, precision: str) -> float:
+    """Return what the head takes at its peak per token, if every token carries a loss.
+
+    The logits in fp32, their gradient, and both once more in the activations' type.
+    """
+    return (2 * FLOAT_BYTES + element_bytes(precision)) * shape.vocab_size / tp
+
+
+def estimate_memory(
+    shape: ModelShape,
+    tp: int,
+    pp: int,
+    adapters: Adapters,
+    precision: str,
+    runtime: Runtime,
+    gradient_checkpointing: bool = False,
+) -> MemoryEstimate:
+    """Return the memory of the rank of ``<tp,pp>`` that needs most.
+
+    Stage i of pp keeps pp - i micro-batches in flight (1F1B). The stages differ in what is fixed
+    and in what grows; the line returned lies on or above all of them only if one is the worst
+    everywhere, so the worst at the size where the fixed part and the rest are alike is taken.
+    """
+    stages = [
+        _stage_memory(shape, tp, pp, stage, adapters, precision, runtime, gradient_checkpointing)
+        for stage in range(pp)
+    ]
+    typical = sum(s.fixed_bytes for s in stages) / sum(s.bytes_per_token for s in stages)
+    return max(stages, key=lambda s: s.fixed_bytes + typical * s.bytes_per_token)
+
+
+def _stage_memory(
+    shape: ModelShape,
+    tp: int,
+    pp: int,
+    stage: int,
+    adapters: Adapters,
+    precision: str,
+    runtime: Runtime,
+    gradient_checkpointing: bool,
+) -> MemoryEstimate:
+    e = element_bytes(precision)
+    layers = len(stage_layers(shape.num_layers, pp, stage))
+    ends = int(stage == 0) + int(stage == pp - 1)
+    if pp == 1 and shape.tied_embeddings:
+        ends = 1
+    elements = adapters.elements_per_layer(shape) * layers
+    fixed = e * layers * layer_weights(shape) / tp
+    fixed += e * ends * shape.vocab_size * shape.hidden_size / tp
+    whole = tp if runtime.adapters_sharded else 1
+    fixed += ADAPTER_BYTES * elements / whole + OPTIMIZER_BYTES * elements / tp
+    saved = saved_bytes_per_token(
+        shape, tp, precision, adapters.largest_rank, runtime.sequence_parallel
+    )
+    in_flight = pp - stage
+    if gradient_checkpointing:
+        kept = checkpointed_bytes_per_token(shape, precision)
+        per_token = in_flight * layers * kept + saved
+    else:
+        per_token = in_flight * layers * saved
+    # One layer's gradients while the backward pass is in it.
+    per_token += e * (2 * shape.hidden_size + 3 * shape.intermediate_size / tp)
+    per_token *= runtime.activation_factor
+    if stage == pp - 1:
+        per_token += head_bytes_per_token(shape, tp, precision)
+    return MemoryEstimate(fixed, per_token)

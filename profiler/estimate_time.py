@@ -1,0 +1,157 @@
+"""Time of a layer from a model's shapes and a device's peaks: a roofline, calibrated.
+
+A layer takes what it costs to start, plus matrix products (bounded by arithmetic or by reading the
+weights), attention, moving activations through memory, and the all-reduces of its tp group. The
+shares of the peaks that are reached come from measured rows where there are any (`calibrate`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy.optimize import nnls
+
+from model.shapes import ModelShape
+from profiler.accelerators import Accelerator, Efficiency
+from profiler.estimate_memory import element_bytes, layer_weights, saved_bytes_per_token
+from profiler.profiles import TimeProfile
+from tasks.errors import ConfigError
+
+Array = np.ndarray
+Sizes = np.ndarray | float
+
+# The frozen weights take part in the forward product and in that of the input's gradient.
+PASSES = 2
+# Flash attention (Dao, 2023): the backward pass has 2.5 times the products of the forward one;
+# half of the s x s positions are masked.
+ATTENTION_PRODUCTS = (1 + 2.5) / 2
+# What is kept is written and read back; as much again is written and read but not kept.
+MEMORY_PASSES = 4
+ALL_REDUCES = 4  # of a layer: after attention and after the mlp, forward and backward
+SMALLEST_SHARE = 0.01
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is timed: the model, the accelerator's use of it, and the adapters' rank."""
+
+    shape: ModelShape
+    accelerator: Accelerator
+    precision: str
+    lora_rank: int
+    gpus_per_node: int = 8
+    sequence_parallel: bool = False
+
+    @property
+    def peak(self) -> float:
+        """Return the floating-point operations per ms of matrix products at best."""
+        return self.accelerator.flops_per_ms(self.precision)
+
+
+def matmul_ms(work: Workload, tp: int, b: Sizes, s: Sizes) -> Array:
+    """Return ms of the frozen linears' and adapters' products at the device's peaks."""
+    tokens = np.asarray(b) * np.asarray(s)
+    weights = layer_weights(work.shape) / tp
+    sizes = work.shape.linear_sizes().values()
+    adapters = work.lora_rank * sum(inputs + outputs for inputs, outputs in sizes) / tp
+    flops = 2.0 * tokens * (PASSES * weights + (PASSES + 1) * adapters)
+    read = PASSES * element_bytes(work.precision) * weights
+    return np.maximum(flops / work.peak, read / _bytes_per_ms(work.accelerator.memory_gb_s))
+
+
+def attention_ms(work: Workload, tp: int, b: Sizes, s: Sizes) -> Array:
+    """Return ms of attention's products at the device's peak."""
+    width = work.shape.num_heads * work.shape.head_dim / tp
+    return 4.0 * ATTENTION_PRODUCTS * np.asarray(b) * np.square(s) * width / work.peak
+
+
+def memory_ms(work: Workload, tp: int, b: Sizes, s: Sizes) -> Array:
+    """Return ms of moving activations through memory at the device's bandwidth."""
+    kept = saved_bytes_per_token(
+        work.shape, tp, work.precision, work.lora_rank, work.sequence_parallel
+    )
+    moved = MEMORY_PASSES * kept * np.asarray(b) * np.asarray(s)
+    return moved / _bytes_per_ms(work.accelerator.memory_gb_s)
+
+
+def all_reduce_ms(work: Workload, efficiency: Efficiency, tp: int, b: Sizes, s: Sizes) -> Array:
+    """Return ms of a layer's all-reduces: a ring inside the node, then between the nodes."""
+    if tp == 1:
+        return np.zeros(np.broadcast_shapes(np.shape(b), np.shape(s)))
+    tokens = np.asarray(b) * np.asarray(s)
+    num_bytes = element_bytes(work.precision) * work.shape.hidden_size * tokens
+    inside = min(tp, work.gpus_per_node)
+    link = _bytes_per_ms(work.accelerator.link_gb_s) * efficiency.link
+    time_ms = efficiency.collective_start_ms + 2.0 * (inside - 1) / inside * num_bytes / link
+    nodes = -(-tp // work.gpus_per_node)
+    if nodes > 1:
+        network = _bytes_per_ms(work.accelerator.network_gb_s) * efficiency.network
+        time_ms = time_ms + 2.0 * (nodes - 1) / nodes * num_bytes / network
+        time_ms = time_ms + efficiency.collective_start_ms
+    return ALL_REDUCES * time_ms
+
+
+def layer_ms(work: Workload, efficiency: Efficiency, tp: int, b: Sizes, s: Sizes) -> Array:
+    """Return ms of one layer, forward + backward with LoRA (arrays broadcast)."""
+    return (
+        efficiency.start_ms
+        + matmul_ms(work, tp, b, s) / efficiency.matmul
+        + attention_ms(work, tp, b, s) / efficiency.attention
+        + memory_ms(work, tp, b, s) / efficiency.memory
+        + all_reduce_ms(work, efficiency, tp, b, s)
+    )
+
+
+def head_ms(work: Workload, efficiency: Efficiency, tp: int, b: Sizes, s: Sizes) -> Array:
+    """Return ms of embedding, head and loss, forward + backward, half of the tokens with a loss."""
+    targets = 0.5 * np.asarray(b) * np.asarray(s)
+    logits = work.shape.vocab_size / tp
+    flops = 2.0 * PASSES * targets * logits * work.shape.hidden_size
+    moved = 4.0 * 4.0 * targets * logits  # fp32 logits, written and read in both directions
+    return (
+        efficiency.start_ms / 2
+        + flops / work.peak / efficiency.matmul
+        + moved / _bytes_per_ms(work.accelerator.memory_gb_s) / efficiency.memory
+    )
+
+
+def calibrate(
+    work: Workload, efficiency: Efficiency, profile: TimeProfile, tp: int = 1
+) -> Efficiency:
+    """Return the efficiency with start, matmul and attention fitted to a profile's rows of ``tp``.
+
+    Least squares of relative errors with non-negative terms; the rest stays as it is.
+
+    Raises
+    ------
+    ConfigError
+        If the profile has fewer than four rows of that tp.
+    """
+    rows = profile.tp == tp
+    if int(rows.sum()) < 4:
+        raise ConfigError(f"{profile.path}: at least 4 rows of tp {tp} are needed to calibrate")
+    b, s = profile.mbs[rows].astype(float), profile.seq_len[rows].astype(float)
+    time_ms = profile.time_ms[rows]
+    known = memory_ms(work, tp, b, s) / efficiency.memory
+    known = known + all_reduce_ms(work, efficiency, tp, b, s)
+    terms = np.stack(
+        [np.ones_like(time_ms), matmul_ms(work, tp, b, s), attention_ms(work, tp, b, s)], axis=1
+    )
+    target = np.maximum(time_ms - known, 0.1 * time_ms)
+    start_ms, matmul, attention = nnls(terms / time_ms[:, None], target / time_ms)[0]
+    return replace(
+        efficiency,
+        start_ms=float(start_ms),
+        matmul=_share(matmul, efficiency.matmul),
+        attention=_share(attention, efficiency.attention),
+    )
+
+
+def _share(slowdown: float, otherwise: float) -> float:
+    """Return 1 / slowdown as a share of the peak; what was assumed if the rows do not say."""
+    return max(SMALLEST_SHARE, 1.0 / slowdown) if slowdown > 1.0 else otherwise
+
+
+def _bytes_per_ms(gb_s: float) -> float:
+    return 1e6 * gb_s

@@ -1,0 +1,122 @@
+"""What the profilers' command lines share: options, their checks, the console."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from profiler.sweep_file import RESTARTS
+from tasks.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+PRECISIONS = ("fp32", "bf16")
+# Of a GPU's memory, what training may plan with: the rest is the context and fragmentation.
+CUDA_MEMORY_SHARE = 0.9
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Add the options of both profilers."""
+    parser.add_argument("--model", required=True, help="tiny, 7B, ... or a model folder")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--precision", choices=PRECISIONS, help="default: fp32 on CPU, bf16 on GPU")
+    parser.add_argument("--output", type=Path, help="the CSV (default: under exp_result/profile)")
+    parser.add_argument(
+        "--restart",
+        default="never",
+        choices=RESTARTS,
+        help="what to do with rows of before: continue after them (never; refused if the settings "
+        "differ), set them aside if the settings differ (changed) or anyway (always)",
+    )
+    parser.add_argument("--host-file", help="hosts of the job; measuring uses this machine only")
+    estimate = parser.add_argument_group("estimating without hardware")
+    estimate.add_argument(
+        "--estimate", action="store_true", help="from the model's shapes, without running anything"
+    )
+    estimate.add_argument("--accelerator", help="such as A100-40GB; see profiler/accelerators.yaml")
+    estimate.add_argument("--accelerators", type=Path, help="a file of your own accelerators")
+    estimate.add_argument(
+        "--runtime",
+        default="deepspeed",
+        help="how activations are kept: deepspeed (this project, default) or hetu (LobRA's)",
+    )
+
+
+def check_estimate_options(args: argparse.Namespace) -> None:
+    """Refuse options that belong to estimating without ``--estimate``, and the reverse."""
+    if args.estimate and not args.accelerator:
+        raise ConfigError("--estimate needs --accelerator NAME, such as --accelerator A100-40GB")
+    if args.accelerator and not args.estimate:
+        raise ConfigError("--accelerator says what to estimate for: give --estimate too")
+
+
+def at_least(option: str, value: int, least: int) -> int:
+    """Return the value; ConfigError if it is less than ``least``."""
+    if value < least:
+        raise ConfigError(f"{option} {value}: at least {least} is needed")
+    return value
+
+
+def precision_of(precision: str | None, device: str) -> str:
+    """Return the precision asked for, or the device's usual one."""
+    return precision or ("bf16" if device == "cuda" else "fp32")
+
+
+def environment_of(device: str) -> dict[str, Any]:
+    """Return what the sidecar records of this machine."""
+    from profiler.hardware import describe_device, versions
+
+    return {"hardware": describe_device(device), "versions": versions()}
+
+
+def check_host_file(host_file: str | None) -> None:
+    """Refuse a host file that names several hosts: the profilers measure on one machine."""
+    if host_file is None:
+        return
+    try:
+        lines = Path(host_file).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConfigError(f"host file {host_file}: not readable ({error})") from error
+    hosts = [line.split()[0] for line in lines if line.strip() and not line.startswith("#")]
+    if len(hosts) > 1:
+        raise ConfigError(
+            f"host file {host_file}: names {len(hosts)} hosts; the profilers measure on one "
+            f"machine: run them there without a host file (layouts within one node suffice), or "
+            f"estimate the others with --estimate"
+        )
+
+
+def make_console(error_stream: bool = True) -> Console:
+    """Return the console for messages (standard error) or for results (standard output)."""
+    from rich.console import Console
+
+    return Console(stderr=error_stream, highlight=False, soft_wrap=error_stream)
+
+
+@contextmanager
+def progress_bars(console: Console) -> Iterator[Progress]:
+    """Show progress bars with the time left."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    ) as progress:
+        yield progress

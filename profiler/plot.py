@@ -1,0 +1,72 @@
+"""The plot of `lobra profile fit`: measured and predicted times, and errors, per tp."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from profiler.layer_fit import fit_layer
+from profiler.profiles import TimeProfile
+from profiler.series import other_series
+from profiler.validation import SuspiciousRow, Validation
+from tasks.files import atomic_path
+
+LENGTH_SHOWN = 1024  # tokens of the sequences the curves are drawn for
+
+
+def plot_fit(
+    profile: TimeProfile,
+    validations: Sequence[Validation],
+    suspicious: Sequence[SuspiciousRow],
+    path: Path,
+) -> None:
+    """Save a PNG: above, time per token against tokens; below, the error on held-out rows.
+
+    Rows of the other series are hollow, suspicious ones circled.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = len(validations)
+    figure, axes = pyplot.subplots(
+        2, columns, figsize=(3.6 * columns + 0.6, 6), sharex="col", sharey="row", squeeze=False
+    )
+    others = other_series(profile)
+    for column, validation in enumerate(validations):
+        rows = validation.rows
+        hollow = np.zeros(len(rows), dtype=bool) if others is None else others[rows]
+        b = profile.mbs[rows].astype(float)
+        s = profile.seq_len[rows].astype(float)
+        tokens, time_ms = b * s, profile.time_ms[rows]
+        fit = fit_layer(b, s, time_ms, validation.kind, None if others is None else hollow)
+        above, below = axes[0][column], axes[1][column]
+        marks = {(row.b, row.s) for row in suspicious if row.tp == validation.tp}
+        circled = np.array([(int(x), int(y)) in marks for x, y in zip(b, s, strict=True)])
+        for axis, values in ((above, 1e3 * time_ms / tokens), (below, 100 * validation.error)):
+            axis.scatter(tokens[~hollow], values[~hollow], s=14, color="tab:blue")
+            axis.scatter(
+                tokens[hollow], values[hollow], s=14, facecolors="none", edgecolors="tab:blue"
+            )
+            axis.scatter(
+                tokens[circled], values[circled], s=90, facecolors="none", edgecolors="tab:red"
+            )
+            axis.grid(alpha=0.3)
+        grid = np.geomspace(tokens.min(), tokens.max(), 200)
+        lengths = np.minimum(grid, LENGTH_SHOWN)
+        curve = fit.time_ms(grid / lengths, lengths)
+        above.plot(grid, 1e3 * curve / grid, color="tab:orange", label="cost model")
+        above.set(title=f"tp {validation.tp}", xscale="log", yscale="log")
+        below.axhline(0.0, color="tab:orange")
+        below.set(xlabel="tokens of the micro-batch")
+    axes[0][0].set(ylabel="us per token and layer")
+    axes[1][0].set(ylabel="error on held-out rows, %")
+    axes[0][0].legend()
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+    pyplot.close(figure)

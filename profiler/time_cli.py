@@ -1,0 +1,244 @@
+"""`lobra profile time`: milliseconds of one layer, of embedding and head, and of collectives."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from model.shapes import ModelShape, layout_problem, resolve_folder, resolve_shape
+from profiler.collectives import default_collectives_path
+from profiler.options import (
+    add_common,
+    at_least,
+    check_estimate_options,
+    check_host_file,
+    environment_of,
+    make_console,
+    precision_of,
+    progress_bars,
+)
+from profiler.profiles import TIME_COLUMNS, default_head_path, default_time_path, load_time_profile
+from profiler.sweep_file import open_sweep
+from tasks.errors import ConfigError
+
+if TYPE_CHECKING:
+    from profiler.accelerators import Tables
+    from profiler.estimate_time import Workload
+    from profiler.layer_time_rank import SingleDevice
+
+DEFAULT_MAX_SEQ_LENGTH = {"cpu": 2048, "cuda": 16384}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the time profiler."""
+    add_common(parser)
+    parser.add_argument("--tp", required=True, help="tensor-parallel sizes, such as 1,2,4")
+    parser.add_argument("--max-seq-length", type=int, help="default: 2048 on CPU, 16384 on GPU")
+    parser.add_argument("--max-tokens", type=int, help="of a micro-batch; default: max-seq-length")
+    parser.add_argument(
+        "--load-ranks",
+        type=int,
+        default=0,
+        metavar="N",
+        help="time N/tp replicas at once and take the mean: what a machine with fewer cores than "
+        "ranks will do in training (default: one replica alone)",
+    )
+    parser.add_argument(
+        "--single-device",
+        action="store_true",
+        help="time one shard of each tp on one device and model the collectives (give "
+        "--accelerator for its links)",
+    )
+    parser.add_argument("--num-tasks", type=int, default=4, help="adapters (default 4)")
+    parser.add_argument("--lora-rank", type=int, default=16, help="of each adapter (default 16)")
+    parser.add_argument("--head-output", type=Path, help="the CSV of embedding and head")
+    parser.add_argument("--collectives-output", type=Path, help="the CSV of collectives")
+    parser.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="CSV",
+        help="with --estimate: fit the efficiencies to the rows of tp 1 of this profile",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure or estimate the time profile and what goes with it."""
+    if not args.single_device:
+        check_estimate_options(args)
+    elif args.estimate:
+        raise ConfigError("--estimate and --single-device: one or the other")
+    at_least("--load-ranks", args.load_ranks, 0)
+    at_least("--num-tasks", args.num_tasks, 1)
+    at_least("--lora-rank", args.lora_rank, 1)
+    return _estimate(args) if args.estimate else _measure(args)
+
+
+def _measure(args: argparse.Namespace) -> int:
+    from profiler.hardware import num_devices, resolve_device
+    from profiler.layer_time import TimeSweep, open_files, sweep_time
+
+    tps = _tp_list(args.tp)
+    check_host_file(args.host_file)
+    device = resolve_device(args.device)
+    length = args.max_seq_length or DEFAULT_MAX_SEQ_LENGTH[device]
+    shape = resolve_shape(args.model)
+    precision = precision_of(args.precision, device)
+    sweep = TimeSweep(
+        folder=resolve_folder(args.model),
+        shape=shape,
+        tps=tps,
+        max_seq_length=length,
+        max_tokens=args.max_tokens or length,
+        load_ranks=args.load_ranks,
+        num_tasks=args.num_tasks,
+        lora_rank=args.lora_rank,
+        precision=precision,
+        device=device,
+        single_device=_single_devices(args, shape, precision, device, tps),
+    )
+    layer_path, head_path, collectives_path = _paths(args)
+    environment = environment_of(device)
+    files = open_files(sweep, layer_path, head_path, args.restart, environment)
+    console = make_console()
+    limit = num_devices(device)
+    too_many = [tp for tp in tps if limit is not None and sweep.num_ranks(tp) > limit]
+    for tp in too_many:
+        console.print(f"tp {tp}: left out, it needs more than the {limit} GPUs of this machine")
+    total = len(sweep.points)
+    with progress_bars(console) as progress:
+        bars = {
+            tp: progress.add_task(f"tp {tp}: {total} shapes", total=total)
+            for tp in tps
+            if tp not in too_many
+        }
+        files = sweep_time(
+            sweep,
+            files,
+            lambda tp, left: progress.update(bars[tp], completed=total - left),
+            lambda tp: tp not in too_many,
+        )
+    console.print(f"{len(files[0].done)} rows in {layer_path}, embedding and head in {head_path}")
+    for key in sorted(files[0].skipped, key=str):
+        console.print(f"tp {key[0]}: {key[2]} x {key[1]} ran out of memory and was left out")
+    counts = [n for n in sorted({*tps, args.load_ranks}) if n > 1 and (limit is None or n <= limit)]
+    if counts and not args.single_device:
+        from profiler.collective_time import open_collectives, sweep_collectives
+
+        file = open_collectives(
+            shape, collectives_path, precision, device, args.restart, environment
+        )
+        file = sweep_collectives(file, counts, device)
+        console.print(f"{len(file.done)} rows of collectives in {collectives_path}")
+    return 0
+
+
+def _estimate(args: argparse.Namespace) -> int:
+    from profiler.accelerators import load_tables
+    from profiler.estimate_time import calibrate, head_ms, layer_ms
+    from profiler.memory import shape_settings
+    from profiler.points import time_points
+
+    tps = _tp_list(args.tp)
+    shape = resolve_shape(args.model)
+    problems = [problem for tp in tps if (problem := layout_problem(shape, tp, 1))]
+    if problems:
+        raise ConfigError(problems)
+    tables = load_tables(args.accelerators)
+    precision = args.precision or "bf16"
+    work = _workload(args, tables, shape, precision)
+    efficiency = tables.efficiency
+    if args.calibrate is not None:
+        efficiency = calibrate(work, efficiency, load_time_profile(args.calibrate))
+    length = args.max_seq_length or DEFAULT_MAX_SEQ_LENGTH["cuda"]
+    settings = {
+        "model": shape.name,
+        "shape": shape_settings(shape),
+        "lora_rank": args.lora_rank,
+        "precision": precision,
+        "accelerator": vars(work.accelerator),
+        "efficiency": vars(efficiency),
+        "sequence_parallel": work.sequence_parallel,
+    }
+    layer_path, head_path, _ = _paths(args)
+    console = make_console()
+    for path, time_of, what in (
+        (layer_path, layer_ms, "one layer, forward + backward, ms"),
+        (head_path, head_ms, "embedding and head with loss, forward + backward, ms"),
+    ):
+        file = open_sweep(
+            path,
+            TIME_COLUMNS,
+            3,
+            settings | {"what": what},
+            kind="estimated",
+            restart=args.restart,
+            environment={},
+        )
+        for size in tps:
+            for b, s in time_points(length, args.max_tokens or length):
+                if (size, s, b) not in file.done:
+                    time_ms = float(time_of(work, efficiency, size, b, s))
+                    file.add((size, s, b, round(time_ms, 6)), {})
+        console.print(f"{len(file.done)} rows, estimated for {work.accelerator.name}, in {path}")
+    return 0
+
+
+def _single_devices(
+    args: argparse.Namespace, shape: ModelShape, precision: str, device: str, tps: tuple[int, ...]
+) -> tuple[SingleDevice, ...]:
+    """Return what the collectives of each tp would cost, if shards are to be timed alone."""
+    if not args.single_device:
+        return ()
+    from profiler.accelerators import load_tables
+    from profiler.estimate_time import all_reduce_ms
+    from profiler.layer_time_rank import SingleDevice
+
+    if args.accelerator is None and device == "cuda":
+        raise ConfigError("--single-device needs --accelerator NAME: whose links are modelled")
+    tables = load_tables(args.accelerators)
+    args = argparse.Namespace(**{**vars(args), "accelerator": args.accelerator or "CPU"})
+    work = replace(_workload(args, tables, shape, precision), sequence_parallel=False)
+    found = []
+    for tp in tps:
+        fixed_ms = float(all_reduce_ms(work, tables.efficiency, tp, 0, 0))
+        per_token_ms = float(all_reduce_ms(work, tables.efficiency, tp, 1, 1)) - fixed_ms
+        # Of a layer's four all-reduces the ends have two: the embedding's and the head's input.
+        ends = fixed_ms / 2, per_token_ms / 2
+        found.append(SingleDevice(tp, (fixed_ms, per_token_ms), ends))
+    return tuple(found)
+
+
+def _workload(
+    args: argparse.Namespace, tables: Tables, shape: ModelShape, precision: str
+) -> Workload:
+    from profiler.estimate_time import Workload
+
+    return Workload(
+        shape,
+        tables.accelerator(args.accelerator),
+        precision,
+        args.lora_rank,
+        sequence_parallel=tables.runtime(args.runtime).sequence_parallel,
+    )
+
+
+def _paths(args: argparse.Namespace) -> tuple[Path, Path, Path]:
+    """Return the CSVs of layers, of embedding and head, and of collectives."""
+    layers = args.output or default_time_path(args.model)
+    if args.output is None:
+        ends = default_head_path(args.model), default_collectives_path(args.model)
+    else:
+        ends = layers.with_name(f"head_{layers.name}"), layers.with_name(f"links_{layers.name}")
+    return layers, args.head_output or ends[0], args.collectives_output or ends[1]
+
+
+def _tp_list(text: str) -> tuple[int, ...]:
+    try:
+        tps = tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        tps = ()
+    if not tps or tps[0] < 1:
+        raise ConfigError(f"--tp {text!r}: positive numbers separated by commas, such as 1,2,4")
+    return tps
