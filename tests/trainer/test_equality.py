@@ -82,6 +82,10 @@ def datasets() -> list[TokenizedDataset]:
 
 @pytest.fixture(scope="module")
 def starts(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return make_starts(base, tmp_path_factory.mktemp("starts"))
+
+
+def make_starts(base: Path, root: Path) -> list[Path]:
     """PEFT's own fresh adapters, B made non-zero so that A has a gradient from the first step."""
     folders = []
     for number, task in enumerate(TASKS):
@@ -90,7 +94,7 @@ def starts(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.02)
-        folders.append(tmp_path_factory.mktemp("start") / task["name"])
+        folders.append(root / task["name"])
         model.save_pretrained(folders[-1])
     return folders
 
@@ -117,6 +121,8 @@ def train_alone(
     for number, task in enumerate(TASKS):
         plain = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
         model = PeftModel.from_pretrained(plain, starts[number], is_trainable=True)
+        if dtype == torch.float64:  # the adapters too; PEFT would keep them in fp32
+            model = model.double()
         model.train()
         trainable = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
@@ -141,7 +147,7 @@ def train_alone(
             optimizer.step()
             scheduler.step()
             losses.append(loss.item())
-        folder = starts[number].with_name(f"alone-{dtype}")
+        folder = starts[number].with_name(f"alone-{task['name']}-{dtype}")
         model.save_pretrained(folder)
         results.append(
             {"tensors": load_file(folder / "adapter_model.safetensors"), "losses": losses}
