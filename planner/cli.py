@@ -160,6 +160,12 @@ def show(console: Console, deployment: Deployment, workload: Workload) -> None:
             f"{same.plan}: {same.step_time_s:.4g} s, {same.gpu_seconds:.4g} GPU-seconds "
             f"({100 * saved:.1f} % saved)",
         )
+    for entry in deployment.sampled:
+        figures.add_row(
+            f"{len(entry.step_time_s)} sampled steps",
+            f"mean {entry.mean_s:.4g} s, p50 {entry.percentile_s(50):.4g} s, "
+            f"p99 {entry.percentile_s(99):.4g} s: {entry.plan}",
+        )
     figures.add_row("buckets", " ".join(str(bucket) for bucket in deployment.batch.buckets))
     figures.add_row("padding", f"{100 * deployment.batch.padding_ratio:.2f} % of padded tokens")
     console.print(figures)
