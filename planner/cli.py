@@ -20,7 +20,9 @@ from planner.deploy import (
     deploy,
     plan_with_meta,
 )
+from planner.explain import roles
 from planner.plan import plan_path, save_plan
+from planner.sweep import Point, parse_range, plot, sweep
 from planner.workload import Workload, make_workload, read_lengths
 from profiler.cost_model import KINDS, load_cost_model
 from profiler.profiles import default_memory_path, layout_problem_of, load_memory_profile
@@ -48,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cost-model", choices=KINDS, default="fitted", help="which fit of the time profile")
     add("--gpus-per-node", type=int, default=8, help="GPUs of one node (default 8)")
     add("--time-limit", type=float, help="seconds the planner may take")
+    add("--sweep-gpus", metavar="LOW:HIGH[:STEP]", help="plan for other numbers of GPUs as well")
+    add("--plot", metavar="FILE", help="draw the sweep (.png, .pdf or .svg)")
     add("--dry-run", action="store_true", help="write no plan file")
     add("--json", action="store_true", help="print one JSON object on standard output")
 
@@ -62,6 +66,9 @@ def run(args: argparse.Namespace) -> int:
     """
     console = Console(stderr=args.json)
     options = read_options(args, os.environ)
+    gpus = parse_range(args.sweep_gpus) if args.sweep_gpus else []
+    if args.plot and not gpus:
+        raise ConfigError("--plot: there is nothing to draw without --sweep-gpus")
     config = load_trainer_config(args.trainer_config, args.num_tasks)
     cost_model = load_cost_model(args.model, args.time_profile, args.cost_model)
     memory = load_memory_profile(
@@ -69,6 +76,10 @@ def run(args: argparse.Namespace) -> int:
     )
     lengths = read_lengths(config, args.model, args.lengths, args.data_dir)
     workload = make_workload(config, lengths, args.max_seq_length)
+
+    def refused(tp: int, pp: int) -> str | None:
+        return layout_problem_of(args.model, tp, pp)
+
     with console.status("planning ...") as status:
         deployment = deploy(
             workload,
@@ -77,10 +88,16 @@ def run(args: argparse.Namespace) -> int:
             args.num_gpus,
             options,
             progress=lambda message: status.update(f"planning: {message}"),
-            refused=lambda tp, pp: layout_problem_of(args.model, tp, pp),
+            refused=refused,
         )
+        points = sweep(workload, memory, cost_model, gpus, options, status.update, refused)
     plan = plan_with_meta(deployment, args.model, memory, options.gpus_per_node)
     show(console, deployment, workload)
+    if points:
+        show_sweep(console, points)
+    if args.plot:
+        plot(points, args.plot)
+        console.print(f"drawn: {args.plot}")
     if args.dry_run:
         console.print(f"dry run: {plan_path(args.strategy_config)} not written")
     else:
@@ -137,11 +154,19 @@ def show(console: Console, deployment: Deployment, workload: Workload) -> None:
     """Print the plan for a person."""
     outcome, same = deployment.outcome, deployment.homogeneous
     table = Table(title=f"plan by {outcome.planner} in {outcome.planner_time_s:.2f} s")
-    for column in ("layout", "replicas", "GPUs", "max tokens"):
-        table.add_column(column, justify="right")
-    for group in outcome.plan.groups:
+    for column in ("layout", "replicas", "GPUs", "max tokens", "takes", "of all"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("why")
+    for role in roles(deployment.problem, outcome.plan):
+        group = role.group
         table.add_row(
-            str(group.layout), str(group.replicas), str(group.num_gpus), str(group.max_tokens)
+            str(group.layout),
+            str(group.replicas),
+            str(group.num_gpus),
+            str(group.max_tokens),
+            f"{role.shortest}-{role.longest}" if role.longest else "-",
+            f"{role.tokens_share:.0%}",
+            role.reason,
         )
     console.print(table)
     figures = Table(show_header=False)
@@ -177,6 +202,29 @@ def show(console: Console, deployment: Deployment, workload: Workload) -> None:
             console.print(f"note: task {task}: {number} of {total} sequences are cut to its limit")
     for reason in deployment.candidates.dropped:
         console.print(f"left out: {reason}")
+
+
+def show_sweep(console: Console, points: Sequence[Point]) -> None:
+    """Print what other numbers of GPUs would give."""
+    table = Table(title="other numbers of GPUs")
+    for column in ("GPUs", "step s", "gap %", "GPU-seconds", "homogeneous s"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("plan")
+    for point in points:
+        found = point.deployment
+        if found is None:
+            table.add_row(str(point.num_gpus), "-", "-", "-", "-", "no layout holds the longest")
+            continue
+        outcome, same = found.outcome, found.homogeneous
+        table.add_row(
+            str(point.num_gpus),
+            f"{outcome.step_time_s:.3f}",
+            f"{100 * outcome.gap:.2f}",
+            f"{outcome.gpu_seconds:.1f}",
+            f"{same.step_time_s:.3f}" if same else "-",
+            str(outcome.plan),
+        )
+    console.print(table)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

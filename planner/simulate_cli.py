@@ -107,13 +107,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _table(summaries: list[dict[str, Any]]) -> Table:
     table = Table(title=f"{summaries[0]['steps']} simulated steps (ms: to dispatch one)")
-    table.add_column("what", no_wrap=True)
+    table.add_column("what")
     for column in ("mean s", "p50 s", "p99 s", "GPU-s", "idle%", "pad%", "ms"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for entry in summaries:
         table.add_row(
             entry["name"],
-            *(f"{entry[key]:.3f}" for key in ("mean_s", "p50_s", "p99_s")),
+            *(f"{entry[key]:.2f}" for key in ("mean_s", "p50_s", "p99_s")),
             f"{entry['gpu_seconds']:.1f}",
             *(f"{100 * entry[key]:.1f}" for key in ("idle", "padding")),
             f"{entry['dispatch_ms']:.1f}",

@@ -1,0 +1,80 @@
+"""The plan explained: what each layout does in the expected batch, and why it is there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.chunks import chunk_table
+from planner.plan import Plan, ReplicaGroup
+from planner.planners.base import Problem
+
+
+@dataclass(frozen=True)
+class Role:
+    """One replica group's part in the expected batch.
+
+    Attributes
+    ----------
+    group
+        The replicas.
+    shortest, longest
+        The buckets it takes, in tokens (0 if none).
+    tokens_share
+        Its part of the batch's padded tokens, 0 to 1.
+    reason
+        Why it is there, one clause.
+    """
+
+    group: ReplicaGroup
+    shortest: int
+    longest: int
+    tokens_share: float
+    reason: str
+
+
+def roles(problem: Problem, plan: Plan) -> list[Role]:
+    """Return every group's role, in the plan's order."""
+    result = problem.evaluate(plan)
+    taken = np.zeros((len(plan.groups), len(problem.buckets)), dtype=np.int64)
+    of_replica = np.repeat(np.arange(len(plan.groups)), [g.replicas for g in plan.groups])
+    for replica, chunks in enumerate(result.chunks):
+        for bucket, size in chunks:
+            taken[of_replica[replica], bucket] += size
+    tables = [
+        chunk_table(g.layout, g.max_tokens, problem.buckets, problem.cost_model, problem.counts)
+        for g in plan.groups
+    ]
+    sizes = np.array([g.layout.num_gpus for g in plan.groups])
+    gpu_seconds = np.stack([table.rate_s() for table in tables]) * sizes[:, None]
+    tokens = taken * problem.buckets[None, :]
+    found = []
+    for index, group in enumerate(plan.groups):
+        buckets = np.flatnonzero(taken[index])
+        if not len(buckets):
+            found.append(Role(group, 0, 0, 0.0, "spare: it takes nothing of the expected batch"))
+            continue
+        share = float(tokens[index].sum() / tokens.sum())
+        reason = _reason(index, buckets, tokens[index], gpu_seconds, problem.buckets)
+        lengths = problem.buckets[buckets]
+        found.append(Role(group, int(lengths.min()), int(lengths.max()), share, reason))
+    return found
+
+
+def _reason(
+    index: int, mine: np.ndarray, tokens: np.ndarray, gpu_seconds: np.ndarray, buckets: np.ndarray
+) -> str:
+    others = np.delete(gpu_seconds, index, axis=0)
+    if not len(others):
+        return "the only layout of the plan"
+    alone = [bucket for bucket in mine if not np.isfinite(others[:, bucket]).any()]
+    if alone:
+        first = int(buckets[alone[0]])
+        return f"the only one that holds sequences beyond {first - 1} tokens"
+    main = int(mine[np.argmax(tokens[mine])])
+    rival = float(others[:, main].min())
+    gain = rival / float(gpu_seconds[index, main]) - 1.0
+    if gain > 1e-6:
+        return f"{gain:.0%} less GPU time than the others for sequences of {buckets[main]} tokens"
+    return "takes what the cheaper layouts have no room for, so that all end together"

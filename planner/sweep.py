@@ -1,0 +1,114 @@
+"""The sweep: what more or fewer GPUs would change."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from planner.deploy import Deployment, Options, deploy
+from planner.planners.base import Progress, silent
+from planner.workload import Workload
+from profiler.cost_model import CostModel
+from profiler.profiles import MemoryProfile
+from tasks.errors import ConfigError
+from tasks.files import atomic_path
+
+MOST_POINTS = 15
+POINT_LIMIT_S = 2.0
+
+
+@dataclass(frozen=True)
+class Point:
+    """The best plan found on ``num_gpus`` GPUs; ``deployment`` None where nothing fits."""
+
+    num_gpus: int
+    deployment: Deployment | None
+
+
+def parse_range(text: str) -> list[int]:
+    """Return the GPU counts of ``LOW:HIGH`` (about 15 of them) or ``LOW:HIGH:STEP``.
+
+    Raises
+    ------
+    ConfigError
+        If it is written otherwise, or is empty.
+    """
+    parts = text.split(":")
+    try:
+        numbers = [int(part) for part in parts]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (2, 3) or numbers[0] < 1 or numbers[1] < numbers[0] or numbers[-1] < 1:
+        raise ConfigError(f"--sweep-gpus: {text!r}; write LOW:HIGH or LOW:HIGH:STEP, as in 8:64:8")
+    low, high = numbers[:2]
+    step = numbers[2] if len(numbers) == 3 else max(1, -(-(high - low) // (MOST_POINTS - 1)))
+    return list(range(low, high + 1, step))
+
+
+def sweep(
+    workload: Workload,
+    memory: MemoryProfile,
+    cost_model: CostModel,
+    gpus: Sequence[int],
+    options: Options,
+    progress: Progress = silent,
+    refused: Callable[[int, int], str | None] | None = None,
+) -> list[Point]:
+    """Plan for every number of GPUs, two seconds each unless a time limit is given."""
+    if options.time_limit_s is None:
+        options = replace(options, time_limit_s=POINT_LIMIT_S)
+    points = []
+    for number in gpus:
+        progress(f"{number} GPUs")
+        try:
+            found = deploy(workload, memory, cost_model, number, options, progress, refused)
+        except ConfigError:
+            found = None
+        points.append(Point(number, found))
+    return points
+
+
+def plot(points: Sequence[Point], path: str | os.PathLike[str]) -> None:
+    """Draw step time and GPU-seconds against GPUs, the best homogeneous plan beside.
+
+    Raises
+    ------
+    ConfigError
+        If the file's suffix is not one that can be drawn, or no point has a plan.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = [point.deployment for point in points if point.deployment is not None]
+    if not found:
+        raise ConfigError("--plot: no number of GPUs has a plan")
+    if Path(path).suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise ConfigError(f"--plot: {os.fspath(path)!r}; a .png, .pdf or .svg file is expected")
+    gpus = [d.problem.num_gpus for d in found]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
+    left.fill_between(
+        gpus,
+        [d.outcome.lower_bound_s for d in found],
+        [d.outcome.step_time_s for d in found],
+        alpha=0.3,
+        label="between bound and plan",
+    )
+    left.plot(gpus, [d.outcome.step_time_s for d in found], "o-", label="plan")
+    right.plot(gpus, [d.outcome.gpu_seconds for d in found], "o-", label="plan")
+    same = [d.homogeneous for d in found if d.homogeneous is not None]
+    used = [d.problem.num_gpus for d in found if d.homogeneous is not None]
+    left.plot(used, [h.step_time_s for h in same], "s--", label="best homogeneous")
+    right.plot(used, [h.gpu_seconds for h in same], "s--", label="best homogeneous")
+    for axis, title in ((left, "step time [s]"), (right, "GPU-seconds per step")):
+        axis.set_xlabel("GPUs")
+        axis.set_title(title)
+        axis.set_ylim(bottom=0)
+        axis.legend()
+    figure.tight_layout()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+    pyplot.close(figure)
