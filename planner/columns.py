@@ -19,7 +19,13 @@ from scipy.optimize import linprog
 from planner.chunks import ChunkTable
 from planner.clock import Clock
 from planner.fluid import amounts
-from planner.patterns import Pattern, PatternPricer, Rounding
+from planner.patterns import (
+    EXCLUSIVE_FEW_REPLICAS,
+    EXCLUSIVE_MOST,
+    Pattern,
+    PatternPricer,
+    Rounding,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +56,7 @@ class Budget:
 
 
 MOST_ROUNDS = 80
+FEW_REPLICAS = 4
 SETTLED = 2e-4  # relative distance of the master's value and its bound at which to stop
 
 
@@ -157,7 +164,11 @@ def generate(
     if not columns.patterns or not (columns.matrix().sum(axis=0)[used] > 0).all():
         empty = np.zeros(len(tables))
         return Generated(np.inf, np.inf, none, empty, np.zeros(0), columns)
-    pricers = [PatternPricer(table, counts, step_time_s, ticks, rounding) for table in tables]
+    few = len(budget.limits) == len(tables) and budget.limits.sum() <= FEW_REPLICAS
+    exclusive = EXCLUSIVE_FEW_REPLICAS if few else EXCLUSIVE_MOST
+    pricers = [
+        PatternPricer(table, counts, step_time_s, ticks, rounding, exclusive) for table in tables
+    ]
     reach = np.stack([amounts(table, step_time_s) for table in tables])
     best = Generated(np.inf, 0.0, none, np.zeros(len(tables)), np.zeros(0), columns)
     for _ in range(MOST_ROUNDS):

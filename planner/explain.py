@@ -76,5 +76,5 @@ def _reason(
     rival = float(others[:, main].min())
     gain = rival / float(gpu_seconds[index, main]) - 1.0
     if gain > 1e-6:
-        return f"{gain:.0%} less GPU time than the others for sequences of {buckets[main]} tokens"
+        return f"others take {gain:.0%} more GPU time for sequences of {buckets[main]} tokens"
     return "takes what the cheaper layouts have no room for, so that all end together"

@@ -17,6 +17,7 @@ from planner.chunks import ChunkTable
 
 Rounding = Literal["down", "up"]
 EXCLUSIVE_MOST = 40  # buckets with at most so many sequences are priced by their exact number
+EXCLUSIVE_FEW_REPLICAS = 256  # the same where few replicas share the batch, so that it matters
 VALUE_SLACK = 1e-5  # covers single precision in the sums of up to some hundred terms
 WEIGHT_SLACK = 1e-12
 
@@ -55,13 +56,15 @@ class PatternPricer:
         Chunk times; ``limit`` must not exceed the counts.
     counts
         int64 [R]: how many sequences there are; a pattern takes no more than that where there
-        are at most 40 (a relaxation where there are more).
+        are at most ``exclusive_most`` (a relaxation where there are more).
     step_time_s
         The step time T.
     ticks
         Into how many equal parts T is cut.
     rounding
         ``down`` for upper bounds, ``up`` for real patterns.
+    exclusive_most
+        See ``counts``; each costs a pass of the dynamic program.
     """
 
     def __init__(
@@ -71,11 +74,13 @@ class PatternPricer:
         step_time_s: float,
         ticks: int,
         rounding: Rounding,
+        exclusive_most: int = EXCLUSIVE_MOST,
     ) -> None:
         self._table, self._counts = table, counts
         self._step_s, self._ticks = step_time_s, ticks
         self._tick_s = step_time_s / ticks
         self._rounding = rounding
+        self._exclusive_most = exclusive_most
         # a list of groups: of an exclusive group at most one item is taken
         self._groups: list[tuple[bool, list[_Item]]] = (
             [(False, self._pipelined())] if table.bubble_chunks else self._plain()
@@ -136,10 +141,10 @@ class PatternPricer:
         """Return the groups of a layout without pipeline: no bubble, buckets one by one."""
         table, groups = self._table, []
         exact = table.least_work_s if self._rounding == "down" else table.work_s
-        work = exact(int(min(EXCLUSIVE_MOST, self._counts.max(initial=0))))
+        work = exact(int(min(self._exclusive_most, self._counts.max(initial=0))))
         for bucket in np.flatnonzero((self._counts > 0) & (table.limit > 0)).tolist():
             count, most = int(self._counts[bucket]), int(table.limit[bucket])
-            if count <= EXCLUSIVE_MOST:
+            if count <= self._exclusive_most:
                 items = [
                     _Item(bucket, n, self._weight(work[bucket, n]), float(work[bucket, n]), 0.0, -1)
                     for n in range(1, count + 1)
