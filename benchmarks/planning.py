@@ -1,0 +1,321 @@
+"""Benchmarks of the planner: subject x instance x size; prints a Markdown table per subject.
+
+    python benchmarks/planner.py --profile DIR --lengths DIR [--subject exact] [--gpus 16 64] ...
+
+``--profile`` is a folder with LobRA's published CSV files, ``--lengths`` one with the length files
+(``lobra_like_6tasks.json``, ...). What the machine was doing beside is printed with the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from planner.buckets import bucket_index, make_buckets, plan_buckets
+from planner.candidates import all_candidates, propose
+from planner.chunks import ChunkTable, chunk_table
+from planner.clock import Clock
+from planner.columns import Budget, Pool, generate
+from planner.dispatch import dispatch
+from planner.layout import Layout
+from planner.plan import Plan, ReplicaGroup, make_plan
+from planner.planners import exact, homogeneous, lobra
+from planner.planners.base import Problem
+from planner.planners.identical import IdenticalModel
+from planner.planners.relaxation import FluidPlanner
+from planner.simulate import lpt_times_s
+from planner.workload import Workload, expect, make_workload
+from profiler.cost_model import CostModel, fit_cost_model
+from profiler.profiles import MemoryProfile, load_memory_profile, load_time_profile
+from tasks.config import load_trainer_config
+from tasks.lengths import load_lengths
+
+INSTANCES = {
+    "6tasks": ("exp_task6", "lobra_like_6tasks.json"),
+    "12tasks": ("exp_task12", "lobra_like_12tasks.json"),
+    "real12": ("real12", "real_12tasks.json"),
+}
+NUM_LAYERS_7B = 32
+LONGEST = 16384
+SIZES = (16, 24, 32, 48, 64, 256, 1024)
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What every subject is given."""
+
+    memory: MemoryProfile
+    cost_model: CostModel
+    workload: Workload
+    gpus: tuple[int, ...]
+    steps: int
+
+    def problem(self, num_gpus: int) -> Problem:
+        """Return the instance on so many GPUs; above 64 the batch grows with the GPUs."""
+        factor = num_gpus // 16 if num_gpus > 64 else 1
+        batch = expect(scaled(self.workload, factor), 16)
+        found = all_candidates(self.memory, self.cost_model, num_gpus, int(batch.buckets[-1]), 8)
+        return Problem(batch.counts, batch.buckets, found.chosen, num_gpus, self.cost_model)
+
+
+def scaled(workload: Workload, factor: int) -> Workload:
+    """Return the workload with its global batches multiplied."""
+    sizes = {task: size * factor for task, size in workload.batch_sizes.items()}
+    return replace(workload, batch_sizes=sizes)
+
+
+def bench_exact(setting: Setting) -> None:
+    """Gap, step time and seconds of EXACT at every size, and what homogeneous plans take."""
+    print(
+        "| GPUs | plan | step s | bound s | gap % | seconds | 1 % after s | homogeneous s | ratio |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for num_gpus in setting.gpus:
+        problem = setting.problem(num_gpus)
+        start, reached = time.perf_counter(), []
+
+        def progress(message: str, start: float = start, reached: list[float] = reached) -> None:
+            if float(message.split("gap ")[1].split(" ")[0]) <= 1.0:
+                reached.append(time.perf_counter() - start)
+
+        found = exact.solve(problem, None, progress)
+        same = homogeneous.find(problem)
+        text = (
+            f"{same.step_time_s:.3f} | {same.step_time_s / found.step_time_s:.2f}"
+            if same
+            else "- | -"
+        )
+        first = f"{reached[0]:.2f}" if reached else "-"
+        print(
+            f"| {num_gpus} | {found.plan} | {found.step_time_s:.4f} | {found.lower_bound_s:.4f} | "
+            f"{100 * found.gap:.3f} | {found.planner_time_s:.2f} | {first} | {text} |",
+            flush=True,
+        )
+
+
+def bench_lobra(setting: Setting) -> None:
+    """LobRA's methods on 16 GPUs, with its own batch rounding beside the contract's."""
+    print("| batch | pattern | layouts | plan | own objective s | exact s | proven | seconds |")
+    print("|---|---|---|---|---|---|---|---|")
+    problem = setting.problem(16)
+    for name, counts in (("contract", problem.counts), ("LobRA", rounded_counts(setting))):
+        for proposal in (True, False):
+            found = all_candidates(
+                setting.memory, setting.cost_model, 16, int(problem.buckets[-1]), 8
+            )
+            if proposal:
+                found = propose(found, setting.cost_model)
+            case = replace(problem, counts=counts, candidates=found.chosen)
+            for pattern in (lobra.balance, lobra.group, lobra.prune):
+                result = pattern(case, 300.0)
+                print(
+                    f"| {name} | {result.planner} | {'proposed' if proposal else 'all'} | "
+                    f"{result.plan} | {result.objective_s:.4f} | {result.step_time_s:.4f} | "
+                    f"{result.proven} | {result.planner_time_s:.1f} |",
+                    flush=True,
+                )
+
+
+def rounded_counts(setting: Setting) -> np.ndarray:
+    """Return LobRA's expected batch: every task's share of every bucket rounded for itself."""
+    workload = setting.workload
+    buckets = plan_buckets(workload.lengths, workload.batch_sizes, 16)
+    total = np.zeros(len(buckets), dtype=np.int64)
+    for task, lengths in workload.lengths.items():
+        counts = np.bincount(bucket_index(lengths, buckets), minlength=len(buckets))
+        total += np.rint(counts / counts.sum() * workload.batch_sizes[task]).astype(np.int64)
+    total[-1] = max(1, total[-1])
+    return total
+
+
+def bench_dispatch(setting: Setting) -> None:
+    """The dispatcher on sampled steps: seconds, distance to the best bound, LPT and ILP beside."""
+    print(
+        "| plan | sequences | steps | median ms | max ms | mean gap % | max gap % | within 1 % | "
+        "LPT mean gap % | LPT within 1 % |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    memory = setting.memory
+    published = make_plan(
+        [group_of(memory, 1, 1, 6), group_of(memory, 2, 1, 1), group_of(memory, 8, 1, 1)]
+    )
+    best = make_plan([group_of(memory, 8, 1, 1), group_of(memory, 1, 8, 1)])
+    cases = [(published, 1, 832), (best, 1, 832), (many_replicas(setting), 5, 4000)]
+    for plan, factor, number in cases:
+        rng = np.random.default_rng(7)
+        milliseconds, gaps, lpt_gaps = [], [], []
+        workload = scaled(setting.workload, factor)
+        for _ in range(setting.steps):
+            lengths = rng.permutation(workload.sample(rng))[:number]
+            start = time.perf_counter()
+            found = dispatch(lengths, plan, setting.cost_model)
+            milliseconds.append(1000 * (time.perf_counter() - start))
+            counts = np.bincount(bucket_index(lengths, found.buckets), minlength=len(found.buckets))
+            bound_s = best_bound_s(setting, plan, found.buckets, counts, found)
+            gaps.append(100 * (found.step_time_s / bound_s - 1))
+            greedy = lpt_times_s(lengths, found.buckets, plan, setting.cost_model).max()
+            lpt_gaps.append(100 * (greedy / bound_s - 1))
+        gap, lpt = np.array(gaps), np.array(lpt_gaps)
+        print(
+            f"| {plan} | {number} | {setting.steps} | {np.median(milliseconds):.1f} | "
+            f"{max(milliseconds):.1f} | {gap.mean():.2f} | {gap.max():.2f} | "
+            f"{100 * (gap <= 1).mean():.1f} % | {lpt.mean():.2f} | {100 * (lpt <= 1).mean():.1f} % |",
+            flush=True,
+        )
+
+
+def bench_ilp(setting: Setting) -> None:
+    """Some steps against the replica-level integer program in SCIP (20 s each)."""
+    print("| plan | step | dispatcher s | ILP s | ILP bound s | ILP seconds | dispatcher / bound |")
+    print("|---|---|---|---|---|---|---|")
+    memory = setting.memory
+    plans = [
+        make_plan(
+            [group_of(memory, 1, 1, 6), group_of(memory, 2, 1, 1), group_of(memory, 8, 1, 1)]
+        ),
+        make_plan([group_of(memory, 8, 1, 1), group_of(memory, 1, 8, 1)]),
+    ]
+    for plan in plans:
+        rng = np.random.default_rng(7)
+        for step in range(min(setting.steps, 5)):
+            lengths = setting.workload.sample(rng)
+            found = dispatch(lengths, plan, setting.cost_model)
+            counts = np.bincount(bucket_index(lengths, found.buckets), minlength=len(found.buckets))
+            tables = [
+                chunk_table(r.layout, r.max_tokens, found.buckets, setting.cost_model)
+                for r in plan.replicas
+            ]
+            start = time.perf_counter()
+            model = IdenticalModel(tables, counts, replicas=np.ones(len(tables), dtype=int))
+            result = model.solve(20.0, None, 0.0)
+            seconds = time.perf_counter() - start
+            print(
+                f"| {plan} | {step} | {found.step_time_s:.4f} | {result.objective_s:.4f} | "
+                f"{result.bound_s:.4f} | {seconds:.1f} | "
+                f"{found.step_time_s / result.bound_s:.4f} |",
+                flush=True,
+            )
+
+
+def best_bound_s(
+    setting: Setting, plan: Plan, buckets: np.ndarray, counts: np.ndarray, found: object
+) -> float:
+    """Return the best bound on a plan's dispatch: columns, by bisection above its own bound."""
+    tables: list[ChunkTable] = [
+        chunk_table(g.layout, g.max_tokens, buckets, setting.cost_model, counts)
+        for g in plan.groups
+    ]
+    budget = Budget.of_plan(np.array([group.replicas for group in plan.groups]))
+    layouts, pool = list(range(len(tables))), Pool(len(tables))
+    low, high = found.lower_bound_s, found.step_time_s  # type: ignore[attr-defined]
+    middle = high * (1 - 0.0098)
+    while high - low > 1e-3 * high:
+        if not low < middle < high:
+            middle = 0.5 * (low + high)
+        result = generate(
+            tables,
+            budget,
+            counts,
+            middle,
+            rounding="down",
+            ticks=8192,
+            clock=Clock(),
+            columns=pool.columns(layouts, middle),
+            stop_at_proof=True,
+        )
+        pool.keep(layouts, result)
+        if result.bound > 1 + 1e-6:
+            low = middle
+        else:
+            high = middle
+        middle = 0.5 * (low + high)
+    return low
+
+
+def many_replicas(setting: Setting) -> Plan:
+    """Return the fluid plan of the proposed layouts for 4,000 sequences with 64 replicas or more."""
+    batch = expect(scaled(setting.workload, 5), 16)
+    for num_gpus in range(64, 400, 4):
+        found = all_candidates(setting.memory, setting.cost_model, num_gpus, LONGEST, 8)
+        chosen = propose(found, setting.cost_model).chosen
+        problem = Problem(batch.counts, batch.buckets, chosen, num_gpus, setting.cost_model)
+        plan = problem.plan(FluidPlanner(problem).minimum(100.0, 1e-3).replicas)
+        if len(plan.replicas) >= 64:
+            return plan
+    raise SystemExit("no number of GPUs gives 64 replicas")
+
+
+def group_of(memory: MemoryProfile, tp: int, pp: int, replicas: int) -> ReplicaGroup:
+    """Return replicas of a layout with the profile's capacity."""
+    return ReplicaGroup(Layout(tp, pp), replicas, memory.max_tokens(tp, pp))
+
+
+def bench_buckets(setting: Setting) -> None:
+    """The exact bucketing of 83,304 sequences and of one step."""
+    print("| sequences | buckets | median ms of 20 |")
+    print("|---|---|---|")
+    rng = np.random.default_rng(0)
+    every = np.concatenate(list(setting.workload.lengths.values()))
+    for number in (832, 83_304):
+        lengths = rng.choice(every, number)
+        seconds = []
+        for _ in range(20):
+            start = time.perf_counter()
+            make_buckets(lengths, 16)
+            seconds.append(time.perf_counter() - start)
+        print(f"| {number} | 16 | {1000 * np.median(seconds):.2f} |", flush=True)
+
+
+SUBJECTS: dict[str, Callable[[Setting], None]] = {
+    "exact": bench_exact,
+    "lobra": bench_lobra,
+    "dispatch": bench_dispatch,
+    "ilp": bench_ilp,
+    "buckets": bench_buckets,
+}
+
+
+def main() -> None:
+    """Run the chosen subjects."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--profile", type=Path, required=True)
+    parser.add_argument("--lengths", type=Path, required=True)
+    parser.add_argument("--subject", choices=SUBJECTS, nargs="+", default=list(SUBJECTS))
+    parser.add_argument("--instance", choices=INSTANCES, default="6tasks")
+    parser.add_argument("--cost-model", choices=("lobra6", "fitted"), default="lobra6")
+    parser.add_argument("--gpus", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--steps", type=int, default=200, help="sampled steps for the dispatcher")
+    args = parser.parse_args()
+    config_name, lengths_name = INSTANCES[args.instance]
+    times = load_time_profile(args.profile / "profile_time_llama_7B.csv")
+    workload = make_workload(
+        load_trainer_config(config_name), load_lengths(args.lengths / lengths_name), LONGEST
+    )
+    setting = Setting(
+        load_memory_profile(args.profile / "max_tokens_llama_7B_6tasks.csv"),
+        fit_cost_model(times, NUM_LAYERS_7B, args.cost_model),
+        workload,
+        tuple(args.gpus),
+        args.steps,
+    )
+    print(f"instance {args.instance}, cost model {args.cost_model}, {platform.processor()}")
+    print(
+        f"{os.cpu_count()} cores, load before {os.getloadavg()[0]:.1f}, {time.strftime('%Y-%m-%d')}"
+    )
+    for subject in args.subject:
+        print(f"\n## {subject}\n")
+        SUBJECTS[subject](setting)
+    memory_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"\npeak memory {memory_mib:.0f} MiB, load after {os.getloadavg()[0]:.1f}")
+
+
+if __name__ == "__main__":
+    main()
