@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from planner.candidates import Candidate
+from planner.dispatch import dispatch
+from planner.explain import roles
+from planner.layout import Layout
+from planner.plan import ReplicaGroup, make_plan, save_plan
+from planner.planners.base import Problem
+from planner.simulate import baselines, chrome_trace, ladder, lpt_times_s, simulate, steps_of
+from planner.simulate_cli import add_arguments, run
+from planner.sweep import parse_range
+from planner.workload import Workload, expect
+from tasks.errors import ConfigError
+from tests.planner.support import random_cost_model
+from tests.planner.test_cli import files  # noqa: F401 (a fixture)
+
+PLAN = make_plan([ReplicaGroup(Layout(1, 1), 2, 1024), ReplicaGroup(Layout(1, 2), 1, 4096)])
+
+
+def workload() -> Workload:
+    rng = np.random.default_rng(0)
+    lengths = {"short": rng.integers(10, 300, 500), "long": rng.integers(10, 3000, 500)}
+    return Workload(lengths, {"short": 20, "long": 10}, {"short": 0, "long": 0})
+
+
+def test_steps_draw_every_sequence_once_per_epoch() -> None:
+    work = Workload({"a": np.arange(1, 13)}, {"a": 4}, {"a": 0})
+    drawn = np.concatenate(list(steps_of(work, 3, seed=1)))
+    assert sorted(drawn.tolist()) == list(range(1, 13))
+
+
+def test_a_simulation_is_the_dispatcher_step_by_step() -> None:
+    cost_model = random_cost_model(np.random.default_rng(0))
+    found = simulate(PLAN, workload(), cost_model, 4, seed=3)
+    expected = [
+        dispatch(lengths, PLAN, cost_model).step_time_s for lengths in steps_of(workload(), 4, 3)
+    ]
+    assert found.step_time_s.tolist() == expected
+    summary = found.summary()
+    assert summary["mean_s"] == pytest.approx(np.mean(expected))
+    assert 0 <= summary["idle"] < 1
+    assert 0 <= summary["padding"] < 1
+    assert summary["gpu_seconds"] == pytest.approx(4 * np.mean(expected))
+
+
+def test_baselines_and_ladder_run_on_the_same_steps() -> None:
+    cost_model = random_cost_model(np.random.default_rng(0))
+    candidates = (Candidate(Layout(1, 1), 1024), Candidate(Layout(1, 2), 4096))
+    same = baselines(workload(), candidates, cost_model, 4, 3)
+    assert [run.name for run in same] == [
+        "Task-Sequential, 7 fixed buckets",
+        "Task-Fused, 7 fixed buckets",
+    ]
+    rungs = ladder(PLAN, workload(), cost_model, 3)
+    tokens = {tuple(run.tokens.tolist()) for run in [*same, *rungs]}
+    assert len(tokens) == 1
+    for found in [*same, *rungs]:
+        assert (found.padded_tokens >= found.tokens).all()
+
+
+def test_greedy_dispatch_keeps_sequences_off_replicas_that_cannot_hold_them() -> None:
+    cost_model = random_cost_model(np.random.default_rng(0))
+    times = lpt_times_s(np.array([3000, 3000]), np.array([3008]), PLAN, cost_model)
+    assert (times[:2] == 0).all() and times[2] > 0
+    with pytest.raises(ConfigError, match="fits no replica"):
+        lpt_times_s(np.array([5000]), np.array([5008]), PLAN, cost_model)
+
+
+def test_the_trace_fills_each_replicas_time() -> None:
+    cost_model = random_cost_model(np.random.default_rng(0))
+    found = dispatch(next(steps_of(workload(), 1, 0)), PLAN, cost_model)
+    trace = chrome_trace(found, PLAN, cost_model)
+    for replica, time_s in enumerate(found.replica_time_s):
+        spans = [e for e in trace["traceEvents"] if e["pid"] == replica and e["ph"] == "X"]
+        assert sum(e["dur"] for e in spans) == pytest.approx(1e6 * time_s)
+
+
+def test_roles_add_up_to_the_batch() -> None:
+    cost_model = random_cost_model(np.random.default_rng(0))
+    batch = expect(workload(), 6)
+    candidates = (Candidate(Layout(1, 1), 1024), Candidate(Layout(1, 2), 4096))
+    problem = Problem(batch.counts, batch.buckets, candidates, 4, cost_model)
+    found = roles(problem, PLAN)
+    assert sum(role.tokens_share for role in found) == pytest.approx(1.0)
+    assert "the only one that holds" in found[1].reason
+
+
+@pytest.mark.parametrize("text", ["8", "8-64", "64:8", "0:8", "8:64:0", "a:b"])
+def test_a_sweep_that_is_no_range_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--sweep-gpus"):
+        parse_range(text)
+
+
+def test_a_sweep_has_about_fifteen_points() -> None:
+    assert parse_range("8:64:8") == list(range(8, 65, 8))
+    assert parse_range("4:10") == list(range(4, 11))
+    assert len(parse_range("8:1024")) <= 15
+
+
+def test_lobra_simulate_writes_its_three_files(
+    files: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import argparse
+
+    plan = make_plan([ReplicaGroup(Layout(1, 1), 2, 1024), ReplicaGroup(Layout(2, 1), 1, 2048)])
+    save_plan(plan, files / "plan.yaml")
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    args = parser.parse_args(
+        [
+            *("--model", "tiny", "--trainer-config", "config.json", "--strategy-config"),
+            *("plan.yaml", "--time-profile", "time.csv", "--memory-profile", "memory.csv"),
+            *("--lengths", "lengths.json", "--steps", "3", "--output-dir", "sim", "--json"),
+        ]
+    )
+    assert run(args) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [entry["steps"] for entry in result["runs"]] == [3] * len(result["runs"])
+    assert json.loads((files / "sim/trace.json").read_text())["traceEvents"]
+    rows = (files / "sim/steps.csv").read_text().splitlines()
+    assert len(rows) == 1 + 3 * len(result["runs"])
+    assert json.loads((files / "sim/simulation.json").read_text()) == result["runs"]
+    args.steps = 0
+    with pytest.raises(ConfigError, match="at least one step"):
+        run(args)
