@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from planner.workload import ExpectedBatch, Workload, expect
 from profiler.cost_model import CostModel
 from profiler.profiles import MemoryProfile
 from tasks.errors import ConfigError
+from tasks.version import installed_version
 
 SAMPLED_PLANS, SAMPLED_STEPS = 4, 20
 SAMPLED_GAP, SAMPLED_MARGIN = 0.01, 0.002
@@ -245,17 +245,10 @@ def plan_with_meta(
         "time_profile": _profile_meta(cost_model.meta),
         "memory_profile": _profile_meta({"path": str(memory.path), "digest": memory.digest}),
         "ranks": [[list(stage) for stage in replica] for replica in ranks],
-        "version": _version(),
+        "version": installed_version(),
     }
     return replace(outcome.plan, meta=meta)
 
 
 def _profile_meta(meta: Any) -> dict[str, str]:
     return {"file": str(meta.get("path", "")), "sha256": str(meta.get("digest", ""))}
-
-
-def _version() -> str:
-    try:
-        return version("lobra")
-    except PackageNotFoundError:
-        return "unknown"

@@ -17,6 +17,7 @@ from planner.chunks import ChunkTable
 
 Rounding = Literal["down", "up"]
 EXCLUSIVE_MOST = 40  # buckets with at most so many sequences are priced by their exact number
+MOST_EXACT = 256  # beyond, the least work of a number of sequences is not tabulated
 EXCLUSIVE_FEW_REPLICAS = 256  # the same where few replicas share the batch, so that it matters
 VALUE_SLACK = 1e-5  # covers single precision in the sums of up to some hundred terms
 WEIGHT_SLACK = 1e-12
@@ -141,17 +142,9 @@ class PatternPricer:
         """Return the groups of a layout without pipeline: no bubble, buckets one by one."""
         table, groups = self._table, []
         exact = table.least_work_s if self._rounding == "down" else table.work_s
-        work = exact(int(min(self._exclusive_most, self._counts.max(initial=0))))
+        work = exact(int(min(MOST_EXACT, self._counts.max(initial=0))))
         for bucket in np.flatnonzero((self._counts > 0) & (table.limit > 0)).tolist():
             count, most = int(self._counts[bucket]), int(table.limit[bucket])
-            if count <= self._exclusive_most:
-                items = [
-                    _Item(bucket, n, self._weight(work[bucket, n]), float(work[bucket, n]), 0.0, -1)
-                    for n in range(1, count + 1)
-                    if work[bucket, n] <= self._step_s
-                ]
-                groups.append((True, items))
-                continue
             times = table.time_s[bucket]
             items = []
             for size in range(most, 0, -1):
@@ -159,7 +152,16 @@ class PatternPricer:
                 if size < most and self._merges(times, size, most):
                     copies = min(copies, 1)
                 items += self._copies(bucket, size, float(times[size]), copies, -1)
-            groups.append((False, items))
+            # the exact number of sequences where that is as cheap, or few replicas share the batch
+            if count <= max(self._exclusive_most, min(len(items), MOST_EXACT)):
+                items = [
+                    _Item(bucket, n, self._weight(seconds), seconds, 0.0, -1)
+                    for n, seconds in enumerate(work[bucket, : count + 1].tolist())
+                    if n > 0 and seconds <= self._step_s
+                ]
+                groups.append((True, items))
+            else:
+                groups.append((False, items))
         return groups
 
     def _pipelined(self) -> list[_Item]:
