@@ -1,0 +1,129 @@
+"""The estimator: against tensors really saved, and in the directions hardware must take it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from model.groups import build_groups
+from model.launch import run_ranks
+from model.lora import AdapterSpec
+from model.shapes import NAMED_SHAPES, read_shape
+from model.stage import build_stage
+from profiler.accelerators import load_tables
+from profiler.estimate_memory import Adapters, estimate_memory, saved_bytes_per_token
+from profiler.estimate_time import Workload, calibrate, layer_ms
+from profiler.memory import layouts_within
+from profiler.memory_rank import DTYPES, synthetic_batch
+from profiler.profiles import TimeProfile
+from tasks.config import TARGET_MODULES
+from tasks.errors import ConfigError
+from tests.model.support import save_llama
+
+TABLES = load_tables()
+OURS = TABLES.runtime("deepspeed")
+ADAPTERS = Adapters(((16, TARGET_MODULES),) * 6)
+
+
+def saved_on_rank(folder: Path, precision: str, rank: int) -> int:
+    """Bytes that autograd keeps of the decoder layers for a micro-batch of 4 x 64 tokens."""
+    groups = build_groups((((tuple(range(dist.get_world_size()))),),))
+    specs = (AdapterSpec("one", rank, rank, TARGET_MODULES),)
+    stage = build_stage(folder, groups, specs, dtype=DTYPES[precision])
+    batch = synthetic_batch((4, 64), stage.shape, 1, torch.device("cpu"))
+    weights = {p.untyped_storage().data_ptr() for p in stage.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = stage.hidden(batch, None)
+    # Of tokens, not of adapters: those do not grow with the micro-batch.
+    grown = [t for at, t in kept.items() if at not in weights and t.untyped_storage().nbytes() > 1]
+    assert hidden.requires_grad
+    return sum(t.untyped_storage().nbytes() for t in grown)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("precision", "tp"), [("fp32", 1), ("bf16", 1), ("fp32", 2)])
+def test_what_autograd_keeps_is_what_the_shapes_say(
+    tmp_path: Path, precision: str, tp: int
+) -> None:
+    folder = save_llama(tmp_path / "llama", hidden_size=128, intermediate_size=320)
+    shape = read_shape(folder)
+    arguments = {"folder": folder, "precision": precision, "rank": 2}
+    measured = run_ranks("tests.profiler.test_estimate:saved_on_rank", tp, arguments)[0]
+    estimated = saved_bytes_per_token(shape, tp, precision, 2) * shape.num_layers * 4 * 64
+    assert estimated == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("model", ["7B", "13B", "32B", "70B"])
+@pytest.mark.parametrize("runtime", ["deepspeed", "hetu"])
+def test_more_memory_holds_more_and_more_shards_hold_more(model: str, runtime: str) -> None:
+    shape = NAMED_SHAPES[model]
+    found = {}
+    for name in ("A100-40GB", "A800-80GB", "H200-141GB"):
+        budget = 0.9 * TABLES.accelerator(name).memory_bytes
+        for tp, pp in layouts_within(shape, 16):
+            estimate = estimate_memory(shape, tp, pp, ADAPTERS, "bf16", TABLES.runtime(runtime))
+            found[name, tp, pp] = estimate.max_tokens(budget, 256, 1 << 20)
+    for tp, pp in layouts_within(shape, 16):
+        sizes = [found[name, tp, pp] for name in ("A100-40GB", "A800-80GB", "H200-141GB")]
+        assert sizes == sorted(sizes)
+        assert sizes[-1] > 0 or tp * pp < 4
+        if ("H200-141GB", 2 * tp, pp) in found:
+            assert found["H200-141GB", 2 * tp, pp] >= found["H200-141GB", tp, pp]
+
+
+def test_checkpointing_and_fewer_tasks_hold_more() -> None:
+    shape = NAMED_SHAPES["7B"]
+    budget = 0.9 * TABLES.accelerator("A100-40GB").memory_bytes
+
+    def tokens(adapters: Adapters, checkpointing: bool) -> int:
+        estimate = estimate_memory(shape, 1, 1, adapters, "bf16", OURS, checkpointing)
+        return estimate.max_tokens(budget, 256, 1 << 20)
+
+    assert tokens(ADAPTERS, True) > 3 * tokens(ADAPTERS, False)
+    assert tokens(Adapters(ADAPTERS.specs[:1]), False) > tokens(ADAPTERS, False)
+
+
+def test_a_calibrated_roofline_returns_the_efficiencies_that_made_the_rows() -> None:
+    work = Workload(NAMED_SHAPES["7B"], TABLES.accelerator("A100-40GB"), "bf16", 16)
+    truth = replace(TABLES.efficiency, matmul=0.5, attention=0.3, start_ms=1.7)
+    s, b = (axis.reshape(-1) for axis in np.meshgrid([128, 512, 2048, 8192], [1, 2, 4, 8]))
+    profile = TimeProfile(np.ones_like(b), s, b, layer_ms(work, truth, 1, b, s))
+    found = calibrate(work, TABLES.efficiency, profile)
+    assert found.matmul == pytest.approx(0.5, rel=1e-6)
+    assert found.attention == pytest.approx(0.3, rel=1e-6)
+    assert found.start_ms == pytest.approx(1.7, rel=1e-6)
+    with pytest.raises(ConfigError, match="4 rows of tp 2"):
+        calibrate(work, truth, profile, tp=2)
+
+
+def test_time_shrinks_with_tp_until_the_group_leaves_the_node() -> None:
+    work = Workload(NAMED_SHAPES["70B"], TABLES.accelerator("A800-80GB"), "bf16", 16)
+    times = [float(layer_ms(work, TABLES.efficiency, tp, 1, 8192)) for tp in (1, 2, 4, 8, 16)]
+    assert times[:4] == sorted(times[:4], reverse=True)
+    one_node = replace(work, gpus_per_node=16)
+    assert times[4] > float(layer_ms(one_node, TABLES.efficiency, 16, 1, 8192))
+
+
+def test_a_users_accelerator_is_added_and_mistakes_are_all_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    entry = "{memory_gib: 16, bf16_tflops: 10, fp32_tflops: 5, memory_gb_s: 100, link_gb_s: 8, "
+    path.write_text("accelerators:\n  Mine: " + entry + "network_gb_s: 1}\n", encoding="utf-8")
+    assert load_tables(path).accelerator("mine").memory_bytes == 16 << 30
+    assert load_tables(path).accelerator("h200-141gb").bf16_tflops == 989
+    path.write_text("accelerators:\n  Mine: " + entry + "speed: 1}\n", encoding="utf-8")
+    with pytest.raises(ConfigError) as error:
+        load_tables(path)
+    assert len(error.value.problems) == 2
+    with pytest.raises(ConfigError, match="known are A100-40GB"):
+        TABLES.accelerator("B9000")

@@ -1,0 +1,104 @@
+"""The fit: never decreasing, close to what made the rows, honest about what it does not know."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from profiler.layer_fit import fit_layer
+from profiler.validation import decreasing_points
+
+SHAPES = [(b, s) for s in (64, 128, 256, 512, 1024, 2048) for b in (1, 2, 4, 8) if b * s <= 4096]
+
+
+def shapes(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    chosen = np.random.default_rng(seed).permutation(len(SHAPES))[:count]
+    table = np.array(SHAPES, dtype=np.float64)[chosen]
+    return table[:, 0], table[:, 1]
+
+
+def layer_ms(b, s) -> np.ndarray:
+    """A device that is idle below 300 tokens and pays for attention."""
+    return 2.0 + 0.004 * np.maximum(b * s, 300.0) + 4e-7 * b * s * s
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    count=st.integers(1, len(SHAPES)),
+    seed=st.integers(0, 10_000),
+    noise=st.sampled_from([0.0, 0.05, 0.5]),
+)
+def test_never_decreases_whatever_the_rows(count: int, seed: int, noise: float) -> None:
+    b, s = shapes(count, seed)
+    time_ms = layer_ms(b, s) * np.exp(noise * np.random.default_rng(seed).standard_normal(count))
+    fit = fit_layer(b, s, time_ms, "fitted")
+    assert decreasing_points(fit, longest=16384, largest=32) == 0
+    far = fit.time_ms(np.array([1.0, 64.0]), np.array([1.0, 65536.0]))
+    assert (far > 0).all()
+    assert np.isfinite(far).all()
+
+
+def test_of_exact_rows_held_out_shapes_are_close() -> None:
+    b, s = shapes(len(SHAPES), 0)
+    for out in range(len(b)):
+        rest = np.arange(len(b)) != out
+        fit = fit_layer(b[rest], s[rest], layer_ms(b, s)[rest], "fitted")
+        assert float(fit.time_ms(b[out], s[out])) == pytest.approx(layer_ms(b, s)[out], rel=0.06)
+
+
+def test_extrapolation_four_times_beyond_the_longest() -> None:
+    b, s = shapes(len(SHAPES), 0)
+    fit = fit_layer(b, s, layer_ms(b, s), "fitted")
+    assert float(fit.time_ms(1.0, 8192.0)) == pytest.approx(float(layer_ms(1, 8192)), rel=0.1)
+
+
+def test_one_bad_row_does_not_bend_the_fit() -> None:
+    b, s = shapes(len(SHAPES), 0)
+    time_ms = layer_ms(b, s)
+    row = int(np.flatnonzero((b == 2) & (s == 512))[0])
+    time_ms[row] *= 2
+    fit = fit_layer(b, s, time_ms, "fitted")
+    rest = np.arange(len(b)) != row
+    error = fit.time_ms(b[rest], s[rest]) / time_ms[rest] - 1.0
+    assert np.abs(error).mean() < 0.02
+
+
+def test_an_offset_between_two_series_is_found_and_only_then() -> None:
+    s, b = (axis.reshape(-1) for axis in np.meshgrid(2.0 ** np.arange(7, 12), [1.0, 2, 4, 8, 16]))
+    s = np.concatenate([s, 1.3 * s])
+    b = np.concatenate([b, b])
+    other = np.arange(len(b)) >= len(b) // 2
+    time_ms = layer_ms(b, s) * (1 + 0.01 * np.random.default_rng(1).standard_normal(len(b)))
+    assert not fit_layer(b, s, time_ms, "fitted", other).has_series
+    fit = fit_layer(b, s, time_ms - 0.9 * other, "fitted", other)
+    assert fit.has_series
+    assert fit.mean_error < 0.02
+    assert float(fit.time_ms(1.0, 512.0)) == pytest.approx(float(layer_ms(1, 512)), rel=0.03)
+    seen = float(fit.time_ms(1.0, 512.0, True))
+    assert seen == pytest.approx(float(layer_ms(1, 512)) - 0.9, rel=0.05)
+
+
+def test_uncertainty_covers_the_noise_and_grows_outside() -> None:
+    b, s = shapes(len(SHAPES), 0)
+    generator = np.random.default_rng(3)
+    inside = []
+    for _ in range(20):
+        time_ms = layer_ms(b, s) * (1 + 0.05 * generator.standard_normal(len(b)))
+        fit = fit_layer(b, s, time_ms, "fitted")
+        truth = layer_ms(b, s)
+        inside += list(np.abs(fit.time_ms(b, s) / truth - 1) < 2 * fit.relative_error(b, s))
+        assert fit.relative_error(1.0, 32768.0) > fit.relative_error(1.0, 1024.0)
+    assert np.mean(inside) > 0.9
+
+
+def test_broadcasting_agrees_with_one_by_one() -> None:
+    b, s = shapes(len(SHAPES), 0)
+    fit = fit_layer(b, s, layer_ms(b, s), "fitted")
+    sizes, lengths = np.arange(1, 5), np.array([16, 700, 5000])
+    table = fit.time_ms(sizes[:, None], lengths[None, :])
+    assert table.shape == (4, 3)
+    for row, size in enumerate(sizes):
+        for column, length in enumerate(lengths):
+            assert table[row, column] == float(fit.time_ms(size, length))
