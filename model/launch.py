@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import FrameType
@@ -48,6 +49,7 @@ class RankEnv:
     init_method: str
     threads: int
     environment: dict[str, str]
+    graceful: bool = False
 
 
 def default_threads(world_size: int) -> int:
@@ -80,9 +82,15 @@ def resolve_target(target: str) -> Callable[..., Any]:
     return resolved
 
 
+# Stop signals that reached this rank before its target installed a handler of its own.
+early_stop: list[int] = []
+
+
 def _rank_main(env: RankEnv, target: str, kwargs: dict[str, Any], pipe: Connection) -> None:
     """Run `target` on one rank and send ("ok", result) or ("error", traceback) back."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
+    if env.graceful:
+        signal.signal(signal.SIGTERM, lambda number, _frame: early_stop.append(number))
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.update(env.environment)
     os.environ.update(RANK=str(env.rank), LOCAL_RANK=str(env.rank), WORLD_SIZE=str(env.world_size))
@@ -119,6 +127,13 @@ def _context(device: str, preload: Sequence[str]) -> multiprocessing.context.Bas
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
+    if threading.current_thread() is threading.main_thread():
+        # The server inherits this: Ctrl-C must not interrupt its imports.
+        previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.signal(signal.SIGINT, previous)
     return context
 
 
@@ -155,11 +170,15 @@ def run_ranks(
         ConfigError: a rank found a user's mistake; passed on as it is.
     """
     context = _context(device, preload)
-    with tempfile.TemporaryDirectory(prefix="lobra-rendezvous-") as folder:
+    processes: list[Any] = []
+    pipes: list[Connection] = []
+    with (
+        _forwarded_signals(processes, on_signal) as received,
+        tempfile.TemporaryDirectory(prefix="lobra-rendezvous-") as folder,
+    ):
         local = {"OMP_NUM_THREADS": "1"} if device == "cpu" else {}
         if device == "cpu" and Path("/sys/class/net/lo").exists():
             local["GLOO_SOCKET_IFNAME"] = "lo"
-        processes, pipes = [], []
         try:
             for rank in range(world_size):
                 env = RankEnv(
@@ -169,6 +188,7 @@ def run_ranks(
                     init_method=f"file://{folder}/store",
                     threads=threads or default_threads(world_size),
                     environment={**local, **(environment or {})},
+                    graceful=on_signal is not None,
                 )
                 receiver, sender = context.Pipe(duplex=False)
                 process = context.Process(  # type: ignore[attr-defined]
@@ -178,26 +198,30 @@ def run_ranks(
                 sender.close()
                 processes.append(process)
                 pipes.append(receiver)
-            with _forwarded_signals(processes, on_signal):
-                return _collect(processes, pipes, timeout_s)
+                if received:  # a signal that came before this rank was there
+                    process.terminate()
+            return _collect(processes, pipes, timeout_s)
         finally:
-            _end(processes)
+            _end(processes, at_once=len(received) > 1)
 
 
 @contextlib.contextmanager
 def _forwarded_signals(
     processes: list[Any], on_signal: Callable[[int], None] | None
-) -> Iterator[None]:
-    """Pass the first SIGINT or SIGTERM on to the ranks; raise KeyboardInterrupt on the second."""
-    if on_signal is None or threading.current_thread() is not threading.main_thread():
-        yield
-        return
+) -> Iterator[list[int]]:
+    """Pass the first SIGINT or SIGTERM on to the ranks; raise KeyboardInterrupt on the second.
+
+    Yields the list of signals received so far. `processes` may still grow.
+    """
     received: list[int] = []
+    if on_signal is None or threading.current_thread() is not threading.main_thread():
+        yield received
+        return
 
     def handle(number: int, _frame: FrameType | None) -> None:
-        if received:
-            raise KeyboardInterrupt
         received.append(number)
+        if len(received) > 1:
+            raise KeyboardInterrupt
         on_signal(number)
         for process in processes:
             if process.is_alive():
@@ -205,7 +229,7 @@ def _forwarded_signals(
 
     previous = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
     try:
-        yield
+        yield received
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -253,11 +277,11 @@ def _blame(failure: tuple[int, Any]) -> tuple[int, int]:
     return (2 if lost else 1), rank
 
 
-def _end(processes: list[Any]) -> None:
+def _end(processes: list[Any], at_once: bool = False) -> None:
     """End whatever still runs: first politely, after two seconds for good."""
     for process in processes:
         if process.is_alive():
-            process.terminate()
+            (process.kill if at_once else process.terminate)()
     deadline = time.monotonic() + 2.0
     for process in processes:
         with contextlib.suppress(AssertionError):

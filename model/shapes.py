@@ -98,6 +98,8 @@ def read_shape(folder: Path) -> ModelShape:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: holds {config!r:.60}, want an object with the model's sizes")
     problems = []
     model_type = config.get("model_type")
     if model_type not in SUPPORTED_MODEL_TYPES:
@@ -162,12 +164,13 @@ def layout_problem(shape: ModelShape, tp: int, pp: int) -> str | None:
     """
     if tp < 1 or pp < 1:
         return f"<{tp},{pp}>: tp and pp must be at least 1"
+    reasons = []
     if shape.num_heads % tp:
-        return f"<{tp},{pp}>: tp {tp} does not divide the {shape.num_heads} attention heads"
+        reasons.append(f"tp {tp} does not divide the {shape.num_heads} attention heads")
     if shape.num_kv_heads % tp and tp % shape.num_kv_heads:
-        return f"<{tp},{pp}>: tp {tp} and the {shape.num_kv_heads} key/value heads do not divide"
+        reasons.append(f"tp {tp} and the {shape.num_kv_heads} key/value heads do not divide")
     if shape.intermediate_size % tp:
-        return f"<{tp},{pp}>: tp {tp} does not divide the ffn size {shape.intermediate_size}"
+        reasons.append(f"tp {tp} does not divide the ffn size {shape.intermediate_size}")
     if pp > shape.num_layers:
-        return f"<{tp},{pp}>: pp {pp} is more than the {shape.num_layers} layers"
-    return None
+        reasons.append(f"pp {pp} is more than the {shape.num_layers} layers")
+    return f"<{tp},{pp}>: {', '.join(reasons)}" if reasons else None

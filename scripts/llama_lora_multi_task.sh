@@ -9,19 +9,31 @@ config=${ARGS[7]} strategy=${ARGS[8]-}
 source_env_file "${ARGS[10]-}"
 need_lobra
 
-name=$(basename "${config%.*}")
+name=$(basename "$config")
+for suffix in json yaml yml; do name=${name%."$suffix"}; done
+
+planning=() # the options that planning and training share
+for ((i = 0; i < ${#OPTIONS[@]}; i++)); do
+    case ${OPTIONS[i]} in
+        --data-dir=* | --time-profile=* | --cost-model=* | --gpus-per-node=*)
+            planning+=("${OPTIONS[i]}") ;;
+        --data-dir | --time-profile | --cost-model | --gpus-per-node)
+            planning+=("${OPTIONS[@]:i:2}") ;;
+    esac
+done
+
 if [[ -z $strategy ]]; then
     strategy="${name}_prune_${num_gpus}gpus"
     EXPR_DEPLOY_PATTERN=PRUNE deploy_strategy_plan --model "$model" --num-gpus "$num_gpus" \
         --num-buckets "$buckets" --num-tasks "$tasks" --max-seq-length "$length" \
-        --trainer-config "$config" --strategy-config "$strategy"
+        --trainer-config "$config" --strategy-config "$strategy" "${planning[@]}"
 fi
 output=()
 if [[ " ${OPTIONS[*]-} " != *" --output-dir "* ]]; then
     output=(--output-dir "runs/${name}_$(date +%Y%m%d_%H%M%S)")
 fi
 exec lobra train --model "$model" --trainer-config "$config" --strategy-config "$strategy" \
-    --num-tasks "$tasks" --num-buckets "$buckets" --max-seq-length "$length" \
-    --server-addr "${ARGS[5]}" --server-port "${ARGS[6]}" \
+    --num-gpus "$num_gpus" --num-tasks "$tasks" --num-buckets "$buckets" \
+    --max-seq-length "$length" --server-addr "${ARGS[5]}" --server-port "${ARGS[6]}" \
     ${ARGS[9]:+--host-file "${ARGS[9]}"} ${ARGS[10]:+--env-file "${ARGS[10]}"} \
     "${output[@]}" "${OPTIONS[@]}"

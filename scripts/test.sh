@@ -4,6 +4,11 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
+if [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; then
+    printf '%s\n' "usage: bash scripts/test.sh [pytest arguments, such as -k planner or tests/model]"
+    exit 0
+fi
+
 activate_environment
 install_project dev
 exec python -m pytest "$@"

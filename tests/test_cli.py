@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -16,20 +15,19 @@ from trainer.cli import COMMANDS, guarded, main
 
 def test_a_users_mistake_an_interruption_and_a_failure(capsys: pytest.CaptureFixture) -> None:
     def failing(error: BaseException):
-        def run(args: argparse.Namespace) -> int:
+        def run() -> int:
             raise error
 
         return run
 
-    args = argparse.Namespace()
-    assert guarded(lambda args: 0, args) == 0
-    assert guarded(failing(ConfigError(["one thing", "another"])), args) == 2
+    assert guarded(lambda: 0) == 0
+    assert guarded(failing(ConfigError(["one thing", "another"]))) == 2
     message = capsys.readouterr().err
     assert "one thing" in message
     assert "another" in message
     assert "Traceback" not in message
-    assert guarded(failing(KeyboardInterrupt()), args) == 130
-    assert guarded(failing(RuntimeError("broken")), args) == 1
+    assert guarded(failing(KeyboardInterrupt())) == 130
+    assert guarded(failing(RuntimeError("broken"))) == 1
     assert "RuntimeError: broken" in capsys.readouterr().err
 
 

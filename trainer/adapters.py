@@ -19,7 +19,7 @@ from model.lora import AdapterBank, AdapterSpec, peft_name
 from model.shapes import ModelShape
 from model.topology import Grid, layer_blocks
 from tasks.config import TaskConfig
-from tasks.errors import ConfigError
+from tasks.errors import ConfigError, first_problems
 from tasks.files import write_atomic
 from tasks.sampling import task_seed
 
@@ -128,7 +128,7 @@ def peft_config(spec: AdapterSpec, base_model: str) -> dict[str, Any]:
     }
 
 
-def check_adapter(folder: Path, spec: AdapterSpec) -> list[str]:
+def check_adapter(folder: Path, spec: AdapterSpec, shape: ModelShape) -> list[str]:
     """Return what is wrong with starting a task from this PEFT adapter folder (empty: nothing)."""
     config_path = folder / CONFIG_FILE
     weights_path = folder / WEIGHTS_FILE
@@ -138,7 +138,7 @@ def check_adapter(folder: Path, spec: AdapterSpec) -> list[str]:
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
         with safe_open(weights_path, framework="pt") as file:
-            names = set(file.keys())
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
     except Exception as error:  # any unreadable file is the same mistake
         return [f"task {spec.name}: resume_from: {folder}: not readable ({error})"]
     problems = []
@@ -154,13 +154,26 @@ def check_adapter(folder: Path, spec: AdapterSpec) -> list[str]:
             problems.append(
                 f"task {spec.name}: resume_from: {config_path}: {field} is not supported"
             )
-    modules = {name.split(".lora_")[0].rpartition(".")[2] for name in names}
+    modules = {name.split(".lora_")[0].rpartition(".")[2] for name in found}
     if modules != set(spec.target_modules):
         problems.append(
             f"task {spec.name}: resume_from: {weights_path} has modules {sorted(modules)}, "
             f"the task says {sorted(spec.target_modules)}"
         )
-    return problems
+    if problems:
+        return problems
+    wanted_shapes = tensor_shapes(spec, shape, range(shape.num_layers))
+    problems = [
+        f"task {spec.name}: resume_from: {weights_path}: {name} is {found.get(name, 'missing')}, "
+        f"the model and the task need {size}"
+        for name, size in wanted_shapes.items()
+        if found.get(name) != size
+    ]
+    problems += [
+        f"task {spec.name}: resume_from: {weights_path}: {name} is of no layer of the model"
+        for name in sorted(found.keys() - wanted_shapes.keys())
+    ]
+    return first_problems(problems)
 
 
 def load_adapter(folder: Path, bank: AdapterBank, task: int) -> None:

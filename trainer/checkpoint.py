@@ -83,7 +83,8 @@ class CheckpointWriter:
         self.run = run
         self.target = step_folder(run, step)
         self.draft = self.target.with_name(f".{self.target.name}.partial")
-        shutil.rmtree(self.draft, ignore_errors=True)
+        for left in self.target.parent.glob(".step_*.partial"):  # by a run that died
+            shutil.rmtree(left)
         self.draft.mkdir(parents=True)
 
     def add_task(

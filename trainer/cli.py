@@ -13,9 +13,9 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from tasks.errors import ConfigError
+from tasks.version import installed_version
 
 EXIT_OK, EXIT_FAILURE, EXIT_USER_MISTAKE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -46,25 +46,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return EXIT_USER_MISTAKE
-    command = COMMANDS[args.command]
+    return guarded(lambda: _run(args.command, [*rest, *argv[1:]]))
+
+
+def _run(name: str, argv: Sequence[str]) -> int:
+    command = COMMANDS[name]
     module = importlib.import_module(command.module)
-    sub_parser = argparse.ArgumentParser(
-        prog=f"lobra {args.command}", description=command.help.capitalize() + "."
+    parser = argparse.ArgumentParser(
+        prog=f"lobra {name}", description=command.help.capitalize() + "."
     )
-    module.add_arguments(sub_parser)
-    sub_args = sub_parser.parse_args([*rest, *argv[1:]])
+    module.add_arguments(parser)
+    args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    return guarded(module.run, sub_args)
+    code: int = module.run(args)
+    return code
 
 
-def guarded(run: Callable[[Any], int], args: argparse.Namespace) -> int:
-    """Return `run(args)`; turn errors into the contract's messages and exit codes.
+def guarded(run: Callable[[], int]) -> int:
+    """Return `run()`; turn errors into the contract's messages and exit codes.
 
     A user's mistake is printed without a traceback (2), Ctrl-C ends with 130, anything else with
     its traceback and 1.
     """
     try:
-        return run(args)
+        return run()
     except ConfigError as error:
         print(f"lobra: {error}", file=sys.stderr)
         return EXIT_USER_MISTAKE
@@ -85,6 +90,7 @@ def _top_parser() -> argparse.ArgumentParser:
         epilog=f"commands:\n{listing}\n\n`lobra <command> --help` explains each.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"lobra {installed_version()}")
     parser.add_argument("command", nargs="?", choices=tuple(COMMANDS), metavar="command")
     return parser
 

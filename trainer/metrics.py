@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from tasks.files import write_atomic
 
@@ -71,20 +71,31 @@ class StepMetrics:
 
 
 class MetricsWriter:
-    """Appends a line a step to metrics.jsonl and mirrors it to TensorBoard."""
+    """Appends a line a step to metrics.jsonl and mirrors it to TensorBoard.
+
+    The files appear with the first step: a run that fails before leaves none.
+    """
 
     def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        self.folder = folder
+        self.file: TextIO | None = None
+        self.board: Any = None
 
-        self.file = (folder / METRICS_FILE).open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+    def _open(self) -> TextIO:
+        if self.file is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.file = (self.folder / METRICS_FILE).open("a", encoding="utf-8")
+            self.board = SummaryWriter(str(self.folder / "tensorboard"))  # type: ignore[no-untyped-call]
+        return self.file
 
     def write(self, metrics: StepMetrics) -> None:
         """Write one step and flush it, so that a crash loses nothing already printed."""
-        self.file.write(json.dumps(_finite(asdict(metrics))) + "\n")
-        self.file.flush()
+        file = self._open()
+        file.write(json.dumps(_finite(asdict(metrics))) + "\n")
+        file.flush()
         for name, value in _scalars(metrics).items():
-            self.board.add_scalar(name, value, metrics.step)  # type: ignore[no-untyped-call]
+            self.board.add_scalar(name, value, metrics.step)
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -95,8 +106,9 @@ class MetricsWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.file.close()
-        self.board.close()  # type: ignore[no-untyped-call]
+        if self.file is not None:
+            self.file.close()
+            self.board.close()
 
 
 def _scalars(metrics: StepMetrics) -> dict[str, float]:

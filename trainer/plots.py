@@ -24,10 +24,12 @@ def plot_run(folder: Path, steps: Sequence[dict[str, Any]]) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
+    layouts = [replica["layout"] for replica in steps[-1]["replicas"]]
+    same = [s for s in steps if [replica["layout"] for replica in s["replicas"]] == layouts]
     return [
         _save(folder / FOLDER / "losses.png", _losses(steps)),
         _save(folder / FOLDER / "step_time.png", _step_times(steps)),
-        _save(folder / FOLDER / "replicas.png", _replicas(steps)),
+        _save(folder / FOLDER / "replicas.png", _replicas(same)),
     ]
 
 

@@ -9,7 +9,6 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,10 +30,18 @@ from tasks.errors import ConfigError
 from tasks.files import write_atomic
 from tasks.sampling import num_steps, split_validation, task_seed
 from tasks.tokenizer import load_tokenizer
+from tasks.version import installed_version
 from trainer.adapters import adapter_spec, check_adapter
-from trainer.checkpoint import CheckpointState, read_state, resume_problems, task_record
+from trainer.checkpoint import (
+    CheckpointState,
+    list_checkpoints,
+    read_state,
+    resume_problems,
+    task_record,
+)
+from trainer.folder_lock import hold_folder
 from trainer.metrics import METRICS_FILE, drop_steps
-from trainer.run_spec import CONFIG_FILE, DATA_FOLDER, VALIDATION_FOLDER, RunSpec
+from trainer.run_spec import ADAPTER_FOLDER, CONFIG_FILE, DATA_FOLDER, VALIDATION_FOLDER, RunSpec
 
 DEFAULT_PERIOD = 10  # steps between evaluations, where a task asks for them
 ONE_MACHINE = 1 << 30  # a CPU machine is one node, however many ranks it runs
@@ -68,6 +75,7 @@ class TrainRequest:
     keep_last: int = 3
     resume: bool = False
     resume_step: int | None = None  # the last checkpoint
+    num_gpus: int | None = None  # the most ranks a plan may have
     launched_world: int | None = None  # ranks a launcher has started, None without one
     record_sequences: bool = False
 
@@ -109,10 +117,12 @@ def prepare(request: TrainRequest) -> RunSpec:
     state: CheckpointState | None = None
     if request.resume:
         state = checks.attempt(read_state, request.output_dir, request.resume_step)
-    elif (request.output_dir / METRICS_FILE).exists():
+    else:
+        checks.problems += _earlier_run(request.output_dir)
+    if plan is not None and request.num_gpus is not None and plan.num_gpus > request.num_gpus:
         checks.problems.append(
-            f"--output-dir {request.output_dir}: already holds a run; choose another folder, or "
-            f"go on with it by --resume"
+            f"{request.strategy_config}: the plan {plan} needs {plan.num_gpus} ranks, but only "
+            f"{request.num_gpus} GPUs were given; plan for that number"
         )
     world = request.launched_world
     if plan is not None and world is not None and plan.num_gpus != world:
@@ -137,8 +147,9 @@ def prepare(request: TrainRequest) -> RunSpec:
     if config is not None and folder is not None:
         tasks = _clip_context(config.tasks, request.max_seq_length)
         for task in tasks:
-            if task.resume_from:
-                checks.problems += check_adapter(Path(task.resume_from), adapter_spec(task))
+            if task.resume_from and shape is not None:
+                start = Path(task.resume_from)
+                checks.problems += check_adapter(start, adapter_spec(task), shape)
         tokenizer = checks.attempt(load_tokenizer, folder)
         if tokenizer is not None:
             datasets = _load_datasets(checks, tasks, tokenizer, request.data_dir)
@@ -190,6 +201,22 @@ def prepare(request: TrainRequest) -> RunSpec:
     )
     _write_run_folder(run, request, training, validation)
     return run
+
+
+def _earlier_run(folder: Path) -> list[str]:
+    """Return why no new run can be started in this folder (empty: one can)."""
+    if list_checkpoints(folder) or (folder / ADAPTER_FOLDER).exists():
+        return [
+            f"--output-dir {folder}: already holds a run; choose another folder, or go on with it "
+            f"by --resume"
+        ]
+    metrics = folder / METRICS_FILE
+    if metrics.is_file() and metrics.stat().st_size:
+        return [
+            f"--output-dir {folder}: holds a run that ended before its first checkpoint; choose "
+            f"another folder, or remove this one"
+        ]
+    return []
 
 
 def placed(plan: Plan, request: TrainRequest, device: str | None) -> tuple[Grid, ...]:
@@ -287,8 +314,15 @@ def _load_datasets(
     checks: _Collector, tasks: Sequence[TaskConfig], tokenizer: Any, data_dir: Path
 ) -> list[TokenizedDataset]:
     """Return the tokenised data of every task, or [] after noting what is wrong with some."""
-    datasets = [checks.attempt(load_dataset, task, tokenizer, data_dir) for task in tasks]
-    return datasets if all(data is not None for data in datasets) else []
+    datasets = []
+    for task in tasks:
+        try:
+            datasets.append(load_dataset(task, tokenizer, data_dir))
+        except ConfigError as error:
+            checks.problems += [f"task {task.name}: {problem}" for problem in error.problems]
+    if len(datasets) < len(tasks):
+        return []
+    return datasets
 
 
 def too_long(
@@ -353,6 +387,7 @@ def _write_run_folder(
 ) -> None:
     """Write config.yaml and the tokenised data of a checked run; forget steps to be redone."""
     run.output_dir.mkdir(parents=True, exist_ok=True)
+    hold_folder(run.output_dir)
     for folder in (DATA_FOLDER, VALIDATION_FOLDER):
         shutil.rmtree(run.output_dir / folder, ignore_errors=True)
     for task, (data, held_out) in enumerate(zip(training, validation, strict=True)):
@@ -369,6 +404,13 @@ def resolved_config(run: RunSpec, request: TrainRequest) -> dict[str, Any]:
     """Return everything the run was made of, as plain values."""
     return {
         "model": request.model,
+        "trainer_config": request.trainer_config,
+        "strategy_config": request.strategy_config,
+        "data_dir": os.fspath(request.data_dir),
+        "num_tasks": request.num_tasks,
+        "max_seq_length": request.max_seq_length,
+        "gpus_per_node": request.gpus_per_node,
+        "time_profile": run.cost_model.meta,
         "model_folder": os.fspath(run.model_folder),
         "precision": run.precision,
         "device": run.device,
@@ -400,7 +442,7 @@ def resolved_config(run: RunSpec, request: TrainRequest) -> dict[str, Any]:
         ],
         "plan_meta": _plain(run.plan.meta),
         "rank_map": [[list(stage) for stage in grid] for grid in run.grids],
-        "versions": {name: _version(name) for name in ("lobra", "torch", "deepspeed")},
+        "versions": {name: installed_version(name) for name in ("lobra", "torch", "deepspeed")},
     }
 
 
@@ -411,10 +453,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

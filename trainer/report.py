@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tasks.errors import ConfigError
+from trainer.checkpoint import list_checkpoints, step_folder
 from trainer.metrics import METRICS_FILE, read_metrics
 from trainer.run_spec import ADAPTER_FOLDER, CONFIG_FILE
 
@@ -50,7 +51,7 @@ class RunSummary:
     tasks: tuple[TaskSummary, ...]
     replicas: tuple[dict[str, Any], ...]
     planned: dict[str, Any]
-    adapters: Path
+    adapters: Path | None
 
 
 def summarise(folder: Path) -> RunSummary:
@@ -66,7 +67,10 @@ def summarise(folder: Path) -> RunSummary:
     steps = read_metrics(folder)
     if not steps:
         raise ConfigError(f"{folder / METRICS_FILE}: the run has not finished a step yet")
-    timed = steps[WARM_UP_STEPS:] or steps
+    # A run may have gone on with another plan: times and shares are of the last one.
+    layouts = [replica["layout"] for replica in steps[-1]["replicas"]]
+    same = [s for s in steps if [replica["layout"] for replica in s["replicas"]] == layouts]
+    timed = same[WARM_UP_STEPS:] or same
     total_s = sum(step["step_time_s"] for step in timed)
     replicas = []
     for index, last in enumerate(steps[-1]["replicas"]):
@@ -89,8 +93,16 @@ def summarise(folder: Path) -> RunSummary:
         tasks=tuple(_task_summary(task["name"], steps) for task in config["tasks"]),
         replicas=tuple(replicas),
         planned=config.get("plan_meta") or {},
-        adapters=folder / ADAPTER_FOLDER,
+        adapters=_find_adapters(folder),
     )
+
+
+def _find_adapters(folder: Path) -> Path | None:
+    """Return where the run's adapters lie: of the finished run, else of its last checkpoint."""
+    if (folder / ADAPTER_FOLDER).is_dir():
+        return folder / ADAPTER_FOLDER
+    saved = list_checkpoints(folder)
+    return step_folder(folder, saved[-1]) / ADAPTER_FOLDER if saved else None
 
 
 def _task_summary(name: str, steps: list[dict[str, Any]]) -> TaskSummary:
@@ -114,7 +126,8 @@ def print_run_report(folder: Path, console: Console | None = None) -> None:
     console.print(_overview(summary, folder))
     console.print(_task_table(summary))
     console.print(_replica_table(summary))
-    console.print(f"adapters (PEFT format): {summary.adapters}", soft_wrap=True)
+    where = summary.adapters or "none saved yet"
+    console.print(f"adapters (PEFT format): {where}", soft_wrap=True)
 
 
 def _overview(summary: RunSummary, folder: Path) -> Table:

@@ -7,6 +7,8 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+from model.launch import early_stop
+
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 EXIT_CODES: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -15,7 +17,7 @@ class StopRequest:
     """While active, remembers the first stop signal instead of dying of it."""
 
     def __init__(self) -> None:
-        self.received: int | None = None
+        self.received: int | None = early_stop[0] if early_stop else None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:

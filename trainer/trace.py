@@ -18,7 +18,8 @@ def write_trace(folder: Path, steps: Sequence[dict[str, Any]]) -> Path:
     Steps are laid end to end; times are microseconds, as the format wants them.
     """
     events: list[dict[str, Any]] = []
-    for index, replica in enumerate(steps[-1]["replicas"]):
+    widest = max(steps, key=lambda step: len(step["replicas"]))
+    for index, replica in enumerate(widest["replicas"]):
         name = f"replica {index} {replica['layout']}"
         events.append(_meta("thread_name", index, {"name": name}))
     start_us = 0.0

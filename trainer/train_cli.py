@@ -27,7 +27,15 @@ from trainer.run import (
 from trainer.signals import EXIT_CODES
 
 LAST_CHECKPOINT = -1
-POSITIVE = ("max_steps", "max_seq_length", "num_buckets", "gpus_per_node", "keep_last", "num_tasks")
+POSITIVE = (
+    "max_steps",
+    "max_seq_length",
+    "num_buckets",
+    "gpus_per_node",
+    "keep_last",
+    "num_tasks",
+    "num_gpus",
+)
 Mode = Literal["balance", "group"]
 DYNAMIC_BUCKETS = {"TRUE": True, "FALSE": False}
 DISPATCH_MODES: dict[str, Mode] = {"BALANCE": "balance", "GROUP": "group"}
@@ -40,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strategy-config", required=True, help="name or path of the plan")
     parser.add_argument("--output-dir", required=True, type=Path, help="the run's folder")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where data sets lie")
+    parser.add_argument("--num-gpus", type=int, help="refuse a plan with more ranks")
     parser.add_argument("--num-tasks", type=int, help="use the first N tasks only")
     parser.add_argument("--max-steps", type=int, help="end after N steps even if tasks want more")
     parser.add_argument("--max-seq-length", type=int, help="cut every task's context_length to N")
@@ -121,6 +130,7 @@ def run(args: argparse.Namespace) -> int:
         strategy_config=args.strategy_config,
         output_dir=args.output_dir,
         data_dir=args.data_dir,
+        num_gpus=args.num_gpus,
         num_tasks=args.num_tasks,
         max_steps=args.max_steps,
         max_seq_length=args.max_seq_length,
@@ -155,7 +165,7 @@ def run(args: argparse.Namespace) -> int:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         spec, results = train(request)
         result = results[0]
-    if (spec.output_dir / METRICS_FILE).stat().st_size:
+    if (spec.output_dir / METRICS_FILE).is_file():
         print_run_report(spec.output_dir)
     if result.stopped_at is None:
         return 0

@@ -416,7 +416,8 @@ class Worker:
     def _end_of_period(self, step: int) -> dict[int, float]:
         """Close an evaluation period if one ends here; return {task: validation loss}."""
         every = self.run.validate_every
-        if not every or (step + 1) % every:
+        ends = {self.run.last_step, *self.run.num_steps}  # a task's last step is evaluated too
+        if not every or ((step + 1) % every and step + 1 not in ends):
             return {}
         validation = self._validate(step)
         for number, task in enumerate(self.run.tasks):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from model.launch import run_ranks
+from model.shapes import ModelShape
 from tasks.config import TARGET_MODULES, TaskConfig
 from tests.model.support import save_llama
 from tests.model.test_topology import make_grids
@@ -20,6 +22,7 @@ from tests.trainer.support import make_plan, make_run, random_dataset
 from trainer.adapters import adapter_spec, check_adapter, save_adapter
 from trainer.run import run_local
 
+SHAPE = ModelShape("base", 4, 64, 96, 4, 2, 16, 256)  # what save_llama saves
 SHARED_FIELDS = dict(dataset_name="random", context_length=64, learning_rate=2e-2)
 TASKS = (
     TaskConfig("wide", 8, 16.0, TARGET_MODULES, 4, **SHARED_FIELDS),
@@ -72,11 +75,19 @@ def test_logits_of_the_exported_adapter_in_peft(base: Path, trained: list[Path],
 
 
 def test_an_adapter_that_does_not_fit_the_task_is_refused(trained: list[Path]) -> None:
-    assert check_adapter(trained[0], adapter_spec(TASKS[0])) == []
-    problems = "\n".join(check_adapter(trained[1], adapter_spec(TASKS[0])))
+    assert check_adapter(trained[0], adapter_spec(TASKS[0]), SHAPE) == []
+    problems = "\n".join(check_adapter(trained[1], adapter_spec(TASKS[0]), SHAPE))
     for wrong in ("r is 2", "lora_alpha is 1.0", "down_proj"):
         assert wrong in problems
-    assert "not found" in check_adapter(trained[0] / "nowhere", adapter_spec(TASKS[0]))[0]
+    assert "not found" in check_adapter(trained[0] / "nowhere", adapter_spec(TASKS[0]), SHAPE)[0]
+    wider = replace(SHAPE, hidden_size=128, head_dim=32)
+    assert "(8, 64), the model and the task need (8, 128)" in "\n".join(
+        check_adapter(trained[0], adapter_spec(TASKS[0]), wider)
+    )
+    shallow = "\n".join(
+        check_adapter(trained[0], adapter_spec(TASKS[0]), replace(SHAPE, num_layers=3))
+    )
+    assert "layers.3" in shallow and "of no layer of the model" in shallow
 
 
 def test_a_damaged_adapter_is_refused(trained: list[Path], tmp_path: Path) -> None:
@@ -86,13 +97,13 @@ def test_a_damaged_adapter_is_refused(trained: list[Path], tmp_path: Path) -> No
         load_file(trained[0] / "adapter_model.safetensors"),
         "base",
     )
-    assert check_adapter(tmp_path / "copy", adapter_spec(TASKS[0])) == []
+    assert check_adapter(tmp_path / "copy", adapter_spec(TASKS[0]), SHAPE) == []
     weights = tmp_path / "copy" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    assert "not readable" in check_adapter(tmp_path / "copy", adapter_spec(TASKS[0]))[0]
+    assert "not readable" in check_adapter(tmp_path / "copy", adapter_spec(TASKS[0]), SHAPE)[0]
     config = tmp_path / "copy" / "adapter_config.json"
     config.write_text("{")
-    assert "not readable" in check_adapter(tmp_path / "copy", adapter_spec(TASKS[0]))[0]
+    assert "not readable" in check_adapter(tmp_path / "copy", adapter_spec(TASKS[0]), SHAPE)[0]
 
 
 def test_saving_replaces_an_older_adapter_whole(tmp_path: Path) -> None:

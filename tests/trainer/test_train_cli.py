@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 from pathlib import Path
@@ -164,6 +165,56 @@ def test_a_run_is_never_overwritten(place: Path, capsys: pytest.CaptureFixture[s
     assert (Path("run/adapters/small") / "adapter_model.safetensors").is_file()
     assert main(["report", "run"]) == 0
     assert "small" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_with_another_plan_and_is_reported(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_config(steps=3)
+    assert train(place, "--max-steps", "1") == 0
+    write_plan({"dp": 2, "tp": 1, "pp": 1, "max_tokens": 64})
+    assert train(place, "--resume", "--max-steps", "3") == 0
+    lines = Path("run/metrics.jsonl").read_text().splitlines()
+    assert [len(json.loads(line)["replicas"]) for line in lines] == [1, 2, 2]
+    assert main(["report", "run", "--plots", "--trace"]) == 0
+    assert "<1,1>x2 on 2 CPU ranks" in capsys.readouterr().out
+    assert {"losses.png", "step_time.png", "replicas.png"} == {
+        path.name for path in Path("run/report").iterdir()
+    }
+    events = json.loads(Path("run/trace.json").read_text())["traceEvents"]
+    assert sum(event["ph"] == "X" for event in events) == 5
+    assert train(place, "--resume", "7") == 2
+    assert "has only the steps 1, 3" in capsys.readouterr().err
+
+
+def test_two_runs_never_share_a_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run").mkdir()
+    with Path("run/.lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert train(place) == 2
+    assert "another run is writing" in capsys.readouterr().err
+    assert [path.name for path in Path("run").iterdir()] == [".lock"]
+
+
+def test_a_run_that_died_before_its_first_checkpoint(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("run").mkdir()
+    Path("run/metrics.jsonl").write_text('{"step": 0}\n')
+    assert train(place) == 2
+    assert "ended before its first checkpoint" in capsys.readouterr().err
+    Path("run/metrics.jsonl").write_text("")
+    Path("run/checkpoints/.step_1.partial").mkdir(parents=True)
+    assert train(place) == 0
+    assert sorted(path.name for path in Path("run/checkpoints").iterdir()) == ["step_1"]
+
+
+def test_a_plan_for_more_gpus_than_were_given(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_plan({"dp": 4, "tp": 1, "pp": 1, "max_tokens": 64})
+    assert train(place, "--num-gpus", "2") == 2
+    refused(capsys, "needs 4 ranks, but only 2 GPUs were given")
 
 
 def test_report_of_a_folder_without_a_run(
