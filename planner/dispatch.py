@@ -149,7 +149,6 @@ def dispatch_counts(
     cost_model: CostModel,
     *,
     mode: Mode = "balance",
-    max_rounds: int = 400,
     slowdown: np.ndarray | None = None,
 ) -> CountAssignment:
     """Assign ``counts`` [R] sequences of the ``buckets`` [R]; the core of ``dispatch``.
@@ -173,7 +172,7 @@ def dispatch_counts(
         bubbles[group],
         _first_assignment(tables, replicas, counts, share),
     )
-    improve(loads, bound * (1 + GOOD_ENOUGH), max_rounds)
+    improve(loads, bound * (1 + GOOD_ENOUGH), max(400, 4 * len(group)))
     chunks = tuple(
         tuple(
             (bucket, size)

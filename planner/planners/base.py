@@ -68,11 +68,9 @@ class Problem:
             ]
         )
 
-    def evaluate(self, plan: Plan, max_rounds: int = 400) -> CountAssignment:
+    def evaluate(self, plan: Plan) -> CountAssignment:
         """Return the best dispatch found of the expected batch over a plan."""
-        return dispatch_counts(
-            self.counts, self.buckets, plan, self.cost_model, max_rounds=max_rounds
-        )
+        return dispatch_counts(self.counts, self.buckets, plan, self.cost_model)
 
     def can_place(self, plan: Plan) -> bool:
         """Return whether the plan fits the GPUs and the nodes."""

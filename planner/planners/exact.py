@@ -37,6 +37,7 @@ TRIED_AT_ONCE = 24
 LARGE_GAP = 0.015  # a gap at which a better plan is looked for before a better bound
 FEW_GPUS = 128  # beyond, neighbours of the best plan are tried before proofs
 ROUNDINGS = 2
+ROUNDINGS_ANY, ROOM_ANY = 3, 0.002
 MOST_ROOM = 0.0065
 MOST_POLISHES = 40
 
@@ -107,11 +108,12 @@ def solve(
 ) -> Outcome:
     """Return the best plan found, a certified lower bound and near-best alternatives.
 
-    Stops at a gap of 0.1 % or at the time limit (by default 4 s up to 64 GPUs, 12 s up to 256 and
-    35 s beyond); there is always a plan and a bound.
+    Stops at a gap of 0.1 % or at the time limit; there is always a plan and a bound. The default
+    limit is 4.5 s of processor time up to 64 GPUs, 12 s up to 256 and 35 s beyond; one that is
+    given is wall-clock time.
     """
     limit_s = default_limit_s(problem.num_gpus) if time_limit_s is None else time_limit_s
-    state = _State(problem, Clock(limit_s), progress)
+    state = _State(problem, Clock(limit_s, processor=time_limit_s is None), progress)
     start = homogeneous.find(problem)
     if start is not None:
         state.note(_replicas_of(problem, start.plan), start.step_time_s)
@@ -165,13 +167,57 @@ def _search_near(state: _State, relaxation: FluidPlanner) -> None:
         if replicas is not None and replicas.any():
             state.try_plan(_filled(problem, replicas))
     if problem.num_gpus > FEW_GPUS:
+        _round_any(state)
         _climb(state)
     _close_gap(state, lambda step_s: _survivor_of_cuts(state, relaxation, step_s))
 
 
+def _round_any(state: _State) -> None:
+    """Round patterns mixed over all layouts within the GPUs: plan and dispatch at once."""
+    problem = state.problem
+    layouts = list(range(len(problem.candidates)))
+    budget = Budget.of_gpus(problem.sizes, problem.num_gpus)
+    clock = state.clock.part(0.4)
+    step_s, rounded = state.bound_s * 1.002, 0
+    while rounded < ROUNDINGS_ANY and step_s < state.best_s and clock.left_s > 0:
+        found = generate(
+            problem.tables,
+            budget,
+            problem.counts,
+            step_s,
+            rounding="up",
+            ticks=ROUNDING_TICKS,
+            clock=clock,
+            columns=state.pool.columns(layouts, step_s),
+        )
+        state.pool.keep(layouts, found)
+        if found.theta > 1.0 - ROOM_ANY:
+            step_s *= 1.0 + max(1e-3, 0.6 * (found.theta - 1.0 + ROOM_ANY))
+            continue
+        chosen = choose(found.columns, budget, problem.counts, found.prices, clock)
+        rounded += 1
+        step_s *= 1.004
+        if not chosen:
+            continue
+        replicas = np.bincount([i for i, _ in chosen], minlength=len(layouts))
+        full = _with_idle(problem, chosen, _filled(problem, replicas))
+        real = realise(problem.tables, problem.counts, full, 0.0, 2 * len(full))
+        if problem.can_place(problem.plan(real.replicas)):
+            state.note(real.replicas, real.step_time_s)
+
+
+def _with_idle(
+    problem: Problem, chosen: list[tuple[int, Pattern]], replicas: np.ndarray
+) -> list[tuple[int, Pattern]]:
+    """Return the chosen patterns with empty ones for the replicas that have none."""
+    idle = replicas - np.bincount([i for i, _ in chosen], minlength=len(replicas))
+    none = Pattern(np.zeros(len(problem.counts), dtype=np.int64), 0.0, 0.0)
+    return [*chosen, *((i, none) for i in range(len(replicas)) for _ in range(int(idle[i])))]
+
+
 def _climb(state: _State) -> None:
     """Go to better neighbours of the best plan while there are any, for half of the time."""
-    clock = Clock(0.5 * state.clock.left_s)
+    clock = state.clock.part(0.5)
     while not state.done() and clock.left_s > 0:
         centre, before_s = state.best_plans(1)[0], state.best_s
         for replicas in _promising(state, centre):
@@ -313,7 +359,7 @@ def _polish(
     budget = Budget.of_plan(replicas[layouts])
     # whole replicas need some room: about a fifth of one
     room = min(MOST_ROOM, 0.2 / int(replicas.sum()))
-    rounded = 0
+    rounded = raises = 0
     while rounded < roundings and step_s < state.best_s and not state.done():
         found = generate(
             tables,
@@ -326,18 +372,20 @@ def _polish(
             columns=state.pool.columns(layouts, step_s),
         )
         state.pool.keep(layouts, found)
-        if found.theta > 1.0 - 0.8 * room:
-            step_s *= 1.0 + 0.7 * min(0.01, found.theta - 1.0 + room)
+        # theta may stay at 1 however long the step, where one layout is just enough in number
+        enough = found.theta <= 1.0 + 2e-4
+        if not enough or (found.theta > 1.0 - 0.8 * room and raises < 2):
+            raises += enough
+            step_s *= 1.0 + max(2e-4, 0.6 * (found.theta - 1.0 + room))
             continue
         diversify(found, tables, problem.counts, step_s, ROUNDING_TICKS, seed, state.clock)
         chosen = choose(found.columns, budget, problem.counts, found.prices, state.clock)
         rounded += 1
         if chosen:
-            full = [(layouts[owner], pattern) for owner, pattern in chosen]
-            idle = replicas - np.bincount([i for i, _ in full], minlength=len(replicas))
-            none = Pattern(np.zeros(len(problem.counts), dtype=np.int64), 0.0, 0.0)
-            full += [(i, none) for i in layouts for _ in range(int(idle[i]))]
-            real = realise(problem.tables, problem.counts, full, 0.0, 200)
+            owned = [(layouts[owner], pattern) for owner, pattern in chosen]
+            full = _with_idle(problem, owned, replicas)
+            rounds = max(200, 2 * len(full))
+            real = realise(problem.tables, problem.counts, full, 0.0, rounds)
             state.note(replicas, real.step_time_s)
         step_s = step_s * 1.002
 
