@@ -39,6 +39,14 @@ class RankError(RuntimeError):
         self.rank = rank
 
 
+class Interrupted(RuntimeError):
+    """A stop signal ended the ranks before they could save anything; `.signal` is its number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"interrupted by {signal.Signals(number).name}")
+        self.signal = number
+
+
 @dataclass(frozen=True)
 class RankEnv:
     """What a rank process needs to join its world."""
@@ -167,6 +175,7 @@ def run_ranks(
 
     Raises:
         RankError: a rank raised, died or timed out; every other rank is ended.
+        Interrupted: a rank ended on a stop signal without a result.
         ConfigError: a rank found a user's mistake; passed on as it is.
     """
     context = _context(device, preload)
@@ -201,6 +210,10 @@ def run_ranks(
                 if received:  # a signal that came before this rank was there
                     process.terminate()
             return _collect(processes, pipes, timeout_s)
+        except RankError as error:
+            if received:  # a rank was not yet able to stop gracefully
+                raise Interrupted(received[0]) from error
+            raise
         finally:
             _end(processes, at_once=len(received) > 1)
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+from model.launch import Interrupted
 from planner.plan import load_plan
 from tasks.errors import ConfigError
 from trainer.checkpoint import step_folder
@@ -163,7 +164,11 @@ def run(args: argparse.Namespace) -> int:
             return EXIT_CODES.get(result.stop_signal or 0, 0)
     else:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        spec, results = train(request)
+        try:
+            spec, results = train(request)
+        except Interrupted as error:
+            print(f"lobra: {error} before the first step; nothing to save", file=sys.stderr)
+            return EXIT_CODES[error.signal]
         result = results[0]
     if (spec.output_dir / METRICS_FILE).is_file():
         print_run_report(spec.output_dir)
