@@ -224,15 +224,15 @@ def test_joint_equals_alone(
 
 
 def test_gradient_checkpointing_changes_nothing(
-    base: Path, datasets: list[TokenizedDataset], starts: list[Path], tmp_path: Path
+    datasets: list[TokenizedDataset], tmp_path: Path
 ) -> None:
+    base = save_family("llama", tmp_path / "base")
     plan = make_plan([(1, 1), (2, 2)], max_tokens=128)
+    tasks = tuple(task_config(task) for task in TASKS)
     tensors = []
     for recompute in (False, True):
-        run = make_run(
-            tmp_path / f"run-{recompute}", base, tasks_from(starts), datasets, plan, 2,
-            gradient_checkpointing=recompute,
-        )  # fmt: skip
+        folder = tmp_path / f"run-{recompute}"
+        run = make_run(folder, base, tasks, datasets, plan, 2, gradient_checkpointing=recompute)
         run_local(run)
         tensors.append(
             [load_file(run.adapter_folder(t) / "adapter_model.safetensors") for t in range(3)]
