@@ -33,6 +33,20 @@ class TaskSummary:
 
 
 @dataclass(frozen=True)
+class ReplicaSummary:
+    """A replica's median seconds a step, computed and predicted, and what it did not compute.
+
+    `idle_share` is the part of the steps' time it waited, reduced or updated.
+    """
+
+    layout: str
+    busy_s: float
+    predicted_s: float
+    idle_share: float
+    padded_tokens: int
+
+
+@dataclass(frozen=True)
 class RunSummary:
     """The figures of a run's report. Times in seconds."""
 
@@ -49,7 +63,7 @@ class RunSummary:
     gpu_seconds: float
     padding_ratio: float
     tasks: tuple[TaskSummary, ...]
-    replicas: tuple[dict[str, Any], ...]
+    replicas: tuple[ReplicaSummary, ...]
     planned: dict[str, Any]
     adapters: Path | None
 
@@ -74,8 +88,16 @@ def summarise(folder: Path) -> RunSummary:
     total_s = sum(step["step_time_s"] for step in timed)
     replicas = []
     for index, last in enumerate(steps[-1]["replicas"]):
-        busy_s = sum(step["replicas"][index]["busy_s"] for step in timed)
-        replicas.append({"layout": last["layout"], "busy_share": busy_s / total_s})
+        own = [step["replicas"][index] for step in timed]
+        replicas.append(
+            ReplicaSummary(
+                layout=last["layout"],
+                busy_s=median(entry["busy_s"] for entry in own),
+                predicted_s=median(entry["predicted_s"] for entry in own),
+                idle_share=1 - sum(entry["busy_s"] for entry in own) / total_s,
+                padded_tokens=sum(entry["padded_tokens"] for entry in own),
+            )
+        )
     return RunSummary(
         plan=" ".join(f"<{g['tp']},{g['pp']}>x{g['dp']}" for g in config["plan"]),
         num_gpus=sum(g["dp"] * g["tp"] * g["pp"] for g in config["plan"]),
@@ -193,8 +215,15 @@ def _task_table(summary: RunSummary) -> Table:
 
 def _replica_table(summary: RunSummary) -> Table:
     table = Table(title="Replicas", title_justify="left")
-    for column in ("replica", "layout", "busy"):
+    for column in ("replica", "layout", "busy", "predicted", "idle", "tokens computed"):
         table.add_column(column, justify="right")
     for index, replica in enumerate(summary.replicas):
-        table.add_row(str(index), replica["layout"], f"{replica['busy_share']:.0%}")
+        table.add_row(
+            str(index),
+            replica.layout,
+            f"{replica.busy_s:.3f} s",
+            f"{replica.predicted_s:.3f} s",
+            f"{replica.idle_share:.0%}",
+            f"{replica.padded_tokens:,}",
+        )
     return table
