@@ -22,8 +22,8 @@ from model.topology import Grid, check_grids
 from planner.buckets import make_buckets
 from planner.placement import place
 from planner.plan import Plan, load_plan
-from profiler.cost_model import CostModel, fit_cost_model
-from profiler.profiles import default_head_path, default_time_path, load_time_profile
+from profiler.cost_model import CostModel, load_cost_model
+from profiler.profiles import default_time_path
 from tasks.config import TaskConfig, TrainerConfig, load_trainer_config
 from tasks.dataset import TokenizedDataset, load_dataset
 from tasks.errors import ConfigError
@@ -142,7 +142,7 @@ def prepare(request: TrainRequest) -> RunSpec:
         ]
     cost_model = None
     if shape is not None and plan is not None:
-        cost_model = checks.attempt(load_cost_model, request, shape, plan)
+        cost_model = checks.attempt(dispatch_costs, request, plan)
     datasets: list[TokenizedDataset] = []
     if config is not None and folder is not None:
         tasks = _clip_context(config.tasks, request.max_seq_length)
@@ -274,22 +274,19 @@ def _choose_device(request: TrainRequest, plan: Plan | None) -> str:
     return device
 
 
-def load_cost_model(request: TrainRequest, shape: ModelShape, plan: Plan) -> CostModel:
+def dispatch_costs(request: TrainRequest, plan: Plan) -> CostModel:
     """Return the cost model the dispatcher balances with.
 
     Raises:
         ConfigError: there is no time profile, or it lacks a tensor-parallel degree of the plan.
     """
-    path = request.time_profile or default_time_path(request.model)
-    if not Path(path).is_file():
+    path = Path(request.time_profile or default_time_path(request.model))
+    if not path.is_file():
         raise ConfigError(
             f"{path}: no time profile of {request.model}, which the dispatcher needs; measure it "
             f"with scripts/cost_model_benchmark.sh or give --time-profile"
         )
-    profile = load_time_profile(path)
-    head_path = default_head_path(request.model) if request.time_profile is None else None
-    head = load_time_profile(head_path) if head_path and Path(head_path).is_file() else None
-    model = fit_cost_model(profile, shape.num_layers, kind=request.cost_model, head_profile=head)
+    model = load_cost_model(request.model, request.time_profile, request.cost_model)
     missing = sorted({group.layout.tp for group in plan.groups} - set(model.tps))
     if missing:
         raise ConfigError(
