@@ -62,12 +62,13 @@ def main() -> None:
     plan, tps, ranks = PLANS[args.plan]
     args.folder.mkdir(parents=True, exist_ok=True)
     (args.folder / "plan.yaml").write_text(f"strategy_config: {plan}\n", encoding="utf-8")
-    load = [] if ranks == 1 else ["--load-ranks", str(ranks)]
+    config = ROOT / "trainer_config" / "quickstart.json"
+    load = ["--trainer-config", str(config)]
+    load += [] if ranks == 1 else ["--load-ranks", str(ranks)]
     print(f"load before profiling: {os.getloadavg()[0]:.1f}")
     lobra(args.folder, "profile", "time", "--model", "tiny", "--tp", tps, "--device", "cpu", *load)
     print(f"load before training: {os.getloadavg()[0]:.1f}")
     run = args.folder / f"run_{args.plan}"
-    config = ROOT / "trainer_config" / "quickstart.json"
     plan_path = (args.folder / "plan.yaml").resolve()
     lobra(
         args.folder,

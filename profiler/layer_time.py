@@ -22,7 +22,7 @@ from profiler.outliers import MAX_ATTEMPTS, doubtful_points
 from profiler.points import time_points
 from profiler.profiles import TIME_COLUMNS
 from profiler.sweep_file import Restart, SweepFile, open_sweep
-from tasks.config import TARGET_MODULES
+from tasks.config import TARGET_MODULES, TaskConfig
 from tasks.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,8 @@ class TimeSweep:
         "fp32" or "bf16"; "cpu" or "cuda".
     single_device
         One for each tp: time a shard on one device and model the collectives; empty: real groups.
+    tasks
+        Whose adapters to train instead of ``num_tasks`` of ``lora_rank``.
     """
 
     folder: Path
@@ -65,6 +67,20 @@ class TimeSweep:
     precision: str
     device: str
     single_device: tuple[SingleDevice, ...] = ()
+    tasks: tuple[TaskConfig, ...] = ()
+
+    @property
+    def specs(self) -> tuple[AdapterSpec, ...]:
+        """The adapters trained together."""
+        if self.tasks:
+            return tuple(
+                AdapterSpec(task.name, task.rank, task.lora_alpha, task.target_modules)
+                for task in self.tasks
+            )
+        return tuple(
+            AdapterSpec(f"task{task}", self.lora_rank, self.lora_rank, TARGET_MODULES)
+            for task in range(self.num_tasks)
+        )
 
     @property
     def points(self) -> tuple[tuple[int, int], ...]:
@@ -90,6 +106,8 @@ class TimeSweep:
             "precision": self.precision,
             "device": self.device,
         }
+        if self.tasks:
+            settings["adapters"] = [[task.rank, list(task.target_modules)] for task in self.tasks]
         if self.single_device:
             settings["collectives"] = "modelled: a shard's compute was timed on one device"
         return settings
@@ -234,10 +252,6 @@ def _measure(
     shards = [single for single in sweep.single_device if single.tp == tp]
     count, size = (1, 1) if shards else (sweep.num_replicas(tp), tp)
     grids = tuple((tuple(range(start, start + size)),) for start in range(0, count * size, size))
-    specs = tuple(
-        AdapterSpec(f"task{task}", sweep.lora_rank, sweep.lora_rank, TARGET_MODULES)
-        for task in range(sweep.num_tasks)
-    )
     ended = threading.Event()
     before = files[1].num_rows_on_disk()
 
@@ -254,7 +268,7 @@ def _measure(
             {
                 "folder": sweep.folder,
                 "grids": grids,
-                "specs": specs,
+                "specs": sweep.specs,
                 "points": points,
                 "precision": sweep.precision,
                 "device": sweep.device,

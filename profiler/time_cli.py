@@ -21,6 +21,7 @@ from profiler.options import (
 )
 from profiler.profiles import TIME_COLUMNS, default_head_path, default_time_path, load_time_profile
 from profiler.sweep_file import open_sweep
+from tasks.config import load_trainer_config
 from tasks.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,6 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num-tasks", type=int, default=4, help="adapters (default 4)")
     parser.add_argument("--lora-rank", type=int, default=16, help="of each adapter (default 16)")
+    parser.add_argument(
+        "--trainer-config", help="train this config's adapters instead (a name or a path)"
+    )
     parser.add_argument("--head-output", type=Path, help="the CSV of embedding and head")
     parser.add_argument("--collectives-output", type=Path, help="the CSV of collectives")
     parser.add_argument(
@@ -97,6 +101,7 @@ def _measure(args: argparse.Namespace) -> int:
         precision=precision,
         device=device,
         single_device=_single_devices(args, shape, precision, device, tps),
+        tasks=load_trainer_config(args.trainer_config).tasks if args.trainer_config else (),
     )
     layer_path, head_path, collectives_path = _paths(args)
     environment = environment_of(device)
