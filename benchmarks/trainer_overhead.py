@@ -73,6 +73,8 @@ def measure(folder: Path, num_tasks: int, num_ranks: int, steps: int) -> Shares:
     run = RunSpec(
         model_folder=base,
         base_model=str(base),
+        fingerprint="",
+        task_records=(),
         tasks=tasks,
         num_steps=(steps,) * num_tasks,
         last_step=steps,
@@ -87,6 +89,7 @@ def measure(folder: Path, num_tasks: int, num_ranks: int, steps: int) -> Shares:
         buckets=(),
         dispatch_mode="balance",
         seed=0,
+        record_sequences=True,
     )
     for number in range(num_tasks):
         random_dataset(number, shape.vocab_size).save(run.data_folder(number))

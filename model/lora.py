@@ -160,10 +160,18 @@ class MultiAdapterLinear(nn.Module):
         segments = [s for s in self.row_tasks.segments if s.task in self.adapters]
         if len(segments) == 1 and segments[0].stop - segments[0].start == x_BSi.shape[0]:
             return y_BSo + self._update(self.adapters[segments[0].task], x_BSi)
+        if not segments:
+            return y_BSo
+        parts, done = [], 0
         for segment in segments:
+            if segment.start > done:
+                parts.append(y_BSo[done : segment.start])
             rows = slice(segment.start, segment.stop)
-            y_BSo[rows] += self._update(self.adapters[segment.task], x_BSi[rows])
-        return y_BSo
+            parts.append(y_BSo[rows] + self._update(self.adapters[segment.task], x_BSi[rows]))
+            done = segment.stop
+        if done < len(y_BSo):
+            parts.append(y_BSo[done:])
+        return torch.cat(parts)
 
     def _update(self, adapter: Adapter, x_BSi: Tensor) -> Tensor:
         A_rI, B_Or = adapter.A.to(x_BSi.dtype), adapter.B.to(x_BSi.dtype)

@@ -211,6 +211,7 @@ def _stage_config(folder: Path, layers: range, attention: str) -> Any:
     config.num_hidden_layers = len(layers)
     config._attn_implementation = attention
     config.use_cache = False
+    config.attention_dropout = 0.0  # the base is frozen; LoRA dropout is the tasks' own
     return config
 
 

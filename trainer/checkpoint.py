@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -36,6 +37,7 @@ from trainer.engines import MOMENTS, AdapterOptimizer
 FOLDER = "checkpoints"
 STATE_FILE = "state.json"
 FORMAT = 1
+SAMPLED_BYTES = 1 << 20
 
 # What must be the same for a task to go on; the rest may be changed between runs.
 FIXED_FIELDS = ("name", "rank", "lora_alpha", "target_modules", "global_batch_size", "seed")
@@ -50,7 +52,9 @@ class CheckpointState:
     tasks: list[dict[str, Any]]
     lives: list[dict[str, Any]]
     speed_factors: list[float]
+    speed_counts: list[int]
     plan: str
+    base_model: str
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -72,8 +76,28 @@ def task_record(task: TaskConfig, data: TokenizedDataset) -> dict[str, Any]:
     record = {name: getattr(task, name) for name in FIXED_FIELDS}
     record["target_modules"] = list(task.target_modules)
     record["num_sequences"] = len(data)
-    record["data_sha256"] = hashlib.sha256(data.tokens.tobytes()).hexdigest()[:16]
+    digest = hashlib.sha256()
+    for array in (data.tokens, data.labels, data.offsets):
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+    record["data_sha256"] = digest.hexdigest()[:16]
     return record
+
+
+def fingerprint(folder: Path) -> str:
+    """Return what tells base models apart: config.json, and every weight file's size and start."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {path.stat().st_size}".encode())
+            digest.update(file.read(SAMPLED_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def drop_later(run: Path, step: int) -> None:
+    """Remove the checkpoints after `step`: a run that goes on from there makes them anew."""
+    for later in list_checkpoints(run):
+        if later > step:
+            shutil.rmtree(step_folder(run, later))
 
 
 class CheckpointWriter:
@@ -134,12 +158,19 @@ def read_state(run: Path, step: int | None) -> CheckpointState:
 
 
 def resume_problems(
-    state: CheckpointState, tasks: Sequence[dict[str, Any]], seed: int, source: str
+    state: CheckpointState,
+    tasks: Sequence[dict[str, Any]],
+    num_steps: Sequence[int],
+    seed: int,
+    base_model: str,
+    source: str,
 ) -> list[str]:
     """Return why a run with these task records cannot go on from a checkpoint (empty: it can)."""
     problems = []
     if state.seed != seed:
         problems.append(f"--resume: the checkpoint was made with --seed {state.seed}, not {seed}")
+    if state.base_model != base_model:
+        problems.append("--resume: --model is not the base model the checkpoint was trained on")
     before = [record["name"] for record in state.tasks]
     now = [record["name"] for record in tasks]
     if before != now:
@@ -152,6 +183,12 @@ def resume_problems(
             for field in new
             if new[field] != old.get(field)
         ]
+    problems += [
+        f"--resume: task {record['name']} had ended after {life['num_steps']} steps, before the "
+        f"checkpoint at {state.step}; it cannot go on to {steps}"
+        for record, life, steps in zip(tasks, state.lives, num_steps, strict=True)
+        if life["num_steps"] < state.step < steps
+    ]
     return problems
 
 

@@ -10,19 +10,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import median
 
 SMOOTHING = 0.4  # weight of the newest step in the logarithmic moving average
-WARM_UP_STEPS = 1  # the first step also pays for lazy initialisation
-LARGEST_FACTOR = 1000.0
+LARGEST_CHANGE = math.log(2.0)  # of a factor's logarithm in one step
+APPROACH = 0.1  # share of the distance an idle replica's factor moves in a step
 
 
 @dataclass
 class SpeedFeedback:
-    """The factor of each replica; 1 until it has been measured."""
+    """The factor of each replica; 1 until it has been measured.
+
+    `counts[r]` is how many measurements replica r's factor rests on.
+    """
 
     factors: list[float]
-    observed: int = 0
     counts: list[int] = field(default_factory=list)
+    warm: bool = False
 
     def __post_init__(self) -> None:
         self.counts = self.counts or [0] * len(self.factors)
@@ -34,15 +38,28 @@ class SpeedFeedback:
             predicted_s: seconds predicted for each replica *without* its factor.
             busy_s: seconds each replica really computed.
         """
-        self.observed += 1
-        if self.observed <= WARM_UP_STEPS:
+        if not self.warm:
+            self.warm = True
             return
+        measured = []
         for replica, (predicted, busy) in enumerate(zip(predicted_s, busy_s, strict=True)):
             if predicted <= 0.0 or busy <= 0.0:
-                continue  # it had no work: nothing was learnt
-            ratio = min(max(busy / predicted, 1 / LARGEST_FACTOR), LARGEST_FACTOR)
+                continue
+            measured.append(replica)
             self.counts[replica] += 1
             # A plain mean until the moving average has enough to go on.
             weight = max(SMOOTHING, 1.0 / self.counts[replica])
+            change = weight * (math.log(busy / predicted) - math.log(self.factors[replica]))
+            # One bad step (a hiccup, a first use of a kernel) must not decide.
+            change = max(-LARGEST_CHANGE, min(LARGEST_CHANGE, change))
+            self.factors[replica] *= math.exp(change)
+        self._approach(measured)
+
+    def _approach(self, measured: list[int]) -> None:
+        """Move replicas without work towards the measured ones, so that they are tried again."""
+        if not measured:
+            return
+        middle = median(math.log(self.factors[replica]) for replica in measured)
+        for replica in set(range(len(self.factors))) - set(measured):
             old = math.log(self.factors[replica])
-            self.factors[replica] = math.exp(old + weight * (math.log(ratio) - old))
+            self.factors[replica] = math.exp(old + APPROACH * (middle - old))

@@ -14,16 +14,24 @@ PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 @dataclass(frozen=True)
 class StepFigures:
-    """`losses[t]`: summed token loss; `grad_norms[t]`; `busy_s[rank]`; `memory_bytes[rank]`."""
+    """`losses[t]`: summed token loss; `grad_norms[t]`; `busy_s[rank]`; `memory_bytes[rank]`.
+
+    `stop`: some rank was told to stop.
+    """
 
     losses: tuple[float, ...]
     grad_norms: tuple[float, ...]
     busy_s: tuple[float, ...]
     memory_bytes: tuple[int, ...]
+    stop: bool
 
 
 def exchange_figures(
-    losses: Tensor, squared_norms: Tensor, busy_s: float, group: dist.ProcessGroup
+    losses: Tensor,
+    squared_norms: Tensor,
+    busy_s: float,
+    group: dist.ProcessGroup,
+    stop: bool = False,
 ) -> StepFigures:
     """Add up every rank's part. Collective over the CPU group.
 
@@ -35,28 +43,33 @@ def exchange_figures(
         squared_norms: [num_tasks] this rank's part of the squared gradient norms.
         busy_s: seconds this rank computed.
         group: a group of the whole world.
+        stop: whether this rank was told to stop.
     """
     num_tasks, world, rank = len(losses), dist.get_world_size(), dist.get_rank()
-    own = torch.zeros(2 * num_tasks + 2 * world, dtype=torch.float64)
+    own = torch.zeros(2 * num_tasks + 2 * world + 1, dtype=torch.float64)
     own[:num_tasks] = losses.double().cpu()
     own[num_tasks : 2 * num_tasks] = squared_norms
     own[2 * num_tasks + rank] = busy_s
-    own[2 * num_tasks + world + rank] = memory_in_use_bytes()
+    own[2 * num_tasks + world + rank] = step_memory_bytes()
+    own[-1] = float(stop)
     dist.all_reduce(own, group=group)
     dist.broadcast(own, src=0, group=group)
-    summed, squared, busy, memory = own.split([num_tasks, num_tasks, world, world])
+    summed, squared, busy, memory, stops = own.split([num_tasks, num_tasks, world, world, 1])
     return StepFigures(
         losses=tuple(summed.tolist()),
         grad_norms=tuple(squared.sqrt().tolist()),
         busy_s=tuple(busy.tolist()),
         memory_bytes=tuple(int(value) for value in memory.tolist()),
+        stop=bool(stops.item()),
     )
 
 
-def memory_in_use_bytes() -> int:
-    """Return the GPU memory allocated by this rank, or its resident memory on a CPU."""
+def step_memory_bytes() -> int:
+    """Return this rank's peak of GPU memory since the last call, or its resident memory on CPU."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.memory_allocated()
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * PAGE_BYTES

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from model.checkpoint import checkpoint_problems
 from model.shapes import ModelShape, layout_problem, read_shape, resolve_folder
 from model.topology import Grid, check_grids
-from planner.buckets import make_buckets
+from planner.buckets import ALIGN, make_buckets
 from planner.placement import place
 from planner.plan import Plan, load_plan
 from profiler.cost_model import CostModel, load_cost_model
@@ -34,6 +34,8 @@ from tasks.version import installed_version
 from trainer.adapters import adapter_spec, check_adapter
 from trainer.checkpoint import (
     CheckpointState,
+    drop_later,
+    fingerprint,
     list_checkpoints,
     read_state,
     resume_problems,
@@ -164,19 +166,24 @@ def prepare(request: TrainRequest) -> RunSpec:
         ]
         training = [part[0] for part in parts]
         validation = [part[1] for part in parts]
-    if state is not None and training:
-        records = [task_record(task, data) for task, data in zip(tasks, training, strict=True)]
-        source = request.trainer_config
-        checks.problems += resume_problems(state, records, request.seed, source)
+        pairs = list(zip(tasks, training, strict=True))
+        records = [task_record(task, data) for task, data in pairs]
+        steps = tuple(num_steps(task, len(data)) for task, data in pairs)
+    if state is not None and training and folder is not None:
+        checks.problems += resume_problems(
+            state, records, steps, request.seed, fingerprint(folder), request.trainer_config
+        )
     checks.raise_if_any()
     assert config and plan and folder and shape and grids and cost_model and device
 
-    steps = tuple(num_steps(task, len(data)) for task, data in zip(tasks, training, strict=True))
     last_step = max(steps) if request.max_steps is None else min(max(steps), request.max_steps)
-    lengths = np.concatenate([data.lengths for data in training])
+    held_out = [data for data in validation if data is not None]
+    lengths = np.concatenate([data.lengths for data in (*training, *held_out)])
     run = RunSpec(
         model_folder=folder,
         base_model=str(folder.resolve()),
+        fingerprint=fingerprint(folder),
+        task_records=tuple(records),
         tasks=tasks,
         num_steps=steps,
         last_step=last_step,
@@ -260,6 +267,8 @@ def _choose_device(request: TrainRequest, plan: Plan | None) -> str:
     device = request.device
     if device == "auto":
         device = "cuda" if found else "cpu"
+    if device == "cuda" and not found:
+        raise ConfigError("--device cuda: this machine has no CUDA device that torch can use")
     if (
         device == "cuda"
         and request.launched_world is None
@@ -330,12 +339,14 @@ def too_long(
     problems = []
     for task, data in zip(tasks, datasets, strict=False):
         longest = int(data.lengths.max())
-        if longest > capacity:
-            count = int((data.lengths > capacity).sum())
+        padded = -(-data.lengths // ALIGN) * ALIGN
+        if padded.max() > capacity:
+            count = int((padded > capacity).sum())
             problems.append(
                 f"task {task.name}: {count} of {len(data)} sequences are longer than any replica "
-                f"can take (longest {longest} tokens, largest max_tokens {capacity}); lower "
-                f"context_length to {capacity} or plan for the longer length"
+                f"can take (longest {longest} tokens, padded to {int(padded.max())}, "
+                f"largest max_tokens {capacity}); lower context_length to "
+                f"{capacity // ALIGN * ALIGN} or plan for the longer length"
             )
     return problems
 
@@ -393,6 +404,8 @@ def _write_run_folder(
             held_out.save(run.validation_folder(task))
     if run.resume_step is not None and (run.output_dir / METRICS_FILE).exists():
         drop_steps(run.output_dir, run.resume_step)
+    if run.resume_step is not None:
+        drop_later(run.output_dir, run.resume_step)
     content = resolved_config(run, request)
     write_atomic(run.output_dir / CONFIG_FILE, yaml.safe_dump(content, sort_keys=False))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from model.topology import Grid
 from planner.plan import Plan
@@ -21,6 +21,7 @@ ADAPTER_FOLDER = "adapters"
 class RunSpec:
     """A run as every rank sees it.
 
+    `fingerprint` and `task_records` identify the base model and the tasks in checkpoints;
     `num_steps[t]` is how many steps task t trains, `last_step` where the run ends;
     `grids[replica][stage][tp_index]` is a global rank; `buckets` are the fixed padded lengths
     when `dynamic_buckets` is off. `feedback`: measured replica times correct the dispatcher.
@@ -29,6 +30,8 @@ class RunSpec:
 
     model_folder: Path
     base_model: str
+    fingerprint: str
+    task_records: tuple[dict[str, Any], ...]
     tasks: tuple[TaskConfig, ...]
     num_steps: tuple[int, ...]
     last_step: int

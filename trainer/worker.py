@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import resource
+import signal
 import time
 import warnings
 from contextlib import ExitStack
@@ -40,7 +41,6 @@ from trainer.checkpoint import (
     load_moments,
     load_weights,
     read_state,
-    task_record,
 )
 from trainer.dispatcher import (
     AheadDispatcher,
@@ -148,6 +148,7 @@ class Worker:
         )
         self.first_step = self._restore()
         self.dispatcher = AheadDispatcher(self._solve, self._running, self.control)
+        self.stop_requested = False
         self.evaluation: tuple[Running, StepDispatch] | None = None
         self.result = RankResult(self.rank, self.stage.loaded_bytes, self._held_bytes())
 
@@ -175,8 +176,11 @@ class Worker:
         ]
         updates = [life.updates for life in self.lives]
         load_moments(run.output_dir, run.resume_step, self.stage.bank, self.optimizer, updates)
-        if state.plan == str(run.plan):
-            self.feedback = SpeedFeedback(list(state.speed_factors))
+        if run.feedback and state.plan == str(run.plan):
+            self.feedback = SpeedFeedback(list(state.speed_factors), list(state.speed_counts))
+        for life, task in zip(self.lives, run.tasks, strict=True):
+            if life.stopped is not None and self.rank == 0:
+                log.warning("task %s stays stopped: %s", task.name, life.stopped)
         return state.step
 
     def _held_bytes(self) -> int:
@@ -203,7 +207,7 @@ class Worker:
         """Return the encoded assignment of a batch (rank 0 only)."""
         run = self.run
         start = time.perf_counter()
-        slowdown = tuple(self.feedback.factors)
+        slowdown = tuple(self.feedback.factors if run.feedback else [1.0] * len(run.grids))
         assignment = dispatch(
             batch.lengths,
             run.plan,
@@ -243,14 +247,16 @@ class Worker:
                 progress = stack.enter_context(Progress(run, self.first_step))
             step, saved = self.first_step, run.resume_step
             while any(self._running(step)):
-                metrics = self._step(step, stop.received is not None)
+                self.stop_requested |= stop.received is not None
+                metrics = self._step(step, self.stop_requested)
                 if metrics is None:
                     break
                 step += 1
                 if writer is not None and progress is not None:
                     writer.write(metrics)
                     progress.update(metrics)
-                    self.result.steps.append(metrics)
+                    if run.record_sequences:
+                        self.result.steps.append(metrics)
                 if run.save_every and step % run.save_every == 0:
                     self.store.save_checkpoint(self._state(step))
                     saved = step
@@ -262,7 +268,7 @@ class Worker:
                 self.store.export_adapters()
             else:
                 self.result.stopped_at = step
-                self.result.stop_signal = stop.received
+                self.result.stop_signal = stop.received or signal.SIGTERM
         self.result.peak_memory_bytes = self._peak_memory_bytes()
         return self.result
 
@@ -292,7 +298,10 @@ class Worker:
         clock.reduce_s = time.perf_counter() - mark
         if not (self.role.is_last_stage and self.role.tp_index == 0):
             losses = torch.zeros_like(losses)  # its TP peers computed the same
-        figures = exchange_figures(losses, squared, clock.compute_s, self.control)
+        figures = exchange_figures(
+            losses, squared, clock.compute_s, self.control, self.stop_requested
+        )
+        self.stop_requested = figures.stop  # also when another rank was told
         updates = self._decide(step, targets, figures)
         mark = time.perf_counter()
         self.optimizer.update(updates)
@@ -422,7 +431,9 @@ class Worker:
         validation = self._validate(step)
         for number, task in enumerate(self.run.tasks):
             life = self.lives[number]
-            if life.runs_at(step):
+            # By the task's own calendar: what others do, or --max-steps, must not matter to it.
+            closes = (step + 1) % every == 0 or step + 1 == self.run.num_steps[number]
+            if closes and life.runs_at(step):
                 stopped = life.end_period(task, validation.get(number))
                 self._tell(step, task.name, True, stopped)
         return validation
@@ -466,10 +477,12 @@ class Worker:
         return CheckpointState(
             step=step,
             seed=run.seed,
-            tasks=[task_record(t, data) for t, data in zip(run.tasks, self.datasets, strict=True)],
+            tasks=list(run.task_records),
             lives=lives_to_json(self.lives),
             speed_factors=list(self.feedback.factors),
+            speed_counts=list(self.feedback.counts),
             plan=str(run.plan),
+            base_model=run.fingerprint,
         )
 
     def _synchronize(self) -> None:

@@ -18,6 +18,7 @@ from profiler.profiles import TimeProfile
 from tasks.config import TaskConfig
 from tasks.dataset import TokenizedDataset
 from trainer.adapters import adapter_spec, load_adapter
+from trainer.checkpoint import task_record
 from trainer.run_spec import RunSpec
 
 
@@ -63,6 +64,8 @@ def make_run(
     values: dict = dict(
         model_folder=model_folder,
         base_model=str(model_folder),
+        fingerprint="",
+        task_records=tuple(task_record(t, d) for t, d in zip(tasks, datasets, strict=True)),
         tasks=tasks,
         num_steps=tuple(task.steps or steps for task in tasks),
         last_step=steps,

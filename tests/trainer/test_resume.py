@@ -20,12 +20,14 @@ from trainer.adapters import adapter_spec, save_adapter
 from trainer.checkpoint import (
     CheckpointState,
     CheckpointWriter,
+    drop_later,
     list_checkpoints,
     read_state,
     resume_problems,
     step_folder,
     task_record,
 )
+from trainer.life import TaskLife, lives_to_json
 from trainer.run import run_local
 from trainer.run_spec import RunSpec
 
@@ -114,7 +116,7 @@ def test_a_checkpoint_is_a_set_of_peft_adapters(half: RunSpec) -> None:
 
 
 def state(step: int) -> CheckpointState:
-    return CheckpointState(step, 0, [], [], [], "plan")
+    return CheckpointState(step, 0, [], [], [], [], "plan", "base")
 
 
 def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
@@ -127,6 +129,8 @@ def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
     assert list_checkpoints(tmp_path) == [6, 10]
     assert read_state(tmp_path, None).step == 10
     assert read_state(tmp_path, 6).step == 6
+    drop_later(tmp_path, 10)
+    assert list_checkpoints(tmp_path) == [6, 10]
     with pytest.raises(ConfigError, match="only the steps 6, 10"):
         read_state(tmp_path, 7)
     (step_folder(tmp_path, 10) / "state.json").write_text("{}")
@@ -139,14 +143,23 @@ def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
 def test_what_may_not_change_is_named() -> None:
     data = random_dataset(5, 6, 20, 256, 0)
     before = [task_record(task, data) for task in TASKS]
-    saved = CheckpointState(5, 0, before, [], [], "plan")
-    assert resume_problems(saved, before, 0, "tasks.json") == []
+    lives = lives_to_json([TaskLife(4), TaskLife(10), TaskLife(10)])
+    saved = CheckpointState(5, 0, before, lives, [], [], "plan", "base")
+    assert resume_problems(saved, before, (4, 10, 20), 0, "base", "tasks.json") == []
     other = random_dataset(5, 6, 20, 256, 1)
     changed = [task_record(replace(TASKS[0], rank=8), other), *before[1:]]
-    problems = "\n".join(resume_problems(saved, changed, 3, "tasks.json"))
-    for part in ("--seed 0, not 3", "task one: rank is 8", "task one: data_sha256"):
+    problems = "\n".join(resume_problems(saved, changed, (9, 10, 10), 3, "x", "tasks.json"))
+    for part in (
+        "--seed 0, not 3",
+        "not the base model",
+        "had ended after 4 steps",
+        "task one: rank is 8",
+        "task one: data_sha256",
+    ):
         assert part in problems
-    assert "has the tasks" in resume_problems(saved, before[:2], 0, "tasks.json")[0]
+    assert (
+        "has the tasks" in resume_problems(saved, before[:2], (4, 10), 0, "base", "tasks.json")[0]
+    )
 
 
 def test_saving_over_a_half_written_adapter(tmp_path: Path) -> None:
