@@ -34,7 +34,7 @@ fi
 begin=$SECONDS
 say "1/4 time profile: one layer of the $MODEL model on 1 and 2 $device ranks"
 bash scripts/cost_model_benchmark.sh "$MODEL" 1,2 --device "$device" --restart changed \
-    --max-seq-length "$MAX_SEQ_LENGTH" "${load[@]}"
+    --max-seq-length "$MAX_SEQ_LENGTH" --trainer-config "$CONFIG" "${load[@]}"
 
 say "2/4 memory profile: tokens a micro-batch may hold in $MEMORY_BUDGET a rank"
 bash scripts/profile_memory.sh "$MODEL" "$NUM_RANKS" "$NUM_TASKS" "$CONFIG" "$MAX_SEQ_LENGTH" \
