@@ -118,12 +118,16 @@ def _measure(args: argparse.Namespace) -> int:
             for tp in tps
             if tp not in too_many
         }
-        files = sweep_time(
-            sweep,
-            files,
-            lambda tp, left: progress.update(bars[tp], completed=total - left),
-            lambda tp: tp not in too_many,
-        )
+
+        shown: dict[int, int] = {}
+
+        def report(tp: int, left: int) -> None:
+            progress.update(bars[tp], completed=total - left)
+            if not console.is_terminal and shown.get(tp) != left:  # no bar is drawn: say it
+                console.print(f"tp {tp}: {total - left} of {total} shapes")
+            shown[tp] = left
+
+        files = sweep_time(sweep, files, report, lambda tp: tp not in too_many)
     console.print(f"{len(files[0].done)} rows in {layer_path}, embedding and head in {head_path}")
     for key in sorted(files[0].skipped, key=str):
         console.print(f"tp {key[0]}: {key[2]} x {key[1]} ran out of memory and was left out")

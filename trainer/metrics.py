@@ -76,8 +76,9 @@ class MetricsWriter:
     The files appear with the first step: a run that fails before leaves none.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, first_step: int = 0) -> None:
         self.folder = folder
+        self.first_step = first_step  # later curves of an earlier attempt are hidden
         self.file: TextIO | None = None
         self.board: Any = None
 
@@ -86,7 +87,9 @@ class MetricsWriter:
             from torch.utils.tensorboard import SummaryWriter
 
             self.file = (self.folder / METRICS_FILE).open("a", encoding="utf-8")
-            self.board = SummaryWriter(str(self.folder / "tensorboard"))  # type: ignore[no-untyped-call]
+            self.board = SummaryWriter(  # type: ignore[no-untyped-call]
+                str(self.folder / "tensorboard"), purge_step=self.first_step
+            )
         return self.file
 
     def write(self, metrics: StepMetrics) -> None:

@@ -243,7 +243,7 @@ class Worker:
         with ExitStack() as stack:
             writer = progress = None
             if self.rank == 0:
-                writer = stack.enter_context(MetricsWriter(run.output_dir))
+                writer = stack.enter_context(MetricsWriter(run.output_dir, self.first_step))
                 progress = stack.enter_context(Progress(run, self.first_step))
             step, saved = self.first_step, run.resume_step
             while any(self._running(step)):
