@@ -1,0 +1,297 @@
+"""One model's published experiments for real: profile, plan, train every method, compare.
+
+``python -m experiments.jobs 7B --output exp_result/expr_7b_real`` is what ``expr_7b.sh`` calls
+without ``--simulate``. It needs the GPUs, the model's weights and the data sets. What is finished
+is skipped; ``--dry-run`` shows the commands and starts nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from experiments.inputs import LARGEST_LAYOUT, MAX_SEQ_LENGTH, TPS, Costs, setup_of, workload_of
+from experiments.inputs import Lengths as FoundLengths
+from experiments.published import SETUPS, Setup, parse_plan
+from experiments.simulate import tell, to_csv
+from experiments.study import NUM_BUCKETS, Bench, method_rows
+from planner.plan import save_plan
+from planner.simulate import FUSED_BUCKETS
+from planner.workload import read_lengths
+from profiler.cost_model import load_cost_model
+from profiler.profiles import default_memory_path, load_memory_profile
+from tasks.config import TrainerConfig
+from tasks.errors import ConfigError
+from tasks.files import write_atomic
+
+STATIC = ("--dp-bucket", "off", "--num-buckets")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command, the environment it adds, and the file that says that it is finished.
+
+    ``steps``: the finished file is a run's ``metrics.jsonl`` with at least so many lines.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    finished: Path | None = None
+    steps: int = 0
+
+    def is_finished(self) -> bool:
+        """Return whether the job need not be run."""
+        if self.finished is None or not self.finished.is_file():
+            return False
+        return not self.steps or len(read_steps(self.finished)) >= self.steps
+
+    def __str__(self) -> str:
+        words = [f"{name}={value}" for name, value in self.environment.items()]
+        return shlex.join([*words, *self.command])
+
+
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """Return the steps of a ``metrics.jsonl``; a line a killed run cut off is left out."""
+    steps = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            break
+        if isinstance(entry, dict) and "step_time_s" in entry:
+            steps.append(entry)
+    return steps
+
+
+def profile_jobs(setup: Setup, config: TrainerConfig, args: argparse.Namespace) -> list[Job]:
+    """Return the profilers' jobs; both resume by themselves."""
+    hosts = ["", "", str(args.host_file)] if args.host_file else []
+    time_words: list[str] = [
+        "bash",
+        "scripts/cost_model_benchmark.sh",
+        args.model,
+        TPS[setup.model],
+    ]
+    memory_words = ["bash", "scripts/profile_memory.sh", args.model, str(LARGEST_LAYOUT)]
+    memory_words += [str(len(config.tasks)), str(config.path), str(MAX_SEQ_LENGTH)]
+    return [
+        Job("time profile", tuple(time_words + hosts)),
+        Job("memory profile", tuple(memory_words + hosts)),
+    ]
+
+
+def plan_jobs(setup: Setup, config: TrainerConfig, args: argparse.Namespace) -> list[Job]:
+    """Return the planners' jobs: ours, and LobRA's pruning over proposed layouts."""
+    jobs = []
+    for name, pattern, proposal in (("ours", "EXACT", "OFF"), ("lobra", "PRUNE", "ON")):
+        path = args.output / "plans" / f"{name}.yaml"
+        command = ["bash", "scripts/deploy_strategy_plan.sh", args.model, str(setup.num_gpus)]
+        command += [str(NUM_BUCKETS), str(len(config.tasks)), str(MAX_SEQ_LENGTH)]
+        command += [str(config.path), str(path), "--data-dir", str(args.data_dir)]
+        switches = {"EXPR_DEPLOY_PATTERN": pattern, "EXPR_SCHEME_PROPOSAL": proposal}
+        jobs.append(Job(f"plan {name}", tuple(command), switches, path))
+    return jobs
+
+
+def train_jobs(setup: Setup, config: TrainerConfig, args: argparse.Namespace) -> list[Job]:
+    """Return the training jobs of all methods and of the ablation."""
+    jobs: list[Job] = [
+        _train("fused", "fused", str(config.path), (*STATIC, str(FUSED_BUCKETS)), setup, args)
+    ]
+    for task in config.tasks:
+        own = str(args.output / "configs" / f"{task.name}.json")
+        name = f"sequential/{task.name}"
+        jobs.append(_train(name, name, own, (*STATIC, str(FUSED_BUCKETS)), setup, args))
+    rungs: dict[str, tuple[str, ...]] = {
+        "dynamic": ("--dp-bucket", "on", "--num-buckets", str(NUM_BUCKETS)),
+        "balance": (*STATIC, str(NUM_BUCKETS)),
+        "group": (*STATIC, str(NUM_BUCKETS), "--dispatch", "group"),
+    }
+    for plan in ("lobra", "ours"):
+        for name, words in rungs.items():
+            jobs.append(_train(f"{plan}_{name}", plan, str(config.path), words, setup, args))
+    return jobs
+
+
+def _train(
+    name: str,
+    plan: str,
+    config: str,
+    words: tuple[str, ...],
+    setup: Setup,
+    args: argparse.Namespace,
+) -> Job:
+    folder = args.output / "runs" / name
+    command = ["lobra", "train", "--model", args.model, "--trainer-config", config]
+    command += ["--strategy-config", str(args.output / "plans" / f"{plan}.yaml")]
+    command += ["--output-dir", str(folder), "--max-steps", str(args.steps), *words]
+    command += ["--num-gpus", str(setup.num_gpus), "--data-dir", str(args.data_dir)]
+    command += ["--max-seq-length", str(MAX_SEQ_LENGTH)]
+    for option in ("server_addr", "server_port", "host_file", "env_file"):
+        if (value := getattr(args, option)) is not None:
+            command += [f"--{option.replace('_', '-')}", str(value)]
+    return Job(f"train {name}", tuple(command), {}, folder / "metrics.jsonl", args.steps)
+
+
+def write_homogeneous(setup: Setup, config: TrainerConfig, args: argparse.Namespace) -> None:
+    """Write the baselines' plans, best by the measured profiles, and a configuration per task."""
+    memory = load_memory_profile(default_memory_path(args.model, len(config.tasks)))
+    costs = Costs(load_cost_model(args.model), memory, "measured", memory.digest)
+    found = FoundLengths(read_lengths(config, args.model, None, args.data_dir), "data sets")
+    workload = workload_of(config, found)
+    bench = Bench(args.model, setup.num_gpus, workload, costs, args.steps, args.seed)
+    plans = args.output / "plans"
+    save_plan(bench.best_homogeneous(workload), plans / "fused.yaml")
+    raw = json.loads(Path(config.path).read_text(encoding="utf-8"))
+    for task, entry in zip(config.tasks, raw["task"], strict=True):
+        alone = {**raw, "train_task_num": 1, "task": [{"name": task.name, **entry}]}
+        text = json.dumps(alone, indent=2) + "\n"
+        write_atomic(args.output / "configs" / f"{task.name}.json", text)
+        plan = bench.best_homogeneous(bench.task(task.name))
+        save_plan(plan, plans / "sequential" / f"{task.name}.yaml")
+
+
+def collect(setup: Setup, config: TrainerConfig, args: argparse.Namespace) -> Path:
+    """Write methods.csv from the runs' metrics, all measured, and return its path."""
+    runs = args.output / "runs"
+
+    def record(name: str) -> dict[str, Any]:
+        steps = read_steps(runs / name / "metrics.jsonl")[: args.steps]
+        times = [step["step_time_s"] for step in steps]
+        gpus = round(steps[0]["gpu_seconds"] / times[0])
+        tokens = [step["tokens"] for step in steps]
+        padded = [step["padded_tokens"] for step in steps]
+        layouts = Counter(str(replica["layout"]) for replica in steps[0]["replicas"])
+        plan = " ".join(f"{layout}x{number}" for layout, number in layouts.items())
+        busy = sum(
+            replica["busy_s"] * _num_gpus(replica["layout"]) / gpus
+            for step in steps
+            for replica in step["replicas"]
+        )
+        return {
+            "plan": plan,
+            "num_gpus": gpus,
+            "step_time_s": times,
+            "tokens": tokens,
+            "padded_tokens": padded,
+            "idle": 1.0 - busy / sum(times),
+            "padding": 1.0 - sum(tokens) / sum(padded),
+            "dispatch_ms": 1e3 * sum(s["dispatch_time_s"] for s in steps) / len(steps),
+        }
+
+    alone = [record(f"sequential/{task.name}") for task in config.tasks]
+    count = min(len(entry["step_time_s"]) for entry in alone)
+    together = dict(alone[0])
+    for key in ("step_time_s", "tokens", "padded_tokens"):
+        together[key] = [sum(entry[key][step] for entry in alone) for step in range(count)]
+    together |= {"plan": "one per task", "num_gpus": setup.num_gpus}
+    total = sum(together["step_time_s"])
+    together["idle"] = sum(e["idle"] * sum(e["step_time_s"][:count]) for e in alone) / total
+    together["padding"] = 1.0 - sum(together["tokens"]) / sum(together["padded_tokens"])
+    records = {
+        "Task-Sequential": together,
+        "Task-Fused": record("fused"),
+        "LobRA's plan": record("lobra_dynamic"),
+        "our plan": record("ours_dynamic"),
+    }
+    shortest = min(len(entry["step_time_s"]) for entry in records.values())
+    for entry in records.values():
+        for key in ("step_time_s", "tokens", "padded_tokens"):
+            entry[key] = entry[key][:shortest]
+    rows = method_rows(records, None)
+    path: Path = args.output / "methods.csv"
+    write_atomic(path, to_csv(rows))
+    about = {"kind": "measured", "model": args.model, "num_gpus": setup.num_gpus}
+    about |= {"steps": shortest, "accelerator": "see the runs' config.yaml"}
+    write_atomic(args.output / "provenance.json", json.dumps(about, indent=2) + "\n")
+    return path
+
+
+def _num_gpus(layout: str) -> int:
+    ((tp, pp, _),) = parse_plan(layout)
+    return tp * pp
+
+
+def _put_aside(folder: Path) -> None:
+    """Rename what an interrupted run left, so that the run starts afresh and nothing is lost."""
+    if folder.exists():
+        number = 1
+        while (kept := folder.with_name(f"{folder.name}.interrupted{number}")).exists():
+            number += 1
+        folder.rename(kept)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run what is not finished, in order; return the exit code of the first job that fails."""
+    setup, config = setup_of(args.model)
+    fewest = min(
+        (task.steps for task in config.tasks if task.steps is not None), default=args.steps
+    )
+    if not 2 <= args.steps <= fewest:
+        raise ConfigError(f"--steps: {args.steps}; {config.path} allows 2 to {fewest}")
+    before = [*profile_jobs(setup, config, args), *plan_jobs(setup, config, args)]
+    training = train_jobs(setup, config, args)
+    if args.dry_run:
+        for job in [*before, *training]:
+            print(job)
+        return 0
+    (args.output / "plans").mkdir(parents=True, exist_ok=True)
+    for number, job in enumerate([*before, *training]):
+        if number == len(before):
+            write_homogeneous(setup, config, args)
+        if job.is_finished():
+            tell(f"{job.name}: finished before")
+            continue
+        if job.steps and job.finished is not None:
+            _put_aside(job.finished.parent)
+        tell(f"{job.name}: {job}")
+        ended = subprocess.run(job.command, env={**os.environ, **job.environment}, check=False)
+        if ended.returncode:
+            tell(f"{job.name}: exit code {ended.returncode}; the same command continues here")
+            return ended.returncode
+    tell(f"written: {collect(setup, config, args)}; pictures: lobra report {args.output}")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command's arguments."""
+    result = argparse.ArgumentParser(prog="python -m experiments.jobs", description=__doc__)
+    add = result.add_argument
+    add("model", choices=tuple(SETUPS), help="which experiment")
+    add("--output", type=Path, required=True, help="folder of plans, runs and tables")
+    add("--steps", type=int, default=20, help="training steps per method (default 20)")
+    add("--seed", type=int, default=0, help="of sampled steps")
+    add("--data-dir", type=Path, default=Path("data"), help="the data sets (default data)")
+    add("--server-addr", help="address of the first host")
+    add("--server-port", type=int, help="port on the first host")
+    add("--host-file", type=Path, help="DeepSpeed host file")
+    add("--env-file", type=Path, help="sourced on every host")
+    add("--dry-run", action="store_true", help="show the commands, start nothing")
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    args = parser().parse_args(argv)
+    try:
+        return run(args)
+    except ConfigError as error:
+        print(f"experiments: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("experiments: interrupted; the same command continues", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,337 @@
+"""One model's published experiments by simulation: tables as CSV, resumable, no GPU needed.
+
+``python -m experiments.simulate 7B --output exp_result/expr_7b`` is what ``expr_7b.sh --simulate``
+calls. Cells that are finished are not computed again unless what they depend on changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from experiments import study
+from experiments.cells import CellStore, code_digest
+from experiments.inputs import (
+    Costs,
+    Lengths,
+    Sources,
+    find_costs,
+    find_lengths,
+    moments_table,
+    setup_of,
+    workload_of,
+)
+from experiments.published import (
+    HOMOGENEOUS_STEPS,
+    PLANNING_TIME_S,
+    PLANS_70B,
+    SETUPS,
+    THROUGHPUT,
+)
+from tasks.config import TrainerConfig, load_trainer_config
+from tasks.errors import ConfigError
+from tasks.files import write_atomic
+from tasks.version import installed_version
+
+BUCKETS = (4, 6, 8, 12, 16, 20, 24, 28, 32)
+SCALE_GPUS = (16, 32, 64, 128, 256)
+# The scalability over tasks is run on copies of the four tasks of the scalability over GPUs.
+SCALE_TASKS = {4: "exp_task4", 8: "exp_task4x2", 12: "exp_task4x3", 16: "exp_task4x4"}
+Rows = list[dict[str, Any]]
+
+
+class Experiment:
+    """One model's experiment: its inputs, its cells and the CSVs it has written."""
+
+    def __init__(self, args: argparse.Namespace, sources: Sources) -> None:
+        self.args = args
+        self.sources = sources
+        self.folder: Path = args.output
+        self.setup, self.config = setup_of(args.model)
+        self.costs = self._costs(self.config)
+        self.lengths = find_lengths(args.model, self.config, sources, args.seed)
+        self.inputs: dict[str, Any] = {}
+        self.written: list[Path] = []
+        self.store = self._store("main", self.costs, self.lengths, self.config)
+
+    def _costs(self, config: TrainerConfig) -> Costs:
+        return find_costs(
+            self.args.model,
+            str(config.path),
+            len(config.tasks),
+            self.sources,
+            self.folder / "profile",
+        )
+
+    def _store(self, name: str, costs: Costs, lengths: Lengths, config: TrainerConfig) -> CellStore:
+        context = {
+            "model": self.args.model,
+            "code": code_digest(),
+            "profiles": costs.digest,
+            "lengths": lengths.digest,
+            "tasks": [[t.name, t.global_batch_size, t.context_length] for t in config.tasks],
+            "steps": self.args.steps,
+            "seed": self.args.seed,
+        }
+        self.inputs[name] = {
+            "profile": costs.source,
+            "lengths": lengths.source,
+            "tasks": len(config.tasks),
+            **{key: context[key] for key in ("code", "profiles", "lengths")},
+            "lengths_digest": lengths.digest,
+        }
+        self.inputs[name]["lengths"] = lengths.source
+        return CellStore(self.folder / "cells" / name, context, tell)
+
+    def bench(
+        self, num_gpus: int, config: TrainerConfig, costs: Costs, lengths: Lengths
+    ) -> study.Bench:
+        """Return the bench of a cluster and a configuration."""
+        workload = workload_of(config, lengths)
+        args = self.args
+        return study.Bench(args.model, num_gpus, workload, costs, args.steps, args.seed)
+
+    def write(self, name: str, rows: Rows) -> None:
+        """Write a table as CSV."""
+        path = self.folder / f"{name}.csv"
+        write_atomic(path, to_csv(rows))
+        self.written.append(path)
+
+    def main_tables(self) -> None:
+        """Compute methods, ablation, buckets and the timeline of the published set-up."""
+        setup = self.setup
+        bench = self.bench(setup.num_gpus, self.config, self.costs, self.lengths)
+        planned = self.store.get(
+            "deploy_EXACT", lambda: study.make_deployment(bench, "EXACT", False)
+        )
+        self.write("lengths", moments_table(self.lengths))
+        records = study.method_records(
+            bench, self.store, setup.fused, setup.lobra, dict(setup.sequential)
+        )
+        self.write("methods", study.method_rows(records, planned))
+        self.write("steps", _steps(records))
+        self.write("sequential", _sequential(records, dict(setup.sequential)))
+        plans = {"LobRA": bench.published_plan(setup.lobra), "ours": study.plan_of(planned)}
+        baselines = {"sequential": records["Task-Sequential"], "fused": records["Task-Fused"]}
+        self.write("ablation", study.ablation_rows(bench, self.store, plans, baselines))
+        self.write("buckets", study.bucket_rows(bench, self.store, plans, BUCKETS))
+        self.write("timeline", study.timeline_rows(bench, plans))
+        if self.args.model != "70B":
+            limit = self.args.time_limit
+            self.write("planning_time", study.planning_rows(bench, self.store, limit, None))
+
+    def validation(self) -> None:
+        """Compare the cost model with the published steps and throughput (7B only)."""
+        rows: Rows = []
+        for (plan, length, chunks), (lobra_s, nemo_s) in HOMOGENEOUS_STEPS.items():
+            own_s = study.homogeneous_step_s(self.costs, plan, length, chunks)
+            rows.append(
+                {
+                    "plan": plan,
+                    "seq_len": length,
+                    "chunks": chunks,
+                    "measured_lobra_s": lobra_s,
+                    "measured_nemo_s": nemo_s,
+                    "predicted_s": round(own_s, 4),
+                    "difference": round(own_s / lobra_s - 1.0, 5),
+                }
+            )
+        self.write("homogeneous_steps", rows)
+        rows = []
+        for layout, published in THROUGHPUT.items():
+            for length, value in published.items():
+                own = study.throughput(self.costs, layout, length)
+                rows.append(
+                    {
+                        "layout": layout,
+                        "seq_len": length,
+                        "published_ktokens_s_gpu": value,
+                        "predicted_ktokens_s_gpu": round(own, 3),
+                        "difference": round(own / value - 1.0, 5),
+                    }
+                )
+        self.write("throughput", rows)
+
+    def scalability(self) -> None:
+        """Compute the scalability over GPUs and tasks, and the planning times (70B only)."""
+        gpus: Rows = []
+        planning: Rows = []
+        tasks: Rows = []
+        for number, name in SCALE_TASKS.items():
+            config = load_trainer_config(name)
+            costs = self._costs(config)
+            lengths = find_lengths(self.args.model, config, self.sources, self.args.seed)
+            store = self._store(name, costs, lengths, config)
+            if number == 4:
+                for num_gpus in SCALE_GPUS:
+                    bench = self.bench(num_gpus, config, costs, lengths)
+                    lobra = PLANS_70B.get(num_gpus)
+                    rows = study.scale_rows(bench, store, f"{num_gpus}gpus", lobra)
+                    gpus += [{"gpus": num_gpus, **row} for row in rows]
+                    if num_gpus == 64:
+                        tasks += [{"tasks": number, **row} for row in rows]
+                    self.write("scale_gpus", gpus)
+                for num_gpus, published in PLANNING_TIME_S.items():
+                    bench = self.bench(num_gpus, config, costs, lengths)
+                    limit = self.args.time_limit
+                    planning += study.planning_rows(bench, store, limit, dict(published))
+                    self.write("planning_time", planning)
+            else:
+                bench = self.bench(64, config, costs, lengths)
+                rows = study.scale_rows(bench, store, f"{number}tasks", None)
+                tasks += [{"tasks": number, **row} for row in rows]
+            self.write("scale_tasks", tasks)
+
+    def provenance(self, seconds: float) -> None:
+        """Write what the tables were made from, and when."""
+        path = self.folder / "provenance.json"
+        cells = sorted((self.folder / "cells").rglob("*.json"))
+        spent = sum(json.loads(cell.read_text(encoding="utf-8"))["seconds"] for cell in cells)
+        data = {
+            "kind": "simulation",
+            "model": self.args.model,
+            "num_gpus": self.setup.num_gpus,
+            "accelerator": self.setup.accelerator,
+            "steps": self.args.steps,
+            "seed": self.args.seed,
+            "time_limit_s": self.args.time_limit,
+            "inputs": self.inputs,
+            "command": "bash experiments/expr_" + self.args.model.lower() + ".sh --simulate",
+            "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            "version": installed_version(),
+            "cells": len(cells),
+            "seconds_of_all_cells": round(spent, 1),
+            "seconds_of_this_run": round(seconds, 1),
+            "cores": os.cpu_count(),
+            "load": [round(value, 2) for value in os.getloadavg()],
+        }
+        write_atomic(path, json.dumps(data, indent=2) + "\n")
+
+
+def run(args: argparse.Namespace, sources: Sources) -> int:
+    """Run the model's experiments and return the exit code.
+
+    Raises
+    ------
+    ConfigError
+        For every mistake of the user's.
+    """
+    if args.steps < 2:
+        raise ConfigError(f"--steps: {args.steps}; an interval needs at least 2 steps")
+    if not args.time_limit > 0:
+        raise ConfigError(f"--time-limit: {args.time_limit}; a positive number of seconds")
+    start = time.perf_counter()
+    experiment = Experiment(args, sources)
+    tell(f"{args.model}: {experiment.costs.source}; {experiment.lengths.source}")
+    experiment.main_tables()
+    if args.model == "7B":
+        experiment.validation()
+    if args.model == "70B":
+        experiment.scalability()
+    experiment.provenance(time.perf_counter() - start)
+    tell(f"written: {args.output}; pictures and page: lobra report {args.output}")
+    return 0
+
+
+def to_csv(rows: Rows) -> str:
+    """Return rows as CSV text; the columns are those of any row, in order of appearance."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n", restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def tell(line: str) -> None:
+    """Show one line of progress."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def sources_of(args: argparse.Namespace, environment: Mapping[str, str]) -> Sources:
+    """Return where inputs are looked for: arguments, then environment, then ../shared."""
+    reference = args.reference or _path(environment.get("LOBRA_REFERENCE"))
+    if reference is None and Path("../shared/reference").is_dir():
+        reference = Path("../shared/reference")
+    lengths = args.lengths or _path(environment.get("LOBRA_LENGTHS"))
+    folder = Path("../shared/lengths")
+    if args.synthetic:
+        return Sources(reference, None, None, Path(os.devnull))
+    return Sources(reference, lengths, folder if folder.is_dir() else None, args.data_dir)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command's arguments."""
+    result = argparse.ArgumentParser(prog="python -m experiments.simulate", description=__doc__)
+    add = result.add_argument
+    add("model", choices=tuple(SETUPS), help="which experiment")
+    add("--output", type=Path, required=True, help="folder of the tables")
+    add("--steps", type=int, default=100, help="sampled steps per method (default 100)")
+    add("--seed", type=int, default=0, help="of the sampled steps (default 0)")
+    add("--time-limit", type=float, default=20.0, help="seconds for each of LobRA's planners")
+    add("--reference", type=Path, help="folder of the published 7B profile (LOBRA_REFERENCE)")
+    add("--lengths", type=Path, help="JSON or folder of .npy with lengths (LOBRA_LENGTHS)")
+    add("--data-dir", type=Path, default=Path("data"), help="the data sets, if fetched")
+    add("--synthetic", action="store_true", help="synthetic lengths even if others are there")
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code (0, 2 for a user's mistake, 130 for Ctrl-C)."""
+    args = parser().parse_args(argv)
+    try:
+        return run(args, sources_of(args, os.environ))
+    except ConfigError as error:
+        print(f"experiments: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("experiments: interrupted; the same command continues", file=sys.stderr)
+        return 130
+
+
+def _path(text: str | None) -> Path | None:
+    return Path(text) if text else None
+
+
+def _steps(records: Mapping[str, dict[str, Any]]) -> Rows:
+    return [
+        {
+            "method": method,
+            "step": step,
+            "step_time_s": round(time_s, 6),
+            "gpu_seconds": round(time_s * record["num_gpus"], 4),
+            "tokens": record["tokens"][step],
+            "padded_tokens": record["padded_tokens"][step],
+        }
+        for method, record in records.items()
+        for step, time_s in enumerate(record["step_time_s"])
+    ]
+
+
+def _sequential(records: Mapping[str, dict[str, Any]], published: Mapping[str, str]) -> Rows:
+    """Return, per task, the published homogeneous plan and the one the cost model prefers."""
+    own = records["Task-Sequential"]["plans"]
+    replaced = records["Task-Sequential, published plans"]["replaced"]
+    return [
+        {
+            "task": task,
+            "published_plan": published[task],
+            "our_plan": plan,
+            "same": published[task] == plan,
+            "published_plan_fits": task not in replaced,
+        }
+        for task, plan in own.items()
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""Synthetic sequence lengths with a published mean, skewness and kurtosis.
+
+A mixture of two log-normal distributions, cut at the task's context length: four shapes and a scale
+fitted to the three moments, then taken at evenly spaced quantiles and shuffled. The spread is not
+published, so data sets with the same three moments may differ in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import minimize
+from scipy.special import ndtri
+
+from experiments.published import LengthMoments
+
+NUM_SEQUENCES = 20000
+SHORTEST = 8  # tokens
+SPREAD, SPREAD_WEIGHT = 0.6, 1e-3  # standard deviation over mean, where nothing else decides it
+GOOD_ENOUGH = 1e-4  # squared error below which the sample is as good as the fit
+GRID = 2000  # quantiles of each component that the fit looks at
+
+
+@dataclass(frozen=True, eq=False)
+class Synthetic:
+    """Lengths, int64 [n], with what was wanted and what was reached."""
+
+    lengths: np.ndarray
+    wanted: LengthMoments
+    reached: LengthMoments
+
+    @property
+    def mean_error(self) -> float:
+        """Relative error of the mean."""
+        return self.reached.mean / self.wanted.mean - 1.0
+
+
+def moments(lengths: np.ndarray, weights: np.ndarray | None = None) -> LengthMoments:
+    """Return mean, skewness and excess kurtosis of lengths [n], each with its weight [n]."""
+    values = np.asarray(lengths, dtype=np.float64)
+    share = np.full(len(values), 1.0) if weights is None else weights
+    share = share / share.sum()
+    mean = float(share @ values)
+    apart = values - mean
+    square = apart * apart
+    variance = max(float(share @ square), 1e-12)
+    skewness = float(share @ (square * apart)) / variance**1.5
+    return LengthMoments(mean, skewness, float(share @ (square * square)) / variance**2 - 3.0)
+
+
+def synthesize(
+    wanted: LengthMoments, longest: int, seed: int, num_sequences: int = NUM_SEQUENCES
+) -> Synthetic:
+    """Return lengths of at most ``longest`` tokens with the wanted moments, as near as they get."""
+    grid = ndtri((np.arange(GRID) + 0.5) / GRID)
+    # the tail's last quantiles carry the kurtosis: the grid must reach as far as the sample does
+    grid = np.concatenate([grid, ndtri(1.0 - np.geomspace(1e-4, 1e-6, 20))])
+    mass = np.diff(np.concatenate([[0.0], _middles(grid), [1.0]]))
+
+    def loss(shape: np.ndarray) -> float:
+        values, weights = _mixture(shape, wanted.mean, longest, grid, mass)
+        return _distance(moments(values, weights), wanted) + _prior(values, weights)
+
+    starts = [
+        np.array([share, body, tail, apart])
+        for share in (-7.0, -3.0, 0.0)
+        for body, tail in ((-0.7, -0.7), (-1.2, -1.6))
+        for apart in (0.5, 2.0, 3.5)
+    ]
+    starts = sorted(starts, key=loss)[:4]
+    best = min(
+        (minimize(loss, start, method="Nelder-Mead", options=_FIT) for start in starts),
+        key=lambda result: float(result.fun),
+    )
+    number = round(_parts(best.x)[0] * num_sequences)
+    samples = []
+    for count in (number, max(0, number - 1), min(num_sequences, number + 1)):
+        samples.append(_polished(best.x[1:], count, wanted, longest, num_sequences))
+        if _distance(moments(samples[-1]), wanted) < GOOD_ENOUGH:
+            break
+    lengths = min(samples, key=lambda sample: _distance(moments(sample), wanted))
+    shuffled = np.random.default_rng(seed).permutation(lengths)
+    return Synthetic(shuffled, wanted, moments(shuffled))
+
+
+def _polished(
+    shape: np.ndarray, in_tail: int, wanted: LengthMoments, longest: int, number: int
+) -> np.ndarray:
+    """Return the sample with ``in_tail`` lengths of the tail, its shape fitted once more.
+
+    The grid knows fractions of a sequence, the sample does not: a data set's kurtosis may hang on
+    one sequence.
+    """
+    parts = [
+        ndtri((np.arange(count) + 0.5) / max(count, 1)) for count in (number - in_tail, in_tail)
+    ]
+
+    def sample(x: np.ndarray) -> np.ndarray:
+        body, tail = np.exp(np.clip(x[:2], -4.0, 0.7))
+        values = np.concatenate([body * parts[0], np.clip(x[2] + tail * parts[1], -20, 20)])
+        return _scaled(np.exp(values), np.ones(number), wanted.mean, longest)
+
+    def loss(x: np.ndarray) -> float:
+        return _distance(moments(sample(x)), wanted)
+
+    best = shape
+    if loss(shape) > GOOD_ENOUGH:
+        best = minimize(loss, shape, method="Nelder-Mead", options={"maxiter": 150}).x
+    return np.rint(sample(best)).astype(np.int64)
+
+
+_FIT = {"maxiter": 900, "xatol": 1e-4, "fatol": 1e-9}
+
+
+def _prior(values: np.ndarray, weights: np.ndarray) -> float:
+    """Prefer, where the moments leave the choice, a spread of about 0.6 times the mean."""
+    share = weights / weights.sum()
+    mean = float(share @ values)
+    spread = max(float(share @ values**2) - mean**2, 1e-9) ** 0.5 / mean
+    return SPREAD_WEIGHT * float(np.log(spread / SPREAD)) ** 2
+
+
+def _distance(found: LengthMoments, wanted: LengthMoments) -> float:
+    mean = np.log(max(found.mean, 1e-9) / wanted.mean)
+    skewness = (found.skewness - wanted.skewness) / (1.0 + abs(wanted.skewness))
+    kurtosis = (found.kurtosis - wanted.kurtosis) / (1.0 + abs(wanted.kurtosis))
+    return float(10.0 * mean**2 + skewness**2 + kurtosis**2)
+
+
+def _middles(grid: np.ndarray) -> np.ndarray:
+    from scipy.special import ndtr
+
+    return ndtr((grid[1:] + grid[:-1]) / 2.0)
+
+
+def _parts(shape: np.ndarray) -> tuple[float, float, float, float]:
+    """Return (share of the tail, sigma of the body, sigma of the tail, log distance)."""
+    share = 1.0 / (1.0 + np.exp(-np.clip(shape[0], -12.0, 3.0)))
+    sigma = np.exp(np.clip(shape[1:3], -4.0, 0.7))
+    return float(share), float(sigma[0]), float(sigma[1]), float(shape[3])
+
+
+def _mixture(
+    shape: np.ndarray, mean: float, longest: int, grid: np.ndarray, mass: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    share, body, tail, apart = _parts(shape)
+    values = np.concatenate([np.exp(body * grid), np.exp(np.clip(apart + tail * grid, -20, 20))])
+    weights = np.concatenate([(1.0 - share) * mass, share * mass])
+    return _scaled(values, weights, mean, longest), weights
+
+
+def _scaled(values: np.ndarray, weights: np.ndarray, mean: float, longest: int) -> np.ndarray:
+    """Return the values times the factor that gives the mean once they are cut."""
+    scale = mean / float(weights @ values / weights.sum())
+    for _ in range(8):
+        cut = np.clip(values * scale, SHORTEST, longest)
+        scale *= mean / float(weights @ cut / weights.sum())
+    return np.clip(values * scale, SHORTEST, longest)

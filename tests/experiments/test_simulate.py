@@ -1,0 +1,173 @@
+"""The experiments end to end, small: tables, resumption, sources, commands of the real jobs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import jobs, simulate
+from experiments.cells import CellStore
+from experiments.inputs import Sources, find_costs, find_lengths, setup_of
+from planner.placement import place
+from tasks.errors import ConfigError
+
+LENGTHS = {  # few sequences, all short but some: enough for every method to differ
+    name: [64 + 7 * k for k in range(120)] + [1500] * 6 + [longest] * 2
+    for name, longest in {
+        "dolly": 8000,
+        "evol_instruct": 16000,
+        "xsum": 9000,
+        "commitpackft": 2000,
+        "meetingbank": 16000,
+        "python_code_instructions": 12000,
+    }.items()
+}
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, project_root: Path) -> Path:
+    folder = tmp_path_factory.mktemp("experiment")
+    (folder / "lengths.json").write_text(json.dumps(LENGTHS), encoding="utf-8")
+    command = [sys.executable, "-m", "experiments.simulate", "7B", "--steps", "4"]
+    command += ["--output", str(folder / "out"), "--time-limit", "1"]
+    command += ["--lengths", str(folder / "lengths.json")]
+    done = subprocess.run(
+        command, cwd=project_root, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "out"
+
+
+def test_every_table_is_there_and_adds_up(finished: Path) -> None:
+    methods = {row["method"]: row for row in rows_of(finished / "methods.csv")}
+    steps = rows_of(finished / "steps.csv")
+    for name, row in methods.items():
+        own = [float(step["step_time_s"]) for step in steps if step["method"] == name]
+        assert len(own) == 4
+        assert float(row["step_time_s"]) == pytest.approx(np.mean(own), abs=2e-6)
+        assert float(row["gpu_seconds"]) == pytest.approx(
+            float(row["step_time_s"]) * int(row["num_gpus"]), rel=1e-4
+        )
+    fused, ours = methods["Task-Fused"], methods["our plan"]
+    saved = 1 - float(ours["gpu_seconds"]) / float(fused["gpu_seconds"])
+    assert float(ours["less_than_fused"]) == pytest.approx(saved, abs=1e-4)
+    # all methods were given the same sequences
+    tokens = {s["tokens"] for s in steps if s["step"] == "2"}
+    assert len(tokens) == 1
+    padding = [
+        float(row["padding"])
+        for row in rows_of(finished / "buckets.csv")
+        if row["plan_of"] == "ours"
+    ]
+    assert padding == sorted(padding, reverse=True)
+
+
+def test_timeline_fills_every_replica_once(finished: Path) -> None:
+    rows = rows_of(finished / "timeline.csv")
+    by_replica: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for row in rows:
+        key = (row["plan_of"], row["replica"])
+        by_replica.setdefault(key, []).append((float(row["start_s"]), float(row["end_s"])))
+    for spans in by_replica.values():
+        for (_, end), (start, _) in zip(spans, spans[1:], strict=False):
+            assert start == pytest.approx(end, abs=1e-5)
+
+
+def test_finished_cells_are_kept_and_torn_ones_made_again(tmp_path: Path) -> None:
+    lines: list[str] = []
+    calls: list[str] = []
+
+    def compute() -> dict[str, object]:
+        calls.append("x")
+        return {"value": (1, 2)}
+
+    store = CellStore(tmp_path, {"seed": 1}, lines.append)
+    assert store.get("a", compute) == {"value": [1, 2]}
+    assert store.get("a", compute) == {"value": [1, 2]}
+    assert len(calls) == 1 and "already there" in lines[-1]
+    (tmp_path / "a.json").write_text('{"context": {"seed"', encoding="utf-8")
+    store.get("a", compute)
+    CellStore(tmp_path, {"seed": 2}, lines.append).get("a", compute)
+    assert len(calls) == 3
+
+
+def test_estimates_say_so_and_hold_the_published_plans(tmp_path: Path) -> None:
+    setup, config = setup_of("32B")
+    costs = find_costs("32B", str(config.path), 12, Sources(), tmp_path)
+    assert "ESTIMATE" in costs.source
+    lengths = {task.name: np.array([100, 16000]) for task in config.tasks}
+    from experiments.inputs import Lengths, workload_of
+    from experiments.study import Bench
+
+    workload = workload_of(config, Lengths(lengths, "test"))
+    bench = Bench("32B", 64, workload, costs, 2, 0)
+    for text in (setup.fused, setup.lobra):
+        plan = bench.published_plan(text)
+        assert plan.num_gpus == 64
+        assert len(place(plan, 8)) == len(plan.replicas)
+
+
+def test_wrong_folders_are_a_users_mistake(tmp_path: Path) -> None:
+    _, config = setup_of("7B")
+    with pytest.raises(ConfigError, match="LOBRA_REFERENCE"):
+        find_costs("7B", str(config.path), 6, Sources(reference=tmp_path), tmp_path)
+    with pytest.raises(ConfigError, match="no lengths at"):
+        find_lengths("7B", config, Sources(lengths=tmp_path / "none"), 0)
+
+
+def test_environment_names_the_sources(tmp_path: Path) -> None:
+    args = simulate.parser().parse_args(["7B", "--output", str(tmp_path)])
+    found = simulate.sources_of(args, {"LOBRA_REFERENCE": "a", "LOBRA_LENGTHS": "b"})
+    assert (found.reference, found.lengths) == (Path("a"), Path("b"))
+    args = simulate.parser().parse_args(["7B", "--output", "x", "--synthetic"])
+    assert simulate.sources_of(args, {"LOBRA_LENGTHS": "b"}).lengths is None
+
+
+def test_real_jobs_cover_every_method(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert jobs.main(["7B", "--output", str(tmp_path / "real"), "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    trained = [line for line in lines if line.startswith("lobra train")]
+    assert len(trained) == 1 + 6 + 2 * 3
+    assert sum("--num-buckets 7" in line for line in trained) == 7
+    assert any(line.startswith("EXPR_DEPLOY_PATTERN=PRUNE") for line in lines)
+    assert not (tmp_path / "real").exists()
+    assert jobs.main(["7B", "--output", "x", "--dry-run", "--steps", "22"]) == 2
+
+
+def test_a_run_is_finished_when_all_its_steps_are_there(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    job = jobs.Job("t", ("true",), {}, path, 2)
+    assert not job.is_finished()
+    path.write_text('{"step": 0, "step_time_s": 1}\n{"step": 1, "step_ti', encoding="utf-8")
+    assert not job.is_finished()
+    path.write_text('{"step_time_s": 1}\n{"step_time_s": 2}\n', encoding="utf-8")
+    assert job.is_finished()
+
+
+@pytest.mark.parametrize("name", ["7b", "32b", "70b"])
+def test_scripts_hand_on_their_arguments(name: str, project_root: Path) -> None:
+    script = project_root / "experiments" / f"expr_{name}.sh"
+    folder = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "VIRTUAL_ENV": "x"}
+    done = subprocess.run(
+        ["bash", "-c", f"lobra() {{ :; }}; export -f lobra; bash {script} --simulate --steps 1"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "--steps: 1; an interval needs at least 2 steps" in done.stderr
