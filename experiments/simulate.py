@@ -37,6 +37,8 @@ from experiments.published import (
     SETUPS,
     THROUGHPUT,
 )
+from experiments.published import SCALE_GPUS as PUBLISHED_GPUS
+from experiments.published import SCALE_TASKS as PUBLISHED_TASKS
 from tasks.config import TrainerConfig, load_trainer_config
 from tasks.errors import ConfigError
 from tasks.files import write_atomic
@@ -174,12 +176,12 @@ class Experiment:
             if number == 4:
                 for num_gpus in SCALE_GPUS:
                     bench = self.bench(num_gpus, config, costs, lengths)
-                    lobra = PLANS_70B.get(num_gpus)
+                    lobra = "<16,1>x1" if num_gpus == 16 else PLANS_70B.get(num_gpus)
                     rows = study.scale_rows(bench, store, f"{num_gpus}gpus", lobra)
                     gpus += [{"gpus": num_gpus, **row} for row in rows]
                     if num_gpus == 64:
                         tasks += [{"tasks": number, **row} for row in rows]
-                    self.write("scale_gpus", gpus)
+                    self.write("scale_gpus", _relative(gpus, "gpus", PUBLISHED_GPUS))
                 for num_gpus, published in PLANNING_TIME_S.items():
                     bench = self.bench(num_gpus, config, costs, lengths)
                     limit = self.args.time_limit
@@ -189,7 +191,7 @@ class Experiment:
                 bench = self.bench(64, config, costs, lengths)
                 rows = study.scale_rows(bench, store, f"{number}tasks", None)
                 tasks += [{"tasks": number, **row} for row in rows]
-            self.write("scale_tasks", tasks)
+            self.write("scale_tasks", _relative(tasks, "tasks", PUBLISHED_TASKS))
 
     def provenance(self, seconds: float) -> None:
         """Write what the tables were made from, and when."""
@@ -300,6 +302,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _path(text: str | None) -> Path | None:
     return Path(text) if text else None
+
+
+def _relative(rows: Rows, column: str, published: Mapping[str, Mapping[int, float]]) -> Rows:
+    """Return the rows with GPU-seconds relative to Task-Fused at the first point, and published."""
+    (first, *_) = [row["gpu_seconds"] for row in rows if row["method"] == "Task-Fused"]
+    return [
+        {
+            **row,
+            "relative": round(row["gpu_seconds"] / first, 5),
+            "published": published["Task-Fused" if row["method"] == "Task-Fused" else "LobRA"].get(
+                row[column], ""
+            ),
+        }
+        for row in rows
+    ]
 
 
 def _steps(records: Mapping[str, dict[str, Any]]) -> Rows:

@@ -1,10 +1,11 @@
-"""`lobra report`: the report of a finished or running run."""
+"""`lobra report`: the report of a run, of a simulation or of an experiment."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+from trainer.experiment_report import experiments_in, report_experiment
 from trainer.metrics import read_metrics
 from trainer.plots import plot_run
 from trainer.report import print_run_report
@@ -13,13 +14,21 @@ from trainer.trace import write_trace
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `lobra report`."""
-    parser.add_argument("run", type=Path, help="a run's folder, such as runs/quickstart")
+    parser.add_argument("run", type=Path, help="folder of a run, a simulation or an experiment")
     parser.add_argument("--plots", action="store_true", help="write pictures under RUN/report")
     parser.add_argument("--trace", action="store_true", help="write RUN/trace.json (Chrome trace)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report, write what else was asked for, and return 0."""
+    """Print the report, write what else was asked for, and return 0.
+
+    Experiments and simulations get their pictures and their page in any case.
+    """
+    if experiments := experiments_in(args.run):
+        for folder in experiments:
+            for path in report_experiment(folder):
+                print(f"written: {path}")
+        return 0
     print_run_report(args.run)
     if args.plots:
         for path in plot_run(args.run, read_metrics(args.run)):
