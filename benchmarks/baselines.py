@@ -1,0 +1,279 @@
+"""Plain tensor parallel, FSDP2 + PEFT, a GPipe-like pipeline and ours, on the same model and data.
+
+    python benchmarks/baselines.py [--ranks 4] [--steps 6] [--device cpu] [--model tiny]
+        [--plan "<1,1>x2 <2,1>x1"] [--time-profile CSV] [--output FILE.csv]
+
+Trains one LoRA adapter on random sequences of heavy-tailed lengths, every method from the same
+adapter on the same sequences, and prints tokens/s, step time (mean without the first step), the
+largest rank's memory and the losses. A step's time is from drawing its sequences to the optimiser's
+end. Memory is the peak of the steps on GPUs, what is resident after the backward pass on CPUs.
+On CPU ranks it shows that the methods agree and what their overheads are, not what GPUs would do.
+The ranks are processes of this machine, a GPU each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+
+from benchmarks.baselines_ranks import METHODS, Measured, Work  # noqa: E402
+from experiments.published import parse_plan  # noqa: E402
+from model.launch import run_ranks  # noqa: E402
+from model.shapes import read_shape, resolve_folder  # noqa: E402
+from planner.layout import Layout  # noqa: E402
+from planner.placement import place  # noqa: E402
+from planner.plan import Plan, ReplicaGroup  # noqa: E402
+from profiler.cost_model import CostModel, fit_cost_model  # noqa: E402
+from profiler.profiles import TimeProfile, load_time_profile  # noqa: E402
+from tasks.config import TARGET_MODULES, TaskConfig  # noqa: E402
+from tasks.dataset import TokenizedDataset  # noqa: E402
+from tasks.sampling import task_seed  # noqa: E402
+from trainer.run import PRELOAD, run_local  # noqa: E402
+from trainer.run_spec import RunSpec  # noqa: E402
+
+LEARNING_RATE, LORA_RANK = 1e-3, 16
+HOURS_S = 4 * 3600.0  # after which a method that hangs is given up
+COLUMNS = ("method", "ranks", "tokens_per_s", "step_s", "memory_mib", "first_loss", "last_loss")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method's figures; losses are means over target tokens, memory is of the largest rank.
+
+    ``losses`` and ``tokens`` have an entry per step, the others leave the first step out.
+    """
+
+    method: str
+    ranks: int
+    tokens_per_s: float
+    step_s: float
+    memory_mib: float
+    losses: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+    @property
+    def first_loss(self) -> float:
+        """Mean loss of the first step."""
+        return self.losses[0]
+
+    @property
+    def last_loss(self) -> float:
+        """Mean loss of the last step."""
+        return self.losses[-1]
+
+
+def random_dataset(number: int, longest: int, vocab_size: int, seed: int = 0) -> TokenizedDataset:
+    """Return random sequences: most are short, the longest has ``longest`` tokens."""
+    generator = np.random.default_rng(seed)
+    lengths = np.clip(generator.lognormal(4.2, 0.9, number), 16, longest).astype(np.int64)
+    lengths[0] = longest
+    tokens = generator.integers(3, vocab_size, int(lengths.sum())).astype(np.int32)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    labels = tokens.copy()
+    labels[offsets[:-1]] = -100
+    return TokenizedDataset(tokens, labels, offsets)
+
+
+def run_baseline(method: str, work: Work, ranks: int) -> Row:
+    """Train with a baseline on ``ranks`` ranks of this machine."""
+    measured: list[Measured] = run_ranks(
+        "benchmarks.baselines_ranks:train",
+        ranks,
+        {"method": method, "work": work},
+        device=work.device,
+        timeout_s=HOURS_S,
+        environment={"PYTHONPATH": str(ROOT)},
+        preload=PRELOAD,
+    )
+    first = measured[0]
+    memory = [max(step) for step in zip(*(one.memory_bytes for one in measured), strict=True)]
+    return _row(method, ranks, first.step_time_s, first.tokens, memory, first.losses)
+
+
+def _row(
+    method: str,
+    ranks: int,
+    step_time_s: Sequence[float],
+    tokens: Sequence[int],
+    memory_bytes: Sequence[int],
+    losses: Sequence[float],
+) -> Row:
+    seconds = sum(step_time_s[1:])
+    return Row(
+        method,
+        ranks,
+        sum(tokens[1:]) / seconds,
+        seconds / (len(step_time_s) - 1),
+        max(memory_bytes[1:]) / 2**20,
+        tuple(losses),
+        tuple(tokens),
+    )
+
+
+def task_of(work: Work) -> TaskConfig:
+    """Return the task our trainer runs: the same adapter, data and rate as the baselines'."""
+    return TaskConfig(
+        "task",
+        work.rank,
+        work.alpha,
+        work.targets,
+        work.batch_size,
+        "random",
+        work.max_tokens,
+        learning_rate=work.learning_rate,
+        max_grad_norm=0.0,
+        resume_from=str(work.adapter_folder),
+    )
+
+
+def run_ours(work: Work, plan: Plan, folder: Path, cost_model: CostModel) -> Row:
+    """Train with our trainer on a plan, from the same adapter, data and settings."""
+    task, base = task_of(work), work.model_folder
+    run = RunSpec(
+        model_folder=base,
+        base_model=str(base),
+        fingerprint="",
+        task_records=(),
+        tasks=(task,),
+        num_steps=(work.steps,),
+        last_step=work.steps,
+        plan=plan,
+        grids=place(plan, max(8, plan.num_gpus)),
+        cost_model=cost_model,
+        output_dir=folder,
+        precision=work.precision,
+        device=work.device,
+        num_buckets=16,
+        dynamic_buckets=True,
+        buckets=(),
+        dispatch_mode="balance",
+        seed=0,
+        record_sequences=True,
+    )
+    TokenizedDataset.load(work.data_folder).save(run.data_folder(0))
+    run_local(run)
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [json.loads(line) for line in lines]
+    return _row(
+        f"ours {plan}",
+        plan.num_gpus,
+        [step["step_time_s"] for step in steps],
+        [step["tokens"] for step in steps],
+        [step["memory_bytes"] for step in steps],
+        [step["tasks"]["task"]["loss"] for step in steps],
+    )
+
+
+def plain_cost_model(num_layers: int, plan: Plan) -> CostModel:
+    """Return rough costs: time follows tokens over tp. Only the balance depends on it."""
+    tps = sorted({group.layout.tp for group in plan.groups})
+    points = [(tp, s, b) for tp in tps for s in (32, 64, 128, 256, 512, 1024) for b in (1, 2, 4)]
+    tp, s, b = (np.asarray(column) for column in zip(*points, strict=True))
+    return fit_cost_model(TimeProfile(tp, s, b, 1 + b * s / 100 / tp), num_layers)
+
+
+def work_of(
+    folder: Path, model: str, device: str, steps: int, longest: int, sequences: int = 64
+) -> Work:
+    """Write the data to ``folder`` and return what every method trains."""
+    base = resolve_folder(model)
+    random_dataset(sequences, longest, read_shape(base).vocab_size).save(folder / "data")
+    work = Work(
+        model_folder=base,
+        data_folder=folder / "data",
+        adapter_folder=folder / "adapter",
+        targets=TARGET_MODULES,
+        rank=LORA_RANK,
+        alpha=LORA_RANK,
+        batch_size=sequences // 2,
+        steps=steps,
+        max_tokens=longest,
+        learning_rate=LEARNING_RATE,
+        precision="bf16" if device == "cuda" else "fp32",
+        device=device,
+        seed=0,
+    )
+    return replace(work, seed=task_seed(task_of(work), 0))
+
+
+def plan_of(text: str, longest: int) -> Plan:
+    """Return a plan whose largest replicas hold ``longest`` tokens, the others their share."""
+    parts = parse_plan(text)
+    largest = max(tp * pp for tp, pp, _ in parts)
+    return Plan(
+        tuple(
+            ReplicaGroup(Layout(tp, pp), number, longest * tp * pp // largest)
+            for tp, pp, number in parts
+        )
+    )
+
+
+def main() -> int:
+    """Run, print the table, write it if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--longest", type=int, default=512, help="tokens of the longest sequence")
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--plan", default="<1,1>x2 <2,1>x1", help="of ours")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--time-profile", type=Path, help="for ours; without it, time ~ tokens/tp")
+    parser.add_argument("--output", type=Path, help="CSV to write")
+    args = parser.parse_args()
+    if args.steps < 2:
+        parser.error(f"--steps: {args.steps}; the first step is not timed, so at least 2")
+    plan = plan_of(args.plan, args.longest)
+    if plan.num_gpus != args.ranks:
+        parser.error(f"--plan: {args.plan} has {plan.num_gpus} ranks, not --ranks {args.ranks}")
+    if args.device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    with tempfile.TemporaryDirectory() as name:
+        work = work_of(Path(name), args.model, args.device, args.steps, args.longest)
+        num_layers = read_shape(work.model_folder).num_layers
+        cost_model = (
+            fit_cost_model(load_time_profile(args.time_profile), num_layers)
+            if args.time_profile
+            else plain_cost_model(num_layers, plan)
+        )
+        rows = []
+        for method in METHODS:
+            print(f"{method} ...", file=sys.stderr, flush=True)
+            rows.append(run_baseline(method, work, args.ranks))
+        print("ours ...", file=sys.stderr, flush=True)
+        rows.append(run_ours(work, plan, Path(name) / "ours", cost_model))
+    load = os.getloadavg()[0]
+    print(
+        f"{args.model}, {args.ranks} {args.device} ranks, {os.cpu_count()} cores, load {load:.1f}"
+    )
+    print(f"{COLUMNS[0]:<28}" + "".join(f"{column:>14}" for column in COLUMNS[1:]))
+    table = [[getattr(row, column) for column in COLUMNS] for row in rows]
+    for method, *values in table:
+        print(f"{method:<28}" + "".join(f"{value:>14.6g}" for value in values))
+    tokens = {row.tokens for row in rows}
+    apart = max(
+        abs(row.losses[k] / rows[0].losses[k] - 1) for row in rows for k in range(args.steps)
+    )
+    same = "the same" if len(tokens) == 1 else "DIFFERENT"
+    print(f"{same} tokens in every step; losses of all steps and methods within {apart:.1e}")
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        with args.output.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([COLUMNS, *table])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
