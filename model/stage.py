@@ -10,14 +10,15 @@ Shape suffixes: B rows, S positions, T target tokens, D hidden.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, masking_utils
 
 from model.checkpoint import CheckpointReader, as_slice
 from model.groups import ReplicaGroups
@@ -39,6 +40,19 @@ from tasks.errors import ConfigError
 
 IGNORED_LABEL = -100
 ROW_PARALLEL = ("o_proj", "down_proj")
+PACKED_CHECK = "find_packed_sequence_indices"  # of transformers.masking_utils
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a micro-batch is to predict, T tokens: int64 [T] each.
+
+    `positions` are places in the flattened [B, S] whose *next* token is `tokens` of task `tasks`.
+    """
+
+    positions_T: Tensor
+    tokens_T: Tensor
+    tasks_T: Tensor
 
 
 @dataclass(frozen=True)
@@ -49,6 +63,8 @@ class MicroBatchTensors:
     own token, the shift happens in the loss) are padded on the right; `row_tasks` gives each
     row's task index, rows of a task adjacent; `task_weights[t]` multiplies the summed loss of
     task t (1 / its target tokens in the global batch); `noise_seed` seeds LoRA dropout (None: off).
+    `targets` says the same as the labels, found beforehand: looking for them on a GPU would make
+    the host wait for it. Without them they are found in the labels.
     """
 
     tokens_BS: Tensor
@@ -56,6 +72,19 @@ class MicroBatchTensors:
     row_tasks: tuple[int, ...]
     task_weights: Tensor
     noise_seed: int | None = None
+    targets: Targets | None = None
+
+
+def find_targets(labels_BS: Tensor, row_tasks: Sequence[int]) -> Targets:
+    """Return the targets that labels [B, S] stand for, on the labels' device."""
+    shifted_BS = labels_BS[:, 1:]
+    rows_T, columns_T = (shifted_BS != IGNORED_LABEL).nonzero(as_tuple=True)
+    tasks_B = torch.tensor(row_tasks, dtype=torch.int64, device=labels_BS.device)
+    return Targets(
+        positions_T=rows_T * labels_BS.shape[1] + columns_T,
+        tokens_T=shifted_BS[rows_T, columns_T],
+        tasks_T=tasks_B[rows_T],
+    )
 
 
 class Stage(nn.Module):
@@ -108,7 +137,8 @@ class Stage(nn.Module):
         self.select(batch)
         if received_BSD is None:
             received_BSD = self.decoder.embed_tokens(batch.tokens_BS)
-        output = self.decoder(inputs_embeds=received_BSD, attention_mask=None, use_cache=False)
+        with _rows_are_not_packed():
+            output = self.decoder(inputs_embeds=received_BSD, attention_mask=None, use_cache=False)
         hidden_BSD: Tensor = output.last_hidden_state
         return hidden_BSD
 
@@ -119,13 +149,11 @@ class Stage(nn.Module):
         positions with a label are sent through the head.
         """
         assert self.head is not None, "only the last stage has the head"
-        targets_BS = batch.labels_BS[:, 1:]
-        wanted_BS = targets_BS != IGNORED_LABEL
-        rows_B = torch.tensor(batch.row_tasks, device=targets_BS.device)
-        tasks_T = rows_B.unsqueeze(1).expand_as(targets_BS)[wanted_BS]
-        losses_T = self.head.token_losses(hidden_BSD[:, :-1][wanted_BS], targets_BS[wanted_BS])
+        targets = batch.targets or find_targets(batch.labels_BS, batch.row_tasks)
+        hidden_TD = hidden_BSD.flatten(0, 1).index_select(0, targets.positions_T)
+        losses_T = self.head.token_losses(hidden_TD, targets.tokens_T)
         per_task = torch.zeros_like(batch.task_weights)
-        per_task = per_task.index_add(0, tasks_T, losses_T.to(per_task.dtype))
+        per_task = per_task.index_add(0, targets.tasks_T, losses_T.to(per_task.dtype))
         # A sum over zero tokens still depends on the hidden states: every rank runs backward.
         weighted = (per_task * batch.task_weights).sum()
         return weighted, per_task.detach()
@@ -135,6 +163,23 @@ class Stage(nn.Module):
         assert self.head is not None, "only the last stage has the head"
         with torch.no_grad():
             return self.head.logits(self.hidden(batch, received_BSD))
+
+
+@contextmanager
+def _rows_are_not_packed() -> Iterator[None]:
+    """Spare transformers the question whether several sequences share a row: none ever do here.
+
+    It asks by reading a tensor, for which the host would wait until the GPU has done all its work.
+    """
+    asked = getattr(masking_utils, PACKED_CHECK, None)
+    if asked is None:  # a version of transformers that does not ask
+        yield
+        return
+    setattr(masking_utils, PACKED_CHECK, lambda position_ids: None)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, PACKED_CHECK, asked)
 
 
 def build_stage(

@@ -16,6 +16,9 @@ from torch.nn import functional
 
 Group = dist.ProcessGroup | None
 
+# Elements of a chunk of logits (128 MiB in fp32): large enough to keep a GPU busy.
+LOGITS_AT_ONCE = 1 << 25
+
 
 class _CopyToGroup(torch.autograd.Function):
     """Identity forward, sum over the group backward (Megatron's operator f)."""
@@ -87,40 +90,65 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of each token over logits whose vocabulary is split over a group."""
+    """Cross-entropy of each token, the vocabulary split over a group, a few tokens at a time.
+
+    The head is frozen, so a token's gradient with respect to its hidden state, (softmax - one hot)
+    W, is known as soon as its loss is. It is computed in the forward pass and the logits are
+    forgotten: what is alive at once is `chunk` rows of logits, whatever the micro-batch holds.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits_Tv: Tensor, targets_T: Tensor, start: int, group: Group) -> Tensor:
-        logits_Tv = logits_Tv.float()
-        maximum_T = logits_Tv.amax(dim=-1)
-        if group is not None:
-            dist.all_reduce(maximum_T, op=dist.ReduceOp.MAX, group=group)
-        logits_Tv = logits_Tv - maximum_T.unsqueeze(-1)
-        local_T = targets_T - start
-        outside_T = (local_T < 0) | (local_T >= logits_Tv.shape[-1])
-        local_T = local_T.masked_fill(outside_T, 0)
-        target_T = logits_Tv.gather(-1, local_T.unsqueeze(-1)).squeeze(-1)
-        target_T = target_T.masked_fill(outside_T, 0.0)
-        exponent_Tv = logits_Tv.exp_()
-        sums_2T = torch.stack([exponent_Tv.sum(dim=-1), target_T])
-        if group is not None:
-            dist.all_reduce(sums_2T, group=group)
-        total_T, target_T = sums_2T
-        ctx.save_for_backward(exponent_Tv.div_(total_T.unsqueeze(-1)), local_T, outside_T)
-        return total_T.log() - target_T
+    def forward(
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_vD: Tensor,
+        targets_T: Tensor,
+        start: int,
+        group: Group,
+        chunk: int,
+        with_gradient: bool,
+    ) -> Tensor:
+        losses_T = torch.empty(len(targets_T), dtype=torch.float32, device=hidden_TD.device)
+        ctx.gradient_TD = torch.empty_like(hidden_TD) if with_gradient else None
+        for first in range(0, len(targets_T), chunk):
+            part = slice(first, first + chunk)
+            logits_Tv = functional.linear(hidden_TD[part], weight_vD).float()
+            losses_T[part] = _softmax_and_losses(logits_Tv, targets_T[part], start, group)
+            if ctx.gradient_TD is not None:
+                torch.mm(logits_Tv.to(weight_vD.dtype), weight_vD, out=ctx.gradient_TD[part])
+            del logits_Tv  # before the next chunk's are made
+        return losses_T
 
     @staticmethod
-    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        softmax_Tv, local_T, outside_T = ctx.saved_tensors
-        hit_T = torch.where(outside_T, 0.0, 1.0).to(softmax_Tv.dtype)
-        grad_Tv = softmax_Tv.scatter_add(-1, local_T.unsqueeze(-1), -hit_T.unsqueeze(-1))
-        return grad_Tv.mul_(grad_T.unsqueeze(-1)), None, None, None
+    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:  # type: ignore[override]
+        gradient_TD, ctx.gradient_TD = ctx.gradient_TD, None
+        return gradient_TD.mul_(grad_T.unsqueeze(-1)), None, None, None, None, None, None
+
+
+def _softmax_and_losses(logits_Tv: Tensor, targets_T: Tensor, start: int, group: Group) -> Tensor:
+    """Return the losses [T]; turn the logits, in place, into softmax minus one hot."""
+    maximum_T = logits_Tv.amax(dim=-1)
+    if group is not None:
+        dist.all_reduce(maximum_T, op=dist.ReduceOp.MAX, group=group)
+    logits_Tv -= maximum_T.unsqueeze(-1)
+    local_T = targets_T - start
+    outside_T = (local_T < 0) | (local_T >= logits_Tv.shape[-1])
+    local_T1 = local_T.masked_fill(outside_T, 0).unsqueeze(-1)
+    target_T = logits_Tv.gather(-1, local_T1).squeeze(-1).masked_fill(outside_T, 0.0)
+    exponent_Tv = logits_Tv.exp_()
+    sums_2T = torch.stack([exponent_Tv.sum(dim=-1), target_T])
+    if group is not None:
+        dist.all_reduce(sums_2T, group=group)
+    total_T, target_T = sums_2T
+    hit_T1 = torch.where(outside_T, 0.0, -1.0).to(exponent_Tv.dtype).unsqueeze(-1)
+    exponent_Tv.div_(total_T.unsqueeze(-1)).scatter_add_(-1, local_T1, hit_T1)
+    return total_T.log() - target_T
 
 
 class VocabParallelHead(nn.Module):
     """The output projection over this rank's slice of the vocabulary, with the loss.
 
-    `weight` [v, D] is frozen.
+    `weight` [v, D] is frozen. `chunk` is how many tokens' logits the loss holds at once.
     """
 
     def __init__(self, weight_vD: Tensor, rows: range, group: Group) -> None:
@@ -128,12 +156,20 @@ class VocabParallelHead(nn.Module):
         self.weight = nn.Parameter(weight_vD, requires_grad=False)
         self.rows = rows
         self.group = group
+        self.chunk = max(1, LOGITS_AT_ONCE // max(1, len(rows)))
 
     def token_losses(self, hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
         """Return the cross-entropy [T] of each token, in fp32, the same on the whole group."""
-        logits_Tv = self.logits(hidden_TD)
+        hidden_TD = copy_to_group(hidden_TD, self.group)
+        with_gradient = torch.is_grad_enabled() and hidden_TD.requires_grad
         losses_T: Tensor = _VocabParallelCrossEntropy.apply(
-            logits_Tv, targets_T, self.rows.start, self.group
+            hidden_TD,
+            self.weight,
+            targets_T,
+            self.rows.start,
+            self.group,
+            self.chunk,
+            with_gradient,
         )
         return losses_T
 

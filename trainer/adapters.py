@@ -63,8 +63,9 @@ def gather_tensors(
 ) -> dict[str, Tensor]:
     """Return a task's tensors of all layers on rank 0 (CPU, fp32), {} elsewhere. Collective.
 
-    `own` holds this rank's layers under PEFT's names (weights, or moments of the same shapes).
-    Each layer block is sent by its first holder, over a CPU group.
+    `own` holds, under PEFT's names, at least the layers of the blocks this rank is the first
+    holder of (weights, or moments of the same shapes). Each block goes to rank 0 in one piece,
+    over a CPU group.
     """
     rank = dist.get_rank()
     gathered: dict[str, Tensor] = {}
@@ -72,18 +73,19 @@ def gather_tensors(
         owner = block.holders[0]
         if rank not in (0, owner):
             continue
-        for name, size in tensor_shapes(spec, shape, block.layers).items():
-            if rank == owner:
-                value = own[name].to("cpu", torch.float32).clone()
-            else:
-                value = torch.empty(size)
-            if owner != 0:
-                if rank == owner:
-                    dist.send(value, 0, group=group)
-                else:
-                    dist.recv(value, owner, group=group)
-            if rank == 0:
-                gathered[name] = value
+        shapes = tensor_shapes(spec, shape, block.layers)
+        if rank == owner:
+            flat = torch.cat([own[name].flatten() for name in shapes]).to("cpu", torch.float32)
+        else:
+            flat = torch.empty(sum(rows * columns for rows, columns in shapes.values()))
+        if rank != 0:
+            dist.send(flat, 0, group=group)
+            continue
+        if owner != 0:
+            dist.recv(flat, owner, group=group)
+        parts = flat.split([rows * columns for rows, columns in shapes.values()])
+        for (name, size), part in zip(shapes.items(), parts, strict=True):
+            gathered[name] = part.view(size)
     return gathered
 
 

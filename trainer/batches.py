@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model.stage import IGNORED_LABEL, MicroBatchTensors
+from model.stage import IGNORED_LABEL, MicroBatchTensors, Targets, find_targets
 from tasks.config import TaskConfig
 from tasks.dataset import TokenizedDataset
 from tasks.sampling import sample_indices, task_seed
@@ -78,16 +78,26 @@ def _concatenate(parts: Sequence[tuple[int, IntArray, IntArray]]) -> GlobalBatch
     )
 
 
-def target_tokens(batch: GlobalBatch, datasets: Sequence[TokenizedDataset | None]) -> IntArray:
-    """Return each task's number of positions with a loss in the global batch [num_tasks].
+def count_targets(data: TokenizedDataset) -> IntArray:
+    """Return each sequence's number of positions with a loss [num_sequences].
 
     A sequence's first token is never predicted, so its label never counts.
     """
-    counts = np.zeros(len(datasets), dtype=np.int64)
-    for task, index in zip(batch.tasks, batch.indices, strict=True):
-        labels = _sequence(datasets, int(task), int(index))[1]
-        counts[task] += int(np.count_nonzero(labels[1:] != IGNORED_LABEL))
-    return counts
+    learned = np.concatenate([[0], np.cumsum(data.labels != IGNORED_LABEL)])
+    starts = np.minimum(data.offsets[:-1] + 1, data.offsets[1:])
+    return np.asarray(learned[data.offsets[1:]] - learned[starts], dtype=np.int64)
+
+
+def target_tokens(batch: GlobalBatch, counts: Sequence[IntArray | None]) -> IntArray:
+    """Return each task's number of positions with a loss in the global batch [num_tasks].
+
+    `counts[t]` is what `count_targets` says of task t's data.
+    """
+    totals = np.zeros(len(counts), dtype=np.int64)
+    for task, own in enumerate(counts):
+        if own is not None:
+            totals[task] = own[batch.indices[batch.tasks == task]].sum()
+    return totals
 
 
 def micro_batch_tensors(
@@ -102,22 +112,39 @@ def micro_batch_tensors(
     """Return the padded tensors of the micro-batch made of the global batch's `rows`.
 
     Rows of a task are made adjacent; padding is on the right and carries no label. The seed of
-    LoRA dropout comes from `seed` and the sequences in the micro-batch.
+    LoRA dropout comes from `seed` and the sequences in the micro-batch. Everything goes to the
+    device in one copy, which the host does not wait for; the labels themselves stay on the host.
     """
     rows = rows[np.lexsort((rows, batch.tasks[rows]))]
+    row_tasks = tuple(int(task) for task in batch.tasks[rows])
     tokens = np.zeros((len(rows), padded_length), dtype=np.int64)
     labels = np.full((len(rows), padded_length), IGNORED_LABEL, dtype=np.int64)
     for place, row in enumerate(rows):
         sequence, targets = _sequence(datasets, int(batch.tasks[row]), int(batch.indices[row]))
         tokens[place, : len(sequence)] = sequence
         labels[place, : len(targets)] = targets
+    labels_BS = torch.from_numpy(labels)
+    found = find_targets(labels_BS, row_tasks)
+    tokens_BS, *targets_T = to_device(
+        [torch.from_numpy(tokens), found.positions_T, found.tokens_T, found.tasks_T], device
+    )
     return MicroBatchTensors(
-        tokens_BS=torch.from_numpy(tokens).to(device),
-        labels_BS=torch.from_numpy(labels).to(device),
-        row_tasks=tuple(int(task) for task in batch.tasks[rows]),
+        tokens_BS=tokens_BS,
+        labels_BS=labels_BS,
+        row_tasks=row_tasks,
         task_weights=task_weights,
         noise_seed=_noise_seed(seed, batch.tasks[rows], batch.indices[rows]),
+        targets=Targets(*targets_T),
     )
+
+
+def to_device(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Return CPU tensors of one dtype on the device, sent in one copy of pinned memory."""
+    if device.type == "cpu":
+        return list(tensors)
+    flat = torch.cat([tensor.flatten() for tensor in tensors]).pin_memory()
+    parts = flat.to(device, non_blocking=True).split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def _sequence(

@@ -1,7 +1,6 @@
-"""One DeepSpeed ZeRO-1 engine per layer block, over exactly the ranks that hold it.
+"""The adapters' optimiser: one DeepSpeed engine (ZeRO stage 1) per layer block.
 
-DeepSpeed's own notion of a rectangular data-parallel grid does not fit a heterogeneous plan. Here
-each engine owns only adapters, and its data-parallel group is the block's holders: inside a
+A block is the layers with the same holders; its data-parallel group is those holders, in the
 tensor-parallel group and across replicas alike, since canonical adapters make the gradient a
 plain sum over holders (docs/architecture.md).
 """
@@ -10,62 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.lora import AdapterBank
-from model.topology import Grid, LayerBlock, layer_blocks
+from model.topology import Grid, layer_blocks
 from tasks.config import TaskConfig
-from trainer.optimizer import task_optimizer
+from trainer.block import MOMENTS, BlockOptimizer
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-ENGINE_CONFIG = {
-    "train_micro_batch_size_per_gpu": 1,
-    "gradient_accumulation_steps": 1,
-    "zero_optimization": {
-        "stage": 1,
-        "overlap_comm": False,
-        "contiguous_gradients": False,
-        "reduce_scatter": False,
-        "compute_grad_norm": False,
-    },
-    "zero_allow_untested_optimizer": True,
-    "gradient_allreduce_op": "sum",
-    "gradient_clipping": 0.0,  # clipping is per task, see `TaskUpdate.clip`
-    "steps_per_print": 10**9,
-}
-
-
-class _HolderGroup:
-    """What DeepSpeed asks of `mpu`: the data-parallel group is the block's holders.
-
-    The model-parallel size is 1 everywhere: DeepSpeed would otherwise divide norms by sizes that
-    differ between replicas.
-    """
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self.group
-
-    def get_data_parallel_world_size(self) -> int:
-        return dist.get_world_size(self.group)
-
-    def get_data_parallel_rank(self) -> int:
-        return dist.get_rank(self.group)
-
-    def get_model_parallel_group(self) -> None:
-        return None
-
-    def get_model_parallel_world_size(self) -> int:
-        return 1
-
-    def get_model_parallel_rank(self) -> int:
-        return 0
+__all__ = ["MOMENTS", "AdapterOptimizer", "TaskUpdate"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +35,7 @@ class TaskUpdate:
 
 
 class AdapterOptimizer:
-    """The engines of the blocks this rank holds, walked in the same order on every rank."""
+    """The blocks this rank holds, walked in the same order on every rank."""
 
     def __init__(
         self,
@@ -91,103 +45,57 @@ class AdapterOptimizer:
         num_layers: int,
     ) -> None:
         """Create the engines. Collective: every rank of the world calls it with the same plan."""
-        self.tasks = tuple(tasks)
+        self.num_tasks = len(tasks)
         self.bank = bank
-        self.blocks: list[LayerBlock] = []
-        self.parameters: list[list[list[nn.Parameter]]] = []
-        self.engines: list[Any] = []
+        self.blocks: list[BlockOptimizer] = []
         rank = dist.get_rank()
         for block in layer_blocks(grids, num_layers):
             group = dist.new_group(list(block.holders))
-            if rank not in block.holders:
-                continue
-            parameters = [bank.parameters(t, block.layers) for t in range(len(self.tasks))]
-            self.blocks.append(block)
-            self.parameters.append(parameters)
-            self.engines.append(self._engine(parameters, _HolderGroup(group)))
+            if rank in block.holders:
+                self.blocks.append(BlockOptimizer(tasks, bank, block, group))
 
-    def _engine(self, parameters: list[list[nn.Parameter]], mpu: _HolderGroup) -> Any:
-        import deepspeed
-
-        module = nn.Module()
-        module.adapters = nn.ParameterList(p for own in parameters for p in own)
-        engine, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=task_optimizer(self.tasks, parameters),
-            config=dict(ENGINE_CONFIG),
-            mpu=mpu,
-            dist_init_required=False,
-        )
-        # Make every task's moments now, as AdamW would at its first step: deepspeed links them to
-        # the parameters once, when some tasks may not have stepped yet.
-        for group in engine.optimizer.param_groups:
-            for partition in group["params"]:
-                engine.optimizer.optimizer.state[partition] = {
-                    "step": torch.zeros(()),
-                    "exp_avg": torch.zeros_like(partition),
-                    "exp_avg_sq": torch.zeros_like(partition),
-                }
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
-        return engine
-
-    def reduce(self) -> Tensor:
-        """Sum the gradients over the holders of each block. Collective.
+    def reduce(self, takes_part: Sequence[bool]) -> Tensor:
+        """Sum the gradients of the tasks that take part over each block's holders. Collective.
 
         Returns:
-            This rank's part of each task's squared gradient norm [num_tasks], fp64, CPU. A rank
-            owns one ZeRO partition of each block it holds and partitions are disjoint, so the sum
-            over the world is the squared norm.
+            This rank's part of each task's squared gradient norm, fp64 [num_tasks], on the device.
+            A rank owns one ZeRO partition of each block it holds and partitions are disjoint, so
+            the sum over the world is the squared norm.
         """
-        squared = torch.zeros(len(self.tasks), dtype=torch.float64)
-        for engine, parameters in zip(self.engines, self.parameters, strict=True):
-            for own in parameters:
-                for parameter in own:  # what did not run here still takes part in the sum
-                    if parameter.grad is None:
-                        parameter.grad = torch.zeros_like(parameter)
-            engine.set_gradient_accumulation_boundary(True)
-            engine.allreduce_gradients()
-            norms = [
-                torch.stack([g.double().square().sum() for g in gradients]).sum()
-                for _, gradients in sorted(engine.optimizer.averaged_gradients.items())
-            ]
-            squared += torch.stack(norms).cpu()
-        return squared
+        return torch.stack([block.reduce(takes_part) for block in self.blocks]).sum(dim=0)
 
     def update(self, updates: Sequence[TaskUpdate]) -> None:
-        """Apply each task's update to the reduced gradients. Collective."""
-        for engine in self.engines:
-            for task, update in enumerate(updates):
-                group = engine.optimizer.param_groups[task]
-                group["lr"] = update.learning_rate
-                group["skip"] = not update.apply
-                if update.apply and update.clip != 1.0:
-                    for gradient in engine.optimizer.averaged_gradients[task]:
-                        gradient.mul_(update.clip)
-            engine.step()
+        """Apply each task's update to the reduced gradients and forget them. Collective."""
+        applied = {task: update for task, update in enumerate(updates) if update.apply}
+        rates = {task: update.learning_rate for task, update in applied.items()}
+        clips = {task: update.clip for task, update in applied.items()}
+        for block in self.blocks:
+            block.update(rates, clips)
 
     def moments(self, task: int) -> dict[str, dict[str, Tensor]]:
-        """Return the task's Adam moments by PEFT's names, for this rank's layers. Collective."""
-        from deepspeed.utils import safe_get_full_optimizer_state
+        """Return the task's Adam moments by PEFT's names, on the CPU. Collective.
 
-        parameters = self.bank.named_parameters(task)
-        return {
-            moment: {
-                name: safe_get_full_optimizer_state(parameter, moment).cpu()
-                for name, parameter in parameters.items()
-            }
-            for moment in MOMENTS
-        }
+        They are of the layers whose blocks this rank is the first holder of.
+        """
+        names = self._names(task)
+        found: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
+        for block in self.blocks:
+            for moment, values in block.moments(task).items():
+                for parameter, value in zip(block.parameters[task], values, strict=False):
+                    found[moment][names[parameter]] = value
+        return found
 
     def load_moments(
         self, task: int, moments: Mapping[str, Mapping[str, Tensor]], updates: int
     ) -> None:
         """Set the task's Adam moments (PEFT's names) and its count of applied updates."""
-        from deepspeed.utils import safe_set_full_optimizer_state
+        names = self._names(task)
+        for block in self.blocks:
+            own = {
+                moment: [moments[moment][names[parameter]] for parameter in block.parameters[task]]
+                for moment in MOMENTS
+            }
+            block.load_moments(task, own, updates)
 
-        for moment in MOMENTS:
-            for name, parameter in self.bank.named_parameters(task).items():
-                value = moments[moment][name].to(parameter.device)
-                safe_set_full_optimizer_state(parameter, value, moment)
-        for engine in self.engines:
-            for partition in engine.optimizer.param_groups[task]["params"]:
-                engine.optimizer.optimizer.state[partition]["step"].fill_(updates)
+    def _names(self, task: int) -> dict[nn.Parameter, str]:
+        return {parameter: name for name, parameter in self.bank.named_parameters(task).items()}

@@ -48,7 +48,7 @@ def exchange_figures(
     num_tasks, world, rank = len(losses), dist.get_world_size(), dist.get_rank()
     own = torch.zeros(2 * num_tasks + 2 * world + 1, dtype=torch.float64)
     own[:num_tasks] = losses.double().cpu()
-    own[num_tasks : 2 * num_tasks] = squared_norms
+    own[num_tasks : 2 * num_tasks] = squared_norms.cpu()
     own[2 * num_tasks + rank] = busy_s
     own[2 * num_tasks + world + rank] = step_memory_bytes()
     own[-1] = float(stop)

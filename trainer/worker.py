@@ -31,6 +31,7 @@ from trainer.adapters import adapter_spec, load_adapter
 from trainer.batches import (
     GlobalBatch,
     IntArray,
+    count_targets,
     draw_global_batch,
     micro_batch_tensors,
     target_tokens,
@@ -128,6 +129,10 @@ class Worker:
         self.validation = [
             TokenizedDataset.load(folder) if (folder := run.validation_folder(t)).is_dir() else None
             for t in numbers
+        ]
+        self.counts = [count_targets(data) for data in self.datasets]
+        self.validation_counts = [
+            None if data is None else count_targets(data) for data in self.validation
         ]
         self.stage = build_stage(
             run.model_folder,
@@ -282,7 +287,7 @@ class Worker:
             return None
         batch = self._draw(step, running)
         check_complete(assignment, batch)
-        targets = target_tokens(batch, self.datasets)
+        targets = target_tokens(batch, self.counts)
         weights = self._task_weights(step, targets)
         batches = self._tensors(
             batch, assignment, list(self.datasets), weights, run.seed * 1_000_003 + step
@@ -294,7 +299,7 @@ class Worker:
         self._record(step, batch, assignment)
 
         mark = time.perf_counter()
-        squared = self.optimizer.reduce()
+        squared = self.optimizer.reduce(running)
         clock.reduce_s = time.perf_counter() - mark
         if not (self.role.is_last_stage and self.role.tp_index == 0):
             losses = torch.zeros_like(losses)  # its TP peers computed the same
@@ -462,7 +467,7 @@ class Worker:
             losses = torch.zeros_like(losses)
         nothing = torch.zeros(num_tasks, dtype=torch.float64)
         figures = exchange_figures(losses, nothing, 0.0, self.control)
-        counts = target_tokens(batch, data)
+        counts = target_tokens(batch, self.validation_counts)
         return {
             number: figures.losses[number] / int(count)
             for number, count in enumerate(counts)

@@ -22,7 +22,8 @@ from model.lora import AdapterSpec, peft_name
 from model.pipeline import run_replica
 from model.shapes import ModelShape
 from model.stage import MicroBatchTensors, build_stage
-from model.topology import Grid
+from model.tensor_parallel import VocabParallelHead
+from model.topology import Grid, shard_range
 
 SPECS = (
     AdapterSpec("first", 4, 8.0, ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj"), seed=1),
@@ -158,3 +159,39 @@ def peak_resident_bytes() -> int:
         if line.startswith("VmHWM"):
             return int(line.split()[1]) * 1024
     raise AssertionError("no VmHWM")
+
+
+def loss_inputs(vocab: int, hidden: int, tokens: int, dtype: torch.dtype) -> tuple:
+    """Return hidden states, the whole head, targets, and what each loss is multiplied by."""
+    generator = torch.Generator().manual_seed(5)
+    return (
+        torch.randn(tokens, hidden, generator=generator).to(dtype),
+        torch.randn(vocab, hidden, generator=generator).to(dtype),
+        torch.randint(0, vocab, (tokens,), generator=generator),
+        torch.rand(tokens, generator=generator),
+    )
+
+
+def loss_and_gradient(
+    vocab: int, hidden: int, tokens: int, dtype: torch.dtype, chunk: int,
+    rows: range | None = None, group: dist.ProcessGroup | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return the losses of random hidden states by our head and the states' gradient."""
+    states, weight, targets, factors = loss_inputs(vocab, hidden, tokens, dtype)
+    rows = rows or range(vocab)
+    head = VocabParallelHead(weight[rows.start : rows.stop], rows, group)
+    head.chunk = chunk
+    states.requires_grad_(True)
+    losses = head.token_losses(states, targets)
+    (losses * factors).sum().backward()
+    assert states.grad is not None
+    return losses.detach(), states.grad.float()
+
+
+def vocab_parallel_loss(vocab: int, hidden: int, tokens: int, chunk: int) -> tuple:
+    """Return losses and gradient with the vocabulary split over all ranks."""
+    rows = shard_range(vocab, dist.get_world_size(), dist.get_rank())
+    losses, gradient = loss_and_gradient(
+        vocab, hidden, tokens, torch.float32, chunk, rows, dist.group.WORLD
+    )
+    return losses.numpy(), gradient.numpy()

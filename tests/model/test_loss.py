@@ -1,0 +1,123 @@
+"""The loss of a few tokens at a time is the loss of all, and nothing in a step waits for a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model.groups import ReplicaGroups
+from model.launch import run_ranks
+from model.pipeline import run_replica
+from model.stage import MicroBatchTensors, build_stage, find_targets
+from model.tensor_parallel import VocabParallelHead
+from model.topology import RankRole
+from tests.model.support import (
+    SPECS,
+    loss_and_gradient,
+    loss_inputs,
+    random_adapter,
+    random_batches,
+    save_family,
+)
+
+VOCAB, HIDDEN, TOKENS = 50, 16, 23
+
+
+def plain(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses and gradient by torch's own cross-entropy, on what `loss_and_gradient` computes."""
+    hidden, weight, targets, factors = loss_inputs(VOCAB, HIDDEN, TOKENS, dtype)
+    hidden.requires_grad_(True)
+    losses = functional.cross_entropy(
+        functional.linear(hidden, weight).float(), targets, reduction="none"
+    )
+    (losses * factors).sum().backward()
+    return losses.detach(), hidden.grad.float()
+
+
+@pytest.mark.parametrize("chunk", [1, 4, TOKENS, 1000])
+@pytest.mark.parametrize(("dtype", "bar"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_any_number_of_tokens_at_once(chunk: int, dtype: torch.dtype, bar: float) -> None:
+    losses, gradient = loss_and_gradient(VOCAB, HIDDEN, TOKENS, dtype, chunk)
+    expected_losses, expected_gradient = plain(dtype)
+    torch.testing.assert_close(losses, expected_losses, rtol=bar, atol=bar)
+    error = (gradient - expected_gradient).norm() / expected_gradient.norm()
+    assert error < bar
+
+
+@pytest.mark.ranks
+def test_the_vocabulary_of_two_ranks_a_few_tokens_at_a_time() -> None:
+    expected_losses, expected_gradient = plain(torch.float32)
+    for losses, gradient in run_ranks(
+        "tests.model.support:vocab_parallel_loss", 2,
+        dict(vocab=VOCAB, hidden=HIDDEN, tokens=TOKENS, chunk=5),
+    ):  # fmt: skip
+        np.testing.assert_allclose(losses, expected_losses, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_no_target_at_all_is_a_sum_over_nothing() -> None:
+    head = VocabParallelHead(torch.randn(VOCAB, HIDDEN), range(VOCAB), None)
+    hidden = torch.randn(3, HIDDEN, requires_grad=True)
+    losses = head.token_losses(hidden[:0], torch.empty(0, dtype=torch.int64))
+    losses.sum().backward()
+    assert losses.shape == (0,)
+    assert torch.equal(hidden.grad, torch.zeros(3, HIDDEN))
+
+
+def test_the_logits_of_a_whole_micro_batch_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.tensor_parallel.LOGITS_AT_ONCE", 4 * VOCAB)
+    head = VocabParallelHead(torch.randn(VOCAB, HIDDEN), range(VOCAB), None)
+    hidden = torch.randn(TOKENS, HIDDEN, requires_grad=True)
+    with _Recorder() as seen:
+        head.token_losses(hidden, torch.zeros(TOKENS, dtype=torch.int64)).sum().backward()
+    assert max(seen.sizes) < TOKENS * VOCAB, "all logits at once"
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes which operations run and how large their results are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.sizes: list[int] = [0]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.names.add(func.overloadpacket.__name__)
+        if isinstance(result, torch.Tensor):
+            self.sizes.append(result.numel())
+        return result
+
+
+def stage_of(folder: Path):
+    role = RankRole(rank=0, replica=0, stage=0, num_stages=1, tp_index=0, tp_size=1)
+    stage = build_stage(folder, ReplicaGroups(role, None, (0,), None, (0,)), SPECS)
+    for task in range(len(SPECS)):
+        stage.bank.load(task, random_adapter(stage.shape, task))
+    return stage
+
+
+# What makes the host wait on a GPU: values read, and results whose size depends on values.
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique"}
+
+
+def test_a_micro_batch_never_waits_for_the_device(tmp_path: Path) -> None:
+    stage = stage_of(save_family("mistral", tmp_path / "base", sliding_window=8))
+    weights = torch.tensor([0.5, 0.25])
+    batches = [
+        MicroBatchTensors(tokens, labels, rows, weights, 7, find_targets(labels, rows))
+        for tokens, labels, rows in random_batches(3)
+    ]
+    with _Recorder() as seen:
+        run_replica(stage, batches, 2)
+    assert not seen.names & WAITS, seen.names & WAITS
+    assert "mm" in seen.names or "addmm" in seen.names
+    with _Recorder() as seen:  # the check itself: without targets given, they are looked for
+        tokens, labels, rows = random_batches(1)[0]
+        run_replica(stage, [MicroBatchTensors(tokens, labels, rows, weights)], 2)
+    assert "nonzero" in seen.names
