@@ -16,8 +16,15 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
-from scipy.optimize import nnls
 
+from profiler.fit_terms import (
+    NUM_PLAIN,
+    place_knots,
+    robust_nnls,
+    roughness_rows,
+    scatter_of,
+    terms_of,
+)
 from tasks.errors import ConfigError
 
 Array = np.ndarray
@@ -26,21 +33,15 @@ KINDS: tuple[Kind, ...] = ("fitted", "lobra6")
 
 # The published fit can go below zero far from its data; a time is never less than this.
 SMALLEST_TIME_MS = 1e-3
-MAX_KNOTS = 40
 # How much a slope's change counts against a relative error: of few rows what predicts rows left
 # out best, with many the least.
 ROUGHNESS = (0.01, 0.03, 0.1, 0.3, 1.0)
 MANY_ROWS = 25
-# Errors beyond this many standard deviations pull no harder than one at it (Huber, 1964).
-HUBER = 1.5
-IRLS_STEPS = 8
-SMALLEST_DEVIATION = 1e-3
 # An offset between series shrinks to its lasting part over about so many tokens.
 SERIES_DECAY_TOKENS = 2000.0
 SERIES_ROWS = 8
 SERIES_GAIN = 0.9  # of the mean error that must remain at most, or there is but one series
 FEW_ROWS = 10  # too few to tell the smaller terms apart
-NUM_PLAIN = 4  # terms before the knots': constant, b, s, b s^2
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +121,7 @@ class LayerFit:
         b, s = np.broadcast_arrays(np.asarray(b, dtype=np.float64), np.asarray(s, dtype=np.float64))
         if not self.scatter.size:
             return np.full(b.shape, self.deviation)
-        terms = _terms(b.reshape(-1), s.reshape(-1), self.knots[1:-1])
+        terms = terms_of(b.reshape(-1), s.reshape(-1), self.knots[1:-1])
         terms = terms / self.time_ms(b, s).reshape(-1, 1)
         leverage = np.einsum("ni,ij,nj->n", terms, self.scatter, terms)
         return (self.deviation * np.sqrt(1.0 + np.maximum(leverage, 0.0))).reshape(b.shape)
@@ -192,8 +193,8 @@ def _fit_rows(
     b: Array, s: Array, time_ms: Array, other_series: Array | None, roughness: float
 ) -> LayerFit:
     tokens = b * s
-    knots = _knots(tokens)
-    terms = _terms(b, s, knots)
+    knots = place_knots(tokens)
+    terms = terms_of(b, s, knots)
     num_terms = terms.shape[1]
     if len(b) < FEW_ROWS:
         terms[:, 1:3] = 0.0
@@ -202,13 +203,13 @@ def _fit_rows(
         fading = np.exp(-tokens / SERIES_DECAY_TOKENS)
         offsets = other_series[:, None] * np.stack([np.ones_like(b), fading], axis=1)
         columns += [offsets, -offsets]
-    penalty = _roughness_rows(tokens, time_ms, knots, roughness * np.sqrt(len(b)))
+    penalty = roughness_rows(tokens, time_ms, knots, roughness * np.sqrt(len(b)))
     data = np.concatenate(columns, axis=1) / time_ms[:, None]
     matrix = np.zeros((len(b) + len(penalty), data.shape[1]))
     matrix[: len(b)] = data
     matrix[len(b) :, NUM_PLAIN:num_terms] = penalty
     target = np.concatenate([np.ones(len(b)), np.zeros(len(penalty))])
-    solution, weights, deviation = _robust_nnls(matrix, target, len(b))
+    solution, weights, deviation = robust_nnls(matrix, target, len(b))
     slopes = solution[NUM_PLAIN:num_terms]
     edges = np.concatenate([[0.0], knots])
     heights_ms = np.concatenate([[0.0], np.cumsum(slopes * np.diff(edges, append=edges[-1]))[:-1]])
@@ -227,69 +228,8 @@ def _fit_rows(
         offset,
         roughness,
         deviation,
-        _scatter(matrix[:, :num_terms] * weights[:, None], active),
+        scatter_of(matrix[:, :num_terms] * weights[:, None], active),
     )
-
-
-def _knots(tokens: Array) -> Array:
-    """Return the tokens at which the slope may change: spread evenly in the logarithm."""
-    distinct = len(np.unique(tokens))
-    if distinct < 3:
-        return np.array([tokens.max()])
-    ends = np.log(tokens.min()), np.log(tokens.max())
-    return np.exp(np.linspace(*ends, min(MAX_KNOTS, 2 * distinct)))
-
-
-def _terms(b: Array, s: Array, knots: Array) -> Array:
-    """Return the terms [rows, 4 + knots + 1]; those of g are the tokens within each interval."""
-    tokens = b * s
-    edges = np.concatenate([[0.0], knots, [np.inf]])
-    within = np.clip(tokens[:, None], edges[:-1], edges[1:]) - edges[:-1]
-    return np.concatenate([np.stack([np.ones_like(b), b, s, tokens * s], axis=1), within], axis=1)
-
-
-def _roughness_rows(tokens: Array, time_ms: Array, knots: Array, weight: float) -> Array:
-    """Return rows [knots, knots + 1] that penalise a change of slope, relative to the time there.
-
-    A slope that doubles at a knot counts like the relative error it makes at twice the knot.
-    """
-    order = np.argsort(tokens, kind="stable")
-    at_knot = np.exp(np.interp(np.log(knots), np.log(tokens[order]), np.log(time_ms[order])))
-    size = weight * knots / at_knot
-    rows = np.zeros((len(knots), len(knots) + 1))
-    index = np.arange(len(knots))
-    rows[index, index] = -size
-    rows[index, index + 1] = size
-    return rows
-
-
-def _robust_nnls(matrix: Array, target: Array, num_rows: int) -> tuple[Array, Array, float]:
-    """Solve non-negative least squares, the first rows' errors weighed after Huber (IRLS).
-
-    Returns the solution, the square roots of the weights, and the rows' standard deviation.
-    """
-    scale = np.abs(matrix).max(axis=0)
-    scale[scale == 0.0] = 1.0
-    scaled, weights = matrix / scale, np.ones(len(target))
-    solution, deviation = np.zeros(matrix.shape[1]), 0.0
-    for _ in range(IRLS_STEPS):
-        found = nnls(scaled * weights[:, None], target * weights, maxiter=100 * matrix.shape[1])[0]
-        solution = found / scale
-        error = np.abs(matrix[:num_rows] @ solution - target[:num_rows])
-        deviation = 1.4826 * float(np.median(error)) + SMALLEST_DEVIATION
-        weights[:num_rows] = np.sqrt(1.0 / np.maximum(1.0, error / (HUBER * deviation)))
-    # The median is blind to what few parameters leave over from few rows.
-    freedom = max(1.0, num_rows - min(num_rows / 2, float((solution > 0).sum())))
-    spread = float(np.sqrt((np.minimum(error, 3 * deviation) ** 2).sum() / freedom))
-    return solution, weights, max(deviation, spread)
-
-
-def _scatter(weighted: Array, active: Array) -> Array:
-    """Return (X'X)^-1 of the active terms (penalty included), zero elsewhere [terms, terms]."""
-    columns = weighted[:, active]
-    inverse = np.zeros((len(active), len(active)))
-    inverse[np.ix_(active, active)] = np.linalg.pinv(columns.T @ columns, rcond=1e-10)
-    return inverse
 
 
 def _with_errors(

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import hashlib
 import json
-import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from profiler.csv_rows import finite_ms, read_rows, whole_numbers
 from tasks.errors import ConfigError, first_problems
 from tasks.files import write_atomic
 
@@ -188,12 +185,12 @@ def load_time_profile(path: str | os.PathLike[str]) -> TimeProfile:
         short, not a number, not finite or not positive.
     """
     path = Path(path)
-    rows, digest = _read_rows(path, TIME_COLUMNS, "lobra profile time")
+    rows, digest = read_rows(path, TIME_COLUMNS, "lobra profile time")
     problems: list[str] = []
     values = []
     for line, row in rows:
-        numbers = _numbers(path, line, row, TIME_COLUMNS[:3], problems)
-        time_ms = _finite(path, line, row["time"], problems)
+        numbers = whole_numbers(path, line, row, TIME_COLUMNS[:3], problems)
+        time_ms = finite_ms(path, line, row["time"], problems)
         if numbers is None or time_ms is None:
             continue
         bad = [name for name, value in zip(TIME_COLUMNS, numbers, strict=False) if value < 1]
@@ -219,12 +216,12 @@ def load_memory_profile(path: str | os.PathLike[str]) -> MemoryProfile:
         noise and stages of unequal length explain.
     """
     path = Path(path)
-    rows, digest = _read_rows(path, MEMORY_COLUMNS, "lobra profile memory")
+    rows, digest = read_rows(path, MEMORY_COLUMNS, "lobra profile memory")
     problems: list[str] = []
     table: list[MemoryRow] = []
     seen: dict[tuple[int, int, int], int] = {}
     for line, row in rows:
-        numbers = _numbers(path, line, row, MEMORY_COLUMNS, problems)
+        numbers = whole_numbers(path, line, row, MEMORY_COLUMNS, problems)
         if numbers is None:
             continue
         entry = MemoryRow(*numbers)
@@ -247,107 +244,12 @@ def load_memory_profile(path: str | os.PathLike[str]) -> MemoryProfile:
     return MemoryProfile(tuple(sorted(table)), path, read_meta(path), digest)
 
 
-def append_row(path: str | os.PathLike[str], columns: Sequence[str], row: Sequence[object]) -> None:
-    """Append one row and flush it to disk; a new file gets the header first.
-
-    A last line without its line end (a writer died in the middle) is cut off first, so that a
-    sweep resumed after a crash leaves no broken row.
-
-    Raises
-    ------
-    ValueError
-        If ``row`` and ``columns`` differ in length.
-    """
-    if len(row) != len(columns):
-        raise ValueError(f"{len(row)} values for the columns {', '.join(columns)}")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        _cut_torn_line(file)
-        text = ",".join(str(value) for value in row) + "\n"
-        if file.tell() == 0:
-            text = ",".join(columns) + "\n" + text
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _cut_torn_line(file: Any) -> None:
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    content = file.read(size)
-    end = content.rfind(b"\n") + 1
-    if end < size:
-        file.truncate(end)
-    file.seek(0, os.SEEK_END)
-
-
 def _published_spelling(folder: Path, name: str, model: str) -> Path:
     """Prefer our name; take LobRA's (``..._llama_7B...``) where only that exists."""
     path = folder / name
     slug = model_slug(model)
     published = folder / name.replace(slug, f"llama_{slug}", 1)
     return published if published.is_file() and not path.is_file() else path
-
-
-def _read_rows(
-    path: Path, columns: tuple[str, ...], command: str
-) -> tuple[list[tuple[int, dict[str, str]]], str]:
-    try:
-        data = path.read_bytes()
-        text = data.decode("utf-8-sig")
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{path}: no such profile; make it with `{command}` or give its path"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as CSV text ({error})") from error
-    reader = csv.DictReader(text.splitlines(), skipinitialspace=True)
-    header = [(name or "").strip() for name in reader.fieldnames or ()]
-    reader.fieldnames = header
-    missing = [name for name in columns if name not in header]
-    if missing:
-        raise ConfigError(
-            f"{path}: column {', '.join(missing)} is missing; the header must hold "
-            f"{','.join(columns)}, it is {','.join(header) or 'empty'}"
-        )
-    rows = [
-        (reader.line_num, {name: (row.get(name) or "").strip() for name in columns})
-        for row in reader
-        if any((value or "").strip() for value in row.values() if isinstance(value, str))
-    ]
-    if not rows:
-        raise ConfigError(f"{path}: has no rows; make the profile with `{command}`")
-    return rows, hashlib.sha256(data).hexdigest()[:16]
-
-
-def _numbers(
-    path: Path, line: int, row: dict[str, str], names: tuple[str, ...], problems: list[str]
-) -> tuple[int, ...] | None:
-    """Return the row's whole numbers, or None with the problems noted."""
-    numbers = []
-    for name in names:
-        try:
-            number = float(row[name])
-            if not math.isfinite(number) or number != int(number):
-                raise ValueError
-        except ValueError:
-            problems.append(f"{path}: line {line}: {name}: {row[name]!r} is not a whole number")
-            continue
-        numbers.append(int(number))
-    return tuple(numbers) if len(numbers) == len(names) else None
-
-
-def _finite(path: Path, line: int, text: str, problems: list[str]) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        problems.append(f"{path}: line {line}: time: {text!r} is not a number of ms")
-        return None
-    if not math.isfinite(value):
-        problems.append(f"{path}: line {line}: time: {text} is not finite; measure the row again")
-        return None
-    return value
 
 
 def _not_monotone(path: Path, table: list[MemoryRow]) -> list[str]:

@@ -16,7 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from profiler.profiles import append_row, meta_path, read_meta, write_meta
+from profiler.csv_rows import append_row, cut_torn_line
+from profiler.profiles import meta_path, read_meta, write_meta
 from tasks.errors import ConfigError
 from tasks.files import write_atomic
 
@@ -125,8 +126,7 @@ def open_sweep(
     ConfigError
         If the file has other settings and ``restart`` is "never", or a line of it is broken.
     """
-    if path.is_file():
-        _cut_torn_line(path)
+    cut_torn_line(path)
     if path.is_file():
         meta = read_meta(path)
         problem = _settings_problem(path, meta, settings)
@@ -207,14 +207,6 @@ def _set_aside(path: Path) -> None:
         if old.is_file():
             os.replace(old, old.with_name(old.name + ".old"))
     log.warning("%s: the earlier measurement was set aside as %s.old", path, path.name)
-
-
-def _cut_torn_line(path: Path) -> None:
-    """Cut a last line without its line end: a writer died in the middle of it."""
-    content = path.read_bytes()
-    end = content.rfind(b"\n") + 1
-    if end < len(content):
-        os.truncate(path, end)
 
 
 def _name(key: Key) -> str:

@@ -11,7 +11,8 @@ from model.shapes import NAMED_SHAPES
 from profiler.collective_time import open_collectives, sweep_collectives, wanted_rows
 from profiler.collectives import fit_link, load_collectives
 from profiler.cost_model import fit_cost_model
-from profiler.profiles import TimeProfile, append_row, write_meta
+from profiler.csv_rows import append_row
+from profiler.profiles import TimeProfile, write_meta
 from tasks.errors import ConfigError
 
 COLUMNS = ("kind", "ranks", "bytes", "time")

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from profiler.csv_rows import append_row
 from profiler.profiles import (
     MEMORY_COLUMNS,
     TIME_COLUMNS,
-    append_row,
     default_memory_path,
     default_time_path,
     load_memory_profile,

@@ -1,0 +1,119 @@
+"""Rows of the profiles' CSV files: read with every mistake named, appended so that a crash costs
+no more than the row being written."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from tasks.errors import ConfigError
+
+
+def read_rows(
+    path: Path, columns: tuple[str, ...], command: str
+) -> tuple[list[tuple[int, dict[str, str]]], str]:
+    """Return (line number, values by column) of every row, and the file's digest.
+
+    The digest is the first 16 hexadecimal digits of the file's SHA-256. ``command`` makes such a
+    file, for messages.
+
+    Raises
+    ------
+    ConfigError
+        If the file is missing, not text, lacks a column or has no rows.
+    """
+    try:
+        data = path.read_bytes()
+        text = data.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path}: no such profile; make it with `{command}` or give its path"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as CSV text ({error})") from error
+    reader = csv.DictReader(text.splitlines(), skipinitialspace=True)
+    header = [(name or "").strip() for name in reader.fieldnames or ()]
+    reader.fieldnames = header
+    missing = [name for name in columns if name not in header]
+    if missing:
+        raise ConfigError(
+            f"{path}: column {', '.join(missing)} is missing; the header must hold "
+            f"{','.join(columns)}, it is {','.join(header) or 'empty'}"
+        )
+    rows = [
+        (reader.line_num, {name: (row.get(name) or "").strip() for name in columns})
+        for row in reader
+        if any((value or "").strip() for value in row.values() if isinstance(value, str))
+    ]
+    if not rows:
+        raise ConfigError(f"{path}: has no rows; make the profile with `{command}`")
+    return rows, hashlib.sha256(data).hexdigest()[:16]
+
+
+def whole_numbers(
+    path: Path, line: int, row: dict[str, str], names: tuple[str, ...], problems: list[str]
+) -> tuple[int, ...] | None:
+    """Return the row's whole numbers, or None with the problems noted."""
+    numbers = []
+    for name in names:
+        try:
+            number = float(row[name])
+            if not math.isfinite(number) or number != int(number):
+                raise ValueError
+        except ValueError:
+            problems.append(f"{path}: line {line}: {name}: {row[name]!r} is not a whole number")
+            continue
+        numbers.append(int(number))
+    return tuple(numbers) if len(numbers) == len(names) else None
+
+
+def finite_ms(path: Path, line: int, text: str, problems: list[str]) -> float | None:
+    """Return the time as a number, or None with the problem noted."""
+    try:
+        value = float(text)
+    except ValueError:
+        problems.append(f"{path}: line {line}: time: {text!r} is not a number of ms")
+        return None
+    if not math.isfinite(value):
+        problems.append(f"{path}: line {line}: time: {text} is not finite; measure the row again")
+        return None
+    return value
+
+
+def append_row(path: str | os.PathLike[str], columns: Sequence[str], row: Sequence[object]) -> None:
+    """Append one row and flush it to disk; a new file gets the header first.
+
+    A last line without its line end (a writer died in the middle) is cut off first, so that a
+    sweep resumed after a crash leaves no broken row.
+
+    Raises
+    ------
+    ValueError
+        If ``row`` and ``columns`` differ in length.
+    """
+    if len(row) != len(columns):
+        raise ValueError(f"{len(row)} values for the columns {', '.join(columns)}")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cut_torn_line(path)
+    with path.open("a+b") as file:
+        text = ",".join(str(value) for value in row) + "\n"
+        if file.tell() == 0:
+            text = ",".join(columns) + "\n" + text
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def cut_torn_line(path: Path) -> None:
+    """Cut a last line without its line end, if there is one: a writer died in the middle of it."""
+    if not path.is_file():
+        return
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        os.truncate(path, end)
