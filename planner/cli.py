@@ -23,9 +23,14 @@ from planner.deploy import (
 from planner.explain import roles
 from planner.plan import plan_path, save_plan
 from planner.sweep import Point, parse_range, plot, sweep
-from planner.workload import Workload, make_workload, read_lengths
+from planner.workload import Workload, make_workload, read_lengths_and_labels
 from profiler.cost_model import KINDS, load_cost_model
-from profiler.profiles import default_memory_path, layout_problem_of, load_memory_profile
+from profiler.profiles import (
+    adapter_elements_of,
+    default_memory_path,
+    layout_problem_of,
+    load_memory_profile,
+)
 from tasks.config import load_trainer_config
 from tasks.errors import ConfigError
 
@@ -74,7 +79,9 @@ def run(args: argparse.Namespace) -> int:
     memory = load_memory_profile(
         args.memory_profile or default_memory_path(args.model, len(config.tasks))
     )
-    lengths = read_lengths(config, args.model, args.lengths, args.data_dir)
+    lengths, labels = read_lengths_and_labels(config, args.model, args.lengths, args.data_dir)
+    adapters = [(task.rank, task.target_modules) for task in config.tasks]
+    cost_model = cost_model.for_training(labels, adapter_elements_of(args.model, adapters))
     workload = make_workload(config, lengths, args.max_seq_length)
 
     def refused(tp: int, pp: int) -> str | None:
@@ -172,6 +179,8 @@ def show(console: Console, deployment: Deployment, workload: Workload) -> None:
     figures = Table(show_header=False)
     figures.add_row("GPUs used", f"{outcome.plan.num_gpus} of {deployment.problem.num_gpus}")
     figures.add_row("predicted step time", f"{outcome.step_time_s:.4g} s")
+    if deployment.sync_time_s:
+        figures.add_row("adapter synchronisation", f"{deployment.sync_time_s:.4g} s after that")
     figures.add_row("GPU-seconds per step", f"{outcome.gpu_seconds:.4g}")
     if outcome.lower_bound_s > 0:
         figures.add_row("certified lower bound", f"{outcome.lower_bound_s:.4g} s")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from planner.candidates import Candidates, all_candidates, propose
+from planner.evaluate import sync_time_s
 from planner.placement import place
 from planner.plan import Plan
 from planner.planners import exact, homogeneous, lobra
@@ -76,6 +77,11 @@ class Deployment:
     def plan(self) -> Plan:
         """The plan to deploy."""
         return self.outcome.plan
+
+    @property
+    def sync_time_s(self) -> float:
+        """What synchronising the adapters adds to each step; 0 where it was not profiled."""
+        return sync_time_s(self.plan, self.problem.cost_model)
 
 
 def deploy(
@@ -190,6 +196,7 @@ def as_json(deployment: Deployment) -> dict[str, Any]:
         "plan": plan_entries(outcome.plan),
         "num_gpus": outcome.plan.num_gpus,
         "step_time_s": outcome.step_time_s,
+        "sync_time_s": deployment.sync_time_s,
         "gpu_seconds": outcome.gpu_seconds,
         "lower_bound_s": outcome.lower_bound_s,
         "gap": outcome.gap,
@@ -237,6 +244,7 @@ def plan_with_meta(
         "buckets": [int(bucket) for bucket in deployment.batch.buckets],
         "expected_batch": [int(count) for count in deployment.batch.counts],
         "step_time_s": round(outcome.step_time_s, 6),
+        "sync_time_s": round(deployment.sync_time_s, 6),
         "lower_bound_s": round(outcome.lower_bound_s, 6),
         "gap": round(outcome.gap, 6),
         "planner": outcome.planner,

@@ -11,9 +11,10 @@ import numpy as np
 
 from planner.buckets import bucket_index, make_buckets
 from planner.chunks import ChunkTable, chunk_table
-from planner.evaluate import replica_time_s
+from planner.evaluate import replica_time_s, sync_time_s
 from planner.fluid import Fluid, solve_fluid, solve_rates
 from planner.plan import Plan, ReplicaGroup
+from planner.resplit import balance_groups, descend, shake
 from planner.search import Loads, improve
 from profiler.cost_model import CostModel
 from tasks.errors import ConfigError
@@ -21,6 +22,9 @@ from tasks.errors import ConfigError
 Mode = Literal["balance", "group"]
 MODES: tuple[Mode, ...] = ("balance", "group")
 GOOD_ENOUGH = 1e-3  # relative distance to the bound at which the search stops
+FAR_OFF = 8e-3  # the same at which it does not go on to dearer moves
+TICKS = 1024
+RESPLITS, SHAKES = 20, 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +64,8 @@ class Assignment:
         No dispatch of these buckets over this plan is faster.
     buckets
         int64 [R]: the padded lengths used.
+    sync_time_s
+        What synchronising the adapters adds after the slowest replica, where that was profiled.
     """
 
     micro_batches: tuple[tuple[MicroBatch, ...], ...]
@@ -67,6 +73,7 @@ class Assignment:
     step_time_s: float
     lower_bound_s: float
     buckets: np.ndarray
+    sync_time_s: float = 0.0
 
     @property
     def padded_tokens(self) -> int:
@@ -171,8 +178,9 @@ def dispatch_counts(
         group,
         bubbles[group],
         _first_assignment(tables, replicas, counts, share),
+        np.stack([table.limit for table in tables]),
     )
-    improve(loads, bound * (1 + GOOD_ENOUGH), max(400, 4 * len(group)))
+    _search(loads, bound)
     chunks = tuple(
         tuple(
             (bucket, size)
@@ -183,6 +191,17 @@ def dispatch_counts(
     )
     times = [_chunks_time_s(tables[group[replica]], pairs) for replica, pairs in enumerate(chunks)]
     return CountAssignment(chunks, max(times), min(bound, max(times)))
+
+
+def _search(loads: Loads, bound_s: float) -> None:
+    """Shorten the slowest replica's time: cheap moves first, dearer ones while it is far off."""
+    target_s = bound_s * (1 + GOOD_ENOUGH)
+    balance_groups(loads, target_s, TICKS)
+    improve(loads, target_s, max(400, 4 * len(loads.group)))
+    if loads.time_s.max() > bound_s * (1 + FAR_OFF):
+        descend(loads, target_s, TICKS, RESPLITS)
+    if loads.time_s.max() > bound_s * (1 + FAR_OFF):
+        shake(loads, target_s, TICKS, SHAKES, np.random.default_rng(0))
 
 
 def plan_tables(
@@ -344,4 +363,5 @@ def _with_sequences(
         times.append(replica_time_s(layout, pairs, cost_model) * factor)
     step = max(times)
     bound = min(result.lower_bound_s, step)
-    return Assignment(tuple(micro_batches), np.array(times), step, bound, buckets)
+    sync_s = sync_time_s(plan, cost_model)
+    return Assignment(tuple(micro_batches), np.array(times), step, bound, buckets, sync_s)

@@ -27,12 +27,26 @@ def replica_time_s(
     return float(time_ms.sum() + (layout.pp - 1) * time_ms.max()) / 1000.0
 
 
+def sync_time_s(plan: Plan, cost_model: CostModel) -> float:
+    """Return the seconds that adapters' synchronisation adds at the end of every step.
+
+    Every rank of a replica's tensor-parallel group holds its layers' adapters whole, so each layer
+    has as many holders as the replicas' tp together. 0 unless collectives were profiled and the
+    cost model knows the adapters: LobRA's objective has no such term.
+    """
+    holders = sum(group.replicas * group.layout.tp for group in plan.groups)
+    fewest_stages = min(group.layout.pp for group in plan.groups)
+    layers = -(-cost_model.num_layers // fewest_stages)
+    return cost_model.sync_time_ms(holders, layers / cost_model.num_layers) / 1000.0
+
+
 def step_time_s(
     plan: Plan, chunks: Sequence[Sequence[tuple[int, int]]], cost_model: CostModel
 ) -> float:
-    """Return the seconds of a step: the slowest replica's time.
+    """Return the seconds of a step's micro-batches: the slowest replica's time.
 
-    ``chunks`` holds, per replica in plan order, its pairs (sequences, padded length).
+    What comes after them is `sync_time_s`. ``chunks`` holds, per replica in plan order, its pairs
+    (sequences, padded length).
 
     Raises
     ------

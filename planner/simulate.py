@@ -13,6 +13,7 @@ from planner.buckets import bucket_index, make_buckets, static_buckets
 from planner.candidates import Candidate
 from planner.chunks import chunk_table
 from planner.dispatch import Assignment, Mode, dispatch
+from planner.evaluate import sync_time_s
 from planner.plan import Plan
 from planner.planners import homogeneous
 from planner.planners.base import Problem
@@ -37,7 +38,8 @@ class Simulation:
     num_gpus
         GPUs it occupies.
     step_time_s
-        float64 [steps].
+        float64 [steps]: the slowest replica's time, and the adapters' synchronisation where it
+        was profiled.
     busy_s
         float64 [steps, replicas]: each replica's time, bubbles included.
     tokens, padded_tokens
@@ -108,6 +110,7 @@ def simulate(
     ``mode`` None dispatches by greedy LPT (``lpt_times_s``) instead of the dispatcher. ``static``:
     the fixed set of ``num_buckets`` buckets instead of each step's own.
     """
+    sync_s = sync_time_s(plan, cost_model)
     times, busy, tokens, padded, dispatch_s = [], [], [], [], []
     for lengths in steps_of(workload, num_steps, seed):
         start = time.perf_counter()
@@ -123,7 +126,7 @@ def simulate(
             replica_s = assignment.replica_time_s
             padded.append(assignment.padded_tokens)
         dispatch_s.append(time.perf_counter() - start)
-        times.append(float(replica_s.max()))
+        times.append(float(replica_s.max()) + sync_s)
         busy.append(replica_s)
         tokens.append(int(lengths.sum()))
     return Simulation(
@@ -193,6 +196,8 @@ def baselines(
         if fused is None:
             return []
         alone = []
+        elements = cost_model.adapter_elements / len(workload.lengths)
+        alone_model = replace(cost_model, adapter_elements=elements)  # one of like adapters
         for number, task in enumerate(workload.lengths):
             one = Workload(
                 {task: workload.lengths[task]},
@@ -202,7 +207,7 @@ def baselines(
             plan = _homogeneous(one, candidates, cost_model, num_gpus, gpus_per_node)
             if plan is None:
                 return []
-            alone.append(_fixed(plan, one, cost_model, num_steps, task, seed + number))
+            alone.append(_fixed(plan, one, alone_model, num_steps, task, seed + number))
     except ConfigError:
         return []
     step_time_s = np.sum([run.step_time_s for run in alone], axis=0)

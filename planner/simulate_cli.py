@@ -16,9 +16,14 @@ from planner.candidates import all_candidates
 from planner.dispatch import dispatch
 from planner.plan import load_plan
 from planner.simulate import Simulation, baselines, chrome_trace, ladder, steps_of
-from planner.workload import make_workload, read_lengths
+from planner.workload import make_workload, read_lengths_and_labels
 from profiler.cost_model import KINDS, load_cost_model
-from profiler.profiles import default_memory_path, layout_problem_of, load_memory_profile
+from profiler.profiles import (
+    adapter_elements_of,
+    default_memory_path,
+    layout_problem_of,
+    load_memory_profile,
+)
 from tasks.config import load_trainer_config
 from tasks.errors import ConfigError
 from tasks.files import write_atomic
@@ -60,7 +65,9 @@ def run(args: argparse.Namespace) -> int:
     config = load_trainer_config(args.trainer_config, args.num_tasks)
     plan = load_plan(args.strategy_config)
     cost_model = load_cost_model(args.model, args.time_profile, args.cost_model)
-    lengths = read_lengths(config, args.model, args.lengths, args.data_dir)
+    lengths, labels = read_lengths_and_labels(config, args.model, args.lengths, args.data_dir)
+    adapters = [(task.rank, task.target_modules) for task in config.tasks]
+    cost_model = cost_model.for_training(labels, adapter_elements_of(args.model, adapters))
     workload = make_workload(config, lengths, args.max_seq_length)
     with console.status("simulating ..."):
         runs: list[Simulation] = []

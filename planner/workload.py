@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from planner.buckets import bucket_index, expected_batch, plan_buckets, static_buckets
 from profiler.profiles import weights_folder_of
-from tasks.config import TrainerConfig
+from tasks.config import TaskConfig, TrainerConfig
 from tasks.errors import ConfigError
 from tasks.lengths import load_lengths
+
+if TYPE_CHECKING:
+    from tasks.dataset import TokenizedDataset
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,22 +110,52 @@ def read_lengths(
     data_dir: str | os.PathLike[str],
 ) -> Mapping[str, np.ndarray]:
     """Return every task's lengths: from a file of lengths, or by tokenising its data set."""
+    return read_lengths_and_labels(config, model, lengths_path, data_dir)[0]
+
+
+def read_lengths_and_labels(
+    config: TrainerConfig,
+    model: str,
+    lengths_path: str | os.PathLike[str] | None,
+    data_dir: str | os.PathLike[str],
+) -> tuple[Mapping[str, np.ndarray], float | None]:
+    """Return every task's lengths, and the share of a step's tokens that carry a loss.
+
+    The share is None with a file of lengths, which does not say.
+
+    Raises
+    ------
+    ConfigError
+        With every mistake of the data sets, or of the file.
+    """
     if lengths_path is not None:
-        return load_lengths(Path(lengths_path))
+        return load_lengths(Path(lengths_path)), None
     from tasks.dataset import load_dataset
     from tasks.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(weights_folder_of(model))
-    lengths: dict[str, np.ndarray] = {}
+    datasets: list[TokenizedDataset] = []
     problems: list[str] = []
     for task in config.tasks:
         try:
-            lengths[task.name] = load_dataset(task, tokenizer, data_dir).lengths
+            datasets.append(load_dataset(task, tokenizer, data_dir))
         except ConfigError as error:
             problems += error.problems
     if problems:
         raise ConfigError(problems)
-    return lengths
+    lengths = {task.name: data.lengths for task, data in zip(config.tasks, datasets, strict=True)}
+    return lengths, label_share(config.tasks, datasets)
+
+
+def label_share(tasks: Sequence[TaskConfig], datasets: Sequence[TokenizedDataset]) -> float | None:
+    """Return the share of a step's tokens that carry a loss, on average; None without tokens."""
+    labels = tokens = 0.0
+    for task, data in zip(tasks, datasets, strict=True):
+        if len(data):
+            weight = task.global_batch_size / len(data)
+            labels += weight * data.num_labels
+            tokens += weight * len(data.tokens)
+    return labels / tokens if tokens else None
 
 
 def expect(workload: Workload, num_buckets: int, static: bool = False) -> ExpectedBatch:

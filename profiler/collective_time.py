@@ -85,11 +85,10 @@ def time_on_rank(rows: Sequence[tuple[str, int, int]], file: SweepFile, device: 
     """Time each (kind, ranks, bytes) and append it (rank 0 writes). Collective."""
     where = torch_device(device)
     for kind, ranks, num_bytes in rows:
-        timing = measured_timing(_message(kind, num_bytes, where), where)
+        timing = measured_timing([_message(kind, num_bytes, where)], where)
         if dist.get_rank() == 0:
             time_ms = timing.time_ms / (2 if kind == TRANSFER else 1)
-            details = {"spread": round(timing.spread, 4), "repeats": timing.repeats}
-            file.add((kind, ranks, num_bytes, round(time_ms, 6)), details)
+            file.add((kind, ranks, num_bytes, round(time_ms, 6)), timing.details())
 
 
 def _message(kind: str, num_bytes: int, device: torch.device) -> Callable[[], None]:

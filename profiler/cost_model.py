@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from profiler.collectives import Collectives, default_collectives_path, load_collectives
+from profiler.head import HeadFit, HeadProfile, fit_heads, load_head_profile
 from profiler.layer_fit import KINDS, SMALLEST_TIME_MS, Kind, LayerFit, fit_layer
 from profiler.profiles import (
     TimeProfile,
@@ -51,14 +53,20 @@ class CostModel:
         Where the profile comes from.
     collectives
         Transfers and synchronisation; None when not profiled.
+    label_share
+        The share of positions that carry a loss in what is trained; None: as in the profile.
+    adapter_elements
+        Parameters of all tasks' adapters together, over all layers; 0 where not known.
     """
 
     num_layers: int
     kind: Kind
     layers: Mapping[int, LayerFit]
-    head: Mapping[int, LayerFit] = field(default_factory=dict)
+    head: Mapping[int, HeadFit] = field(default_factory=dict)
     meta: Mapping[str, Any] = field(default_factory=dict)
     collectives: Collectives | None = None
+    label_share: float | None = None
+    adapter_elements: float = 0.0
 
     @property
     def tps(self) -> tuple[int, ...]:
@@ -85,20 +93,25 @@ class CostModel:
         layers = -(-self.num_layers // pp)
         time_ms = self._fit(tp).time_ms(b, s) * layers
         if tp in self.head:
-            time_ms = time_ms + self.head[tp].time_ms(b, s)
+            time_ms = time_ms + self.head[tp].time_ms(b, s, self.label_share)
         if pp > 1 and self.collectives is not None:
             time_ms = time_ms + self.collectives.transfer_ms(b * s)
         return time_ms
 
-    def sync_time_ms(self, num_ranks: int, adapter_elements: float) -> float:
+    def sync_time_ms(self, num_ranks: int, layers_share: float = 1.0) -> float:
         """Return ms a step spends on synchronising adapters after the last micro-batch.
 
-        ``adapter_elements`` are the parameters, over all tasks, on the rank that holds most. Zero
-        where collectives were not profiled.
+        ``num_ranks`` hold each layer; ``layers_share`` of the layers are on the rank that holds
+        most. Zero where collectives were not profiled (LobRA's cost model has no such term), or
+        the adapters are not known (`for_training`).
         """
-        if self.collectives is None:
+        if self.collectives is None or not self.adapter_elements:
             return 0.0
-        return self.collectives.sync_ms(num_ranks, adapter_elements)
+        return self.collectives.sync_ms(num_ranks, layers_share * self.adapter_elements)
+
+    def for_training(self, label_share: float | None, adapter_elements: float) -> CostModel:
+        """Return the cost model of what is trained: its share of labels, its adapters' size."""
+        return replace(self, label_share=label_share, adapter_elements=float(adapter_elements))
 
     def relative_error(self, tp: int, b: np.ndarray | int, s: np.ndarray | int) -> np.ndarray:
         """Return the relative standard error of ``layer_time_ms`` (arrays broadcast)."""
@@ -118,7 +131,7 @@ def fit_cost_model(
     time_profile: TimeProfile,
     num_layers: int,
     kind: Kind = "fitted",
-    head_profile: TimeProfile | None = None,
+    head_profile: HeadProfile | None = None,
     collectives: Collectives | None = None,
 ) -> CostModel:
     """Return the cost model fitted to a profile, each tensor-parallel size for itself.
@@ -131,7 +144,7 @@ def fit_cost_model(
     if kind not in KINDS:
         raise ConfigError(f"cost model {kind!r}: known are {', '.join(KINDS)}")
     meta = {"path": str(time_profile.path or ""), "digest": time_profile.digest}
-    head = _fit_all(head_profile, "fitted") if head_profile is not None else {}
+    head = fit_heads(head_profile) if head_profile is not None else {}
     return CostModel(num_layers, kind, _fit_all(time_profile, kind), head, meta, collectives)
 
 
@@ -152,6 +165,14 @@ def _fit_all(profile: TimeProfile, kind: Kind) -> dict[int, LayerFit]:
     return fits
 
 
+def paths_beside(model: str, time_path: Path) -> tuple[Path, Path]:
+    """Return where the profiles of embedding and head, and of collectives, lie beside a layer's."""
+    if time_path == default_time_path(model):
+        return default_head_path(model), default_collectives_path(model)
+    names = f"head_{time_path.name}", f"links_{time_path.name}"
+    return time_path.with_name(names[0]), time_path.with_name(names[1])
+
+
 def load_cost_model(
     model: str,
     time_path: str | os.PathLike[str] | None = None,
@@ -159,19 +180,18 @@ def load_cost_model(
 ) -> CostModel:
     """Return the cost model of a model (``tiny``, ``7B``, ... or a folder) from its profiles.
 
-    Without ``time_path`` the profile at the contract's path is read, and beside it those of
-    embedding and head and of collectives, where there are any.
+    Without ``time_path`` the profile at the contract's path is read. The profiles of embedding and
+    head and of collectives are taken from where `lobra profile time` writes them beside that one
+    (``profile_head_<model>.csv``, or ``head_<name>`` for an ``--output`` of one's own), where there
+    are any.
 
     Raises
     ------
     ConfigError
         If the model is unknown, or a profile is missing or has mistakes.
     """
-    path = default_time_path(model) if time_path is None else time_path
-    head = collectives = None
-    if time_path is None:
-        if (head_path := default_head_path(model)).is_file():
-            head = load_time_profile(head_path)
-        if (collectives_path := default_collectives_path(model)).is_file():
-            collectives = load_collectives(collectives_path)
+    path = default_time_path(model) if time_path is None else Path(time_path)
+    head_path, collectives_path = paths_beside(model, path)
+    head = load_head_profile(head_path) if head_path.is_file() else None
+    collectives = load_collectives(collectives_path) if collectives_path.is_file() else None
     return fit_cost_model(load_time_profile(path), num_layers_of(model), kind, head, collectives)

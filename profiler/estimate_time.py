@@ -15,6 +15,7 @@ from scipy.optimize import nnls
 from model.shapes import ModelShape
 from profiler.accelerators import Accelerator, Efficiency
 from profiler.estimate_memory import element_bytes, layer_weights, saved_bytes_per_token
+from profiler.head import PROFILED_SHARE
 from profiler.profiles import TimeProfile
 from tasks.errors import ConfigError
 
@@ -103,14 +104,25 @@ def layer_ms(work: Workload, efficiency: Efficiency, tp: int, b: Sizes, s: Sizes
     )
 
 
+def base_ms(work: Workload, efficiency: Efficiency, tp: int, b: Sizes, s: Sizes) -> Array:
+    """Return ms of embedding and last norm, forward + backward, with no loss at all."""
+    tokens = np.asarray(b) * np.asarray(s)
+    moved = 2.0 * MEMORY_PASSES * element_bytes(work.precision) * work.shape.hidden_size * tokens
+    share = efficiency.memory * _bytes_per_ms(work.accelerator.memory_gb_s)
+    return efficiency.start_ms / 2 + moved / share
+
+
 def head_ms(work: Workload, efficiency: Efficiency, tp: int, b: Sizes, s: Sizes) -> Array:
-    """Return ms of embedding, head and loss, forward + backward, half of the tokens with a loss."""
-    targets = 0.5 * np.asarray(b) * np.asarray(s)
+    """Return ms of embedding, head and loss, forward + backward.
+
+    ``PROFILED_SHARE`` of the tokens carry a loss.
+    """
+    targets = PROFILED_SHARE * np.asarray(b) * np.asarray(s)
     logits = work.shape.vocab_size / tp
     flops = 2.0 * PASSES * targets * logits * work.shape.hidden_size
     moved = 4.0 * 4.0 * targets * logits  # fp32 logits, written and read in both directions
     return (
-        efficiency.start_ms / 2
+        base_ms(work, efficiency, tp, b, s)
         + flops / work.peak / efficiency.matmul
         + moved / _bytes_per_ms(work.accelerator.memory_gb_s) / efficiency.memory
     )

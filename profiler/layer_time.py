@@ -16,7 +16,8 @@ from typing import Any
 from model.launch import DEFAULT_PRELOAD, RankError, run_ranks
 from model.lora import AdapterSpec
 from model.shapes import ModelShape, layout_problem
-from profiler.layer_time_rank import TARGET_FRACTION, SingleDevice
+from profiler.head import HEAD_COLUMNS, PROFILED_SHARE
+from profiler.layer_time_rank import SingleDevice
 from profiler.memory import OUT_OF_MEMORY, shape_settings
 from profiler.outliers import MAX_ATTEMPTS, doubtful_points
 from profiler.points import time_points
@@ -47,7 +48,7 @@ class TimeSweep:
         Ranks that run at once, so that a machine with fewer cores than ranks is measured under
         the load training will have; 0 measures one replica alone.
     num_tasks, lora_rank
-        Adapters, each on all linear layers; a micro-batch's rows are shared out to them.
+        Adapters, each on all linear layers; a micro-batch's rows are of any of them.
     precision, device
         "fp32" or "bf16"; "cpu" or "cuda".
     single_device
@@ -105,9 +106,11 @@ class TimeSweep:
             "lora_rank": self.lora_rank,
             "precision": self.precision,
             "device": self.device,
+            "rows": "of tasks drawn in proportion to their global batch sizes",
         }
         if self.tasks:
             settings["adapters"] = [[task.rank, list(task.target_modules)] for task in self.tasks]
+            settings["global_batch_sizes"] = [task.global_batch_size for task in self.tasks]
         if self.single_device:
             settings["collectives"] = "modelled: a shard's compute was timed on one device"
         return settings
@@ -151,19 +154,22 @@ def open_files(
     layer_settings = sweep.settings() | {"what": "one layer, forward + backward, ms"}
     head_settings = sweep.settings() | {
         "what": "embedding and head with loss, forward + backward, ms",
-        "target_fraction": TARGET_FRACTION,
+        "label_share": PROFILED_SHARE,
     }
     layers, head = (
         open_sweep(
             path,
-            TIME_COLUMNS,
+            columns,
             NUM_KEYS,
             settings,
             kind="measured on a single device" if sweep.single_device else "measured",
             restart=restart,
             environment=environment,
         )
-        for path, settings in ((layer_path, layer_settings), (head_path, head_settings))
+        for path, columns, settings in (
+            (layer_path, TIME_COLUMNS, layer_settings),
+            (head_path, HEAD_COLUMNS, head_settings),
+        )
     )
     return layers, head
 
@@ -276,6 +282,7 @@ def _measure(
                 "head_file": files[1],
                 "again": again,
                 "single_device": shards[0] if shards else None,
+                "task_weights": [float(task.global_batch_size) for task in sweep.tasks],
             },
             device=sweep.device,
             preload=(*DEFAULT_PRELOAD, "profiler.layer_time_rank"),

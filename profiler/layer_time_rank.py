@@ -6,7 +6,7 @@ Shape suffixes: B rows, S positions, D hidden.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,17 @@ import torch.distributed as dist
 from model.groups import ReplicaGroups, build_groups
 from model.lora import AdapterSpec
 from model.shapes import read_shape
-from model.stage import MicroBatchTensors, Stage, build_stage
+from model.stage import IGNORED_LABEL, MicroBatchTensors, Stage, build_stage
 from model.topology import Grid
+from profiler.head import PROFILED_SHARE
 from profiler.memory_rank import DTYPES, synthetic_batch, torch_device
 from profiler.sweep_file import SweepFile
 
 PROBE_LAYERS = 4  # timed together, so that what a stage does once is shared out as in training
 MIN_REPEATS, MAX_REPEATS = 3, 30
 MIN_TIMED_S = 0.8  # of all repeats of a point together, where 3 to 30 repeats allow it
-TARGET_FRACTION = 0.5  # of the positions carry a loss: prompts and padding do not
+# Tasks whose adapters differ are timed in so many mixtures, each at least twice.
+NUM_MIXTURES, MIN_REPEATS_OF_MIXTURE = 4, 2
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,13 @@ class Timing:
     time_ms: float
     spread: float
     repeats: int
+
+    def details(self, modelled_ms: float | None = None) -> dict[str, Any]:
+        """Return what the sidecar keeps of it; ``modelled_ms`` of collectives come on top."""
+        details: dict[str, Any] = {"spread": round(self.spread, 4), "repeats": self.repeats}
+        if modelled_ms is not None:
+            details["modelled_collectives_ms"] = round(modelled_ms, 6)
+        return details
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,7 @@ def time_points_on_rank(
     head_file: SweepFile,
     again: bool = False,
     single_device: SingleDevice | None = None,
+    task_weights: Sequence[float] = (),
 ) -> None:
     """Time every point that the files do not hold and append it to them (rank 0 writes).
 
@@ -85,6 +95,8 @@ def time_points_on_rank(
         its attempts.
     single_device
         Time one shard on this one rank, and add the collectives from a model.
+    task_weights
+        How often a row is of each task (`row_mixtures`); empty: all alike.
     """
     tp = len(grids[0][0])
     groups = build_groups(grids)
@@ -93,36 +105,58 @@ def time_points_on_rank(
         groups = replace(groups, role=replace(groups.role, tp_size=tp))
     where = torch_device(device)
     layers, ends = _build_probes(folder, groups, specs, DTYPES[precision], where)
+    mixtures_wanted = NUM_MIXTURES if _adapters_differ(specs) else 1
+    weights = task_weights or [1.0] * len(specs)
     for b, s in points:
-        batch = synthetic_batch((b, s), layers.shape, len(specs), where, TARGET_FRACTION)
+        batch = synthetic_batch((b, s), layers.shape, len(specs), where, PROFILED_SHARE)
         if single_device is not None:  # the other shards' rows of the embedding are not here
             batch = replace(batch, tokens_BS=batch.tokens_BS % len(_embedding_rows(layers)))
         received_BSD = torch.randn(b, s, layers.shape.hidden_size, device=where).to(layers.dtype)
-        gradient_BSD = torch.randn_like(received_BSD)
-        for file, run, share, modelled in (
-            (
-                layer_file,
-                _layer_run(layers, batch, received_BSD, gradient_BSD),
-                len(layers.layers),
-                (0.0, 0.0) if single_device is None else single_device.layer_ms,
-            ),
-            (
-                head_file,
-                _ends_run(layers, ends, batch, received_BSD),
-                1,
-                (0.0, 0.0) if single_device is None else single_device.head_ms,
-            ),
-        ):
-            if (tp, s, b) in file.done and not again:
-                continue
-            timing = measured_timing(run, where)
+        if (tp, s, b) not in layer_file.done or again:
+            gradient_BSD = torch.randn_like(received_BSD)
+            runs = [
+                _layer_run(layers, replace(batch, row_tasks=tasks), received_BSD, gradient_BSD)
+                for tasks in row_mixtures(b, weights, mixtures_wanted)
+            ]
+            timing = measured_timing(runs, where)
+            modelled_ms = None if single_device is None else _line(single_device.layer_ms, b * s)
             if dist.get_rank() == 0:
-                collectives_ms = modelled[0] + modelled[1] * b * s
-                time_ms = timing.time_ms / share + collectives_ms
-                details = {"spread": round(timing.spread, 4), "repeats": timing.repeats}
-                if single_device is not None:
-                    details["modelled_collectives_ms"] = round(collectives_ms, 6)
-                _record(file, (tp, s, b), time_ms, details)
+                time_ms = timing.time_ms / len(layers.layers) + (modelled_ms or 0.0)
+                _record(layer_file, (tp, s, b), (), time_ms, timing.details(modelled_ms))
+        if (tp, s, b) not in head_file.done or again:
+            nothing = replace(batch, labels_BS=torch.full_like(batch.labels_BS, IGNORED_LABEL))
+            base = measured_timing([_ends_run(layers, ends, nothing, received_BSD)], where)
+            timing = measured_timing([_ends_run(layers, ends, batch, received_BSD)], where)
+            modelled_ms = None if single_device is None else _line(single_device.head_ms, b * s)
+            if dist.get_rank() == 0:
+                time_ms = timing.time_ms + (modelled_ms or 0.0)
+                base_ms = round(min(base.time_ms + (modelled_ms or 0.0), time_ms), 6)
+                details = timing.details(modelled_ms)
+                _record(head_file, (tp, s, b), (base_ms,), time_ms, details)
+
+
+def row_mixtures(
+    num_rows: int, weights: Sequence[float], count: int
+) -> tuple[tuple[int, ...], ...]:
+    """Return ``count`` ways to fill a micro-batch's rows with tasks, each in task order.
+
+    A row is of task t with probability proportional to ``weights[t]``: together the mixtures hold
+    each task as often as that says; each by itself is as mixed as chance makes it. The same
+    everywhere and always.
+    """
+    edges = np.cumsum(weights) / np.sum(weights)
+    slots = (np.arange(num_rows * count) + 0.5) / (num_rows * count)
+    tasks = np.minimum(np.searchsorted(edges, slots, side="right"), len(edges) - 1)
+    drawn = np.random.default_rng(num_rows).permutation(tasks).reshape(count, num_rows)
+    return tuple(tuple(int(task) for task in sorted(row)) for row in drawn)
+
+
+def _adapters_differ(specs: Sequence[AdapterSpec]) -> bool:
+    return len({(spec.rank, frozenset(spec.target_modules)) for spec in specs}) > 1
+
+
+def _line(fixed_and_slope: tuple[float, float], tokens: int) -> float:
+    return fixed_and_slope[0] + fixed_and_slope[1] * tokens
 
 
 def _embedding_rows(stage: Stage) -> range:
@@ -131,18 +165,25 @@ def _embedding_rows(stage: Stage) -> range:
 
 
 def _record(
-    file: SweepFile, key: tuple[int, int, int], time_ms: float, details: dict[str, Any]
+    file: SweepFile,
+    key: tuple[int, int, int],
+    before_time: tuple[float, ...],
+    time_ms: float,
+    details: dict[str, Any],
 ) -> None:
-    """Append a row, or make one measured before the median of all its attempts."""
+    """Append a row, or make one measured before the median of all its attempts.
+
+    The time is the last column; ``before_time`` are those between it and the key.
+    """
     attempts = [round(time_ms, 6)]
     if key not in file.done:
-        file.add((*key, attempts[0]), details)
+        file.add((*key, *before_time, attempts[0]), details)
         return
     before = file.details(key)
     attempts = [*before.get("attempts", [float(file.done[key][-1])]), *attempts]
     spread = min(before.get("spread", details["spread"]), details["spread"])
     revised = before | details | {"attempts": attempts, "spread": spread}
-    file.revise((*key, round(float(np.median(attempts)), 6)), revised)
+    file.revise((*key, *before_time, round(float(np.median(attempts)), 6)), revised)
 
 
 def _build_probes(
@@ -193,25 +234,30 @@ def _ends_run(
     return run
 
 
-def measured_timing(run: Callable[[], None], device: torch.device) -> Timing:
-    """Time a collective function: warm-up, then as many repeats as rank 0 finds worthwhile.
+def measured_timing(runs: Sequence[Callable[[], None]], device: torch.device) -> Timing:
+    """Time collective functions: warm-up, then as many repeats as rank 0 finds worthwhile.
 
-    Each rank takes the median of its repeats; the mean over all ranks is returned, everywhere.
+    Of each function a rank takes the median of its repeats, of these the mean over functions and
+    over ranks; it is returned everywhere.
     """
-    run()
+    for run in runs:
+        run()
     _wait(device)
-    warm_s = _timed(run, device)
-    repeats = int(np.clip(MIN_TIMED_S / max(warm_s, 1e-6), MIN_REPEATS, MAX_REPEATS))
+    warm_s = sum(_timed(run, device) for run in runs)
+    least = MIN_REPEATS if len(runs) == 1 else MIN_REPEATS_OF_MIXTURE
+    most = max(least, MAX_REPEATS // len(runs))
+    repeats = int(np.clip(MIN_TIMED_S / max(warm_s, 1e-6), least, most))
     chosen = torch.tensor([repeats], device=device)
     dist.broadcast(chosen, src=0)
     repeats = int(chosen.item())
     dist.barrier()
-    times_ms = 1e3 * np.array([_timed(run, device) for _ in range(repeats)])
-    low, median, high = np.percentile(times_ms, (25, 50, 75))
-    statistics = torch.tensor([median, (high - low) / median], dtype=torch.float32, device=device)
+    times_ms = 1e3 * np.array([[_timed(run, device) for run in runs] for _ in range(repeats)])
+    low, median, high = np.percentile(times_ms, (25, 50, 75), axis=0)
+    spread = float(((high - low) / median).mean())
+    statistics = torch.tensor([median.mean(), spread], dtype=torch.float32, device=device)
     dist.all_reduce(statistics)
     statistics /= dist.get_world_size()
-    return Timing(float(statistics[0]), float(statistics[1]), repeats)
+    return Timing(float(statistics[0]), float(statistics[1]), repeats * len(runs))
 
 
 def _timed(run: Callable[[], None], device: torch.device) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,14 @@ def num_layers_of(model: str) -> int:
     from model.shapes import resolve_shape
 
     return resolve_shape(model).num_layers
+
+
+def adapter_elements_of(model: str, adapters: Iterable[tuple[int, tuple[str, ...]]]) -> int:
+    """Return the parameters, over all layers, of adapters given as (rank, target modules)."""
+    from model.shapes import resolve_shape
+
+    shape = resolve_shape(model)
+    return sum(shape.adapter_elements(rank, targets) for rank, targets in adapters)
 
 
 def layout_problem_of(model: str, tp: int, pp: int) -> str | None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.shapes import ModelShape, layout_problem, resolve_folder, resolve_shape
-from profiler.collectives import default_collectives_path
+from profiler.cost_model import paths_beside
+from profiler.head import HEAD_COLUMNS, PROFILED_SHARE
 from profiler.options import (
     add_common,
     at_least,
@@ -19,7 +20,7 @@ from profiler.options import (
     precision_of,
     progress_bars,
 )
-from profiler.profiles import TIME_COLUMNS, default_head_path, default_time_path, load_time_profile
+from profiler.profiles import TIME_COLUMNS, default_time_path, load_time_profile
 from profiler.sweep_file import open_sweep
 from tasks.config import load_trainer_config
 from tasks.errors import ConfigError
@@ -145,7 +146,7 @@ def _measure(args: argparse.Namespace) -> int:
 
 def _estimate(args: argparse.Namespace) -> int:
     from profiler.accelerators import load_tables
-    from profiler.estimate_time import calibrate, head_ms, layer_ms
+    from profiler.estimate_time import base_ms, calibrate, head_ms, layer_ms
     from profiler.memory import shape_settings
     from profiler.points import time_points
 
@@ -172,15 +173,16 @@ def _estimate(args: argparse.Namespace) -> int:
     }
     layer_path, head_path, _ = _paths(args)
     console = make_console()
-    for path, time_of, what in (
-        (layer_path, layer_ms, "one layer, forward + backward, ms"),
-        (head_path, head_ms, "embedding and head with loss, forward + backward, ms"),
+    ends = {"what": "embedding and head with loss, forward + backward, ms"}
+    for path, columns, times_of, what in (
+        (layer_path, TIME_COLUMNS, (layer_ms,), {"what": "one layer, forward + backward, ms"}),
+        (head_path, HEAD_COLUMNS, (base_ms, head_ms), ends | {"label_share": PROFILED_SHARE}),
     ):
         file = open_sweep(
             path,
-            TIME_COLUMNS,
+            columns,
             3,
-            settings | {"what": what},
+            settings | what,
             kind="estimated",
             restart=args.restart,
             environment={},
@@ -188,8 +190,8 @@ def _estimate(args: argparse.Namespace) -> int:
         for size in tps:
             for b, s in time_points(length, args.max_tokens or length):
                 if (size, s, b) not in file.done:
-                    time_ms = float(time_of(work, efficiency, size, b, s))
-                    file.add((size, s, b, round(time_ms, 6)), {})
+                    times = (round(float(f(work, efficiency, size, b, s)), 6) for f in times_of)
+                    file.add((size, s, b, *times), {})
         console.print(f"{len(file.done)} rows, estimated for {work.accelerator.name}, in {path}")
     return 0
 
@@ -236,10 +238,7 @@ def _workload(
 def _paths(args: argparse.Namespace) -> tuple[Path, Path, Path]:
     """Return the CSVs of layers, of embedding and head, and of collectives."""
     layers = args.output or default_time_path(args.model)
-    if args.output is None:
-        ends = default_head_path(args.model), default_collectives_path(args.model)
-    else:
-        ends = layers.with_name(f"head_{layers.name}"), layers.with_name(f"links_{layers.name}")
+    ends = paths_beside(args.model, layers)
     return layers, args.head_output or ends[0], args.collectives_output or ends[1]
 
 

@@ -61,6 +61,11 @@ class TokenizedDataset:
         """Tokens of every sequence, int64 [n]."""
         return np.diff(self.offsets)
 
+    @property
+    def num_labels(self) -> int:
+        """Tokens that carry a loss, over all sequences."""
+        return int(np.count_nonzero(self.labels != MASKED))
+
     def __len__(self) -> int:
         """Return the number of sequences."""
         return len(self.offsets) - 1

@@ -39,7 +39,8 @@ class DispatchedMicroBatch:
 class StepDispatch:
     """One step's assignment as every rank knows it.
 
-    `replica_time_s[r]` is predicted for replica r with its speed factor `slowdown[r]`.
+    `replica_time_s[r]` is predicted for replica r with its speed factor `slowdown[r]`;
+    `sync_time_s` for the adapters' synchronisation after the slowest.
     """
 
     replicas: tuple[tuple[DispatchedMicroBatch, ...], ...]
@@ -47,11 +48,12 @@ class StepDispatch:
     slowdown: tuple[float, ...]
     solve_time_s: float
     wait_time_s: float = 0.0
+    sync_time_s: float = 0.0
 
     @property
     def predicted_step_time_s(self) -> float:
-        """Return the slowest replica's predicted time."""
-        return max(self.replica_time_s)
+        """Return the slowest replica's predicted time and the synchronisation's."""
+        return max(self.replica_time_s) + self.sync_time_s
 
     @property
     def padded_tokens(self) -> int:
@@ -61,7 +63,8 @@ class StepDispatch:
 
 def encode(assignment: Assignment, slowdown: tuple[float, ...], solve_time_s: float) -> IntArray:
     """Return the assignment as one int64 array: times in nanoseconds, then the micro-batches."""
-    flat = [round(solve_time_s * 1e9), len(assignment.micro_batches)]
+    flat = [round(solve_time_s * 1e9), round(assignment.sync_time_s * 1e9)]
+    flat.append(len(assignment.micro_batches))
     flat += [round(float(time_s) * 1e9) for time_s in assignment.replica_time_s]
     flat += [round(factor * 1e9) for factor in slowdown]
     for replica in assignment.micro_batches:
@@ -74,7 +77,7 @@ def encode(assignment: Assignment, slowdown: tuple[float, ...], solve_time_s: fl
 def decode(flat: IntArray, wait_time_s: float = 0.0) -> StepDispatch:
     """Return what `encode` was given."""
     values = iter(flat.tolist())
-    solved_s, num_replicas = next(values) / 1e9, next(values)
+    solved_s, sync_s, num_replicas = next(values) / 1e9, next(values) / 1e9, next(values)
     times_s = tuple(next(values) / 1e9 for _ in range(num_replicas))
     slowdown = tuple(next(values) / 1e9 for _ in range(num_replicas))
     replicas = []
@@ -85,7 +88,7 @@ def decode(flat: IntArray, wait_time_s: float = 0.0) -> StepDispatch:
             rows = np.asarray([next(values) for _ in range(size)], dtype=np.int64)
             batches.append(DispatchedMicroBatch(padded, rows))
         replicas.append(tuple(batches))
-    return StepDispatch(tuple(replicas), times_s, slowdown, solved_s, wait_time_s)
+    return StepDispatch(tuple(replicas), times_s, slowdown, solved_s, wait_time_s, sync_s)
 
 
 class AheadDispatcher:

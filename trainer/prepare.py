@@ -5,6 +5,7 @@ All mistakes are collected and reported at once; nothing is written until there 
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from model.topology import Grid, check_grids
 from planner.buckets import ALIGN, make_buckets
 from planner.placement import place
 from planner.plan import Plan, load_plan
+from planner.workload import label_share
 from profiler.cost_model import CostModel, load_cost_model
 from profiler.profiles import default_time_path
 from tasks.config import TaskConfig, TrainerConfig, load_trainer_config
@@ -39,11 +41,14 @@ from trainer.checkpoint import (
     list_checkpoints,
     read_state,
     resume_problems,
+    revival_problems,
     task_record,
 )
 from trainer.folder_lock import hold_folder
 from trainer.metrics import METRICS_FILE, drop_steps
 from trainer.run_spec import ADAPTER_FOLDER, CONFIG_FILE, DATA_FOLDER, VALIDATION_FOLDER, RunSpec
+
+log = logging.getLogger(__name__)
 
 DEFAULT_PERIOD = 10  # steps between evaluations, where a task asks for them
 ONE_MACHINE = 1 << 30  # a CPU machine is one node, however many ranks it runs
@@ -69,7 +74,8 @@ class TrainRequest:
     seed: int = 0
     time_profile: Path | None = None
     cost_model: Literal["fitted", "lobra6"] = "fitted"
-    gpus_per_node: int = 8
+    gpus_per_node: int | None = None  # what is found: by the launcher, else on this machine
+    found_per_node: int | None = None  # ranks a launcher has started on every node
     gradient_checkpointing: bool = False
     feedback: bool | None = None  # on for GPUs; off on CPU, where runs are then bit-reproducible
     validate_every: int | None = None  # a default where a task validates or may stop early
@@ -77,16 +83,18 @@ class TrainRequest:
     keep_last: int = 3
     resume: bool = False
     resume_step: int | None = None  # the last checkpoint
+    revive: tuple[str, ...] = ()  # stopped tasks that are to go on
     num_gpus: int | None = None  # the most ranks a plan may have
     launched_world: int | None = None  # ranks a launcher has started, None without one
     record_sequences: bool = False
+    mistakes: tuple[str, ...] = ()  # found in the arguments, to be reported with all others
 
 
 class _Collector:
     """Runs checks and keeps every problem."""
 
-    def __init__(self) -> None:
-        self.problems: list[str] = []
+    def __init__(self, problems: Sequence[str] = ()) -> None:
+        self.problems: list[str] = list(problems)
 
     def attempt(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         """Return function(...), or None after noting the ConfigError it raised."""
@@ -107,7 +115,7 @@ def prepare(request: TrainRequest) -> RunSpec:
     Raises:
         ConfigError: with every mistake found; nothing was written then.
     """
-    checks = _Collector()
+    checks = _Collector(request.mistakes)
     config: TrainerConfig | None = checks.attempt(
         load_trainer_config, request.trainer_config, request.num_tasks
     )
@@ -119,8 +127,12 @@ def prepare(request: TrainRequest) -> RunSpec:
     state: CheckpointState | None = None
     if request.resume:
         state = checks.attempt(read_state, request.output_dir, request.resume_step)
+        if state is not None:
+            checks.problems += revival_problems(state, request.revive)
     else:
         checks.problems += _earlier_run(request.output_dir)
+        if request.revive:
+            checks.problems.append("--revive: only a run that goes on (--resume) has stopped tasks")
     if plan is not None and request.num_gpus is not None and plan.num_gpus > request.num_gpus:
         checks.problems.append(
             f"{request.strategy_config}: the plan {plan} needs {plan.num_gpus} ranks, but only "
@@ -148,17 +160,21 @@ def prepare(request: TrainRequest) -> RunSpec:
     datasets: list[TokenizedDataset] = []
     if config is not None and folder is not None:
         tasks = _clip_context(config.tasks, request.max_seq_length)
-        for task in tasks:
+        for number, task in enumerate(tasks):
             if task.resume_from and shape is not None:
                 start = Path(task.resume_from)
-                checks.problems += check_adapter(start, adapter_spec(task), shape)
+                where = f"{config.path}: task[{number}].resume_from"
+                checks.problems += [
+                    f"{where}: {problem}"
+                    for problem in check_adapter(start, adapter_spec(task), shape)
+                ]
         tokenizer = checks.attempt(load_tokenizer, folder)
         if tokenizer is not None:
-            datasets = _load_datasets(checks, tasks, tokenizer, request.data_dir)
+            datasets = _load_datasets(checks, config.path, tasks, tokenizer, request.data_dir)
             if plan is not None:
-                checks.problems += too_long(tasks, datasets, plan)
+                checks.problems += too_long(tasks, datasets, plan, config.path)
             if shape is not None:
-                checks.problems += _foreign_tokens(tasks, datasets, shape)
+                checks.problems += _foreign_tokens(tasks, datasets, shape, config.path)
     training: list[TokenizedDataset] = []
     if datasets:
         parts = [
@@ -175,6 +191,10 @@ def prepare(request: TrainRequest) -> RunSpec:
         )
     checks.raise_if_any()
     assert config and plan and folder and shape and grids and cost_model and device
+    cost_model = cost_model.for_training(
+        label_share(tasks, training),
+        sum(shape.adapter_elements(task.rank, task.target_modules) for task in tasks),
+    )
 
     last_step = max(steps) if request.max_steps is None else min(max(steps), request.max_steps)
     held_out = [data for data in validation if data is not None]
@@ -204,6 +224,7 @@ def prepare(request: TrainRequest) -> RunSpec:
         save_every=request.save_every,
         keep_last=request.keep_last,
         resume_step=None if state is None else state.step,
+        revive=request.revive,
         record_sequences=request.record_sequences,
     )
     _write_run_folder(run, request, training, validation)
@@ -226,6 +247,20 @@ def _earlier_run(folder: Path) -> list[str]:
     return []
 
 
+def node_size(request: TrainRequest, device: str | None) -> int:
+    """Return how many of the plan's ranks a node holds.
+
+    As asked for, else as the launcher started them, else the GPUs of this machine.
+    """
+    import torch
+
+    if request.gpus_per_node is not None:
+        return request.gpus_per_node
+    if device != "cuda":
+        return ONE_MACHINE
+    return request.found_per_node or torch.cuda.device_count()
+
+
 def placed(plan: Plan, request: TrainRequest, device: str | None) -> tuple[Grid, ...]:
     """Return the ranks of every replica: the plan's own rank map, else placed here.
 
@@ -233,8 +268,9 @@ def placed(plan: Plan, request: TrainRequest, device: str | None) -> tuple[Grid,
         ConfigError: the rank map does not fit the plan, or the plan cannot be placed.
     """
     ranks = plan.meta.get("ranks")
+    size = node_size(request, device)
     if ranks is None:
-        return place(plan, request.gpus_per_node if device == "cuda" else ONE_MACHINE)
+        return place(plan, size)
     try:
         grids = tuple(tuple(tuple(stage) for stage in replica) for replica in ranks)
         check_grids(grids, plan.num_gpus)
@@ -248,6 +284,14 @@ def placed(plan: Plan, request: TrainRequest, device: str | None) -> tuple[Grid,
             f"{request.strategy_config}: meta.ranks has the layouts {shapes}, the plan is {plan}; "
             f"remove meta.ranks to have the plan placed anew"
         )
+    for stage in (stage for grid in grids for stage in grid if len(stage) <= size):
+        if len({rank // size for rank in stage}) > 1:
+            log.warning(
+                "%s: meta.ranks spreads the tensor-parallel group %s over nodes of %d GPUs, which "
+                "is slow; plan with --gpus-per-node %d, or remove meta.ranks",
+                request.strategy_config, list(stage), size, size,
+            )  # fmt: skip
+            break
     return grids
 
 
@@ -317,33 +361,46 @@ def _clip_context(
 
 
 def _load_datasets(
-    checks: _Collector, tasks: Sequence[TaskConfig], tokenizer: Any, data_dir: Path
+    checks: _Collector, source: Path, tasks: Sequence[TaskConfig], tokenizer: Any, data_dir: Path
 ) -> list[TokenizedDataset]:
     """Return the tokenised data of every task, or [] after noting what is wrong with some."""
     datasets = []
-    for task in tasks:
+    for number, task in enumerate(tasks):
         try:
             datasets.append(load_dataset(task, tokenizer, data_dir))
         except ConfigError as error:
-            checks.problems += [f"task {task.name}: {problem}" for problem in error.problems]
+            field = f"{source}: task[{number}].dataset_name"
+            named = f"dataset_name = {task.dataset_name!r}: "
+            checks.problems += [
+                f"{field} = {task.dataset_name!r}: {problem.removeprefix(named)}"
+                for problem in error.problems
+            ]
     if len(datasets) < len(tasks):
         return []
     return datasets
 
 
 def too_long(
-    tasks: Sequence[TaskConfig], datasets: Sequence[TokenizedDataset], plan: Plan
+    tasks: Sequence[TaskConfig],
+    datasets: Sequence[TokenizedDataset],
+    plan: Plan,
+    source: Path | str = "",
 ) -> list[str]:
-    """Return a problem for every task with a sequence that no replica of the plan can take."""
+    """Return a problem for every task with a sequence that no replica of the plan can take.
+
+    `source` is the trainer configuration, named in the problems if it is given.
+    """
+    prefix = f"{source}: " if source else ""
     capacity = plan.max_tokens
     problems = []
-    for task, data in zip(tasks, datasets, strict=False):
+    for number, (task, data) in enumerate(zip(tasks, datasets, strict=False)):
         longest = int(data.lengths.max())
         padded = -(-data.lengths // ALIGN) * ALIGN
         if padded.max() > capacity:
             count = int((padded > capacity).sum())
             problems.append(
-                f"task {task.name}: {count} of {len(data)} sequences are longer than any replica "
+                f"{prefix}task[{number}].context_length = {task.context_length}: {count} of "
+                f"{len(data)} sequences of task {task.name} are longer than any replica "
                 f"can take (longest {longest} tokens, padded to {int(padded.max())}, "
                 f"largest max_tokens {capacity}); lower context_length to "
                 f"{capacity // ALIGN * ALIGN} or plan for the longer length"
@@ -352,15 +409,19 @@ def too_long(
 
 
 def _foreign_tokens(
-    tasks: Sequence[TaskConfig], datasets: Sequence[TokenizedDataset], shape: ModelShape
+    tasks: Sequence[TaskConfig],
+    datasets: Sequence[TokenizedDataset],
+    shape: ModelShape,
+    source: Path,
 ) -> list[str]:
     """Return a problem for every task whose token ids exceed the model's vocabulary."""
     problems = []
-    for task, data in zip(tasks, datasets, strict=False):
+    for number, (task, data) in enumerate(zip(tasks, datasets, strict=False)):
+        where = f"{source}: task[{number}].dataset_name = {task.dataset_name!r}"
         largest = int(data.tokens.max())
         if largest >= shape.vocab_size:
             problems.append(
-                f"task {task.name}: token id {largest} is outside the model's vocabulary of "
+                f"{where}: token id {largest} is outside the model's vocabulary of "
                 f"{shape.vocab_size}; the data was tokenised for another model"
             )
     return problems
@@ -419,7 +480,7 @@ def resolved_config(run: RunSpec, request: TrainRequest) -> dict[str, Any]:
         "data_dir": os.fspath(request.data_dir),
         "num_tasks": request.num_tasks,
         "max_seq_length": request.max_seq_length,
-        "gpus_per_node": request.gpus_per_node,
+        "gpus_per_node": node_size(request, run.device) if run.device == "cuda" else None,
         "time_profile": run.cost_model.meta,
         "model_folder": os.fspath(run.model_folder),
         "precision": run.precision,

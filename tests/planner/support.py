@@ -30,6 +30,7 @@ class LawCostModel:
     laws: dict[int, tuple[float, float, float, float, float]]
     kind: str = "fitted"
     meta: dict[str, str] = field(default_factory=dict)
+    adapter_elements: float = 0.0
 
     @property
     def tps(self) -> tuple[int, ...]:
@@ -44,6 +45,9 @@ class LawCostModel:
 
     def chunk_time_ms(self, tp: int, pp: int, b: np.ndarray, s: np.ndarray) -> np.ndarray:
         return self.layer_time_ms(tp, b, s) * -(-self.num_layers // pp)
+
+    def sync_time_ms(self, num_ranks: int, layers_share: float = 1.0) -> float:
+        return 0.0
 
 
 def random_cost_model(rng: np.random.Generator, kind: str = "fitted") -> LawCostModel:

@@ -8,6 +8,7 @@ import pytest
 
 from planner.candidates import Candidate
 from planner.dispatch import dispatch
+from planner.evaluate import sync_time_s
 from planner.explain import roles
 from planner.layout import Layout
 from planner.plan import ReplicaGroup, make_plan, save_plan
@@ -16,6 +17,9 @@ from planner.simulate import baselines, chrome_trace, ladder, lpt_times_s, simul
 from planner.simulate_cli import add_arguments, run
 from planner.sweep import parse_range
 from planner.workload import Workload, expect
+from profiler.collectives import SYNC, Collectives, Link
+from profiler.cost_model import fit_cost_model
+from profiler.profiles import TimeProfile
 from tasks.errors import ConfigError
 from tests.planner.support import random_cost_model
 from tests.planner.test_cli import files  # noqa: F401 (a fixture)
@@ -130,3 +134,19 @@ def test_lobra_simulate_writes_its_three_files(
     args.steps = 0
     with pytest.raises(ConfigError, match="at least one step"):
         run(args)
+
+
+def test_synchronisation_is_added_where_it_was_profiled() -> None:
+    """Once a step, for all ranks that hold a layer; the published cost model has no such term."""
+    links = Collectives({(SYNC, 2): Link(5.0, 0.0), (SYNC, 4): Link(9.0, 1e-6)}, 1.0)
+    rows = np.array([(tp, s, b) for tp in (1, 2) for s in (64, 128, 256) for b in (1, 2, 4)])
+    profile = TimeProfile(*rows.T, 1.0 + 0.01 * rows[:, 1] * rows[:, 2] / rows[:, 0])
+    plain = fit_cost_model(profile, 4)
+    plan = make_plan([ReplicaGroup(Layout(1, 2), 2, 512), ReplicaGroup(Layout(2, 2), 1, 512)])
+    assert sync_time_s(plan, plain.for_training(None, 1e6)) == 0
+    model = fit_cost_model(profile, 4, collectives=links).for_training(None, 1e6)
+    half = 1e6 * 4 / 2  # bytes of two of the four layers
+    assert sync_time_s(plan, model) == pytest.approx((9.0 + 1e-6 * half) / 1000)
+    work = Workload({"t": np.full(8, 100)}, {"t": 4}, {})
+    run = simulate(plan, work, model, 2)
+    assert run.step_time_s == pytest.approx(run.busy_s.max(axis=1) + sync_time_s(plan, model))

@@ -54,12 +54,14 @@ def test_a_pipelined_micro_batch_pays_for_two_transfers(tmp_path: Path) -> None:
 
 def test_synchronisation_grows_with_ranks_and_is_free_where_not_measured(tmp_path: Path) -> None:
     links = load_collectives(written(tmp_path / "links.csv"))
-    model = fit_cost_model(profile(), 8, collectives=links)
-    times = [model.sync_time_ms(ranks, 1_000_000) for ranks in (1, 2, 3, 4, 8, 16)]
+    model = fit_cost_model(profile(), 8, collectives=links).for_training(None, 1_000_000)
+    times = [model.sync_time_ms(ranks) for ranks in (1, 2, 3, 4, 8, 16)]
     assert times[0] == 0
     assert times[1] == pytest.approx(0.2 + 3e-6 * 4e6)
     assert times == sorted(times)
-    assert fit_cost_model(profile(), 8).sync_time_ms(8, 1_000_000) == 0
+    assert model.sync_time_ms(4, 0.5) < model.sync_time_ms(4), "half of the layers, half of it"
+    assert fit_cost_model(profile(), 8).for_training(None, 1_000_000).sync_time_ms(8) == 0
+    assert fit_cost_model(profile(), 8, collectives=links).sync_time_ms(8) == 0, "no adapters"
 
 
 def test_every_mistake_of_the_file(tmp_path: Path) -> None:

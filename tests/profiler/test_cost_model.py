@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from profiler.cost_model import fit_cost_model
+from profiler.head import HeadProfile
 from profiler.profiles import TimeProfile, load_time_profile
 from tasks.errors import ConfigError
 
@@ -67,7 +68,7 @@ def test_a_few_rows_of_a_plain_law_are_followed_four_times_beyond(seed: int) -> 
 def test_a_chunk_takes_the_layers_of_the_largest_stage_and_the_head() -> None:
     rows = [(1, s, b, 1.0 + b * s / 1000) for s in (100, 200, 400) for b in (1, 2, 3)]
     head = [(1, s, b, b * s / 100) for s in (100, 200, 400) for b in (1, 2, 3)]
-    model = fit_cost_model(profile_of(rows), 5, head_profile=profile_of(head))
+    model = fit_cost_model(profile_of(rows), 5, head_profile=HeadProfile(profile_of(head)))
     layer = float(model.layer_time_ms(1, 2, 300))
     assert float(model.chunk_time_ms(1, 2, 2, 300)) == pytest.approx(3 * layer + 6.0, rel=1e-6)
 

@@ -66,7 +66,8 @@ def test_running_out_of_memory_leaves_the_point_out(
             if b == 4:
                 raise RankError(0, "torch.OutOfMemoryError: CUDA out of memory")
             for file in (kwargs["layer_file"], kwargs["head_file"]):
-                file.add((1, s, b, 1.0), {"spread": 0.0, "repeats": 3})
+                times = [1.0] * (len(file.columns) - 3)
+                file.add((1, s, b, *times), {"spread": 0.0, "repeats": 3})
 
     monkeypatch.setattr(layer_time, "run_ranks", ranks)
     files = sweep_time(sweep, opened(sweep, tmp_path))

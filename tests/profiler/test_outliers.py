@@ -53,7 +53,7 @@ def test_attempts_end_and_leave_the_median(tmp_path: Path) -> None:
     file = filled(tmp_path / "t.csv", {point: 2.0})
     for attempt in range(MAX_ATTEMPTS - 1):
         assert point in doubtful_points(file, 2) or attempt > 0
-        _record(file, (2, s, b), time_ms(b, s), {"spread": 0.01, "repeats": 5})
+        _record(file, (2, s, b), (), time_ms(b, s), {"spread": 0.01, "repeats": 5})
         file = opened(file.path)
     assert point not in doubtful_points(file, 2)
     profile = load_time_profile(file.path)
