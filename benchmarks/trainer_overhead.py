@@ -1,6 +1,6 @@
-"""How much of a step is not computing: dispatch wait, adapter reduction, optimiser.
+"""How much of a step is not computing: preparing, waiting, adapter reduction, optimiser.
 
-    python benchmarks/trainer_overhead.py [--steps 12] [--output FILE.csv]
+    python benchmarks/trainer_overhead.py [--steps 12] [--output FILE.csv] [--case 32,4 ...]
 
 Trains random data on the tiny model's shape with CPU ranks, over numbers of tasks (on 4 ranks) and
 of ranks (with 8 tasks), and prints a table. Work per task is fixed, so more tasks mean longer
@@ -14,7 +14,6 @@ import csv
 import os
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -44,24 +43,18 @@ PLANS = {
     8: [(1, 1), (1, 1), (1, 1), (1, 1), (2, 1), (1, 2)],
 }
 CASES = [(tasks, 4) for tasks in (1, 2, 4, 8, 16, 32)] + [(8, ranks) for ranks in (1, 2, 8)]
-COLUMNS = ("tasks", "ranks", "step_ms", "dispatch_wait", "reduction", "optimiser", "solve_ms")
+PARTS = {
+    "dispatch_wait": "dispatch_wait_s",
+    "prepare": "prepare_time_s",
+    "replica_wait": "replica_wait_s",
+    "reduction": "reduce_time_s",
+    "optimiser": "optimizer_time_s",
+}
+COLUMNS = ("tasks", "ranks", "step_ms", *PARTS, "solve_ms")
 
 
-@dataclass(frozen=True)
-class Shares:
-    """Shares of step time in [0, 1]; times in ms."""
-
-    tasks: int
-    ranks: int
-    step_ms: float
-    dispatch_wait: float
-    reduction: float
-    optimiser: float
-    solve_ms: float
-
-
-def measure(folder: Path, num_tasks: int, num_ranks: int, steps: int) -> Shares:
-    """Train one case and return rank 0's shares (reduction includes waiting for slower ranks)."""
+def measure(folder: Path, num_tasks: int, num_ranks: int, steps: int) -> dict[str, float]:
+    """Train one case and return rank 0's row of COLUMNS: shares of step time, times in ms."""
     base = resolve_folder("tiny")
     shape = read_shape(base)
     tasks = tuple(
@@ -95,15 +88,16 @@ def measure(folder: Path, num_tasks: int, num_ranks: int, steps: int) -> Shares:
         random_dataset(number, shape.vocab_size).save(run.data_folder(number))
     timed = run_local(run)[0].steps[2:]
     total_s = sum(step.step_time_s for step in timed)
-    return Shares(
-        tasks=num_tasks,
-        ranks=num_ranks,
-        step_ms=1e3 * total_s / len(timed),
-        dispatch_wait=sum(step.dispatch_wait_s for step in timed) / total_s,
-        reduction=sum(step.reduce_time_s for step in timed) / total_s,
-        optimiser=sum(step.optimizer_time_s for step in timed) / total_s,
-        solve_ms=1e3 * sum(step.dispatch_time_s for step in timed) / len(timed),
-    )
+    shares = {
+        part: sum(getattr(step, field) for step in timed) / total_s for part, field in PARTS.items()
+    }
+    return {
+        "tasks": num_tasks,
+        "ranks": num_ranks,
+        "step_ms": 1e3 * total_s / len(timed),
+        **shares,
+        "solve_ms": 1e3 * sum(step.dispatch_time_s for step in timed) / len(timed),
+    }
 
 
 def plain_cost_model(num_layers: int):
@@ -130,13 +124,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--case", nargs="*", help="TASKS,RANKS instead of the usual ones")
     args = parser.parse_args()
     rows = []
     print("".join(f"{column:>15}" for column in COLUMNS))
-    for num_tasks, num_ranks in CASES:
+    cases = [tuple(map(int, case.split(","))) for case in args.case or ()] or CASES
+    for num_tasks, num_ranks in cases:
         with tempfile.TemporaryDirectory() as folder:
-            shares = measure(Path(folder) / "run", num_tasks, num_ranks, args.steps)
-        rows.append([getattr(shares, column) for column in COLUMNS])
+            row = measure(Path(folder) / "run", num_tasks, num_ranks, args.steps)
+        rows.append([row[column] for column in COLUMNS])
         print("".join(f"{value:>15.4g}" for value in rows[-1]), flush=True)
     if args.output:
         with args.output.open("w", newline="", encoding="utf-8") as file:

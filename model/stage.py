@@ -151,12 +151,11 @@ class Stage(nn.Module):
         assert self.head is not None, "only the last stage has the head"
         targets = batch.targets or find_targets(batch.labels_BS, batch.row_tasks)
         hidden_TD = hidden_BSD.flatten(0, 1).index_select(0, targets.positions_T)
-        losses_T = self.head.token_losses(hidden_TD, targets.tokens_T)
-        per_task = torch.zeros_like(batch.task_weights)
-        per_task = per_task.index_add(0, targets.tasks_T, losses_T.to(per_task.dtype))
+        factors_T = batch.task_weights.index_select(0, targets.tasks_T)
         # A sum over zero tokens still depends on the hidden states: every rank runs backward.
-        weighted = (per_task * batch.task_weights).sum()
-        return weighted, per_task.detach()
+        weighted, losses_T = self.head.loss(hidden_TD, targets.tokens_T, factors_T)
+        per_task = torch.zeros_like(batch.task_weights).index_add(0, targets.tasks_T, losses_T)
+        return weighted, per_task
 
     def logits(self, batch: MicroBatchTensors, received_BSD: Tensor | None = None) -> Tensor:
         """Return this rank's slice of the logits [B, S, v] (last stage only, no gradient)."""

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from planner.layout import Layout
+from tasks.documents import read_document
 from tasks.errors import ConfigError
 from tasks.files import write_atomic
 
@@ -119,14 +120,11 @@ def load_plan(name_or_path: str | os.PathLike[str]) -> Plan:
         With every mistake of the file.
     """
     path = plan_path(name_or_path)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         raise ConfigError(
             f"{path}: no such plan; make it with deploy_strategy_plan or give its path"
-        ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: not readable as YAML ({error})") from error
+        )
+    data = read_document(path)
     entries = data.get("strategy_config") if isinstance(data, dict) else None
     if not isinstance(entries, list) or not entries:
         raise ConfigError(

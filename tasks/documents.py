@@ -93,5 +93,11 @@ def _parse_yaml(text: str) -> Any:
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise _DocumentError(f"{place}not valid YAML: {error.problem or error.context}") from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        column = error.position - text.rfind("\n", 0, error.position)
+        place = f"line {line}, column {column}: "
+        character = f"the character U+{ord(text[error.position]):04X}"
+        raise _DocumentError(f"{place}not valid YAML: {character} is not allowed") from None
     except yaml.YAMLError as error:
-        raise _DocumentError(f"not valid YAML: {error}") from None
+        raise _DocumentError(f"not valid YAML: {' '.join(str(error).split())}") from None

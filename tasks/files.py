@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+_CURRENT, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux's renameat2
 
 
 @contextmanager
@@ -41,6 +45,48 @@ def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:
     """Write ``data`` (text as UTF-8, line ends as they are) to ``path``: all of it or nothing."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def flush_tree(folder: Path) -> None:
+    """Have everything in a folder, and the folder itself, written to disk (files first)."""
+    for root, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            _flush(Path(root, name))
+        with suppress(OSError):  # some network file systems cannot flush a folder
+            _flush(Path(root))
+
+
+def replace_folder(draft: Path, target: Path) -> None:
+    """Put a finished folder in a target's place; both lie in the same folder.
+
+    Everything is on disk before it is visible, and where there is a target already, the two change
+    places in one operation: at no moment is there none. Only on file systems that cannot do that
+    (some network ones) the old one is moved aside first.
+    """
+    flush_tree(draft)
+    aside = None
+    if not target.exists():
+        os.rename(draft, target)
+    elif _exchange(draft, target):
+        aside = draft
+    else:
+        aside = target.with_name(f".{target.name}.old")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(target, aside)
+        os.rename(draft, target)
+    with suppress(OSError):
+        _flush(target.parent)
+    if aside is not None:
+        shutil.rmtree(aside)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two names change places atomically (Linux); return whether the system can."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        return False
+    names = os.fsencode(one), os.fsencode(other)
+    return bool(libc.renameat2(_CURRENT, names[0], _CURRENT, names[1], _EXCHANGE) == 0)
 
 
 def _flush(path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from model.shapes import ModelShape
 from model.topology import Grid, layer_blocks
 from tasks.config import TaskConfig
 from tasks.errors import ConfigError, first_problems
-from tasks.files import write_atomic
+from tasks.files import replace_folder, write_atomic
 from tasks.sampling import task_seed
 
 CONFIG_FILE = "adapter_config.json"
@@ -94,16 +93,15 @@ def save_adapter(
 ) -> None:
     """Write an adapter folder that `peft.PeftModel.from_pretrained` and vLLM load unchanged.
 
-    The folder appears complete or not at all; an older one of that name is replaced.
+    The folder appears complete or not at all; an older one of that name is there until the moment
+    it is replaced.
     """
     draft = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     save_file(dict(tensors), draft / WEIGHTS_FILE, metadata={"format": "pt"})
     write_atomic(draft / CONFIG_FILE, json.dumps(peft_config(spec, base_model), indent=2) + "\n")
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.rename(draft, folder)
+    replace_folder(draft, folder)
 
 
 def peft_config(spec: AdapterSpec, base_model: str) -> dict[str, Any]:

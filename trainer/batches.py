@@ -83,9 +83,13 @@ def count_targets(data: TokenizedDataset) -> IntArray:
 
     A sequence's first token is never predicted, so its label never counts.
     """
-    learned = np.concatenate([[0], np.cumsum(data.labels != IGNORED_LABEL)])
-    starts = np.minimum(data.offsets[:-1] + 1, data.offsets[1:])
-    return np.asarray(learned[data.offsets[1:]] - learned[starts], dtype=np.int64)
+    counts = np.zeros(len(data), dtype=np.int64)
+    some = np.flatnonzero(data.lengths)
+    if len(some):
+        starts = data.offsets[some]
+        learned = data.labels != IGNORED_LABEL
+        counts[some] = np.add.reduceat(learned, starts, dtype=np.int64) - learned[starts]
+    return counts
 
 
 def target_tokens(batch: GlobalBatch, counts: Sequence[IntArray | None]) -> IntArray:

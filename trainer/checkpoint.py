@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ from model.lora import AdapterBank
 from tasks.config import TaskConfig
 from tasks.dataset import TokenizedDataset
 from tasks.errors import ConfigError
-from tasks.files import write_atomic
+from tasks.files import replace_folder, write_atomic
 from trainer.adapters import WEIGHTS_FILE, save_adapter
 from trainer.engines import MOMENTS, AdapterOptimizer
 
@@ -128,8 +127,7 @@ class CheckpointWriter:
         """Make the checkpoint visible and remove all but the last `keep_last`."""
         content = {"format": FORMAT, **state.__dict__}
         write_atomic(self.draft / STATE_FILE, json.dumps(content, indent=1) + "\n")
-        shutil.rmtree(self.target, ignore_errors=True)
-        os.rename(self.draft, self.target)
+        replace_folder(self.draft, self.target)
         for old in list_checkpoints(self.run)[:-keep_last]:
             shutil.rmtree(step_folder(self.run, old))
 
@@ -189,6 +187,25 @@ def resume_problems(
         for record, life, steps in zip(tasks, state.lives, num_steps, strict=True)
         if life["num_steps"] < state.step < steps
     ]
+    return problems
+
+
+def revival_problems(state: CheckpointState, revived: Sequence[str]) -> list[str]:
+    """Return why the tasks named to be revived cannot be (empty: they can)."""
+    stopped = {
+        record["name"]: life["stopped"]
+        for record, life in zip(state.tasks, state.lives, strict=True)
+    }
+    waiting = [name for name, why in stopped.items() if why is not None]
+    problems = []
+    for name in revived:
+        if name not in stopped:
+            problems.append(
+                f"--revive {name}: the checkpoint has no such task; it has {', '.join(stopped)}"
+            )
+        elif stopped[name] is None:
+            known = f"stopped are {', '.join(waiting)}" if waiting else "no task is"
+            problems.append(f"--revive {name}: this task is not stopped; {known}")
     return problems
 
 

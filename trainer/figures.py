@@ -16,12 +16,14 @@ PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 class StepFigures:
     """`losses[t]`: summed token loss; `grad_norms[t]`; `busy_s[rank]`; `memory_bytes[rank]`.
 
+    `arrival_s[rank]`: when the rank was ready to reduce, since the step's assignment reached it;
     `stop`: some rank was told to stop.
     """
 
     losses: tuple[float, ...]
     grad_norms: tuple[float, ...]
     busy_s: tuple[float, ...]
+    arrival_s: tuple[float, ...]
     memory_bytes: tuple[int, ...]
     stop: bool
 
@@ -30,6 +32,7 @@ def exchange_figures(
     losses: Tensor,
     squared_norms: Tensor,
     busy_s: float,
+    arrival_s: float,
     group: dist.ProcessGroup,
     stop: bool = False,
 ) -> StepFigures:
@@ -42,23 +45,27 @@ def exchange_figures(
         losses: [num_tasks] this rank's summed token losses, zero unless it computed them.
         squared_norms: [num_tasks] this rank's part of the squared gradient norms.
         busy_s: seconds this rank computed.
+        arrival_s: seconds from the assignment's arrival until this rank was ready to reduce.
         group: a group of the whole world.
         stop: whether this rank was told to stop.
     """
     num_tasks, world, rank = len(losses), dist.get_world_size(), dist.get_rank()
-    own = torch.zeros(2 * num_tasks + 2 * world + 1, dtype=torch.float64)
+    own = torch.zeros(2 * num_tasks + 3 * world + 1, dtype=torch.float64)
     own[:num_tasks] = losses.double().cpu()
     own[num_tasks : 2 * num_tasks] = squared_norms.cpu()
     own[2 * num_tasks + rank] = busy_s
-    own[2 * num_tasks + world + rank] = step_memory_bytes()
+    own[2 * num_tasks + world + rank] = arrival_s
+    own[2 * num_tasks + 2 * world + rank] = step_memory_bytes()
     own[-1] = float(stop)
     dist.all_reduce(own, group=group)
     dist.broadcast(own, src=0, group=group)
-    summed, squared, busy, memory, stops = own.split([num_tasks, num_tasks, world, world, 1])
+    sizes = [num_tasks, num_tasks, world, world, world, 1]
+    summed, squared, busy, arrival, memory, stops = own.split(sizes)
     return StepFigures(
         losses=tuple(summed.tolist()),
         grad_norms=tuple(squared.sqrt().tolist()),
         busy_s=tuple(busy.tolist()),
+        arrival_s=tuple(arrival.tolist()),
         memory_bytes=tuple(int(value) for value in memory.tolist()),
         stop=bool(stops.item()),
     )

@@ -44,6 +44,14 @@ class TaskLife:
         """Return whether the task takes part in `step` (0-based)."""
         return self.stopped is None and step < self.num_steps
 
+    def revive(self) -> None:
+        """Let a stopped task go on: its counts of bad steps and periods start anew."""
+        self.stopped = None
+        self.skipped_in_row = 0
+        self.bad_periods = 0
+        self.best_loss = math.inf
+        self.period_loss, self.period_steps = 0.0, 0
+
     def record(self, applied: bool, loss: float) -> str | None:
         """Note one step the task took part in; return a message when that ends the task."""
         if applied:

@@ -46,8 +46,11 @@ class ReplicaMetrics:
 class StepMetrics:
     """One step (0-based). Times in seconds, tokens over all tasks.
 
-    `reduce_time_s` is the adapters' gradient reduction (waiting for slower replicas included),
-    `memory_bytes` the most any rank has in use.
+    The parts are rank 0's: `dispatch_wait_s` for the assignment, `prepare_time_s` drawing the
+    batch and building its tensors, `replica_wait_s` ready but waiting for the slowest rank,
+    `reduce_time_s` summing the gradients, `optimizer_time_s` updating and exchanging the adapters.
+    `step_time_s` and `gpu_seconds` are without `validation_time_s` and `checkpoint_time_s`, which
+    came after the step. `memory_bytes` is the most any rank has in use.
     """
 
     step: int
@@ -55,6 +58,8 @@ class StepMetrics:
     predicted_step_time_s: float
     dispatch_time_s: float
     dispatch_wait_s: float
+    prepare_time_s: float
+    replica_wait_s: float
     reduce_time_s: float
     optimizer_time_s: float
     tokens: int
@@ -63,6 +68,8 @@ class StepMetrics:
     memory_bytes: int
     tasks: dict[str, TaskMetrics]
     replicas: list[ReplicaMetrics]
+    validation_time_s: float = 0.0
+    checkpoint_time_s: float = 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -119,6 +126,9 @@ def _scalars(metrics: StepMetrics) -> dict[str, float]:
         "step/time_s": metrics.step_time_s,
         "step/predicted_time_s": metrics.predicted_step_time_s,
         "step/dispatch_wait_s": metrics.dispatch_wait_s,
+        "step/prepare_time_s": metrics.prepare_time_s,
+        "step/replica_wait_s": metrics.replica_wait_s,
+        "step/reduce_time_s": metrics.reduce_time_s,
         "step/tokens_per_second": metrics.tokens_per_second,
         "step/padding_ratio": 1 - metrics.tokens / max(1, metrics.padded_tokens),
     }

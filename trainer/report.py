@@ -17,6 +17,13 @@ from trainer.metrics import METRICS_FILE, read_metrics
 from trainer.run_spec import ADAPTER_FOLDER, CONFIG_FILE
 
 WARM_UP_STEPS = 1  # the first step also pays for lazy initialisation; left out of the medians
+PARTS = {
+    "dispatch_wait": "dispatch_wait_s",
+    "prepare": "prepare_time_s",
+    "replica_wait": "replica_wait_s",
+    "reduce": "reduce_time_s",
+    "optimizer": "optimizer_time_s",
+}
 EDGE_STEPS = 3  # losses before and after are means over this many steps
 
 
@@ -48,7 +55,11 @@ class ReplicaSummary:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """The figures of a run's report. Times in seconds."""
+    """The figures of a run's report. Times in seconds; shares are of rank 0's step time.
+
+    `step_gpu_seconds` is what the steps took on all GPUs; `other_gpu_seconds` what validation and
+    checkpoints took in between (not: starting, loading the model).
+    """
 
     plan: str
     num_gpus: int
@@ -57,10 +68,13 @@ class RunSummary:
     step_time_s: float
     predicted_step_time_s: float
     dispatch_wait_share: float
+    prepare_share: float
+    replica_wait_share: float
     reduce_share: float
     optimizer_share: float
     memory_bytes: int
-    gpu_seconds: float
+    step_gpu_seconds: float
+    other_gpu_seconds: float
     padding_ratio: float
     tasks: tuple[TaskSummary, ...]
     replicas: tuple[ReplicaSummary, ...]
@@ -105,11 +119,10 @@ def summarise(folder: Path) -> RunSummary:
         steps=len(steps),
         step_time_s=median(step["step_time_s"] for step in timed),
         predicted_step_time_s=median(step["predicted_step_time_s"] for step in timed),
-        dispatch_wait_share=sum(step["dispatch_wait_s"] for step in timed) / total_s,
-        reduce_share=sum(step["reduce_time_s"] for step in timed) / total_s,
-        optimizer_share=sum(step["optimizer_time_s"] for step in timed) / total_s,
+        **{f"{part}_share": _share(timed, field) for part, field in PARTS.items()},
         memory_bytes=max(step["memory_bytes"] for step in steps),
-        gpu_seconds=sum(step["gpu_seconds"] for step in steps),
+        step_gpu_seconds=sum(step["gpu_seconds"] for step in steps),
+        other_gpu_seconds=sum(_between_steps(step) for step in steps),
         padding_ratio=1
         - sum(step["tokens"] for step in steps) / sum(step["padded_tokens"] for step in steps),
         tasks=tuple(_task_summary(task["name"], steps) for task in config["tasks"]),
@@ -117,6 +130,17 @@ def summarise(folder: Path) -> RunSummary:
         planned=config.get("plan_meta") or {},
         adapters=_find_adapters(folder),
     )
+
+
+def _share(steps: list[dict[str, Any]], field: str) -> float:
+    """Return the share of the steps' time that a part took (0: metrics of an older version)."""
+    return sum(step.get(field, 0.0) for step in steps) / sum(s["step_time_s"] for s in steps)
+
+
+def _between_steps(step: dict[str, Any]) -> float:
+    """Return the GPU-seconds of the validation and the checkpoint that followed a step."""
+    seconds = step.get("validation_time_s", 0.0) + step.get("checkpoint_time_s", 0.0)
+    return float(seconds * step["gpu_seconds"] / step["step_time_s"])
 
 
 def _find_adapters(folder: Path) -> Path | None:
@@ -179,11 +203,17 @@ def _overview(summary: RunSummary, folder: Path) -> Table:
             )
         )
     rows += [
-        (f"{unit}-seconds, whole run", f"{summary.gpu_seconds:.1f}"),
+        (f"{unit}-seconds, all steps", f"{summary.step_gpu_seconds:.1f}"),
+        (
+            f"{unit}-seconds, with validation and checkpoints",
+            f"{summary.step_gpu_seconds + summary.other_gpu_seconds:.1f}",
+        ),
         ("padding", f"{summary.padding_ratio:.1%} of the tokens computed"),
-        ("waiting for the dispatcher", f"{summary.dispatch_wait_share:.2%} of step time"),
-        ("adapter reduction, waiting", f"{summary.reduce_share:.1%} of rank 0's step time"),
-        ("optimiser", f"{summary.optimizer_share:.1%} of step time"),
+        ("waiting for the dispatcher", f"{summary.dispatch_wait_share:.2%} of rank 0's step time"),
+        ("drawing the batch, building tensors", f"{summary.prepare_share:.1%}"),
+        ("waiting for the slowest replica", f"{summary.replica_wait_share:.1%}"),
+        ("adapters' gradient reduction", f"{summary.reduce_share:.1%}"),
+        ("optimiser and adapter exchange", f"{summary.optimizer_share:.1%}"),
         ("memory in use, largest rank", f"{summary.memory_bytes / 2**20:,.0f} MiB"),
     ]
     for name, value in rows:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from trainer.worker import RankResult
 log = logging.getLogger(__name__)
 
 ENV_FILE_MARK = "LOBRA_ENV_FILE"
+PREPARING = timedelta(days=1)  # the longest rank 0 may tokenise
 PRELOAD = (*DEFAULT_PRELOAD, "trainer.preload")
 
 
@@ -76,6 +79,7 @@ def train_in_launcher(request: TrainRequest) -> tuple[RunSpec, RankResult]:
 
     Raises:
         ConfigError: on every rank, when rank 0 found a mistake or the world does not fit.
+        RuntimeError: on every rank, when rank 0 could not prepare for another reason.
     """
     import torch
     import torch.distributed as dist
@@ -88,21 +92,48 @@ def train_in_launcher(request: TrainRequest) -> tuple[RunSpec, RankResult]:
         os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     dist.init_process_group("nccl" if on_gpu else "gloo")
-    try:
-        outcome: list[Any] = [None]
-        if rank == 0:
-            try:
-                outcome = [prepare(replace(request, launched_world=world))]
-            except ConfigError as error:
-                outcome = [error]
-        dist.broadcast_object_list(outcome, src=0)
-        if isinstance(outcome[0], ConfigError):
-            raise outcome[0]
-        from trainer.worker import train_rank
-
-        return outcome[0], train_rank(outcome[0])
-    finally:
+    # Tokenising may take much longer than NCCL waits, so the others wait on a CPU group.
+    waiting = dist.new_group(backend="gloo", timeout=PREPARING)
+    sizes: list[Any] = [None] * world
+    dist.all_gather_object(sizes, local_world_size(os.environ), group=waiting)
+    outcome: list[Any] = [None]
+    if rank == 0:
+        known = [size for size in sizes if size]
+        request = replace(
+            request,
+            launched_world=world,
+            # With hosts of different sizes, a group of the common divisor is inside one anywhere.
+            found_per_node=math.gcd(*known) if known else None,
+        )
+        try:
+            outcome = [prepare(request)]
+        except ConfigError as error:
+            outcome = [error]
+        except Exception as error:
+            log.exception("rank 0 could not prepare the run")
+            outcome = [RuntimeError(f"rank 0 could not prepare the run: {error!r}")]
+    dist.broadcast_object_list(outcome, src=0, group=waiting)
+    if isinstance(outcome[0], Exception):
         dist.destroy_process_group()
+        raise outcome[0]
+    from trainer.worker import train_rank
+
+    # No clean-up if this fails: it would wait for ranks that wait for this one. The launcher ends
+    # them when this process has ended.
+    result = train_rank(outcome[0])
+    dist.destroy_process_group()
+    return outcome[0], result
+
+
+def local_world_size(environment: Mapping[str, str]) -> int | None:
+    """Return how many ranks the launcher started on this host, None if it does not say.
+
+    torchrun says so in LOCAL_WORLD_SIZE, deepspeed in LOCAL_SIZE.
+    """
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        if environment.get(name, "").isdigit() and int(environment[name]) > 0:
+            return int(environment[name])
+    return None
 
 
 def launcher_command(
@@ -124,12 +155,25 @@ def launcher_command(
             f"{num_gpus}"
         )
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(host_file)]
+    if sum(slots.values()) > num_gpus:  # deepspeed starts a rank on every slot it is given
+        command += ["--include", first_slots(slots, num_gpus)]
     command += ["--no_local_rank"]
     if server_addr:
         command += ["--master_addr", server_addr]
     if server_port:
         command += ["--master_port", str(server_port)]
     return [*command, "--module", "trainer.cli", "train", *arguments]
+
+
+def first_slots(slots: Mapping[str, int], count: int) -> str:
+    """Return the first `count` slots of the hosts as deepspeed's --include: `a:0,1@b:0`."""
+    chosen = []
+    for host, size in slots.items():
+        taken = min(size, count)
+        if taken:
+            chosen.append(f"{host}:{','.join(map(str, range(taken)))}")
+        count -= taken
+    return "@".join(chosen)
 
 
 def read_host_file(path: Path) -> dict[str, int]:

@@ -25,6 +25,7 @@ class RunSpec:
     `num_steps[t]` is how many steps task t trains, `last_step` where the run ends;
     `grids[replica][stage][tp_index]` is a global rank; `buckets` are the fixed padded lengths
     when `dynamic_buckets` is off. `feedback`: measured replica times correct the dispatcher.
+    `revive`: names of stopped tasks that are to go on.
     `validate_every` and `save_every`: steps between evaluation periods and checkpoints (0: none).
     """
 
@@ -52,6 +53,7 @@ class RunSpec:
     save_every: int = 0
     keep_last: int = 3
     resume_step: int | None = None
+    revive: tuple[str, ...] = ()
     record_sequences: bool = False
 
     @property

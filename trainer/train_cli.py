@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -37,6 +38,8 @@ POSITIVE = (
     "num_tasks",
     "num_gpus",
 )
+HARMLESS = {"num_buckets": 16, "seed": 0, "save_every": 0, "keep_last": 3}  # others: None
+NOT_NEGATIVE = ("seed", "save_every", "validate_every")
 Mode = Literal["balance", "group"]
 DYNAMIC_BUCKETS = {"TRUE": True, "FALSE": False}
 DISPATCH_MODES: dict[str, Mode] = {"BALANCE": "balance", "GROUP": "group"}
@@ -91,7 +94,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--time-profile", type=Path, help="CSV; default: the model's own profile")
     parser.add_argument("--cost-model", choices=("fitted", "lobra6"), default="fitted")
-    parser.add_argument("--gpus-per-node", type=int, default=8)
+    parser.add_argument(
+        "--revive",
+        action="append",
+        metavar="TASK",
+        help="with --resume: let this stopped task go on (give it once per task)",
+    )
+    parser.add_argument(
+        "--gpus-per-node",
+        type=int,
+        help="default: what the launcher started on a host, else the GPUs of this machine",
+    )
     parser.add_argument("--server-addr", help="address of the first host (with --host-file)")
     parser.add_argument("--server-port", type=int, help="port on the first host")
     parser.add_argument("--host-file", type=Path, help="DeepSpeed host file for several machines")
@@ -102,29 +115,16 @@ def run(args: argparse.Namespace) -> int:
     """Run `lobra train` and return its exit code."""
     if args.env_file is not None:
         restart_with(args.env_file)
-    dynamic_buckets, dispatch_mode = read_switches(os.environ)
+    mistakes = check_numbers(args)
+    dynamic_buckets, dispatch_mode = True, DISPATCH_MODES["BALANCE"]
+    try:
+        dynamic_buckets, dispatch_mode = read_switches(os.environ)
+    except ConfigError as error:
+        mistakes += error.problems
     if args.dp_bucket is not None:
         dynamic_buckets = args.dp_bucket == "on"
-    problems = [
-        f"--{name.replace('_', '-')} {value}: must be at least 1"
-        for name in POSITIVE
-        if (value := getattr(args, name)) is not None and value < 1
-    ]
-    problems += [
-        f"--{name.replace('_', '-')} {value}: must not be negative"
-        for name in ("seed", "save_every", "validate_every")
-        if (value := getattr(args, name)) is not None and value < 0
-    ]
-    if args.resume is not None and args.resume < 0 and args.resume != LAST_CHECKPOINT:
-        problems.append(f"--resume {args.resume}: must not be negative")
-    if problems:
-        raise ConfigError(problems)
     if args.host_file is not None and not in_launcher():
-        plan = load_plan(args.strategy_config)
-        command = launcher_command(
-            sys.argv[2:], args.host_file, plan.num_gpus, args.server_addr, args.server_port
-        )
-        return run_launcher(command)
+        return _through_launcher(args, mistakes)
     request = TrainRequest(
         model=args.model,
         trainer_config=args.trainer_config,
@@ -151,6 +151,8 @@ def run(args: argparse.Namespace) -> int:
         keep_last=args.keep_last,
         resume=args.resume is not None,
         resume_step=None if args.resume in (None, LAST_CHECKPOINT) else args.resume,
+        revive=tuple(args.revive or ()),
+        mistakes=tuple(mistakes),
     )
     if in_launcher():
         is_first = os.environ["RANK"] == "0"
@@ -160,6 +162,11 @@ def run(args: argparse.Namespace) -> int:
             if is_first:
                 raise
             return 2  # rank 0 has said why
+        except Exception:
+            # Leave at once: to end in good order would be to wait for ranks that wait for us.
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
         if not is_first:
             return EXIT_CODES.get(result.stop_signal or 0, 0)
     else:
@@ -177,6 +184,41 @@ def run(args: argparse.Namespace) -> int:
     folder = step_folder(spec.output_dir, result.stopped_at)
     print(f"stopped; saved {folder}; go on with the same command and --resume", file=sys.stderr)
     return EXIT_CODES.get(result.stop_signal or 0, 1)
+
+
+def check_numbers(args: argparse.Namespace) -> list[str]:
+    """Return what is wrong with the numbers given, and put harmless ones in their place.
+
+    So the files can be checked too, and all mistakes be reported together.
+    """
+    problems = []
+    for name, least, wanted in (
+        *((name, 1, "must be at least 1") for name in POSITIVE),
+        *((name, 0, "must not be negative") for name in NOT_NEGATIVE),
+    ):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            problems.append(f"--{name.replace('_', '-')} {value}: {wanted}")
+            setattr(args, name, HARMLESS.get(name))
+    if args.resume is not None and args.resume < 0 and args.resume != LAST_CHECKPOINT:
+        problems.append(f"--resume {args.resume}: must not be negative")
+        args.resume = LAST_CHECKPOINT
+    return problems
+
+
+def _through_launcher(args: argparse.Namespace, mistakes: list[str]) -> int:
+    """Start deepspeed's launcher on the hosts of the host file and return its exit code."""
+    command: list[str] = []
+    try:
+        plan = load_plan(args.strategy_config)
+        command = launcher_command(
+            sys.argv[2:], args.host_file, plan.num_gpus, args.server_addr, args.server_port
+        )
+    except ConfigError as error:
+        mistakes += error.problems
+    if mistakes:
+        raise ConfigError(mistakes)
+    return run_launcher(command)
 
 
 def read_switches(environment: Mapping[str, str]) -> tuple[bool, Mode]:

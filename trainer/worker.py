@@ -14,8 +14,10 @@ import resource
 import signal
 import time
 import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from model.groups import build_groups
-from model.pipeline import evaluate_replica, run_replica
+from model.pipeline import run_replica
 from model.stage import MicroBatchTensors, build_stage
 from planner.dispatch import dispatch
 from tasks.dataset import TokenizedDataset
@@ -35,7 +37,7 @@ from trainer.batches import (
     draw_global_batch,
     micro_batch_tensors,
     target_tokens,
-    whole_batch,
+    to_device,
 )
 from trainer.checkpoint import (
     CheckpointState,
@@ -47,12 +49,11 @@ from trainer.dispatcher import (
     AheadDispatcher,
     Running,
     StepDispatch,
-    broadcast_array,
     check_complete,
-    decode,
     encode,
 )
 from trainer.engines import AdapterOptimizer, TaskUpdate
+from trainer.evaluation import Evaluator
 from trainer.feedback import SpeedFeedback
 from trainer.figures import StepFigures, exchange_figures
 from trainer.life import TaskLife, lives_from_json, lives_to_json
@@ -65,6 +66,7 @@ from trainer.store import AdapterStore
 
 log = logging.getLogger(__name__)
 
+PATIENCE = timedelta(hours=2)  # of ranks waiting for one that reads or writes files
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -94,10 +96,12 @@ class RankResult:
 
 @dataclass
 class _Clock:
-    """Wall-clock marks of one step, in seconds."""
+    """Seconds of one step; `arrival_s` from the assignment's arrival to being ready to reduce."""
 
     start: float
+    prepare_s: float = 0.0
     compute_s: float = 0.0
+    arrival_s: float = 0.0
     reduce_s: float = 0.0
     optimizer_s: float = 0.0
 
@@ -121,19 +125,12 @@ class Worker:
             if run.device == "cuda"
             else torch.device("cpu")
         )
-        self.control = dist.new_group(backend="gloo")
+        self.control = dist.new_group(backend="gloo", timeout=PATIENCE)
         groups = build_groups(run.grids)
         self.role = groups.role
         numbers = range(len(run.tasks))
         self.datasets = [TokenizedDataset.load(run.data_folder(t)) for t in numbers]
-        self.validation = [
-            TokenizedDataset.load(folder) if (folder := run.validation_folder(t)).is_dir() else None
-            for t in numbers
-        ]
         self.counts = [count_targets(data) for data in self.datasets]
-        self.validation_counts = [
-            None if data is None else count_targets(data) for data in self.validation
-        ]
         self.stage = build_stage(
             run.model_folder,
             groups,
@@ -142,6 +139,8 @@ class Worker:
             device=self.device,
             gradient_checkpointing=run.gradient_checkpointing,
         )
+        # Loading may take a rank much longer than another; NCCL's own patience is short.
+        dist.barrier(group=self.control)
         self.lives = [TaskLife(steps) for steps in run.num_steps]
         self.feedback = SpeedFeedback([1.0] * len(run.grids))
         self._load_weights()
@@ -154,7 +153,11 @@ class Worker:
         self.first_step = self._restore()
         self.dispatcher = AheadDispatcher(self._solve, self._running, self.control)
         self.stop_requested = False
-        self.evaluation: tuple[Running, StepDispatch] | None = None
+        held_out = [
+            TokenizedDataset.load(folder) if (folder := run.validation_folder(t)).is_dir() else None
+            for t in numbers
+        ]
+        self.evaluator = Evaluator(self.stage, held_out, self._assign, self._tensors, self.control)
         self.result = RankResult(self.rank, self.stage.loaded_bytes, self._held_bytes())
 
     # -- set-up ---------------------------------------------------------------------------------
@@ -184,8 +187,16 @@ class Worker:
         if run.feedback and state.plan == str(run.plan):
             self.feedback = SpeedFeedback(list(state.speed_factors), list(state.speed_counts))
         for life, task in zip(self.lives, run.tasks, strict=True):
-            if life.stopped is not None and self.rank == 0:
-                log.warning("task %s stays stopped: %s", task.name, life.stopped)
+            if life.stopped is None:
+                continue
+            if task.name in run.revive:
+                life.revive()
+                self._say("task %s goes on from step %d", task.name, state.step)
+            else:
+                self._say(
+                    "task %s stays stopped: %s (--revive %s lets it go on)",
+                    task.name, life.stopped, task.name,
+                )  # fmt: skip
         return state.step
 
     def _held_bytes(self) -> int:
@@ -228,7 +239,7 @@ class Worker:
         self,
         batch: GlobalBatch,
         assignment: StepDispatch,
-        data: list[TokenizedDataset | None],
+        data: Sequence[TokenizedDataset | None],
         weights: torch.Tensor,
         noise: int,
     ) -> list[MicroBatchTensors]:
@@ -257,14 +268,19 @@ class Worker:
                 if metrics is None:
                     break
                 step += 1
-                if writer is not None and progress is not None:
-                    writer.write(metrics)
-                    progress.update(metrics)
-                    if run.record_sequences:
-                        self.result.steps.append(metrics)
-                if run.save_every and step % run.save_every == 0:
-                    self.store.save_checkpoint(self._state(step))
-                    saved = step
+                ends = not any(self._running(step))
+                try:
+                    if ends or (run.save_every and step % run.save_every == 0):
+                        mark = time.perf_counter()
+                        self.store.save_checkpoint(self._state(step))
+                        took_s = time.perf_counter() - mark
+                        saved, metrics = step, replace(metrics, checkpoint_time_s=took_s)
+                finally:  # the step was trained, whatever became of its checkpoint
+                    if writer is not None and progress is not None:
+                        writer.write(metrics)
+                        progress.update(metrics)
+                if run.record_sequences and self.rank == 0:
+                    self.result.steps.append(metrics)
             self.dispatcher.close()
             finished = not any(self._running(step))
             if saved != step:
@@ -285,26 +301,33 @@ class Worker:
         assignment = self.dispatcher.get(step, running, stop)
         if assignment is None:
             return None
+        begin = time.perf_counter()
         batch = self._draw(step, running)
         check_complete(assignment, batch)
         targets = target_tokens(batch, self.counts)
         weights = self._task_weights(step, targets)
         batches = self._tensors(
-            batch, assignment, list(self.datasets), weights, run.seed * 1_000_003 + step
+            batch, assignment, self.datasets, weights, run.seed * 1_000_003 + step
         )
-        clock.compute_s = time.perf_counter()
-        losses = run_replica(self.stage, batches, len(run.tasks))
+        mark = time.perf_counter()
+        clock.prepare_s = mark - begin
+        try:
+            losses = run_replica(self.stage, batches, len(run.tasks))
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError(self._too_large(step, assignment)) from error
         self._synchronize()
-        clock.compute_s = time.perf_counter() - clock.compute_s
+        clock.compute_s = time.perf_counter() - mark
         self._record(step, batch, assignment)
 
         mark = time.perf_counter()
+        clock.arrival_s = mark - begin
         squared = self.optimizer.reduce(running)
+        self._synchronize()
         clock.reduce_s = time.perf_counter() - mark
         if not (self.role.is_last_stage and self.role.tp_index == 0):
             losses = torch.zeros_like(losses)  # its TP peers computed the same
         figures = exchange_figures(
-            losses, squared, clock.compute_s, self.control, self.stop_requested
+            losses, squared, clock.compute_s, clock.arrival_s, self.control, self.stop_requested
         )
         self.stop_requested = figures.stop  # also when another rank was told
         updates = self._decide(step, targets, figures)
@@ -314,11 +337,21 @@ class Worker:
         clock.optimizer_s = time.perf_counter() - mark
         return self._conclude(step, batch, assignment, targets, figures, updates, clock)
 
+    def _too_large(self, step: int, assignment: StepDispatch) -> str:
+        """Return what to do when a micro-batch does not fit into the GPU."""
+        replica = self.run.plan.replicas[self.role.replica]
+        largest = max(item.padded_tokens for item in assignment.replicas[self.role.replica])
+        return (
+            f"step {step}: out of GPU memory on replica {self.role.replica} {replica.layout}, "
+            f"whose largest micro-batch holds {largest} tokens; lower its max_tokens "
+            f"({replica.max_tokens}) in the plan, profile memory again with this number of tasks, "
+            f"or give --gradient-checkpointing; then go on with --resume"
+        )
+
     def _task_weights(self, step: int, targets: IntArray) -> torch.Tensor:
         """Return what each task's summed loss is multiplied by: 1 / its target tokens."""
-        return torch.tensor(
-            [1.0 / count if count else 0.0 for count in targets], device=self.device
-        )
+        weights = torch.tensor([1.0 / int(count) if count else 0.0 for count in targets])
+        return to_device([weights], self.device)[0]
 
     def _decide(self, step: int, targets: IntArray, figures: StepFigures) -> list[TaskUpdate]:
         """Return what this step does to each task; the same on every rank."""
@@ -364,8 +397,12 @@ class Worker:
                 )
             ]
             self.feedback.update(plain, busy)
+        # Ready before the slowest rank was, this one waited for it inside the reduction.
+        waited_s = max(0.0, min(clock.reduce_s, max(figures.arrival_s) - clock.arrival_s))
         step_time_s = time.perf_counter() - clock.start
+        mark = time.perf_counter()
         validation = self._end_of_period(step)
+        validation_time_s = time.perf_counter() - mark
         sequences = np.bincount(batch.tasks, minlength=len(run.tasks))
         return StepMetrics(
             step=step,
@@ -373,7 +410,9 @@ class Worker:
             predicted_step_time_s=assignment.predicted_step_time_s,
             dispatch_time_s=assignment.solve_time_s,
             dispatch_wait_s=assignment.wait_time_s,
-            reduce_time_s=clock.reduce_s,
+            prepare_time_s=clock.prepare_s,
+            replica_wait_s=waited_s,
+            reduce_time_s=clock.reduce_s - waited_s,
             optimizer_time_s=clock.optimizer_s,
             tokens=int(batch.lengths.sum()),
             padded_tokens=assignment.padded_tokens,
@@ -403,18 +442,22 @@ class Worker:
                 )
                 for item in run.plan.replicas
             ],
+            validation_time_s=validation_time_s,
         )
 
     def _tell(self, step: int, task: str, applied: bool, stopped: str | None) -> None:
         """Warn of a skipped update or a stopped task (rank 0)."""
-        if self.rank != 0:
-            return
         if not applied:
-            log.warning(
+            self._say(
                 "step %d: the gradient of task %s is not finite, its update is skipped", step, task
             )
         if stopped is not None:
-            log.warning("step %d: task %s is stopped: %s", step, task, stopped)
+            self._say("step %d: task %s is stopped: %s", step, task, stopped)
+
+    def _say(self, message: str, *values: object) -> None:
+        """Warn once, not on every rank."""
+        if self.rank == 0:
+            log.warning(message, *values)
 
     def _record(self, step: int, batch: GlobalBatch, assignment: StepDispatch) -> None:
         """Note what this replica trained (by the rank that computes its loss)."""
@@ -433,7 +476,7 @@ class Worker:
         ends = {self.run.last_step, *self.run.num_steps}  # a task's last step is evaluated too
         if not every or ((step + 1) % every and step + 1 not in ends):
             return {}
-        validation = self._validate(step)
+        validation = self.evaluator.losses(self._running(step))
         for number, task in enumerate(self.run.tasks):
             life = self.lives[number]
             # By the task's own calendar: what others do, or --max-steps, must not matter to it.
@@ -442,37 +485,6 @@ class Worker:
                 stopped = life.end_period(task, validation.get(number))
                 self._tell(step, task.name, True, stopped)
         return validation
-
-    def _validate(self, step: int) -> dict[int, float]:
-        """Return the mean loss of every running task's held-out sequences. Collective."""
-        running = self._running(step)
-        data = [
-            held_out if runs else None
-            for held_out, runs in zip(self.validation, running, strict=True)
-        ]
-        batch = whole_batch(data)
-        if not len(batch):
-            return {}
-        if self.evaluation is None or self.evaluation[0] != running:
-            flat = self._assign(batch) if self.rank == 0 else None
-            flat = broadcast_array(flat, self.control)
-            assert flat is not None
-            self.evaluation = (running, decode(flat))
-        assignment = self.evaluation[1]
-        num_tasks = len(self.run.tasks)
-        weights = torch.zeros(num_tasks, device=self.device)
-        batches = self._tensors(batch, assignment, data, weights, noise=0)
-        losses = evaluate_replica(self.stage, batches, num_tasks)
-        if not (self.role.is_last_stage and self.role.tp_index == 0):
-            losses = torch.zeros_like(losses)
-        nothing = torch.zeros(num_tasks, dtype=torch.float64)
-        figures = exchange_figures(losses, nothing, 0.0, self.control)
-        counts = target_tokens(batch, self.validation_counts)
-        return {
-            number: figures.losses[number] / int(count)
-            for number, count in enumerate(counts)
-            if count
-        }
 
     # -- what is left behind --------------------------------------------------------------------
 

@@ -182,8 +182,8 @@ def loss_and_gradient(
     head = VocabParallelHead(weight[rows.start : rows.stop], rows, group)
     head.chunk = chunk
     states.requires_grad_(True)
-    losses = head.token_losses(states, targets)
-    (losses * factors).sum().backward()
+    total, losses = head.loss(states, targets, factors)
+    total.backward()
     assert states.grad is not None
     return losses.detach(), states.grad.float()
 
