@@ -13,7 +13,7 @@ import yaml
 
 from tasks.errors import ConfigError
 
-FLAGS = ("sequence_parallel", "adapters_sharded")
+FLAGS = ("sequence_parallel", "adapters_sharded", "loss_in_chunks")
 BUILT_IN = Path(__file__).with_name("accelerators.yaml")
 
 
@@ -54,10 +54,11 @@ class Efficiency:
 
 @dataclass(frozen=True)
 class Runtime:
-    """How a runtime keeps activations and adapters."""
+    """How a runtime keeps activations, adapters and logits."""
 
     sequence_parallel: bool
     adapters_sharded: bool
+    loss_in_chunks: bool
     activation_factor: float
     name: str = ""
 

@@ -6,6 +6,7 @@ the count with the tensors really saved. Bytes; e is the size of an activation's
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from model.shapes import ModelShape
@@ -15,6 +16,8 @@ from profiler.accelerators import Runtime
 FLOAT_BYTES = 4
 # Of an adapter's parameter, as `profiler.memory_rank` counts them.
 ADAPTER_BYTES, OPTIMIZER_BYTES = 8, 12
+# Logits the loss holds at once, as `model.tensor_parallel` has it (a test compares them).
+LOGITS_AT_ONCE = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -36,15 +39,31 @@ class Adapters:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of a rank that do not depend on the micro-batch, and those per token of it."""
+    """Bytes of a rank that do not depend on the micro-batch, and those per token of it.
+
+    The first ``logits_tokens`` tokens take ``logits_bytes_per_token`` besides: the loss holds no
+    more logits than those at once.
+    """
 
     fixed_bytes: float
     bytes_per_token: float
+    logits_bytes_per_token: float = 0.0
+    logits_tokens: float = math.inf
+
+    def total_bytes(self, tokens: float) -> float:
+        """Return the bytes of a rank for a micro-batch of so many tokens."""
+        logits = self.logits_bytes_per_token * min(tokens, self.logits_tokens)
+        return self.fixed_bytes + self.bytes_per_token * tokens + logits
 
     def max_tokens(self, budget_bytes: float, step: int, largest: int) -> int:
         """Return the largest multiple of ``step`` up to ``largest`` that fits (0: none)."""
-        room = (budget_bytes - self.fixed_bytes) / self.bytes_per_token
-        return max(0, min(int(room) // step, largest // step) * step)
+        room = budget_bytes - self.fixed_bytes
+        tokens = room / (self.bytes_per_token + self.logits_bytes_per_token)
+        if tokens > self.logits_tokens:
+            tokens = (room - self.logits_bytes_per_token * self.logits_tokens) / (
+                self.bytes_per_token
+            )
+        return max(0, min(int(tokens) // step, largest // step) * step)
 
 
 def element_bytes(precision: str) -> int:
@@ -81,11 +100,15 @@ def checkpointed_bytes_per_token(shape: ModelShape, precision: str) -> float:
     return float(element_bytes(precision) * shape.hidden_size)
 
 
-def head_bytes_per_token(shape: ModelShape, tp: int, precision: str) -> float:
-    """Return what the head takes at its peak per token, if every token carries a loss.
+def logits_bytes_per_token(shape: ModelShape, tp: int, precision: str, in_chunks: bool) -> float:
+    """Return what the logits take at their peak per token of which they are held at once.
 
-    The logits in fp32, their gradient, and both once more in the activations' type.
+    Whole: in fp32, their gradient, and both once more in the activations' type. In chunks they
+    become their gradient in place.
     """
+    if in_chunks:
+        cast = element_bytes(precision) if precision == "bf16" else 0
+        return (FLOAT_BYTES + cast) * shape.vocab_size / tp
     return (2 * FLOAT_BYTES + element_bytes(precision)) * shape.vocab_size / tp
 
 
@@ -100,8 +123,8 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Return the memory of the rank of ``<tp,pp>`` that needs most.
 
-    Stage i of pp keeps pp - i micro-batches in flight (1F1B). The stages differ in what is fixed
-    and in what grows; the line returned lies on or above all of them only if one is the worst
+    Every token carries a loss. Stage i of pp keeps pp - i micro-batches in flight (1F1B). The
+    stages differ in what is fixed and in what grows; the one returned needs most only if one does
     everywhere, so the worst at the size where the fixed part and the rest are alike is taken.
     """
     stages = [
@@ -109,7 +132,7 @@ def estimate_memory(
         for stage in range(pp)
     ]
     typical = sum(s.fixed_bytes for s in stages) / sum(s.bytes_per_token for s in stages)
-    return max(stages, key=lambda s: s.fixed_bytes + typical * s.bytes_per_token)
+    return max(stages, key=lambda s: s.total_bytes(typical))
 
 
 def _stage_memory(
@@ -144,6 +167,10 @@ def _stage_memory(
     # One layer's gradients while the backward pass is in it.
     per_token += e * (2 * shape.hidden_size + 3 * shape.intermediate_size / tp)
     per_token *= runtime.activation_factor
-    if stage == pp - 1:
-        per_token += head_bytes_per_token(shape, tp, precision)
-    return MemoryEstimate(fixed, per_token)
+    if stage < pp - 1:
+        return MemoryEstimate(fixed, per_token)
+    logits = logits_bytes_per_token(shape, tp, precision, runtime.loss_in_chunks)
+    if not runtime.loss_in_chunks:
+        return MemoryEstimate(fixed, per_token + logits)
+    per_token += 2 * e * shape.hidden_size  # hidden states of the targets, and their gradients
+    return MemoryEstimate(fixed, per_token, logits, LOGITS_AT_ONCE / (shape.vocab_size / tp))

@@ -10,13 +10,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from model import tensor_parallel
 from model.groups import build_groups
 from model.launch import run_ranks
 from model.lora import AdapterSpec
 from model.shapes import NAMED_SHAPES, read_shape
 from model.stage import build_stage
 from profiler.accelerators import load_tables
-from profiler.estimate_memory import Adapters, estimate_memory, saved_bytes_per_token
+from profiler.estimate_memory import (
+    LOGITS_AT_ONCE,
+    Adapters,
+    estimate_memory,
+    saved_bytes_per_token,
+)
 from profiler.estimate_time import Workload, calibrate, layer_ms
 from profiler.memory import layouts_within
 from profiler.memory_rank import DTYPES, synthetic_batch
@@ -80,6 +86,17 @@ def test_more_memory_holds_more_and_more_shards_hold_more(model: str, runtime: s
         assert sizes[-1] > 0 or tp * pp < 4
         if ("H200-141GB", 2 * tp, pp) in found:
             assert found["H200-141GB", 2 * tp, pp] >= found["H200-141GB", tp, pp]
+
+
+def test_the_loss_holds_no_more_logits_than_it_says() -> None:
+    assert LOGITS_AT_ONCE == tensor_parallel.LOGITS_AT_ONCE
+    shape = NAMED_SHAPES["7B"]
+    estimate = estimate_memory(shape, 1, 1, ADAPTERS, "bf16", OURS)
+    assert estimate.logits_tokens == LOGITS_AT_ONCE / shape.vocab_size
+    for tokens in (256, 1024, 4096, 65536):
+        budget = estimate.total_bytes(tokens)
+        assert estimate.max_tokens(budget + 1, 256, 1 << 20) == tokens
+        assert estimate.max_tokens(budget - 1, 256, 1 << 20) == tokens - 256
 
 
 def test_checkpointing_and_fewer_tasks_hold_more() -> None:

@@ -154,9 +154,21 @@ def test_real_ranks_take_what_they_must_and_more_with_more_tokens(tmp_path: Path
 
 
 @pytest.mark.ranks
+def test_checkpointing_on_real_ranks_holds_more(tmp_path: Path) -> None:
+    """Of a stage's activations little but one layer's is left, the more layers the less."""
+    folder = save_llama(tmp_path / "llama", num_hidden_layers=8, max_position_embeddings=2048)
+    plain = replace(SWEEP, folder=folder, shape=read_shape(folder), budget_bytes=1 << 30)
+    saving = replace(plain, gradient_checkpointing=True)
+    kept, recomputed = (measure_trial(sweep, 1, 1, 2048)[0] for sweep in (plain, saving))
+    assert recomputed.weight_bytes == kept.weight_bytes
+    assert recomputed.activation_bytes < 0.5 * kept.activation_bytes
+    assert "gradient_checkpointing" in saving.settings(), "never mixed with rows of the other kind"
+
+
+@pytest.mark.ranks
 def test_a_rank_far_over_its_budget_fails_to_allocate(tmp_path: Path) -> None:
-    folder = save_llama(tmp_path / "llama", vocab_size=32_000)
-    # 32,000 logits of 8,192 tokens are 1 GiB, several times.
+    folder = save_llama(tmp_path / "llama", intermediate_size=16_384, num_hidden_layers=1)
+    # 16,384 activations of 8,192 tokens are 512 MiB, several times.
     sweep = replace(
         SWEEP, folder=folder, shape=read_shape(folder), budget_bytes=1 << 20, max_seq_length=8192
     )
