@@ -1,14 +1,22 @@
-"""What `scripts/create_finetune_datasets.sh` runs: fetch the published data sets."""
+"""What `scripts/create_finetune_datasets.sh` runs: fetch the published data sets.
+
+Each becomes a file, written whole or not at all, and a line of ``SHA256SUMS`` beside it, which
+``sha256sum -c`` reads. A set that fails does not stop the others; the same command tries it again.
+"""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from tasks.errors import ConfigError
+from tasks.files import write_atomic
 from tasks.published import DATASETS, check_names, fetch
+
+SUMS = "SHA256SUMS"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,12 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for name in check_names(args.dataset):
             path = args.data_dir / f"{name}.jsonl"
-            if path.is_file():
-                print(f"{name}: {path} is there already")
-                continue
             try:
+                if path.is_file():
+                    check_sum(path)
+                    print(f"{name}: {path} is there already")
+                    continue
                 path, count = fetch(name, args.data_dir)
-            except ConfigError as error:
+                record_sum(path)
+            except (ConfigError, OSError) as error:
                 print(error, file=sys.stderr)
                 failures += 1
             else:
@@ -41,6 +51,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 1 if failures else 0
+
+
+def check_sum(path: Path) -> None:
+    """Compare a file with its recorded checksum; record it if there is none.
+
+    Raises
+    ------
+    ConfigError
+        If the file is not the one that was fetched.
+    """
+    recorded = _read_sums(path.parent).get(path.name)
+    if recorded is None:
+        record_sum(path)
+    elif recorded != _sum(path):
+        raise ConfigError(
+            f"{path}: has changed since it was fetched: its SHA-256 is not that in "
+            f"{path.parent / SUMS}; delete the file to fetch it again, or the line to keep the file"
+        )
+
+
+def record_sum(path: Path) -> None:
+    """Write the file's SHA-256 into ``SHA256SUMS`` of its folder."""
+    sums = {**_read_sums(path.parent), path.name: _sum(path)}
+    text = "".join(f"{value}  {name}\n" for name, value in sorted(sums.items()))
+    write_atomic(path.parent / SUMS, text)
+
+
+def _sum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_sums(folder: Path) -> dict[str, str]:
+    path = folder / SUMS
+    if not path.is_file():
+        return {}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return {name: value for value, _, name in (line.partition("  ") for line in lines) if name}
 
 
 if __name__ == "__main__":
