@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from experiments import synthetic
 from experiments.published import LENGTHS, SETUPS, Setup
 from experiments.synthetic import moments, synthesize
 from planner.workload import Workload, make_workload, read_lengths
@@ -21,6 +23,7 @@ from profiler.profiles import (
 )
 from tasks.config import TrainerConfig, load_trainer_config
 from tasks.errors import ConfigError
+from tasks.files import write_atomic
 from tasks.lengths import load_lengths
 
 MAX_SEQ_LENGTH = 16384
@@ -36,12 +39,11 @@ class Sources:
     """Where to look, as the command line and the environment say.
 
     ``reference``: folder with the published profile; ``lengths``: file or folder of lengths;
-    ``lengths_folder``: folder with ``lobra_like_<n>tasks.json``; ``data_dir``: the data sets.
+    ``data_dir``: the data sets.
     """
 
     reference: Path | None = None
     lengths: Path | None = None
-    lengths_folder: Path | None = None
     data_dir: Path = Path("data")
 
 
@@ -92,8 +94,13 @@ def find_costs(model: str, config: str, num_tasks: int, sources: Sources, folder
     return Costs(cost_model, memory, source, f"{times.digest}-{memory.digest}")
 
 
-def find_lengths(model: str, config: TrainerConfig, sources: Sources, seed: int) -> Lengths:
-    """Return lengths: those given, else of the data sets, else of the folder, else synthetic."""
+def find_lengths(
+    model: str, config: TrainerConfig, sources: Sources, seed: int, cache: Path | None = None
+) -> Lengths:
+    """Return lengths: those given, else of the data sets, else synthetic.
+
+    ``cache``: a folder in which synthetic lengths are kept for the next time.
+    """
     if sources.lengths is not None:
         return Lengths(load_lengths(sources.lengths), f"lengths of {sources.lengths.name}")
     names = list(dict.fromkeys(task.dataset_name for task in config.tasks))
@@ -108,13 +115,6 @@ def find_lengths(model: str, config: TrainerConfig, sources: Sources, seed: int)
                     *error.problems,
                 ]
             ) from error
-    if sources.lengths_folder is not None:
-        for number in (6, 12):
-            path = sources.lengths_folder / f"lobra_like_{number}tasks.json"
-            if path.is_file():
-                found = load_lengths(path)
-                if all(name in found for name in names):
-                    return Lengths({name: found[name] for name in names}, f"lengths of {path.name}")
     limits = {
         name: max(t.context_length for t in config.tasks if t.dataset_name == name)
         for name in names
@@ -125,10 +125,23 @@ def find_lengths(model: str, config: TrainerConfig, sources: Sources, seed: int)
     # a data set's own seed, so that it has the same lengths in every experiment
     order = list(LENGTHS)
     values = {
-        name: synthesize(LENGTHS[name], limits[name], seed + order.index(name)).lengths
-        for name in names
+        name: _synthetic(name, limits[name], seed + order.index(name), cache) for name in names
     }
     return Lengths(values, "synthetic lengths fitted to the published moments")
+
+
+def _synthetic(name: str, longest: int, seed: int, cache: Path | None) -> np.ndarray:
+    """Return synthetic lengths of a data set, from the cache if it has them."""
+    if cache is None:
+        return synthesize(LENGTHS[name], longest, seed).lengths
+    source = Path(synthetic.__file__).read_bytes()
+    key = f"{LENGTHS[name]}{longest}{seed}".encode()
+    path = cache / f"{name}_{hashlib.sha256(source + key).hexdigest()[:12]}.json"
+    if path.is_file():
+        return np.array(json.loads(path.read_text(encoding="utf-8")), dtype=np.int64)
+    lengths = synthesize(LENGTHS[name], longest, seed).lengths
+    write_atomic(path, json.dumps(lengths.tolist()) + "\n")
+    return lengths
 
 
 def moments_table(lengths: Lengths) -> list[dict[str, object]]:

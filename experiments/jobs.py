@@ -19,11 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from experiments.bench import NUM_BUCKETS, Bench
 from experiments.inputs import LARGEST_LAYOUT, MAX_SEQ_LENGTH, TPS, Costs, setup_of, workload_of
 from experiments.inputs import Lengths as FoundLengths
 from experiments.published import SETUPS, Setup, parse_plan
 from experiments.simulate import tell, to_csv
-from experiments.study import NUM_BUCKETS, Bench, method_rows
+from experiments.study import method_rows
 from planner.plan import save_plan
 from planner.simulate import FUSED_BUCKETS
 from planner.workload import read_lengths
@@ -208,7 +209,8 @@ def collect(setup: Setup, config: TrainerConfig, args: argparse.Namespace) -> Pa
     for entry in records.values():
         for key in ("step_time_s", "tokens", "padded_tokens"):
             entry[key] = entry[key][:shortest]
-    rows = method_rows(records, None)
+    baselines = {"sequential": records["Task-Sequential"], "fused": records["Task-Fused"]}
+    rows = method_rows(records, baselines)
     path: Path = args.output / "methods.csv"
     write_atomic(path, to_csv(rows))
     about = {"kind": "measured", "model": args.model, "num_gpus": setup.num_gpus}

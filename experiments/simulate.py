@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments import study
-from experiments.cells import CellStore, code_digest
+from experiments.bench import Bench
+from experiments.cells import CellStore, Workers, code_digest, start_workers
 from experiments.inputs import (
     Costs,
     Lengths,
@@ -44,6 +45,7 @@ from tasks.errors import ConfigError
 from tasks.files import write_atomic
 from tasks.version import installed_version
 
+SCALE_PLANS = {16: "<16,1>x1", **PLANS_70B}
 BUCKETS = (4, 6, 8, 12, 16, 20, 24, 28, 32)
 SCALE_GPUS = (16, 32, 64, 128, 256)
 # The scalability over tasks is run on copies of the four tasks of the scalability over GPUs.
@@ -54,13 +56,16 @@ Rows = list[dict[str, Any]]
 class Experiment:
     """One model's experiment: its inputs, its cells and the CSVs it has written."""
 
-    def __init__(self, args: argparse.Namespace, sources: Sources) -> None:
+    def __init__(self, args: argparse.Namespace, sources: Sources, workers: Workers) -> None:
         self.args = args
         self.sources = sources
+        self.workers = workers
+        self.stores: list[CellStore] = []
         self.folder: Path = args.output
         self.setup, self.config = setup_of(args.model)
         self.costs = self._costs(self.config)
-        self.lengths = find_lengths(args.model, self.config, sources, args.seed)
+        self.lengths = self._lengths(self.config)
+        self.planning: Rows = []
         self.inputs: dict[str, Any] = {}
         self.written: list[Path] = []
         self.store = self._store("main", self.costs, self.lengths, self.config)
@@ -74,6 +79,10 @@ class Experiment:
             self.folder / "profile",
         )
 
+    def _lengths(self, config: TrainerConfig) -> Lengths:
+        cache = self.folder.parent / "synthetic_lengths"
+        return find_lengths(self.args.model, config, self.sources, self.args.seed, cache)
+
     def _store(self, name: str, costs: Costs, lengths: Lengths, config: TrainerConfig) -> CellStore:
         context = {
             "model": self.args.model,
@@ -86,21 +95,21 @@ class Experiment:
         }
         self.inputs[name] = {
             "profile": costs.source,
+            "profile_digest": costs.digest,
             "lengths": lengths.source,
-            "tasks": len(config.tasks),
-            **{key: context[key] for key in ("code", "profiles", "lengths")},
             "lengths_digest": lengths.digest,
+            "tasks": len(config.tasks),
+            "code": context["code"],
         }
-        self.inputs[name]["lengths"] = lengths.source
-        return CellStore(self.folder / "cells" / name, context, tell)
+        store = CellStore(self.folder / "cells" / name, context, tell, self.workers)
+        self.stores.append(store)
+        return store
 
-    def bench(
-        self, num_gpus: int, config: TrainerConfig, costs: Costs, lengths: Lengths
-    ) -> study.Bench:
+    def bench(self, num_gpus: int, config: TrainerConfig, costs: Costs, lengths: Lengths) -> Bench:
         """Return the bench of a cluster and a configuration."""
         workload = workload_of(config, lengths)
         args = self.args
-        return study.Bench(args.model, num_gpus, workload, costs, args.steps, args.seed)
+        return Bench(args.model, num_gpus, workload, costs, args.steps, args.seed)
 
     def write(self, name: str, rows: Rows) -> None:
         """Write a table as CSV."""
@@ -112,24 +121,18 @@ class Experiment:
         """Compute methods, ablation, buckets and the timeline of the published set-up."""
         setup = self.setup
         bench = self.bench(setup.num_gpus, self.config, self.costs, self.lengths)
-        planned = self.store.get(
-            "deploy_EXACT", lambda: study.make_deployment(bench, "EXACT", False)
-        )
         self.write("lengths", moments_table(self.lengths))
-        records = study.method_records(
-            bench, self.store, setup.fused, setup.lobra, dict(setup.sequential)
+        methods = study.Methods(bench, self.store, setup)
+        self.write("methods", methods.rows())
+        self.write("steps", methods.step_rows())
+        self.write("sequential", methods.sequential_rows())
+        self.write("ablation", methods.ablation_rows())
+        self.write("buckets", methods.bucket_rows(BUCKETS))
+        self.write("timeline", study.timeline_rows(bench, methods.plans))
+        self.planning = study.planning_rows(
+            bench, self.store, self.args.time_limit, published_plan=setup.lobra
         )
-        self.write("methods", study.method_rows(records, planned))
-        self.write("steps", _steps(records))
-        self.write("sequential", _sequential(records, dict(setup.sequential)))
-        plans = {"LobRA": bench.published_plan(setup.lobra), "ours": study.plan_of(planned)}
-        baselines = {"sequential": records["Task-Sequential"], "fused": records["Task-Fused"]}
-        self.write("ablation", study.ablation_rows(bench, self.store, plans, baselines))
-        self.write("buckets", study.bucket_rows(bench, self.store, plans, BUCKETS))
-        self.write("timeline", study.timeline_rows(bench, plans))
-        if self.args.model != "70B":
-            limit = self.args.time_limit
-            self.write("planning_time", study.planning_rows(bench, self.store, limit, None))
+        self.write("planning_time", self.planning)
 
     def validation(self) -> None:
         """Compare the cost model with the published steps and throughput (7B only)."""
@@ -152,6 +155,7 @@ class Experiment:
         for layout, published in THROUGHPUT.items():
             for length, value in published.items():
                 own = study.throughput(self.costs, layout, length)
+                steady = study.no_bubble_throughput(self.costs, layout, length)
                 rows.append(
                     {
                         "layout": layout,
@@ -159,44 +163,53 @@ class Experiment:
                         "published_ktokens_s_gpu": value,
                         "predicted_ktokens_s_gpu": round(own, 3),
                         "difference": round(own / value - 1.0, 5),
+                        "no_bubble_ktokens_s_gpu": round(steady, 3),
+                        "no_bubble_difference": round(steady / value - 1.0, 5),
                     }
                 )
         self.write("throughput", rows)
 
     def scalability(self) -> None:
         """Compute the scalability over GPUs and tasks, and the planning times (70B only)."""
-        gpus: Rows = []
-        planning: Rows = []
-        tasks: Rows = []
-        for number, name in SCALE_TASKS.items():
-            config = load_trainer_config(name)
-            costs = self._costs(config)
-            lengths = find_lengths(self.args.model, config, self.sources, self.args.seed)
-            store = self._store(name, costs, lengths, config)
-            if number == 4:
-                for num_gpus in SCALE_GPUS:
-                    bench = self.bench(num_gpus, config, costs, lengths)
-                    lobra = "<16,1>x1" if num_gpus == 16 else PLANS_70B.get(num_gpus)
-                    rows = study.scale_rows(bench, store, f"{num_gpus}gpus", lobra)
-                    gpus += [{"gpus": num_gpus, **row} for row in rows]
-                    if num_gpus == 64:
-                        tasks += [{"tasks": number, **row} for row in rows]
-                    self.write("scale_gpus", _relative(gpus, "gpus", PUBLISHED_GPUS))
-                for num_gpus, published in PLANNING_TIME_S.items():
-                    bench = self.bench(num_gpus, config, costs, lengths)
-                    limit = self.args.time_limit
-                    planning += study.planning_rows(bench, store, limit, dict(published))
-                    self.write("planning_time", planning)
-            else:
-                bench = self.bench(64, config, costs, lengths)
-                rows = study.scale_rows(bench, store, f"{number}tasks", None)
-                tasks += [{"tasks": number, **row} for row in rows]
-            self.write("scale_tasks", _relative(tasks, "tasks", PUBLISHED_TASKS))
+        four, *more = (self._scale_inputs(number, name) for number, name in SCALE_TASKS.items())
+        config, costs, lengths, store = four
+        points = {}
+        for num_gpus in SCALE_GPUS:
+            bench = self.bench(num_gpus, config, costs, lengths)
+            points[num_gpus] = bench, store, SCALE_PLANS.get(num_gpus)
+        rows = study.scale_rows(points, "gpus")
+        self.write("scale_gpus", _relative(rows, "gpus", PUBLISHED_GPUS))
+        tasks = {
+            number: (self.bench(64, config, costs, lengths), store, None)
+            for number, (config, costs, lengths, store) in zip(
+                SCALE_TASKS, [four, *more], strict=True
+            )
+        }
+        tasks[4] = points[64]
+        rows = study.scale_rows(tasks, "tasks")
+        self.write("scale_tasks", _relative(rows, "tasks", PUBLISHED_TASKS))
+        for num_gpus, published in PLANNING_TIME_S.items():
+            self.planning += study.planning_rows(
+                self.bench(num_gpus, config, costs, lengths),
+                store,
+                self.args.time_limit,
+                published_s=published,
+                published_plan=PLANS_70B[num_gpus],
+            )
+            self.write("planning_time", self.planning)
+
+    def _scale_inputs(
+        self, number: int, name: str
+    ) -> tuple[TrainerConfig, Costs, Lengths, CellStore]:
+        config = load_trainer_config(name)
+        costs = self._costs(config)
+        lengths = self._lengths(config)
+        return config, costs, lengths, self._store(f"{number}tasks", costs, lengths, config)
 
     def provenance(self, seconds: float) -> None:
         """Write what the tables were made from, and when."""
         path = self.folder / "provenance.json"
-        cells = sorted((self.folder / "cells").rglob("*.json"))
+        cells = sorted(path for store in self.stores for path in store.used)
         spent = sum(json.loads(cell.read_text(encoding="utf-8"))["seconds"] for cell in cells)
         data = {
             "kind": "simulation",
@@ -213,6 +226,7 @@ class Experiment:
             "cells": len(cells),
             "seconds_of_all_cells": round(spent, 1),
             "seconds_of_this_run": round(seconds, 1),
+            "workers": self.workers.number,
             "cores": os.cpu_count(),
             "load": [round(value, 2) for value in os.getloadavg()],
         }
@@ -231,14 +245,17 @@ def run(args: argparse.Namespace, sources: Sources) -> int:
         raise ConfigError(f"--steps: {args.steps}; an interval needs at least 2 steps")
     if not args.time_limit > 0:
         raise ConfigError(f"--time-limit: {args.time_limit}; a positive number of seconds")
+    if args.workers < 1:
+        raise ConfigError(f"--workers: {args.workers}; a positive number of processes")
     start = time.perf_counter()
-    experiment = Experiment(args, sources)
-    tell(f"{args.model}: {experiment.costs.source}; {experiment.lengths.source}")
-    experiment.main_tables()
-    if args.model == "7B":
-        experiment.validation()
-    if args.model == "70B":
-        experiment.scalability()
+    with start_workers(args.workers) as workers:
+        experiment = Experiment(args, sources, workers)
+        tell(f"{args.model}: {experiment.costs.source}; {experiment.lengths.source}")
+        experiment.main_tables()
+        if args.model == "7B":
+            experiment.validation()
+        if args.model == "70B":
+            experiment.scalability()
     experiment.provenance(time.perf_counter() - start)
     tell(f"written: {args.output}; pictures and page: lobra report {args.output}")
     return 0
@@ -260,15 +277,14 @@ def tell(line: str) -> None:
 
 
 def sources_of(args: argparse.Namespace, environment: Mapping[str, str]) -> Sources:
-    """Return where inputs are looked for: arguments, then environment, then ../shared."""
+    """Return where inputs are looked for: arguments, then environment."""
     reference = args.reference or _path(environment.get("LOBRA_REFERENCE"))
     if reference is None and Path("../shared/reference").is_dir():
         reference = Path("../shared/reference")
     lengths = args.lengths or _path(environment.get("LOBRA_LENGTHS"))
-    folder = Path("../shared/lengths")
     if args.synthetic:
-        return Sources(reference, None, None, Path(os.devnull))
-    return Sources(reference, lengths, folder if folder.is_dir() else None, args.data_dir)
+        return Sources(reference, None, Path(os.devnull))
+    return Sources(reference, lengths, args.data_dir)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -279,6 +295,8 @@ def parser() -> argparse.ArgumentParser:
     add("--output", type=Path, required=True, help="folder of the tables")
     add("--steps", type=int, default=100, help="sampled steps per method (default 100)")
     add("--seed", type=int, default=0, help="of the sampled steps (default 0)")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    add("--workers", type=int, default=min(2, cores or 1), help="processes (default at most 2)")
     add("--time-limit", type=float, default=20.0, help="seconds for each of LobRA's planners")
     add("--reference", type=Path, help="folder of the published 7B profile (LOBRA_REFERENCE)")
     add("--lengths", type=Path, help="JSON or folder of .npy with lengths (LOBRA_LENGTHS)")
@@ -306,47 +324,17 @@ def _path(text: str | None) -> Path | None:
 
 def _relative(rows: Rows, column: str, published: Mapping[str, Mapping[int, float]]) -> Rows:
     """Return the rows with GPU-seconds relative to Task-Fused at the first point, and published."""
-    (first, *_) = [row["gpu_seconds"] for row in rows if row["method"] == "Task-Fused"]
+    (first, *_) = [row["gpu_seconds_of_all"] for row in rows if row["method"] == study.FUSED]
+    names = {study.FUSED: "Task-Fused", study.LOBRA: "LobRA", study.OURS: "LobRA"}
     return [
         {
             **row,
-            "relative": round(row["gpu_seconds"] / first, 5),
-            "published": published["Task-Fused" if row["method"] == "Task-Fused" else "LobRA"].get(
-                row[column], ""
-            ),
+            "relative": round(row["gpu_seconds_of_all"] / first, 5),
+            "published": published[names[row["method"]]].get(row[column], "")
+            if row["method"] in names
+            else "",
         }
         for row in rows
-    ]
-
-
-def _steps(records: Mapping[str, dict[str, Any]]) -> Rows:
-    return [
-        {
-            "method": method,
-            "step": step,
-            "step_time_s": round(time_s, 6),
-            "gpu_seconds": round(time_s * record["num_gpus"], 4),
-            "tokens": record["tokens"][step],
-            "padded_tokens": record["padded_tokens"][step],
-        }
-        for method, record in records.items()
-        for step, time_s in enumerate(record["step_time_s"])
-    ]
-
-
-def _sequential(records: Mapping[str, dict[str, Any]], published: Mapping[str, str]) -> Rows:
-    """Return, per task, the published homogeneous plan and the one the cost model prefers."""
-    own = records["Task-Sequential"]["plans"]
-    replaced = records["Task-Sequential, published plans"]["replaced"]
-    return [
-        {
-            "task": task,
-            "published_plan": published[task],
-            "our_plan": plan,
-            "same": published[task] == plan,
-            "published_plan_fits": task not in replaced,
-        }
-        for task, plan in own.items()
     ]
 
 

@@ -6,235 +6,28 @@ methods are compared on the same sequences.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from experiments.cells import CellStore, Record
+from experiments.bench import NUM_BUCKETS, Bench
+from experiments.cells import Cell, CellStore, Record
 from experiments.inputs import Costs
-from experiments.published import parse_plan
+from experiments.published import Setup, parse_plan
+from experiments.runs import Mode, deployment_cell, plan_of, sequential_cells, steps_cell, together
 from experiments.statistics import mean_interval, reduction_interval
-from planner.candidates import Candidate, all_candidates, tokens_per_gpu_second
-from planner.deploy import Options, deploy, plan_entries
-from planner.dispatch import Mode, dispatch
+from planner.candidates import Candidate, tokens_per_gpu_second
+from planner.dispatch import dispatch
 from planner.layout import Layout
-from planner.plan import Plan, ReplicaGroup, make_plan
-from planner.planners import homogeneous
-from planner.planners.base import Problem
-from planner.simulate import FUSED_BUCKETS, chrome_trace, simulate, steps_of
-from planner.workload import Workload, expect
-from profiler.profiles import layout_problem_of
+from planner.plan import Plan
+from planner.simulate import FUSED_BUCKETS, chrome_trace, steps_of
 from tasks.errors import ConfigError
 
-GPUS_PER_NODE = 8
-NUM_BUCKETS = 16
 Rows = list[dict[str, Any]]
-
-
-@dataclass(frozen=True, eq=False)
-class Bench:
-    """One workload on one cluster under one cost model: everything a cell needs."""
-
-    model: str
-    num_gpus: int
-    workload: Workload
-    costs: Costs
-    num_steps: int
-    seed: int
-
-    def published_plan(self, text: str) -> Plan:
-        """Return a published plan with the capacities of our memory profile.
-
-        Raises
-        ------
-        ConfigError
-            If the profile says that a layout of it does not fit.
-        """
-        groups = []
-        for tp, pp, replicas in parse_plan(text):
-            tokens = self.costs.memory.max_tokens(tp, pp)
-            if tokens == 0:
-                raise ConfigError(f"plan {text}: <{tp},{pp}> does not fit under this profile")
-            groups.append(ReplicaGroup(Layout(tp, pp), replicas, tokens))
-        return make_plan(groups)
-
-    def candidates(self) -> tuple[Candidate, ...]:
-        """Return every layout that fits this cluster."""
-        return all_candidates(
-            self.costs.memory,
-            self.costs.cost_model,
-            self.num_gpus,
-            self.workload.longest,
-            GPUS_PER_NODE,
-            self.refused,
-        ).chosen
-
-    def refused(self, tp: int, pp: int) -> str | None:
-        """Say why the model cannot run on a layout, or return None."""
-        return layout_problem_of(self.model, tp, pp)
-
-    def task(self, name: str) -> Workload:
-        """Return the workload of one task alone."""
-        whole = self.workload
-        return Workload(
-            {name: whole.lengths[name]},
-            {name: whole.batch_sizes[name]},
-            {name: whole.clipped[name]},
-        )
-
-    def best_homogeneous(self, workload: Workload) -> Plan:
-        """Return the homogeneous plan with the shortest expected step over LobRA's seven buckets.
-
-        Raises
-        ------
-        ConfigError
-            If no layout holds the longest bucket.
-        """
-        batch = expect(workload, FUSED_BUCKETS, static=True)
-        problem = Problem(
-            batch.counts,
-            batch.buckets,
-            self.candidates(),
-            self.num_gpus,
-            self.costs.cost_model,
-            GPUS_PER_NODE,
-        )
-        found = homogeneous.find(problem)
-        if found is None:
-            raise ConfigError(f"{self.model}: no homogeneous plan on {self.num_gpus} GPUs")
-        return found.plan
-
-
-def run_steps(
-    bench: Bench,
-    plan: Plan,
-    *,
-    static: int | None = None,
-    num_buckets: int = NUM_BUCKETS,
-    mode: Mode | None = "balance",
-    workload: Workload | None = None,
-    seed: int | None = None,
-) -> Record:
-    """Return the record of a plan's simulated steps; ``static``: that many fixed buckets."""
-    run = simulate(
-        plan,
-        bench.workload if workload is None else workload,
-        bench.costs.cost_model,
-        bench.num_steps,
-        seed=bench.seed if seed is None else seed,
-        num_buckets=num_buckets if static is None else static,
-        static=static is not None,
-        mode=mode,
-    )
-    summary = run.summary()
-    return {
-        "plan": str(plan),
-        "entries": plan_entries(plan),
-        "num_gpus": plan.num_gpus,
-        "step_time_s": run.step_time_s.tolist(),
-        "tokens": run.tokens.tolist(),
-        "padded_tokens": run.padded_tokens.tolist(),
-        "idle": summary["idle"],
-        "padding": summary["padding"],
-        "dispatch_ms": summary["dispatch_ms"],
-    }
-
-
-def sequential(bench: Bench, published: dict[str, str] | None = None) -> Record:
-    """Return Task-Sequential: one task after another, each on a homogeneous plan of its own.
-
-    ``published`` gives every task's plan; without it, the best by the cost model.
-    """
-    records, plans, skipped = [], {}, []
-    for number, task in enumerate(bench.workload.lengths):
-        alone = bench.task(task)
-        plan = bench.best_homogeneous(alone)
-        if published is not None:
-            try:
-                wanted = bench.published_plan(published[task])
-                records.append(_alone(bench, wanted, alone, number))
-                plans[task] = str(wanted)
-                continue
-            except ConfigError:
-                skipped.append(task)  # does not fit under this profile: the best that does
-        records.append(_alone(bench, plan, alone, number))
-        plans[task] = str(plan)
-    busy = sum((1.0 - r["idle"]) * sum(r["step_time_s"]) for r in records)
-    tokens = np.sum([r["tokens"] for r in records], axis=0)
-    padded = np.sum([r["padded_tokens"] for r in records], axis=0)
-    times = np.sum([r["step_time_s"] for r in records], axis=0)
-    return {
-        "plan": "one per task",
-        "plans": plans,
-        "replaced": skipped,
-        "num_gpus": bench.num_gpus,
-        "step_time_s": times.tolist(),
-        "tokens": tokens.tolist(),
-        "padded_tokens": padded.tolist(),
-        "idle": 1.0 - busy / float(times.sum()),
-        "padding": 1.0 - float(tokens.sum()) / float(padded.sum()),
-        "dispatch_ms": float(np.sum([r["dispatch_ms"] for r in records])),
-    }
-
-
-def _alone(bench: Bench, plan: Plan, workload: Workload, number: int) -> Record:
-    return run_steps(bench, plan, static=FUSED_BUCKETS, workload=workload, seed=bench.seed + number)
-
-
-def make_deployment(
-    bench: Bench, pattern: str, proposal: bool, limit_s: float | None = None
-) -> Record:
-    """Return a planner's plan with its time, bound and gap, or why there is none."""
-    options = Options(
-        pattern=pattern,
-        proposal=proposal,
-        num_buckets=NUM_BUCKETS,
-        gpus_per_node=GPUS_PER_NODE,
-        time_limit_s=limit_s,
-    )
-    start = time.perf_counter()
-    try:
-        found = deploy(
-            bench.workload,
-            bench.costs.memory,
-            bench.costs.cost_model,
-            bench.num_gpus,
-            options,
-            refused=bench.refused,
-        )
-    except ConfigError as error:
-        return {
-            "failed": str(error),
-            "plan": "",
-            "planner_time_s": time.perf_counter() - start,
-            "limit_s": limit_s,
-        }
-    outcome = found.outcome
-    return {
-        "plan": str(outcome.plan),
-        "entries": plan_entries(outcome.plan),
-        "num_gpus": outcome.plan.num_gpus,
-        "planner_time_s": outcome.planner_time_s,
-        "limit_s": limit_s,
-        "proven": outcome.proven,
-        "step_time_s": outcome.step_time_s,
-        "objective_s": outcome.objective_s,
-        "lower_bound_s": outcome.lower_bound_s,
-        "gap": outcome.gap,
-    }
-
-
-def plan_of(record: Record) -> Plan:
-    """Return the plan a record holds."""
-    return make_plan(
-        [
-            ReplicaGroup(Layout(e["tp"], e["pp"]), e["replicas"], e["max_tokens"])
-            for e in record["entries"]
-        ]
-    )
+SEQUENTIAL, FUSED = "Task-Sequential", "Task-Fused"
+LOBRA, OURS, OURS_POWERS = "LobRA's plan", "our plan", "our plan, capacities as LobRA measures"
+BALANCED = ", our dispatch"  # a baseline that is given what it lacks
 
 
 def step_row(record: Record) -> dict[str, Any]:
@@ -257,7 +50,7 @@ def step_row(record: Record) -> dict[str, Any]:
     }
 
 
-def reductions(record: Record, baselines: dict[str, Record]) -> dict[str, Any]:
+def reductions(record: Record, baselines: Mapping[str, Record]) -> dict[str, Any]:
     """Return, per baseline, by what share of its GPU-seconds the record needs fewer."""
     columns: dict[str, Any] = {}
     own = np.array(record["step_time_s"]) * record["num_gpus"]
@@ -270,105 +63,171 @@ def reductions(record: Record, baselines: dict[str, Record]) -> dict[str, Any]:
     return columns
 
 
-def method_records(
-    bench: Bench, store: CellStore, fused: str, lobra: str, alone: dict[str, str]
-) -> dict[str, Record]:
-    """Return the records of the methods of the main table, by the method's name."""
-    get = store.get
-    best = get("deploy_EXACT", lambda: make_deployment(bench, "EXACT", False))
-    steps: dict[str, tuple[str, Callable[[], Record]]] = {
-        "Task-Sequential": ("sequential", lambda: sequential(bench)),
-        "Task-Sequential, published plans": (
-            "sequential_published",
-            lambda: sequential(bench, alone),
-        ),
-        "Task-Fused": (
-            "fused",
-            lambda: run_steps(bench, bench.best_homogeneous(bench.workload), static=FUSED_BUCKETS),
-        ),
-        "Task-Fused, published plan": (
-            "fused_published",
-            lambda: run_steps(bench, bench.published_plan(fused), static=FUSED_BUCKETS),
-        ),
-        "LobRA's plan": ("lobra", lambda: run_steps(bench, bench.published_plan(lobra))),
-        "our plan": ("ours", lambda: run_steps(bench, plan_of(best))),
-    }
-    return {method: get(f"method_{name}", run) for method, (name, run) in steps.items()}
+class Methods:
+    """The methods of the published comparison on one bench, their plans and their records."""
 
-
-def method_rows(records: dict[str, Record], planned: Record | None) -> Rows:
-    """Return the main table: every method against Task-Sequential and Task-Fused."""
-    baselines = {"sequential": records["Task-Sequential"], "fused": records["Task-Fused"]}
-    rows = []
-    for method, record in records.items():
-        row = {"method": method, **step_row(record), **reductions(record, baselines)}
-        if planned is not None:
-            own = method == "our plan"
-            row["planned_step_time_s"] = _rounded(planned["step_time_s"] if own else None)
-            row["lower_bound_s"] = _rounded(planned["lower_bound_s"] if own else None)
-        rows.append(row)
-    return rows
-
-
-RUNGS: dict[str, tuple[str, int | None, Mode]] = {
-    "length-based dispatch": ("group", NUM_BUCKETS, "group"),
-    "balanced dispatch": ("balance", NUM_BUCKETS, "balance"),
-    "balanced + dynamic buckets": ("dynamic", None, "balance"),
-}
-
-
-def ablation_rows(
-    bench: Bench, store: CellStore, plans: dict[str, Plan], baselines: dict[str, Record]
-) -> Rows:
-    """Return the ablation: homogeneous, then each rung on each plan (16 buckets)."""
-    rows = [
-        {
-            "plan_of": "homogeneous",
-            "rung": "homogeneous",
-            **step_row(baselines["fused"]),
-            **reductions(baselines["fused"], baselines),
+    def __init__(self, bench: Bench, store: CellStore, setup: Setup) -> None:
+        self.bench, self.store, self.setup = bench, store, setup
+        powers = bench.in_powers_of_two()
+        wanted = [deployment_cell(bench)]
+        if powers is not bench:
+            wanted.append(deployment_cell(powers))
+        self.planned, *rounded = store.get(wanted, "plans")
+        workload = bench.workload
+        self.fused, self.fused_fits = bench.published_or_best(setup.fused, workload)
+        alone = {
+            task: bench.published_or_best(setup.sequential[task], bench.task(task))
+            for task in workload.lengths
         }
-    ]
-    for owner, plan in plans.items():
-        for rung, (name, static, mode) in RUNGS.items():
+        self.alone = {task: plan for task, (plan, _) in alone.items()}
+        self.alone_fits = {task: fits for task, (_, fits) in alone.items()}
+        self.best_alone = {t: bench.best_homogeneous(bench.task(t)) for t in workload.lengths}
+        self.plans = {"LobRA": bench.published_plan(setup.lobra), "ours": plan_of(self.planned)}
+        self.rounded = plan_of(rounded[0]) if rounded else None
+        self.task_records: dict[str, dict[str, Record]] = {}
+        self.records = self._records()
 
-            def compute(
-                plan: Plan = plan, static: int | None = static, mode: Mode = mode
-            ) -> Record:
-                try:
-                    return run_steps(bench, plan, static=static, mode=mode)
-                except ConfigError as error:
-                    return {"failed": str(error)}
+    def baselines(self) -> dict[str, Record]:
+        """Return what methods are compared with, by the column's name."""
+        names = {
+            "sequential": SEQUENTIAL,
+            "fused": FUSED,
+            "sequential_balanced": SEQUENTIAL + BALANCED,
+            "fused_balanced": FUSED + BALANCED,
+        }
+        return {column: self.records[name] for column, name in names.items()}
 
-            record = store.get(f"ablation_{owner}_{name}", compute)
-            if "failed" in record:  # a fixed bucket longer than any replica holds
-                continue
+    def _records(self) -> dict[str, Record]:
+        bench = self.bench
+        best_fused = bench.best_balanced(bench.workload)
+        balanced = {t: bench.best_balanced(bench.task(t)) for t in bench.workload.lengths}
+        several: dict[str, list[Cell]] = {
+            SEQUENTIAL: sequential_cells(SEQUENTIAL, bench, self.alone),
+            f"{SEQUENTIAL}, best plans": sequential_cells(SEQUENTIAL, bench, self.best_alone),
+            SEQUENTIAL + BALANCED: sequential_cells(
+                SEQUENTIAL + BALANCED, bench, balanced, "balance"
+            ),
+        }
+        single = {
+            FUSED: steps_cell(FUSED, bench, self.fused, static=FUSED_BUCKETS, mode="even"),
+            FUSED + BALANCED: steps_cell(
+                FUSED + BALANCED, bench, best_fused, static=FUSED_BUCKETS, mode="balance"
+            ),
+            LOBRA: steps_cell(LOBRA, bench, self.plans["LobRA"]),
+            OURS: steps_cell(OURS, bench, self.plans["ours"]),
+        }
+        if self.rounded is not None:
+            single[OURS_POWERS] = steps_cell(OURS_POWERS, bench, self.rounded)
+        every = [cell for cells in several.values() for cell in cells] + list(single.values())
+        found = dict(zip(map(id, every), self.store.get(every, "methods"), strict=True))
+        tasks = list(bench.workload.lengths)
+        check_steps({cell.label: found[id(cell)] for cell in every})
+        records = {}
+        for name, cells in several.items():
+            own = [found[id(cell)] for cell in cells]
+            self.task_records[name] = dict(zip(tasks, own, strict=True))
+            records[name] = together(own, bench.num_gpus)
+        return {**records, **{name: found[id(cell)] for name, cell in single.items()}}
+
+    def rows(self) -> Rows:
+        """Return the main table: every method against the baselines."""
+        rows = method_rows(self.records, self.baselines())
+        for row in rows:
+            own = row["method"] == OURS
+            row["planned_step_time_s"] = _rounded(self.planned["step_time_s"] if own else None)
+            row["lower_bound_s"] = _rounded(self.planned["lower_bound_s"] if own else None)
+        return rows
+
+    def step_rows(self) -> Rows:
+        """Return every method's sampled steps."""
+        return [
+            {
+                "method": method,
+                "step": step,
+                "step_time_s": round(time_s, 6),
+                "gpu_seconds": round(time_s * record["num_gpus"], 4),
+                "tokens": record["tokens"][step],
+                "padded_tokens": record["padded_tokens"][step],
+            }
+            for method, record in self.records.items()
+            for step, time_s in enumerate(record["step_time_s"])
+        ]
+
+    def sequential_rows(self) -> Rows:
+        """Return, per task, the published homogeneous plan and the one the cost model prefers."""
+        rows = []
+        for task, plan in self.best_alone.items():
+            published = self.task_records[SEQUENTIAL][task]
+            best = self.task_records[f"{SEQUENTIAL}, best plans"][task]
+            theirs, own = (float(np.mean(r["step_time_s"])) for r in (published, best))
+            text, fits = self.setup.sequential[task], self.alone_fits[task]
             rows.append(
                 {
-                    "plan_of": owner,
-                    "rung": rung,
-                    **step_row(record),
-                    **reductions(record, baselines),
+                    "task": task,
+                    "longest": int(self.bench.workload.lengths[task].max()),
+                    "published_plan": text,
+                    "published_plan_fits": fits,
+                    "our_plan": str(plan),
+                    "same": text == str(plan),
+                    "published_plan_step_s": round(theirs, 6) if fits else "",
+                    "our_plan_step_s": round(own, 6),
+                    "difference": round(own / theirs - 1.0, 5) if fits else "",
                 }
             )
-    return rows
+        return rows
+
+    def ablation_rows(self) -> Rows:
+        """Return the ablation: homogeneous, then each rung on each plan (16 buckets)."""
+        cells = {
+            (owner, rung): steps_cell(
+                f"{owner}, {rung}", self.bench, plan, static=static, mode=mode
+            )
+            for owner, plan in self.plans.items()
+            for rung, (static, mode) in RUNGS.items()
+        }
+        records = dict(zip(cells, self.store.get(list(cells.values()), "ablation"), strict=True))
+        records = {("homogeneous", "homogeneous"): self.records[FUSED], **records}
+        baselines = self.baselines()
+        return [
+            {
+                "plan_of": owner,
+                "rung": rung,
+                **step_row(record),
+                **reductions(record, baselines),
+            }
+            for (owner, rung), record in records.items()
+            if "failed" not in record  # a fixed bucket longer than any replica holds
+        ]
+
+    def bucket_rows(self, numbers: tuple[int, ...]) -> Rows:
+        """Return step time and padding of each plan over the number of dynamic buckets."""
+        cells = {
+            (owner, number): steps_cell(
+                f"{owner}, {number} buckets", self.bench, plan, num_buckets=number
+            )
+            for owner, plan in self.plans.items()
+            for number in numbers
+        }
+        records = self.store.get(list(cells.values()), "buckets")
+        return [
+            {"plan_of": owner, "buckets": number, **step_row(record)}
+            for (owner, number), record in zip(cells, records, strict=True)
+        ]
 
 
-def bucket_rows(
-    bench: Bench, store: CellStore, plans: dict[str, Plan], numbers: tuple[int, ...]
-) -> Rows:
-    """Return step time and padding of each plan over the number of dynamic buckets."""
-    rows = []
-    for owner, plan in plans.items():
-        for number in numbers:
+def method_rows(records: Mapping[str, Record], baselines: Mapping[str, Record]) -> Rows:
+    """Return a row per method: plan, mean step, GPU-seconds, and what it saves."""
+    return [
+        {"method": method, **step_row(record), **reductions(record, baselines)}
+        for method, record in records.items()
+    ]
 
-            def compute(plan: Plan = plan, number: int = number) -> Record:
-                return run_steps(bench, plan, num_buckets=number)
 
-            record = store.get(f"buckets_{owner}_{number}", compute)
-            rows.append({"plan_of": owner, "buckets": number, **step_row(record)})
-    return rows
-
+RUNGS: dict[str, tuple[int | None, Mode]] = {
+    "length-based dispatch": (NUM_BUCKETS, "group"),
+    "balanced dispatch": (NUM_BUCKETS, "balance"),
+    "balanced + dynamic buckets": (None, "balance"),
+}
 
 PATTERNS: tuple[tuple[str, str, bool], ...] = (
     ("EXACT, all layouts", "EXACT", False),
@@ -381,64 +240,88 @@ PATTERNS: tuple[tuple[str, str, bool], ...] = (
 
 
 def planning_rows(
-    bench: Bench, store: CellStore, limit_s: float, published: dict[str, float | None] | None
+    bench: Bench,
+    store: CellStore,
+    limit_s: float,
+    *,
+    published_s: Mapping[str, float | None] | None = None,
+    published_plan: str = "",
+    patterns: tuple[tuple[str, str, bool], ...] = PATTERNS,
 ) -> Rows:
-    """Return every pattern's planning time, plan and quality; limits apply to LobRA's patterns."""
+    """Return every pattern's planning time, plan and quality.
+
+    Capacities are powers of two, as LobRA measures them, so that as many layouts are looked at as
+    there. ``limit_s`` applies to LobRA's patterns; EXACT keeps its own.
+    """
+    bench = bench.in_powers_of_two()
+    cells = [
+        deployment_cell(bench, pattern, proposal, limit_s) for _, pattern, proposal in patterns
+    ]
     rows = []
-    for label, pattern, proposal in PATTERNS:
-        limit = None if pattern == "EXACT" else limit_s
-
-        def compute(
-            pattern: str = pattern, proposal: bool = proposal, limit: float | None = limit
-        ) -> Record:
-            return make_deployment(bench, pattern, proposal, limit)
-
-        name = f"deploy_{pattern}{'_proposed' if proposal else ''}"
-        if pattern != "EXACT":
-            name += f"_{limit_s:g}s"
-        record = store.get(f"{name}_{bench.num_gpus}gpus", compute)
-        known = published is not None and label in published
+    records = store.get(cells, f"planning {bench.num_gpus} GPUs")
+    for (label, _, _), record in zip(patterns, records, strict=True):
+        known = published_s is not None and label in published_s
+        stopped = record.get("proven") is False and record["limit_s"] is not None
         rows.append(
             {
                 "num_gpus": bench.num_gpus,
+                "tasks": len(bench.workload.lengths),
                 "pattern": label,
+                "layouts": record.get("layouts", ""),
                 "seconds": round(record["planner_time_s"], 3),
                 "limit_s": "" if record["limit_s"] is None else record["limit_s"],
+                "stopped": stopped,
                 "proven": record.get("proven", ""),
                 "plan": record["plan"],
                 "step_time_s": _rounded(record.get("step_time_s")),
                 "lower_bound_s": _rounded(record.get("lower_bound_s")),
                 "gap": _rounded(record.get("gap")),
-                "published_s": _published(published[label]) if known and published else "",
+                "published_s": _published(published_s[label]) if known and published_s else "",
+                "published_plan": published_plan,
                 "failed": record.get("failed", ""),
             }
         )
     return rows
 
 
-def scale_rows(bench: Bench, store: CellStore, name: str, lobra: str | None) -> Rows:
-    """Return one point of a scalability curve: Task-Fused, our plan, LobRA's where published."""
-    runs: dict[str, Callable[[], Record]] = {
-        "Task-Fused": lambda: run_steps(
-            bench, bench.best_homogeneous(bench.workload), static=FUSED_BUCKETS
-        ),
-        "our plan": lambda: run_steps(
-            bench,
-            plan_of(
-                store.get(f"deploy_EXACT_{name}", lambda: make_deployment(bench, "EXACT", False))
-            ),
-        ),
-    }
-    if lobra is not None:
-        runs["LobRA's plan"] = lambda: run_steps(bench, bench.published_plan(lobra))
-    rows = []
-    for method, run in runs.items():
-        record = store.get(f"scale_{name}_{method.replace(' ', '_')}", run)
-        rows.append({"method": method, **step_row(record), "gpus_available": bench.num_gpus})
+def scale_rows(points: Mapping[int, tuple[Bench, CellStore, str | None]], column: str) -> Rows:
+    """Return a scalability curve: Task-Fused, LobRA's plan where published, and ours.
+
+    ``points``: per value of ``column`` the bench, its store and LobRA's plan.
+    """
+    rows: Rows = []
+    for value, (bench, store, lobra) in points.items():
+        powers = bench.in_powers_of_two()
+        planned = store.get([deployment_cell(bench), deployment_cell(powers)], f"plan {value}")
+        ours, rounded = (plan_of(record) for record in planned)
+        fused = bench.best_homogeneous(bench.workload)
+        balanced = bench.best_balanced(bench.workload)
+        cells = {
+            FUSED: steps_cell(FUSED, bench, fused, static=FUSED_BUCKETS, mode="even"),
+            FUSED + BALANCED: steps_cell(FUSED + BALANCED, bench, balanced, static=FUSED_BUCKETS),
+            OURS: steps_cell(OURS, bench, ours),
+            OURS_POWERS: steps_cell(OURS_POWERS, bench, rounded),
+        }
+        if lobra is not None:
+            cells[LOBRA] = steps_cell(LOBRA, bench, bench.published_plan(lobra))
+        records = store.get(list(cells.values()), f"{value} {column}")
+        check_steps(dict(zip(cells, records, strict=True)))
+        rows += [
+            {
+                column: value,
+                "method": method,
+                **step_row(record),
+                "gpus_available": bench.num_gpus,
+                "gpu_seconds_of_all": round(
+                    float(np.mean(record["step_time_s"])) * bench.num_gpus, 4
+                ),
+            }
+            for method, record in zip(cells, records, strict=True)
+        ]
     return rows
 
 
-def timeline_rows(bench: Bench, plans: dict[str, Plan]) -> Rows:
+def timeline_rows(bench: Bench, plans: Mapping[str, Plan]) -> Rows:
     """Return the micro-batches of every replica in the first sampled step, per plan."""
     lengths = next(steps_of(bench.workload, 1, bench.seed))
     rows = []
@@ -473,6 +356,20 @@ def throughput(costs: Costs, layout: str, length: int) -> float:
     ((tp, pp, _),) = parse_plan(layout)
     candidate = Candidate(Layout(tp, pp), costs.memory.max_tokens(tp, pp))
     return tokens_per_gpu_second(candidate, costs.cost_model, length) / 1000.0
+
+
+def no_bubble_throughput(costs: Costs, layout: str, length: int) -> float:
+    """Return thousand tokens/s/GPU without the pipeline's bubble, one sequence a micro-batch."""
+    ((tp, pp, _),) = parse_plan(layout)
+    chunk_ms = float(np.asarray(costs.cost_model.chunk_time_ms(tp, pp, 1, length)))
+    return length / chunk_ms / (tp * pp)
+
+
+def check_steps(records: Mapping[str, Record]) -> None:
+    """Raise ConfigError naming the methods that could not run."""
+    problems = [f"{name}: {r['failed']}" for name, r in records.items() if "failed" in r]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _rounded(value: float | None) -> float | str:

@@ -1,8 +1,10 @@
 """Synthetic sequence lengths with a published mean, skewness and kurtosis.
 
 A mixture of two log-normal distributions, cut at the task's context length: four shapes and a scale
-fitted to the three moments, then taken at evenly spaced quantiles and shuffled. The spread is not
-published, so data sets with the same three moments may differ in it.
+fitted to the three moments, then taken at evenly spaced quantiles and shuffled. Data sets with the
+same three moments may differ in spread and in their longest sequence, which are not published.
+LobRA's context lengths are powers of two that its homogeneous deployments hold, so the longest is
+asked to lie in the upper half of the task's context.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from experiments.published import LengthMoments
 NUM_SEQUENCES = 20000
 SHORTEST = 8  # tokens
 SPREAD, SPREAD_WEIGHT = 0.6, 1e-3  # standard deviation over mean, where nothing else decides it
+REACH, REACH_WEIGHT = 0.52, 1e-2  # longest sequence over the context length, at least
 GOOD_ENOUGH = 1e-4  # squared error below which the sample is as good as the fit
 GRID = 2000  # quantiles of each component that the fit looks at
 
@@ -60,7 +63,7 @@ def synthesize(
 
     def loss(shape: np.ndarray) -> float:
         values, weights = _mixture(shape, wanted.mean, longest, grid, mass)
-        return _distance(moments(values, weights), wanted) + _prior(values, weights)
+        return _distance(moments(values, weights), wanted) + _prior(values, longest, weights)
 
     starts = [
         np.array([share, body, tail, apart])
@@ -77,9 +80,9 @@ def synthesize(
     samples = []
     for count in (number, max(0, number - 1), min(num_sequences, number + 1)):
         samples.append(_polished(best.x[1:], count, wanted, longest, num_sequences))
-        if _distance(moments(samples[-1]), wanted) < GOOD_ENOUGH:
+        if _distance(moments(samples[-1]), wanted) + _reach(samples[-1], longest) < GOOD_ENOUGH:
             break
-    lengths = min(samples, key=lambda sample: _distance(moments(sample), wanted))
+    lengths = min(samples, key=lambda s: _distance(moments(s), wanted) + _reach(s, longest))
     shuffled = np.random.default_rng(seed).permutation(lengths)
     return Synthetic(shuffled, wanted, moments(shuffled))
 
@@ -102,23 +105,31 @@ def _polished(
         return _scaled(np.exp(values), np.ones(number), wanted.mean, longest)
 
     def loss(x: np.ndarray) -> float:
-        return _distance(moments(sample(x)), wanted)
+        values = sample(x)
+        return _distance(moments(values), wanted) + _reach(values, longest)
 
     best = shape
     if loss(shape) > GOOD_ENOUGH:
-        best = minimize(loss, shape, method="Nelder-Mead", options={"maxiter": 150}).x
+        best = minimize(loss, shape, method="Nelder-Mead", options={"maxiter": 250}).x
     return np.rint(sample(best)).astype(np.int64)
 
 
 _FIT = {"maxiter": 900, "xatol": 1e-4, "fatol": 1e-9}
 
 
-def _prior(values: np.ndarray, weights: np.ndarray) -> float:
-    """Prefer, where the moments leave the choice, a spread of about 0.6 times the mean."""
+def _prior(values: np.ndarray, longest: int, weights: np.ndarray) -> float:
+    """Prefer a long enough longest sequence; where a choice is left, a usual spread."""
     share = weights / weights.sum()
     mean = float(share @ values)
     spread = max(float(share @ values**2) - mean**2, 1e-9) ** 0.5 / mean
-    return SPREAD_WEIGHT * float(np.log(spread / SPREAD)) ** 2
+    seen = values[share > 0.2 / NUM_SEQUENCES]  # rarer ones will not be in the sample
+    return SPREAD_WEIGHT * float(np.log(spread / SPREAD)) ** 2 + _reach(seen, longest)
+
+
+def _reach(values: np.ndarray, longest: int) -> float:
+    """Return what it costs that the longest of the values is short of the context length."""
+    short = REACH * longest / float(values.max(initial=1.0))
+    return REACH_WEIGHT * max(0.0, float(np.log(short))) ** 2
 
 
 def _distance(found: LengthMoments, wanted: LengthMoments) -> float:

@@ -13,9 +13,15 @@ import numpy as np
 import pytest
 
 from experiments import jobs, simulate
-from experiments.cells import CellStore
-from experiments.inputs import Sources, find_costs, find_lengths, setup_of
+from experiments.bench import Bench, dealt_time_s
+from experiments.cells import Cell, CellStore, start_workers
+from experiments.inputs import Lengths, Sources, find_costs, find_lengths, setup_of, workload_of
+from planner.evaluate import replica_time_s
+from planner.layout import Layout
 from planner.placement import place
+from planner.plan import ReplicaGroup, make_plan
+from profiler.cost_model import fit_cost_model
+from profiler.profiles import TimeProfile
 from tasks.errors import ConfigError
 
 LENGTHS = {  # few sequences, all short but some: enough for every method to differ
@@ -63,6 +69,9 @@ def test_every_table_is_there_and_adds_up(finished: Path) -> None:
     fused, ours = methods["Task-Fused"], methods["our plan"]
     saved = 1 - float(ours["gpu_seconds"]) / float(fused["gpu_seconds"])
     assert float(ours["less_than_fused"]) == pytest.approx(saved, abs=1e-4)
+    assert float(methods["Task-Fused, our dispatch"]["step_time_s"]) <= float(fused["step_time_s"])
+    for row in rows_of(finished / "sequential.csv"):
+        assert row["published_plan_fits"] == "True"
     # all methods were given the same sequences
     tokens = {s["tokens"] for s in steps if s["step"] == "2"}
     assert len(tokens) == 1
@@ -85,22 +94,66 @@ def test_timeline_fills_every_replica_once(finished: Path) -> None:
             assert start == pytest.approx(end, abs=1e-5)
 
 
+CALLS: list[str] = []
+
+
+def counted(name: str) -> dict[str, object]:
+    """Return a record, remembering in this process that it was computed."""
+    CALLS.append(name)
+    return {"value": (1, 2), "name": name}
+
+
 def test_finished_cells_are_kept_and_torn_ones_made_again(tmp_path: Path) -> None:
     lines: list[str] = []
-    calls: list[str] = []
-
-    def compute() -> dict[str, object]:
-        calls.append("x")
-        return {"value": (1, 2)}
-
+    CALLS.clear()
+    cells = [Cell(f"cell {n}", counted, (n,), {"n": n.lower()}) for n in ("a", "b", "A")]
     store = CellStore(tmp_path, {"seed": 1}, lines.append)
-    assert store.get("a", compute) == {"value": [1, 2]}
-    assert store.get("a", compute) == {"value": [1, 2]}
-    assert len(calls) == 1 and "already there" in lines[-1]
-    (tmp_path / "a.json").write_text('{"context": {"seed"', encoding="utf-8")
-    store.get("a", compute)
-    CellStore(tmp_path, {"seed": 2}, lines.append).get("a", compute)
-    assert len(calls) == 3
+    records = store.get(cells, "all")
+    assert [r["value"] for r in records] == [[1, 2]] * 3
+    assert CALLS == ["a", "b"]  # A has a's key: the same cell under another label
+    assert store.get(cells) == records and len(CALLS) == 2
+    assert len(store.used) == 2 and all(path.is_file() for path in store.used)
+    (tmp_path / f"{cells[0].name}.json").write_text('{"context": {"seed"', encoding="utf-8")
+    store.get(cells)
+    CellStore(tmp_path, {"seed": 2}, lines.append).get(cells)
+    assert CALLS == ["a", "b", "a", "a", "b"]
+
+
+def test_worker_processes_compute_the_same_records(tmp_path: Path) -> None:
+    cells = [Cell(f"cell {k}", moments_of, (k,), {"k": k}) for k in range(5)]
+    here = CellStore(tmp_path / "here", {}, lambda line: None).get(cells)
+    with start_workers(2) as workers:
+        store = CellStore(tmp_path / "there", {}, lambda line: None, workers)
+        assert store.get(cells) == here
+        wrong = Cell("wrong", moments_of, (-1,), {"k": -1})
+        with pytest.raises(ConfigError, match="negative"):
+            store.get([*cells, wrong])
+
+
+def moments_of(k: int) -> dict[str, object]:
+    """Return something a worker process can compute."""
+    if k < 0:
+        raise ConfigError("a negative number")
+    return {"sum": float(np.arange(k).sum())}
+
+
+def test_dealing_gives_every_replica_its_share_of_every_bucket() -> None:
+    profile = TimeProfile(
+        np.array([1, 1, 1, 1]), np.array([64, 128, 64, 128]), np.array([1, 1, 2, 2]), np.ones(4)
+    )
+    costs = fit_cost_model(profile, 2)
+    plan = make_plan([ReplicaGroup(Layout(1, 2), 3, 128)])
+    buckets, counts = np.array([64, 128]), np.array([8, 4])
+    times = dealt_time_s(counts, buckets, plan, costs)
+    dealt = [((2, 1), (2, 1)), ((2, 1), (1,)), ((2,), (1,))]  # 3 3 2 short ones, 2 1 1 long ones
+    for own, (short, long) in zip(times, dealt, strict=True):
+        # two short ones make a chunk, a long one is alone; full chunks and one remainder
+        chunks = [(n, 64) for n in short] + [(1, 128)] * (2 if long == (2, 1) else 1)
+        assert own == pytest.approx(replica_time_s(Layout(1, 2), chunks, costs))
+    assert times[0] == times.max()  # the first replica has the ceiling of every bucket
+    mixed = make_plan([ReplicaGroup(Layout(1, 1), 1, 128), ReplicaGroup(Layout(1, 2), 1, 128)])
+    with pytest.raises(ValueError, match="more than one layout"):
+        dealt_time_s(counts, buckets, mixed, costs)
 
 
 def test_estimates_say_so_and_hold_the_published_plans(tmp_path: Path) -> None:
@@ -108,15 +161,17 @@ def test_estimates_say_so_and_hold_the_published_plans(tmp_path: Path) -> None:
     costs = find_costs("32B", str(config.path), 12, Sources(), tmp_path)
     assert "ESTIMATE" in costs.source
     lengths = {task.name: np.array([100, 16000]) for task in config.tasks}
-    from experiments.inputs import Lengths, workload_of
-    from experiments.study import Bench
-
     workload = workload_of(config, Lengths(lengths, "test"))
     bench = Bench("32B", 64, workload, costs, 2, 0)
     for text in (setup.fused, setup.lobra):
         plan = bench.published_plan(text)
         assert plan.num_gpus == 64
         assert len(place(plan, 8)) == len(plan.replicas)
+    powers = bench.in_powers_of_two()
+    for fine, rounded in zip(costs.memory.rows, powers.costs.memory.rows, strict=True):
+        assert rounded.max_tokens <= fine.max_tokens < max(1, 2 * rounded.max_tokens)
+        assert rounded.max_tokens & (rounded.max_tokens - 1) == 0
+    assert powers.in_powers_of_two() is powers
 
 
 def test_wrong_folders_are_a_users_mistake(tmp_path: Path) -> None:

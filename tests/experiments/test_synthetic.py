@@ -21,6 +21,7 @@ def test_lengths_have_the_published_moments(name: str, longest: int) -> None:
     assert np.mean(made.lengths) == pytest.approx(wanted.mean, rel=0.002)
     assert stats.skew(made.lengths) == pytest.approx(wanted.skewness, rel=0.02)
     assert stats.kurtosis(made.lengths) == pytest.approx(wanted.kurtosis, rel=0.05)
+    assert made.lengths.max() > longest / 2  # what LobRA's context lengths and layouts say
 
 
 def test_seed_decides_the_order_and_nothing_else() -> None:

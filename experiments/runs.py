@@ -1,0 +1,210 @@
+"""The computations of the cells: simulated steps of a plan, and plans by every pattern."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Literal
+
+import numpy as np
+
+from experiments.bench import GPUS_PER_NODE, NUM_BUCKETS, Bench, dealt_time_s
+from experiments.cells import Cell, Record
+from planner.buckets import bucket_index, static_buckets
+from planner.deploy import Options, deploy, plan_entries
+from planner.layout import Layout
+from planner.plan import Plan, ReplicaGroup, make_plan
+from planner.simulate import FUSED_BUCKETS, Simulation, simulate, steps_of
+from planner.workload import Workload
+from tasks.errors import ConfigError
+
+Mode = Literal["balance", "group", "even"]
+
+
+def steps_cell(
+    label: str,
+    bench: Bench,
+    plan: Plan,
+    *,
+    static: int | None = None,
+    num_buckets: int = NUM_BUCKETS,
+    mode: Mode = "balance",
+    task: str | None = None,
+) -> Cell:
+    """Return the cell of a plan's simulated steps.
+
+    ``static``: that many fixed buckets; ``mode``: how sequences are dispatched, ``even`` deals
+    them out to the replicas of a homogeneous plan; ``task``: that task alone.
+    """
+    number = 0 if task is None else list(bench.workload.lengths).index(task)
+    arguments = (bench, plan, static, num_buckets, mode, task, bench.seed + number)
+    key = {
+        "plan": plan_entries(plan),
+        "static": static,
+        "num_buckets": num_buckets if static is None else None,
+        "mode": mode,
+        "task": task,
+    }
+    return Cell(label, run_steps, arguments, key)
+
+
+def run_steps(
+    bench: Bench,
+    plan: Plan,
+    static: int | None,
+    num_buckets: int,
+    mode: Mode,
+    task: str | None,
+    seed: int,
+) -> Record:
+    """Return the record of a plan's simulated steps, or why it cannot run them."""
+    workload = bench.workload if task is None else bench.task(task)
+    try:
+        if mode == "even":
+            assert static is not None
+            run = _dealt(bench, plan, workload, static, seed)
+        else:
+            run = simulate(
+                plan,
+                workload,
+                bench.costs.cost_model,
+                bench.num_steps,
+                seed=seed,
+                num_buckets=num_buckets if static is None else static,
+                static=static is not None,
+                mode=mode,
+            )
+    except ConfigError as error:
+        return {"plan": str(plan), "failed": str(error)}
+    summary = run.summary()
+    return {
+        "plan": str(plan),
+        "entries": plan_entries(plan),
+        "num_gpus": plan.num_gpus,
+        "step_time_s": run.step_time_s.tolist(),
+        "tokens": run.tokens.tolist(),
+        "padded_tokens": run.padded_tokens.tolist(),
+        "idle": summary["idle"],
+        "padding": summary["padding"],
+        "dispatch_ms": summary["dispatch_ms"],
+    }
+
+
+def _dealt(bench: Bench, plan: Plan, workload: Workload, static: int, seed: int) -> Simulation:
+    buckets = static_buckets(static, workload.longest)
+    busy, tokens, padded = [], [], []
+    for lengths in steps_of(workload, bench.num_steps, seed):
+        counts = np.bincount(bucket_index(lengths, buckets), minlength=len(buckets))
+        busy.append(dealt_time_s(counts, buckets, plan, bench.costs.cost_model))
+        tokens.append(int(lengths.sum()))
+        padded.append(int(counts @ buckets))
+    return Simulation(
+        "dealt evenly",
+        plan,
+        plan.num_gpus,
+        np.stack(busy).max(axis=1),
+        np.stack(busy),
+        np.array(tokens),
+        np.array(padded),
+        np.zeros(len(busy)),
+    )
+
+
+def sequential_cells(
+    label: str, bench: Bench, plans: dict[str, Plan], mode: Mode = "even"
+) -> list[Cell]:
+    """Return the cells of Task-Sequential: every task alone, on a homogeneous plan of its own."""
+    return [
+        steps_cell(f"{label}: {task}", bench, plan, static=FUSED_BUCKETS, mode=mode, task=task)
+        for task, plan in plans.items()
+    ]
+
+
+def together(records: list[Record], num_gpus: int) -> Record:
+    """Return the record of tasks that run one after another; its step is the sum of theirs.
+
+    All GPUs are paid for while a task runs, whether its plan uses them or not.
+    """
+    times = np.sum([r["step_time_s"] for r in records], axis=0)
+    tokens = np.sum([r["tokens"] for r in records], axis=0)
+    padded = np.sum([r["padded_tokens"] for r in records], axis=0)
+    busy = sum(
+        (1.0 - r["idle"]) * sum(r["step_time_s"]) * r["num_gpus"] / num_gpus for r in records
+    )
+    return {
+        "plan": "one per task",
+        "num_gpus": num_gpus,
+        "step_time_s": times.tolist(),
+        "tokens": tokens.tolist(),
+        "padded_tokens": padded.tolist(),
+        "idle": 1.0 - busy / float(times.sum()),
+        "padding": 1.0 - float(tokens.sum()) / float(padded.sum()),
+        "dispatch_ms": float(np.sum([r["dispatch_ms"] for r in records])),
+    }
+
+
+def deployment_cell(
+    bench: Bench, pattern: str = "EXACT", proposal: bool = False, limit_s: float | None = None
+) -> Cell:
+    """Return the cell of a planner's plan; ``limit_s`` is for LobRA's patterns alone."""
+    limit_s = None if pattern == "EXACT" else limit_s
+    words = f"{pattern}{', proposed layouts' if proposal else ''} on {bench.num_gpus} GPUs"
+    key = {
+        "num_gpus": bench.num_gpus,
+        "pattern": pattern,
+        "proposal": proposal,
+        "limit_s": limit_s,
+        "profile": bench.costs.digest,
+    }
+    return Cell(f"plan by {words}", make_deployment, (bench, pattern, proposal, limit_s), key)
+
+
+def make_deployment(bench: Bench, pattern: str, proposal: bool, limit_s: float | None) -> Record:
+    """Return a planner's plan with its time, bound and gap, or why there is none."""
+    options = Options(
+        pattern=pattern,
+        proposal=proposal,
+        num_buckets=NUM_BUCKETS,
+        gpus_per_node=GPUS_PER_NODE,
+        time_limit_s=limit_s,
+    )
+    start = time.perf_counter()
+    try:
+        found = deploy(
+            bench.workload,
+            bench.costs.memory,
+            bench.costs.cost_model,
+            bench.num_gpus,
+            options,
+            refused=bench.refused,
+        )
+    except ConfigError as error:
+        return {
+            "failed": str(error),
+            "plan": "",
+            "planner_time_s": time.perf_counter() - start,
+            "limit_s": limit_s,
+        }
+    outcome = found.outcome
+    return {
+        "plan": str(outcome.plan),
+        "entries": plan_entries(outcome.plan),
+        "num_gpus": outcome.plan.num_gpus,
+        "layouts": len(found.candidates.chosen),
+        "planner_time_s": outcome.planner_time_s,
+        "limit_s": limit_s,
+        "proven": outcome.proven,
+        "step_time_s": outcome.step_time_s,
+        "objective_s": outcome.objective_s,
+        "lower_bound_s": outcome.lower_bound_s,
+        "gap": outcome.gap,
+    }
+
+
+def plan_of(record: dict[str, Any]) -> Plan:
+    """Return the plan a record holds."""
+    return make_plan(
+        [
+            ReplicaGroup(Layout(e["tp"], e["pp"]), e["replicas"], e["max_tokens"])
+            for e in record["entries"]
+        ]
+    )
