@@ -22,9 +22,9 @@ from tasks.errors import ConfigError
 Mode = Literal["balance", "group"]
 MODES: tuple[Mode, ...] = ("balance", "group")
 GOOD_ENOUGH = 1e-3  # relative distance to the bound at which the search stops
-FAR_OFF = 8e-3  # the same at which it does not go on to dearer moves
+FAR_OFF, VERY_FAR_OFF = 8e-3, 15e-3  # the same from which on dearer moves are tried
 TICKS = 1024
-RESPLITS, SHAKES = 20, 12
+RESPLITS, SHAKES = 20, 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,7 +200,7 @@ def _search(loads: Loads, bound_s: float) -> None:
     improve(loads, target_s, max(400, 4 * len(loads.group)))
     if loads.time_s.max() > bound_s * (1 + FAR_OFF):
         descend(loads, target_s, TICKS, RESPLITS)
-    if loads.time_s.max() > bound_s * (1 + FAR_OFF):
+    if loads.time_s.max() > bound_s * (1 + VERY_FAR_OFF):
         shake(loads, target_s, TICKS, SHAKES, np.random.default_rng(0))
 
 

@@ -141,6 +141,7 @@ def realise(
         kind,
         np.array([table.bubble_s() for table in limited])[kind],
         state,
+        np.stack([table.limit for table in limited]),
     )
     _drop_surplus(loads, counts)
     _place_missing(loads, counts)

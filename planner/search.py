@@ -31,12 +31,15 @@ class Loads:
         float64 [Q]: seconds a replica loses to its pipeline's bubble.
     counts
         int64 [Q, R]: the state.
+    chunk
+        int64 [G, R]: sequences in a full chunk.
     """
 
     work_s: np.ndarray
     group: np.ndarray
     bubble_s: np.ndarray
     counts: np.ndarray
+    chunk: np.ndarray
 
     def __post_init__(self) -> None:
         self._buckets = np.arange(self.counts.shape[1])
@@ -55,6 +58,22 @@ class Loads:
         self.parts_s[replica, bucket] = self.work_s[self.group[replica], bucket, number]
         self.time_s[replica] = self.parts_s[replica].sum() + self.bubble_s[replica]
 
+    def time_of(self, replica: int, counts: np.ndarray) -> float:
+        """Return the seconds a replica would need for ``counts`` [R]."""
+        parts_s = self.work_s[self.group[replica], self._buckets, counts]
+        return float(parts_s.sum() + self.bubble_s[replica])
+
+    def set(self, replica: int, counts: np.ndarray) -> None:
+        """Give a replica ``counts`` [R] instead of what it has."""
+        self.counts[replica] = counts
+        self.parts_s[replica] = self.work_s[self.group[replica], self._buckets, counts]
+        self.time_s[replica] = self.parts_s[replica].sum() + self.bubble_s[replica]
+
+    def restore(self, counts: np.ndarray) -> None:
+        """Return to an earlier state [Q, R]."""
+        for replica in np.flatnonzero((self.counts != counts).any(axis=1)).tolist():
+            self.set(replica, counts[replica])
+
 
 def improve(loads: Loads, target_s: float, max_rounds: int = 400, max_exchanges: int = 8) -> int:
     """Shorten the slowest replica's time in place until ``target_s`` or no move helps.
@@ -67,8 +86,8 @@ def improve(loads: Loads, target_s: float, max_rounds: int = 400, max_exchanges:
     exchanges = 0
     for done in range(max_rounds):
         slowest = int(np.argmax(loads.time_s))
-        if loads.time_s[slowest] <= target_s:
-            return done
+        if loads.time_s[slowest] <= target_s or not loads.counts[slowest].any():
+            return done  # (a replica without work is given its bubble all the same)
         others = _candidates(loads, slowest)
         if not len(others):
             return done
