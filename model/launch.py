@@ -28,6 +28,9 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+LOST = 2  # how a lost connection ranks among failures, see `_blame`
+SIGNS_OF_LOSS = ("Connection closed by peer", "Connection reset", "Broken pipe", "remote process")
+GRACE_S = 2.0
 DEFAULT_PRELOAD = ("torch", "transformers", "model.preload")
 
 
@@ -258,19 +261,14 @@ def _collect(processes: list[Any], pipes: list[Connection], timeout_s: float | N
         ready = wait(list(pending.values()), timeout=left)
         if not ready:
             raise RankError(min(pending), f"no result after {timeout_s:.0f} s")
-        failures: dict[int, Any] = {}
-        for rank in [rank for rank, pipe in pending.items() if pipe in ready]:
-            try:
-                status, payload = pending[rank].recv()
-            except EOFError:
-                processes[rank].join(timeout=5)
-                failures[rank] = f"the process died (exit code {processes[rank].exitcode})"
-            else:
-                if status == "ok":
-                    results[rank] = payload
-                else:
-                    failures[rank] = payload
-            del pending[rank]
+        failures = _take(processes, pending, ready, results)
+        until = time.monotonic() + GRACE_S
+        # Who lost a connection lost it to a rank that is about to be heard of: it knows why.
+        while pending and failures and min(map(_blame, failures.items()))[0] == LOST:
+            ready = wait(list(pending.values()), timeout=max(0.0, until - time.monotonic()))
+            if not ready:
+                break
+            failures |= _take(processes, pending, ready, results)
         if failures:
             rank, payload = min(failures.items(), key=_blame)
             if isinstance(payload, BaseException):
@@ -281,13 +279,38 @@ def _collect(processes: list[Any], pipes: list[Connection], timeout_s: float | N
     return [results[rank] for rank in range(len(processes))]
 
 
+def _take(
+    processes: list[Any], pending: dict[int, Connection], ready: list[Any], results: dict[int, Any]
+) -> dict[int, Any]:
+    """Receive from the ranks whose pipes are ready: add to results, return what failed."""
+    failures: dict[int, Any] = {}
+    for rank in [rank for rank, pipe in pending.items() if pipe in ready]:
+        try:
+            status, payload = pending.pop(rank).recv()
+        except EOFError:
+            processes[rank].join(timeout=5)
+            failures[rank] = _cause_of_death(processes[rank].exitcode)
+            continue
+        (results if status == "ok" else failures)[rank] = payload
+    return failures
+
+
+def _cause_of_death(exit_code: int | None) -> str:
+    """Return what a person should know about a process that ended without a word."""
+    if exit_code is None or exit_code >= 0:
+        return f"the process died (exit code {exit_code})"
+    name = signal.Signals(-exit_code).name
+    hint = "; the system may have run out of memory (see dmesg)" if name == "SIGKILL" else ""
+    return f"the process was killed by {name}{hint}"
+
+
 def _blame(failure: tuple[int, Any]) -> tuple[int, int]:
     """Order failures: a user's mistake first, then a real error, then a lost connection."""
     rank, payload = failure
     if isinstance(payload, BaseException):
         return 0, rank
-    lost = "Connection closed by peer" in payload or "Connection reset" in payload
-    return (2 if lost else 1), rank
+    lost = any(sign in payload for sign in SIGNS_OF_LOSS)
+    return (LOST if lost else 1), rank
 
 
 def _end(processes: list[Any], at_once: bool = False) -> None:

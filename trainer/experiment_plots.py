@@ -102,11 +102,11 @@ def _methods(rows: Sequence[Row]) -> Figure:
 
 def _ablation(rows: Sequence[Row]) -> Figure:
     figure, (axes,) = _figure(height=0.55 * len(rows) + 1.4)
-    owners = [owner for owner in _groups(rows, "plan_of") if owner != "homogeneous"]
+    owners = [o for o in _groups(rows, "plan_of") if o not in ("homogeneous", "GROUP")]
     labels, bars = [], []
     for row in rows:
         owner = row["plan_of"]
-        shade = 2 if owner == "homogeneous" else owners.index(owner)
+        shade = owners.index(owner) if owner in owners else 2 + (owner == "GROUP")
         labels.append(row["rung"] if owner == "homogeneous" else f"{_named(owner)}\n{row['rung']}")
         bars.append((float(row["gpu_seconds"]), FILLS[shade], HATCHES[shade]))
     for index, (value, fill, hatch) in enumerate(bars):
@@ -265,10 +265,14 @@ def _predicted(rows: Sequence[Row]) -> Figure:
 
 def _planning(rows: Sequence[Row]) -> Figure:
     figure, (axes,) = _figure(width=9.5)
+    if any(row.get("tasks") for row in rows):  # several task sets: those of the scalability
+        fewest = min(int(row["tasks"]) for row in rows)
+        rows = [row for row in rows if int(row["tasks"]) == fewest]
     found = [row for row in rows if row["plan"]]
     sizes = sorted({int(row["num_gpus"]) for row in rows})
     patterns = list(_groups(found, "pattern"))
     width = 0.8 / len(patterns)
+    stopped: list[tuple[float, float]] = []
     for index, pattern in enumerate(patterns):
         own = [row for row in found if row["pattern"] == pattern]
         at = [sizes.index(int(row["num_gpus"])) + (index + 0.5) * width - 0.4 for row in own]
@@ -280,6 +284,20 @@ def _planning(rows: Sequence[Row]) -> Figure:
             edgecolor="0.0",
             color=BARS[index % len(BARS)][0],
             hatch=BARS[index % len(BARS)][1],
+        )
+        stopped += [
+            (place, float(row["seconds"]))
+            for place, row in zip(at, own, strict=True)
+            if row.get("stopped") == "True"
+        ]
+    if stopped:
+        axes.plot(
+            [place for place, _ in stopped],
+            [1.25 * seconds for _, seconds in stopped],
+            linestyle="none",
+            marker="2",
+            color="0.0",
+            label="stopped at its limit",
         )
     published = [row for row in rows if row.get("published_s") not in ("", None, "over 3600")]
     for number, (pattern, own) in enumerate(_groups(published, "pattern").items()):
@@ -342,7 +360,8 @@ def _plain_ticks(axis: Axis) -> None:
 
 
 def _named(owner: str) -> str:
-    return {"LobRA": "LobRA's plan", "ours": "our plan"}.get(owner, owner)
+    names = {"LobRA": "LobRA's plan", "ours": "our plan", "GROUP": "plan made for"}
+    return names.get(owner, owner)
 
 
 def _style(style: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -134,6 +136,13 @@ def gradients_on_rank(
         "held_bytes": 4 * elements,
         "role": groups.role,
     }
+
+
+def die_on_rank_one() -> None:
+    """Have rank 1 killed, as for want of memory, while the others wait for it."""
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.all_reduce(torch.zeros(1))
 
 
 def fail_on_rank_one() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from model.launch import RankError, run_ranks
 from model.lora import peft_name
 from model.shapes import read_shape
-from tests.model.support import SPECS, random_adapter, random_batches, save_llama
+from tests.model.support import SPECS, random_adapter, random_batches, save_family, save_llama
 from tests.model.test_topology import make_grids
 
 FUNCTION = "tests.model.support:gradients_on_rank"
@@ -26,7 +28,11 @@ def llama(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture(scope="module")
-def peft_gradients(llama) -> tuple[dict, list[float]]:
+def peft_gradients(llama: Path) -> tuple[dict, list[float]]:
+    return gradients_by_peft(llama)
+
+
+def gradients_by_peft(llama: Path) -> tuple[dict, list[float]]:
     """Gradients and per-task losses from PEFT on one process, one task at a time."""
     gradients, losses = {}, []
     for task, spec in enumerate(SPECS):
@@ -59,10 +65,31 @@ def peft_gradients(llama) -> tuple[dict, list[float]]:
 
 @pytest.mark.parametrize("layout", [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 3)])
 def test_gradients_and_losses_equal_peft(llama, peft_gradients, layout: tuple[int, int]) -> None:
+    check_gradients(llama, layout, *peft_gradients)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+def test_a_window_shorter_than_the_sequences(family: str, tmp_path: Path) -> None:
+    """Mistral's window is on every layer; Qwen2's from the third on, so on one stage only."""
+    # The rows have up to 24 tokens.
+    window = dict(sliding_window=7)
+    if family == "qwen2":
+        window |= dict(use_sliding_window=True, max_window_layers=2)
+    base = save_family(family, tmp_path / "base", **window)
+    expected = gradients_by_peft(base)
+    check_gradients(base, (1, 2), *expected)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "sliding_window": 500}))
+    assert gradients_by_peft(base)[1] != pytest.approx(expected[1], rel=1e-4), "no window at all"
+
+
+def check_gradients(
+    base: Path, layout: tuple[int, int], expected: dict, losses: list[float]
+) -> None:
+    """Check the gradients and losses of one replica against PEFT's."""
     grids = make_grids([layout])
     world = layout[0] * layout[1]
-    ranks = run_ranks(FUNCTION, world, dict(folder=llama, grids=grids, num=NUM_BATCHES))
-    expected, losses = peft_gradients
+    ranks = run_ranks(FUNCTION, world, dict(folder=base, grids=grids, num=NUM_BATCHES))
     summed: dict[str, np.ndarray] = {}
     for result in ranks:
         for name, gradient in result["gradients"].items():
@@ -106,6 +133,13 @@ def test_dropout_is_the_same_on_every_layout(llama) -> None:
         for name, gradient in reference.items():
             np.testing.assert_allclose(other[name], gradient, rtol=1e-3, atol=1e-5)
     assert any(np.abs(reference[name] - without[name]).max() > 1e-2 for name in reference)
+
+
+def test_a_rank_that_is_killed_ends_the_others_at_once() -> None:
+    begin = time.monotonic()
+    with pytest.raises(RankError, match="rank 1 failed: the process was killed by SIGKILL.*memory"):
+        run_ranks("tests.model.support:die_on_rank_one", 3)
+    assert time.monotonic() - begin < 30
 
 
 def test_a_failing_rank_is_named() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.files import atomic_path, write_atomic
+from tasks.files import atomic_path, replace_folder, write_atomic
 
 
 def test_writes_text_and_bytes_into_new_folders(tmp_path: Path) -> None:
@@ -43,3 +43,60 @@ def test_files_get_the_permissions_of_an_ordinary_file(tmp_path: Path) -> None:
     (tmp_path / "plain").write_text("")
     write_atomic(tmp_path / "atomic", "")
     assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_folder_takes_another_s_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool
+) -> None:
+    if not can_exchange:
+        monkeypatch.setattr("tasks.files._exchange", lambda one, other: False)
+    target = tmp_path / "target"
+    for version in ("first", "second"):
+        draft = tmp_path / ".draft"
+        (draft / "below").mkdir(parents=True)
+        (draft / "below" / version).write_text(version)
+        replace_folder(draft, target)
+        assert [path.name for path in (target / "below").iterdir()] == [version]
+        assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_a_folder_is_there_at_every_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system can exchange two names: nothing is removed or moved away before."""
+    draft, target = tmp_path / ".draft", tmp_path / "target"
+    for folder in (draft, target):
+        folder.mkdir()
+        (folder / "content").write_text(folder.name)
+
+    def forbidden(*_: object) -> None:
+        raise AssertionError("the target was away for a moment")
+
+    monkeypatch.setattr("tasks.files.os.rename", forbidden)
+    seen = []
+    monkeypatch.setattr(
+        "tasks.files.shutil.rmtree",
+        lambda path: seen.append((path, (target / "content").read_text())),
+    )
+    try:
+        replace_folder(draft, target)
+    except AssertionError:
+        pytest.skip("this file system cannot exchange two names")
+    assert seen == [(draft, ".draft")]
+
+
+def test_everything_is_on_disk_before_it_is_visible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft = tmp_path / ".draft"
+    (draft / "below").mkdir(parents=True)
+    for name in ("one", "below/two"):
+        (draft / name).write_text(name)
+    flushed: list[str] = []
+
+    def note(path: Path) -> None:
+        flushed.append(f"{path.name}{'' if (tmp_path / 'target').exists() else ' early'}")
+
+    monkeypatch.setattr("tasks.files._flush", note)
+    replace_folder(draft, tmp_path / "target")
+    assert set(flushed[:-1]) == {"one early", "two early", "below early", ".draft early"}
+    assert flushed[-1] == tmp_path.name

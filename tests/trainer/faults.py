@@ -5,32 +5,57 @@ from __future__ import annotations
 import os
 import signal
 import time
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 import trainer.worker
+from model.stage import MicroBatchTensors, Stage
+from model.tensor_parallel import VocabParallelEmbedding
 from trainer.engines import TaskUpdate
 from trainer.run_spec import RunSpec
+from trainer.signals import StopRequest
 from trainer.worker import RankResult, Worker, train_rank
 
 FAULT_TASK = 1
 FAULT_STEPS = (1, 2)
 SLOW_REPLICA = 0
-SLEEP_S = 0.03
+FAST_S, SLOW_S = 0.002, 0.006  # a micro-batch
 
 
-def train_with_bad_gradient(run: RunSpec) -> RankResult:
-    """Train while one task's loss, hence its gradient, is NaN in some steps."""
-    plain = Worker._task_weights
+def train_with_bad_data(run: RunSpec) -> RankResult:
+    """Train while what one task's tokens are read as is NaN in some steps.
 
-    def weights(self: Worker, step: int, targets: object) -> torch.Tensor:
-        values = plain(self, step, targets)  # type: ignore[arg-type]
-        if step in FAULT_STEPS:
-            values[FAULT_TASK] = float("nan")
-        return values
+    Tokens are whole numbers, so this is as near to the data as a NaN can be: where they become
+    vectors. The task's rows lie in micro-batches together with other tasks' rows.
+    """
+    plain_step, plain_hidden, plain_embed = (
+        Worker._step,
+        Stage.hidden,
+        VocabParallelEmbedding.forward,
+    )
+    now: dict[str, Any] = {}
 
-    Worker._task_weights = weights  # type: ignore[method-assign]
+    def step(self: Worker, number: int, stop: bool) -> object:
+        now["bad"] = number in FAULT_STEPS
+        return plain_step(self, number, stop)
+
+    def hidden(
+        self: Stage, batch: MicroBatchTensors, received: torch.Tensor | None
+    ) -> torch.Tensor:
+        now["rows"] = [row for row, task in enumerate(batch.row_tasks) if task == FAULT_TASK]
+        return plain_hidden(self, batch, received)
+
+    def embed(self: VocabParallelEmbedding, tokens: torch.Tensor) -> torch.Tensor:
+        embedded = plain_embed(self, tokens)
+        if now["bad"]:
+            embedded[now["rows"]] = float("nan")
+        return embedded
+
+    Worker._step = step  # type: ignore[method-assign, assignment]
+    Stage.hidden = hidden  # type: ignore[method-assign]
+    VocabParallelEmbedding.forward = embed  # type: ignore[method-assign]
     return train_rank(run)
 
 
@@ -55,17 +80,62 @@ def train_without_task(run: RunSpec) -> RankResult:
     return train_rank(run)
 
 
-def train_with_slow_replica(run: RunSpec) -> RankResult:
-    """Train while one replica sleeps before every micro-batch."""
-    plain = trainer.worker.run_replica
+def train_asleep(run: RunSpec) -> RankResult:
+    """Go through the motions: a replica sleeps for each micro-batch, one of them longer.
 
-    def slow(stage: object, batches: list, num_tasks: int) -> torch.Tensor:
-        if stage.groups.role.replica == SLOW_REPLICA:  # type: ignore[attr-defined]
-            time.sleep(SLEEP_S * len(batches))
-        return plain(stage, batches, num_tasks)  # type: ignore[arg-type]
+    Nothing is computed, so the times are what they say they are on any machine.
+    """
 
-    trainer.worker.run_replica = slow  # type: ignore[assignment]
+    def sleep(stage: Any, batches: list, num_tasks: int) -> torch.Tensor:
+        slow = stage.groups.role.replica == SLOW_REPLICA
+        time.sleep((SLOW_S if slow else FAST_S) * len(batches))
+        return torch.zeros(num_tasks)
+
+    trainer.worker.run_replica = sleep  # type: ignore[assignment]
     return train_rank(run)
+
+
+def run_out_of_memory(run: RunSpec) -> RankResult:
+    """Train until rank 1 has no memory left for its second step."""
+    plain = trainer.worker.run_replica
+    calls = []
+
+    def full(stage: Any, batches: list, num_tasks: int) -> torch.Tensor:
+        calls.append(1)
+        if dist.get_rank() == 1 and len(calls) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(stage, batches, num_tasks)
+
+    trainer.worker.run_replica = full  # type: ignore[assignment]
+    return train_rank(run)
+
+
+def train_and_count_collectives(run: RunSpec) -> dict[str, list[int]]:
+    """Train and return, per kind of exchange of adapters, the elements of each call."""
+    calls: dict[str, list[int]] = {"reduce_scatter_tensor": [], "all_gather_into_tensor": []}
+    for name, sizes in calls.items():
+        plain = getattr(dist, name)
+
+        def counted(out: torch.Tensor, part: torch.Tensor, *args: Any, _plain=plain, _sizes=sizes,
+                    **kwargs: Any) -> object:  # fmt: skip
+            _sizes.append(max(out.numel(), part.numel()))
+            return _plain(out, part, *args, **kwargs)
+
+        setattr(dist, name, counted)
+    worker = Worker(run)
+    for sizes in calls.values():
+        sizes.clear()  # what deepspeed did when it started
+    save = worker.store.save_checkpoint
+    kept: dict[str, list[int]] = {}
+
+    def saved(state: object) -> None:
+        kept.update({name: list(sizes) for name, sizes in calls.items()})
+        save(state)  # type: ignore[arg-type]
+
+    worker.store.save_checkpoint = saved  # type: ignore[method-assign, assignment]
+    with StopRequest() as stop:
+        worker.train(stop)
+    return kept
 
 
 def train_and_signal(run: RunSpec) -> RankResult:

@@ -243,8 +243,15 @@ def test_gradient_checkpointing_changes_nothing(
 
 
 def test_bf16_within_its_precision(
-    base: Path, datasets: list[TokenizedDataset], starts: list[Path], tmp_path: Path
-) -> None:
+    base: Path, datasets: list[TokenizedDataset], starts: list[Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    # Rates as people use them in bf16. Three times as high, PEFT in bf16 is itself 4e-2 away from
+    # PEFT in fp32: an update's direction is then rounding, where a gradient is nearly zero.
+    monkeypatch.setattr(
+        f"{__name__}.TASKS",
+        tuple({**task, "learning_rate": task["learning_rate"] / 3} for task in TASKS),
+    )
     expected = train_alone(base, datasets, starts, torch.bfloat16)
     plan = make_plan([(1, 1), (2, 1), (1, 2)], max_tokens=128)
     run = make_run(

@@ -24,6 +24,7 @@ from trainer.checkpoint import (
     list_checkpoints,
     read_state,
     resume_problems,
+    revival_problems,
     step_folder,
     task_record,
 )
@@ -104,6 +105,79 @@ def test_resume(
         else:
             error = float((resumed[key] - expected).norm() / expected.norm())
             assert error < 1e-5, f"{key}: relative error {error:.1e}"
+
+
+def eventful_run(folder: Path, base: Path, steps: int, **changes: object) -> RunSpec:
+    """Dropout on one task, validation of all, and one that is stopped on a plateau at step 4."""
+    tasks = (
+        replace(TASKS[0], lora_dropout=0.3),
+        TASKS[1],
+        replace(TASKS[2], steps=8, early_stopping_patience=1, early_stopping_min_delta=50.0),
+    )
+    data = [random_dataset(15, 6, 50, 256, seed) for seed in range(3)]
+    plan = make_plan([(1, 1), (2, 1)], 64)
+    run = make_run(
+        folder, base, tasks, data, plan, steps, num_steps=(8, 8, 8), validate_every=2, **changes
+    )
+    for task, held_out in enumerate(data[:2]):
+        held_out.save(run.validation_folder(task))
+    return run
+
+
+def test_resume_in_the_middle_of_events(base: Path, tmp_path: Path) -> None:
+    """Three steps are in the middle of a period; the plateau is seen after the resume."""
+    straight = eventful_run(tmp_path / "straight", base, 8)
+    expected = run_local(straight)[0].steps
+    run_local(eventful_run(tmp_path / "parts", base, 3))
+    rest = eventful_run(tmp_path / "parts", base, 8, resume_step=3)
+    resumed = run_local(rest)[0].steps
+    assert ["short" in step.tasks for step in expected] == [True] * 4 + [False] * 4
+    for ours, theirs in zip(resumed, expected[3:], strict=True):
+        assert ours.tasks == theirs.tasks, "losses, norms, rates, validation"
+    both = adapters(rest), adapters(straight)
+    assert all(torch.equal(both[0][key], value) for key, value in both[1].items())
+
+
+def test_a_stopped_task_is_revived_when_asked(base: Path, tmp_path: Path) -> None:
+    run_local(eventful_run(tmp_path / "run", base, 5))
+    stopped = eventful_run(tmp_path / "run", base, 6, resume_step=5)
+    assert "short" not in run_local(stopped)[0].steps[0].tasks
+    revived = eventful_run(tmp_path / "run", base, 8, resume_step=6, revive=("short",))
+    steps = run_local(revived)[0].steps
+    assert ["short" in step.tasks for step in steps] == [True, True]
+    saved = read_state(tmp_path / "run", 5)
+    assert revival_problems(saved, ["short"]) == []
+    problems = "\n".join(revival_problems(saved, ["one", "nobody"]))
+    assert "--revive one: this task is not stopped; stopped are short" in problems
+    assert "--revive nobody: the checkpoint has no such task; it has one, two, short" in problems
+
+
+def test_resume_with_feedback(base: Path, tmp_path: Path) -> None:
+    """Timings decide who computes what, so sums round differently; the factors go on."""
+    plan = make_plan([(1, 1), (1, 1)], 64)
+    data = [random_dataset(15, 6, 50, 256, seed) for seed in range(3)]
+
+    def part(name: str, steps: int, **changes: object) -> RunSpec:
+        return make_run(
+            tmp_path / name, base, TASKS, data, plan, steps, feedback=True, num_steps=(6, 6, 4),
+            **changes,
+        )  # fmt: skip
+
+    straight, half = part("straight", 6), part("parts", 3)
+    run_local(straight)
+    run_local(half)
+    saved = read_state(half.output_dir, 3)
+    rest = part("parts", 6, resume_step=3)
+    steps = run_local(rest)[0].steps
+    assert [replica.speed_factor for replica in steps[0].replicas] == pytest.approx(
+        saved.speed_factors
+    )
+    # The first step after a start is never learnt from.
+    assert read_state(rest.output_dir, 6).speed_counts == [n + 2 for n in saved.speed_counts]
+    both = adapters(rest), adapters(straight)
+    for key, expected in both[1].items():
+        error = float((both[0][key] - expected).norm() / expected.norm())
+        assert error < 1e-5, f"{key}: relative error {error:.1e}"
 
 
 def test_a_checkpoint_is_a_set_of_peft_adapters(half: RunSpec) -> None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
+from planner.layout import Layout
+from planner.plan import Plan, ReplicaGroup
 from tasks.errors import ConfigError
 from trainer.cli import main
-from trainer.run import launcher_command, read_host_file, sourced_environment
+from trainer.prepare import TrainRequest, node_size, placed
+from trainer.run import launcher_command, local_world_size, read_host_file, sourced_environment
 
 
 @pytest.fixture
@@ -63,7 +67,63 @@ def refused(capsys: pytest.CaptureFixture[str], *expected: str) -> None:
 def test_a_missing_data_file(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_config(dataset_name="nowhere")
     assert train(place) == 2
-    refused(capsys, "nowhere")
+    refused(capsys, "tasks.json: task[0].dataset_name = 'nowhere': no such data set")
+
+
+def test_a_damaged_row_is_named_with_the_field_that_led_to_it(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Path("data/small.jsonl").open("a") as file:
+        file.write('{"input_ids": [1, -5]}\n')
+    assert train(place) == 2
+    refused(
+        capsys, "tasks.json: task[0].dataset_name = 'small': data/small.jsonl: line 3: input_ids[1]"
+    )
+
+
+def test_mistakes_in_arguments_environment_and_files_come_together(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DP_BUCKET", "yes")
+    write_config(rank=0)
+    write_plan({"dp": 0, "tp": 1, "pp": 1, "max_tokens": 64})
+    assert train(place, "--num-buckets", "0", "--keep-last", "-1", "--revive", "small") == 2
+    refused(
+        capsys, "--num-buckets 0", "--keep-last -1", "DP_BUCKET=yes", "task[0].rank", "dp",
+        "--revive: only a run that goes on",
+    )  # fmt: skip
+
+
+def test_a_plan_that_is_no_yaml_is_said_in_one_line(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("plan.yaml").write_text("strategy_config: [{dp: 1, tp: 1\n")
+    assert train(place) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "plan.yaml: line 2, column 1: not valid YAML" in message
+
+
+def test_the_size_of_a_node_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = TrainRequest("m", "t", "s", Path("run"))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert node_size(request, "cuda") == 4, "this machine's"
+    assert node_size(replace(request, found_per_node=2), "cuda") == 2, "the launcher's"
+    assert node_size(replace(request, found_per_node=2, gpus_per_node=8), "cuda") == 8
+    assert node_size(request, "cpu") > 1000
+    assert local_world_size({"LOCAL_WORLD_SIZE": "6"}) == 6
+    assert local_world_size({"LOCAL_SIZE": "3"}) == 3
+    assert local_world_size({}) is None
+
+
+def test_a_rank_map_for_other_nodes_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    plan = Plan((ReplicaGroup(Layout(4, 1), 2, 64),), {"ranks": [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]})
+    request = TrainRequest("m", "t", "plan.yaml", Path("run"), gpus_per_node=4)
+    assert placed(plan, request, "cuda")[1] == ((4, 5, 6, 7),)
+    assert not caplog.records
+    plan = Plan((ReplicaGroup(Layout(4, 1), 2, 64),), {"ranks": [[[0, 1, 2, 7]], [[4, 5, 6, 3]]]})
+    placed(plan, request, "cuda")
+    assert "[0, 1, 2, 7] over nodes of 4 GPUs" in caplog.text
 
 
 def test_a_sequence_longer_than_any_replica_takes(
@@ -71,7 +131,10 @@ def test_a_sequence_longer_than_any_replica_takes(
 ) -> None:
     write_plan({"dp": 1, "tp": 1, "pp": 1, "max_tokens": 32})
     assert train(place) == 2
-    refused(capsys, "task small: 1 of 2 sequences", "longest 40", "max_tokens 32")
+    refused(
+        capsys, "tasks.json: task[0].context_length = 64: 1 of 2 sequences of task small",
+        "longest 40", "max_tokens 32",
+    )  # fmt: skip
 
 
 def test_five_mistakes_are_all_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,7 +227,15 @@ def test_a_run_is_never_overwritten(place: Path, capsys: pytest.CaptureFixture[s
     assert Path("run/metrics.jsonl").read_text() == metrics
     assert (Path("run/adapters/small") / "adapter_model.safetensors").is_file()
     assert main(["report", "run"]) == 0
-    assert "small" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    for part in ("small", "validation", "slowest replica"):
+        assert part in shown
+    step = json.loads(metrics)
+    parts = ("dispatch_wait_s", "prepare_time_s", "replica_wait_s", "reduce_time_s")
+    assert all(step[part] >= 0 for part in parts)
+    assert step["prepare_time_s"] > 0
+    assert step["checkpoint_time_s"] > 0
+    assert sum(step[part] for part in parts) < step["step_time_s"]
 
 
 def test_a_run_goes_on_with_another_plan_and_is_reported(
@@ -230,6 +301,9 @@ def test_host_files(tmp_path: Path) -> None:
     assert read_host_file(path) == {"alpha": 8, "beta": 4}
     command = launcher_command(["--model", "7B"], path, 12, "10.0.0.1", 29500)
     assert command[command.index("--hostfile") + 1] == str(path)
+    assert "--include" not in command
+    fewer = launcher_command([], path, 10, None, None)
+    assert fewer[fewer.index("--include") + 1] == "alpha:0,1,2,3,4,5,6,7@beta:0,1"
     assert command[command.index("--master_addr") + 1] == "10.0.0.1"
     assert command[-4:] == ["trainer.cli", "train", "--model", "7B"]
     with pytest.raises(ConfigError, match="12 slots on 2 hosts, the plan needs 16"):
