@@ -18,10 +18,11 @@ from experiments.published import Setup, parse_plan
 from experiments.runs import Mode, deployment_cell, plan_of, sequential_cells, steps_cell, together
 from experiments.statistics import mean_interval, reduction_interval
 from planner.candidates import Candidate, tokens_per_gpu_second
-from planner.dispatch import dispatch
+from planner.dispatch import dispatch, dispatch_counts
 from planner.layout import Layout
 from planner.plan import Plan
 from planner.simulate import FUSED_BUCKETS, chrome_trace, steps_of
+from planner.workload import expect
 from tasks.errors import ConfigError
 
 Rows = list[dict[str, Any]]
@@ -254,6 +255,7 @@ def planning_rows(
     there. ``limit_s`` applies to LobRA's patterns; EXACT keeps its own.
     """
     bench = bench.in_powers_of_two()
+    theirs = _expected_step_s(bench, published_plan)
     cells = [
         deployment_cell(bench, pattern, proposal, limit_s) for _, pattern, proposal in patterns
     ]
@@ -278,10 +280,29 @@ def planning_rows(
                 "gap": _rounded(record.get("gap")),
                 "published_s": _published(published_s[label]) if known and published_s else "",
                 "published_plan": published_plan,
+                "published_plan_step_s": _rounded(theirs),
+                "same_plan": _same_plan(record["plan"], published_plan) if record["plan"] else "",
                 "failed": record.get("failed", ""),
             }
         )
     return rows
+
+
+def _expected_step_s(bench: Bench, text: str) -> float | None:
+    """Return the expected batch's step on a published plan; None where it does not fit."""
+    batch = expect(bench.workload, NUM_BUCKETS)
+    try:
+        plan = bench.published_plan(text)
+        if not text or plan.max_tokens < bench.workload.longest:
+            return None
+    except ConfigError:
+        return None
+    found = dispatch_counts(batch.counts, batch.buckets, plan, bench.costs.cost_model)
+    return found.step_time_s
+
+
+def _same_plan(one: str, other: str) -> bool:
+    return sorted(parse_plan(one)) == sorted(parse_plan(other))
 
 
 def scale_rows(points: Mapping[int, tuple[Bench, CellStore, str | None]], column: str) -> Rows:

@@ -102,11 +102,11 @@ def _methods(rows: Sequence[Row]) -> Figure:
 
 def _ablation(rows: Sequence[Row]) -> Figure:
     figure, (axes,) = _figure(height=0.55 * len(rows) + 1.4)
-    owners = [o for o in _groups(rows, "plan_of") if o not in ("homogeneous", "GROUP")]
+    owners = [owner for owner in _groups(rows, "plan_of") if owner != "homogeneous"]
     labels, bars = [], []
     for row in rows:
         owner = row["plan_of"]
-        shade = owners.index(owner) if owner in owners else 2 + (owner == "GROUP")
+        shade = 2 if owner == "homogeneous" else owners.index(owner)
         labels.append(row["rung"] if owner == "homogeneous" else f"{_named(owner)}\n{row['rung']}")
         bars.append((float(row["gpu_seconds"]), FILLS[shade], HATCHES[shade]))
     for index, (value, fill, hatch) in enumerate(bars):
@@ -360,8 +360,7 @@ def _plain_ticks(axis: Axis) -> None:
 
 
 def _named(owner: str) -> str:
-    names = {"LobRA": "LobRA's plan", "ours": "our plan", "GROUP": "plan made for"}
-    return names.get(owner, owner)
+    return {"LobRA": "LobRA's plan", "ours": "our plan"}.get(owner, owner)
 
 
 def _style(style: Mapping[str, Any]) -> dict[str, Any]:
