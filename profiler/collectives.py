@@ -55,6 +55,10 @@ class Collectives:
     bytes_per_token: float
     meta: Mapping[str, Any] = field(default_factory=dict)
 
+    def has(self, kind: str) -> bool:
+        """Return whether messages of that kind were measured, between any number of ranks."""
+        return any(name == kind for name, _ in self.links)
+
     def transfer_ms(self, tokens: np.ndarray | float) -> np.ndarray:
         """Return ms of handing a micro-batch's hidden states on, and its gradients back."""
         link = self.links.get((TRANSFER, 2))

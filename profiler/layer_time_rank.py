@@ -26,7 +26,7 @@ from profiler.sweep_file import SweepFile
 
 PROBE_LAYERS = 4  # timed together, so that what a stage does once is shared out as in training
 MIN_REPEATS, MAX_REPEATS = 3, 30
-MIN_TIMED_S = 0.8  # of all repeats of a point together, where 3 to 30 repeats allow it
+TIMED_S = 0.8  # of all repeats of a point together, where 3 to 30 repeats allow it
 # Tasks whose adapters differ are timed in so many mixtures, each at least twice.
 NUM_MIXTURES, MIN_REPEATS_OF_MIXTURE = 4, 2
 
@@ -125,8 +125,10 @@ def time_points_on_rank(
                 _record(layer_file, (tp, s, b), (), time_ms, timing.details(modelled_ms))
         if (tp, s, b) not in head_file.done or again:
             nothing = replace(batch, labels_BS=torch.full_like(batch.labels_BS, IGNORED_LABEL))
-            base = measured_timing([_ends_run(layers, ends, nothing, received_BSD)], where)
-            timing = measured_timing([_ends_run(layers, ends, batch, received_BSD)], where)
+            base, timing = (
+                measured_timing([_ends_run(layers, ends, one, received_BSD)], where, 0.5 * TIMED_S)
+                for one in (nothing, batch)
+            )
             modelled_ms = None if single_device is None else _line(single_device.head_ms, b * s)
             if dist.get_rank() == 0:
                 time_ms = timing.time_ms + (modelled_ms or 0.0)
@@ -234,11 +236,13 @@ def _ends_run(
     return run
 
 
-def measured_timing(runs: Sequence[Callable[[], None]], device: torch.device) -> Timing:
+def measured_timing(
+    runs: Sequence[Callable[[], None]], device: torch.device, timed_s: float = TIMED_S
+) -> Timing:
     """Time collective functions: warm-up, then as many repeats as rank 0 finds worthwhile.
 
     Of each function a rank takes the median of its repeats, of these the mean over functions and
-    over ranks; it is returned everywhere.
+    over ranks; it is returned everywhere. The repeats take about ``timed_s`` seconds together.
     """
     for run in runs:
         run()
@@ -246,7 +250,7 @@ def measured_timing(runs: Sequence[Callable[[], None]], device: torch.device) ->
     warm_s = sum(_timed(run, device) for run in runs)
     least = MIN_REPEATS if len(runs) == 1 else MIN_REPEATS_OF_MIXTURE
     most = max(least, MAX_REPEATS // len(runs))
-    repeats = int(np.clip(MIN_TIMED_S / max(warm_s, 1e-6), least, most))
+    repeats = int(np.clip(timed_s / max(warm_s, 1e-6), least, most))
     chosen = torch.tensor([repeats], device=device)
     dist.broadcast(chosen, src=0)
     repeats = int(chosen.item())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from model.shapes import resolve_folder, resolve_shape
@@ -11,7 +12,7 @@ from profiler.options import (
     add_common,
     at_least,
     check_estimate_options,
-    check_host_file,
+    check_one_machine,
     environment_of,
     make_console,
     precision_of,
@@ -54,7 +55,7 @@ def _measure(args: argparse.Namespace) -> int:
     from profiler.hardware import num_devices, resolve_device
     from profiler.memory import LayoutResult, MemorySweep, layouts_within, sweep_memory
 
-    check_host_file(args.host_file)
+    check_one_machine(args.host_file, os.environ)
     tasks = load_trainer_config(args.trainer_config, args.num_tasks).tasks
     device = resolve_device(args.device)
     shape = resolve_shape(args.model)

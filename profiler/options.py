@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,10 @@ def add_common(parser: argparse.ArgumentParser) -> None:
         help="what to do with rows of before: continue after them (never; refused if the settings "
         "differ), set them aside if the settings differ (changed) or anyway (always)",
     )
-    parser.add_argument("--host-file", help="hosts of the job; measuring uses this machine only")
+    parser.add_argument(
+        "--host-file",
+        help="naming this host only (taken for the scripts' sake: ranks run on this machine)",
+    )
     estimate = parser.add_argument_group("estimating without hardware")
     estimate.add_argument(
         "--estimate", action="store_true", help="from the model's shapes, without running anything"
@@ -74,8 +77,22 @@ def environment_of(device: str) -> dict[str, Any]:
     return {"hardware": describe_device(device), "versions": versions()}
 
 
-def check_host_file(host_file: str | None) -> None:
-    """Refuse a host file that names several hosts: the profilers measure on one machine."""
+def check_one_machine(host_file: str | None, environment: Mapping[str, str]) -> None:
+    """Refuse several hosts and launchers: the profilers start their ranks themselves, on this one.
+
+    Raises
+    ------
+    ConfigError
+        If the host file is not readable or names several hosts, or ``environment`` says that a
+        launcher (torchrun, deepspeed, srun) started this process as one of several.
+    """
+    started = environment.get("WORLD_SIZE", "1")
+    if started.strip() not in ("", "0", "1"):
+        raise ConfigError(
+            f"WORLD_SIZE is {started}: a launcher started this profiler several times, and all "
+            f"would write the same files. It starts its ranks itself, each trial in processes of "
+            f"its own: run it once, without torchrun or deepspeed"
+        )
     if host_file is None:
         return
     try:
@@ -86,8 +103,10 @@ def check_host_file(host_file: str | None) -> None:
     if len(hosts) > 1:
         raise ConfigError(
             f"host file {host_file}: names {len(hosts)} hosts; the profilers measure on one "
-            f"machine: run them there without a host file (layouts within one node suffice), or "
-            f"estimate the others with --estimate"
+            f"machine. Run them on one of the hosts without a host file: that measures every "
+            f"layout within a node. A tp over several nodes: `lobra profile time --single-device "
+            f"--accelerator NAME` (one GPU, links modelled) or --estimate; its pp needs none, "
+            f"stages cost what they cost within a node plus the transfers"
         )
 
 

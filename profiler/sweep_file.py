@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 Restart = Literal["never", "changed", "always"]
 RESTARTS: tuple[Restart, ...] = ("never", "changed", "always")
 Key = tuple[int | str, ...]
+REMEDY = "--restart changed sets it aside and measures anew, --output takes another file"
 
 
 @dataclass
@@ -119,7 +120,7 @@ def open_sweep(
         What to do with a file of other settings: "never" refuses it, "changed" sets it aside (as
         ``.csv.old``) and starts anew; "always" does so with any file.
     environment
-        Versions and the like, recorded but not compared.
+        Versions and the like, recorded; of it ``hardware``'s name is compared.
 
     Raises
     ------
@@ -129,7 +130,9 @@ def open_sweep(
     cut_torn_line(path)
     if path.is_file():
         meta = read_meta(path)
-        problem = _settings_problem(path, meta, settings)
+        problem = _settings_problem(path, meta, settings) or _hardware_problem(
+            path, meta, environment or {}
+        )
         if restart == "always" or (problem and restart == "changed"):
             _set_aside(path)
         elif problem:
@@ -186,20 +189,30 @@ def _settings_problem(
     path: Path, meta: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> str | None:
     """Return why the rows of `path` cannot be continued under `settings`, None if they can."""
-    remedy = "--restart changed sets it aside and measures anew, --output takes another file"
     if not meta:
-        return f"{path}: exists without its sidecar {meta_path(path).name}: not ours; {remedy}"
+        return f"{path}: exists without its sidecar {meta_path(path).name}: not ours; {REMEDY}"
     before = meta.get("settings")
     if not isinstance(before, dict):
-        return f"{meta_path(path)}: settings: missing; {remedy}"
+        return f"{meta_path(path)}: settings: missing; {REMEDY}"
     differences = [
         f"{name} was {before.get(name)!r}, is now {settings.get(name)!r}"
         for name in sorted({*before, *settings})
         if before.get(name) != settings.get(name)
     ]
     if differences:
-        return f"{path}: was measured under other settings ({'; '.join(differences)}); {remedy}"
+        return f"{path}: was measured under other settings ({'; '.join(differences)}); {REMEDY}"
     return None
+
+
+def _hardware_problem(
+    path: Path, meta: Mapping[str, Any], environment: Mapping[str, Any]
+) -> str | None:
+    """Return what says that the rows were measured on another kind of machine, or None."""
+    found = (meta.get("environment", {}), environment)
+    before, now = (entry.get("hardware", {}).get("name") for entry in found)
+    if before is None or now is None or before == now:
+        return None
+    return f"{path}: was measured on {before}, this machine has {now}; {REMEDY}"
 
 
 def _set_aside(path: Path) -> None:

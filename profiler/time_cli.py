@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.shapes import ModelShape, layout_problem, resolve_folder, resolve_shape
+from profiler.collectives import ALL_REDUCE, load_collectives
 from profiler.cost_model import paths_beside
 from profiler.head import HEAD_COLUMNS, PROFILED_SHARE
 from profiler.options import (
     add_common,
     at_least,
     check_estimate_options,
-    check_host_file,
+    check_one_machine,
     environment_of,
     make_console,
     precision_of,
@@ -53,6 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="time one shard of each tp on one device and model the collectives (give "
         "--accelerator for its links)",
     )
+    parser.add_argument(
+        "--links",
+        type=Path,
+        metavar="CSV",
+        help="with --single-device: all-reduces measured before (a profile of collectives), "
+        "instead of those of the accelerator's data sheet",
+    )
     parser.add_argument("--num-tasks", type=int, default=4, help="adapters (default 4)")
     parser.add_argument("--lora-rank", type=int, default=16, help="of each adapter (default 16)")
     parser.add_argument(
@@ -74,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
         check_estimate_options(args)
     elif args.estimate:
         raise ConfigError("--estimate and --single-device: one or the other")
+    if args.links is not None and not args.single_device:
+        raise ConfigError("--links belongs to --single-device: give that too")
     at_least("--load-ranks", args.load_ranks, 0)
     at_least("--num-tasks", args.num_tasks, 1)
     at_least("--lora-rank", args.lora_rank, 1)
@@ -85,7 +96,7 @@ def _measure(args: argparse.Namespace) -> int:
     from profiler.layer_time import TimeSweep, open_files, sweep_time
 
     tps = _tp_list(args.tp)
-    check_host_file(args.host_file)
+    check_one_machine(args.host_file, os.environ)
     device = resolve_device(args.device)
     length = args.max_seq_length or DEFAULT_MAX_SEQ_LENGTH[device]
     shape = resolve_shape(args.model)
@@ -203,18 +214,32 @@ def _single_devices(
     if not args.single_device:
         return ()
     from profiler.accelerators import load_tables
-    from profiler.estimate_time import all_reduce_ms
+    from profiler.estimate_time import ALL_REDUCES, all_reduce_ms
     from profiler.layer_time_rank import SingleDevice
 
-    if args.accelerator is None and device == "cuda":
-        raise ConfigError("--single-device needs --accelerator NAME: whose links are modelled")
+    links = None if args.links is None else load_collectives(args.links)
+    if args.accelerator is None and device == "cuda" and links is None:
+        raise ConfigError(
+            "--single-device needs --accelerator NAME, whose links are modelled, or --links CSV, "
+            "measured ones"
+        )
     tables = load_tables(args.accelerators)
     args = argparse.Namespace(**{**vars(args), "accelerator": args.accelerator or "CPU"})
     work = replace(_workload(args, tables, shape, precision), sequence_parallel=False)
     found = []
     for tp in tps:
-        fixed_ms = float(all_reduce_ms(work, tables.efficiency, tp, 0, 0))
-        per_token_ms = float(all_reduce_ms(work, tables.efficiency, tp, 1, 1)) - fixed_ms
+        if links is None:
+            none_ms, one_ms = (
+                float(all_reduce_ms(work, tables.efficiency, tp, n, n)) for n in (0, 1)
+            )
+        else:
+            if tp > 1 and not links.has(ALL_REDUCE):
+                raise ConfigError(f"{args.links}: has no rows of all_reduce; measure with tp 2")
+            none_ms, one_ms = (
+                ALL_REDUCES * float(links.all_reduce_ms(tp, n * links.bytes_per_token))
+                for n in (0, 1)
+            )
+        fixed_ms, per_token_ms = none_ms, one_ms - none_ms
         # Of a layer's four all-reduces the ends have two: the embedding's and the head's input.
         ends = fixed_ms / 2, per_token_ms / 2
         found.append(SingleDevice(tp, (fixed_ms, per_token_ms), ends))

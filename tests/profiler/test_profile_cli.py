@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from profiler.profiles import load_memory_profile, load_time_profile, read_meta
+from profiler.profiles import load_memory_profile, load_time_profile, read_meta, write_meta
 from tests.model.support import save_llama
 from trainer.cli import main
 
@@ -97,3 +97,31 @@ def test_a_single_device_times_a_shard_and_says_so(tmp_path: Path) -> None:
     assert meta["rows"]["4,64,1"]["modelled_collectives_ms"] > 0
     assert load_time_profile(path).tps == (1, 4)
     assert main([*command, "--load-ranks", "4"]) == 2
+
+
+def test_a_launcher_or_several_hosts_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts, path = tmp_path / "hosts", tmp_path / "time.csv"
+    hosts.write_text("# comment\none slots=8\ntwo slots=8\n", encoding="utf-8")
+    command = ["profile", "time", "--model", "tiny", "--tp", "1", "--output", str(path)]
+    assert main([*command, "--host-file", str(hosts)]) == 2
+    assert "names 2 hosts" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert main(command) == 2
+    assert "WORLD_SIZE is 4" in capsys.readouterr().err
+    assert not path.exists()
+
+
+def test_measured_links_go_with_a_single_device_and_need_all_reduces(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    links = tmp_path / "links.csv"
+    links.write_text("kind,ranks,bytes,time\ntransfer,2,1000,0.5\n", encoding="utf-8")
+    write_meta(links, {"settings": {"bytes_per_token": 512}})
+    command = ["profile", "time", "--model", "tiny", "--tp", "2", "--links", str(links)]
+    command += ["--output", str(tmp_path / "time.csv"), "--device", "cpu"]
+    assert main(command) == 2
+    assert "give that too" in capsys.readouterr().err
+    assert main([*command, "--single-device"]) == 2
+    assert "no rows of all_reduce" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from profiler.profiles import TIME_COLUMNS, load_time_profile, meta_path, read_meta
-from profiler.sweep_file import SweepFile, open_sweep
+from profiler.sweep_file import Restart, SweepFile, open_sweep
 from tasks.errors import ConfigError
 
 SETTINGS = {"model": "tiny", "adapters": [[16, ["q_proj"]]], "precision": "fp32"}
@@ -105,3 +105,18 @@ def test_other_columns_are_refused(tmp_path: Path) -> None:
     path.write_text("tp,seq_len,time\n1,2,3\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="expected tp,seq_len,mbs,time"):
         opened(path)
+
+
+def test_rows_of_another_machine_are_not_continued(tmp_path: Path) -> None:
+    def opened_on(name: str, restart: Restart = "never") -> SweepFile:
+        environment = {"hardware": {"name": name}}
+        path = tmp_path / "t.csv"
+        return open_sweep(
+            path, TIME_COLUMNS, 3, {}, kind="measured", restart=restart, environment=environment
+        )
+
+    opened_on("H200").add((1, 64, 1, 2.0), {})
+    assert len(opened_on("H200").done) == 1
+    with pytest.raises(ConfigError, match="was measured on H200, this machine has A100"):
+        opened_on("A100")
+    assert opened_on("A100", "changed").done == {}
