@@ -72,11 +72,12 @@ def test_a_folder_is_there_at_every_moment(tmp_path: Path, monkeypatch: pytest.M
         raise AssertionError("the target was away for a moment")
 
     monkeypatch.setattr("tasks.files.os.rename", forbidden)
-    seen = []
-    monkeypatch.setattr(
-        "tasks.files.shutil.rmtree",
-        lambda path: seen.append((path, (target / "content").read_text())),
-    )
+    seen: list[tuple[Path, str]] = []
+
+    def removed(folder: Path) -> None:
+        seen.append((folder, (target / "content").read_text()))
+
+    monkeypatch.setattr("tasks.files.shutil.rmtree", removed)
     try:
         replace_folder(draft, target)
     except AssertionError:

@@ -188,17 +188,19 @@ def test_early_stopping_on_a_plateau() -> None:
 
 def test_a_task_is_stopped_where_it_would_be_alone(base: Path, tmp_path: Path) -> None:
     """Its plateau is its own: others, their steps and the plan have no say in it."""
-    fields = dict(learning_rate=2e-3, early_stopping_patience=1, steps=20)
+    # Not q and k: with a fresh B their gradients are nearly zero, and rounding decides.
+    modules = ("v_proj", "o_proj", "up_proj", "down_proj")
+    fields = dict(learning_rate=2e-3, early_stopping_patience=1, steps=12, target_modules=modules)
     careful = replace(TASKS[0], early_stopping_min_delta=0.02, **fields)
-    other = replace(TASKS[1], steps=9)
+    other = replace(TASKS[1], steps=5)
     data = [random_dataset(15, 6, 50, 256, seed) for seed in range(2)]
-    # The other task ends at step 9, in the middle of a period of this one.
+    # The other task ends at step 5, in the middle of a period of this one.
     together = make_run(
-        tmp_path / "together", base, (careful, other), data, make_plan([(1, 1), (2, 1)], 64), 20,
+        tmp_path / "together", base, (careful, other), data, make_plan([(1, 1), (2, 1)], 64), 12,
         validate_every=2,
     )  # fmt: skip
     alone = make_run(
-        tmp_path / "alone", base, (careful,), data[:1], make_plan([(1, 1)], 64), 20,
+        tmp_path / "alone", base, (careful,), data[:1], make_plan([(1, 1)], 64), 12,
         validate_every=2,
     )  # fmt: skip
     ran = [
@@ -206,7 +208,7 @@ def test_a_task_is_stopped_where_it_would_be_alone(base: Path, tmp_path: Path) -
         for run in (together, alone)
     ]
     assert ran[0] == ran[1]
-    assert 2 < len(ran[0]) < 20, "never stopped: the test shows nothing"
+    assert 2 < len(ran[0]) < 12, "never stopped: the test shows nothing"
     ours, theirs = (
         load_file(run.adapter_folder(0) / "adapter_model.safetensors") for run in (together, alone)
     )
