@@ -11,7 +11,9 @@ from scipy.optimize import LinearConstraint, milp
 from planner.chunks import ChunkTable
 from planner.clock import Clock
 from planner.columns import Budget, Columns, Generated
+from planner.dispatch import chunks_of
 from planner.patterns import Pattern, PatternPricer
+from planner.resplit import shake
 from planner.search import Loads, improve
 
 SPARE_COUNT = 256  # how far a replica's sequences of a bucket may grow in the search
@@ -19,6 +21,7 @@ MIP_LIMIT_S = 2.0
 DIVERSITY = 0.2  # standard deviation of the disturbance, in the logarithm
 DIVERSITY_ROUNDS = 60
 DIVERSITY_LIMIT_S = 0.6
+TICKS, SHAKES = 2048, 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,21 +149,11 @@ def realise(
     _drop_surplus(loads, counts)
     _place_missing(loads, counts)
     improve(loads, target_s, max_rounds, max_exchanges=max_rounds)
-    chunks, longest_s = [], 0.0
-    for replica, row in enumerate(loads.counts):
-        table = limited[kind[replica]]
-        pairs = tuple(
-            (bucket, size)
-            for bucket in np.flatnonzero(row).tolist()
-            for size in table.split(bucket, int(row[bucket]))
-        )
-        times = [float(table.time_s[bucket, size]) for bucket, size in pairs]
-        busy_s = sum(times) + table.bubble_chunks * max(times, default=0.0)
-        longest_s = max(longest_s, busy_s)
-        chunks.append(pairs)
+    shake(loads, target_s, TICKS, SHAKES, np.random.default_rng(0))
+    chunks, times = chunks_of(loads, limited)
     owners = np.array([layout for layout, _ in chosen])
     replicas = np.bincount(owners, minlength=len(tables)).astype(np.int64)
-    return Dispatched(replicas, tuple(chunks), longest_s)
+    return Dispatched(replicas, chunks, max(times))
 
 
 def _drop_surplus(loads: Loads, counts: np.ndarray) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 
 from planner.clock import Clock
 from planner.columns import Budget, Pool, generate
+from planner.dispatch import chunks_of, search_loads, start_loads
 from planner.fluid import amounts, solve_rates
 from planner.patterns import Pattern
 from planner.plan import Plan
@@ -26,6 +27,7 @@ from planner.planners.base import Outcome, Problem, Progress, silent
 from planner.planners.exclusion import OpenPlans
 from planner.planners.partitions import count_maximal, maximal
 from planner.planners.relaxation import CUT_SLACK, Cut, FluidPlanner
+from planner.resplit import shake
 from planner.rounding import choose, diversify, realise
 
 MOST_LISTED = 20_000
@@ -40,6 +42,8 @@ ROUNDINGS = 2
 ROUNDINGS_ANY, ROOM_ANY = 3, 0.002
 MOST_ROOM = 0.0065
 MOST_POLISHES = 40
+SHAKING = 0.15  # share of the time left that disturbing a dispatch may take
+SHAKE_TICKS, SHAKES = 2048, 8
 
 
 def default_limit_s(num_gpus: int) -> float:
@@ -66,6 +70,11 @@ class _State:
     @property
     def gap(self) -> float:
         return 1.0 - self.bound_s / self.best_s
+
+    @property
+    def target_s(self) -> float:
+        """A step time near enough to the bound to look no further."""
+        return self.bound_s * (1 + TARGET_GAP)
 
     def note(self, replicas: np.ndarray, time_s: float) -> None:
         key = tuple(int(number) for number in replicas)
@@ -201,7 +210,7 @@ def _round_any(state: _State) -> None:
             continue
         replicas = np.bincount([i for i, _ in chosen], minlength=len(layouts))
         full = _with_idle(problem, chosen, _filled(problem, replicas))
-        real = realise(problem.tables, problem.counts, full, 0.0, 2 * len(full))
+        real = realise(problem.tables, problem.counts, full, state.target_s, 2 * len(full))
         if problem.can_place(problem.plan(real.replicas)):
             state.note(real.replicas, real.step_time_s)
 
@@ -353,6 +362,7 @@ def _polish(
     state: _State, replicas: np.ndarray, step_s: float, seed: int, roundings: int = ROUNDINGS
 ) -> None:
     """Look for a better dispatch of a plan: columns at T, rounded; T grows until they suffice."""
+    _shake(state, replicas, seed)
     problem = state.problem
     layouts = np.flatnonzero(replicas).tolist()
     tables = [problem.tables[i] for i in layouts]
@@ -385,9 +395,22 @@ def _polish(
             owned = [(layouts[owner], pattern) for owner, pattern in chosen]
             full = _with_idle(problem, owned, replicas)
             rounds = max(200, 2 * len(full))
-            real = realise(problem.tables, problem.counts, full, 0.0, rounds)
+            real = realise(problem.tables, problem.counts, full, state.target_s, rounds)
             state.note(replicas, real.step_time_s)
         step_s = step_s * 1.002
+
+
+def _shake(state: _State, replicas: np.ndarray, seed: int) -> None:
+    """Look for a better dispatch of a plan from the dispatcher's, by random disturbances."""
+    problem = state.problem
+    layouts = np.flatnonzero(replicas)
+    tables = [problem.tables[i] for i in layouts]
+    start = start_loads(tables, replicas[layouts], problem.counts)
+    search_loads(start.loads, start.bound_s)
+    rng, clock = np.random.default_rng(seed), state.clock.part(SHAKING)
+    while clock.left_s > 0 and not state.done():
+        shake(start.loads, state.target_s, SHAKE_TICKS, SHAKES, rng)
+        state.note(replicas, max(chunks_of(start.loads, start.tables)[1]))
 
 
 def _promising(state: _State, centre: np.ndarray) -> list[np.ndarray]:
