@@ -210,7 +210,9 @@ class Experiment:
         """Write what the tables were made from, and when."""
         path = self.folder / "provenance.json"
         cells = sorted(path for store in self.stores for path in store.used)
-        spent = sum(json.loads(cell.read_text(encoding="utf-8"))["seconds"] for cell in cells)
+        contents = [json.loads(cell.read_text(encoding="utf-8")) for cell in cells]
+        spent = sum(content["seconds"] for content in contents)
+        processor = sum(content["record"].get("processor_s", 0.0) for content in contents)
         data = {
             "kind": "simulation",
             "model": self.args.model,
@@ -225,6 +227,7 @@ class Experiment:
             "version": installed_version(),
             "cells": len(cells),
             "seconds_of_all_cells": round(spent, 1),
+            "processor_seconds_of_all_cells": round(processor, 1),
             "seconds_of_this_run": round(seconds, 1),
             "workers": self.workers.number,
             "cores": os.cpu_count(),
@@ -323,13 +326,20 @@ def _path(text: str | None) -> Path | None:
 
 
 def _relative(rows: Rows, column: str, published: Mapping[str, Mapping[int, float]]) -> Rows:
-    """Return the rows with GPU-seconds relative to Task-Fused at the first point, and published."""
-    (first, *_) = [row["gpu_seconds_of_all"] for row in rows if row["method"] == study.FUSED]
+    """Return the rows with GPU-seconds relative to first points, and the published value.
+
+    ``relative``: to Task-Fused's first point; ``relative_own``: to the method's own.
+    """
+    own: dict[str, float] = {}
+    for row in rows:
+        own.setdefault(row["method"], row["gpu_seconds_of_all"])
+    first = own[study.FUSED]
     names = {study.FUSED: "Task-Fused", study.LOBRA: "LobRA", study.OURS: "LobRA"}
     return [
         {
             **row,
             "relative": round(row["gpu_seconds_of_all"] / first, 5),
+            "relative_own": round(row["gpu_seconds_of_all"] / own[row["method"]], 5),
             "published": published[names[row["method"]]].get(row[column], "")
             if row["method"] in names
             else "",

@@ -271,6 +271,7 @@ def planning_rows(
                 "pattern": label,
                 "layouts": record.get("layouts", ""),
                 "seconds": round(record["planner_time_s"], 3),
+                "processor_s": record.get("processor_s", ""),
                 "limit_s": "" if record["limit_s"] is None else record["limit_s"],
                 "stopped": stopped,
                 "proven": record.get("proven", ""),
