@@ -7,8 +7,10 @@ import numpy as np
 from planner.clock import Clock
 from planner.fluid import amounts, solve_rates
 from planner.planners.base import Problem
+from planner.planners.whole_chunks import WholeChunks
 
 SURE = 1e-5  # relative margin against single precision
+ANY_VALUE = 1e9  # of layouts that a price says nothing of; prices are about 1
 
 
 class OpenPlans:
@@ -16,8 +18,8 @@ class OpenPlans:
 
     A price per sequence of each bucket excludes at step time T every plan whose replicas cannot
     reach the batch's value: ``sum_i p_i V_i < sum_j d_j price_j``, V_i the most value one replica
-    of layout i can have within T. Prices come from the fluid relaxation of some plan, or from its
-    column generation.
+    of layout i can have within T. Prices come from the fluid relaxation of some plan, the batch's
+    value then that of whole chunks, or from its column generation.
 
     Attributes
     ----------
@@ -48,6 +50,7 @@ class OpenPlans:
         for bucket in used:
             plans = plans[(plans[:, reach[:, bucket] > 0] > 0).any(axis=1)]
         result = OpenPlans(problem, plans)
+        whole = WholeChunks(problem.tables, counts, step_time_s)
         solved = np.zeros(len(plans), dtype=bool)
         while len(result.plans):
             waiting = np.where(solved, np.inf, result.theta)
@@ -58,8 +61,13 @@ class OpenPlans:
             layouts = np.flatnonzero(result.plans[index])
             fluid = solve_rates(rates[layouts], result.plans[index][layouts], counts)
             prices = np.maximum(fluid.price, 0.0)
-            needed = float(prices @ counts)
-            stays = result.exclude((prices[None, :] * reach).max(axis=1), needed)
+            values = (prices[None, :] * reach).max(axis=1)
+            stays = result.exclude(values, float(prices @ counts))
+            solved = solved[stays]
+            # the same for the plans of these layouts alone, now that chunks are whole
+            others = np.setdiff1d(np.arange(len(values)), layouts)
+            values[others] = ANY_VALUE
+            stays = result.exclude(values, whole.needed(values, prices, layouts))
             solved = solved[stays]
         order = np.argsort(result.theta, kind="stable")
         result.plans, result.theta = result.plans[order], result.theta[order]
