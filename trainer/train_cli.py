@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import platform
 import sys
 import traceback
 from collections.abc import Mapping
@@ -164,8 +165,8 @@ def run(args: argparse.Namespace) -> int:
             return 2  # rank 0 has said why
         except Exception:
             # Leave at once: to end in good order would be to wait for ranks that wait for us.
-            traceback.print_exc()
-            sys.stderr.flush()
+            where = f"rank {os.environ['RANK']} on {platform.node()}"
+            print(f"lobra: {where} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
             os._exit(1)
         if not is_first:
             return EXIT_CODES.get(result.stop_signal or 0, 0)

@@ -153,6 +153,7 @@ class Worker:
         self.first_step = self._restore()
         self.dispatcher = AheadDispatcher(self._solve, self._running, self.control)
         self.stop_requested = False
+        self.peak_memory_bytes = 0
         held_out = [
             TokenizedDataset.load(folder) if (folder := run.validation_folder(t)).is_dir() else None
             for t in numbers
@@ -330,6 +331,7 @@ class Worker:
             losses, squared, clock.compute_s, clock.arrival_s, self.control, self.stop_requested
         )
         self.stop_requested = figures.stop  # also when another rank was told
+        self.peak_memory_bytes = max(self.peak_memory_bytes, figures.memory_bytes[self.rank])
         updates = self._decide(step, targets, figures)
         mark = time.perf_counter()
         self.optimizer.update(updates)
@@ -507,8 +509,8 @@ class Worker:
             torch.cuda.synchronize()
 
     def _peak_memory_bytes(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated()
+        if self.device.type == "cuda":  # its counter starts anew with every step
+            return max(self.peak_memory_bytes, torch.cuda.max_memory_allocated())
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
