@@ -3,7 +3,8 @@
     python benchmarks/profiler_cost.py PROFILE.csv
 
 For each number of rows per tp, rows evenly spread over the tokens of a micro-batch are fitted, and
-all the others predicted; beside it LobRA's six coefficients fitted to those same rows, and to all.
+all the others predicted; beside it LobRA's six coefficients fitted to those same rows. Last, what the
+rows cost: their number and their own time, repeated equally often, as shares of the whole profile.
 """
 
 from __future__ import annotations
@@ -54,16 +55,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("profile")
     profile = load_time_profile(parser.parse_args().profile)
+    chosen: dict[int, list[np.ndarray]] = {count: [] for count in COUNTS}
     print("tp rows  fitted mean  lobra6 mean (same rows)")
     for tp in profile.tps:
         for count in COUNTS:
             rows = spread_rows(profile, tp, count)
+            chosen[count].append(rows)
             left = errors(profile, tp, rows, "fitted")
             if len(left) < 4:
                 continue
             theirs = errors(profile, tp, rows, "lobra6")
             means = f"{100 * left.mean():10.2f} % {100 * theirs.mean():10.2f} %"
             print(f"{tp:2} {len(rows):4} {means}   ({len(left)} rows judged)")
+    for count, parts in chosen.items():
+        rows = np.concatenate(parts)
+        time_share = profile.time_ms[rows].sum() / profile.time_ms.sum()
+        print(
+            f"{count} rows per tp: {len(rows)} of {len(profile)} rows "
+            f"({100 * len(rows) / len(profile):.0f} %), {100 * time_share:.0f} % of the time"
+        )
 
 
 if __name__ == "__main__":

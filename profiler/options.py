@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,10 +72,11 @@ def precision_of(precision: str | None, device: str) -> str:
 
 
 def environment_of(device: str) -> dict[str, Any]:
-    """Return what the sidecar records of this machine."""
+    """Return what the sidecar records of this machine, other work on its CPU included."""
     from profiler.hardware import describe_device, versions
 
-    return {"hardware": describe_device(device), "versions": versions()}
+    load = {"load": round(os.getloadavg()[0], 1)} if device == "cpu" else {}
+    return {"hardware": describe_device(device), "versions": versions(), **load}
 
 
 def check_one_machine(host_file: str | None, environment: Mapping[str, str]) -> None:

@@ -171,7 +171,9 @@ def read_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         meta = json.loads(sidecar.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{sidecar}: not readable as JSON ({error})") from error
+        raise ConfigError(
+            f"{sidecar}: not readable as JSON ({error}); restore it, or remove it with its CSV"
+        ) from error
     if not isinstance(meta, dict):
         raise ConfigError(f"{sidecar}: a JSON object is expected, not {type(meta).__name__}")
     return meta

@@ -98,7 +98,7 @@ def _measure(args: argparse.Namespace) -> int:
     tps = _tp_list(args.tp)
     check_one_machine(args.host_file, os.environ)
     device = resolve_device(args.device)
-    length = args.max_seq_length or DEFAULT_MAX_SEQ_LENGTH[device]
+    length = _length(args, device)
     shape = resolve_shape(args.model)
     precision = precision_of(args.precision, device)
     sweep = TimeSweep(
@@ -106,7 +106,7 @@ def _measure(args: argparse.Namespace) -> int:
         shape=shape,
         tps=tps,
         max_seq_length=length,
-        max_tokens=args.max_tokens or length,
+        max_tokens=_max_tokens(args, length),
         load_ranks=args.load_ranks,
         num_tasks=args.num_tasks,
         lora_rank=args.lora_rank,
@@ -172,7 +172,7 @@ def _estimate(args: argparse.Namespace) -> int:
     efficiency = tables.efficiency
     if args.calibrate is not None:
         efficiency = calibrate(work, efficiency, load_time_profile(args.calibrate))
-    length = args.max_seq_length or DEFAULT_MAX_SEQ_LENGTH["cuda"]
+    length = _length(args, "cuda")
     settings = {
         "model": shape.name,
         "shape": shape_settings(shape),
@@ -199,7 +199,7 @@ def _estimate(args: argparse.Namespace) -> int:
             environment={},
         )
         for size in tps:
-            for b, s in time_points(length, args.max_tokens or length):
+            for b, s in time_points(length, _max_tokens(args, length)):
                 if (size, s, b) not in file.done:
                     times = (round(float(f(work, efficiency, size, b, s)), 6) for f in times_of)
                     file.add((size, s, b, *times), {})
@@ -265,6 +265,16 @@ def _paths(args: argparse.Namespace) -> tuple[Path, Path, Path]:
     layers = args.output or default_time_path(args.model)
     ends = paths_beside(args.model, layers)
     return layers, args.head_output or ends[0], args.collectives_output or ends[1]
+
+
+def _length(args: argparse.Namespace, device: str) -> int:
+    if args.max_seq_length is None:
+        return DEFAULT_MAX_SEQ_LENGTH[device]
+    return at_least("--max-seq-length", args.max_seq_length, 16)
+
+
+def _max_tokens(args: argparse.Namespace, length: int) -> int:
+    return length if args.max_tokens is None else at_least("--max-tokens", args.max_tokens, 16)
 
 
 def _tp_list(text: str) -> tuple[int, ...]:
