@@ -69,6 +69,10 @@ def test_exact_is_certified_and_never_worse(seed: int) -> None:
     assert found.plan.num_gpus <= problem.num_gpus
     same = homogeneous.find(problem)
     others = [lobra.balance(problem), lobra.prune(problem), *([same] if same else [])]
+    masked = lobra.length_based(memory_tables(problem))
+    plans = maximal(problem.sizes, problem.num_gpus)
+    if np.isfinite(optimum_identical_s(problem, masked, plans)):  # else GROUP has no plan
+        others.append(lobra.group(problem))
     for other in others:
         assert found.step_time_s <= other.step_time_s * (1 + 1e-9)
     if found.proven:
