@@ -3,8 +3,8 @@
     python benchmarks/profiler_cost.py PROFILE.csv
 
 For each number of rows per tp, rows evenly spread over the tokens of a micro-batch are fitted, and
-all the others predicted; beside it LobRA's six coefficients fitted to those same rows. Last, what the
-rows cost: their number and their own time, repeated equally often, as shares of the whole profile.
+all the others predicted; beside it LobRA's six coefficients fitted to those same rows. Last, what
+the rows cost: their number and their own time, repeated equally often, as shares of the profile.
 """
 
 from __future__ import annotations

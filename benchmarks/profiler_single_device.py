@@ -1,6 +1,6 @@
 """Times of tp ranks estimated from one shard on one device, against tp real ranks, on this CPU.
 
-    python benchmarks/profiler_single_device.py FOLDER [--tp 2] [--max-seq-length 1024]
+    python benchmarks/profiler_single_device.py FOLDER [--tp 2] [--clock wall|processor]
 
 Three profiles of the tiny model in FOLDER: real ranks (with the all-reduces measured between them),
 one shard with all-reduces from the table of accelerators, one shard with the measured ones.
@@ -37,9 +37,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tp", default="2")
     parser.add_argument("--max-seq-length", default="1024")
+    parser.add_argument("--clock", default="wall", choices=("wall", "processor"))
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    shapes = ["--tp", args.tp, "--max-seq-length", args.max_seq_length]
+    shapes = ["--tp", args.tp, "--max-seq-length", args.max_seq_length, "--clock", args.clock]
     print(f"load {os.getloadavg()[0]:.1f}")
     real = profile(args.folder / "real.csv", *shapes)
     links = (args.folder / "links_real.csv").resolve()

@@ -14,7 +14,7 @@ from model.launch import DEFAULT_PRELOAD, run_ranks
 from model.shapes import ModelShape
 from profiler.collectives import ALL_REDUCE, COLLECTIVE_COLUMNS, SYNC, TRANSFER
 from profiler.estimate_memory import element_bytes
-from profiler.layer_time_rank import measured_timing
+from profiler.layer_time_rank import Clock, measured_timing
 from profiler.memory import shape_settings
 from profiler.memory_rank import torch_device
 from profiler.sweep_file import Restart, SweepFile, open_sweep
@@ -30,6 +30,7 @@ def open_collectives(
     device: str,
     restart: Restart,
     environment: dict[str, Any],
+    clock: Clock = "wall",
 ) -> SweepFile:
     """Open the CSV of collectives, new or to be continued (see `open_sweep`)."""
     settings = {
@@ -39,6 +40,7 @@ def open_collectives(
         "precision": precision,
         "device": device,
         "bytes_per_token": element_bytes(precision) * shape.hidden_size,
+        **({"clock": clock} if clock != "wall" else {}),
     }
     return open_sweep(
         path,
@@ -57,7 +59,9 @@ def wanted_rows(counts: Sequence[int]) -> tuple[tuple[str, int, int], ...]:
     return tuple((kind, ranks, size) for kind, ranks in sizes for size in SIZES)
 
 
-def sweep_collectives(file: SweepFile, counts: Sequence[int], device: str) -> SweepFile:
+def sweep_collectives(
+    file: SweepFile, counts: Sequence[int], device: str, clock: Clock = "wall"
+) -> SweepFile:
     """Measure what the file lacks for the numbers of ranks, one process each; return it.
 
     Raises
@@ -73,7 +77,7 @@ def sweep_collectives(file: SweepFile, counts: Sequence[int], device: str) -> Sw
             run_ranks(
                 "profiler.collective_time:time_on_rank",
                 ranks,
-                {"rows": missing, "file": file, "device": device},
+                {"rows": missing, "file": file, "device": device, "clock": clock},
                 device=device,
                 preload=(*DEFAULT_PRELOAD, "profiler.collective_time"),
             )
@@ -81,11 +85,13 @@ def sweep_collectives(file: SweepFile, counts: Sequence[int], device: str) -> Sw
     return file
 
 
-def time_on_rank(rows: Sequence[tuple[str, int, int]], file: SweepFile, device: str) -> None:
+def time_on_rank(
+    rows: Sequence[tuple[str, int, int]], file: SweepFile, device: str, clock: Clock = "wall"
+) -> None:
     """Time each (kind, ranks, bytes) and append it (rank 0 writes). Collective."""
     where = torch_device(device)
     for kind, ranks, num_bytes in rows:
-        timing = measured_timing([_message(kind, num_bytes, where)], where)
+        timing = measured_timing([_message(kind, num_bytes, where)], where, clock=clock)
         if dist.get_rank() == 0:
             time_ms = timing.time_ms / (2 if kind == TRANSFER else 1)
             file.add((kind, ranks, num_bytes, round(time_ms, 6)), timing.details())

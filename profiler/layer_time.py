@@ -17,7 +17,7 @@ from model.launch import DEFAULT_PRELOAD, RankError, run_ranks
 from model.lora import AdapterSpec
 from model.shapes import ModelShape, layout_problem
 from profiler.head import HEAD_COLUMNS, PROFILED_SHARE
-from profiler.layer_time_rank import SingleDevice
+from profiler.layer_time_rank import Clock, SingleDevice
 from profiler.memory import OUT_OF_MEMORY, shape_settings
 from profiler.outliers import MAX_ATTEMPTS, doubtful_points
 from profiler.points import time_points
@@ -55,6 +55,8 @@ class TimeSweep:
         One for each tp: time a shard on one device and model the collectives; empty: real groups.
     tasks
         Whose adapters to train instead of ``num_tasks`` of ``lora_rank``.
+    clock
+        Wall clock, or the ranks' processor time.
     """
 
     folder: Path
@@ -69,6 +71,7 @@ class TimeSweep:
     device: str
     single_device: tuple[SingleDevice, ...] = ()
     tasks: tuple[TaskConfig, ...] = ()
+    clock: Clock = "wall"
 
     @property
     def specs(self) -> tuple[AdapterSpec, ...]:
@@ -111,6 +114,8 @@ class TimeSweep:
         if self.tasks:
             settings["adapters"] = [[task.rank, list(task.target_modules)] for task in self.tasks]
             settings["global_batch_sizes"] = [task.global_batch_size for task in self.tasks]
+        if self.clock != "wall":
+            settings["clock"] = self.clock
         if self.single_device:
             settings["collectives"] = "modelled: a shard's compute was timed on one device"
         return settings
@@ -124,6 +129,8 @@ class TimeSweep:
         ]
         if self.max_seq_length < 1 or self.max_tokens < 1:
             problems.append("--max-seq-length and --max-tokens: at least 1 token is needed")
+        if self.clock == "processor" and (self.device != "cpu" or self.load_ranks):
+            problems.append("--clock processor: for --device cpu, without --load-ranks")
         if self.load_ranks and self.single_device:
             problems.append("--load-ranks and --single-device: one or the other")
         elif self.load_ranks and self.load_ranks < max(self.tps):
@@ -282,6 +289,7 @@ def _measure(
                 "head_file": files[1],
                 "again": again,
                 "single_device": shards[0] if shards else None,
+                "clock": sweep.clock,
                 "task_weights": [float(task.global_batch_size) for task in sweep.tasks],
             },
             device=sweep.device,

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from profiler.head import PROFILED_SHARE
 from profiler.memory_rank import DTYPES, synthetic_batch, torch_device
 from profiler.sweep_file import SweepFile
 
+Clock = Literal["wall", "processor"]
 PROBE_LAYERS = 4  # timed together, so that what a stage does once is shared out as in training
 MIN_REPEATS, MAX_REPEATS = 3, 30
 TIMED_S = 0.8  # of all repeats of a point together, where 3 to 30 repeats allow it
@@ -76,6 +77,7 @@ def time_points_on_rank(
     again: bool = False,
     single_device: SingleDevice | None = None,
     task_weights: Sequence[float] = (),
+    clock: Clock = "wall",
 ) -> None:
     """Time every point that the files do not hold and append it to them (rank 0 writes).
 
@@ -97,6 +99,8 @@ def time_points_on_rank(
         Time one shard on this one rank, and add the collectives from a model.
     task_weights
         How often a row is of each task (`row_mixtures`); empty: all alike.
+    clock
+        Wall clock, or each rank's processor time (CPU only).
     """
     tp = len(grids[0][0])
     groups = build_groups(grids)
@@ -118,7 +122,7 @@ def time_points_on_rank(
                 _layer_run(layers, replace(batch, row_tasks=tasks), received_BSD, gradient_BSD)
                 for tasks in row_mixtures(b, weights, mixtures_wanted)
             ]
-            timing = measured_timing(runs, where)
+            timing = measured_timing(runs, where, clock=clock)
             modelled_ms = None if single_device is None else _line(single_device.layer_ms, b * s)
             if dist.get_rank() == 0:
                 time_ms = timing.time_ms / len(layers.layers) + (modelled_ms or 0.0)
@@ -126,7 +130,9 @@ def time_points_on_rank(
         if (tp, s, b) not in head_file.done or again:
             nothing = replace(batch, labels_BS=torch.full_like(batch.labels_BS, IGNORED_LABEL))
             base, timing = (
-                measured_timing([_ends_run(layers, ends, one, received_BSD)], where, 0.5 * TIMED_S)
+                measured_timing(
+                    [_ends_run(layers, ends, one, received_BSD)], where, 0.5 * TIMED_S, clock
+                )
                 for one in (nothing, batch)
             )
             modelled_ms = None if single_device is None else _line(single_device.head_ms, b * s)
@@ -237,7 +243,10 @@ def _ends_run(
 
 
 def measured_timing(
-    runs: Sequence[Callable[[], None]], device: torch.device, timed_s: float = TIMED_S
+    runs: Sequence[Callable[[], None]],
+    device: torch.device,
+    timed_s: float = TIMED_S,
+    clock: Clock = "wall",
 ) -> Timing:
     """Time collective functions: warm-up, then as many repeats as rank 0 finds worthwhile.
 
@@ -247,7 +256,7 @@ def measured_timing(
     for run in runs:
         run()
     _wait(device)
-    warm_s = sum(_timed(run, device) for run in runs)
+    warm_s = sum(_timed(run, device, clock) for run in runs)
     least = MIN_REPEATS if len(runs) == 1 else MIN_REPEATS_OF_MIXTURE
     most = max(least, MAX_REPEATS // len(runs))
     repeats = int(np.clip(timed_s / max(warm_s, 1e-6), least, most))
@@ -255,7 +264,9 @@ def measured_timing(
     dist.broadcast(chosen, src=0)
     repeats = int(chosen.item())
     dist.barrier()
-    times_ms = 1e3 * np.array([[_timed(run, device) for run in runs] for _ in range(repeats)])
+    times_ms = 1e3 * np.array(
+        [[_timed(run, device, clock) for run in runs] for _ in range(repeats)]
+    )
     low, median, high = np.percentile(times_ms, (25, 50, 75), axis=0)
     spread = float(((high - low) / median).mean())
     statistics = torch.tensor([median.mean(), spread], dtype=torch.float32, device=device)
@@ -264,12 +275,13 @@ def measured_timing(
     return Timing(float(statistics[0]), float(statistics[1]), repeats * len(runs))
 
 
-def _timed(run: Callable[[], None], device: torch.device) -> float:
+def _timed(run: Callable[[], None], device: torch.device, clock: Clock) -> float:
     """Return the seconds one run takes."""
-    begin = time.perf_counter()
+    now = time.perf_counter if clock == "wall" else time.process_time
+    begin = now()
     run()
     _wait(device)
-    return time.perf_counter() - begin
+    return now() - begin
 
 
 def _wait(device: torch.device) -> None:

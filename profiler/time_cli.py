@@ -50,6 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "ranks will do in training (default: one replica alone)",
     )
     parser.add_argument(
+        "--clock",
+        choices=("wall", "processor"),
+        default="wall",
+        help="processor: count each CPU rank's own processor time, for a machine busy with other "
+        "work; waiting for messages then counts nothing",
+    )
+    parser.add_argument(
         "--single-device",
         action="store_true",
         help="time one shard of each tp on one device and model the collectives (give "
@@ -114,6 +121,7 @@ def _measure(args: argparse.Namespace) -> int:
         device=device,
         single_device=_single_devices(args, shape, precision, device, tps),
         tasks=load_trainer_config(args.trainer_config).tasks if args.trainer_config else (),
+        clock=args.clock,
     )
     layer_path, head_path, collectives_path = _paths(args)
     environment = environment_of(device)
@@ -148,9 +156,9 @@ def _measure(args: argparse.Namespace) -> int:
         from profiler.collective_time import open_collectives, sweep_collectives
 
         file = open_collectives(
-            shape, collectives_path, precision, device, args.restart, environment
+            shape, collectives_path, precision, device, args.restart, environment, args.clock
         )
-        file = sweep_collectives(file, counts, device)
+        file = sweep_collectives(file, counts, device, args.clock)
         console.print(f"{len(file.done)} rows of collectives in {collectives_path}")
     return 0
 

@@ -240,15 +240,22 @@ def decreasing_points(fit: LayerFit, longest: int, largest: int) -> int:
     return int(in_b.sum() + in_s.sum())
 
 
-def least_possible_error(profile: TimeProfile, tp: int) -> tuple[float, tuple[int, int]]:
+def least_possible_error(
+    profile: TimeProfile, tp: int, series_apart: bool = False
+) -> tuple[float, tuple[int, int]]:
     """Return the largest error that every monotone cost model makes on its own rows, and where.
 
     A row of time t whose larger neighbour takes only u < t: one of both is missed by at least
     (t - u) / (t + u). The pair are rows of the profile; (0, (row, row)) if it never decreases.
+    With ``series_apart`` rows of different series (see `series`) contradict each other in nothing.
+    Of rows that were held out it says nothing: each fold has a function of its own.
     """
     rows = np.flatnonzero(profile.tp == tp)
     b, s, time_ms = profile.mbs[rows], profile.seq_len[rows], profile.time_ms[rows]
     larger = (b[:, None] <= b) & (s[:, None] <= s)
+    others = other_series(profile)
+    if series_apart and others is not None:
+        larger &= others[rows][:, None] == others[rows]
     error = np.where(larger, (time_ms[:, None] - time_ms) / (time_ms[:, None] + time_ms), 0.0)
     first, second = np.unravel_index(int(error.argmax()), error.shape)
     return float(error.max()), (int(rows[first]), int(rows[second]))
