@@ -294,7 +294,7 @@ def _throughput(tables: Tables) -> list[str]:
         ]
         for row in tables["expr_7b"]["throughput"]
     ]
-    header = ["layout", "tokens", "published", "16 chunks", "", "no bubble, 1 sequence", ""]
+    header = ["layout", "tokens", "published", "16 chunks", "", "no bubble", ""]
     return markdown(header, rows)
 
 

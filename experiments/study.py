@@ -17,7 +17,7 @@ from experiments.inputs import Costs
 from experiments.published import Setup, parse_plan
 from experiments.runs import Mode, deployment_cell, plan_of, sequential_cells, steps_cell, together
 from experiments.statistics import mean_interval, reduction_interval
-from planner.candidates import Candidate, tokens_per_gpu_second
+from planner.candidates import PROPOSAL_CHUNKS, Candidate, tokens_per_gpu_second
 from planner.dispatch import dispatch, dispatch_counts
 from planner.layout import Layout
 from planner.plan import Plan
@@ -381,10 +381,9 @@ def throughput(costs: Costs, layout: str, length: int) -> float:
 
 
 def no_bubble_throughput(costs: Costs, layout: str, length: int) -> float:
-    """Return thousand tokens/s/GPU without the pipeline's bubble, one sequence a micro-batch."""
-    ((tp, pp, _),) = parse_plan(layout)
-    chunk_ms = float(np.asarray(costs.cost_model.chunk_time_ms(tp, pp, 1, length)))
-    return length / chunk_ms / (tp * pp)
+    """Return the same without the pipeline's bubble."""
+    ((_, pp, _),) = parse_plan(layout)
+    return throughput(costs, layout, length) * (PROPOSAL_CHUNKS + pp - 1) / PROPOSAL_CHUNKS
 
 
 def check_steps(records: Mapping[str, Record]) -> None:
