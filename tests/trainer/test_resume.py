@@ -107,7 +107,9 @@ def test_resume(
             assert error < 1e-5, f"{key}: relative error {error:.1e}"
 
 
-def eventful_run(folder: Path, base: Path, steps: int, **changes: object) -> RunSpec:
+def eventful_run(
+    folder: Path, base: Path, steps: int, layouts: tuple = ((1, 1), (2, 1)), **changes: object
+) -> RunSpec:
     """Dropout on one task, validation of all, and one that is stopped on a plateau at step 4."""
     tasks = (
         replace(TASKS[0], lora_dropout=0.3),
@@ -115,7 +117,7 @@ def eventful_run(folder: Path, base: Path, steps: int, **changes: object) -> Run
         replace(TASKS[2], steps=8, early_stopping_patience=1, early_stopping_min_delta=50.0),
     )
     data = [random_dataset(15, 6, 50, 256, seed) for seed in range(3)]
-    plan = make_plan([(1, 1), (2, 1)], 64)
+    plan = make_plan(list(layouts), 64)
     run = make_run(
         folder, base, tasks, data, plan, steps, num_steps=(8, 8, 8), validate_every=2, **changes
     )
@@ -139,10 +141,11 @@ def test_resume_in_the_middle_of_events(base: Path, tmp_path: Path) -> None:
 
 
 def test_a_stopped_task_is_revived_when_asked(base: Path, tmp_path: Path) -> None:
-    run_local(eventful_run(tmp_path / "run", base, 5))
-    stopped = eventful_run(tmp_path / "run", base, 6, resume_step=5)
+    one = dict(layouts=((1, 1),))
+    run_local(eventful_run(tmp_path / "run", base, 5, **one))
+    stopped = eventful_run(tmp_path / "run", base, 6, resume_step=5, **one)
     assert "short" not in run_local(stopped)[0].steps[0].tasks
-    revived = eventful_run(tmp_path / "run", base, 8, resume_step=6, revive=("short",))
+    revived = eventful_run(tmp_path / "run", base, 8, resume_step=6, revive=("short",), **one)
     steps = run_local(revived)[0].steps
     assert ["short" in step.tasks for step in steps] == [True, True]
     saved = read_state(tmp_path / "run", 5)
