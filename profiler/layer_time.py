@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.launch import DEFAULT_PRELOAD, RankError, run_ranks
+from model.launch import DEFAULT_PRELOAD, RankError, default_threads, run_ranks
 from model.lora import AdapterSpec
 from model.shapes import ModelShape, layout_problem
 from profiler.head import HEAD_COLUMNS, PROFILED_SHARE
@@ -293,6 +293,8 @@ def _measure(
                 "task_weights": [float(task.global_batch_size) for task in sweep.tasks],
             },
             device=sweep.device,
+            # A shard timed alone has the share of the cores that it would have in its group.
+            threads=default_threads(tp) if shards else None,
             preload=(*DEFAULT_PRELOAD, "profiler.layer_time_rank"),
         )
     finally:
