@@ -97,6 +97,7 @@ def _methods(rows: Sequence[Row]) -> Figure:
     axes.set_xlim(0, 1.15 * longest)
     axes.invert_yaxis()
     axes.set_xlabel("GPU-seconds per step (mean and 95 % interval)")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     return figure
 
 
@@ -128,6 +129,7 @@ def _ablation(rows: Sequence[Row]) -> Figure:
     axes.invert_yaxis()
     axes.set_xlim(0, 1.3 * max(_values(rows, "gpu_seconds_high")))
     axes.set_xlabel("GPU-seconds per step (in brackets: against homogeneous)")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     return figure
 
 
@@ -200,6 +202,7 @@ def _timeline(rows: Sequence[Row]) -> Figure:
 
 def _scale(rows: Sequence[Row], column: str, label: str) -> Figure:
     figure, (axes,) = _figure()
+    rows = [row for row in rows if "capacities" not in row["method"]]  # hardly apart: in the table
     for (method, own), style in zip(_groups(rows, "method").items(), STYLES, strict=False):
         axes.plot(_values(own, column), _values(own, "relative"), label=method, **_style(style))
     published = {"Task-Fused, published": "Task-Fused", "LobRA, published": "our plan"}
