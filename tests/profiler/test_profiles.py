@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from profiler.cost_model import load_cost_model
 from profiler.csv_rows import append_row
 from profiler.profiles import (
     MEMORY_COLUMNS,
@@ -112,3 +113,18 @@ def test_default_paths_are_the_contracts_and_lobras_spelling_is_found(
     folder.mkdir(parents=True)
     (folder / "profile_time_llama_7B.csv").touch()
     assert default_time_path("7B").name == "profile_time_llama_7B.csv"
+
+
+def test_the_committed_profiles_of_a_cpu_load_and_say_how_they_were_made(
+    project_root: Path,
+) -> None:
+    folder = project_root / "exp_result" / "profile" / "cpu-2-cores"
+    model = load_cost_model("tiny", folder / "profile_time_tiny.csv")
+    assert model.tps == (1, 2)
+    assert set(model.head) == {1, 2}
+    assert model.collectives is not None
+    memory = load_memory_profile(folder / "max_tokens_tiny_4tasks.csv")
+    assert {(1, 1), (1, 2), (2, 1)} <= set(memory.layouts)
+    for path in folder.glob("*.csv"):
+        assert read_meta(path)["kind"] == "measured"
+        assert read_meta(path)["environment"]["hardware"]["device"] == "cpu"
