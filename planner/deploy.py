@@ -6,24 +6,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from planner.candidates import Candidates, all_candidates, propose
+from planner.clock import Clock
 from planner.evaluate import sync_time_s
 from planner.placement import place
 from planner.plan import Plan
 from planner.planners import exact, homogeneous, lobra
 from planner.planners.base import Outcome, Problem, Progress, silent
 from planner.planners.relaxation import FluidPlanner
-from planner.simulate import simulate
+from planner.sampling import Sampled, Sampler, compare
 from planner.workload import ExpectedBatch, Workload, expect
 from profiler.cost_model import CostModel
 from profiler.profiles import MemoryProfile
 from tasks.errors import ConfigError
 from tasks.version import installed_version
 
-SAMPLED_PLANS, SAMPLED_STEPS = 4, 20
-SAMPLED_GAP, SAMPLED_MARGIN = 0.01, 0.002
+SEARCH_SHARE = 0.6  # of a given time limit; the rest is for sampled steps
 Solver = Callable[[Problem, float | None, Progress], Outcome]
 PATTERNS: dict[str, Solver] = {
     "EXACT": exact.solve,
@@ -43,23 +41,6 @@ class Options:
     num_buckets: int = 16
     gpus_per_node: int = 8
     time_limit_s: float | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Sampled:
-    """Sampled steps of one plan: float64 [steps] seconds. All plans are given the same steps."""
-
-    plan: Plan
-    step_time_s: np.ndarray
-
-    @property
-    def mean_s(self) -> float:
-        """Mean step time."""
-        return float(self.step_time_s.mean())
-
-    def percentile_s(self, share: float) -> float:
-        """Return the step time that ``share`` % of the steps do not exceed."""
-        return float(np.percentile(self.step_time_s, share))
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,55 +106,17 @@ def deploy(
     if options.proposal:
         candidates = propose(candidates, cost_model)
         problem = replace(problem, candidates=candidates.chosen)
-    outcome = PATTERNS[options.pattern](problem, options.time_limit_s, progress)
+    clock, limit_s = Clock(options.time_limit_s), options.time_limit_s
+    exactly = options.pattern == "EXACT"
+    if limit_s is not None and exactly:
+        limit_s *= SEARCH_SHARE
+    outcome = PATTERNS[options.pattern](problem, limit_s, progress)
     if outcome.lower_bound_s == 0.0:  # the pattern proves nothing about other plans' exact time
         bound = FluidPlanner(everything).minimum(outcome.step_time_s)
         outcome = replace(outcome, lower_bound_s=min(bound.step_time_s, outcome.step_time_s))
-    outcome, sampled = _compare_sampled(outcome, workload, options, problem, progress)
+    sampler = Sampler(workload, problem, options.num_buckets, options.static_buckets, progress)
+    outcome, sampled = compare(outcome, sampler, exactly, clock)
     return Deployment(outcome, batch, candidates, same, problem, sampled)
-
-
-def _compare_sampled(
-    outcome: Outcome, workload: Workload, options: Options, problem: Problem, progress: Progress
-) -> tuple[Outcome, tuple[Sampled, ...]]:
-    """Simulate the plan and those as good for the expected batch; return the best on average.
-
-    As good are those whose own gap to the bound is within 1 %, or within 0.1 % of the plan's time.
-    """
-    within_s = max(outcome.lower_bound_s / (1 - SAMPLED_GAP), outcome.step_time_s * 1.001)
-    rivals = [
-        (plan, time_s)
-        for plan, time_s in outcome.alternatives
-        if time_s <= within_s and plan != outcome.plan
-    ]
-    plans = [(outcome.plan, outcome.step_time_s), *rivals][:SAMPLED_PLANS]
-    steps = SAMPLED_STEPS if problem.num_gpus <= 256 else SAMPLED_STEPS // 4
-    sampled = []
-    for plan, _ in plans:
-        progress(f"sampled steps of {plan}")
-        run = simulate(
-            plan,
-            workload,
-            problem.cost_model,
-            steps,
-            num_buckets=options.num_buckets,
-            static=options.static_buckets,
-        )
-        sampled.append(Sampled(plan, run.step_time_s))
-    best = int(np.argmin([entry.mean_s for entry in sampled]))
-    # the expected batch decides unless the samples say otherwise clearly
-    if sampled[best].mean_s < sampled[0].mean_s * (1 - SAMPLED_MARGIN):
-        first = f"on {steps} sampled steps {sampled[best].mean_s:.4g} s on average, "
-        note = first + f"against {sampled[0].mean_s:.4g} s of {plans[0][0]}, best for the batch"
-        outcome = replace(
-            outcome,
-            plan=plans[best][0],
-            step_time_s=plans[best][1],
-            notes=(*outcome.notes, note),
-            proven=False,
-        )
-        sampled.insert(0, sampled.pop(best))
-    return outcome, tuple(sampled)
 
 
 def plan_entries(plan: Plan) -> list[dict[str, int]]:

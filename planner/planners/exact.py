@@ -72,6 +72,10 @@ class _State:
         return 1.0 - self.bound_s / self.best_s
 
     @property
+    def proven(self) -> bool:
+        return self.gap <= TARGET_GAP * (1 + 1e-9)
+
+    @property
     def target_s(self) -> float:
         """A step time near enough to the bound to look no further."""
         return self.bound_s * (1 + TARGET_GAP)
@@ -94,7 +98,7 @@ class _State:
         )
 
     def done(self) -> bool:
-        return self.gap <= TARGET_GAP or self.clock.left_s <= 0
+        return self.proven or self.clock.left_s <= 0
 
     def try_plan(self, replicas: np.ndarray) -> float:
         """Dispatch the batch over a plan not tried yet; return its best time."""
@@ -140,7 +144,7 @@ def solve(
     )
     plans = [problem.plan(np.array(key)) for _, key in order]
     notes: tuple[str, ...] = ()
-    if state.gap > TARGET_GAP and state.clock.left_s <= 0:
+    if not state.proven and state.clock.left_s <= 0:
         notes = (f"stopped after {state.clock.elapsed_s:.1f} s; --time-limit gives it more",)
     return Outcome(
         plans[0],
@@ -148,7 +152,7 @@ def solve(
         state.bound_s,
         "EXACT",
         state.clock.elapsed_s,
-        proven=state.gap <= TARGET_GAP,
+        proven=state.proven,
         notes=notes,
         alternatives=tuple(zip(plans, (time_s for time_s, _ in order), strict=True))[:8],
     )
