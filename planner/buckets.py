@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -55,7 +55,7 @@ def make_buckets(
     ConfigError
         If there is no length, one is not positive, or ``num_buckets`` or ``align`` is not.
     """
-    lengths = _checked(lengths)
+    lengths = checked_lengths(lengths)
     if num_buckets < 1 or align < 1:
         raise ConfigError(
             f"buckets: {num_buckets} buckets aligned to {align} tokens; both are at least 1"
@@ -124,7 +124,7 @@ def plan_buckets(
     """
     units, weights = [], []
     for task, values in lengths.items():
-        counts = np.bincount((_checked(values, task) + (ALIGN - 1)) // ALIGN)
+        counts = np.bincount((checked_lengths(values, task) + (ALIGN - 1)) // ALIGN)
         occupied = np.flatnonzero(counts)
         share = counts[occupied] / counts.sum() * (batch_sizes[task] * BATCH_SCALE)
         units.append(occupied)
@@ -148,7 +148,7 @@ def expected_batch(
     total = np.zeros(len(buckets), dtype=np.int64)
     longest = 0
     for task, values in lengths.items():
-        index = bucket_index(_checked(values, task), buckets)
+        index = bucket_index(checked_lengths(values, task), buckets)
         counts = np.bincount(index, minlength=len(buckets))
         total += largest_remainder(counts, batch_sizes[task])
         longest = max(longest, int(index.max()))
@@ -166,7 +166,14 @@ def largest_remainder(counts: np.ndarray, total: int) -> np.ndarray:
     return floors
 
 
-def _checked(lengths: np.ndarray, task: str = "") -> np.ndarray:
+def checked_lengths(lengths: Sequence[int] | np.ndarray, task: str = "") -> np.ndarray:
+    """Return int64 [n]: the lengths, if there is one and all are whole and positive.
+
+    Raises
+    ------
+    ConfigError
+        If not; it names the ``task``.
+    """
     lengths = np.asarray(lengths)
     where = f"task {task!r}: " if task else ""
     if lengths.size == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +44,10 @@ class ChunkTable:
         """Return float64 [R]: the least seconds per sequence over all chunk sizes; inf if none."""
         sizes = np.arange(1, self.time_s.shape[1])
         return (self.time_s[:, 1:] / sizes).min(axis=1)
+
+    def least_s(self) -> np.ndarray:
+        """Return float64 [R]: the least seconds, bubble included, of a replica with any of it."""
+        return self.time_s[:, 1:].min(axis=1) * (1 + self.bubble_chunks)
 
     def bubble_s(self) -> float:
         """Return the seconds of bubble that the longest chunk of the table causes."""
@@ -107,6 +112,12 @@ class ChunkTable:
         times = self.time_s[bucket]
         better = times[even].sum() < times[packed].sum()
         return even if better else packed
+
+
+def longest_sequence_s(tables: Sequence[ChunkTable], counts: np.ndarray) -> float:
+    """Return a lower bound on every step: no bucket of the batch ends sooner on any table."""
+    least = np.stack([table.least_s() for table in tables]).min(axis=0)
+    return float(least[counts > 0].max(initial=0.0))
 
 
 def chunk_table(

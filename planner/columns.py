@@ -154,12 +154,12 @@ def generate(
     used = np.flatnonzero(counts > 0)
     for group, table in enumerate(tables):
         for bucket in used:
-            alone_s = table.time_s[bucket, 1]
-            if table.limit[bucket] > 0 and alone_s * (1 + table.bubble_chunks) <= step_time_s:
+            size = 1 + int(np.argmin(table.time_s[bucket, 1:]))  # times need not grow with it
+            chunk_s = float(table.time_s[bucket, size])
+            if chunk_s * (1 + table.bubble_chunks) <= step_time_s:
                 one = np.zeros(len(counts), dtype=np.int64)
-                one[bucket] = 1
-                alone_s = float(alone_s)
-                columns.add(group, Pattern(one, alone_s, alone_s * (1 + table.bubble_chunks)))
+                one[bucket] = size
+                columns.add(group, Pattern(one, chunk_s, chunk_s * (1 + table.bubble_chunks)))
     none = np.zeros(len(counts))
     if not columns.patterns or not (columns.matrix().sum(axis=0)[used] > 0).all():
         empty = np.zeros(len(tables))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
-from planner.buckets import bucket_index, make_buckets
+from planner.buckets import bucket_index, checked_lengths, make_buckets
 from planner.chunks import ChunkTable, chunk_table
 from planner.evaluate import replica_time_s, sync_time_s
-from planner.fluid import Fluid, solve_fluid, solve_rates
+from planner.first import chunks_of, greedy_start, start_loads
 from planner.plan import Plan, ReplicaGroup
 from planner.resplit import balance_groups, descend, shake
 from planner.search import Loads, improve
@@ -25,6 +24,7 @@ GOOD_ENOUGH = 1e-3  # relative distance to the bound at which the search stops
 FAR_OFF, VERY_FAR_OFF = 8e-3, 15e-3  # the same from which on dearer moves are tried
 TICKS = 1024
 RESPLITS, SHAKES = 20, 10
+SLOWDOWN_STEP = 5e-3  # replicas within it count as equally slow
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,22 +130,22 @@ def dispatch(
     """
     if mode not in MODES:
         raise ConfigError(f"dispatch {mode!r}: known are {', '.join(MODES)}")
-    lengths = np.asarray(lengths)
+    lengths = checked_lengths(lengths)
     if buckets is None:
         buckets = make_buckets(lengths, num_buckets)
     buckets = np.asarray(buckets, dtype=np.int64)
+    if buckets.ndim != 1 or not len(buckets) or (np.diff(buckets, prepend=0) <= 0).any():
+        raise ConfigError(f"dispatch: buckets {buckets.tolist()} are not positive and ascending")
     _check_fits(lengths, buckets, plan)
     index = bucket_index(lengths, buckets)
     counts = np.bincount(index, minlength=len(buckets))
     factors = np.ones(len(plan.replicas)) if slowdown is None else np.asarray(slowdown, float)
-    if factors.shape != (len(plan.replicas),) or not (factors > 0).all():
+    if factors.shape != (len(plan.replicas),) or not ((factors > 0) & (factors < np.inf)).all():
         raise ValueError(f"slowdown {slowdown}: not one positive factor per replica of {plan}")
     if (factors == 1.0).all():
         result = dispatch_counts(counts, buckets, plan, cost_model, mode=mode)
-    else:  # replicas of a group differ: each becomes a group of its own
-        groups = [ReplicaGroup(r.layout, 1, r.max_tokens) for r in plan.replicas]
-        single = Plan(tuple(groups))
-        result = dispatch_counts(counts, buckets, single, cost_model, mode=mode, slowdown=factors)
+    else:
+        result = _dispatch_slowed(counts, buckets, plan, cost_model, mode, factors)
     return _with_sequences(result, index, buckets, plan, cost_model, factors)
 
 
@@ -171,59 +171,41 @@ def dispatch_counts(
     start = start_loads(tables, replicas, counts)
     search_loads(start.loads, start.bound_s)
     chunks, times = chunks_of(start.loads, start.tables)
+    if max(times) > start.bound_s * (1 + VERY_FAR_OFF):  # few sequences: greedy may be nearer
+        other = greedy_start(start, tables, counts)
+        improve(other.loads, start.bound_s * (1 + GOOD_ENOUGH), len(other.loads.group))
+        other_chunks, other_times = chunks_of(other.loads, other.tables)
+        if max(other_times) < max(times):
+            chunks, times = other_chunks, other_times
     return CountAssignment(chunks, max(times), min(start.bound_s, max(times)))
 
 
-@dataclass(frozen=True, eq=False)
-class Start:
-    """A first assignment to search from.
+def _dispatch_slowed(
+    counts: np.ndarray,
+    buckets: np.ndarray,
+    plan: Plan,
+    cost_model: CostModel,
+    mode: Mode,
+    factors: np.ndarray,
+) -> CountAssignment:
+    """Dispatch over replicas that are slower than modelled; those about as slow form a group.
 
-    ``loads`` has one group per table; of pipelined ``tables`` the longest chunks may be left out,
-    where a shorter bubble gains more. No dispatch is faster than ``bound_s``.
+    Factors are rounded down to steps of 0.5 %, so the bound stays one.
     """
-
-    loads: Loads
-    tables: list[ChunkTable]
-    bound_s: float
-
-
-def start_loads(tables: list[ChunkTable], replicas: np.ndarray, counts: np.ndarray) -> Start:
-    """Return the fluid relaxation's shares in whole chunks, dealt longest first.
-
-    ``replicas`` is int64 [groups], one group per table; ``counts`` int64 [R].
-    """
-    fluid = solve_fluid(tables, replicas, counts)
-    bound_s = max(fluid.step_time_s, longest_sequence_s(tables, counts))
-    tables, share = _limit_chunks(tables, replicas, counts, fluid)
-    bubbles = np.array([table.bubble_s() for table in tables])
-    group = np.repeat(np.arange(len(tables)), replicas)
-    loads = Loads(
-        np.stack([table.work_s(int(counts.max(initial=0))) for table in tables]),
-        group,
-        bubbles[group],
-        _first_assignment(tables, replicas, counts, share),
-        np.stack([table.limit for table in tables]),
+    steps = np.floor(np.log(factors) / SLOWDOWN_STEP).astype(np.int64)
+    alike: dict[tuple[int, int, int, int], list[int]] = {}
+    for replica, step in zip(plan.replicas, steps.tolist(), strict=True):
+        key = (replica.layout.tp, replica.layout.pp, replica.max_tokens, step)
+        alike.setdefault(key, []).append(replica.index)
+    groups = tuple(
+        ReplicaGroup(plan.replicas[members[0]].layout, len(members), key[2])
+        for key, members in alike.items()
     )
-    return Start(loads, tables, bound_s)
-
-
-def chunks_of(
-    loads: Loads, tables: Sequence[ChunkTable]
-) -> tuple[tuple[tuple[tuple[int, int], ...], ...], list[float]]:
-    """Return every replica's chunks, pairs (bucket, sequences), and its seconds, exactly."""
-    chunks = tuple(
-        tuple(
-            (bucket, size)
-            for bucket in np.flatnonzero(row).tolist()
-            for size in tables[group].split(bucket, int(row[bucket]))
-        )
-        for group, row in zip(loads.group.tolist(), loads.counts, strict=True)
-    )
-    times = [
-        _chunks_time_s(tables[group], pairs)
-        for group, pairs in zip(loads.group.tolist(), chunks, strict=True)
-    ]
-    return chunks, times
+    slowdown = np.exp(SLOWDOWN_STEP * np.array([key[3] for key in alike]))
+    found = dispatch_counts(counts, buckets, Plan(groups), cost_model, mode=mode, slowdown=slowdown)
+    order = [index for members in alike.values() for index in members]
+    chunks = dict(zip(order, found.chunks, strict=True))
+    return replace(found, chunks=tuple(chunks[index] for index in range(len(order))))
 
 
 def search_loads(loads: Loads, bound_s: float) -> None:
@@ -268,12 +250,6 @@ def plan_tables(
     return tables
 
 
-def longest_sequence_s(tables: list[ChunkTable], counts: np.ndarray) -> float:
-    """Return a bound: every bucket's single sequence on the layout that is fastest for it."""
-    alone = np.stack([table.time_s[:, 1] * (1 + table.bubble_chunks) for table in tables])
-    return float(alone.min(axis=0)[counts > 0].max(initial=0.0))
-
-
 def _check_fits(lengths: np.ndarray, buckets: np.ndarray, plan: Plan) -> None:
     if lengths.size == 0:
         raise ConfigError("dispatch: there is no sequence")
@@ -286,92 +262,6 @@ def _check_fits(lengths: np.ndarray, buckets: np.ndarray, plan: Plan) -> None:
             f"plan {plan}, whose largest holds {plan.max_tokens} tokens; plan for that length or "
             f"lower the context length"
         )
-
-
-def _limit_chunks(
-    tables: list[ChunkTable], replicas: np.ndarray, counts: np.ndarray, fluid: Fluid
-) -> tuple[list[ChunkTable], np.ndarray]:
-    """Limit the chunks of pipelined groups where a shorter bubble gains more than it costs.
-
-    Returns the tables with their chunks limited, and float64 [groups, R]: the sequences that each
-    group takes when its replicas lose the bubble of their limit.
-    """
-    if not any(table.bubble_chunks for table in tables):
-        return tables, fluid.share
-    chosen = [
-        table.capped(_best_cap_s(table, fluid.share[group] / replicas[group]))
-        if table.bubble_chunks and fluid.share[group].any()
-        else table
-        for group, table in enumerate(tables)
-    ]
-    fits = np.stack([table.limit > 0 for table in chosen]).any(axis=0)
-    missing = (counts > 0) & ~fits
-    if missing.any():  # lift limits that leave a bucket without any replica
-        chosen = [
-            table if (table.limit[missing] > 0).any() else limited
-            for table, limited in zip(tables, chosen, strict=True)
-        ]
-    bubbles = np.array([table.bubble_s() for table in chosen])
-    rates = np.stack([table.rate_s() for table in chosen])
-    longest_s = max(fluid.step_time_s, float(bubbles.max()) * 1.01)
-    for _ in range(2):  # the bubble's part of the step depends on the step's length
-        worked = np.maximum(1.0 - bubbles / longest_s, 0.01)
-        limited = solve_rates(rates / worked[:, None], replicas, counts)
-        longest_s = max(limited.step_time_s, float(bubbles.max()) * 1.01)
-    return chosen, limited.share
-
-
-def _best_cap_s(table: ChunkTable, share: np.ndarray) -> float:
-    """Return the longest chunk time that makes ``share`` [R] sequences and the bubble shortest."""
-    used = np.flatnonzero(share > 1e-9)
-    times = table.time_s[used, 1:]
-    caps = np.unique(times[np.isfinite(times)])
-    caps = caps[caps >= times[:, 0].max(initial=0.0)]
-    work = np.zeros(len(caps))
-    for row, bucket in zip(times, used, strict=True):
-        row = row[np.isfinite(row)]
-        order = np.argsort(row, kind="stable")
-        best = np.minimum.accumulate((row / np.arange(1, len(row) + 1))[order])
-        work += share[bucket] * best[np.searchsorted(row[order], caps, side="right") - 1]
-    return float(caps[np.argmin(work + table.bubble_chunks * caps)])
-
-
-def _first_assignment(
-    tables: list[ChunkTable], replicas: np.ndarray, counts: np.ndarray, share: np.ndarray
-) -> np.ndarray:
-    """Return int64 [Q, R]: shares rounded to whole sequences, chunks longest first."""
-    whole = np.floor(share + 1e-9).astype(np.int64)
-    takes = np.stack([table.limit > 0 for table in tables])
-    missing = counts - whole.sum(axis=0)
-    for bucket in np.flatnonzero(missing > 0).tolist():
-        order = np.lexsort((np.arange(len(tables)), -(share - whole)[:, bucket]))
-        order = order[takes[order, bucket]]
-        for number in range(int(missing[bucket])):
-            whole[order[number % len(order)], bucket] += 1
-    for bucket in np.flatnonzero(missing < 0).tolist():
-        whole[int(np.argmax(whole[:, bucket])), bucket] += missing[bucket]
-    assigned = np.zeros((int(replicas.sum()), len(counts)), dtype=np.int64)
-    first = 0
-    for group, table in enumerate(tables):
-        chunks = [
-            (-float(table.time_s[bucket, size]), bucket, size)
-            for bucket in np.flatnonzero(whole[group]).tolist()
-            for size in table.split(bucket, int(whole[group, bucket]))
-        ]
-        heap = [(0.0, replica) for replica in range(first, first + int(replicas[group]))]
-        for negative, bucket, size in sorted(chunks):
-            busy, replica = heap[0]
-            assigned[replica, bucket] += size
-            heapq.heapreplace(heap, (busy - negative, replica))
-        first += int(replicas[group])
-    return assigned
-
-
-def _chunks_time_s(table: ChunkTable, chunks: tuple[tuple[int, int], ...]) -> float:
-    if not chunks:
-        return 0.0
-    times = [float(table.time_s[bucket, size]) for bucket, size in chunks]
-    return sum(times) + table.bubble_chunks * max(times)
 
 
 def _with_sequences(

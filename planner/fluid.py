@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import linprog
 
-from planner.chunks import ChunkTable
+from planner.chunks import ChunkTable, longest_sequence_s
 from tasks.errors import ConfigError
 
 SECANT_STEPS = 6
@@ -118,7 +118,7 @@ def solve_fluid(tables: Sequence[ChunkTable], replicas: np.ndarray, counts: np.n
     plain = solve_rates(np.stack([table.rate_s() for table in tables]), replicas, counts)
     if not any(table.bubble_chunks for table in tables):
         return plain
-    bound_s = max(plain.step_time_s, _longest_s(tables, counts) * (1 - 1e-12))
+    bound_s = max(plain.step_time_s, longest_sequence_s(tables, counts) * (1 - 1e-12))
     step_s, fluid = bound_s, plain
     for _ in range(SECANT_STEPS):
         rates = step_s / np.maximum(np.stack([amounts(table, step_s) for table in tables]), 1e-300)
@@ -136,8 +136,3 @@ def solve_fluid(tables: Sequence[ChunkTable], replicas: np.ndarray, counts: np.n
         # aim a little below the root, so that the last point is a proof
         step_s = max(bound_s, step_s * needed * (1 - TOLERANCE / 4))
     return Fluid(bound_s, fluid.share, fluid.price)
-
-
-def _longest_s(tables: Sequence[ChunkTable], counts: np.ndarray) -> float:
-    alone = np.stack([table.time_s[:, 1] * (1 + table.bubble_chunks) for table in tables])
-    return float(alone.min(axis=0)[counts > 0].max(initial=0.0))

@@ -58,7 +58,8 @@ def resplit(
         steps.append((bucket, numbers, cost, there, least))
         least, top = _add_bucket(least, top, cost.tolist(), there.tolist(), buffer)
     first_s = np.arange(ticks + 1) * tick_s + loads.bubble_s[first]
-    second_s = least + loads.bubble_s[second]
+    first_s[0] = 0.0
+    second_s = np.where(least > 0.0, least + loads.bubble_s[second], 0.0)
     if weights is None:
         score = np.maximum(first_s, second_s)
     else:

@@ -11,7 +11,7 @@ from scipy.optimize import LinearConstraint, milp
 from planner.chunks import ChunkTable
 from planner.clock import Clock
 from planner.columns import Budget, Columns, Generated
-from planner.dispatch import chunks_of
+from planner.first import chunks_of
 from planner.patterns import Pattern, PatternPricer
 from planner.resplit import shake
 from planner.search import Loads, improve
@@ -180,6 +180,7 @@ def _place_missing(loads: Loads, counts: np.ndarray) -> None:
             after = np.minimum(loads.counts[:, bucket] + number, most)
             grown = loads.work_s[loads.group, bucket, after] - loads.parts_s[:, bucket]
             grown[loads.counts[:, bucket] + number > most] = np.inf
+            grown += loads.start_s(everyone)
             replica = int(np.argmin(loads.time_s + grown))
             if not np.isfinite(grown[replica]):
                 raise RuntimeError(f"no replica can take a sequence of bucket {bucket}")

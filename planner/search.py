@@ -28,7 +28,7 @@ class Loads:
     group
         int64 [Q]: the group of each replica.
     bubble_s
-        float64 [Q]: seconds a replica loses to its pipeline's bubble.
+        float64 [Q]: seconds a replica loses to its pipeline's bubble if it has any work.
     counts
         int64 [Q, R]: the state.
     chunk
@@ -44,7 +44,8 @@ class Loads:
     def __post_init__(self) -> None:
         self._buckets = np.arange(self.counts.shape[1])
         self.parts_s = self.work_s[self.group[:, None], self._buckets[None, :], self.counts]
-        self.time_s = self.parts_s.sum(axis=1) + self.bubble_s
+        busy = self.counts.any(axis=1)
+        self.time_s = self.parts_s.sum(axis=1) + np.where(busy, self.bubble_s, 0.0)
 
     def transfer(self, source: int, target: int, bucket: int, count: int) -> None:
         """Move ``count`` sequences of a bucket from one replica to another."""
@@ -56,23 +57,30 @@ class Loads:
         self.counts[replica, bucket] += count
         number = self.counts[replica, bucket]
         self.parts_s[replica, bucket] = self.work_s[self.group[replica], bucket, number]
-        self.time_s[replica] = self.parts_s[replica].sum() + self.bubble_s[replica]
+        self.time_s[replica] = self._time_s(replica, self.parts_s[replica])
 
     def time_of(self, replica: int, counts: np.ndarray) -> float:
         """Return the seconds a replica would need for ``counts`` [R]."""
-        parts_s = self.work_s[self.group[replica], self._buckets, counts]
-        return float(parts_s.sum() + self.bubble_s[replica])
+        return self._time_s(replica, self.work_s[self.group[replica], self._buckets, counts])
 
     def set(self, replica: int, counts: np.ndarray) -> None:
         """Give a replica ``counts`` [R] instead of what it has."""
         self.counts[replica] = counts
         self.parts_s[replica] = self.work_s[self.group[replica], self._buckets, counts]
-        self.time_s[replica] = self.parts_s[replica].sum() + self.bubble_s[replica]
+        self.time_s[replica] = self._time_s(replica, self.parts_s[replica])
 
     def restore(self, counts: np.ndarray) -> None:
         """Return to an earlier state [Q, R]."""
         for replica in np.flatnonzero((self.counts != counts).any(axis=1)).tolist():
             self.set(replica, counts[replica])
+
+    def start_s(self, replicas: np.ndarray) -> np.ndarray:
+        """Return float64 [replicas]: the bubble of those that have no work yet, else 0."""
+        return np.where(self.counts[replicas].any(axis=1), 0.0, self.bubble_s[replicas])
+
+    def _time_s(self, replica: int, parts_s: np.ndarray) -> float:
+        work_s = float(parts_s.sum())
+        return work_s + float(self.bubble_s[replica]) if work_s > 0.0 else 0.0
 
 
 def improve(loads: Loads, target_s: float, max_rounds: int = 400, max_exchanges: int = 8) -> int:
@@ -86,8 +94,8 @@ def improve(loads: Loads, target_s: float, max_rounds: int = 400, max_exchanges:
     exchanges = 0
     for done in range(max_rounds):
         slowest = int(np.argmax(loads.time_s))
-        if loads.time_s[slowest] <= target_s or not loads.counts[slowest].any():
-            return done  # (a replica without work is given its bubble all the same)
+        if loads.time_s[slowest] <= target_s or loads.time_s[slowest] == 0.0:
+            return done
         others = _candidates(loads, slowest)
         if not len(others):
             return done
@@ -141,7 +149,9 @@ def _best_move(loads: Loads, slowest: int, others: np.ndarray) -> bool:
     top = loads.time_s[slowest]
     sizes = np.arange(1, min(LARGEST_MOVE, int(loads.counts[slowest].max())) + 1)
     possible, saved = _removal(loads, slowest, sizes)
-    cost = _addition(loads, others, sizes, possible)
+    emptied = sizes[None, :] == loads.counts[slowest].sum()
+    saved = saved + np.where(emptied, loads.bubble_s[slowest], 0.0)
+    cost = _addition(loads, others, sizes, possible) + loads.start_s(others)[:, None, None]
     longest = np.maximum(top - saved[None], loads.time_s[others][:, None, None] + cost)
     # of two equal moves the one that wastes less time
     better = longest < top * (1 - SMALLEST_GAIN)

@@ -14,6 +14,7 @@ from planner.candidates import Candidate
 from planner.chunks import chunk_table
 from planner.dispatch import Assignment, Mode, dispatch
 from planner.evaluate import sync_time_s
+from planner.first import greedy
 from planner.plan import Plan
 from planner.planners import homogeneous
 from planner.planners.base import Problem
@@ -154,25 +155,10 @@ def lpt_times_s(
         chunk_table(replica.layout, replica.max_tokens, buckets, cost_model)
         for replica in plan.replicas
     ]
-    limit = np.stack([table.limit for table in tables])
-    bubbles = np.array([table.bubble_chunks for table in tables])
-    work, longest = np.zeros(len(tables)), np.zeros(len(tables))
-    for bucket in np.flatnonzero(counts)[::-1].tolist():
-        left = int(counts[bucket])
-        if not limit[:, bucket].any():
+    for bucket in np.flatnonzero(counts).tolist():
+        if not any(table.limit[bucket] for table in tables):
             raise ConfigError(f"a sequence of {buckets[bucket]} tokens fits no replica of {plan}")
-        while left:
-            size = np.minimum(limit[:, bucket], left)
-            chunk = np.array(
-                [t.time_s[bucket, n] if n else np.inf for t, n in zip(tables, size, strict=True)]
-            )
-            able = size > 0
-            bubble = bubbles * np.where(able, np.maximum(longest, chunk), 0.0)
-            chosen = int(np.argmin(np.where(able, work + chunk + bubble, np.inf)))
-            work[chosen] += chunk[chosen]
-            longest[chosen] = max(longest[chosen], chunk[chosen])
-            left -= int(size[chosen])
-    return work + bubbles * longest
+    return greedy(tables, counts)[1]
 
 
 def baselines(

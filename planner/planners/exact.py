@@ -18,7 +18,8 @@ import numpy as np
 
 from planner.clock import Clock
 from planner.columns import Budget, Pool, generate
-from planner.dispatch import chunks_of, search_loads, start_loads
+from planner.dispatch import search_loads
+from planner.first import chunks_of, start_loads
 from planner.fluid import amounts, solve_rates
 from planner.patterns import Pattern
 from planner.plan import Plan
@@ -29,6 +30,7 @@ from planner.planners.partitions import count_maximal, maximal
 from planner.planners.relaxation import CUT_SLACK, Cut, FluidPlanner
 from planner.resplit import shake
 from planner.rounding import choose, diversify, realise
+from tasks.errors import ConfigError
 
 MOST_LISTED = 20_000
 TARGET_GAP = 1e-3
@@ -82,6 +84,8 @@ class _State:
 
     def note(self, replicas: np.ndarray, time_s: float) -> None:
         key = tuple(int(number) for number in replicas)
+        if self.times.get(key) == np.inf:
+            return  # it cannot be placed
         self.times[key] = min(time_s, self.times.get(key, np.inf))
         if time_s < self.best_s:
             self.best_s = time_s
@@ -104,12 +108,41 @@ class _State:
         """Dispatch the batch over a plan not tried yet; return its best time."""
         key = tuple(int(number) for number in replicas)
         if key not in self.times:
-            plan = self.problem.plan(replicas)
-            if not self.problem.can_place(plan):
+            placed = self.placed(replicas)
+            if placed is None:
                 self.times[key] = np.inf
+            elif placed is not replicas:
+                self.times[key] = np.inf
+                return self.try_plan(placed)
             else:
-                self.note(replicas, self.problem.evaluate(plan).step_time_s)
+                time_s = self.problem.evaluate(self.problem.plan(replicas)).step_time_s
+                self.note(replicas, time_s)
         return self.times[key]
+
+    def placed(self, replicas: np.ndarray) -> np.ndarray | None:
+        """Return the plan, or what is left of it when replicas go until it can be placed.
+
+        Those with the most shards go first; None if what is left does not hold every bucket.
+        """
+        problem = self.problem
+        left = replicas
+        order = np.argsort([-c.layout.tp for c in problem.candidates], kind="stable")
+        while not problem.can_place(problem.plan(left)):
+            for index in order.tolist():
+                fewer = left.copy()
+                fewer[index] -= 1
+                if left[index] and self.holds(fewer):
+                    left = fewer
+                    break
+            else:
+                return None
+        return left
+
+    def holds(self, replicas: np.ndarray) -> bool:
+        """Return whether every bucket of the batch fits some replica."""
+        longest = int(self.problem.buckets[self.problem.counts > 0].max())
+        tokens = np.array([candidate.max_tokens for candidate in self.problem.candidates])
+        return bool((tokens[replicas > 0] >= longest).any())
 
     def best_plans(self, number: int) -> list[np.ndarray]:
         order = sorted(self.times, key=lambda key: (self.times[key], key))
@@ -124,17 +157,26 @@ def solve(
     Stops at a gap of 0.1 % or at the time limit; there is always a plan and a bound. The default
     limit is 4.5 s of processor time up to 64 GPUs, 12 s up to 256 and 35 s beyond; one that is
     given is wall-clock time.
+
+    Raises
+    ------
+    ConfigError
+        If no replica that holds the longest bucket can be placed.
     """
     limit_s = default_limit_s(problem.num_gpus) if time_limit_s is None else time_limit_s
     state = _State(problem, Clock(limit_s, processor=time_limit_s is None), progress)
     start = homogeneous.find(problem)
-    if start is not None:
-        state.note(_replicas_of(problem, start.plan), start.step_time_s)
+    if start is None:  # then no plan has a replica that holds the longest bucket
+        raise ConfigError(
+            f"no layout that holds {int(problem.buckets[problem.counts > 0].max())} tokens can be "
+            f"placed on {problem.num_gpus} GPUs in nodes of {problem.gpus_per_node}"
+        )
+    state.note(_replicas_of(problem, start.plan), start.step_time_s)
     relaxation = FluidPlanner(problem)
-    upper_s = state.best_s if np.isfinite(state.best_s) else _possible_s(relaxation)
-    skeleton = relaxation.minimum(upper_s)
+    skeleton = relaxation.minimum(state.best_s, clock=state.clock)
     state.prove(skeleton.step_time_s)
-    state.try_plan(_filled(problem, skeleton.replicas))
+    if not state.done() and skeleton.replicas.any():
+        state.try_plan(_filled(problem, skeleton.replicas))
     if count_maximal(problem.sizes, problem.num_gpus) <= MOST_LISTED:
         _search_listed(state)
     else:
@@ -366,6 +408,8 @@ def _polish(
     state: _State, replicas: np.ndarray, step_s: float, seed: int, roundings: int = ROUNDINGS
 ) -> None:
     """Look for a better dispatch of a plan: columns at T, rounded; T grows until they suffice."""
+    if state.times.get(tuple(replicas.tolist())) == np.inf:
+        return  # it cannot be placed
     _shake(state, replicas, seed)
     problem = state.problem
     layouts = np.flatnonzero(replicas).tolist()
@@ -465,14 +509,6 @@ def _filled(problem: Problem, replicas: np.ndarray) -> np.ndarray:
         replicas[index] += number
         left -= number * int(problem.sizes[index])
     return replicas
-
-
-def _possible_s(relaxation: FluidPlanner) -> float:
-    """Return a step time at which the fluid relaxation has a plan."""
-    step_s = max(relaxation.longest_s, 1e-3)
-    while relaxation.gpus(step_s) is None:
-        step_s *= 2.0
-    return step_s
 
 
 def _replicas_of(problem: Problem, plan: Plan) -> np.ndarray:

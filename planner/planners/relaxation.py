@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import LinearConstraint, milp
 
-from planner.chunks import ChunkTable
+from planner.chunks import ChunkTable, longest_sequence_s
+from planner.clock import Clock
 from planner.fluid import amounts
 from planner.planners.base import Problem
 
@@ -52,8 +53,7 @@ class FluidPlanner:
     @property
     def longest_s(self) -> float:
         """A step time below which some bucket's single sequence ends nowhere in time."""
-        alone = [table.time_s[self._used, 1] * (1 + table.bubble_chunks) for table in self._tables]
-        return float(np.stack(alone).min(axis=0).max())
+        return longest_sequence_s(self._tables, self._problem.counts)
 
     def gpus(
         self, step_time_s: float, limit_s: float = MIP_LIMIT_S, cuts: Sequence[Cut] | None = None
@@ -101,17 +101,20 @@ class FluidPlanner:
             return None if proven else np.zeros(number, dtype=np.int64)
         return np.rint(result.x[:number]).astype(np.int64)
 
-    def minimum(self, upper_s: float, tolerance: float = 2e-4) -> Skeleton:
+    def minimum(
+        self, upper_s: float, tolerance: float = 2e-4, clock: Clock | None = None
+    ) -> Skeleton:
         """Return the least T whose GPUs suffice, to a relative tolerance, and its replicas.
 
         ``step_time_s`` of the result is a T proven impossible, or the longest sequence's time: a
-        lower bound. ``upper_s`` must be possible.
+        lower bound. ``upper_s`` must be possible. The ``clock`` ends the search early.
         """
+        clock = Clock() if clock is None else clock
         low, high = self.longest_s * (1 - 1e-12), upper_s
-        replicas = self.gpus(high)
-        while high - low > tolerance * high:
+        replicas = self.gpus(high, min(MIP_LIMIT_S, max(0.1, clock.left_s)))
+        while high - low > tolerance * high and clock.left_s > 0:
             middle = 0.5 * (low + high)
-            found = self.gpus(middle)
+            found = self.gpus(middle, min(MIP_LIMIT_S, max(0.1, clock.left_s)))
             if found is None:
                 low = middle
             else:

@@ -52,7 +52,7 @@ class WholeChunks:
             least[0] = 0.0
             for layout in layouts.tolist():
                 use = self._use[layout][row, : number + 1]
-                if use[1] < np.inf:
+                if np.isfinite(use[1:]).any():
                     least = _convolve(least, values[layout] * use)
             worth[bucket] = max(worth[bucket], least[-1])
         return float(worth.sum())

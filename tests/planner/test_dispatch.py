@@ -10,6 +10,7 @@ from planner.dispatch import dispatch
 from planner.evaluate import step_time_s
 from planner.layout import Layout
 from planner.plan import Plan, ReplicaGroup, make_plan
+from planner.simulate import lpt_times_s
 from tasks.errors import ConfigError
 from tests.planner.support import best_dispatch_s, random_cost_model, random_problem
 
@@ -87,6 +88,68 @@ def test_the_same_step_is_dispatched_the_same_way() -> None:
     first, second = (dispatch(lengths, plan, cost_model) for _ in range(2))
     for left, right in zip(first.micro_batches, second.micro_batches, strict=True):
         assert [c.indices.tolist() for c in left] == [c.indices.tolist() for c in right]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_never_slower_than_greedy(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    cost_model = random_cost_model(rng)
+    groups = [
+        ReplicaGroup(Layout(1, 1), int(rng.integers(1, 9)), 1024),
+        ReplicaGroup(Layout(1, 4), int(rng.integers(1, 4)), 1024),
+        ReplicaGroup(Layout(4, 1), int(rng.integers(1, 3)), 4096),
+    ]
+    plan = make_plan(groups)
+    lengths = np.minimum(4096, rng.lognormal(5.5, 1.2, size=int(rng.integers(1, 60))) + 1)
+    found = dispatch(lengths.astype(int), plan, cost_model, num_buckets=8)
+    greedy = lpt_times_s(lengths.astype(int), found.buckets, plan, cost_model)
+    assert found.step_time_s <= greedy.max() * (1 + 1e-9)
+
+
+def test_an_idle_pipeline_does_not_end_the_search() -> None:
+    cost_model = random_cost_model(np.random.default_rng(0))
+    plan = make_plan([ReplicaGroup(Layout(1, 1), 6, 1024), ReplicaGroup(Layout(1, 4), 1, 1024)])
+    found = dispatch([777] * 3, plan, cost_model)
+    assert max(len(chunks) for chunks in found.micro_batches) == 1
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_slower_replicas_get_less_and_the_bound_holds(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    cost_model = random_cost_model(rng)
+    plan = make_plan([ReplicaGroup(Layout(1, 1), 3, 1024), ReplicaGroup(Layout(2, 1), 1, 2048)])
+    lengths = rng.integers(20, 900, size=150)
+    factors = np.array([1.0, 2.0, 1.002, 0.97])
+    found = dispatch(lengths, plan, cost_model, slowdown=factors)
+    tokens = [sum(c.padded_tokens for c in chunks) for chunks in found.micro_batches]
+    assert tokens[1] < 0.75 * tokens[0]
+    assert found.lower_bound_s <= found.step_time_s <= 1.05 * found.lower_bound_s
+    assert found.step_time_s == max(found.replica_time_s)
+    assert sorted(
+        int(i) for chunks in found.micro_batches for c in chunks for i in c.indices
+    ) == list(range(150))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "buckets", "message"),
+    [
+        ([], None, "no sequence"),
+        ([5.5], None, "whole numbers"),
+        ([0, 3], [16], "at least 1"),
+        ([5], [512, 256], "not positive and ascending"),
+        ([5], [], "not positive and ascending"),
+    ],
+)
+def test_lengths_and_buckets_are_checked(
+    lengths: list[float], buckets: list[int] | None, message: str
+) -> None:
+    cost_model = random_cost_model(np.random.default_rng(0))
+    plan = make_plan([ReplicaGroup(Layout(1, 1), 1, 1024)])
+    given = None if buckets is None else np.array(buckets, dtype=int)
+    with pytest.raises(ConfigError, match=message):
+        dispatch(lengths, plan, cost_model, buckets=given)
+    with pytest.raises(ValueError, match="positive factor"):
+        dispatch([5], plan, cost_model, slowdown=[np.inf])
 
 
 def test_group_mode_uses_only_the_least_sufficient_capacity() -> None:
