@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from planner.chunks import ChunkTable
 from planner.clock import Clock
 from planner.fluid import solve_rates
 from planner.planners.base import Progress, silent
-from planner.planners.identical import IdenticalModel, IdenticalResult
+from planner.planners.identical import IdenticalModel, IdenticalResult, Solvers, by_length
 from tasks.errors import ConfigError
 
 TIES = 1e-9  # relative: a plan this close to the best is not searched further
@@ -47,39 +48,93 @@ class PlanBounds:
 
     A price per sequence of each bucket (the dual of the fluid relaxation of ANY plan) bounds every
     plan: ``T >= sum_j d_j price_j / sum_i p_i best_i`` with ``best_i = max_j price_j / rate_ij``,
-    the most value a replica of layout i earns per second.
+    the most value a replica of layout i earns per second. With ``length_based`` only the buckets
+    count that the plan's layouts may take, which is the same for all plans of the same capacities.
     """
 
-    def __init__(self, tables: Sequence[ChunkTable], counts: np.ndarray, plans: np.ndarray) -> None:
+    def __init__(
+        self,
+        tables: Sequence[ChunkTable],
+        counts: np.ndarray,
+        plans: np.ndarray,
+        length_based: bool = False,
+    ) -> None:
         self._tables, self._counts, self.plans = tables, counts, plans
         self._plans_float = plans.astype(np.float32)
-        self._rates = np.stack([table.rate_s() for table in tables])
         self.bound_s = np.zeros(len(plans))
         self.tight = np.zeros(len(plans), dtype=bool)
-        fits = np.isfinite(self._rates)
-        for bucket in np.flatnonzero(counts):
-            stuck = ~(plans[:, fits[:, bucket]] > 0).any(axis=1)
-            self.bound_s[stuck] = np.inf
-        alone = np.stack([table.time_s[:, 1] * (1 + table.bubble_chunks) for table in tables])
-        for bucket in np.flatnonzero(counts):
-            best = np.where(plans > 0, alone[:, bucket][None, :], np.inf).min(axis=1)
-            np.maximum(self.bound_s, best, out=self.bound_s)
+        self._kinds = _kinds_by_length(tables, plans) if length_based else [_everything(tables)]
+        self._kind_of = np.zeros(len(plans), dtype=np.int64)
+        for number, kind in enumerate(self._kinds):
+            self._kind_of[kind.members] = number
+            some = plans[kind.members] > 0
+            bound_s = np.zeros(len(some))
+            for bucket in np.flatnonzero(counts):
+                # infinite where no layout of the plan may take the bucket
+                alone_s = kind.alone_s[:, bucket][None, :]
+                best_s = np.where(some, alone_s, np.inf).min(axis=1)
+                np.maximum(bound_s, best_s, out=bound_s)
+            self.bound_s[kind.members] = bound_s
 
     def tighten(self, index: int) -> None:
         """Solve the fluid relaxation of one plan and let its prices raise all bounds."""
         plan = self.plans[index]
         used = np.flatnonzero(plan).tolist()
-        tables = [self._tables[i] for i in used]
-        rates = np.stack([table.rate_s() for table in tables])
+        rates = self._kinds[self._kind_of[index]].rates_s[used]
         fluid = solve_rates(rates, plan[used], self._counts)
         self.bound_s[index] = max(self.bound_s[index], fluid.step_time_s * (1 - 1e-9))
         self.tight[index] = True
         price = np.maximum(fluid.price, 0.0)
-        earned = np.where(np.isfinite(self._rates), price[None, :] / self._rates, 0.0).max(axis=1)
-        with np.errstate(divide="ignore"):
-            bound = float(price @ self._counts) / (self._plans_float @ earned.astype(np.float32))
-        # single precision errs by 1e-6 at most; ten times that is given away
-        np.maximum(self.bound_s, bound.astype(np.float64) * (1 - 1e-5), out=self.bound_s)
+        worth = float(price @ self._counts)
+        for kind in self._kinds:
+            finite = np.isfinite(kind.rates_s)
+            earned = np.where(finite, price[None, :] / kind.rates_s, 0.0).max(axis=1)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                bound = worth / (self._plans_float[kind.members] @ earned.astype(np.float32))
+            # single precision errs by 1e-6 at most; ten times that is given away
+            bound_s = np.nan_to_num(bound.astype(np.float64), nan=0.0, posinf=np.inf) * (1 - 1e-5)
+            self.bound_s[kind.members] = np.maximum(self.bound_s[kind.members], bound_s)
+
+
+@dataclass(frozen=True, eq=False)
+class _Kind:
+    """Plans whose layouts may take the same buckets, and what those cost there.
+
+    ``members``: the plans, an index into their list; ``rates_s``, ``alone_s`` float64
+    [candidates, R]: seconds per sequence at best, and of one sequence with the pipeline's bubble;
+    infinite where the layout may not take the bucket.
+    """
+
+    members: np.ndarray | slice
+    rates_s: np.ndarray
+    alone_s: np.ndarray
+
+
+def _everything(tables: Sequence[ChunkTable]) -> _Kind:
+    rates_s = np.stack([table.rate_s() for table in tables])
+    alone_s = np.stack([table.time_s[:, 1] * (1 + table.bubble_chunks) for table in tables])
+    return _Kind(slice(None), rates_s, alone_s)
+
+
+def _kinds_by_length(tables: Sequence[ChunkTable], plans: np.ndarray) -> list[_Kind]:
+    """Return one kind per set of deployed capacities."""
+    capacity = np.array([table.max_tokens for table in tables])
+    classes = np.unique(capacity)
+    deployed = np.stack([(plans[:, capacity == c] > 0).any(axis=1) for c in classes], axis=1)
+    sets, kind_of = np.unique(deployed, axis=0, return_inverse=True)
+    order = np.argsort(kind_of.ravel(), kind="stable")
+    ends = np.searchsorted(kind_of.ravel()[order], np.arange(len(sets) + 1))
+    whole = _everything(tables)
+    kinds = []
+    for number, of_classes in enumerate(sets):
+        among = np.flatnonzero(np.isin(capacity, classes[of_classes])).tolist()
+        limited = by_length([tables[i] for i in among])
+        allowed = np.zeros(whole.rates_s.shape, dtype=bool)
+        allowed[among] = np.stack([table.limit > 0 for table in limited])
+        rates_s = np.where(allowed, whole.rates_s, np.inf)
+        alone_s = np.where(allowed, whole.alone_s, np.inf)
+        kinds.append(_Kind(order[ends[number] : ends[number + 1]], rates_s, alone_s))
+    return kinds
 
 
 def best_first(
@@ -88,9 +143,11 @@ def best_first(
     plans: np.ndarray,
     clock: Clock,
     progress: Progress = silent,
+    length_based: bool = False,
 ) -> BranchResult:
     """Return the plan with the least step time by LobRA's definition.
 
+    With ``length_based`` a bucket goes only to the plan's layouts of least sufficient capacity.
     Plans are taken in the order of their bounds; SCIP solves their dispatch, only for times below
     the best so far, one per core. It ends when no bound is below the best: then that is proven.
 
@@ -99,7 +156,7 @@ def best_first(
     ConfigError
         If no plan takes every bucket.
     """
-    bounds = PlanBounds(tables, counts, plans)
+    bounds = PlanBounds(tables, counts, plans, length_based)
     if not np.isfinite(bounds.bound_s).any():
         raise ConfigError("no plan of the candidate layouts takes every bucket")
     best_s, best_plan = np.inf, None
@@ -108,14 +165,25 @@ def best_first(
     solved = 0
     workers = max(1, os.cpu_count() or 1)
     running: dict[Future[IdenticalResult], int] = {}
-    with ThreadPoolExecutor(max_workers=workers) as pool:
+    with Solvers(workers) as solvers:
         while True:
             while len(running) < workers and clock.left_s > 0:
                 index = _next_plan(bounds, open_plans, best_s, clock)
                 if index is None:
                     break
                 open_plans[index] = False
-                running[pool.submit(_solve, tables, counts, bounds, index, best_s, clock)] = index
+                used = np.flatnonzero(bounds.plans[index]).tolist()
+                build = partial(
+                    IdenticalModel,
+                    [tables[i] for i in used],
+                    counts,
+                    replicas=bounds.plans[index][used],
+                    length_based=length_based,
+                )
+                limit_s = None if clock.limit_s is None else max(0.01, clock.left_s)
+                at_most_s = best_s * (1 - TIES) if np.isfinite(best_s) else None
+                at_least_s = float(bounds.bound_s[index])
+                running[solvers.submit(build, limit_s, at_most_s, at_least_s)] = index
             if not running:
                 break
             done, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -149,18 +217,3 @@ def _next_plan(
             return index
         bounds.tighten(index)
     return None
-
-
-def _solve(
-    tables: Sequence[ChunkTable],
-    counts: np.ndarray,
-    bounds: PlanBounds,
-    index: int,
-    best_s: float,
-    clock: Clock,
-) -> IdenticalResult:
-    used = np.flatnonzero(bounds.plans[index]).tolist()
-    model = IdenticalModel([tables[i] for i in used], counts, replicas=bounds.plans[index][used])
-    limit_s = None if clock.limit_s is None else max(0.01, clock.left_s)
-    at_most_s = best_s * (1 - TIES) if np.isfinite(best_s) else None
-    return model.solve(limit_s, at_most_s, float(bounds.bound_s[index]))

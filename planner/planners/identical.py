@@ -7,14 +7,19 @@ section 4.2). With the replicas p fixed this is an integer linear program, else 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 from pyscipopt import Model, quicksum
 
 from planner.chunks import ChunkTable
+
+LONGEST_LIMIT_S = 1e20  # what SCIP takes for no limit; it refuses more
+STOP_EVERY_S = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +43,14 @@ class IdenticalResult:
     objective_s: float
     bound_s: float
     proven: bool
+
+
+def by_length(tables: Sequence[ChunkTable]) -> list[ChunkTable]:
+    """Return a plan's tables with every bucket only on the layouts of least sufficient capacity."""
+    capacity = np.array([table.max_tokens for table in tables])
+    fits = np.stack([table.limit > 0 for table in tables])
+    least = np.where(fits, capacity[:, None], np.iinfo(np.int64).max).min(axis=0)
+    return [table.limited(np.where(table.max_tokens == least, table.limit, 0)) for table in tables]
 
 
 def replica_cost_s(table: ChunkTable, per_replica: np.ndarray) -> float:
@@ -72,6 +85,8 @@ class IdenticalModel:
         int64 [layouts] to fix them; None to choose them within ``num_gpus``.
     num_gpus
         GPUs for the replicas, where they are chosen.
+    length_based
+        Whether a bucket goes only to the deployed layouts of least sufficient capacity.
     """
 
     def __init__(
@@ -81,11 +96,18 @@ class IdenticalModel:
         *,
         replicas: np.ndarray | None = None,
         num_gpus: int = 0,
+        length_based: bool = False,
     ) -> None:
+        if length_based and replicas is not None:
+            deployed = np.flatnonzero(replicas).tolist()
+            limited = iter(by_length([tables[i] for i in deployed]))
+            tables = [next(limited) if p else t for t, p in zip(tables, replicas, strict=True)]
         self._tables = tables
+        self._stopped = False
         self._counts = counts
         self.model = Model()
         self.model.hideOutput()
+        self.model.setParam("misc/catchctrlc", False)  # else SCIP keeps Ctrl-C to itself
         self._time = self.model.addVar("step_time", lb=0.0)
         self._takes: dict[tuple[int, int], Any] = {}
         self._parts: list[tuple[int, int, str, Any, int]] = []
@@ -110,7 +132,25 @@ class IdenticalModel:
                 if bucket == j
             )
             self.model.addCons(taken >= int(counts[j]))
+        if length_based and replicas is None:
+            self._restrict_to_least()
         self.model.setObjective(self._time, "minimize")
+
+    def _restrict_to_least(self) -> None:
+        """Let no layout take a bucket that a deployed layout of less capacity holds."""
+        capacities = sorted({table.max_tokens for table in self._tables})
+        deployed = {c: self.model.addVar(f"d{c}", vtype="B") for c in capacities}
+        for table, replicas in zip(self._tables, self._replicas, strict=True):
+            most = replicas.getUbOriginal()
+            self.model.addCons(replicas <= most * deployed[table.max_tokens])
+        holds: dict[int, set[int]] = {}
+        for i, j in self._takes:
+            holds.setdefault(j, set()).add(self._tables[i].max_tokens)
+        for (i, j), takes in self._takes.items():
+            for capacity in holds[j]:
+                if capacity < self._tables[i].max_tokens:
+                    count = int(self._counts[j])
+                    self.model.addCons(takes <= count * (1 - deployed[capacity]))
 
     def _add_layout(self, i: int, table: ChunkTable) -> None:
         model, costs, longest = self.model, [], None
@@ -166,8 +206,10 @@ class IdenticalModel:
         if at_most_s is not None:
             model.chgVarUb(self._time, at_most_s)
         if time_limit_s is not None:
-            model.setParam("limits/time", max(0.0, time_limit_s))
+            model.setParam("limits/time", min(max(0.0, time_limit_s), LONGEST_LIMIT_S))
         model.setParam("lp/threads", 1)
+        if self._stopped:
+            model.setParam("limits/time", 0.0)
         model.optimizeNogil()
         bound_s = float(model.getDualbound())
         none = np.zeros((len(self._tables), len(self._counts)), dtype=np.int64)
@@ -190,3 +232,63 @@ class IdenticalModel:
         return IdenticalResult(
             replicas, per_replica, objective_s, bound_s, model.getStatus() == "optimal"
         )
+
+    def stop(self) -> None:
+        """End ``solve``, from another thread, with what it has; a later one does nothing."""
+        self._stopped = True
+        self.model.interruptSolve()
+
+
+class Solvers:
+    """Threads that build and solve models; an exception in the block (Ctrl-C) stops them at once.
+
+    SCIP runs outside the main thread, where Python takes the signal.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=workers)
+        self._models: dict[int, IdenticalModel] = {}
+        self._running: set[Future[IdenticalResult]] = set()
+        self._stopped = False
+
+    def submit(
+        self,
+        build: Callable[[], IdenticalModel],
+        time_limit_s: float | None,
+        at_most_s: float | None,
+        at_least_s: float,
+    ) -> Future[IdenticalResult]:
+        """Solve the model that ``build`` returns, with ``IdenticalModel.solve``'s arguments."""
+
+        def work() -> IdenticalResult:
+            model = build()
+            self._models[id(model)] = model
+            try:
+                if self._stopped:
+                    model.stop()
+                return model.solve(time_limit_s, at_most_s, at_least_s)
+            finally:
+                del self._models[id(model)]
+
+        future = self._pool.submit(work)
+        self._running.add(future)
+        future.add_done_callback(self._running.discard)
+        return future
+
+    def __enter__(self) -> Solvers:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            self._stopped = True
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            # again and again: SCIP forgets an interrupt that comes just before it starts
+            while wait(list(self._running), timeout=STOP_EVERY_S).not_done:
+                for model in list(self._models.values()):
+                    model.stop()
+        self._pool.shutdown()

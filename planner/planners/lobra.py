@@ -1,8 +1,9 @@
 """LobRA's planners: BALANCE, GROUP and PRUNE, by LobRA's own definition of the step time.
 
-BALANCE chooses replicas and dispatch together (a MINLP); GROUP lets a bucket go only to layouts of
-the smallest sufficient capacity; PRUNE lists all plans and drops those whose length-based estimate
-is more than 15 % above the best. In all of them the replicas of a layout are identical.
+BALANCE chooses replicas and dispatch together (a MINLP); GROUP lets a bucket go only to the layouts
+of the plan with the smallest sufficient capacity; PRUNE lists all plans and drops those whose
+length-based estimate is more than 15 % above the best. In all of them the replicas of a layout are
+identical.
 
 The MINLP is solved by branching on the replicas: every choice of them is bounded by the fluid
 relaxation, and SCIP solves the integer linear program that is left of those that could still be
@@ -19,9 +20,9 @@ import numpy as np
 from planner.chunks import ChunkTable, chunk_table
 from planner.clock import Clock
 from planner.planners.base import Outcome, Problem, Progress, silent
-from planner.planners.branch import BranchResult, PlanBounds, best_first
-from planner.planners.identical import IdenticalModel
-from planner.planners.partitions import count_maximal, maximal
+from planner.planners.branch import BranchResult, best_first
+from planner.planners.identical import IdenticalModel, Solvers
+from planner.planners.partitions import closed, count_closed, count_maximal, maximal
 from planner.planners.relaxation import FluidPlanner
 from tasks.errors import ConfigError
 
@@ -41,9 +42,9 @@ def balance(
 def group(
     problem: Problem, time_limit_s: float | None = None, progress: Progress = silent
 ) -> Outcome:
-    """Return the plan of the MINLP with length-based dispatch among the candidates."""
+    """Return the plan of the MINLP with length-based dispatch over each plan's own layouts."""
     clock = Clock(time_limit_s)
-    return _solve(problem, length_based(_tables(problem)), "GROUP", clock, progress)
+    return _solve(problem, _tables(problem), "GROUP", clock, progress)
 
 
 def prune(
@@ -62,7 +63,8 @@ def prune(
     if number > MOST_PLANS:
         raise ConfigError(
             f"PRUNE would have to list {number} plans of {len(tables)} layouts on "
-            f"{problem.num_gpus} GPUs (at most {MOST_PLANS}); use --proposal on, or EXACT"
+            f"{problem.num_gpus} GPUs (at most {MOST_PLANS}); choose EXACT or BALANCE, or leave "
+            f"fewer layouts (--proposal on, where it is off)"
         )
     plans = maximal(problem.sizes, problem.num_gpus)
     estimate = length_based_estimate_s(tables, problem.counts, plans, problem.sizes)
@@ -73,14 +75,6 @@ def prune(
     result = best_first(tables, problem.counts, kept, clock, progress)
     note = f"{len(kept)} of {len(plans)} plans passed the filter, {result.solved} were solved"
     return _outcome(problem, result, "PRUNE", clock, (note,))
-
-
-def length_based(tables: Sequence[ChunkTable]) -> list[ChunkTable]:
-    """Return the tables with every bucket only on the layouts of least sufficient capacity."""
-    capacity = np.array([table.max_tokens for table in tables])
-    fits = np.stack([table.limit > 0 for table in tables])
-    least = np.where(fits, capacity[:, None], np.iinfo(np.int64).max).min(axis=0)
-    return [table.limited(np.where(table.max_tokens == least, table.limit, 0)) for table in tables]
 
 
 def length_based_estimate_s(
@@ -133,18 +127,25 @@ def _solve(
     clock: Clock,
     progress: Progress,
 ) -> Outcome:
-    if count_maximal(problem.sizes, problem.num_gpus) <= MOST_PLANS:
-        plans = maximal(problem.sizes, problem.num_gpus)
-        result = best_first(tables, problem.counts, plans, clock, progress)
+    by_length = name == "GROUP"
+    number, listed = (count_closed, closed) if by_length else (count_maximal, maximal)
+    if number(problem.sizes, problem.num_gpus) <= MOST_PLANS:
+        plans = listed(problem.sizes, problem.num_gpus)
+        result = best_first(tables, problem.counts, plans, clock, progress, by_length)
         note = f"{len(plans)} plans, {result.solved} of them solved in SCIP"
         return _outcome(problem, result, name, clock, (note,))
     limit_s = clock.left_s if clock.limit_s is not None else BILINEAR_LIMIT_S
     start = FluidPlanner(problem, tables).minimum(upper_s=1e6)
-    fixed = PlanBounds(tables, problem.counts, start.replicas[None, :])
-    first = best_first(tables, problem.counts, fixed.plans, Clock(limit_s / 3), progress)
-    model = IdenticalModel(tables, problem.counts, num_gpus=problem.num_gpus)
+    only = start.replicas[None, :]
+    first = best_first(tables, problem.counts, only, Clock(limit_s / 3), progress, by_length)
+    model = IdenticalModel(
+        tables, problem.counts, num_gpus=problem.num_gpus, length_based=by_length
+    )
     progress("too many plans to list: solving the bilinear model")
-    found = model.solve(max(1.0, limit_s - clock.elapsed_s), first.objective_s, start.step_time_s)
+    with Solvers(1) as solvers:
+        left_s = max(1.0, limit_s - clock.elapsed_s)
+        running = solvers.submit(lambda: model, left_s, first.objective_s, start.step_time_s)
+        found = running.result()
     bound_s = min(max(found.bound_s, start.step_time_s), first.objective_s)
     if found.replicas is not None and found.objective_s < first.objective_s:
         best = BranchResult(found.replicas, found.objective_s, bound_s, found.proven, 1)

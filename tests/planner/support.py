@@ -150,3 +150,32 @@ def best_identical_s(tables: list[ChunkTable], counts: np.ndarray, replicas: np.
         if (taken >= counts).all():
             best = min(best, max(time_s for _, time_s in choice))
     return best
+
+
+def best_by_length_s(problem: Problem) -> float:
+    """GROUP's step time by brute force: every plan at all, dispatched by length over its layouts.
+
+    A bucket goes only to the layouts with the smallest ``max_tokens`` that holds it, of those the
+    plan deploys; every replica of a layout takes the same.
+    """
+    best = float("inf")
+    sizes = problem.sizes.tolist()
+    for plan in product(*(range(problem.num_gpus // size + 1) for size in sizes)):
+        gpus = sum(size * number for size, number in zip(sizes, plan, strict=True))
+        if not any(plan) or gpus > problem.num_gpus:
+            continue
+        deployed = [
+            c.max_tokens for c, number in zip(problem.candidates, plan, strict=True) if number
+        ]
+        tables = []
+        for candidate in problem.candidates:
+            table = chunk_table(
+                candidate.layout, candidate.max_tokens, problem.buckets, problem.cost_model
+            )
+            home = [
+                candidate.max_tokens == min((m for m in deployed if m >= bucket), default=0)
+                for bucket in problem.buckets.tolist()
+            ]
+            tables.append(table.limited(np.where(home, table.limit, 0)))
+        best = min(best, best_identical_s(tables, problem.counts, np.array(plan)))
+    return best

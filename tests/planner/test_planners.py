@@ -1,18 +1,24 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import product
+from threading import Event
+
 import numpy as np
 import pytest
 
-from planner.candidates import Candidates, all_candidates, propose
+from planner.candidates import Candidate, Candidates, all_candidates, propose
 from planner.chunks import ChunkTable, chunk_table
 from planner.clock import Clock
+from planner.layout import Layout
 from planner.planners import exact, homogeneous, lobra
-from planner.planners.base import Problem
-from planner.planners.identical import IdenticalModel
-from planner.planners.partitions import count_maximal, maximal
+from planner.planners.base import Outcome, Problem
+from planner.planners.identical import IdenticalModel, Solvers
+from planner.planners.partitions import closed, count_closed, count_maximal, maximal
 from profiler.profiles import MemoryProfile, MemoryRow
 from tasks.errors import ConfigError
 from tests.planner.support import (
+    best_by_length_s,
     best_identical_s,
     best_plan_s,
     random_cost_model,
@@ -44,13 +50,9 @@ def test_balance_group_and_prune_agree_with_brute_force(seed: int) -> None:
     assert balance.proven
     assert balance.objective_s == pytest.approx(optimum_identical_s(problem, tables, plans))
 
-    masked = lobra.length_based(tables)
-    best_group = optimum_identical_s(problem, masked, plans)
-    if np.isfinite(best_group):
-        assert lobra.group(problem).objective_s == pytest.approx(best_group)
-    else:
-        with pytest.raises(ConfigError):
-            lobra.group(problem)
+    group = lobra.group(problem)
+    assert group.proven
+    assert group.objective_s == pytest.approx(best_by_length_s(problem))
 
     estimate = lobra.length_based_estimate_s(tables, problem.counts, plans, problem.sizes)
     kept = plans[estimate <= 1.15 * estimate.min()]
@@ -68,15 +70,94 @@ def test_exact_is_certified_and_never_worse(seed: int) -> None:
     assert found.step_time_s >= optimum * (1 - 1e-9)
     assert found.plan.num_gpus <= problem.num_gpus
     same = homogeneous.find(problem)
-    others = [lobra.balance(problem), lobra.prune(problem), *([same] if same else [])]
-    masked = lobra.length_based(memory_tables(problem))
-    plans = maximal(problem.sizes, problem.num_gpus)
-    if np.isfinite(optimum_identical_s(problem, masked, plans)):  # else GROUP has no plan
-        others.append(lobra.group(problem))
+    others = [lobra.balance(problem), lobra.group(problem), lobra.prune(problem)]
+    others += [same] if same else []
     for other in others:
         assert found.step_time_s <= other.step_time_s * (1 + 1e-9)
     if found.proven:
         assert found.step_time_s <= optimum * (1 + 2e-3)
+
+
+def test_group_leaves_out_layouts_that_would_only_slow_it_down() -> None:
+    # one 4-GPU layout holds all; deploying another for short sequences would leave no room for it
+    candidates = (Candidate(Layout(1, 1), 512), Candidate(Layout(4, 1), 2048))
+    cost_model = random_cost_model(np.random.default_rng(3))
+    counts, buckets = np.array([4, 2]), np.array([256, 2048])
+    problem = Problem(counts, buckets, candidates, 4, cost_model, 4)
+    assert str(lobra.group(problem).plan) == "<4,1>x1"
+    # with GPUs to spare a slow small layout still takes every short sequence, so none is deployed
+    few = Problem(np.array([60, 1]), buckets, candidates, 5, cost_model, 5)
+    assert str(lobra.group(few).plan) == "<4,1>x1"
+    assert str(lobra.balance(few).plan) == "<1,1>x1 <4,1>x1"
+
+
+def test_closed_plans_are_counted_and_leave_no_room_for_their_own_kinds() -> None:
+    for sizes, num_gpus in (([2, 3, 4], 11), ([1, 2, 2, 4], 6), ([4, 8], 7), ([2, 5], 1)):
+        candidates = np.array(sizes)
+        expected = set()
+        for plan in product(*(range(num_gpus // size + 1) for size in sizes)):
+            left = num_gpus - int(np.dot(plan, sizes))
+            if any(plan) and 0 <= left < min(s for s, p in zip(sizes, plan, strict=True) if p):
+                expected.add(plan)
+        assert count_closed(candidates, num_gpus) == len(expected)
+        if expected:
+            listed = [tuple(plan) for plan in closed(candidates, num_gpus).tolist()]
+            assert len(listed) == len(expected) and set(listed) == expected
+
+
+@pytest.mark.parametrize("solve", [lobra.balance, lobra.group])
+def test_too_many_plans_to_list_are_solved_as_one_model(
+    monkeypatch: pytest.MonkeyPatch, solve: Callable[..., Outcome]
+) -> None:
+    problem = random_problem(np.random.default_rng(7), "lobra6", max_count=2)
+    listed = solve(problem)
+    monkeypatch.setattr(lobra, "MOST_PLANS", 0)
+    found = solve(problem, 20.0)
+    assert "bilinear" in found.notes[0]
+    assert found.objective_s == pytest.approx(listed.objective_s)
+    with pytest.raises(ConfigError, match=r"choose EXACT or BALANCE"):
+        lobra.prune(problem)
+
+
+def test_time_limits_beyond_what_the_solver_takes() -> None:
+    problem = random_problem(np.random.default_rng(2), max_count=2)
+    for solve in (lobra.balance, lobra.group, lobra.prune):
+        assert solve(problem, 1e300).proven
+
+
+def test_an_interrupt_stops_the_solvers_at_once() -> None:
+    started = Event()
+    problem = random_problem(np.random.default_rng(2), max_count=2)
+
+    def build() -> IdenticalModel:
+        started.set()
+        return hard_model()
+
+    def interrupted() -> None:
+        with Solvers(1) as solvers:
+            solvers.submit(build, None, None, 0.0)
+            started.wait(20.0)
+            clock.append(Clock())
+            raise KeyboardInterrupt
+
+    clock: list[Clock] = []
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert clock[0].elapsed_s < 10.0
+    assert lobra.balance(problem).proven
+
+
+def hard_model() -> IdenticalModel:
+    """A model that SCIP does not solve within minutes."""
+    rng = np.random.default_rng(0)
+    cost_model = random_cost_model(rng)
+    buckets = np.arange(1, 25) * 80
+    counts = rng.integers(50, 200, size=len(buckets))
+    layouts = [Layout(*sizes) for sizes in ((1, 1), (1, 2), (2, 1), (1, 4), (2, 2), (4, 1))]
+    tables = [
+        chunk_table(layout, 2000 + 300 * i, buckets, cost_model) for i, layout in enumerate(layouts)
+    ]
+    return IdenticalModel(tables, counts, num_gpus=40)
 
 
 def test_the_bilinear_model_finds_the_same_optimum() -> None:
@@ -87,6 +168,10 @@ def test_the_bilinear_model_finds_the_same_optimum() -> None:
         found = model.solve(20.0)
         plans = maximal(problem.sizes, problem.num_gpus)
         assert found.objective_s == pytest.approx(optimum_identical_s(problem, tables, plans))
+        by_length = IdenticalModel(
+            tables, problem.counts, num_gpus=problem.num_gpus, length_based=True
+        )
+        assert by_length.solve(20.0).objective_s == pytest.approx(best_by_length_s(problem))
 
 
 def test_maximal_plans_leave_no_room_and_are_all_there() -> None:
