@@ -58,7 +58,9 @@ def all_candidates(
     if gpus_per_node < 1:
         raise ConfigError(f"--gpus-per-node: {gpus_per_node}; a node has at least one GPU")
     where = memory.path or "memory profile"
-    chosen, dropped = [], []
+    chosen: list[Candidate] = []
+    dropped: list[str] = []
+    able: list[str] = []  # left out, but large enough
     for tp, pp in memory.layouts:
         layout = Layout(tp, pp)
         reason = None
@@ -72,13 +74,15 @@ def all_candidates(
             reason = f"pp {pp} is more than the {cost_model.num_layers} layers"
         elif refused is not None:
             reason = refused(tp, pp)
-        if reason:
-            dropped.append(f"{layout}: {reason}")
-        else:
-            chosen.append(Candidate(layout, memory.max_tokens(tp, pp)))
+        max_tokens = memory.max_tokens(tp, pp)
+        if not reason:
+            chosen.append(Candidate(layout, max_tokens))
+            continue
+        dropped.append(f"{layout}: {reason}")
+        if max_tokens >= longest:
+            able.append(dropped[-1])
     reach = max((candidate.max_tokens for candidate in chosen), default=0)
     if reach < longest:
-        able = [text for text in dropped if memory.max_tokens(*_sizes(text)) >= longest]
         hint = f"; layouts that would hold it are out: {'; '.join(able)}" if able else ""
         raise ConfigError(
             f"{where}: no layout within {num_gpus} GPUs holds the longest bucket of {longest} "
@@ -122,8 +126,3 @@ def tokens_per_gpu_second(candidate: Candidate, cost_model: CostModel, length: i
     time_ms = float(np.asarray(cost_model.chunk_time_ms(layout.tp, layout.pp, size, length)))
     step_s = time_ms * (PROPOSAL_CHUNKS + layout.pp - 1) / 1000.0
     return PROPOSAL_CHUNKS * size * length / step_s / layout.num_gpus
-
-
-def _sizes(text: str) -> tuple[int, int]:
-    tp, pp = text[1 : text.index(">")].split(",")
-    return int(tp), int(pp)

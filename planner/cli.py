@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from rich.console import Console
 from rich.table import Table
@@ -20,9 +22,10 @@ from planner.deploy import (
     deploy,
     plan_with_meta,
 )
-from planner.explain import roles
+from planner.explain import compared, roles, saturation
+from planner.output import write_problem, written
 from planner.plan import plan_path, save_plan
-from planner.sweep import Point, parse_range, plot, sweep
+from planner.sweep import Point, parse_range, plot, plot_problem, sweep
 from planner.workload import Workload, make_workload, read_lengths_and_labels
 from profiler.cost_model import KINDS, load_cost_model
 from profiler.profiles import (
@@ -72,8 +75,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(stderr=args.json)
     options = read_options(args, os.environ)
     gpus = parse_range(args.sweep_gpus) if args.sweep_gpus else []
-    if args.plot and not gpus:
-        raise ConfigError("--plot: there is nothing to draw without --sweep-gpus")
+    check_outputs(args)
     config = load_trainer_config(args.trainer_config, args.num_tasks)
     cost_model = load_cost_model(args.model, args.time_profile, args.cost_model)
     memory = load_memory_profile(
@@ -98,20 +100,47 @@ def run(args: argparse.Namespace) -> int:
             refused=refused,
         )
         points = sweep(workload, memory, cost_model, gpus, options, status.update, refused)
+    note = saturation(deployment.problem, deployment.outcome)
+    if note:
+        outcome = replace(deployment.outcome, notes=(*deployment.outcome.notes, note))
+        deployment = replace(deployment, outcome=outcome)
     plan = plan_with_meta(deployment, args.model, memory, options.gpus_per_node)
     show(console, deployment, workload)
     if points:
         show_sweep(console, points)
-    if args.plot:
-        plot(points, args.plot)
-        console.print(f"drawn: {args.plot}")
     if args.dry_run:
         console.print(f"dry run: {plan_path(args.strategy_config)} not written")
     else:
-        console.print(f"written: {save_plan(plan, args.strategy_config)}")
+        with written("--strategy-config", plan_path(args.strategy_config)):
+            console.print(f"written: {save_plan(plan, args.strategy_config)}")
     if args.json:
-        print(json.dumps(as_json(deployment)))
+        swept = {"sweep": [point.as_json() for point in points]} if gpus else {}
+        print(json.dumps({**as_json(deployment), **swept}))
+    if args.plot:
+        with written("--plot", args.plot):
+            plot(points, args.plot)
+        console.print(f"drawn: {args.plot}")
     return 0
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """See before the search that what it finds can be written.
+
+    Raises
+    ------
+    ConfigError
+        Naming every option whose file cannot be written, or that lacks another.
+    """
+    problems: list[str | None] = []
+    if not args.dry_run:
+        problems.append(write_problem("--strategy-config", plan_path(args.strategy_config)))
+    if args.plot:
+        problems.append(plot_problem(args.plot) or write_problem("--plot", args.plot))
+        if not args.sweep_gpus:
+            problems.append("--plot: there is nothing to draw without --sweep-gpus")
+    found = [problem for problem in problems if problem]
+    if found:
+        raise ConfigError(found)
 
 
 def read_options(args: argparse.Namespace, environment: Mapping[str, str]) -> Options:
@@ -143,7 +172,7 @@ def read_options(args: argparse.Namespace, environment: Mapping[str, str]) -> Op
         problems.append(f"--num-buckets: {args.num_buckets}; at least one bucket is needed")
     if args.max_seq_length < 1:
         problems.append(f"--max-seq-length: {args.max_seq_length}; at least 1 token is needed")
-    if args.time_limit is not None and not args.time_limit > 0:
+    if args.time_limit is not None and not (args.time_limit > 0 and math.isfinite(args.time_limit)):
         problems.append(f"--time-limit: {args.time_limit}; a positive number of seconds is needed")
     if problems:
         raise ConfigError(problems)
@@ -188,12 +217,7 @@ def show(console: Console, deployment: Deployment, workload: Workload) -> None:
     if outcome.objective_s is not None:
         figures.add_row("its own objective", f"{outcome.objective_s:.4g} s")
     if same is not None:
-        saved = 1 - outcome.gpu_seconds / same.gpu_seconds
-        figures.add_row(
-            "best homogeneous plan",
-            f"{same.plan}: {same.step_time_s:.4g} s, {same.gpu_seconds:.4g} GPU-seconds "
-            f"({100 * saved:.1f} % saved)",
-        )
+        figures.add_row("best homogeneous plan", compared(outcome, same))
     for entry in deployment.sampled:
         figures.add_row(
             f"{len(entry.step_time_s)} sampled steps",
@@ -222,7 +246,7 @@ def show_sweep(console: Console, points: Sequence[Point]) -> None:
     for point in points:
         found = point.deployment
         if found is None:
-            table.add_row(str(point.num_gpus), "-", "-", "-", "-", "no layout holds the longest")
+            table.add_row(str(point.num_gpus), "-", "-", "-", "-", "none, see below")
             continue
         outcome, same = found.outcome, found.homogeneous
         table.add_row(
@@ -234,6 +258,9 @@ def show_sweep(console: Console, points: Sequence[Point]) -> None:
             str(outcome.plan),
         )
     console.print(table)
+    for point in points:
+        if point.deployment is None:
+            console.print(f"{point.num_gpus} GPUs: {point.reason}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

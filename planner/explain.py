@@ -8,7 +8,9 @@ import numpy as np
 
 from planner.chunks import chunk_table
 from planner.plan import Plan, ReplicaGroup
-from planner.planners.base import Problem
+from planner.planners.base import Outcome, Problem
+
+SAME = 5e-4  # relative: what differs by less is called the same
 
 
 @dataclass(frozen=True)
@@ -56,22 +58,55 @@ def roles(problem: Problem, plan: Plan) -> list[Role]:
             found.append(Role(group, 0, 0, 0.0, "spare: it takes nothing of the expected batch"))
             continue
         share = float(tokens[index].sum() / tokens.sum())
-        reason = _reason(index, buckets, tokens[index], gpu_seconds, problem.buckets)
+        capacity = max((g.max_tokens for g in plan.groups if g is not group), default=0)
+        reason = _reason(index, buckets, tokens[index], gpu_seconds, problem.buckets, capacity)
         lengths = problem.buckets[buckets]
         found.append(Role(group, int(lengths.min()), int(lengths.max()), share, reason))
     return found
 
 
+def compared(outcome: Outcome, same: Outcome) -> str:
+    """Return the best homogeneous plan in words, and what the plan saves against it."""
+    share = outcome.gpu_seconds / same.gpu_seconds - 1.0
+    if abs(share) < SAME:
+        verdict = "the same"
+    else:
+        verdict = f"this plan takes {100 * abs(share):.1f} % {'more' if share > 0 else 'less'}"
+    return (
+        f"{same.plan} on {same.plan.num_gpus} GPUs: {same.step_time_s:.4g} s, "
+        f"{same.gpu_seconds:.4g} GPU-seconds ({verdict})"
+    )
+
+
+def saturation(problem: Problem, outcome: Outcome) -> str | None:
+    """Return a sentence if one sequence alone takes as long as the step, else None.
+
+    Then further replicas gain nothing: only layouts that are faster for that sequence would.
+    """
+    alone_s = np.stack([table.least_s() for table in problem.tables]).min(axis=0)
+    alone_s = np.where(problem.counts > 0, alone_s, 0.0)
+    bucket = int(np.argmax(alone_s))
+    if outcome.step_time_s > alone_s[bucket] * (1 + SAME):
+        return None
+    return (
+        f"a single sequence of {problem.buckets[bucket]} tokens takes as long as the step, "
+        f"{alone_s[bucket]:.4g} s: more GPUs gain nothing with these layouts, and fewer may do"
+    )
+
+
 def _reason(
-    index: int, mine: np.ndarray, tokens: np.ndarray, gpu_seconds: np.ndarray, buckets: np.ndarray
+    index: int,
+    mine: np.ndarray,
+    tokens: np.ndarray,
+    gpu_seconds: np.ndarray,
+    buckets: np.ndarray,
+    others_capacity: int,
 ) -> str:
     others = np.delete(gpu_seconds, index, axis=0)
     if not len(others):
         return "the only layout of the plan"
-    alone = [bucket for bucket in mine if not np.isfinite(others[:, bucket]).any()]
-    if alone:
-        first = int(buckets[alone[0]])
-        return f"the only one that holds sequences beyond {first - 1} tokens"
+    if not np.isfinite(others[:, mine]).any(axis=0).all():
+        return f"the only one that holds sequences beyond {others_capacity} tokens"
     main = int(mine[np.argmax(tokens[mine])])
     rival = float(others[:, main].min())
     gain = rival / float(gpu_seconds[index, main]) - 1.0

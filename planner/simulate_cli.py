@@ -14,6 +14,7 @@ from rich.table import Table
 
 from planner.candidates import all_candidates
 from planner.dispatch import dispatch
+from planner.output import write_problem, written
 from planner.plan import load_plan
 from planner.simulate import Simulation, baselines, chrome_trace, ladder, steps_of
 from planner.workload import make_workload, read_lengths_and_labels
@@ -59,8 +60,7 @@ def run(args: argparse.Namespace) -> int:
     ConfigError
         For every mistake of the user's.
     """
-    if args.steps < 1:
-        raise ConfigError(f"--steps: {args.steps}; at least one step is needed")
+    check_arguments(args)
     console = Console(stderr=args.json)
     config = load_trainer_config(args.trainer_config, args.num_tasks)
     plan = load_plan(args.strategy_config)
@@ -103,13 +103,42 @@ def run(args: argparse.Namespace) -> int:
         first = next(steps_of(workload, 1, args.seed))
         assignment = dispatch(first, plan, cost_model, num_buckets=args.num_buckets)
         folder = Path(args.output_dir)
-        write_atomic(folder / "steps.csv", _csv(runs))
-        write_atomic(folder / "trace.json", json.dumps(chrome_trace(assignment, plan, cost_model)))
-        write_atomic(folder / "simulation.json", json.dumps(summaries, indent=2) + "\n")
+        trace = json.dumps(chrome_trace(assignment, plan, cost_model))
+        with written("--output-dir", folder):
+            write_atomic(folder / "steps.csv", _csv(runs))
+            write_atomic(folder / "trace.json", trace)
+            write_atomic(folder / "simulation.json", json.dumps(summaries, indent=2) + "\n")
         console.print(f"written: {folder}/simulation.json, steps.csv, trace.json")
     if args.json:
         print(json.dumps({"plan": str(plan), "runs": summaries}))
     return 0
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """See that every number is possible and the output folder can be written.
+
+    Raises
+    ------
+    ConfigError
+        Naming every mistake.
+    """
+    problems: list[str] = []
+    for name, least, what in (
+        ("steps", 1, "at least one step is needed"),
+        ("seed", 0, "a number from 0 on is needed"),
+        ("num_tasks", 1, "at least one task is needed"),
+        ("num_buckets", 1, "at least one bucket is needed"),
+        ("max_seq_length", 1, "at least 1 token is needed"),
+        ("gpus_per_node", 1, "a node has at least one GPU"),
+    ):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            problems.append(f"--{name.replace('_', '-')}: {value}; {what}")
+    if args.output_dir:
+        problem = write_problem("--output-dir", Path(args.output_dir) / "simulation.json")
+        problems += [problem] if problem else []
+    if problems:
+        raise ConfigError(problems)
 
 
 def _table(summaries: list[dict[str, Any]]) -> Table:

@@ -6,8 +6,9 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from planner.deploy import Deployment, Options, deploy
+from planner.deploy import Deployment, Options, deploy, homogeneous_entry, plan_entries
 from planner.planners.base import Progress, silent
 from planner.workload import Workload
 from profiler.cost_model import CostModel
@@ -17,14 +18,32 @@ from tasks.files import atomic_path
 
 MOST_POINTS = 15
 POINT_LIMIT_S = 2.0
+SUFFIXES = (".png", ".pdf", ".svg")
 
 
 @dataclass(frozen=True)
 class Point:
-    """The best plan found on ``num_gpus`` GPUs; ``deployment`` None where nothing fits."""
+    """The best plan found on ``num_gpus`` GPUs, or the reason why there is none."""
 
     num_gpus: int
     deployment: Deployment | None
+    reason: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the point for ``--json``: ``num_gpus`` are those the plan uses."""
+        if self.deployment is None:
+            return {"gpus_available": self.num_gpus, "plan": None, "reason": self.reason}
+        outcome = self.deployment.outcome
+        return {
+            "gpus_available": self.num_gpus,
+            "plan": plan_entries(outcome.plan),
+            "num_gpus": outcome.plan.num_gpus,
+            "step_time_s": outcome.step_time_s,
+            "gpu_seconds": outcome.gpu_seconds,
+            "lower_bound_s": outcome.lower_bound_s,
+            "gap": outcome.gap,
+            "homogeneous": homogeneous_entry(self.deployment),
+        }
 
 
 def parse_range(text: str) -> list[int]:
@@ -64,10 +83,17 @@ def sweep(
         progress(f"{number} GPUs")
         try:
             found = deploy(workload, memory, cost_model, number, options, progress, refused)
-        except ConfigError:
-            found = None
-        points.append(Point(number, found))
+            points.append(Point(number, found))
+        except ConfigError as error:
+            points.append(Point(number, None, str(error)))
     return points
+
+
+def plot_problem(path: str | os.PathLike[str]) -> str | None:
+    """Return what is wrong with the name of a picture, or None."""
+    if Path(path).suffix.lower() in SUFFIXES:
+        return None
+    return f"--plot: {os.fspath(path)!r}; a .png, .pdf or .svg file is expected"
 
 
 def plot(points: Sequence[Point], path: str | os.PathLike[str]) -> None:
@@ -86,8 +112,9 @@ def plot(points: Sequence[Point], path: str | os.PathLike[str]) -> None:
     found = [point.deployment for point in points if point.deployment is not None]
     if not found:
         raise ConfigError("--plot: no number of GPUs has a plan")
-    if Path(path).suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise ConfigError(f"--plot: {os.fspath(path)!r}; a .png, .pdf or .svg file is expected")
+    problem = plot_problem(path)
+    if problem:
+        raise ConfigError(problem)
     gpus = [d.problem.num_gpus for d in found]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
     left.fill_between(

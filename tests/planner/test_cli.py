@@ -1,11 +1,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from planner.cli import main
+from planner.output import write_problem
 from planner.plan import load_plan
 
 TIMES = "tp,seq_len,mbs,time\n" + "".join(
@@ -104,6 +110,17 @@ def edit(path: Path, old: str, new: str) -> None:
         (["--num-gpus", "-3", "--num-buckets", "0"], None, "2 problems"),
         (["--pattern", "BEST"], None, "known are EXACT"),
         (["--time-limit", "0"], None, "--time-limit"),
+        (["--time-limit", "inf", "--pattern", "GROUP"], None, "--time-limit: inf"),
+        (["--time-limit", "nan"], None, "--time-limit: nan"),
+        (["--plot", "a.png"], None, "without --sweep-gpus"),
+        (["--plot", "a.xyz", "--sweep-gpus", "1:4"], None, "a .png, .pdf or .svg"),
+        (["--strategy-config", "/proc/nope/x.yaml"], None, "/proc/nope/x.yaml cannot be written"),
+        (["--strategy-config", "time.csv/x.yaml"], None, "time.csv/x.yaml cannot be written"),
+        (
+            ["--strategy-config", "time.csv/x.yaml", "--plot", "a.xyz", "--sweep-gpus", "1:4"],
+            None,
+            "2 problems",
+        ),
         (["--bucket-plan", "STATIC"], None, "static buckets"),
         (["--trainer-config", "none"], None, "none"),
         (["--lengths", "none.json"], None, "none.json"),
@@ -164,3 +181,80 @@ def test_the_environment_is_read_and_checked(
     text = capsys.readouterr().err
     assert "EXPR_DEPLOY_PATTERN: 'FAST'" in text
     assert "BUCKET_PLAN: 'SOMETIMES'" in text
+
+
+@pytest.mark.parametrize(
+    "more", [["--strategy-config", "time.csv/x.yaml"], ["--plot", "time.csv/a.png"]]
+)
+def test_outputs_are_refused_before_the_search(
+    files: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]
+) -> None:
+    monkeypatch.setattr("planner.cli.deploy", None)  # a search would fail with 1
+    assert main(arguments("--sweep-gpus", "1:4", *more)) == 2
+
+
+def test_looking_whether_a_file_can_be_written_leaves_nothing(files: Path) -> None:
+    before = sorted(files.rglob("*"))
+    assert write_problem("--plot", files / "a/b/c.png") is None
+    assert "is a folder" in str(write_problem("--plot", files))
+    assert sorted(files.rglob("*")) == before
+
+
+def test_a_huge_time_limit_is_none(files: Path) -> None:
+    assert main(arguments("--pattern", "GROUP", "--time-limit", "1e300")) == 0
+
+
+def test_the_plan_is_there_though_the_picture_fails(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(points: object, path: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("planner.cli.plot", full)
+    more = ("--sweep-gpus", "4:4", "--plot", "a.png", "--pattern", "GROUP")
+    assert main(arguments(*more)) == 2
+    captured = capsys.readouterr()
+    assert "--plot: a.png cannot be written: No space left on device" in captured.err
+    assert "Traceback" not in captured.err
+    assert load_plan("plan.yaml").num_gpus <= 4
+
+
+def test_the_json_holds_the_sweep(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ("--sweep-gpus", "1:4", "--plot", "a.png", "--pattern", "BALANCE", "--json")
+    assert main(arguments(*more)) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert [point["gpus_available"] for point in result["sweep"]] == [1, 2, 3, 4]
+    none, *others = result["sweep"]
+    assert none["plan"] is None
+    assert "no layout within 1 GPUs holds the longest bucket" in none["reason"]
+    assert "1 GPUs: memory.csv: no layout within 1 GPUs holds" in " ".join(captured.err.split())
+    for point in others:
+        used = sum(group["tp"] * group["pp"] * group["replicas"] for group in point["plan"])
+        assert used == point["num_gpus"] <= point["gpus_available"]
+        assert point["gpu_seconds"] == pytest.approx(point["step_time_s"] * used)
+        assert 0 < point["lower_bound_s"] <= point["step_time_s"]
+    assert (files / "a.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("pattern", ["BALANCE", "PRUNE"])
+def test_ctrl_c_ends_the_planners_soon_with_130(files: Path, pattern: str) -> None:
+    layouts = [(tp, pp) for tp in (1, 2, 4) for pp in (1, 2, 3, 4, 6, 8)]
+    rows = "".join(f"{tp},{pp},1,{1024 * tp * (1 + pp // 3)}\n" for tp, pp in layouts)
+    (files / "memory.csv").write_text("tp,pp,sp,max_tokens\n" + rows)
+    more = ("--num-gpus", "24", "--num-buckets", "16", "--proposal", "off", "--pattern", pattern)
+    with subprocess.Popen(
+        [sys.executable, "-m", "planner.cli", *arguments(*more)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    ) as process:
+        time.sleep(6.0)
+        assert process.poll() is None, "solved before it could be interrupted"
+        process.send_signal(signal.SIGINT)
+        start = time.monotonic()
+        _, errors = process.communicate(timeout=60.0)
+    assert process.returncode == 130
+    assert time.monotonic() - start < 10.0
+    assert "interrupted" in errors and "Traceback" not in errors
+    assert not (files / "plan.yaml").exists()

@@ -131,9 +131,11 @@ def test_lobra_simulate_writes_its_three_files(
     rows = (files / "sim/steps.csv").read_text().splitlines()
     assert len(rows) == 1 + 3 * len(result["runs"])
     assert json.loads((files / "sim/simulation.json").read_text()) == result["runs"]
-    args.steps = 0
-    with pytest.raises(ConfigError, match="at least one step"):
+    args.steps, args.seed, args.num_buckets, args.output_dir = 0, -1, 0, "time.csv/sim"
+    with pytest.raises(ConfigError) as caught:
         run(args)
+    for words in ("--steps: 0", "--seed: -1", "--num-buckets: 0", "--output-dir: time.csv/sim"):
+        assert words in str(caught.value)
 
 
 def test_synchronisation_is_added_where_it_was_profiled() -> None:
