@@ -125,7 +125,7 @@ def _modules(folder: Path) -> Iterator[_Module]:
         except (UnicodeDecodeError, SyntaxError):
             continue  # the few files in another encoding, and templates that are not yet Python
         name = ".".join(path.relative_to(folder).with_suffix("").parts).removesuffix(".__init__")
-        yield _Module(name, source.splitlines(), tree)
+        yield _Module(name, source.split("\n"), tree)  # not at form feeds, as ast counts
 
 
 def _mine(module: _Module) -> tuple[list[Example], ...]:

@@ -13,7 +13,7 @@ import pytest
 
 import tasks.corpus
 from tasks.config import load_trainer_config
-from tasks.corpus import EMBEDDED, corpus_texts, ensure_corpus, mine_corpus
+from tasks.corpus import EMBEDDED, _mine, _modules, corpus_texts, ensure_corpus, mine_corpus
 from tasks.dataset import load_dataset
 from tasks.errors import ConfigError
 from tasks.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
@@ -88,6 +88,13 @@ def test_the_answer_is_not_in_the_question() -> None:
     for example in corpus["stdlib_signature"]:
         ast.parse(example["output"].removesuffix(":") + ": pass")
         assert example["output"].split("(")[0].split()[-1] in example["instruction"]
+
+
+def test_form_feeds_do_not_shift_lines(tmp_path: Path) -> None:
+    source = 'import os\n\f\n\f\ndef half(x):\n    """Return a half."""\n    return x / 2\n'
+    (tmp_path / "module.py").write_text(source)
+    examples, *_ = _mine(next(_modules(tmp_path)))
+    assert [e["input"] for e in examples] == ["def half(x):\n    return x / 2"]
 
 
 def test_code_without_its_docstring_is_still_code() -> None:
