@@ -1,0 +1,122 @@
+"""EXACT's better dispatches: patterns rounded to whole replicas, and disturbed dispatches."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from planner.columns import Budget, generate
+from planner.dispatch import search_loads
+from planner.first import chunks_of, start_loads
+from planner.patterns import Pattern
+from planner.planners.base import Problem
+from planner.planners.neighbours import filled
+from planner.planners.state import State
+from planner.resplit import shake
+from planner.rounding import choose, diversify, realise
+
+ROUNDING_TICKS = 4096
+ROUNDINGS = 2
+ROUNDINGS_ANY, ROOM_ANY = 3, 0.002
+MOST_ROOM = 0.0065
+SHAKING = 0.15  # share of the time left that disturbing a dispatch may take
+SHAKE_TICKS, SHAKES = 2048, 8
+
+
+def polish(
+    state: State, replicas: np.ndarray, step_s: float, seed: int, roundings: int = ROUNDINGS
+) -> None:
+    """Look for a better dispatch of a plan: columns at T, rounded; T grows until they suffice."""
+    if state.times.get(tuple(replicas.tolist())) == np.inf:
+        return  # it cannot be placed
+    _shake(state, replicas, seed)
+    problem = state.problem
+    layouts = np.flatnonzero(replicas).tolist()
+    tables = [problem.tables[i] for i in layouts]
+    budget = Budget.of_plan(replicas[layouts])
+    # whole replicas need some room: about a fifth of one
+    room = min(MOST_ROOM, 0.2 / int(replicas.sum()))
+    rounded = raises = 0
+    while rounded < roundings and step_s < state.best_s and not state.done():
+        found = generate(
+            tables,
+            budget,
+            problem.counts,
+            step_s,
+            rounding="up",
+            ticks=ROUNDING_TICKS,
+            clock=state.clock,
+            columns=state.pool.columns(layouts, step_s),
+        )
+        state.pool.keep(layouts, found)
+        # theta may stay at 1 however long the step, where one layout is just enough in number
+        enough = found.theta <= 1.0 + 2e-4
+        if not enough or (found.theta > 1.0 - 0.8 * room and raises < 2):
+            raises += enough
+            step_s *= 1.0 + max(2e-4, 0.6 * (found.theta - 1.0 + room))
+            continue
+        diversify(found, tables, problem.counts, step_s, ROUNDING_TICKS, seed, state.clock)
+        chosen = choose(found.columns, budget, problem.counts, found.prices, state.clock)
+        rounded += 1
+        if chosen:
+            owned = [(layouts[owner], pattern) for owner, pattern in chosen]
+            full = _with_idle(problem, owned, replicas)
+            rounds = max(200, 2 * len(full))
+            real = realise(problem.tables, problem.counts, full, state.target_s, rounds)
+            state.note(replicas, real.step_time_s)
+        step_s = step_s * 1.002
+
+
+def _shake(state: State, replicas: np.ndarray, seed: int) -> None:
+    """Look for a better dispatch of a plan from the dispatcher's, by random disturbances."""
+    problem = state.problem
+    layouts = np.flatnonzero(replicas)
+    tables = [problem.tables[i] for i in layouts]
+    start = start_loads(tables, replicas[layouts], problem.counts)
+    search_loads(start.loads, start.bound_s)
+    rng, clock = np.random.default_rng(seed), state.clock.part(SHAKING)
+    while clock.left_s > 0 and not state.done():
+        shake(start.loads, state.target_s, SHAKE_TICKS, SHAKES, rng)
+        state.note(replicas, max(chunks_of(start.loads, start.tables)[1]))
+
+
+def round_any(state: State) -> None:
+    """Round patterns mixed over all layouts within the GPUs: plan and dispatch at once."""
+    problem = state.problem
+    layouts = list(range(len(problem.candidates)))
+    budget = Budget.of_gpus(problem.sizes, problem.num_gpus)
+    clock = state.clock.part(0.4)
+    step_s, rounded = state.bound_s * 1.002, 0
+    while rounded < ROUNDINGS_ANY and step_s < state.best_s and clock.left_s > 0:
+        found = generate(
+            problem.tables,
+            budget,
+            problem.counts,
+            step_s,
+            rounding="up",
+            ticks=ROUNDING_TICKS,
+            clock=clock,
+            columns=state.pool.columns(layouts, step_s),
+        )
+        state.pool.keep(layouts, found)
+        if found.theta > 1.0 - ROOM_ANY:
+            step_s *= 1.0 + max(1e-3, 0.6 * (found.theta - 1.0 + ROOM_ANY))
+            continue
+        chosen = choose(found.columns, budget, problem.counts, found.prices, clock)
+        rounded += 1
+        step_s *= 1.004
+        if not chosen:
+            continue
+        replicas = np.bincount([i for i, _ in chosen], minlength=len(layouts))
+        full = _with_idle(problem, chosen, filled(problem, replicas))
+        real = realise(problem.tables, problem.counts, full, state.target_s, 2 * len(full))
+        if problem.can_place(problem.plan(real.replicas)):
+            state.note(real.replicas, real.step_time_s)
+
+
+def _with_idle(
+    problem: Problem, chosen: list[tuple[int, Pattern]], replicas: np.ndarray
+) -> list[tuple[int, Pattern]]:
+    """Return the chosen patterns with empty ones for the replicas that have none."""
+    idle = replicas - np.bincount([i for i, _ in chosen], minlength=len(replicas))
+    none = Pattern(np.zeros(len(problem.counts), dtype=np.int64), 0.0, 0.0)
+    return [*chosen, *((i, none) for i in range(len(replicas)) for _ in range(int(idle[i])))]
