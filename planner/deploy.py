@@ -202,4 +202,4 @@ def plan_with_meta(
 
 
 def _profile_meta(meta: Any) -> dict[str, str]:
-    return {"file": str(meta.get("path", "")), "sha256": str(meta.get("digest", ""))}
+    return {"file": str(meta.get("path", "")), "digest": str(meta.get("digest", ""))}
