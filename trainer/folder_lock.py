@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import logging
 from pathlib import Path
 from typing import IO
 
 from tasks.errors import ConfigError
 
+log = logging.getLogger(__name__)
+
+HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # anything else: there are no locks here
 LOCK_FILE = ".lock"
 
 _held: dict[Path, IO[str]] = {}
@@ -15,6 +20,8 @@ _held: dict[Path, IO[str]] = {}
 
 def hold_folder(folder: Path) -> None:
     """Keep the folder to this process until it ends (the kernel frees it, also after a crash).
+
+    On a file system that cannot lock, this warns and does nothing.
 
     Raises:
         ConfigError: another process holds it.
@@ -27,6 +34,13 @@ def hold_folder(folder: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.close()
+        if error.errno not in HELD:
+            log.warning(
+                "--output-dir %s: its file system cannot lock (%s); see that no other run writes "
+                "to it",
+                folder, error.strerror,
+            )  # fmt: skip
+            return
         raise ConfigError(
             f"--output-dir {folder}: another run is writing to it; choose another folder"
         ) from error

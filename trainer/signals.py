@@ -5,20 +5,27 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
 from model.launch import early_stop
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAME_REQUEST_S = 2.0  # a launcher repeats within milliseconds what the terminal sent to all
 EXIT_CODES: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 class StopRequest:
-    """While active, remembers the first stop signal instead of dying of it."""
+    """While active, remembers the first stop signal instead of dying of it.
+
+    A second one ends the process, unless it comes within `SAME_REQUEST_S` of the first: one Ctrl-C
+    reaches a rank from the terminal and from its launcher.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = early_stop[0] if early_stop else None
+        self._received_at = time.monotonic()
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -30,10 +37,12 @@ class StopRequest:
         return self
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        if self.received is not None:  # asked twice: end at once, as without us
+        if self.received is None:
+            self.received, self._received_at = number, time.monotonic()
+        elif time.monotonic() - self._received_at >= SAME_REQUEST_S:
+            # Asked twice: end at once, as without us.
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.received = number
 
     def __exit__(
         self,
