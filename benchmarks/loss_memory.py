@@ -55,7 +55,8 @@ def _whole(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) ->
 
 def _in_chunks(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     factors = torch.full((len(targets),), 1.0 / len(targets), device=hidden.device)
-    return VocabParallelHead(weight, range(len(weight)), None).loss(hidden, targets, factors)[0]
+    head = VocabParallelHead(weight, range(len(weight)), None, len(weight))
+    return head.loss(hidden, targets, factors)[0]
 
 
 def _start(device: torch.device) -> int:

@@ -10,6 +10,7 @@ Shape suffixes: B rows, S positions, T target tokens, D hidden.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -366,7 +367,8 @@ def _place_ends(
         weight_vD = reader.read("lm_head.weight", as_slice(rows))
     elif weight_vD is None:
         weight_vD = reader.read(embedding, as_slice(rows))
-    return VocabParallelHead(weight_vD, rows, groups.tp_group)
+    largest_slice = math.ceil(shape.vocab_size / role.tp_size)
+    return VocabParallelHead(weight_vD, rows, groups.tp_group, largest_slice)
 
 
 def _load_rest(decoder: nn.Module, layers: range, reader: CheckpointReader) -> None:

@@ -152,15 +152,17 @@ def _softmax_and_losses(logits_Tv: Tensor, targets_T: Tensor, start: int, group:
 class VocabParallelHead(nn.Module):
     """The output projection over this rank's slice of the vocabulary, with the loss.
 
-    `weight` [v, D] is frozen. `chunk` is how many tokens' logits the loss holds at once.
+    `weight` [v, D] is frozen. `largest_slice` is the most rows any rank of the group has. From it
+    follows `chunk`, how many tokens' logits the loss holds at once: slices may differ by one row,
+    but the ranks must agree on the chunks, since each chunk is two all-reduces.
     """
 
-    def __init__(self, weight_vD: Tensor, rows: range, group: Group) -> None:
+    def __init__(self, weight_vD: Tensor, rows: range, group: Group, largest_slice: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight_vD, requires_grad=False)
         self.rows = rows
         self.group = group
-        self.chunk = max(1, LOGITS_AT_ONCE // max(1, len(rows)))
+        self.chunk = max(1, LOGITS_AT_ONCE // max(1, largest_slice))
 
     def loss(
         self, hidden_TD: Tensor, targets_T: Tensor, factors_T: Tensor

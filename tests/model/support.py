@@ -19,6 +19,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from model import tensor_parallel
 from model.groups import build_groups
 from model.lora import AdapterSpec, peft_name
 from model.pipeline import run_replica
@@ -138,6 +139,22 @@ def gradients_on_rank(
     }
 
 
+def gradients_few_logits_at_once(
+    folder: Path, grids: tuple[Grid, ...], num: int, logits: int
+) -> dict[str, Any]:
+    """Do `gradients_on_rank` with at most `logits` logits at once; add the head's chunk."""
+    tensor_parallel.LOGITS_AT_ONCE = logits  # before the head is made; for this process alone
+    chunks = []
+    loss = VocabParallelHead.loss
+
+    def noted(head: VocabParallelHead, *args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        chunks.append(head.chunk)
+        return loss(head, *args)
+
+    VocabParallelHead.loss = noted  # type: ignore[method-assign]
+    return {**gradients_on_rank(folder, grids, num), "chunks": chunks}
+
+
 def die_on_rank_one() -> None:
     """Have rank 1 killed, as for want of memory, while the others wait for it."""
     if dist.get_rank() == 1:
@@ -188,7 +205,7 @@ def loss_and_gradient(
     """Return the losses of random hidden states by our head and the states' gradient."""
     states, weight, targets, factors = loss_inputs(vocab, hidden, tokens, dtype)
     rows = rows or range(vocab)
-    head = VocabParallelHead(weight[rows.start : rows.stop], rows, group)
+    head = VocabParallelHead(weight[rows.start : rows.stop], rows, group, len(rows))
     head.chunk = chunk
     states.requires_grad_(True)
     total, losses = head.loss(states, targets, factors)

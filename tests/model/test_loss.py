@@ -61,7 +61,7 @@ def test_the_vocabulary_of_two_ranks_a_few_tokens_at_a_time() -> None:
 
 
 def test_no_target_at_all_is_a_sum_over_nothing() -> None:
-    head = VocabParallelHead(torch.randn(VOCAB, HIDDEN), range(VOCAB), None)
+    head = VocabParallelHead(torch.randn(VOCAB, HIDDEN), range(VOCAB), None, VOCAB)
     hidden = torch.randn(3, HIDDEN, requires_grad=True)
     total, losses = head.loss(hidden[:0], torch.empty(0, dtype=torch.int64), torch.empty(0))
     total.backward()
@@ -71,7 +71,7 @@ def test_no_target_at_all_is_a_sum_over_nothing() -> None:
 
 def test_the_logits_of_a_whole_micro_batch_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("model.tensor_parallel.LOGITS_AT_ONCE", 4 * VOCAB)
-    head = VocabParallelHead(torch.randn(VOCAB, HIDDEN), range(VOCAB), None)
+    head = VocabParallelHead(torch.randn(VOCAB, HIDDEN), range(VOCAB), None, VOCAB)
     hidden = torch.randn(TOKENS, HIDDEN, requires_grad=True)
     with _Recorder() as seen:
         total, _ = head.loss(hidden, torch.zeros(TOKENS, dtype=torch.int64), torch.ones(TOKENS))

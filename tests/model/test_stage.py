@@ -102,6 +102,28 @@ def check_gradients(
         assert error < 1e-4, f"{name}: relative error {error:.1e}"
 
 
+def test_a_vocabulary_that_the_ranks_cannot_share_evenly(tmp_path: Path) -> None:
+    """257 tokens are 129 and 128: at most 5 * 129 - 1 logits would be 4 tokens here and 5 there."""
+    base = save_llama(tmp_path / "base", vocab_size=257, num_hidden_layers=1)
+    one, *both = [
+        result
+        for layout in ((1, 1), (2, 1))
+        for result in run_ranks(
+            "tests.model.support:gradients_few_logits_at_once",
+            layout[0],
+            dict(folder=base, grids=make_grids([layout]), num=2, logits=5 * 129 - 1),
+            timeout_s=60,
+        )
+    ]
+    assert [set(result["chunks"]) for result in both] == [{4}, {4}]
+    for result in both:
+        np.testing.assert_allclose(result["losses"], one["losses"], rtol=1e-5)
+    for name, gradient in one["gradients"].items():
+        summed = sum(result["gradients"][name] for result in both)
+        error = np.linalg.norm(summed - gradient) / np.linalg.norm(gradient)
+        assert error < 1e-5, f"{name}: relative error {error:.1e}"
+
+
 @pytest.mark.parametrize("layout", [(2, 2), (4, 1)])
 def test_a_rank_reads_and_holds_only_its_own_weights(llama, layout: tuple[int, int]) -> None:
     grids = make_grids([layout])
