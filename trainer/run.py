@@ -27,6 +27,10 @@ PREPARING = timedelta(days=1)  # the longest rank 0 may tokenise
 PRELOAD = (*DEFAULT_PRELOAD, "trainer.preload")
 
 
+class Refusal(ConfigError):
+    """A user's mistake that rank 0 found before the start; every rank raises it, one tells it."""
+
+
 def train(request: TrainRequest) -> tuple[RunSpec, list[RankResult]]:
     """Train on this machine, one process a rank of the plan; return every rank's result.
 
@@ -78,7 +82,8 @@ def train_in_launcher(request: TrainRequest) -> tuple[RunSpec, RankResult]:
     """Train as one rank of the world a launcher made; rank 0 prepares for all. Collective.
 
     Raises:
-        ConfigError: on every rank, when rank 0 found a mistake or the world does not fit.
+        Refusal: on every rank, when rank 0 found a mistake or the world does not fit.
+        ConfigError: on this rank alone, when it cannot use the run's folder.
         RuntimeError: on every rank, when rank 0 could not prepare for another reason.
     """
     import torch
@@ -110,7 +115,7 @@ def train_in_launcher(request: TrainRequest) -> tuple[RunSpec, RankResult]:
         try:
             outcome = [prepare(request)]
         except ConfigError as error:
-            outcome = [error]
+            outcome = [Refusal(error.problems)]
         except Exception as error:
             log.exception("rank 0 could not prepare the run")
             outcome = [RuntimeError(f"rank 0 could not prepare the run: {error!r}")]
@@ -118,6 +123,7 @@ def train_in_launcher(request: TrainRequest) -> tuple[RunSpec, RankResult]:
     if isinstance(outcome[0], Exception):
         dist.destroy_process_group()
         raise outcome[0]
+    check_shared(outcome[0])
     from trainer.worker import train_rank
 
     # No clean-up if this fails: it would wait for ranks that wait for this one. The launcher ends
@@ -125,6 +131,21 @@ def train_in_launcher(request: TrainRequest) -> tuple[RunSpec, RankResult]:
     result = train_rank(outcome[0])
     dist.destroy_process_group()
     return outcome[0], result
+
+
+def check_shared(run: RunSpec) -> None:
+    """Check that what rank 0 has written for this run is to be seen from this host too.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    folders = [run.output_dir, *(run.data_folder(task) for task in range(len(run.tasks)))]
+    missing = next((folder for folder in folders if not folder.is_dir()), None)
+    if missing is not None:
+        raise ConfigError(
+            f"{missing}: not on this host, but rank 0 has written it; --output-dir must be on a "
+            f"file system all hosts share"
+        )
 
 
 def local_world_size(environment: Mapping[str, str]) -> int | None:

@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 from model.launch import Interrupted
 from planner.plan import load_plan
@@ -20,6 +20,7 @@ from trainer.metrics import METRICS_FILE
 from trainer.prepare import TrainRequest
 from trainer.report import print_run_report
 from trainer.run import (
+    Refusal,
     in_launcher,
     launcher_command,
     restart_with,
@@ -159,15 +160,14 @@ def run(args: argparse.Namespace) -> int:
         is_first = os.environ["RANK"] == "0"
         try:
             spec, result = train_in_launcher(request)
-        except ConfigError:
+        except Refusal:
             if is_first:
                 raise
-            return 2  # rank 0 has said why
+            return 2  # rank 0 says why
+        except ConfigError as error:
+            _leave(str(error), 2)
         except Exception:
-            # Leave at once: to end in good order would be to wait for ranks that wait for us.
-            where = f"rank {os.environ['RANK']} on {platform.node()}"
-            print(f"lobra: {where} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-            os._exit(1)
+            _leave(f"failed\n{traceback.format_exc().rstrip()}", 1)
         if not is_first:
             return EXIT_CODES.get(result.stop_signal or 0, 0)
     else:
@@ -185,6 +185,17 @@ def run(args: argparse.Namespace) -> int:
     folder = step_folder(spec.output_dir, result.stopped_at)
     print(f"stopped; saved {folder}; go on with the same command and --resume", file=sys.stderr)
     return EXIT_CODES.get(result.stop_signal or 0, 1)
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    """Say why this rank fails and end its process at once.
+
+    To end in good order would be to wait for ranks that wait for this one.
+    """
+    print(f"lobra: rank {os.environ['RANK']} on {platform.node()}: {message}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def check_numbers(args: argparse.Namespace) -> list[str]:
