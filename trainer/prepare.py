@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -189,6 +189,9 @@ def prepare(request: TrainRequest) -> RunSpec:
         checks.problems += resume_problems(
             state, records, steps, request.seed, fingerprint(folder), request.trainer_config
         )
+        checks.problems += revivals_in_vain(
+            state, request.revive, {task.name: n for task, n in zip(tasks, steps, strict=True)}
+        )
     checks.raise_if_any()
     assert config and plan and folder and shape and grids and cost_model and device
     cost_model = cost_model.for_training(
@@ -229,6 +232,28 @@ def prepare(request: TrainRequest) -> RunSpec:
     )
     _write_run_folder(run, request, training, validation)
     return run
+
+
+def revivals_in_vain(
+    state: CheckpointState, revived: Sequence[str], num_steps: Mapping[str, int]
+) -> list[str]:
+    """Return a problem for every stopped task that would train nothing if it were revived.
+
+    `num_steps` are the steps each task is to run now, by its name.
+    """
+    problems = []
+    for record, life in zip(state.tasks, state.lives, strict=True):
+        name = record["name"]
+        steps = num_steps.get(name)
+        if name not in revived or life["stopped"] is None or steps is None or steps > state.step:
+            continue
+        # A task that had ended before the checkpoint cannot be given more (`resume_problems`).
+        remedy = "it cannot go on" if life["num_steps"] < state.step else "raise its steps"
+        problems.append(
+            f"--revive {name}: its {steps} steps are over at the checkpoint's step {state.step}; "
+            f"{remedy}"
+        )
+    return problems
 
 
 def _earlier_run(folder: Path) -> list[str]:

@@ -29,6 +29,7 @@ from trainer.checkpoint import (
     task_record,
 )
 from trainer.life import TaskLife, lives_to_json
+from trainer.prepare import revivals_in_vain
 from trainer.run import run_local
 from trainer.run_spec import RunSpec
 
@@ -155,6 +156,20 @@ def test_a_stopped_task_is_revived_when_asked(base: Path, tmp_path: Path) -> Non
     assert "--revive nobody: the checkpoint has no such task; it has one, two, short" in problems
 
 
+def test_a_task_whose_steps_are_over_is_not_revived() -> None:
+    saved = replace(
+        state(8), tasks=[{"name": "one"}, {"name": "short"}],
+        lives=lives_to_json([TaskLife(12), TaskLife(8, stopped="a plateau")]),
+    )  # fmt: skip
+    over = "--revive short: its 8 steps are over at the checkpoint's step 8; "
+    assert revivals_in_vain(saved, ["short"], {"one": 12, "short": 8}) == [over + "raise its steps"]
+    assert revivals_in_vain(saved, ["short"], {"one": 12, "short": 9}) == []
+    assert revivals_in_vain(saved, [], {"one": 12, "short": 8}) == []
+    saved = replace(saved, lives=lives_to_json([TaskLife(12), TaskLife(7, stopped="a plateau")]))
+    problems = revivals_in_vain(saved, ["short"], {"one": 12, "short": 8})
+    assert problems == [over + "it cannot go on"]
+
+
 def test_resume_with_feedback(base: Path, tmp_path: Path) -> None:
     """Timings decide who computes what, so sums round differently; the factors go on."""
     plan = make_plan([(1, 1), (1, 1)], 64)
@@ -215,6 +230,49 @@ def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
         read_state(tmp_path, 10)
     with pytest.raises(ConfigError, match="holds no checkpoint"):
         read_state(tmp_path / "elsewhere", None)
+
+
+@pytest.fixture
+def three_steps(tmp_path: Path) -> Path:
+    """A run's folder with the checkpoints of one task at 2, 4 and 6."""
+    spec = adapter_spec(TASKS[2])
+    for step in (2, 4, 6):
+        writer = CheckpointWriter(tmp_path, step)
+        writer.add_task(spec, {"w": torch.ones(2)}, {"exp_avg": {"w": torch.ones(2)}}, "base")
+        writer.finish(replace(state(step), tasks=[{"name": spec.name}]), keep_last=3)
+    return tmp_path
+
+
+def test_an_interrupted_removal_leaves_whole_checkpoints(
+    three_steps: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(folder: Path) -> None:
+        (folder / "state.json").rename(folder / "half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("tasks.files.shutil.rmtree", interrupted)
+        drop_later(three_steps, 2)
+    assert list_checkpoints(three_steps) == [2, 4]
+    assert read_state(three_steps, None).step == 4
+    drop_later(three_steps, 2)
+    CheckpointWriter(three_steps, 4).finish(state(4), keep_last=1)
+    assert [path.name for path in (three_steps / "checkpoints").iterdir()] == ["step_4"]
+
+
+@pytest.mark.parametrize(
+    "name", ["adapters/{}/adapter_model.safetensors", "moments/{}.safetensors"]
+)
+def test_a_checkpoint_without_a_task_s_files_is_not_resumed(three_steps: Path, name: str) -> None:
+    name = name.format(TASKS[2].name)
+    (step_folder(three_steps, 6) / name).unlink()
+    with pytest.raises(ConfigError, match=rf"{name} is missing; .* --resume 4$"):
+        read_state(three_steps, None)
+    assert read_state(three_steps, 4).step == 4
+    for step in (2, 4):
+        (step_folder(three_steps, step) / name).unlink()
+    with pytest.raises(ConfigError, match="none is complete"):
+        read_state(three_steps, 2)
 
 
 def test_what_may_not_change_is_named() -> None:
