@@ -229,11 +229,6 @@ def read_host_file(path: Path) -> dict[str, int]:
     return slots
 
 
-def run_launcher(command: Sequence[str]) -> int:
-    """Run the launcher's command in the foreground and return its exit code."""
-    return subprocess.run(list(command), check=False).returncode
-
-
 def sourced_environment(env_file: Path) -> dict[str, str]:
     """Return this process's environment after sourcing `env_file` with bash.
 

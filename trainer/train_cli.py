@@ -16,6 +16,7 @@ from model.launch import Interrupted
 from planner.plan import load_plan
 from tasks.errors import ConfigError
 from trainer.checkpoint import step_folder
+from trainer.launcher import run_launcher
 from trainer.metrics import METRICS_FILE
 from trainer.prepare import TrainRequest
 from trainer.report import print_run_report
@@ -24,7 +25,6 @@ from trainer.run import (
     in_launcher,
     launcher_command,
     restart_with,
-    run_launcher,
     train,
     train_in_launcher,
 )

@@ -6,6 +6,8 @@ import errno
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from platform import node
@@ -18,6 +20,7 @@ from tests.model.support import save_llama
 from tests.trainer.support import make_plan, make_run, random_dataset
 from trainer.cli import main
 from trainer.folder_lock import hold_folder
+from trainer.launcher import run_launcher
 from trainer.run import Refusal, check_shared
 from trainer.signals import SAME_REQUEST_S, StopRequest
 
@@ -114,3 +117,83 @@ def test_a_host_that_does_not_share_the_run_folder(tmp_path: Path) -> None:
     (tmp_path / "run").rename(tmp_path / "elsewhere")
     with pytest.raises(ConfigError, match="run: not on this host.*file system all hosts share"):
         check_shared(run)
+
+
+# Like deepspeed's on one host: the ranks are grandchildren. "passes" hands a signal on and waits,
+# "dies" leaves the ranks to themselves.
+LAUNCHER = """
+import signal, subprocess, sys
+rank = subprocess.Popen([sys.executable, "-c", sys.argv[2]])
+if sys.argv[1] == "passes":
+    signal.signal(signal.SIGINT, lambda number, frame: rank.send_signal(number))
+    signal.signal(signal.SIGTERM, lambda number, frame: rank.send_signal(number))
+else:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+sys.exit(rank.wait())
+"""
+RANK = """
+import os, pathlib, signal, sys, time
+told = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: told.append(number))
+pathlib.Path("pid").write_text(str(os.getpid()))
+while not told or pathlib.Path("stubborn").exists():
+    time.sleep(0.05)
+time.sleep(0.5)
+pathlib.Path("saved").write_text(str(told[0]))
+sys.exit(7)
+"""
+
+
+def start(folder: Path, kind: str) -> subprocess.Popen[bytes]:
+    """Start run_launcher in a process of its own; return it when its rank runs."""
+    code = "import sys; from trainer.launcher import run_launcher; "
+    code += "sys.exit(run_launcher([sys.executable, *sys.argv[1:]]))"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "-c", LAUNCHER, kind, RANK], cwd=folder, env=environment,
+        start_new_session=True,
+    )  # fmt: skip
+    until = time.monotonic() + 60
+    while not (folder / "pid").exists() or not (folder / "pid").read_text():
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    return process
+
+
+def runs(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
+
+
+@pytest.mark.parametrize("kind", ["passes", "dies"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_launcher_is_told_and_waited_for(
+    kind: str, number: int, code: int, tmp_path: Path
+) -> None:
+    process = start(tmp_path, kind)
+    os.killpg(process.pid, number)  # as a terminal does: to the whole group
+    assert process.wait(timeout=60) == code
+    assert (tmp_path / "saved").read_text() == str(int(number)), "the rank was let finish"
+
+
+def test_a_second_request_kills_the_launcher_and_its_ranks(tmp_path: Path) -> None:
+    (tmp_path / "stubborn").touch()
+    process = start(tmp_path, "passes")
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)  # the same request still
+    time.sleep(SAME_REQUEST_S)
+    rank = int((tmp_path / "pid").read_text())
+    assert process.poll() is None
+    assert runs(rank)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert not runs(rank)
+    assert not (tmp_path / "saved").exists()
+
+
+def test_the_exit_code_of_a_launcher() -> None:
+    assert run_launcher(["sh", "-c", "exit 5"]) == 5
+    assert run_launcher(["sh", "-c", "kill -9 $$"]) == 137

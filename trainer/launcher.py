@@ -1,0 +1,81 @@
+"""Run a launcher as a child: stop signals reach it and its ranks once, and nothing outlives us."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from trainer.signals import SAME_REQUEST_S
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+POLL_S = 0.2
+
+
+def run_launcher(command: Sequence[str]) -> int:
+    """Run the launcher's command until it and what it started on this host have ended.
+
+    It runs in a session of its own, so that a Ctrl-C does not reach its ranks by several ways.
+    The first SIGINT or SIGTERM is passed on to the launcher, and to its children if it ends without
+    them; another one after `SAME_REQUEST_S` kills all of them.
+
+    Returns:
+        128 + the first signal received (130, 143), else the launcher's exit code (128 + n if
+        signal n killed it).
+    """
+    received: list[tuple[int, float]] = []
+    launcher: subprocess.Popen[bytes] | None = None
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not received:
+            received.append((number, now))
+            if launcher is not None:
+                launcher.send_signal(number)
+        elif launcher is not None and now - received[0][1] >= SAME_REQUEST_S:
+            _signal_group(launcher.pid, signal.SIGKILL)
+
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                previous[number] = signal.signal(number, handle)
+    try:
+        launcher = subprocess.Popen(list(command), start_new_session=True)
+        if received:  # before there was a launcher
+            launcher.send_signal(received[0][0])
+        code = launcher.wait()
+        if received:
+            # On one host deepspeed's launcher ends at once and leaves the ranks' parent behind.
+            _signal_group(launcher.pid, received[0][0])
+            while _group_lives(launcher.pid):
+                time.sleep(POLL_S)
+            return 128 + received[0][0]
+        return code if code >= 0 else 128 - code
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _signal_group(group: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, number)
+
+
+def _group_lives(group: int) -> bool:
+    """Return whether the process group has a member that still runs.
+
+    Ended processes that nobody has waited for yet do not count.
+    """
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            state, _parent, own = path.read_text(errors="replace").rpartition(")")[2].split()[:3]
+            if int(own) == group and state not in "ZX":
+                return True
+    return False
