@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import glob
+import logging
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 _CURRENT, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux's renameat2
 
@@ -56,12 +60,51 @@ def flush_tree(folder: Path) -> None:
             _flush(Path(root))
 
 
+def new_draft(target: Path) -> Path:
+    """Make a hidden, empty folder beside `target`, to be filled and given to `replace_folder`.
+
+    What earlier drafts and removals of this target left behind is removed.
+    """
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*partial"):
+        remove_folder(left)
+    draft = _hidden(target)
+    draft.mkdir(parents=True)
+    return draft
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder with all its content; it vanishes from its name in one operation.
+
+    A visible folder is renamed to a hidden name first. If its content then cannot be removed (on
+    network file systems: while somebody reads it), that is logged and left to a later `new_draft`.
+
+    Raises
+    ------
+    OSError
+        If there is no such folder or it cannot be renamed; it is then as it was.
+    """
+    if not folder.name.startswith("."):
+        aside = _hidden(folder)
+        os.rename(folder, aside)
+        folder = aside
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        log.warning("%s is not needed any more, but cannot be removed: %s", folder, error)
+
+
+def _hidden(folder: Path) -> Path:
+    """Return a hidden name beside a folder that nothing has yet."""
+    return folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
+
+
 def replace_folder(draft: Path, target: Path) -> None:
-    """Put a finished folder in a target's place; both lie in the same folder.
+    """Put a finished folder (of `new_draft`) in its target's place.
 
     Everything is on disk before it is visible, and where there is a target already, the two change
     places in one operation: at no moment is there none. Only on file systems that cannot do that
-    (some network ones) the old one is moved aside first.
+    (some network ones) the old one is moved aside first. That the old one cannot be removed
+    afterwards is logged and no error.
     """
     flush_tree(draft)
     aside = None
@@ -70,14 +113,13 @@ def replace_folder(draft: Path, target: Path) -> None:
     elif _exchange(draft, target):
         aside = draft
     else:
-        aside = target.with_name(f".{target.name}.old")
-        shutil.rmtree(aside, ignore_errors=True)
+        aside = _hidden(target)
         os.rename(target, aside)
         os.rename(draft, target)
     with suppress(OSError):
         _flush(target.parent)
     if aside is not None:
-        shutil.rmtree(aside)
+        remove_folder(aside)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from model.shapes import ModelShape
 from model.topology import Grid, layer_blocks
 from tasks.config import TaskConfig
 from tasks.errors import ConfigError, first_problems
-from tasks.files import replace_folder, write_atomic
+from tasks.files import new_draft, replace_folder, write_atomic
 from tasks.sampling import task_seed
 
 CONFIG_FILE = "adapter_config.json"
@@ -96,9 +95,7 @@ def save_adapter(
     The folder appears complete or not at all; an older one of that name is there until the moment
     it is replaced.
     """
-    draft = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+    draft = new_draft(folder)
     save_file(dict(tensors), draft / WEIGHTS_FILE, metadata={"format": "pt"})
     write_atomic(draft / CONFIG_FILE, json.dumps(peft_config(spec, base_model), indent=2) + "\n")
     replace_folder(draft, folder)

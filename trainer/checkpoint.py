@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +28,8 @@ from model.lora import AdapterBank
 from tasks.config import TaskConfig
 from tasks.dataset import TokenizedDataset
 from tasks.errors import ConfigError
-from tasks.files import replace_folder, write_atomic
-from trainer.adapters import WEIGHTS_FILE, save_adapter
+from tasks.files import new_draft, remove_folder, replace_folder, write_atomic
+from trainer.adapters import CONFIG_FILE, WEIGHTS_FILE, save_adapter
 from trainer.engines import MOMENTS, AdapterOptimizer
 
 FOLDER = "checkpoints"
@@ -93,10 +92,13 @@ def fingerprint(folder: Path) -> str:
 
 
 def drop_later(run: Path, step: int) -> None:
-    """Remove the checkpoints after `step`: a run that goes on from there makes them anew."""
-    for later in list_checkpoints(run):
+    """Remove the checkpoints after `step`: a run that goes on from there makes them anew.
+
+    Each vanishes at once, the last first: what is left, if this is interrupted, can be resumed.
+    """
+    for later in reversed(list_checkpoints(run)):
         if later > step:
-            shutil.rmtree(step_folder(run, later))
+            remove_folder(step_folder(run, later))
 
 
 class CheckpointWriter:
@@ -105,10 +107,9 @@ class CheckpointWriter:
     def __init__(self, run: Path, step: int) -> None:
         self.run = run
         self.target = step_folder(run, step)
-        self.draft = self.target.with_name(f".{self.target.name}.partial")
         for left in self.target.parent.glob(".step_*.partial"):  # by a run that died
-            shutil.rmtree(left)
-        self.draft.mkdir(parents=True)
+            remove_folder(left)
+        self.draft = new_draft(self.target)
 
     def add_task(
         self,
@@ -129,14 +130,35 @@ class CheckpointWriter:
         write_atomic(self.draft / STATE_FILE, json.dumps(content, indent=1) + "\n")
         replace_folder(self.draft, self.target)
         for old in list_checkpoints(self.run)[:-keep_last]:
-            shutil.rmtree(step_folder(self.run, old))
+            remove_folder(step_folder(self.run, old))
+
+
+def _missing_file(folder: Path, content: dict[str, Any]) -> Path | None:
+    """Return a file of some task that a checkpoint lacks, given the content of its state.json."""
+    for record in content["tasks"]:
+        adapter = folder / "adapters" / record["name"]
+        moments = folder / "moments" / f"{record['name']}.safetensors"
+        for path in (adapter / WEIGHTS_FILE, adapter / CONFIG_FILE, moments):
+            if not path.is_file():
+                return path
+    return None
+
+
+def _is_whole(folder: Path) -> bool:
+    """Return whether a checkpoint can be read and has all files of its tasks."""
+    try:
+        content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        return content["format"] == FORMAT and _missing_file(folder, content) is None
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def read_state(run: Path, step: int | None) -> CheckpointState:
     """Return the state of a run's checkpoint; of the last one when `step` is None.
 
     Raises:
-        ConfigError: there is no such checkpoint, or it cannot be read.
+        ConfigError: there is no such checkpoint, it cannot be read or lacks a task's files; the
+            message then names the last step that is whole.
     """
     steps = list_checkpoints(run)
     if not steps:
@@ -150,7 +172,18 @@ def read_state(run: Path, step: int | None) -> CheckpointState:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("format") != FORMAT:
             raise ConfigError(f"{path}: written by another version; it cannot be resumed")
+        missing = _missing_file(path.parent, content)
+        if missing is not None:
+            whole = [s for s in steps if _is_whole(step_folder(run, s))]
+            remedy = (
+                f"the last complete one is --resume {whole[-1]}" if whole else "none is complete"
+            )
+            raise ConfigError(
+                f"{path.parent}: incomplete checkpoint, {missing} is missing; {remedy}"
+            )
         return CheckpointState(**content)
+    except ConfigError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: not a usable checkpoint ({error!r})") from error
 

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from tasks.files import atomic_path, replace_folder, write_atomic
+from tasks.files import atomic_path, new_draft, remove_folder, replace_folder, write_atomic
 
 
 def test_writes_text_and_bytes_into_new_folders(tmp_path: Path) -> None:
@@ -83,6 +85,50 @@ def test_a_folder_is_there_at_every_moment(tmp_path: Path, monkeypatch: pytest.M
     except AssertionError:
         pytest.skip("this file system cannot exchange two names")
     assert seen == [(draft, ".draft")]
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_an_old_folder_that_cannot_be_removed_is_removed_later(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    can_exchange: bool,
+) -> None:
+    def busy(folder: Path) -> None:
+        raise OSError(errno.EBUSY, "somebody reads it", str(folder))
+
+    target = tmp_path / "target"
+    for version in ("first", "second", "third"):
+        draft = new_draft(target)
+        (draft / version).write_text(version)
+        with monkeypatch.context() as patch:
+            if not can_exchange:
+                patch.setattr("tasks.files._exchange", lambda one, other: False)
+            if version == "second":
+                patch.setattr("tasks.files.shutil.rmtree", busy)
+            replace_folder(draft, target)
+        assert [path.name for path in target.iterdir()] == [version]
+        left = [path for path in tmp_path.iterdir() if path != target]
+        assert len(left) == (version == "second")
+        assert all(path.name.startswith(".") for path in left)
+    assert "somebody reads it" in caplog.text
+
+
+def test_a_folder_vanishes_before_any_of_its_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "step_1" / "below").mkdir(parents=True)
+    rmtree = shutil.rmtree
+    seen: list[list[str]] = []
+
+    def removed(folder: Path) -> None:
+        seen.append(sorted(path.name for path in tmp_path.glob("[!.]*")))
+        rmtree(folder)
+
+    monkeypatch.setattr("tasks.files.shutil.rmtree", removed)
+    remove_folder(tmp_path / "step_1")
+    assert seen == [[]]
+    assert os.listdir(tmp_path) == []
 
 
 def test_everything_is_on_disk_before_it_is_visible(
