@@ -9,6 +9,7 @@ from torch import Tensor
 
 from model.lora import AdapterBank
 from model.shapes import ModelShape
+from model.topology import layer_blocks
 from trainer.adapters import gather_tensors, save_adapter
 from trainer.checkpoint import CheckpointState, CheckpointWriter
 from trainer.engines import AdapterOptimizer
@@ -32,16 +33,25 @@ class AdapterStore:
         self.optimizer = optimizer
         self.control = control_group
         self.is_writer = dist.get_rank() == 0
+        blocks = layer_blocks(run.grids, shape.num_layers)
+        self.moments_are_split = any(len(block.holders) > 1 for block in blocks)
 
     def _gather(self, task: int, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         spec = self.bank.specs[task]
         return gather_tensors(own, spec, self.shape, self.run.grids, self.control)
 
     def save_checkpoint(self, state: CheckpointState) -> None:
-        """Write the checkpoint of `state.step`: every task's weights and moments."""
+        """Write the checkpoint of `state.step`: every task's weights and moments.
+
+        Moments are gathered on the devices, where a rank may wait for others only as long as NCCL
+        is patient. So before each task's, all wait on the control group, whose patience is long,
+        until rank 0 has written the task before.
+        """
         writer = CheckpointWriter(self.run.output_dir, state.step) if self.is_writer else None
         for task, spec in enumerate(self.bank.specs):
             weights = self._gather(task, self.bank.named_tensors(task))
+            if self.moments_are_split:
+                dist.barrier(group=self.control)
             moments = {
                 kind: self._gather(task, own) for kind, own in self.optimizer.moments(task).items()
             }

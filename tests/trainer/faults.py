@@ -13,7 +13,8 @@ import torch.distributed as dist
 import trainer.worker
 from model.stage import MicroBatchTensors, Stage
 from model.tensor_parallel import VocabParallelEmbedding
-from trainer.engines import TaskUpdate
+from trainer.checkpoint import CheckpointWriter
+from trainer.engines import AdapterOptimizer, TaskUpdate
 from trainer.run_spec import RunSpec
 from trainer.signals import StopRequest
 from trainer.worker import RankResult, Worker, train_rank
@@ -21,6 +22,7 @@ from trainer.worker import RankResult, Worker, train_rank
 FAULT_TASK = 1
 FAULT_STEPS = (1, 2)
 SLOW_REPLICA = 0
+SLOW_WRITE_S = 0.3  # a task's files
 FAST_S, SLOW_S = 0.002, 0.006  # a micro-batch
 
 
@@ -136,6 +138,33 @@ def train_and_count_collectives(run: RunSpec) -> dict[str, list[int]]:
     with StopRequest() as stop:
         worker.train(stop)
     return kept
+
+
+def save_slowly(run: RunSpec) -> dict[str, list[float]]:
+    """Train and save a checkpoint, rank 0 taking its time over each task's files.
+
+    Returns:
+        When, on the machine's one clock, this rank had `written` each task and began to `gather`
+        each task's moments.
+    """
+    times: dict[str, list[float]] = {"written": [], "gather": []}
+    add_task, moments = CheckpointWriter.add_task, AdapterOptimizer.moments
+
+    def add_slowly(self: CheckpointWriter, *args: Any) -> None:
+        time.sleep(SLOW_WRITE_S)
+        add_task(self, *args)
+        times["written"].append(time.monotonic())
+
+    def noted(self: AdapterOptimizer, task: int) -> dict[str, dict[str, torch.Tensor]]:
+        times["gather"].append(time.monotonic())
+        return moments(self, task)
+
+    CheckpointWriter.add_task = add_slowly  # type: ignore[method-assign]
+    AdapterOptimizer.moments = noted  # type: ignore[method-assign]
+    worker = Worker(run)
+    with StopRequest() as stop:
+        worker.train(stop)
+    return times
 
 
 def train_and_signal(run: RunSpec) -> RankResult:

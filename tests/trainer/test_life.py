@@ -123,6 +123,17 @@ def test_adapters_are_exchanged_once_per_block_and_finished_tasks_not_at_all(
                     assert expected <= sent <= expected + 8, "finished tasks are still exchanged"
 
 
+def test_no_rank_waits_in_a_gather_of_moments_for_files(base: Path, tmp_path: Path) -> None:
+    """NCCL's patience is short: while rank 0 writes, the others wait on the control group."""
+    data = [random_dataset(15, 6, 50, 256, seed) for seed in range(2)]
+    plan = make_plan([(1, 1), (1, 1)], 64)
+    run = make_run(tmp_path / "run", base, TASKS[:2], data, plan, 1)
+    first, second = run_local(run, "tests.trainer.faults:save_slowly")
+    assert len(first["written"]) == len(first["gather"]) == len(second["gather"]) == 2
+    for times in (first, second):
+        assert times["gather"][1] >= first["written"][0]
+
+
 def test_feedback_finds_the_factors_and_ignores_the_first_step() -> None:
     feedback = SpeedFeedback([1.0, 1.0, 1.0])
     feedback.update([1.0, 1.0, 1.0], [50.0, 50.0, 50.0])
