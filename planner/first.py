@@ -48,7 +48,7 @@ def start_loads(tables: list[ChunkTable], replicas: np.ndarray, counts: np.ndarr
 
 def greedy_start(start: Start, tables: list[ChunkTable], counts: np.ndarray) -> Start:
     """Return the greedy assignment of the same batch, all chunks of the ``tables`` allowed."""
-    taken, _ = greedy([tables[group] for group in start.loads.group.tolist()], counts)
+    taken, _ = greedy(tables, start.loads.group, counts)
     bubbles = np.array([table.bubble_s() for table in tables])
     loads = Loads(
         np.stack([table.work_s(int(counts.max(initial=0))) for table in tables]),
@@ -60,31 +60,34 @@ def greedy_start(start: Start, tables: list[ChunkTable], counts: np.ndarray) -> 
     return Start(loads, tables, start.bound_s)
 
 
-def greedy(tables: Sequence[ChunkTable], counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def greedy(
+    tables: Sequence[ChunkTable], group: np.ndarray, counts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Return int64 [replicas, R] and float64 [replicas]: greedy dispatch (LPT), and its seconds.
 
-    The free baseline; one table per replica. Buckets from the longest; the next chunk, as large as
-    the replica holds, goes where it ends first, the pipeline's bubble included. Every bucket must
-    fit a replica.
+    The free baseline; ``group`` int64 [replicas] is each replica's table. Buckets from the longest;
+    the next chunk, as large as the replica holds, goes where it ends first, the pipeline's bubble
+    included. Every bucket must fit a replica.
     """
     limit = np.stack([table.limit for table in tables])
-    bubbles = np.array([table.bubble_chunks for table in tables])
-    work, longest = np.zeros(len(tables)), np.zeros(len(tables))
-    taken = np.zeros((len(tables), len(counts)), dtype=np.int64)
+    bubbles = np.array([table.bubble_chunks for table in tables])[group]
+    work, longest = np.zeros(len(group)), np.zeros(len(group))
+    taken = np.zeros((len(group), len(counts)), dtype=np.int64)
     for bucket in np.flatnonzero(counts)[::-1].tolist():
         left = int(counts[bucket])
+        size, chunk = limit[:, bucket], np.zeros(0)
         while left:
-            size = np.minimum(limit[:, bucket], left)
-            chunk = np.array(
-                [t.time_s[bucket, n] if n else np.inf for t, n in zip(tables, size, strict=True)]
-            )
-            able = size > 0
-            bubble = bubbles * np.where(able, np.maximum(longest, chunk), 0.0)
-            chosen = int(np.argmin(np.where(able, work + chunk + bubble, np.inf)))
+            if not len(chunk) or size.max() > left:
+                size = np.minimum(limit[:, bucket], left)
+                times = [t.time_s[bucket, n] for t, n in zip(tables, size.tolist(), strict=True)]
+                chunk = np.where(size > 0, times, np.inf)[group]
+            with np.errstate(invalid="ignore"):  # inf for those that cannot, times no bubble
+                end = work + chunk + np.where(bubbles, bubbles * np.maximum(longest, chunk), 0.0)
+            chosen = int(np.argmin(end))
             work[chosen] += chunk[chosen]
             longest[chosen] = max(longest[chosen], chunk[chosen])
-            taken[chosen, bucket] += size[chosen]
-            left -= int(size[chosen])
+            taken[chosen, bucket] += size[group[chosen]]
+            left -= int(size[group[chosen]])
     return taken, work + bubbles * longest
 
 

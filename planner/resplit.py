@@ -20,6 +20,7 @@ SETTLED = 2e-3  # relative distance to its mean at which a group is balanced
 PARTNERS, PARTNERS_ELSEWHERE = 4, 2
 LOOSEST = 0.15  # how far beyond its time a disturbed replica may go
 DEPTH = 6
+MOST_SHAKEN = 96  # replicas; of more, one disturbed changes too little for its price
 
 
 def resplit(
@@ -104,8 +105,11 @@ def shake(
 ) -> None:
     """Disturb slow replicas at random and repair; keep what lowers their excess over the target.
 
-    Ends with the state whose slowest replica is the fastest seen.
+    Ends with the state whose slowest replica is the fastest seen. Does nothing for more than 96
+    replicas.
     """
+    if len(loads.group) > MOST_SHAKEN:
+        return
 
     def excess() -> np.ndarray:
         return np.maximum(0.0, loads.time_s - target_s) ** 2

@@ -152,13 +152,13 @@ def lpt_times_s(
     """
     counts = np.bincount(bucket_index(lengths, buckets), minlength=len(buckets))
     tables = [
-        chunk_table(replica.layout, replica.max_tokens, buckets, cost_model)
-        for replica in plan.replicas
+        chunk_table(group.layout, group.max_tokens, buckets, cost_model) for group in plan.groups
     ]
     for bucket in np.flatnonzero(counts).tolist():
         if not any(table.limit[bucket] for table in tables):
             raise ConfigError(f"a sequence of {buckets[bucket]} tokens fits no replica of {plan}")
-    return greedy(tables, counts)[1]
+    group = np.repeat(np.arange(len(tables)), [g.replicas for g in plan.groups])
+    return greedy(tables, group, counts)[1]
 
 
 def baselines(

@@ -11,7 +11,7 @@ from planner.patterns import Pattern
 from planner.planners.base import Problem
 from planner.planners.neighbours import filled
 from planner.planners.state import State
-from planner.resplit import shake
+from planner.resplit import MOST_SHAKEN, shake
 from planner.rounding import choose, diversify, realise
 
 ROUNDING_TICKS = 4096
@@ -68,6 +68,8 @@ def polish(
 
 def _shake(state: State, replicas: np.ndarray, seed: int) -> None:
     """Look for a better dispatch of a plan from the dispatcher's, by random disturbances."""
+    if int(replicas.sum()) > MOST_SHAKEN:
+        return
     problem = state.problem
     layouts = np.flatnonzero(replicas)
     tables = [problem.tables[i] for i in layouts]
