@@ -242,25 +242,46 @@ def test_gradient_checkpointing_changes_nothing(
             assert torch.equal(recomputed[name], value), name
 
 
-def test_bf16_within_its_precision(
-    base: Path, datasets: list[TokenizedDataset], starts: list[Path], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    # Rates as people use them in bf16. Three times as high, PEFT in bf16 is itself 4e-2 away from
-    # PEFT in fp32: an update's direction is then rounding, where a gradient is nearly zero.
-    monkeypatch.setattr(
-        f"{__name__}.TASKS",
-        tuple({**task, "learning_rate": task["learning_rate"] / 3} for task in TASKS),
-    )
-    expected = train_alone(base, datasets, starts, torch.bfloat16)
+def test_bf16_as_near_to_fp32_as_peft_in_bf16(
+    base: Path,
+    datasets: list[TokenizedDataset],
+    starts: list[Path],
+    alone: list[dict],
+    tmp_path: Path,
+) -> None:
+    """In bf16 a bar of 3e-2 on the final tensors means something only where PEFT itself reaches it.
+
+    Where a gradient is nearly zero, rounding decides the direction of a whole update. At these
+    rates PEFT in bf16 is therefore up to 4.0e-2 away from PEFT in fp32 (B of "few", docs/results).
+    So all A or all B of a task may be 1.25 times as far from PEFT in fp32 as PEFT in bf16 is, or
+    3e-2; and where PEFT in bf16 is within 3e-2 of fp32, ours are within 3e-2 of PEFT in bf16.
+    """
+    bf16 = train_alone(base, datasets, starts, torch.bfloat16)
     plan = make_plan([(1, 1), (2, 1), (1, 2)], max_tokens=128)
     run = make_run(
         tmp_path / "run", base, tasks_from(starts), datasets, plan, STEPS, precision="bf16"
     )
-    run_local(run)
+    ranks = run_local(run)
     for number, task in enumerate(run.tasks):
+        losses = [step.tasks[task.name].loss for step in ranks[0].steps if task.name in step.tasks]
+        np.testing.assert_allclose(losses, bf16[number]["losses"], rtol=1e-2)
         joint = load_file(run.adapter_folder(number) / "adapter_model.safetensors")
-        for name, value in expected[number]["tensors"].items():
-            assert joint[name].dtype == torch.float32
-            error = float((joint[name] - value.float()).norm() / value.float().norm())
-            assert error < 3e-2, f"{task.name} {name}: relative error {error:.1e}"
+        assert {value.dtype for value in joint.values()} == {torch.float32}
+        ours = relative_errors(joint, alone[number]["tensors"])
+        theirs = relative_errors(bf16[number]["tensors"], alone[number]["tensors"])
+        apart = relative_errors(joint, bf16[number]["tensors"])
+        for part in ("lora_A", "lora_B"):
+            names = [name for name in apart if part in name]
+            worst = [max(errors[name] for name in names) for errors in (ours, theirs, apart)]
+            seen = "from fp32 {:.1e}, PEFT {:.1e}; apart {:.1e}".format(*worst)
+            assert worst[0] <= max(1.25 * worst[1], 3e-2), f"{task.name} {part}: {seen}"
+            assert worst[1] > 3e-2 or worst[2] < 3e-2, f"{task.name} {part}: {seen}"
+
+
+def relative_errors(tensors: dict, expected: dict) -> dict[str, float]:
+    """Return the relative (Frobenius) difference of every tensor."""
+    assert tensors.keys() == expected.keys()
+    return {
+        name: float((tensors[name].float() - value.float()).norm() / value.float().norm())
+        for name, value in expected.items()
+    }
