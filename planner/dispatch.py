@@ -21,7 +21,8 @@ from tasks.errors import ConfigError
 Mode = Literal["balance", "group"]
 MODES: tuple[Mode, ...] = ("balance", "group")
 GOOD_ENOUGH = 1e-3  # relative distance to the bound at which the search stops
-FAR_OFF, VERY_FAR_OFF = 8e-3, 15e-3  # the same from which on dearer moves are tried
+FAR_OFF = 8e-3  # the same from which on dearer moves are tried
+FAR_OFF_REPLICA = 0.04  # of a replica that the bound may be too low by, before the dearest are
 TICKS = 1024
 RESPLITS, SHAKES = 20, 10
 SLOWDOWN_STEP = 5e-3  # replicas within it count as equally slow
@@ -171,7 +172,9 @@ def dispatch_counts(
     start = start_loads(tables, replicas, counts)
     search_loads(start.loads, start.bound_s)
     chunks, times = chunks_of(start.loads, start.tables)
-    if max(times) > start.bound_s * (1 + VERY_FAR_OFF):  # few sequences: greedy may be nearer
+    if max(times) > start.bound_s * (
+        1 + very_far_off(len(start.loads.group))
+    ):  # few sequences: greedy may be nearer
         other = greedy_start(start, tables, counts)
         improve(other.loads, start.bound_s * (1 + GOOD_ENOUGH), len(other.loads.group))
         other_chunks, other_times = chunks_of(other.loads, other.tables)
@@ -208,6 +211,14 @@ def _dispatch_slowed(
     return replace(found, chunks=tuple(chunks[index] for index in range(len(order))))
 
 
+def very_far_off(num_replicas: int) -> float:
+    """Return the relative distance to the bound from which on the dearest moves are tried.
+
+    The bound divides what replicas take whole: of few replicas that is a larger part.
+    """
+    return FAR_OFF + FAR_OFF_REPLICA / num_replicas
+
+
 def search_loads(loads: Loads, bound_s: float) -> None:
     """Shorten the slowest replica's time: cheap moves first, dearer ones while it is far off."""
     target_s = bound_s * (1 + GOOD_ENOUGH)
@@ -223,7 +234,7 @@ def search_loads(loads: Loads, bound_s: float) -> None:
     if loads.time_s.max() >= balanced_s:
         loads.restore(balanced)
     descend(loads, target_s, TICKS, RESPLITS)
-    if loads.time_s.max() > bound_s * (1 + VERY_FAR_OFF):
+    if loads.time_s.max() > bound_s * (1 + very_far_off(len(loads.group))):
         shake(loads, target_s, TICKS, SHAKES, np.random.default_rng(0))
 
 
