@@ -33,7 +33,7 @@ MOST_LISTED = 20_000
 PROOF_TICKS = 8192
 PROOF_STEPS = (0.0095, 0.006, 0.004, 0.0025, 0.0015, 0.001)
 TRIED_AT_ONCE = 24
-LARGE_GAP = 0.015  # a gap at which a better plan is looked for before a better bound
+LARGE_GAP = 0.02  # a gap at which a better plan is looked for before a better bound
 FEW_GPUS = 128  # beyond, neighbours of the best plan are tried before proofs
 MOST_POLISHES = 40
 
