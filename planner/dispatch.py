@@ -22,7 +22,7 @@ Mode = Literal["balance", "group"]
 MODES: tuple[Mode, ...] = ("balance", "group")
 GOOD_ENOUGH = 1e-3  # relative distance to the bound at which the search stops
 FAR_OFF = 8e-3  # the same from which on dearer moves are tried
-FAR_OFF_REPLICA = 0.04  # of a replica that the bound may be too low by, before the dearest are
+FAR_OFF_REPLICA = 0.04  # and the part of one replica by which the bound may be too low
 TICKS = 1024
 RESPLITS, SHAKES = 20, 10
 SLOWDOWN_STEP = 5e-3  # replicas within it count as equally slow
@@ -173,7 +173,7 @@ def dispatch_counts(
     search_loads(start.loads, start.bound_s)
     chunks, times = chunks_of(start.loads, start.tables)
     if max(times) > start.bound_s * (
-        1 + very_far_off(len(start.loads.group))
+        1 + far_off(len(start.loads.group))
     ):  # few sequences: greedy may be nearer
         other = greedy_start(start, tables, counts)
         improve(other.loads, start.bound_s * (1 + GOOD_ENOUGH), len(other.loads.group))
@@ -211,8 +211,8 @@ def _dispatch_slowed(
     return replace(found, chunks=tuple(chunks[index] for index in range(len(order))))
 
 
-def very_far_off(num_replicas: int) -> float:
-    """Return the relative distance to the bound from which on the dearest moves are tried.
+def far_off(num_replicas: int) -> float:
+    """Return the relative distance to the bound from which on dearer moves are tried.
 
     The bound divides what replicas take whole: of few replicas that is a larger part.
     """
@@ -226,7 +226,7 @@ def search_loads(loads: Loads, bound_s: float) -> None:
     first = loads.counts.copy()
     balance_groups(loads, target_s, TICKS)
     improve(loads, target_s, rounds)
-    if loads.time_s.max() <= bound_s * (1 + FAR_OFF):
+    if loads.time_s.max() <= bound_s * (1 + far_off(len(loads.group))):
         return
     balanced, balanced_s = loads.counts.copy(), loads.time_s.max()
     loads.restore(first)  # few large sequences: balanced groups may leave the moves no way out
@@ -234,7 +234,7 @@ def search_loads(loads: Loads, bound_s: float) -> None:
     if loads.time_s.max() >= balanced_s:
         loads.restore(balanced)
     descend(loads, target_s, TICKS, RESPLITS)
-    if loads.time_s.max() > bound_s * (1 + very_far_off(len(loads.group))):
+    if loads.time_s.max() > bound_s * (1 + far_off(len(loads.group))):
         shake(loads, target_s, TICKS, SHAKES, np.random.default_rng(0))
 
 
