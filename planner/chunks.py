@@ -108,10 +108,12 @@ class ChunkTable:
         whole, rest = divmod(n, size)
         packed = [size] * whole + ([rest] if rest else [])
         small, larger = divmod(n, len(packed))
-        even = [small + 1] * larger + [small] * (len(packed) - larger)
+        smaller = len(packed) - larger
         times = self.time_s[bucket]
-        better = times[even].sum() < times[packed].sum()
-        return even if better else packed
+        even_s = times[small] * smaller + (times[small + 1] * larger if larger else 0.0)
+        if even_s < times[size] * whole + times[rest]:
+            return [small + 1] * larger + [small] * smaller
+        return packed
 
 
 def longest_sequence_s(tables: Sequence[ChunkTable], counts: np.ndarray) -> float:

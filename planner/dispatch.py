@@ -10,7 +10,7 @@ import numpy as np
 
 from planner.buckets import bucket_index, checked_lengths, make_buckets
 from planner.chunks import ChunkTable, chunk_table
-from planner.evaluate import replica_time_s, sync_time_s
+from planner.evaluate import busy_time_s, sync_time_s
 from planner.first import chunks_of, greedy_start, start_loads
 from planner.plan import Plan, ReplicaGroup
 from planner.resplit import balance_groups, descend, shake
@@ -25,6 +25,7 @@ FAR_OFF = 8e-3  # the same from which on dearer moves are tried
 FAR_OFF_REPLICA = 0.04  # and the part of one replica by which the bound may be too low
 TICKS = 1024
 RESPLITS, SHAKES = 20, 10
+EASY_PARTNERS = 4  # replicas that cheap swaps are tried with
 SLOWDOWN_STEP = 5e-3  # replicas within it count as equally slow
 
 
@@ -172,9 +173,8 @@ def dispatch_counts(
     start = start_loads(tables, replicas, counts)
     search_loads(start.loads, start.bound_s)
     chunks, times = chunks_of(start.loads, start.tables)
-    if max(times) > start.bound_s * (
-        1 + far_off(len(start.loads.group))
-    ):  # few sequences: greedy may be nearer
+    if max(times) > start.bound_s * (1 + far_off(len(start.loads.group))):
+        # few sequences: greedy may be nearer
         other = greedy_start(start, tables, counts)
         improve(other.loads, start.bound_s * (1 + GOOD_ENOUGH), len(other.loads.group))
         other_chunks, other_times = chunks_of(other.loads, other.tables)
@@ -221,21 +221,27 @@ def far_off(num_replicas: int) -> float:
 
 def search_loads(loads: Loads, bound_s: float) -> None:
     """Shorten the slowest replica's time: cheap moves first, dearer ones while it is far off."""
+    enough_s = bound_s * (1 + far_off(len(loads.group)))
     target_s = bound_s * (1 + GOOD_ENOUGH)
     rounds = max(400, 4 * len(loads.group))
     first = loads.counts.copy()
-    balance_groups(loads, target_s, TICKS)
-    improve(loads, target_s, rounds)
-    if loads.time_s.max() <= bound_s * (1 + far_off(len(loads.group))):
-        return
-    balanced, balanced_s = loads.counts.copy(), loads.time_s.max()
-    loads.restore(first)  # few large sequences: balanced groups may leave the moves no way out
-    improve(loads, target_s, rounds)
-    if loads.time_s.max() >= balanced_s:
-        loads.restore(balanced)
-    descend(loads, target_s, TICKS, RESPLITS)
-    if loads.time_s.max() > bound_s * (1 + far_off(len(loads.group))):
+    improve(loads, target_s, rounds, max_exchanges=0, swap_partners=EASY_PARTNERS)
+    best, best_s = loads.counts.copy(), loads.time_s.max()
+    for balanced in (True, False):
+        if best_s <= enough_s:
+            return loads.restore(best)
+        loads.restore(first)
+        if balanced:  # of few large sequences balanced groups may leave the moves no way out
+            balance_groups(loads, target_s, TICKS)
+        improve(loads, target_s, rounds)
+        if loads.time_s.max() < best_s:
+            best, best_s = loads.counts.copy(), loads.time_s.max()
+    loads.restore(best)
+    if best_s > enough_s:
+        descend(loads, target_s, TICKS, RESPLITS)
+    if loads.time_s.max() > enough_s:
         shake(loads, target_s, TICKS, SHAKES, np.random.default_rng(0))
+    return None
 
 
 def plan_tables(
@@ -288,22 +294,37 @@ def _with_sequences(
     starts = np.searchsorted(index[order], np.arange(len(buckets) + 1))
     taken = starts[:-1].copy()
     micro_batches, times = [], []
-    for replica, chunks in zip(plan.replicas, result.chunks, strict=True):
-        layout = replica.layout
-        sizes = np.array([size for _, size in chunks], dtype=np.int64)
-        padded = buckets[[bucket for bucket, _ in chunks]] if chunks else np.empty(0, np.int64)
-        cost = cost_model.chunk_time_ms(layout.tp, layout.pp, sizes, padded)
+    costs = _chunk_costs_ms(result, buckets, plan, cost_model)
+    for replica, chunks, cost_ms in zip(plan.replicas, result.chunks, costs, strict=True):
         batches = []
         for bucket, size in chunks:
             start = taken[bucket]
             taken[bucket] += size
             batches.append(MicroBatch(int(buckets[bucket]), order[start : start + size]))
-        by_cost = np.lexsort((np.arange(len(batches)), -padded, -cost))
-        micro_batches.append(tuple(batches[position] for position in by_cost))
-        pairs = [(batch.num_sequences, batch.padded_length) for batch in batches]
+        by_cost = sorted(
+            range(len(batches)), key=lambda at: (-cost_ms[at], -batches[at].padded_length, at)
+        )
+        micro_batches.append(tuple(batches[at] for at in by_cost))
         factor = float(slowdown[replica.index])
-        times.append(replica_time_s(layout, pairs, cost_model) * factor)
+        times.append(busy_time_s(replica.layout, cost_ms) * factor)
     step = max(times)
     bound = min(result.lower_bound_s, step)
     sync_s = sync_time_s(plan, cost_model)
     return Assignment(tuple(micro_batches), np.array(times), step, bound, buckets, sync_s)
+
+
+def _chunk_costs_ms(
+    result: CountAssignment, buckets: np.ndarray, plan: Plan, cost_model: CostModel
+) -> list[list[float]]:
+    """Return, per replica, the ms of its chunks: one call of the cost model per group."""
+    costs: list[list[float]] = []
+    for group in plan.groups:
+        members = result.chunks[len(costs) : len(costs) + group.replicas]
+        pairs = np.array([pair for chunks in members for pair in chunks], dtype=np.int64)
+        bucket, size = pairs.reshape(-1, 2).T
+        layout = group.layout
+        flat = cost_model.chunk_time_ms(layout.tp, layout.pp, size, buckets[bucket]).tolist()
+        for chunks in members:
+            costs.append(flat[: len(chunks)])
+            flat = flat[len(chunks) :]
+    return costs

@@ -11,20 +11,24 @@ from planner.plan import Plan
 from profiler.cost_model import CostModel
 
 
+def busy_time_s(layout: Layout, chunk_times_ms: Sequence[float]) -> float:
+    """Return the seconds a replica needs for micro-batches of these times.
+
+    Their sum plus pp - 1 times the longest (1F1B, longest chunk first; LobRA, section 4.2). 0
+    without any.
+    """
+    if not len(chunk_times_ms):
+        return 0.0
+    return (sum(chunk_times_ms) + (layout.pp - 1) * max(chunk_times_ms)) / 1000.0
+
+
 def replica_time_s(
     layout: Layout, chunks: Iterable[tuple[int, int]], cost_model: CostModel
 ) -> float:
-    """Return the seconds a replica needs for its chunks, pairs (sequences, padded length).
-
-    The sum of the chunks' times plus pp - 1 times the longest (1F1B, longest chunk first; LobRA,
-    section 4.2). 0 without chunks.
-    """
+    """Return the seconds a replica needs for its chunks, pairs (sequences, padded length)."""
     pairs = np.array(list(chunks), dtype=np.int64).reshape(-1, 2)
-    if not len(pairs):
-        return 0.0
-    sizes, padded = pairs[:, 0], pairs[:, 1]
-    time_ms = cost_model.chunk_time_ms(layout.tp, layout.pp, sizes, padded)
-    return float(time_ms.sum() + (layout.pp - 1) * time_ms.max()) / 1000.0
+    times_ms = cost_model.chunk_time_ms(layout.tp, layout.pp, pairs[:, 0], pairs[:, 1])
+    return busy_time_s(layout, times_ms.tolist())
 
 
 def sync_time_s(plan: Plan, cost_model: CostModel) -> float:

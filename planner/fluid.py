@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import linprog
+from ortools.linear_solver import pywraplp
 
 from planner.chunks import ChunkTable, longest_sequence_s
 from tasks.errors import ConfigError
@@ -73,34 +73,39 @@ def solve_rates(rates: np.ndarray, replicas: np.ndarray, counts: np.ndarray) -> 
     possible = np.isfinite(rates) & used[None, :]
     if (used & ~possible.any(axis=0)).any():
         raise ConfigError("a bucket fits no replica of the plan")
-    group, bucket = np.nonzero(possible)
-    columns = len(group)
-    if columns == 0:
-        return Fluid(0.0, np.zeros_like(rates), np.zeros(num_buckets))
-    upper = np.zeros((groups, columns + 1))
-    upper[group, np.arange(columns)] = rates[group, bucket]
-    upper[:, -1] = -replicas
-    rows = np.cumsum(used) - 1
-    equal = np.zeros((int(used.sum()), columns + 1))
-    equal[rows[bucket], np.arange(columns)] = 1.0
-    objective = np.zeros(columns + 1)
-    objective[-1] = 1.0
-    result = linprog(
-        objective,
-        A_ub=upper,
-        b_ub=np.zeros(groups),
-        A_eq=equal,
-        b_eq=counts[used],
-        bounds=(0, None),
-        method="highs-ds",
-    )
-    if result.status != 0:
-        raise RuntimeError(f"the fluid relaxation was not solved: {result.message}")
-    share = np.zeros_like(rates)
-    share[group, bucket] = result.x[:-1]
-    price = np.zeros(num_buckets)
-    price[used] = result.eqlin.marginals
-    return Fluid(float(result.x[-1]), share, price)
+    share, price = np.zeros_like(rates), np.zeros(num_buckets)
+    if not used.any():
+        return Fluid(0.0, share, price)
+    solver = pywraplp.Solver.CreateSolver("GLOP")
+    infinity = solver.infinity()
+    step = solver.NumVar(0.0, infinity, "")
+    capacity = [solver.RowConstraint(-infinity, 0.0, "") for _ in range(groups)]
+    for row, number in zip(capacity, replicas.tolist(), strict=True):
+        row.SetCoefficient(step, -float(number))
+    taken = {
+        bucket: solver.RowConstraint(float(counts[bucket]), float(counts[bucket]), "")
+        for bucket in np.flatnonzero(used).tolist()
+    }
+    pairs = list(zip(*(indices.tolist() for indices in np.nonzero(possible)), strict=True))
+    variables = []
+    for (group, bucket), rate in zip(pairs, rates[possible].tolist(), strict=True):
+        variable = solver.NumVar(0.0, infinity, "")
+        capacity[group].SetCoefficient(variable, rate)
+        taken[bucket].SetCoefficient(variable, 1.0)
+        variables.append(variable)
+    solver.Objective().SetCoefficient(step, 1.0)
+    solver.Objective().SetMinimization()
+    status = solver.Solve()
+    if status != pywraplp.Solver.OPTIMAL:
+        raise RuntimeError(f"the fluid relaxation was not solved: GLOP's status {status}")
+    share[possible] = [variable.solution_value() for variable in variables]
+    for bucket, row in taken.items():
+        price[bucket] = row.dual_value()
+    weight = np.maximum([-row.dual_value() for row in capacity], 0.0)
+    # any weights of the groups give a bound, so the solver's tolerances do not matter
+    priced = np.where(possible, rates, 0.0) * weight[:, None]
+    cheapest = np.where(possible, priced, np.inf)[:, used].min(axis=0)
+    return Fluid(float(counts[used] @ cheapest / (replicas @ weight)), share, price)
 
 
 def solve_fluid(tables: Sequence[ChunkTable], replicas: np.ndarray, counts: np.ndarray) -> Fluid:

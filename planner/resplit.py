@@ -42,25 +42,29 @@ def resplit(
     pool = loads.counts[first] + loads.counts[second]
     used = np.flatnonzero(pool).tolist()
     tick_s = room_s / ticks
+    # row k: the least time of the second replica by the ticks of the first, k buckets divided;
+    # the first half stays infinite, so that a window of ticks + 1 is the row shifted
+    least = np.full((len(used) + 1, 2 * ticks + 1), np.inf, dtype=np.float32)
+    least[0, ticks] = 0.0
+    shifted = np.lib.stride_tricks.sliding_window_view(least, ticks + 1, axis=1)
     steps = []
-    least = np.full(ticks + 1, np.inf, dtype=np.float32)
-    least[0] = 0.0
-    buffer = np.empty_like(least)
-    top = 0  # least is finite up to here
-    for bucket in used:
+    for row, bucket in enumerate(used):
         numbers = _options(loads, first, second, bucket, int(pool[bucket]))
         here = loads.work_s[loads.group[first], bucket, numbers]
         there = loads.work_s[loads.group[second], bucket, pool[bucket] - numbers]
         fits = (here <= room_s) & (there <= limit_s)
-        numbers, here, there = numbers[fits], here[fits], there[fits]
-        if not len(numbers):
+        if not fits.any():
             return False
-        cost = np.rint(here / tick_s).astype(np.int64)
-        steps.append((bucket, numbers, cost, there, least))
-        least, top = _add_bucket(least, top, cost.tolist(), there.tolist(), buffer)
+        numbers, there = numbers[fits], there[fits].astype(np.float32)
+        cost = np.rint(here[fits] / tick_s).astype(np.int64)
+        steps.append((bucket, numbers, cost, there))
+        divided = shifted[row, ticks - cost]
+        divided += there[:, None]
+        divided.min(axis=0, out=least[row + 1, ticks:])
     first_s = np.arange(ticks + 1) * tick_s + loads.bubble_s[first]
     first_s[0] = 0.0
-    second_s = np.where(least > 0.0, least + loads.bubble_s[second], 0.0)
+    second_s = least[-1, ticks:]
+    second_s = np.where(second_s > 0.0, second_s + loads.bubble_s[second], 0.0)
     if weights is None:
         score = np.maximum(first_s, second_s)
     else:
@@ -69,7 +73,7 @@ def resplit(
     at = int(np.argmin(score))
     if not np.isfinite(score[at]):
         return False
-    counts = _trace(steps, at, len(pool))
+    counts = _trace(steps, least, at, len(pool))
     return _accept(loads, first, second, counts, limit_s, weights)
 
 
@@ -191,34 +195,20 @@ def _options(loads: Loads, first: int, second: int, bucket: int, pool: int) -> n
     return np.unique(np.clip(numbers, 0, pool))
 
 
-def _add_bucket(
-    least: np.ndarray, top: int, cost: list[int], there: list[float], buffer: np.ndarray
-) -> tuple[np.ndarray, int]:
-    """Return the least time of the second replica with one more bucket, and where it ends."""
-    grown = np.full_like(least, np.inf)
-    end = 0
-    for ticks, seconds in zip(cost, there, strict=True):
-        last = min(top, len(least) - 1 - ticks)
-        if last < 0:
-            continue
-        part = np.add(least[: last + 1], np.float32(seconds), out=buffer[: last + 1])
-        target = grown[ticks : ticks + last + 1]
-        np.minimum(target, part, out=target)
-        end = max(end, ticks + last)
-    return grown, end
-
-
 def _trace(
-    steps: list[tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]], at: int, length: int
+    steps: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]],
+    least: np.ndarray,
+    at: int,
+    length: int,
 ) -> np.ndarray:
-    """Return int64 [R]: the first replica's sequences behind the value at a tick."""
+    """Return int64 [R]: the first replica's sequences behind the last row's value at a tick."""
     counts = np.zeros(length, dtype=np.int64)
-    for bucket, numbers, cost, there, before in reversed(steps):
-        came = at - cost
-        values = np.where(came >= 0, before[np.maximum(came, 0)] + there.astype(np.float32), np.inf)
-        chosen = int(np.argmin(values))
+    ticks = least.shape[1] // 2
+    for row in reversed(range(len(steps))):
+        bucket, numbers, cost, there = steps[row]
+        chosen = int(np.argmin(least[row, ticks + at - cost] + there))
         counts[bucket] = numbers[chosen]
-        at = int(came[chosen])
+        at -= int(cost[chosen])
     return counts
 
 

@@ -83,12 +83,19 @@ class Loads:
         return work_s + float(self.bubble_s[replica]) if work_s > 0.0 else 0.0
 
 
-def improve(loads: Loads, target_s: float, max_rounds: int = 400, max_exchanges: int = 8) -> int:
+def improve(
+    loads: Loads,
+    target_s: float,
+    max_rounds: int = 400,
+    max_exchanges: int = 8,
+    swap_partners: int | None = None,
+) -> int:
     """Shorten the slowest replica's time in place until ``target_s`` or no move helps.
 
     Each round takes the slowest replica and the best move of up to 32 sequences of one bucket to
-    a less busy replica; where none helps, the best swap of two such sets; where none helps either,
-    an exchange of one set for two, at most ``max_exchanges`` times. Ties go to the first, so the
+    a less busy replica; where none helps, the best swap of two such sets with one of the first
+    ``swap_partners`` of those (None: all); where none helps either, an exchange of one set for
+    two, at most ``max_exchanges`` times. Ties go to the first, so the
     result depends on the input alone. Returns the rounds taken.
     """
     exchanges = 0
@@ -99,11 +106,11 @@ def improve(loads: Loads, target_s: float, max_rounds: int = 400, max_exchanges:
         others = _candidates(loads, slowest)
         if not len(others):
             return done
-        if _best_move(loads, slowest, others) or _best_swap(loads, slowest, others):
+        if _best_move(loads, slowest, others) or _best_swap(loads, slowest, others[:swap_partners]):
             continue
-        exchanges += 1
-        if exchanges > max_exchanges or not _best_exchange(loads, slowest, others):
+        if exchanges == max_exchanges or not _best_exchange(loads, slowest, others):
             return done
+        exchanges += 1
     return max_rounds
 
 
@@ -120,12 +127,15 @@ def _candidates(loads: Loads, slowest: int) -> np.ndarray:
     return np.array(list(dict.fromkeys(chosen)), dtype=np.int64)
 
 
-def _removal(loads: Loads, replica: int, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return bool, float64 [R, sizes]: what can leave a replica, and the seconds it saves."""
-    left = loads.counts[replica][:, None] - sizes[None, :]
+def _removal(
+    loads: Loads, replicas: np.ndarray | int, sizes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return bool, float64 [..., R, sizes]: what can leave replicas, and the seconds it saves."""
+    left = loads.counts[replicas][..., None] - sizes
     possible = left >= 0
-    after = loads.work_s[loads.group[replica], loads._buckets[:, None], np.maximum(left, 0)]
-    saved = np.where(possible, loads.parts_s[replica][:, None] - after, -np.inf)
+    group = np.asarray(loads.group[replicas])[..., None, None]
+    after = loads.work_s[group, loads._buckets[:, None], np.maximum(left, 0)]
+    saved = np.where(possible, loads.parts_s[replicas][..., None] - after, -np.inf)
     return possible, saved
 
 
@@ -169,23 +179,26 @@ def _best_swap(loads: Loads, slowest: int, others: np.ndarray) -> bool:
     sizes = np.arange(1, LARGEST_SWAP + 1)
     out_possible, out_saved = _removal(loads, slowest, sizes)
     out_cost = _addition(loads, others, sizes, out_possible)
+    in_possible, in_saved = _removal(loads, others, sizes)
+    in_cost = _addition(loads, np.array([slowest]), sizes, np.array(True))[0]
+    leaves = (out_possible[None] & np.isfinite(out_cost)).reshape(len(others), -1)
+    comes = (in_possible & np.isfinite(in_cost)).reshape(len(others), -1)
     bucket_of = np.repeat(loads._buckets, len(sizes))
+    out_saved, in_cost = out_saved.ravel(), in_cost.ravel()
+    out_cost, in_saved = out_cost.reshape(leaves.shape), in_saved.reshape(comes.shape)
     best_time, best = top * (1 - SMALLEST_GAIN), None
-    for index, other in enumerate(others):
-        in_possible, in_saved = _removal(loads, int(other), sizes)
-        in_cost = _addition(loads, np.array([slowest]), sizes, in_possible)[0]
-        outs = np.flatnonzero(out_possible.ravel() & np.isfinite(out_cost[index].ravel()))
-        ins = np.flatnonzero(in_possible.ravel() & np.isfinite(in_cost.ravel()))
+    for index, other in enumerate(others.tolist()):
+        outs, ins = np.flatnonzero(leaves[index]), np.flatnonzero(comes[index])
         if not len(outs) or not len(ins):
             continue
-        here = top - out_saved.ravel()[outs][:, None] + in_cost.ravel()[ins][None, :]
-        gain = out_cost[index].ravel()[outs][:, None] - in_saved.ravel()[ins][None, :]
-        longest = np.maximum(here, loads.time_s[other] + gain)
-        longest[bucket_of[outs][:, None] == bucket_of[ins][None, :]] = np.inf
+        here = (top - out_saved[outs])[:, None] + in_cost[ins]
+        there = (loads.time_s[other] + out_cost[index, outs])[:, None] - in_saved[index, ins]
+        longest = np.maximum(here, there, out=here)
+        longest[bucket_of[outs][:, None] == bucket_of[ins]] = np.inf
         flat = int(np.argmin(longest))
         if longest.flat[flat] < best_time:
-            row, column = np.unravel_index(flat, longest.shape)
-            best_time, best = longest.flat[flat], (int(other), outs[row], ins[column])
+            row, column = divmod(flat, len(ins))
+            best_time, best = longest.flat[flat], (other, outs[row], ins[column])
     if best is None:
         return False
     other, out, back = best

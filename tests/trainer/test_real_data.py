@@ -52,7 +52,7 @@ def test_four_real_data_sets(
         "--trainer-config",
         str(config),
         "--memory-budget",
-        "180MB",
+        "110MB",
     ]
     assert main(["profile", "memory", *common, *limit, *memory]) == 0
     plan_arguments = ["--model", str(base), "--num-gpus", str(NUM_RANKS), *limit]
