@@ -17,8 +17,9 @@ setup(
     packages=find_packages(include=[p for name in CHAIN for p in (name, f"{name}.*")]),
     package_data={"": ["py.typed", "*.json", "*.yaml", "*.toml", "*.csv"]},
     install_requires=[
-        # An upper bound, so that the newest build is never fetched by surprise.
-        "torch>=2.6,<=2.13.0",
+        # From 2.8 on gloo has reduce_scatter_tensor; the upper bound keeps the newest build from
+        # being fetched by surprise.
+        "torch>=2.8,<=2.13.0",
         "deepspeed>=0.19,<0.20",
         "transformers>=5.17,<5.24",
         "datasets>=4.0,<6",

@@ -64,7 +64,13 @@ class RankEnv:
 
 
 def default_threads(world_size: int) -> int:
-    """Return the CPU threads a rank should use when `world_size` ranks share this machine."""
+    """Return the CPU threads a rank should use when `world_size` ranks share this machine.
+
+    What the environment's OMP_NUM_THREADS says, else an equal share of the cores.
+    """
+    chosen = os.environ.get("OMP_NUM_THREADS", "")
+    if chosen.isdecimal() and int(chosen) > 0:
+        return int(chosen)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, (cores or 1) // world_size)
 

@@ -14,7 +14,11 @@ from tasks.errors import ConfigError
 TINY = "tiny"
 MODELS_DIR = Path("models")
 
-SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma")
+# What transformers' configuration classes assume where a config.json is silent; elsewhere the head
+# size follows from the hidden size, and the head is not tied to the embedding.
+DEFAULT_HEAD_DIM = {"qwen3": 128, "gemma": 256}
+DEFAULT_TIED = {"gemma": True}
 
 
 @dataclass(frozen=True)
@@ -125,9 +129,13 @@ def read_shape(folder: Path) -> ModelShape:
         intermediate_size=sizes["intermediate_size"],
         num_heads=heads,
         num_kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or sizes["hidden_size"] // heads,
+        head_dim=(
+            config.get("head_dim")
+            or DEFAULT_HEAD_DIM.get(str(model_type))
+            or sizes["hidden_size"] // heads
+        ),
         vocab_size=sizes["vocab_size"],
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tied_embeddings=bool(config.get("tie_word_embeddings", DEFAULT_TIED.get(str(model_type)))),
         path=folder,
     )
 

@@ -41,6 +41,7 @@ from tasks.errors import ConfigError
 
 IGNORED_LABEL = -100
 ROW_PARALLEL = ("o_proj", "down_proj")
+EMBEDDING_SCALE = "scalar_embed_scale"  # of the embedding of Gemma in transformers
 PACKED_CHECK = "find_packed_sequence_indices"  # of transformers.masking_utils
 
 
@@ -355,11 +356,12 @@ def _place_ends(
     role = groups.role
     rows = shard_range(shape.vocab_size, role.tp_size, role.tp_index)
     embedding = "model.embed_tokens.weight"
+    scale = getattr(decoder.embed_tokens, EMBEDDING_SCALE, None)
     decoder.embed_tokens = None
     weight_vD = None
     if role.is_first_stage:
         weight_vD = reader.read(embedding, as_slice(rows))
-        decoder.embed_tokens = VocabParallelEmbedding(weight_vD, rows, groups.tp_group)
+        decoder.embed_tokens = VocabParallelEmbedding(weight_vD, rows, groups.tp_group, scale)
     if not role.is_last_stage:
         decoder.norm = nn.Identity()
         return None

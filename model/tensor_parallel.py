@@ -69,17 +69,24 @@ def reduce_from_group(x: Tensor, group: Group) -> Tensor:
 class VocabParallelEmbedding(nn.Module):
     """Rows [start, stop) of the token embedding; the sum over the group is the embedding.
 
-    `weight` [v, D] is frozen.
+    `weight` [v, D] is frozen; Gemma multiplies what comes out by `scale`, in the weight's dtype.
     """
 
-    def __init__(self, weight_vD: Tensor, rows: range, group: Group) -> None:
+    def __init__(
+        self, weight_vD: Tensor, rows: range, group: Group, scale: float | None = None
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight_vD, requires_grad=False)
         self.rows = rows
         self.group = group
+        self.scale = None if scale is None else float(torch.tensor(scale, dtype=weight_vD.dtype))
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         """Return the embeddings [B, S, D]."""
+        embedded_BSD = self._embed(tokens_BS)
+        return embedded_BSD if self.scale is None else embedded_BSD * self.scale
+
+    def _embed(self, tokens_BS: Tensor) -> Tensor:
         if self.group is None:
             return functional.embedding(tokens_BS, self.weight)
         local_BS = tokens_BS - self.rows.start

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import transformers
 from transformers import (
     AutoModelForCausalLM,
+    GemmaConfig,
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
@@ -39,6 +40,7 @@ FAMILIES = {
     "qwen2": (Qwen2Config, {}),  # biases on q, k and v
     "qwen3": (Qwen3Config, {"head_dim": 32, "tie_word_embeddings": True}),  # norms on q and k
     "mistral": (MistralConfig, {"sliding_window": None}),
+    "gemma": (GemmaConfig, {"head_dim": 32, "tie_word_embeddings": True}),  # scaled embeddings
 }
 
 
@@ -65,7 +67,8 @@ def save_family(family: str, folder: Path, **overrides: Any) -> Path:
     model = AutoModelForCausalLM.from_config(config(**{**sizes, **own, **overrides}))
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or "norm" in name:
-            torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.1)
+            around = float("norm" in name and family != "gemma")  # Gemma's norms scale by 1 + w
+            torch.nn.init.normal_(parameter, mean=around, std=0.1)
     transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(folder)
     return folder

@@ -1,0 +1,45 @@
+"""A model's shape as read from its config.json, against transformers' reading of the same file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+from model.shapes import SUPPORTED_MODEL_TYPES, read_shape
+from tasks.errors import ConfigError
+
+SIZES = {
+    "num_hidden_layers": 3,
+    "hidden_size": 96,
+    "intermediate_size": 80,
+    "num_attention_heads": 6,
+    "vocab_size": 100,
+}
+GIVEN = [{}, {"head_dim": 48}, {"num_key_value_heads": 2}, {"tie_word_embeddings": True}]
+
+
+@pytest.mark.parametrize("given", GIVEN, ids=str)
+@pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
+def test_what_a_config_leaves_out_is_what_transformers_assumes(
+    model_type: str, given: dict, tmp_path: Path
+) -> None:
+    config = {"model_type": model_type, "num_key_value_heads": 6, **SIZES, **given}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shape, theirs = read_shape(tmp_path), AutoConfig.from_pretrained(tmp_path)
+    head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    assert shape.head_dim == head_dim
+    assert shape.tied_embeddings == theirs.tie_word_embeddings
+    assert shape.num_kv_heads == theirs.num_key_value_heads
+    assert (shape.num_layers, shape.vocab_size) == (theirs.num_hidden_layers, theirs.vocab_size)
+
+
+def test_all_problems_of_a_config_at_once(tmp_path: Path) -> None:
+    config = {"model_type": "gpt2", **SIZES, "hidden_size": 0, "vocab_size": "many"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError) as caught:
+        read_shape(tmp_path)
+    for part in ("model_type: 'gpt2'", "hidden_size: 0", "vocab_size: 'many'", "gemma"):
+        assert part in str(caught.value)
