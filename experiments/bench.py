@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -102,32 +103,36 @@ class Bench:
                     [dealt_time_s(s, buckets, plan, self.costs.cost_model).max() for s in steps]
                 )
             )
-            for plan in self._homogeneous(workload)
+            for plan in self._homogeneous(_longest_bucket(workload))
         }
-        if not times:
-            raise ConfigError(f"{self.model}: no homogeneous plan on {self.num_gpus} GPUs")
-        return min(times, key=times.__getitem__)
+        return self._fastest(times)
 
-    def best_balanced(self, workload: Workload) -> Plan:
+    def best_balanced(self, workload: Workload, dynamic: bool = False) -> Plan:
         """Return the homogeneous plan fastest for the expected batch under our dispatcher.
+
+        Over LobRA's seven buckets, or as many dynamic ones as our plans have.
 
         Raises
         ------
         ConfigError
             If no layout holds the longest bucket.
         """
-        batch = expect(workload, FUSED_BUCKETS, static=True)
+        number = NUM_BUCKETS if dynamic else FUSED_BUCKETS
+        batch = expect(workload, number, static=not dynamic)
+        longest = int(batch.buckets[-1]) if dynamic else _longest_bucket(workload)
         model = self.costs.cost_model
         times = {
             plan: dispatch_counts(batch.counts, batch.buckets, plan, model).step_time_s
-            for plan in self._homogeneous(workload)
+            for plan in self._homogeneous(longest)
         }
+        return self._fastest(times)
+
+    def _fastest(self, times: Mapping[Plan, float]) -> Plan:
         if not times:
             raise ConfigError(f"{self.model}: no homogeneous plan on {self.num_gpus} GPUs")
         return min(times, key=times.__getitem__)
 
-    def _homogeneous(self, workload: Workload) -> list[Plan]:
-        longest = _longest_bucket(workload)
+    def _homogeneous(self, longest: int) -> list[Plan]:
         plans = []
         for candidate in self.candidates():
             number = self.num_gpus // candidate.layout.num_gpus

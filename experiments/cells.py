@@ -24,6 +24,8 @@ SOURCES = (
     "profiler/**/*.py",
     "experiments/bench.py",
     "experiments/runs.py",
+    "tasks/sampling.py",
+    "model/shapes.py",
 )
 
 
@@ -43,13 +45,14 @@ class Cell:
 
     ``label`` is for people. Cells of the same function and ``key`` are the same cell, whatever
     their labels; the key must name everything the result depends on that the store's context does
-    not.
+    not. ``free_of``: entries of the context that the result does not depend on.
     """
 
     label: str
     function: Callable[..., Record]
     arguments: tuple[Any, ...]
     key: Mapping[str, Any]
+    free_of: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -97,10 +100,15 @@ def _end_on_interrupt() -> None:
 
 def _timed(cell: Cell) -> tuple[Record, float]:
     """Return the cell's record, with the processor's seconds it took, and seconds."""
-    start, processor = time.perf_counter(), time.process_time()
+    start, processor = time.perf_counter(), processor_seconds()
     record = cell.function(*cell.arguments)
-    record = {**record, "processor_s": round(time.process_time() - processor, 3)}
+    record = {**record, "cell_processor_s": round(processor_seconds() - processor, 3)}
     return record, time.perf_counter() - start
+
+
+def processor_seconds() -> float:
+    """Return the processor's seconds of this process and of its children that have ended."""
+    return float(sum(os.times()[:4]))
 
 
 @dataclass
@@ -109,7 +117,7 @@ class CellStore:
 
     ``context`` is what every cell depends on (profiles, lengths, seeds, code): a cell made in
     another context is computed again. ``tell`` is given one line per cell. ``used`` has the files
-    of all cells asked for.
+    of all cells asked for, ``computed`` how many were not there.
     """
 
     folder: Path
@@ -118,6 +126,10 @@ class CellStore:
     workers: Workers = field(default_factory=lambda: Workers(1))
     used: set[Path] = field(default_factory=set)
     started: float = field(default_factory=time.perf_counter)
+    computed: int = 0
+
+    def _context(self, cell: Cell) -> dict[str, Any]:
+        return {name: value for name, value in self.context.items() if name not in cell.free_of}
 
     def get(self, cells: Sequence[Cell], group: str = "") -> list[Record]:
         """Return the cells' records, in order: from their files if of this context, else computed.
@@ -128,7 +140,7 @@ class CellStore:
         missing: dict[str, Cell] = {}
         for cell in cells:
             found = _read(self.folder / f"{cell.name}.json")
-            if found is not None and found.get("context") == dict(self.context):
+            if found is not None and found.get("context") == self._context(cell):
                 records[cell.name] = found["record"]
             else:
                 missing.setdefault(cell.name, cell)
@@ -137,11 +149,12 @@ class CellStore:
             self.tell(f"{group}: {len(records)} there already")
         finished = self.workers.compute(list(missing.values()))
         for number, (cell, record, seconds) in enumerate(finished, 1):
-            content = {"label": cell.label, "key": dict(cell.key), "context": dict(self.context)}
+            content = {"label": cell.label, "key": dict(cell.key), "context": self._context(cell)}
             content |= {"seconds": seconds, "record": record}
             write_atomic(self.folder / f"{cell.name}.json", json.dumps(content) + "\n")
             # what is used is what was written: figures do not depend on whether a cell was kept
             records[cell.name] = json.loads(json.dumps(record))
+            self.computed += 1
             elapsed = time.perf_counter() - self.started
             self.tell(
                 f"{group} [{number}/{len(missing)}] {cell.label}: {seconds:.1f} s "

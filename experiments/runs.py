@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any, Literal
 
 import numpy as np
 
 from experiments.bench import GPUS_PER_NODE, NUM_BUCKETS, Bench, dealt_time_s
-from experiments.cells import Cell, Record
+from experiments.cells import Cell, Record, processor_seconds
 from planner.buckets import bucket_index, static_buckets
 from planner.deploy import Options, deploy, plan_entries
 from planner.layout import Layout
 from planner.plan import Plan, ReplicaGroup, make_plan
+from planner.planners.base import Outcome
 from planner.simulate import FUSED_BUCKETS, Simulation, simulate, steps_of
 from planner.workload import Workload
 from tasks.errors import ConfigError
@@ -38,6 +40,7 @@ def steps_cell(
     number = 0 if task is None else list(bench.workload.lengths).index(task)
     arguments = (bench, plan, static, num_buckets, mode, task, bench.seed + number)
     key = {
+        "num_gpus": bench.num_gpus,
         "plan": plan_entries(plan),
         "static": static,
         "num_buckets": num_buckets if static is None else None,
@@ -56,7 +59,10 @@ def run_steps(
     task: str | None,
     seed: int,
 ) -> Record:
-    """Return the record of a plan's simulated steps, or why it cannot run them."""
+    """Return the record of a plan's simulated steps, or why it cannot run them.
+
+    All GPUs of the bench are charged and may be idle, whether the plan uses them or not.
+    """
     workload = bench.workload if task is None else bench.task(task)
     try:
         if mode == "even":
@@ -79,11 +85,12 @@ def run_steps(
     return {
         "plan": str(plan),
         "entries": plan_entries(plan),
-        "num_gpus": plan.num_gpus,
+        "num_gpus": bench.num_gpus,
+        "gpus_used": plan.num_gpus,
         "step_time_s": run.step_time_s.tolist(),
         "tokens": run.tokens.tolist(),
         "padded_tokens": run.padded_tokens.tolist(),
-        "idle": summary["idle"],
+        "idle": 1.0 - (1.0 - summary["idle"]) * plan.num_gpus / bench.num_gpus,
         "padding": summary["padding"],
         "dispatch_ms": summary["dispatch_ms"],
     }
@@ -110,11 +117,15 @@ def _dealt(bench: Bench, plan: Plan, workload: Workload, static: int, seed: int)
 
 
 def sequential_cells(
-    label: str, bench: Bench, plans: dict[str, Plan], mode: Mode = "even"
+    label: str,
+    bench: Bench,
+    plans: dict[str, Plan],
+    mode: Mode = "even",
+    static: int | None = FUSED_BUCKETS,
 ) -> list[Cell]:
     """Return the cells of Task-Sequential: every task alone, on a homogeneous plan of its own."""
     return [
-        steps_cell(f"{label}: {task}", bench, plan, static=FUSED_BUCKETS, mode=mode, task=task)
+        steps_cell(f"{label}: {task}", bench, plan, static=static, mode=mode, task=task)
         for task, plan in plans.items()
     ]
 
@@ -122,17 +133,16 @@ def sequential_cells(
 def together(records: list[Record], num_gpus: int) -> Record:
     """Return the record of tasks that run one after another; its step is the sum of theirs.
 
-    All GPUs are paid for while a task runs, whether its plan uses them or not.
+    Their idle shares are of all ``num_gpus`` GPUs.
     """
     times = np.sum([r["step_time_s"] for r in records], axis=0)
     tokens = np.sum([r["tokens"] for r in records], axis=0)
     padded = np.sum([r["padded_tokens"] for r in records], axis=0)
-    busy = sum(
-        (1.0 - r["idle"]) * sum(r["step_time_s"]) * r["num_gpus"] / num_gpus for r in records
-    )
+    busy = sum((1.0 - r["idle"]) * sum(r["step_time_s"]) for r in records)
     return {
         "plan": "one per task",
         "num_gpus": num_gpus,
+        "gpus_used": max(r["gpus_used"] for r in records),
         "step_time_s": times.tolist(),
         "tokens": tokens.tolist(),
         "padded_tokens": padded.tolist(),
@@ -155,11 +165,16 @@ def deployment_cell(
         "limit_s": limit_s,
         "profile": bench.costs.digest,
     }
-    return Cell(f"plan by {words}", make_deployment, (bench, pattern, proposal, limit_s), key)
+    arguments = (bench, pattern, proposal, limit_s)
+    return Cell(f"plan by {words}", make_deployment, arguments, key, free_of=("steps", "seed"))
 
 
 def make_deployment(bench: Bench, pattern: str, proposal: bool, limit_s: float | None) -> Record:
-    """Return a planner's plan with its time, bound and gap, or why there is none."""
+    """Return a planner's plan with its time, bound and gap, or why there is none.
+
+    ``whole_s`` and ``processor_s`` are of the whole call: layouts, search, bound and sampled
+    steps; ``search_s`` is what the planner itself reports.
+    """
     options = Options(
         pattern=pattern,
         proposal=proposal,
@@ -167,7 +182,7 @@ def make_deployment(bench: Bench, pattern: str, proposal: bool, limit_s: float |
         gpus_per_node=GPUS_PER_NODE,
         time_limit_s=limit_s,
     )
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), processor_seconds()
     try:
         found = deploy(
             bench.workload,
@@ -181,26 +196,45 @@ def make_deployment(bench: Bench, pattern: str, proposal: bool, limit_s: float |
         return {
             "failed": str(error),
             "plan": "",
-            "planner_time_s": time.perf_counter() - start,
+            "whole_s": time.perf_counter() - start,
+            "processor_s": processor_seconds() - processor,
             "limit_s": limit_s,
         }
     outcome = found.outcome
     return {
+        "whole_s": time.perf_counter() - start,
+        "processor_s": processor_seconds() - processor,
         "plan": str(outcome.plan),
         "entries": plan_entries(outcome.plan),
         "num_gpus": outcome.plan.num_gpus,
         "layouts": len(found.candidates.chosen),
-        "planner_time_s": outcome.planner_time_s,
+        "search_s": outcome.planner_time_s,
         "limit_s": limit_s,
         "proven": outcome.proven,
         "step_time_s": outcome.step_time_s,
         "objective_s": outcome.objective_s,
         "lower_bound_s": outcome.lower_bound_s,
         "gap": outcome.gap,
+        "own_bound_s": own_bound_s(outcome),
     }
 
 
-def plan_of(record: dict[str, Any]) -> Plan:
+def own_bound_s(outcome: Outcome) -> float | None:
+    """Return the bound of a pattern's own objective; None where it has no objective of its own.
+
+    A search that was stopped says in its notes by how much the objective may still fall.
+    """
+    if outcome.objective_s is None:
+        return None
+    if outcome.proven:
+        return outcome.objective_s
+    for note in outcome.notes:
+        if match := re.search(r"may fall by ([\d.]+) ?%", note):
+            return outcome.objective_s * (1.0 - float(match[1]) / 100.0)
+    return None
+
+
+def plan_in(record: dict[str, Any]) -> Plan:
     """Return the plan a record holds."""
     return make_plan(
         [

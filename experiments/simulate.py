@@ -11,16 +11,16 @@ import csv
 import io
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from experiments import study
 from experiments.bench import Bench
-from experiments.cells import CellStore, Workers, code_digest, start_workers
+from experiments.cells import ROOT, CellStore, Workers, code_digest, start_workers
 from experiments.inputs import (
     Costs,
     Lengths,
@@ -30,6 +30,16 @@ from experiments.inputs import (
     moments_table,
     setup_of,
     workload_of,
+)
+from experiments.provenance import (
+    PROVENANCE,
+    TABLES,
+    git_state,
+    now,
+    read_provenance,
+    read_rows,
+    same_sources,
+    usable_cores,
 )
 from experiments.published import (
     HOMOGENEOUS_STEPS,
@@ -45,7 +55,8 @@ from tasks.errors import ConfigError
 from tasks.files import write_atomic
 from tasks.version import installed_version
 
-SCALE_PLANS = {16: "<16,1>x1", **PLANS_70B}
+INFERRED_PLANS = {16: "<16,1>x1"}  # not published: the only layout that fits
+SCALE_PLANS = {**INFERRED_PLANS, **PLANS_70B}
 BUCKETS = (4, 6, 8, 12, 16, 20, 24, 28, 32)
 SCALE_GPUS = (16, 32, 64, 128, 256)
 # The scalability over tasks is run on copies of the four tasks of the scalability over GPUs.
@@ -62,6 +73,7 @@ class Experiment:
         self.workers = workers
         self.stores: list[CellStore] = []
         self.folder: Path = args.output
+        self.started, self.load = now(), round(os.getloadavg()[0], 2)
         self.setup, self.config = setup_of(args.model)
         self.costs = self._costs(self.config)
         self.lengths = self._lengths(self.config)
@@ -177,7 +189,7 @@ class Experiment:
         for num_gpus in SCALE_GPUS:
             bench = self.bench(num_gpus, config, costs, lengths)
             points[num_gpus] = bench, store, SCALE_PLANS.get(num_gpus)
-        rows = study.scale_rows(points, "gpus")
+        rows = study.scale_rows(points, "gpus", tuple(INFERRED_PLANS))
         self.write("scale_gpus", _relative(rows, "gpus", PUBLISHED_GPUS))
         tasks = {
             number: (self.bench(64, config, costs, lengths), store, None)
@@ -206,34 +218,68 @@ class Experiment:
         lengths = self._lengths(config)
         return config, costs, lengths, self._store(f"{number}tasks", costs, lengths, config)
 
-    def provenance(self, seconds: float) -> None:
-        """Write what the tables were made from, and when."""
-        path = self.folder / "provenance.json"
+    def begin(self) -> None:
+        """Say in provenance.json that the tables are being made.
+
+        Tables and run times made from anything else (another profile, seed, code, ...) are
+        removed, so that what lies in the folder was all made from what provenance.json says.
+        """
+        data = {**self._about(), "complete": False}
+        old = read_provenance(self.folder)
+        if not same_sources(old, data):
+            for name in TABLES:
+                (self.folder / f"{name}.csv").unlink(missing_ok=True)
+        write_atomic(self.folder / PROVENANCE, json.dumps(data, indent=2) + "\n")
+
+    def finish(self, seconds: float) -> None:
+        """Write what the tables were made from, and when, and what this run took."""
         cells = sorted(path for store in self.stores for path in store.used)
         contents = [json.loads(cell.read_text(encoding="utf-8")) for cell in cells]
         spent = sum(content["seconds"] for content in contents)
-        processor = sum(content["record"].get("processor_s", 0.0) for content in contents)
+        processor = sum(content["record"]["cell_processor_s"] for content in contents)
         data = {
-            "kind": "simulation",
-            "model": self.args.model,
-            "num_gpus": self.setup.num_gpus,
-            "accelerator": self.setup.accelerator,
-            "steps": self.args.steps,
-            "seed": self.args.seed,
-            "time_limit_s": self.args.time_limit,
-            "inputs": self.inputs,
-            "command": "bash experiments/expr_" + self.args.model.lower() + ".sh --simulate",
-            "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            "version": installed_version(),
+            **self._about(),
+            "complete": True,
+            "written": now(),
             "cells": len(cells),
             "seconds_of_all_cells": round(spent, 1),
             "processor_seconds_of_all_cells": round(processor, 1),
-            "seconds_of_this_run": round(seconds, 1),
-            "workers": self.workers.number,
-            "cores": os.cpu_count(),
-            "load": [round(value, 2) for value in os.getloadavg()],
         }
-        write_atomic(path, json.dumps(data, indent=2) + "\n")
+        write_atomic(self.folder / PROVENANCE, json.dumps(data, indent=2) + "\n")
+        entry = {
+            "started": self.started,
+            "seconds": round(seconds, 1),
+            "cells": len(cells),
+            "computed": sum(store.computed for store in self.stores),
+            "cell_seconds": round(spent, 1),
+            "cell_processor_seconds": round(processor, 1),
+            "workers": self.workers.number,
+            "cores": len(usable_cores()),
+            "load_at_start": self.load,
+            "load_at_end": round(os.getloadavg()[0], 2),
+        }
+        self.write("runs", [*read_rows(self.folder / "runs.csv"), entry])
+
+    def _about(self) -> dict[str, Any]:
+        args = self.args
+        return {
+            "kind": "simulation",
+            "model": args.model,
+            "num_gpus": self.setup.num_gpus,
+            "accelerator": self.setup.accelerator,
+            "steps": args.steps,
+            "seed": args.seed,
+            "time_limit_s": args.time_limit,
+            "inputs": self.inputs,
+            "command": args.command,
+            "environment": {
+                name: "set" if os.environ.get(name) else "not set"
+                for name in ("LOBRA_REFERENCE", "LOBRA_LENGTHS")
+            },
+            "started": self.started,
+            **git_state(ROOT),
+            "version": installed_version(),
+        }
 
 
 def run(args: argparse.Namespace, sources: Sources) -> int:
@@ -244,6 +290,8 @@ def run(args: argparse.Namespace, sources: Sources) -> int:
     ConfigError
         For every mistake of the user's.
     """
+    if args.seed < 0:
+        raise ConfigError(f"--seed: {args.seed}; a whole number, not negative")
     if args.steps < 2:
         raise ConfigError(f"--steps: {args.steps}; an interval needs at least 2 steps")
     if not args.time_limit > 0:
@@ -254,12 +302,13 @@ def run(args: argparse.Namespace, sources: Sources) -> int:
     with start_workers(args.workers) as workers:
         experiment = Experiment(args, sources, workers)
         tell(f"{args.model}: {experiment.costs.source}; {experiment.lengths.source}")
+        experiment.begin()
         experiment.main_tables()
         if args.model == "7B":
             experiment.validation()
         if args.model == "70B":
             experiment.scalability()
-    experiment.provenance(time.perf_counter() - start)
+    experiment.finish(time.perf_counter() - start)
     tell(f"written: {args.output}; pictures and page: lobra report {args.output}")
     return 0
 
@@ -282,8 +331,6 @@ def tell(line: str) -> None:
 def sources_of(args: argparse.Namespace, environment: Mapping[str, str]) -> Sources:
     """Return where inputs are looked for: arguments, then environment."""
     reference = args.reference or _path(environment.get("LOBRA_REFERENCE"))
-    if reference is None and Path("../shared/reference").is_dir():
-        reference = Path("../shared/reference")
     lengths = args.lengths or _path(environment.get("LOBRA_LENGTHS"))
     if args.synthetic:
         return Sources(reference, None, Path(os.devnull))
@@ -298,8 +345,12 @@ def parser() -> argparse.ArgumentParser:
     add("--output", type=Path, required=True, help="folder of the tables")
     add("--steps", type=int, default=100, help="sampled steps per method (default 100)")
     add("--seed", type=int, default=0, help="of the sampled steps (default 0)")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    add("--workers", type=int, default=min(2, cores or 1), help="processes (default at most 2)")
+    add(
+        "--workers",
+        type=int,
+        default=min(2, len(usable_cores())),
+        help="processes (default at most 2)",
+    )
     add("--time-limit", type=float, default=20.0, help="seconds for each of LobRA's planners")
     add("--reference", type=Path, help="folder of the published 7B profile (LOBRA_REFERENCE)")
     add("--lengths", type=Path, help="JSON or folder of .npy with lengths (LOBRA_LENGTHS)")
@@ -310,7 +361,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code (0, 2 for a user's mistake, 130 for Ctrl-C)."""
-    args = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    args = parser().parse_args(words)
+    args.command = shlex.join(["python", "-m", "experiments.simulate", *words])
     try:
         return run(args, sources_of(args, os.environ))
     except ConfigError as error:
@@ -332,14 +385,14 @@ def _relative(rows: Rows, column: str, published: Mapping[str, Mapping[int, floa
     """
     own: dict[str, float] = {}
     for row in rows:
-        own.setdefault(row["method"], row["gpu_seconds_of_all"])
+        own.setdefault(row["method"], row["gpu_seconds"])
     first = own[study.FUSED]
     names = {study.FUSED: "Task-Fused", study.LOBRA: "LobRA", study.OURS: "LobRA"}
     return [
         {
             **row,
-            "relative": round(row["gpu_seconds_of_all"] / first, 5),
-            "relative_own": round(row["gpu_seconds_of_all"] / own[row["method"]], 5),
+            "relative": round(row["gpu_seconds"] / first, 5),
+            "relative_own": round(row["gpu_seconds"] / own[row["method"]], 5),
             "published": published[names[row["method"]]].get(row[column], "")
             if row["method"] in names
             else "",

@@ -15,7 +15,7 @@ from experiments.bench import NUM_BUCKETS, Bench
 from experiments.cells import Cell, CellStore, Record
 from experiments.inputs import Costs
 from experiments.published import Setup, parse_plan
-from experiments.runs import Mode, deployment_cell, plan_of, sequential_cells, steps_cell, together
+from experiments.runs import Mode, deployment_cell, plan_in, sequential_cells, steps_cell, together
 from experiments.statistics import mean_interval, reduction_interval
 from planner.candidates import PROPOSAL_CHUNKS, Candidate, tokens_per_gpu_second
 from planner.dispatch import dispatch, dispatch_counts
@@ -29,15 +29,21 @@ Rows = list[dict[str, Any]]
 SEQUENTIAL, FUSED = "Task-Sequential", "Task-Fused"
 LOBRA, OURS, OURS_POWERS = "LobRA's plan", "our plan", "our plan, capacities as LobRA measures"
 BALANCED = ", our dispatch"  # a baseline that is given what it lacks
+DYNAMIC = f", our dispatch, {NUM_BUCKETS} dynamic buckets"  # all that ours has, but homogeneous
+FIXED = f", {NUM_BUCKETS} fixed buckets"
 
 
 def step_row(record: Record) -> dict[str, Any]:
-    """Return the columns every simulated plan has: mean step and GPU-seconds with intervals."""
+    """Return the columns every simulated plan has: mean step and GPU-seconds with intervals.
+
+    GPU-seconds are of all GPUs there are, also those a plan does not use.
+    """
     step = mean_interval(np.array(record["step_time_s"]))
     gpus = record["num_gpus"]
     return {
         "plan": record["plan"],
         "num_gpus": gpus,
+        "gpus_used": record["gpus_used"],
         "steps": len(record["step_time_s"]),
         "step_time_s": round(step.value, 6),
         "step_time_low_s": round(step.low, 6),
@@ -83,8 +89,8 @@ class Methods:
         self.alone = {task: plan for task, (plan, _) in alone.items()}
         self.alone_fits = {task: fits for task, (_, fits) in alone.items()}
         self.best_alone = {t: bench.best_homogeneous(bench.task(t)) for t in workload.lengths}
-        self.plans = {"LobRA": bench.published_plan(setup.lobra), "ours": plan_of(self.planned)}
-        self.rounded = plan_of(rounded[0]) if rounded else None
+        self.plans = {"LobRA": bench.published_plan(setup.lobra), "ours": plan_in(self.planned)}
+        self.rounded = plan_in(rounded[0]) if rounded else None
         self.task_records: dict[str, dict[str, Record]] = {}
         self.records = self._records()
 
@@ -95,18 +101,26 @@ class Methods:
             "fused": FUSED,
             "sequential_balanced": SEQUENTIAL + BALANCED,
             "fused_balanced": FUSED + BALANCED,
+            "sequential_dynamic": SEQUENTIAL + DYNAMIC,
+            "fused_dynamic": FUSED + DYNAMIC,
         }
         return {column: self.records[name] for column, name in names.items()}
 
     def _records(self) -> dict[str, Record]:
         bench = self.bench
         best_fused = bench.best_balanced(bench.workload)
-        balanced = {t: bench.best_balanced(bench.task(t)) for t in bench.workload.lengths}
+        best_dynamic = bench.best_balanced(bench.workload, dynamic=True)
+        names = list(bench.workload.lengths)
+        balanced = {t: bench.best_balanced(bench.task(t)) for t in names}
+        dynamic = {t: bench.best_balanced(bench.task(t), dynamic=True) for t in names}
         several: dict[str, list[Cell]] = {
             SEQUENTIAL: sequential_cells(SEQUENTIAL, bench, self.alone),
             f"{SEQUENTIAL}, best plans": sequential_cells(SEQUENTIAL, bench, self.best_alone),
             SEQUENTIAL + BALANCED: sequential_cells(
                 SEQUENTIAL + BALANCED, bench, balanced, "balance"
+            ),
+            SEQUENTIAL + DYNAMIC: sequential_cells(
+                SEQUENTIAL + DYNAMIC, bench, dynamic, "balance", None
             ),
         }
         single = {
@@ -114,6 +128,7 @@ class Methods:
             FUSED + BALANCED: steps_cell(
                 FUSED + BALANCED, bench, best_fused, static=FUSED_BUCKETS, mode="balance"
             ),
+            FUSED + DYNAMIC: steps_cell(FUSED + DYNAMIC, bench, best_dynamic),
             LOBRA: steps_cell(LOBRA, bench, self.plans["LobRA"]),
             OURS: steps_cell(OURS, bench, self.plans["ours"]),
         }
@@ -121,12 +136,11 @@ class Methods:
             single[OURS_POWERS] = steps_cell(OURS_POWERS, bench, self.rounded)
         every = [cell for cells in several.values() for cell in cells] + list(single.values())
         found = dict(zip(map(id, every), self.store.get(every, "methods"), strict=True))
-        tasks = list(bench.workload.lengths)
         check_steps({cell.label: found[id(cell)] for cell in every})
         records = {}
         for name, cells in several.items():
             own = [found[id(cell)] for cell in cells]
-            self.task_records[name] = dict(zip(tasks, own, strict=True))
+            self.task_records[name] = dict(zip(names, own, strict=True))
             records[name] = together(own, bench.num_gpus)
         return {**records, **{name: found[id(cell)] for name, cell in single.items()}}
 
@@ -178,7 +192,11 @@ class Methods:
         return rows
 
     def ablation_rows(self) -> Rows:
-        """Return the ablation: homogeneous, then each rung on each plan (16 buckets)."""
+        """Return the ablation: Task-Fused's rungs, then each rung on each plan.
+
+        One thing is changed at a time: first Task-Fused is given as many buckets as the others
+        have; its last rung has all that ours has, but replicas of one layout.
+        """
         cells = {
             (owner, rung): steps_cell(
                 f"{owner}, {rung}", self.bench, plan, static=static, mode=mode
@@ -186,19 +204,17 @@ class Methods:
             for owner, plan in self.plans.items()
             for rung, (static, mode) in RUNGS.items()
         }
-        records = dict(zip(cells, self.store.get(list(cells.values()), "ablation"), strict=True))
-        records = {("homogeneous", "homogeneous"): self.records[FUSED], **records}
-        baselines = self.baselines()
-        return [
-            {
-                "plan_of": owner,
-                "rung": rung,
-                **step_row(record),
-                **reductions(record, baselines),
-            }
-            for (owner, rung), record in records.items()
-            if "failed" not in record  # a fixed bucket longer than any replica holds
-        ]
+        cells[HOMOGENEOUS, DEALT] = steps_cell(
+            FUSED + FIXED, self.bench, self.fused, static=NUM_BUCKETS, mode="even"
+        )
+        found = dict(zip(cells, self.store.get(list(cells.values()), "ablation"), strict=True))
+        records = {
+            (HOMOGENEOUS, DEALT_SEVEN): self.records[FUSED],
+            (HOMOGENEOUS, DEALT): found.pop((HOMOGENEOUS, DEALT)),
+            (HOMOGENEOUS, DYNAMIC_RUNG): self.records[FUSED + DYNAMIC],
+            **found,
+        }
+        return ablation_table(records, self.baselines())
 
     def bucket_rows(self, numbers: tuple[int, ...]) -> Rows:
         """Return step time and padding of each plan over the number of dynamic buckets."""
@@ -216,6 +232,36 @@ class Methods:
         ]
 
 
+HOMOGENEOUS = "homogeneous"
+DEALT_SEVEN, DEALT = "dealt evenly, 7 buckets", "dealt evenly"
+DYNAMIC_RUNG = "balanced + dynamic buckets"
+BUCKETS_OF = {DEALT_SEVEN: f"{FUSED_BUCKETS} fixed", DYNAMIC_RUNG: f"{NUM_BUCKETS} dynamic"}
+
+
+def ablation_table(
+    records: Mapping[tuple[str, str], Record], baselines: Mapping[str, Record]
+) -> Rows:
+    """Return a row per (owner of the plan, rung), with its buckets and what it saves.
+
+    What could not run is left out: a fixed bucket longer than any replica holds.
+    """
+    baselines = dict(baselines)
+    dealt = records.get((HOMOGENEOUS, DEALT), {"failed": ""})
+    if "failed" not in dealt:
+        baselines["fused_16_fixed"] = dealt
+    return [
+        {
+            "plan_of": owner,
+            "rung": rung,
+            "buckets": BUCKETS_OF.get(rung, f"{NUM_BUCKETS} fixed"),
+            **step_row(record),
+            **reductions(record, baselines),
+        }
+        for (owner, rung), record in records.items()
+        if "failed" not in record
+    ]
+
+
 def method_rows(records: Mapping[str, Record], baselines: Mapping[str, Record]) -> Rows:
     """Return a row per method: plan, mean step, GPU-seconds, and what it saves."""
     return [
@@ -227,7 +273,7 @@ def method_rows(records: Mapping[str, Record], baselines: Mapping[str, Record]) 
 RUNGS: dict[str, tuple[int | None, Mode]] = {
     "length-based dispatch": (NUM_BUCKETS, "group"),
     "balanced dispatch": (NUM_BUCKETS, "balance"),
-    "balanced + dynamic buckets": (None, "balance"),
+    DYNAMIC_RUNG: (None, "balance"),
 }
 
 PATTERNS: tuple[tuple[str, str, bool], ...] = (
@@ -252,7 +298,10 @@ def planning_rows(
     """Return every pattern's planning time, plan and quality.
 
     Capacities are powers of two, as LobRA measures them, so that as many layouts are looked at as
-    there. ``limit_s`` applies to LobRA's patterns; EXACT keeps its own.
+    there. ``limit_s`` applies to LobRA's patterns; EXACT keeps its own. ``seconds`` and
+    ``processor_s`` are of the whole call, ``search_s`` of the planner's search alone;
+    ``objective_s`` and ``own_bound_s`` are in LobRA's definition, ``step_time_s`` and
+    ``lower_bound_s`` in the exact evaluator's.
     """
     bench = bench.in_powers_of_two()
     theirs = _expected_step_s(bench, published_plan)
@@ -270,12 +319,16 @@ def planning_rows(
                 "tasks": len(bench.workload.lengths),
                 "pattern": label,
                 "layouts": record.get("layouts", ""),
-                "seconds": round(record["planner_time_s"], 3),
-                "processor_s": record.get("processor_s", ""),
+                "seconds": round(record["whole_s"], 3),
+                "processor_s": round(record["processor_s"], 3),
+                "search_s": _rounded(record.get("search_s")),
                 "limit_s": "" if record["limit_s"] is None else record["limit_s"],
                 "stopped": stopped,
                 "proven": record.get("proven", ""),
                 "plan": record["plan"],
+                "gpus_used": record.get("num_gpus", ""),
+                "objective_s": _rounded(record.get("objective_s")),
+                "own_bound_s": _rounded(record.get("own_bound_s")),
                 "step_time_s": _rounded(record.get("step_time_s")),
                 "lower_bound_s": _rounded(record.get("lower_bound_s")),
                 "gap": _rounded(record.get("gap")),
@@ -306,21 +359,29 @@ def _same_plan(one: str, other: str) -> bool:
     return sorted(parse_plan(one)) == sorted(parse_plan(other))
 
 
-def scale_rows(points: Mapping[int, tuple[Bench, CellStore, str | None]], column: str) -> Rows:
-    """Return a scalability curve: Task-Fused, LobRA's plan where published, and ours.
+def scale_rows(
+    points: Mapping[int, tuple[Bench, CellStore, str | None]],
+    column: str,
+    inferred: tuple[int, ...] = (),
+) -> Rows:
+    """Return a scalability curve: Task-Fused, LobRA's plan where known, and ours.
 
-    ``points``: per value of ``column`` the bench, its store and LobRA's plan.
+    ``points``: per value of ``column`` the bench, its store and LobRA's plan; ``inferred``: the
+    values for which that plan was not published but is the only one possible.
     """
     rows: Rows = []
     for value, (bench, store, lobra) in points.items():
         powers = bench.in_powers_of_two()
         planned = store.get([deployment_cell(bench), deployment_cell(powers)], f"plan {value}")
-        ours, rounded = (plan_of(record) for record in planned)
+        ours, rounded = (plan_in(record) for record in planned)
         fused = bench.best_homogeneous(bench.workload)
         balanced = bench.best_balanced(bench.workload)
+        dynamic = bench.best_balanced(bench.workload, dynamic=True)
         cells = {
             FUSED: steps_cell(FUSED, bench, fused, static=FUSED_BUCKETS, mode="even"),
+            FUSED + FIXED: steps_cell(FUSED + FIXED, bench, fused, static=NUM_BUCKETS, mode="even"),
             FUSED + BALANCED: steps_cell(FUSED + BALANCED, bench, balanced, static=FUSED_BUCKETS),
+            FUSED + DYNAMIC: steps_cell(FUSED + DYNAMIC, bench, dynamic),
             OURS: steps_cell(OURS, bench, ours),
             OURS_POWERS: steps_cell(OURS_POWERS, bench, rounded),
         }
@@ -332,15 +393,19 @@ def scale_rows(points: Mapping[int, tuple[Bench, CellStore, str | None]], column
             {
                 column: value,
                 "method": method,
+                "plan_is": _origin(method, value in inferred),
                 **step_row(record),
-                "gpus_available": bench.num_gpus,
-                "gpu_seconds_of_all": round(
-                    float(np.mean(record["step_time_s"])) * bench.num_gpus, 4
-                ),
             }
             for method, record in zip(cells, records, strict=True)
         ]
     return rows
+
+
+def _origin(method: str, inferred: bool) -> str:
+    """Say where a method's plan is from."""
+    if method != LOBRA:
+        return "best here"
+    return "inferred" if inferred else "published"
 
 
 def timeline_rows(bench: Bench, plans: Mapping[str, Plan]) -> Rows:

@@ -14,8 +14,10 @@ import pytest
 
 from experiments import jobs, simulate
 from experiments.bench import Bench, dealt_time_s
-from experiments.cells import Cell, CellStore, start_workers
+from experiments.cells import Cell, CellStore, Workers, start_workers
 from experiments.inputs import Lengths, Sources, find_costs, find_lengths, setup_of, workload_of
+from experiments.provenance import read_provenance
+from experiments.study import DYNAMIC, FUSED
 from planner.evaluate import replica_time_s
 from planner.layout import Layout
 from planner.placement import place
@@ -81,6 +83,85 @@ def test_every_table_is_there_and_adds_up(finished: Path) -> None:
         if row["plan_of"] == "ours"
     ]
     assert padding == sorted(padding, reverse=True)
+
+
+def test_all_gpus_there_are_are_paid_for(finished: Path) -> None:
+    for table in ("methods", "ablation", "buckets"):
+        for row in rows_of(finished / f"{table}.csv"):
+            assert int(row["num_gpus"]) == 16 and int(row["gpus_used"]) <= 16
+
+
+def test_ablation_changes_one_thing_at_a_time(finished: Path) -> None:
+    rows = rows_of(finished / "ablation.csv")
+    fused = [(row["rung"], row["buckets"]) for row in rows if row["plan_of"] == "homogeneous"]
+    assert fused == [
+        ("dealt evenly, 7 buckets", "7 fixed"),
+        ("dealt evenly", "16 fixed"),
+        ("balanced + dynamic buckets", "16 dynamic"),
+    ]
+    methods = {row["method"]: row for row in rows_of(finished / "methods.csv")}
+    last = rows[2]
+    assert last["gpu_seconds"] == methods[FUSED + DYNAMIC]["gpu_seconds"]
+    assert float(rows[1]["less_than_fused_16_fixed"]) == 0.0
+
+
+def test_provenance_says_how_and_from_what(finished: Path) -> None:
+    about = json.loads((finished / "provenance.json").read_text(encoding="utf-8"))
+    assert about["complete"] is True
+    assert about["command"].startswith("python -m experiments.simulate 7B --steps 4 --output ")
+    assert set(about["environment"].values()) <= {"set", "not set"}
+    assert about["processor_seconds_of_all_cells"] > 0
+    (entry,) = rows_of(finished / "runs.csv")
+    assert entry["cells"] == entry["computed"] == str(about["cells"])
+
+
+def test_planning_rows_have_both_objectives(finished: Path) -> None:
+    for row in rows_of(finished / "planning_time.csv"):
+        if row["failed"]:
+            continue
+        assert int(row["gpus_used"]) <= 16
+        assert float(row["seconds"]) >= float(row["search_s"]) - 1e-3
+        if row["own_bound_s"]:
+            assert float(row["own_bound_s"]) <= float(row["objective_s"]) + 1e-6
+
+
+def test_other_sources_leave_no_older_tables(tmp_path: Path) -> None:
+    """A run with another seed that is interrupted leaves nothing of the run before."""
+    args = simulate.parser().parse_args(["7B", "--output", str(tmp_path), "--steps", "2"])
+    args.command = "test"
+    path = tmp_path / "lengths.json"
+    path.write_text(json.dumps(LENGTHS), encoding="utf-8")
+    sources = Sources(lengths=path)
+
+    def begun(seed: int) -> dict[str, object]:
+        args.seed = seed
+        simulate.Experiment(args, sources, Workers(1)).begin()
+        return dict(read_provenance(tmp_path))
+
+    begun(0)
+    (tmp_path / "methods.csv").write_text("a\n1\n", encoding="utf-8")
+    begun(0)
+    assert (tmp_path / "methods.csv").is_file()  # resumed
+    found = begun(5)
+    assert not (tmp_path / "methods.csv").exists()
+    assert found["complete"] is False and found["seed"] == 5
+
+
+def test_plans_are_kept_when_only_the_steps_change(tmp_path: Path) -> None:
+    CALLS.clear()
+    free = Cell("plan", counted, ("plan",), {"n": "plan"}, free_of=("steps",))
+    bound = Cell("run", counted, ("run",), {"n": "run"})
+    for steps in (1, 2):
+        CellStore(tmp_path, {"steps": steps, "code": 1}, lambda line: None).get([free, bound])
+    assert CALLS == ["plan", "run", "run"]
+
+
+@pytest.mark.parametrize("words", [["--seed", "-3"], ["--steps", "1"], ["--workers", "0"]])
+def test_wrong_numbers_are_a_users_mistake(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert simulate.main(["7B", "--output", str(tmp_path), *words]) == 2
+    assert words[0] in capsys.readouterr().err
 
 
 def test_timeline_fills_every_replica_once(finished: Path) -> None:
