@@ -149,7 +149,11 @@ class CellStore:
             self.tell(f"{group}: {len(records)} there already")
         finished = self.workers.compute(list(missing.values()))
         for number, (cell, record, seconds) in enumerate(finished, 1):
-            content = {"label": cell.label, "key": dict(cell.key), "context": self._context(cell)}
+            content: Record = {
+                "label": cell.label,
+                "key": dict(cell.key),
+                "context": self._context(cell),
+            }
             content |= {"seconds": seconds, "record": record}
             write_atomic(self.folder / f"{cell.name}.json", json.dumps(content) + "\n")
             # what is used is what was written: figures do not depend on whether a cell was kept

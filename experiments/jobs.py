@@ -3,6 +3,10 @@
 ``python -m experiments.jobs 7B --output exp_result/expr_7b_real`` is what ``expr_7b.sh`` calls
 without ``--simulate``. It needs the GPUs, the model's weights and the data sets. What is finished
 is skipped; ``--dry-run`` shows the commands and starts nothing.
+
+Run for real: methods and ablation. Simulated only (``--simulate``): scalability over GPUs and
+tasks, sensitivity to the number of buckets, planning times of every pattern, and baselines with
+LobRA's even dealing; the real baselines have our dispatcher.
 """
 
 from __future__ import annotations
@@ -19,12 +23,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from experiments import study
 from experiments.bench import NUM_BUCKETS, Bench
+from experiments.cells import ROOT, Record
 from experiments.inputs import LARGEST_LAYOUT, MAX_SEQ_LENGTH, TPS, Costs, setup_of, workload_of
 from experiments.inputs import Lengths as FoundLengths
+from experiments.provenance import PROVENANCE, git_state
 from experiments.published import SETUPS, Setup, parse_plan
+from experiments.runs import together
 from experiments.simulate import tell, to_csv
-from experiments.study import method_rows
 from planner.plan import save_plan
 from planner.simulate import FUSED_BUCKETS
 from planner.workload import read_lengths
@@ -35,6 +42,9 @@ from tasks.errors import ConfigError
 from tasks.files import write_atomic
 
 STATIC = ("--dp-bucket", "off", "--num-buckets")
+DYNAMIC = ("--dp-bucket", "on", "--num-buckets", str(NUM_BUCKETS))
+PLANS = {"lobra": "LobRA", "ours": "ours"}  # a plan's file -> its owner in the tables
+RUNS = dict(zip(study.RUNGS, ("group", "balance", "dynamic"), strict=True))  # rung -> run's name
 
 
 @dataclass(frozen=True)
@@ -113,14 +123,13 @@ def train_jobs(setup: Setup, config: TrainerConfig, args: argparse.Namespace) ->
         own = str(args.output / "configs" / f"{task.name}.json")
         name = f"sequential/{task.name}"
         jobs.append(_train(name, name, own, (*STATIC, str(FUSED_BUCKETS)), setup, args))
-    rungs: dict[str, tuple[str, ...]] = {
-        "dynamic": ("--dp-bucket", "on", "--num-buckets", str(NUM_BUCKETS)),
-        "balance": (*STATIC, str(NUM_BUCKETS)),
-        "group": (*STATIC, str(NUM_BUCKETS), "--dispatch", "group"),
-    }
-    for plan in ("lobra", "ours"):
-        for name, words in rungs.items():
-            jobs.append(_train(f"{plan}_{name}", plan, str(config.path), words, setup, args))
+    for plan in PLANS:
+        for rung, (static, mode) in study.RUNGS.items():
+            words: tuple[str, ...] = (*STATIC, str(static)) if static else DYNAMIC
+            if mode != "balance":
+                words = (*words, "--dispatch", mode)
+            name = f"{plan}_{RUNS[rung]}"
+            jobs.append(_train(name, plan, str(config.path), words, setup, args))
     return jobs
 
 
@@ -137,7 +146,7 @@ def _train(
     command += ["--strategy-config", str(args.output / "plans" / f"{plan}.yaml")]
     command += ["--output-dir", str(folder), "--max-steps", str(args.steps), *words]
     command += ["--num-gpus", str(setup.num_gpus), "--data-dir", str(args.data_dir)]
-    command += ["--max-seq-length", str(MAX_SEQ_LENGTH)]
+    command += ["--max-seq-length", str(MAX_SEQ_LENGTH), "--seed", str(args.seed)]
     for option in ("server_addr", "server_port", "host_file", "env_file"):
         if (value := getattr(args, option)) is not None:
             command += [f"--{option.replace('_', '-')}", str(value)]
@@ -162,61 +171,68 @@ def write_homogeneous(setup: Setup, config: TrainerConfig, args: argparse.Namesp
         save_plan(plan, plans / "sequential" / f"{task.name}.yaml")
 
 
-def collect(setup: Setup, config: TrainerConfig, args: argparse.Namespace) -> Path:
-    """Write methods.csv from the runs' metrics, all measured, and return its path."""
-    runs = args.output / "runs"
+def record_of(folder: Path, num_gpus: int, args: argparse.Namespace) -> Record:
+    """Return a run's measured steps, those of the warm-up left out, as the tables want them."""
+    path = folder / "metrics.jsonl"
+    steps = read_steps(path)[args.warm_up : args.steps]
+    if not steps:
+        raise ConfigError(f"{path}: no steps after the warm-up of {args.warm_up}")
+    layouts = Counter(str(replica["layout"]) for replica in steps[0]["replicas"])
+    times = [step["step_time_s"] for step in steps]
+    tokens = [step["tokens"] for step in steps]
+    padded = [step["padded_tokens"] for step in steps]
+    busy = sum(
+        replica["busy_s"] * _num_gpus(replica["layout"]) / num_gpus
+        for step in steps
+        for replica in step["replicas"]
+    )
+    return {
+        "plan": " ".join(f"{layout}x{number}" for layout, number in layouts.items()),
+        "num_gpus": num_gpus,
+        "gpus_used": sum(_num_gpus(layout) * number for layout, number in layouts.items()),
+        "step_time_s": times,
+        "tokens": tokens,
+        "padded_tokens": padded,
+        "idle": 1.0 - busy / sum(times),
+        "padding": 1.0 - sum(tokens) / sum(padded),
+        "dispatch_ms": 1e3 * sum(s["dispatch_time_s"] for s in steps) / len(steps),
+    }
 
-    def record(name: str) -> dict[str, Any]:
-        steps = read_steps(runs / name / "metrics.jsonl")[: args.steps]
-        times = [step["step_time_s"] for step in steps]
-        gpus = round(steps[0]["gpu_seconds"] / times[0])
-        tokens = [step["tokens"] for step in steps]
-        padded = [step["padded_tokens"] for step in steps]
-        layouts = Counter(str(replica["layout"]) for replica in steps[0]["replicas"])
-        plan = " ".join(f"{layout}x{number}" for layout, number in layouts.items())
-        busy = sum(
-            replica["busy_s"] * _num_gpus(replica["layout"]) / gpus
-            for step in steps
-            for replica in step["replicas"]
-        )
-        return {
-            "plan": plan,
-            "num_gpus": gpus,
-            "step_time_s": times,
-            "tokens": tokens,
-            "padded_tokens": padded,
-            "idle": 1.0 - busy / sum(times),
-            "padding": 1.0 - sum(tokens) / sum(padded),
-            "dispatch_ms": 1e3 * sum(s["dispatch_time_s"] for s in steps) / len(steps),
-        }
+
+def collect(setup: Setup, config: TrainerConfig, args: argparse.Namespace) -> list[Path]:
+    """Write methods.csv and ablation.csv from the runs' metrics, all measured; return the paths."""
+
+    def record(name: str) -> Record:
+        return record_of(args.output / "runs" / name, setup.num_gpus, args)
 
     alone = [record(f"sequential/{task.name}") for task in config.tasks]
-    count = min(len(entry["step_time_s"]) for entry in alone)
-    together = dict(alone[0])
-    for key in ("step_time_s", "tokens", "padded_tokens"):
-        together[key] = [sum(entry[key][step] for entry in alone) for step in range(count)]
-    together |= {"plan": "one per task", "num_gpus": setup.num_gpus}
-    total = sum(together["step_time_s"])
-    together["idle"] = sum(e["idle"] * sum(e["step_time_s"][:count]) for e in alone) / total
-    together["padding"] = 1.0 - sum(together["tokens"]) / sum(together["padded_tokens"])
-    records = {
-        "Task-Sequential": together,
-        "Task-Fused": record("fused"),
-        "LobRA's plan": record("lobra_dynamic"),
-        "our plan": record("ours_dynamic"),
-    }
-    shortest = min(len(entry["step_time_s"]) for entry in records.values())
-    for entry in records.values():
+    fused = record("fused")
+    rungs = {(plan, rung): record(f"{plan}_{RUNS[rung]}") for plan in PLANS for rung in study.RUNGS}
+    steps = min(len(r["step_time_s"]) for r in (*alone, fused, *rungs.values()))
+    for one in (*alone, fused, *rungs.values()):
         for key in ("step_time_s", "tokens", "padded_tokens"):
-            entry[key] = entry[key][:shortest]
-    baselines = {"sequential": records["Task-Sequential"], "fused": records["Task-Fused"]}
-    rows = method_rows(records, baselines)
-    path: Path = args.output / "methods.csv"
-    write_atomic(path, to_csv(rows))
-    about = {"kind": "measured", "model": args.model, "num_gpus": setup.num_gpus}
-    about |= {"steps": shortest, "accelerator": "see the runs' config.yaml"}
-    write_atomic(args.output / "provenance.json", json.dumps(about, indent=2) + "\n")
-    return path
+            one[key] = one[key][:steps]
+    records = {
+        study.SEQUENTIAL: together(alone, setup.num_gpus),
+        study.FUSED: fused,
+        study.LOBRA: rungs["lobra", study.DYNAMIC_RUNG],
+        study.OURS: rungs["ours", study.DYNAMIC_RUNG],
+    }
+    baselines = {"sequential": records[study.SEQUENTIAL], "fused": fused}
+    ablation = {(study.HOMOGENEOUS, study.MEASURED_FUSED): fused}
+    ablation |= {(PLANS[plan], rung): found for (plan, rung), found in rungs.items()}
+    tables = {
+        "methods": study.method_rows(records, baselines),
+        "ablation": study.ablation_table(ablation, baselines),
+    }
+    paths = [args.output / f"{name}.csv" for name in tables]
+    for path, rows in zip(paths, tables.values(), strict=True):
+        write_atomic(path, to_csv(rows))
+    about = {"kind": "measured", "model": args.model, "num_gpus": setup.num_gpus, "steps": steps}
+    about |= {"warm_up": args.warm_up, "seed": args.seed, "command": args.words}
+    about |= {"accelerator": "see the runs' config.yaml", **git_state(ROOT), "complete": True}
+    write_atomic(args.output / PROVENANCE, json.dumps(about, indent=2) + "\n")
+    return paths
 
 
 def _num_gpus(layout: str) -> int:
@@ -239,8 +255,15 @@ def run(args: argparse.Namespace) -> int:
     fewest = min(
         (task.steps for task in config.tasks if task.steps is not None), default=args.steps
     )
-    if not 2 <= args.steps <= fewest:
-        raise ConfigError(f"--steps: {args.steps}; {config.path} allows 2 to {fewest}")
+    if args.seed < 0:
+        raise ConfigError(f"--seed: {args.seed}; a whole number, not negative")
+    if args.warm_up < 0:
+        raise ConfigError(f"--warm-up: {args.warm_up}; a number of steps")
+    if not args.warm_up + 2 <= args.steps <= fewest:
+        raise ConfigError(
+            f"--steps: {args.steps}; {config.path} allows {args.warm_up + 2} to {fewest}, "
+            f"of which {args.warm_up} are not counted (--warm-up)"
+        )
     before = [*profile_jobs(setup, config, args), *plan_jobs(setup, config, args)]
     training = train_jobs(setup, config, args)
     if args.dry_run:
@@ -261,18 +284,24 @@ def run(args: argparse.Namespace) -> int:
         if ended.returncode:
             tell(f"{job.name}: exit code {ended.returncode}; the same command continues here")
             return ended.returncode
-    tell(f"written: {collect(setup, config, args)}; pictures: lobra report {args.output}")
+    paths = collect(setup, config, args)
+    tell(f"written: {', '.join(map(str, paths))}; pictures: lobra report {args.output}")
     return 0
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command's arguments."""
-    result = argparse.ArgumentParser(prog="python -m experiments.jobs", description=__doc__)
+    result = argparse.ArgumentParser(
+        prog="python -m experiments.jobs",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = result.add_argument
     add("model", choices=tuple(SETUPS), help="which experiment")
     add("--output", type=Path, required=True, help="folder of plans, runs and tables")
     add("--steps", type=int, default=20, help="training steps per method (default 20)")
-    add("--seed", type=int, default=0, help="of sampled steps")
+    add("--warm-up", type=int, default=1, help="first steps that are not counted (default 1)")
+    add("--seed", type=int, default=0, help="of the training runs (default 0)")
     add("--data-dir", type=Path, default=Path("data"), help="the data sets (default data)")
     add("--server-addr", help="address of the first host")
     add("--server-port", type=int, help="port on the first host")
@@ -284,7 +313,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    args = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    args = parser().parse_args(words)
+    args.words = shlex.join(["python", "-m", "experiments.jobs", *words])
     try:
         return run(args)
     except ConfigError as error:

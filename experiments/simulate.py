@@ -191,7 +191,7 @@ class Experiment:
             points[num_gpus] = bench, store, SCALE_PLANS.get(num_gpus)
         rows = study.scale_rows(points, "gpus", tuple(INFERRED_PLANS))
         self.write("scale_gpus", _relative(rows, "gpus", PUBLISHED_GPUS))
-        tasks = {
+        tasks: dict[int, tuple[Bench, CellStore, str | None]] = {
             number: (self.bench(64, config, costs, lengths), store, None)
             for number, (config, costs, lengths, store) in zip(
                 SCALE_TASKS, [four, *more], strict=True

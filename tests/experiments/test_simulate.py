@@ -283,7 +283,45 @@ def test_real_jobs_cover_every_method(capsys: pytest.CaptureFixture[str], tmp_pa
     assert sum("--num-buckets 7" in line for line in trained) == 7
     assert any(line.startswith("EXPR_DEPLOY_PATTERN=PRUNE") for line in lines)
     assert not (tmp_path / "real").exists()
+    seeded = ["7B", "--output", str(tmp_path / "real"), "--dry-run", "--seed", "7"]
+    assert jobs.main(seeded) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all("--seed 7" in line for line in lines if line.startswith("lobra train"))
     assert jobs.main(["7B", "--output", "x", "--dry-run", "--steps", "22"]) == 2
+
+
+def test_every_real_run_is_in_a_table(tmp_path: Path) -> None:
+    setup, config = setup_of("7B")
+    words = ["7B", "--output", str(tmp_path), "--steps", "4"]
+    args = jobs.parser().parse_args(words)
+    args.words = " ".join(words)
+    names = [job.name.removeprefix("train ") for job in jobs.train_jobs(setup, config, args)]
+    for place, name in enumerate(names):
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        steps = [
+            {
+                "step": step,
+                "step_time_s": 100.0 if step == 0 else 1.0 + place + 0.1 * step,
+                "tokens": 90,
+                "padded_tokens": 100,
+                "dispatch_time_s": 0.01,
+                "replicas": [{"layout": "<8,1>", "busy_s": 0.5}] * 2,
+            }
+            for step in range(4)
+        ]
+        text = "".join(json.dumps(step) + "\n" for step in steps)
+        (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
+    jobs.collect(setup, config, args)
+    methods = {row["method"]: row for row in rows_of(tmp_path / "methods.csv")}
+    assert list(methods) == ["Task-Sequential", "Task-Fused", "LobRA's plan", "our plan"]
+    # the first step, a hundred seconds, is not counted
+    assert float(methods["Task-Fused"]["step_time_s"]) == pytest.approx(1.2)
+    assert float(methods["Task-Sequential"]["step_time_s"]) == pytest.approx(6 * 1.2 + 21)
+    ablation = [(row["plan_of"], row["rung"]) for row in rows_of(tmp_path / "ablation.csv")]
+    assert len(ablation) == 1 + 2 * 3 and ablation[0][0] == "homogeneous"
+    times = {float(row["step_time_s"]) for row in rows_of(tmp_path / "ablation.csv")}
+    assert len(times) == 7  # each from a run of its own
 
 
 def test_a_run_is_finished_when_all_its_steps_are_there(tmp_path: Path) -> None:
