@@ -2,20 +2,48 @@
 
 source "$(dirname "${BASH_SOURCE[0]}")/../scripts/common.sh"
 
+experiment_help() { # experiment_help MODEL FOLDER
+    local script="bash experiments/expr_${1,,}.sh"
+    cat <<END
+usage: $script --simulate [--option value ...]
+       $script [--option value ...]
+
+LobRA's experiments with the $1 model. Tables go to a folder; "lobra report FOLDER" makes pictures
+and a page of them. The same command goes on where it was interrupted.
+
+--simulate     no GPU is needed: methods, ablation, buckets, planning times (70B: scalability too) by
+               simulation; tables in $2
+without it     the real jobs, on the GPUs of a cluster: profile, plan, train methods and ablation
+               (the other studies are simulated only); tables in ${2}_real. See --dry-run first.
+
+Environment, with --simulate: LOBRA_REFERENCE, the folder of the published 7B profile;
+LOBRA_LENGTHS, a file or folder of sequence lengths.
+
+Options with --simulate:
+END
+    python -m experiments.simulate --help | sed -n '/^options:/,$p' | sed 1d
+    echo
+    echo "Options without:"
+    python -m experiments.jobs --help | sed -n '/^options:/,$p' | sed 1d
+}
+
 experiment() { # experiment MODEL [--simulate] [--option value ...]
-    local model=$1 simulate=false
+    local model=$1 simulate=false help=false
     shift
     local options=()
     while (($#)); do
         case $1 in
             --simulate) simulate=true ;;
+            -h | --help) help=true ;;
             *) options+=("$1") ;;
         esac
         shift
     done
     need_lobra
     local folder="exp_result/expr_${model,,}"
-    if $simulate; then
+    if $help; then
+        experiment_help "$model" "$folder"
+    elif $simulate; then
         # the planners are single-threaded programs; more threads only disturb their timing
         OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} \
             python -m experiments.simulate "$model" --output "$folder" "${options[@]}"

@@ -296,13 +296,13 @@ def test_every_real_run_is_in_a_table(tmp_path: Path) -> None:
     args = jobs.parser().parse_args(words)
     args.words = " ".join(words)
     names = [job.name.removeprefix("train ") for job in jobs.train_jobs(setup, config, args)]
-    for place, name in enumerate(names):
+    for number, name in enumerate(names):
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
         steps = [
             {
                 "step": step,
-                "step_time_s": 100.0 if step == 0 else 1.0 + place + 0.1 * step,
+                "step_time_s": 100.0 if step == 0 else 1.0 + number + 0.1 * step,
                 "tokens": 90,
                 "padded_tokens": 100,
                 "dispatch_time_s": 0.01,
@@ -332,6 +332,20 @@ def test_a_run_is_finished_when_all_its_steps_are_there(tmp_path: Path) -> None:
     assert not job.is_finished()
     path.write_text('{"step_time_s": 1}\n{"step_time_s": 2}\n', encoding="utf-8")
     assert job.is_finished()
+
+
+def test_help_of_the_scripts_has_both_modes(project_root: Path) -> None:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", str(project_root / "experiments" / "expr_32b.sh"), "--help"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": path, "VIRTUAL_ENV": "x"},
+        timeout=120,
+        check=True,
+    )
+    for word in ("--simulate", "--dry-run", "--time-limit", "--warm-up", "LOBRA_REFERENCE"):
+        assert word in done.stdout
 
 
 @pytest.mark.parametrize("name", ["7b", "32b", "70b"])
