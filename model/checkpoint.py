@@ -16,6 +16,7 @@ from tasks.errors import ConfigError, first_problems
 
 WHOLE = slice(None)
 INDEX = "model.safetensors.index.json"
+PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 
 
 def tensor_files(folder: Path) -> dict[str, str]:
@@ -62,10 +63,12 @@ def checkpoint_problems(folder: Path, shape: ModelShape) -> list[str]:
     try:
         files = tensor_files(folder)
         found: dict[str, tuple[int, ...]] = {}
+        dtypes: dict[str, str] = {}
         for name in sorted(set(files.values())):
             with opened(folder / name) as file:
-                names = list(file.keys())
-                found |= {key: tuple(file.get_slice(key).get_shape()) for key in names}
+                for key in list(file.keys()):
+                    part = file.get_slice(key)
+                    found[key], dtypes[key] = tuple(part.get_shape()), part.get_dtype()
     except ConfigError as error:
         return list(error.problems)
     problems = []
@@ -76,6 +79,12 @@ def checkpoint_problems(folder: Path, shape: ModelShape) -> list[str]:
             problems.append(
                 f"{folder}: tensor {name!r} is {found[name]}, config.json implies {wanted}"
             )
+    problems += [
+        f"{folder}: tensor {name!r} is stored as {dtype}; quantised weights are not read, use the "
+        f"unquantised model"
+        for name, dtype in dtypes.items()
+        if name.endswith((".weight", ".bias")) and dtype not in PLAIN_DTYPES
+    ]
     return first_problems(problems)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tasks.errors import ConfigError
 
@@ -19,11 +20,15 @@ SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma")
 # size follows from the hidden size, and the head is not tied to the embedding.
 DEFAULT_HEAD_DIM = {"qwen3": 128, "gemma": 256}
 DEFAULT_TIED = {"gemma": True}
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")  # "su": longrope's first name
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a decoder-only transformer. `path` is None for a shape known only by name."""
+    """Sizes of a decoder-only transformer. `path` is None for a shape known only by name.
+
+    `max_positions` is the longest context the model was made for, None where nothing says it.
+    """
 
     name: str
     num_layers: int
@@ -35,6 +40,7 @@ class ModelShape:
     vocab_size: int
     tied_embeddings: bool = False
     path: Path | None = None
+    max_positions: int | None = None
 
     def linear_sizes(self) -> dict[str, tuple[int, int]]:
         """Return {module name: (in_features, out_features)} of one decoder layer's linears."""
@@ -119,6 +125,12 @@ def read_shape(folder: Path) -> ModelShape:
             problems.append(f"{path}: {field}: {value!r} is not a positive integer")
         else:
             sizes[field] = value
+    if config.get("quantization_config"):
+        problems.append(
+            f"{path}: quantization_config: quantised weights are not read; use the "
+            f"unquantised model"
+        )
+    problems += [f"{path}: {problem}" for problem in _rope_problems(config)]
     if problems:
         raise ConfigError(problems)
     heads = sizes["num_attention_heads"]
@@ -137,7 +149,29 @@ def read_shape(folder: Path) -> ModelShape:
         vocab_size=sizes["vocab_size"],
         tied_embeddings=bool(config.get("tie_word_embeddings", DEFAULT_TIED.get(str(model_type)))),
         path=folder,
+        max_positions=config.get("max_position_embeddings"),
     )
+
+
+def _rope_problems(config: dict[str, Any]) -> list[str]:
+    """Return a problem for rotary embeddings that depend on the longest row of a micro-batch.
+
+    With them a sequence's result would depend on what it is batched with.
+    """
+    problems = []
+    for field in ("rope_parameters", "rope_scaling"):
+        given = config.get(field)
+        if not isinstance(given, dict):
+            continue
+        # Some families have one set of parameters per kind of layer.
+        for entry in (given, *(value for value in given.values() if isinstance(value, dict))):
+            kind = entry.get("rope_type", entry.get("type"))
+            if kind in LENGTH_DEPENDENT_ROPE:
+                problems.append(
+                    f"{field}: the rope type {kind!r} makes a sequence depend on the others in its "
+                    f"batch and is not supported; remove it, or use another model"
+                )
+    return problems
 
 
 def resolve_folder(model: str) -> Path:

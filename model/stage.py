@@ -14,11 +14,13 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, masking_utils
 
 from model.checkpoint import CheckpointReader, as_slice
@@ -230,11 +232,24 @@ def build_stage(
     decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(device)
     decoder.requires_grad_(False)
     if gradient_checkpointing:
-        decoder.train()
-        decoder.gradient_checkpointing_enable({"use_reentrant": False})
+        _checkpoint_layers(decoder)
     stage = Stage(shape, groups, decoder, head, bank, row_tasks, layers)
     stage.loaded_bytes = reader.loaded_bytes
     return stage
+
+
+def _checkpoint_layers(decoder: nn.Module) -> None:
+    """Have each layer keep its input only and be computed again in the backward pass.
+
+    What transformers' own switch does to the layers. The switch itself warns, with names that
+    change between versions, of embeddings that need no gradient here and that later stages lack.
+    """
+    decoder.train()
+    again = partial(checkpoint, use_reentrant=False)
+    for module in decoder.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = True  # type: ignore[assignment]
+            module._gradient_checkpointing_func = again  # type: ignore[assignment]
 
 
 def _check_targets(specs: Sequence[AdapterSpec], shape: ModelShape) -> None:

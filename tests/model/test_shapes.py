@@ -43,3 +43,35 @@ def test_all_problems_of_a_config_at_once(tmp_path: Path) -> None:
         read_shape(tmp_path)
     for part in ("model_type: 'gpt2'", "hidden_size: 0", "vocab_size: 'many'", "gemma"):
         assert part in str(caught.value)
+
+
+def problems_of(folder: Path, **given: object) -> str:
+    config = {"model_type": "llama", **SIZES, **given}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError) as caught:
+        read_shape(folder)
+    return str(caught.value)
+
+
+def test_a_quantised_model_is_refused_with_all_else(tmp_path: Path) -> None:
+    problems = problems_of(tmp_path, hidden_size=0, quantization_config={"quant_method": "fp8"})
+    assert "hidden_size: 0" in problems
+    assert "quantization_config: quantised weights are not read" in problems
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope", "su"])
+@pytest.mark.parametrize("name", ["rope_type", "type"])
+@pytest.mark.parametrize("field", ["rope_parameters", "rope_scaling"])
+def test_embeddings_that_depend_on_the_batch_are_refused(
+    field: str, name: str, kind: str, tmp_path: Path
+) -> None:
+    given = {name: kind, "factor": 2.0}
+    for value in (given, {"full_attention": given}):
+        assert f"{field}: the rope type {kind!r}" in problems_of(tmp_path, **{field: value})
+
+
+def test_embeddings_that_are_fixed_are_read(tmp_path: Path) -> None:
+    rope = {"rope_type": "llama3", "factor": 8.0}
+    config = {"model_type": "llama", **SIZES, "rope_scaling": rope, "rope_parameters": None}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 77}))
+    assert read_shape(tmp_path).max_positions == 77

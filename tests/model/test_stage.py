@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from model.groups import ReplicaGroups
 from model.launch import RankError, run_ranks
 from model.lora import peft_name
 from model.shapes import read_shape
+from model.stage import MicroBatchTensors, build_stage
+from model.topology import role_of
 from tests.model.support import SPECS, random_adapter, random_batches, save_family, save_llama
 from tests.model.test_topology import make_grids
 
@@ -122,6 +127,27 @@ def test_a_vocabulary_that_the_ranks_cannot_share_evenly(tmp_path: Path) -> None
         summed = sum(result["gradients"][name] for result in both)
         error = np.linalg.norm(summed - gradient) / np.linalg.norm(gradient)
         assert error < 1e-5, f"{name}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_gradient_checkpointing_says_nothing_and_computes_layers_again(
+    llama, stage: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    groups = ReplicaGroups(role_of((((0,), (1,)),), stage), None, (stage,), None, (0, 1))
+    tokens = torch.arange(3, 11).unsqueeze(0)
+    batch = MicroBatchTensors(tokens, tokens, (0,), torch.ones(2))
+    computed: list[int] = []
+    transformers.utils.logging.enable_propagation()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            built = build_stage(llama, groups, SPECS, gradient_checkpointing=True)
+            built.decoder.layers[0].mlp.register_forward_pre_hook(lambda *_args: computed.append(1))
+            built.hidden(batch, torch.randn(1, 8, 64) if stage else None).sum().backward()
+    finally:
+        transformers.utils.logging.disable_propagation()
+    assert not caplog.records
+    assert len(computed) == 2
 
 
 @pytest.mark.parametrize("layout", [(2, 2), (4, 1)])
