@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import t as student
 
-LEVEL = 0.95
+from trainer.experiment_intervals import LEVEL, reach_of_mean
+
 RESAMPLES = 4000
 
 
@@ -24,10 +24,7 @@ def mean_interval(values: np.ndarray) -> Interval:
     """Return the mean of values [n] with Student's interval; all the same if n is 1."""
     values = np.asarray(values, dtype=np.float64)
     mean = float(values.mean())
-    if len(values) < 2:
-        return Interval(mean, mean, mean)
-    error = float(values.std(ddof=1)) / len(values) ** 0.5
-    reach = float(student.ppf((1 + LEVEL) / 2, len(values) - 1)) * error
+    reach = reach_of_mean(values.tolist())
     return Interval(mean, mean - reach, mean + reach)
 
 

@@ -233,7 +233,7 @@ class Methods:
 
 
 HOMOGENEOUS = "homogeneous"
-DEALT_SEVEN, DEALT = "dealt evenly, 7 buckets", "dealt evenly"
+DEALT_SEVEN, DEALT = "dealt evenly, as published", "dealt evenly"
 DYNAMIC_RUNG = "balanced + dynamic buckets"
 MEASURED_FUSED = "balanced dispatch, 7 buckets"  # real baselines have our dispatcher
 BUCKETS_OF = {

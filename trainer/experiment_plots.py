@@ -15,7 +15,22 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, str]
 Tables = Mapping[str, Sequence[Row]]
-STYLES = (
+SCALE_STYLES: Mapping[str, Mapping[str, Any]] = {  # drawn in this order, ours on top
+    "Task-Fused, published": {"color": "0.45", "linestyle": (0, (1, 3)), "marker": "P"},
+    "LobRA, published": {"color": "0.45", "linestyle": (0, (3, 1, 1, 1, 1, 1)), "marker": "X"},
+    "Task-Fused": {"color": "0.0", "linestyle": "-", "marker": "o"},
+    "Task-Fused, our dispatch": {"color": "0.35", "linestyle": "--", "marker": "s"},
+    "Task-Fused, our dispatch, 16 dynamic buckets": {
+        **{"color": "0.55", "linestyle": "-.", "marker": "^"},
+    },
+    "LobRA's plan": {"color": "0.2", "linestyle": ":", "marker": "D", "markersize": 9},
+    "our plan": {
+        **{"color": "0.5", "linestyle": "-", "marker": "v", "markersize": 8},
+        **{"markerfacecolor": "0.75", "markeredgecolor": "1.0", "markeredgewidth": 1.2},
+    },
+}
+PUBLISHED_CURVES = {"Task-Fused, published": "Task-Fused", "LobRA, published": "our plan"}
+STYLES: tuple[Mapping[str, Any], ...] = (
     {"color": "0.0", "linestyle": "-", "marker": "o"},
     {"color": "0.35", "linestyle": "--", "marker": "s"},
     {"color": "0.55", "linestyle": "-.", "marker": "^"},
@@ -108,7 +123,9 @@ def _ablation(rows: Sequence[Row]) -> Figure:
     for row in rows:
         owner = row["plan_of"]
         shade = 2 if owner == "homogeneous" else owners.index(owner)
-        labels.append(row["rung"] if owner == "homogeneous" else f"{_named(owner)}\n{row['rung']}")
+        who = "Task-Fused" if owner == "homogeneous" else _named(owner)
+        buckets = f" ({row['buckets']})" if row.get("buckets") else ""
+        labels.append(f"{who}\n{row['rung']}{buckets}")
         bars.append((float(row["gpu_seconds"]), FILLS[shade], HATCHES[shade]))
     for index, (value, fill, hatch) in enumerate(bars):
         low, high = float(rows[index]["gpu_seconds_low"]), float(rows[index]["gpu_seconds_high"])
@@ -128,7 +145,7 @@ def _ablation(rows: Sequence[Row]) -> Figure:
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.3 * max(_values(rows, "gpu_seconds_high")))
-    axes.set_xlabel("GPU-seconds per step (in brackets: against homogeneous)")
+    axes.set_xlabel("GPU-seconds per step (in brackets: against the first)")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     return figure
 
@@ -139,11 +156,11 @@ def _buckets(rows: Sequence[Row]) -> Figure:
         numbers = _values(own, "buckets")
         step_s = _values(own, "step_time_s")
         right.errorbar(
-            numbers, step_s, yerr=_errors_s(own), label=_named(owner), capsize=2, **_style(style)
+            numbers, step_s, yerr=_errors_s(own), label=_named(owner), capsize=2, **style
         )
     own = next(iter(_groups(rows, "plan_of").values()))
     shares = [100 * value for value in _values(own, "padding")]
-    left.plot(_values(own, "buckets"), shares, **_style(STYLES[0]))
+    left.plot(_values(own, "buckets"), shares, **STYLES[0])
     left.set_ylabel("padding (% of computed tokens)")
     right.set_ylabel("step time (s), mean and 95 % interval")
     right.legend()
@@ -201,16 +218,18 @@ def _timeline(rows: Sequence[Row]) -> Figure:
 
 
 def _scale(rows: Sequence[Row], column: str, label: str) -> Figure:
-    figure, (axes,) = _figure()
-    rows = [row for row in rows if "capacities" not in row["method"]]  # hardly apart: in the table
-    for (method, own), style in zip(_groups(rows, "method").items(), STYLES, strict=False):
-        axes.plot(_values(own, column), _values(own, "relative"), label=method, **_style(style))
-    published = {"Task-Fused, published": "Task-Fused", "LobRA, published": "our plan"}
-    for (name, method), style in zip(published.items(), STYLES[3:], strict=False):
-        known = [row for row in rows if row["method"] == method and row.get("published")]
-        if known:
-            looks = {**_style(style), "markerfacecolor": "white"}
-            axes.plot(_values(known, column), _values(known, "published"), label=name, **looks)
+    figure, (axes,) = _figure(width=9.5)
+    methods = _groups(rows, "method")
+    for name, style in SCALE_STYLES.items():  # other methods are hardly apart: in the table
+        looks = dict(style)
+        if method := PUBLISHED_CURVES.get(name):
+            own = [row for row in methods.get(method, []) if row.get("published")]
+            value = "published"
+            looks["markerfacecolor"] = "white"
+        else:
+            own, value = methods.get(name, []), "relative"
+        if own:
+            axes.plot(_values(own, column), _values(own, value), label=name, **looks)
     ticks = sorted({float(row[column]) for row in rows})
     if ticks[-1] / ticks[0] > 8:
         axes.set_xscale("log", base=2)
@@ -302,15 +321,21 @@ def _planning(rows: Sequence[Row]) -> Figure:
             color="0.0",
             label="stopped at its limit",
         )
-    published = [row for row in rows if row.get("published_s") not in ("", None, "over 3600")]
+    published = [
+        row
+        for row in rows
+        if row.get("published_s") not in ("", None, "over 3600") and row["pattern"] in patterns
+    ]
     for number, (pattern, own) in enumerate(_groups(published, "pattern").items()):
+        place = (patterns.index(pattern) + 0.5) * width - 0.4  # on the pattern's own bar
         axes.plot(
-            [sizes.index(int(row["num_gpus"])) for row in own],
+            [sizes.index(int(row["num_gpus"])) + place for row in own],
             _values(own, "published_s"),
             linestyle="none",
             marker="Dsov"[number % 4],
             markerfacecolor="white",
             markeredgecolor="0.0",
+            zorder=3,
             label=f"{pattern}, published",
         )
     axes.set_yscale("log")
@@ -364,10 +389,6 @@ def _plain_ticks(axis: Axis) -> None:
 
 def _named(owner: str) -> str:
     return {"LobRA": "LobRA's plan", "ours": "our plan"}.get(owner, owner)
-
-
-def _style(style: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(style)
 
 
 Draw = Callable[[Sequence[Row]], "Figure"]

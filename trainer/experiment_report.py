@@ -15,6 +15,7 @@ from rich.table import Table
 
 from tasks.errors import ConfigError
 from tasks.files import write_atomic
+from trainer.experiment_intervals import reach_of_mean
 from trainer.experiment_plots import plot_tables
 
 ABOUT, SIMULATION = "provenance.json", "simulation.json"
@@ -33,11 +34,14 @@ TITLES = {
     "throughput": "Throughput of layouts: predicted against published",
     "lengths": "Sequence lengths: published moments, and those used",
     "timeline": "What every replica does in the first sampled step",
+    "runs": "Runs of the command that made these tables",
 }
 CAPTIONS = {
     "gpu_seconds": "Fewer is better. All methods were given the same sampled steps. Baselines are "
-    "dealt the sequences of each bucket evenly; with our dispatch they are balanced too.",
-    "ablation": "Every rung adds to the one above: dispatch by length, balanced, own buckets.",
+    "dealt the sequences of each bucket evenly; with our dispatch they are balanced too; with 16 "
+    "dynamic buckets as well they lack heterogeneous replicas alone. All GPUs there are count.",
+    "ablation": "One thing is changed at a time: the number of buckets, dispatch by length, "
+    "balanced dispatch, each step's own (dynamic) buckets.",
     "timeline": "Alternating greys are consecutive micro-batches, the costliest first.",
     "buckets": "Dynamic buckets; the plan is the one made for 16.",
     "scale_gpus": "Open markers: published values. All GPUs there are are counted.",
@@ -54,9 +58,12 @@ SHOWN = {  # the columns of the terminal's tables; the page and the CSVs have al
         "gpu_seconds",
         "less_than_sequential",
         "less_than_fused",
-        "less_than_fused_balanced",
+        "less_than_fused_dynamic",
     ),
-    "ablation": ("plan_of", "rung", "step_time_s", "gpu_seconds", "less_than_fused"),
+    "ablation": (
+        *("plan_of", "rung", "buckets", "step_time_s", "gpu_seconds"),
+        *("less_than_fused", "less_than_fused_16_fixed"),
+    ),
     "buckets": ("plan_of", "buckets", "step_time_s", "padding"),
     "scale_gpus": ("gpus", "method", "plan", "gpu_seconds", "relative", "published"),
     "scale_tasks": ("tasks", "method", "plan", "gpu_seconds", "relative", "published"),
@@ -67,6 +74,7 @@ SHOWN = {  # the columns of the terminal's tables; the page and the CSVs have al
         "seconds",
         "stopped",
         "published_s",
+        "gpus_used",
         "step_time_s",
         "published_plan_step_s",
     ),
@@ -128,6 +136,9 @@ def read_experiment(folder: Path) -> tuple[dict[str, Any], Tables]:
     about = _read_json(folder / ABOUT)
     if not isinstance(about, dict):
         raise ConfigError(f"{folder / ABOUT}: an object is expected")
+    if not ordered:
+        command = about.get("command", "the experiment's command")
+        raise ConfigError(f"{folder}: no table yet; to go on where it stopped: {command}")
     return about, ordered
 
 
@@ -139,7 +150,7 @@ def _read_simulation(folder: Path) -> tuple[dict[str, Any], Tables]:
     methods = []
     for run in runs:
         own = [float(s["gpu_seconds"]) for s in steps if s["name"] == run["name"]]
-        reach = _reach(own)
+        reach = reach_of_mean(own)
         mean = float(run["gpu_seconds"])
         methods.append(
             {
@@ -160,17 +171,6 @@ def _read_simulation(folder: Path) -> tuple[dict[str, Any], Tables]:
         tables["timeline"] = _trace_rows(_read_json(folder / "trace.json"))
     about = {"kind": "simulation", "steps": runs[0].get("steps"), "command": "lobra simulate"}
     return about, tables
-
-
-def _reach(values: Sequence[float]) -> float:
-    """Return half the width of the mean's 95 % interval (Student); 0 for fewer than two."""
-    if len(values) < 2:
-        return 0.0
-    import numpy as np
-    from scipy.stats import t as student
-
-    error = float(np.std(values, ddof=1)) / len(values) ** 0.5
-    return float(student.ppf(0.975, len(values) - 1)) * error
 
 
 def _trace_rows(trace: Any) -> list[dict[str, str]]:
@@ -211,7 +211,9 @@ def _headline(about: Mapping[str, Any]) -> str:
     kind = "measured" if about.get("kind") == "measured" else "simulated, no GPU was used"
     inputs = about.get("inputs", {}).get("main", {})
     sources = "; ".join(str(inputs[key]) for key in ("profile", "lengths") if key in inputs)
-    return f"{what}{about.get('steps')} steps ({kind})" + (f": {sources}" if sources else "")
+    state = "NOT FINISHED, more tables will come: " if about.get("complete") is False else ""
+    sources = f": {sources}" if sources else ""
+    return f"{state}{what}{about.get('steps')} steps ({kind}){sources}"
 
 
 def _terminal(title: str, rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> Table:
@@ -242,6 +244,8 @@ def shown(column: str, text: str) -> str:
 def _heading(column: str) -> str:
     words = column.replace("less_than_", "saved against ").replace("gpu_seconds", "GPU-s")
     words = words.replace("_balanced", ", our dispatch")
+    words = words.replace("_dynamic", ", our dispatch, dynamic buckets")
+    words = words.replace("fused_16_fixed", "fused, 16 fixed buckets")
     words = words.replace("num_gpus", "GPUs").replace("published_s", "published (s)")
     if words.endswith("_s"):
         words = f"{words[:-2]} (s)"
@@ -305,7 +309,27 @@ def _page(about: Mapping[str, Any], tables: Tables, pictures: Sequence[Path]) ->
     return "".join(parts)
 
 
+def _intervals(row: Mapping[str, str]) -> dict[str, str]:
+    """Return a row with every interval written beside its value, in the same cell."""
+    joined = {}
+    for name, value in row.items():
+        ends = [_end(name, end) for end in ("low", "high")]
+        if value and all(row.get(end) for end in ends):
+            value = f"{shown(name, value)} [{', '.join(shown(end, row[end]) for end in ends)}]"
+        if not any(name == _end(other, end) for other in row for end in ("low", "high")):
+            joined[name] = value
+    return joined
+
+
+def _end(column: str, end: str) -> str:
+    """Return the column of an interval's end: ``step_time_low_s`` of ``step_time_s``."""
+    if column.endswith("_time_s"):
+        return f"{column[:-2]}_{end}_s"
+    return f"{column}_{end}"
+
+
 def _html_table(rows: Sequence[Mapping[str, str]]) -> str:
+    rows = [_intervals(row) for row in rows]
     columns = [name for name in rows[0] if any(row.get(name) for row in rows)]
     head = "".join(f"<th>{html.escape(_heading(name))}</th>" for name in columns)
     numbers = {name for name in columns if _is_number(rows, name)}

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trainer.experiment_report import experiments_in, report_experiment
+from tasks.errors import ConfigError
+from trainer.experiment_report import ABOUT, SIMULATION, experiments_in, report_experiment
 from trainer.metrics import read_metrics
 from trainer.plots import plot_run
 from trainer.report import print_run_report
 from trainer.trace import write_trace
+
+CONFIG = "config.yaml"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +32,13 @@ def run(args: argparse.Namespace) -> int:
             for path in report_experiment(folder):
                 print(f"written: {path}")
         return 0
+    if not args.run.is_dir():
+        raise ConfigError(f"{args.run}: no such folder")
+    if not (args.run / CONFIG).is_file():
+        raise ConfigError(
+            f"{args.run}: none of {CONFIG} (a run), {SIMULATION} (`lobra simulate`) and {ABOUT} "
+            "(an experiment) is in it, nor in a folder directly below it"
+        )
     print_run_report(args.run)
     if args.plots:
         for path in plot_run(args.run, read_metrics(args.run)):

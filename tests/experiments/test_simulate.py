@@ -95,7 +95,7 @@ def test_ablation_changes_one_thing_at_a_time(finished: Path) -> None:
     rows = rows_of(finished / "ablation.csv")
     fused = [(row["rung"], row["buckets"]) for row in rows if row["plan_of"] == "homogeneous"]
     assert fused == [
-        ("dealt evenly, 7 buckets", "7 fixed"),
+        ("dealt evenly, as published", "7 fixed"),
         ("dealt evenly", "16 fixed"),
         ("balanced + dynamic buckets", "16 dynamic"),
     ]

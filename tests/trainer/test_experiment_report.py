@@ -96,6 +96,32 @@ def test_folder_of_a_simulation_has_the_same_tables(tmp_path: Path) -> None:
     assert (tmp_path / "report" / "timeline.png").is_file()
 
 
+def test_what_is_missing_is_named(
+    experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(tmp_path / "none")]) == 2
+    assert "no such folder" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main(["report", str(tmp_path / "empty")]) == 2
+    assert "provenance.json" in capsys.readouterr().err
+    about = {"kind": "simulation", "complete": False, "command": "bash expr.sh"}
+    (experiment / "provenance.json").write_text(json.dumps(about), encoding="utf-8")
+    assert main(["report", str(experiment)]) == 0
+    assert "NOT FINISHED" in capsys.readouterr().out
+    for path in experiment.glob("*.csv"):
+        path.unlink()
+    assert main(["report", str(experiment)]) == 2
+    assert "no table yet; to go on where it stopped: bash expr.sh" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+def test_an_interval_is_one_cell_of_the_page(experiment: Path) -> None:
+    assert main(["report", str(experiment)]) == 0
+    page = (experiment / "report" / "report.html").read_text(encoding="utf-8")
+    assert "10 [9, 11]" in page and "GPU-s low" not in page
+
+
 def test_broken_files_are_a_users_mistake(experiment: Path) -> None:
     (experiment / "provenance.json").write_text("[1", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"provenance\.json: not readable"):
