@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.optimize import linprog
+from ortools.linear_solver import pywraplp
 
 from planner.chunks import ChunkTable
 from planner.clock import Clock
@@ -154,12 +154,9 @@ def generate(
     used = np.flatnonzero(counts > 0)
     for group, table in enumerate(tables):
         for bucket in used:
-            size = 1 + int(np.argmin(table.time_s[bucket, 1:]))  # times need not grow with it
-            chunk_s = float(table.time_s[bucket, size])
-            if chunk_s * (1 + table.bubble_chunks) <= step_time_s:
-                one = np.zeros(len(counts), dtype=np.int64)
-                one[bucket] = size
-                columns.add(group, Pattern(one, chunk_s, chunk_s * (1 + table.bubble_chunks)))
+            pattern = _filled(table, int(bucket), int(counts[bucket]), step_time_s)
+            if pattern is not None:
+                columns.add(group, pattern)
     none = np.zeros(len(counts))
     if not columns.patterns or not (columns.matrix().sum(axis=0)[used] > 0).all():
         empty = np.zeros(len(tables))
@@ -171,8 +168,9 @@ def generate(
     ]
     reach = np.stack([amounts(table, step_time_s) for table in tables])
     best = Generated(np.inf, 0.0, none, np.zeros(len(tables)), np.zeros(0), columns)
+    master = _Master(columns, budget, counts)
     for _ in range(MOST_ROUNDS):
-        theta, prices, worth, weights = _master(columns, budget, counts, used)
+        theta, prices, worth, weights = master.solve()
         fluid = (prices[None, :] * reach).max(axis=1)
         values = np.zeros(len(tables))
         grew = False
@@ -196,24 +194,60 @@ def generate(
     return best
 
 
-def _master(
-    columns: Columns, budget: Budget, counts: np.ndarray, used: np.ndarray
-) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
-    """Return theta, prices [R], a replica's worth [layouts] and the columns' weights."""
-    matrix = columns.matrix()[:, used].T
-    number, rows = matrix.shape[1], len(budget.limits)
-    upper = np.zeros((rows + len(used), number + 1))
-    upper[:rows, :number] = budget.rows[:, columns.owner]
-    upper[:rows, -1] = -budget.limits
-    upper[rows:, :number] = -matrix
-    right = np.concatenate([np.zeros(rows), -counts[used].astype(float)])
-    objective = np.zeros(number + 1)
-    objective[-1] = 1.0
-    result = linprog(objective, A_ub=upper, b_ub=right, bounds=(0, None), method="highs-ds")
-    if result.status != 0:
-        raise RuntimeError(f"the master program was not solved: {result.message}")
-    duals = -result.ineqlin.marginals
-    prices = np.zeros(len(counts))
-    prices[used] = np.maximum(duals[rows:], 0.0)
-    worth = np.maximum(duals[:rows], 0.0) @ budget.rows
-    return float(result.fun), prices, worth, result.x[:-1]
+def _filled(table: ChunkTable, bucket: int, count: int, step_time_s: float) -> Pattern | None:
+    """Return as many sequences of one bucket as a replica does in equal chunks, None if none."""
+    time_s = table.time_s[bucket, 1:]
+    with np.errstate(invalid="ignore"):
+        chunks = np.floor(step_time_s / time_s * (1 - 1e-9) - table.bubble_chunks)
+    done = np.maximum(chunks, 0.0) * np.arange(1, len(time_s) + 1)
+    size = 1 + int(np.argmax(np.where(np.isfinite(time_s), done, 0.0)))
+    number = min(int(chunks[size - 1]), count // size)
+    if number < 1:
+        return None
+    counts = np.zeros(len(table.limit), dtype=np.int64)
+    counts[bucket] = number * size
+    chunk_s = float(time_s[size - 1])
+    return Pattern(counts, chunk_s, (number + table.bubble_chunks) * chunk_s)
+
+
+class _Master:
+    """The linear program over the columns known so far; grows by the columns that are new."""
+
+    def __init__(self, columns: Columns, budget: Budget, counts: np.ndarray) -> None:
+        self._columns, self._budget = columns, budget
+        self._used = np.flatnonzero(counts > 0).tolist()
+        self._solver = pywraplp.Solver.CreateSolver("GLOP")
+        infinity = self._solver.infinity()
+        self._theta = self._solver.NumVar(0.0, infinity, "")
+        self._within = [self._solver.RowConstraint(-infinity, 0.0, "") for _ in budget.limits]
+        for row, limit in zip(self._within, budget.limits.tolist(), strict=True):
+            row.SetCoefficient(self._theta, -float(limit))
+        self._taken = [
+            self._solver.RowConstraint(float(counts[bucket]), infinity, "") for bucket in self._used
+        ]
+        self._solver.Objective().SetCoefficient(self._theta, 1.0)
+        self._solver.Objective().SetMinimization()
+        self._weights: list[pywraplp.Variable] = []
+
+    def solve(self) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
+        """Return theta, prices [R], a replica's worth [layouts] and the columns' weights."""
+        budget, columns, solver = self._budget, self._columns, self._solver
+        for k in range(len(self._weights), len(columns.patterns)):
+            weight = solver.NumVar(0.0, solver.infinity(), "")
+            self._weights.append(weight)
+            needs = budget.rows[:, columns.owner[k]].tolist()
+            for row, needed in zip(self._within, needs, strict=True):
+                if needed:
+                    row.SetCoefficient(weight, float(needed))
+            does = columns.patterns[k].counts
+            for row, bucket in zip(self._taken, self._used, strict=True):
+                if does[bucket]:
+                    row.SetCoefficient(weight, float(does[bucket]))
+        status = solver.Solve()
+        if status != pywraplp.Solver.OPTIMAL:
+            raise RuntimeError(f"the master program was not solved: GLOP's status {status}")
+        prices = np.zeros(len(columns.patterns[0].counts))
+        prices[self._used] = [max(0.0, row.dual_value()) for row in self._taken]
+        worth = np.maximum([-row.dual_value() for row in self._within], 0.0) @ budget.rows
+        weights = np.array([weight.solution_value() for weight in self._weights])
+        return float(self._theta.solution_value()), prices, worth, weights

@@ -159,11 +159,13 @@ def dispatch_counts(
     *,
     mode: Mode = "balance",
     slowdown: np.ndarray | None = None,
+    thorough: bool = True,
 ) -> CountAssignment:
     """Assign ``counts`` [R] sequences of the ``buckets`` [R]; the core of ``dispatch``.
 
     The fluid relaxation says how much of each bucket every group of equal replicas takes; its
-    chunks go to the replicas longest first; local search then moves and swaps sequences.
+    chunks go to the replicas longest first; local search then moves and swaps sequences, if
+    ``thorough`` with dearer moves too while the result is far from the bound.
     """
     counts = np.asarray(counts, dtype=np.int64)
     tables = plan_tables(plan, buckets, cost_model, counts, mode)
@@ -171,9 +173,9 @@ def dispatch_counts(
         tables = [table.slowed(factor) for table, factor in zip(tables, slowdown, strict=True)]
     replicas = np.array([group.replicas for group in plan.groups])
     start = start_loads(tables, replicas, counts)
-    search_loads(start.loads, start.bound_s)
+    search_loads(start.loads, start.bound_s, thorough)
     chunks, times = chunks_of(start.loads, start.tables)
-    if max(times) > start.bound_s * (1 + far_off(len(start.loads.group))):
+    if thorough and max(times) > start.bound_s * (1 + far_off(len(start.loads.group))):
         # few sequences: greedy may be nearer
         other = greedy_start(start, tables, counts)
         improve(other.loads, start.bound_s * (1 + GOOD_ENOUGH), len(other.loads.group))
@@ -219,7 +221,7 @@ def far_off(num_replicas: int) -> float:
     return FAR_OFF + FAR_OFF_REPLICA / num_replicas
 
 
-def search_loads(loads: Loads, bound_s: float) -> None:
+def search_loads(loads: Loads, bound_s: float, thorough: bool = True) -> None:
     """Shorten the slowest replica's time: cheap moves first, dearer ones while it is far off."""
     enough_s = bound_s * (1 + far_off(len(loads.group)))
     target_s = bound_s * (1 + GOOD_ENOUGH)
@@ -228,7 +230,7 @@ def search_loads(loads: Loads, bound_s: float) -> None:
     improve(loads, target_s, rounds, max_exchanges=0, swap_partners=EASY_PARTNERS)
     best, best_s = loads.counts.copy(), loads.time_s.max()
     for balanced in (True, False):
-        if best_s <= enough_s:
+        if best_s <= enough_s or not thorough:
             return loads.restore(best)
         loads.restore(first)
         if balanced:  # of few large sequences balanced groups may leave the moves no way out

@@ -17,11 +17,11 @@ from planner.resplit import shake
 from planner.search import Loads, improve
 
 SPARE_COUNT = 256  # how far a replica's sequences of a bucket may grow in the search
-MIP_LIMIT_S = 2.0
+MIP_LIMIT_S = 0.4
 DIVERSITY = 0.2  # standard deviation of the disturbance, in the logarithm
-DIVERSITY_ROUNDS = 60
+DIVERSITY_ROUNDS = 30
 DIVERSITY_LIMIT_S = 0.6
-TICKS, SHAKES = 2048, 8
+TICKS, SHAKES = 2048, 40
 
 
 @dataclass(frozen=True, eq=False)

@@ -68,9 +68,9 @@ class Problem:
             ]
         )
 
-    def evaluate(self, plan: Plan) -> CountAssignment:
+    def evaluate(self, plan: Plan, thorough: bool = True) -> CountAssignment:
         """Return the best dispatch found of the expected batch over a plan."""
-        return dispatch_counts(self.counts, self.buckets, plan, self.cost_model)
+        return dispatch_counts(self.counts, self.buckets, plan, self.cost_model, thorough=thorough)
 
     def can_place(self, plan: Plan) -> bool:
         """Return whether the plan fits the GPUs and the nodes."""

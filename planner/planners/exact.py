@@ -26,7 +26,7 @@ from planner.planners.neighbours import filled, promising
 from planner.planners.partitions import count_maximal, maximal
 from planner.planners.polish import polish, round_any
 from planner.planners.relaxation import CUT_SLACK, Cut, FluidPlanner
-from planner.planners.state import State
+from planner.planners.state import State, key_of
 from tasks.errors import ConfigError
 
 MOST_LISTED = 20_000
@@ -36,6 +36,8 @@ TRIED_AT_ONCE = 24
 LARGE_GAP = 0.02  # a gap at which a better plan is looked for before a better bound
 FEW_GPUS = 128  # beyond, neighbours of the best plan are tried before proofs
 MOST_POLISHES = 40
+CLIMBING = 0.2  # share of the time left for neighbours of the best plan
+POLISHED = 4e-3  # how much slower than another plan one is polished first that never was
 
 
 def default_limit_s(num_gpus: int) -> float:
@@ -100,7 +102,7 @@ def _search_listed(state: State) -> None:
     """Search where all plans can be listed."""
     problem = state.problem
     everything = OpenPlans(problem, maximal(problem.sizes, problem.num_gpus))
-    open_plans = everything.at(state.best_s * (1 - 1e-9), state.clock)
+    open_plans = everything.at(state.best_s * (1 - 1e-9), state.clock, whole_chunks=False)
     for replicas in open_plans.plans[:TRIED_AT_ONCE]:
         if state.done():
             return
@@ -119,13 +121,14 @@ def _search_near(state: State, relaxation: FluidPlanner) -> None:
             state.try_plan(filled(problem, replicas))
     if problem.num_gpus > FEW_GPUS:
         round_any(state)
+    if problem.num_gpus > FEW_GPUS or state.gap > LARGE_GAP:
         _climb(state)
     _close_gap(state, lambda step_s: _survivor_of_cuts(state, relaxation, step_s))
 
 
 def _climb(state: State) -> None:
     """Go to better neighbours of the best plan while there are any, for half of the time."""
-    clock = state.clock.part(0.5)
+    clock = state.clock.part(CLIMBING)
     while not state.done() and clock.left_s > 0:
         centre, before_s = state.best_plans(1)[0], state.best_s
         for replicas in promising(state, centre):
@@ -143,9 +146,6 @@ def _close_gap(state: State, survivor_at: Callable[[float], np.ndarray | None]) 
     ``survivor_at(T)`` returns a plan not excluded at T, None if there is none, zeros if undecided.
     """
     seed = 0
-    if state.gap > LARGE_GAP:
-        for replicas in state.best_plans(1):
-            polish(state, replicas, state.bound_s * (1 + LARGE_GAP), seed, roundings=1)
     for step in PROOF_STEPS:
         while not state.done():
             step_s, before_s = state.best_s * (1 - step), state.best_s
@@ -158,9 +158,9 @@ def _close_gap(state: State, survivor_at: Callable[[float], np.ndarray | None]) 
             if not survivor.any():
                 return
             state.try_plan(survivor)
-            _prove_between(state, survivor_at, step_s, 4e-3)
+            _prove_between(state, survivor_at, step_s, 8e-3)
             seed += 1
-            polish(state, survivor, step_s, seed)
+            polish(state, _to_polish(state, survivor), step_s, seed, roundings=1)
             if state.best_s > before_s * (1 - 1e-5):
                 _prove_between(state, survivor_at, step_s, 1e-3)
                 break
@@ -171,6 +171,20 @@ def _close_gap(state: State, survivor_at: Callable[[float], np.ndarray | None]) 
             polish(state, replicas, max(state.bound_s, state.best_s * (1 - 0.005)), seed)
         if seed == before or seed > MOST_POLISHES:
             return
+
+
+def _to_polish(state: State, survivor: np.ndarray) -> np.ndarray:
+    """Return the survivor or one of the best plans: the one with most hope, not yet polished much.
+
+    Hope is the middle of a plan's best time and its own lower bound.
+    """
+
+    def hope_s(replicas: np.ndarray) -> float:
+        key = key_of(replicas)
+        middle_s = 0.5 * (state.times[key] + state.bounds.get(key, state.bound_s))
+        return middle_s * (1 + POLISHED * state.polishes[key])
+
+    return min([survivor, *state.best_plans(3)], key=hope_s)
 
 
 def _prove_between(

@@ -35,10 +35,11 @@ class OpenPlans:
         self.plans = plans
         self.theta = np.zeros(len(plans), dtype=np.float32)
 
-    def at(self, step_time_s: float, clock: Clock) -> OpenPlans:
+    def at(self, step_time_s: float, clock: Clock, whole_chunks: bool = True) -> OpenPlans:
         """Return the plans that the fluid relaxation does not exclude at T, least theta first.
 
-        What is excluded at T is excluded at every smaller T.
+        ``whole_chunks`` excludes more, for several times the price. What is excluded at T is
+        excluded at every smaller T.
         """
         problem = self._problem
         counts = problem.counts
@@ -50,7 +51,7 @@ class OpenPlans:
         for bucket in used:
             plans = plans[(plans[:, reach[:, bucket] > 0] > 0).any(axis=1)]
         result = OpenPlans(problem, plans)
-        whole = WholeChunks(problem.tables, counts, step_time_s)
+        whole = WholeChunks(problem.tables, counts, step_time_s) if whole_chunks else None
         solved = np.zeros(len(plans), dtype=bool)
         while len(result.plans):
             waiting = np.where(solved, np.inf, result.theta)
@@ -64,6 +65,8 @@ class OpenPlans:
             values = (prices[None, :] * reach).max(axis=1)
             stays = result.exclude(values, float(prices @ counts))
             solved = solved[stays]
+            if whole is None:
+                continue
             # the same for the plans of these layouts alone, now that chunks are whole
             others = np.setdiff1d(np.arange(len(values)), layouts)
             values[others] = ANY_VALUE

@@ -10,15 +10,15 @@ from planner.first import chunks_of, start_loads
 from planner.patterns import Pattern
 from planner.planners.base import Problem
 from planner.planners.neighbours import filled
-from planner.planners.state import State
+from planner.planners.state import State, key_of
 from planner.resplit import MOST_SHAKEN, shake
 from planner.rounding import choose, diversify, realise
 
-ROUNDING_TICKS = 4096
+ROUNDING_TICKS = 2048
 ROUNDINGS = 2
 ROUNDINGS_ANY, ROOM_ANY = 3, 0.002
 MOST_ROOM = 0.0065
-SHAKING = 0.15  # share of the time left that disturbing a dispatch may take
+SHAKING = 0.05  # share of the time left that disturbing a dispatch may take
 SHAKE_TICKS, SHAKES = 2048, 8
 
 
@@ -26,8 +26,9 @@ def polish(
     state: State, replicas: np.ndarray, step_s: float, seed: int, roundings: int = ROUNDINGS
 ) -> None:
     """Look for a better dispatch of a plan: columns at T, rounded; T grows until they suffice."""
-    if state.times.get(tuple(replicas.tolist())) == np.inf:
+    if state.times.get(key_of(replicas)) == np.inf:
         return  # it cannot be placed
+    state.polishes[key_of(replicas)] += 1
     _shake(state, replicas, seed)
     problem = state.problem
     layouts = np.flatnonzero(replicas).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,11 +12,21 @@ from planner.columns import Pool
 from planner.planners.base import Problem, Progress
 
 TARGET_GAP = 1e-3
+PROMISING = 0.005  # relative distance to the best plan up to which a plan is dispatched thoroughly
+
+
+def key_of(replicas: np.ndarray) -> tuple[int, ...]:
+    """Return what a plan's replicas of each candidate are known by."""
+    return tuple(int(number) for number in replicas)
 
 
 @dataclass(eq=False)
 class State:
-    """The search's knowledge; ``times`` has inf for plans that cannot be placed."""
+    """The search's knowledge.
+
+    Of every plan tried: its best time (inf: it cannot be placed), a lower bound on any dispatch
+    over it, how often it was polished.
+    """
 
     problem: Problem
     clock: Clock
@@ -23,6 +34,8 @@ class State:
     bound_s: float = 0.0
     best_s: float = np.inf
     times: dict[tuple[int, ...], float] = field(default_factory=dict)
+    bounds: dict[tuple[int, ...], float] = field(default_factory=dict)
+    polishes: Counter[tuple[int, ...]] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.pool = Pool(len(self.problem.candidates))
@@ -41,7 +54,7 @@ class State:
         return self.bound_s * (1 + TARGET_GAP)
 
     def note(self, replicas: np.ndarray, time_s: float) -> None:
-        key = tuple(int(number) for number in replicas)
+        key = key_of(replicas)
         if self.times.get(key) == np.inf:
             return  # it cannot be placed
         self.times[key] = min(time_s, self.times.get(key, np.inf))
@@ -64,7 +77,7 @@ class State:
 
     def try_plan(self, replicas: np.ndarray) -> float:
         """Dispatch the batch over a plan not tried yet; return its best time."""
-        key = tuple(int(number) for number in replicas)
+        key = key_of(replicas)
         if key not in self.times:
             placed = self.placed(replicas)
             if placed is None:
@@ -73,7 +86,11 @@ class State:
                 self.times[key] = np.inf
                 return self.try_plan(placed)
             else:
-                time_s = self.problem.evaluate(self.problem.plan(replicas)).step_time_s
+                plan = self.problem.plan(replicas)
+                quick = self.problem.evaluate(plan, thorough=False)
+                time_s, self.bounds[key] = quick.step_time_s, quick.lower_bound_s
+                if time_s < self.best_s * (1 + PROMISING):
+                    time_s = min(time_s, self.problem.evaluate(plan).step_time_s)
                 self.note(replicas, time_s)
         return self.times[key]
 

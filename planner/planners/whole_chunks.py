@@ -15,6 +15,7 @@ import numpy as np
 
 from planner.chunks import ChunkTable
 
+LARGEST = 1e300  # for products with what is infinite
 MOST_SEQUENCES = 160  # a bucket with more is priced as divisible: remainders weigh little there
 
 
@@ -48,13 +49,20 @@ class WholeChunks:
         worth = prices * self._counts
         for row, bucket in enumerate(self._buckets):
             number = int(self._counts[bucket])
-            least = np.full(number + 1, np.inf)
-            least[0] = 0.0
-            for layout in layouts.tolist():
-                use = self._use[layout][row, : number + 1]
-                if np.isfinite(use[1:]).any():
-                    least = _convolve(least, values[layout] * use)
-            worth[bucket] = max(worth[bucket], least[-1])
+            uses = [(values[i], self._use[i][row, : number + 1]) for i in layouts.tolist()]
+            shares = [
+                np.where(np.isfinite(use), value * np.minimum(use, LARGEST), np.inf)
+                for value, use in uses
+                if np.isfinite(use[1:]).any()
+            ]
+            if not shares:
+                worth[bucket] = np.inf
+                continue
+            least = shares[0]
+            for share in shares[1:-1]:
+                least = _convolve(least, share)
+            whole = least[-1] if len(shares) == 1 else (least + shares[-1][::-1]).min()
+            worth[bucket] = max(worth[bucket], whole)
         return float(worth.sum())
 
 
@@ -73,5 +81,6 @@ def _convolve(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Return the least sum of the two for every way to share n, float64 [n + 1]."""
     length = len(first)
     padded = np.concatenate([np.full(length - 1, np.inf), first])
-    shifted = np.lib.stride_tricks.sliding_window_view(padded, length)[:, ::-1]
-    return (shifted + second[None, :]).min(axis=1)
+    step = padded.strides[0]
+    shifted = np.lib.stride_tricks.as_strided(padded[length - 1 :], (length, length), (step, -step))
+    return (shifted + second).min(axis=1)
