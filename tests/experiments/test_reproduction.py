@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 
+from experiments.cells import code_digest
+from experiments.page_tables import TABLES
+from experiments.page_values import MISSING, VALUES, fill_values
 from experiments.published import PLANNING_TIME_S, SETUPS
-from experiments.reproduction import PAGE, RESULTS, TABLES, collect, fill, main, read_results
+from experiments.reproduction import (
+    PAGE,
+    RESULTS,
+    collect,
+    fill,
+    made_with_other_code,
+    main,
+    read_results,
+)
 from tasks.errors import ConfigError
 
 
@@ -16,6 +29,52 @@ def test_every_table_of_the_page_is_made_from_the_committed_tables(project_root:
     assert fill(page, read_results(project_root / RESULTS)) == page
     for name in TABLES:
         assert f"<!-- begin {name} -->\n|" in page, name
+    for name in VALUES:
+        assert f"<!--v {name}" in page, name
+
+
+def test_numbers_of_the_prose_stand_within_a_line(project_root: Path) -> None:
+    """A line that begins with a comment would be HTML, not a part of its paragraph."""
+    page = (project_root / PAGE).read_text(encoding="utf-8")
+    assert not re.search(r"^ *<!--v", page, re.MULTILINE)
+    assert page.count("<!--v ") == page.count("<!--/v-->") > 50
+
+
+def test_values_are_read_from_the_tables() -> None:
+    def method(name: str, step_s: float, saved: float) -> dict[str, str]:
+        return {"method": name, "step_time_s": str(step_s), "less_than_fused": str(saved)}
+
+    tables = {
+        "expr_7b": {
+            "methods": [method("Task-Fused", 20.0, 0.0), method("our plan", 10.0, 0.45)],
+            "runs": [{"seconds": "60", "computed": "3", "cells": "4"}],
+            "max_tokens_7B_6tasks": [{"tp": "4", "pp": "2", "max_tokens": "16384"}],
+        }
+    }
+
+    def value(words: str) -> str:
+        filled = fill_values(f"a <!--v {words}-->old<!--/v--> b", tables)
+        assert filled.startswith(f"a <!--v {words}-->") and filled.endswith("<!--/v--> b")
+        return filled.split("-->")[1].removesuffix("<!--/v")
+
+    assert value("saved 7b ours fused") == "45.00 %"
+    assert value("against_range 7b ours fused") == "0.03 points below the published range"
+    assert value("compared 7b ours fused") == "-50.0 %"
+    assert value("capacity 7b <4,2> 6") == "16,384"
+    assert value("saved 7b ours fused_dynamic") == MISSING  # a column of newer tables
+    assert value("minutes") == MISSING  # 32B and 70B were not run
+    with pytest.raises(ConfigError, match="value nonsense: unknown"):
+        value("nonsense")
+    with pytest.raises(ConfigError, match="value saved 7b"):
+        value("saved 7b")
+
+
+def test_committed_results_were_made_by_one_code(project_root: Path) -> None:
+    tables = read_results(project_root / RESULTS)
+    digests = {own["provenance"][0]["code"] for own in tables.values() if "provenance" in own}
+    assert len(digests) == 1
+    assert made_with_other_code({"a": {"provenance": [{"code": code_digest()}]}}) == []
+    assert made_with_other_code({"a": {"provenance": [{"code": "0"}]}}) == ["a"]
 
 
 def test_the_committed_tables_cover_what_was_published(project_root: Path) -> None:
@@ -33,15 +92,30 @@ def test_tables_are_collected_and_a_missing_one_is_named(
 ) -> None:
     source = tmp_path / "exp_result" / "expr_7b"
     source.mkdir(parents=True)
-    for name in ("methods.csv", "timeline.csv", "provenance.json"):
+    (source / "profile").mkdir()
+    (source / "report").mkdir()
+    for name in ("methods.csv", "timeline.csv", "profile/max_tokens_7B_6tasks.csv"):
         (source / name).write_text("a,b\n1,2\n", encoding="utf-8")
-    (tmp_path / "exp_result" / "expr_half").mkdir()  # a run that was not finished
-    collect(tmp_path / "exp_result", tmp_path / "kept")
+    (source / "report" / "gpu_seconds.png").write_bytes(b"picture")
+    about = {"kind": "simulation", "complete": True, "inputs": {"main": {"code": "abc"}}}
+    (source / "provenance.json").write_text(json.dumps(about), encoding="utf-8")
+    half = tmp_path / "exp_result" / "expr_half"  # a run that was not finished
+    half.mkdir()
+    text = json.dumps({**about, "complete": False})
+    (half / "provenance.json").write_text(text, encoding="utf-8")
+    (tmp_path / "kept" / "expr_7b").mkdir(parents=True)
+    (tmp_path / "kept" / "expr_7b" / "old.csv").write_text("a\n", encoding="utf-8")
+    left_out = collect(tmp_path / "exp_result", tmp_path / "kept")
+    assert left_out == ["expr_half: not a simulation that was finished"]
     assert sorted(path.name for path in (tmp_path / "kept").rglob("*.*")) == [
+        "gpu_seconds_7b.png",
+        "max_tokens_7B_6tasks.csv",
         "methods.csv",
         "provenance.json",
     ]
-    assert read_results(tmp_path / "kept") == {"expr_7b": {"methods": [{"a": "1", "b": "2"}]}}
+    found = read_results(tmp_path / "kept")["expr_7b"]
+    assert found["methods"] == [{"a": "1", "b": "2"}]
+    assert found["provenance"][0]["code"] == "abc"
     with pytest.raises(ConfigError, match="table nonsense: unknown"):
         fill("<!-- begin nonsense -->\n<!-- end nonsense -->", {})
     assert main(["--results", str(tmp_path / "none"), "--page", str(tmp_path / "p.md")]) == 2
