@@ -170,7 +170,18 @@ def check_adapter(folder: Path, spec: AdapterSpec, shape: ModelShape) -> list[st
         f"task {spec.name}: resume_from: {weights_path}: {name} is of no layer of the model"
         for name in sorted(found.keys() - wanted_shapes.keys())
     ]
+    if not problems:
+        problems = [
+            f"task {spec.name}: resume_from: {weights_path}: {name} holds values that are not "
+            f"finite; start from another adapter"
+            for name in not_finite(load_file(weights_path))
+        ]
     return first_problems(problems)
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the tensors that hold a NaN or an infinity."""
+    return [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]
 
 
 def load_adapter(folder: Path, bank: AdapterBank, task: int) -> None:

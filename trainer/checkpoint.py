@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -31,6 +31,7 @@ from tasks.errors import ConfigError
 from tasks.files import new_draft, remove_folder, replace_folder, write_atomic
 from trainer.adapters import CONFIG_FILE, WEIGHTS_FILE, save_adapter
 from trainer.engines import MOMENTS, AdapterOptimizer
+from trainer.life import lives_from_json
 
 FOLDER = "checkpoints"
 STATE_FILE = "state.json"
@@ -43,7 +44,11 @@ FIXED_FIELDS = ("name", "rank", "lora_alpha", "target_modules", "global_batch_si
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """The part of a checkpoint that is not tensors."""
+    """The part of a checkpoint that is not tensors.
+
+    `last_metrics` is the line of the step before it in metrics.jsonl, which is written later: a
+    run that is killed in between gets it back from here.
+    """
 
     step: int
     seed: int
@@ -53,6 +58,7 @@ class CheckpointState:
     speed_counts: list[int]
     plan: str
     base_model: str
+    last_metrics: dict[str, Any] | None = None
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -133,31 +139,64 @@ class CheckpointWriter:
             remove_folder(step_folder(self.run, old))
 
 
-def _missing_file(folder: Path, content: dict[str, Any]) -> Path | None:
-    """Return a file of some task that a checkpoint lacks, given the content of its state.json."""
-    for record in content["tasks"]:
-        adapter = folder / "adapters" / record["name"]
-        moments = folder / "moments" / f"{record['name']}.safetensors"
-        for path in (adapter / WEIGHTS_FILE, adapter / CONFIG_FILE, moments):
-            if not path.is_file():
-                return path
-    return None
+class _Broken(Exception):
+    """Why a checkpoint cannot be resumed from, in words."""
+
+
+def _read(folder: Path) -> CheckpointState:
+    """Return a checkpoint's state after checking all its files; of tensors only the headers.
+
+    Raises:
+        _Broken: something is missing, damaged or does not fit the rest.
+    """
+    try:
+        content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        if content.pop("format") != FORMAT:
+            raise _Broken(f"{STATE_FILE} was written by another version")
+        state = CheckpointState(**content)
+        lives_from_json(state.lives)
+        names = [record["name"] for record in state.tasks]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _Broken(f"{STATE_FILE} is not usable ({error!r})") from error
+    for name in names:
+        if not (folder / "adapters" / name / CONFIG_FILE).is_file():
+            raise _Broken(f"adapters/{name}/{CONFIG_FILE} is missing")
+        weights = _tensors(folder, f"adapters/{name}/{WEIGHTS_FILE}")
+        moments = _tensors(folder, f"moments/{name}.safetensors")
+        if moments != {f"{kind}/{key}": size for kind in MOMENTS for key, size in weights.items()}:
+            raise _Broken(f"moments/{name}.safetensors does not fit the task's adapter")
+    return state
+
+
+def _tensors(folder: Path, name: str) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a checkpoint's tensors by name; opening also finds a file cut short.
+
+    Raises:
+        _Broken: the file is missing or damaged.
+    """
+    if not (folder / name).is_file():
+        raise _Broken(f"{name} is missing")
+    try:
+        with safe_open(folder / name, framework="pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in list(file.keys())}
+    except (SafetensorError, OSError) as error:
+        raise _Broken(f"{name} is damaged ({error})") from error
 
 
 def _is_whole(folder: Path) -> bool:
-    """Return whether a checkpoint can be read and has all files of its tasks."""
+    """Return whether a checkpoint can be resumed from."""
     try:
-        content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        return content["format"] == FORMAT and _missing_file(folder, content) is None
-    except (OSError, ValueError, KeyError, TypeError):
+        _read(folder)
+    except _Broken:
         return False
+    return True
 
 
 def read_state(run: Path, step: int | None) -> CheckpointState:
     """Return the state of a run's checkpoint; of the last one when `step` is None.
 
     Raises:
-        ConfigError: there is no such checkpoint, it cannot be read or lacks a task's files; the
+        ConfigError: there is no such checkpoint, or some file of it is missing or damaged; the
             message then names the last step that is whole.
     """
     steps = list_checkpoints(run)
@@ -167,25 +206,13 @@ def read_state(run: Path, step: int | None) -> CheckpointState:
     if step not in steps:
         have = ", ".join(map(str, steps))
         raise ConfigError(f"--resume {step}: {run / FOLDER} has only the steps {have}")
-    path = step_folder(run, step) / STATE_FILE
+    folder = step_folder(run, step)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content.pop("format") != FORMAT:
-            raise ConfigError(f"{path}: written by another version; it cannot be resumed")
-        missing = _missing_file(path.parent, content)
-        if missing is not None:
-            whole = [s for s in steps if _is_whole(step_folder(run, s))]
-            remedy = (
-                f"the last complete one is --resume {whole[-1]}" if whole else "none is complete"
-            )
-            raise ConfigError(
-                f"{path.parent}: incomplete checkpoint, {missing} is missing; {remedy}"
-            )
-        return CheckpointState(**content)
-    except ConfigError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: not a usable checkpoint ({error!r})") from error
+        return _read(folder)
+    except _Broken as error:
+        whole = [number for number in steps if _is_whole(step_folder(run, number))]
+        remedy = f"the last complete one is --resume {whole[-1]}" if whole else "none is complete"
+        raise ConfigError(f"{folder}: not a usable checkpoint: {error}; {remedy}") from error
 
 
 def resume_problems(

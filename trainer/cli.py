@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from model.launch import RankError
 from tasks.errors import ConfigError
 from tasks.version import installed_version
 
@@ -66,7 +67,7 @@ def guarded(run: Callable[[], int]) -> int:
     """Return `run()`; turn errors into the contract's messages and exit codes.
 
     A user's mistake is printed without a traceback (2), Ctrl-C ends with 130, anything else with
-    its traceback and 1.
+    its traceback and 1 (a rank's failure with the rank's traceback).
     """
     try:
         return run()
@@ -76,6 +77,9 @@ def guarded(run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("lobra: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except RankError as error:  # it carries the rank's own traceback; ours says nothing
+        print(f"lobra: {error}", file=sys.stderr)
+        return EXIT_FAILURE
     except Exception:
         traceback.print_exc()
         return EXIT_FAILURE

@@ -7,6 +7,8 @@ plain sum over holders (docs/architecture.md).
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +21,7 @@ from model.topology import Grid, layer_blocks
 from tasks.config import TaskConfig
 from trainer.block import MOMENTS, BlockOptimizer
 
-__all__ = ["MOMENTS", "AdapterOptimizer", "TaskUpdate"]
+__all__ = ["MOMENTS", "AdapterOptimizer", "TaskUpdate", "start_deepspeed"]
 
 
 @dataclass(frozen=True)
@@ -99,3 +101,21 @@ class AdapterOptimizer:
 
     def _names(self, task: int) -> dict[nn.Parameter, str]:
         return {parameter: name for name, parameter in self.bank.named_parameters(task).items()}
+
+
+def start_deepspeed(device: str) -> None:
+    """Bring up deepspeed over the process group that exists, quietly and without a compiler."""
+    import deepspeed.ops
+
+    # On CPU deepspeed would otherwise JIT-build a shared-memory extension (35 s, needs a compiler).
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # deepspeed 0.19 calls what torch 2.13 has renamed; nothing a user could do about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device == "cuda" else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+    )

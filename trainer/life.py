@@ -27,7 +27,8 @@ class TaskLife:
         best_loss, bad_periods: early stopping: the best loss of an evaluation period, and how many
             periods since brought nothing better.
         period_loss, period_steps: training losses summed over the running period.
-        stopped: why the task ended before its steps were over, or None.
+        stopped: why the task ended before its steps were over (briefly, a semicolon, and more),
+            or None.
     """
 
     num_steps: int
@@ -65,8 +66,8 @@ class TaskLife:
             self.period_steps += 1
         if self.skipped_in_row >= MAX_SKIPPED_IN_ROW:
             self.stopped = (
-                f"its gradient was not finite in {self.skipped_in_row} steps in a row; "
-                f"look at its data, or lower its learning rate"
+                f"gradient not finite in {self.skipped_in_row} steps in a row; look at its data, "
+                f"or lower its learning rate"
             )
         return self.stopped
 
@@ -85,7 +86,7 @@ class TaskLife:
         if 0 < task.early_stopping_patience <= self.bad_periods:
             kind = "training" if validation_loss is None else "validation"
             self.stopped = (
-                f"its {kind} loss has not fallen below {self.best_loss:.4f} by more than "
+                f"plateau of its {kind} loss; not below {self.best_loss:.4f} by more than "
                 f"{task.early_stopping_min_delta:g} for {self.bad_periods} periods"
             )
         return self.stopped

@@ -18,7 +18,8 @@ METRICS_FILE = "metrics.jsonl"
 class TaskMetrics:
     """One task's step: mean loss per target token, target tokens, sequences, norm, rate.
 
-    `applied`: whether the update was made; `validation_loss`: where an evaluation period ended.
+    `applied`: whether the update was made; `validation_loss`: where an evaluation period ended;
+    `stopped`: why this step was the task's last before its steps were over.
     """
 
     loss: float
@@ -28,6 +29,7 @@ class TaskMetrics:
     lr: float
     applied: bool
     validation_loss: float | None = None
+    stopped: str | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class MetricsWriter:
     def write(self, metrics: StepMetrics) -> None:
         """Write one step and flush it, so that a crash loses nothing already printed."""
         file = self._open()
-        file.write(json.dumps(_finite(asdict(metrics))) + "\n")
+        file.write(json.dumps(as_json(metrics)) + "\n")
         file.flush()
         for name, value in _scalars(metrics).items():
             self.board.add_scalar(name, value, metrics.step)
@@ -143,6 +145,12 @@ def _scalars(metrics: StepMetrics) -> dict[str, float]:
     return scalars
 
 
+def as_json(metrics: StepMetrics) -> dict[str, Any]:
+    """Return a step as its line in metrics.jsonl holds it."""
+    line: dict[str, Any] = _finite(asdict(metrics))
+    return line
+
+
 def _finite(value: Any) -> Any:
     """Return value with NaN and infinity as None: JSON has neither."""
     if isinstance(value, dict):
@@ -152,11 +160,19 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def drop_steps(folder: Path, first: int) -> None:
-    """Remove the steps from `first` on, which a resumed run will train again."""
-    kept = [step for step in read_metrics(folder) if step["step"] < first]
-    lines = "".join(json.dumps(step) + "\n" for step in kept)
-    write_atomic(folder / METRICS_FILE, lines)
+def restore_metrics(folder: Path, step: int, last: dict[str, Any] | None) -> None:
+    """Make metrics.jsonl what it was after `step` steps, for a run that goes on from there.
+
+    Steps that will be trained again are removed. The last one before, if a run was killed before
+    it had written that, is `last` (None: not known).
+    """
+    there = (folder / METRICS_FILE).exists()
+    kept = [entry for entry in read_metrics(folder) if entry["step"] < step] if there else []
+    if last is not None and (not kept or kept[-1]["step"] < last["step"]):
+        kept.append(last)
+    if kept or there:
+        lines = "".join(json.dumps(entry) + "\n" for entry in kept)
+        write_atomic(folder / METRICS_FILE, lines)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -7,46 +7,40 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import yaml
-from numpy.typing import NDArray
 
 from model.checkpoint import checkpoint_problems
 from model.shapes import ModelShape, layout_problem, read_shape, resolve_folder
 from model.topology import Grid, check_grids
-from planner.buckets import ALIGN, make_buckets
+from planner.buckets import make_buckets
 from planner.placement import place
 from planner.plan import Plan, load_plan
 from planner.workload import label_share
 from profiler.cost_model import CostModel, load_cost_model
 from profiler.profiles import default_time_path
 from tasks.config import TaskConfig, TrainerConfig, load_trainer_config
-from tasks.dataset import TokenizedDataset, load_dataset
+from tasks.dataset import TokenizedDataset
 from tasks.errors import ConfigError
-from tasks.files import write_atomic
-from tasks.sampling import num_steps, split_validation, task_seed
+from tasks.sampling import num_steps
 from tasks.tokenizer import load_tokenizer
 from tasks.version import installed_version
 from trainer.adapters import adapter_spec, check_adapter
 from trainer.checkpoint import (
     CheckpointState,
-    drop_later,
     fingerprint,
-    list_checkpoints,
     read_state,
     resume_problems,
     revival_problems,
     task_record,
 )
-from trainer.folder_lock import hold_folder
-from trainer.metrics import METRICS_FILE, drop_steps
-from trainer.run_spec import ADAPTER_FOLDER, CONFIG_FILE, DATA_FOLDER, VALIDATION_FOLDER, RunSpec
+from trainer.run_folder import occupied, unusable, write_run_folder
+from trainer.run_spec import RunSpec
+from trainer.task_data import clip_context, foreign_tokens, load_datasets, split, too_long
 
 log = logging.getLogger(__name__)
 
@@ -125,12 +119,14 @@ def prepare(request: TrainRequest) -> RunSpec:
     if folder is not None and shape is not None:
         checks.problems += checkpoint_problems(folder, shape)
     state: CheckpointState | None = None
-    if request.resume:
+    blocked = unusable(request.output_dir)
+    checks.problems += blocked
+    if request.resume and not blocked:
         state = checks.attempt(read_state, request.output_dir, request.resume_step)
         if state is not None:
             checks.problems += revival_problems(state, request.revive)
-    else:
-        checks.problems += _earlier_run(request.output_dir)
+    if not request.resume:
+        checks.problems += [] if blocked else occupied(request.output_dir)
         if request.revive:
             checks.problems.append("--revive: only a run that goes on (--resume) has stopped tasks")
     if plan is not None and request.num_gpus is not None and plan.num_gpus > request.num_gpus:
@@ -155,11 +151,14 @@ def prepare(request: TrainRequest) -> RunSpec:
             if (problem := layout_problem(shape, layout.tp, layout.pp))
         ]
     cost_model = None
-    if shape is not None and plan is not None:
+    known = request.time_profile is not None or folder is not None
+    without_profile = _missing_profile(request) if known else []
+    checks.problems += without_profile
+    if shape is not None and plan is not None and not without_profile:
         cost_model = checks.attempt(dispatch_costs, request, plan)
     datasets: list[TokenizedDataset] = []
     if config is not None and folder is not None:
-        tasks = _clip_context(config.tasks, request.max_seq_length)
+        tasks = clip_context(config.tasks, request.max_seq_length)
         for number, task in enumerate(tasks):
             if task.resume_from and shape is not None:
                 start = Path(task.resume_from)
@@ -170,15 +169,17 @@ def prepare(request: TrainRequest) -> RunSpec:
                 ]
         tokenizer = checks.attempt(load_tokenizer, folder)
         if tokenizer is not None:
-            datasets = _load_datasets(checks, config.path, tasks, tokenizer, request.data_dir)
+            datasets = load_datasets(
+                checks.problems, config.path, tasks, tokenizer, request.data_dir
+            )
             if plan is not None:
                 checks.problems += too_long(tasks, datasets, plan, config.path)
             if shape is not None:
-                checks.problems += _foreign_tokens(tasks, datasets, shape, config.path)
+                checks.problems += foreign_tokens(tasks, datasets, shape, config.path)
     training: list[TokenizedDataset] = []
     if datasets:
         parts = [
-            _split(task, data, request.seed) for task, data in zip(tasks, datasets, strict=True)
+            split(task, data, request.seed) for task, data in zip(tasks, datasets, strict=True)
         ]
         training = [part[0] for part in parts]
         validation = [part[1] for part in parts]
@@ -230,8 +231,22 @@ def prepare(request: TrainRequest) -> RunSpec:
         revive=request.revive,
         record_sequences=request.record_sequences,
     )
-    _write_run_folder(run, request, training, validation)
+    _warn_of_long_contexts(tasks, training, shape)
+    write_run_folder(run, resolved_config(run, request), training, validation)
     return run
+
+
+def _warn_of_long_contexts(
+    tasks: Sequence[TaskConfig], datasets: Sequence[TokenizedDataset], shape: ModelShape
+) -> None:
+    """Warn of tasks whose sequences may be longer than what the model was made for."""
+    for task, data in zip(tasks, datasets, strict=True):
+        if shape.max_positions is not None and task.context_length > shape.max_positions:
+            log.warning(
+                "task %s: its context_length %d is beyond the model's max_position_embeddings %d "
+                "(its longest sequence has %d tokens); what lies beyond may be learnt badly",
+                task.name, task.context_length, shape.max_positions, int(data.lengths.max()),
+            )  # fmt: skip
 
 
 def revivals_in_vain(
@@ -254,22 +269,6 @@ def revivals_in_vain(
             f"{remedy}"
         )
     return problems
-
-
-def _earlier_run(folder: Path) -> list[str]:
-    """Return why no new run can be started in this folder (empty: one can)."""
-    if list_checkpoints(folder) or (folder / ADAPTER_FOLDER).exists():
-        return [
-            f"--output-dir {folder}: already holds a run; choose another folder, or go on with it "
-            f"by --resume"
-        ]
-    metrics = folder / METRICS_FILE
-    if metrics.is_file() and metrics.stat().st_size:
-        return [
-            f"--output-dir {folder}: holds a run that ended before its first checkpoint; choose "
-            f"another folder, or remove this one"
-        ]
-    return []
 
 
 def node_size(request: TrainRequest, device: str | None) -> int:
@@ -352,18 +351,30 @@ def _choose_device(request: TrainRequest, plan: Plan | None) -> str:
     return device
 
 
+def _profile_path(request: TrainRequest) -> Path:
+    return Path(request.time_profile or default_time_path(request.model))
+
+
+def _missing_profile(request: TrainRequest) -> list[str]:
+    """Return a problem if there is no time profile."""
+    path = _profile_path(request)
+    if path.is_file():
+        return []
+    return [
+        f"{path}: no time profile of {request.model}, which the dispatcher needs; measure it "
+        f"with scripts/cost_model_benchmark.sh or give --time-profile"
+    ]
+
+
 def dispatch_costs(request: TrainRequest, plan: Plan) -> CostModel:
     """Return the cost model the dispatcher balances with.
 
     Raises:
         ConfigError: there is no time profile, or it lacks a tensor-parallel degree of the plan.
     """
-    path = Path(request.time_profile or default_time_path(request.model))
-    if not path.is_file():
-        raise ConfigError(
-            f"{path}: no time profile of {request.model}, which the dispatcher needs; measure it "
-            f"with scripts/cost_model_benchmark.sh or give --time-profile"
-        )
+    if problems := _missing_profile(request):
+        raise ConfigError(problems)
+    path = _profile_path(request)
     model = load_cost_model(request.model, request.time_profile, request.cost_model)
     missing = sorted({group.layout.tp for group in plan.groups} - set(model.tps))
     if missing:
@@ -372,128 +383,6 @@ def dispatch_costs(request: TrainRequest, plan: Plan) -> CostModel:
             f"{', '.join(map(str, missing))}; profile them with scripts/cost_model_benchmark.sh"
         )
     return model
-
-
-def _clip_context(
-    tasks: Sequence[TaskConfig], max_seq_length: int | None
-) -> tuple[TaskConfig, ...]:
-    """Return the tasks with context_length no longer than `max_seq_length`."""
-    if max_seq_length is None:
-        return tuple(tasks)
-    return tuple(
-        replace(task, context_length=min(task.context_length, max_seq_length)) for task in tasks
-    )
-
-
-def _load_datasets(
-    checks: _Collector, source: Path, tasks: Sequence[TaskConfig], tokenizer: Any, data_dir: Path
-) -> list[TokenizedDataset]:
-    """Return the tokenised data of every task, or [] after noting what is wrong with some."""
-    datasets = []
-    for number, task in enumerate(tasks):
-        try:
-            datasets.append(load_dataset(task, tokenizer, data_dir))
-        except ConfigError as error:
-            field = f"{source}: task[{number}].dataset_name"
-            named = f"dataset_name = {task.dataset_name!r}: "
-            checks.problems += [
-                f"{field} = {task.dataset_name!r}: {problem.removeprefix(named)}"
-                for problem in error.problems
-            ]
-    if len(datasets) < len(tasks):
-        return []
-    return datasets
-
-
-def too_long(
-    tasks: Sequence[TaskConfig],
-    datasets: Sequence[TokenizedDataset],
-    plan: Plan,
-    source: Path | str = "",
-) -> list[str]:
-    """Return a problem for every task with a sequence that no replica of the plan can take.
-
-    `source` is the trainer configuration, named in the problems if it is given.
-    """
-    prefix = f"{source}: " if source else ""
-    capacity = plan.max_tokens
-    problems = []
-    for number, (task, data) in enumerate(zip(tasks, datasets, strict=False)):
-        longest = int(data.lengths.max())
-        padded = -(-data.lengths // ALIGN) * ALIGN
-        if padded.max() > capacity:
-            count = int((padded > capacity).sum())
-            problems.append(
-                f"{prefix}task[{number}].context_length = {task.context_length}: {count} of "
-                f"{len(data)} sequences of task {task.name} are longer than any replica "
-                f"can take (longest {longest} tokens, padded to {int(padded.max())}, "
-                f"largest max_tokens {capacity}); lower context_length to "
-                f"{capacity // ALIGN * ALIGN} or plan for the longer length"
-            )
-    return problems
-
-
-def _foreign_tokens(
-    tasks: Sequence[TaskConfig],
-    datasets: Sequence[TokenizedDataset],
-    shape: ModelShape,
-    source: Path,
-) -> list[str]:
-    """Return a problem for every task whose token ids exceed the model's vocabulary."""
-    problems = []
-    for number, (task, data) in enumerate(zip(tasks, datasets, strict=False)):
-        where = f"{source}: task[{number}].dataset_name = {task.dataset_name!r}"
-        largest = int(data.tokens.max())
-        if largest >= shape.vocab_size:
-            problems.append(
-                f"{where}: token id {largest} is outside the model's vocabulary of "
-                f"{shape.vocab_size}; the data was tokenised for another model"
-            )
-    return problems
-
-
-def _split(
-    task: TaskConfig, data: TokenizedDataset, seed: int
-) -> tuple[TokenizedDataset, TokenizedDataset | None]:
-    """Return the sequences to train on, and those that `validation_split` holds out."""
-    kept, held_out = split_validation(len(data), task.validation_split, task_seed(task, seed))
-    if not len(held_out):
-        return data, None
-    return _select(data, kept), _select(data, held_out)
-
-
-def _select(data: TokenizedDataset, indices: NDArray[np.int64]) -> TokenizedDataset:
-    parts = [data.sequence(int(index)) for index in indices]
-    return TokenizedDataset(
-        np.concatenate([tokens for tokens, _ in parts]),
-        np.concatenate([labels for _, labels in parts]),
-        np.concatenate([[0], np.cumsum(data.lengths[indices])]).astype(np.int64),
-        data.num_truncated,
-        data.num_dropped,
-    )
-
-
-def _write_run_folder(
-    run: RunSpec,
-    request: TrainRequest,
-    training: Sequence[TokenizedDataset],
-    validation: Sequence[TokenizedDataset | None],
-) -> None:
-    """Write config.yaml and the tokenised data of a checked run; forget steps to be redone."""
-    run.output_dir.mkdir(parents=True, exist_ok=True)
-    hold_folder(run.output_dir)
-    for folder in (DATA_FOLDER, VALIDATION_FOLDER):
-        shutil.rmtree(run.output_dir / folder, ignore_errors=True)
-    for task, (data, held_out) in enumerate(zip(training, validation, strict=True)):
-        data.save(run.data_folder(task))
-        if held_out is not None:
-            held_out.save(run.validation_folder(task))
-    if run.resume_step is not None and (run.output_dir / METRICS_FILE).exists():
-        drop_steps(run.output_dir, run.resume_step)
-    if run.resume_step is not None:
-        drop_later(run.output_dir, run.resume_step)
-    content = resolved_config(run, request)
-    write_atomic(run.output_dir / CONFIG_FILE, yaml.safe_dump(content, sort_keys=False))
 
 
 def resolved_config(run: RunSpec, request: TrainRequest) -> dict[str, Any]:

@@ -24,12 +24,13 @@ PARTS = {
     "reduce": "reduce_time_s",
     "optimizer": "optimizer_time_s",
 }
+POOR_PREDICTION = 2.0  # measured over predicted step time, or the other way round
 EDGE_STEPS = 3  # losses before and after are means over this many steps
 
 
 @dataclass(frozen=True)
 class TaskSummary:
-    """A task's mean loss over its first and last steps, and how many it trained."""
+    """A task's mean loss over its first and last steps, how many it trained, and how it ended."""
 
     name: str
     steps: int
@@ -37,6 +38,7 @@ class TaskSummary:
     loss_before: float
     loss_after: float
     skipped: int
+    ended: str
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,9 @@ def summarise(folder: Path) -> RunSummary:
         other_gpu_seconds=sum(_between_steps(step) for step in steps),
         padding_ratio=1
         - sum(step["tokens"] for step in steps) / sum(step["padded_tokens"] for step in steps),
-        tasks=tuple(_task_summary(task["name"], steps) for task in config["tasks"]),
+        tasks=tuple(
+            _task_summary(task["name"], steps, task.get("num_steps")) for task in config["tasks"]
+        ),
         replicas=tuple(replicas),
         planned=config.get("plan_meta") or {},
         adapters=_find_adapters(folder),
@@ -151,7 +155,9 @@ def _find_adapters(folder: Path) -> Path | None:
     return step_folder(folder, saved[-1]) / ADAPTER_FOLDER if saved else None
 
 
-def _task_summary(name: str, steps: list[dict[str, Any]]) -> TaskSummary:
+def _task_summary(
+    name: str, steps: list[dict[str, Any]], num_steps: int | None = None
+) -> TaskSummary:
     own = [step["tasks"][name] for step in steps if name in step["tasks"]]
     losses = [e["loss"] for e in own if e["loss"] is not None] or [float("nan")]
     edge = max(1, min(EDGE_STEPS, len(losses) // 2))
@@ -162,7 +168,21 @@ def _task_summary(name: str, steps: list[dict[str, Any]]) -> TaskSummary:
         loss_before=sum(losses[:edge]) / edge,
         loss_after=sum(losses[-edge:]) / edge,
         skipped=sum(not entry["applied"] for entry in own),
+        ended=_how_it_ended(name, steps, num_steps),
     )
+
+
+def _how_it_ended(name: str, steps: list[dict[str, Any]], num_steps: int | None) -> str:
+    """Return "done", when and why the task was stopped, or how far it came."""
+    last = next((step for step in reversed(steps) if name in step["tasks"]), None)
+    if last is None:
+        return "not started"
+    stopped = last["tasks"][name].get("stopped")
+    if stopped:
+        return f"stopped at step {last['step'] + 1}: {stopped.partition(';')[0]}"
+    if num_steps is None or last["step"] + 1 >= num_steps:
+        return "done"
+    return f"step {last['step'] + 1} of {num_steps}"
 
 
 def print_run_report(folder: Path, console: Console | None = None) -> None:
@@ -172,8 +192,24 @@ def print_run_report(folder: Path, console: Console | None = None) -> None:
     console.print(_overview(summary, folder))
     console.print(_task_table(summary))
     console.print(_replica_table(summary))
+    if warning := _poor_prediction(summary):
+        console.print(warning, style="yellow", soft_wrap=True)
     where = summary.adapters or "none saved yet"
     console.print(f"adapters (PEFT format): {where}", soft_wrap=True)
+
+
+def _poor_prediction(summary: RunSummary) -> str | None:
+    """Return a warning if steps took much more or less time than predicted."""
+    measured, predicted = summary.step_time_s, summary.predicted_step_time_s
+    if predicted <= 0 or 1 / POOR_PREDICTION <= measured / predicted <= POOR_PREDICTION:
+        return None
+    more = measured > predicted
+    factor = measured / predicted if more else predicted / measured
+    return (
+        f"steps take {factor:.1f} times {'longer' if more else 'less'} than predicted: the time "
+        f"profile does not fit this machine, and the plan may not either; measure it with "
+        f"scripts/cost_model_benchmark.sh and plan anew"
+    )
 
 
 def _overview(summary: RunSummary, folder: Path) -> Table:
@@ -231,6 +267,7 @@ def _task_table(summary: RunSummary) -> Table:
     table.add_column("task", overflow="fold")
     for column in ("steps", "sequences", "loss before", "after", "skipped"):
         table.add_column(column, justify="right")
+    table.add_column("ended", overflow="fold")
     for task in summary.tasks:
         table.add_row(
             task.name,
@@ -239,6 +276,7 @@ def _task_table(summary: RunSummary) -> Table:
             f"{task.loss_before:.3f}",
             f"{task.loss_after:.3f}",
             str(task.skipped),
+            task.ended,
         )
     return table
 

@@ -12,8 +12,8 @@ from profiler.cost_model import CostModel
 from tasks.config import TaskConfig
 
 CONFIG_FILE = "config.yaml"
-DATA_FOLDER = "data/training"
-VALIDATION_FOLDER = "data/validation"
+DATA_FOLDER = "tokenised/training"
+VALIDATION_FOLDER = "tokenised/validation"
 ADAPTER_FOLDER = "adapters"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch.distributed as dist
@@ -10,10 +11,12 @@ from torch import Tensor
 from model.lora import AdapterBank
 from model.shapes import ModelShape
 from model.topology import layer_blocks
-from trainer.adapters import gather_tensors, save_adapter
+from trainer.adapters import gather_tensors, not_finite, save_adapter
 from trainer.checkpoint import CheckpointState, CheckpointWriter
 from trainer.engines import AdapterOptimizer
 from trainer.run_spec import RunSpec
+
+log = logging.getLogger(__name__)
 
 
 class AdapterStore:
@@ -66,5 +69,11 @@ class AdapterStore:
         for task, spec in enumerate(self.bank.specs):
             tensors = self._gather(task, self.bank.named_tensors(task))
             if self.is_writer:
+                if bad := not_finite(tensors):
+                    log.warning(
+                        "the adapter of task %s holds values that are not finite (%s and %d more); "
+                        "it is of no use",
+                        spec.name, bad[0], len(bad) - 1,
+                    )  # fmt: skip
                 save_adapter(self.run.adapter_folder(task), spec, tensors, self.run.base_model)
         dist.barrier(group=self.control)

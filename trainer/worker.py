@@ -13,7 +13,6 @@ import math
 import resource
 import signal
 import time
-import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -41,6 +40,7 @@ from trainer.batches import (
 )
 from trainer.checkpoint import (
     CheckpointState,
+    drop_later,
     load_moments,
     load_weights,
     read_state,
@@ -52,12 +52,19 @@ from trainer.dispatcher import (
     check_complete,
     encode,
 )
-from trainer.engines import AdapterOptimizer, TaskUpdate
+from trainer.engines import AdapterOptimizer, TaskUpdate, start_deepspeed
 from trainer.evaluation import Evaluator
 from trainer.feedback import SpeedFeedback
 from trainer.figures import StepFigures, exchange_figures
 from trainer.life import TaskLife, lives_from_json, lives_to_json
-from trainer.metrics import MetricsWriter, ReplicaMetrics, StepMetrics, TaskMetrics
+from trainer.metrics import (
+    MetricsWriter,
+    ReplicaMetrics,
+    StepMetrics,
+    TaskMetrics,
+    as_json,
+    restore_metrics,
+)
 from trainer.optimizer import clip_coefficient, learning_rate
 from trainer.progress import Progress
 from trainer.run_spec import RunSpec
@@ -117,7 +124,7 @@ class Worker:
 
     def __init__(self, run: RunSpec) -> None:
         """Build everything this rank needs. Collective."""
-        _start_deepspeed(run.device)
+        start_deepspeed(run.device)
         self.run = run
         self.rank = dist.get_rank()
         self.device = (
@@ -150,6 +157,7 @@ class Worker:
         self.store = AdapterStore(
             run, self.stage.bank, self.stage.shape, self.optimizer, self.control
         )
+        self.last_metrics: StepMetrics | None = None
         self.first_step = self._restore()
         self.dispatcher = AheadDispatcher(self._solve, self._running, self.control)
         self.stop_requested = False
@@ -192,12 +200,17 @@ class Worker:
                 continue
             if task.name in run.revive:
                 life.revive()
-                self._say("task %s goes on from step %d", task.name, state.step)
+                self._say("task %s goes on from step %d", task.name, state.step + 1)
             else:
                 self._say(
                     "task %s stays stopped: %s (--revive %s lets it go on)",
                     task.name, life.stopped, task.name,
                 )  # fmt: skip
+        # Only when every rank has read what it needs is anything later removed.
+        dist.barrier(group=self.control)
+        if self.rank == 0:
+            drop_later(run.output_dir, state.step)
+            restore_metrics(run.output_dir, state.step, state.last_metrics)
         return state.step
 
     def _held_bytes(self) -> int:
@@ -268,7 +281,7 @@ class Worker:
                 metrics = self._step(step, self.stop_requested)
                 if metrics is None:
                     break
-                step += 1
+                step, self.last_metrics = step + 1, metrics
                 ends = not any(self._running(step))
                 try:
                     if ends or (run.save_every and step % run.save_every == 0):
@@ -344,7 +357,7 @@ class Worker:
         replica = self.run.plan.replicas[self.role.replica]
         largest = max(item.padded_tokens for item in assignment.replicas[self.role.replica])
         return (
-            f"step {step}: out of GPU memory on replica {self.role.replica} {replica.layout}, "
+            f"step {step + 1}: out of GPU memory on replica {self.role.replica} {replica.layout}, "
             f"whose largest micro-batch holds {largest} tokens; lower its max_tokens "
             f"({replica.max_tokens}) in the plan, profile memory again with this number of tasks, "
             f"or give --gradient-checkpointing; then go on with --resume"
@@ -429,6 +442,7 @@ class Worker:
                     lr=updates[number].learning_rate,
                     applied=updates[number].apply,
                     validation_loss=validation.get(number),
+                    stopped=self.lives[number].stopped,
                 )
                 for number, task in enumerate(run.tasks)
                 if took_part[number]
@@ -448,13 +462,14 @@ class Worker:
         )
 
     def _tell(self, step: int, task: str, applied: bool, stopped: str | None) -> None:
-        """Warn of a skipped update or a stopped task (rank 0)."""
+        """Warn of a skipped update or a stopped task (rank 0); steps count from 1 on a screen."""
         if not applied:
             self._say(
-                "step %d: the gradient of task %s is not finite, its update is skipped", step, task
-            )
+                "step %d: the gradient of task %s is not finite, its update is skipped",
+                step + 1, task,
+            )  # fmt: skip
         if stopped is not None:
-            self._say("step %d: task %s is stopped: %s", step, task, stopped)
+            self._say("step %d: task %s is stopped: %s", step + 1, task, stopped)
 
     def _say(self, message: str, *values: object) -> None:
         """Warn once, not on every rank."""
@@ -502,6 +517,7 @@ class Worker:
             speed_counts=list(self.feedback.counts),
             plan=str(run.plan),
             base_model=run.fingerprint,
+            last_metrics=None if self.last_metrics is None else as_json(self.last_metrics),
         )
 
     def _synchronize(self) -> None:
@@ -512,21 +528,3 @@ class Worker:
         if self.device.type == "cuda":  # its counter starts anew with every step
             return max(self.peak_memory_bytes, torch.cuda.max_memory_allocated())
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _start_deepspeed(device: str) -> None:
-    """Bring up deepspeed over the process group that exists, quietly and without a compiler."""
-    import deepspeed.ops
-
-    # On CPU deepspeed would otherwise JIT-build a shared-memory extension (35 s, needs a compiler).
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    import deepspeed
-
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # deepspeed 0.19 calls what torch 2.13 has renamed; nothing a user could do about it.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device == "cuda" else "gloo",
-        auto_mpi_discovery=False,
-        verbose=False,
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tasks.tokenizer import train_tokenizer
 from tests.model.support import save_llama
+from tests.trainer.command import write_config, write_plan
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +22,20 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     ).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_base: Path) -> Path:
+    """A folder with a valid set-up of a run; each test breaks something."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("DP_BUCKET", "EXPR_DATA_DISPATCH", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    rows = [{"input_ids": list(range(3, 3 + n)), "labels": list(range(3, 3 + n))} for n in (9, 40)]
+    Path("data").mkdir()
+    Path("data/small.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_config()
+    write_plan({"dp": 1, "tp": 1, "pp": 1, "max_tokens": 64})
+    lines = ["tp,seq_len,mbs,time"]
+    lines += [f"1,{s},{b},{1 + b * s / 50}" for s in (16, 32, 64, 128) for b in (1, 2, 4)]
+    Path("time.csv").write_text("\n".join(lines) + "\n")
+    return tiny_base

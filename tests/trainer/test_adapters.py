@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from tests.model.test_topology import make_grids
 from tests.trainer.support import make_plan, make_run, random_dataset
 from trainer.adapters import adapter_spec, check_adapter, save_adapter
 from trainer.run import run_local
+from trainer.store import AdapterStore
 
 SHAPE = ModelShape("base", 4, 64, 96, 4, 2, 16, 256)  # what save_llama saves
 SHARED_FIELDS = dict(dataset_name="random", context_length=64, learning_rate=2e-2)
@@ -104,6 +107,33 @@ def test_a_damaged_adapter_is_refused(trained: list[Path], tmp_path: Path) -> No
     config = tmp_path / "copy" / "adapter_config.json"
     config.write_text("{")
     assert "not readable" in check_adapter(tmp_path / "copy", adapter_spec(TASKS[0]), SHAPE)[0]
+
+
+def test_an_adapter_that_is_not_finite_is_no_start(trained: list[Path], tmp_path: Path) -> None:
+    spec = adapter_spec(TASKS[1])
+    tensors = load_file(trained[1] / "adapter_model.safetensors")
+    name = sorted(tensors)[3]
+    tensors[name][0, 1] = float("inf")
+    save_adapter(tmp_path / "copy", spec, tensors, "base")
+    (problem,) = check_adapter(tmp_path / "copy", spec, SHAPE)
+    assert f"{name} holds values that are not finite" in problem
+
+
+def test_an_exported_adapter_that_is_not_finite_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    specs = [adapter_spec(task) for task in TASKS]
+    exported = [{"x": torch.ones(2)}, {"x": torch.ones(2), "y": torch.tensor([1.0, math.nan])}]
+    store = AdapterStore.__new__(AdapterStore)
+    store.is_writer, store.control = True, None  # type: ignore[assignment]
+    store.run = SimpleNamespace(base_model="base", adapter_folder=lambda t: tmp_path / str(t))
+    store.bank = SimpleNamespace(specs=specs, named_tensors=lambda task: exported[task])
+    store._gather = lambda task, own: own  # type: ignore[method-assign, assignment]
+    monkeypatch.setattr("trainer.store.dist.barrier", lambda group: None)
+    store.export_adapters()
+    (record,) = caplog.records
+    assert "adapter of task narrow" in record.getMessage()
+    assert "(y and 0 more)" in record.getMessage()
 
 
 def test_saving_replaces_an_older_adapter_whole(tmp_path: Path) -> None:

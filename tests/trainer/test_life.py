@@ -17,11 +17,15 @@ from tasks.config import TARGET_MODULES, TaskConfig
 from tests.model.support import save_llama
 from tests.trainer.faults import FAST_S, FAULT_STEPS, FAULT_TASK, SLOW_REPLICA, SLOW_S
 from tests.trainer.support import make_plan, make_run, random_dataset
+from trainer.adapters import adapter_spec, save_adapter, tensor_shapes
 from trainer.checkpoint import list_checkpoints
 from trainer.feedback import SpeedFeedback
 from trainer.life import MAX_SKIPPED_IN_ROW, TaskLife, lives_from_json, lives_to_json
+from trainer.metrics import as_json
+from trainer.report import _task_summary
 from trainer.run import run_local
 from trainer.run_spec import RunSpec
+from trainer.worker import Worker
 
 COMMON = dict(dataset_name="random", context_length=64, learning_rate=1e-2)
 TASKS = (
@@ -95,10 +99,39 @@ def test_a_rank_without_memory_says_what_to_do(base: Path, tmp_path: Path) -> No
         run_local(run, "tests.trainer.faults:run_out_of_memory")
     assert time.monotonic() - begin < 60, "the other ranks went on waiting"
     assert caught.value.rank == 1
-    for part in ("step 1: out of GPU memory on replica 1 <2,1>", "lower its max_tokens (128)"):
+    for part in ("step 2: out of GPU memory on replica 1 <2,1>", "lower its max_tokens (128)"):
         assert part in str(caught.value)
     lines = (run.output_dir / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 1, "the step before is in the metrics"
+
+
+def test_steps_count_from_one_on_a_screen(caplog: pytest.LogCaptureFixture) -> None:
+    worker = Worker.__new__(Worker)
+    worker.rank = 0
+    worker._tell(4, "b", False, "gradient not finite")
+    assert "step 5: the gradient of task b" in caplog.text
+    assert "step 5: task b is stopped: gradient not finite" in caplog.text
+
+
+def test_a_stopped_task_is_seen_at_the_end(base: Path, tmp_path: Path) -> None:
+    """The steps of a NaN adapter are skipped, and one without a limit is stopped for it."""
+    start = tmp_path / "start"
+    spec = adapter_spec(TASKS[1])
+    shapes = tensor_shapes(spec, read_shape(base), range(4))
+    save_adapter(start, spec, {n: torch.full(s, float("nan")) for n, s in shapes.items()}, "base")
+    tasks = (TASKS[0], replace(TASKS[1], resume_from=str(start)))
+    data = [random_dataset(15, 6, 50, 256, seed) for seed in range(2)]
+    run = make_run(tmp_path / "run", base, tasks, data, make_plan([(1, 1)], 64), 7)
+    steps = run_local(run)[0].steps
+    assert ["broken" in step.tasks for step in steps] == [True] * 5 + [False] * 2
+    lines = [as_json(step) for step in steps]
+    reason = lines[4]["tasks"]["broken"]["stopped"]
+    assert "not finite" in reason
+    assert all(line["tasks"]["steady"]["stopped"] is None for line in lines)
+    assert _task_summary("steady", lines, 7).ended == "done"
+    assert _task_summary("steady", lines, 9).ended == "step 7 of 9"
+    ended = _task_summary("broken", lines, 7).ended
+    assert ended == "stopped at step 5: gradient not finite in 5 steps in a row"
 
 
 def test_adapters_are_exchanged_once_per_block_and_finished_tasks_not_at_all(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from planner.placement import place
 from planner.plan import Plan
@@ -28,7 +28,9 @@ from trainer.checkpoint import (
     step_folder,
     task_record,
 )
+from trainer.engines import MOMENTS
 from trainer.life import TaskLife, lives_to_json
+from trainer.metrics import read_metrics, restore_metrics
 from trainer.prepare import revivals_in_vain
 from trainer.run import run_local
 from trainer.run_spec import RunSpec
@@ -238,7 +240,8 @@ def three_steps(tmp_path: Path) -> Path:
     spec = adapter_spec(TASKS[2])
     for step in (2, 4, 6):
         writer = CheckpointWriter(tmp_path, step)
-        writer.add_task(spec, {"w": torch.ones(2)}, {"exp_avg": {"w": torch.ones(2)}}, "base")
+        moments = {kind: {"w": torch.ones(2)} for kind in MOMENTS}
+        writer.add_task(spec, {"w": torch.ones(2)}, moments, "base")
         writer.finish(replace(state(step), tasks=[{"name": spec.name}]), keep_last=3)
     return tmp_path
 
@@ -273,6 +276,45 @@ def test_a_checkpoint_without_a_task_s_files_is_not_resumed(three_steps: Path, n
         (step_folder(three_steps, step) / name).unlink()
     with pytest.raises(ConfigError, match="none is complete"):
         read_state(three_steps, 2)
+
+
+FILES = ["adapters/{}/adapter_model.safetensors", "moments/{}.safetensors", "state.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_names_the_last_whole_one(three_steps: Path, name: str) -> None:
+    name = name.format(TASKS[2].name)
+    for step in (4, 6):
+        path = step_folder(three_steps, step) / name
+        path.write_bytes(path.read_bytes()[:-3])
+    for step in (None, 4):
+        with pytest.raises(ConfigError, match=rf"{name} is .*; .* --resume 2$"):
+            read_state(three_steps, step)
+    assert read_state(three_steps, 2).step == 2
+
+
+def test_moments_that_do_not_fit_the_adapter_are_refused(three_steps: Path) -> None:
+    moments = step_folder(three_steps, 6) / "moments" / f"{TASKS[2].name}.safetensors"
+    whole = load_file(moments)
+    for change in ({"exp_avg/w": torch.ones(3)}, {"exp_avg/v": torch.ones(2)}):
+        save_file({**whole, **change}, moments)
+        with pytest.raises(ConfigError, match="does not fit .* --resume 4$"):
+            read_state(three_steps, None)
+
+
+def test_the_step_before_a_checkpoint_is_never_lost(base: Path, tmp_path: Path) -> None:
+    """As after a kill between the checkpoint and its step's line: the line is missing."""
+    data = [random_dataset(15, 6, 50, 256, 0)]
+    first = make_run(tmp_path, base, TASKS[:1], data, make_plan([(1, 1)], 64), 2)
+    run_local(first)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    (tmp_path / "metrics.jsonl").write_text(lines[0] + "\n" + lines[1][:40])
+    run_local(replace(first, last_step=3, resume_step=2))
+    steps = read_metrics(tmp_path)
+    assert [step["step"] for step in steps] == [0, 1, 2]
+    assert steps[1] == {**json.loads(lines[1]), "checkpoint_time_s": 0.0}
+    restore_metrics(tmp_path, 1, steps[0])
+    assert read_metrics(tmp_path) == steps[:1]
 
 
 def test_what_may_not_change_is_named() -> None:

@@ -9,59 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
 
 from planner.layout import Layout
 from planner.plan import Plan, ReplicaGroup
 from tasks.errors import ConfigError
+from tests.trainer.command import refused, train, write_config, write_plan
 from trainer.cli import main
+from trainer.metrics import read_metrics
 from trainer.prepare import TrainRequest, node_size, placed
 from trainer.run import launcher_command, local_world_size, read_host_file, sourced_environment
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_base: Path) -> Path:
-    """A folder with a valid set-up of a run; each test breaks something."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("DP_BUCKET", "EXPR_DATA_DISPATCH", "RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    rows = [{"input_ids": list(range(3, 3 + n)), "labels": list(range(3, 3 + n))} for n in (9, 40)]
-    Path("data").mkdir()
-    Path("data/small.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    write_config()
-    write_plan({"dp": 1, "tp": 1, "pp": 1, "max_tokens": 64})
-    lines = ["tp,seq_len,mbs,time"]
-    lines += [f"1,{s},{b},{1 + b * s / 50}" for s in (16, 32, 64, 128) for b in (1, 2, 4)]
-    Path("time.csv").write_text("\n".join(lines) + "\n")
-    return tiny_base
-
-
-def write_config(**changes: object) -> None:
-    task = {
-        "rank": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "global_batch_size": 2,
-        "dataset_name": "small", "context_length": 64, "json_key": "text", "steps": 1,
-    }  # fmt: skip
-    content = {"variant": "canonical", "train_task_num": 1, "task": [{**task, **changes}]}
-    Path("tasks.json").write_text(json.dumps(content))
-
-
-def write_plan(*groups: dict) -> None:
-    Path("plan.yaml").write_text(yaml.safe_dump({"strategy_config": list(groups)}))
-
-
-def train(base: Path, *more: str) -> int:
-    return main(
-        ["train", "--model", str(base), "--trainer-config", "tasks.json", "--strategy-config",
-         "plan.yaml", "--output-dir", "run", "--device", "cpu", "--time-profile", "time.csv", *more]
-    )  # fmt: skip
-
-
-def refused(capsys: pytest.CaptureFixture[str], *expected: str) -> None:
-    message = capsys.readouterr().err
-    for part in expected:
-        assert part in message
-    assert "Traceback" not in message
-    assert not Path("run").exists()
 
 
 def test_a_missing_data_file(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,7 +184,7 @@ def test_a_run_is_never_overwritten(place: Path, capsys: pytest.CaptureFixture[s
     assert (Path("run/adapters/small") / "adapter_model.safetensors").is_file()
     assert main(["report", "run"]) == 0
     shown = capsys.readouterr().out
-    for part in ("small", "validation", "slowest replica"):
+    for part in ("small", "validation", "slowest replica", "ended", "done"):
         assert part in shown
     step = json.loads(metrics)
     parts = ("dispatch_wait_s", "prepare_time_s", "replica_wait_s", "reduce_time_s")
@@ -278,6 +234,22 @@ def test_a_run_that_died_before_its_first_checkpoint(
     Path("run/checkpoints/.step_1.partial").mkdir(parents=True)
     assert train(place) == 0
     assert sorted(path.name for path in Path("run/checkpoints").iterdir()) == ["step_1"]
+
+
+def test_a_prediction_that_is_far_off_is_said(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(place) == 0
+    (step,) = read_metrics(Path("run"))
+    for predicted_s, said in [(3.0, "3.0 times less than predicted"), (0.25, "4.0 times longer"),
+                              (0.6, None), (1.9, None)]:  # fmt: skip
+        step |= {"step_time_s": 1.0, "predicted_step_time_s": predicted_s}
+        Path("run/metrics.jsonl").write_text(json.dumps(step) + "\n")
+        capsys.readouterr()
+        assert main(["report", "run"]) == 0
+        shown = capsys.readouterr().out
+        assert ("does not fit this machine" in shown) == (said is not None)
+        assert said is None or said in shown
 
 
 def test_a_plan_for_more_gpus_than_were_given(

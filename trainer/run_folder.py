@@ -1,0 +1,105 @@
+"""A run's folder: whether a run may use it, and what is written into it before the start."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tasks.dataset import TokenizedDataset
+from tasks.errors import ConfigError
+from tasks.files import remove_folder, write_atomic
+from trainer.checkpoint import list_checkpoints, read_state
+from trainer.folder_lock import hold_folder
+from trainer.metrics import METRICS_FILE
+from trainer.run_spec import (
+    ADAPTER_FOLDER,
+    CONFIG_FILE,
+    DATA_FOLDER,
+    VALIDATION_FOLDER,
+    RunSpec,
+)
+
+
+def unusable(folder: Path) -> list[str]:
+    """Return why nothing can be written into this folder, which may not exist yet."""
+    nearest = folder
+    while not os.path.exists(nearest) and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not os.path.isdir(nearest):
+        return [f"--output-dir {folder}: {nearest} is a file; choose another folder"]
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        return [f"--output-dir {folder}: no permission to write in {nearest}; choose another"]
+    return []
+
+
+def occupied(folder: Path) -> list[str]:
+    """Return why no new run can be started in this folder (empty: one can)."""
+    if list_checkpoints(folder) or (folder / ADAPTER_FOLDER).exists():
+        return [
+            f"--output-dir {folder}: already holds a run; choose another folder, or go on with it "
+            f"by --resume"
+        ]
+    metrics = folder / METRICS_FILE
+    if metrics.is_file() and metrics.stat().st_size:
+        return [
+            f"--output-dir {folder}: holds a run that ended before its first checkpoint; choose "
+            f"another folder, or remove this one"
+        ]
+    if not _is_ours(folder / CONFIG_FILE):  # it is the first file a run writes
+        for name in (CONFIG_FILE, DATA_FOLDER, VALIDATION_FOLDER):
+            if (folder / name).exists():
+                return [
+                    f"--output-dir {folder}: holds {name}, which is not of a run and would be "
+                    f"replaced; choose another folder"
+                ]
+    return []
+
+
+def _is_ours(path: Path) -> bool:
+    """Return whether a run has written this config.yaml."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    versions = content.get("versions") if isinstance(content, dict) else None
+    return isinstance(versions, dict) and "lobra" in versions
+
+
+def write_run_folder(
+    run: RunSpec,
+    config: Mapping[str, Any],
+    training: Sequence[TokenizedDataset],
+    validation: Sequence[TokenizedDataset | None],
+) -> None:
+    """Take the folder of a checked run; write config.yaml and the tokenised data.
+
+    Raises:
+        ConfigError: another run has the folder or has used it since it was checked, or it cannot
+            be written.
+    """
+    folder = run.output_dir
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        hold_folder(folder)
+        # A run that has just ended may have left its files since they were looked for.
+        if run.resume_step is not None:
+            read_state(folder, run.resume_step)
+        elif problems := occupied(folder):
+            raise ConfigError(problems)
+        write_atomic(folder / CONFIG_FILE, yaml.safe_dump(dict(config), sort_keys=False))
+        for name in (DATA_FOLDER, VALIDATION_FOLDER):
+            if (folder / name).exists():
+                remove_folder(folder / name)
+        for task, (data, held_out) in enumerate(zip(training, validation, strict=True)):
+            data.save(run.data_folder(task))
+            if held_out is not None:
+                held_out.save(run.validation_folder(task))
+    except OSError as error:
+        raise ConfigError(
+            f"--output-dir {folder}: cannot be written ({error.strerror or error}); make room "
+            f"there or choose another folder"
+        ) from error

@@ -1,0 +1,120 @@
+"""The tasks' data of a run: tokenised, checked against plan and model, validation split off."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.shapes import ModelShape
+from planner.buckets import ALIGN
+from planner.plan import Plan
+from tasks.config import TaskConfig
+from tasks.dataset import TokenizedDataset, load_dataset
+from tasks.errors import ConfigError
+from tasks.sampling import split_validation, task_seed
+
+
+def clip_context(tasks: Sequence[TaskConfig], max_seq_length: int | None) -> tuple[TaskConfig, ...]:
+    """Return the tasks with context_length no longer than `max_seq_length`."""
+    if max_seq_length is None:
+        return tuple(tasks)
+    return tuple(
+        replace(task, context_length=min(task.context_length, max_seq_length)) for task in tasks
+    )
+
+
+def load_datasets(
+    problems: list[str],
+    source: Path,
+    tasks: Sequence[TaskConfig],
+    tokenizer: Any,
+    data_dir: Path,
+) -> list[TokenizedDataset]:
+    """Return every task's tokenised data, or [] after adding what is wrong to `problems`."""
+    datasets = []
+    for number, task in enumerate(tasks):
+        try:
+            datasets.append(load_dataset(task, tokenizer, data_dir))
+        except ConfigError as error:
+            field = f"{source}: task[{number}].dataset_name"
+            named = f"dataset_name = {task.dataset_name!r}: "
+            problems += [
+                f"{field} = {task.dataset_name!r}: {problem.removeprefix(named)}"
+                for problem in error.problems
+            ]
+    if len(datasets) < len(tasks):
+        return []
+    return datasets
+
+
+def too_long(
+    tasks: Sequence[TaskConfig],
+    datasets: Sequence[TokenizedDataset],
+    plan: Plan,
+    source: Path | str = "",
+) -> list[str]:
+    """Return a problem for every task with a sequence that no replica of the plan can take.
+
+    `source` is the trainer configuration, named in the problems if it is given.
+    """
+    prefix = f"{source}: " if source else ""
+    capacity = plan.max_tokens
+    problems = []
+    for number, (task, data) in enumerate(zip(tasks, datasets, strict=False)):
+        longest = int(data.lengths.max())
+        padded = -(-data.lengths // ALIGN) * ALIGN
+        if padded.max() > capacity:
+            count = int((padded > capacity).sum())
+            problems.append(
+                f"{prefix}task[{number}].context_length = {task.context_length}: {count} of "
+                f"{len(data)} sequences of task {task.name} are longer than any replica "
+                f"can take (longest {longest} tokens, padded to {int(padded.max())}, "
+                f"largest max_tokens {capacity}); lower context_length to "
+                f"{capacity // ALIGN * ALIGN} or plan for the longer length"
+            )
+    return problems
+
+
+def foreign_tokens(
+    tasks: Sequence[TaskConfig],
+    datasets: Sequence[TokenizedDataset],
+    shape: ModelShape,
+    source: Path,
+) -> list[str]:
+    """Return a problem for every task whose token ids exceed the model's vocabulary."""
+    problems = []
+    for number, (task, data) in enumerate(zip(tasks, datasets, strict=False)):
+        where = f"{source}: task[{number}].dataset_name = {task.dataset_name!r}"
+        largest = int(data.tokens.max())
+        if largest >= shape.vocab_size:
+            problems.append(
+                f"{where}: token id {largest} is outside the model's vocabulary of "
+                f"{shape.vocab_size}; the data was tokenised for another model"
+            )
+    return problems
+
+
+def split(
+    task: TaskConfig, data: TokenizedDataset, seed: int
+) -> tuple[TokenizedDataset, TokenizedDataset | None]:
+    """Return the sequences to train on, and those that `validation_split` holds out."""
+    kept, held_out = split_validation(len(data), task.validation_split, task_seed(task, seed))
+    if not len(held_out):
+        return data, None
+    return _select(data, kept), _select(data, held_out)
+
+
+def _select(data: TokenizedDataset, indices: NDArray[np.int64]) -> TokenizedDataset:
+    parts = [data.sequence(int(index)) for index in indices]
+    return TokenizedDataset(
+        np.concatenate([tokens for tokens, _ in parts]),
+        np.concatenate([labels for _, labels in parts]),
+        np.concatenate([[0], np.cumsum(data.lengths[indices])]).astype(np.int64),
+        data.num_truncated,
+        data.num_dropped,
+    )
