@@ -264,7 +264,7 @@ def test_report_of_a_folder_without_a_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["report", str(tmp_path)]) == 2
-    assert "give the folder of a run" in capsys.readouterr().err
+    assert "none of config.yaml (a run)" in capsys.readouterr().err
 
 
 def test_host_files(tmp_path: Path) -> None:
