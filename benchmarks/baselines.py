@@ -40,12 +40,14 @@ from profiler.cost_model import CostModel, fit_cost_model  # noqa: E402
 from profiler.profiles import TimeProfile, load_time_profile  # noqa: E402
 from tasks.config import TARGET_MODULES, TaskConfig  # noqa: E402
 from tasks.dataset import TokenizedDataset  # noqa: E402
+from tasks.errors import ConfigError  # noqa: E402
 from tasks.sampling import task_seed  # noqa: E402
 from trainer.run import PRELOAD, run_local  # noqa: E402
 from trainer.run_spec import RunSpec  # noqa: E402
 
 LEARNING_RATE, LORA_RANK = 1e-3, 16
 HOURS_S = 4 * 3600.0  # after which a method that hangs is given up
+ABOUT = ("model", "device", "steps", "cores", "load", "losses_apart")
 COLUMNS = ("method", "ranks", "tokens_per_s", "step_s", "memory_mib", "first_loss", "last_loss")
 
 
@@ -209,9 +211,20 @@ def work_of(
     return replace(work, seed=task_seed(task_of(work), 0))
 
 
-def plan_of(text: str, longest: int) -> Plan:
-    """Return a plan whose largest replicas hold ``longest`` tokens, the others their share."""
-    parts = parse_plan(text)
+def plan_from(text: str, longest: int) -> Plan:
+    """Return a plan whose largest replicas hold ``longest`` tokens, the others their share.
+
+    Raises
+    ------
+    ConfigError
+        If the text is not a plan.
+    """
+    try:
+        parts = parse_plan(text)
+    except ValueError as error:
+        raise ConfigError(f"--plan: {error}") from error
+    if not parts or any(min(part) < 1 for part in parts):
+        raise ConfigError(f"--plan: {text!r}; at least one <tp,pp>xN, of positive numbers")
     largest = max(tp * pp for tp, pp, _ in parts)
     return Plan(
         tuple(
@@ -221,43 +234,60 @@ def plan_of(text: str, longest: int) -> Plan:
     )
 
 
-def main() -> int:
-    """Run, print the table, write it if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--longest", type=int, default=512, help="tokens of the longest sequence")
-    parser.add_argument("--model", default="tiny")
-    parser.add_argument("--plan", default="<1,1>x2 <2,1>x1", help="of ours")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--time-profile", type=Path, help="for ours; without it, time ~ tokens/tp")
-    parser.add_argument("--output", type=Path, help="CSV to write")
-    args = parser.parse_args()
+def problems_of(args: argparse.Namespace) -> list[str]:
+    """Return what is wrong with the numbers and the device, before anything is started."""
+    problems = []
     if args.steps < 2:
-        parser.error(f"--steps: {args.steps}; the first step is not timed, so at least 2")
-    plan = plan_of(args.plan, args.longest)
+        problems.append(f"--steps: {args.steps}; the first step is not timed, so at least 2")
+    if args.ranks < 1:
+        problems.append(f"--ranks: {args.ranks}; a positive number of processes")
+    if args.longest < 16:
+        problems.append(f"--longest: {args.longest}; at least 16 tokens")
+    if args.device == "cuda":
+        import torch
+
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if found < args.ranks:
+            problems.append(f"--device cuda: {found} GPUs here, --ranks {args.ranks} wanted")
+    return problems
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train with every method, print the table, write it if asked to.
+
+    Raises
+    ------
+    ConfigError
+        For every mistake of the user's.
+    """
+    problems = problems_of(args)
+    if problems:
+        raise ConfigError(problems)
+    plan = plan_from(args.plan, args.longest)
     if plan.num_gpus != args.ranks:
-        parser.error(f"--plan: {args.plan} has {plan.num_gpus} ranks, not --ranks {args.ranks}")
+        raise ConfigError(
+            f"--plan: {args.plan} has {plan.num_gpus} ranks, not --ranks {args.ranks}"
+        )
+    num_layers = read_shape(resolve_folder(args.model)).num_layers
+    cost_model = (
+        fit_cost_model(load_time_profile(args.time_profile), num_layers)
+        if args.time_profile
+        else plain_cost_model(num_layers, plan)
+    )
     if args.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    load_at_start = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name:
         work = work_of(Path(name), args.model, args.device, args.steps, args.longest)
-        num_layers = read_shape(work.model_folder).num_layers
-        cost_model = (
-            fit_cost_model(load_time_profile(args.time_profile), num_layers)
-            if args.time_profile
-            else plain_cost_model(num_layers, plan)
-        )
         rows = []
         for method in METHODS:
             print(f"{method} ...", file=sys.stderr, flush=True)
             rows.append(run_baseline(method, work, args.ranks))
         print("ours ...", file=sys.stderr, flush=True)
         rows.append(run_ours(work, plan, Path(name) / "ours", cost_model))
-    load = os.getloadavg()[0]
-    print(
-        f"{args.model}, {args.ranks} {args.device} ranks, {os.cpu_count()} cores, load {load:.1f}"
-    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    loads = f"{load_at_start:.1f} before, {os.getloadavg()[0]:.1f} after"
+    print(f"{args.model}, {args.ranks} {args.device} ranks, {cores} cores, load {loads}")
     print(f"{COLUMNS[0]:<28}" + "".join(f"{column:>14}" for column in COLUMNS[1:]))
     table = [[getattr(row, column) for column in COLUMNS] for row in rows]
     for method, *values in table:
@@ -269,10 +299,31 @@ def main() -> int:
     same = "the same" if len(tokens) == 1 else "DIFFERENT"
     print(f"{same} tokens in every step; losses of all steps and methods within {apart:.1e}")
     if args.output:
+        about = [args.model, args.device, args.steps, cores, loads, f"{apart:.1e}"]
         args.output.parent.mkdir(parents=True, exist_ok=True)
         with args.output.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([COLUMNS, *table])
+            lines = [[*row, *about] for row in table]
+            csv.writer(file, lineterminator="\n").writerows([[*COLUMNS, *ABOUT], *lines])
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code (2 for a mistake of the user's)."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--longest", type=int, default=512, help="tokens of the longest sequence")
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--plan", default="<1,1>x2 <2,1>x1", help="of ours")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--time-profile", type=Path, help="for ours; without it, time ~ tokens/tp")
+    parser.add_argument("--output", type=Path, help="CSV to write")
+    args = parser.parse_args(argv)
+    try:
+        return run(args)
+    except ConfigError as error:
+        print(f"baselines: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

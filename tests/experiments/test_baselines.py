@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from benchmarks.baselines import (
+    main,
     plain_cost_model,
-    plan_of,
+    plan_from,
     random_dataset,
     run_baseline,
     run_ours,
@@ -73,7 +74,7 @@ def test_baselines_and_ours_train_what_peft_trains(work: Work, tmp_path: Path) -
         run_baseline(method, work, 4 if method == "tensor parallel" else 2)
         for method in METHODS
     ]
-    plan = plan_of("<2,1>x1 <1,1>x1", LONGEST)
+    plan = plan_from("<2,1>x1 <1,1>x1", LONGEST)
     costs = plain_cost_model(read_shape(work.model_folder).num_layers, plan)
     rows.append(run_ours(work, plan, tmp_path / "ours", costs))
     for row in rows:
@@ -119,3 +120,24 @@ def test_micro_batches_hold_every_sequence_once_within_the_limit() -> None:
     assert all(batch.ids.numel() <= 512 for batch in batches)
     tokens = sum(int((batch.labels != -100).sum()) for batch in batches)
     assert tokens == int((data.lengths - 1).sum())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--plan", "foo"], "'foo' is not <tp,pp>xN"),
+        (["--plan", "<0,1>x4"], "of positive numbers"),
+        (["--plan", "<1,1>x3"], "has 3 ranks, not --ranks 4"),
+        (["--model", "/nope"], "/nope"),
+        (["--time-profile", "/nope"], "/nope"),
+        (["--steps", "1"], "at least 2"),
+        (["--device", "cuda", "--ranks", "999"], "999 wanted"),
+    ],
+)
+def test_mistakes_are_told_before_a_rank_is_started(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and "Traceback" not in captured.err
+    assert "..." not in captured.err
