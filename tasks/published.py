@@ -15,6 +15,7 @@ from typing import Any
 from tasks.errors import ConfigError, did_you_mean
 from tasks.files import atomic_path
 
+HUB_TIMEOUT_S = 15.0
 Fields = Mapping[str, Any]
 Alpaca = dict[str, str]
 
@@ -130,8 +131,47 @@ def check_names(names: Iterable[str]) -> tuple[str, ...]:
     return names or tuple(DATASETS)
 
 
-def fetch(name: str, data_dir: Path) -> tuple[Path, int]:
+class HubUnreachable(ConfigError):
+    """The hub does not answer at all, so no other data set will come either."""
+
+
+def find_revision(name: str) -> str | None:
+    """Return the commit of a data set that the hub has now; None where it works offline.
+
+    Raises
+    ------
+    HubUnreachable
+        If the hub does not answer.
+    ConfigError
+        If it refuses.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if constants.HF_HUB_OFFLINE:
+        return None
+    hub_name = DATASETS[name].hub_name
+    try:
+        return HfApi().dataset_info(hub_name, timeout=HUB_TIMEOUT_S).sha
+    except HfHubHTTPError as error:
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"data set {name}: {hub_name} could not be fetched: {type(error).__name__}: {first}"
+        ) from error
+    except Exception as error:
+        if not isinstance(error, OSError) and not type(error).__module__.startswith("httpx"):
+            raise
+        raise HubUnreachable(
+            f"the hub cannot be reached at {constants.ENDPOINT} ({type(error).__name__}: {error}); "
+            "set HTTPS_PROXY if a proxy is needed, or HF_ENDPOINT to a mirror, or copy the sets "
+            "from a machine with network; what is fetched is kept, the same command goes on"
+        ) from error
+
+
+def fetch(name: str, data_dir: Path, revision: str | None = None) -> tuple[Path, int]:
     """Fetch and convert one data set into ``<data_dir>/<name>.jsonl``; return path and row count.
+
+    ``revision``: the hub's commit; its newest if None.
 
     Raises
     ------
@@ -142,7 +182,7 @@ def fetch(name: str, data_dir: Path) -> tuple[Path, int]:
 
     source = DATASETS[name]
     try:
-        rows = load_dataset(source.hub_name, source.configuration, split="train")
+        rows = load_dataset(source.hub_name, source.configuration, split="train", revision=revision)
     except Exception as error:  # network, access, a name gone: the library has dozens of its own
         raise ConfigError(
             f"data set {name}: {source.hub_name} could not be fetched: "

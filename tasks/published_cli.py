@@ -1,22 +1,26 @@
 """What `scripts/create_finetune_datasets.sh` runs: fetch the published data sets.
 
 Each becomes a file, written whole or not at all, and a line of ``SHA256SUMS`` beside it, which
-``sha256sum -c`` reads. A set that fails does not stop the others; the same command tries it again.
+``sha256sum -c`` reads; ``REVISIONS.json`` has the hub's commit of each, and a set that is fetched
+again is fetched at that commit. A set that fails does not stop the others; the same command tries
+it again.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from tasks.errors import ConfigError
 from tasks.files import write_atomic
-from tasks.published import DATASETS, check_names, fetch
+from tasks.published import DATASETS, HubUnreachable, check_names, fetch, find_revision
 
-SUMS = "SHA256SUMS"
+SUMS, REVISIONS = "SHA256SUMS", "REVISIONS.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,16 +34,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="default: data")
     args = parser.parse_args(argv)
     failures = 0
+    unreachable = False
     try:
-        for name in check_names(args.dataset):
+        names = check_names(args.dataset)
+        check_writable(args.data_dir)
+        for name in names:
             path = args.data_dir / f"{name}.jsonl"
             try:
                 if path.is_file():
                     check_sum(path)
                     print(f"{name}: {path} is there already")
                     continue
-                path, count = fetch(name, args.data_dir)
+                if unreachable:
+                    failures += 1
+                    continue
+                revision = read_revisions(args.data_dir).get(name) or find_revision(name)
+                path, count = fetch(name, args.data_dir, revision)
                 record_sum(path)
+                record_revision(args.data_dir, name, revision)
+            except HubUnreachable as error:
+                print(error, file=sys.stderr)
+                unreachable = True
+                failures += 1
             except (ConfigError, OSError) as error:
                 print(error, file=sys.stderr)
                 failures += 1
@@ -51,6 +67,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 1 if failures else 0
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder and a file in it, so that nothing is fetched that cannot be kept.
+
+    Raises
+    ------
+    ConfigError
+        If that fails.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--data-dir {folder}: cannot be written to: {error}") from error
+
+
+def read_revisions(folder: Path) -> dict[str, str]:
+    """Return the hub's commit of every data set that was fetched into the folder.
+
+    Raises
+    ------
+    ConfigError
+        If the file is broken.
+    """
+    path = folder / REVISIONS
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: an object is expected")
+    return found
+
+
+def record_revision(folder: Path, name: str, revision: str | None) -> None:
+    """Write a data set's commit into ``REVISIONS.json``; nothing where it is not known."""
+    if revision is not None:
+        found = {**read_revisions(folder), name: revision}
+        write_atomic(folder / REVISIONS, json.dumps(found, indent=2, sort_keys=True) + "\n")
 
 
 def check_sum(path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.experiments.hub import Hub, serve
+from tests.experiments.hub import COMMIT, Hub, serve
 
 
 def rows(number: int, **columns: object) -> bytes:
@@ -58,6 +58,7 @@ def test_a_failing_set_loses_no_other_and_the_same_command_completes(tmp_path: P
         assert BROKEN in first.stderr and "Traceback" not in first.stderr
         assert sorted(p.name for p in data.iterdir()) == [
             "MetaMathQA.jsonl",
+            "REVISIONS.json",
             "SHA256SUMS",
             "dolly.jsonl",
         ]
@@ -67,12 +68,36 @@ def test_a_failing_set_loses_no_other_and_the_same_command_completes(tmp_path: P
         assert second.returncode == 0, second.stderr
         assert "dolly.jsonl is there already" in second.stdout
         assert not any("dolly" in request for request in hub.requests)  # not fetched again
+    revisions = json.loads((data / "REVISIONS.json").read_text(encoding="utf-8"))
+    assert revisions == dict.fromkeys(names, COMMIT)
     entries = [json.loads(line) for line in (data / "dolly.jsonl").read_text().splitlines()]
     assert entries[3] == {"instruction": "do 3", "input": "with 3", "output": "done 3"}
     counts = {p.stem: len(p.read_text().splitlines()) for p in data.glob("*.jsonl")}
     assert counts == {"dolly": 5, "MathInstruct": 6, "MetaMathQA": 4}
     checked = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=data, check=False)
     assert checked.returncode == 0
+
+
+@pytest.mark.slow
+def test_without_network_one_message_says_what_to_do(tmp_path: Path) -> None:
+    with serve({}) as hub:
+        pass  # the port is closed again
+    done = create(hub, tmp_path, "dolly", "MathInstruct")
+    assert done.returncode == 1
+    assert done.stderr.count("cannot be reached") == 1 and "HF_ENDPOINT" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_fetching(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tasks import published_cli
+
+    monkeypatch.setattr(published_cli, "fetch", lambda *_: pytest.fail("fetched"))
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    folder = tmp_path / "file" / "data"
+    assert published_cli.main(["dolly", "--data-dir", str(folder)]) == 2
+    assert "cannot be written to" in capsys.readouterr().err
 
 
 def test_a_file_that_changed_is_named_and_kept(
