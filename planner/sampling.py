@@ -26,6 +26,7 @@ HEAVY_MARGIN = 0.01  # what a plan beyond that gap must gain on average
 HEAVY_SHARES = (0.8, 0.95)  # of the steps, that have no more long sequences than planned for
 HEAVY_STEPS, HEAVY_PLANS = 200, 2
 RARE = 16  # a bucket with more sequences varies too little to plan for
+HEAVY_EFFORT = 0.25  # of what EXACT takes for the expected batch
 MOST_GPUS = 256  # beyond, steps are so large that they differ little
 
 
@@ -117,12 +118,12 @@ def compare(
 def _plans_for_heavier(sampler: Sampler, known: list[Plan], clock: Clock) -> list[Plan]:
     """Return plans, not yet known, that EXACT makes for batches with more long sequences."""
     problem, found = sampler.problem, []
-    limit_s = exact.default_limit_s(problem.num_gpus) / 4
+    limit_s = HEAVY_EFFORT * exact.default_limit_s(problem.num_gpus)
     for counts in heavier_batches(problem, sampler.workload):
         if clock.left_s <= limit_s:
             break
         sampler.progress("plans for steps with more long sequences")
-        outcome = exact.solve(replace(problem, counts=counts), limit_s)
+        outcome = exact.solve(replace(problem, counts=counts), effort=HEAVY_EFFORT)
         plans = [outcome.plan, *(plan for plan, _ in outcome.alternatives)]
         found += [plan for plan in dict.fromkeys(plans) if plan not in known][:HEAVY_PLANS]
     return list(dict.fromkeys(found))

@@ -33,9 +33,10 @@ MOST_LISTED = 20_000
 PROOF_TICKS = 8192
 PROOF_STEPS = (0.0095, 0.006, 0.004, 0.0025, 0.0015, 0.001)
 TRIED_AT_ONCE = 24
-LARGE_GAP = 0.02  # a gap at which a better plan is looked for before a better bound
-FEW_GPUS = 128  # beyond, neighbours of the best plan are tried before proofs
+LARGE_GAP = 0.02  # a gap at which neighbours of the best plan are tried before proofs
+FEW_GPUS = 128  # beyond, so are they whatever the gap
 MOST_POLISHES = 40
+SKELETON = 2e-4  # relative tolerance of the relaxation
 CLIMBING = 0.2  # share of the time left for neighbours of the best plan
 POLISHED = 4e-3  # how much slower than another plan one is polished first that never was
 
@@ -48,20 +49,24 @@ def default_limit_s(num_gpus: int) -> float:
 
 
 def solve(
-    problem: Problem, time_limit_s: float | None = None, progress: Progress = silent
+    problem: Problem,
+    time_limit_s: float | None = None,
+    progress: Progress = silent,
+    *,
+    effort: float = 1.0,
 ) -> Outcome:
     """Return the best plan found, a certified lower bound and near-best alternatives.
 
     Stops at a gap of 0.1 % or at the time limit; there is always a plan and a bound. The default
-    limit is 4.5 s of processor time up to 64 GPUs, 12 s up to 256 and 35 s beyond; one that is
-    given is wall-clock time.
+    limit is 4.5 s of processor time up to 64 GPUs, 12 s up to 256 and 35 s beyond, all times
+    ``effort``; one that is given is wall-clock time.
 
     Raises
     ------
     ConfigError
         If no replica that holds the longest bucket can be placed.
     """
-    limit_s = default_limit_s(problem.num_gpus) if time_limit_s is None else time_limit_s
+    limit_s = effort * default_limit_s(problem.num_gpus) if time_limit_s is None else time_limit_s
     state = State(problem, Clock(limit_s, processor=time_limit_s is None), progress)
     start = homogeneous.find(problem)
     if start is None:  # then no plan has a replica that holds the longest bucket
@@ -71,9 +76,9 @@ def solve(
         )
     state.note(_replicas_of(problem, start.plan), start.step_time_s)
     relaxation = FluidPlanner(problem)
-    skeleton = relaxation.minimum(state.best_s, clock=state.clock)
+    skeleton = relaxation.minimum(state.best_s, SKELETON / effort**2, state.clock)
     state.prove(skeleton.step_time_s)
-    if not state.done() and skeleton.replicas.any():
+    if not state.proven and skeleton.replicas.any():  # whatever time is left
         state.try_plan(filled(problem, skeleton.replicas))
     if count_maximal(problem.sizes, problem.num_gpus) <= MOST_LISTED:
         _search_listed(state)
@@ -127,7 +132,7 @@ def _search_near(state: State, relaxation: FluidPlanner) -> None:
 
 
 def _climb(state: State) -> None:
-    """Go to better neighbours of the best plan while there are any, for half of the time."""
+    """Go to better neighbours of the best plan while there are any, for a fifth of the time."""
     clock = state.clock.part(CLIMBING)
     while not state.done() and clock.left_s > 0:
         centre, before_s = state.best_plans(1)[0], state.best_s
