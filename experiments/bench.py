@@ -143,14 +143,14 @@ class Bench:
                 plans.append(plan)
         return plans
 
-    def published_or_best(self, text: str, workload: Workload) -> tuple[Plan, bool]:
+    def published_or_best(self, text: str, workload: Workload, best: Plan) -> tuple[Plan, bool]:
         """Return the published homogeneous plan; the best, and False, where it does not fit."""
         try:
             plan = self.published_plan(text)
         except ConfigError:
-            return self.best_homogeneous(workload), False
+            return best, False
         if not self.holds(plan, workload):
-            return self.best_homogeneous(workload), False
+            return best, False
         return plan, True
 
     def in_powers_of_two(self) -> Bench:

@@ -219,6 +219,27 @@ def make_deployment(bench: Bench, pattern: str, proposal: bool, limit_s: float |
     }
 
 
+Choice = Literal["dealt", "balanced", "dynamic"]
+CHOICES: tuple[Choice, ...] = ("dealt", "balanced", "dynamic")
+
+
+def choice_cell(bench: Bench, how: Choice, task: str | None = None) -> Cell:
+    """Return the cell of the best homogeneous plan: dealt evenly, balanced, or dynamic too."""
+    key = {"num_gpus": bench.num_gpus, "how": how, "task": task}
+    words = f"best plan, {how}: {task or 'all tasks'}, {bench.num_gpus} GPUs"
+    return Cell(words, choose, (bench, how, task), key, free_of=("steps",))
+
+
+def choose(bench: Bench, how: Choice, task: str | None) -> Record:
+    """Return the best homogeneous plan for all tasks or one."""
+    workload = bench.workload if task is None else bench.task(task)
+    if how == "dealt":
+        plan = bench.best_homogeneous(workload)
+    else:
+        plan = bench.best_balanced(workload, dynamic=how == "dynamic")
+    return {"plan": str(plan), "entries": plan_entries(plan)}
+
+
 def own_bound_s(outcome: Outcome) -> float | None:
     """Return the bound of a pattern's own objective; None where it has no objective of its own.
 

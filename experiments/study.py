@@ -15,7 +15,16 @@ from experiments.bench import NUM_BUCKETS, Bench
 from experiments.cells import Cell, CellStore, Record
 from experiments.inputs import Costs
 from experiments.published import Setup, parse_plan
-from experiments.runs import Mode, deployment_cell, plan_in, sequential_cells, steps_cell, together
+from experiments.runs import (
+    CHOICES,
+    Mode,
+    choice_cell,
+    deployment_cell,
+    plan_in,
+    sequential_cells,
+    steps_cell,
+    together,
+)
 from experiments.statistics import mean_interval, reduction_interval
 from planner.candidates import PROPOSAL_CHUNKS, Candidate, tokens_per_gpu_second
 from planner.dispatch import dispatch, dispatch_counts
@@ -70,6 +79,14 @@ def reductions(record: Record, baselines: Mapping[str, Record]) -> dict[str, Any
     return columns
 
 
+def best_plans(
+    bench: Bench, store: CellStore, tasks: list[str | None], group: str
+) -> dict[tuple[str, str | None], Plan]:
+    """Return the best homogeneous plans, by what they are best for and the task (None: all)."""
+    cells = {(how, task): choice_cell(bench, how, task) for task in tasks for how in CHOICES}
+    return dict(zip(cells, map(plan_in, store.get(list(cells.values()), group)), strict=True))
+
+
 class Methods:
     """The methods of the published comparison on one bench, their plans and their records."""
 
@@ -81,14 +98,17 @@ class Methods:
             wanted.append(deployment_cell(powers))
         self.planned, *rounded = store.get(wanted, "plans")
         workload = bench.workload
-        self.fused, self.fused_fits = bench.published_or_best(setup.fused, workload)
+        self.best = best_plans(bench, store, [None, *workload.lengths], "homogeneous plans")
+        self.best_alone = {task: self.best["dealt", task] for task in workload.lengths}
+        self.fused, self.fused_fits = bench.published_or_best(
+            setup.fused, workload, self.best["dealt", None]
+        )
         alone = {
-            task: bench.published_or_best(setup.sequential[task], bench.task(task))
-            for task in workload.lengths
+            task: bench.published_or_best(setup.sequential[task], bench.task(task), best)
+            for task, best in self.best_alone.items()
         }
         self.alone = {task: plan for task, (plan, _) in alone.items()}
         self.alone_fits = {task: fits for task, (_, fits) in alone.items()}
-        self.best_alone = {t: bench.best_homogeneous(bench.task(t)) for t in workload.lengths}
         self.plans = {"LobRA": bench.published_plan(setup.lobra), "ours": plan_in(self.planned)}
         self.rounded = plan_in(rounded[0]) if rounded else None
         self.task_records: dict[str, dict[str, Record]] = {}
@@ -108,11 +128,9 @@ class Methods:
 
     def _records(self) -> dict[str, Record]:
         bench = self.bench
-        best_fused = bench.best_balanced(bench.workload)
-        best_dynamic = bench.best_balanced(bench.workload, dynamic=True)
         names = list(bench.workload.lengths)
-        balanced = {t: bench.best_balanced(bench.task(t)) for t in names}
-        dynamic = {t: bench.best_balanced(bench.task(t), dynamic=True) for t in names}
+        balanced = {task: self.best["balanced", task] for task in names}
+        dynamic = {task: self.best["dynamic", task] for task in names}
         several: dict[str, list[Cell]] = {
             SEQUENTIAL: sequential_cells(SEQUENTIAL, bench, self.alone),
             f"{SEQUENTIAL}, best plans": sequential_cells(SEQUENTIAL, bench, self.best_alone),
@@ -126,9 +144,9 @@ class Methods:
         single = {
             FUSED: steps_cell(FUSED, bench, self.fused, static=FUSED_BUCKETS, mode="even"),
             FUSED + BALANCED: steps_cell(
-                FUSED + BALANCED, bench, best_fused, static=FUSED_BUCKETS, mode="balance"
+                FUSED + BALANCED, bench, self.best["balanced", None], static=FUSED_BUCKETS
             ),
-            FUSED + DYNAMIC: steps_cell(FUSED + DYNAMIC, bench, best_dynamic),
+            FUSED + DYNAMIC: steps_cell(FUSED + DYNAMIC, bench, self.best["dynamic", None]),
             LOBRA: steps_cell(LOBRA, bench, self.plans["LobRA"]),
             OURS: steps_cell(OURS, bench, self.plans["ours"]),
         }
@@ -379,9 +397,8 @@ def scale_rows(
         powers = bench.in_powers_of_two()
         planned = store.get([deployment_cell(bench), deployment_cell(powers)], f"plan {value}")
         ours, rounded = (plan_in(record) for record in planned)
-        fused = bench.best_homogeneous(bench.workload)
-        balanced = bench.best_balanced(bench.workload)
-        dynamic = bench.best_balanced(bench.workload, dynamic=True)
+        best = best_plans(bench, store, [None], f"homogeneous plans, {value} {column}")
+        fused, balanced, dynamic = (best[how, None] for how in CHOICES)
         cells = {
             FUSED: steps_cell(FUSED, bench, fused, static=FUSED_BUCKETS, mode="even"),
             FUSED + FIXED: steps_cell(FUSED + FIXED, bench, fused, static=NUM_BUCKETS, mode="even"),
