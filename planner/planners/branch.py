@@ -200,7 +200,7 @@ def best_first(
     if best_plan is None:
         raise ConfigError("the time limit ended before any plan was found; allow more time")
     bound_s = min(best_s, left_open_s)
-    proven = bound_s >= best_s * (1 - 1e-6)
+    proven = bool(bound_s >= best_s * (1 - 1e-6))
     return BranchResult(best_plan, best_s, bound_s, proven, solved)
 
 

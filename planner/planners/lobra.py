@@ -170,6 +170,6 @@ def _outcome(
         name,
         clock.elapsed_s,
         objective_s=result.objective_s,
-        proven=result.proven,
+        proven=bool(result.proven),
         notes=notes,
     )

@@ -46,7 +46,7 @@ class State:
 
     @property
     def proven(self) -> bool:
-        return self.gap <= TARGET_GAP * (1 + 1e-9)
+        return bool(self.gap <= TARGET_GAP * (1 + 1e-9))
 
     @property
     def target_s(self) -> float:
