@@ -37,6 +37,7 @@ from planner.layout import Layout  # noqa: E402
 from planner.placement import place  # noqa: E402
 from planner.plan import Plan, ReplicaGroup  # noqa: E402
 from profiler.cost_model import CostModel, fit_cost_model  # noqa: E402
+from profiler.hardware import num_cores  # noqa: E402
 from profiler.profiles import TimeProfile, load_time_profile  # noqa: E402
 from tasks.config import TARGET_MODULES, TaskConfig  # noqa: E402
 from tasks.dataset import TokenizedDataset  # noqa: E402
@@ -285,9 +286,8 @@ def run(args: argparse.Namespace) -> int:
             rows.append(run_baseline(method, work, args.ranks))
         print("ours ...", file=sys.stderr, flush=True)
         rows.append(run_ours(work, plan, Path(name) / "ours", cost_model))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     loads = f"{load_at_start:.1f} before, {os.getloadavg()[0]:.1f} after"
-    print(f"{args.model}, {args.ranks} {args.device} ranks, {cores} cores, load {loads}")
+    print(f"{args.model}, {args.ranks} {args.device} ranks, {num_cores()} cores, load {loads}")
     print(f"{COLUMNS[0]:<28}" + "".join(f"{column:>14}" for column in COLUMNS[1:]))
     table = [[getattr(row, column) for column in COLUMNS] for row in rows]
     for method, *values in table:
@@ -299,7 +299,7 @@ def run(args: argparse.Namespace) -> int:
     same = "the same" if len(tokens) == 1 else "DIFFERENT"
     print(f"{same} tokens in every step; losses of all steps and methods within {apart:.1e}")
     if args.output:
-        about = [args.model, args.device, args.steps, cores, loads, f"{apart:.1e}"]
+        about = [args.model, args.device, args.steps, num_cores(), loads, f"{apart:.1e}"]
         args.output.parent.mkdir(parents=True, exist_ok=True)
         with args.output.open("w", newline="", encoding="utf-8") as file:
             lines = [[*row, *about] for row in table]

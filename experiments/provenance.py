@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -58,13 +57,6 @@ def git_state(root: Path) -> dict[str, Any]:
     except (OSError, subprocess.CalledProcessError):
         return {}
     return {"commit": commit, "changed_since_commit": bool(status)}
-
-
-def usable_cores() -> set[int]:
-    """Return the cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
-    return set(range(os.cpu_count() or 1))
 
 
 def now() -> str:

@@ -39,7 +39,6 @@ from experiments.provenance import (
     read_provenance,
     read_rows,
     same_sources,
-    usable_cores,
 )
 from experiments.published import (
     HOMOGENEOUS_STEPS,
@@ -50,6 +49,7 @@ from experiments.published import (
 )
 from experiments.published import SCALE_GPUS as PUBLISHED_GPUS
 from experiments.published import SCALE_TASKS as PUBLISHED_TASKS
+from profiler.hardware import num_cores
 from tasks.config import TrainerConfig, load_trainer_config
 from tasks.errors import ConfigError
 from tasks.files import write_atomic
@@ -254,7 +254,7 @@ class Experiment:
             "cell_seconds": round(spent, 1),
             "cell_processor_seconds": round(processor, 1),
             "workers": self.workers.number,
-            "cores": len(usable_cores()),
+            "cores": num_cores(),
             "load_at_start": self.load,
             "load_at_end": round(os.getloadavg()[0], 2),
         }
@@ -348,7 +348,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--workers",
         type=int,
-        default=min(2, len(usable_cores())),
+        default=min(2, num_cores()),
         help="processes (default at most 2)",
     )
     add("--time-limit", type=float, default=20.0, help="seconds for each of LobRA's planners")

@@ -229,21 +229,22 @@ def search_loads(loads: Loads, bound_s: float, thorough: bool = True) -> None:
     first = loads.counts.copy()
     improve(loads, target_s, rounds, max_exchanges=0, swap_partners=EASY_PARTNERS)
     best, best_s = loads.counts.copy(), loads.time_s.max()
+    if best_s <= enough_s or not thorough:
+        return
     for balanced in (True, False):
-        if best_s <= enough_s or not thorough:
-            return loads.restore(best)
         loads.restore(first)
         if balanced:  # of few large sequences balanced groups may leave the moves no way out
             balance_groups(loads, target_s, TICKS)
         improve(loads, target_s, rounds)
         if loads.time_s.max() < best_s:
             best, best_s = loads.counts.copy(), loads.time_s.max()
+        if best_s <= enough_s:
+            break
     loads.restore(best)
     if best_s > enough_s:
         descend(loads, target_s, TICKS, RESPLITS)
     if loads.time_s.max() > enough_s:
         shake(loads, target_s, TICKS, SHAKES, np.random.default_rng(0))
-    return None
 
 
 def plan_tables(

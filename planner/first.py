@@ -34,29 +34,16 @@ def start_loads(tables: list[ChunkTable], replicas: np.ndarray, counts: np.ndarr
     fluid = solve_fluid(tables, replicas, counts)
     bound_s = max(fluid.step_time_s, longest_sequence_s(tables, counts))
     tables, share = _limit_chunks(tables, replicas, counts, fluid)
-    bubbles = np.array([table.bubble_s() for table in tables])
     group = np.repeat(np.arange(len(tables)), replicas)
-    loads = Loads(
-        np.stack([table.work_s(int(counts.max(initial=0))) for table in tables]),
-        group,
-        bubbles[group],
-        _first_assignment(tables, replicas, counts, share),
-        np.stack([table.limit for table in tables]),
-    )
-    return Start(loads, tables, bound_s)
+    assigned = _first_assignment(tables, replicas, counts, share)
+    return Start(Loads.of(tables, group, assigned, int(counts.max(initial=0))), tables, bound_s)
 
 
 def greedy_start(start: Start, tables: list[ChunkTable], counts: np.ndarray) -> Start:
     """Return the greedy assignment of the same batch, all chunks of the ``tables`` allowed."""
-    taken, _ = greedy(tables, start.loads.group, counts)
-    bubbles = np.array([table.bubble_s() for table in tables])
-    loads = Loads(
-        np.stack([table.work_s(int(counts.max(initial=0))) for table in tables]),
-        start.loads.group,
-        bubbles[start.loads.group],
-        taken,
-        np.stack([table.limit for table in tables]),
-    )
+    group = start.loads.group
+    taken, _ = greedy(tables, group, counts)
+    loads = Loads.of(tables, group, taken, int(counts.max(initial=0)))
     return Start(loads, tables, start.bound_s)
 
 

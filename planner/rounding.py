@@ -138,14 +138,7 @@ def realise(
     state = np.stack([pattern.counts for _, pattern in chosen])
     most = int(min(counts.max(initial=0), state.max(initial=0) + SPARE_COUNT))
     state = np.minimum(state, most)
-    kind = np.array(kinds)
-    loads = Loads(
-        np.stack([table.work_s(most) for table in limited]),
-        kind,
-        np.array([table.bubble_s() for table in limited])[kind],
-        state,
-        np.stack([table.limit for table in limited]),
-    )
+    loads = Loads.of(limited, np.array(kinds), state, most)
     _drop_surplus(loads, counts)
     _place_missing(loads, counts)
     improve(loads, target_s, max_rounds, max_exchanges=max_rounds)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from planner.chunks import ChunkTable
 
 LARGEST_MOVE = 32
 LARGEST_SWAP = 24
@@ -40,6 +43,22 @@ class Loads:
     bubble_s: np.ndarray
     counts: np.ndarray
     chunk: np.ndarray
+
+    @classmethod
+    def of(
+        cls, tables: Sequence[ChunkTable], group: np.ndarray, counts: np.ndarray, most: int
+    ) -> Loads:
+        """Return the loads of replicas with a table per group, none with over ``most`` of a bucket.
+
+        ``group`` int64 [Q], ``counts`` int64 [Q, R].
+        """
+        return cls(
+            np.stack([table.work_s(most) for table in tables]),
+            group,
+            np.array([table.bubble_s() for table in tables])[group],
+            counts,
+            np.stack([table.limit for table in tables]),
+        )
 
     def __post_init__(self) -> None:
         self._buckets = np.arange(self.counts.shape[1])

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 
 from planner.clock import Clock
-from planner.columns import Budget, generate
+from planner.columns import Budget
 from planner.fluid import amounts
 from planner.plan import Plan
 from planner.planners import homogeneous
@@ -253,18 +253,10 @@ def _cut(state: State, replicas: np.ndarray, reach: np.ndarray, step_s: float) -
     """Return a cut that excludes a plan at T, by its columns; None if they do not."""
     problem = state.problem
     layouts = np.flatnonzero(replicas).tolist()
-    found = generate(
-        [problem.tables[i] for i in layouts],
-        Budget.of_plan(replicas[layouts]),
-        problem.counts,
-        step_s,
-        rounding="down",
-        ticks=PROOF_TICKS,
-        clock=state.clock,
-        columns=state.pool.columns(layouts, step_s),
-        stop_at_proof=True,
+    budget = Budget.of_plan(replicas[layouts])
+    found = state.generate(
+        layouts, budget, step_s, rounding="down", ticks=PROOF_TICKS, stop_at_proof=True
     )
-    state.pool.keep(layouts, found)
     if not np.isfinite(found.bound):  # a bucket fits no layout of the plan in time
         fits = (reach[layouts] > 0).any(axis=0) | (problem.counts == 0)
         bucket = int(np.argmin(fits))

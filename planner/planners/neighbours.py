@@ -8,7 +8,7 @@ import numpy as np
 
 from planner.fluid import amounts, solve_rates
 from planner.planners.base import Problem
-from planner.planners.state import State
+from planner.planners.state import State, key_of
 
 
 def promising(state: State, centre: np.ndarray) -> list[np.ndarray]:
@@ -20,7 +20,7 @@ def promising(state: State, centre: np.ndarray) -> list[np.ndarray]:
         rates = 1.0 / reach
     scored = []
     for replicas in _neighbours(centre, problem.sizes):
-        key = tuple(replicas.tolist())
+        key = key_of(replicas)
         layouts = np.flatnonzero(replicas)
         covered = (reach[layouts] > 0).any(axis=0) | (problem.counts == 0)
         if key in state.times or not covered.all():

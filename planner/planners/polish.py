@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from planner.columns import Budget, generate
+from planner.columns import Budget
 from planner.dispatch import search_loads
 from planner.first import chunks_of, start_loads
 from planner.patterns import Pattern
@@ -38,17 +38,7 @@ def polish(
     room = min(MOST_ROOM, 0.2 / int(replicas.sum()))
     rounded = raises = 0
     while rounded < roundings and step_s < state.best_s and not state.done():
-        found = generate(
-            tables,
-            budget,
-            problem.counts,
-            step_s,
-            rounding="up",
-            ticks=ROUNDING_TICKS,
-            clock=state.clock,
-            columns=state.pool.columns(layouts, step_s),
-        )
-        state.pool.keep(layouts, found)
+        found = state.generate(layouts, budget, step_s, rounding="up", ticks=ROUNDING_TICKS)
         # theta may stay at 1 however long the step, where one layout is just enough in number
         enough = found.theta <= 1.0 + 2e-4
         if not enough or (found.theta > 1.0 - 0.8 * room and raises < 2):
@@ -90,17 +80,9 @@ def round_any(state: State) -> None:
     clock = state.clock.part(0.4)
     step_s, rounded = state.bound_s * 1.002, 0
     while rounded < ROUNDINGS_ANY and step_s < state.best_s and clock.left_s > 0:
-        found = generate(
-            problem.tables,
-            budget,
-            problem.counts,
-            step_s,
-            rounding="up",
-            ticks=ROUNDING_TICKS,
-            clock=clock,
-            columns=state.pool.columns(layouts, step_s),
+        found = state.generate(
+            layouts, budget, step_s, rounding="up", ticks=ROUNDING_TICKS, clock=clock
         )
-        state.pool.keep(layouts, found)
         if found.theta > 1.0 - ROOM_ANY:
             step_s *= 1.0 + max(1e-3, 0.6 * (found.theta - 1.0 + ROOM_ANY))
             continue

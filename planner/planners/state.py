@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from planner.clock import Clock
-from planner.columns import Pool
+from planner.columns import Budget, Generated, Pool, generate
+from planner.patterns import Rounding
 from planner.planners.base import Problem, Progress
 
 TARGET_GAP = 1e-3
@@ -112,6 +113,32 @@ class State:
             else:
                 return None
         return left
+
+    def generate(
+        self,
+        layouts: list[int],
+        budget: Budget,
+        step_s: float,
+        *,
+        rounding: Rounding,
+        ticks: int,
+        clock: Clock | None = None,
+        stop_at_proof: bool = False,
+    ) -> Generated:
+        """Generate columns of some layouts (indices), from and into the pool of useful ones."""
+        found = generate(
+            [self.problem.tables[index] for index in layouts],
+            budget,
+            self.problem.counts,
+            step_s,
+            rounding=rounding,
+            ticks=ticks,
+            clock=self.clock if clock is None else clock,
+            columns=self.pool.columns(layouts, step_s),
+            stop_at_proof=stop_at_proof,
+        )
+        self.pool.keep(layouts, found)
+        return found
 
     def holds(self, replicas: np.ndarray) -> bool:
         """Return whether every bucket of the batch fits some replica."""
