@@ -19,7 +19,7 @@ from model.shapes import ModelShape, layout_problem
 from profiler.head import HEAD_COLUMNS, PROFILED_SHARE
 from profiler.layer_time_rank import Clock, SingleDevice
 from profiler.memory import OUT_OF_MEMORY, shape_settings
-from profiler.outliers import MAX_ATTEMPTS, doubtful_points
+from profiler.outliers import doubtful_points
 from profiler.points import time_points
 from profiler.profiles import TIME_COLUMNS
 from profiler.sweep_file import Restart, SweepFile, open_sweep
@@ -206,7 +206,8 @@ def sweep_time(
     files
         The layers' and the ends' profile (`open_files`); the rank processes append to them.
     report
-        ``report(tp, points left)``, called from time to time.
+        ``report(tp, points left)``, called from time to time; none are left while rows that stick
+        out are measured again.
     ready
         Whether this machine can run that tp; others are left out.
 
@@ -216,11 +217,12 @@ def sweep_time(
         If a rank failed for another reason than memory; what was measured before is kept.
     """
     for tp in filter(ready, sweep.tps):
+        checked = False
         while points := missing_points(sweep, tp, files):
             report(tp, len(points))
             try:
                 _measure(sweep, tp, points, files, report)
-                failure = None
+                failure, checked = None, True
             except RankError as error:
                 if not OUT_OF_MEMORY.search(str(error)):
                     raise
@@ -231,25 +233,10 @@ def sweep_time(
                 b, s = left[0]  # they are measured in order
                 log.warning("tp %d: %d x %d ran out of memory and is left out", tp, b, s)
                 files[0].skip((tp, s, b), "ran out of memory")
-        files = _measure_doubtful(sweep, tp, files, report)
+        if not checked and any(doubtful_points(file, tp) for file in files):
+            _measure(sweep, tp, (), files, report)  # a sweep before this one was ended too early
+            files = files[0].reopened(), files[1].reopened()
         report(tp, 0)
-    return files
-
-
-def _measure_doubtful(
-    sweep: TimeSweep,
-    tp: int,
-    files: tuple[SweepFile, SweepFile],
-    report: Callable[[int, int], None],
-) -> tuple[SweepFile, SweepFile]:
-    """Measure rows that stick out again, until each has been measured often enough."""
-    for _ in range(MAX_ATTEMPTS - 1):
-        points = tuple(sorted(set().union(*(doubtful_points(file, tp) for file in files))))
-        if not points:
-            break
-        log.info("tp %d: %d of its shapes stick out and are measured again", tp, len(points))
-        _measure(sweep, tp, points, files, report, again=True)
-        files = files[0].reopened(), files[1].reopened()
     return files
 
 
@@ -259,9 +246,8 @@ def _measure(
     points: tuple[tuple[int, int], ...],
     files: tuple[SweepFile, SweepFile],
     report: Callable[[int, int], None],
-    again: bool = False,
 ) -> None:
-    """Run the ranks that measure `points`, reporting progress from the growing file."""
+    """Run the ranks that measure `points`, and again what then sticks out; report progress."""
     shards = [single for single in sweep.single_device if single.tp == tp]
     count, size = (1, 1) if shards else (sweep.num_replicas(tp), tp)
     grids = tuple((tuple(range(start, start + size)),) for start in range(0, count * size, size))
@@ -269,7 +255,7 @@ def _measure(
     before = files[1].num_rows_on_disk()
 
     def watch() -> None:
-        while not (again or ended.wait(POLL_S)):
+        while not ended.wait(POLL_S):
             report(tp, len(points) - (files[1].num_rows_on_disk() - before))
 
     watcher = threading.Thread(target=watch, daemon=True)
@@ -287,7 +273,6 @@ def _measure(
                 "device": sweep.device,
                 "layer_file": files[0],
                 "head_file": files[1],
-                "again": again,
                 "single_device": shards[0] if shards else None,
                 "clock": sweep.clock,
                 "task_weights": [float(task.global_batch_size) for task in sweep.tasks],

@@ -22,6 +22,7 @@ from model.stage import IGNORED_LABEL, MicroBatchTensors, Stage, build_stage
 from model.topology import Grid
 from profiler.head import PROFILED_SHARE
 from profiler.memory_rank import DTYPES, synthetic_batch, torch_device
+from profiler.outliers import MAX_ATTEMPTS, doubtful_points
 from profiler.sweep_file import SweepFile
 
 Clock = Literal["wall", "processor"]
@@ -74,7 +75,6 @@ def time_points_on_rank(
     device: str,
     layer_file: SweepFile,
     head_file: SweepFile,
-    again: bool = False,
     single_device: SingleDevice | None = None,
     task_weights: Sequence[float] = (),
     clock: Clock = "wall",
@@ -82,7 +82,8 @@ def time_points_on_rank(
     """Time every point that the files do not hold and append it to them (rank 0 writes).
 
     All replicas of ``grids`` run the same point at the same time, each a tensor-parallel group on
-    its own; the mean over them is recorded. Collective.
+    its own; the mean over them is recorded. Rows that then stick out (`doubtful_points`) are timed
+    once or twice more and become the median of their attempts. Collective.
 
     Parameters
     ----------
@@ -92,9 +93,6 @@ def time_points_on_rank(
         (b, s) in the order they are measured.
     layer_file, head_file
         Rows ``tp,seq_len,mbs,time``; only rank 0's copies are written to.
-    again
-        Time the points once more although the files hold them; a row becomes the median of all
-        its attempts.
     single_device
         Time one shard on this one rank, and add the collectives from a model.
     task_weights
@@ -111,36 +109,57 @@ def time_points_on_rank(
     layers, ends = _build_probes(folder, groups, specs, DTYPES[precision], where)
     mixtures_wanted = NUM_MIXTURES if _adapters_differ(specs) else 1
     weights = task_weights or [1.0] * len(specs)
-    for b, s in points:
+
+    def time_layer(b: int, s: int, batch: MicroBatchTensors, received_BSD: torch.Tensor) -> None:
+        gradient_BSD = torch.randn_like(received_BSD)
+        runs = [
+            _layer_run(layers, replace(batch, row_tasks=tasks), received_BSD, gradient_BSD)
+            for tasks in row_mixtures(b, weights, mixtures_wanted)
+        ]
+        timing = measured_timing(runs, where, clock=clock)
+        modelled_ms = None if single_device is None else _line(single_device.layer_ms, b * s)
+        if dist.get_rank() == 0:
+            time_ms = timing.time_ms / len(layers.layers) + (modelled_ms or 0.0)
+            _record(layer_file, (tp, s, b), (), time_ms, timing.details(modelled_ms))
+
+    def time_ends(b: int, s: int, batch: MicroBatchTensors, received_BSD: torch.Tensor) -> None:
+        nothing = replace(batch, labels_BS=torch.full_like(batch.labels_BS, IGNORED_LABEL))
+        base, timing = (
+            measured_timing(
+                [_ends_run(layers, ends, one, received_BSD)], where, 0.5 * TIMED_S, clock
+            )
+            for one in (nothing, batch)
+        )
+        modelled_ms = None if single_device is None else _line(single_device.head_ms, b * s)
+        if dist.get_rank() == 0:
+            time_ms = timing.time_ms + (modelled_ms or 0.0)
+            base_ms = round(min(base.time_ms + (modelled_ms or 0.0), time_ms), 6)
+            _record(head_file, (tp, s, b), (base_ms,), time_ms, timing.details(modelled_ms))
+
+    def time_point(b: int, s: int, layer_too: bool, ends_too: bool) -> None:
         batch = synthetic_batch((b, s), layers.shape, len(specs), where, PROFILED_SHARE)
         if single_device is not None:  # the other shards' rows of the embedding are not here
             batch = replace(batch, tokens_BS=batch.tokens_BS % len(_embedding_rows(layers)))
         received_BSD = torch.randn(b, s, layers.shape.hidden_size, device=where).to(layers.dtype)
-        if (tp, s, b) not in layer_file.done or again:
-            gradient_BSD = torch.randn_like(received_BSD)
-            runs = [
-                _layer_run(layers, replace(batch, row_tasks=tasks), received_BSD, gradient_BSD)
-                for tasks in row_mixtures(b, weights, mixtures_wanted)
-            ]
-            timing = measured_timing(runs, where, clock=clock)
-            modelled_ms = None if single_device is None else _line(single_device.layer_ms, b * s)
-            if dist.get_rank() == 0:
-                time_ms = timing.time_ms / len(layers.layers) + (modelled_ms or 0.0)
-                _record(layer_file, (tp, s, b), (), time_ms, timing.details(modelled_ms))
-        if (tp, s, b) not in head_file.done or again:
-            nothing = replace(batch, labels_BS=torch.full_like(batch.labels_BS, IGNORED_LABEL))
-            base, timing = (
-                measured_timing(
-                    [_ends_run(layers, ends, one, received_BSD)], where, 0.5 * TIMED_S, clock
-                )
-                for one in (nothing, batch)
-            )
-            modelled_ms = None if single_device is None else _line(single_device.head_ms, b * s)
-            if dist.get_rank() == 0:
-                time_ms = timing.time_ms + (modelled_ms or 0.0)
-                base_ms = round(min(base.time_ms + (modelled_ms or 0.0), time_ms), 6)
-                details = timing.details(modelled_ms)
-                _record(head_file, (tp, s, b), (base_ms,), time_ms, details)
+        if layer_too:
+            time_layer(b, s, batch, received_BSD)
+        if ends_too:
+            time_ends(b, s, batch, received_BSD)
+
+    for b, s in points:
+        key = tp, s, b
+        time_point(b, s, key not in layer_file.done, key not in head_file.done)
+    for _ in range(MAX_ATTEMPTS - 1):
+        doubtful_layers, doubtful_ends = _agreed_doubtful(tp, layer_file, head_file)
+        for b, s in sorted(doubtful_layers | doubtful_ends):
+            time_point(b, s, (b, s) in doubtful_layers, (b, s) in doubtful_ends)
+
+
+def _agreed_doubtful(tp: int, *files: SweepFile) -> list[set[tuple[int, int]]]:
+    """Return, of each file, the points to time again: as rank 0 sees it, who writes the files."""
+    found = [doubtful_points(file, tp) for file in files]
+    dist.broadcast_object_list(found, src=0)
+    return found
 
 
 def row_mixtures(
@@ -253,20 +272,24 @@ def measured_timing(
     Of each function a rank takes the median of its repeats, of these the mean over functions and
     over ranks; it is returned everywhere. The repeats take about ``timed_s`` seconds together.
     """
-    for run in runs:
+
+    def repeat() -> list[float]:
+        return [1e3 * _timed(run, device, clock) for run in runs]
+
+    # The functions differ in whose rows they run, which only an accelerator has to get ready for.
+    for run in runs if device.type == "cuda" else runs[:1]:
         run()
     _wait(device)
-    warm_s = sum(_timed(run, device, clock) for run in runs)
+    dist.barrier()
+    times_ms = [repeat()]
     least = MIN_REPEATS if len(runs) == 1 else MIN_REPEATS_OF_MIXTURE
     most = max(least, MAX_REPEATS // len(runs))
-    repeats = int(np.clip(timed_s / max(warm_s, 1e-6), least, most))
+    repeats = int(np.clip(timed_s / max(1e-3 * sum(times_ms[0]), 1e-6), least, most))
     chosen = torch.tensor([repeats], device=device)
     dist.broadcast(chosen, src=0)
     repeats = int(chosen.item())
     dist.barrier()
-    times_ms = 1e3 * np.array(
-        [[_timed(run, device, clock) for run in runs] for _ in range(repeats)]
-    )
+    times_ms += [repeat() for _ in range(repeats - 1)]
     low, median, high = np.percentile(times_ms, (25, 50, 75), axis=0)
     spread = float(((high - low) / median).mean())
     statistics = torch.tensor([median.mean(), spread], dtype=torch.float32, device=device)

@@ -142,12 +142,17 @@ def _measure(args: argparse.Namespace) -> int:
         shown: dict[int, int] = {}
 
         def report(tp: int, left: int) -> None:
-            progress.update(bars[tp], completed=total - left)
+            then = "" if left else ", again those that stick out"
+            progress.update(
+                bars[tp], completed=total - left, description=f"tp {tp}: {total} shapes{then}"
+            )
             if not console.is_terminal and shown.get(tp) != left:  # no bar is drawn: say it
-                console.print(f"tp {tp}: {total - left} of {total} shapes")
+                console.print(f"tp {tp}: {total - left} of {total} shapes{then}")
             shown[tp] = left
 
         files = sweep_time(sweep, files, report, lambda tp: tp not in too_many)
+        for tp, bar in bars.items():
+            progress.update(bar, description=f"tp {tp}: {total} shapes")
     console.print(f"{len(files[0].done)} rows in {layer_path}, embedding and head in {head_path}")
     for key in sorted(files[0].skipped, key=str):
         console.print(f"tp {key[0]}: {key[2]} x {key[1]} ran out of memory and was left out")

@@ -223,8 +223,9 @@ def refusals(profile: TimeProfile, validations: Iterable[Validation]) -> list[st
             problems.append(
                 f"{profile.path}: tp {validation.tp}: half of the held-out rows are missed by "
                 f"{100 * validation.median_error:.1f} % or more; their own spread of "
-                f"{100 * spread:.1f} % excuses {100 * excused:.1f} %. Measure the suspicious rows "
-                f"again on a quiet machine (lobra profile time --remeasure)"
+                f"{100 * spread:.1f} % excuses {100 * excused:.1f} %. Remove the lines of the "
+                f"suspicious rows and run lobra profile time again on a quiet machine: it measures "
+                f"them anew"
             )
     return problems
 

@@ -54,6 +54,22 @@ def test_real_ranks_fill_both_files_and_continue(sweep: TimeSweep, tmp_path: Pat
     assert missing_points(sweep, 1, (layers, head)) == ()
 
 
+@pytest.mark.ranks
+def test_only_what_sticks_out_is_measured_again(sweep: TimeSweep, tmp_path: Path) -> None:
+    sweep = replace(sweep, tps=(1,), load_ranks=0, max_seq_length=128, max_tokens=512)
+    layers, head = opened(sweep, tmp_path)
+    wrong = sweep.points[len(sweep.points) // 2]
+    for b, s in sweep.points:
+        time_ms = 1.0 + 0.001 * b * s
+        layers.add((1, s, b, time_ms * (5 if (b, s) == wrong else 1)), {"spread": 0.0})
+        head.add((1, s, b, 0.1, time_ms), {"spread": 0.0})
+    before = head.path.read_bytes()
+    layers, _ = sweep_time(sweep, (layers, head))
+    assert 2 <= len(layers.details((1, wrong[1], wrong[0]))["attempts"]) <= 3
+    assert set(layers.done) == {(1, s, b) for b, s in sweep.points}
+    assert head.path.read_bytes() == before
+
+
 def test_running_out_of_memory_leaves_the_point_out(
     sweep: TimeSweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
