@@ -56,7 +56,7 @@ def test_real_ranks_fill_both_files_and_continue(sweep: TimeSweep, tmp_path: Pat
 
 @pytest.mark.ranks
 def test_only_what_sticks_out_is_measured_again(sweep: TimeSweep, tmp_path: Path) -> None:
-    sweep = replace(sweep, tps=(1,), load_ranks=0, max_seq_length=128, max_tokens=512)
+    sweep = replace(sweep, tps=(1,), load_ranks=0, max_seq_length=256, max_tokens=512)
     layers, head = opened(sweep, tmp_path)
     wrong = sweep.points[len(sweep.points) // 2]
     for b, s in sweep.points:
