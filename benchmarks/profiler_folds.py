@@ -7,6 +7,10 @@ and without the rows that the fit which has not seen them names suspicious. Last
 that a cost model which never decreases in b or s must make on rows it has seen, by linear
 programming: of one function for all rows, of one with a constant offset for the other series, of
 one for each series, and of the latter if of equally many tokens longer sequences never take less.
+
+With `--timers`, only which timer measured each row of a power-of-two length, as its digits tell: a
+sum of repeats that is a multiple of 1,024 ns is a GPU event timer's (e), another is not (h); a dash
+where float32's rounding of the repeats hides it; capital E: repeats averaged by three.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from profiler.series import other_series
 from profiler.validation import cross_validate, suspicious_rows
 
 BAR_MEAN, BAR_MAX = 2.0, 6.0
+TICK_NS = 1024  # of a GPU event timer
 
 
 def seeds_table(profile: TimeProfile, kind: Kind, num_seeds: int) -> None:
@@ -98,13 +103,46 @@ def floor(
     return float(linprog(cost, A_ub=np.array(table), b_ub=limit, bounds=bounds).fun)
 
 
+def timer_of(time_ms: float) -> str:
+    """Return which timer measured an average of 100 repeats, or of three times ten: e, E, h, -."""
+    total_ns = time_ms * 1e8
+    by_three = abs(total_ns - round(total_ns)) > 1e-3 + total_ns * 4e-15
+    repeats = 30 if by_three else 100
+    off_ns = abs(time_ms * 1e6 * repeats % TICK_NS)
+    off_ns = min(off_ns, TICK_NS - off_ns)
+    # Each repeat is a float32 of milliseconds: off by half its last place at most.
+    rounding_ns = repeats * float(np.spacing(np.float32(time_ms))) * 1e6 / 2 + 2
+    if by_three:
+        return "E"
+    if off_ns > rounding_ns:
+        return "h"
+    return "e" if rounding_ns < TICK_NS / 10 else "-"
+
+
+def timers_table(profile: TimeProfile) -> None:
+    """Print the timer of every row whose length is 256, 512, 1024, ..."""
+    others = other_series(profile)
+    for tp in profile.tps:
+        rows = profile.tp == tp
+        if others is not None:
+            rows &= ~others
+        for s in np.unique(profile.seq_len[rows]):
+            found = np.flatnonzero(rows & (profile.seq_len == s))
+            timers = ", ".join(f"b {profile.mbs[r]} {timer_of(profile.time_ms[r])}" for r in found)
+            print(f"tp {tp}, length {s:5}: {timers}")
+
+
 def main() -> None:
-    """Print both tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("profile")
     parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--timers", action="store_true")
     args = parser.parse_args()
     profile = load_time_profile(args.profile)
+    if args.timers:
+        timers_table(profile)
+        return
     for kind in KINDS:
         seeds_table(profile, kind, args.seeds)
     for tp in profile.tps:

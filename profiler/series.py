@@ -1,7 +1,7 @@
 """Which rows of a time profile may have been measured in another way than the others.
 
-LobRA's published profile mixes two series. Times of lengths 256, 512, 1024, ... of tp 4 and 8 are
-averages of multiples of 1.024 microseconds (a GPU event timer); those of the other lengths are not.
+LobRA's published profile mixes two series. From tp 2 on most times of lengths 256, 512, 1024, ...
+are averages of multiples of 1.024 microseconds (a GPU event timer); those of other lengths are not.
 And at equal tokens the former are longer by a constant: 1.0 ms for tp 1 (of 3 to 120 ms), 0.5 ms
 for tp 2. That is why a 256-token sequence "takes longer" there than one of 304. Profiles of this
 project are one series: their sidecar says so. `docs/profiling.md` says more.
