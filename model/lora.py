@@ -157,21 +157,22 @@ class MultiAdapterLinear(nn.Module):
         return y_BSo
 
     def _add_adapters(self, x_BSi: Tensor, y_BSo: Tensor) -> Tensor:
-        segments = [s for s in self.row_tasks.segments if s.task in self.adapters]
-        if len(segments) == 1 and segments[0].stop - segments[0].start == x_BSi.shape[0]:
-            return y_BSo + self._update(self.adapters[segments[0].task], x_BSi)
-        if not segments:
+        segments = self.row_tasks.segments
+        adapters = [self.adapters.get(segment.task) for segment in segments]
+        if not any(adapters):
             return y_BSo
-        parts, done = [], 0
-        for segment in segments:
-            if segment.start > done:
-                parts.append(y_BSo[done : segment.start])
-            rows = slice(segment.start, segment.stop)
-            parts.append(y_BSo[rows] + self._update(self.adapters[segment.task], x_BSi[rows]))
-            done = segment.stop
-        if done < len(y_BSo):
-            parts.append(y_BSo[done:])
-        return torch.cat(parts)
+        if len(segments) == 1:
+            return y_BSo + self._update(self.adapters[segments[0].task], x_BSi)
+        # One split, whose backward joins the parts' gradients: those of slices would be as many
+        # zero-filled gradients of the whole input, added up.
+        parts_BSi = x_BSi.split([segment.stop - segment.start for segment in segments])
+        updates = [
+            y_BSo.new_zeros(*part_BSi.shape[:-1], y_BSo.shape[-1])
+            if adapter is None
+            else self._update(adapter, part_BSi)
+            for adapter, part_BSi in zip(adapters, parts_BSi, strict=True)
+        ]
+        return y_BSo + torch.cat(updates)
 
     def _update(self, adapter: Adapter, x_BSi: Tensor) -> Tensor:
         A_rI, B_Or = adapter.A.to(x_BSi.dtype), adapter.B.to(x_BSi.dtype)

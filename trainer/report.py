@@ -245,11 +245,12 @@ def _overview(summary: RunSummary, folder: Path) -> Table:
             f"{summary.step_gpu_seconds + summary.other_gpu_seconds:.1f}",
         ),
         ("padding", f"{summary.padding_ratio:.1%} of the tokens computed"),
-        ("waiting for the dispatcher", f"{summary.dispatch_wait_share:.2%} of rank 0's step time"),
-        ("drawing the batch, building tensors", f"{summary.prepare_share:.1%}"),
-        ("waiting for the slowest replica", f"{summary.replica_wait_share:.1%}"),
-        ("adapters' gradient reduction", f"{summary.reduce_share:.1%}"),
-        ("optimiser and adapter exchange", f"{summary.optimizer_share:.1%}"),
+        ("of rank 0's step time:", ""),
+        ("  waiting for the dispatcher", f"{summary.dispatch_wait_share:.2%}"),
+        ("  drawing the batch, building tensors", f"{summary.prepare_share:.1%}"),
+        ("  waiting for slower replicas", f"{summary.replica_wait_share:.1%}"),
+        ("  adapters' gradient reduction", f"{summary.reduce_share:.1%}"),
+        ("  optimiser and adapter exchange", f"{summary.optimizer_share:.1%}"),
         ("memory in use, largest rank", f"{summary.memory_bytes / 2**20:,.0f} MiB"),
     ]
     for name, value in rows:

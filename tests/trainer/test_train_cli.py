@@ -184,7 +184,7 @@ def test_a_run_is_never_overwritten(place: Path, capsys: pytest.CaptureFixture[s
     assert (Path("run/adapters/small") / "adapter_model.safetensors").is_file()
     assert main(["report", "run"]) == 0
     shown = capsys.readouterr().out
-    for part in ("small", "validation", "slowest replica", "ended", "done"):
+    for part in ("small", "validation", "slower replicas", "ended", "done"):
         assert part in shown
     step = json.loads(metrics)
     parts = ("dispatch_wait_s", "prepare_time_s", "replica_wait_s", "reduce_time_s")
