@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -148,123 +148,54 @@ class MultiAdapterLinear(nn.Module):
     def forward(self, x_BSi: Tensor) -> Tensor:
         """Return [B, S, o] (column-parallel) or the full [B, S, O] (row-parallel)."""
         reduced = self.shard.is_row_parallel
-        bias_o = None if reduced else self.bias
-        updates: list[_Update] = []
-        factors: list[Tensor] = []
-        for segment in self.row_tasks.segments:
-            adapter = self.adapters.get(segment.task)
-            if adapter is not None:
-                draw_kept = self._dropout(adapter, segment, x_BSi)
-                updates.append(_Update(segment.start, segment.stop, adapter.scaling, draw_kept))
-                factors += self._slices(adapter)
-        if updates:
-            y_BSo: Tensor = _AdaptedLinear.apply(x_BSi, self.weight, bias_o, updates, *factors)
-        else:  # which keeps no input for its backward pass
-            y_BSo = functional.linear(x_BSi, self.weight, bias_o)
+        y_BSo = functional.linear(x_BSi, self.weight, None if reduced else self.bias)
+        y_BSo = self._add_adapters(x_BSi, y_BSo)
         if reduced:
             y_BSo = reduce_from_group(y_BSo, self.group)
             if self.bias is not None:
                 y_BSo = y_BSo + self.bias
         return y_BSo
 
-    def _slices(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
-        """Return the adapter's A and B as far as they meet this rank's features."""
+    def _add_adapters(self, x_BSi: Tensor, y_BSo: Tensor) -> Tensor:
+        segments = self.row_tasks.segments
+        adapters = [self.adapters.get(segment.task) for segment in segments]
+        if not any(adapters):
+            return y_BSo
+        if len(segments) == 1:
+            return y_BSo + self._update(self.adapters[segments[0].task], x_BSi)
+        # One split, whose backward joins the parts' gradients: those of slices would be as many
+        # zero-filled gradients of the whole input, added up.
+        parts_BSi = x_BSi.split([segment.stop - segment.start for segment in segments])
+        updates = [
+            y_BSo.new_zeros(*part_BSi.shape[:-1], y_BSo.shape[-1])
+            if adapter is None
+            else self._update(adapter, part_BSi)
+            for adapter, part_BSi in zip(adapters, parts_BSi, strict=True)
+        ]
+        return y_BSo + torch.cat(updates)
+
+    def _update(self, adapter: Adapter, x_BSi: Tensor) -> Tensor:
+        A_rI, B_Or = adapter.A.to(x_BSi.dtype), adapter.B.to(x_BSi.dtype)
+        if adapter.dropout > 0.0 and self.row_tasks.noise_seed is not None:
+            x_BSi = x_BSi * self._kept(adapter, x_BSi, self.row_tasks.noise_seed)
         if self.shard.is_row_parallel:
-            return adapter.A[:, self.shard.inputs.start : self.shard.inputs.stop], adapter.B
-        return adapter.A, adapter.B[self.shard.outputs.start : self.shard.outputs.stop]
+            A_rI = A_rI[:, self.shard.inputs.start : self.shard.inputs.stop]
+        else:
+            B_Or = B_Or[self.shard.outputs.start : self.shard.outputs.stop]
+        return functional.linear(functional.linear(x_BSi, A_rI), B_Or * adapter.scaling)
 
-    def _dropout(
-        self, adapter: Adapter, segment: RowSegment, x_BSi: Tensor
-    ) -> Callable[[], Tensor] | None:
-        """Return what draws a segment's factors 0 or 1 / (1 - p) [t, i]; None without dropout.
+    def _kept(self, adapter: Adapter, x_BSi: Tensor, noise_seed: int) -> Tensor:
+        """Return the dropout factors of x: 0 or 1 / (1 - p), the same on the whole TP group.
 
-        They are the same on the whole TP group: drawn for the unsharded input and cut to the shard,
-        so that they depend on the micro-batch, the task and the layer, but not on the layout.
+        They are drawn for the unsharded input and cut to the shard, so that they depend on the
+        micro-batch, the task and the layer, but not on the layout.
         """
-        noise_seed = self.row_tasks.noise_seed
-        if adapter.dropout == 0.0 or noise_seed is None:
-            return None
-        seed = (noise_seed * 0x9E3779B1 + adapter.key) & 0x7FFFFFFFFFFFFFFF
-        num_tokens = (segment.stop - segment.start) * x_BSi.shape[1]
-        device, dtype = x_BSi.device, x_BSi.dtype
-
-        def draw() -> Tensor:
-            generator = torch.Generator(device)
-            generator.manual_seed(seed)
-            full = (num_tokens, self.shard.in_features)
-            drawn = torch.rand(full, generator=generator, device=device)
-            drawn = drawn[:, self.shard.inputs.start : self.shard.inputs.stop]
-            return (drawn >= adapter.dropout).to(dtype) / (1.0 - adapter.dropout)
-
-        return draw
-
-
-@dataclass(frozen=True)
-class _Update:
-    """One adapter's part in a micro-batch: rows [start, stop), alpha / r, and its dropout."""
-
-    start: int
-    stop: int
-    scaling: float
-    draw_kept: Callable[[], Tensor] | None
-
-
-class _AdaptedLinear(torch.autograd.Function):
-    """y = x W^T + bias, and on each update's rows + s (x A^T) B^T, added within the product.
-
-    Forward and backward launch two and four products an update and copy nothing: what autograd
-    makes of the formula takes twice the kernels, a copy of every part, and zero-filled gradients.
-    Of a micro-batch it keeps x and x A^T. T stands for B * S tokens, t for those of an update.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_BSi: Tensor,
-        weight_oi: Tensor,
-        bias_o: Tensor | None,
-        updates: Sequence[_Update],
-        *factors: Tensor,
-    ) -> Tensor:
-        y_BSo = functional.linear(x_BSi, weight_oi, bias_o)
-        x_Ti, y_To = x_BSi.reshape(-1, x_BSi.shape[-1]), y_BSo.view(-1, y_BSo.shape[-1])
-        lows = []
-        for update, A_ri, B_or in zip(updates, factors[::2], factors[1::2], strict=True):
-            rows = slice(update.start * x_BSi.shape[1], update.stop * x_BSi.shape[1])
-            x_ti = x_Ti[rows] if update.draw_kept is None else x_Ti[rows] * update.draw_kept()
-            low_tr = x_ti @ A_ri.to(x_ti.dtype).T
-            y_To[rows].addmm_(low_tr, B_or.to(x_ti.dtype).T, alpha=update.scaling)
-            lows.append(low_tr)
-        ctx.updates = updates
-        ctx.save_for_backward(x_BSi, weight_oi, *factors, *lows)
-        return y_BSo
-
-    @staticmethod
-    def backward(ctx: Any, dy_BSo: Tensor) -> tuple[Tensor | None, ...]:
-        count = len(ctx.updates)
-        x_BSi, weight_oi, *saved = ctx.saved_tensors
-        factors, lows = saved[: 2 * count], saved[2 * count :]
-        x_Ti, dy_To = x_BSi.reshape(-1, x_BSi.shape[-1]), dy_BSo.reshape(-1, dy_BSo.shape[-1])
-        dx_Ti = dy_To @ weight_oi if ctx.needs_input_grad[0] else None
-        gradients = []
-        for update, low_tr, A_ri, B_or in zip(
-            ctx.updates, lows, factors[::2], factors[1::2], strict=True
-        ):
-            rows = slice(update.start * x_BSi.shape[1], update.stop * x_BSi.shape[1])
-            x_ti, dy_to = x_Ti[rows], dy_To[rows]
-            kept_ti = None if update.draw_kept is None else update.draw_kept()
-            if kept_ti is not None:
-                x_ti = x_ti * kept_ti
-            dlow_tr = (dy_to @ B_or.to(x_ti.dtype)).mul_(update.scaling)
-            dB_or = (low_tr.T @ dy_to).T.mul_(update.scaling)
-            gradients += [(dlow_tr.T @ x_ti).to(A_ri.dtype), dB_or.to(B_or.dtype)]
-            if dx_Ti is not None:
-                if kept_ti is None:
-                    dx_Ti[rows].addmm_(dlow_tr, A_ri.to(x_ti.dtype))
-                else:
-                    dx_Ti[rows].addcmul_(dlow_tr @ A_ri.to(x_ti.dtype), kept_ti)
-        dx_BSi = None if dx_Ti is None else dx_Ti.view(x_BSi.shape)
-        return dx_BSi, None, None, None, *gradients
+        generator = torch.Generator(x_BSi.device)
+        generator.manual_seed((noise_seed * 0x9E3779B1 + adapter.key) & 0x7FFFFFFFFFFFFFFF)
+        full = (*x_BSi.shape[:-1], self.shard.in_features)
+        drawn = torch.rand(full, generator=generator, device=x_BSi.device)
+        drawn = drawn[..., self.shard.inputs.start : self.shard.inputs.stop]
+        return (drawn >= adapter.dropout).to(x_BSi.dtype) / (1.0 - adapter.dropout)
 
 
 @dataclass
