@@ -7,6 +7,7 @@ measured. When a point runs out of memory it is noted as such and the sweep goes
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ class TimeSweep:
         Whose adapters to train instead of ``num_tasks`` of ``lora_rank``.
     clock
         Wall clock, or the ranks' processor time.
+    links
+        With ``single_device``: whose links the collectives are modelled with.
     """
 
     folder: Path
@@ -72,6 +75,7 @@ class TimeSweep:
     single_device: tuple[SingleDevice, ...] = ()
     tasks: tuple[TaskConfig, ...] = ()
     clock: Clock = "wall"
+    links: str = ""
 
     @property
     def specs(self) -> tuple[AdapterSpec, ...]:
@@ -116,8 +120,11 @@ class TimeSweep:
             settings["global_batch_sizes"] = [task.global_batch_size for task in self.tasks]
         if self.clock != "wall":
             settings["clock"] = self.clock
+        if self.device == "cpu" and (chosen := os.environ.get("OMP_NUM_THREADS")):
+            settings["OMP_NUM_THREADS"] = chosen  # else an equal share of the cores
         if self.single_device:
             settings["collectives"] = "modelled: a shard's compute was timed on one device"
+            settings["links"] = self.links
         return settings
 
     def problems(self) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,12 +21,16 @@ from profiler.csv_rows import append_row, cut_torn_line
 from profiler.profiles import meta_path, read_meta, write_meta
 from tasks.errors import ConfigError
 from tasks.files import write_atomic
+from tasks.lock import hold
 
 log = logging.getLogger(__name__)
 
 Restart = Literal["never", "changed", "always"]
 RESTARTS: tuple[Restart, ...] = ("never", "changed", "always")
 Key = tuple[int | str, ...]
+NAMES_COLUMN = "kind"  # the one column of keys that are names
+# What of a sidecar's environment must agree for rows to be of one machine.
+SAME_MACHINE = (("hardware", "name"), ("hardware", "num_cores"), ("versions", "torch"))
 REMEDY = "--restart changed sets it aside and measures anew, --output takes another file"
 
 
@@ -118,16 +123,18 @@ def open_sweep(
         "measured" or "estimated".
     restart
         What to do with a file of other settings: "never" refuses it, "changed" sets it aside (as
-        ``.csv.old``) and starts anew; "always" does so with any file.
+        ``.csv.old``, ``.csv.old.2``, ...) and starts anew; "always" does so with any file.
     environment
-        Versions and the like, recorded; of it ``hardware``'s name is compared.
+        Versions and the like, recorded; the hardware's name, its cores and torch's version are
+        compared.
 
     Raises
     ------
     ConfigError
-        If the file has other settings and ``restart`` is "never", or a line of it is broken.
+        If the file has other settings and ``restart`` is "never", a line of it is broken, another
+        sweep is writing to it, or it cannot be written.
     """
-    cut_torn_line(path)
+    _hold(path, restart)
     if path.is_file():
         meta = read_meta(path)
         problem = _settings_problem(path, meta, settings) or _hardware_problem(
@@ -147,30 +154,46 @@ def open_sweep(
         "rows": {},
         "skipped": {},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_meta(path, meta)
     return SweepFile(path, tuple(columns), num_keys, meta)
+
+
+def _hold(path: Path, restart: Restart) -> None:
+    """Keep the profile to this process, or say why nothing can be written there."""
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder; give the CSV to write")
+    if path.is_file() and not meta_path(path).is_file() and restart == "never":
+        raise ConfigError(_not_ours(path))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_name(f".{path.name}.lock")
+        hold(lock, str(path), "sweep", "wait for it, or give another --output")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def _resume(path: Path, columns: tuple[str, ...], num_keys: int, meta: dict[str, Any]) -> SweepFile:
     meta.setdefault("rows", {})
     meta.setdefault("skipped", {})
     sweep = SweepFile(path, columns, num_keys, meta)
-    with path.open(encoding="utf-8", newline="") as file:
-        lines = list(csv.reader(file))
-    problems = []
-    if lines and tuple(lines[0]) != columns:
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as CSV text ({error})") from error
+    header = ",".join(columns)
+    complete = text[: text.rfind("\n") + 1]
+    lines = list(csv.reader(complete.splitlines()))
+    if (lines and tuple(lines[0]) != columns) or (not lines and not header.startswith(text)):
         raise ConfigError(
-            f"{path}: line 1: the columns are {','.join(lines[0])}, expected {','.join(columns)}; "
+            f"{path}: line 1: the columns are {text.partition(chr(10))[0]}, expected {header}; "
             f"repair or remove the file"
         )
+    problems = []
     for number, row in enumerate(lines[1:], start=2):
+        if not row:
+            continue
         try:
-            if len(row) != len(columns):
-                raise ValueError(f"{len(row)} values for {len(columns)} columns")
-            key = tuple(_key_part(value) for value in row[:num_keys])
-            for value in row[num_keys:]:
-                float(value)
+            key = _checked_key(columns, num_keys, row)
         except ValueError as error:
             problems.append(
                 f"{path}: line {number}: {','.join(row)!r}: {error}; repair or remove the line "
@@ -182,7 +205,23 @@ def _resume(path: Path, columns: tuple[str, ...], num_keys: int, meta: dict[str,
         sweep.done[key] = tuple(row)
     if problems:
         raise ConfigError(problems)
+    cut_torn_line(path)
     return sweep
+
+
+def _checked_key(columns: tuple[str, ...], num_keys: int, row: Sequence[str]) -> Key:
+    """Return a line's key; ValueError if a value of it cannot be what its column says."""
+    if len(row) != len(columns):
+        raise ValueError(f"{len(row)} values for {len(columns)} columns")
+    key = tuple(_key_part(value) for value in row[:num_keys])
+    for name, part in zip(columns, key, strict=False):
+        if (name == NAMES_COLUMN) != isinstance(part, str) or (isinstance(part, int) and part < 1):
+            raise ValueError(f"{name}: {part!r} is not one")
+    for name, value in zip(columns[num_keys:], row[num_keys:], strict=True):
+        number = float(value)
+        if not math.isfinite(number) or number < 0 or (name == "time" and number == 0):
+            raise ValueError(f"{name}: {value} cannot be")
+    return key
 
 
 def _settings_problem(
@@ -190,10 +229,15 @@ def _settings_problem(
 ) -> str | None:
     """Return why the rows of `path` cannot be continued under `settings`, None if they can."""
     if not meta:
-        return f"{path}: exists without its sidecar {meta_path(path).name}: not ours; {REMEDY}"
-    before = meta.get("settings")
-    if not isinstance(before, dict):
-        return f"{meta_path(path)}: settings: missing; {REMEDY}"
+        return _not_ours(path)
+    wrong = [
+        name
+        for name in ("settings", "environment", "rows", "skipped")
+        if not isinstance(meta.get(name, None if name == "settings" else {}), dict)
+    ]
+    if wrong:
+        return f"{meta_path(path)}: {', '.join(wrong)}: a JSON object is expected; {REMEDY}"
+    before = meta["settings"]
     differences = [
         f"{name} was {before.get(name)!r}, is now {settings.get(name)!r}"
         for name in sorted({*before, *settings})
@@ -208,18 +252,31 @@ def _hardware_problem(
     path: Path, meta: Mapping[str, Any], environment: Mapping[str, Any]
 ) -> str | None:
     """Return what says that the rows were measured on another kind of machine, or None."""
-    found = (meta.get("environment", {}), environment)
-    before, now = (entry.get("hardware", {}).get("name") for entry in found)
-    if before is None or now is None or before == now:
-        return None
-    return f"{path}: was measured on {before}, this machine has {now}; {REMEDY}"
+    for part, name in SAME_MACHINE:
+        before, now = (
+            entry[part].get(name) if isinstance(entry.get(part), dict) else None
+            for entry in (meta.get("environment", {}), environment)
+        )
+        if before is not None and now is not None and before != now:
+            what = "" if name == "name" else f"{name} "
+            return f"{path}: was measured on {what}{before}, this machine has {what}{now}; {REMEDY}"
+    return None
+
+
+def _not_ours(path: Path) -> str:
+    return f"{path}: exists without its sidecar {meta_path(path).name}: not ours; {REMEDY}"
 
 
 def _set_aside(path: Path) -> None:
+    """Rename the CSV and its sidecar to .old, or .old.2, ... where there is one already."""
+    suffix, number = ".old", 1
+    while path.with_name(path.name + suffix).exists():
+        number += 1
+        suffix = f".old.{number}"
     for old in (path, meta_path(path)):
         if old.is_file():
-            os.replace(old, old.with_name(old.name + ".old"))
-    log.warning("%s: the earlier measurement was set aside as %s.old", path, path.name)
+            os.replace(old, old.with_name(old.name + suffix))
+    log.warning("%s: the earlier measurement was set aside as %s%s", path, path.name, suffix)
 
 
 def _name(key: Key) -> str:

@@ -12,8 +12,8 @@ import yaml
 from tasks.dataset import TokenizedDataset
 from tasks.errors import ConfigError
 from tasks.files import remove_folder, write_atomic
+from tasks.lock import hold
 from trainer.checkpoint import list_checkpoints, read_state
-from trainer.folder_lock import hold_folder
 from trainer.metrics import METRICS_FILE
 from trainer.run_spec import (
     ADAPTER_FOLDER,
@@ -22,6 +22,13 @@ from trainer.run_spec import (
     VALIDATION_FOLDER,
     RunSpec,
 )
+
+LOCK_FILE = ".lock"
+
+
+def hold_folder(folder: Path) -> None:
+    """Keep the folder to this run; ConfigError if another one has it (see `hold`)."""
+    hold(folder / LOCK_FILE, f"--output-dir {folder}", "run", "choose another folder")
 
 
 def unusable(folder: Path) -> list[str]:

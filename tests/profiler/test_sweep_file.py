@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 from pathlib import Path
 
 import pytest
 
-from profiler.profiles import TIME_COLUMNS, load_time_profile, meta_path, read_meta
+from profiler.profiles import TIME_COLUMNS, load_time_profile, meta_path, read_meta, write_meta
 from profiler.sweep_file import Restart, SweepFile, open_sweep
 from tasks.errors import ConfigError
 
@@ -73,10 +74,64 @@ def test_restart_changed_continues_equal_settings_and_always_does_not(tmp_path: 
     assert path.with_name("t.csv.old").is_file()
 
 
-def test_a_file_without_sidecar_is_not_overwritten(tmp_path: Path) -> None:
+def test_a_file_without_sidecar_is_not_touched(tmp_path: Path) -> None:
     path = tmp_path / "published.csv"
-    path.write_text("tp,seq_len,mbs,time\n1,128,1,3.08\n", encoding="utf-8")
+    content = "tp,seq_len,mbs,time\n1,128,1,3.08\n1,128,2,3.47"  # no last line end, as LobRA's
+    path.write_text(content, encoding="utf-8")
     with pytest.raises(ConfigError, match="without its sidecar"):
+        opened(path)
+    assert path.read_text(encoding="utf-8") == content
+    assert [other.name for other in tmp_path.iterdir()] == [path.name]
+    opened(path, restart="changed")
+    assert path.with_name("published.csv.old").read_text(encoding="utf-8") == content
+
+
+@pytest.mark.parametrize("content", [b"a note without line end", b"\xff\xfe\x00"])
+def test_what_is_no_profile_is_not_emptied(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "t.csv"
+    opened(path)
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"line 1: the columns are|not readable as CSV"):
+        opened(path)
+    assert path.read_bytes() == content
+
+
+def test_every_earlier_measurement_is_kept(tmp_path: Path) -> None:
+    path = written(tmp_path / "t.csv")
+    opened(path, restart="always").add((1, 64, 1, 7.0), {})
+    opened(path, restart="always").add((1, 64, 1, 8.0), {})
+    opened(path, restart="always")
+    kept = [path.with_name(f"t.csv.old{suffix}") for suffix in ("", ".2", ".3")]
+    assert [old.read_text().count("\n") for old in kept] == [5, 2, 2]
+    assert meta_path(path).with_name("t.meta.json.old.3").is_file()
+
+
+def test_two_sweeps_never_write_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    with (tmp_path / ".t.csv.lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another sweep is writing"):
+            opened(path)
+    assert not meta_path(path).exists()
+    assert opened(path).done == {}
+
+
+def test_places_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place, message in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "file" / "t.csv", "cannot be written"),
+        (Path("/proc/nothing/t.csv"), "cannot be written"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            opened(place)
+
+
+@pytest.mark.parametrize("part", ["settings", "environment", "rows", "skipped"])
+def test_a_sidecar_of_other_types_is_refused(tmp_path: Path, part: str) -> None:
+    path = written(tmp_path / "t.csv")
+    write_meta(path, read_meta(path) | {part: None})
+    with pytest.raises(ConfigError, match=f"{part}: a JSON object is expected"):
         opened(path)
 
 
@@ -85,6 +140,11 @@ def test_a_file_without_sidecar_is_not_overwritten(tmp_path: Path) -> None:
     [
         ("1,64", "2 values for 4 columns"),
         ("1,64,x,2.0", "invalid literal"),
+        ("1,64,xx,2.0", "mbs: 'xx' is not one"),
+        ("1,64,0,2.0", "mbs: 0 is not one"),
+        ("1,256,1,nan", "time: nan cannot be"),
+        ("1,256,1,-5", "time: -5 cannot be"),
+        ("1,256,1,0", "time: 0 cannot be"),
         ("1,256,1,fast", "could not convert"),
         ("1,64,1,9.0", "there twice"),
     ],
@@ -120,3 +180,18 @@ def test_rows_of_another_machine_are_not_continued(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="was measured on H200, this machine has A100"):
         opened_on("A100")
     assert opened_on("A100", "changed").done == {}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        ({"hardware": {"num_cores": 1}}, {"hardware": {"num_cores": 2}}, "num_cores 1, this"),
+        ({"versions": {"torch": "2.13.0"}}, {"versions": {"torch": "2.14.0"}}, "torch 2.13.0"),
+    ],
+)
+def test_nor_are_rows_of_other_cores_or_another_torch(
+    tmp_path: Path, before: dict, now: dict, message: str
+) -> None:
+    opened(tmp_path / "t.csv", environment=before).add((1, 64, 1, 2.0), {})
+    with pytest.raises(ConfigError, match=message):
+        opened(tmp_path / "t.csv", environment=now)

@@ -14,9 +14,8 @@ from tasks.dataset import TokenizedDataset
 from tests.trainer.command import refused, train, write_config, write_plan
 from trainer.checkpoint import list_checkpoints, step_folder
 from trainer.cli import guarded
-from trainer.folder_lock import hold_folder
 from trainer.prepare import TrainRequest, prepare
-from trainer.run_folder import occupied
+from trainer.run_folder import hold_folder, occupied
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ from tasks.errors import ConfigError
 from tests.model.support import save_llama
 from tests.trainer.support import make_plan, make_run, random_dataset
 from trainer.cli import main
-from trainer.folder_lock import hold_folder
 from trainer.launcher import run_launcher
 from trainer.run import Refusal, check_shared
+from trainer.run_folder import hold_folder
 from trainer.signals import SAME_REQUEST_S, StopRequest
 
 

@@ -1,4 +1,4 @@
-"""One run at a time in a run's folder."""
+"""One writer at a time: a run in its folder, a sweep on its profile."""
 
 from __future__ import annotations
 
@@ -13,20 +13,26 @@ from tasks.errors import ConfigError
 log = logging.getLogger(__name__)
 
 HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # anything else: there are no locks here
-LOCK_FILE = ".lock"
 
 _held: dict[Path, IO[str]] = {}
 
 
-def hold_folder(folder: Path) -> None:
-    """Keep the folder to this process until it ends (the kernel frees it, also after a crash).
+def hold(lock: Path, what: str, writer: str, remedy: str) -> None:
+    """Keep a lock file to this process until it ends (the kernel frees it, also after a crash).
 
     On a file system that cannot lock, this warns and does nothing.
 
+    Args:
+        lock: the file, made if it is not there.
+        what: what it stands for, such as "--output-dir runs/a".
+        writer: what else may hold it, such as "run".
+        remedy: what to do then.
+
     Raises:
         ConfigError: another process holds it.
+        OSError: it cannot be made.
     """
-    path = (folder / LOCK_FILE).resolve()
+    path = lock.resolve()
     if path in _held:
         return
     file = path.open("w", encoding="ascii")
@@ -36,12 +42,9 @@ def hold_folder(folder: Path) -> None:
         file.close()
         if error.errno not in HELD:
             log.warning(
-                "--output-dir %s: its file system cannot lock (%s); see that no other run writes "
-                "to it",
-                folder, error.strerror,
+                "%s: its file system cannot lock (%s); see that no other %s writes to it",
+                what, error.strerror, writer,
             )  # fmt: skip
             return
-        raise ConfigError(
-            f"--output-dir {folder}: another run is writing to it; choose another folder"
-        ) from error
+        raise ConfigError(f"{what}: another {writer} is writing to it; {remedy}") from error
     _held[path] = file
