@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -14,6 +15,8 @@ import yaml
 from tasks.errors import ConfigError
 
 FLAGS = ("sequence_parallel", "adapters_sharded", "loss_in_chunks")
+SHARES = ("matmul", "attention", "memory", "link", "network")
+DEFAULT_RUNTIME = "deepspeed"
 BUILT_IN = Path(__file__).with_name("accelerators.yaml")
 
 
@@ -75,9 +78,9 @@ class Tables:
         """Return an accelerator by name, whatever its case; ConfigError if unknown."""
         return _named(self.accelerators, name, "accelerator")
 
-    def runtime(self, name: str) -> Runtime:
-        """Return a runtime by name; ConfigError if unknown."""
-        return _named(self.runtimes, name, "runtime")
+    def runtime(self, name: str | None) -> Runtime:
+        """Return a runtime by name (None: this project's); ConfigError if unknown."""
+        return _named(self.runtimes, name or DEFAULT_RUNTIME, "runtime")
 
 
 T = TypeVar("T")
@@ -127,7 +130,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: a mapping with {', '.join(sections)} is expected")
     unknown = [name for name in raw if name not in sections]
     if unknown:
-        raise ConfigError(f"{path}: {', '.join(unknown)}: unknown; known are {', '.join(sections)}")
+        names = ", ".join(map(str, unknown))
+        raise ConfigError(f"{path}: {names}: unknown; known are {', '.join(sections)}")
     return raw
 
 
@@ -140,6 +144,11 @@ def _built_in() -> dict[str, Any]:
 def _build_all(
     kind: type[T], entries: Mapping[str, Any], where: str, problems: list[str]
 ) -> dict[str, T]:
+    problems += [
+        f"{where}: {name!r}: a name is text, not {type(name).__name__}; put it in quotes"
+        for name in entries
+        if not isinstance(name, str)
+    ]
     built = {
         name: _build(kind, values, f"{where}.{name}", problems, name)
         for name, values in entries.items()
@@ -167,6 +176,10 @@ def _build(
                 problems.append(f"{where}.{key}: {value!r} is not true or false")
         elif isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             problems.append(f"{where}.{key}: {value!r} is not a positive number")
+        elif value == math.inf:
+            problems.append(f"{where}.{key}: {value!r} is not finite")
+        elif key in SHARES and value > 1:
+            problems.append(f"{where}.{key}: {value!r} is not a share of the peak, at most 1")
     if len(problems) > before:
         return None
     return kind(**values, **({} if name is None else {"name": name}))

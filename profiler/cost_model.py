@@ -19,6 +19,7 @@ from profiler.profiles import (
     default_time_path,
     load_time_profile,
     num_layers_of,
+    read_meta,
 )
 from profiler.series import other_series
 from tasks.errors import ConfigError
@@ -114,7 +115,10 @@ class CostModel:
         return replace(self, label_share=label_share, adapter_elements=float(adapter_elements))
 
     def relative_error(self, tp: int, b: np.ndarray | int, s: np.ndarray | int) -> np.ndarray:
-        """Return the relative standard error of ``layer_time_ms`` (arrays broadcast)."""
+        """Return the relative spread of rows about ``layer_time_ms`` (arrays broadcast).
+
+        Robust: outliers do not enter it, see ``LayerFit.relative_error``.
+        """
         return self._fit(tp).relative_error(np.asarray(b), np.asarray(s))
 
     def _fit(self, tp: int) -> LayerFit:
@@ -173,6 +177,29 @@ def paths_beside(model: str, time_path: Path) -> tuple[Path, Path]:
     return time_path.with_name(names[0]), time_path.with_name(names[1])
 
 
+def _check_origins(time_path: Path, collectives_path: Path) -> None:
+    """Refuse times and collectives of which the sidecars say that they are of two machines."""
+    times, links = read_meta(time_path), read_meta(collectives_path)
+    if not times or not links:
+        return
+    (kind, hardware), (other_kind, other_hardware) = map(_origin, (times, links))
+    same = hardware == other_hardware or not hardware or not other_hardware
+    if kind == other_kind and same:
+        return
+    raise ConfigError(
+        f"{time_path} is {kind}{hardware and f' on {hardware}'}, but {collectives_path} beside it "
+        f"is {other_kind}{other_hardware and f' on {other_hardware}'}: remove the collectives with "
+        f"their sidecar, or measure them anew where the times are of"
+    )
+
+
+def _origin(meta: Mapping[str, Any]) -> tuple[str, str]:
+    """Return "estimated" or "measured", and the name of the hardware ("" if not recorded)."""
+    kind = "estimated" if str(meta.get("kind", "")).startswith("estimated") else "measured"
+    hardware = meta.get("environment", {}).get("hardware", {})
+    return kind, str(hardware.get("name") or "")
+
+
 def load_cost_model(
     model: str,
     time_path: str | os.PathLike[str] | None = None,
@@ -188,10 +215,14 @@ def load_cost_model(
     Raises
     ------
     ConfigError
-        If the model is unknown, or a profile is missing or has mistakes.
+        If the model is unknown, a profile is missing or has mistakes, or the collectives are not
+        of what the times are of.
     """
     path = default_time_path(model) if time_path is None else Path(time_path)
     head_path, collectives_path = paths_beside(model, path)
     head = load_head_profile(head_path) if head_path.is_file() else None
-    collectives = load_collectives(collectives_path) if collectives_path.is_file() else None
+    collectives = None
+    if collectives_path.is_file():
+        _check_origins(path, collectives_path)
+        collectives = load_collectives(collectives_path)
     return fit_cost_model(load_time_profile(path), num_layers_of(model), kind, head, collectives)

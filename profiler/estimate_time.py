@@ -31,6 +31,7 @@ ATTENTION_PRODUCTS = (1 + 2.5) / 2
 MEMORY_PASSES = 4
 ALL_REDUCES = 4  # of a layer: after attention and after the mlp, forward and backward
 SMALLEST_SHARE = 0.01
+LARGEST_ERROR = 0.25  # that calibrating may leave, or the rows are another device's
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,8 @@ def calibrate(
     Raises
     ------
     ConfigError
-        If the profile has fewer than four rows of that tp.
+        If the profile has fewer than four rows of that tp, or the mean error that remains on them
+        is above 25 %: they were not measured on this accelerator.
     """
     rows = profile.tp == tp
     if int(rows.sum()) < 4:
@@ -152,12 +154,27 @@ def calibrate(
     )
     target = np.maximum(time_ms - known, 0.1 * time_ms)
     start_ms, matmul, attention = nnls(terms / time_ms[:, None], target / time_ms)[0]
-    return replace(
+    found = replace(
         efficiency,
         start_ms=float(start_ms),
         matmul=_share(matmul, efficiency.matmul),
         attention=_share(attention, efficiency.attention),
     )
+    error = layer_error(work, found, profile, tp)
+    if error > LARGEST_ERROR:
+        raise ConfigError(
+            f"{profile.path}: fitted to its rows of tp {tp}, {work.accelerator.name} misses them "
+            f"by {100 * error:.0f} % on average (at most {100 * LARGEST_ERROR:.0f} % is accepted): "
+            f"the rows and --accelerator do not belong together"
+        )
+    return found
+
+
+def layer_error(work: Workload, efficiency: Efficiency, profile: TimeProfile, tp: int = 1) -> float:
+    """Return the mean relative error of ``layer_ms`` on a profile's rows of ``tp``."""
+    rows = profile.tp == tp
+    b, s = profile.mbs[rows].astype(float), profile.seq_len[rows].astype(float)
+    return float(np.abs(layer_ms(work, efficiency, tp, b, s) / profile.time_ms[rows] - 1.0).mean())
 
 
 def _share(slowdown: float, otherwise: float) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 from model.shapes import TINY
 from profiler.layer_fit import KINDS, Kind
-from profiler.options import make_console
+from profiler.options import at_least, make_console
 from profiler.profiles import TimeProfile, default_time_path, load_time_profile
 from profiler.validation import (
     SuspiciousRow,
@@ -21,6 +21,7 @@ from profiler.validation import (
     suspicious_rows,
     worst_rows,
 )
+from tasks.errors import ConfigError
 
 REFUSED = 1
 
@@ -41,12 +42,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print errors on held-out rows; return 1 if the fit (`fitted`) cannot be trusted."""
+    at_least("--worst", args.worst, 0)
     profile = load_time_profile(args.time_profile or default_time_path(args.model))
     kinds: tuple[Kind, ...] = tuple(dict.fromkeys(args.kind or KINDS))
-    rows = {kind: cross_validate(profile, kind, args.folds, args.seed) for kind in kinds}
+    rows: Found = {}
     lengths: Found = {}
-    if min(len(set(profile.seq_len[profile.tp == tp])) for tp in profile.tps) > 2:
-        lengths = {kind: cross_validate(profile, kind, by_length=True) for kind in kinds}
+    by_length = min(len(set(profile.seq_len[profile.tp == tp])) for tp in profile.tps) > 2
+    for kind in kinds:
+        try:
+            held_out = cross_validate(profile, kind, args.folds, args.seed)
+            unseen = cross_validate(profile, kind, by_length=True) if by_length else ()
+        except ConfigError as error:
+            if args.kind or not rows:
+                raise
+            make_console().print(f"{kind}: left out of the comparison: {error.problems[0]}")
+            continue
+        rows[kind] = held_out
+        if unseen:
+            lengths[kind] = unseen
     judged = rows[kinds[0]]
     suspicious = suspicious_rows(profile, judged)
     refused = refusals(profile, judged)

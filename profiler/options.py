@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 PRECISIONS = ("fp32", "bf16")
+# Options that one way of making a profile knows, the first two also `--single-device`.
+OF_ESTIMATING = ("accelerator", "accelerators", "runtime", "calibrate")
+OF_MEASURING = ("load_ranks", "clock", "single_device", "links", "collectives_output")
 # Of a GPU's memory, what training may plan with: the rest is the context and fragmentation.
 CUDA_MEMORY_SHARE = 0.9
 
@@ -46,17 +49,48 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     estimate.add_argument("--accelerators", type=Path, help="a file of your own accelerators")
     estimate.add_argument(
         "--runtime",
-        default="deepspeed",
         help="how activations are kept: deepspeed (this project, default) or hetu (LobRA's)",
     )
 
 
+def estimate_problems(args: argparse.Namespace) -> list[str]:
+    """Return what is wrong with how estimating, measuring and their options are combined."""
+    given = {name for name, value in vars(args).items() if value not in (None, False, 0)}
+    problems = []
+    if args.estimate:
+        if "accelerator" not in given:
+            problems.append("--estimate needs --accelerator NAME, such as --accelerator A100-40GB")
+        problems += [
+            f"{_option(name)} is of measuring: leave it out with --estimate"
+            for name in OF_MEASURING
+            if name in given
+        ]
+        return problems
+    unused: tuple[str, ...] = OF_ESTIMATING
+    more = "give --estimate too"
+    if "single_device" in given:
+        unused, more = OF_ESTIMATING[2:], "--single-device does not use it"
+        if "links" in given:
+            problems += [
+                f"{_option(name)} tells the links, and so does --links: give one of the two"
+                for name in OF_ESTIMATING[:2]
+                if name in given
+            ]
+    elif "links" in given:
+        problems.append("--links belongs to --single-device: give that too")
+    problems += [f"{_option(name)} is of estimating: {more}" for name in unused if name in given]
+    return problems
+
+
 def check_estimate_options(args: argparse.Namespace) -> None:
-    """Refuse options that belong to estimating without ``--estimate``, and the reverse."""
-    if args.estimate and not args.accelerator:
-        raise ConfigError("--estimate needs --accelerator NAME, such as --accelerator A100-40GB")
-    if args.accelerator and not args.estimate:
-        raise ConfigError("--accelerator says what to estimate for: give --estimate too")
+    """Raise ConfigError with everything that `estimate_problems` finds."""
+    problems = estimate_problems(args)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def at_least(option: str, value: int, least: int) -> int:

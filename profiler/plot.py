@@ -11,6 +11,7 @@ from profiler.layer_fit import fit_layer
 from profiler.profiles import TimeProfile
 from profiler.series import other_series
 from profiler.validation import SuspiciousRow, Validation
+from tasks.errors import ConfigError
 from tasks.files import atomic_path
 
 LENGTH_SHOWN = 1024  # tokens of the sequences the curves are drawn for
@@ -25,6 +26,11 @@ def plot_fit(
     """Save a PNG: above, time per token against tokens; below, the error on held-out rows.
 
     Rows of the other series are hollow, suspicious ones circled.
+
+    Raises
+    ------
+    ConfigError
+        If there is no writing at that path.
     """
     import matplotlib
 
@@ -66,7 +72,10 @@ def plot_fit(
     axes[1][0].set(ylabel="error on held-out rows, %")
     axes[0][0].legend()
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
-    pyplot.close(figure)
+    try:
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, dpi=110, format="png")
+    except OSError as error:
+        raise ConfigError(f"plot {path}: cannot be written ({error})") from error
+    finally:
+        pyplot.close(figure)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,14 +17,14 @@ from profiler.head import HEAD_COLUMNS, PROFILED_SHARE
 from profiler.options import (
     add_common,
     at_least,
-    check_estimate_options,
     check_one_machine,
     environment_of,
+    estimate_problems,
     make_console,
     precision_of,
     progress_bars,
 )
-from profiler.profiles import TIME_COLUMNS, default_time_path, load_time_profile
+from profiler.profiles import TIME_COLUMNS, default_time_path, load_time_profile, meta_path
 from profiler.sweep_file import open_sweep
 from tasks.config import load_trainer_config
 from tasks.errors import ConfigError
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from profiler.estimate_time import Workload
     from profiler.layer_time_rank import SingleDevice
 
+CPU = "CPU"  # the name of its links in the table of accelerators
+NUM_TASKS, LORA_RANK = 4, 16  # where neither they nor a trainer config are given
 DEFAULT_MAX_SEQ_LENGTH = {"cpu": 2048, "cuda": 16384}
 
 
@@ -52,7 +56,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--clock",
         choices=("wall", "processor"),
-        default="wall",
         help="processor: count each CPU rank's own processor time, for a machine busy with other "
         "work; waiting for messages then counts nothing",
     )
@@ -69,10 +72,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --single-device: all-reduces measured before (a profile of collectives), "
         "instead of those of the accelerator's data sheet",
     )
-    parser.add_argument("--num-tasks", type=int, default=4, help="adapters (default 4)")
-    parser.add_argument("--lora-rank", type=int, default=16, help="of each adapter (default 16)")
     parser.add_argument(
-        "--trainer-config", help="train this config's adapters instead (a name or a path)"
+        "--num-tasks",
+        type=int,
+        help=f"adapters (default {NUM_TASKS}; of no consequence for an estimate)",
+    )
+    parser.add_argument("--lora-rank", type=int, help=f"of each adapter (default {LORA_RANK})")
+    parser.add_argument(
+        "--trainer-config",
+        help="this config's adapters instead (a name or a path); of ranks that differ, an estimate "
+        "takes the largest for all",
     )
     parser.add_argument("--head-output", type=Path, help="the CSV of embedding and head")
     parser.add_argument("--collectives-output", type=Path, help="the CSV of collectives")
@@ -86,16 +95,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure or estimate the time profile and what goes with it."""
-    if not args.single_device:
-        check_estimate_options(args)
-    elif args.estimate:
-        raise ConfigError("--estimate and --single-device: one or the other")
-    if args.links is not None and not args.single_device:
-        raise ConfigError("--links belongs to --single-device: give that too")
+    problems = estimate_problems(args) + _output_problems(args)
+    if args.trainer_config:
+        problems += [
+            f"{option} and --trainer-config, which says so itself: give one of the two"
+            for option, value in (("--num-tasks", args.num_tasks), ("--lora-rank", args.lora_rank))
+            if value is not None
+        ]
+    if problems:
+        raise ConfigError(problems)
     at_least("--load-ranks", args.load_ranks, 0)
-    at_least("--num-tasks", args.num_tasks, 1)
-    at_least("--lora-rank", args.lora_rank, 1)
+    at_least("--num-tasks", _num_tasks(args), 1)
+    at_least("--lora-rank", _lora_rank(args), 1)
     return _estimate(args) if args.estimate else _measure(args)
+
+
+def _num_tasks(args: argparse.Namespace) -> int:
+    return NUM_TASKS if args.num_tasks is None else args.num_tasks
+
+
+def _lora_rank(args: argparse.Namespace) -> int:
+    """Return the adapters' rank; of a trainer config the largest."""
+    if args.trainer_config and args.estimate:
+        return max(task.rank for task in load_trainer_config(args.trainer_config).tasks)
+    return LORA_RANK if args.lora_rank is None else args.lora_rank
 
 
 def _measure(args: argparse.Namespace) -> int:
@@ -115,13 +138,14 @@ def _measure(args: argparse.Namespace) -> int:
         max_seq_length=length,
         max_tokens=_max_tokens(args, length),
         load_ranks=args.load_ranks,
-        num_tasks=args.num_tasks,
-        lora_rank=args.lora_rank,
+        num_tasks=_num_tasks(args),
+        lora_rank=_lora_rank(args),
         precision=precision,
         device=device,
         single_device=_single_devices(args, shape, precision, device, tps),
         tasks=load_trainer_config(args.trainer_config).tasks if args.trainer_config else (),
-        clock=args.clock,
+        clock=args.clock or "wall",
+        links=_links(args),
     )
     layer_path, head_path, collectives_path = _paths(args)
     environment = environment_of(device)
@@ -134,7 +158,7 @@ def _measure(args: argparse.Namespace) -> int:
     total = len(sweep.points)
     with progress_bars(console) as progress:
         bars = {
-            tp: progress.add_task(f"tp {tp}: {total} shapes", total=total)
+            tp: progress.add_task(f"tp {tp}: {total} shapes", total=total, start=False)
             for tp in tps
             if tp not in too_many
         }
@@ -143,6 +167,7 @@ def _measure(args: argparse.Namespace) -> int:
 
         def report(tp: int, left: int) -> None:
             then = "" if left else ", again those that stick out"
+            progress.start_task(bars[tp])
             progress.update(
                 bars[tp], completed=total - left, description=f"tp {tp}: {total} shapes{then}"
             )
@@ -161,16 +186,16 @@ def _measure(args: argparse.Namespace) -> int:
         from profiler.collective_time import open_collectives, sweep_collectives
 
         file = open_collectives(
-            shape, collectives_path, precision, device, args.restart, environment, args.clock
+            shape, collectives_path, precision, device, args.restart, environment, sweep.clock
         )
-        file = sweep_collectives(file, counts, device, args.clock)
+        file = sweep_collectives(file, counts, device, sweep.clock)
         console.print(f"{len(file.done)} rows of collectives in {collectives_path}")
     return 0
 
 
 def _estimate(args: argparse.Namespace) -> int:
     from profiler.accelerators import load_tables
-    from profiler.estimate_time import base_ms, calibrate, head_ms, layer_ms
+    from profiler.estimate_time import base_ms, calibrate, head_ms, layer_error, layer_ms
     from profiler.memory import shape_settings
     from profiler.points import time_points
 
@@ -183,20 +208,26 @@ def _estimate(args: argparse.Namespace) -> int:
     precision = args.precision or "bf16"
     work = _workload(args, tables, shape, precision)
     efficiency = tables.efficiency
+    console = make_console()
     if args.calibrate is not None:
-        efficiency = calibrate(work, efficiency, load_time_profile(args.calibrate))
+        measured = load_time_profile(args.calibrate)
+        efficiency = calibrate(work, efficiency, measured)
+        console.print(
+            f"calibrated on the rows of tp 1: matmul {efficiency.matmul:.2f}, attention "
+            f"{efficiency.attention:.2f}, start {efficiency.start_ms:.2f} ms; mean error that "
+            f"remains {100 * layer_error(work, efficiency, measured):.1f} %"
+        )
     length = _length(args, "cuda")
     settings = {
         "model": shape.name,
         "shape": shape_settings(shape),
-        "lora_rank": args.lora_rank,
+        "lora_rank": work.lora_rank,
         "precision": precision,
         "accelerator": vars(work.accelerator),
         "efficiency": vars(efficiency),
         "sequence_parallel": work.sequence_parallel,
     }
     layer_path, head_path, _ = _paths(args)
-    console = make_console()
     ends = {"what": "embedding and head with loss, forward + backward, ms"}
     for path, columns, times_of, what in (
         (layer_path, TIME_COLUMNS, (layer_ms,), {"what": "one layer, forward + backward, ms"}),
@@ -227,6 +258,7 @@ def _single_devices(
     if not args.single_device:
         return ()
     from profiler.accelerators import load_tables
+    from profiler.estimate_memory import element_bytes
     from profiler.estimate_time import ALL_REDUCES, all_reduce_ms
     from profiler.layer_time_rank import SingleDevice
 
@@ -237,8 +269,9 @@ def _single_devices(
             "measured ones"
         )
     tables = load_tables(args.accelerators)
-    args = argparse.Namespace(**{**vars(args), "accelerator": args.accelerator or "CPU"})
+    args = argparse.Namespace(**{**vars(args), "accelerator": args.accelerator or CPU})
     work = replace(_workload(args, tables, shape, precision), sequence_parallel=False)
+    bytes_per_token = element_bytes(precision) * shape.hidden_size
     found = []
     for tp in tps:
         if links is None:
@@ -249,14 +282,26 @@ def _single_devices(
             if tp > 1 and not links.has(ALL_REDUCE):
                 raise ConfigError(f"{args.links}: has no rows of all_reduce; measure with tp 2")
             none_ms, one_ms = (
-                ALL_REDUCES * float(links.all_reduce_ms(tp, n * links.bytes_per_token))
-                for n in (0, 1)
+                ALL_REDUCES * float(links.all_reduce_ms(tp, n * bytes_per_token)) for n in (0, 1)
             )
         fixed_ms, per_token_ms = none_ms, one_ms - none_ms
         # Of a layer's four all-reduces the ends have two: the embedding's and the head's input.
         ends = fixed_ms / 2, per_token_ms / 2
         found.append(SingleDevice(tp, (fixed_ms, per_token_ms), ends))
     return tuple(found)
+
+
+def _links(args: argparse.Namespace) -> str:
+    """Return what must agree for collectives modelled with --single-device to be comparable."""
+    if not args.single_device:
+        return ""
+    if args.links is not None:
+        return f"measured, SHA-256 {hashlib.sha256(args.links.read_bytes()).hexdigest()[:16]}"
+    from profiler.accelerators import load_tables
+
+    tables = load_tables(args.accelerators)
+    accelerator = tables.accelerator(args.accelerator or CPU)
+    return f"{accelerator}, {tables.efficiency}"
 
 
 def _workload(
@@ -268,7 +313,7 @@ def _workload(
         shape,
         tables.accelerator(args.accelerator),
         precision,
-        args.lora_rank,
+        _lora_rank(args),
         sequence_parallel=tables.runtime(args.runtime).sequence_parallel,
     )
 
@@ -278,6 +323,17 @@ def _paths(args: argparse.Namespace) -> tuple[Path, Path, Path]:
     layers = args.output or default_time_path(args.model)
     ends = paths_beside(args.model, layers)
     return layers, args.head_output or ends[0], args.collectives_output or ends[1]
+
+
+def _output_problems(args: argparse.Namespace) -> list[str]:
+    """Return which two of the three profiles would overwrite each other or share a sidecar."""
+    names = ("--output", "--head-output", "--collectives-output")
+    paths = dict(zip(names, _paths(args), strict=True))
+    return [
+        f"{one} {paths[one]} and {other} {paths[other]}: one file for two profiles"
+        for one, other in combinations(names, 2)
+        if meta_path(paths[one]).resolve() == meta_path(paths[other]).resolve()
+    ]
 
 
 def _length(args: argparse.Namespace, device: str) -> int:

@@ -16,6 +16,7 @@ Array = np.ndarray
 
 SUSPICIOUS_DEVIATIONS = 5.0
 SUSPICIOUS_ERROR = 0.05  # less is of no consequence for a plan
+EDGE_SIZES = 2  # that must be seen on either side of a row, its own included, to predict a slope
 # A fit may err on held-out rows by this multiple of the rows' own spread, and by this in any case.
 EXCUSED_SPREADS = 3.0
 EXCUSED_ERROR = 0.05
@@ -33,12 +34,16 @@ class Validation:
         int64 [n]: the rows of the profile.
     error
         float64 [n]: predicted / measured - 1 of each row, by the fit that has not seen it.
+    edge
+        bool [n]: whether that fit saw fewer than two sizes (in tokens) on a side of the row, and
+        so had to extrapolate.
     """
 
     tp: int
     kind: Kind
     rows: Array
     error: Array
+    edge: Array
 
     @property
     def mean_error(self) -> float:
@@ -134,12 +139,16 @@ def _validate_tp(
     profile: TimeProfile, tp: int, kind: Kind, rows: Array, folds: Array
 ) -> Validation:
     b, s, time_ms, others = _rows_of(profile, rows)
-    error = np.empty(len(rows))
+    error, edge = np.empty(len(rows)), np.empty(len(rows), dtype=bool)
     for fold in np.unique(folds):
         out = folds == fold
         fit = fit_layer(b[~out], s[~out], time_ms[~out], kind, others[~out])
         error[out] = fit.time_ms(b[out], s[out], others[out]) / time_ms[out] - 1.0
-    return Validation(tp, kind, rows, error)
+        sizes, tokens = np.unique((b * s)[~out]), (b * s)[out]
+        smaller = np.searchsorted(sizes, tokens, side="right")
+        larger = len(sizes) - np.searchsorted(sizes, tokens)
+        edge[out] = np.minimum(smaller, larger) < EDGE_SIZES
+    return Validation(tp, kind, rows, error, edge)
 
 
 def _rows_of(profile: TimeProfile, rows: Array) -> tuple[Array, Array, Array, Array]:
@@ -173,7 +182,9 @@ def suspicious_rows(
     """Return the rows that stick out by far more than the others of their tp, worst first.
 
     Two ways: the fit that has not seen a row misses it by five robust standard deviations (and at
-    least 5 %), or a larger micro-batch of the same series takes 5 % less time.
+    least 5 %), or a larger micro-batch of the same series takes 5 % less time. At the edge of the
+    measured sizes, where the former is an extrapolation, the fit that has seen the row must miss
+    it by 5 % too.
     """
     others = other_series(profile)
     found = []
@@ -181,7 +192,11 @@ def suspicious_rows(
         rows = validation.rows
         deviation = 1.4826 * float(np.median(np.abs(validation.error)))
         limit = max(SUSPICIOUS_ERROR, SUSPICIOUS_DEVIATIONS * deviation)
-        for row, error in zip(rows, validation.error, strict=True):
+        sticks_out = np.abs(validation.error) > limit
+        if np.any(sticks_out & validation.edge):
+            seen = np.abs(_error_of_seen(profile, validation)) > SUSPICIOUS_ERROR
+            sticks_out &= seen | ~validation.edge
+        for row, error, out in zip(rows, validation.error, sticks_out, strict=True):
             same = rows if others is None else rows[others[rows] == others[row]]
             shape = (profile.mbs[same], profile.seq_len[same])
             larger = (shape[0] >= profile.mbs[row]) & (shape[1] >= profile.seq_len[row])
@@ -189,13 +204,20 @@ def suspicious_rows(
             measured = float(profile.time_ms[row])
             if least_ms < measured * (1.0 - SUSPICIOUS_ERROR):
                 reason = f"a larger micro-batch takes {least_ms:.3f} ms"
-            elif abs(error) > limit:
+            elif out:
                 reason = f"its neighbours predict {measured * (1.0 + error):.3f} ms"
             else:
                 continue
             point = int(validation.tp), int(profile.mbs[row]), int(profile.seq_len[row])
             found.append(SuspiciousRow(*point, measured, float(error), reason))
     return tuple(sorted(found, key=lambda row: -abs(row.error)))
+
+
+def _error_of_seen(profile: TimeProfile, validation: Validation) -> Array:
+    """Return predicted / measured - 1 of each row, by the fit to all of them."""
+    b, s, time_ms, others = _rows_of(profile, validation.rows)
+    fit = fit_layer(b, s, time_ms, validation.kind, others)
+    return np.asarray(fit.time_ms(b, s, others) / time_ms - 1.0)
 
 
 def row_spread(profile: TimeProfile, tp: int) -> float:

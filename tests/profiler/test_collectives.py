@@ -10,7 +10,7 @@ import pytest
 from model.shapes import NAMED_SHAPES
 from profiler.collective_time import open_collectives, sweep_collectives, wanted_rows
 from profiler.collectives import fit_link, load_collectives
-from profiler.cost_model import fit_cost_model
+from profiler.cost_model import fit_cost_model, load_cost_model
 from profiler.csv_rows import append_row
 from profiler.profiles import TimeProfile, write_meta
 from tasks.errors import ConfigError
@@ -72,6 +72,37 @@ def test_every_mistake_of_the_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         load_collectives(path)
     assert len(error.value.problems) == 5
+
+
+MEASURED = {"kind": "measured", "environment": {"hardware": {"name": "one"}}}
+
+
+@pytest.mark.parametrize(
+    ("times", "problem"),
+    [
+        ({}, None),
+        ({"kind": "measured"}, None),
+        (MEASURED, None),
+        ({**MEASURED, "kind": "measured on a single device"}, None),
+        ({**MEASURED, "environment": {"hardware": {"name": "two"}}}, "measured on two, but"),
+        ({"kind": "estimated", "environment": {}}, "time.csv is estimated, but"),
+    ],
+)
+def test_collectives_are_of_what_the_times_are_of(
+    tmp_path: Path, times: dict, problem: str | None
+) -> None:
+    links, path = written(tmp_path / "links_time.csv"), tmp_path / "time.csv"
+    write_meta(links, {"settings": {"bytes_per_token": 512}, **MEASURED})
+    for size in (64, 128, 256, 512):
+        append_row(path, ("tp", "seq_len", "mbs", "time"), (1, size, 1, 1 + 0.01 * size))
+    if times:
+        write_meta(path, times)
+    if problem is None:
+        assert load_cost_model("tiny", path).collectives is not None
+        return
+    with pytest.raises(ConfigError, match=problem) as error:
+        load_cost_model("tiny", path)
+    assert "links_time.csv beside it is measured on one: remove" in str(error.value)
 
 
 @pytest.mark.ranks

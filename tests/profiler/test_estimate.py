@@ -122,6 +122,9 @@ def test_a_calibrated_roofline_returns_the_efficiencies_that_made_the_rows() -> 
     assert found.start_ms == pytest.approx(1.7, rel=1e-6)
     with pytest.raises(ConfigError, match="4 rows of tp 2"):
         calibrate(work, truth, profile, tp=2)
+    slower = replace(work, accelerator=TABLES.accelerator("RTX3090-24GB"))
+    with pytest.raises(ConfigError, match="do not belong together"):
+        calibrate(slower, TABLES.efficiency, profile)
 
 
 def test_time_shrinks_with_tp_until_the_group_leaves_the_node() -> None:
@@ -142,5 +145,18 @@ def test_a_users_accelerator_is_added_and_mistakes_are_all_named(tmp_path: Path)
     with pytest.raises(ConfigError) as error:
         load_tables(path)
     assert len(error.value.problems) == 2
+    path.write_text(
+        "accelerators:\n  4090: " + entry.replace("gib: 16", "gib: .inf") + "network_gb_s: 1}\n"
+        "efficiency: {matmul: 1.5, link: 2, start_ms: 5}\n",
+        encoding="utf-8",
+    )
+    with pytest.raises(ConfigError) as error:
+        load_tables(path)
+    assert [problem.split(": ", 1)[1] for problem in error.value.problems] == [
+        "accelerators: 4090: a name is text, not int; put it in quotes",
+        "accelerators.4090.memory_gib: inf is not finite",
+        "efficiency.matmul: 1.5 is not a share of the peak, at most 1",
+        "efficiency.link: 2 is not a share of the peak, at most 1",
+    ]
     with pytest.raises(ConfigError, match="known are A100-40GB"):
         TABLES.accelerator("B9000")

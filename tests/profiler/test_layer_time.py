@@ -11,6 +11,7 @@ from model.launch import RankError
 from model.shapes import read_shape
 from profiler import layer_time
 from profiler.layer_time import TimeSweep, missing_points, open_files, sweep_time
+from profiler.layer_time_rank import SingleDevice
 from profiler.profiles import load_time_profile, read_meta
 from profiler.sweep_file import SweepFile
 from tasks.errors import ConfigError
@@ -91,6 +92,14 @@ def test_running_out_of_memory_leaves_the_point_out(
     assert asked == [((1, 64), (4, 64))]
     sweep_time(sweep, opened(sweep, tmp_path))
     assert len(asked) == 1, "a point left out is not tried again"
+
+
+def test_rows_of_other_links_are_not_continued(sweep: TimeSweep, tmp_path: Path) -> None:
+    shard = SingleDevice(2, (0.1, 0.001), (0.05, 0.0005))
+    sweep = replace(sweep, tps=(2,), load_ranks=0, single_device=(shard,), links="of an A100")
+    opened(sweep, tmp_path)
+    with pytest.raises(ConfigError, match="links was 'of an A100', is now 'of an H100'"):
+        opened(replace(sweep, links="of an H100"), tmp_path)
 
 
 def test_another_failure_is_raised(

@@ -5,8 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from model.shapes import NAMED_SHAPES
+from profiler.accelerators import load_tables
+from profiler.estimate_time import Workload, layer_ms
+from profiler.points import time_points
 from profiler.profiles import TimeProfile
-from profiler.validation import cross_validate, fold_of_row, worst_rows
+from profiler.validation import cross_validate, fold_of_row, suspicious_rows, worst_rows
 from tasks.errors import ConfigError
 
 
@@ -51,3 +55,24 @@ def test_too_few_rows_or_folds() -> None:
     with pytest.raises(ConfigError) as error:
         cross_validate(profile(), "fitted", 17)
     assert len(error.value.problems) == 2, "both tp are named"
+
+
+def estimated() -> TimeProfile:
+    """Rows without noise, flat below 256 tokens, where only the smallest ones can tell so."""
+    tables = load_tables()
+    work = Workload(NAMED_SHAPES["7B"], tables.accelerator("A100-40GB"), "bf16", 16)
+    b, s = np.array(time_points(16384)).T
+    times = layer_ms(work, tables.efficiency, 1, b, s)
+    return TimeProfile(np.ones_like(b), s, b, times, meta={"settings": {}})
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_without_noise_are_not_suspicious_but_a_spoiled_one_is(seed: int) -> None:
+    profile = estimated()
+    held_out = cross_validate(profile, "fitted", seed=seed)
+    assert held_out[0].max_error > 0.05, "the smallest are extrapolated"
+    assert suspicious_rows(profile, held_out) == ()
+    row = int(np.flatnonzero((profile.seq_len == 1024) & (profile.mbs == 4))[0])
+    profile.time_ms[row] *= 0.8
+    named = suspicious_rows(profile, cross_validate(profile, "fitted", seed=seed))
+    assert (1, 4, 1024) in {(found.tp, found.b, found.s) for found in named}
