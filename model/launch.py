@@ -104,11 +104,19 @@ early_stop: list[int] = []
 
 
 def _rank_main(env: RankEnv, target: str, kwargs: dict[str, Any], pipe: Connection) -> None:
-    """Run `target` on one rank and send ("ok", result) or ("error", traceback) back."""
+    """Run `target` on one rank and send ("ok", result) or ("error", traceback) back.
+
+    Does nothing before the parent's word: a parent that was interrupted while it started this
+    process does not know it, so nobody would end it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     if env.graceful:
         signal.signal(signal.SIGTERM, lambda number, _frame: early_stop.append(number))
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        pipe.recv()
+    except (EOFError, ConnectionResetError):
+        os._exit(1)
     os.environ.update(env.environment)
     os.environ.update(RANK=str(env.rank), LOCAL_RANK=str(env.rank), WORLD_SIZE=str(env.world_size))
     try:
@@ -208,14 +216,16 @@ def run_ranks(
                     environment={**local, **(environment or {})},
                     graceful=on_signal is not None,
                 )
-                receiver, sender = context.Pipe(duplex=False)
+                pipe, rank_pipe = context.Pipe()
+                pipes.append(pipe)
                 process = context.Process(  # type: ignore[attr-defined]
-                    target=_rank_main, args=(env, target, kwargs or {}, sender), daemon=False
+                    target=_rank_main, args=(env, target, kwargs or {}, rank_pipe), daemon=False
                 )
                 process.start()
-                sender.close()
                 processes.append(process)
-                pipes.append(receiver)
+                rank_pipe.close()
+                with contextlib.suppress(BrokenPipeError):  # it died: seen when it is waited for
+                    pipe.send("start")
                 if received:  # a signal that came before this rank was there
                     process.terminate()
             return _collect(processes, pipes, timeout_s)
@@ -225,6 +235,8 @@ def run_ranks(
             raise
         finally:
             _end(processes, at_once=len(received) > 1)
+            for pipe in pipes:  # ends a rank that was started but is not among `processes`
+                pipe.close()
 
 
 @contextlib.contextmanager
@@ -293,7 +305,7 @@ def _take(
     for rank in [rank for rank, pipe in pending.items() if pipe in ready]:
         try:
             status, payload = pending.pop(rank).recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):  # the latter: it died before it was told to start
             processes[rank].join(timeout=5)
             failures[rank] = _cause_of_death(processes[rank].exitcode)
             continue

@@ -17,10 +17,12 @@ from model.launch import DEFAULT_PRELOAD, RankError, run_ranks
 from model.lora import AdapterSpec
 from model.shapes import ModelShape, layout_problem
 from profiler.memory_rank import RankMemory
+from profiler.profiles import write_meta
 from profiler.search import Trial, largest_fitting
 from profiler.sweep_file import SweepFile
 from tasks.config import TaskConfig
 from tasks.errors import ConfigError
+from tasks.files import write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +33,7 @@ MAX_STAGE_IMBALANCE = 1.125
 TRIAL_TIMEOUT_S = 1800.0
 OUT_OF_MEMORY = re.compile(
     r"OutOfMemoryError|MemoryError|out of memory|can't allocate memory|bad_alloc"
-    r"|Cannot allocate memory|exit code -9\b",
+    r"|Cannot allocate memory",
     re.IGNORECASE,
 )
 MEMORY_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -50,7 +52,7 @@ class MemorySweep:
     layouts
         (tp, pp) of every layout, see `layouts_within`.
     max_seq_length
-        Tokens at most tried, and the longest sequence.
+        Tokens at most tried, a multiple of `STEP_TOKENS` (see `whole_steps`).
     budget_bytes
         Of one rank.
     precision, device
@@ -141,6 +143,11 @@ def parse_bytes(text: str) -> int:
     return size
 
 
+def whole_steps(tokens: int) -> int:
+    """Return ``tokens`` rounded up to a multiple of `STEP_TOKENS`: what holds that many."""
+    return -(-tokens // STEP_TOKENS) * STEP_TOKENS
+
+
 def trial_shapes(tokens: int) -> tuple[tuple[int, int], ...]:
     """Return the micro-batches (b, s) of ``tokens`` tokens tried: one long sequence, many short."""
     shapes = [(1, tokens)]
@@ -158,27 +165,35 @@ def sweep_memory(
     """Measure every layout that the file does not hold yet; return what was measured now.
 
     A layout whose trial failed for another reason than memory is returned with its failure; the
-    others go on.
+    others go on. A layout that was interrupted goes on with the trials that had ended.
 
     Parameters
     ----------
     file
-        Rows ``tp,pp,sp,max_tokens`` are appended to it; sp is 1.
+        Rows ``tp,pp,sp,max_tokens`` are appended to it; sp is 1. Its sidecar keeps the trials of
+        the layouts without a row.
     report
         Called after each layout.
     measure
         ``measure(sweep, tp, pp, tokens)`` gives each rank's memory; real processes by default.
     """
     results = []
+    trials: dict[str, list[list[Any]]] = file.meta.setdefault("trials", {})
     for tp, pp in sweep.layouts:
+        name = f"{tp},{pp}"
         if (tp, pp, 1) in file.done:
+            if trials.pop(name, None) is not None:  # killed just after its row was written
+                write_meta(file.path, file.meta)
             continue
-        result = _measure_layout(sweep, tp, pp, measure or measure_trial)
+        kept = trials.setdefault(name, [])
+        result = _measure_layout(sweep, tp, pp, measure or measure_trial, file, kept)
         if result.max_tokens is not None:
             details = {
                 "trials": [[t.size, t.peak_bytes, t.reason or "fits"] for t in result.trials],
             }
             file.add((tp, pp, 1, result.max_tokens), details)
+            del trials[name]
+            write_meta(file.path, file.meta)
         results.append(result)
         report(result)
     return tuple(results)
@@ -189,7 +204,22 @@ def _measure_layout(
     tp: int,
     pp: int,
     measure: Callable[[MemorySweep, int, int, int], Sequence[RankMemory]],
+    file: SweepFile,
+    kept: list[list[Any]],
 ) -> LayoutResult:
+    """Search the layout's capacity; `kept`, a part of the sidecar, are its trials so far."""
+
+    def kept_trial(tokens: int) -> Trial:
+        for size, peak, reason in kept:
+            if size == tokens:
+                return Trial(size, not reason, peak, reason)
+        outcome = trial(tokens)
+        kept.append([outcome.size, outcome.peak_bytes, outcome.reason])
+        if not file.path.is_file():  # a sidecar is continued only beside its CSV
+            write_atomic(file.path, ",".join(file.columns) + "\n")
+        write_meta(file.path, file.meta)
+        return outcome
+
     def trial(tokens: int) -> Trial:
         try:
             ranks = measure(sweep, tp, pp, tokens)
@@ -205,7 +235,7 @@ def _measure_layout(
 
     try:
         tokens, trials = largest_fitting(
-            trial, STEP_TOKENS, sweep.max_seq_length, sweep.budget_bytes
+            kept_trial, STEP_TOKENS, sweep.max_seq_length, sweep.budget_bytes
         )
     except RankError as error:
         log.warning("<%d,%d> failed: %s", tp, pp, error)

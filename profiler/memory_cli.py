@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from model.shapes import resolve_folder, resolve_shape
@@ -29,12 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-gpus", type=int, required=True, help="most ranks of a layout")
     parser.add_argument("--num-tasks", type=int, help="adapters; default: all of the config")
     parser.add_argument("--trainer-config", required=True, help="a name or a path")
-    parser.add_argument("--max-seq-length", type=int, default=16384, help="tokens (default 16384)")
+    parser.add_argument(
+        "--max-seq-length",
+        type=int,
+        default=16384,
+        help="the longest sequence, in tokens, rounded up to a multiple of 256 (default 16384)",
+    )
     parser.add_argument(
         "--memory-budget",
         metavar="SIZE",
         help="of one rank, such as 600MB (default: this machine's free memory / num-gpus on a "
-        "CPU, 90 %% of the memory on a GPU)",
+        "CPU, 90 %% of the memory on a GPU; a file that is continued keeps its own)",
     )
     parser.add_argument(
         "--gradient-checkpointing",
@@ -47,13 +53,19 @@ def run(args: argparse.Namespace) -> int:
     """Measure or estimate the memory profile."""
     check_estimate_options(args)
     at_least("--num-gpus", args.num_gpus, 1)
-    at_least("--max-seq-length", args.max_seq_length, 256)
+    at_least("--max-seq-length", args.max_seq_length, 1)
     return _estimate(args) if args.estimate else _measure(args)
 
 
 def _measure(args: argparse.Namespace) -> int:
     from profiler.hardware import num_devices, resolve_device
-    from profiler.memory import LayoutResult, MemorySweep, layouts_within, sweep_memory
+    from profiler.memory import (
+        LayoutResult,
+        MemorySweep,
+        layouts_within,
+        sweep_memory,
+        whole_steps,
+    )
 
     check_one_machine(args.host_file, os.environ)
     tasks = load_trainer_config(args.trainer_config, args.num_tasks).tasks
@@ -67,7 +79,7 @@ def _measure(args: argparse.Namespace) -> int:
         shape=shape,
         tasks=tasks,
         layouts=here,
-        max_seq_length=args.max_seq_length,
+        max_seq_length=whole_steps(args.max_seq_length),
         budget_bytes=_budget_bytes(args.memory_budget, device, args.num_gpus),
         precision=precision_of(args.precision, device),
         device=device,
@@ -91,7 +103,11 @@ def _measure(args: argparse.Namespace) -> int:
     if len(here) < len(layouts):
         left_out = ", ".join(f"<{tp},{pp}>" for tp, pp in layouts if (tp, pp) not in here)
         console.print(f"left out, more than the {limit} GPUs of this machine: {left_out}")
-    console.print(f"budget of a rank: {sweep.budget_bytes / (1 << 20):.0f} MiB")
+    environment = file.meta.setdefault("environment", {})
+    kept_bytes = environment.setdefault("memory_budget_bytes", sweep.budget_bytes)
+    as_before = ", as when this file was begun" if kept_bytes != sweep.budget_bytes else ""
+    sweep = replace(sweep, budget_bytes=kept_bytes)  # the same for all rows of a file
+    console.print(f"budget of a rank: {kept_bytes / (1 << 20):.0f} MiB{as_before}")
     done = sum((tp, pp, 1) in file.done for tp, pp in here)
     with progress_bars(console) as progress:
         bar = progress.add_task(f"{len(here)} layouts", total=len(here), completed=done)
@@ -115,7 +131,13 @@ def _measure(args: argparse.Namespace) -> int:
 def _estimate(args: argparse.Namespace) -> int:
     from profiler.accelerators import load_tables
     from profiler.estimate_memory import Adapters, estimate_memory
-    from profiler.memory import STEP_TOKENS, layouts_within, parse_bytes, shape_settings
+    from profiler.memory import (
+        STEP_TOKENS,
+        layouts_within,
+        parse_bytes,
+        shape_settings,
+        whole_steps,
+    )
 
     tables = load_tables(args.accelerators)
     accelerator = tables.accelerator(args.accelerator)
@@ -124,6 +146,7 @@ def _estimate(args: argparse.Namespace) -> int:
     shape = resolve_shape(args.model)
     adapters = Adapters(tuple((task.rank, task.target_modules) for task in tasks))
     precision = args.precision or "bf16"
+    largest = whole_steps(args.max_seq_length)
     budget = CUDA_MEMORY_SHARE * accelerator.memory_bytes
     if args.memory_budget is not None:
         budget = parse_bytes(args.memory_budget)
@@ -131,7 +154,7 @@ def _estimate(args: argparse.Namespace) -> int:
         "model": shape.name,
         "shape": shape_settings(shape),
         "adapters": [[task.rank, list(task.target_modules)] for task in tasks],
-        "max_seq_length": args.max_seq_length,
+        "max_seq_length": largest,
         "step_tokens": STEP_TOKENS,
         "memory_budget_bytes": int(budget),
         "precision": precision,
@@ -148,7 +171,7 @@ def _estimate(args: argparse.Namespace) -> int:
             shape, tp, pp, adapters, precision, runtime, args.gradient_checkpointing
         )
         if (tp, pp, 1) not in file.done:
-            tokens = estimate.max_tokens(budget, STEP_TOKENS, args.max_seq_length)
+            tokens = estimate.max_tokens(budget, STEP_TOKENS, largest)
             details = {
                 "fixed_bytes": int(estimate.fixed_bytes),
                 "bytes_per_token": int(estimate.bytes_per_token),

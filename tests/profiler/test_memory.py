@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from model.launch import RankError
+from model.launch import RankError, _cause_of_death
 from model.shapes import NAMED_SHAPES, read_shape
 from profiler.memory import (
     LayoutResult,
@@ -17,13 +18,15 @@ from profiler.memory import (
     parse_bytes,
     sweep_memory,
     trial_shapes,
+    whole_steps,
 )
 from profiler.memory_rank import RankMemory
-from profiler.profiles import MEMORY_COLUMNS, load_memory_profile
+from profiler.profiles import MEMORY_COLUMNS, load_memory_profile, read_meta, write_meta
 from profiler.sweep_file import SweepFile, open_sweep
 from tasks.config import TARGET_MODULES, TaskConfig
 from tasks.errors import ConfigError
 from tests.model.support import save_llama
+from trainer.cli import main
 
 TINY = NAMED_SHAPES["tiny"]
 LAYOUTS = ((1, 1), (1, 2), (2, 1))
@@ -70,10 +73,69 @@ def test_a_sweep_that_is_continued_measures_no_layout_twice(tmp_path: Path) -> N
     assert sweep_memory(SWEEP, opened(path), measure=linear_memory) == ()
 
 
+def test_no_trial_is_made_twice_though_killed_at_any(tmp_path: Path) -> None:
+    whole: list[tuple[int, ...]] = []
+
+    def noted(sweep, tp, pp, tokens):
+        whole.append((tp, pp, tokens))
+        return linear_memory(sweep, tp, pp, tokens)
+
+    expected = sweep_memory(SWEEP, opened(tmp_path / "whole.csv"), measure=noted)
+    path = tmp_path / "m.csv"
+    tried: list[tuple[int, ...]] = []
+
+    def killed_after(trials: int):
+        def measure(sweep, tp, pp, tokens):
+            if len(tried) == trials:
+                raise KeyboardInterrupt
+            tried.append((tp, pp, tokens))
+            return linear_memory(sweep, tp, pp, tokens)
+
+        return measure
+
+    for trials in range(1, len(whole)):
+        with pytest.raises(KeyboardInterrupt):
+            sweep_memory(SWEEP, opened(path), measure=killed_after(trials))
+    last = sweep_memory(SWEEP, opened(path), measure=killed_after(len(whole)))
+    assert tried == whole
+    assert last[-1] == expected[-1], "with the trials of the runs before"
+    assert path.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert read_meta(path)["rows"] == read_meta(tmp_path / "whole.csv")["rows"]
+    assert read_meta(path)["trials"] == {}, "trials of complete layouts are in their rows"
+
+
+def test_trials_out_of_memory_are_kept_failures_are_not(tmp_path: Path) -> None:
+    path = tmp_path / "m.csv"
+    sweep = replace(SWEEP, layouts=((1, 1),))
+
+    def first(sweep, tp, pp, tokens):
+        raise RankError(0, "out of memory" if tokens == 4096 else "ZeroDivisionError: a bug")
+
+    assert sweep_memory(sweep, opened(path), measure=first)[0].max_tokens is None
+    assert read_meta(path)["trials"] == {"1,1": [[4096, None, "ran out of memory"]]}
+
+    def second(sweep, tp, pp, tokens):
+        assert tokens != 4096
+        return linear_memory(sweep, tp, pp, tokens)
+
+    assert sweep_memory(sweep, opened(path), measure=second)[0].max_tokens == 2048
+
+
+def test_a_row_that_was_removed_is_measured_anew(tmp_path: Path) -> None:
+    """Also where a kill came just before its trials were dropped."""
+    path = tmp_path / "m.csv"
+    sweep_memory(SWEEP, opened(path), measure=linear_memory)
+    write_meta(path, read_meta(path) | {"trials": {"1,1": [[4096, 1, ""]]}})
+    assert sweep_memory(SWEEP, opened(path), measure=linear_memory) == ()
+    path.write_text(path.read_text().replace("1,1,1,2048\n", ""))
+    again = sweep_memory(SWEEP, opened(path), measure=linear_memory)
+    assert [(r.tp, r.pp, r.max_tokens) for r in again] == [(1, 1, 2048)]
+
+
 @pytest.mark.parametrize(
     "death",
     [
-        "the process died (exit code -9)",
+        _cause_of_death(-signal.SIGKILL),
         "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB",
         "RuntimeError: DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
     ],
@@ -121,6 +183,48 @@ def test_layouts() -> None:
 def test_both_shapes_of_a_trial_hold_its_tokens() -> None:
     for tokens in range(256, 4096, 256):
         assert {b * s for b, s in trial_shapes(tokens)} == {tokens}
+
+
+def profile_memory(path: Path, folder: Path, num_gpus: int, *more: str) -> int:
+    arguments = ["--model", str(folder), "--num-gpus", str(num_gpus), "--output", str(path)]
+    arguments += ["--trainer-config", "quickstart", "--device", "cpu", *more]
+    return main(["profile", "memory", *arguments])
+
+
+def test_all_rows_of_a_file_have_one_default_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half the memory a rank for two ranks, but not in a file begun with one."""
+    budgets: dict[tuple[int, int], int] = {}
+
+    def measure(sweep, tp, pp, tokens):
+        budgets[tp, pp] = sweep.budget_bytes
+        return linear_memory(sweep, tp, pp, tokens)
+
+    monkeypatch.setattr("profiler.memory.measure_trial", measure)
+    monkeypatch.setattr("profiler.hardware.available_memory_bytes", lambda: 1000 << 20)
+    folder, path = save_llama(tmp_path / "llama"), tmp_path / "m.csv"
+    assert profile_memory(path, folder, 1) == 0
+    assert "as when this file was begun" not in capsys.readouterr().err
+    assert profile_memory(path, folder, 2, "--restart", "changed") == 0
+    assert "budget of a rank: 1000 MiB, as when this file was begun" in capsys.readouterr().err
+    assert set(budgets) == {(1, 1), (1, 2), (2, 1)}
+    assert set(budgets.values()) == {1000 << 20}
+    assert profile_memory(path, folder, 2, "--restart", "always") == 0
+    assert set(budgets.values()) == {500 << 20}
+
+
+def test_a_layout_may_hold_a_longest_sequence_of_any_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [whole_steps(tokens) for tokens in (1, 256, 257, 1000)] == [256, 256, 512, 1024]
+    monkeypatch.setattr("profiler.memory.measure_trial", linear_memory)
+    folder, path = save_llama(tmp_path / "llama"), tmp_path / "m.csv"
+    assert profile_memory(path, folder, 1, "--max-seq-length", "1000") == 0
+    assert load_memory_profile(path).max_tokens(1, 1) == 1024
+    estimate = ["--estimate", "--accelerator", "A800-80GB", "--max-seq-length", "1000"]
+    assert profile_memory(tmp_path / "e.csv", folder, 1, *estimate) == 0
+    assert load_memory_profile(tmp_path / "e.csv").max_tokens(1, 1) == 1024
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,69 @@
+"""Starting ranks: whatever interrupts it, no process outlives it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing import forkserver
+
+import pytest
+
+from model.launch import RankError, run_ranks
+
+END_S = 60.0  # far less than the five minutes torch waits for a lost rendezvous
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def after_start(
+    monkeypatch: pytest.MonkeyPatch, starts: int, act: Callable[[int], None]
+) -> list[int]:
+    """Call `act` with the pid of the rank forked as number `starts`; return the pids, growing."""
+    pids: list[int] = []
+    read_signed = forkserver.read_signed
+
+    def read(pipe: int) -> int:
+        number = read_signed(pipe)
+        if len(pids) < starts:  # later numbers are exit codes
+            pids.append(number)
+            if len(pids) == starts:
+                act(number)
+        return number
+
+    monkeypatch.setattr(forkserver, "read_signed", read)
+    return pids
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("starts", [1, 2])
+def test_a_rank_whose_start_was_interrupted_ends(
+    starts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while the fork server is busy: the rank is forked all the same, later."""
+
+    def interrupt(_pid: int) -> None:
+        raise KeyboardInterrupt
+
+    pids = after_start(monkeypatch, starts, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_ranks("os:getpid", 2)
+    assert len(pids) == starts
+    deadline = time.monotonic() + END_S
+    while any(map(is_alive, pids)):
+        assert time.monotonic() < deadline, f"of the ranks {pids} some live on"
+        time.sleep(0.05)
+
+
+@pytest.mark.ranks
+def test_a_rank_that_dies_before_it_starts_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    after_start(monkeypatch, 1, lambda pid: os.kill(pid, signal.SIGKILL))
+    with pytest.raises(RankError, match="rank 0 failed: the process was killed by SIGKILL"):
+        run_ranks("os:getpid", 1)
