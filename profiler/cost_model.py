@@ -177,27 +177,28 @@ def paths_beside(model: str, time_path: Path) -> tuple[Path, Path]:
     return time_path.with_name(names[0]), time_path.with_name(names[1])
 
 
-def _check_origins(time_path: Path, collectives_path: Path) -> None:
-    """Refuse times and collectives of which the sidecars say that they are of two machines."""
-    times, links = read_meta(time_path), read_meta(collectives_path)
-    if not times or not links:
+def _check_origins(time_path: Path, other_path: Path) -> None:
+    """Refuse profiles to be used together if their sidecars say that they are of two machines."""
+    times, other = read_meta(time_path), read_meta(other_path)
+    if not times or not other:
         return
-    (kind, hardware), (other_kind, other_hardware) = map(_origin, (times, links))
+    (kind, hardware), (other_kind, other_hardware) = map(_origin, (times, other))
     same = hardware == other_hardware or not hardware or not other_hardware
     if kind == other_kind and same:
         return
     raise ConfigError(
-        f"{time_path} is {kind}{hardware and f' on {hardware}'}, but {collectives_path} beside it "
-        f"is {other_kind}{other_hardware and f' on {other_hardware}'}: remove the collectives with "
-        f"their sidecar, or measure them anew where the times are of"
+        f"{time_path} is {kind}{hardware and f' on {hardware}'}, but {other_path} beside it is "
+        f"{other_kind}{other_hardware and f' on {other_hardware}'}: remove the latter with its "
+        f"sidecar, or make it anew where the times are of"
     )
 
 
 def _origin(meta: Mapping[str, Any]) -> tuple[str, str]:
     """Return "estimated" or "measured", and the name of the hardware ("" if not recorded)."""
     kind = "estimated" if str(meta.get("kind", "")).startswith("estimated") else "measured"
-    hardware = meta.get("environment", {}).get("hardware", {})
-    return kind, str(hardware.get("name") or "")
+    environment = meta.get("environment")
+    hardware = environment.get("hardware") if isinstance(environment, dict) else None
+    return kind, str(hardware.get("name") or "") if isinstance(hardware, dict) else ""
 
 
 def load_cost_model(
@@ -215,14 +216,14 @@ def load_cost_model(
     Raises
     ------
     ConfigError
-        If the model is unknown, a profile is missing or has mistakes, or the collectives are not
-        of what the times are of.
+        If the model is unknown, a profile is missing or has mistakes, or one beside the times is
+        not of what they are of.
     """
     path = default_time_path(model) if time_path is None else Path(time_path)
     head_path, collectives_path = paths_beside(model, path)
+    for beside in (head_path, collectives_path):
+        if beside.is_file():
+            _check_origins(path, beside)
     head = load_head_profile(head_path) if head_path.is_file() else None
-    collectives = None
-    if collectives_path.is_file():
-        _check_origins(path, collectives_path)
-        collectives = load_collectives(collectives_path)
+    collectives = load_collectives(collectives_path) if collectives_path.is_file() else None
     return fit_cost_model(load_time_profile(path), num_layers_of(model), kind, head, collectives)

@@ -84,6 +84,7 @@ MEASURED = {"kind": "measured", "environment": {"hardware": {"name": "one"}}}
         ({"kind": "measured"}, None),
         (MEASURED, None),
         ({**MEASURED, "kind": "measured on a single device"}, None),
+        ({**MEASURED, "environment": None}, None),
         ({**MEASURED, "environment": {"hardware": {"name": "two"}}}, "measured on two, but"),
         ({"kind": "estimated", "environment": {}}, "time.csv is estimated, but"),
     ],
@@ -103,6 +104,16 @@ def test_collectives_are_of_what_the_times_are_of(
     with pytest.raises(ConfigError, match=problem) as error:
         load_cost_model("tiny", path)
     assert "links_time.csv beside it is measured on one: remove" in str(error.value)
+
+
+def test_so_are_embedding_and_head(tmp_path: Path) -> None:
+    path, head = tmp_path / "time.csv", tmp_path / "head_time.csv"
+    append_row(path, ("tp", "seq_len", "mbs", "time"), (1, 64, 1, 1.0))
+    head.write_text("to be refused before it is read", encoding="utf-8")
+    write_meta(path, {"kind": "estimated"})
+    write_meta(head, MEASURED)
+    with pytest.raises(ConfigError, match=r"head_time.csv beside it is measured on one: remove"):
+        load_cost_model("tiny", path)
 
 
 @pytest.mark.ranks
