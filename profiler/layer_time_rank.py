@@ -158,7 +158,8 @@ def time_points_on_rank(
 
 def _agreed_doubtful(tp: int, *files: SweepFile) -> list[set[tuple[int, int]]]:
     """Return, of each file, the points to time again: as rank 0 sees it, who writes the files."""
-    found = [doubtful_points(file, tp) for file in files]
+    writes = dist.get_rank() == 0
+    found = [doubtful_points(file, tp) if writes else set() for file in files]
     dist.broadcast_object_list(found, src=0)
     return found
 

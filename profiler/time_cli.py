@@ -105,20 +105,16 @@ def run(args: argparse.Namespace) -> int:
     if problems:
         raise ConfigError(problems)
     at_least("--load-ranks", args.load_ranks, 0)
-    at_least("--num-tasks", _num_tasks(args), 1)
-    at_least("--lora-rank", _lora_rank(args), 1)
+    if args.num_tasks is None:
+        args.num_tasks = NUM_TASKS
+    if args.lora_rank is None:
+        args.lora_rank = LORA_RANK
+        if args.trainer_config and args.estimate:
+            tasks = load_trainer_config(args.trainer_config).tasks
+            args.lora_rank = max(task.rank for task in tasks)
+    at_least("--num-tasks", args.num_tasks, 1)
+    at_least("--lora-rank", args.lora_rank, 1)
     return _estimate(args) if args.estimate else _measure(args)
-
-
-def _num_tasks(args: argparse.Namespace) -> int:
-    return NUM_TASKS if args.num_tasks is None else args.num_tasks
-
-
-def _lora_rank(args: argparse.Namespace) -> int:
-    """Return the adapters' rank; of a trainer config the largest."""
-    if args.trainer_config and args.estimate:
-        return max(task.rank for task in load_trainer_config(args.trainer_config).tasks)
-    return LORA_RANK if args.lora_rank is None else args.lora_rank
 
 
 def _measure(args: argparse.Namespace) -> int:
@@ -138,8 +134,8 @@ def _measure(args: argparse.Namespace) -> int:
         max_seq_length=length,
         max_tokens=_max_tokens(args, length),
         load_ranks=args.load_ranks,
-        num_tasks=_num_tasks(args),
-        lora_rank=_lora_rank(args),
+        num_tasks=args.num_tasks,
+        lora_rank=args.lora_rank,
         precision=precision,
         device=device,
         single_device=_single_devices(args, shape, precision, device, tps),
@@ -313,7 +309,7 @@ def _workload(
         shape,
         tables.accelerator(args.accelerator),
         precision,
-        _lora_rank(args),
+        args.lora_rank,
         sequence_parallel=tables.runtime(args.runtime).sequence_parallel,
     )
 

@@ -224,3 +224,12 @@ def vocab_parallel_loss(vocab: int, hidden: int, tokens: int, chunk: int) -> tup
         vocab, hidden, tokens, torch.float32, chunk, rows, dist.group.WORLD
     )
     return losses.numpy(), gradient.numpy()
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether a process is there; of a group, given as -pid, whether any of it is."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

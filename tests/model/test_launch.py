@@ -11,16 +11,9 @@ from multiprocessing import forkserver
 import pytest
 
 from model.launch import RankError, run_ranks
+from tests.model.support import is_alive
 
 END_S = 60.0  # far less than the five minutes torch waits for a lost rendezvous
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def after_start(

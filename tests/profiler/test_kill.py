@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -12,15 +11,7 @@ from pathlib import Path
 import pytest
 
 from profiler.profiles import load_time_profile
-from tests.model.support import save_llama
-
-
-def group_is_alive(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+from tests.model.support import is_alive, save_llama
 
 
 @pytest.mark.ranks
@@ -41,7 +32,7 @@ def test_a_killed_time_profile_is_continued(tmp_path: Path, project_root: Path) 
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    while group_is_alive(process.pid):
+    while is_alive(-process.pid):
         assert time.monotonic() < deadline, "its ranks live on"
         time.sleep(0.05)
 
