@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.shapes import ModelShape, module_path
-from tasks.errors import ConfigError, first_problems
+from tasks.errors import ConfigError, Problems
 
 WHOLE = slice(None)
 INDEX = "model.safetensors.index.json"
@@ -58,7 +58,7 @@ def opened(path: Path) -> Any:
         raise ConfigError(f"{path}: not a usable safetensors file ({error})") from error
 
 
-def checkpoint_problems(folder: Path, shape: ModelShape) -> list[str]:
+def checkpoint_problems(folder: Path, shape: ModelShape) -> Problems:
     """Return what is wrong with a model folder's weights (empty: nothing); reads no tensor."""
     try:
         files = tensor_files(folder)
@@ -70,13 +70,13 @@ def checkpoint_problems(folder: Path, shape: ModelShape) -> list[str]:
                     part = file.get_slice(key)
                     found[key], dtypes[key] = tuple(part.get_shape()), part.get_dtype()
     except ConfigError as error:
-        return list(error.problems)
-    problems = []
+        return error.problems
+    problems = Problems()
     for name, wanted in _expected_tensors(shape).items():
         if name not in found:
-            problems.append(f"{folder}: the checkpoint has no tensor {name!r}")
+            problems.add(f"{folder}: the checkpoint has no tensor {name!r}")
         elif found[name] != wanted:
-            problems.append(
+            problems.add(
                 f"{folder}: tensor {name!r} is {found[name]}, config.json implies {wanted}"
             )
     problems += [
@@ -85,7 +85,7 @@ def checkpoint_problems(folder: Path, shape: ModelShape) -> list[str]:
         for name, dtype in dtypes.items()
         if name.endswith((".weight", ".bias")) and dtype not in PLAIN_DTYPES
     ]
-    return first_problems(problems)
+    return problems
 
 
 def _expected_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:

@@ -13,7 +13,7 @@ import numpy as np
 from planner.buckets import bucket_index, expected_batch, plan_buckets, static_buckets
 from profiler.profiles import weights_folder_of
 from tasks.config import TaskConfig, TrainerConfig
-from tasks.errors import ConfigError
+from tasks.errors import ConfigError, Problems
 from tasks.lengths import load_lengths
 
 if TYPE_CHECKING:
@@ -135,14 +135,13 @@ def read_lengths_and_labels(
 
     tokenizer = load_tokenizer(weights_folder_of(model))
     datasets: list[TokenizedDataset] = []
-    problems: list[str] = []
+    problems = Problems()
     for task in config.tasks:
         try:
             datasets.append(load_dataset(task, tokenizer, data_dir))
         except ConfigError as error:
             problems += error.problems
-    if problems:
-        raise ConfigError(problems)
+    problems.raise_if_any()
     lengths = {task.name: data.lengths for task, data in zip(config.tasks, datasets, strict=True)}
     return lengths, label_share(config.tasks, datasets)
 

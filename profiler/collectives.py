@@ -17,7 +17,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from profiler.profiles import PROFILE_DIR, model_slug, read_meta
-from tasks.errors import ConfigError, first_problems
+from tasks.errors import ConfigError
 
 COLLECTIVE_COLUMNS = ("kind", "ranks", "bytes", "time")
 TRANSFER, ALL_REDUCE, SYNC = "transfer", "all_reduce", "sync"
@@ -130,7 +130,7 @@ def load_collectives(path: str | os.PathLike[str]) -> Collectives:
     if not isinstance(bytes_per_token, int | float) or bytes_per_token <= 0:
         problems.append(f"{path}: its sidecar lacks settings.bytes_per_token; measure it again")
     if problems:
-        raise ConfigError(first_problems(problems))
+        raise ConfigError(problems)
     links = {key: fit_link(*np.array(measured).T) for key, measured in points.items()}
     return Collectives(links, float(bytes_per_token), meta)
 

@@ -18,7 +18,7 @@ import numpy as np
 from profiler.csv_rows import finite_ms, read_rows
 from profiler.layer_fit import LayerFit, fit_layer
 from profiler.profiles import TIME_COLUMNS, TimeProfile, load_time_profile
-from tasks.errors import ConfigError, first_problems
+from tasks.errors import ConfigError
 
 Array = np.ndarray
 
@@ -101,7 +101,7 @@ def load_head_profile(path: str | os.PathLike[str]) -> HeadProfile:
     if not share_is_good:
         problems.append(f"{path}: its sidecar's settings.label_share is not within (0, 1]")
     if problems:
-        raise ConfigError(first_problems(problems))
+        raise ConfigError(problems)
     return profile
 
 

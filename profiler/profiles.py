@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from profiler.csv_rows import finite_ms, read_rows, whole_numbers
-from tasks.errors import ConfigError, first_problems
+from tasks.errors import ConfigError
 from tasks.files import write_atomic
 
 TIME_COLUMNS = ("tp", "seq_len", "mbs", "time")
@@ -210,7 +210,7 @@ def load_time_profile(path: str | os.PathLike[str]) -> TimeProfile:
             problems.append(f"{path}: line {line}: time: {time_ms} ms; a time is positive")
         values.append((*numbers, time_ms))
     if problems:
-        raise ConfigError(first_problems(problems))
+        raise ConfigError(problems)
     table = np.array(values, dtype=np.float64)
     tp, seq_len, mbs = (table[:, column].astype(np.int64) for column in range(3))
     return TimeProfile(tp, seq_len, mbs, table[:, 3], path, read_meta(path), digest)
@@ -251,7 +251,7 @@ def load_memory_profile(path: str | os.PathLike[str]) -> MemoryProfile:
     if not problems:
         problems = _not_monotone(path, table)
     if problems:
-        raise ConfigError(first_problems(problems))
+        raise ConfigError(problems)
     return MemoryProfile(tuple(sorted(table)), path, read_meta(path), digest)
 
 

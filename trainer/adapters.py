@@ -17,7 +17,7 @@ from model.lora import AdapterBank, AdapterSpec, peft_name
 from model.shapes import ModelShape
 from model.topology import Grid, layer_blocks
 from tasks.config import TaskConfig
-from tasks.errors import ConfigError, first_problems
+from tasks.errors import ConfigError, Problems
 from tasks.files import new_draft, replace_folder, write_atomic
 from tasks.sampling import task_seed
 
@@ -125,42 +125,40 @@ def peft_config(spec: AdapterSpec, base_model: str) -> dict[str, Any]:
     }
 
 
-def check_adapter(folder: Path, spec: AdapterSpec, shape: ModelShape) -> list[str]:
+def check_adapter(folder: Path, spec: AdapterSpec, shape: ModelShape) -> Problems:
     """Return what is wrong with starting a task from this PEFT adapter folder (empty: nothing)."""
     config_path = folder / CONFIG_FILE
     weights_path = folder / WEIGHTS_FILE
     missing = [str(path) for path in (config_path, weights_path) if not path.is_file()]
     if missing:
-        return [f"task {spec.name}: resume_from: {', '.join(missing)} not found"]
+        return Problems([f"task {spec.name}: resume_from: {', '.join(missing)} not found"])
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
         with safe_open(weights_path, framework="pt") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
     except Exception as error:  # any unreadable file is the same mistake
-        return [f"task {spec.name}: resume_from: {folder}: not readable ({error})"]
-    problems = []
+        return Problems([f"task {spec.name}: resume_from: {folder}: not readable ({error})"])
+    problems = Problems()
     wanted = {"r": spec.rank, "lora_alpha": spec.alpha}
     for field, value in wanted.items():
         if config.get(field) != value:
-            problems.append(
+            problems.add(
                 f"task {spec.name}: resume_from: {config_path}: {field} is "
                 f"{config.get(field)!r}, the task says {value!r}"
             )
     for field in ("use_rslora", "use_dora", "modules_to_save", "rank_pattern", "alpha_pattern"):
         if config.get(field):
-            problems.append(
-                f"task {spec.name}: resume_from: {config_path}: {field} is not supported"
-            )
+            problems.add(f"task {spec.name}: resume_from: {config_path}: {field} is not supported")
     modules = {name.split(".lora_")[0].rpartition(".")[2] for name in found}
     if modules != set(spec.target_modules):
-        problems.append(
+        problems.add(
             f"task {spec.name}: resume_from: {weights_path} has modules {sorted(modules)}, "
             f"the task says {sorted(spec.target_modules)}"
         )
     if problems:
         return problems
     wanted_shapes = tensor_shapes(spec, shape, range(shape.num_layers))
-    problems = [
+    problems += [
         f"task {spec.name}: resume_from: {weights_path}: {name} is {found.get(name, 'missing')}, "
         f"the model and the task need {size}"
         for name, size in wanted_shapes.items()
@@ -171,12 +169,12 @@ def check_adapter(folder: Path, spec: AdapterSpec, shape: ModelShape) -> list[st
         for name in sorted(found.keys() - wanted_shapes.keys())
     ]
     if not problems:
-        problems = [
+        problems += [
             f"task {spec.name}: resume_from: {weights_path}: {name} holds values that are not "
             f"finite; start from another adapter"
             for name in not_finite(load_file(weights_path))
         ]
-    return first_problems(problems)
+    return problems
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

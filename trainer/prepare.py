@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from profiler.cost_model import CostModel, load_cost_model
 from profiler.profiles import default_time_path
 from tasks.config import TaskConfig, TrainerConfig, load_trainer_config
 from tasks.dataset import TokenizedDataset
-from tasks.errors import ConfigError
+from tasks.errors import ConfigError, Problems
 from tasks.sampling import num_steps
 from tasks.tokenizer import load_tokenizer
 from tasks.version import installed_version
@@ -87,8 +87,8 @@ class TrainRequest:
 class _Collector:
     """Runs checks and keeps every problem."""
 
-    def __init__(self, problems: Sequence[str] = ()) -> None:
-        self.problems: list[str] = list(problems)
+    def __init__(self, problems: Iterable[str] = ()) -> None:
+        self.problems = Problems(problems)
 
     def attempt(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         """Return function(...), or None after noting the ConfigError it raised."""
@@ -99,8 +99,7 @@ class _Collector:
             return None
 
     def raise_if_any(self) -> None:
-        if self.problems:
-            raise ConfigError(self.problems)
+        self.problems.raise_if_any()
 
 
 def prepare(request: TrainRequest) -> RunSpec:
@@ -128,15 +127,15 @@ def prepare(request: TrainRequest) -> RunSpec:
     if not request.resume:
         checks.problems += [] if blocked else occupied(request.output_dir)
         if request.revive:
-            checks.problems.append("--revive: only a run that goes on (--resume) has stopped tasks")
+            checks.problems.add("--revive: only a run that goes on (--resume) has stopped tasks")
     if plan is not None and request.num_gpus is not None and plan.num_gpus > request.num_gpus:
-        checks.problems.append(
+        checks.problems.add(
             f"{request.strategy_config}: the plan {plan} needs {plan.num_gpus} ranks, but only "
             f"{request.num_gpus} GPUs were given; plan for that number"
         )
     world = request.launched_world
     if plan is not None and world is not None and plan.num_gpus != world:
-        checks.problems.append(
+        checks.problems.add(
             f"{request.strategy_config}: the plan {plan} has {plan.num_gpus} ranks, the launcher "
             f"started {world}; start one process per rank"
         )
@@ -163,10 +162,8 @@ def prepare(request: TrainRequest) -> RunSpec:
             if task.resume_from and shape is not None:
                 start = Path(task.resume_from)
                 where = f"{config.path}: task[{number}].resume_from"
-                checks.problems += [
-                    f"{where}: {problem}"
-                    for problem in check_adapter(start, adapter_spec(task), shape)
-                ]
+                found = check_adapter(start, adapter_spec(task), shape)
+                checks.problems += found.prefixed(f"{where}: ")
         tokenizer = checks.attempt(load_tokenizer, folder)
         if tokenizer is not None:
             datasets = load_datasets(

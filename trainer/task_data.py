@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from planner.buckets import ALIGN
 from planner.plan import Plan
 from tasks.config import TaskConfig
 from tasks.dataset import TokenizedDataset, load_dataset
-from tasks.errors import ConfigError
+from tasks.errors import ConfigError, Problems
 from tasks.sampling import split_validation, task_seed
 
 
@@ -29,7 +30,7 @@ def clip_context(tasks: Sequence[TaskConfig], max_seq_length: int | None) -> tup
 
 
 def load_datasets(
-    problems: list[str],
+    problems: Problems,
     source: Path,
     tasks: Sequence[TaskConfig],
     tokenizer: Any,
@@ -41,15 +42,18 @@ def load_datasets(
         try:
             datasets.append(load_dataset(task, tokenizer, data_dir))
         except ConfigError as error:
-            field = f"{source}: task[{number}].dataset_name"
-            named = f"dataset_name = {task.dataset_name!r}: "
-            problems += [
-                f"{field} = {task.dataset_name!r}: {problem.removeprefix(named)}"
-                for problem in error.problems
-            ]
+            where = f"{source}: task[{number}]"
+            problems += error.problems.changed(partial(_at_field, where, task))
     if len(datasets) < len(tasks):
         return []
     return datasets
+
+
+def _at_field(where: str, task: TaskConfig, problem: str) -> str:
+    """Return a problem of a task's data with the field of the configuration it is about."""
+    if problem.startswith("dataset_name = "):
+        return f"{where}.{problem}"
+    return f"{where}.dataset_name = {task.dataset_name!r}: {problem}"
 
 
 def too_long(
