@@ -96,6 +96,13 @@ class Problems(Sequence[str]):
     def __len__(self) -> int:
         return len(self._kept)
 
+    def __eq__(self, other: object) -> bool:
+        """Whether the other sequence holds the same texts, and all of them."""
+        rest = other._rest if isinstance(other, Problems) else Counter()
+        return isinstance(other, Sequence) and list(self) == list(other) and self._rest == rest
+
+    __hash__ = None  # type: ignore[assignment]
+
     def __str__(self) -> str:
         """Return the only mistake, or a numbered list of at most twenty lines."""
         if self.total == 1:
