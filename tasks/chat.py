@@ -1,78 +1,384 @@
-"""A tokenizer's own chat template, used where its rendering can be split into turns."""
+"""A conversation as its model's own chat template writes it, and which parts of that are learned.
+
+The ids of a conversation are exactly the tokenizer's own, ``apply_chat_template(messages)``; only
+where a message spells a special token do its characters stay characters. What an assistant's turn
+learns is what the model has to write itself: from the end of the generation prompt (which asks for
+the turn) to the turn's end token.
+
+A template may write an earlier turn differently once the conversation goes on (reasoning models
+drop what was thought). Such a turn is learned in a row of its own that ends with it, as the model
+will see it when it is asked for that turn; all other turns are learned in the whole conversation.
+"""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import inspect
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import date
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any
 
-from tasks.rows import ChatRenderer, Message, TextRow
+from tasks.conversations import REASONING, Conversation, Message
+from tasks.prompts import render_turn
+from tasks.special_tokens import Span, SpecialTokens
+from tasks.text_rows import TextRow, replace_spans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-logger = logging.getLogger(__name__)
+_SECRET = secrets.token_hex(8)  # no data can spell it
+_PROBE = f"\U00100002{_SECRET}\U00100003"
+_MASK = re.compile(f"\U00100004{_SECRET}\\.(\\d+)\U00100005")
+_OPEN, _CLOSE = f"\U00100006{_SECRET}\U00100007", f"\U00100008{_SECRET}\U00100009"
+_GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+
+# A template asks the clock for the date through ``strftime_now``. This macro takes its place and
+# spells the format out with the day of the run, so that a run's data do not change overnight.
+_DAY_MACRO = (
+    "{% macro strftime_now(format) %}{% set ns = namespace(text=format) %}"
+    "{% for code, value in lobra_day.items() %}"
+    "{% set ns.text = ns.text.replace(code, value) %}{% endfor %}{{ ns.text }}{% endmacro %}"
+    "{{ '' }}"
+)
+_DAY_CODES = [f"%{flag}{code}" for code in "aAbBcdDeFgGhHIjmMnpPrRsSTuUVwWxXyYzZ" for flag in "-_0"]
+_DAY_CODES += [f"%{code}" for code in "aAbBcdDeFgGhHIjmMnpPrRSTuUVwWxXyYzZ"]
 
 
-def chat_renderer(tokenizer: PreTrainedTokenizerFast) -> ChatRenderer | None:
-    """Return a renderer by the tokenizer's chat template, or None if it has none.
+class ChatError(ValueError):
+    """Why a conversation cannot be written for the model."""
 
-    The template runs in transformers' sandbox. A conversation is rendered only if that is safe:
-    the template must accept its roles, render it so that each assistant turn continues the text
-    before it, and no message may spell a special token, which would end its turn early. Where that
-    fails the renderer returns None and says so once in the log.
+
+class ChatTemplate:
+    """A tokenizer's chat template on one day; without a template, a plain one of our own.
+
+    Parameters
+    ----------
+    tokenizer
+        Whose template it is. It runs in transformers' sandbox.
+    day
+        The date that templates with a date are told.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    specials = sorted(filter(None, tokenizer.all_special_tokens))
-    told: set[str] = set()
 
-    def decline(reason: str) -> TextRow | None:
-        if reason not in told:
-            told.add(reason)
-            logger.warning("chat template of the tokenizer not used for some rows: %s", reason)
-        return None
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, day: date) -> None:
+        self._tokenizer = tokenizer
+        self._specials = SpecialTokens.of(tokenizer)
+        self._day = day
+        self._sources: dict[bool, str] = {}
 
-    def render(messages: Sequence[Message]) -> TextRow | None:
-        for message in messages:
-            if any(special in message["content"] for special in specials):
-                return decline("a message spells a special token")
+    @property
+    def is_own(self) -> bool:
+        """Whether the tokenizer has no chat template."""
+        return not self._tokenizer.chat_template
+
+    def rows(self, conversation: Conversation, learn_all: bool = False) -> list[TextRow]:
+        """Return a conversation's rows: none if nothing is learned, mostly one.
+
+        With ``learn_all`` it is one row, all of it learned.
+
+        Raises
+        ------
+        ChatError
+            If the template refuses the conversation, or does not know what it holds.
+        """
+        if not any(conversation.is_learned):
+            return []
+        if self.is_own:
+            return [_own_row(conversation, self._specials.end, learn_all)]
+        source = self._source(conversation)
+        _check_known(conversation, source)
+        masked = self._masked(conversation)
+        whole = self._render(masked, source, masked.messages)
+        if learn_all:
+            return [self._unmasked(whole, [(0, len(whole))])]
+        shared: list[Span] = []
+        alone: list[TextRow] = []
+        for index, is_learned in enumerate(masked.is_learned):
+            if not is_learned:
+                continue
+            text = self._render(masked, source, masked.messages[: index + 1])
+            spans = self._turn(masked, source, index, text)
+            if whole.startswith(text[: spans[-1][1]]):
+                shared += spans
+            else:
+                alone.append(self._unmasked(text, spans))
+        return ([self._unmasked(whole, shared)] if shared else []) + alone
+
+    def ignored_fields(self, conversation: Conversation) -> list[str]:
+        """Return the fields of messages that the template does not read."""
+        source = "" if self.is_own else self._source(conversation)
+        names: set[str] = set().union(*conversation.messages)
+        names -= {"role", "content", "tool_calls", *REASONING}
+        return sorted(f"messages[].{name}" for name in names if not _mentions(source, name))
+
+    def _source(self, conversation: Conversation) -> str:
+        """Return the template's text, that of tools if there are any, its clock replaced."""
+        with_tools = conversation.tools is not None
+        if with_tools not in self._sources:
+            tools: Any = [{}] if with_tools else None
+            source = self._tokenizer.get_chat_template(None, tools)
+            if "strftime_now" in source:
+                source = _DAY_MACRO + source
+            self._sources[with_tools] = source
+        return self._sources[with_tools]
+
+    def _attempt(
+        self,
+        conversation: Conversation,
+        source: str,
+        messages: Sequence[Message],
+        prompted: bool = False,
+    ) -> str | None:
+        """Return the rendered messages, or None where the template refuses them."""
+        if not messages:
+            return None
         try:
-            turns = _split(tokenizer, messages)
-        except Exception as error:  # templates raise what they like, for roles they refuse
-            return decline(f"it raises {type(error).__name__}: {error}")
-        if turns is None:
-            return decline("it rewrites earlier turns")
-        return TextRow(turns, complete=True)
+            return self._render(conversation, source, messages, prompted)
+        except ChatError:
+            return None
 
-    return render
-
-
-def _split(
-    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]
-) -> tuple[tuple[str, str], ...] | None:
-    """Return (read, learned) of each assistant turn, or None if a turn changes the text before."""
-
-    def rendered(count: int, prompted: bool) -> str:
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages[:count]],
-            tokenize=False,
-            add_generation_prompt=prompted,
-        )
+    def _render(
+        self,
+        conversation: Conversation,
+        source: str,
+        messages: Sequence[Message],
+        prompted: bool = False,
+    ) -> str:
+        variables = dict(conversation.variables)
+        if source.startswith(_DAY_MACRO):
+            variables["lobra_day"] = self._day_parts
+        try:
+            text = self._tokenizer.apply_chat_template(
+                list(messages),
+                tools=conversation.tools and list(conversation.tools),
+                documents=conversation.documents and list(conversation.documents),
+                chat_template=source,
+                tokenize=False,
+                add_generation_prompt=prompted,
+                **variables,
+            )
+        except Exception as error:  # templates raise what they like
+            reason = " ".join(str(error).split())
+            raise ChatError(
+                f"the model's chat template does not take this conversation: {reason}"
+            ) from None
         assert isinstance(text, str)
         return text
 
-    whole = rendered(len(messages), False)
-    turns = []
-    done = 0
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before, after = rendered(index, True), rendered(index + 1, False)
-        if not (whole.startswith(after) and after.startswith(before) and done <= len(before)):
-            return None
-        if not after[len(before) :].strip():
-            return None
-        turns.append((whole[done : len(before)], after[len(before) :]))
-        done = len(after)
-    return tuple(turns)
+    @cached_property
+    def _day_parts(self) -> dict[str, str]:
+        parts = {code: self._day.strftime(code) for code in _DAY_CODES}
+        return {"%%": "\0", **parts, "\0": "%"}
+
+    def _turn(self, conversation: Conversation, source: str, index: int, text: str) -> list[Span]:
+        """Return what is learned of a text whose last message is an assistant's."""
+        before = conversation.messages[:index]
+        plain = self._attempt(conversation, source, before)
+        if _GENERATION.search(source):
+            return self._marked_turn(conversation, source, index, len(plain or ""))
+        asked = self._attempt(conversation, source, before, prompted=True)
+        other = self._attempt(
+            conversation, source, [*before, {"role": "assistant", "content": _PROBE}]
+        )
+        # Where the message's own text begins and ends: where another message's would differ.
+        begin = end = None
+        if other is not None and _PROBE in other:
+            begin = _common(text, other)
+            end = max(len(text) - _common(text[::-1], other[::-1]), begin)
+        if begin is None:
+            if other is not None or asked is None or not text.startswith(asked):
+                raise ChatError(
+                    f"messages[{index}]: what the assistant says cannot be told apart from the "
+                    "rest of what the model's chat template writes"
+                )
+            start = len(asked)
+        elif asked is not None and asked != plain and text.startswith(asked):
+            start = len(asked)
+        elif plain is not None and text.startswith(plain) and not text[len(plain) : begin].strip():
+            start = len(plain)
+        else:
+            start = begin
+            question = self._generation_prompt(conversation, source)
+            if question and question in text[:begin]:
+                start = text.rindex(question, 0, begin) + len(question)
+        return [(start, self._end_of_turn(text, max(start, end or start)))]
+
+    def _generation_prompt(self, conversation: Conversation, source: str) -> str:
+        """Return what the template writes to ask for a turn, as far as a question shows it."""
+        question = [{"role": "user", "content": _PROBE}]
+        plain = self._attempt(conversation, source, question)
+        asked = self._attempt(conversation, source, question, prompted=True)
+        if plain is None or asked is None or not asked.startswith(plain):
+            return ""
+        return asked[len(plain) :]
+
+    def _end_of_turn(self, text: str, place: int) -> int:
+        """Return where a turn ends whose own text ends at ``place`` at the earliest.
+
+        That is after its end token and further special tokens that follow without a gap; without
+        any, at the end of the text.
+        """
+        stop = None
+        for start, end in self._specials.find(text):
+            if end <= place:
+                continue
+            if stop is not None and start != stop:
+                break
+            stop = end
+        return len(text) if stop is None else stop
+
+    def _marked_turn(
+        self, conversation: Conversation, source: str, index: int, done: int
+    ) -> list[Span]:
+        """Return what the template itself marks as generated of a conversation's last message."""
+        marked = _GENERATION.sub(
+            lambda match: (
+                f"{{%{match[1]} if true %}}{_CLOSE if match[2] else _OPEN}{{% endif {match[3]}%}}"
+            ),
+            source,
+        )
+        text = self._render(conversation, marked, conversation.messages[: index + 1])
+        spans: list[Span] = []
+        place = 0
+        for piece in re.split(f"({_OPEN}|{_CLOSE})", text):
+            if piece == _OPEN:
+                spans.append((place, place))
+            elif piece == _CLOSE:
+                spans[-1] = (spans[-1][0], place)
+            else:
+                place += len(piece)
+        found = [span for span in spans if span[0] >= done and span[0] < span[1]] or spans[-1:]
+        if not found:
+            raise ChatError(
+                f"messages[{index}]: the model's chat template marks no part of it as generated"
+            )
+        return found
+
+    def _masked(self, conversation: Conversation) -> Conversation:
+        """Return the conversation with the special tokens that it spells made unrecognisable."""
+
+        def masked(value: Any) -> Any:
+            if isinstance(value, str):
+                spans = self._specials.find(value)
+                edits = [(span, self._masks[value[slice(*span)]]) for span in spans]
+                return replace_spans(value, edits, ())[0] if edits else value
+            if isinstance(value, Mapping):
+                return {key: masked(item) for key, item in value.items()}
+            if isinstance(value, list | tuple):
+                return [masked(item) for item in value]
+            return value
+
+        return replace(
+            conversation,
+            messages=tuple(masked(conversation.messages)),
+            tools=conversation.tools and tuple(masked(conversation.tools)),
+            documents=conversation.documents and tuple(masked(conversation.documents)),
+        )
+
+    @cached_property
+    def _masks(self) -> dict[str, str]:
+        return {
+            spelling: f"\U00100004{_SECRET}.{number}\U00100005"
+            for number, spelling in enumerate(self._specials.spellings)
+        }
+
+    def _unmasked(self, text: str, learned: Sequence[Span]) -> TextRow:
+        edits = [
+            (match.span(), self._specials.spellings[int(match[1])])
+            for match in _MASK.finditer(text)
+        ]
+        if not edits:
+            return TextRow(text, tuple(learned), begins=False)
+        spans = [span for span, _ in edits]
+        plain, moved = replace_spans(text, edits, [*learned, *spans])
+        count = len(learned)
+        return TextRow(plain, tuple(moved[:count]), tuple(moved[count:]), begins=False)
+
+
+def _own_row(conversation: Conversation, end: str, learn_all: bool) -> TextRow:
+    """Return a conversation in the form for tokenizers without a chat template."""
+    problem = _beyond_text(conversation)
+    if problem:
+        raise ChatError(f"{problem}: the tokenizer has no chat template that could write it")
+    text = ""
+    learned: list[Span] = []
+    verbatim: list[Span] = []
+    for message, is_learned in zip(conversation.messages, conversation.is_learned, strict=True):
+        content = message.get("content", "")
+        prompt, target = render_turn(message["role"], content)
+        start = len(text)
+        text += prompt + target
+        verbatim.append((start, len(text)))
+        if message["role"] == "assistant":
+            text += end
+            if is_learned:
+                learned.append((start + len(prompt), len(text)))
+    return TextRow(text, ((0, len(text)),) if learn_all else tuple(learned), tuple(verbatim))
+
+
+def _beyond_text(conversation: Conversation) -> str | None:
+    """Return which part of a conversation is more than who says what, if any."""
+    if conversation.tools:
+        return "tools"
+    if conversation.documents:
+        return "documents"
+    if conversation.variables:
+        return f"chat_template_kwargs {', '.join(conversation.variables)}"
+    for index, message in enumerate(conversation.messages):
+        for name in ("tool_calls", "reasoning_content"):
+            if message.get(name):
+                return f"messages[{index}].{name}"
+    return None
+
+
+def _check_known(conversation: Conversation, template: str) -> None:
+    """Refuse what changes training and the template would silently leave out."""
+    unknown = []
+    for name in ("tools", "documents"):
+        if getattr(conversation, name) and not _mentions(template, name):
+            unknown.append(name)
+    for name in conversation.variables:
+        if name in _reserved():
+            raise ChatError(f"chat_template_kwargs.{name}: is not for the data to set")
+        if not _mentions(template, name):
+            unknown.append(f"chat_template_kwargs.{name}")
+    for index, message in enumerate(conversation.messages):
+        if message.get("tool_calls") and not _mentions(template, "tool_calls"):
+            unknown.append(f"messages[{index}].tool_calls")
+        if message.get("reasoning_content") and not any(
+            _mentions(template, name) for name in ("reasoning_content", "thinking")
+        ):
+            unknown.append(f"messages[{index}].reasoning_content")
+    if unknown:
+        raise ChatError(
+            f"{', '.join(unknown)}: the model's chat template does not read it; remove it from "
+            "the data, or use a model whose template does"
+        )
+
+
+@cache
+def _mentions(template: str, name: str) -> bool:
+    return re.search(rf"\b{re.escape(name)}\b", template) is not None
+
+
+@cache
+def _reserved() -> frozenset[str]:
+    """Return the arguments of ``apply_chat_template`` itself."""
+    from transformers import PreTrainedTokenizerFast
+
+    names = inspect.signature(PreTrainedTokenizerFast.apply_chat_template).parameters
+    return frozenset(names) | {"messages", "lobra_day"}
+
+
+def _common(one: str, other: str) -> int:
+    """Return how many first characters two texts share."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:  # halving with slices is faster than a loop over the characters
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

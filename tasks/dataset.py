@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,21 +12,22 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.chat import chat_renderer
 from tasks.config import TaskConfig
-from tasks.encoding import MASKED, cut, encode_rows
-from tasks.errors import ConfigError
+from tasks.data_report import DataReport
+from tasks.encoding import cut
+from tasks.errors import ConfigError, Problems
 from tasks.files import atomic_path, write_atomic
-from tasks.rows import read_rows
+from tasks.rows import Reading, read_rows
 from tasks.sources import resolve_dataset
+from tasks.text_processor import TextProcessor
+from tasks.text_rows import MASKED, TextRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 __all__ = ["MASKED", "TokenizedDataset", "load_dataset", "resolve_dataset"]
 
-logger = logging.getLogger(__name__)
-
+_BATCH = 2048  # texts per call: bounds the memory of the tokenizer's results
 _ARRAYS = {"tokens": np.int32, "labels": np.int32, "offsets": np.int64}
 
 
@@ -48,6 +49,8 @@ class TokenizedDataset:
         Sequences that were cut to the context length.
     num_dropped
         Rows left out because nothing was there to learn, or nothing was left of it.
+    report
+        What became of the rows; None for data loaded from a folder.
     """
 
     tokens: NDArray[np.int32]
@@ -55,6 +58,7 @@ class TokenizedDataset:
     offsets: NDArray[np.int64]
     num_truncated: int = 0
     num_dropped: int = 0
+    report: DataReport | None = None
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -131,59 +135,143 @@ class TokenizedDataset:
 
 
 def load_dataset(
-    task: TaskConfig, tokenizer: PreTrainedTokenizerFast, data_dir: str | os.PathLike[str]
+    task: TaskConfig,
+    tokenizer: PreTrainedTokenizerFast | TextProcessor,
+    data_dir: str | os.PathLike[str],
+    vocab_size: int | None = None,
 ) -> TokenizedDataset:
     """Return a task's data set, tokenised, its prompts masked, cut to its context length.
 
-    The order is the file's. Rows without anything to learn are dropped and counted, longer
-    sequences cut and counted; both are logged.
+    The order is that of the files. Rows without anything to learn are dropped, longer sequences
+    cut; the data set's ``report`` says how many, and what of the rows was not used.
+
+    Parameters
+    ----------
+    task
+        Whose data.
+    tokenizer
+        The model's; a `TextProcessor` loads it only if a row is a text.
+    data_dir
+        Where data sets lie.
+    vocab_size
+        Ids of tokenised rows must be below it; None: not checked.
 
     Raises
     ------
     ConfigError
-        If the file is missing, has mistakes (all are named), or nothing in it can be learned.
+        If a file is missing, has mistakes (all are named), or nothing in it can be learned.
     """
-    path = resolve_dataset(task.dataset_name, Path(data_dir))
-    rows = read_rows(
-        path,
-        prompt=task.prompt,
-        json_key=task.json_key,
-        vocab_size=len(tokenizer),
-        render_chat=chat_renderer(tokenizer),
-    )
+    processor = TextProcessor.of(tokenizer)
+    report = DataReport(task)
     sequences, masks = [], []
-    num_truncated = num_dropped = 0
-    for tokens, learned in encode_rows(rows, tokenizer):
-        too_long = len(tokens) > task.context_length
-        if too_long:
-            tokens, learned = cut(tokens, learned, task.context_length)
-        learned[:1] = False
-        if not learned.any():
-            num_dropped += 1
-            continue
-        num_truncated += too_long
-        sequences.append(tokens)
-        masks.append(learned if not task.train_on_inputs else np.arange(len(tokens)) > 0)
+    for example in read_examples(task, processor, data_dir, report, vocab_size):
+        sequences.append(example.tokens)
+        masks.append(example.learned)
     if not sequences:
         raise ConfigError(
-            f"{path}: none of its {len(rows)} rows has anything to learn within "
+            f"{report.source}: none of its {report.num_rows} rows has anything to learn within "
             f"context_length = {task.context_length}: want rows with an output, "
             "or a longer context"
-        )
-    if num_truncated or num_dropped:
-        logger.info(
-            "task %s: %d of %d sequences cut to %d tokens, %d rows without target left out",
-            task.name,
-            num_truncated,
-            len(sequences),
-            task.context_length,
-            num_dropped,
         )
     all_tokens = np.concatenate(sequences)
     return TokenizedDataset(
         tokens=all_tokens,
         labels=np.where(np.concatenate(masks), all_tokens, np.int32(MASKED)),
         offsets=np.cumsum([0, *map(len, sequences)], dtype=np.int64),
-        num_truncated=num_truncated,
-        num_dropped=num_dropped,
+        num_truncated=report.num_cut,
+        num_dropped=report.num_dropped,
+        report=report,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A sequence as the model will see it.
+
+    Attributes
+    ----------
+    place
+        The file and the row it comes from.
+    tokens, learned
+        int32 [length] and bool [length]; the first token is never learned.
+    full_length
+        Tokens before it was cut to the task's context length.
+    """
+
+    place: str
+    tokens: NDArray[np.int32]
+    learned: NDArray[np.bool_]
+    full_length: int
+
+
+def read_examples(
+    task: TaskConfig,
+    processor: TextProcessor,
+    data_dir: str | os.PathLike[str],
+    report: DataReport,
+    vocab_size: int | None = None,
+) -> Iterator[Example]:
+    """Yield a task's sequences in order; ``report`` is filled on the way.
+
+    Raises
+    ------
+    ConfigError
+        See `load_dataset`.
+    """
+    reading = Reading(
+        prompt=task.prompt,
+        json_key=task.json_key,
+        train_on_inputs=task.train_on_inputs,
+        max_rows=getattr(task, "max_samples", None),
+        vocab_size=vocab_size,
+        specials=lambda: processor.specials,
+        chat=lambda: processor.chat,
+    )
+    problems = Problems()
+    files = []
+    for name in getattr(task, "dataset_names", (task.dataset_name,)):
+        try:
+            path = resolve_dataset(name, Path(data_dir))
+            files.append((path, read_rows(path, reading)))
+        except ConfigError as error:
+            problems += error.problems
+    problems.raise_if_any()
+    for path, rows in files:
+        report.add_file(path, rows)
+        for start in range(0, len(rows.rows), _BATCH):
+            batch = rows.rows[start : start + _BATCH]
+            texts = [row for row in batch if isinstance(row, TextRow)]
+            encoded = iter(processor.encoder.encode(texts) if texts else ())
+            for place, row in zip(rows.places[start:], batch, strict=False):
+                if isinstance(row, TextRow):
+                    tokens, learned = next(encoded)
+                else:
+                    tokens = np.array(row.tokens, dtype=np.int32)
+                    learned = np.array(row.labels, dtype=np.int32) != MASKED
+                example = _fitted(task, f"{path}: {place}", tokens, learned, report)
+                if example is not None:
+                    yield example
+
+
+def _fitted(
+    task: TaskConfig,
+    place: str,
+    tokens: NDArray[np.int32],
+    learned: NDArray[np.bool_],
+    report: DataReport,
+) -> Example | None:
+    """Return a sequence cut to the task's context; None, counted, if nothing of it is learned."""
+    length = len(tokens)
+    if not learned[1:].any():
+        report.drop("nothing to learn")
+        return None
+    if length > task.context_length:
+        tokens, learned = cut(tokens, learned, task.context_length)
+    learned[:1] = False
+    if not learned.any():
+        report.drop("nothing to learn is left within the context length")
+        return None
+    report.num_cut += len(tokens) < length
+    if task.train_on_inputs:
+        learned = np.arange(len(tokens)) > 0
+    return Example(place, tokens, learned, length)

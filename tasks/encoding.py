@@ -1,47 +1,132 @@
-"""From rendered rows to token ids and labels, cut to the context length.
+"""From rendered rows to token ids and what of them is learned, cut to the context length.
 
-The texts of many rows go to the fast tokenizer in one call. A row's read and learned parts are
-tokenised together, as one text, and the label boundary is found from the characters: a token
-that spans it counts as learned.
+A row is tokenised once, as one text, and what is learned is found from the characters: a token
+that spans a boundary counts as learned. Where a part of a text may not be obeyed (what a person
+wrote into a field) but spells a special token, the text is tokenised by a twin of the tokenizer
+whose special tokens have other, secret spellings: those that the template wrote are replaced by
+them, the person's stay what they are, characters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+import secrets
+from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.rows import Row, TextRow, TokenRow
+from tasks.special_tokens import Span, SpecialTokens
+from tasks.text_rows import TextRow, replace_spans
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 Ids = NDArray[np.int32]
 Mask = NDArray[np.bool_]
 
-MASKED = -100
-_BATCH = 2048  # texts per call: bounds the memory of the tokenizer's results
+_SECRET = secrets.token_hex(8)  # no data can spell it
 
 
-def encode_rows(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast
-) -> Iterator[tuple[Ids, Mask]]:
-    """Yield (token ids int32 [length], which of them are learned bool [length]) of every row.
+class Encoder:
+    """A tokenizer's own text-to-ids, with offsets into the text and without side effects on it."""
 
-    The beginning token is put before a text if the tokenizer itself does so, the end token after
-    every learned part. A row without anything to learn yields what it has, mostly nothing.
-    """
-    for start in range(0, len(rows), _BATCH):
-        batch = rows[start : start + _BATCH]
-        encoded = _encode_turns(batch, tokenizer)
-        for row, turns in zip(batch, encoded, strict=True):
-            if isinstance(row, TokenRow):
-                tokens = np.array(row.tokens, dtype=np.int32)
-                yield tokens, np.array(row.labels, dtype=np.int32) != MASKED
-            else:
-                yield _join(row, turns, tokenizer)
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.specials = SpecialTokens.of(tokenizer)
+        self._beginning = np.array(
+            [tokenizer.bos_token_id] if self.specials.is_begun else [], dtype=np.int32
+        )
+        self._special_ids = tokenizer.convert_tokens_to_ids(list(self.specials.spellings))
+        document = json.loads(tokenizer.backend_tokenizer.to_str())
+        # Ids do not depend on these; offsets do, and a text is never cut or padded here.
+        document.update(post_processor=None, truncation=None, padding=None)
+        self._document = document
+
+    def encode(self, rows: Sequence[TextRow]) -> list[tuple[Ids, Mask]]:
+        """Return (token ids int32 [length], which of them are learned bool [length]) of every row.
+
+        The beginning token is put before a text that wants it if the tokenizer itself does so. A
+        row without text has no tokens.
+        """
+        resolved = [self._resolve(row) for row in rows]
+        encodings: list[Any] = [None] * len(rows)
+        for is_twin in (False, True):
+            chosen = [k for k, (_, _, needs_twin) in enumerate(resolved) if needs_twin is is_twin]
+            if chosen:
+                tokenizer = self._twin if is_twin else self._own
+                texts = [resolved[k][0] for k in chosen]
+                found = tokenizer.encode_batch(texts, add_special_tokens=False)
+                for k, encoding in zip(chosen, found, strict=True):
+                    encodings[k] = encoding
+        return [
+            self._finish(row, encoding, learned)
+            for row, encoding, (_, learned, _) in zip(rows, encodings, resolved, strict=True)
+        ]
+
+    def _resolve(self, row: TextRow) -> tuple[str, Sequence[Span], bool]:
+        """Return (text, what is learned of it, whether the twin must tokenise it)."""
+        if not row.verbatim:
+            return row.text, row.learned, False
+        spelled = self.specials.find(row.text)
+        plain = [span for span in spelled if any(_overlap(span, part) for part in row.verbatim)]
+        if not plain:
+            return row.text, row.learned, False
+        edits = [
+            (span, self._aliases[row.text[slice(*span)]]) for span in spelled if span not in plain
+        ]
+        text, learned = replace_spans(row.text, edits, row.learned)
+        return text, learned, True
+
+    def _finish(
+        self, row: TextRow, encoding: Any, learned_spans: Sequence[Span]
+    ) -> tuple[Ids, Mask]:
+        if not row.text:
+            return np.empty(0, dtype=np.int32), np.empty(0, dtype=np.bool_)
+        tokens = np.array(encoding.ids, dtype=np.int32)
+        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        learned = np.zeros(len(tokens), dtype=np.bool_)
+        is_special = np.isin(tokens, self._special_ids)
+        for start, end in learned_spans:
+            inside = (offsets[:, 0] < end) & (offsets[:, 1] > start)
+            # Some special tokens take the white space that follows them; they are no part of it.
+            inside &= ~(is_special & (offsets[:, 0] < start))
+            # Tokens of no character of the text (a mark before a word) go with what follows.
+            empty = (offsets[:, 0] == offsets[:, 1]) & (offsets[:, 0] >= start)
+            learned |= inside | (empty & (offsets[:, 0] < end))
+        if row.begins and not np.array_equal(tokens[:1], self._beginning):
+            tokens = np.concatenate([self._beginning, tokens])
+            learned = np.concatenate([np.zeros(len(self._beginning), dtype=np.bool_), learned])
+        return tokens, learned
+
+    @cached_property
+    def _own(self) -> Tokenizer:
+        return _tokenizer(self._document)
+
+    @cached_property
+    def _aliases(self) -> dict[str, str]:
+        return {
+            spelling: f"\U00100000{_SECRET}.{number}\U00100001"
+            for number, spelling in enumerate(self.specials.spellings)
+        }
+
+    @cached_property
+    def _twin(self) -> Tokenizer:
+        aliases = self._aliases
+        added = [
+            {**token, "content": aliases.get(token["content"], token["content"])}
+            for token in self._document["added_tokens"]
+        ]
+        model = dict(self._document["model"])
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {aliases.get(token, token): i for token, i in model["vocab"].items()}
+        else:
+            model["vocab"] = [[aliases.get(token, token), x] for token, x in model["vocab"]]
+        if model.get("unk_token") in aliases:
+            model["unk_token"] = aliases[model["unk_token"]]
+        return _tokenizer({**self._document, "added_tokens": added, "model": model})
 
 
 def cut(tokens: Ids, learned: Mask, context_length: int) -> tuple[Ids, Mask]:
@@ -66,77 +151,11 @@ def cut(tokens: Ids, learned: Mask, context_length: int) -> tuple[Ids, Mask]:
     return tokens[kept], learned[kept]
 
 
-def _encode_turns(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast
-) -> list[list[tuple[Ids, int]]]:
-    """Return (token ids, number of them that are read) of every turn of every row."""
-    backend: Any = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    results: list[list[tuple[Ids, int]]] = [[] for _ in rows]
-    before = backend.encode_special_tokens
-    try:
-        for complete in (False, True):
-            owners = [
-                (index, turn)
-                for index, row in enumerate(rows)
-                if isinstance(row, TextRow) and row.complete == complete
-                for turn in row.turns
-            ]
-            # Text that only looks like a special token is spelled out, not obeyed.
-            backend.encode_special_tokens = not complete
-            encodings = backend.encode_batch(
-                [read + learned for _, (read, learned) in owners], add_special_tokens=False
-            )
-            for (index, (read, _)), encoding in zip(owners, encodings, strict=True):
-                tokens = np.array(encoding.ids, dtype=np.int32)
-                results[index].append((tokens, _boundary(encoding, len(read), len(tokens))))
-    finally:
-        backend.encode_special_tokens = before
-    return results
+def _overlap(one: Span, other: Span) -> bool:
+    return one[0] < other[1] and other[0] < one[1]
 
 
-def _boundary(encoding: Any, character: int, length: int) -> int:
-    """Return the index of the first token at or after a character, spanning ones included."""
-    if character == 0:
-        return 0
-    token = encoding.char_to_token(character)
-    if token is not None:
-        return int(token)
-    # No token covers it: white space, which some tokenizers leave out of the offsets.
-    return next(
-        (k for k, (a, b) in enumerate(encoding.offsets) if b > character or a >= character), length
-    )
+def _tokenizer(document: dict[str, Any]) -> Tokenizer:
+    from tokenizers import Tokenizer
 
-
-def _join(
-    row: TextRow, turns: Sequence[tuple[Ids, int]], tokenizer: PreTrainedTokenizerFast
-) -> tuple[Ids, Mask]:
-    """Return a row's turns as one sequence, with its beginning and end tokens."""
-    if not turns:
-        return np.empty(0, dtype=np.int32), np.empty(0, dtype=np.bool_)
-    ids: list[Ids] = []
-    learned: list[Mask] = []
-
-    def add(tokens: Ids, is_learned: bool) -> None:
-        ids.append(tokens)
-        learned.append(np.full(len(tokens), is_learned))
-
-    beginning = _beginning(tokenizer)
-    if not (row.complete and np.array_equal(turns[0][0][:1], beginning)):
-        add(beginning, False)
-    end = np.array([tokenizer.eos_token_id], dtype=np.int32)
-    for tokens, read in turns:
-        add(tokens[:read], False)
-        add(tokens[read:], True)
-        if not row.complete:
-            add(end, True)
-    return np.concatenate(ids), np.concatenate(learned)
-
-
-def _beginning(tokenizer: PreTrainedTokenizerFast) -> Ids:
-    """Return the beginning token if the tokenizer puts it before every text, else nothing."""
-    backend: Any = tokenizer.backend_tokenizer
-    first = backend.encode("", add_special_tokens=True).ids[:1]
-    found = first if first and first[0] == tokenizer.bos_token_id else []
-    return np.array(found, dtype=np.int32)
+    return Tokenizer.from_str(json.dumps(document))

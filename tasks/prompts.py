@@ -1,7 +1,8 @@
 """Prompt templates: how an example's fields become the text a model reads and learns to write.
 
-A template has two halves. The *prompt* is read, the *target* is learned. `Template.render` returns
-both; the end-of-sequence token is appended to the target by `tasks.dataset`.
+A template has two halves. The *prompt* is read, the *target* is learned. Special tokens that the
+template spells are tokens, those that a field spells are characters; the end-of-sequence token is
+appended to the target by `tasks.rows`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,15 @@ from tasks.errors import did_you_mean
 
 FIELDS = ("instruction", "input", "output")
 NAMES = ("auto", "alpaca", "chat", "plain")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a rendered example; what spells a special token is one only outside of fields."""
+
+    text: str
+    is_learned: bool
+    is_field: bool
 
 
 @dataclass(frozen=True)
@@ -33,11 +43,26 @@ class Template:
     prompt_without_input: str
     target: str = "{output}"
 
-    def render(self, instruction: str, input: str, output: str) -> tuple[str, str]:
-        """Return (prompt, target) of one example."""
+    def pieces(self, instruction: str, input: str, output: str) -> list[Piece]:
+        """Return one example as pieces of text: the template's own words and the fields."""
         prompt = self.prompt if input else self.prompt_without_input
         values = {"instruction": instruction, "input": input, "output": output}
-        return prompt.format(**values), self.target.format(**values)
+        found = []
+        for half, is_learned in ((prompt, False), (self.target, True)):
+            for literal, field, _, _ in string.Formatter().parse(half):
+                found.append(Piece(literal, is_learned=is_learned, is_field=False))
+                if field is not None:
+                    found.append(Piece(values[field], is_learned=is_learned, is_field=True))
+        return [piece for piece in found if piece.text]
+
+    def render(self, instruction: str, input: str, output: str) -> tuple[str, str]:
+        """Return (prompt, target) of one example."""
+        pieces = self.pieces(instruction, input, output)
+        prompt, target = (
+            "".join(piece.text for piece in pieces if piece.is_learned == is_learned)
+            for is_learned in (False, True)
+        )
+        return prompt, target
 
 
 # The template of Stanford Alpaca (Apache-2.0), which most instruction data is published for.
@@ -55,7 +80,7 @@ ALPACA = Template(
 
 PLAIN = Template(prompt="{instruction}\n{input}\n", prompt_without_input="{instruction}\n")
 
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
 def render_turn(role: str, content: str) -> tuple[str, str]:

@@ -1,298 +1,408 @@
-"""The rows of a JSONL data file: read, checked, and rendered into what is read and what is learned.
+"""The rows of a data file: their format, checked, rendered into what is read and what is learned.
 
 Formats, recognised by the fields of the first row:
 
 =============  ====================================================================
-tokens         ``input_ids`` and, unless all is learned, ``labels``
-chat           ``messages``: a list of ``{"role": .., "content": ..}``
-instruction    ``instruction``, ``output`` and perhaps ``input``
+tokens         ``input_ids``; what is learned by ``labels`` or a mask, else all
+chat           ``messages``, or ShareGPT's ``conversations``
+completion     ``prompt`` and ``completion`` and no field of an instruction
+instruction    ``instruction``, ``output`` and perhaps ``input``, or their other names
 text           the field ``json_key`` (``text``): all of it is learned
 =============  ====================================================================
 
-A ``json_key`` other than ``text`` that the first row has makes the format ``text``.
+A ``json_key`` other than ``text`` that the first row has makes the format ``text``. Fields are a
+closed list: those of the format are obeyed, those known to change training are refused
+(`tasks.fields`), all others are named once and ignored.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from tasks.chat import ChatError, ChatTemplate
 from tasks.checks import show
-from tasks.errors import ConfigError, did_you_mean, first_problems
-from tasks.prompts import ALPACA, ROLES, parse_template, render_turn
+from tasks.conversations import (
+    SETTINGS,
+    Conversation,
+    FieldError,
+    conversation_of_completion,
+    conversation_of_instruction,
+    conversation_of_messages,
+    encodable,
+)
+from tasks.errors import ConfigError, Problems, did_you_mean
+from tasks.fields import INPUT, INSTRUCTION, OUTPUT, TOKEN_FIELDS, refused_fields
+from tasks.prompts import ALPACA, Piece, parse_template
+from tasks.special_tokens import Span, SpecialTokens
+from tasks.tables import read_table
+from tasks.text_rows import Row, TextRow
+from tasks.token_rows import parse_tokens
 
-# Other names of the three fields in published data sets, the usual name first.
-_INSTRUCTION = ("instruction", "question", "query", "problem", "prompt")
-_INPUT = ("input", "context")
-_OUTPUT = ("output", "response", "completion", "answer", "solution")
-
-Message = Mapping[str, str]
-#: Renders a conversation into its turns, or returns None where it cannot.
-ChatRenderer = Callable[[Sequence[Message]], "TextRow | None"]
+_FITTING_PROMPTS = {
+    "tokens": ("auto",),
+    "chat": ("auto", "chat"),
+    "text": ("auto", "plain"),
+    "completion": ("auto", "plain", "chat", "alpaca"),
+}
 
 
 @dataclass(frozen=True)
-class TextRow:
-    """A row to be tokenised: pairs of (what is read, what is learned after it).
+class Reading:
+    """How rows are to be read.
 
-    With ``complete`` the texts spell their special tokens and ends out, as a tokenizer's own chat
-    template does. Otherwise what looks like a special token is text, and the end token follows
-    each learned part. Without turns there is nothing to learn.
+    Attributes
+    ----------
+    prompt, json_key, train_on_inputs, max_rows
+        The settings of the task.
+    vocab_size
+        Token ids of tokenised rows must be below it; None where the model is not known.
+    specials, chat
+        The tokenizer's special tokens and chat template; called only for rows of texts.
     """
 
-    turns: tuple[tuple[str, str], ...]
-    complete: bool = False
+    prompt: str
+    json_key: str
+    train_on_inputs: bool
+    max_rows: int | None
+    vocab_size: int | None
+    specials: Callable[[], SpecialTokens]
+    chat: Callable[[], ChatTemplate]
 
 
-@dataclass(frozen=True)
-class TokenRow:
-    """A row that is tokenised already; ``labels[k]`` is ``tokens[k]`` or -100."""
+@dataclass
+class Rows:
+    """What a file's rows have become.
 
-    tokens: list[int]
-    labels: list[int]
-
-
-Row = TextRow | TokenRow
-
-
-def read_rows(
-    path: Path,
-    *,
-    prompt: str,
-    json_key: str,
-    vocab_size: int,
-    render_chat: ChatRenderer | None = None,
-) -> list[Row]:
-    """Return the rows of a JSONL file, rendered by a task's ``prompt`` setting.
-
-    Parameters
+    Attributes
     ----------
-    path, prompt, json_key
-        The file, and the settings of the task.
-    vocab_size
-        Token ids of tokenised rows must be below it.
-    render_chat
-        The tokenizer's own chat template. Where it is None or returns None, the template of
-        `tasks.prompts.render_turn` is used.
+    rows, places
+        The rows, and for each the place in the file of the row it comes from ("line 7").
+    kind
+        The format.
+    learns
+        What is learned, in words.
+    ignored
+        Fields that were there and mean nothing here, with in how many rows.
+    notes
+        Whatever else a user should know.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
+    num_rows: int = 0
+    kind: str = ""
+    learns: str = ""
+    ignored: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+
+def read_rows(path: Path, reading: Reading) -> Rows:
+    """Return the rows of a data file, rendered as the task wants them.
 
     Raises
     ------
     ConfigError
         With file, line, field and remedy of every mistake (the first twenty, and a count).
     """
-    problems: list[str] = []
-    parse: Callable[[Mapping[str, Any]], Row] | None = None
-    rows: list[Row] = []
-    for number, row in _read_objects(path, problems):
+    problems = Problems()
+    found = Rows()
+    parser: _Parser | None = None
+    table = read_table(path, lambda problem: problems.add(f"{path}: {problem}"))
+    for place, fields in islice(table, reading.max_rows):
         try:
-            if parse is None:
-                kind = _format_of(row, json_key)
-                parse = _parser(kind, prompt, json_key, vocab_size, render_chat)
-            rows.append(parse(row))
+            if parser is None:
+                parser = _parser(fields, reading)
+                found.kind, found.learns = parser.kind, parser.learns
+            rows = parser.parse(fields)
+            found.rows += rows
+            found.num_rows += 1
+            found.places += [place] * len(rows)
+            found.ignored.update(parser.ignored(fields))
+            parser.num_split += len(rows) > 1
         except _PromptError as error:
             raise ConfigError(f"{path}: {error}") from None
-        except _RowError as error:
-            problems.append(f"{path}: line {number}: {error}")
-    if problems:
-        raise ConfigError(first_problems(problems))
-    if not rows:
+        except (FieldError, ChatError) as error:
+            problems.add(f"{path}: {place}: {error}")
+        except RecursionError:
+            problems.add(f"{path}: {place}: nested too deeply")
+    problems.raise_if_any()
+    if parser is None:
         raise ConfigError(f"{path}: has no rows, want one JSON object per line")
-    return rows
-
-
-class _RowError(ValueError):
-    """What is wrong with one row."""
+    found.notes += parser.notes()
+    return found
 
 
 class _PromptError(ValueError):
-    """A ``prompt`` setting that does not go with the data."""
+    """A setting of the task that does not go with the data."""
 
 
-def _read_objects(path: Path, problems: list[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Yield (line number, object) of every line that is one; report the other lines."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if not text:
-                    continue
-                row = json.loads(text)
-            except UnicodeDecodeError as error:
-                problems.append(f"{path}: line {number}: not UTF-8 text ({error.reason})")
-            except RecursionError:
-                problems.append(f"{path}: line {number}: nested too deeply")
-            except json.JSONDecodeError as error:
-                hint = ""
-                if number == 1 and text in ("[", "{"):
-                    hint = "; the file looks like one JSON document, want one object per line"
-                place = f"line {number}, column {error.colno}"
-                problems.append(f"{path}: {place}: not valid JSON: {error.msg}{hint}")
-            else:
-                if isinstance(row, dict):
-                    yield number, row
-                else:
-                    problems.append(
-                        f"{path}: line {number}: is {show(row)}, want an object {{...}}"
-                    )
+class _Parser:
+    """Turns the rows of one format into `Row` values."""
+
+    kind = ""
+    learns = ""
+
+    def __init__(self, reading: Reading) -> None:
+        self.reading = reading
+        self.num_split = 0
+
+    def parse(self, fields: Mapping[str, Any]) -> list[Row]:
+        """Return what a row becomes, after refusing what would change training unseen."""
+        problems = refused_fields(fields, self.used(fields), self.kind)
+        if problems:
+            raise FieldError("; ".join(problems))
+        return self.read(fields)
+
+    def used(self, fields: Mapping[str, Any]) -> Collection[str]:
+        """Return the names of the fields that the format obeys."""
+        raise NotImplementedError
+
+    def read(self, fields: Mapping[str, Any]) -> list[Row]:
+        raise NotImplementedError
+
+    def ignored(self, fields: Mapping[str, Any]) -> list[str]:
+        """Return the names of the fields of the row just parsed that mean nothing here."""
+        used = self.used(fields)
+        return [name for name in fields if name not in used]
+
+    def notes(self) -> list[str]:
+        """Return what a user should know of all rows parsed."""
+        return []
 
 
-def _format_of(row: Mapping[str, Any], json_key: str) -> str:
+class _Tokens(_Parser):
+    kind = "tokens"
+    learns = "the tokens that labels or masks say, all where there are none"
+
+    def used(self, fields: Mapping[str, Any]) -> Collection[str]:
+        return TOKEN_FIELDS
+
+    def read(self, fields: Mapping[str, Any]) -> list[Row]:
+        row, is_marked = parse_tokens(fields, self.reading.vocab_size)
+        if is_marked and self.reading.train_on_inputs:
+            raise _PromptError(_CONTRADICTION)
+        return [row]
+
+
+class _Texts(_Parser):
+    """Rows that are one text, or a prompt and its completion."""
+
+    def __init__(self, reading: Reading, prompts: Sequence[str], target: str) -> None:
+        super().__init__(reading)
+        self.kind = "completion" if prompts else "text"
+        self.learns = f"{target} and its end" + (", after prompt" if prompts else "")
+        self._prompts = prompts
+        self._target = target
+        self._num_rendered = 0
+        self._num_rows = 0
+
+    def used(self, fields: Mapping[str, Any]) -> Collection[str]:
+        return (*self._prompts, self._target)
+
+    def read(self, fields: Mapping[str, Any]) -> list[Row]:
+        prompt = "".join(_text_field(fields, (name,)) for name in self._prompts)
+        target = _text_field(fields, (self._target,))
+        specials = self.reading.specials()
+        self._num_rows += 1
+        # What a chat template wrote is obeyed; markup that happens to be spelled alike is not.
+        is_field = not specials.is_rendered_chat(prompt + target)
+        self._num_rendered += not is_field
+        pieces = [Piece(prompt, False, is_field), Piece(target, True, is_field)]
+        return _assembled(pieces, specials)
+
+    def notes(self) -> list[str]:
+        if not self._num_rendered:
+            return []
+        return [
+            f"special tokens are obeyed in {self._num_rendered} of {self._num_rows} rows, which "
+            "spell them as a rendered chat does"
+        ]
+
+
+class _Instructions(_Parser):
+    kind = "instruction"
+
+    def __init__(self, reading: Reading, first: Mapping[str, Any]) -> None:
+        super().__init__(reading)
+        instruction, output = (_present(first, names) for names in (INSTRUCTION, OUTPUT))
+        template = "Alpaca prompt" if reading.prompt in ("auto", "alpaca") else "task's prompt"
+        self.learns = f"{output} and its end, after {instruction} in the {template}"
+        self._template = ALPACA if reading.prompt == "auto" else parse_template(reading.prompt)
+
+    def read(self, fields: Mapping[str, Any]) -> list[Row]:
+        pieces = self._template.pieces(*_instruction_fields(fields))
+        return _assembled(pieces, self.reading.specials())
+
+    def used(self, fields: Mapping[str, Any]) -> Collection[str]:
+        return _instruction_columns(fields)
+
+
+class _Chats(_Parser):
+    """Rows that are conversations, in any of the spellings."""
+
+    kind = "chat"
+    learns = "what the assistant says and its end of turn"
+
+    def __init__(
+        self,
+        reading: Reading,
+        make: Callable[[Mapping[str, Any]], Conversation],
+        columns: Callable[[Mapping[str, Any]], Collection[str]],
+    ) -> None:
+        super().__init__(reading)
+        self._make = make
+        self._columns = columns
+        self._ignored: list[str] = []
+
+    def used(self, fields: Mapping[str, Any]) -> Collection[str]:
+        return {*self._columns(fields), *SETTINGS}
+
+    def read(self, fields: Mapping[str, Any]) -> list[Row]:
+        conversation = self._make(fields)
+        learn_all = self.reading.train_on_inputs
+        if learn_all and conversation.is_marked:
+            raise _PromptError(_CONTRADICTION)
+        chat = self.reading.chat()
+        self._ignored = chat.ignored_fields(conversation)
+        return [*chat.rows(conversation, learn_all)] or [_EMPTY]
+
+    def ignored(self, fields: Mapping[str, Any]) -> list[str]:
+        return [*super().ignored(fields), *self._ignored]
+
+    def notes(self) -> list[str]:
+        notes = []
+        if self.reading.chat().is_own:
+            notes.append(
+                "the tokenizer has no chat template: turns are written as <|role|>, a line end "
+                "and the content"
+            )
+        if self.num_split:
+            notes.append(
+                f"{self.num_split} conversations have become several sequences, one a turn: the "
+                "chat template writes their earlier turns differently once they go on"
+            )
+        return notes
+
+
+_CONTRADICTION = (
+    "train_on_inputs = true, but the rows say themselves what is learned (labels, masks, weight or "
+    "train): remove train_on_inputs, or those"
+)
+_EMPTY = TextRow("", ())
+
+
+def _parser(fields: Mapping[str, Any], reading: Reading) -> _Parser:
+    """Return the parser of a file whose first row has these fields."""
+    kind, column = _format_of(fields, reading.json_key)
+    prompt = reading.prompt
+    fitting = _FITTING_PROMPTS.get(kind)
+    if (
+        fitting is not None
+        and prompt not in fitting
+        and not (kind == "completion" and "{" in prompt)
+    ):
+        raise _PromptError(
+            f"prompt = {show(prompt)} does not go with rows of the format {kind!r}: "
+            f"want {' or '.join(fitting)}, or rows with instruction and output"
+        )
+    if kind == "tokens":
+        return _Tokens(reading)
+    if kind == "text":
+        return _Texts(reading, (), column)
+    if kind == "chat":
+        return _Chats(
+            reading, lambda row: conversation_of_messages(row, column), lambda _: (column,)
+        )
+    if kind == "completion" and isinstance(fields[column], list):
+        return _Chats(reading, conversation_of_completion, lambda _: ("prompt", "completion"))
+    if kind == "completion" and prompt in ("auto", "plain"):
+        return _Texts(reading, ("prompt",), "completion")
+    if prompt == "chat":
+        return _Chats(
+            reading,
+            lambda row: conversation_of_instruction(row, *_instruction_fields(row)),
+            lambda row: {*_instruction_columns(row), "history"},
+        )
+    return _Instructions(reading, fields)
+
+
+def _format_of(row: Mapping[str, Any], json_key: str) -> tuple[str, str]:
+    """Return (format, the column that decided it)."""
     if "input_ids" in row:
-        return "tokens"
+        return "tokens", "input_ids"
     if json_key != "text" and json_key in row:
-        return "text"
-    if "messages" in row:
-        return "chat"
-    if any(name in row for name in _INSTRUCTION) and any(name in row for name in _OUTPUT):
-        return "instruction"
+        return "text", json_key
+    for column in ("messages", "conversations", "conversation"):
+        if column in row:
+            return "chat", column
+    instruction, output = _present(row, INSTRUCTION), _present(row, OUTPUT)
+    if instruction == "prompt" and output == "completion" and _present(row, INPUT) is None:
+        return "completion", "completion"
+    if instruction and output:
+        return "instruction", instruction
     if json_key in row:
-        return "text"
+        return "text", json_key
+    problems = refused_fields(row, (), "")
+    if problems:
+        raise FieldError(problems[0])
     near = did_you_mean(json_key, row)
-    raise _RowError(
+    raise FieldError(
         f"none of the known formats has the fields {', '.join(map(repr, row)) or '(none)'}{near}: "
         f"want instruction and output; or messages; or {json_key} (the task's json_key); or "
         "input_ids and labels"
     )
 
 
-def _parser(
-    kind: str,
-    prompt: str,
-    json_key: str,
-    vocab_size: int,
-    render_chat: ChatRenderer | None,
-) -> Callable[[Mapping[str, Any]], Row]:
-    """Return the function that turns a row of a format into a `Row`."""
-    fitting = {"tokens": ("auto",), "chat": ("auto", "chat"), "text": ("auto", "plain")}
-    if kind in fitting and prompt not in fitting[kind]:
-        raise _PromptError(
-            f"prompt = {show(prompt)} does not go with rows of the format {kind!r}: "
-            f"want {' or '.join(fitting[kind])}, or rows with instruction and output"
-        )
-    if kind == "tokens":
-        return lambda row: _parse_tokens(row, vocab_size)
-    if kind == "text":
-        return lambda row: _row_of("", _text_field(row, (json_key,)))
-    if kind == "chat":
-        return lambda row: _render_conversation(_messages(row), render_chat)
-    if prompt == "chat":
-        return lambda row: _render_conversation(_as_messages(row), render_chat)
-    template = ALPACA if prompt == "auto" else parse_template(prompt)
-
-    def parse(row: Mapping[str, Any]) -> Row:
-        instruction, given, output = _instruction_fields(row)
-        return _row_of(*template.render(instruction, given, output)) if output.strip() else _EMPTY
-
-    return parse
-
-
-_EMPTY = TextRow(())
-
-
-def _row_of(prompt: str, target: str) -> TextRow:
-    return TextRow(((prompt, target),)) if target.strip() else _EMPTY
+def _assembled(pieces: Sequence[Piece], specials: SpecialTokens) -> list[Row]:
+    """Return pieces as one text; the end token follows unless the last piece spells one."""
+    if not any(piece.text.strip() for piece in pieces if piece.is_learned):
+        return [_EMPTY]
+    text = ""
+    learned: list[Span] = []
+    verbatim: list[Span] = []
+    for piece in pieces:
+        span = (len(text), len(text) + len(piece.text))
+        text += piece.text
+        if piece.is_learned:
+            learned = [(learned[0][0] if learned else span[0], span[1])]
+        if piece.is_field:
+            verbatim.append(span)
+    is_ended = not pieces[-1].is_field and specials.is_ended(text)
+    if not is_ended:
+        text += specials.end
+        learned = [(learned[0][0], len(text))]
+    begun = specials.beginning is not None and text.startswith(specials.beginning)
+    return [TextRow(text, tuple(learned), tuple(verbatim), begins=not begun or pieces[0].is_field)]
 
 
 def _instruction_fields(row: Mapping[str, Any]) -> tuple[str, str, str]:
-    instruction = _text_field(row, _INSTRUCTION)
-    output = _text_field(row, _OUTPUT)
-    name = next((name for name in _INPUT if row.get(name) is not None), None)
+    """Return (instruction, input, output) of a row, under whatever names it has them."""
+    instruction = _text_field(row, INSTRUCTION)
+    output = _text_field(row, OUTPUT)
+    name = next((name for name in INPUT if row.get(name) is not None), None)
     return instruction, _text_field(row, (name,)) if name else "", output
 
 
+def _instruction_columns(row: Mapping[str, Any]) -> set[str]:
+    given = next((name for name in INPUT if row.get(name) is not None), None)
+    found = (_present(row, INSTRUCTION), given, _present(row, OUTPUT))
+    return {name for name in found if name is not None}
+
+
+def _present(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    return next((name for name in names if name in row), None)
+
+
 def _text_field(row: Mapping[str, Any], names: Sequence[str]) -> str:
-    name = next((name for name in names if name in row), None)
+    name = _present(row, names)
     if name is None:
-        raise _RowError(f"{names[0]}: is missing{did_you_mean(names[0], row)}, want a text")
+        raise FieldError(f"{names[0]}: is missing{did_you_mean(names[0], row)}, want a text")
     value = row[name]
     if not isinstance(value, str):
-        raise _RowError(f"{name} = {show(value)}: want a text")
-    return _encodable(value, name)
-
-
-def _encodable(text: str, name: str) -> str:
-    """Return the text unless it holds half of a surrogate pair, which no UTF-8 text can."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise _RowError(
-            f"{name}: character {error.start} is a lone surrogate, want valid Unicode"
-        ) from None
-    return text
-
-
-def _as_messages(row: Mapping[str, Any]) -> list[Message]:
-    instruction, given, output = _instruction_fields(row)
-    question = f"{instruction}\n\n{given}" if given else instruction
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
-
-
-def _messages(row: Mapping[str, Any]) -> list[Message]:
-    messages = row.get("messages")
-    if not isinstance(messages, list):
-        raise _RowError(f"messages = {show(messages)}: want a list of role and content")
-    for index, message in enumerate(messages):
-        where = f"messages[{index}]"
-        if not isinstance(message, dict):
-            raise _RowError(f"{where} = {show(message)}: want an object with role and content")
-        if message.get("role") not in ROLES:
-            raise _RowError(
-                f"{where}.role = {show(message.get('role'))}: want one of {', '.join(ROLES)}"
-            )
-        if not isinstance(message.get("content"), str):
-            raise _RowError(f"{where}.content = {show(message.get('content'))}: want a text")
-        _encodable(message["content"], f"{where}.content")
-    return messages
-
-
-def _render_conversation(messages: Sequence[Message], render_chat: ChatRenderer | None) -> Row:
-    """Return the turns up to the assistant's last word; what comes after it is not learned."""
-    while messages and not (
-        messages[-1]["role"] == "assistant" and messages[-1]["content"].strip()
-    ):
-        messages = messages[:-1]
-    if not messages:
-        return _EMPTY
-    rendered = render_chat(messages) if render_chat else None
-    if rendered is not None:
-        return rendered
-    turns = []
-    read = ""
-    for message in messages:
-        prompt, target = render_turn(message["role"], message["content"])
-        read += prompt
-        if message["role"] == "assistant":
-            turns.append((read, target))
-            read = ""
-    return TextRow(tuple(turns))
-
-
-def _parse_tokens(row: Mapping[str, Any], vocab_size: int) -> Row:
-    tokens = row.get("input_ids")
-    if tokens is None:
-        raise _RowError("input_ids: is missing, want a list of token ids")
-    labels = row.get("labels")
-    if labels is None:
-        labels = tokens
-    for name, values, least in (("input_ids", tokens, 0), ("labels", labels, -100)):
-        if not isinstance(values, list):
-            raise _RowError(f"{name} = {show(values)}: want a list of token ids")
-        for index, value in enumerate(values):
-            good = isinstance(value, int) and not isinstance(value, bool)
-            if not good or not least <= value < vocab_size:
-                raise _RowError(
-                    f"{name}[{index}] = {show(value)}: want a token id from 0 to "
-                    f"{vocab_size - 1}" + (", or -100" if least else "")
-                )
-    if len(labels) != len(tokens):
-        raise _RowError(f"labels: are {len(labels)}, want one for each of {len(tokens)} input_ids")
-    for index, (token, label) in enumerate(zip(tokens, labels, strict=True)):
-        if label not in (token, -100):
-            raise _RowError(
-                f"labels[{index}] = {label}: want {token}, the id at the same place of input_ids "
-                "(the shift by one is the model's), or -100 where nothing is learned"
-            )
-    return TokenRow(tokens, labels)
+        raise FieldError(f"{name} = {show(value)}: want a text")
+    return encodable(value, name)

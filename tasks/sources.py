@@ -10,6 +10,7 @@ from typing import Any
 
 from tasks.errors import ConfigError, did_you_mean
 from tasks.files import atomic_path
+from tasks.tables import SUFFIXES, without_nulls
 
 #: Data sets that scripts/create_finetune_datasets.sh fetches, by the names LobRA's files use.
 PUBLISHED = (
@@ -31,10 +32,11 @@ _HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([\w.-]+))?"
 
 
 def resolve_dataset(dataset_name: str, data_dir: str | Path) -> Path:
-    """Return the JSONL file of a data set; mine or fetch it first if it must be.
+    """Return the file of a data set; mine or fetch it first if it must be.
 
-    Tried in this order: ``<data_dir>/<dataset_name>.jsonl``; the path ``dataset_name``, from the
-    working folder and from ``data_dir``; an embedded task, which is mined into ``data_dir``; a hub
+    Tried in this order: ``<data_dir>/<dataset_name>.jsonl`` and the other suffixes of
+    `tasks.tables.SUFFIXES`; the path ``dataset_name``, from the working folder and from
+    ``data_dir``; an embedded task, which is mined into ``data_dir``; a hub
     name ``owner/name`` or ``owner/name:configuration``, whose training split is fetched once into
     ``data_dir``.
 
@@ -47,7 +49,8 @@ def resolve_dataset(dataset_name: str, data_dir: str | Path) -> Path:
 
     data_dir = Path(data_dir)
     hub_name = _HUB_NAME.fullmatch(dataset_name)
-    looked = [data_dir / f"{dataset_name}.jsonl", Path(dataset_name), data_dir / dataset_name]
+    looked = [data_dir / f"{dataset_name}{suffix}" for suffix in SUFFIXES]
+    looked += [Path(dataset_name), data_dir / dataset_name]
     if hub_name:
         looked.append(data_dir / f"{re.sub(r'[/:]', '--', dataset_name)}.jsonl")
     for path in looked:
@@ -55,11 +58,13 @@ def resolve_dataset(dataset_name: str, data_dir: str | Path) -> Path:
             return path
     if dataset_name in EMBEDDED:
         return ensure_corpus(data_dir)[dataset_name]
-    if hub_name and not dataset_name.endswith((".json", ".jsonl")):
+    if hub_name and not dataset_name.endswith(SUFFIXES):
         return _fetch(hub_name[1], hub_name[2], looked[-1])
     raise ConfigError(
-        f"dataset_name = {dataset_name!r}: no such data set: looked for "
-        f"{', '.join(str(path) for path in looked)}; {_remedy(dataset_name, data_dir)}"
+        f"dataset_name = {dataset_name!r}: no such data set: looked for {looked[0]} (or "
+        f"{', '.join(SUFFIXES[1:])}), "
+        f"{', '.join(str(path) for path in looked[len(SUFFIXES) :])}; "
+        f"{_remedy(dataset_name, data_dir)}"
     )
 
 
@@ -68,9 +73,10 @@ def _remedy(dataset_name: str, data_dir: Path) -> str:
 
     if dataset_name in PUBLISHED:
         return f"get it with: bash scripts/create_finetune_datasets.sh {dataset_name}"
-    present = [path.stem for path in sorted(data_dir.glob("*.jsonl"))]
+    files = sorted(path for path in data_dir.glob("*") if path.suffix in SUFFIXES)
+    present = [path.stem for path in files]
     hint = did_you_mean(dataset_name, [*present, *EMBEDDED, *PUBLISHED])
-    shown = ", ".join(present[:20]) if present else "no .jsonl file"
+    shown = ", ".join(present[:20]) if present else "no data file"
     return (
         f"{data_dir}/ has {shown}{hint}: put the file there, give its path, or use a hub name "
         f"(owner/name) or an embedded task ({', '.join(EMBEDDED)})"
@@ -89,7 +95,8 @@ def _fetch(name: str, configuration: str | None, path: Path) -> Path:
         rows: Any = load_dataset(name, configuration, split="train")
         with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
             for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+                line = json.dumps(without_nulls(row), ensure_ascii=False, default=str)
+                file.write(line + "\n")
     except Exception as error:  # network, access, unknown name: the library has dozens of its own
         raise ConfigError(
             f"dataset_name = {name!r}: not a file, and the hub gave none: "

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
-import logging
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tasks.chat import chat_renderer
+from tasks.chat import ChatError, ChatTemplate
+from tasks.conversations import conversation_of_messages
 from tasks.dataset import MASKED, load_dataset
+from tasks.errors import ConfigError
+from tasks.text_processor import TextProcessor
+from tasks.text_rows import TextRow
 from tests.tasks.support import CHATML, small_tokenizer, task, write_rows
 
 MESSAGES = [
@@ -17,6 +21,7 @@ MESSAGES = [
     {"role": "user", "content": "bye"},
     {"role": "assistant", "content": "ciao"},
 ]
+DAY = date(2024, 2, 9)
 
 
 @pytest.fixture(scope="module")
@@ -24,19 +29,22 @@ def chatml(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return small_tokenizer(tmp_path_factory.mktemp("chatml"), CHATML)
 
 
-def test_no_template_no_renderer(tokenizer: Any) -> None:
-    assert chat_renderer(tokenizer) is None
+def rows_of(tokenizer: Any, *messages: Any, learn_all: bool = False, **row: Any) -> list[TextRow]:
+    conversation = conversation_of_messages({"messages": list(messages), **row}, "messages")
+    return ChatTemplate(tokenizer, DAY).rows(conversation, learn_all)
 
 
-def test_turns_are_those_of_the_template(chatml: Any) -> None:
-    render = chat_renderer(chatml)
-    assert render is not None
-    row = render(MESSAGES)
-    assert row is not None and row.complete
-    whole = chatml.apply_chat_template(MESSAGES, tokenize=False)
-    assert "".join(read + learned for read, learned in row.turns) == whole
-    assert [learned for _, learned in row.turns] == ["hello<|im_end|>\n", "ciao<|im_end|>\n"]
-    assert row.turns[0][0].endswith("<|im_start|>assistant\n")
+def learned(row: TextRow) -> list[str]:
+    return [row.text[start:end] for start, end in row.learned]
+
+
+def test_a_conversation_is_the_templates_text(chatml: Any) -> None:
+    (row,) = rows_of(chatml, *MESSAGES)
+    assert row.text == chatml.apply_chat_template(MESSAGES, tokenize=False)
+    assert learned(row) == ["hello<|im_end|>", "ciao<|im_end|>"]
+    assert not row.begins and row.verbatim == ()
+    (row,) = rows_of(chatml, *MESSAGES, learn_all=True)
+    assert learned(row) == [row.text]
 
 
 def test_the_data_set_holds_what_the_tokenizer_itself_makes_of_it(
@@ -45,34 +53,111 @@ def test_the_data_set_holds_what_the_tokenizer_itself_makes_of_it(
     write_rows(tmp_path, {"messages": MESSAGES})
     tokens, labels = load_dataset(task(), chatml, tmp_path).sequence(0)
     ids = chatml.apply_chat_template(MESSAGES, tokenize=True, return_dict=False)
-    assert tokens.tolist() == [chatml.bos_token_id, *ids]
-    assert chatml.decode(labels[labels != MASKED]) == "hello<|im_end|>\nciao<|im_end|>\n"
+    assert tokens.tolist() == ids and chatml.bos_token_id not in ids
+    assert chatml.decode(labels[labels != MASKED]) == "hello<|im_end|>ciao<|im_end|>"
 
 
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
         ("{{ raise_exception('no system role') }}", "no system role"),
-        ("{{ messages[-1]['content'] }}", "rewrites earlier turns"),
-        ("{{ messages | length }}{% if add_generation_prompt %}>{% endif %}", "rewrites"),
-        ("{% if %}", "raises"),
+        ("{% if %}", "does not take this conversation"),
+        ("{{ messages[0]['content'] }}", "cannot be told apart"),
     ],
 )
-def test_templates_that_cannot_be_split_are_left_alone(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, template: str, reason: str
+def test_what_a_template_does_not_take_is_refused(
+    tmp_path: Path, template: str, reason: str
 ) -> None:
+    tokenizer = small_tokenizer(tmp_path / "tokenizer", template)
+    write_rows(tmp_path, {"messages": MESSAGES}, {"messages": MESSAGES[1:]})
+    with pytest.raises(ConfigError, match=f"line 1: .*{reason}"):
+        load_dataset(task(), tokenizer, tmp_path)
+
+
+def test_a_turn_that_changes_later_gets_a_row_of_its_own(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ '<t>' if loop.last }}{{ m.content }}</s>"
+        "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     tokenizer = small_tokenizer(tmp_path, template)
-    render = chat_renderer(tokenizer)
-    assert render is not None
-    with caplog.at_level(logging.WARNING, "tasks.chat"):
-        assert render(MESSAGES) is None
-        assert render(MESSAGES) is None
-    assert len(caplog.records) == 1 and reason in caplog.text
+    first, second = rows_of(tokenizer, *MESSAGES)
+    assert first.text == tokenizer.apply_chat_template(MESSAGES, tokenize=False)
+    assert learned(first) == ["<t>ciao</s>"]
+    assert second.text == tokenizer.apply_chat_template(MESSAGES[:3], tokenize=False)
+    assert learned(second) == ["<t>hello</s>"]
+
+
+def test_a_template_may_mark_what_is_generated(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}A {% generation %}{{ m.content }}"
+        "{% endgeneration %}\n{% else %}U {{ m.content }}\n{% endif %}{% endfor %}"
+    )
+    tokenizer = small_tokenizer(tmp_path, template)
+    (row,) = rows_of(tokenizer, *MESSAGES)
+    assert row.text == tokenizer.apply_chat_template(MESSAGES, tokenize=False)
+    assert learned(row) == ["hello", "ciao"]
+
+
+def test_the_day_is_the_runs(tmp_path: Path) -> None:
+    template = (
+        "{% set today = strftime_now('%d %b %Y, 100%%') if strftime_now is defined %}"
+        "{% for m in messages %}{{ today }} {{ m.content }}{{ strftime_now('%Y') }}</s>{% endfor %}"
+    )
+    tokenizer = small_tokenizer(tmp_path, template)
+    (row,) = rows_of(tokenizer, *MESSAGES[1:3])
+    assert row.text == "09 Feb 2024, 100% hi2024</s>09 Feb 2024, 100% hello2024</s>"
+    write_rows(tmp_path, {"messages": MESSAGES[1:3]})
+    tokens = load_dataset(task(), TextProcessor(lambda: tokenizer), tmp_path).tokens
+    ids = tokenizer.apply_chat_template(MESSAGES[1:3], tokenize=True, return_dict=False)
+    assert tokens.tolist() == ids  # without a day, today's, as the template itself has it
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"documents": [{"title": "a", "text": "b"}]}, "documents"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "enable_thinking"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "not for the data to set"),
+    ],
+)
+def test_what_the_template_would_leave_out_is_refused(
+    chatml: Any, row: dict[str, Any], name: str
+) -> None:
+    with pytest.raises(ChatError, match=name):
+        rows_of(chatml, *MESSAGES, **row)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]},
+        {"reasoning_content": "hm"},
+    ],
+)
+def test_parts_of_a_message_the_template_would_leave_out_are_refused(
+    chatml: Any, tokenizer: Any, change: dict[str, Any]
+) -> None:
+    messages = [*MESSAGES[:-1], MESSAGES[-1] | change]
+    for template in (chatml, tokenizer):
+        with pytest.raises(ChatError, match=next(iter(change))):
+            rows_of(template, *messages)
+
+
+def test_without_a_template_turns_are_named(tokenizer: Any) -> None:
+    (row,) = rows_of(tokenizer, *MESSAGES)
+    assert row.text == (
+        "<|system|>\nBe kind.\n<|user|>\nhi\n<|assistant|>\nhello</s>"
+        "<|user|>\nbye\n<|assistant|>\nciao</s>"
+    )
+    assert learned(row) == ["hello</s>", "ciao</s>"] and row.begins
 
 
 def test_a_message_cannot_end_its_own_turn(chatml: Any, tmp_path: Path) -> None:
-    sly = [{"role": "user", "content": "x<|im_end|>"}, {"role": "assistant", "content": "y"}]
+    sly = [{"role": "user", "content": "x<|im_end|>"}, {"role": "assistant", "content": "y</s>"}]
     write_rows(tmp_path, {"messages": sly})
     tokens, labels = load_dataset(task(), chatml, tmp_path).sequence(0)
-    assert chatml.convert_tokens_to_ids("<|im_end|>") not in tokens
-    assert chatml.decode(labels[labels != MASKED]) == "y</s>"
+    assert tokens.tolist().count(chatml.convert_tokens_to_ids("<|im_end|>")) == 2
+    assert chatml.decode(tokens) == chatml.apply_chat_template(sly, tokenize=False)
+    assert chatml.decode(labels[labels != MASKED]) == "y</s><|im_end|>"
+    assert chatml.eos_token_id not in tokens

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import subprocess
 import sys
 from dataclasses import replace
@@ -60,15 +59,13 @@ def test_the_first_label_is_never_learned(tokenizer: Any, tmp_path: Path) -> Non
     assert data.labels.tolist() == [MASKED, 6, MASKED, 9, 10]
 
 
-def test_long_sequences_are_cut_and_counted(
-    tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_long_sequences_are_cut_and_counted(tokenizer: Any, tmp_path: Path) -> None:
     long = {"instruction": "Sum up.", "input": "the cat sat " * 200, "output": "cat"}
     write_rows(tmp_path, ROWS[0], long)
-    with caplog.at_level(logging.INFO, "tasks.dataset"):
-        data = load_dataset(task(context_length=150, prompt="plain"), tokenizer, tmp_path)
+    data = load_dataset(task(context_length=150, prompt="plain"), tokenizer, tmp_path)
     assert (len(data), data.num_truncated, data.num_dropped) == (2, 1, 0)
-    assert "1 of 2 sequences cut" in caplog.text
+    assert data.report is not None
+    assert "1 sequences cut to 150 tokens" in data.report.remarks()
     assert data.lengths[1] == 150
     text = tokenizer.decode(data.sequence(1)[0])
     assert text.startswith("<s>Sum up.\nthe cat") and text.endswith("sat \ncat</s>")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +11,24 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tasks.encoding import cut, encode_rows
-from tasks.rows import Row, TextRow, TokenRow
+from tasks.encoding import Encoder, cut
+from tasks.text_rows import TextRow
 from tasks.tokenizer import train_tokenizer
 from tests.tasks.support import TEXTS
 
 texts = st.text(max_size=25) | st.sampled_from(TEXTS) | st.sampled_from(["</s>", "<s> <pad>"])
+
+
+def row_of(*turns: tuple[str, str], end: str = "</s>") -> TextRow:
+    """Return a row of fields: what is read, what is learned and the end token, and so on."""
+    text, learned, verbatim = "", [], []
+    for read, target in turns:
+        start = len(text)
+        text += read + target
+        verbatim.append((start, len(text)))
+        text += end
+        learned.append((start + len(read), len(text)))
+    return TextRow(text, tuple(learned), tuple(verbatim))
 
 
 @given(st.lists(st.lists(st.tuples(texts, texts), max_size=3), max_size=4))
@@ -23,9 +36,8 @@ texts = st.text(max_size=25) | st.sampled_from(TEXTS) | st.sampled_from(["</s>",
 def test_read_and_learned_texts_come_back(
     tokenizer: Any, conversations: list[list[tuple[str, str]]]
 ) -> None:
-    rows: list[Row] = [TextRow(tuple(turns)) for turns in conversations]
-    encoded = list(encode_rows(rows, tokenizer))
-    assert len(encoded) == len(rows)
+    encoded = Encoder(tokenizer).encode([row_of(*turns) for turns in conversations])
+    assert len(encoded) == len(conversations)
     for turns, (tokens, learned) in zip(conversations, encoded, strict=True):
         assert tokens.dtype == np.int32 and learned.dtype == np.bool_
         assert len(tokens) == len(learned)
@@ -34,12 +46,13 @@ def test_read_and_learned_texts_come_back(
         ends = tokens == tokenizer.eos_token_id
         assert ends.sum() == len(turns) and np.all(learned[ends])
         assert (tokens == tokenizer.bos_token_id).sum() == bool(turns)
+        assert tokenizer.pad_token_id not in tokens
 
 
 @given(prompt=texts, target=texts)
 @settings(deadline=None)
 def test_every_character_of_the_target_is_learned(tokenizer: Any, prompt: str, target: str) -> None:
-    ((tokens, learned),) = encode_rows([TextRow(((prompt, target),))], tokenizer)
+    ((tokens, learned),) = Encoder(tokenizer).encode([row_of((prompt, target))])
     spelled = tokenizer.decode(tokens[learned])
     assert spelled.endswith(f"{target}</s>") or "\ufffd" in spelled
     first = int(learned.argmax())
@@ -54,18 +67,44 @@ def test_every_character_of_the_target_is_learned(tokenizer: Any, prompt: str, t
 
 
 def test_text_that_looks_like_a_special_token_is_text(tokenizer: Any) -> None:
-    ((tokens, _),) = encode_rows([TextRow((("a </s> b", "<pad>"),))], tokenizer)
+    encoder = Encoder(tokenizer)
+    ((tokens, _),) = encoder.encode([row_of(("a </s> b", "<pad>"))])
     assert list(tokens).count(tokenizer.eos_token_id) == 1
     assert tokenizer.pad_token_id not in tokens
+    # the characters are what the tokenizer makes of them when no token is special
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True
+    spelled = backend.encode("a </s> b<pad>", add_special_tokens=False).ids
+    backend.encode_special_tokens = False
+    assert tokens.tolist() == [tokenizer.bos_token_id, *spelled, tokenizer.eos_token_id]
     # and the tokenizer behaves for others as it did
     assert tokenizer.eos_token_id in tokenizer("a </s>").input_ids
 
 
-def test_complete_rows_spell_their_special_tokens(tokenizer: Any) -> None:
-    row = TextRow((("<s>hi", "cat</s>"),), complete=True)
-    ((tokens, learned),) = encode_rows([row], tokenizer)
+def test_outside_of_fields_special_tokens_are_tokens(tokenizer: Any) -> None:
+    row = TextRow("<s>hi</s>cat</s>", ((9, 16),), ((5, 9),))
+    ((tokens, learned),) = Encoder(tokenizer).encode([row])
     assert list(tokens).count(tokenizer.bos_token_id) == 1
+    assert list(tokens).count(tokenizer.eos_token_id) == 1
     assert tokens[-1] == tokenizer.eos_token_id and learned[-1]
+    assert tokenizer.decode(tokens) == row.text
+    assert tokenizer.decode(tokens[learned]) == "cat</s>"
+
+
+@given(st.lists(st.tuples(texts | st.sampled_from(["<", "/s>", " "]), st.booleans()), max_size=6))
+@settings(deadline=None)
+def test_no_field_writes_a_special_token(tokenizer: Any, pieces: list[tuple[str, bool]]) -> None:
+    """Also not together with what stands beside it."""
+    text, verbatim = "", []
+    for piece, is_field in pieces:
+        if is_field:
+            verbatim.append((len(text), len(text) + len(piece)))
+        text += piece
+    ((tokens, _),) = Encoder(tokenizer).encode([TextRow(text, (), tuple(verbatim), begins=False)])
+    assert tokenizer.decode(tokens) == text
+    spelled = [m.span() for m in re.finditer("</s>|<s>|<pad>", text)]
+    free = [s for s in spelled if not any(s[0] < b and a < s[1] for a, b in verbatim)]
+    assert sum(int(token) in (0, 1, 2) for token in tokens) == len(free)
 
 
 def llama2_like() -> Any:
@@ -108,7 +147,7 @@ def llama3_like() -> Any:
 @pytest.mark.parametrize("make", [llama2_like, llama3_like])
 def test_boundaries_of_other_tokenizers(make: Callable[[], Any], prompt: str, target: str) -> None:
     other = make()
-    ((tokens, learned),) = encode_rows([TextRow(((prompt, target),))], other)
+    ((tokens, learned),) = Encoder(other).encode([row_of((prompt, target))])
     whole = other.backend_tokenizer.encode(prompt + target, add_special_tokens=False).ids
     beginning = [1] if make is llama2_like else []
     assert tokens.tolist() == [*beginning, *whole, other.eos_token_id]
@@ -122,23 +161,6 @@ def test_boundaries_of_other_tokenizers(make: Callable[[], Any], prompt: str, ta
         assert count == 0
     elif target.strip():
         assert len(other.decode(ids[: count + 1])) > len(prompt)
-
-
-def test_tokenised_rows_stay_as_they_are(tokenizer: Any) -> None:
-    rows: list[Row] = [TokenRow([5, 6, 7], [-100, 6, -100]), TokenRow([], [])]
-    (first, second) = encode_rows(rows, tokenizer)
-    assert first[0].tolist() == [5, 6, 7] and first[1].tolist() == [False, True, False]
-    assert len(second[0]) == 0
-
-
-def test_rows_of_all_kinds_keep_their_order(tokenizer: Any) -> None:
-    rows: list[Row] = []
-    for number in range(50):
-        rows += [TokenRow([number], [number]), TextRow((("", str(number)),)), TextRow(())]
-        rows.append(TextRow((("", f"x{number}"),), complete=True))
-    texts = [tokenizer.decode(tokens) for tokens, _ in encode_rows(rows, tokenizer)]
-    assert texts[1::4] == [f"<s>{number}</s>" for number in range(50)]
-    assert texts[3::4] == [f"<s>x{number}" for number in range(50)]
 
 
 @given(prompt=st.integers(0, 300), target=st.integers(0, 300), context=st.integers(1, 200))
