@@ -462,8 +462,10 @@ def _sentence_piece(family: Family) -> Tokenizer:
         special_tokens=[*control, *(f"<0x{byte:02X}>" for byte in range(256))],
         show_progress=False,
     )
-    # Words apart, so that no token spans many of them.
-    backend.train_from_iterator([w for text in _CORPUS * 2 for w in text.split("\n")], trainer)
+    # Words apart, as SentencePiece has them: no token reaches over a space; but many spaces are one.
+    before = "" if family.space == "prepend" else " "
+    words = [before + word for text in _CORPUS * 2 for word in text.split()]
+    backend.train_from_iterator([*words, *["    "] * 9], trainer)
     state = json.loads(backend.to_str())
     state["added_tokens"] = []  # the trainer makes every byte a special token
     backend = Tokenizer.from_str(json.dumps(state))

@@ -120,7 +120,7 @@ def check_learned(
         start, end, may_end = composed(turn.start), composed(turn.end), composed(turn.may_end)
         voiced = end - len(whole[start:end].lstrip())
         must = np.array([a < end and b > voiced and b > a for a, b in places])
-        may = np.array([a < may_end and b >= start for a, b in places])
+        may = np.array([a < may_end and (b > start or a == b == start) for a, b in places])
         control = np.array([token in special for token in tokens])
         before = control & np.array([a < start for a, _ in places])
         allowed |= may & ~before
