@@ -462,7 +462,7 @@ def _sentence_piece(family: Family) -> Tokenizer:
         special_tokens=[*control, *(f"<0x{byte:02X}>" for byte in range(256))],
         show_progress=False,
     )
-    # Words apart, as SentencePiece has them: no token reaches over a space; but many spaces are one.
+    # Words apart, as SentencePiece has them: tokens do not reach over a space; many spaces are one.
     before = "" if family.space == "prepend" else " "
     words = [before + word for text in _CORPUS * 2 for word in text.split()]
     backend.train_from_iterator([*words, *["    "] * 9], trainer)
