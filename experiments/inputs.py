@@ -103,7 +103,7 @@ def find_lengths(
     """
     if sources.lengths is not None:
         return Lengths(load_lengths(sources.lengths), f"lengths of {sources.lengths.name}")
-    names = list(dict.fromkeys(task.dataset_name for task in config.tasks))
+    names = list(dict.fromkeys(name for task in config.tasks for name in task.dataset_names))
     if all((sources.data_dir / f"{name}.jsonl").is_file() for name in names):
         try:
             return Lengths(read_lengths(config, model, None, sources.data_dir), "the data sets")
@@ -116,7 +116,7 @@ def find_lengths(
                 ]
             ) from error
     limits = {
-        name: max(t.context_length for t in config.tasks if t.dataset_name == name)
+        name: max(t.context_length for t in config.tasks if name in t.dataset_names)
         for name in names
     }
     unknown = [name for name in names if name not in LENGTHS]

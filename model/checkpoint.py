@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model.shapes import ModelShape, module_path
+from model.shapes import ModelShape
 from tasks.errors import ConfigError, Problems
 
 WHOLE = slice(None)
 INDEX = "model.safetensors.index.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+LAYERS, FIRST_LAYER = "model.layers.", "model.layers.0."
+BEYOND = "a layer beyond the last"
+#: Constants that older versions of transformers saved; they are computed from config.json.
+BUFFERS = (".inv_freq", ".cos_cached", ".sin_cached", ".masked_bias")
+ROWS_AT_A_TIME = 4096  # of an embedding: some tens of megabytes
 PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 
 
@@ -59,7 +67,12 @@ def opened(path: Path) -> Any:
 
 
 def checkpoint_problems(folder: Path, shape: ModelShape) -> Problems:
-    """Return what is wrong with a model folder's weights (empty: nothing); reads no tensor."""
+    """Return what is wrong with a model folder's weights (empty: nothing).
+
+    Every tensor the model needs is there, and none is there that would change the model if it were
+    used: a layer's bias that config.json switches off, a layer beyond the last, another head. Reads
+    the files' headers; tensors only where a head must be compared with the embedding.
+    """
     try:
         files = tensor_files(folder)
         found: dict[str, tuple[int, ...]] = {}
@@ -69,10 +82,11 @@ def checkpoint_problems(folder: Path, shape: ModelShape) -> Problems:
                 for key in list(file.keys()):
                     part = file.get_slice(key)
                     found[key], dtypes[key] = tuple(part.get_shape()), part.get_dtype()
+        expected = needed_tensors(folder, shape)
     except ConfigError as error:
         return error.problems
     problems = Problems()
-    for name, wanted in _expected_tensors(shape).items():
+    for name, wanted in expected.items():
         if name not in found:
             problems.add(f"{folder}: the checkpoint has no tensor {name!r}")
         elif found[name] != wanted:
@@ -85,22 +99,99 @@ def checkpoint_problems(folder: Path, shape: ModelShape) -> Problems:
         for name, dtype in dtypes.items()
         if name.endswith((".weight", ".bias")) and dtype not in PLAIN_DTYPES
     ]
+    problems += [f"{folder}: {text}" for text in _unused_tensors(found.keys() - expected, shape)]
+    both = shape.tied_embeddings and {HEAD, EMBEDDING} <= found.keys()
+    if both and not problems and not _equal_tensors(folder, files, HEAD, EMBEDDING):
+        problems.add(
+            f"{folder}: {HEAD!r} differs from {EMBEDDING!r}, but config.json ties them "
+            f"(tie_word_embeddings): say false there if the head is one of its own"
+        )
     return problems
 
 
-def _expected_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes that every supported family has."""
-    table = (shape.vocab_size, shape.hidden_size)
-    expected: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": table,
-        "model.norm.weight": (shape.hidden_size,),
-    }
-    if not shape.tied_embeddings:
-        expected["lm_head.weight"] = table
-    for layer in range(shape.num_layers):
-        for module, (inputs, outputs) in shape.linear_sizes().items():
-            expected[f"model.layers.{layer}.{module_path(module)}.weight"] = (outputs, inputs)
-    return expected
+def needed_tensors(folder: Path, shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of all tensors of the model that config.json describes.
+
+    As transformers builds it, so with the biases and norms its family has and config.json asks for.
+
+    Raises:
+        ConfigError: transformers builds no model from it.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config.num_hidden_layers = 1  # all layers have the same tensors
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:1]
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # of whatever kind: its message says what it did not like
+        raise ConfigError(
+            f"{folder / 'config.json'}: transformers builds no model from it: {error}"
+        ) from error
+    needed = {}
+    for name, parameter in model.named_parameters():
+        copies = range(shape.num_layers) if name.startswith(FIRST_LAYER) else range(1)
+        for layer in copies:
+            copy = name.replace(FIRST_LAYER, f"{LAYERS}{layer}.", 1)
+            needed[copy] = tuple(parameter.shape)
+    if shape.tied_embeddings:
+        needed.pop(HEAD, None)
+    return needed
+
+
+def _unused_tensors(names: Iterable[str], shape: ModelShape) -> list[str]:
+    """Return a problem for each kind of tensors that would change the model if it were used."""
+    kinds: dict[str, list[int]] = {}  # without the layer's number: the layers
+    for name in names:
+        if not name.startswith(("model.", "lm_head.")) or name.endswith(BUFFERS):
+            continue
+        if name == HEAD and shape.tied_embeddings:
+            continue
+        kind, layer = name, -1
+        if match := re.fullmatch(rf"{re.escape(LAYERS)}(\d+)\.(.*)", name):
+            layer = int(match[1])
+            kind = match[2] if layer < shape.num_layers else BEYOND
+        kinds.setdefault(kind, []).append(layer)
+    problems = []
+    for kind, layers in sorted(kinds.items()):
+        if kind == BEYOND:
+            problems.append(
+                f"the checkpoint has layers up to {max(layers)}, config.json says "
+                f"num_hidden_layers {shape.num_layers} (0 to {shape.num_layers - 1}): correct one"
+            )
+            continue
+        where = f"{LAYERS}{min(layers)}.{kind}" if layers[0] >= 0 else kind
+        more = f" (and {len(layers) - 1} more like it)" if len(layers) > 1 else ""
+        problems.append(
+            f"the checkpoint has {where!r}{more}, which the model that config.json describes does "
+            f"not use: {_remedy(kind)}"
+        )
+    return problems
+
+
+def _remedy(kind: str) -> str:
+    """Return what to do about an unused tensor of this name within its layer."""
+    for parent, option in (("self_attn.", "attention_bias"), ("mlp.", "mlp_bias")):
+        if kind.startswith(parent) and kind.endswith(".bias"):
+            return (
+                f"set {option} in config.json if its model type has it, or use another model type"
+            )
+    return "correct config.json, or remove the tensor"
+
+
+def _equal_tensors(folder: Path, files: Mapping[str, str], first: str, second: str) -> bool:
+    """Whether two tensors of the same rows hold the same, comparing a few rows at a time."""
+    with opened(folder / files[first]) as one, opened(folder / files[second]) as other:
+        left, right = one.get_slice(first), other.get_slice(second)
+        if left.get_shape() != right.get_shape():
+            return False
+        rows = left.get_shape()[0]
+        return all(
+            torch.equal(left[start : start + ROWS_AT_A_TIME], right[start : start + ROWS_AT_A_TIME])
+            for start in range(0, rows, ROWS_AT_A_TIME)
+        )
 
 
 @dataclass

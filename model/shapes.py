@@ -168,10 +168,29 @@ def _rope_problems(config: dict[str, Any]) -> list[str]:
             kind = entry.get("rope_type", entry.get("type"))
             if kind in LENGTH_DEPENDENT_ROPE:
                 problems.append(
-                    f"{field}: the rope type {kind!r} makes a sequence depend on the others in its "
-                    f"batch and is not supported; remove it, or use another model"
+                    f"{field}: the rope type {kind!r} makes a sequence depend on the longest one "
+                    f"in its batch and is not supported; {_rope_remedy(kind, config)}"
                 )
     return problems
+
+
+def _rope_remedy(kind: str, config: dict[str, Any]) -> str:
+    """Return what to do about a rope type, by what transformers computes for it.
+
+    `dynamic` is plain up to max_position_embeddings and changes beyond it only. `longrope` divides
+    the frequencies by its short factors up to original_max_position_embeddings and by its long ones
+    beyond, and scales by its attention factor always: at no length is it plain.
+    """
+    if kind == "dynamic":
+        limit = config.get("max_position_embeddings", "the model's max_position_embeddings")
+        return (
+            f"up to {limit} tokens it does nothing: with every context_length within that, say "
+            f"'default' instead in a copy of the model folder; for longer ones use another model"
+        )
+    return (
+        "its short factors apply to short sequences too, so without it this would be another "
+        "model; use another model"
+    )
 
 
 def resolve_folder(model: str) -> Path:

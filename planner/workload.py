@@ -84,13 +84,13 @@ def make_workload(
         problems.append(f"--max-seq-length: {max_seq_length}; at least 1 token is needed")
     cut, batch_sizes, clipped = {}, {}, {}
     for task in config.tasks:
-        values = lengths.get(task.name, lengths.get(task.dataset_name))
+        values = lengths.get(task.name, _lengths_of_data(task, lengths))
         if values is None or len(values) == 0:
             have = ", ".join(sorted(lengths)) or "none"
             what = "no lengths" if values is None else "no sequence"
             problems.append(
                 f"task {task.name!r} of {config.path}: {what} for it (data set "
-                f"{task.dataset_name!r}); there are: {have}"
+                f"{', '.join(map(repr, task.dataset_names))}); there are: {have}"
             )
             continue
         limit = min(task.context_length, max_seq_length)
@@ -101,6 +101,14 @@ def make_workload(
     if problems:
         raise ConfigError(problems)
     return Workload(cut, batch_sizes, clipped)
+
+
+def _lengths_of_data(task: TaskConfig, lengths: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    """Return the lengths of a task's rows, by the names of its data sets; None if one has none."""
+    parts = [lengths.get(name) for name in task.dataset_names]
+    if any(part is None for part in parts):
+        return None
+    return np.concatenate([np.asarray(part)[: task.max_samples] for part in parts])
 
 
 def read_lengths(

@@ -53,6 +53,12 @@ def text(value: Any) -> str | None:
     return None if isinstance(value, str) and value.strip() else "a text that is not empty"
 
 
+def text_or_texts(value: Any) -> str | None:
+    """Check for a text that is not blank, or a list of at least one."""
+    each = value if isinstance(value, list) and value else [value]
+    return None if not any(map(text, each)) else "a text that is not empty, or a list of such texts"
+
+
 def boolean(value: Any) -> str | None:
     """Check for true or false."""
     return None if isinstance(value, bool) else "true or false"

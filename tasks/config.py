@@ -12,9 +12,20 @@ from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
-from tasks.checks import Check, boolean, integer, number, one_of, safe_name, show, text
+from tasks.checks import (
+    Check,
+    boolean,
+    integer,
+    number,
+    one_of,
+    safe_name,
+    show,
+    text,
+    text_or_texts,
+)
 from tasks.documents import read_document
-from tasks.errors import ConfigError, did_you_mean
+from tasks.errors import ConfigError, Problems, did_you_mean
+from tasks.foreign_names import foreign_field
 from tasks.prompts import template_problem
 
 CONFIG_FOLDER = Path("trainer_config")
@@ -24,12 +35,13 @@ LR_SCHEDULERS = ("constant", "linear", "cosine")
 
 #: The linear projections of a Llama layer, in the order adapters are listed.
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-#: Names of other systems (LobRA's are Megatron's) for one or several of them.
+#: Names of other systems for one or several of them: LobRA's are Megatron's, PEFT's `all-linear`.
 MODULE_ALIASES: Mapping[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "dense": ("o_proj",),
     "dense_h_to_4h": ("gate_proj", "up_proj"),
     "dense_4h_to_h": ("down_proj",),
+    "all-linear": TARGET_MODULES,
 }
 
 
@@ -46,11 +58,14 @@ class TaskConfig:
     global_batch_size
         Sequences of this task in every step.
     dataset_name
-        A file ``<data-dir>/<dataset_name>.jsonl``, a path, a hub name, or an embedded task.
+        A file ``<data-dir>/<dataset_name>.jsonl``, a path, a hub name, or an embedded task; several
+        of them for their rows one after another.
     context_length
         Most tokens of a sequence; longer ones are cut.
     json_key
         The field that holds the text of a row, for data without instructions.
+    max_samples
+        At most this many rows of each of its data sets, the first ones.
     steps, epochs
         The task runs for ``steps`` steps if given, otherwise for ``epochs`` passes over its data.
     learning_rate, weight_decay, lr_scheduler, warmup_steps, max_grad_norm
@@ -75,9 +90,10 @@ class TaskConfig:
     lora_alpha: float
     target_modules: tuple[str, ...]
     global_batch_size: int
-    dataset_name: str
+    dataset_name: str | tuple[str, ...]
     context_length: int
     json_key: str = "text"
+    max_samples: int | None = None
     steps: int | None = None
     epochs: int = 1
     learning_rate: float = 1e-4
@@ -93,6 +109,11 @@ class TaskConfig:
     early_stopping_patience: int = 0
     early_stopping_min_delta: float = 0.0
     resume_from: str | None = None
+
+    @property
+    def dataset_names(self) -> tuple[str, ...]:
+        """The names of its data sets: one, or several in order."""
+        return (self.dataset_name,) if isinstance(self.dataset_name, str) else self.dataset_name
 
 
 @dataclass(frozen=True)
@@ -129,10 +150,9 @@ def load_trainer_config(
     """
     path = _find_config(name_or_path)
     document = read_document(path)
-    problems: list[str] = []
+    problems = Problems()
     config = _read_config(document, path, num_tasks, problems)
-    if problems:
-        raise ConfigError([f"{path}: {problem}" for problem in problems])
+    problems.prefixed(f"{path}: ").raise_if_any()
     return config
 
 
@@ -168,6 +188,7 @@ def _find_config(name_or_path: str | os.PathLike[str]) -> Path:
         f"no trainer configuration {os.fspath(name_or_path)!r}{did_you_mean(given.stem, names)}: "
         f"looked for {', '.join(str(path) for path in tried)}; "
         + (f"{CONFIG_FOLDER}/ has {', '.join(names)}" if names else f"{CONFIG_FOLDER}/ has none")
+        + "; `lobra init` writes one to start from"
     )
 
 
@@ -187,9 +208,10 @@ _CHECKS: Mapping[str, Check] = {
     "rank": integer(1),
     "lora_alpha": number(lambda x: x > 0, "a positive number"),
     "global_batch_size": integer(1),
-    "dataset_name": text,
+    "dataset_name": text_or_texts,
     "context_length": integer(1),
     "json_key": text,
+    "max_samples": integer(1),
     "steps": integer(1),
     "epochs": integer(1),
     "learning_rate": number(lambda x: x > 0, "a positive number"),
@@ -208,31 +230,32 @@ _CHECKS: Mapping[str, Check] = {
 
 
 def _read_config(
-    document: Any, path: Path, num_tasks: int | None, problems: list[str]
+    document: Any, path: Path, num_tasks: int | None, problems: Problems
 ) -> TrainerConfig:
     if not isinstance(document, dict):
-        problems.append(
+        problems.add(
             f"holds {show(document)}, want an object with the fields {', '.join(_TOP_FIELDS)}"
         )
         return TrainerConfig(path.stem, VARIANTS[0], (), path)
-    _report_unknown(document, _TOP_FIELDS, "", problems)
+    _report_unknown_top(document, problems)
     variant = document.get("variant", VARIANTS[0])
     _report(one_of(VARIANTS)(variant), "variant", variant, problems)
 
     entries = document.get("task")
     if entries is None:
-        problems.append("task: is missing, want a list of tasks")
+        problems.add("task: is missing, want a list of tasks")
     elif not isinstance(entries, list) or not entries:
-        problems.append(f"task = {show(entries)}: want a list of at least one task")
+        problems.add(f"task = {show(entries)}: want a list of at least one task")
     entries = entries if isinstance(entries, list) else []
     tasks = [_read_task(entry, f"task[{index}]", problems) for index, entry in enumerate(entries)]
+    _report_unknown(entries, problems)
     count = _count_tasks(document, len(entries), num_tasks, problems)
     named = _name_tasks(tasks, problems)
     return TrainerConfig(path.stem, cast(str, variant), named[:count], path)
 
 
 def _count_tasks(
-    document: Mapping[str, Any], available: int, num_tasks: int | None, problems: list[str]
+    document: Mapping[str, Any], available: int, num_tasks: int | None, problems: Problems
 ) -> int:
     """Return how many of the listed tasks to use, and report when there are not that many."""
     given = document.get("train_task_num", available)
@@ -240,35 +263,35 @@ def _count_tasks(
     if "train_task_num" in document:
         _report(wanted, "train_task_num", given, problems)
         if wanted is None and given > available > 0:
-            problems.append(
+            problems.add(
                 f"train_task_num = {given}: but `task` lists only {available}: "
                 f"want at most {available}, or {given - available} more tasks"
             )
     if num_tasks is None:
         return available if wanted else int(given)
     if num_tasks < 1:
-        problems.append(f"{num_tasks} tasks were asked for, want at least 1")
+        problems.add(f"{num_tasks} tasks were asked for, want at least 1")
     elif num_tasks > available > 0:
-        problems.append(
+        problems.add(
             f"{num_tasks} tasks were asked for, but `task` lists only {available}: "
             f"ask for at most {available}"
         )
     return num_tasks
 
 
-def _read_task(entry: Any, where: str, problems: list[str]) -> dict[str, Any]:
+def _read_task(entry: Any, where: str, problems: Problems) -> dict[str, Any]:
     """Return the valid fields of one entry of ``task``; report everything else."""
     if not isinstance(entry, dict):
-        problems.append(f"{where} = {show(entry)}: want an object with the fields of a task")
+        problems.add(f"{where} = {show(entry)}: want an object with the fields of a task")
         return {}
-    _report_unknown(entry, _TASK_FIELDS, f"{where}.", problems)
+    misnamed = {found[0] for key in entry if (found := foreign_field(str(key)))}
     for field in _REQUIRED:
-        if entry.get(field) is None:
-            problems.append(f"{where}.{field}: is missing, want {_wanted(field)}")
+        if entry.get(field) is None and field not in misnamed:
+            problems.add(f"{where}.{field}: is missing, want {_wanted(field)}")
     # null means "not given", which is how YAML and LobRA's tools leave a field open.
     given = {key: value for key, value in entry.items() if value is not None}
-    if "steps" not in given and "epochs" not in given:
-        problems.append(f"{where}: has neither steps nor epochs, want at least one of them")
+    if not {"steps", "epochs"} & (given.keys() | misnamed):
+        problems.add(f"{where}: has neither steps nor epochs, want at least one of them")
 
     good: dict[str, Any] = {}
     for field, check in _CHECKS.items():
@@ -277,6 +300,9 @@ def _read_task(entry: Any, where: str, problems: list[str]) -> dict[str, Any]:
             _report(wanted, f"{where}.{field}", given[field], problems)
             if wanted is None:
                 good[field] = given[field]
+    if isinstance(good.get("dataset_name"), list):
+        names = tuple(good["dataset_name"])
+        good["dataset_name"] = names[0] if len(names) == 1 else names
     if "target_modules" in given:
         modules = _read_modules(given["target_modules"], f"{where}.target_modules", problems)
         if modules:
@@ -284,17 +310,19 @@ def _read_task(entry: Any, where: str, problems: list[str]) -> dict[str, Any]:
     if "prompt" in given:
         good["prompt"] = _read_prompt(given["prompt"], f"{where}.prompt", problems)
     if {"steps", "warmup_steps"} <= good.keys() and good["warmup_steps"] > good["steps"]:
-        problems.append(
+        problems.add(
             f"{where}.warmup_steps = {good['warmup_steps']}: "
             f"want at most the task's steps, {good['steps']}"
         )
     return good
 
 
-def _read_modules(value: Any, where: str, problems: list[str]) -> tuple[str, ...]:
+def _read_modules(value: Any, where: str, problems: Problems) -> tuple[str, ...]:
     known = (*TARGET_MODULES, *MODULE_ALIASES)
+    if isinstance(value, str) and value in known:
+        value = [value]
     if not isinstance(value, list) or not value:
-        problems.append(f"{where} = {show(value)}: want a list of {', '.join(known)}")
+        problems.add(f"{where} = {show(value)}: want a list of {', '.join(known)}")
         return ()
     good = []
     for index, module in enumerate(value):
@@ -302,14 +330,14 @@ def _read_modules(value: Any, where: str, problems: list[str]) -> tuple[str, ...
             good.append(module)
             continue
         hint = did_you_mean(module, known) if isinstance(module, str) else ""
-        problems.append(f"{where}[{index}] = {show(module)}: want one of {', '.join(known)}{hint}")
+        problems.add(f"{where}[{index}] = {show(module)}: want one of {', '.join(known)}{hint}")
     return resolve_target_modules(good)
 
 
-def _read_prompt(value: Any, where: str, problems: list[str]) -> str:
+def _read_prompt(value: Any, where: str, problems: Problems) -> str:
     problem = template_problem(value) if isinstance(value, str) else "is no text"
     if problem:
-        problems.append(f"{where} = {show(value)}: {problem}")
+        problems.add(f"{where} = {show(value)}: {problem}")
         return "auto"
     return cast(str, value)
 
@@ -320,21 +348,43 @@ def _wanted(field: str) -> str:
     return _CHECKS[field](None) or "a value"
 
 
-def _report(wanted: str | None, where: str, value: Any, problems: list[str]) -> None:
+def _report(wanted: str | None, where: str, value: Any, problems: Problems) -> None:
     if wanted:
-        problems.append(f"{where} = {show(value)}: want {wanted}")
+        problems.add(f"{where} = {show(value)}: want {wanted}")
 
 
-def _report_unknown(
-    entry: Mapping[Any, Any], known: Sequence[str], prefix: str, problems: list[str]
-) -> None:
-    for key in entry:
-        if key not in known:
-            hint = did_you_mean(str(key), known)
-            problems.append(f"{prefix}{key}: is no field{hint}: known are {', '.join(known)}")
+def _report_unknown(entries: Sequence[Any], problems: Problems) -> None:
+    """Report the fields of tasks that are none; all there are are listed once, not for each."""
+    listed = False
+    for index, entry in enumerate(entries):
+        for key in entry if isinstance(entry, dict) else ():
+            if key in _TASK_FIELDS:
+                continue
+            hint = _unknown_hint(str(key), _TASK_FIELDS)
+            if not hint and not listed:
+                hint, listed = f": a task has {', '.join(_TASK_FIELDS)}", True
+            problems.add(f"task[{index}].{key}: is no field here{hint}")
 
 
-def _name_tasks(tasks: Sequence[dict[str, Any]], problems: list[str]) -> tuple[TaskConfig, ...]:
+def _report_unknown_top(document: Mapping[Any, Any], problems: Problems) -> None:
+    for key in document:
+        if key in _TOP_FIELDS:
+            continue
+        hint = f": the file has {', '.join(_TOP_FIELDS)}{did_you_mean(str(key), _TOP_FIELDS)}"
+        if key in _TASK_FIELDS:
+            hint = ": it belongs into the entries of `task`"
+        elif foreign := foreign_field(str(key)):
+            hint = f": {foreign[1]}" + (", in the entries of `task`" if foreign[0] else "")
+        problems.add(f"{key}: is no field here{hint}")
+
+
+def _unknown_hint(key: str, known: Sequence[str]) -> str:
+    """Return what a field that is none may have been meant to be, "" where nothing comes near."""
+    foreign = foreign_field(key)
+    return f": {foreign[1]}" if foreign else did_you_mean(key, known)
+
+
+def _name_tasks(tasks: Sequence[dict[str, Any]], problems: Problems) -> tuple[TaskConfig, ...]:
     """Return the tasks with their names: the given ones, unique; the others made unique.
 
     Names are compared without case, since they become folders. Incomplete tasks are left out;
@@ -346,7 +396,7 @@ def _name_tasks(tasks: Sequence[dict[str, Any]], problems: list[str]) -> tuple[T
             continue
         key = task["name"].casefold()
         if key in owners:
-            problems.append(
+            problems.add(
                 f"task[{index}].name = {show(task['name'])}: task[{owners[key]}] has this name "
                 "already, want a name of its own (upper and lower case count as equal)"
             )
@@ -358,7 +408,8 @@ def _name_tasks(tasks: Sequence[dict[str, Any]], problems: list[str]) -> tuple[T
             continue
         name = task.get("name")
         if name is None:
-            stem = _name_of(task["dataset_name"])
+            first = task["dataset_name"]
+            stem = _name_of(first if isinstance(first, str) else first[0])
             name, number = stem, 1
             while name.casefold() in owners:
                 number += 1

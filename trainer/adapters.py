@@ -16,10 +16,12 @@ from torch import Tensor
 from model.lora import AdapterBank, AdapterSpec, peft_name
 from model.shapes import ModelShape
 from model.topology import Grid, layer_blocks
+from tasks.checks import show
 from tasks.config import TaskConfig
 from tasks.errors import ConfigError, Problems
 from tasks.files import new_draft, replace_folder, write_atomic
 from tasks.sampling import task_seed
+from trainer.peft_config import config_problems
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -138,17 +140,24 @@ def check_adapter(folder: Path, spec: AdapterSpec, shape: ModelShape) -> Problem
             found = {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
     except Exception as error:  # any unreadable file is the same mistake
         return Problems([f"task {spec.name}: resume_from: {folder}: not readable ({error})"])
+    if not isinstance(config, dict):
+        return Problems(
+            [
+                f"task {spec.name}: resume_from: {config_path}: holds {show(config)}, want an "
+                f"object with the fields of PEFT's LoraConfig"
+            ]
+        )
     problems = Problems()
-    wanted = {"r": spec.rank, "lora_alpha": spec.alpha}
-    for field, value in wanted.items():
+    for field, value in {"r": spec.rank, "lora_alpha": spec.alpha}.items():
         if config.get(field) != value:
             problems.add(
                 f"task {spec.name}: resume_from: {config_path}: {field} is "
                 f"{config.get(field)!r}, the task says {value!r}"
             )
-    for field in ("use_rslora", "use_dora", "modules_to_save", "rank_pattern", "alpha_pattern"):
-        if config.get(field):
-            problems.add(f"task {spec.name}: resume_from: {config_path}: {field} is not supported")
+    problems += [
+        f"task {spec.name}: resume_from: {config_path}: {problem}"
+        for problem in config_problems(config)
+    ]
     modules = {name.split(".lora_")[0].rpartition(".")[2] for name in found}
     if modules != set(spec.target_modules):
         problems.add(

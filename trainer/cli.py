@@ -30,6 +30,7 @@ class Command:
 
 
 COMMANDS = {
+    "init": Command("tasks.init_cli", "write a task file to start from, every field explained"),
     "profile": Command("profiler.cli", "measure what layouts cost on this machine"),
     "plan": Command("planner.cli", "choose which replicas to deploy"),
     "simulate": Command("planner.simulate_cli", "run a plan's steps under the cost model"),

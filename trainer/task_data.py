@@ -53,7 +53,13 @@ def _at_field(where: str, task: TaskConfig, problem: str) -> str:
     """Return a problem of a task's data with the field of the configuration it is about."""
     if problem.startswith("dataset_name = "):
         return f"{where}.{problem}"
-    return f"{where}.dataset_name = {task.dataset_name!r}: {problem}"
+    return f"{where}.{_named_data(task)}: {problem}"
+
+
+def _named_data(task: TaskConfig) -> str:
+    """Return the task's data sets as its configuration has them."""
+    names = task.dataset_names
+    return f"dataset_name = {names[0] if len(names) == 1 else list(names)!r}"
 
 
 def too_long(
@@ -93,7 +99,7 @@ def foreign_tokens(
     """Return a problem for every task whose token ids exceed the model's vocabulary."""
     problems = []
     for number, (task, data) in enumerate(zip(tasks, datasets, strict=False)):
-        where = f"{source}: task[{number}].dataset_name = {task.dataset_name!r}"
+        where = f"{source}: task[{number}].{_named_data(task)}"
         largest = int(data.tokens.max())
         if largest >= shape.vocab_size:
             problems.append(

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from model.shapes import SUPPORTED_MODEL_TYPES, read_shape
 from tasks.errors import ConfigError
@@ -75,3 +77,32 @@ def test_embeddings_that_are_fixed_are_read(tmp_path: Path) -> None:
     config = {"model_type": "llama", **SIZES, "rope_scaling": rope, "rope_parameters": None}
     (tmp_path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 77}))
     assert read_shape(tmp_path).max_positions == 77
+
+
+def rotary(rope: dict[str, object], length: int) -> torch.Tensor:
+    """Return what transformers multiplies queries and keys with."""
+    config = LlamaConfig(
+        hidden_size=64, num_attention_heads=4, max_position_embeddings=64, rope_parameters=rope
+    )
+    positions = torch.arange(length)[None]
+    return torch.stack(LlamaRotaryEmbedding(config)(torch.ones(1, length, 64), positions))
+
+
+def test_the_remedies_for_rope_types_are_right(tmp_path: Path) -> None:
+    plain = {"rope_type": "default", "rope_theta": 10000.0}
+    dynamic = plain | {"rope_type": "dynamic", "factor": 4.0}
+    assert torch.equal(rotary(dynamic, 64), rotary(plain, 64))
+    assert not torch.equal(rotary(dynamic, 100)[:, :, :64], rotary(plain, 64))
+    long = plain | {
+        "rope_type": "longrope",
+        "short_factor": [1.5] * 8,
+        "long_factor": [3.0] * 8,
+        "original_max_position_embeddings": 32,
+        "factor": 2.0,
+    }
+    assert not torch.equal(rotary(long, 32), rotary(plain, 32))
+    problems = problems_of(tmp_path, rope_parameters=dynamic, max_position_embeddings=64)
+    assert "up to 64 tokens it does nothing" in problems
+    assert "short factors apply to short sequences too" in problems_of(
+        tmp_path, rope_parameters=long
+    )

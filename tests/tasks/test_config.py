@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -12,9 +13,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tasks import foreign_names
 from tasks.config import (
     MODULE_ALIASES,
     TARGET_MODULES,
+    TaskConfig,
     load_trainer_config,
     resolve_target_modules,
 )
@@ -87,9 +90,101 @@ def test_every_optional_field_reaches_the_task(tmp_path: Path) -> None:
         "train_on_inputs": True,
         "validation_split": 0.1,
         "resume_from": "adapters/old",
+        "max_samples": 100,
     }
     (task,) = load_trainer_config(write(tmp_path, [LOBRA_TASK | options])).tasks
     assert {field: getattr(task, field) for field in options} == options
+
+
+@pytest.mark.parametrize("value", ["all-linear", ["all-linear"], ["v_proj", "all-linear"]])
+def test_all_linears_as_peft_spells_them(tmp_path: Path, value: Any) -> None:
+    (task,) = load_trainer_config(write(tmp_path, [LOBRA_TASK | {"target_modules": value}])).tasks
+    assert task.target_modules == TARGET_MODULES
+
+
+@pytest.mark.parametrize("name", [*TARGET_MODULES, *MODULE_ALIASES])
+def test_one_module_needs_no_list(tmp_path: Path, name: str) -> None:
+    (task,) = load_trainer_config(write(tmp_path, [LOBRA_TASK | {"target_modules": name}])).tasks
+    assert task.target_modules == resolve_target_modules([name])
+
+
+def test_several_data_sets(tmp_path: Path) -> None:
+    names = ["data/dolly.jsonl", "xsum"]
+    (task,) = load_trainer_config(write(tmp_path, [LOBRA_TASK | {"dataset_name": names}])).tasks
+    assert task.dataset_name == task.dataset_names == tuple(names)
+    assert task.name == "dolly"
+    (task,) = load_trainer_config(write(tmp_path, [LOBRA_TASK | {"dataset_name": ["xsum"]}])).tasks
+    assert (task.dataset_name, task.dataset_names) == ("xsum", ("xsum",))
+
+
+def misnamed(field: str, theirs: str, value: Any = None) -> dict[str, Any]:
+    """Return the task with a field under another program's name."""
+    task: dict[str, Any] = dict(LOBRA_TASK)
+    return task | {theirs: task.pop(field, 1) if value is None else value}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("r", "rank"),
+        ("lora_r", "rank"),
+        ("lora_rank", "rank"),
+        ("alpha", "lora_alpha"),
+        ("cutoff_len", "context_length"),
+        ("max_length", "context_length"),
+        ("max_seq_length", "context_length"),
+        ("sequence_len", "context_length"),
+        ("batch_size", "global_batch_size"),
+        ("micro_batch_size", "global_batch_size"),
+        ("per_device_train_batch_size", "global_batch_size"),
+        ("gradient_accumulation_steps", "global_batch_size"),
+        ("dataset", "dataset_name"),
+        ("datasets", "dataset_name"),
+        ("lora_target_modules", "target_modules"),
+        ("lora_target", "target_modules"),
+        ("num_epochs", "epochs"),
+        ("num_train_epochs", "epochs"),
+        ("max_steps", "steps"),
+        ("lr", "learning_rate"),
+        ("scheduler", "lr_scheduler"),
+        ("lr-scheduler-type", "lr_scheduler"),
+        ("warmup_ratio", "warmup_steps"),
+        ("val_set_size", "validation_split"),
+    ],
+)
+def test_names_people_know_are_translated(tmp_path: Path, theirs: str, ours: str) -> None:
+    (problem,) = problems_of(write(tmp_path, [misnamed(ours, theirs)]))
+    assert problem.startswith(f"task[0].{theirs}: is no field here: ")
+    assert ours in problem and "json_key" not in problem
+
+
+def test_what_belongs_to_the_run_is_said_to(tmp_path: Path) -> None:
+    (problem,) = problems_of(write(tmp_path, [LOBRA_TASK | {"output_dir": "out"}]))
+    assert "lobra train --output-dir" in problem
+
+
+def test_a_task_that_is_not_in_the_list(tmp_path: Path) -> None:
+    problems = problems_of(write(tmp_path, [LOBRA_TASK], rank=8, lora_r=8))
+    assert problems == (
+        "rank: is no field here: it belongs into the entries of `task`",
+        "lora_r: is no field here: it is called rank, in the entries of `task`",
+    )
+
+
+def test_known_fields_are_listed_once(tmp_path: Path) -> None:
+    strangers = {"colour": 1, "shape": 2, "rnk": 3, "lora_r": 4}
+    problems = problems_of(write(tmp_path, [LOBRA_TASK | strangers] * 3))
+    assert len(problems) == 12
+    text = "\n".join(problems)
+    assert text.count("json_key") == 1 and text.count("it is called rank") == 3
+    assert text.count("did you mean 'rank'") == 3
+    assert "json_key" in problems[0]
+
+
+def test_foreign_names_are_none_of_ours() -> None:
+    ours = {field.name for field in dataclasses.fields(TaskConfig)}
+    assert not ours & foreign_names._HINTS.keys()
+    assert {field for field, _ in foreign_names._HINTS.values() if field} <= ours
 
 
 def test_five_mistakes_are_all_named(tmp_path: Path) -> None:
@@ -124,7 +219,13 @@ def test_five_mistakes_are_all_named(tmp_path: Path) -> None:
         ("lora_alpha", float("nan")),
         ("lora_alpha", 10**400),
         ("target_modules", []),
-        ("target_modules", "q_proj"),
+        ("target_modules", "q_proj,v_proj"),
+        ("target_modules", "all_lineare"),
+        ("max_samples", 0),
+        ("max_samples", "100"),
+        ("dataset_name", []),
+        ("dataset_name", ["dolly", " "]),
+        ("dataset_name", ["dolly", ["xsum"]]),
         ("target_modules", [["q_proj"]]),
         ("global_batch_size", -1),
         ("dataset_name", ""),

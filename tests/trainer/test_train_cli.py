@@ -37,6 +37,30 @@ def test_a_damaged_row_is_named_with_the_field_that_led_to_it(
     )
 
 
+def test_a_command_prints_twenty_lines_of_mistakes(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_config()
+    for name in ("small", "large"):
+        Path(f"data/{name}.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+        with Path(f"data/{name}.jsonl").open("a") as file:
+            file.write('{"instruction": "a"}\n' * 600 + '{"instruction": 1, "output": "b"}\n')
+    config = json.loads(Path("tasks.json").read_text())
+    config["task"].append(config["task"][0] | {"dataset_name": "large"})
+    config["train_task_num"] = 2
+    Path("tasks.json").write_text(json.dumps(config))
+    assert train(place, "--num-buckets", "0") == 2
+    header, *lines = capsys.readouterr().err.splitlines()
+    assert header == "lobra: 1203 problems:"
+    assert len(lines) == 20 - 2  # two lines of counts are enough
+    for part in ("--num-buckets 0", "data/small.jsonl: line 602", "data/large.jsonl: line 602"):
+        assert any(part in line for line in lines), part
+    assert lines[15] == "  and 1188 more:"
+    assert [line.split(" like: ")[1].split(": line N")[0] for line in lines[16:]] == [
+        f"tasks.json: task[N].dataset_name = ...: data/{name}.jsonl" for name in ("small", "large")
+    ]
+
+
 def test_mistakes_in_arguments_environment_and_files_come_together(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,183 @@
+"""Only adapters that mean plain LoRA are a start for a task; PEFT itself makes the others."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from model.lora import AdapterSpec
+from model.shapes import read_shape
+from tests.model.support import save_llama
+from trainer.adapters import check_adapter
+from trainer.peft_config import FIELDS, FREE, config_problems
+
+MODULES = ("q_proj", "v_proj", "down_proj")
+SPEC = AdapterSpec("mine", 4, 8.0, MODULES)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("peft") / "base", num_hidden_layers=2)
+
+
+def make(base: Path, folder: Path, **fields: Any) -> Path:
+    """Save an adapter made by PEFT."""
+    given = dict(r=4, lora_alpha=8, target_modules=list(MODULES), task_type="CAUSAL_LM") | fields
+    torch.manual_seed(0)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**given))
+    model.save_pretrained(folder)
+    return folder
+
+
+def problems_of(base: Path, folder: Path) -> list[str]:
+    return list(check_adapter(folder, SPEC, read_shape(base)))
+
+
+def test_every_field_of_peft_is_judged_and_its_defaults_are_plain() -> None:
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    assert known <= {*FIELDS, *FREE}
+    assert not set(FIELDS) & set(FREE)
+    assert config_problems(LoraConfig().to_dict()) == []
+
+
+PLAIN: list[dict[str, Any]] = [
+    {},
+    {"init_lora_weights": False},
+    {"init_lora_weights": "gaussian"},
+    {"init_lora_weights": "orthogonal"},
+    {"target_modules": ".*layers.*(q_proj|v_proj|down_proj)"},
+    {"target_modules": "all-linear", "exclude_modules": r".*([ko]|gate|up)_proj"},
+    {"lora_dropout": 0.1, "inference_mode": True, "revision": "main"},
+    {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"v_proj": 8}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", PLAIN, ids=str)
+def test_plain_lora_is_accepted(base: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
+    assert problems_of(base, make(base, tmp_path, **fields)) == []
+
+
+OTHERS: list[tuple[str, dict[str, Any]]] = [
+    ("init_lora_weights", {"init_lora_weights": "pissa"}),
+    ("init_lora_weights", {"init_lora_weights": "pissa_niter_4"}),
+    ("init_lora_weights", {"init_lora_weights": "olora"}),
+    ("init_lora_weights", {"init_lora_weights": "mica"}),
+    ("use_rslora", {"use_rslora": True}),
+    ("use_dora", {"use_dora": True}),
+    ("bias", {"bias": "all"}),
+    ("lora_bias", {"lora_bias": True}),
+    ("modules_to_save", {"modules_to_save": ["lm_head"]}),
+    ("trainable_token_indices", {"trainable_token_indices": [1, 2]}),
+    ("alora_invocation_tokens", {"alora_invocation_tokens": [1, 2]}),
+    ("layer_replication", {"layer_replication": [(0, 2), (0, 2)]}),
+    ("rank_pattern", {"rank_pattern": {"q_proj": 2}}),
+    ("alpha_pattern", {"alpha_pattern": {"q_proj": 2}}),
+    ("target_parameters", {"target_parameters": ["o_proj.weight"]}),
+]
+
+
+@pytest.mark.parametrize(("field", "fields"), OTHERS, ids=str)
+def test_what_peft_makes_otherwise_is_refused_by_name(
+    base: Path, tmp_path: Path, field: str, fields: dict[str, Any]
+) -> None:
+    problems = problems_of(base, make(base, tmp_path, **fields))
+    (named,) = [problem for problem in problems if f"adapter_config.json: {field} = " in problem]
+    assert str(tmp_path) in named and "task mine" in named
+
+
+#: What this machine's PEFT cannot make, as it would spell it.
+SPELT: list[tuple[str, Any]] = [
+    ("init_lora_weights", "corda"),
+    ("init_lora_weights", "loftq"),
+    ("init_lora_weights", "lora_ga"),
+    ("init_lora_weights", "somebody's"),
+    ("peft_type", "ADALORA"),
+    ("peft_type", None),
+    ("task_type", "SEQ_CLS"),
+    ("fan_in_fan_out", True),
+    ("use_qalora", True),
+    ("use_bdlora", {"nblocks": 2}),
+    ("velora_config", {"num_groups": 2}),
+    ("monteclora_config", {"n": 2}),
+    ("arrow_config", {"top_k": 2}),
+    ("kasa_config", {"beta": 1}),
+    ("megatron_config", {"tensor_model_parallel_size": 2}),
+    ("a_field_of_tomorrow", [1]),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), SPELT, ids=str)
+def test_other_values_are_refused_by_name(
+    base: Path, tmp_path: Path, field: str, value: Any
+) -> None:
+    path = make(base, tmp_path) / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    (problem,) = problems_of(base, tmp_path)
+    assert f"{path}: {field} = {json.dumps(value)}: " in problem
+
+
+@pytest.mark.parametrize("value", [None, False, [], {}, ""])
+def test_an_unknown_field_that_is_not_set_is_no_matter(
+    base: Path, tmp_path: Path, value: Any
+) -> None:
+    path = make(base, tmp_path) / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"a_field_of_tomorrow": value}))
+    assert problems_of(base, tmp_path) == []
+
+
+@pytest.mark.parametrize("content", ["[1]", "3", "null", '"text"'])
+def test_a_configuration_that_is_no_object(base: Path, tmp_path: Path, content: str) -> None:
+    path = make(base, tmp_path) / "adapter_config.json"
+    path.write_text(content)
+    (problem,) = problems_of(base, tmp_path)
+    assert f"{path}: holds {content}, want an object" in problem
+
+
+def logits_of(base: Path, wrap: Callable[[Any], Any]) -> torch.Tensor:
+    tokens = torch.arange(40).reshape(2, 20) + 3
+    with torch.no_grad():
+        return wrap(AutoModelForCausalLM.from_pretrained(base))(tokens).logits
+
+
+def test_the_remedies_that_are_named_keep_the_model(base: Path, tmp_path: Path) -> None:
+    # PiSSA: converted by PEFT, it is plain LoRA of twice the rank on the published base
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    given = dict(r=4, lora_alpha=8, target_modules=list(MODULES), task_type="CAUSAL_LM")
+    model = get_peft_model(model, LoraConfig(init_lora_weights="pissa", **given))
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "start")
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                weight += 0.01 * torch.randn_like(weight)
+        theirs = model(torch.arange(40).reshape(2, 20) + 3).logits
+    model.peft_config["default"].init_lora_weights = "pissa"
+    model.save_pretrained(
+        tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start")
+    )
+    spec = dataclasses.replace(SPEC, rank=8, alpha=16)
+    assert check_adapter(tmp_path / "plain", spec, read_shape(base)) == []
+    ours = logits_of(base, lambda model: PeftModel.from_pretrained(model, tmp_path / "plain"))
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+    # rsLoRA: the same adapter as plain LoRA with the alpha that the message gives
+    folder = make(base, tmp_path / "rs", use_rslora=True, init_lora_weights=False)
+    theirs = logits_of(base, lambda model: PeftModel.from_pretrained(model, folder))
+    (problem,) = problems_of(base, folder)
+    assert problem.endswith("use_rslora false with lora_alpha 16, here and in the task")
+    path = folder / "adapter_config.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"use_rslora": False, "lora_alpha": 16})
+    )
+    assert check_adapter(folder, dataclasses.replace(SPEC, alpha=16), read_shape(base)) == []
+    ours = logits_of(base, lambda model: PeftModel.from_pretrained(model, folder))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
