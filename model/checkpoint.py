@@ -158,7 +158,7 @@ def _unused_tensors(names: Iterable[str], shape: ModelShape) -> list[str]:
     for kind, layers in sorted(kinds.items()):
         if kind == BEYOND:
             problems.append(
-                f"the checkpoint has layers up to {max(layers)}, config.json says "
+                f"the checkpoint has layers up to '{LAYERS}{max(layers)}', config.json says "
                 f"num_hidden_layers {shape.num_layers} (0 to {shape.num_layers - 1}): correct one"
             )
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from tasks.lengths import load_lengths
 
 if TYPE_CHECKING:
     from tasks.dataset import TokenizedDataset
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,18 +142,22 @@ def read_lengths_and_labels(
     """
     if lengths_path is not None:
         return load_lengths(Path(lengths_path)), None
+    from tasks.data_report import summary_text
     from tasks.dataset import load_dataset
+    from tasks.text_processor import TextProcessor
     from tasks.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(weights_folder_of(model))
+    # Data that are tokenised already need no tokenizer, so no folder of the model either.
+    processor = TextProcessor(lambda: load_tokenizer(weights_folder_of(model)))
     datasets: list[TokenizedDataset] = []
     problems = Problems()
     for task in config.tasks:
         try:
-            datasets.append(load_dataset(task, tokenizer, data_dir))
+            datasets.append(load_dataset(task, processor, data_dir))
         except ConfigError as error:
             problems += error.problems
     problems.raise_if_any()
+    log.info("the tasks' data:\n%s", summary_text(datasets))
     lengths = {task.name: data.lengths for task, data in zip(config.tasks, datasets, strict=True)}
     return lengths, label_share(config.tasks, datasets)
 

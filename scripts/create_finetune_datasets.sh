@@ -7,4 +7,4 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 need_lobra
-exec python -m tasks.published_cli "$@"
+exec lobra data fetch "$@"

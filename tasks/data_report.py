@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tasks.rows import Rows
 
 PERCENTILES = (50, 90, 99)
+NAMED_ROWS = 20
 
 
 @dataclass
@@ -33,6 +34,10 @@ class DataReport:
         Sequences cut to the context length.
     dropped
         Rows left out, by reason.
+    origins
+        Of every sequence: the place of its row, and its tokens before it was cut.
+    first_dropped
+        The first of them, with their places.
     ignored
         Fields that were there and mean nothing here, with in how many rows.
     notes
@@ -43,6 +48,8 @@ class DataReport:
     files: list[tuple[Path, str, str, int]] = field(default_factory=list)
     num_cut: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    origins: list[tuple[str, int]] = field(default_factory=list)
+    first_dropped: list[str] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
 
@@ -52,9 +59,11 @@ class DataReport:
         self.ignored.update(rows.ignored)
         self.notes += [f"{path}: {note}" for note in rows.notes]
 
-    def drop(self, reason: str) -> None:
+    def drop(self, reason: str, place: str) -> None:
         """Note that a row is left out."""
         self.dropped[reason] += 1
+        if len(self.first_dropped) < NAMED_ROWS:
+            self.first_dropped.append(f"{place}: {reason}")
 
     @property
     def source(self) -> str:
@@ -73,9 +82,7 @@ class DataReport:
 
     def remarks(self) -> list[str]:
         """Return, a line each, what was read how and what was not used."""
-        lines = [
-            f"{path}: {kind} rows; learned is {learns}" for path, kind, learns, _ in self.files
-        ]
+        lines = [f"{path}: {kind} rows; learned: {learns}" for path, kind, learns, _ in self.files]
         if self.ignored:
             names = ", ".join(f"{name} ({count})" for name, count in self.ignored.most_common(10))
             more = len(self.ignored) - 10

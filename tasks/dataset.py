@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tasks.config import TaskConfig
 from tasks.data_report import DataReport
-from tasks.encoding import cut
+from tasks.encoding import Ids, Mask, cut
 from tasks.errors import ConfigError, Problems
 from tasks.files import atomic_path, write_atomic
 from tasks.rows import Reading, read_rows
@@ -164,9 +164,9 @@ def load_dataset(
     processor = TextProcessor.of(tokenizer)
     report = DataReport(task)
     sequences, masks = [], []
-    for example in read_examples(task, processor, data_dir, report, vocab_size):
-        sequences.append(example.tokens)
-        masks.append(example.learned)
+    for tokens, learned in _sequences(task, processor, data_dir, report, vocab_size):
+        sequences.append(tokens)
+        masks.append(learned)
     if not sequences:
         raise ConfigError(
             f"{report.source}: none of its {report.num_rows} rows has anything to learn within "
@@ -184,52 +184,26 @@ def load_dataset(
     )
 
 
-@dataclass(frozen=True, eq=False)
-class Example:
-    """A sequence as the model will see it.
-
-    Attributes
-    ----------
-    place
-        The file and the row it comes from.
-    tokens, learned
-        int32 [length] and bool [length]; the first token is never learned.
-    full_length
-        Tokens before it was cut to the task's context length.
-    """
-
-    place: str
-    tokens: NDArray[np.int32]
-    learned: NDArray[np.bool_]
-    full_length: int
-
-
-def read_examples(
+def _sequences(
     task: TaskConfig,
     processor: TextProcessor,
     data_dir: str | os.PathLike[str],
     report: DataReport,
-    vocab_size: int | None = None,
-) -> Iterator[Example]:
-    """Yield a task's sequences in order; ``report`` is filled on the way.
-
-    Raises
-    ------
-    ConfigError
-        See `load_dataset`.
-    """
+    vocab_size: int | None,
+) -> Iterator[tuple[Ids, Mask]]:
+    """Yield (tokens, what is learned) of a task's sequences in order; ``report`` is filled."""
     reading = Reading(
         prompt=task.prompt,
         json_key=task.json_key,
         train_on_inputs=task.train_on_inputs,
-        max_rows=getattr(task, "max_samples", None),
+        max_rows=task.max_samples,
         vocab_size=vocab_size,
         specials=lambda: processor.specials,
         chat=lambda: processor.chat,
     )
     problems = Problems()
     files = []
-    for name in getattr(task, "dataset_names", (task.dataset_name,)):
+    for name in task.dataset_names:
         try:
             path = resolve_dataset(name, Path(data_dir))
             files.append((path, read_rows(path, reading)))
@@ -248,30 +222,30 @@ def read_examples(
                 else:
                     tokens = np.array(row.tokens, dtype=np.int32)
                     learned = np.array(row.labels, dtype=np.int32) != MASKED
-                example = _fitted(task, f"{path}: {place}", tokens, learned, report)
-                if example is not None:
-                    yield example
+                fitted = _fitted(task, f"{path}: {place}", tokens, learned, report)
+                if fitted is not None:
+                    yield fitted
 
 
 def _fitted(
-    task: TaskConfig,
-    place: str,
-    tokens: NDArray[np.int32],
-    learned: NDArray[np.bool_],
-    report: DataReport,
-) -> Example | None:
-    """Return a sequence cut to the task's context; None, counted, if nothing of it is learned."""
+    task: TaskConfig, place: str, tokens: Ids, learned: Mask, report: DataReport
+) -> tuple[Ids, Mask] | None:
+    """Return a sequence cut to the task's context; None, counted, if nothing of it is learned.
+
+    The first token is never learned: nothing precedes it.
+    """
     length = len(tokens)
     if not learned[1:].any():
-        report.drop("nothing to learn")
+        report.drop("nothing to learn", place)
         return None
     if length > task.context_length:
         tokens, learned = cut(tokens, learned, task.context_length)
     learned[:1] = False
     if not learned.any():
-        report.drop("nothing to learn is left within the context length")
+        report.drop("nothing to learn is left within the context length", place)
         return None
     report.num_cut += len(tokens) < length
+    report.origins.append((place, length))
     if task.train_on_inputs:
         learned = np.arange(len(tokens)) > 0
-    return Example(place, tokens, learned, length)
+    return tokens, learned

@@ -39,7 +39,8 @@ class Encoder:
         self._beginning = np.array(
             [tokenizer.bos_token_id] if self.specials.is_begun else [], dtype=np.int32
         )
-        self._special_ids = tokenizer.convert_tokens_to_ids(list(self.specials.spellings))
+        #: The ids of the special tokens.
+        self.special_ids = list(tokenizer.convert_tokens_to_ids(list(self.specials.spellings)))
         document = json.loads(tokenizer.backend_tokenizer.to_str())
         # Ids do not depend on these; offsets do, and a text is never cut or padded here.
         document.update(post_processor=None, truncation=None, padding=None)
@@ -88,7 +89,7 @@ class Encoder:
         tokens = np.array(encoding.ids, dtype=np.int32)
         offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
         learned = np.zeros(len(tokens), dtype=np.bool_)
-        is_special = np.isin(tokens, self._special_ids)
+        is_special = np.isin(tokens, self.special_ids)
         for start, end in learned_spans:
             inside = (offsets[:, 0] < end) & (offsets[:, 1] > start)
             # Some special tokens take the white space that follows them; they are no part of it.

@@ -175,11 +175,6 @@ def _kind(problem: str) -> str:
     return text if len(text) <= 160 else f"{text[:157]}..."
 
 
-def first_problems(problems: Iterable[str]) -> Problems:
-    """Return the problems as `Problems` (the former name; `ConfigError` does this itself)."""
-    return problems if isinstance(problems, Problems) else Problems(problems)
-
-
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ``" (did you mean 'rank'?)"`` for the known word nearest to ``word``, or ``""``."""
     import difflib

@@ -1,4 +1,4 @@
-"""What `scripts/create_finetune_datasets.sh` runs: fetch the published data sets.
+"""`lobra data fetch`, which `scripts/create_finetune_datasets.sh` calls: the published data sets.
 
 Each becomes a file, written whole or not at all, and a line of ``SHA256SUMS`` beside it, which
 ``sha256sum -c`` reads; ``REVISIONS.json`` has the hub's commit of each, and a set that is fetched
@@ -13,7 +13,6 @@ import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 from tasks.errors import ConfigError
@@ -23,49 +22,49 @@ from tasks.published import DATASETS, HubUnreachable, check_names, fetch, find_r
 SUMS, REVISIONS = "SHA256SUMS", "REVISIONS.json"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Fetch the data sets named (all twelve by default), those that are there already left out."""
-    parser = argparse.ArgumentParser(
-        prog="create_finetune_datasets.sh",
-        description="Fetch and convert LobRA's public data sets into <data-dir>/<name>.jsonl.",
-        epilog=f"data sets: {', '.join(DATASETS)}",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `lobra data fetch`."""
+    parser.description = "Fetch and convert LobRA's public data sets into <data-dir>/<name>.jsonl."
+    parser.epilog = f"data sets: {', '.join(DATASETS)}"
     parser.add_argument("dataset", nargs="*", metavar="DATASET", help="default: all twelve")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="default: data")
-    args = parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fetch the data sets named, those that are there already left out; 1 if one failed.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown name, or a folder that cannot be written to.
+    """
     failures = 0
     unreachable = False
-    try:
-        names = check_names(args.dataset)
-        check_writable(args.data_dir)
-        for name in names:
-            path = args.data_dir / f"{name}.jsonl"
-            try:
-                if path.is_file():
-                    check_sum(path)
-                    print(f"{name}: {path} is there already")
-                    continue
-                if unreachable:
-                    failures += 1
-                    continue
-                revision = read_revisions(args.data_dir).get(name) or find_revision(name)
-                path, count = fetch(name, args.data_dir, revision)
-                record_sum(path)
-                record_revision(args.data_dir, name, revision)
-            except HubUnreachable as error:
-                print(error, file=sys.stderr)
-                unreachable = True
+    names = check_names(args.dataset)
+    check_writable(args.data_dir)
+    for name in names:
+        path = args.data_dir / f"{name}.jsonl"
+        try:
+            if path.is_file():
+                check_sum(path)
+                print(f"{name}: {path} is there already")
+                continue
+            if unreachable:
                 failures += 1
-            except (ConfigError, OSError) as error:
-                print(error, file=sys.stderr)
-                failures += 1
-            else:
-                print(f"{name}: {count} rows in {path}")
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+                continue
+            revision = read_revisions(args.data_dir).get(name) or find_revision(name)
+            path, count = fetch(name, args.data_dir, revision)
+            record_sum(path)
+            record_revision(args.data_dir, name, revision)
+        except HubUnreachable as error:
+            print(error, file=sys.stderr)
+            unreachable = True
+            failures += 1
+        except (ConfigError, OSError) as error:
+            print(error, file=sys.stderr)
+            failures += 1
+        else:
+            print(f"{name}: {count} rows in {path}")
     return 1 if failures else 0
 
 
@@ -148,7 +147,3 @@ def _read_sums(folder: Path) -> dict[str, str]:
         return {}
     lines = path.read_text(encoding="utf-8").splitlines()
     return {name: value for value, _, name in (line.partition("  ") for line in lines) if name}
-
-
-if __name__ == "__main__":
-    sys.exit(main())

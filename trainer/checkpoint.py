@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ FIXED_FIELDS = ("name", "rank", "lora_alpha", "target_modules", "global_batch_si
 class CheckpointState:
     """The part of a checkpoint that is not tensors.
 
+    `data_day` is the date that chat templates with a date were told (ISO; None: that of the day).
     `last_metrics` is the line of the step before it in metrics.jsonl, which is written later: a
     run that is killed in between gets it back from here.
     """
@@ -59,6 +61,7 @@ class CheckpointState:
     plan: str
     base_model: str
     last_metrics: dict[str, Any] | None = None
+    data_day: str | None = None
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -155,6 +158,8 @@ def _read(folder: Path) -> CheckpointState:
             raise _Broken(f"{STATE_FILE} was written by another version")
         state = CheckpointState(**content)
         lives_from_json(state.lives)
+        if state.data_day is not None:
+            date.fromisoformat(state.data_day)
         names = [record["name"] for record in state.tasks]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _Broken(f"{STATE_FILE} is not usable ({error!r})") from error

@@ -31,6 +31,9 @@ class Command:
 
 COMMANDS = {
     "init": Command("tasks.init_cli", "write a task file to start from, every field explained"),
+    "data": Command(
+        "trainer.data_cli", "look at a task's rows as the model sees them, or fetch data"
+    ),
     "profile": Command("profiler.cli", "measure what layouts cost on this machine"),
     "plan": Command("planner.cli", "choose which replicas to deploy"),
     "simulate": Command("planner.simulate_cli", "run a plan's steps under the cost model"),

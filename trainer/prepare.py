@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,10 +25,11 @@ from planner.workload import label_share
 from profiler.cost_model import CostModel, load_cost_model
 from profiler.profiles import default_time_path
 from tasks.config import TaskConfig, TrainerConfig, load_trainer_config
+from tasks.data_report import summary_text
 from tasks.dataset import TokenizedDataset
 from tasks.errors import ConfigError, Problems
 from tasks.sampling import num_steps
-from tasks.tokenizer import load_tokenizer
+from tasks.text_processor import TextProcessor
 from tasks.version import installed_version
 from trainer.adapters import adapter_spec, check_adapter
 from trainer.checkpoint import (
@@ -164,15 +166,19 @@ def prepare(request: TrainRequest) -> RunSpec:
                 where = f"{config.path}: task[{number}].resume_from"
                 found = check_adapter(start, adapter_spec(task), shape)
                 checks.problems += found.prefixed(f"{where}: ")
-        tokenizer = checks.attempt(load_tokenizer, folder)
-        if tokenizer is not None:
-            datasets = load_datasets(
-                checks.problems, config.path, tasks, tokenizer, request.data_dir
-            )
-            if plan is not None:
-                checks.problems += too_long(tasks, datasets, plan, config.path)
-            if shape is not None:
-                checks.problems += foreign_tokens(tasks, datasets, shape, config.path)
+        processor = TextProcessor.of_folder(folder, _first_day(state))
+        datasets = load_datasets(
+            checks.problems,
+            config.path,
+            tasks,
+            processor,
+            request.data_dir,
+            shape.vocab_size if shape else None,
+        )
+        if plan is not None:
+            checks.problems += too_long(tasks, datasets, plan, config.path)
+        if shape is not None:
+            checks.problems += foreign_tokens(tasks, datasets, shape, config.path)
     training: list[TokenizedDataset] = []
     if datasets:
         parts = [
@@ -227,10 +233,17 @@ def prepare(request: TrainRequest) -> RunSpec:
         resume_step=None if state is None else state.step,
         revive=request.revive,
         record_sequences=request.record_sequences,
+        data_day=processor.day.isoformat(),
     )
+    log.info("the tasks' data:\n%s", summary_text(datasets))
     _warn_of_long_contexts(tasks, training, shape)
     write_run_folder(run, resolved_config(run, request), training, validation)
     return run
+
+
+def _first_day(state: CheckpointState | None) -> date | None:
+    """Return the date of a run's data: that of its first day, None for today's."""
+    return date.fromisoformat(state.data_day) if state and state.data_day else None
 
 
 def _warn_of_long_contexts(
@@ -409,6 +422,7 @@ def resolved_config(run: RunSpec, request: TrainRequest) -> dict[str, Any]:
         "save_every": run.save_every,
         "keep_last": run.keep_last,
         "resumed_at": run.resume_step,
+        "data_day": run.data_day,
         "tasks": [
             {**_plain(asdict(task)), "num_steps": steps}
             for task, steps in zip(run.tasks, run.num_steps, strict=True)

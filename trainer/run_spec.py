@@ -25,6 +25,7 @@ class RunSpec:
     `num_steps[t]` is how many steps task t trains, `last_step` where the run ends;
     `grids[replica][stage][tp_index]` is a global rank; `buckets` are the fixed padded lengths
     when `dynamic_buckets` is off. `feedback`: measured replica times correct the dispatcher.
+    `data_day` is the date (ISO) that chat templates with a date were told.
     `revive`: names of stopped tasks that are to go on.
     `validate_every` and `save_every`: steps between evaluation periods and checkpoints (0: none).
     """
@@ -55,6 +56,7 @@ class RunSpec:
     resume_step: int | None = None
     revive: tuple[str, ...] = ()
     record_sequences: bool = False
+    data_day: str | None = None
 
     @property
     def world_size(self) -> int:

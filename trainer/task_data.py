@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +17,7 @@ from tasks.config import TaskConfig
 from tasks.dataset import TokenizedDataset, load_dataset
 from tasks.errors import ConfigError, Problems
 from tasks.sampling import split_validation, task_seed
+from tasks.text_processor import TextProcessor
 
 
 def clip_context(tasks: Sequence[TaskConfig], max_seq_length: int | None) -> tuple[TaskConfig, ...]:
@@ -33,14 +33,15 @@ def load_datasets(
     problems: Problems,
     source: Path,
     tasks: Sequence[TaskConfig],
-    tokenizer: Any,
+    processor: TextProcessor,
     data_dir: Path,
+    vocab_size: int | None,
 ) -> list[TokenizedDataset]:
     """Return every task's tokenised data, or [] after adding what is wrong to `problems`."""
     datasets = []
     for number, task in enumerate(tasks):
         try:
-            datasets.append(load_dataset(task, tokenizer, data_dir))
+            datasets.append(load_dataset(task, processor, data_dir, vocab_size))
         except ConfigError as error:
             where = f"{source}: task[{number}]"
             problems += error.problems.changed(partial(_at_field, where, task))

@@ -518,6 +518,7 @@ class Worker:
             plan=str(run.plan),
             base_model=run.fingerprint,
             last_metrics=None if self.last_metrics is None else as_json(self.last_metrics),
+            data_day=run.data_day,
         )
 
     def _synchronize(self) -> None:

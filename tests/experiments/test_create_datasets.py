@@ -92,23 +92,24 @@ def test_a_folder_that_cannot_be_written_is_told_before_fetching(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tasks import published_cli
+    from trainer.cli import main
 
     monkeypatch.setattr(published_cli, "fetch", lambda *_: pytest.fail("fetched"))
     (tmp_path / "file").write_text("", encoding="utf-8")
     folder = tmp_path / "file" / "data"
-    assert published_cli.main(["dolly", "--data-dir", str(folder)]) == 2
+    assert main(["data", "fetch", "dolly", "--data-dir", str(folder)]) == 2
     assert "cannot be written to" in capsys.readouterr().err
 
 
 def test_a_file_that_changed_is_named_and_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from tasks.published_cli import main
+    from trainer.cli import main
 
     path = tmp_path / "dolly.jsonl"
     path.write_text('{"text": "a"}\n', encoding="utf-8")
-    assert main(["dolly", "--data-dir", str(tmp_path)]) == 0  # recorded as it is
+    assert main(["data", "fetch", "dolly", "--data-dir", str(tmp_path)]) == 0  # recorded as it is
     path.write_text('{"text": "b"}\n', encoding="utf-8")
-    assert main(["dolly", "--data-dir", str(tmp_path)]) == 1
+    assert main(["data", "fetch", "dolly", "--data-dir", str(tmp_path)]) == 1
     assert "has changed since it was fetched" in capsys.readouterr().err
     assert path.read_text(encoding="utf-8") == '{"text": "b"}\n'

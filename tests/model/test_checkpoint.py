@@ -78,7 +78,7 @@ def test_layers_beyond_the_last_are_refused(tmp_path: Path) -> None:
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
     (problem,) = checkpoint_problems(base, read_shape(base))
-    assert "layers up to 2" in problem and "num_hidden_layers 2" in problem
+    assert "layers up to 'model.layers.2'" in problem and "num_hidden_layers 2" in problem
 
 
 def test_what_is_no_part_of_the_model_is_no_matter(tmp_path: Path) -> None:

@@ -203,7 +203,7 @@ def conversations(draw: Any, family: Family) -> Conversation:
             message[family.reasoning] = draw(speech)
         if draw(st.integers(0, 4)) == 0:
             message.update(draw(st.sampled_from((*UNLEARNED, *LEARNED))))
-    conversation = Conversation(messages, tools, kwargs)
+    conversation = Conversation(messages, tools if family.announces_tools else None, kwargs)
     speaking = [
         index
         for index, message in enumerate(messages)

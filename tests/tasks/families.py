@@ -81,6 +81,8 @@ class Family:
         User and assistant have to take turns, a user first.
     calls
         How many calls of tools fit in a message; 0: no tools.
+    announces_tools
+        The template writes which tools there are.
     reasoning
         The field of a message with what it thought, if the template knows one.
     kwargs
@@ -103,6 +105,7 @@ class Family:
     has_system: bool = True
     alternates: bool = False
     calls: int = 0
+    announces_tools: bool = True
     reasoning: str | None = None
     kwargs: tuple[dict[str, Any], ...] = ()
 
@@ -267,6 +270,7 @@ _FAMILIES = [
         puts_bos=True,
         names_special=False,
         calls=2,
+        announces_tools=False,
     ),
     Family(
         "harmony",

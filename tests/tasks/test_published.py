@@ -10,8 +10,8 @@ import pytest
 
 from tasks.errors import ConfigError
 from tasks.published import DATASETS, check_names, write_converted
-from tasks.published_cli import main
 from tasks.sources import PUBLISHED
+from trainer.cli import main
 
 # One row of each, with the columns its data card lists.
 ROWS: dict[str, dict[str, Any]] = {
@@ -75,11 +75,11 @@ def test_unknown_names_are_all_named(capsys: pytest.CaptureFixture) -> None:
         check_names(["xsums", "dolly", "nothing"])
     assert len(error.value.problems) == 2
     assert "did you mean 'xsum'?" in str(error.value)
-    assert main(["xsums"]) == 2
+    assert main(["data", "fetch", "xsums"]) == 2
     assert "unknown" in capsys.readouterr().err
 
 
 def test_what_is_there_is_not_fetched_again(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "dolly.jsonl").write_text("{}\n", encoding="utf-8")
-    assert main(["dolly", "--data-dir", str(tmp_path)]) == 0
+    assert main(["data", "fetch", "dolly", "--data-dir", str(tmp_path)]) == 0
     assert "there already" in capsys.readouterr().out
