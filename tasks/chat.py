@@ -67,6 +67,7 @@ class ChatTemplate:
         self._specials = SpecialTokens.of(tokenizer)
         self._day = day
         self._sources: dict[bool, str] = {}
+        self._days: dict[str, dict[str, str]] = {}
 
     @property
     def is_own(self) -> bool:
@@ -148,7 +149,7 @@ class ChatTemplate:
     ) -> str:
         variables = dict(conversation.variables)
         if source.startswith(_DAY_MACRO):
-            variables["lobra_day"] = self._day_parts
+            variables["lobra_day"] = self._day_parts(source)
         try:
             text = self._tokenizer.apply_chat_template(
                 list(messages),
@@ -167,10 +168,13 @@ class ChatTemplate:
         assert isinstance(text, str)
         return text
 
-    @cached_property
-    def _day_parts(self) -> dict[str, str]:
-        parts = {code: self._day.strftime(code) for code in _DAY_CODES}
-        return {"%%": "\0", **parts, "\0": "%"}
+    def _day_parts(self, source: str) -> dict[str, str]:
+        """Return what the codes of strftime that a template spells stand for."""
+        if source not in self._days:
+            codes = [code for code in _DAY_CODES if code in source.removeprefix(_DAY_MACRO)]
+            parts = {code: self._day.strftime(code) for code in codes}
+            self._days[source] = {"%%": "\0", **parts, "\0": "%"}
+        return self._days[source]
 
     def _turn(self, conversation: Conversation, source: str, index: int, text: str) -> list[Span]:
         """Return what is learned of a text whose last message is an assistant's."""

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import json
 import secrets
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from functools import cached_property
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,7 +42,7 @@ class Encoder:
             [tokenizer.bos_token_id] if self.specials.is_begun else [], dtype=np.int32
         )
         #: The ids of the special tokens.
-        self.special_ids = list(tokenizer.convert_tokens_to_ids(list(self.specials.spellings)))
+        self.special_ids = set(tokenizer.convert_tokens_to_ids(list(self.specials.spellings)))
         document = json.loads(tokenizer.backend_tokenizer.to_str())
         # Ids do not depend on these; offsets do, and a text is never cut or padded here.
         document.update(post_processor=None, truncation=None, padding=None)
@@ -87,16 +89,20 @@ class Encoder:
         if not row.text:
             return np.empty(0, dtype=np.int32), np.empty(0, dtype=np.bool_)
         tokens = np.array(encoding.ids, dtype=np.int32)
-        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
         learned = np.zeros(len(tokens), dtype=np.bool_)
-        is_special = np.isin(tokens, self.special_ids)
+        offsets = encoding.offsets  # ascending
         for start, end in learned_spans:
-            inside = (offsets[:, 0] < end) & (offsets[:, 1] > start)
+            # From the first token that reaches into the span or begins in it (tokens of no
+            # character of the text, marks before a word, go with what follows).
+            first = min(
+                bisect_right(offsets, start, key=itemgetter(1)),
+                bisect_left(offsets, start, key=itemgetter(0)),
+            )
+            last = bisect_left(offsets, end, key=itemgetter(0))
             # Some special tokens take the white space that follows them; they are no part of it.
-            inside &= ~(is_special & (offsets[:, 0] < start))
-            # Tokens of no character of the text (a mark before a word) go with what follows.
-            empty = (offsets[:, 0] == offsets[:, 1]) & (offsets[:, 0] >= start)
-            learned |= inside | (empty & (offsets[:, 0] < end))
+            if first < last and offsets[first][0] < start and tokens[first] in self.special_ids:
+                first += 1
+            learned[first:last] = True
         if row.begins and not np.array_equal(tokens[:1], self._beginning):
             tokens = np.concatenate([self._beginning, tokens])
             learned = np.concatenate([np.zeros(len(self._beginning), dtype=np.bool_), learned])

@@ -216,12 +216,18 @@ class _Texts(_Parser):
         return _assembled(pieces, specials)
 
     def notes(self) -> list[str]:
-        if not self._num_rendered:
-            return []
-        return [
-            f"special tokens are obeyed in {self._num_rendered} of {self._num_rows} rows, which "
-            "spell them as a rendered chat does"
-        ]
+        notes = []
+        if self._prompts and self.reading.prompt == "auto":
+            notes.append(
+                "prompt and completion are joined as they are (until version 0.1 they went through "
+                "the Alpaca prompt: prompt: alpaca still does that)"
+            )
+        if self._num_rendered:
+            notes.append(
+                f"special tokens are obeyed in {self._num_rendered} of {self._num_rows} rows, "
+                "which spell them as a rendered chat does"
+            )
+        return notes
 
 
 class _Instructions(_Parser):
@@ -240,6 +246,11 @@ class _Instructions(_Parser):
 
     def used(self, fields: Mapping[str, Any]) -> Collection[str]:
         return _instruction_columns(fields)
+
+    def notes(self) -> list[str]:
+        if self.reading.prompt != "auto" or self.reading.chat().is_own:
+            return []
+        return ["the model's chat template is not used for these rows; prompt: chat would use it"]
 
 
 class _Chats(_Parser):

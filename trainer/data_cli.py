@@ -132,7 +132,7 @@ def _parts(processor: TextProcessor, tokens: Any, learned: Any) -> Iterator[tupl
     """
     try:
         tokenizer = processor.tokenizer
-        special = processor.encoder.special_ids
+        special = sorted(processor.encoder.special_ids)
     except ConfigError:
         tokenizer, special = None, []
     is_special = np.isin(tokens, special)

@@ -150,6 +150,7 @@ def test_prompt_and_completion_are_joined_as_they_are(tmp_path: Path) -> None:
     assert [parts(row) for row in found.rows] == [("2+2=", " 4</s>")]
     assert verbatim(found.rows[0]) == ["2+2=", " 4"]
     assert found.kind == "completion" and found.ignored == {"id": 1}
+    assert any("prompt: alpaca" in note for note in found.notes)
     (alpaca,) = read(tmp_path, {"prompt": "Q", "completion": "A"}, prompt="alpaca")
     assert parts(alpaca) == (ALPACA.render("Q", "", "A")[0], "A</s>")
     (chat,) = read(tmp_path, {"prompt": "Q", "completion": "A"}, prompt="chat")

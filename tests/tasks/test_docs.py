@@ -1,0 +1,43 @@
+"""docs/data.md names every field that is obeyed or refused, and its examples are read."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.conversations import (
+    MESSAGE_FIELDS,
+    REFUSED_MESSAGE_FIELDS,
+    ROLE_ALIASES,
+    SETTINGS,
+)
+from tasks.dataset import load_dataset
+from tasks.fields import INPUT, INSTRUCTION, OUTPUT, REFUSED, TOKEN_FIELDS
+from tasks.prompts import NAMES, ROLES
+from tests.tasks.families import load_family
+from tests.tasks.support import task, write_rows
+
+
+@pytest.fixture(scope="module")
+def page(project_root: Path) -> str:
+    return (project_root / "docs" / "data.md").read_text(encoding="utf-8")
+
+
+def test_every_name_is_there(page: str) -> None:
+    names = {*INSTRUCTION, *INPUT, *OUTPUT, *REFUSED, *TOKEN_FIELDS, *SETTINGS, *MESSAGE_FIELDS}
+    names |= {*REFUSED_MESSAGE_FIELDS, *ROLES, *ROLE_ALIASES, *NAMES}
+    assert not {name for name in names if f"`{name}`" not in page}
+
+
+def test_examples_are_read(page: str, tmp_path: Path) -> None:
+    tokenizer: Any = load_family("qwen25", tmp_path / "families")
+    examples = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    assert len(examples) == 5
+    for number, example in enumerate(examples):
+        write_rows(tmp_path, json.loads(example), name=f"rows{number}")
+        data = load_dataset(task(dataset_name=f"rows{number}"), tokenizer, tmp_path)
+        assert len(data) == 1 and data.num_labels
