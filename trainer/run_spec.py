@@ -25,7 +25,8 @@ class RunSpec:
     `num_steps[t]` is how many steps task t trains, `last_step` where the run ends;
     `grids[replica][stage][tp_index]` is a global rank; `buckets` are the fixed padded lengths
     when `dynamic_buckets` is off. `feedback`: measured replica times correct the dispatcher.
-    `revive`: names of stopped tasks that are to go on.
+    `precision` is a key of `model.precision.DTYPES`. `revive`: names of stopped tasks that are to
+    go on.
     `validate_every` and `save_every`: steps between evaluation periods and checkpoints (0: none).
     """
 
