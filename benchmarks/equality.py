@@ -62,7 +62,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             base = save_family(family, folder / "base")
-            reference = Reference(base, make_starts(base, folder / "starts"), {})
+            reference = Reference(base, make_starts(base, folder / "starts"))
             exact = reference.alone(torch.float64)
             if args.precision != "fp64":
                 alone = [run["tensors"] for run in reference.alone(DTYPES[args.precision])]

@@ -22,8 +22,8 @@ def run_replica(stage: Stage, batches: Sequence[MicroBatchTensors], num_tasks: i
     """Run forward and backward of all micro-batches; gradients add up in the adapters.
 
     Returns:
-        The summed token loss of each task [num_tasks], fp32 (fp64 in fp64), non-zero only on the last
-        stage.
+        The summed token loss of each task [num_tasks], non-zero only on the last stage; fp32 (in
+        fp64: fp64).
     """
     losses = torch.zeros(num_tasks, dtype=kept_dtype(stage.dtype), device=stage.device)
     if stage.groups.role.num_stages == 1:
@@ -41,8 +41,8 @@ def evaluate_replica(stage: Stage, batches: Sequence[MicroBatchTensors], num_tas
     """Run forward only over all micro-batches, without LoRA dropout.
 
     Returns:
-        The summed token loss of each task [num_tasks], fp32 (fp64 in fp64), non-zero only on the last
-        stage.
+        The summed token loss of each task [num_tasks], non-zero only on the last stage; fp32 (in
+        fp64: fp64).
     """
     losses = torch.zeros(num_tasks, dtype=kept_dtype(stage.dtype), device=stage.device)
     links = _Links(stage.groups)

@@ -342,14 +342,14 @@ def _add_adapters(
     linear: MultiAdapterLinear, layer: int, module: str, bank: AdapterBank, reader: CheckpointReader
 ) -> None:
     shard = linear.shard
-    kept = dict(dtype=kept_dtype(reader.dtype), device=reader.device)
+    kept = kept_dtype(reader.dtype)
     for task, spec in enumerate(bank.specs):
         if module not in spec.target_modules:
             continue
         A_rI, B_Or = init_adapter(spec, layer, module, shard.in_features, shard.out_features)
         adapter = Adapter(
-            A=nn.Parameter(A_rI.to(**kept)),
-            B=nn.Parameter(B_Or.to(**kept)),
+            A=nn.Parameter(A_rI.to(reader.device, kept)),
+            B=nn.Parameter(B_Or.to(reader.device, kept)),
             scaling=spec.scaling,
             dropout=spec.dropout,
             key=adapter_key(spec, layer, module),

@@ -226,7 +226,7 @@ def _all_gather(own_n: Tensor, num_holders: int, group: dist.ProcessGroup) -> Te
 
 
 def _keep_double(zero: Any) -> None:
-    """Undo what ZeRO does to fp64 weights: fp32 masters, and hooks that gather gradients in fp32."""
+    """Undo what ZeRO does beside fp64 weights: fp32 masters, hooks that copy gradients to fp32."""
     rank = dist.get_rank(zero.dp_process_group)
     for task, parts_Wp in enumerate(zero.parallel_partitioned_bit16_groups):
         master_p = parts_Wp[rank].detach().clone().requires_grad_(True)

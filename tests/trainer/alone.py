@@ -110,9 +110,16 @@ def make_starts(base: Path, root: Path) -> list[Path]:
 
 
 def train_alone(
-    base: Path, datasets: list[TokenizedDataset], starts: list[Path], dtype: torch.dtype
+    base: Path,
+    datasets: list[TokenizedDataset],
+    starts: list[Path],
+    dtype: torch.dtype,
+    order: int = 0,
 ) -> list[dict]:
-    """What PEFT gets on one process, each task on its own: final tensors and losses per step."""
+    """What PEFT gets on one process, each task on its own: final tensors and losses per step.
+
+    Another `order` shuffles each batch's rows: in exact arithmetic it would change nothing.
+    """
     results = []
     for number, task in enumerate(TASKS):
         plain = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
@@ -139,6 +146,8 @@ def train_alone(
         losses = []
         for step in range(steps):
             indices = sample_indices(20, task["global_batch_size"], seed, step)
+            if order:
+                indices = np.random.default_rng((order, step)).permutation(indices)
             tokens, labels, mask = padded(datasets[number], indices)
             optimizer.zero_grad()
             with watched:
@@ -148,7 +157,7 @@ def train_alone(
             optimizer.step()
             scheduler.step()
             losses.append(loss.item())
-        folder = starts[number].with_name(f"alone-{task['name']}-{dtype}")
+        folder = starts[number].with_name(f"alone-{task['name']}-{dtype}-{order}")
         model.save_pretrained(folder)
         results.append(
             {"tensors": load_file(folder / "adapter_model.safetensors"), "losses": losses}

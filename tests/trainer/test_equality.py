@@ -9,7 +9,7 @@ distance that PEFT's own run in that precision has from fp64, here and now.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,8 @@ from trainer.run_spec import RunSpec
 from trainer.worker import RankResult
 
 BAR = 1e-8
-FP32_FLOOR = 1e-6
+FP32_FLOOR = 1e-6  # some units in the last place: where nothing vanishes, all agree
+FP32_ORDERS = 8
 
 PLANS = {
     "one <1,1>": [(1, 1)],
@@ -55,13 +56,14 @@ class Reference:
 
     base: Path
     starts: list[Path]
-    runs: dict[torch.dtype, list[dict]]
+    runs: dict[tuple[torch.dtype, int], list[dict]] = field(default_factory=dict)
 
-    def alone(self, dtype: torch.dtype) -> list[dict]:
-        """Return what PEFT gets for each task, trained once."""
-        if dtype not in self.runs:
-            self.runs[dtype] = train_alone(self.base, make_datasets(), self.starts, dtype)
-        return self.runs[dtype]
+    def alone(self, dtype: torch.dtype, order: int = 0) -> list[dict]:
+        """Return what PEFT gets for each task, trained once an order of the rows."""
+        key = (dtype, order)
+        if key not in self.runs:
+            self.runs[key] = train_alone(self.base, make_datasets(), self.starts, dtype, order)
+        return self.runs[key]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def reference(
     if family not in references:
         folder = tmp_path_factory.mktemp(family)
         base = save_family(family, folder / "base")
-        references[family] = Reference(base, make_starts(base, folder / "starts"), {})
+        references[family] = Reference(base, make_starts(base, folder / "starts"))
     return references[family]
 
 
@@ -139,20 +141,27 @@ def test_fp32_as_near_to_fp64_as_peft_in_fp32(
 ) -> None:
     """What rounding does to PEFT on this machine is what it may do to us.
 
-    All A or all B of a task are judged together: which of them has the element with the vanishing
-    gradient is chance.
+    One element with a vanishing gradient can carry all of an error, and how far its rounding throws
+    it is chance: for one run alone it may be little. So PEFT's distance is the largest of its own
+    runs with the rows of each batch in eight orders. Were each run's error one normal variable, one
+    in 1,100 would exceed three times the largest of eight others. All A or all B of a task are
+    judged together, since which of them has that element is chance too.
     """
-    exact, theirs = reference.alone(torch.float64), reference.alone(torch.float32)
+    exact = reference.alone(torch.float64)
+    alone = [reference.alone(torch.float32, order) for order in range(FP32_ORDERS)]
     run, ranks = train_jointly(reference, PLANS[plan], tmp_path / "run", "fp32")
     for number, task in enumerate(run.tasks):
         joint = final_tensors(run, number)
         assert {value.dtype for value in joint.values()} == {torch.float32}
         ours = parts(relative_errors(joint, exact[number]["tensors"]))
-        peft = parts(relative_errors(theirs[number]["tensors"], exact[number]["tensors"]))
+        theirs = [
+            parts(relative_errors(other[number]["tensors"], exact[number]["tensors"]))
+            for other in alone
+        ]
         for part, error in ours.items():
-            seen = f"{error:.1e} from fp64, PEFT {peft[part]:.1e}"
-            print(plan, task.name, part, seen)
-            assert error <= 2 * peft[part] + FP32_FLOOR, f"{task.name} {part}: {seen}"
+            peft = max(errors[part] for errors in theirs)
+            seen = f"{error:.1e} from fp64, PEFT {peft:.1e}"
+            assert error <= 3 * peft + FP32_FLOOR, f"{task.name} {part}: {seen}"
         np.testing.assert_allclose(
             losses_of(ranks, task.name), exact[number]["losses"], rtol=1e-5, atol=0
         )
