@@ -232,20 +232,18 @@ def test_early_stopping_on_a_plateau() -> None:
 
 def test_a_task_is_stopped_where_it_would_be_alone(base: Path, tmp_path: Path) -> None:
     """Its plateau is its own: others, their steps and the plan have no say in it."""
-    # Not q and k: with a fresh B their gradients are nearly zero, and rounding decides.
-    modules = ("v_proj", "o_proj", "up_proj", "down_proj")
-    fields = dict(learning_rate=2e-3, early_stopping_patience=1, steps=12, target_modules=modules)
+    fields = dict(learning_rate=2e-3, early_stopping_patience=1, steps=12)
     careful = replace(TASKS[0], early_stopping_min_delta=0.02, **fields)
     other = replace(TASKS[1], steps=5)
     data = [random_dataset(15, 6, 50, 256, seed) for seed in range(2)]
     # The other task ends at step 5, in the middle of a period of this one.
     together = make_run(
         tmp_path / "together", base, (careful, other), data, make_plan([(1, 1), (2, 1)], 64), 12,
-        validate_every=2,
+        validate_every=2, precision="fp64",
     )  # fmt: skip
     alone = make_run(
         tmp_path / "alone", base, (careful,), data[:1], make_plan([(1, 1)], 64), 12,
-        validate_every=2,
+        validate_every=2, precision="fp64",
     )  # fmt: skip
     ran = [
         [step.step for step in run_local(run)[0].steps if "steady" in step.tasks]
@@ -258,7 +256,7 @@ def test_a_task_is_stopped_where_it_would_be_alone(base: Path, tmp_path: Path) -
     )
     for name, expected in theirs.items():
         error = float((ours[name] - expected).norm() / expected.norm())
-        assert error < 1e-4, f"{name}: relative error {error:.1e}"
+        assert error < 1e-9, f"{name}: relative error {error:.1e}"
 
 
 def test_validation_and_early_stop_in_a_run(base: Path, tmp_path: Path) -> None:
