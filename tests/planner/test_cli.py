@@ -281,7 +281,7 @@ def test_ctrl_c_ends_the_planners_soon_with_130(files: Path, pattern: str) -> No
         errors = process.stderr.read()
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 130
+    assert process.returncode == 130, errors
     # Of the processor's time, which other work on the machine does not prolong.
     assert usage.ru_utime + usage.ru_stime - used_s < 10.0
     assert "interrupted" in errors and "Traceback" not in errors

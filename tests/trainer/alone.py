@@ -4,9 +4,10 @@ PEFT's own initialisation, its LoRA layers, transformers' model, torch's AdamW, 
 schedule: nothing of ours but the order of the sequences.
 
 In fp64 transformers still computes some things in fp32, whatever its weights are. Each is computed
-in fp64 here, by a formula written out anew: `_double_norm`, `_double_rotary`, `_double_loss`. PEFT
-loads adapters as fp32 and `.double()` widens them before the first step. `NoSinglePrecision` finds
-no tensor of fp32 in any forward or backward pass, so nothing else is hidden.
+in fp64 here, by a formula written out anew: `_double_norm`, `_double_rotary`, `_double_loss`, and
+Gemma's scale of the embedding. PEFT needs nothing: beside a base model in fp64 its adapters are
+fp64. `NoSinglePrecision` finds no tensor of fp32 in any forward or backward pass, so nothing else
+is hidden.
 """
 
 from __future__ import annotations
@@ -126,7 +127,6 @@ def train_alone(
         model = PeftModel.from_pretrained(plain, starts[number], is_trainable=True)
         watched: contextlib.AbstractContextManager = contextlib.nullcontext()
         if dtype == torch.float64:
-            model = model.double()
             lift_to_double(plain)
             watched = NoSinglePrecision()
         model.train()
