@@ -245,7 +245,8 @@ def _forwarded_signals(
 ) -> Iterator[list[int]]:
     """Pass the first SIGINT or SIGTERM on to the ranks; raise KeyboardInterrupt on the second.
 
-    Yields the list of signals received so far. `processes` may still grow.
+    Yields the list of signals received so far. `processes` may still grow. A signal that this
+    process was started to ignore (SIGINT, under nohup or in a script's background) stays ignored.
     """
     received: list[int] = []
     if on_signal is None or threading.current_thread() is not threading.main_thread():
@@ -261,7 +262,8 @@ def _forwarded_signals(
             if process.is_alive():
                 process.terminate()
 
-    previous = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
+    heard = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, handle) for number in heard}
     try:
         yield received
     finally:

@@ -1,8 +1,8 @@
 """LoRA adapters of many tasks on one frozen linear layer.
 
 Adapters are *canonical*: every rank stores A [r, in] and B [out, r] of its layers unsharded, in
-fp32, whatever its layout, and computes with the slice that matches its shard. An adapter's
-gradient is then the plain sum over all ranks that hold the layer.
+fp32 (in fp64 beside an fp64 model), whatever its layout, and computes with the slice that matches
+its shard. An adapter's gradient is then the plain sum over all ranks that hold the layer.
 
 Shape suffixes: B rows, S positions, I input features, O output features, r LoRA rank; lower case
 i, o: this rank's slice.

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.groups import ReplicaGroups
+from model.precision import kept_dtype
 from model.stage import MicroBatchTensors, Stage
 
 
@@ -21,9 +22,10 @@ def run_replica(stage: Stage, batches: Sequence[MicroBatchTensors], num_tasks: i
     """Run forward and backward of all micro-batches; gradients add up in the adapters.
 
     Returns:
-        The summed token loss of each task [num_tasks], fp32, non-zero only on the last stage.
+        The summed token loss of each task [num_tasks], non-zero only on the last stage; fp32 (in
+        fp64: fp64).
     """
-    losses = torch.zeros(num_tasks, dtype=torch.float32, device=stage.device)
+    losses = torch.zeros(num_tasks, dtype=kept_dtype(stage.dtype), device=stage.device)
     if stage.groups.role.num_stages == 1:
         for batch in batches:
             weighted, per_task = stage.loss(stage.hidden(batch, None), batch)
@@ -39,9 +41,10 @@ def evaluate_replica(stage: Stage, batches: Sequence[MicroBatchTensors], num_tas
     """Run forward only over all micro-batches, without LoRA dropout.
 
     Returns:
-        The summed token loss of each task [num_tasks], fp32, non-zero only on the last stage.
+        The summed token loss of each task [num_tasks], non-zero only on the last stage; fp32 (in
+        fp64: fp64).
     """
-    losses = torch.zeros(num_tasks, dtype=torch.float32, device=stage.device)
+    losses = torch.zeros(num_tasks, dtype=kept_dtype(stage.dtype), device=stage.device)
     links = _Links(stage.groups)
     role = stage.groups.role
     for batch in batches:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from model.lora import (
     init_adapter,
     row_segments,
 )
+from model.precision import NothingBelowDouble, in_double, kept_dtype
 from model.shapes import ModelShape, layout_problem, read_shape
 from model.tensor_parallel import VocabParallelEmbedding, VocabParallelHead, copy_to_group
 from model.topology import kv_head_range, shard_range, stage_layers
@@ -201,7 +202,7 @@ def build_stage(
         folder: a Hugging Face model folder with safetensors weights.
         groups: this rank's role and process groups.
         specs: one adapter per task, in task order.
-        dtype: of the frozen weights and activations; adapters are always fp32.
+        dtype: of the frozen weights and activations; adapters are fp32, in fp64 fp64.
         device: where everything lives.
         attention: transformers' attention implementation.
         gradient_checkpointing: keep only each layer's input and compute the layer again in the
@@ -229,8 +230,12 @@ def build_stage(
     head = _place_ends(decoder, shape, groups, reader)
     _load_rest(decoder, layers, reader)
     # Non-persistent buffers were made on the meta device: build the module anew where it runs.
-    decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(device)
+    with NothingBelowDouble() if dtype == torch.float64 else nullcontext():
+        decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(device)
     decoder.requires_grad_(False)
+    if dtype == torch.float64:
+        for module in (*decoder.layers, decoder.norm, decoder.rotary_emb):
+            in_double(module)
     if gradient_checkpointing:
         _checkpoint_layers(decoder)
     stage = Stage(shape, groups, decoder, head, bank, row_tasks, layers)
@@ -324,7 +329,7 @@ def _shard_layer(
                 row_tasks,
             )
             setattr(parent, module, linear)
-            _add_adapters(linear, layer, module, bank, reader.device)
+            _add_adapters(linear, layer, module, bank, reader)
         if groups.tp_group is not None:
             _sum_input_gradient(parent, groups)
     attention = layer_module.self_attn
@@ -334,16 +339,17 @@ def _shard_layer(
 
 
 def _add_adapters(
-    linear: MultiAdapterLinear, layer: int, module: str, bank: AdapterBank, device: torch.device
+    linear: MultiAdapterLinear, layer: int, module: str, bank: AdapterBank, reader: CheckpointReader
 ) -> None:
     shard = linear.shard
+    kept = kept_dtype(reader.dtype)
     for task, spec in enumerate(bank.specs):
         if module not in spec.target_modules:
             continue
         A_rI, B_Or = init_adapter(spec, layer, module, shard.in_features, shard.out_features)
         adapter = Adapter(
-            A=nn.Parameter(A_rI.to(device)),
-            B=nn.Parameter(B_Or.to(device)),
+            A=nn.Parameter(A_rI.to(reader.device, kept)),
+            B=nn.Parameter(B_Or.to(reader.device, kept)),
             scaling=spec.scaling,
             dropout=spec.dropout,
             key=adapter_key(spec, layer, module),

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model.precision import kept_dtype
+
 Group = dist.ProcessGroup | None
 
 # Elements of a chunk of logits (128 MiB in fp32): large enough to keep a GPU busy.
@@ -117,11 +119,12 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         chunk: int,
         with_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
-        losses_T = torch.empty(len(targets_T), dtype=torch.float32, device=hidden_TD.device)
+        kept = kept_dtype(hidden_TD.dtype)
+        losses_T = torch.empty(len(targets_T), dtype=kept, device=hidden_TD.device)
         ctx.gradient_TD = torch.empty_like(hidden_TD) if with_gradient else None
         for first in range(0, len(targets_T), chunk):
             part = slice(first, first + chunk)
-            logits_Tv = functional.linear(hidden_TD[part], weight_vD).float()
+            logits_Tv = functional.linear(hidden_TD[part], weight_vD).to(kept)
             losses_T[part] = _softmax_and_losses(logits_Tv, targets_T[part], start, group)
             if ctx.gradient_TD is not None:
                 logits_Tv.mul_(factors_T[part].unsqueeze(-1))
@@ -151,7 +154,7 @@ def _softmax_and_losses(logits_Tv: Tensor, targets_T: Tensor, start: int, group:
     if group is not None:
         dist.all_reduce(sums_2T, group=group)
     total_T, target_T = sums_2T
-    hit_T1 = torch.where(outside_T, 0.0, -1.0).to(exponent_Tv.dtype).unsqueeze(-1)
+    hit_T1 = outside_T.to(exponent_Tv.dtype).sub_(1.0).unsqueeze(-1)  # 0 outside, else -1
     exponent_Tv.div_(total_T.unsqueeze(-1)).scatter_add_(-1, local_T1, hit_T1)
     return total_T.log() - target_T
 
@@ -174,7 +177,8 @@ class VocabParallelHead(nn.Module):
     def loss(
         self, hidden_TD: Tensor, targets_T: Tensor, factors_T: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return (sum of factor * loss over the tokens, each token's cross-entropy [T]), in fp32.
+        """Return (sum of factor * loss over the tokens, each token's cross-entropy [T]), in
+        fp32 (fp64 in fp64).
 
         Both are the same on the whole group. Only the sum can be differentiated, and only once.
         """

@@ -17,11 +17,12 @@ import torch.distributed as dist
 
 from model.groups import ReplicaGroups, build_groups
 from model.lora import AdapterSpec
+from model.precision import DTYPES
 from model.shapes import read_shape
 from model.stage import IGNORED_LABEL, MicroBatchTensors, Stage, build_stage
 from model.topology import Grid
 from profiler.head import PROFILED_SHARE
-from profiler.memory_rank import DTYPES, synthetic_batch, torch_device
+from profiler.memory_rank import synthetic_batch, torch_device
 from profiler.outliers import MAX_ATTEMPTS, doubtful_points
 from profiler.sweep_file import SweepFile
 

@@ -15,12 +15,12 @@ import torch
 from model.groups import build_groups
 from model.lora import AdapterSpec
 from model.pipeline import run_replica
+from model.precision import DTYPES
 from model.shapes import ModelShape
 from model.stage import MicroBatchTensors, Stage, build_stage
 from model.topology import Grid
 from profiler.peak_memory import peak_bytes_of, settle_allocator, status_bytes
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WARM_UP_SHAPE = (1, 16)
 # Of an adapter's parameter: fp32 value and gradient on every rank that holds it, and fp32 master
 # copy and two AdamW moments shared by the holders (ZeRO stage 1).

@@ -60,12 +60,13 @@ def gather_tensors(
     shape: ModelShape,
     grids: Sequence[Grid],
     group: dist.ProcessGroup,
+    dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """Return a task's tensors of all layers on rank 0 (CPU, fp32), {} elsewhere. Collective.
+    """Return a task's tensors of all layers on rank 0 (CPU), {} elsewhere. Collective.
 
     `own` holds, under PEFT's names, at least the layers of the blocks this rank is the first
     holder of (weights, or moments of the same shapes). Each block goes to rank 0 in one piece,
-    over a CPU group.
+    over a CPU group, in `dtype`, which is theirs.
     """
     rank = dist.get_rank()
     gathered: dict[str, Tensor] = {}
@@ -75,9 +76,10 @@ def gather_tensors(
             continue
         shapes = tensor_shapes(spec, shape, block.layers)
         if rank == owner:
-            flat = torch.cat([own[name].flatten() for name in shapes]).to("cpu", torch.float32)
+            flat = torch.cat([own[name].flatten() for name in shapes]).to("cpu", dtype)
         else:
-            flat = torch.empty(sum(rows * columns for rows, columns in shapes.values()))
+            num_elements = sum(rows * columns for rows, columns in shapes.values())
+            flat = torch.empty(num_elements, dtype=dtype)
         if rank != 0:
             dist.send(flat, 0, group=group)
             continue

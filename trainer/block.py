@@ -92,9 +92,13 @@ class BlockOptimizer:
         self.zero = _zero_partitions(tasks, self.parameters, group)
         self.adam = self.zero.optimizer
         self.weights_Wp: list[Tensor] = list(self.zero.bit16_groups_flat)
+        if self.weights_Wp[0].dtype == torch.float64:
+            _keep_double(self.zero)
         self.masters_p: list[Tensor] = list(self.zero.single_partition_of_fp32_groups)
         self.gradients = torch.zeros(
-            sum(len(flat) for flat in self.weights_Wp), device=self.weights_Wp[0].device
+            sum(len(flat) for flat in self.weights_Wp),
+            dtype=self.weights_Wp[0].dtype,
+            device=self.weights_Wp[0].device,
         )
         self.gradients_Wp = list(self.gradients.split([len(flat) for flat in self.weights_Wp]))
         self.reduced_p: dict[int, Tensor] = {}
@@ -205,7 +209,7 @@ class BlockOptimizer:
         size = len(self.masters_p[task])
         start = dist.get_rank(self.group) * size
         for moment in MOMENTS:
-            flat = torch.zeros(size * self.num_holders)
+            flat = torch.zeros(size * self.num_holders, dtype=state[moment].dtype)
             for (_, place), value in zip(self._places(task), moments[moment], strict=True):
                 flat[place] = value.flatten()
             state[moment].copy_(flat[start : start + size])
@@ -219,6 +223,18 @@ def _all_gather(own_n: Tensor, num_holders: int, group: dist.ProcessGroup) -> Te
     gathered = torch.empty(num_holders * len(own_n), dtype=own_n.dtype, device=own_n.device)
     dist.all_gather_into_tensor(gathered, own_n, group=group)
     return gathered.view(num_holders, -1)
+
+
+def _keep_double(zero: Any) -> None:
+    """Undo what ZeRO does beside fp64 weights: fp32 masters, hooks that copy gradients to fp32."""
+    rank = dist.get_rank(zero.dp_process_group)
+    for task, parts_Wp in enumerate(zero.parallel_partitioned_bit16_groups):
+        master_p = parts_Wp[rank].detach().clone().requires_grad_(True)
+        zero.single_partition_of_fp32_groups[task] = master_p
+        zero.optimizer.param_groups[task]["params"] = [master_p]
+    for hook in zero._grad_acc_hooks:
+        hook.remove()
+    zero._grad_acc_hooks.clear()
 
 
 def _zero_partitions(

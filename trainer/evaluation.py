@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from model.pipeline import evaluate_replica
+from model.precision import kept_dtype
 from model.stage import MicroBatchTensors, Stage
 from tasks.dataset import TokenizedDataset
 from trainer.batches import GlobalBatch, IntArray, count_targets, target_tokens, whole_batch
@@ -65,7 +66,8 @@ class Evaluator:
             assert flat is not None
             self.solved = (running, decode(flat))
         num_tasks = len(running)
-        no_weights = torch.zeros(num_tasks, device=self.stage.device)
+        kept = kept_dtype(self.stage.dtype)
+        no_weights = torch.zeros(num_tasks, dtype=kept, device=self.stage.device)
         batches = self.make_tensors(batch, self.solved[1], data, no_weights, 0)
         losses = evaluate_replica(self.stage, batches, num_tasks)
         role = self.stage.groups.role

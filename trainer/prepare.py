@@ -62,7 +62,7 @@ class TrainRequest:
     num_tasks: int | None = None
     max_steps: int | None = None
     max_seq_length: int | None = None
-    precision: str | None = None  # fp32 on CPU, bf16 on GPU
+    precision: str | None = None  # fp32, bf16 or fp64; by default fp32 on CPU, bf16 on GPU
     device: str = "auto"
     dynamic_buckets: bool = True
     num_buckets: int = 16

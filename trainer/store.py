@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.lora import AdapterBank
+from model.precision import DTYPES, kept_dtype
 from model.shapes import ModelShape
 from model.topology import layer_blocks
 from trainer.adapters import gather_tensors, not_finite, save_adapter
@@ -41,7 +42,8 @@ class AdapterStore:
 
     def _gather(self, task: int, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         spec = self.bank.specs[task]
-        return gather_tensors(own, spec, self.shape, self.run.grids, self.control)
+        kept = kept_dtype(DTYPES[self.run.precision])
+        return gather_tensors(own, spec, self.shape, self.run.grids, self.control, kept)
 
     def save_checkpoint(self, state: CheckpointState) -> None:
         """Write the checkpoint of `state.step`: every task's weights and moments.

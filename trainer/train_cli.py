@@ -59,7 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-steps", type=int, help="end after N steps even if tasks want more")
     parser.add_argument("--max-seq-length", type=int, help="cut every task's context_length to N")
     parser.add_argument(
-        "--precision", choices=("fp32", "bf16"), help="default: fp32 on CPU, bf16 on GPU"
+        "--precision",
+        choices=("fp32", "bf16", "fp64"),
+        help="default: fp32 on CPU, bf16 on GPU; fp64, everything included, is for proofs: slow",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(

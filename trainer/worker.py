@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from model.groups import build_groups
 from model.pipeline import run_replica
+from model.precision import DTYPES, kept_dtype
 from model.stage import MicroBatchTensors, build_stage
 from planner.dispatch import dispatch
 from tasks.dataset import TokenizedDataset
@@ -74,7 +75,6 @@ from trainer.store import AdapterStore
 log = logging.getLogger(__name__)
 
 PATIENCE = timedelta(hours=2)  # of ranks waiting for one that reads or writes files
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -365,7 +365,10 @@ class Worker:
 
     def _task_weights(self, step: int, targets: IntArray) -> torch.Tensor:
         """Return what each task's summed loss is multiplied by: 1 / its target tokens."""
-        weights = torch.tensor([1.0 / int(count) if count else 0.0 for count in targets])
+        weights = torch.tensor(
+            [1.0 / int(count) if count else 0.0 for count in targets],
+            dtype=kept_dtype(self.stage.dtype),
+        )
         return to_device([weights], self.device)[0]
 
     def _decide(self, step: int, targets: IntArray, figures: StepFigures) -> list[TaskUpdate]:

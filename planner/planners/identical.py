@@ -7,6 +7,7 @@ section 4.2). With the replicas p fixed this is an integer linear program, else 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -287,8 +288,10 @@ class Solvers:
         if kind is not None:
             self._stopped = True
             self._pool.shutdown(wait=False, cancel_futures=True)
-            # again and again: SCIP forgets an interrupt that comes just before it starts
+            # again and again: SCIP forgets an interrupt that comes just before it starts, and
+            # refuses one while it sets up or frees what it solves with
             while wait(list(self._running), timeout=STOP_EVERY_S).not_done:
                 for model in list(self._models.values()):
-                    model.stop()
+                    with contextlib.suppress(Exception):
+                        model.stop()
         self._pool.shutdown()

@@ -10,7 +10,7 @@ from multiprocessing import forkserver
 
 import pytest
 
-from model.launch import RankError, run_ranks
+from model.launch import RankError, _forwarded_signals, run_ranks
 from tests.model.support import is_alive
 
 END_S = 60.0  # far less than the five minutes torch waits for a lost rendezvous
@@ -60,3 +60,18 @@ def test_a_rank_that_dies_before_it_starts_is_named(monkeypatch: pytest.MonkeyPa
     after_start(monkeypatch, 1, lambda pid: os.kill(pid, signal.SIGKILL))
     with pytest.raises(RankError, match="rank 0 failed: the process was killed by SIGKILL"):
         run_ranks("os:getpid", 1)
+
+
+def test_an_interrupt_that_was_ignored_from_the_start_stays_ignored() -> None:
+    """As under nohup and in a script's background; SIGTERM is then what stops a run."""
+    told: list[int] = []
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with _forwarded_signals([], told.append) as received:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not received
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert received == told == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -184,6 +184,7 @@ def test_dropout_is_the_same_on_every_layout(llama) -> None:
 
 
 def test_a_rank_that_is_killed_ends_the_others_at_once() -> None:
+    run_ranks("os:getpid", 1)  # the fork server is there: its imports are no part of what follows
     begin = time.monotonic()
     with pytest.raises(RankError, match="rank 1 failed: the process was killed by SIGKILL.*memory"):
         run_ranks("tests.model.support:die_on_rank_one", 3)

@@ -14,6 +14,7 @@ from model import tensor_parallel
 from model.groups import build_groups
 from model.launch import run_ranks
 from model.lora import AdapterSpec
+from model.precision import DTYPES
 from model.shapes import NAMED_SHAPES, read_shape
 from model.stage import build_stage
 from profiler.accelerators import load_tables
@@ -25,7 +26,7 @@ from profiler.estimate_memory import (
 )
 from profiler.estimate_time import Workload, calibrate, layer_ms
 from profiler.memory import layouts_within
-from profiler.memory_rank import DTYPES, synthetic_batch
+from profiler.memory_rank import synthetic_batch
 from profiler.profiles import TimeProfile
 from tasks.config import TARGET_MODULES
 from tasks.errors import ConfigError

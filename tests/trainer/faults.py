@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -83,17 +84,29 @@ def train_without_task(run: RunSpec) -> RankResult:
 
 
 def train_asleep(run: RunSpec) -> RankResult:
-    """Go through the motions: a replica sleeps for each micro-batch, one of them longer.
+    """Go through the motions: a replica takes its time for each micro-batch, one of them longer.
 
-    Nothing is computed, so the times are what they say they are on any machine.
+    Nothing is computed and nobody sleeps: a rank's clock goes forward by what its micro-batches
+    take, and where all ranks meet it is as late as the latest.
     """
+    now = [0.0]
 
     def sleep(stage: Any, batches: list, num_tasks: int) -> torch.Tensor:
         slow = stage.groups.role.replica == SLOW_REPLICA
-        time.sleep((SLOW_S if slow else FAST_S) * len(batches))
+        now[0] += (SLOW_S if slow else FAST_S) * len(batches)
         return torch.zeros(num_tasks)
 
+    plain = AdapterOptimizer.reduce
+
+    def meet(self: AdapterOptimizer, takes_part: Any) -> torch.Tensor:
+        latest = torch.tensor(now, dtype=torch.float64)
+        dist.all_reduce(latest, op=dist.ReduceOp.MAX)
+        now[0] = float(latest)
+        return plain(self, takes_part)
+
+    trainer.worker.time = SimpleNamespace(perf_counter=lambda: now[0])  # type: ignore[assignment]
     trainer.worker.run_replica = sleep  # type: ignore[assignment]
+    AdapterOptimizer.reduce = meet  # type: ignore[method-assign]
     return train_rank(run)
 
 

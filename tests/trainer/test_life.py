@@ -94,10 +94,10 @@ def test_work_moves_away_from_a_slow_replica(base: Path, tmp_path: Path) -> None
 
 def test_a_rank_without_memory_says_what_to_do(base: Path, tmp_path: Path) -> None:
     run = new_run(tmp_path / "run", base, [(1, 1), (2, 1)], steps=50)
-    begin = time.monotonic()
     with pytest.raises(RankError) as caught:
         run_local(run, "tests.trainer.faults:run_out_of_memory")
-    assert time.monotonic() - begin < 60, "the other ranks went on waiting"
+    before_s = (run.output_dir / "metrics.jsonl").stat().st_mtime  # when the step before had ended
+    assert time.time() - before_s < 60, "the other ranks went on waiting"
     assert caught.value.rank == 1
     for part in ("step 2: out of GPU memory on replica 1 <2,1>", "lower its max_tokens (128)"):
         assert part in str(caught.value)
@@ -232,20 +232,18 @@ def test_early_stopping_on_a_plateau() -> None:
 
 def test_a_task_is_stopped_where_it_would_be_alone(base: Path, tmp_path: Path) -> None:
     """Its plateau is its own: others, their steps and the plan have no say in it."""
-    # Not q and k: with a fresh B their gradients are nearly zero, and rounding decides.
-    modules = ("v_proj", "o_proj", "up_proj", "down_proj")
-    fields = dict(learning_rate=2e-3, early_stopping_patience=1, steps=12, target_modules=modules)
+    fields = dict(learning_rate=2e-3, early_stopping_patience=1, steps=12)
     careful = replace(TASKS[0], early_stopping_min_delta=0.02, **fields)
     other = replace(TASKS[1], steps=5)
     data = [random_dataset(15, 6, 50, 256, seed) for seed in range(2)]
     # The other task ends at step 5, in the middle of a period of this one.
     together = make_run(
         tmp_path / "together", base, (careful, other), data, make_plan([(1, 1), (2, 1)], 64), 12,
-        validate_every=2,
+        validate_every=2, precision="fp64",
     )  # fmt: skip
     alone = make_run(
         tmp_path / "alone", base, (careful,), data[:1], make_plan([(1, 1)], 64), 12,
-        validate_every=2,
+        validate_every=2, precision="fp64",
     )  # fmt: skip
     ran = [
         [step.step for step in run_local(run)[0].steps if "steady" in step.tasks]
@@ -258,7 +256,7 @@ def test_a_task_is_stopped_where_it_would_be_alone(base: Path, tmp_path: Path) -
     )
     for name, expected in theirs.items():
         error = float((ours[name] - expected).norm() / expected.norm())
-        assert error < 1e-4, f"{name}: relative error {error:.1e}"
+        assert error < 1e-9, f"{name}: relative error {error:.1e}"
 
 
 def test_validation_and_early_stop_in_a_run(base: Path, tmp_path: Path) -> None:

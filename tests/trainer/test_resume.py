@@ -1,4 +1,8 @@
-"""Ten steps are five and a resume and five: bit for bit on the same plan, 1e-5 on another."""
+"""Ten steps are five and a resume and five: bit for bit on the same plan, 1e-9 on another.
+
+Plans round differently, and Adam makes much of it where a gradient vanishes: what is compared
+between two plans is trained in fp64.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +58,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def new_run(folder: Path, base: Path, steps: int) -> RunSpec:
     data = [random_dataset(15, 6, 50, 256, seed) for seed in range(3)]
-    return make_run(folder, base, TASKS, data, PLAN, steps)
+    return make_run(folder, base, TASKS, data, PLAN, steps, precision="fp64")
 
 
 def adapters(run: RunSpec) -> dict[str, torch.Tensor]:
@@ -107,7 +111,7 @@ def test_resume(
             assert torch.equal(resumed[key], expected), f"{key} differs"
         else:
             error = float((resumed[key] - expected).norm() / expected.norm())
-            assert error < 1e-5, f"{key}: relative error {error:.1e}"
+            assert error < 1e-9, f"{key}: relative error {error:.1e}"
 
 
 def eventful_run(
@@ -130,7 +134,7 @@ def eventful_run(
 
 
 def test_resume_in_the_middle_of_events(base: Path, tmp_path: Path) -> None:
-    """Three steps are in the middle of a period; the plateau is seen after the resume."""
+    """Three steps are in the middle of a period; the plateau is seen after the resume. In fp32."""
     straight = eventful_run(tmp_path / "straight", base, 8)
     expected = run_local(straight)[0].steps
     run_local(eventful_run(tmp_path / "parts", base, 3))
@@ -180,7 +184,7 @@ def test_resume_with_feedback(base: Path, tmp_path: Path) -> None:
     def part(name: str, steps: int, **changes: object) -> RunSpec:
         return make_run(
             tmp_path / name, base, TASKS, data, plan, steps, feedback=True, num_steps=(6, 6, 4),
-            **changes,
+            precision="fp64", **changes,
         )  # fmt: skip
 
     straight, half = part("straight", 6), part("parts", 3)
@@ -197,7 +201,7 @@ def test_resume_with_feedback(base: Path, tmp_path: Path) -> None:
     both = adapters(rest), adapters(straight)
     for key, expected in both[1].items():
         error = float((both[0][key] - expected).norm() / expected.norm())
-        assert error < 1e-5, f"{key}: relative error {error:.1e}"
+        assert error < 1e-9, f"{key}: relative error {error:.1e}"
 
 
 def test_a_checkpoint_is_a_set_of_peft_adapters(half: RunSpec) -> None:

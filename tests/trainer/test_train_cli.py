@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from planner.layout import Layout
 from planner.plan import Plan, ReplicaGroup
@@ -216,6 +218,21 @@ def test_a_run_is_never_overwritten(place: Path, capsys: pytest.CaptureFixture[s
     assert step["prepare_time_s"] > 0
     assert step["checkpoint_time_s"] > 0
     assert sum(step[part] for part in parts) < step["step_time_s"]
+
+
+def test_fp64_is_kept_in_adapters_and_checkpoints(place: Path) -> None:
+    write_config(steps=2)
+    assert train(place, "--precision", "fp64", "--max-steps", "1") == 0
+    assert train(place, "--precision", "fp64", "--resume", "--max-steps", "2") == 0
+    for path in (
+        "run/adapters/small/adapter_model.safetensors",
+        "run/checkpoints/step_1/adapters/small/adapter_model.safetensors",
+        "run/checkpoints/step_2/moments/small.safetensors",
+    ):
+        values = load_file(path).values()
+        assert {value.dtype for value in values} == {torch.float64}, path
+        exact = [bool((value != value.float().double()).any()) for value in values]
+        assert any(exact), f"{path}: fp32 values in fp64"
 
 
 def test_a_run_goes_on_with_another_plan_and_is_reported(

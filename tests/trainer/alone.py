@@ -1,0 +1,231 @@
+"""The reference: PEFT trains a task alone, on one process, in fp64 from end to end.
+
+PEFT's own initialisation, its LoRA layers, transformers' model, torch's AdamW, clipping and
+schedule: nothing of ours but the order of the sequences.
+
+In fp64 transformers still computes some things in fp32, whatever its weights are. Each is computed
+in fp64 here, by a formula written out anew: `_double_norm`, `_double_rotary`, `_double_loss`, and
+Gemma's scale of the embedding. PEFT needs nothing: beside a base model in fp64 its adapters are
+fp64. `NoSinglePrecision` finds no tensor of fp32 in any forward or backward pass, so nothing else
+is hidden.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, get_scheduler
+
+from tasks.config import TaskConfig
+from tasks.dataset import TokenizedDataset
+from tasks.sampling import sample_indices, task_seed
+from tests.trainer.double import NoSinglePrecision
+from tests.trainer.support import random_dataset
+
+STEPS = 5
+VOCAB = 256
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+TASKS = (
+    dict(
+        name="attention",
+        rank=4,
+        lora_alpha=8,
+        target_modules=("q_proj", "k_proj", "v_proj", "o_proj"),
+        global_batch_size=5,
+        learning_rate=3e-3,
+        max_grad_norm=0.05,
+        lr_scheduler="cosine",
+        warmup_steps=2,
+    ),
+    dict(
+        name="everything",
+        rank=8,
+        lora_alpha=8,
+        target_modules=ALL_LINEAR,
+        global_batch_size=8,
+        learning_rate=2e-3,
+        weight_decay=0.1,
+        max_grad_norm=1.0,
+    ),
+    dict(
+        name="few",  # one long sequence a step: absent on most replicas; ends before the others
+        rank=2,
+        lora_alpha=16,
+        target_modules=("down_proj", "up_proj"),
+        global_batch_size=1,
+        learning_rate=3e-3,
+        max_grad_norm=0.5,
+        lr_scheduler="linear",
+        steps=4,
+    ),
+)
+LENGTHS = ((8, 40), (6, 60), (70, 90))
+
+
+def task_config(task: dict, **fields: str) -> TaskConfig:
+    return TaskConfig(dataset_name="random", context_length=128, **task, **fields)
+
+
+def tasks_from(starts: list[Path]) -> tuple[TaskConfig, ...]:
+    """Return the tasks, each with the adapter it starts from."""
+    pairs = zip(TASKS, starts, strict=True)
+    return tuple(task_config(task, resume_from=str(start)) for task, start in pairs)
+
+
+def make_datasets() -> list[TokenizedDataset]:
+    """Return each task's data."""
+    return [
+        random_dataset(20, shortest, longest, VOCAB, seed)
+        for seed, (shortest, longest) in enumerate(LENGTHS)
+    ]
+
+
+def make_starts(base: Path, root: Path) -> list[Path]:
+    """PEFT's own fresh adapters, B made non-zero so that A has a gradient from the first step."""
+    folders = []
+    for number, task in enumerate(TASKS):
+        torch.manual_seed(100 + number)
+        config = LoraConfig(
+            r=task["rank"],
+            lora_alpha=task["lora_alpha"],
+            target_modules=list(task["target_modules"]),
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.02)
+        folders.append(root / task["name"])
+        model.save_pretrained(folders[-1])
+    return folders
+
+
+def train_alone(
+    base: Path,
+    datasets: list[TokenizedDataset],
+    starts: list[Path],
+    dtype: torch.dtype,
+    order: int = 0,
+) -> list[dict]:
+    """What PEFT gets on one process, each task on its own: final tensors and losses per step.
+
+    Another `order` shuffles each batch's rows: in exact arithmetic it would change nothing.
+    """
+    results = []
+    for number, task in enumerate(TASKS):
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+        model = PeftModel.from_pretrained(plain, starts[number], is_trainable=True)
+        watched: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if dtype == torch.float64:
+            lift_to_double(plain)
+            watched = NoSinglePrecision()
+        model.train()
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        assert dtype != torch.float64 or {p.dtype for p in trainable} == {dtype}
+        optimizer = torch.optim.AdamW(
+            trainable, lr=task["learning_rate"], weight_decay=task.get("weight_decay", 0.0)
+        )
+        steps = task.get("steps", STEPS)
+        scheduler = get_scheduler(
+            task.get("lr_scheduler", "constant_with_warmup"),
+            optimizer,
+            num_warmup_steps=task.get("warmup_steps", 0),
+            num_training_steps=steps,
+        )
+        seed = task_seed(task_config(task))
+        losses = []
+        for step in range(steps):
+            indices = sample_indices(20, task["global_batch_size"], seed, step)
+            if order:
+                indices = np.random.default_rng((order, step)).permutation(indices)
+            tokens, labels, mask = padded(datasets[number], indices)
+            optimizer.zero_grad()
+            with watched:
+                loss = model(input_ids=tokens, attention_mask=mask, labels=labels).loss
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(trainable, task["max_grad_norm"])
+            optimizer.step()
+            scheduler.step()
+            losses.append(loss.item())
+        folder = starts[number].with_name(f"alone-{task['name']}-{dtype}-{order}")
+        model.save_pretrained(folder)
+        results.append(
+            {"tensors": load_file(folder / "adapter_model.safetensors"), "losses": losses}
+        )
+    return results
+
+
+def padded(dataset: TokenizedDataset, indices: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    longest = int(dataset.lengths[indices].max())
+    tokens = torch.zeros(len(indices), longest, dtype=torch.int64)
+    labels = torch.full((len(indices), longest), -100)
+    mask = torch.zeros(len(indices), longest, dtype=torch.int64)
+    for row, index in enumerate(indices):
+        ids, targets = dataset.sequence(int(index))
+        tokens[row, : len(ids)] = torch.from_numpy(np.array(ids))
+        labels[row, : len(ids)] = torch.from_numpy(np.array(targets))
+        mask[row, : len(ids)] = 1
+    return tokens, labels, mask
+
+
+# -- what transformers computes in fp32, in fp64 --------------------------------------------------
+
+
+def lift_to_double(model: Any) -> None:
+    """Have a transformers model compute in fp64 what it computes in fp32 by name."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = _double_norm(module)
+        elif type(module).__name__.endswith("RotaryEmbedding"):
+            module.forward = _double_rotary(module)
+        elif hasattr(module, "scalar_embed_scale"):  # Gemma's, a buffer of fp32
+            module.embed_scale = torch.tensor(module.scalar_embed_scale, dtype=torch.float64)
+    model.loss_function = _double_loss
+
+
+def _double_norm(module: Any) -> Callable[[Tensor], Tensor]:
+    """RMS norm (arXiv 1910.07467). transformers squares and averages in fp32; Gemma scales so too.
+
+    Gemma's weight counts from one.
+    """
+    is_gemma = type(module).__name__.startswith("Gemma")
+    epsilon = module.eps if is_gemma else module.variance_epsilon
+
+    def forward(x: Tensor) -> Tensor:
+        scale = 1.0 + module.weight if is_gemma else module.weight
+        return scale * (x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt())
+
+    return forward
+
+
+def _double_rotary(module: Any) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Cosines and sines of RoPE (arXiv 2104.09864). transformers' angles and tables are fp32."""
+    assert module.rope_type == "default", "the formula below is that one's"
+    config = module.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    base = config.rope_parameters["rope_theta"]
+
+    def forward(x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        powers = torch.arange(0, size, 2, dtype=torch.float64) / size
+        angles = position_ids[..., None].double() * torch.pow(base, -powers)
+        both = torch.cat((angles, angles), dim=-1)
+        return both.cos(), both.sin()
+
+    return forward
+
+
+def _double_loss(logits: Tensor, labels: Tensor, vocab_size: int, **_: Any) -> Tensor:
+    """Mean cross-entropy of the next tokens. transformers casts the logits to fp32 for it."""
+    return functional.cross_entropy(
+        logits[:, :-1].reshape(-1, vocab_size), labels[:, 1:].flatten(), ignore_index=-100
+    )
