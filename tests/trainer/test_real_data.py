@@ -26,7 +26,7 @@ NUM_RANKS = 3
 TASK_NAMES = ("dolly_3k", "codegen_gpt4", "pubmedqa", "us_bills_115_all")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_four_real_data_sets(
     shared: Path, project_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
