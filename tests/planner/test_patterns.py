@@ -26,9 +26,10 @@ def test_pricing_bounds_every_pattern_and_rounded_up_finds_real_ones(
     hundredths = st.lists(st.integers(0, 100), min_size=number, max_size=number)
     prices = np.array(data.draw(hundredths, label="price of a token, in %")) / 100 * problem.buckets
     for table in problem.tables:
-        times = data.draw(st.integers(50, 300), label="step time, in % of all one by one") / 100
-        step_s = float(times * problem.counts.sum() * np.median(table.time_s[:, 1]))
-        if not np.isfinite(step_s):
+        taken = tuple(data.draw(st.integers(0, count)) for count in problem.counts.tolist())
+        more = data.draw(st.just(0) | st.integers(0, 100), label="time beyond a pattern's, in %")
+        step_s = least_time_s(table, taken) * (1 + 1e-9) * (1 + more / 100)
+        if not 0 < step_s < np.inf:
             continue
         best = max(
             float(prices @ np.array(taken))

@@ -100,7 +100,7 @@ def test_closed_plans_are_counted_and_leave_no_room_for_their_own_kinds() -> Non
 
 
 @given(st.sampled_from([lobra.balance, lobra.group]), problems(("lobra6",), max_count=2))
-@examples(6, 60)
+@examples(60, 600)
 def test_too_many_plans_to_list_are_solved_as_one_model(
     solve: Callable[..., Outcome], problem: Problem
 ) -> None:
@@ -158,7 +158,7 @@ def hard_model() -> IdenticalModel:
 
 
 @given(problems(("lobra6",), max_count=2))
-@examples(6, 60)
+@examples(60, 600)
 def test_the_bilinear_model_finds_the_same_optimum(problem: Problem) -> None:
     tables = memory_tables(problem)
     model = IdenticalModel(tables, problem.counts, num_gpus=problem.num_gpus)
