@@ -237,7 +237,7 @@ def test_the_json_holds_the_sweep(files: Path, capsys: pytest.CaptureFixture[str
     assert (files / "a.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("pattern", ["BALANCE", pytest.param("PRUNE", marks=pytest.mark.long)])
+@pytest.mark.parametrize("pattern", ["BALANCE", "PRUNE"])
 def test_ctrl_c_ends_the_planners_soon_with_130(files: Path, pattern: str) -> None:
     layouts = [(tp, pp) for tp in (1, 2, 4) for pp in (1, 2, 3, 4, 6, 8)]
     rows = "".join(f"{tp},{pp},1,{1024 * tp * (1 + pp // 3)}\n" for tp, pp in layouts)
