@@ -63,6 +63,16 @@ def lengths(draw: st.DrawFn, longest: int, most: int, least: int = 1) -> list[in
 
 
 @st.composite
+def steps(
+    draw: st.DrawFn, most: int, least: int = 1, most_replicas: int = 4
+) -> tuple[Plan, list[int]]:
+    """A plan, and the lengths of a step's sequences that it holds."""
+    plan = draw(plans(most_replicas=most_replicas))
+    longest = plan.max_tokens // 16 * 16  # as far as buckets, multiples of 16, go
+    return plan, draw(lengths(longest, most, least))
+
+
+@st.composite
 def problems(
     draw: st.DrawFn, kinds: Sequence[str] = KINDS, max_gpus: int = 4, max_count: int = 4
 ) -> Problem:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given, target
 from hypothesis import strategies as st
 
 from planner.chunks import chunk_table
@@ -14,18 +14,21 @@ from planner.plan import Plan, ReplicaGroup, make_plan
 from planner.planners.base import Problem
 from planner.simulate import lpt_times_s
 from tasks.errors import ConfigError
-from tests.planner.strategies import KINDS, cost_models, lengths, plans, problems, replicas_of
+from tests.planner.strategies import KINDS, cost_models, lengths, problems, replicas_of, steps
 from tests.planner.support import LawCostModel, best_dispatch_s, plain_cost_model
 from tests.tiers import examples
 
 
-@given(st.data(), plans(), cost_models(), st.sampled_from(MODES))
+# The least that ``cost_models`` draws, which a failing case shrinks to.
+LEAST_COSTS = LawCostModel(8, {tp: (0.5, 0.05, 0.002 / tp**0.5, 0.0, 0.0) for tp in (1, 2, 4)})
+
+
+@given(steps(120), cost_models(), st.sampled_from(MODES))
 @examples(150, 1500)
 def test_every_sequence_once_no_chunk_too_large_longest_first(
-    data: st.DataObject, plan: Plan, cost_model: LawCostModel, mode: Mode
+    step: tuple[Plan, list[int]], cost_model: LawCostModel, mode: Mode
 ) -> None:
-    longest = plan.max_tokens // 16 * 16  # as far as buckets, multiples of 16, go
-    values = np.array(data.draw(lengths(longest, most=120), label="lengths"))
+    plan, values = step[0], np.array(step[1])
     result = dispatch(values, plan, cost_model, num_buckets=6, mode=mode)
     placed = [chunk.indices for chunks in result.micro_batches for chunk in chunks]
     assert sorted(np.concatenate(placed).tolist()) == list(range(len(values)))
@@ -67,27 +70,25 @@ def test_the_bound_is_never_above_the_optimum_nor_the_result_below(
     assert optimum <= found.step_time_s * (1 + 1e-9)
 
 
-@given(st.data(), plans(), cost_models())
+@given(steps(150, least=50), cost_models())
 @examples(25, 250)
 def test_the_same_step_is_dispatched_the_same_way(
-    data: st.DataObject, plan: Plan, cost_model: LawCostModel
+    step: tuple[Plan, list[int]], cost_model: LawCostModel
 ) -> None:
-    longest = plan.max_tokens // 16 * 16
-    values = data.draw(lengths(longest, least=50, most=150), label="lengths")
+    plan, values = step
     first, second = (dispatch(values, plan, cost_model) for _ in range(2))
     for left, right in zip(first.micro_batches, second.micro_batches, strict=True):
         assert [c.indices.tolist() for c in left] == [c.indices.tolist() for c in right]
 
 
-@given(st.data(), plans(most_replicas=8), cost_models())
+@given(steps(20, most_replicas=8), cost_models())
+@example((make_plan([ReplicaGroup(Layout(1, 2), 2, 272)]), [1, 17, 33, 193]), LEAST_COSTS)
 @examples(200, 2000)
-def test_never_slower_than_greedy(
-    data: st.DataObject, plan: Plan, cost_model: LawCostModel
-) -> None:
-    longest = plan.max_tokens // 16 * 16
-    values = np.array(data.draw(lengths(longest, most=20), label="lengths"))
+def test_never_slower_than_greedy(step: tuple[Plan, list[int]], cost_model: LawCostModel) -> None:
+    plan, values = step[0], np.array(step[1])
     found = dispatch(values, plan, cost_model, num_buckets=8)
     greedy = lpt_times_s(values, found.buckets, plan, cost_model)
+    target(found.step_time_s / greedy.max())  # look on where it is nearly as slow
     good_enough_s = found.lower_bound_s * (1 + GOOD_ENOUGH)  # where the search ends
     assert found.step_time_s <= max(greedy.max() * (1 + 1e-9), good_enough_s)
 
