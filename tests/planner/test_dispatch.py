@@ -18,7 +18,6 @@ from tests.planner.strategies import KINDS, cost_models, lengths, problems, repl
 from tests.planner.support import LawCostModel, best_dispatch_s, plain_cost_model
 from tests.tiers import examples
 
-
 # The least that ``cost_models`` draws, which a failing case shrinks to.
 LEAST_COSTS = LawCostModel(8, {tp: (0.5, 0.05, 0.002 / tp**0.5, 0.0, 0.0) for tp in (1, 2, 4)})
 
