@@ -6,7 +6,7 @@ from threading import Event
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from planner.candidates import Candidate, Candidates, all_candidates, propose
@@ -22,6 +22,16 @@ from tasks.errors import ConfigError
 from tests.planner.strategies import LAYOUTS, problems
 from tests.planner.support import best_by_length_s, best_identical_s, best_plan_s, plain_cost_model
 from tests.tiers import examples
+
+# Length-based dispatch deploys less here than balanced dispatch, and takes longer.
+MANY_SHORT = Problem(
+    np.array([60, 1]),
+    np.array([256, 2048]),
+    (Candidate(Layout(1, 1), 512), Candidate(Layout(4, 1), 2048)),
+    5,
+    plain_cost_model(),
+    5,
+)
 
 
 def memory_tables(problem: Problem) -> list[ChunkTable]:
@@ -80,9 +90,8 @@ def test_group_leaves_out_layouts_that_would_only_slow_it_down() -> None:
     problem = Problem(counts, buckets, candidates, 4, cost_model, 4)
     assert str(lobra.group(problem).plan) == "<4,1>x1"
     # with GPUs to spare a slow small layout still takes every short sequence, so none is deployed
-    few = Problem(np.array([60, 1]), buckets, candidates, 5, cost_model, 5)
-    assert str(lobra.group(few).plan) == "<4,1>x1"
-    assert str(lobra.balance(few).plan) == "<1,1>x1 <4,1>x1"
+    assert str(lobra.group(MANY_SHORT).plan) == "<4,1>x1"
+    assert str(lobra.balance(MANY_SHORT).plan) == "<1,1>x1 <4,1>x1"
 
 
 def test_closed_plans_are_counted_and_leave_no_room_for_their_own_kinds() -> None:
@@ -99,8 +108,9 @@ def test_closed_plans_are_counted_and_leave_no_room_for_their_own_kinds() -> Non
             assert len(listed) == len(expected) and set(listed) == expected
 
 
+@example(lobra.group, MANY_SHORT)
 @given(st.sampled_from([lobra.balance, lobra.group]), problems(("lobra6",), max_count=2))
-@examples(60, 600)
+@examples(30, 300)
 def test_too_many_plans_to_list_are_solved_as_one_model(
     solve: Callable[..., Outcome], problem: Problem
 ) -> None:
@@ -157,6 +167,7 @@ def hard_model() -> IdenticalModel:
     return IdenticalModel(tables, counts, num_gpus=40)
 
 
+@example(MANY_SHORT)
 @given(problems(("lobra6",), max_count=2))
 @examples(60, 600)
 def test_the_bilinear_model_finds_the_same_optimum(problem: Problem) -> None:
