@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -175,14 +175,21 @@ def dispatch_counts(
     start = start_loads(tables, replicas, counts)
     search_loads(start.loads, start.bound_s, thorough)
     chunks, times = chunks_of(start.loads, start.tables)
-    if thorough and max(times) > start.bound_s * (1 + far_off(len(start.loads.group))):
-        # few sequences: greedy may be nearer
+    good_s = start.bound_s * (1 + GOOD_ENOUGH)
+    is_far_off = max(times) > start.bound_s * (1 + far_off(len(start.loads.group)))
+    if thorough and max(times) > good_s:  # of few sequences greedy may be nearer
         other = greedy_start(start, tables, counts)
-        improve(other.loads, start.bound_s * (1 + GOOD_ENOUGH), len(other.loads.group))
-        other_chunks, other_times = chunks_of(other.loads, other.tables)
-        if max(other_times) < max(times):
-            chunks, times = other_chunks, other_times
+        chunks, times = min((chunks, times), chunks_of(other.loads, other.tables), key=_slowest_s)
+        if is_far_off:
+            # what search takes for better need not be: it counts the longest bubble there can be
+            improve(other.loads, good_s, len(other.loads.group))
+            found = chunks_of(other.loads, other.tables)
+            chunks, times = min((chunks, times), found, key=_slowest_s)
     return CountAssignment(chunks, max(times), min(start.bound_s, max(times)))
+
+
+def _slowest_s(found: tuple[Any, list[float]]) -> float:
+    return max(found[1])
 
 
 def _dispatch_slowed(

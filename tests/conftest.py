@@ -1,4 +1,4 @@
-"""What every test shares: a quiet, small, offline environment and the shared data, if there."""
+"""What every test shares: two tiers, a quiet, small, offline environment, the shared data."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+from tests.tiers import ALL, DEFAULT, register_profiles
 
 # Before anything imports torch, transformers or deepspeed; rank processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,6 +19,33 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all", action="store_true", help="run the long tests too, and draw more examples"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    register_profiles()
+    settings.load_profile(ALL if config.getoption("--all") else DEFAULT)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the long tests to `--all`, and those that need a GPU to machines that have one."""
+    if not config.getoption("--all"):
+        long = [item for item in items if item.get_closest_marker("long")]
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
+        if long:
+            config.hook.pytest_deselected(items=long)
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu:
+        import torch  # seconds to import, and most of the tests do without
+
+        if not torch.cuda.is_available():
+            for item in on_gpu:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 @pytest.fixture(scope="session", autouse=True)

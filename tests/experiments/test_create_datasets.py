@@ -47,7 +47,6 @@ def create(hub: Hub, folder: Path, *names: str) -> subprocess.CompletedProcess[s
     )
 
 
-@pytest.mark.slow
 def test_a_failing_set_loses_no_other_and_the_same_command_completes(tmp_path: Path) -> None:
     names = ("dolly", "MathInstruct", "MetaMathQA")
     data = tmp_path / "data"
@@ -78,7 +77,6 @@ def test_a_failing_set_loses_no_other_and_the_same_command_completes(tmp_path: P
     assert checked.returncode == 0
 
 
-@pytest.mark.slow
 def test_without_network_one_message_says_what_to_do(tmp_path: Path) -> None:
     with serve({}) as hub:
         pass  # the port is closed again

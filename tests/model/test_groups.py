@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
-import pytest
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from model.groups import build_groups
 from model.topology import layer_blocks, role_of
-from tests.model.test_topology import make_grids
+from tests.model.test_topology import layouts, make_grids
 
 LAYOUTS = [(1, 1)] * 12 + [(2, 1)] * 6 + [(1, 4)] * 4 + [(4, 2)] * 3
 
 
-@pytest.mark.parametrize("rank", range(64))
-def test_a_rank_of_sixty_four_finds_its_groups(rank: int) -> None:
-    grids = make_grids(LAYOUTS)
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=64)
+def test_every_rank_of_sixty_four_finds_its_groups() -> None:
+    for rank in range(64):
+        check_groups(LAYOUTS, rank, num_layers=32)
+
+
+@given(st.data(), layouts)
+def test_a_rank_of_any_plan_finds_its_groups(
+    data: st.DataObject, plan: list[tuple[int, int]]
+) -> None:
+    world = sum(tp * pp for tp, pp in plan)
+    check_groups(plan, data.draw(st.integers(0, world - 1), label="rank"), num_layers=6)
+
+
+def check_groups(plan: list[tuple[int, int]], rank: int, num_layers: int) -> None:
+    grids = make_grids(plan)
+    world = sum(tp * pp for tp, pp in plan)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
         groups = build_groups(grids)
         role = role_of(grids, rank)
@@ -33,7 +47,7 @@ def test_a_rank_of_sixty_four_finds_its_groups(rank: int) -> None:
             if not role.is_last_stage:
                 after = role_of(grids, groups.next_rank)
                 assert (after.tp_index, after.stage) == (role.tp_index, role.stage + 1)
-        for block in layer_blocks(grids, 32):
+        for block in layer_blocks(grids, num_layers):
             assert len(set(block.holders)) == len(block.holders)
     finally:
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Small random planning problems, and their optima by brute force."""
+"""A cost model by formula, and the optima of small planning problems by brute force."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ from itertools import product
 
 import numpy as np
 
-from planner.candidates import Candidate
 from planner.chunks import ChunkTable, chunk_table
-from planner.layout import Layout
 from planner.planners.base import Problem
 from planner.planners.identical import replica_cost_s
 from planner.planners.partitions import maximal
 
 BEND_TOKENS = 700.0
-LAYOUTS = ((1, 1), (1, 2), (2, 1), (1, 4), (2, 2), (4, 1))
 
 
 @dataclass(frozen=True)
@@ -50,36 +47,14 @@ class LawCostModel:
         return 0.0
 
 
-def random_cost_model(rng: np.random.Generator, kind: str = "fitted") -> LawCostModel:
-    """Times that grow with b and s and shrink, less than proportionally, with tp."""
+def plain_cost_model() -> LawCostModel:
+    """One cost model for examples, of 8 layers: tp 2 divides the work of a token by 1.7."""
+    per_token, quadratic, bend = 0.005, 2e-7, 0.002
     laws = {}
     for tp in (1, 2, 4):
-        speed = tp ** rng.uniform(0.5, 0.95)
-        constant, per_token = rng.uniform(0.5, 4.0), rng.uniform(0.002, 0.008) / speed
-        quadratic, bend = rng.uniform(0, 4e-7) / speed, rng.uniform(0, 0.004) / speed
-        laws[tp] = (constant, 0.05, per_token, quadratic, bend if kind == "fitted" else 0.0)
-    return LawCostModel(8, laws, kind)
-
-
-def random_problem(
-    rng: np.random.Generator, kind: str = "fitted", max_gpus: int = 4, max_count: int = 4
-) -> Problem:
-    """A problem of at most three buckets whose longest sequence fits some layout."""
-    num_gpus = int(rng.integers(1, max_gpus + 1))
-    buckets = (
-        np.sort(rng.choice(np.arange(1, 30), size=int(rng.integers(1, 4)), replace=False)) * 64
-    )
-    counts = rng.integers(0, max_count + 1, size=len(buckets))
-    counts[-1] = max(1, counts[-1])
-    usable = [Layout(*sizes) for sizes in LAYOUTS if sizes[0] * sizes[1] <= num_gpus]
-    chosen = [layout for layout in usable if rng.random() < 0.7] or usable[:1]
-    capacity = {tp: int(rng.integers(256, 2048)) for tp in (1, 2, 4)}
-    candidates = [Candidate(layout, capacity[layout.tp]) for layout in chosen]
-    longest = int(buckets[-1])
-    if max(candidate.max_tokens for candidate in candidates) < longest:
-        candidates[-1] = Candidate(candidates[-1].layout, longest + int(rng.integers(0, 900)))
-    cost_model = random_cost_model(rng, kind)
-    return Problem(counts, buckets, tuple(sorted(candidates)), num_gpus, cost_model, num_gpus)
+        speed = tp**0.8
+        laws[tp] = (2.0, 0.05, per_token / speed, quadratic / speed, bend / speed)
+    return LawCostModel(8, laws)
 
 
 def least_time_s(table: ChunkTable, counts: tuple[int, ...]) -> float:

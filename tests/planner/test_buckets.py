@@ -4,7 +4,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.buckets import (
@@ -17,6 +17,7 @@ from planner.buckets import (
     static_buckets,
 )
 from tasks.errors import ConfigError
+from tests.tiers import examples
 
 LENGTHS = st.lists(st.integers(1, 900), min_size=1, max_size=40)
 
@@ -49,7 +50,7 @@ def recurrence(lengths: np.ndarray, num_buckets: int, align: int) -> int:
 
 
 @given(LENGTHS, st.integers(1, 5))
-@settings(max_examples=150, deadline=None)
+@examples(150, 1500)
 def test_buckets_waste_no_more_than_any_others(values: list[int], num_buckets: int) -> None:
     lengths = np.array([-(-value // 90) * 90 for value in values])  # few distinct boundaries
     buckets = make_buckets(lengths, num_buckets)
@@ -57,7 +58,7 @@ def test_buckets_waste_no_more_than_any_others(values: list[int], num_buckets: i
 
 
 @given(LENGTHS, st.integers(1, 8), st.sampled_from([1, 16, 50]))
-@settings(max_examples=150, deadline=None)
+@examples(150, 1500)
 def test_buckets_agree_with_the_plain_recurrence(
     values: list[int], num_buckets: int, align: int
 ) -> None:

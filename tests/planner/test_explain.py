@@ -9,7 +9,7 @@ from planner.candidates import Candidate
 from planner.explain import compared, roles, saturation
 from planner.layout import Layout
 from planner.planners.base import Outcome, Problem
-from tests.planner.support import random_cost_model
+from tests.planner.support import plain_cost_model
 
 LAYOUTS = (
     Candidate(Layout(1, 1), 512),
@@ -19,7 +19,7 @@ LAYOUTS = (
 
 
 def problem_of(counts: list[int], num_gpus: int = 12) -> Problem:
-    cost_model = random_cost_model(np.random.default_rng(1))
+    cost_model = plain_cost_model()
     buckets = np.array([256, 512, 1200, 2048])
     return Problem(np.array(counts), buckets, LAYOUTS, num_gpus, cost_model)
 

@@ -4,30 +4,32 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.clock import Clock
 from planner.columns import Budget, generate
 from planner.fluid import amounts, solve_fluid
 from planner.patterns import PatternPricer
-from tests.planner.support import (
-    best_dispatch_s,
-    best_plan_s,
-    least_time_s,
-    random_problem,
-)
+from planner.planners.base import Problem
+from tests.planner.strategies import problems
+from tests.planner.support import best_dispatch_s, best_plan_s, least_time_s
+from tests.tiers import examples
 
 
-@given(st.integers(0, 10**6))
-@settings(max_examples=120, deadline=None)
-def test_pricing_bounds_every_pattern_and_rounded_up_finds_real_ones(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    problem = random_problem(rng, "lobra6" if seed % 2 else "fitted", max_count=5)
-    prices = rng.uniform(0, 1, size=len(problem.counts)) * problem.buckets
+@given(st.data(), problems(max_count=5))
+@examples(120, 1200)
+def test_pricing_bounds_every_pattern_and_rounded_up_finds_real_ones(
+    data: st.DataObject, problem: Problem
+) -> None:
+    number = len(problem.counts)
+    hundredths = st.lists(st.integers(0, 100), min_size=number, max_size=number)
+    prices = np.array(data.draw(hundredths, label="price of a token, in %")) / 100 * problem.buckets
     for table in problem.tables:
-        step_s = float(rng.uniform(0.5, 3.0) * problem.counts.sum() * np.median(table.time_s[:, 1]))
-        if not np.isfinite(step_s):
+        taken = tuple(data.draw(st.integers(0, count)) for count in problem.counts.tolist())
+        more = data.draw(st.just(0) | st.integers(0, 100), label="time beyond a pattern's, in %")
+        step_s = least_time_s(table, taken) * (1 + 1e-9) * (1 + more / 100)
+        if not 0 < step_s < np.inf:
             continue
         best = max(
             float(prices @ np.array(taken))
@@ -47,13 +49,12 @@ def test_pricing_bounds_every_pattern_and_rounded_up_finds_real_ones(seed: int) 
         assert fluid >= best * (1 - 1e-9)
 
 
-@given(st.integers(0, 10**6))
-@settings(max_examples=60, deadline=None)
-def test_no_step_time_is_proven_impossible_that_is_possible(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    problem = random_problem(rng, "lobra6" if seed % 2 else "fitted")
-    optimum = best_plan_s(problem)
-    step_s = optimum * (1 + 1e-9) * rng.uniform(1.0, 1.05)
+@given(problems(), st.integers(0, 50))
+@examples(60, 600)
+def test_no_step_time_is_proven_impossible_that_is_possible(
+    problem: Problem, thousandths_more: int
+) -> None:
+    step_s = best_plan_s(problem) * (1 + 1e-9) * (1 + thousandths_more / 1000)
     found = generate(
         problem.tables,
         Budget.of_gpus(problem.sizes, problem.num_gpus),
@@ -66,11 +67,9 @@ def test_no_step_time_is_proven_impossible_that_is_possible(seed: int) -> None:
     assert found.bound <= 1 + 1e-6
 
 
-@given(st.integers(0, 10**6))
-@settings(max_examples=60, deadline=None)
-def test_the_fluid_bound_of_a_plan_is_below_its_optimum(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    problem = random_problem(rng, "lobra6" if seed % 2 else "fitted", max_gpus=3)
+@given(problems(max_gpus=3))
+@examples(60, 600)
+def test_the_fluid_bound_of_a_plan_is_below_its_optimum(problem: Problem) -> None:
     index = int(np.argmax([c.max_tokens for c in problem.candidates]))
     number = problem.num_gpus // int(problem.sizes[index])
     table = problem.tables[index]

@@ -10,12 +10,12 @@ from planner.layout import Layout
 from planner.planners import exact, homogeneous
 from planner.planners.base import Problem
 from tasks.errors import ConfigError
-from tests.planner.support import best_dispatch_s, random_cost_model
+from tests.planner.support import best_dispatch_s, plain_cost_model
 
 
 def problem_of(layouts: list[tuple[int, int]], num_gpus: int, per_node: int) -> Problem:
     candidates = tuple(Candidate(Layout(tp, pp), 1024 * tp) for tp, pp in layouts)
-    cost_model = random_cost_model(np.random.default_rng(0))
+    cost_model = plain_cost_model()
     counts, buckets = np.array([3, 2]), np.array([512, 2048])
     return Problem(counts, buckets, candidates, num_gpus, cost_model, per_node)
 

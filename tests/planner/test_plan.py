@@ -4,13 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.layout import Layout, parse_layout
 from planner.placement import is_placeable, pack, place
 from planner.plan import Plan, ReplicaGroup, load_plan, make_plan, save_plan
 from tasks.errors import ConfigError
+from tests.tiers import examples
 
 
 def plan_of(*groups: tuple[int, int, int]) -> Plan:
@@ -72,7 +73,7 @@ GROUPS = st.lists(
 
 
 @given(GROUPS, st.sampled_from([4, 8]))
-@settings(max_examples=200, deadline=None)
+@examples(200, 2000)
 def test_placed_groups_lie_inside_nodes_and_use_each_rank_once(
     groups: list[tuple[int, int, int]], gpus_per_node: int
 ) -> None:
@@ -98,7 +99,7 @@ def test_groups_that_do_not_divide_the_node_are_packed_if_they_can_be() -> None:
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=7), st.lists(st.integers(1, 9), max_size=4))
-@settings(max_examples=200, deadline=None)
+@examples(200, 2000)
 def test_packing_agrees_with_brute_force(sizes: list[int], capacities: list[int]) -> None:
     sizes = sorted(sizes, reverse=True)
     found = pack(sizes, capacities)

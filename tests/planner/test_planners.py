@@ -7,6 +7,8 @@ from time import process_time
 
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from planner.candidates import Candidate, Candidates, all_candidates, propose
 from planner.chunks import ChunkTable, chunk_table
@@ -17,15 +19,19 @@ from planner.planners.identical import IdenticalModel, Solvers
 from planner.planners.partitions import closed, count_closed, count_maximal, maximal
 from profiler.profiles import MemoryProfile, MemoryRow
 from tasks.errors import ConfigError
-from tests.planner.support import (
-    best_by_length_s,
-    best_identical_s,
-    best_plan_s,
-    random_cost_model,
-    random_problem,
-)
+from tests.planner.strategies import LAYOUTS, problems
+from tests.planner.support import best_by_length_s, best_identical_s, best_plan_s, plain_cost_model
+from tests.tiers import examples
 
-HUNDREDS = range(120)
+# Length-based dispatch deploys less here than balanced dispatch, and takes longer.
+MANY_SHORT = Problem(
+    np.array([60, 1]),
+    np.array([256, 2048]),
+    (Candidate(Layout(1, 1), 512), Candidate(Layout(4, 1), 2048)),
+    5,
+    plain_cost_model(),
+    5,
+)
 
 
 def memory_tables(problem: Problem) -> list[ChunkTable]:
@@ -39,10 +45,9 @@ def optimum_identical_s(problem: Problem, tables: list[ChunkTable], plans: np.nd
     return min(best_identical_s(tables, problem.counts, plan) for plan in plans)
 
 
-@pytest.mark.parametrize("seed", HUNDREDS)
-def test_balance_group_and_prune_agree_with_brute_force(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    problem = random_problem(rng, "lobra6" if seed % 2 else "fitted", max_count=3)
+@given(problems(max_count=3))
+@examples(120, 1000)
+def test_balance_group_and_prune_agree_with_brute_force(problem: Problem) -> None:
     plans = maximal(problem.sizes, problem.num_gpus)
     assert len(plans) == count_maximal(problem.sizes, problem.num_gpus)
     tables = memory_tables(problem)
@@ -60,10 +65,9 @@ def test_balance_group_and_prune_agree_with_brute_force(seed: int) -> None:
     assert lobra.prune(problem).objective_s == pytest.approx(best_kept)
 
 
-@pytest.mark.parametrize("seed", HUNDREDS)
-def test_exact_is_certified_and_never_worse(seed: int) -> None:
-    rng = np.random.default_rng(1000 + seed)
-    problem = random_problem(rng, "lobra6" if seed % 2 else "fitted", max_count=3)
+@given(problems(max_count=3))
+@examples(100, 1000)
+def test_exact_is_certified_and_never_worse(problem: Problem) -> None:
     optimum = best_plan_s(problem)
     found = exact.solve(problem, 1.0)
     assert found.lower_bound_s <= optimum * (1 + 1e-9)
@@ -81,14 +85,13 @@ def test_exact_is_certified_and_never_worse(seed: int) -> None:
 def test_group_leaves_out_layouts_that_would_only_slow_it_down() -> None:
     # one 4-GPU layout holds all; deploying another for short sequences would leave no room for it
     candidates = (Candidate(Layout(1, 1), 512), Candidate(Layout(4, 1), 2048))
-    cost_model = random_cost_model(np.random.default_rng(3))
+    cost_model = plain_cost_model()
     counts, buckets = np.array([4, 2]), np.array([256, 2048])
     problem = Problem(counts, buckets, candidates, 4, cost_model, 4)
     assert str(lobra.group(problem).plan) == "<4,1>x1"
     # with GPUs to spare a slow small layout still takes every short sequence, so none is deployed
-    few = Problem(np.array([60, 1]), buckets, candidates, 5, cost_model, 5)
-    assert str(lobra.group(few).plan) == "<4,1>x1"
-    assert str(lobra.balance(few).plan) == "<1,1>x1 <4,1>x1"
+    assert str(lobra.group(MANY_SHORT).plan) == "<4,1>x1"
+    assert str(lobra.balance(MANY_SHORT).plan) == "<1,1>x1 <4,1>x1"
 
 
 def test_closed_plans_are_counted_and_leave_no_room_for_their_own_kinds() -> None:
@@ -105,29 +108,35 @@ def test_closed_plans_are_counted_and_leave_no_room_for_their_own_kinds() -> Non
             assert len(listed) == len(expected) and set(listed) == expected
 
 
-@pytest.mark.parametrize("solve", [lobra.balance, lobra.group])
+@example(lobra.group, MANY_SHORT)
+@given(st.sampled_from([lobra.balance, lobra.group]), problems(("lobra6",), max_count=2))
+@examples(30, 300)
 def test_too_many_plans_to_list_are_solved_as_one_model(
-    monkeypatch: pytest.MonkeyPatch, solve: Callable[..., Outcome]
+    solve: Callable[..., Outcome], problem: Problem
 ) -> None:
-    problem = random_problem(np.random.default_rng(7), "lobra6", max_count=2)
     listed = solve(problem)
-    monkeypatch.setattr(lobra, "MOST_PLANS", 0)
-    found = solve(problem, 20.0)
-    assert "bilinear" in found.notes[0]
-    assert found.objective_s == pytest.approx(listed.objective_s)
-    with pytest.raises(ConfigError, match=r"choose EXACT or BALANCE"):
-        lobra.prune(problem)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lobra, "MOST_PLANS", 0)
+        found = solve(problem, 20.0)
+        assert "bilinear" in found.notes[0]
+        assert found.objective_s == pytest.approx(listed.objective_s)
+        with pytest.raises(ConfigError, match=r"choose EXACT or BALANCE"):
+            lobra.prune(problem)
+
+
+def small_problem() -> Problem:
+    candidates = (Candidate(Layout(1, 1), 512), Candidate(Layout(2, 1), 1600))
+    counts, buckets = np.array([2, 0, 1]), np.array([192, 448, 1280])
+    return Problem(counts, buckets, candidates, 4, plain_cost_model(), 4)
 
 
 def test_time_limits_beyond_what_the_solver_takes() -> None:
-    problem = random_problem(np.random.default_rng(2), max_count=2)
     for solve in (lobra.balance, lobra.group, lobra.prune):
-        assert solve(problem, 1e300).proven
+        assert solve(small_problem(), 1e300).proven
 
 
 def test_an_interrupt_stops_the_solvers_at_once() -> None:
     started = Event()
-    problem = random_problem(np.random.default_rng(2), max_count=2)
 
     def build() -> IdenticalModel:
         started.set()
@@ -144,7 +153,7 @@ def test_an_interrupt_stops_the_solvers_at_once() -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert process_time() - begin[0] < 10.0, "of the processor's time, all threads together"
-    assert lobra.balance(problem).proven
+    assert lobra.balance(small_problem()).proven
 
 
 def test_a_solver_that_refuses_an_interrupt_is_asked_again() -> None:
@@ -176,29 +185,26 @@ def test_a_solver_that_refuses_an_interrupt_is_asked_again() -> None:
 
 def hard_model() -> IdenticalModel:
     """A model that SCIP does not solve within minutes."""
-    rng = np.random.default_rng(0)
-    cost_model = random_cost_model(rng)
     buckets = np.arange(1, 25) * 80
-    counts = rng.integers(50, 200, size=len(buckets))
-    layouts = [Layout(*sizes) for sizes in ((1, 1), (1, 2), (2, 1), (1, 4), (2, 2), (4, 1))]
+    counts = 50 + 61 * np.arange(len(buckets)) % 150
     tables = [
-        chunk_table(layout, 2000 + 300 * i, buckets, cost_model) for i, layout in enumerate(layouts)
+        chunk_table(layout, 2000 + 300 * i, buckets, plain_cost_model())
+        for i, layout in enumerate(LAYOUTS)
     ]
     return IdenticalModel(tables, counts, num_gpus=40)
 
 
-def test_the_bilinear_model_finds_the_same_optimum() -> None:
-    for seed in range(6):
-        problem = random_problem(np.random.default_rng(seed), "lobra6", max_count=2)
-        tables = memory_tables(problem)
-        model = IdenticalModel(tables, problem.counts, num_gpus=problem.num_gpus)
-        found = model.solve(20.0)
-        plans = maximal(problem.sizes, problem.num_gpus)
-        assert found.objective_s == pytest.approx(optimum_identical_s(problem, tables, plans))
-        by_length = IdenticalModel(
-            tables, problem.counts, num_gpus=problem.num_gpus, length_based=True
-        )
-        assert by_length.solve(20.0).objective_s == pytest.approx(best_by_length_s(problem))
+@example(MANY_SHORT)
+@given(problems(("lobra6",), max_count=2))
+@examples(60, 600)
+def test_the_bilinear_model_finds_the_same_optimum(problem: Problem) -> None:
+    tables = memory_tables(problem)
+    model = IdenticalModel(tables, problem.counts, num_gpus=problem.num_gpus)
+    found = model.solve(20.0)
+    plans = maximal(problem.sizes, problem.num_gpus)
+    assert found.objective_s == pytest.approx(optimum_identical_s(problem, tables, plans))
+    by_length = IdenticalModel(tables, problem.counts, num_gpus=problem.num_gpus, length_based=True)
+    assert by_length.solve(20.0).objective_s == pytest.approx(best_by_length_s(problem))
 
 
 def test_maximal_plans_leave_no_room_and_are_all_there() -> None:
@@ -217,8 +223,9 @@ def test_maximal_plans_leave_no_room_and_are_all_there() -> None:
     assert listed == expected
 
 
-def test_a_time_limit_is_kept() -> None:
-    problem = random_problem(np.random.default_rng(5), max_gpus=4)
+@given(problems())
+@examples(5, 50)
+def test_a_time_limit_is_kept(problem: Problem) -> None:
     begin = process_time()
     found = exact.solve(problem, 0.05)
     assert process_time() - begin < 2.0
@@ -230,7 +237,7 @@ def published(*rows: tuple[int, int, int]) -> MemoryProfile:
 
 
 def test_candidates_say_what_was_left_out() -> None:
-    cost_model = random_cost_model(np.random.default_rng(0))
+    cost_model = plain_cost_model()
     memory = published((1, 1, 2048), (2, 1, 4096), (8, 1, 8192), (1, 16, 4096), (4, 1, 8192))
     found = all_candidates(memory, cost_model, 8, 4096, 8)
     assert [str(c.layout) for c in found.chosen] == ["<1,1>", "<2,1>", "<4,1>"]
@@ -240,7 +247,7 @@ def test_candidates_say_what_was_left_out() -> None:
 
 
 def test_no_layout_for_the_longest_bucket_names_the_missing_times() -> None:
-    cost_model = random_cost_model(np.random.default_rng(0))
+    cost_model = plain_cost_model()
     memory = published((1, 1, 2048), (8, 1, 8192))
     with pytest.raises(ConfigError, match=r"longest bucket of 5008 .*no rows for tp 8"):
         all_candidates(memory, cost_model, 8, 5008, 8)
@@ -249,7 +256,7 @@ def test_no_layout_for_the_longest_bucket_names_the_missing_times() -> None:
 
 
 def test_the_proposal_keeps_the_fastest_of_each_capacity() -> None:
-    cost_model = random_cost_model(np.random.default_rng(0))
+    cost_model = plain_cost_model()
     memory = published((1, 1, 2048), (1, 2, 2048), (2, 1, 4096), (4, 1, 8192))
     everything = all_candidates(memory, cost_model, 8, 2048, 8)
     proposed = propose(everything, cost_model)

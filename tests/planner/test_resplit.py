@@ -4,29 +4,45 @@ from itertools import product
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from planner.chunks import ChunkTable, chunk_table
 from planner.layout import Layout
+from planner.planners.base import Problem
 from planner.planners.whole_chunks import WholeChunks
 from planner.resplit import balance_groups, descend, resplit, shake
 from planner.search import Loads
-from tests.planner.support import best_dispatch_s, random_cost_model, random_problem
+from tests.planner.strategies import cost_models, problems
+from tests.planner.support import best_dispatch_s
+from tests.tiers import examples
 
 LAYOUTS = ((1, 1), (2, 1), (1, 2), (4, 1))
 TICKS = 4096
 
 
-def random_tables(rng: np.random.Generator, most: int) -> list[ChunkTable]:
-    cost_model, buckets = (
-        random_cost_model(rng),
-        np.sort(rng.choice(30, 3, replace=False)) * 64 + 64,
-    )
+@st.composite
+def tables_of(draw: st.DrawFn, most: int) -> list[ChunkTable]:
+    """One table a layout, over the same three buckets; a chunk has at most ``most`` sequences."""
+    cost_model = draw(cost_models())
+    ends = draw(st.lists(st.integers(1, 30), min_size=3, max_size=3, unique=True))
+    buckets = np.sort(ends) * 64
     return [
         chunk_table(
-            Layout(tp, pp), int(rng.integers(2000, 5000)), buckets, cost_model, np.full(3, most)
+            Layout(tp, pp), draw(st.integers(2000, 4999)), buckets, cost_model, np.full(3, most)
         )
         for tp, pp in LAYOUTS
     ]
+
+
+def held(replicas: int) -> st.SearchStrategy[tuple[list[int], list[list[int]]]]:
+    """Return strategies of each replica's layout and of the sequences it has of three buckets."""
+    group = st.integers(0, len(LAYOUTS) - 1)
+    counts = st.lists(st.integers(0, 5), min_size=3, max_size=3)
+    return st.tuples(
+        st.lists(group, min_size=replicas, max_size=replicas),
+        st.lists(counts, min_size=replicas, max_size=replicas),
+    )
 
 
 def loads_of(tables: list[ChunkTable], group: np.ndarray, counts: np.ndarray) -> Loads:
@@ -41,12 +57,12 @@ def loads_of(tables: list[ChunkTable], group: np.ndarray, counts: np.ndarray) ->
     )
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_two_replicas_are_divided_as_brute_force_would(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    tables = random_tables(rng, 12)
-    counts = rng.integers(0, 6, size=(2, 3))
-    group = rng.integers(0, len(tables), size=2)
+@given(tables_of(12), held(2))
+@examples(60, 600)
+def test_two_replicas_are_divided_as_brute_force_would(
+    tables: list[ChunkTable], replicas: tuple[list[int], list[list[int]]]
+) -> None:
+    group, counts = (np.array(part) for part in replicas)
     pool = counts.sum(axis=0)
     loads = loads_of(tables, group, counts)
     before_s = loads.time_s.max()
@@ -62,12 +78,12 @@ def test_two_replicas_are_divided_as_brute_force_would(seed: int) -> None:
     assert loads.time_s == pytest.approx([loads.time_of(i, loads.counts[i]) for i in (0, 1)])
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_nothing_is_lost_and_the_slowest_is_never_slower(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    tables = random_tables(rng, 40)
-    group = np.sort(rng.integers(0, len(tables), size=7))
-    counts = rng.integers(0, 6, size=(7, 3))
+@given(tables_of(40), held(7), st.integers(0, 9))
+@examples(20, 200)
+def test_nothing_is_lost_and_the_slowest_is_never_slower(
+    tables: list[ChunkTable], replicas: tuple[list[int], list[list[int]]], seed: int
+) -> None:
+    group, counts = np.sort(replicas[0]), np.array(replicas[1])
     loads = loads_of(tables, group, counts)
     for search in (
         lambda: balance_groups(loads, 0.0, 512),
@@ -81,22 +97,25 @@ def test_nothing_is_lost_and_the_slowest_is_never_slower(seed: int) -> None:
         assert (loads.counts.sum(axis=0) == counts.sum(axis=0)).all()
 
 
-@pytest.mark.parametrize("seed", range(80))
-def test_whole_chunks_never_exclude_a_plan_that_reaches_the_step_time(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    problem = random_problem(rng, max_count=4)
+@given(st.data(), problems(("fitted",)))
+@examples(100, 1000)
+def test_whole_chunks_never_exclude_a_plan_that_reaches_the_step_time(
+    data: st.DataObject, problem: Problem
+) -> None:
     longest = int(problem.buckets[-1])
-    holds = np.array([candidate.max_tokens >= longest for candidate in problem.candidates])
+    holds = [i for i, c in enumerate(problem.candidates) if c.max_tokens >= longest]
     replicas = np.zeros(len(problem.candidates), dtype=np.int64)
-    replicas[int(rng.choice(np.flatnonzero(holds)))] += 1
-    replicas[int(rng.integers(len(replicas)))] += 1
+    replicas[data.draw(st.sampled_from(holds), label="the one that holds all")] += 1
+    replicas[data.draw(st.integers(0, len(replicas) - 1), label="another")] += 1
     tables = list(problem.tables)
     every = [tables[i] for i in np.repeat(np.arange(len(replicas)), replicas)]
     step_s = best_dispatch_s(every, problem.counts) * (1 + 1e-9)
     whole = WholeChunks(tables, problem.counts, step_s)
     layouts = np.flatnonzero(replicas)
-    for _ in range(10):
+    value = st.integers(0, 1000).map(lambda thousandths: thousandths / 1000)
+    worths = st.lists(value, min_size=len(layouts), max_size=len(layouts))
+    for worth in data.draw(st.lists(worths, min_size=5, max_size=10), label="values"):
         values = np.zeros(len(replicas))
-        values[layouts] = rng.random(len(layouts))
+        values[layouts] = worth
         nothing = np.zeros(len(problem.counts))
         assert whole.needed(values, nothing, layouts) <= values @ replicas + 1e-9

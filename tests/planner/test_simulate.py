@@ -21,7 +21,7 @@ from profiler.collectives import SYNC, Collectives, Link
 from profiler.cost_model import fit_cost_model
 from profiler.profiles import TimeProfile
 from tasks.errors import ConfigError
-from tests.planner.support import random_cost_model
+from tests.planner.support import plain_cost_model
 from tests.planner.test_cli import files  # noqa: F401 (a fixture)
 
 PLAN = make_plan([ReplicaGroup(Layout(1, 1), 2, 1024), ReplicaGroup(Layout(1, 2), 1, 4096)])
@@ -40,7 +40,7 @@ def test_steps_draw_every_sequence_once_per_epoch() -> None:
 
 
 def test_a_simulation_is_the_dispatcher_step_by_step() -> None:
-    cost_model = random_cost_model(np.random.default_rng(0))
+    cost_model = plain_cost_model()
     found = simulate(PLAN, workload(), cost_model, 4, seed=3)
     expected = [
         dispatch(lengths, PLAN, cost_model).step_time_s for lengths in steps_of(workload(), 4, 3)
@@ -54,7 +54,7 @@ def test_a_simulation_is_the_dispatcher_step_by_step() -> None:
 
 
 def test_baselines_and_ladder_run_on_the_same_steps() -> None:
-    cost_model = random_cost_model(np.random.default_rng(0))
+    cost_model = plain_cost_model()
     candidates = (Candidate(Layout(1, 1), 1024), Candidate(Layout(1, 2), 4096))
     same = baselines(workload(), candidates, cost_model, 4, 3)
     assert [run.name for run in same] == [
@@ -69,7 +69,7 @@ def test_baselines_and_ladder_run_on_the_same_steps() -> None:
 
 
 def test_greedy_dispatch_keeps_sequences_off_replicas_that_cannot_hold_them() -> None:
-    cost_model = random_cost_model(np.random.default_rng(0))
+    cost_model = plain_cost_model()
     times = lpt_times_s(np.array([3000, 3000]), np.array([3008]), PLAN, cost_model)
     assert (times[:2] == 0).all() and times[2] > 0
     with pytest.raises(ConfigError, match="fits no replica"):
@@ -77,7 +77,7 @@ def test_greedy_dispatch_keeps_sequences_off_replicas_that_cannot_hold_them() ->
 
 
 def test_the_trace_fills_each_replicas_time() -> None:
-    cost_model = random_cost_model(np.random.default_rng(0))
+    cost_model = plain_cost_model()
     found = dispatch(next(steps_of(workload(), 1, 0)), PLAN, cost_model)
     trace = chrome_trace(found, PLAN, cost_model)
     for replica, time_s in enumerate(found.replica_time_s):
@@ -86,7 +86,7 @@ def test_the_trace_fills_each_replicas_time() -> None:
 
 
 def test_roles_add_up_to_the_batch() -> None:
-    cost_model = random_cost_model(np.random.default_rng(0))
+    cost_model = plain_cost_model()
     batch = expect(workload(), 6)
     candidates = (Candidate(Layout(1, 1), 1024), Candidate(Layout(1, 2), 4096))
     problem = Problem(batch.counts, batch.buckets, candidates, 4, cost_model)

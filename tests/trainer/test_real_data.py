@@ -5,6 +5,7 @@ Four data sets, GPT-2's BPE and a small random Llama; skipped where the shared d
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -13,26 +14,26 @@ import pytest
 
 from model.topology import shard_range
 from planner.cli import main as plan_main
-from planner.plan import load_plan
+from planner.layout import Layout
+from planner.plan import ReplicaGroup, load_plan, make_plan, save_plan
 from tasks.dataset import TokenizedDataset
 from tests.model.support import save_llama
 from trainer.batches import draw_global_batch
 from trainer.cli import main
 from trainer.prepare import TrainRequest
 from trainer.run import train
+from trainer.run_spec import RunSpec
+from trainer.worker import RankResult
 
 HIDDEN, FFN, LAYERS, VOCAB = 64, 160, 4, 50257
 NUM_RANKS = 3
 TASK_NAMES = ("dolly_3k", "codegen_gpt4", "pubmedqa", "us_bills_115_all")
 
 
-@pytest.mark.slow
-def test_four_real_data_sets(
-    shared: Path, project_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    base = save_llama(
-        tmp_path / "base",
+def save_base(folder: Path, shared: Path) -> Path:
+    """Save a small random Llama with GPT-2's tokenizer and return its folder."""
+    save_llama(
+        folder,
         vocab_size=VOCAB,
         hidden_size=HIDDEN,
         intermediate_size=FFN,
@@ -40,7 +41,77 @@ def test_four_real_data_sets(
         max_position_embeddings=1024,
     )
     for name in ("vocab.json", "merges.txt"):
-        shutil.copyfile(shared / "tokenizers" / f"gpt2-{name}", base / name)
+        shutil.copyfile(shared / "tokenizers" / f"gpt2-{name}", folder / name)
+    return folder
+
+
+def check_every_sequence_once(run: RunSpec, ranks: list[RankResult], num_steps: int) -> None:
+    datasets = [TokenizedDataset.load(run.data_folder(task)) for task in range(len(run.tasks))]
+    trained = [batch for rank in ranks for batch in rank.trained]
+    for step in range(num_steps):
+        batch = draw_global_batch(run.tasks, datasets, (True,) * len(run.tasks), run.seed, step)
+        wanted = sorted(zip(batch.tasks.tolist(), batch.indices.tolist(), strict=True))
+        done = [
+            pair
+            for part in trained
+            if part.step == step
+            for pair in zip(part.tasks.tolist(), part.indices.tolist(), strict=True)
+        ]
+        assert sorted(done) == wanted
+
+
+def check_only_its_share_is_held(run: RunSpec, ranks: list[RankResult]) -> None:
+    norms = 2 * HIDDEN * 4
+    layer = (HIDDEN * (HIDDEN + 2 * HIDDEN // 2 + HIDDEN) + 3 * HIDDEN * FFN) * 4
+    for replica, grid in zip(run.plan.replicas, run.grids, strict=True):
+        for stage, stage_ranks in enumerate(grid):
+            for tp_index, rank in enumerate(stage_ranks):
+                tp, pp = replica.layout.tp, replica.layout.pp
+                layers = len(shard_range(LAYERS, pp, stage))
+                rows = len(shard_range(VOCAB, tp, tp_index)) * HIDDEN * 4
+                share = layers * (layer // tp + norms)
+                share += rows if stage == 0 else 0
+                share += rows + HIDDEN * 4 if stage == pp - 1 else 0
+                assert ranks[rank].held_bytes == share
+                assert ranks[rank].loaded_bytes == share
+
+
+def test_two_real_data_sets(shared: Path, project_root: Path, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", shared)
+    config = json.loads((project_root / "trainer_config" / "real4.json").read_text())
+    tasks = [{**task, "global_batch_size": 3, "steps": 2} for task in config["task"][:2]]
+    (tmp_path / "two.json").write_text(
+        json.dumps({**config, "train_task_num": 2, "task": tasks}), encoding="utf-8"
+    )
+    groups = [ReplicaGroup(Layout(1, 1), 1, 512), ReplicaGroup(Layout(2, 1), 1, 1024)]
+    save_plan(make_plan(groups), tmp_path / "plan.yaml")
+    rows = [
+        f"{tp},{s},{b},{1 + b * s / 50 / tp}" for tp in (1, 2) for s in (64, 512) for b in (1, 2)
+    ]
+    (tmp_path / "time.csv").write_text("\n".join(["tp,seq_len,mbs,time", *rows]) + "\n")
+    request = TrainRequest(
+        model=str(base),
+        trainer_config=str(tmp_path / "two.json"),
+        strategy_config=str(tmp_path / "plan.yaml"),
+        time_profile=tmp_path / "time.csv",
+        output_dir=tmp_path / "run",
+        data_dir=shared / "data",
+        device="cpu",
+        max_seq_length=512,
+        record_sequences=True,
+    )
+    run, ranks = train(request)
+    assert len(ranks[0].steps) == 2
+    check_every_sequence_once(run, ranks, 2)
+    check_only_its_share_is_held(run, ranks)
+
+
+@pytest.mark.long
+def test_four_real_data_sets(
+    shared: Path, project_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = save_base(tmp_path / "base", shared)
     config = project_root / "trainer_config" / "real4.json"
 
     common = ["--model", str(base), "--device", "cpu"]
@@ -78,30 +149,5 @@ def test_four_real_data_sets(
     for name in TASK_NAMES:
         losses = [step.tasks[name].loss for step in steps]
         assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.1, f"{name}: {losses}"
-
-    datasets = [TokenizedDataset.load(run.data_folder(task)) for task in range(4)]
-    trained = [batch for rank in ranks for batch in rank.trained]
-    for step in range(20):
-        batch = draw_global_batch(run.tasks, datasets, (True,) * 4, run.seed, step)
-        wanted = sorted(zip(batch.tasks.tolist(), batch.indices.tolist(), strict=True))
-        done = [
-            pair
-            for part in trained
-            if part.step == step
-            for pair in zip(part.tasks.tolist(), part.indices.tolist(), strict=True)
-        ]
-        assert sorted(done) == wanted
-
-    norms = 2 * HIDDEN * 4
-    layer = (HIDDEN * (HIDDEN + 2 * HIDDEN // 2 + HIDDEN) + 3 * HIDDEN * FFN) * 4
-    for replica, grid in zip(plan.replicas, run.grids, strict=True):
-        for stage, stage_ranks in enumerate(grid):
-            for tp_index, rank in enumerate(stage_ranks):
-                tp, pp = replica.layout.tp, replica.layout.pp
-                layers = len(shard_range(LAYERS, pp, stage))
-                rows = len(shard_range(VOCAB, tp, tp_index)) * HIDDEN * 4
-                share = layers * (layer // tp + norms)
-                share += rows if stage == 0 else 0
-                share += rows + HIDDEN * 4 if stage == pp - 1 else 0
-                assert ranks[rank].held_bytes == share
-                assert ranks[rank].loaded_bytes == share
+    check_every_sequence_once(run, ranks, 20)
+    check_only_its_share_is_held(run, ranks)
