@@ -20,9 +20,10 @@ from tests.tasks.conversations import TOOLS, Conversation, call, conversations
 from tests.tasks.families import FAMILIES, Family, load_family, token_spans, transcript
 from tests.tasks.support import task, write_rows
 from tests.tasks.transcripts import Message, Turn
+from tests.tiers import examples
 
 TASK = task(context_length=100_000)
-quick = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+quick = settings(examples(25, 300), suppress_health_check=list(HealthCheck))
 each_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
 
