@@ -1,10 +1,8 @@
-"""Packaging of LobRA-on-DeepSpeed: five packages that form an import chain, two commands."""
+"""Packaging of LobRA-on-DeepSpeed: everything is installed as `lobra.<package>`; two commands."""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
-
-CHAIN = ("tasks", "model", "profiler", "planner", "trainer")
 
 setup(
     name="lobra",
@@ -14,7 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=[p for name in CHAIN for p in (name, f"{name}.*")]),
+    packages=find_packages(include=["lobra", "lobra.*"]),  # follows the links in lobra/
     package_data={"": ["py.typed", "*.json", "*.yaml", "*.toml", "*.csv"]},
     install_requires=[
         # From 2.8 on gloo has reduce_scatter_tensor; the upper bound keeps the newest build from
@@ -49,8 +47,8 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            "lobra=trainer.cli:main",
-            "deploy_strategy_plan=planner.cli:main",
+            "lobra=lobra.cli:main",
+            "deploy_strategy_plan=lobra.commands.plan:main",
         ],
     },
 )

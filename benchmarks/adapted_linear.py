@@ -23,7 +23,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from model.lora import Adapter, MultiAdapterLinear, RowTasks, Shard, row_segments
+from lobra.model.lora import Adapter, MultiAdapterLinear, RowTasks, Shard, row_segments
 
 SIZES = ((12, 4, 16, 16, 4), (24, 128, 512, 512, 16), (24, 128, 512, 1376, 16))  # B, S, I, O, rank
 

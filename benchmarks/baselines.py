@@ -31,20 +31,21 @@ import numpy as np  # noqa: E402
 
 from benchmarks.baselines_ranks import METHODS, Measured, Work  # noqa: E402
 from experiments.published import parse_plan  # noqa: E402
-from model.launch import run_ranks  # noqa: E402
-from model.shapes import read_shape, resolve_folder  # noqa: E402
-from planner.layout import Layout  # noqa: E402
-from planner.placement import place  # noqa: E402
-from planner.plan import Plan, ReplicaGroup  # noqa: E402
-from profiler.cost_model import CostModel, fit_cost_model  # noqa: E402
-from profiler.hardware import num_cores  # noqa: E402
-from profiler.profiles import TimeProfile, load_time_profile  # noqa: E402
-from tasks.config import TARGET_MODULES, TaskConfig  # noqa: E402
-from tasks.dataset import TokenizedDataset  # noqa: E402
-from tasks.errors import ConfigError  # noqa: E402
-from tasks.sampling import task_seed  # noqa: E402
-from trainer.run import PRELOAD, run_local  # noqa: E402
-from trainer.run_spec import RunSpec  # noqa: E402
+from lobra.common.errors import ConfigError  # noqa: E402
+from lobra.layout.layout import Layout  # noqa: E402
+from lobra.layout.placement import place  # noqa: E402
+from lobra.layout.plan import Plan, ReplicaGroup  # noqa: E402
+from lobra.layout.shapes import read_shape  # noqa: E402
+from lobra.model.folder import resolve_folder  # noqa: E402
+from lobra.model.launch import run_ranks  # noqa: E402
+from lobra.profiler.cost_model import CostModel, fit_cost_model  # noqa: E402
+from lobra.profiler.hardware import num_cores  # noqa: E402
+from lobra.profiler.profiles import TimeProfile, load_time_profile  # noqa: E402
+from lobra.tasks.config import TARGET_MODULES, TaskConfig  # noqa: E402
+from lobra.tasks.dataset import TokenizedDataset  # noqa: E402
+from lobra.tasks.sampling import task_seed  # noqa: E402
+from lobra.trainer.run import PRELOAD, run_local  # noqa: E402
+from lobra.trainer.run_spec import RunSpec  # noqa: E402
 
 LEARNING_RATE, LORA_RANK = 1e-3, 16
 HOURS_S = 4 * 3600.0  # after which a method that hangs is given up

@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tasks.dataset import TokenizedDataset
-from tasks.sampling import sample_indices
-from trainer.figures import step_memory_bytes
+from lobra.tasks.dataset import TokenizedDataset
+from lobra.tasks.sampling import sample_indices
+from lobra.trainer.figures import step_memory_bytes
 
 IGNORED = -100
 COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")

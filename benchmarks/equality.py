@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from model.precision import DTYPES  # noqa: E402
+from lobra.model.precision import DTYPES  # noqa: E402
 from tests.model.support import FAMILIES, save_family  # noqa: E402
 from tests.trainer.alone import TASKS, make_starts  # noqa: E402
 from tests.trainer.test_equality import (  # noqa: E402

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
-from model.tensor_parallel import VocabParallelHead  # noqa: E402
+from lobra.model.tensor_parallel import VocabParallelHead  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MIB = 1 << 20

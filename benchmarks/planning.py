@@ -19,24 +19,24 @@ from pathlib import Path
 
 import numpy as np
 
-from planner.buckets import bucket_index, make_buckets, plan_buckets
-from planner.candidates import all_candidates, propose
-from planner.chunks import ChunkTable, chunk_table
-from planner.clock import Clock
-from planner.columns import Budget, Pool, generate
-from planner.dispatch import dispatch
-from planner.layout import Layout
-from planner.plan import Plan, ReplicaGroup, make_plan
-from planner.planners import exact, homogeneous, lobra
-from planner.planners.base import Problem
-from planner.planners.identical import IdenticalModel
-from planner.planners.relaxation import FluidPlanner
-from planner.simulate import lpt_times_s
-from planner.workload import Workload, expect, make_workload
-from profiler.cost_model import CostModel, fit_cost_model
-from profiler.profiles import MemoryProfile, load_memory_profile, load_time_profile
-from tasks.config import load_trainer_config
-from tasks.lengths import load_lengths
+from lobra.layout.layout import Layout
+from lobra.layout.plan import Plan, ReplicaGroup, make_plan
+from lobra.planner.buckets import bucket_index, make_buckets, plan_buckets
+from lobra.planner.candidates import all_candidates, propose
+from lobra.planner.chunks import ChunkTable, chunk_table
+from lobra.planner.clock import Clock
+from lobra.planner.columns import Budget, Pool, generate
+from lobra.planner.dispatch import dispatch
+from lobra.planner.planners import exact, homogeneous, lobra
+from lobra.planner.planners.base import Problem
+from lobra.planner.planners.identical import IdenticalModel
+from lobra.planner.planners.relaxation import FluidPlanner
+from lobra.planner.simulate import lpt_times_s
+from lobra.planner.workload import Workload, expect, make_workload
+from lobra.profiler.cost_model import CostModel, fit_cost_model
+from lobra.profiler.profiles import MemoryProfile, load_memory_profile, load_time_profile
+from lobra.tasks.config import load_trainer_config
+from lobra.tasks.lengths import load_lengths
 
 INSTANCES = {
     "6tasks": ("exp_task6", "lobra_like_6tasks.json"),

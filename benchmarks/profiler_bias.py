@@ -26,31 +26,32 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from model.groups import build_groups  # noqa: E402
-from model.lora import AdapterSpec  # noqa: E402
-from model.pipeline import run_replica  # noqa: E402
-from model.shapes import read_shape, resolve_folder  # noqa: E402
-from model.stage import IGNORED_LABEL, Stage, build_stage  # noqa: E402
-from planner.dispatch import dispatch  # noqa: E402
-from planner.layout import Layout  # noqa: E402
-from planner.plan import Plan, ReplicaGroup  # noqa: E402
-from planner.workload import label_share  # noqa: E402
-from profiler.cost_model import CostModel, fit_cost_model  # noqa: E402
-from profiler.head import PROFILED_SHARE, HeadProfile  # noqa: E402
-from profiler.layer_time_rank import (  # noqa: E402
+from lobra.layout.layout import Layout  # noqa: E402
+from lobra.layout.plan import Plan, ReplicaGroup  # noqa: E402
+from lobra.layout.shapes import read_shape  # noqa: E402
+from lobra.model.folder import resolve_folder  # noqa: E402
+from lobra.model.groups import build_groups  # noqa: E402
+from lobra.model.lora import AdapterSpec  # noqa: E402
+from lobra.model.pipeline import run_replica  # noqa: E402
+from lobra.model.stage import IGNORED_LABEL, Stage, build_stage  # noqa: E402
+from lobra.planner.dispatch import dispatch  # noqa: E402
+from lobra.planner.workload import label_share  # noqa: E402
+from lobra.profiler.cost_model import CostModel, fit_cost_model  # noqa: E402
+from lobra.profiler.head import PROFILED_SHARE, HeadProfile  # noqa: E402
+from lobra.profiler.layer_time_rank import (  # noqa: E402
     NUM_MIXTURES,
     _build_probes,
     _ends_run,
     _layer_run,
     row_mixtures,
 )
-from profiler.memory_rank import synthetic_batch  # noqa: E402
-from profiler.points import time_points  # noqa: E402
-from profiler.profiles import TimeProfile  # noqa: E402
-from tasks.config import load_trainer_config  # noqa: E402
-from tasks.dataset import load_dataset  # noqa: E402
-from tasks.tokenizer import load_tokenizer  # noqa: E402
-from trainer.batches import draw_global_batch, micro_batch_tensors  # noqa: E402
+from lobra.profiler.memory_rank import synthetic_batch  # noqa: E402
+from lobra.profiler.points import time_points  # noqa: E402
+from lobra.profiler.profiles import TimeProfile  # noqa: E402
+from lobra.tasks.config import load_trainer_config  # noqa: E402
+from lobra.tasks.dataset import load_dataset  # noqa: E402
+from lobra.tasks.tokenizer import load_tokenizer  # noqa: E402
+from lobra.trainer.batches import draw_global_batch, micro_batch_tensors  # noqa: E402
 
 MAX_TOKENS = 2048
 CPU = torch.device("cpu")

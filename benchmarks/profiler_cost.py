@@ -13,9 +13,9 @@ import argparse
 
 import numpy as np
 
-from profiler.cost_model import fit_layer
-from profiler.profiles import TimeProfile, load_time_profile
-from profiler.series import other_series
+from lobra.profiler.cost_model import fit_layer
+from lobra.profiler.profiles import TimeProfile, load_time_profile
+from lobra.profiler.series import other_series
 
 COUNTS = (10, 15, 20, 30)
 

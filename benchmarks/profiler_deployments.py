@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
-from model.shapes import NAMED_SHAPES
-from profiler.accelerators import load_tables
-from profiler.estimate_memory import Adapters, estimate_memory
-from profiler.options import CUDA_MEMORY_SHARE
-from tasks.config import TARGET_MODULES
+from lobra.commands.profile_options import CUDA_MEMORY_SHARE
+from lobra.layout.shapes import NAMED_SHAPES
+from lobra.profiler.accelerators import load_tables
+from lobra.profiler.estimate_memory import Adapters, estimate_memory
+from lobra.tasks.config import TARGET_MODULES
 
 STEP, LARGEST = 256, 1 << 20
 # (model, tasks trained together, tokens that must fit, layout): Task-Fused and LobRA's layout for

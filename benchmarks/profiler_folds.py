@@ -20,10 +20,10 @@ import argparse
 import numpy as np
 from scipy.optimize import linprog
 
-from profiler.layer_fit import KINDS, Kind
-from profiler.profiles import TimeProfile, load_time_profile
-from profiler.series import other_series
-from profiler.validation import cross_validate, suspicious_rows
+from lobra.profiler.layer_fit import KINDS, Kind
+from lobra.profiler.profiles import TimeProfile, load_time_profile
+from lobra.profiler.series import other_series
+from lobra.profiler.validation import cross_validate, suspicious_rows
 
 BAR_MEAN, BAR_MAX = 2.0, 6.0
 TICK_NS = 1024  # of a GPU event timer

@@ -19,12 +19,12 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from profiler.profiles import TimeProfile, load_time_profile  # noqa: E402
+from lobra.profiler.profiles import TimeProfile, load_time_profile  # noqa: E402
 
 
 def profile(output: Path, *more: str) -> TimeProfile:
     """Run `lobra profile time` (continued if interrupted) and return its rows."""
-    command = [sys.executable, "-m", "trainer.cli", "profile", "time", "--model", "tiny"]
+    command = [sys.executable, "-m", "lobra.cli", "profile", "time", "--model", "tiny"]
     command += ["--device", "cpu", "--output", str(output.resolve()), *more]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run(command, cwd=output.parent, env=environment, check=True)

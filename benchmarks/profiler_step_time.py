@@ -33,7 +33,7 @@ WARM_UP_STEPS = 2
 def lobra(folder: Path, *arguments: str) -> None:
     """Run a `lobra` command in the folder; raises CalledProcessError if it fails."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "trainer.cli", *arguments]
+    command = [sys.executable, "-m", "lobra.cli", *arguments]
     subprocess.run(command, cwd=folder, env=environment, check=True)
 
 

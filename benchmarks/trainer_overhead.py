@@ -23,16 +23,17 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
-from model.shapes import read_shape, resolve_folder  # noqa: E402
-from planner.layout import Layout  # noqa: E402
-from planner.placement import place  # noqa: E402
-from planner.plan import Plan, ReplicaGroup  # noqa: E402
-from profiler.cost_model import fit_cost_model  # noqa: E402
-from profiler.profiles import TimeProfile  # noqa: E402
-from tasks.config import TARGET_MODULES, TaskConfig  # noqa: E402
-from tasks.dataset import TokenizedDataset  # noqa: E402
-from trainer.run import run_local  # noqa: E402
-from trainer.run_spec import RunSpec  # noqa: E402
+from lobra.layout.layout import Layout  # noqa: E402
+from lobra.layout.placement import place  # noqa: E402
+from lobra.layout.plan import Plan, ReplicaGroup  # noqa: E402
+from lobra.layout.shapes import read_shape  # noqa: E402
+from lobra.model.folder import resolve_folder  # noqa: E402
+from lobra.profiler.cost_model import fit_cost_model  # noqa: E402
+from lobra.profiler.profiles import TimeProfile  # noqa: E402
+from lobra.tasks.config import TARGET_MODULES, TaskConfig  # noqa: E402
+from lobra.tasks.dataset import TokenizedDataset  # noqa: E402
+from lobra.trainer.run import run_local  # noqa: E402
+from lobra.trainer.run_spec import RunSpec  # noqa: E402
 
 SEQUENCES_PER_TASK = 6
 LENGTHS = (24, 200)

@@ -9,18 +9,18 @@ import numpy as np
 
 from experiments.inputs import Costs
 from experiments.published import parse_plan
-from planner.buckets import bucket_index, static_buckets
-from planner.candidates import Candidate, all_candidates
-from planner.chunks import chunk_table
-from planner.dispatch import dispatch_counts
-from planner.layout import Layout
-from planner.placement import is_placeable
-from planner.plan import Plan, ReplicaGroup, make_plan
-from planner.simulate import FUSED_BUCKETS, steps_of
-from planner.workload import Workload, expect
-from profiler.cost_model import CostModel
-from profiler.profiles import layout_problem_of
-from tasks.errors import ConfigError
+from lobra.common.errors import ConfigError
+from lobra.layout.layout import Layout
+from lobra.layout.placement import is_placeable
+from lobra.layout.plan import Plan, ReplicaGroup, make_plan
+from lobra.planner.buckets import bucket_index, static_buckets
+from lobra.planner.candidates import Candidate, all_candidates
+from lobra.planner.chunks import chunk_table
+from lobra.planner.dispatch import dispatch_counts
+from lobra.planner.simulate import FUSED_BUCKETS, steps_of
+from lobra.planner.workload import Workload, expect
+from lobra.profiler.cost_model import CostModel
+from lobra.profiler.profiles import layout_problem_of
 
 GPUS_PER_NODE = 8
 NUM_BUCKETS = 16

@@ -15,7 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from tasks.files import write_atomic
+from lobra.common.files import write_atomic
 
 Record = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,18 +13,18 @@ import numpy as np
 from experiments import synthetic
 from experiments.published import LENGTHS, SETUPS, Setup
 from experiments.synthetic import moments, synthesize
-from planner.workload import Workload, make_workload, read_lengths
-from profiler.cost_model import CostModel, fit_cost_model
-from profiler.profiles import (
+from lobra.common.errors import ConfigError
+from lobra.common.files import write_atomic
+from lobra.planner.workload import Workload, make_workload, read_lengths
+from lobra.profiler.cost_model import CostModel, fit_cost_model
+from lobra.profiler.profiles import (
     MemoryProfile,
     load_memory_profile,
     load_time_profile,
     num_layers_of,
 )
-from tasks.config import TrainerConfig, load_trainer_config
-from tasks.errors import ConfigError
-from tasks.files import write_atomic
-from tasks.lengths import load_lengths
+from lobra.tasks.config import TrainerConfig, load_trainer_config
+from lobra.tasks.lengths import load_lengths
 
 MAX_SEQ_LENGTH = 16384
 LARGEST_LAYOUT = 16  # GPUs of one replica
@@ -196,7 +196,7 @@ def _published_files(reference: Path) -> tuple[Path, Path]:
 
 def _estimate(model: str, config: str, num_tasks: int, folder: Path) -> tuple[Path, Path]:
     """Write (or complete) the estimated profiles through `lobra profile`; return their paths."""
-    from trainer.cli import main
+    from lobra.cli import main
 
     setup = SETUPS[model]
     times = folder / f"profile_time_{model}.csv"

@@ -32,14 +32,14 @@ from experiments.provenance import PROVENANCE, git_state
 from experiments.published import SETUPS, Setup, parse_plan
 from experiments.runs import together
 from experiments.simulate import tell, to_csv
-from planner.plan import save_plan
-from planner.simulate import FUSED_BUCKETS
-from planner.workload import read_lengths
-from profiler.cost_model import load_cost_model
-from profiler.profiles import default_memory_path, load_memory_profile
-from tasks.config import TrainerConfig
-from tasks.errors import ConfigError
-from tasks.files import write_atomic
+from lobra.common.errors import ConfigError
+from lobra.common.files import write_atomic
+from lobra.layout.plan import save_plan
+from lobra.planner.simulate import FUSED_BUCKETS
+from lobra.planner.workload import read_lengths
+from lobra.profiler.cost_model import load_cost_model
+from lobra.profiler.profiles import default_memory_path, load_memory_profile
+from lobra.tasks.config import TrainerConfig
 
 STATIC = ("--dp-bucket", "off", "--num-buckets")
 DYNAMIC = ("--dp-bucket", "on", "--num-buckets", str(NUM_BUCKETS))

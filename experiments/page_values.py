@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from experiments.published import REDUCTION
 from experiments.study import DYNAMIC, FIXED, FUSED, LOBRA, OURS, OURS_POWERS, SEQUENTIAL
-from tasks.errors import ConfigError
+from lobra.common.errors import ConfigError
 
 Row = Mapping[str, str]
 Tables = Mapping[str, Mapping[str, Sequence[Row]]]  # experiment -> table -> rows

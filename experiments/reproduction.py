@@ -21,8 +21,8 @@ from experiments.cells import code_digest
 from experiments.page_tables import TABLES
 from experiments.page_values import Tables, fill_values
 from experiments.provenance import PROVENANCE, read_provenance
-from tasks.errors import ConfigError
-from tasks.files import write_atomic
+from lobra.common.errors import ConfigError
+from lobra.common.files import write_atomic
 
 RESULTS = Path("docs/results/2026-11-21-experiments")
 PAGE = Path("docs/reproduction.md")

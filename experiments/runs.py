@@ -10,14 +10,14 @@ import numpy as np
 
 from experiments.bench import GPUS_PER_NODE, NUM_BUCKETS, Bench, dealt_time_s
 from experiments.cells import Cell, Record, processor_seconds
-from planner.buckets import bucket_index, static_buckets
-from planner.deploy import Options, deploy, plan_entries
-from planner.layout import Layout
-from planner.plan import Plan, ReplicaGroup, make_plan
-from planner.planners.base import Outcome
-from planner.simulate import FUSED_BUCKETS, Simulation, simulate, steps_of
-from planner.workload import Workload
-from tasks.errors import ConfigError
+from lobra.common.errors import ConfigError
+from lobra.layout.layout import Layout
+from lobra.layout.plan import Plan, ReplicaGroup, make_plan
+from lobra.planner.buckets import bucket_index, static_buckets
+from lobra.planner.deploy import Options, deploy, plan_entries
+from lobra.planner.planners.base import Outcome
+from lobra.planner.simulate import FUSED_BUCKETS, Simulation, simulate, steps_of
+from lobra.planner.workload import Workload
 
 Mode = Literal["balance", "group", "even"]
 

@@ -49,11 +49,11 @@ from experiments.published import (
 )
 from experiments.published import SCALE_GPUS as PUBLISHED_GPUS
 from experiments.published import SCALE_TASKS as PUBLISHED_TASKS
-from profiler.hardware import num_cores
-from tasks.config import TrainerConfig, load_trainer_config
-from tasks.errors import ConfigError
-from tasks.files import write_atomic
-from tasks.version import installed_version
+from lobra.common.errors import ConfigError
+from lobra.common.files import write_atomic
+from lobra.common.version import installed_version
+from lobra.profiler.hardware import num_cores
+from lobra.tasks.config import TrainerConfig, load_trainer_config
 
 INFERRED_PLANS = {16: "<16,1>x1"}  # not published: the only layout that fits
 SCALE_PLANS = {**INFERRED_PLANS, **PLANS_70B}

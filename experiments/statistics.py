@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.experiment_intervals import LEVEL, reach_of_mean
+from lobra.report.intervals import LEVEL, reach_of_mean
 
 RESAMPLES = 4000
 

@@ -26,13 +26,13 @@ from experiments.runs import (
     together,
 )
 from experiments.statistics import mean_interval, reduction_interval
-from planner.candidates import PROPOSAL_CHUNKS, Candidate, tokens_per_gpu_second
-from planner.dispatch import dispatch, dispatch_counts
-from planner.layout import Layout
-from planner.plan import Plan
-from planner.simulate import FUSED_BUCKETS, chrome_trace, steps_of
-from planner.workload import expect
-from tasks.errors import ConfigError
+from lobra.common.errors import ConfigError
+from lobra.layout.layout import Layout
+from lobra.layout.plan import Plan
+from lobra.planner.candidates import PROPOSAL_CHUNKS, Candidate, tokens_per_gpu_second
+from lobra.planner.dispatch import dispatch, dispatch_counts
+from lobra.planner.simulate import FUSED_BUCKETS, chrome_trace, steps_of
+from lobra.planner.workload import expect
 
 Rows = list[dict[str, Any]]
 SEQUENTIAL, FUSED = "Task-Sequential", "Task-Fused"

@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model.shapes import ModelShape
-from tasks.errors import ConfigError, Problems
+from lobra.common.errors import ConfigError, Problems
+from lobra.layout.shapes import ModelShape
 
 WHOLE = slice(None)
 INDEX = "model.safetensors.index.json"

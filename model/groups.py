@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from model.topology import Grid, RankRole, check_grids, role_of
+from lobra.layout.topology import Grid, RankRole, check_grids, role_of
 
 
 @dataclass(frozen=True)

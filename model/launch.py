@@ -31,7 +31,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LOST = 2  # how a lost connection ranks among failures, see `_blame`
 SIGNS_OF_LOSS = ("Connection closed by peer", "Connection reset", "Broken pipe", "remote process")
 GRACE_S = 2.0
-DEFAULT_PRELOAD = ("torch", "transformers", "model.preload")
+DEFAULT_PRELOAD = ("torch", "transformers", "lobra.model.preload")
 
 
 class RankError(RuntimeError):
@@ -142,7 +142,7 @@ def _end_with_parent() -> None:
 
 
 def _is_user_error(error: BaseException) -> bool:
-    from tasks.errors import ConfigError
+    from lobra.common.errors import ConfigError
 
     return isinstance(error, ConfigError)
 

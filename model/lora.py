@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.shapes import module_path
-from model.tensor_parallel import Group, reduce_from_group
+from lobra.layout.shapes import module_path
+from lobra.model.tensor_parallel import Group, reduce_from_group
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.groups import ReplicaGroups
-from model.precision import kept_dtype
-from model.stage import MicroBatchTensors, Stage
+from lobra.model.groups import ReplicaGroups
+from lobra.model.precision import kept_dtype
+from lobra.model.stage import MicroBatchTensors, Stage
 
 
 def run_replica(stage: Stage, batches: Sequence[MicroBatchTensors], num_tasks: int) -> Tensor:

@@ -23,9 +23,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, masking_utils
 
-from model.checkpoint import CheckpointReader, as_slice
-from model.groups import ReplicaGroups
-from model.lora import (
+from lobra.common.errors import ConfigError
+from lobra.layout.shapes import ModelShape, layout_problem, read_shape
+from lobra.layout.topology import kv_head_range, shard_range, stage_layers
+from lobra.model.checkpoint import CheckpointReader, as_slice
+from lobra.model.groups import ReplicaGroups
+from lobra.model.lora import (
     Adapter,
     AdapterBank,
     AdapterSpec,
@@ -36,11 +39,8 @@ from model.lora import (
     init_adapter,
     row_segments,
 )
-from model.precision import NothingBelowDouble, in_double, kept_dtype
-from model.shapes import ModelShape, layout_problem, read_shape
-from model.tensor_parallel import VocabParallelEmbedding, VocabParallelHead, copy_to_group
-from model.topology import kv_head_range, shard_range, stage_layers
-from tasks.errors import ConfigError
+from lobra.model.precision import NothingBelowDouble, in_double, kept_dtype
+from lobra.model.tensor_parallel import VocabParallelEmbedding, VocabParallelHead, copy_to_group
 
 IGNORED_LABEL = -100
 ROW_PARALLEL = ("o_proj", "down_proj")

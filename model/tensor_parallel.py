@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.precision import kept_dtype
+from lobra.model.precision import kept_dtype
 
 Group = dist.ProcessGroup | None
 

@@ -11,9 +11,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from model.shapes import NAMED_SHAPES, TINY
-from tasks.corpus import corpus_texts
-from tasks.tokenizer import train_tokenizer
+from lobra.layout.shapes import NAMED_SHAPES, TINY
+from lobra.tasks.corpus import corpus_texts
+from lobra.tasks.tokenizer import train_tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from tasks.errors import ConfigError
+from lobra.common.errors import ConfigError
 
 ALIGN = 16
 STATIC_BUCKETS = {

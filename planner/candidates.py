@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.layout import Layout
-from profiler.cost_model import CostModel
-from profiler.profiles import MemoryProfile
-from tasks.errors import ConfigError
+from lobra.common.errors import ConfigError
+from lobra.layout.layout import Layout
+from lobra.profiler.cost_model import CostModel
+from lobra.profiler.profiles import MemoryProfile
 
 PROPOSAL_CHUNKS = 16  # micro-batches per step that LobRA's proposal assumes
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.layout import Layout
-from profiler.cost_model import CostModel
+from lobra.layout.layout import Layout
+from lobra.profiler.cost_model import CostModel
 
 
 @dataclass(frozen=True, eq=False)

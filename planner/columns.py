@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from ortools.linear_solver import pywraplp
 
-from planner.chunks import ChunkTable
-from planner.clock import Clock
-from planner.fluid import amounts
-from planner.patterns import (
+from lobra.planner.chunks import ChunkTable
+from lobra.planner.clock import Clock
+from lobra.planner.fluid import amounts
+from lobra.planner.patterns import (
     EXCLUSIVE_FEW_REPLICAS,
     EXCLUSIVE_MOST,
     Pattern,

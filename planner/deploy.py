@@ -6,20 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from planner.candidates import Candidates, all_candidates, propose
-from planner.clock import Clock
-from planner.evaluate import sync_time_s
-from planner.placement import place
-from planner.plan import Plan
-from planner.planners import exact, homogeneous, lobra
-from planner.planners.base import Outcome, Problem, Progress, silent
-from planner.planners.relaxation import FluidPlanner
-from planner.sampling import Sampled, Sampler, compare
-from planner.workload import ExpectedBatch, Workload, expect
-from profiler.cost_model import CostModel
-from profiler.profiles import MemoryProfile
-from tasks.errors import ConfigError
-from tasks.version import installed_version
+from lobra.common.errors import ConfigError
+from lobra.common.version import installed_version
+from lobra.layout.placement import place
+from lobra.layout.plan import Plan
+from lobra.planner.candidates import Candidates, all_candidates, propose
+from lobra.planner.clock import Clock
+from lobra.planner.evaluate import sync_time_s
+from lobra.planner.planners import exact, homogeneous, lobra
+from lobra.planner.planners.base import Outcome, Problem, Progress, silent
+from lobra.planner.planners.relaxation import FluidPlanner
+from lobra.planner.sampling import Sampled, Sampler, compare
+from lobra.planner.workload import ExpectedBatch, Workload, expect
+from lobra.profiler.cost_model import CostModel
+from lobra.profiler.profiles import MemoryProfile
 
 SEARCH_SHARE = 0.6  # of a given time limit; the rest is for sampled steps
 Solver = Callable[[Problem, float | None, Progress], Outcome]

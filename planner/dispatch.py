@@ -8,15 +8,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from planner.buckets import bucket_index, checked_lengths, make_buckets
-from planner.chunks import ChunkTable, chunk_table
-from planner.evaluate import busy_time_s, sync_time_s
-from planner.first import chunks_of, greedy_start, start_loads
-from planner.plan import Plan, ReplicaGroup
-from planner.resplit import balance_groups, descend, shake
-from planner.search import Loads, improve
-from profiler.cost_model import CostModel
-from tasks.errors import ConfigError
+from lobra.common.errors import ConfigError
+from lobra.layout.plan import Plan, ReplicaGroup
+from lobra.planner.buckets import bucket_index, checked_lengths, make_buckets
+from lobra.planner.chunks import ChunkTable, chunk_table
+from lobra.planner.evaluate import busy_time_s, sync_time_s
+from lobra.planner.first import chunks_of, greedy_start, start_loads
+from lobra.planner.resplit import balance_groups, descend, shake
+from lobra.planner.search import Loads, improve
+from lobra.profiler.cost_model import CostModel
 
 Mode = Literal["balance", "group"]
 MODES: tuple[Mode, ...] = ("balance", "group")

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from planner.layout import Layout
-from planner.plan import Plan
-from profiler.cost_model import CostModel
+from lobra.layout.layout import Layout
+from lobra.layout.plan import Plan
+from lobra.profiler.cost_model import CostModel
 
 
 def busy_time_s(layout: Layout, chunk_times_ms: Sequence[float]) -> float:

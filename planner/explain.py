@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.chunks import chunk_table
-from planner.plan import Plan, ReplicaGroup
-from planner.planners.base import Outcome, Problem
+from lobra.layout.plan import Plan, ReplicaGroup
+from lobra.planner.chunks import chunk_table
+from lobra.planner.planners.base import Outcome, Problem
 
 SAME = 5e-4  # relative: what differs by less is called the same
 

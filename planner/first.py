@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.chunks import ChunkTable, longest_sequence_s
-from planner.fluid import Fluid, solve_fluid, solve_rates
-from planner.search import Loads
+from lobra.planner.chunks import ChunkTable, longest_sequence_s
+from lobra.planner.fluid import Fluid, solve_fluid, solve_rates
+from lobra.planner.search import Loads
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from ortools.linear_solver import pywraplp
 
-from planner.chunks import ChunkTable, longest_sequence_s
-from tasks.errors import ConfigError
+from lobra.common.errors import ConfigError
+from lobra.planner.chunks import ChunkTable, longest_sequence_s
 
 SECANT_STEPS = 6
 TOLERANCE = 1e-4

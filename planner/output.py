@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tasks.errors import ConfigError
+from lobra.common.errors import ConfigError
 
 
 def write_problem(flag: str, path: str | os.PathLike[str]) -> str | None:

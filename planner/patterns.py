@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from planner.chunks import ChunkTable
+from lobra.planner.chunks import ChunkTable
 
 Rounding = Literal["down", "up"]
 EXCLUSIVE_MOST = 40  # buckets with at most so many sequences are priced by their exact number

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from planner.search import Loads
+from lobra.planner.search import Loads
 
 SMALLEST_GAIN = 1e-6  # relative to the slower replica
 NEAR = 4  # sequences by which a bucket's division may change one by one

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import LinearConstraint, milp
 
-from planner.chunks import ChunkTable
-from planner.clock import Clock
-from planner.columns import Budget, Columns, Generated
-from planner.first import chunks_of
-from planner.patterns import Pattern, PatternPricer
-from planner.resplit import shake
-from planner.search import Loads, improve
+from lobra.planner.chunks import ChunkTable
+from lobra.planner.clock import Clock
+from lobra.planner.columns import Budget, Columns, Generated
+from lobra.planner.first import chunks_of
+from lobra.planner.patterns import Pattern, PatternPricer
+from lobra.planner.resplit import shake
+from lobra.planner.search import Loads, improve
 
 SPARE_COUNT = 256  # how far a replica's sequences of a bucket may grow in the search
 MIP_LIMIT_S = 0.4

@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from planner.buckets import bucket_index
-from planner.clock import Clock
-from planner.plan import Plan
-from planner.planners import exact
-from planner.planners.base import Outcome, Problem, Progress
-from planner.simulate import simulate, steps_of
-from planner.workload import Workload
+from lobra.layout.plan import Plan
+from lobra.planner.buckets import bucket_index
+from lobra.planner.clock import Clock
+from lobra.planner.planners import exact
+from lobra.planner.planners.base import Outcome, Problem, Progress
+from lobra.planner.simulate import simulate, steps_of
+from lobra.planner.workload import Workload
 
 PLANS, STEPS = 4, 20
 STEPS_TO_CONFIRM = 40

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.chunks import ChunkTable
+from lobra.planner.chunks import ChunkTable
 
 LARGEST_MOVE = 32
 LARGEST_SWAP = 24

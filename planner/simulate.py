@@ -9,19 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from planner.buckets import bucket_index, make_buckets, static_buckets
-from planner.candidates import Candidate
-from planner.chunks import chunk_table
-from planner.dispatch import Assignment, Mode, dispatch
-from planner.evaluate import sync_time_s
-from planner.first import greedy
-from planner.plan import Plan
-from planner.planners import homogeneous
-from planner.planners.base import Problem
-from planner.workload import Workload, expect
-from profiler.cost_model import CostModel
-from tasks.errors import ConfigError
-from tasks.sampling import sample_indices
+from lobra.common.errors import ConfigError
+from lobra.layout.plan import Plan
+from lobra.planner.buckets import bucket_index, make_buckets, static_buckets
+from lobra.planner.candidates import Candidate
+from lobra.planner.chunks import chunk_table
+from lobra.planner.dispatch import Assignment, Mode, dispatch
+from lobra.planner.evaluate import sync_time_s
+from lobra.planner.first import greedy
+from lobra.planner.planners import homogeneous
+from lobra.planner.planners.base import Problem
+from lobra.planner.workload import Workload, expect
+from lobra.profiler.cost_model import CostModel
+from lobra.tasks.sampling import sample_indices
 
 FUSED_BUCKETS = 7  # LobRA's baselines pad to its set of seven
 

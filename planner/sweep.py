@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from planner.deploy import Deployment, Options, deploy, homogeneous_entry, plan_entries
-from planner.planners.base import Progress, silent
-from planner.workload import Workload
-from profiler.cost_model import CostModel
-from profiler.profiles import MemoryProfile
-from tasks.errors import ConfigError
-from tasks.files import atomic_path
+from lobra.common.errors import ConfigError
+from lobra.common.files import atomic_path
+from lobra.planner.deploy import Deployment, Options, deploy, homogeneous_entry, plan_entries
+from lobra.planner.planners.base import Progress, silent
+from lobra.planner.workload import Workload
+from lobra.profiler.cost_model import CostModel
+from lobra.profiler.profiles import MemoryProfile
 
 MOST_POINTS = 15
 POINT_LIMIT_S = 2.0

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from planner.buckets import bucket_index, expected_batch, plan_buckets, static_buckets
-from profiler.profiles import weights_folder_of
-from tasks.config import TaskConfig, TrainerConfig
-from tasks.errors import ConfigError, Problems
-from tasks.lengths import load_lengths
+from lobra.common.errors import ConfigError, Problems
+from lobra.model.folder import resolve_folder
+from lobra.planner.buckets import bucket_index, expected_batch, plan_buckets, static_buckets
+from lobra.tasks.config import TaskConfig, TrainerConfig
+from lobra.tasks.lengths import load_lengths
 
 if TYPE_CHECKING:
-    from tasks.dataset import TokenizedDataset
+    from lobra.tasks.dataset import TokenizedDataset
 
 
 log = logging.getLogger(__name__)
@@ -142,13 +142,13 @@ def read_lengths_and_labels(
     """
     if lengths_path is not None:
         return load_lengths(Path(lengths_path)), None
-    from tasks.data_report import summary_text
-    from tasks.dataset import load_dataset
-    from tasks.text_processor import TextProcessor
-    from tasks.tokenizer import load_tokenizer
+    from lobra.tasks.data_report import summary_text
+    from lobra.tasks.dataset import load_dataset
+    from lobra.tasks.text_processor import TextProcessor
+    from lobra.tasks.tokenizer import load_tokenizer
 
     # Data that are tokenised already need no tokenizer, so no folder of the model either.
-    processor = TextProcessor(lambda: load_tokenizer(weights_folder_of(model)))
+    processor = TextProcessor(lambda: load_tokenizer(resolve_folder(model)))
     datasets: list[TokenizedDataset] = []
     problems = Problems()
     for task in config.tasks:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from tasks.errors import ConfigError
+from lobra.common.errors import ConfigError
 
 FLAGS = ("sequence_parallel", "adapters_sharded", "loss_in_chunks")
 SHARES = ("matmul", "attention", "memory", "link", "network")

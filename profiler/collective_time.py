@@ -10,14 +10,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from model.launch import DEFAULT_PRELOAD, run_ranks
-from model.shapes import ModelShape
-from profiler.collectives import ALL_REDUCE, COLLECTIVE_COLUMNS, SYNC, TRANSFER
-from profiler.estimate_memory import element_bytes
-from profiler.layer_time_rank import Clock, measured_timing
-from profiler.memory import shape_settings
-from profiler.memory_rank import torch_device
-from profiler.sweep_file import Restart, SweepFile, open_sweep
+from lobra.layout.shapes import ModelShape
+from lobra.model.launch import DEFAULT_PRELOAD, run_ranks
+from lobra.profiler.collectives import ALL_REDUCE, COLLECTIVE_COLUMNS, SYNC, TRANSFER
+from lobra.profiler.estimate_memory import element_bytes
+from lobra.profiler.layer_time_rank import Clock, measured_timing
+from lobra.profiler.memory import shape_settings
+from lobra.profiler.memory_rank import torch_device
+from lobra.profiler.sweep_file import Restart, SweepFile, open_sweep
 
 NUM_KEYS = 3
 SIZES = (1 << 14, 1 << 17, 1 << 20, 1 << 23)  # bytes of a message
@@ -75,11 +75,11 @@ def sweep_collectives(
         )
         if missing:
             run_ranks(
-                "profiler.collective_time:time_on_rank",
+                "lobra.profiler.collective_time:time_on_rank",
                 ranks,
                 {"rows": missing, "file": file, "device": device, "clock": clock},
                 device=device,
-                preload=(*DEFAULT_PRELOAD, "profiler.collective_time"),
+                preload=(*DEFAULT_PRELOAD, "lobra.profiler.collective_time"),
             )
             file = file.reopened()
     return file

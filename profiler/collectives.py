@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
-from profiler.profiles import PROFILE_DIR, model_slug, read_meta
-from tasks.errors import ConfigError
+from lobra.common.errors import ConfigError
+from lobra.profiler.profiles import PROFILE_DIR, model_slug, read_meta
 
 COLLECTIVE_COLUMNS = ("kind", "ranks", "bytes", "time")
 TRANSFER, ALL_REDUCE, SYNC = "transfer", "all_reduce", "sync"

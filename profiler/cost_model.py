@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from profiler.collectives import Collectives, default_collectives_path, load_collectives
-from profiler.head import HeadFit, HeadProfile, fit_heads, load_head_profile
-from profiler.layer_fit import KINDS, SMALLEST_TIME_MS, Kind, LayerFit, fit_layer
-from profiler.profiles import (
+from lobra.common.errors import ConfigError
+from lobra.profiler.collectives import Collectives, default_collectives_path, load_collectives
+from lobra.profiler.head import HeadFit, HeadProfile, fit_heads, load_head_profile
+from lobra.profiler.layer_fit import KINDS, SMALLEST_TIME_MS, Kind, LayerFit, fit_layer
+from lobra.profiler.profiles import (
     TimeProfile,
     default_head_path,
     default_time_path,
@@ -21,8 +22,7 @@ from profiler.profiles import (
     num_layers_of,
     read_meta,
 )
-from profiler.series import other_series
-from tasks.errors import ConfigError
+from lobra.profiler.series import other_series
 
 __all__ = [
     "KINDS",

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from tasks.errors import ConfigError
+from lobra.common.errors import ConfigError
 
 
 def read_rows(

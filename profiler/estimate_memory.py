@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from model.shapes import ModelShape
-from model.topology import stage_layers
-from profiler.accelerators import Runtime
+from lobra.layout.shapes import ModelShape
+from lobra.layout.topology import stage_layers
+from lobra.profiler.accelerators import Runtime
 
 FLOAT_BYTES = 4
 # Of an adapter's parameter, as `profiler.memory_rank` counts them.

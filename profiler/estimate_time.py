@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.optimize import nnls
 
-from model.shapes import ModelShape
-from profiler.accelerators import Accelerator, Efficiency
-from profiler.estimate_memory import element_bytes, layer_weights, saved_bytes_per_token
-from profiler.head import PROFILED_SHARE
-from profiler.profiles import TimeProfile
-from tasks.errors import ConfigError
+from lobra.common.errors import ConfigError
+from lobra.layout.shapes import ModelShape
+from lobra.profiler.accelerators import Accelerator, Efficiency
+from lobra.profiler.estimate_memory import element_bytes, layer_weights, saved_bytes_per_token
+from lobra.profiler.head import PROFILED_SHARE
+from lobra.profiler.profiles import TimeProfile
 
 Array = np.ndarray
 Sizes = np.ndarray | float

@@ -8,7 +8,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from tasks.errors import ConfigError
+from lobra.common.errors import ConfigError
 
 PACKAGES = ("torch", "transformers", "numpy")
 DEVICES = ("auto", "cpu", "cuda")

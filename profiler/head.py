@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from profiler.csv_rows import finite_ms, read_rows
-from profiler.layer_fit import LayerFit, fit_layer
-from profiler.profiles import TIME_COLUMNS, TimeProfile, load_time_profile
-from tasks.errors import ConfigError
+from lobra.common.errors import ConfigError
+from lobra.profiler.csv_rows import finite_ms, read_rows
+from lobra.profiler.layer_fit import LayerFit, fit_layer
+from lobra.profiler.profiles import TIME_COLUMNS, TimeProfile, load_time_profile
 
 Array = np.ndarray
 

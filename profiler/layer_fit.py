@@ -17,7 +17,8 @@ from typing import Literal
 
 import numpy as np
 
-from profiler.fit_terms import (
+from lobra.common.errors import ConfigError
+from lobra.profiler.fit_terms import (
     NUM_PLAIN,
     place_knots,
     robust_nnls,
@@ -25,7 +26,6 @@ from profiler.fit_terms import (
     scatter_of,
     terms_of,
 )
-from tasks.errors import ConfigError
 
 Array = np.ndarray
 Kind = Literal["fitted", "lobra6"]

@@ -14,18 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.launch import DEFAULT_PRELOAD, RankError, default_threads, run_ranks
-from model.lora import AdapterSpec
-from model.shapes import ModelShape, layout_problem
-from profiler.head import HEAD_COLUMNS, PROFILED_SHARE
-from profiler.layer_time_rank import Clock, SingleDevice
-from profiler.memory import OUT_OF_MEMORY, shape_settings
-from profiler.outliers import doubtful_points
-from profiler.points import time_points
-from profiler.profiles import TIME_COLUMNS
-from profiler.sweep_file import Restart, SweepFile, open_sweep
-from tasks.config import TARGET_MODULES, TaskConfig
-from tasks.errors import ConfigError
+from lobra.common.errors import ConfigError
+from lobra.layout.shapes import ModelShape, layout_problem
+from lobra.model.launch import DEFAULT_PRELOAD, RankError, default_threads, run_ranks
+from lobra.model.lora import AdapterSpec
+from lobra.profiler.head import HEAD_COLUMNS, PROFILED_SHARE
+from lobra.profiler.layer_time_rank import Clock, SingleDevice
+from lobra.profiler.memory import OUT_OF_MEMORY, shape_settings
+from lobra.profiler.outliers import doubtful_points
+from lobra.profiler.points import time_points
+from lobra.profiler.profiles import TIME_COLUMNS
+from lobra.profiler.sweep_file import Restart, SweepFile, open_sweep
+from lobra.tasks.config import TARGET_MODULES, TaskConfig
 
 log = logging.getLogger(__name__)
 
@@ -269,7 +269,7 @@ def _measure(
     watcher.start()
     try:
         run_ranks(
-            "profiler.layer_time_rank:time_points_on_rank",
+            "lobra.profiler.layer_time_rank:time_points_on_rank",
             count * size,
             {
                 "folder": sweep.folder,
@@ -287,7 +287,7 @@ def _measure(
             device=sweep.device,
             # A shard timed alone has the share of the cores that it would have in its group.
             threads=default_threads(tp) if shards else None,
-            preload=(*DEFAULT_PRELOAD, "profiler.layer_time_rank"),
+            preload=(*DEFAULT_PRELOAD, "lobra.profiler.layer_time_rank"),
         )
     finally:
         ended.set()

@@ -15,16 +15,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from model.groups import ReplicaGroups, build_groups
-from model.lora import AdapterSpec
-from model.precision import DTYPES
-from model.shapes import read_shape
-from model.stage import IGNORED_LABEL, MicroBatchTensors, Stage, build_stage
-from model.topology import Grid
-from profiler.head import PROFILED_SHARE
-from profiler.memory_rank import synthetic_batch, torch_device
-from profiler.outliers import MAX_ATTEMPTS, doubtful_points
-from profiler.sweep_file import SweepFile
+from lobra.layout.shapes import read_shape
+from lobra.layout.topology import Grid
+from lobra.model.groups import ReplicaGroups, build_groups
+from lobra.model.lora import AdapterSpec
+from lobra.model.precision import DTYPES
+from lobra.model.stage import IGNORED_LABEL, MicroBatchTensors, Stage, build_stage
+from lobra.profiler.head import PROFILED_SHARE
+from lobra.profiler.memory_rank import synthetic_batch, torch_device
+from lobra.profiler.outliers import MAX_ATTEMPTS, doubtful_points
+from lobra.profiler.sweep_file import SweepFile
 
 Clock = Literal["wall", "processor"]
 PROBE_LAYERS = 4  # timed together, so that what a stage does once is shared out as in training

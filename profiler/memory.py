@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.launch import DEFAULT_PRELOAD, RankError, run_ranks
-from model.lora import AdapterSpec
-from model.shapes import ModelShape, layout_problem
-from profiler.memory_rank import RankMemory
-from profiler.profiles import write_meta
-from profiler.search import Trial, largest_fitting
-from profiler.sweep_file import SweepFile
-from tasks.config import TaskConfig
-from tasks.errors import ConfigError
-from tasks.files import write_atomic
+from lobra.common.errors import ConfigError
+from lobra.common.files import write_atomic
+from lobra.layout.shapes import ModelShape, layout_problem
+from lobra.model.launch import DEFAULT_PRELOAD, RankError, run_ranks
+from lobra.model.lora import AdapterSpec
+from lobra.profiler.memory_rank import RankMemory
+from lobra.profiler.profiles import write_meta
+from lobra.profiler.search import Trial, largest_fitting
+from lobra.profiler.sweep_file import SweepFile
+from lobra.tasks.config import TaskConfig
 
 log = logging.getLogger(__name__)
 
@@ -257,7 +257,7 @@ def measure_trial(sweep: MemorySweep, tp: int, pp: int, tokens: int) -> list[Ran
         for task in sweep.tasks
     )
     return run_ranks(
-        "profiler.memory_rank:memory_of_rank",
+        "lobra.profiler.memory_rank:memory_of_rank",
         tp * pp,
         {
             "folder": sweep.folder,
@@ -272,5 +272,5 @@ def measure_trial(sweep: MemorySweep, tp: int, pp: int, tokens: int) -> list[Ran
         device=sweep.device,
         timeout_s=TRIAL_TIMEOUT_S,
         threads=1 if sweep.device == "cpu" else None,
-        preload=(*DEFAULT_PRELOAD, "profiler.memory_rank"),
+        preload=(*DEFAULT_PRELOAD, "lobra.profiler.memory_rank"),
     )

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 
-from model.groups import build_groups
-from model.lora import AdapterSpec
-from model.pipeline import run_replica
-from model.precision import DTYPES
-from model.shapes import ModelShape
-from model.stage import MicroBatchTensors, Stage, build_stage
-from model.topology import Grid
-from profiler.peak_memory import peak_bytes_of, settle_allocator, status_bytes
+from lobra.layout.shapes import ModelShape
+from lobra.layout.topology import Grid
+from lobra.model.groups import build_groups
+from lobra.model.lora import AdapterSpec
+from lobra.model.pipeline import run_replica
+from lobra.model.precision import DTYPES
+from lobra.model.stage import MicroBatchTensors, Stage, build_stage
+from lobra.profiler.peak_memory import peak_bytes_of, settle_allocator, status_bytes
 
 WARM_UP_SHAPE = (1, 16)
 # Of an adapter's parameter: fp32 value and gradient on every rank that holds it, and fp32 master

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from profiler.layer_fit import fit_layer
-from profiler.sweep_file import SweepFile
+from lobra.profiler.layer_fit import fit_layer
+from lobra.profiler.sweep_file import SweepFile
 
 MAX_ATTEMPTS = 3
 FEWEST_ROWS = 6

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from profiler.layer_fit import fit_layer
-from profiler.profiles import TimeProfile
-from profiler.series import other_series
-from profiler.validation import SuspiciousRow, Validation
-from tasks.errors import ConfigError
-from tasks.files import atomic_path
+from lobra.common.errors import ConfigError
+from lobra.common.files import atomic_path
+from lobra.profiler.layer_fit import fit_layer
+from lobra.profiler.profiles import TimeProfile
+from lobra.profiler.series import other_series
+from lobra.profiler.validation import SuspiciousRow, Validation
 
 LENGTH_SHOWN = 1024  # tokens of the sequences the curves are drawn for
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from profiler.csv_rows import finite_ms, read_rows, whole_numbers
-from tasks.errors import ConfigError
-from tasks.files import write_atomic
+from lobra.common.errors import ConfigError
+from lobra.common.files import write_atomic
+from lobra.profiler.csv_rows import finite_ms, read_rows, whole_numbers
 
 TIME_COLUMNS = ("tp", "seq_len", "mbs", "time")
 MEMORY_COLUMNS = ("tp", "pp", "sp", "max_tokens")
@@ -102,14 +102,14 @@ def num_layers_of(model: str) -> int:
     ConfigError
         If the model is neither.
     """
-    from model.shapes import resolve_shape
+    from lobra.layout.shapes import resolve_shape
 
     return resolve_shape(model).num_layers
 
 
 def adapter_elements_of(model: str, adapters: Iterable[tuple[int, tuple[str, ...]]]) -> int:
     """Return the parameters, over all layers, of adapters given as (rank, target modules)."""
-    from model.shapes import resolve_shape
+    from lobra.layout.shapes import resolve_shape
 
     shape = resolve_shape(model)
     return sum(shape.adapter_elements(rank, targets) for rank, targets in adapters)
@@ -117,22 +117,9 @@ def adapter_elements_of(model: str, adapters: Iterable[tuple[int, tuple[str, ...
 
 def layout_problem_of(model: str, tp: int, pp: int) -> str | None:
     """Return why ``<tp,pp>`` cannot run the model (heads not divisible, ...), or None."""
-    from model.shapes import layout_problem, resolve_shape
+    from lobra.layout.shapes import layout_problem, resolve_shape
 
     return layout_problem(resolve_shape(model), tp, pp)
-
-
-def weights_folder_of(model: str) -> Path:
-    """Return the folder with the model's weights and tokenizer; ``tiny`` is built on first use.
-
-    Raises
-    ------
-    ConfigError
-        If there is no such folder.
-    """
-    from model.shapes import resolve_folder
-
-    return resolve_folder(model)
 
 
 def default_time_path(model: str) -> Path:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from profiler.profiles import TimeProfile
+from lobra.profiler.profiles import TimeProfile
 
 SHORTEST_POWER_OF_TWO = 256
 

@@ -17,11 +17,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from profiler.csv_rows import append_row, cut_torn_line
-from profiler.profiles import meta_path, read_meta, write_meta
-from tasks.errors import ConfigError
-from tasks.files import write_atomic
-from tasks.lock import hold
+from lobra.common.errors import ConfigError
+from lobra.common.files import write_atomic
+from lobra.common.lock import hold
+from lobra.profiler.csv_rows import append_row, cut_torn_line
+from lobra.profiler.profiles import meta_path, read_meta, write_meta
 
 log = logging.getLogger(__name__)
 

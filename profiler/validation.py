@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from profiler.layer_fit import Kind, LayerFit, fit_layer
-from profiler.profiles import TimeProfile
-from profiler.series import other_series
-from tasks.errors import ConfigError
+from lobra.common.errors import ConfigError
+from lobra.profiler.layer_fit import Kind, LayerFit, fit_layer
+from lobra.profiler.profiles import TimeProfile
+from lobra.profiler.series import other_series
 
 Array = np.ndarray
 

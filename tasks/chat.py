@@ -21,10 +21,10 @@ from datetime import date
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
-from tasks.conversations import REASONING, Conversation, Message
-from tasks.prompts import render_turn
-from tasks.special_tokens import Span, SpecialTokens
-from tasks.text_rows import TextRow, replace_spans
+from lobra.tasks.conversations import REASONING, Conversation, Message
+from lobra.tasks.prompts import render_turn
+from lobra.tasks.special_tokens import Span, SpecialTokens
+from lobra.tasks.text_rows import TextRow, replace_spans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
-from tasks.checks import (
+from lobra.common.checks import (
     Check,
     boolean,
     integer,
@@ -23,10 +23,10 @@ from tasks.checks import (
     text,
     text_or_texts,
 )
-from tasks.documents import read_document
-from tasks.errors import ConfigError, Problems, did_you_mean
-from tasks.foreign_names import foreign_field
-from tasks.prompts import template_problem
+from lobra.common.documents import read_document
+from lobra.common.errors import ConfigError, Problems, did_you_mean
+from lobra.tasks.foreign_names import foreign_field
+from lobra.tasks.prompts import template_problem
 
 CONFIG_FOLDER = Path("trainer_config")
 SUFFIXES = (".json", ".yaml", ".yml")

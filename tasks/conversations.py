@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tasks.checks import show
-from tasks.errors import did_you_mean
-from tasks.prompts import ROLES
+from lobra.common.checks import show
+from lobra.common.errors import did_you_mean
+from lobra.tasks.prompts import ROLES
 
 Message = Mapping[str, Any]
 

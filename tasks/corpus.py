@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from tasks.errors import ConfigError
-from tasks.files import write_atomic
+from lobra.common.errors import ConfigError
+from lobra.common.files import write_atomic
 
 EMBEDDED = ("stdlib_docstring", "stdlib_signature", "stdlib_module", "stdlib_oneliner")
 

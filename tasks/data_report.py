@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tasks.config import TaskConfig
+from lobra.tasks.config import TaskConfig
 
 if TYPE_CHECKING:
-    from tasks.dataset import TokenizedDataset
-    from tasks.rows import Rows
+    from lobra.tasks.dataset import TokenizedDataset
+    from lobra.tasks.rows import Rows
 
 PERCENTILES = (50, 90, 99)
 NAMED_ROWS = 20

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.config import TaskConfig
-from tasks.data_report import DataReport
-from tasks.encoding import Ids, Mask, cut
-from tasks.errors import ConfigError, Problems
-from tasks.files import atomic_path, write_atomic
-from tasks.rows import Reading, read_rows
-from tasks.sources import resolve_dataset
-from tasks.text_processor import TextProcessor
-from tasks.text_rows import MASKED, TextRow
+from lobra.common.errors import ConfigError, Problems
+from lobra.common.files import atomic_path, write_atomic
+from lobra.tasks.config import TaskConfig
+from lobra.tasks.data_report import DataReport
+from lobra.tasks.encoding import Ids, Mask, cut
+from lobra.tasks.rows import Reading, read_rows
+from lobra.tasks.sources import resolve_dataset
+from lobra.tasks.text_processor import TextProcessor
+from lobra.tasks.text_rows import MASKED, TextRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

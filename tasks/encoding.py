@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.special_tokens import Span, SpecialTokens
-from tasks.text_rows import TextRow, replace_spans
+from lobra.tasks.special_tokens import Span, SpecialTokens
+from lobra.tasks.text_rows import TextRow, replace_spans
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.errors import ConfigError
+from lobra.common.errors import ConfigError
 
 Lengths = NDArray[np.int64]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import string
 from dataclasses import dataclass
 
-from tasks.errors import did_you_mean
+from lobra.common.errors import did_you_mean
 
 FIELDS = ("instruction", "input", "output")
 NAMES = ("auto", "alpaca", "chat", "plain")

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks.errors import ConfigError, did_you_mean
-from tasks.files import atomic_path
+from lobra.common.errors import ConfigError, did_you_mean
+from lobra.common.files import atomic_path
 
 HUB_TIMEOUT_S = 15.0
 Fields = Mapping[str, Any]

@@ -24,9 +24,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tasks.chat import ChatError, ChatTemplate
-from tasks.checks import show
-from tasks.conversations import (
+from lobra.common.checks import show
+from lobra.common.errors import ConfigError, Problems, did_you_mean
+from lobra.tasks.chat import ChatError, ChatTemplate
+from lobra.tasks.conversations import (
     SETTINGS,
     Conversation,
     FieldError,
@@ -35,13 +36,12 @@ from tasks.conversations import (
     conversation_of_messages,
     encodable,
 )
-from tasks.errors import ConfigError, Problems, did_you_mean
-from tasks.fields import INPUT, INSTRUCTION, OUTPUT, TOKEN_FIELDS, refused_fields
-from tasks.prompts import ALPACA, Piece, parse_template
-from tasks.special_tokens import Span, SpecialTokens
-from tasks.tables import read_table
-from tasks.text_rows import Row, TextRow
-from tasks.token_rows import parse_tokens
+from lobra.tasks.fields import INPUT, INSTRUCTION, OUTPUT, TOKEN_FIELDS, refused_fields
+from lobra.tasks.prompts import ALPACA, Piece, parse_template
+from lobra.tasks.special_tokens import Span, SpecialTokens
+from lobra.tasks.tables import read_table
+from lobra.tasks.text_rows import Row, TextRow
+from lobra.tasks.token_rows import parse_tokens
 
 _FITTING_PROMPTS = {
     "tokens": ("auto",),

@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.config import TaskConfig
+from lobra.tasks.config import TaskConfig
 
 Indices = NDArray[np.int64]
 

@@ -8,9 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tasks.errors import ConfigError, did_you_mean
-from tasks.files import atomic_path
-from tasks.tables import SUFFIXES, without_nulls
+from lobra.common.errors import ConfigError, did_you_mean
+from lobra.common.files import atomic_path
+from lobra.tasks.tables import SUFFIXES, without_nulls
 
 #: Data sets that scripts/create_finetune_datasets.sh fetches, by the names LobRA's files use.
 PUBLISHED = (
@@ -45,7 +45,7 @@ def resolve_dataset(dataset_name: str, data_dir: str | Path) -> Path:
     ConfigError
         If there is none, with the places looked at and how to get it; or if the hub fails.
     """
-    from tasks.corpus import EMBEDDED, ensure_corpus
+    from lobra.tasks.corpus import EMBEDDED, ensure_corpus
 
     data_dir = Path(data_dir)
     hub_name = _HUB_NAME.fullmatch(dataset_name)
@@ -69,7 +69,7 @@ def resolve_dataset(dataset_name: str, data_dir: str | Path) -> Path:
 
 
 def _remedy(dataset_name: str, data_dir: Path) -> str:
-    from tasks.corpus import EMBEDDED
+    from lobra.tasks.corpus import EMBEDDED
 
     if dataset_name in PUBLISHED:
         return f"get it with: bash scripts/create_finetune_datasets.sh {dataset_name}"

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tasks.checks import show
-from tasks.errors import ConfigError
+from lobra.common.checks import show
+from lobra.common.errors import ConfigError
 
 Fields = Mapping[str, Any]
 #: Takes what is wrong with a file, its place in the file first.

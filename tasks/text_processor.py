@@ -8,10 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tasks.chat import ChatTemplate
-from tasks.encoding import Encoder
-from tasks.special_tokens import SpecialTokens
-from tasks.tokenizer import load_tokenizer
+from lobra.tasks.chat import ChatTemplate
+from lobra.tasks.encoding import Encoder
+from lobra.tasks.special_tokens import SpecialTokens
+from lobra.tasks.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

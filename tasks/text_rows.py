@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tasks.special_tokens import Span
+from lobra.tasks.special_tokens import Span
 
 #: The label of a token that is not learned.
 MASKED = -100

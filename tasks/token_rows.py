@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tasks.checks import show
-from tasks.conversations import FieldError
-from tasks.fields import MASKS
-from tasks.text_rows import MASKED, TokenRow
+from lobra.common.checks import show
+from lobra.tasks.conversations import FieldError
+from lobra.tasks.fields import MASKS
+from lobra.tasks.text_rows import MASKED, TokenRow
 
 _LARGEST = 2**31 - 1
 

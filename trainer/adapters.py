@@ -13,15 +13,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model.lora import AdapterBank, AdapterSpec, peft_name
-from model.shapes import ModelShape
-from model.topology import Grid, layer_blocks
-from tasks.checks import show
-from tasks.config import TaskConfig
-from tasks.errors import ConfigError, Problems
-from tasks.files import new_draft, replace_folder, write_atomic
-from tasks.sampling import task_seed
-from trainer.peft_config import config_problems
+from lobra.common.checks import show
+from lobra.common.errors import ConfigError, Problems
+from lobra.common.files import new_draft, replace_folder, write_atomic
+from lobra.layout.shapes import ModelShape
+from lobra.layout.topology import Grid, layer_blocks
+from lobra.model.lora import AdapterBank, AdapterSpec, peft_name
+from lobra.tasks.config import TaskConfig
+from lobra.tasks.sampling import task_seed
+from lobra.trainer.peft_config import config_problems
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

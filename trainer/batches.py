@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model.stage import IGNORED_LABEL, MicroBatchTensors, Targets, find_targets
-from tasks.config import TaskConfig
-from tasks.dataset import TokenizedDataset
-from tasks.sampling import sample_indices, task_seed
+from lobra.model.stage import IGNORED_LABEL, MicroBatchTensors, Targets, find_targets
+from lobra.tasks.config import TaskConfig
+from lobra.tasks.dataset import TokenizedDataset
+from lobra.tasks.sampling import sample_indices, task_seed
 
 IntArray = NDArray[np.int64]
 

@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model.lora import AdapterBank
-from model.topology import LayerBlock
-from tasks.config import TaskConfig
-from trainer.optimizer import task_optimizer
+from lobra.layout.topology import LayerBlock
+from lobra.model.lora import AdapterBank
+from lobra.tasks.config import TaskConfig
+from lobra.trainer.optimizer import task_optimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 ENGINE_CONFIG = {

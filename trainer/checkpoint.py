@@ -25,14 +25,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.lora import AdapterBank
-from tasks.config import TaskConfig
-from tasks.dataset import TokenizedDataset
-from tasks.errors import ConfigError
-from tasks.files import new_draft, remove_folder, replace_folder, write_atomic
-from trainer.adapters import CONFIG_FILE, WEIGHTS_FILE, save_adapter
-from trainer.engines import MOMENTS, AdapterOptimizer
-from trainer.life import lives_from_json
+from lobra.common.errors import ConfigError
+from lobra.common.files import new_draft, remove_folder, replace_folder, write_atomic
+from lobra.model.lora import AdapterBank
+from lobra.tasks.config import TaskConfig
+from lobra.tasks.dataset import TokenizedDataset
+from lobra.trainer.adapters import CONFIG_FILE, WEIGHTS_FILE, save_adapter
+from lobra.trainer.engines import MOMENTS, AdapterOptimizer
+from lobra.trainer.life import lives_from_json
 
 FOLDER = "checkpoints"
 STATE_FILE = "state.json"

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from planner.dispatch import Assignment
-from trainer.batches import GlobalBatch, IntArray
+from lobra.planner.dispatch import Assignment
+from lobra.trainer.batches import GlobalBatch, IntArray
 
 STOP = -1
 Running = tuple[bool, ...]

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model.lora import AdapterBank
-from model.topology import Grid, layer_blocks
-from tasks.config import TaskConfig
-from trainer.block import MOMENTS, BlockOptimizer
+from lobra.layout.topology import Grid, layer_blocks
+from lobra.model.lora import AdapterBank
+from lobra.tasks.config import TaskConfig
+from lobra.trainer.block import MOMENTS, BlockOptimizer
 
 __all__ = ["MOMENTS", "AdapterOptimizer", "TaskUpdate", "start_deepspeed"]
 

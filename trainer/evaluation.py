@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
-from model.pipeline import evaluate_replica
-from model.precision import kept_dtype
-from model.stage import MicroBatchTensors, Stage
-from tasks.dataset import TokenizedDataset
-from trainer.batches import GlobalBatch, IntArray, count_targets, target_tokens, whole_batch
-from trainer.dispatcher import Running, StepDispatch, broadcast_array, decode
-from trainer.figures import exchange_figures
+from lobra.model.pipeline import evaluate_replica
+from lobra.model.precision import kept_dtype
+from lobra.model.stage import MicroBatchTensors, Stage
+from lobra.tasks.dataset import TokenizedDataset
+from lobra.trainer.batches import GlobalBatch, IntArray, count_targets, target_tokens, whole_batch
+from lobra.trainer.dispatcher import Running, StepDispatch, broadcast_array, decode
+from lobra.trainer.figures import exchange_figures
 
 Datasets = Sequence[TokenizedDataset | None]
 Assign = Callable[[GlobalBatch], IntArray]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from trainer.signals import SAME_REQUEST_S
+from lobra.trainer.signals import SAME_REQUEST_S
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 POLL_S = 0.2

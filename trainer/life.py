@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tasks.config import TaskConfig
+from lobra.tasks.config import TaskConfig
 
 MAX_SKIPPED_IN_ROW = 5
 

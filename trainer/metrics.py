@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from tasks.files import write_atomic
+from lobra.common.files import write_atomic
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tasks.config import TaskConfig
+from lobra.tasks.config import TaskConfig
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8

@@ -7,4 +7,4 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 import deepspeed  # noqa: E402
 import deepspeed.runtime.zero.stage_1_and_2  # noqa: E402
 
-import trainer.worker  # noqa: E402, F401
+import lobra.trainer.worker  # noqa: E402, F401

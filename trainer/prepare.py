@@ -15,24 +15,25 @@ from typing import Any, Literal
 
 import numpy as np
 
-from model.checkpoint import checkpoint_problems
-from model.shapes import ModelShape, layout_problem, read_shape, resolve_folder
-from model.topology import Grid, check_grids
-from planner.buckets import make_buckets
-from planner.placement import place
-from planner.plan import Plan, load_plan
-from planner.workload import label_share
-from profiler.cost_model import CostModel, load_cost_model
-from profiler.profiles import default_time_path
-from tasks.config import TaskConfig, TrainerConfig, load_trainer_config
-from tasks.data_report import summary_text
-from tasks.dataset import TokenizedDataset
-from tasks.errors import ConfigError, Problems
-from tasks.sampling import num_steps
-from tasks.text_processor import TextProcessor
-from tasks.version import installed_version
-from trainer.adapters import adapter_spec, check_adapter
-from trainer.checkpoint import (
+from lobra.common.errors import ConfigError, Problems
+from lobra.common.version import installed_version
+from lobra.layout.placement import place
+from lobra.layout.plan import Plan, load_plan
+from lobra.layout.shapes import ModelShape, layout_problem, read_shape
+from lobra.layout.topology import Grid, check_grids
+from lobra.model.checkpoint import checkpoint_problems
+from lobra.model.folder import resolve_folder
+from lobra.planner.buckets import make_buckets
+from lobra.planner.workload import label_share
+from lobra.profiler.cost_model import CostModel, load_cost_model
+from lobra.profiler.profiles import default_time_path
+from lobra.tasks.config import TaskConfig, TrainerConfig, load_trainer_config
+from lobra.tasks.data_report import summary_text
+from lobra.tasks.dataset import TokenizedDataset
+from lobra.tasks.sampling import num_steps
+from lobra.tasks.text_processor import TextProcessor
+from lobra.trainer.adapters import adapter_spec, check_adapter
+from lobra.trainer.checkpoint import (
     CheckpointState,
     fingerprint,
     read_state,
@@ -40,9 +41,9 @@ from trainer.checkpoint import (
     revival_problems,
     task_record,
 )
-from trainer.run_folder import occupied, unusable, write_run_folder
-from trainer.run_spec import RunSpec
-from trainer.task_data import clip_context, foreign_tokens, load_datasets, split, too_long
+from lobra.trainer.run_folder import occupied, unusable, write_run_folder
+from lobra.trainer.run_spec import RunSpec
+from lobra.trainer.task_data import clip_context, foreign_tokens, load_datasets, split, too_long
 
 log = logging.getLogger(__name__)
 

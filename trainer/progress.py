@@ -16,8 +16,8 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichProgress
 
-from trainer.metrics import StepMetrics
-from trainer.run_spec import RunSpec
+from lobra.trainer.metrics import StepMetrics
+from lobra.trainer.run_spec import RunSpec
 
 
 class Progress:

@@ -14,17 +14,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from model.launch import DEFAULT_PRELOAD, run_ranks
-from tasks.errors import ConfigError
-from trainer.prepare import TrainRequest, prepare
-from trainer.run_spec import RunSpec
-from trainer.worker import RankResult
+from lobra.common.errors import ConfigError
+from lobra.model.launch import DEFAULT_PRELOAD, run_ranks
+from lobra.trainer.prepare import TrainRequest, prepare
+from lobra.trainer.run_spec import RunSpec
+from lobra.trainer.worker import RankResult
 
 log = logging.getLogger(__name__)
 
 ENV_FILE_MARK = "LOBRA_ENV_FILE"
 PREPARING = timedelta(days=1)  # the longest rank 0 may tokenise
-PRELOAD = (*DEFAULT_PRELOAD, "trainer.preload")
+PRELOAD = (*DEFAULT_PRELOAD, "lobra.trainer.preload")
 
 
 class Refusal(ConfigError):
@@ -42,7 +42,7 @@ def train(request: TrainRequest) -> tuple[RunSpec, list[RankResult]]:
     return run, run_local(run)
 
 
-def run_local(run: RunSpec, target: str = "trainer.worker:train_rank") -> list[RankResult]:
+def run_local(run: RunSpec, target: str = "lobra.trainer.worker:train_rank") -> list[RankResult]:
     """Run a prepared run on this machine, one process a rank.
 
     The first Ctrl-C or SIGTERM lets every rank finish its step and save a checkpoint; rank 0's
@@ -124,7 +124,7 @@ def train_in_launcher(request: TrainRequest) -> tuple[RunSpec, RankResult]:
         dist.destroy_process_group()
         raise outcome[0]
     check_shared(outcome[0])
-    from trainer.worker import train_rank
+    from lobra.trainer.worker import train_rank
 
     # No clean-up if this fails: it would wait for ranks that wait for this one. The launcher ends
     # them when this process has ended.
@@ -185,7 +185,7 @@ def launcher_command(
         command += ["--master_addr", server_addr]
     if server_port:
         command += ["--master_port", str(server_port)]
-    return [*command, "--module", "trainer.cli", "train", *arguments]
+    return [*command, "--module", "lobra.cli", "train", *arguments]
 
 
 def first_slots(slots: Mapping[str, int], count: int) -> str:
@@ -257,5 +257,5 @@ def restart_with(env_file: Path) -> None:
     if os.environ.get(ENV_FILE_MARK) == str(env_file):
         return
     environment = {**sourced_environment(env_file), ENV_FILE_MARK: str(env_file)}
-    command = [sys.executable, "-m", "trainer.cli", *sys.argv[1:]]
+    command = [sys.executable, "-m", "lobra.cli", *sys.argv[1:]]
     os.execve(sys.executable, command, environment)

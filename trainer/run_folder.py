@@ -9,13 +9,13 @@ from typing import Any
 
 import yaml
 
-from tasks.dataset import TokenizedDataset
-from tasks.errors import ConfigError
-from tasks.files import remove_folder, write_atomic
-from tasks.lock import hold
-from trainer.checkpoint import list_checkpoints, read_state
-from trainer.metrics import METRICS_FILE
-from trainer.run_spec import (
+from lobra.common.errors import ConfigError
+from lobra.common.files import remove_folder, write_atomic
+from lobra.common.lock import hold
+from lobra.tasks.dataset import TokenizedDataset
+from lobra.trainer.checkpoint import list_checkpoints, read_state
+from lobra.trainer.metrics import METRICS_FILE
+from lobra.trainer.run_spec import (
     ADAPTER_FOLDER,
     CONFIG_FILE,
     DATA_FOLDER,

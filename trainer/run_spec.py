@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from model.topology import Grid
-from planner.plan import Plan
-from profiler.cost_model import CostModel
-from tasks.config import TaskConfig
+from lobra.layout.plan import Plan
+from lobra.layout.topology import Grid
+from lobra.profiler.cost_model import CostModel
+from lobra.tasks.config import TaskConfig
 
 CONFIG_FILE = "config.yaml"
 DATA_FOLDER = "tokenised/training"

@@ -8,14 +8,14 @@ from collections.abc import Mapping
 import torch.distributed as dist
 from torch import Tensor
 
-from model.lora import AdapterBank
-from model.precision import DTYPES, kept_dtype
-from model.shapes import ModelShape
-from model.topology import layer_blocks
-from trainer.adapters import gather_tensors, not_finite, save_adapter
-from trainer.checkpoint import CheckpointState, CheckpointWriter
-from trainer.engines import AdapterOptimizer
-from trainer.run_spec import RunSpec
+from lobra.layout.shapes import ModelShape
+from lobra.layout.topology import layer_blocks
+from lobra.model.lora import AdapterBank
+from lobra.model.precision import DTYPES, kept_dtype
+from lobra.trainer.adapters import gather_tensors, not_finite, save_adapter
+from lobra.trainer.checkpoint import CheckpointState, CheckpointWriter
+from lobra.trainer.engines import AdapterOptimizer
+from lobra.trainer.run_spec import RunSpec
 
 log = logging.getLogger(__name__)
 

@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from model.shapes import ModelShape
-from planner.buckets import ALIGN
-from planner.plan import Plan
-from tasks.config import TaskConfig
-from tasks.dataset import TokenizedDataset, load_dataset
-from tasks.errors import ConfigError, Problems
-from tasks.sampling import split_validation, task_seed
-from tasks.text_processor import TextProcessor
+from lobra.common.errors import ConfigError, Problems
+from lobra.layout.plan import Plan
+from lobra.layout.shapes import ModelShape
+from lobra.planner.buckets import ALIGN
+from lobra.tasks.config import TaskConfig
+from lobra.tasks.dataset import TokenizedDataset, load_dataset
+from lobra.tasks.sampling import split_validation, task_seed
+from lobra.tasks.text_processor import TextProcessor
 
 
 def clip_context(tasks: Sequence[TaskConfig], max_seq_length: int | None) -> tuple[TaskConfig, ...]:

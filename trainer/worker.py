@@ -23,14 +23,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from model.groups import build_groups
-from model.pipeline import run_replica
-from model.precision import DTYPES, kept_dtype
-from model.stage import MicroBatchTensors, build_stage
-from planner.dispatch import dispatch
-from tasks.dataset import TokenizedDataset
-from trainer.adapters import adapter_spec, load_adapter
-from trainer.batches import (
+from lobra.model.groups import build_groups
+from lobra.model.pipeline import run_replica
+from lobra.model.precision import DTYPES, kept_dtype
+from lobra.model.stage import MicroBatchTensors, build_stage
+from lobra.planner.dispatch import dispatch
+from lobra.tasks.dataset import TokenizedDataset
+from lobra.trainer.adapters import adapter_spec, load_adapter
+from lobra.trainer.batches import (
     GlobalBatch,
     IntArray,
     count_targets,
@@ -39,26 +39,26 @@ from trainer.batches import (
     target_tokens,
     to_device,
 )
-from trainer.checkpoint import (
+from lobra.trainer.checkpoint import (
     CheckpointState,
     drop_later,
     load_moments,
     load_weights,
     read_state,
 )
-from trainer.dispatcher import (
+from lobra.trainer.dispatcher import (
     AheadDispatcher,
     Running,
     StepDispatch,
     check_complete,
     encode,
 )
-from trainer.engines import AdapterOptimizer, TaskUpdate, start_deepspeed
-from trainer.evaluation import Evaluator
-from trainer.feedback import SpeedFeedback
-from trainer.figures import StepFigures, exchange_figures
-from trainer.life import TaskLife, lives_from_json, lives_to_json
-from trainer.metrics import (
+from lobra.trainer.engines import AdapterOptimizer, TaskUpdate, start_deepspeed
+from lobra.trainer.evaluation import Evaluator
+from lobra.trainer.feedback import SpeedFeedback
+from lobra.trainer.figures import StepFigures, exchange_figures
+from lobra.trainer.life import TaskLife, lives_from_json, lives_to_json
+from lobra.trainer.metrics import (
     MetricsWriter,
     ReplicaMetrics,
     StepMetrics,
@@ -66,11 +66,11 @@ from trainer.metrics import (
     as_json,
     restore_metrics,
 )
-from trainer.optimizer import clip_coefficient, learning_rate
-from trainer.progress import Progress
-from trainer.run_spec import RunSpec
-from trainer.signals import StopRequest
-from trainer.store import AdapterStore
+from lobra.trainer.optimizer import clip_coefficient, learning_rate
+from lobra.trainer.progress import Progress
+from lobra.trainer.run_spec import RunSpec
+from lobra.trainer.signals import StopRequest
+from lobra.trainer.store import AdapterStore
 
 log = logging.getLogger(__name__)
 

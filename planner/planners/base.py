@@ -8,12 +8,12 @@ from functools import cached_property
 
 import numpy as np
 
-from planner.candidates import Candidate
-from planner.chunks import ChunkTable, chunk_table
-from planner.dispatch import CountAssignment, dispatch_counts
-from planner.placement import is_placeable
-from planner.plan import Plan, ReplicaGroup, make_plan
-from profiler.cost_model import CostModel
+from lobra.layout.placement import is_placeable
+from lobra.layout.plan import Plan, ReplicaGroup, make_plan
+from lobra.planner.candidates import Candidate
+from lobra.planner.chunks import ChunkTable, chunk_table
+from lobra.planner.dispatch import CountAssignment, dispatch_counts
+from lobra.profiler.cost_model import CostModel
 
 Progress = Callable[[str], None]
 

@@ -10,12 +10,12 @@ from functools import partial
 
 import numpy as np
 
-from planner.chunks import ChunkTable
-from planner.clock import Clock
-from planner.fluid import solve_rates
-from planner.planners.base import Progress, silent
-from planner.planners.identical import IdenticalModel, IdenticalResult, Solvers, by_length
-from tasks.errors import ConfigError
+from lobra.common.errors import ConfigError
+from lobra.planner.chunks import ChunkTable
+from lobra.planner.clock import Clock
+from lobra.planner.fluid import solve_rates
+from lobra.planner.planners.base import Progress, silent
+from lobra.planner.planners.identical import IdenticalModel, IdenticalResult, Solvers, by_length
 
 TIES = 1e-9  # relative: a plan this close to the best is not searched further
 

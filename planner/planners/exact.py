@@ -15,19 +15,19 @@ from collections.abc import Callable
 
 import numpy as np
 
-from planner.clock import Clock
-from planner.columns import Budget
-from planner.fluid import amounts
-from planner.plan import Plan
-from planner.planners import homogeneous
-from planner.planners.base import Outcome, Problem, Progress, silent
-from planner.planners.exclusion import OpenPlans
-from planner.planners.neighbours import filled, promising
-from planner.planners.partitions import count_maximal, maximal
-from planner.planners.polish import polish, round_any
-from planner.planners.relaxation import CUT_SLACK, Cut, FluidPlanner
-from planner.planners.state import State, key_of
-from tasks.errors import ConfigError
+from lobra.common.errors import ConfigError
+from lobra.layout.plan import Plan
+from lobra.planner.clock import Clock
+from lobra.planner.columns import Budget
+from lobra.planner.fluid import amounts
+from lobra.planner.planners import homogeneous
+from lobra.planner.planners.base import Outcome, Problem, Progress, silent
+from lobra.planner.planners.exclusion import OpenPlans
+from lobra.planner.planners.neighbours import filled, promising
+from lobra.planner.planners.partitions import count_maximal, maximal
+from lobra.planner.planners.polish import polish, round_any
+from lobra.planner.planners.relaxation import CUT_SLACK, Cut, FluidPlanner
+from lobra.planner.planners.state import State, key_of
 
 MOST_LISTED = 20_000
 PROOF_TICKS = 8192

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from planner.clock import Clock
-from planner.fluid import amounts, solve_rates
-from planner.planners.base import Problem
-from planner.planners.whole_chunks import WholeChunks
+from lobra.planner.clock import Clock
+from lobra.planner.fluid import amounts, solve_rates
+from lobra.planner.planners.base import Problem
+from lobra.planner.planners.whole_chunks import WholeChunks
 
 SURE = 1e-5  # relative margin against single precision
 ANY_VALUE = 1e9  # of layouts that a price says nothing of; prices are about 1

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from planner.clock import Clock
-from planner.planners.base import Outcome, Problem
+from lobra.planner.clock import Clock
+from lobra.planner.planners.base import Outcome, Problem
 
 
 def find(problem: Problem) -> Outcome | None:

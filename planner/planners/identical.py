@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from pyscipopt import Model, quicksum
 
-from planner.chunks import ChunkTable
+from lobra.planner.chunks import ChunkTable
 
 LONGEST_LIMIT_S = 1e20  # what SCIP takes for no limit; it refuses more
 STOP_EVERY_S = 0.05

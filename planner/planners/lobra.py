@@ -17,14 +17,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from planner.chunks import ChunkTable, chunk_table
-from planner.clock import Clock
-from planner.planners.base import Outcome, Problem, Progress, silent
-from planner.planners.branch import BranchResult, best_first
-from planner.planners.identical import IdenticalModel, Solvers
-from planner.planners.partitions import closed, count_closed, count_maximal, maximal
-from planner.planners.relaxation import FluidPlanner
-from tasks.errors import ConfigError
+from lobra.common.errors import ConfigError
+from lobra.planner.chunks import ChunkTable, chunk_table
+from lobra.planner.clock import Clock
+from lobra.planner.planners.base import Outcome, Problem, Progress, silent
+from lobra.planner.planners.branch import BranchResult, best_first
+from lobra.planner.planners.identical import IdenticalModel, Solvers
+from lobra.planner.planners.partitions import closed, count_closed, count_maximal, maximal
+from lobra.planner.planners.relaxation import FluidPlanner
 
 MOST_PLANS = 2_000_000
 PRUNE_SLACK = 0.15

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from planner.fluid import amounts, solve_rates
-from planner.planners.base import Problem
-from planner.planners.state import State, key_of
+from lobra.planner.fluid import amounts, solve_rates
+from lobra.planner.planners.base import Problem
+from lobra.planner.planners.state import State, key_of
 
 
 def promising(state: State, centre: np.ndarray) -> list[np.ndarray]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from planner.columns import Budget
-from planner.dispatch import search_loads
-from planner.first import chunks_of, start_loads
-from planner.patterns import Pattern
-from planner.planners.base import Problem
-from planner.planners.neighbours import filled
-from planner.planners.state import State, key_of
-from planner.resplit import MOST_SHAKEN, shake
-from planner.rounding import choose, diversify, realise
+from lobra.planner.columns import Budget
+from lobra.planner.dispatch import search_loads
+from lobra.planner.first import chunks_of, start_loads
+from lobra.planner.patterns import Pattern
+from lobra.planner.planners.base import Problem
+from lobra.planner.planners.neighbours import filled
+from lobra.planner.planners.state import State, key_of
+from lobra.planner.resplit import MOST_SHAKEN, shake
+from lobra.planner.rounding import choose, diversify, realise
 
 ROUNDING_TICKS = 2048
 ROUNDINGS = 2

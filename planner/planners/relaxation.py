@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import LinearConstraint, milp
 
-from planner.chunks import ChunkTable, longest_sequence_s
-from planner.clock import Clock
-from planner.fluid import amounts
-from planner.planners.base import Problem
+from lobra.planner.chunks import ChunkTable, longest_sequence_s
+from lobra.planner.clock import Clock
+from lobra.planner.fluid import amounts
+from lobra.planner.planners.base import Problem
 
 MIP_LIMIT_S = 10.0
 CUT_SLACK = 1e-6

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from planner.clock import Clock
-from planner.columns import Budget, Generated, Pool, generate
-from planner.patterns import Rounding
-from planner.planners.base import Problem, Progress
+from lobra.planner.clock import Clock
+from lobra.planner.columns import Budget, Generated, Pool, generate
+from lobra.planner.patterns import Rounding
+from lobra.planner.planners.base import Problem, Progress
 
 TARGET_GAP = 1e-3
 PROMISING = 0.005  # relative distance to the best plan up to which a plan is dispatched thoroughly

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from planner.chunks import ChunkTable
+from lobra.planner.chunks import ChunkTable
 
 LARGEST = 1e300  # for products with what is infinite
 MOST_SEQUENCES = 160  # a bucket with more is priced as divisible: remainders weigh little there

@@ -28,11 +28,11 @@ from benchmarks.baselines_ranks import (
     micro_batches,
     train,
 )
-from model.launch import run_ranks
-from model.shapes import read_shape
-from tasks.dataset import TokenizedDataset
-from tasks.sampling import sample_indices
-from trainer.run import PRELOAD
+from lobra.layout.shapes import read_shape
+from lobra.model.launch import run_ranks
+from lobra.tasks.dataset import TokenizedDataset
+from lobra.tasks.sampling import sample_indices
+from lobra.trainer.run import PRELOAD
 
 NUM_SEQUENCES, LONGEST = 12, 48
 

@@ -89,8 +89,8 @@ def test_without_network_one_message_says_what_to_do(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_told_before_fetching(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tasks import published_cli
-    from trainer.cli import main
+    from lobra.cli import main
+    from lobra.commands import data_fetch as published_cli
 
     monkeypatch.setattr(published_cli, "fetch", lambda *_: pytest.fail("fetched"))
     (tmp_path / "file").write_text("", encoding="utf-8")
@@ -102,7 +102,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_fetching(
 def test_a_file_that_changed_is_named_and_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from trainer.cli import main
+    from lobra.cli import main
 
     path = tmp_path / "dolly.jsonl"
     path.write_text('{"text": "a"}\n', encoding="utf-8")

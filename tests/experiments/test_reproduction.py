@@ -21,7 +21,7 @@ from experiments.reproduction import (
     main,
     read_results,
 )
-from tasks.errors import ConfigError
+from lobra.common.errors import ConfigError
 
 
 def test_every_table_of_the_page_is_made_from_the_committed_tables(project_root: Path) -> None:

@@ -18,13 +18,13 @@ from experiments.cells import Cell, CellStore, Workers, start_workers
 from experiments.inputs import Lengths, Sources, find_costs, find_lengths, setup_of, workload_of
 from experiments.provenance import read_provenance
 from experiments.study import DYNAMIC, FUSED
-from planner.evaluate import replica_time_s
-from planner.layout import Layout
-from planner.placement import place
-from planner.plan import ReplicaGroup, make_plan
-from profiler.cost_model import fit_cost_model
-from profiler.profiles import TimeProfile
-from tasks.errors import ConfigError
+from lobra.common.errors import ConfigError
+from lobra.layout.layout import Layout
+from lobra.layout.placement import place
+from lobra.layout.plan import ReplicaGroup, make_plan
+from lobra.planner.evaluate import replica_time_s
+from lobra.profiler.cost_model import fit_cost_model
+from lobra.profiler.profiles import TimeProfile
 
 LENGTHS = {  # few sequences, all short but some: enough for every method to differ
     name: [64 + 7 * k for k in range(120)] + [1500] * 6 + [longest] * 2

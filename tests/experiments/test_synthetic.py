@@ -9,7 +9,7 @@ from scipy import stats
 from experiments.published import LENGTHS, SETUPS, parse_plan
 from experiments.statistics import mean_interval, reduction_interval
 from experiments.synthetic import moments, synthesize
-from tasks.config import load_trainer_config
+from lobra.tasks.config import load_trainer_config
 
 
 @pytest.mark.parametrize(("name", "longest"), [("billsum", 16384), ("cnn_dailymail", 8192)])

@@ -20,14 +20,14 @@ from transformers import (
     Qwen3Config,
 )
 
-from model import tensor_parallel
-from model.groups import build_groups
-from model.lora import AdapterSpec, peft_name
-from model.pipeline import run_replica
-from model.shapes import ModelShape
-from model.stage import MicroBatchTensors, build_stage
-from model.tensor_parallel import VocabParallelHead
-from model.topology import Grid, shard_range
+from lobra.layout.shapes import ModelShape
+from lobra.layout.topology import Grid, shard_range
+from lobra.model import tensor_parallel
+from lobra.model.groups import build_groups
+from lobra.model.lora import AdapterSpec, peft_name
+from lobra.model.pipeline import run_replica
+from lobra.model.stage import MicroBatchTensors, build_stage
+from lobra.model.tensor_parallel import VocabParallelHead
 
 SPECS = (
     AdapterSpec("first", 4, 8.0, ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj"), seed=1),

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.checkpoint import checkpoint_problems, needed_tensors
-from model.shapes import read_shape
+from lobra.layout.shapes import read_shape
+from lobra.model.checkpoint import checkpoint_problems, needed_tensors
 from tests.model.support import FAMILIES, save_family, save_llama
 
 

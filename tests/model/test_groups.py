@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from model.groups import build_groups
-from model.topology import layer_blocks, role_of
-from tests.model.test_topology import layouts, make_grids
+from lobra.layout.topology import layer_blocks, role_of
+from lobra.model.groups import build_groups
+from tests.layout.test_topology import layouts, make_grids
 
 LAYOUTS = [(1, 1)] * 12 + [(2, 1)] * 6 + [(1, 4)] * 4 + [(4, 2)] * 3
 

@@ -10,7 +10,7 @@ from multiprocessing import forkserver
 
 import pytest
 
-from model.launch import RankError, _forwarded_signals, run_ranks
+from lobra.model.launch import RankError, _forwarded_signals, run_ranks
 from tests.model.support import is_alive
 
 END_S = 60.0  # far less than the five minutes torch waits for a lost rendezvous

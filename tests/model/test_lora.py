@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from model.lora import Adapter, MultiAdapterLinear, RowTasks, Shard, row_segments
+from lobra.model.lora import Adapter, MultiAdapterLinear, RowTasks, Shard, row_segments
 
 IN, OUT, RANK, LENGTH = 5, 7, 2, 3
 

@@ -10,12 +10,12 @@ import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.groups import ReplicaGroups
-from model.launch import run_ranks
-from model.pipeline import run_replica
-from model.stage import MicroBatchTensors, build_stage, find_targets
-from model.tensor_parallel import VocabParallelHead
-from model.topology import RankRole
+from lobra.layout.topology import RankRole
+from lobra.model.groups import ReplicaGroups
+from lobra.model.launch import run_ranks
+from lobra.model.pipeline import run_replica
+from lobra.model.stage import MicroBatchTensors, build_stage, find_targets
+from lobra.model.tensor_parallel import VocabParallelHead
 from tests.model.support import (
     SPECS,
     loss_and_gradient,
@@ -70,7 +70,7 @@ def test_no_target_at_all_is_a_sum_over_nothing() -> None:
 
 
 def test_the_logits_of_a_whole_micro_batch_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model.tensor_parallel.LOGITS_AT_ONCE", 4 * VOCAB)
+    monkeypatch.setattr("lobra.model.tensor_parallel.LOGITS_AT_ONCE", 4 * VOCAB)
     head = VocabParallelHead(torch.randn(VOCAB, HIDDEN), range(VOCAB), None, VOCAB)
     hidden = torch.randn(TOKENS, HIDDEN, requires_grad=True)
     with _Recorder() as seen:

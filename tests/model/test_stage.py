@@ -14,14 +14,14 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from model.groups import ReplicaGroups
-from model.launch import RankError, run_ranks
-from model.lora import peft_name
-from model.shapes import read_shape
-from model.stage import MicroBatchTensors, build_stage
-from model.topology import role_of
+from lobra.layout.shapes import read_shape
+from lobra.layout.topology import role_of
+from lobra.model.groups import ReplicaGroups
+from lobra.model.launch import RankError, run_ranks
+from lobra.model.lora import peft_name
+from lobra.model.stage import MicroBatchTensors, build_stage
+from tests.layout.test_topology import make_grids
 from tests.model.support import SPECS, random_adapter, random_batches, save_family, save_llama
-from tests.model.test_topology import make_grids
 
 FUNCTION = "tests.model.support:gradients_on_rank"
 NUM_BATCHES = 5

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 from hypothesis import strategies as st
 
-from planner.candidates import Candidate
-from planner.layout import Layout
-from planner.plan import Plan, ReplicaGroup, make_plan
-from planner.planners.base import Problem
+from lobra.layout.layout import Layout
+from lobra.layout.plan import Plan, ReplicaGroup, make_plan
+from lobra.planner.candidates import Candidate
+from lobra.planner.planners.base import Problem
 from tests.planner.support import LawCostModel
 
 LAYOUTS = tuple(Layout(tp, pp) for tp, pp in ((1, 1), (1, 2), (2, 1), (1, 4), (2, 2), (4, 1)))

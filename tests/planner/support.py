@@ -8,10 +8,10 @@ from itertools import product
 
 import numpy as np
 
-from planner.chunks import ChunkTable, chunk_table
-from planner.planners.base import Problem
-from planner.planners.identical import replica_cost_s
-from planner.planners.partitions import maximal
+from lobra.planner.chunks import ChunkTable, chunk_table
+from lobra.planner.planners.base import Problem
+from lobra.planner.planners.identical import replica_cost_s
+from lobra.planner.planners.partitions import maximal
 
 BEND_TOKENS = 700.0
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.buckets import (
+from lobra.common.errors import ConfigError
+from lobra.planner.buckets import (
     bucket_index,
     expected_batch,
     largest_remainder,
@@ -16,7 +17,6 @@ from planner.buckets import (
     plan_buckets,
     static_buckets,
 )
-from tasks.errors import ConfigError
 from tests.tiers import examples
 
 LENGTHS = st.lists(st.integers(1, 900), min_size=1, max_size=40)

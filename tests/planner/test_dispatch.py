@@ -5,15 +5,15 @@ import pytest
 from hypothesis import assume, example, given, target
 from hypothesis import strategies as st
 
-from planner.chunks import chunk_table
-from planner.dispatch import GOOD_ENOUGH, MODES, Mode, dispatch, plan_tables
-from planner.evaluate import step_time_s
-from planner.first import start_loads
-from planner.layout import Layout
-from planner.plan import Plan, ReplicaGroup, make_plan
-from planner.planners.base import Problem
-from planner.simulate import lpt_times_s
-from tasks.errors import ConfigError
+from lobra.common.errors import ConfigError
+from lobra.layout.layout import Layout
+from lobra.layout.plan import Plan, ReplicaGroup, make_plan
+from lobra.planner.chunks import chunk_table
+from lobra.planner.dispatch import GOOD_ENOUGH, MODES, Mode, dispatch, plan_tables
+from lobra.planner.evaluate import step_time_s
+from lobra.planner.first import start_loads
+from lobra.planner.planners.base import Problem
+from lobra.planner.simulate import lpt_times_s
 from tests.planner.strategies import KINDS, cost_models, lengths, problems, replicas_of, steps
 from tests.planner.support import LawCostModel, best_dispatch_s, plain_cost_model
 from tests.tiers import examples

@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from planner.candidates import Candidate
-from planner.explain import compared, roles, saturation
-from planner.layout import Layout
-from planner.planners.base import Outcome, Problem
+from lobra.layout.layout import Layout
+from lobra.planner.candidates import Candidate
+from lobra.planner.explain import compared, roles, saturation
+from lobra.planner.planners.base import Outcome, Problem
 from tests.planner.support import plain_cost_model
 
 LAYOUTS = (

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.clock import Clock
-from planner.columns import Budget, generate
-from planner.fluid import amounts, solve_fluid
-from planner.patterns import PatternPricer
-from planner.planners.base import Problem
+from lobra.planner.clock import Clock
+from lobra.planner.columns import Budget, generate
+from lobra.planner.fluid import amounts, solve_fluid
+from lobra.planner.patterns import PatternPricer
+from lobra.planner.planners.base import Problem
 from tests.planner.strategies import problems
 from tests.planner.support import best_dispatch_s, best_plan_s, least_time_s
 from tests.tiers import examples

@@ -10,15 +10,15 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from planner.candidates import Candidate, Candidates, all_candidates, propose
-from planner.chunks import ChunkTable, chunk_table
-from planner.layout import Layout
-from planner.planners import exact, homogeneous, lobra
-from planner.planners.base import Outcome, Problem
-from planner.planners.identical import IdenticalModel, Solvers
-from planner.planners.partitions import closed, count_closed, count_maximal, maximal
-from profiler.profiles import MemoryProfile, MemoryRow
-from tasks.errors import ConfigError
+from lobra.common.errors import ConfigError
+from lobra.layout.layout import Layout
+from lobra.planner.candidates import Candidate, Candidates, all_candidates, propose
+from lobra.planner.chunks import ChunkTable, chunk_table
+from lobra.planner.planners import exact, homogeneous, lobra
+from lobra.planner.planners.base import Outcome, Problem
+from lobra.planner.planners.identical import IdenticalModel, Solvers
+from lobra.planner.planners.partitions import closed, count_closed, count_maximal, maximal
+from lobra.profiler.profiles import MemoryProfile, MemoryRow
 from tests.planner.strategies import LAYOUTS, problems
 from tests.planner.support import best_by_length_s, best_identical_s, best_plan_s, plain_cost_model
 from tests.tiers import examples

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.chunks import ChunkTable, chunk_table
-from planner.layout import Layout
-from planner.planners.base import Problem
-from planner.planners.whole_chunks import WholeChunks
-from planner.resplit import balance_groups, descend, resplit, shake
-from planner.search import Loads
+from lobra.layout.layout import Layout
+from lobra.planner.chunks import ChunkTable, chunk_table
+from lobra.planner.planners.base import Problem
+from lobra.planner.planners.whole_chunks import WholeChunks
+from lobra.planner.resplit import balance_groups, descend, resplit, shake
+from lobra.planner.search import Loads
 from tests.planner.strategies import cost_models, problems
 from tests.planner.support import best_dispatch_s
 from tests.tiers import examples

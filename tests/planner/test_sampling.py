@@ -2,15 +2,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from planner.buckets import bucket_index
-from planner.candidates import Candidate
-from planner.clock import Clock
-from planner.layout import Layout
-from planner.planners import exact
-from planner.planners.base import Problem, silent
-from planner.sampling import HEAVY_MARGIN, Sampler, compare, heavier_batches
-from planner.simulate import simulate, steps_of
-from planner.workload import Workload, expect
+from lobra.layout.layout import Layout
+from lobra.planner.buckets import bucket_index
+from lobra.planner.candidates import Candidate
+from lobra.planner.clock import Clock
+from lobra.planner.planners import exact
+from lobra.planner.planners.base import Problem, silent
+from lobra.planner.sampling import HEAVY_MARGIN, Sampler, compare, heavier_batches
+from lobra.planner.simulate import simulate, steps_of
+from lobra.planner.workload import Workload, expect
 from tests.planner.support import LawCostModel
 
 

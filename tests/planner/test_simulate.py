@@ -6,23 +6,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from planner.candidates import Candidate
-from planner.dispatch import dispatch
-from planner.evaluate import sync_time_s
-from planner.explain import roles
-from planner.layout import Layout
-from planner.plan import ReplicaGroup, make_plan, save_plan
-from planner.planners.base import Problem
-from planner.simulate import baselines, chrome_trace, ladder, lpt_times_s, simulate, steps_of
-from planner.simulate_cli import add_arguments, run
-from planner.sweep import parse_range
-from planner.workload import Workload, expect
-from profiler.collectives import SYNC, Collectives, Link
-from profiler.cost_model import fit_cost_model
-from profiler.profiles import TimeProfile
-from tasks.errors import ConfigError
+from lobra.commands.simulate import add_arguments, run
+from lobra.common.errors import ConfigError
+from lobra.layout.layout import Layout
+from lobra.layout.plan import ReplicaGroup, make_plan, save_plan
+from lobra.planner.candidates import Candidate
+from lobra.planner.dispatch import dispatch
+from lobra.planner.evaluate import sync_time_s
+from lobra.planner.explain import roles
+from lobra.planner.planners.base import Problem
+from lobra.planner.simulate import baselines, chrome_trace, ladder, lpt_times_s, simulate, steps_of
+from lobra.planner.sweep import parse_range
+from lobra.planner.workload import Workload, expect
+from lobra.profiler.collectives import SYNC, Collectives, Link
+from lobra.profiler.cost_model import fit_cost_model
+from lobra.profiler.profiles import TimeProfile
+from tests.commands.test_plan import files  # noqa: F401 (a fixture)
 from tests.planner.support import plain_cost_model
-from tests.planner.test_cli import files  # noqa: F401 (a fixture)
 
 PLAN = make_plan([ReplicaGroup(Layout(1, 1), 2, 1024), ReplicaGroup(Layout(1, 2), 1, 4096)])
 

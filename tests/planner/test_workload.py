@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from planner.workload import make_workload
-from tasks.config import TaskConfig, TrainerConfig
-from tasks.errors import ConfigError
+from lobra.common.errors import ConfigError
+from lobra.planner.workload import make_workload
+from lobra.tasks.config import TaskConfig, TrainerConfig
 
 LENGTHS = {"a": np.arange(1, 11), "b": np.arange(101, 104), "named": np.array([7])}
 

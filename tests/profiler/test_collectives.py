@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model.shapes import NAMED_SHAPES
-from profiler.collective_time import open_collectives, sweep_collectives, wanted_rows
-from profiler.collectives import fit_link, load_collectives
-from profiler.cost_model import fit_cost_model, load_cost_model
-from profiler.csv_rows import append_row
-from profiler.profiles import TimeProfile, write_meta
-from tasks.errors import ConfigError
+from lobra.common.errors import ConfigError
+from lobra.layout.shapes import NAMED_SHAPES
+from lobra.profiler.collective_time import open_collectives, sweep_collectives, wanted_rows
+from lobra.profiler.collectives import fit_link, load_collectives
+from lobra.profiler.cost_model import fit_cost_model, load_cost_model
+from lobra.profiler.csv_rows import append_row
+from lobra.profiler.profiles import TimeProfile, write_meta
 
 COLUMNS = ("kind", "ranks", "bytes", "time")
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from profiler.cost_model import fit_cost_model
-from profiler.head import HeadProfile
-from profiler.profiles import TimeProfile, load_time_profile
-from tasks.errors import ConfigError
+from lobra.common.errors import ConfigError
+from lobra.profiler.cost_model import fit_cost_model
+from lobra.profiler.head import HeadProfile
+from lobra.profiler.profiles import TimeProfile, load_time_profile
 from tests.tiers import examples
 
 

@@ -10,26 +10,26 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from model import tensor_parallel
-from model.groups import build_groups
-from model.launch import run_ranks
-from model.lora import AdapterSpec
-from model.precision import DTYPES
-from model.shapes import NAMED_SHAPES, read_shape
-from model.stage import build_stage
-from profiler.accelerators import load_tables
-from profiler.estimate_memory import (
+from lobra.common.errors import ConfigError
+from lobra.layout.shapes import NAMED_SHAPES, read_shape
+from lobra.model import tensor_parallel
+from lobra.model.groups import build_groups
+from lobra.model.launch import run_ranks
+from lobra.model.lora import AdapterSpec
+from lobra.model.precision import DTYPES
+from lobra.model.stage import build_stage
+from lobra.profiler.accelerators import load_tables
+from lobra.profiler.estimate_memory import (
     LOGITS_AT_ONCE,
     Adapters,
     estimate_memory,
     saved_bytes_per_token,
 )
-from profiler.estimate_time import Workload, calibrate, layer_ms
-from profiler.memory import layouts_within
-from profiler.memory_rank import synthetic_batch
-from profiler.profiles import TimeProfile
-from tasks.config import TARGET_MODULES
-from tasks.errors import ConfigError
+from lobra.profiler.estimate_time import Workload, calibrate, layer_ms
+from lobra.profiler.memory import layouts_within
+from lobra.profiler.memory_rank import synthetic_batch
+from lobra.profiler.profiles import TimeProfile
+from lobra.tasks.config import TARGET_MODULES
 from tests.model.support import save_llama
 
 TABLES = load_tables()

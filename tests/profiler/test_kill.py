@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from profiler.profiles import load_time_profile
+from lobra.profiler.profiles import load_time_profile
 from tests.model.support import is_alive, save_llama
 
 
@@ -20,7 +20,7 @@ def test_a_killed_time_profile_is_continued(tmp_path: Path, project_root: Path) 
     path = tmp_path / "time.csv"
     arguments = ["time", "--model", str(folder), "--tp", "1", "--device", "cpu"]
     arguments += ["--max-seq-length", "128", "--output", str(path)]
-    command = [sys.executable, "-m", "trainer.cli", "profile", *arguments]
+    command = [sys.executable, "-m", "lobra.cli", "profile", *arguments]
 
     process = subprocess.Popen(
         command, cwd=project_root, start_new_session=True, stderr=subprocess.DEVNULL

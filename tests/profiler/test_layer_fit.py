@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from profiler.layer_fit import fit_layer
-from profiler.validation import decreasing_points
+from lobra.profiler.layer_fit import fit_layer
+from lobra.profiler.validation import decreasing_points
 from tests.tiers import examples
 
 SHAPES = [(b, s) for s in (64, 128, 256, 512, 1024, 2048) for b in (1, 2, 4, 8) if b * s <= 4096]

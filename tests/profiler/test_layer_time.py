@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from model.launch import RankError
-from model.shapes import read_shape
-from profiler import layer_time
-from profiler.layer_time import TimeSweep, missing_points, open_files, sweep_time
-from profiler.layer_time_rank import SingleDevice
-from profiler.profiles import load_time_profile, read_meta
-from profiler.sweep_file import SweepFile
-from tasks.errors import ConfigError
+from lobra.common.errors import ConfigError
+from lobra.layout.shapes import read_shape
+from lobra.model.launch import RankError
+from lobra.profiler import layer_time
+from lobra.profiler.layer_time import TimeSweep, missing_points, open_files, sweep_time
+from lobra.profiler.layer_time_rank import SingleDevice
+from lobra.profiler.profiles import load_time_profile, read_meta
+from lobra.profiler.sweep_file import SweepFile
 from tests.model.support import save_llama
 
 Files = tuple[SweepFile, SweepFile]

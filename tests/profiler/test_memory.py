@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from model.launch import RankError, _cause_of_death
-from model.shapes import NAMED_SHAPES, read_shape
-from profiler.memory import (
+from lobra.cli import main
+from lobra.common.errors import ConfigError
+from lobra.layout.shapes import NAMED_SHAPES, read_shape
+from lobra.model.launch import RankError, _cause_of_death
+from lobra.profiler.memory import (
     LayoutResult,
     MemorySweep,
     layouts_within,
@@ -20,13 +22,11 @@ from profiler.memory import (
     trial_shapes,
     whole_steps,
 )
-from profiler.memory_rank import RankMemory
-from profiler.profiles import MEMORY_COLUMNS, load_memory_profile, read_meta, write_meta
-from profiler.sweep_file import SweepFile, open_sweep
-from tasks.config import TARGET_MODULES, TaskConfig
-from tasks.errors import ConfigError
+from lobra.profiler.memory_rank import RankMemory
+from lobra.profiler.profiles import MEMORY_COLUMNS, load_memory_profile, read_meta, write_meta
+from lobra.profiler.sweep_file import SweepFile, open_sweep
+from lobra.tasks.config import TARGET_MODULES, TaskConfig
 from tests.model.support import save_llama
-from trainer.cli import main
 
 TINY = NAMED_SHAPES["tiny"]
 LAYOUTS = ((1, 1), (1, 2), (2, 1))
@@ -201,8 +201,8 @@ def test_all_rows_of_a_file_have_one_default_budget(
         budgets[tp, pp] = sweep.budget_bytes
         return linear_memory(sweep, tp, pp, tokens)
 
-    monkeypatch.setattr("profiler.memory.measure_trial", measure)
-    monkeypatch.setattr("profiler.hardware.available_memory_bytes", lambda: 1000 << 20)
+    monkeypatch.setattr("lobra.profiler.memory.measure_trial", measure)
+    monkeypatch.setattr("lobra.profiler.hardware.available_memory_bytes", lambda: 1000 << 20)
     folder, path = save_llama(tmp_path / "llama"), tmp_path / "m.csv"
     assert profile_memory(path, folder, 1) == 0
     assert "as when this file was begun" not in capsys.readouterr().err
@@ -218,7 +218,7 @@ def test_a_layout_may_hold_a_longest_sequence_of_any_length(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert [whole_steps(tokens) for tokens in (1, 256, 257, 1000)] == [256, 256, 512, 1024]
-    monkeypatch.setattr("profiler.memory.measure_trial", linear_memory)
+    monkeypatch.setattr("lobra.profiler.memory.measure_trial", linear_memory)
     folder, path = save_llama(tmp_path / "llama"), tmp_path / "m.csv"
     assert profile_memory(path, folder, 1, "--max-seq-length", "1000") == 0
     assert load_memory_profile(path).max_tokens(1, 1) == 1024

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from profiler.layer_time_rank import _record
-from profiler.outliers import MAX_ATTEMPTS, doubtful_points
-from profiler.points import time_points
-from profiler.profiles import TIME_COLUMNS, load_time_profile, read_meta
-from profiler.sweep_file import SweepFile, open_sweep
+from lobra.profiler.layer_time_rank import _record
+from lobra.profiler.outliers import MAX_ATTEMPTS, doubtful_points
+from lobra.profiler.points import time_points
+from lobra.profiler.profiles import TIME_COLUMNS, load_time_profile, read_meta
+from lobra.profiler.sweep_file import SweepFile, open_sweep
 
 POINTS = time_points(1024)
 

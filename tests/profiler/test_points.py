@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from profiler.points import time_points
+from lobra.profiler.points import time_points
 
 
 @given(st.integers(1, 40_000), st.integers(1, 200_000))

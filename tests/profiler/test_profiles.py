@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from profiler.cost_model import load_cost_model
-from profiler.csv_rows import append_row
-from profiler.profiles import (
+from lobra.common.errors import ConfigError
+from lobra.profiler.cost_model import load_cost_model
+from lobra.profiler.csv_rows import append_row
+from lobra.profiler.profiles import (
     MEMORY_COLUMNS,
     TIME_COLUMNS,
     default_memory_path,
@@ -16,7 +17,6 @@ from profiler.profiles import (
     read_meta,
     write_meta,
 )
-from tasks.errors import ConfigError
 
 
 def written(tmp_path: Path, text: str) -> Path:

@@ -9,20 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model.shapes import NAMED_SHAPES
-from profiler.accelerators import load_tables
-from profiler.cost_model import fit_cost_model
-from profiler.estimate_memory import Adapters, estimate_memory
-from profiler.estimate_time import Workload, calibrate, layer_ms
-from profiler.profiles import TimeProfile, load_time_profile
-from profiler.validation import (
+from lobra.layout.shapes import NAMED_SHAPES
+from lobra.profiler.accelerators import load_tables
+from lobra.profiler.cost_model import fit_cost_model
+from lobra.profiler.estimate_memory import Adapters, estimate_memory
+from lobra.profiler.estimate_time import Workload, calibrate, layer_ms
+from lobra.profiler.profiles import TimeProfile, load_time_profile
+from lobra.profiler.validation import (
     cross_validate,
     decreasing_points,
     least_possible_error,
     refusals,
     suspicious_rows,
 )
-from tasks.config import TARGET_MODULES
+from lobra.tasks.config import TARGET_MODULES
 
 # (layout, sequence length, micro-batches, seconds a step): LobRA's homogeneous throughput table.
 PUBLISHED_STEPS = [

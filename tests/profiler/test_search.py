@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from profiler.search import Trial, largest_fitting
+from lobra.profiler.search import Trial, largest_fitting
 
 
 def linear(base: int, per_token: float, budget: int, seen: bool = True):

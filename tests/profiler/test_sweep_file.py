@@ -7,9 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from profiler.profiles import TIME_COLUMNS, load_time_profile, meta_path, read_meta, write_meta
-from profiler.sweep_file import Restart, SweepFile, open_sweep
-from tasks.errors import ConfigError
+from lobra.common.errors import ConfigError
+from lobra.profiler.profiles import (
+    TIME_COLUMNS,
+    load_time_profile,
+    meta_path,
+    read_meta,
+    write_meta,
+)
+from lobra.profiler.sweep_file import Restart, SweepFile, open_sweep
 
 SETTINGS = {"model": "tiny", "adapters": [[16, ["q_proj"]]], "precision": "fp32"}
 ROWS = [(1, 64, 1, 1.25), (1, 64, 4, 3.5), (2, 128, 1, 2.125), (2, 128, 16, 30.0)]

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.shapes import NAMED_SHAPES
-from profiler.accelerators import load_tables
-from profiler.estimate_time import Workload, layer_ms
-from profiler.points import time_points
-from profiler.profiles import TimeProfile
-from profiler.validation import cross_validate, fold_of_row, suspicious_rows, worst_rows
-from tasks.errors import ConfigError
+from lobra.common.errors import ConfigError
+from lobra.layout.shapes import NAMED_SHAPES
+from lobra.profiler.accelerators import load_tables
+from lobra.profiler.estimate_time import Workload, layer_ms
+from lobra.profiler.points import time_points
+from lobra.profiler.profiles import TimeProfile
+from lobra.profiler.validation import cross_validate, fold_of_row, suspicious_rows, worst_rows
 from tests.tiers import examples
 
 

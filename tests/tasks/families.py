@@ -27,7 +27,7 @@ from tokenizers import (
     trainers,
 )
 
-from tasks.tokenizer import load_tokenizer
+from lobra.tasks.tokenizer import load_tokenizer
 from tests.tasks import transcripts
 from tests.tasks.support import TEXTS
 from tests.tasks.transcripts import Message, Transcriber, Transcript

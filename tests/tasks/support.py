@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tasks.config import TaskConfig
-from tasks.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from lobra.tasks.config import TaskConfig
+from lobra.tasks.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 
 TEXTS = [
     "Write a haiku about rain.",

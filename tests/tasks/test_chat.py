@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from tasks.chat import ChatError, ChatTemplate
-from tasks.conversations import conversation_of_messages
-from tasks.dataset import MASKED, load_dataset
-from tasks.errors import ConfigError
-from tasks.text_processor import TextProcessor
-from tasks.text_rows import TextRow
+from lobra.common.errors import ConfigError
+from lobra.tasks.chat import ChatError, ChatTemplate
+from lobra.tasks.conversations import conversation_of_messages
+from lobra.tasks.dataset import MASKED, load_dataset
+from lobra.tasks.text_processor import TextProcessor
+from lobra.tasks.text_rows import TextRow
 from tests.tasks.support import CHATML, small_tokenizer, task, write_rows
 
 MESSAGES = [

@@ -13,16 +13,16 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks import foreign_names
-from tasks.config import (
+from lobra.common.errors import ConfigError
+from lobra.tasks import foreign_names
+from lobra.tasks.config import (
     MODULE_ALIASES,
     TARGET_MODULES,
     TaskConfig,
     load_trainer_config,
     resolve_target_modules,
 )
-from tasks.errors import ConfigError
-from tasks.lengths import load_lengths
+from lobra.tasks.lengths import load_lengths
 
 LOBRA_TASK = {
     "rank": 16,

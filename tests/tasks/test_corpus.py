@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-import tasks.corpus
-from tasks.config import load_trainer_config
-from tasks.corpus import EMBEDDED, _mine, _modules, corpus_texts, ensure_corpus, mine_corpus
-from tasks.dataset import load_dataset
-from tasks.errors import ConfigError
-from tasks.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from lobra.common.errors import ConfigError
+from lobra.tasks import corpus as corpus_module
+from lobra.tasks.config import load_trainer_config
+from lobra.tasks.corpus import EMBEDDED, _mine, _modules, corpus_texts, ensure_corpus, mine_corpus
+from lobra.tasks.dataset import load_dataset
+from lobra.tasks.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_lengths_are_heavy_tailed(folder: Path, project_root: Path) -> None:
 
 def test_the_same_bytes_in_another_process(folder: Path, project_root: Path) -> None:
     program = (
-        "import hashlib, json, sys\nfrom tasks.corpus import mine_corpus\n"
+        "import hashlib, json, sys\nfrom lobra.tasks.corpus import mine_corpus\n"
         "print(hashlib.sha256(json.dumps(mine_corpus()).encode()).hexdigest())"
     )
     import hashlib
@@ -120,8 +120,8 @@ def test_a_library_without_sources_is_a_clear_message(
     def empty(*_: Any) -> str:
         return str(tmp_path)
 
-    monkeypatch.setattr(tasks.corpus.sysconfig, "get_path", empty)
-    monkeypatch.setattr(tasks.corpus, "mine_corpus", mine_corpus.__wrapped__)
+    monkeypatch.setattr(corpus_module.sysconfig, "get_path", empty)
+    monkeypatch.setattr(corpus_module, "mine_corpus", mine_corpus.__wrapped__)
     with pytest.raises(ConfigError, match="source files"):
         ensure_corpus(tmp_path / "data")
     assert not (tmp_path / "data").exists()
@@ -164,7 +164,7 @@ def test_what_is_mined_from_a_module(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "other.py").write_text('def t():\n    """Left out."""\n    return 1\n')
     (tmp_path / "broken.py").write_text("def (")
-    monkeypatch.setattr(tasks.corpus.sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr(corpus_module.sysconfig, "get_path", lambda _: str(tmp_path))
     corpus = mine_corpus.__wrapped__()
     (module,) = corpus["stdlib_module"]
     assert module["instruction"] == "What is the module pkg for?"

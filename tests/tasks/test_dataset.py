@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tasks.config import load_trainer_config
-from tasks.dataset import MASKED, TokenizedDataset, load_dataset
-from tasks.errors import ConfigError
-from tasks.prompts import ALPACA
-from tasks.tokenizer import load_tokenizer
+from lobra.common.errors import ConfigError
+from lobra.tasks.config import load_trainer_config
+from lobra.tasks.dataset import MASKED, TokenizedDataset, load_dataset
+from lobra.tasks.prompts import ALPACA
+from lobra.tasks.tokenizer import load_tokenizer
 from tests.tasks.support import task, write_rows
 
 ROWS = [
@@ -148,8 +148,8 @@ def test_loading_data_does_not_need_torch(tmp_path: Path) -> None:
     write_rows(tmp_path, *ROWS)
     program = (
         "import sys\n"
-        "from tasks.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer\n"
-        "from tasks.dataset import load_dataset\n"
+        "from lobra.tasks.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer\n"
+        "from lobra.tasks.dataset import load_dataset\n"
         "from tests.tasks.support import TEXTS, task\n"
         f"save_tokenizer(train_tokenizer(TEXTS, 300), {str(tmp_path)!r})\n"
         f"load_dataset(task(), load_tokenizer({str(tmp_path)!r}), {str(tmp_path)!r})\n"

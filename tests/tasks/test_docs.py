@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from tasks.conversations import (
+from lobra.tasks.conversations import (
     MESSAGE_FIELDS,
     REFUSED_MESSAGE_FIELDS,
     ROLE_ALIASES,
     SETTINGS,
 )
-from tasks.dataset import load_dataset
-from tasks.fields import INPUT, INSTRUCTION, OUTPUT, REFUSED, TOKEN_FIELDS
-from tasks.prompts import NAMES, ROLES
+from lobra.tasks.dataset import load_dataset
+from lobra.tasks.fields import INPUT, INSTRUCTION, OUTPUT, REFUSED, TOKEN_FIELDS
+from lobra.tasks.prompts import NAMES, ROLES
 from tests.tasks.families import load_family
 from tests.tasks.support import task, write_rows
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tasks.encoding import Encoder, cut
-from tasks.text_rows import TextRow
-from tasks.tokenizer import train_tokenizer
+from lobra.tasks.encoding import Encoder, cut
+from lobra.tasks.text_rows import TextRow
+from lobra.tasks.tokenizer import train_tokenizer
 from tests.tasks.support import TEXTS
 
 texts = st.text(max_size=25) | st.sampled_from(TEXTS) | st.sampled_from(["</s>", "<s> <pad>"])

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tasks.dataset import MASKED, load_dataset
-from tasks.errors import ConfigError
+from lobra.common.errors import ConfigError
+from lobra.tasks.dataset import MASKED, load_dataset
 from tests.tasks.conversations import TOOLS, Conversation, call, conversations
 from tests.tasks.families import FAMILIES, Family, load_family, token_spans, transcript
 from tests.tasks.support import task, write_rows

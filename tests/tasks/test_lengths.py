@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tasks.errors import ConfigError
-from tasks.lengths import load_lengths
+from lobra.common.errors import ConfigError
+from lobra.tasks.lengths import load_lengths
 
 
 def test_json_and_folder_say_the_same(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.prompts import ALPACA, NAMES, PLAIN, parse_template, render_turn, template_problem
+from lobra.tasks.prompts import ALPACA, NAMES, PLAIN, parse_template, render_turn, template_problem
 
 texts = st.text(max_size=30)
 

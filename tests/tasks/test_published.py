@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from tasks.errors import ConfigError
-from tasks.published import DATASETS, check_names, write_converted
-from tasks.sources import PUBLISHED
-from trainer.cli import main
+from lobra.cli import main
+from lobra.common.errors import ConfigError
+from lobra.tasks.published import DATASETS, check_names, write_converted
+from lobra.tasks.sources import PUBLISHED
 
 # One row of each, with the columns its data card lists.
 ROWS: dict[str, dict[str, Any]] = {

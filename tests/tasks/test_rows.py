@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.chat import ChatTemplate
-from tasks.errors import ConfigError
-from tasks.prompts import ALPACA, PLAIN
-from tasks.rows import Reading, Rows, read_rows
-from tasks.special_tokens import SpecialTokens
-from tasks.text_rows import Row, TextRow, TokenRow
+from lobra.common.errors import ConfigError
+from lobra.tasks.chat import ChatTemplate
+from lobra.tasks.prompts import ALPACA, PLAIN
+from lobra.tasks.rows import Reading, Rows, read_rows
+from lobra.tasks.special_tokens import SpecialTokens
+from lobra.tasks.text_rows import Row, TextRow, TokenRow
 from tests.tasks.support import write_rows
 
 SPECIALS = SpecialTokens(

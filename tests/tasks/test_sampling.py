@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.sampling import num_steps, sample_indices, split_validation, task_seed
+from lobra.tasks.sampling import num_steps, sample_indices, split_validation, task_seed
 from tests.tasks.support import task
 
 sizes = st.integers(1, 60)

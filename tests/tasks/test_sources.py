@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tasks.corpus import EMBEDDED
-from tasks.errors import ConfigError
-from tasks.sources import PUBLISHED, resolve_dataset
+from lobra.common.errors import ConfigError
+from lobra.tasks.corpus import EMBEDDED
+from lobra.tasks.sources import PUBLISHED, resolve_dataset
 from tests.tasks.support import write_rows
 
 

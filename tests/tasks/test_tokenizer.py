@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.errors import ConfigError
-from tasks.tokenizer import BOS, EOS, PAD, load_tokenizer, save_tokenizer, train_tokenizer
+from lobra.common.errors import ConfigError
+from lobra.tasks.tokenizer import BOS, EOS, PAD, load_tokenizer, save_tokenizer, train_tokenizer
 from tests.tasks.support import TEXTS, small_tokenizer
 
 

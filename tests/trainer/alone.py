@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from tasks.config import TaskConfig
-from tasks.dataset import TokenizedDataset
-from tasks.sampling import sample_indices, task_seed
+from lobra.tasks.config import TaskConfig
+from lobra.tasks.dataset import TokenizedDataset
+from lobra.tasks.sampling import sample_indices, task_seed
 from tests.trainer.double import NoSinglePrecision
 from tests.trainer.support import random_dataset
 

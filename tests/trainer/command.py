@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trainer.cli import main
+from lobra.cli import main
 
 
 def write_config(**changes: object) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from tasks.tokenizer import train_tokenizer
+from lobra.tasks.tokenizer import train_tokenizer
 from tests.model.support import save_llama
 from tests.trainer.command import write_config, write_plan
 

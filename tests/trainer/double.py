@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import trainer.worker
-from trainer.run_spec import RunSpec
-from trainer.worker import RankResult, train_rank
+from lobra.trainer import worker
+from lobra.trainer.run_spec import RunSpec
+from lobra.trainer.worker import RankResult, train_rank
 
 
 class NoSinglePrecision(TorchDispatchMode):
@@ -29,11 +29,11 @@ class NoSinglePrecision(TorchDispatchMode):
 
 def train_in_double(run: RunSpec) -> RankResult:
     """Train on one rank; every forward and backward pass is watched."""
-    plain = trainer.worker.run_replica
+    plain = worker.run_replica
 
     def watched(*args: Any) -> Tensor:
         with NoSinglePrecision():
             return plain(*args)
 
-    trainer.worker.run_replica = watched  # type: ignore[assignment]
+    worker.run_replica = watched  # type: ignore[assignment]
     return train_rank(run)

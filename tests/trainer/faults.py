@@ -11,14 +11,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import trainer.worker
-from model.stage import MicroBatchTensors, Stage
-from model.tensor_parallel import VocabParallelEmbedding
-from trainer.checkpoint import CheckpointWriter
-from trainer.engines import AdapterOptimizer, TaskUpdate
-from trainer.run_spec import RunSpec
-from trainer.signals import StopRequest
-from trainer.worker import RankResult, Worker, train_rank
+from lobra.model.stage import MicroBatchTensors, Stage
+from lobra.model.tensor_parallel import VocabParallelEmbedding
+from lobra.trainer import worker
+from lobra.trainer.checkpoint import CheckpointWriter
+from lobra.trainer.engines import AdapterOptimizer, TaskUpdate
+from lobra.trainer.run_spec import RunSpec
+from lobra.trainer.signals import StopRequest
+from lobra.trainer.worker import RankResult, Worker, train_rank
 
 FAULT_TASK = 1
 FAULT_STEPS = (1, 2)
@@ -104,15 +104,15 @@ def train_asleep(run: RunSpec) -> RankResult:
         now[0] = float(latest)
         return plain(self, takes_part)
 
-    trainer.worker.time = SimpleNamespace(perf_counter=lambda: now[0])  # type: ignore[assignment]
-    trainer.worker.run_replica = sleep  # type: ignore[assignment]
+    worker.time = SimpleNamespace(perf_counter=lambda: now[0])  # type: ignore[assignment]
+    worker.run_replica = sleep  # type: ignore[assignment]
     AdapterOptimizer.reduce = meet  # type: ignore[method-assign]
     return train_rank(run)
 
 
 def run_out_of_memory(run: RunSpec) -> RankResult:
     """Train until rank 1 has no memory left for its second step."""
-    plain = trainer.worker.run_replica
+    plain = worker.run_replica
     calls = []
 
     def full(stage: Any, batches: list, num_tasks: int) -> torch.Tensor:
@@ -121,7 +121,7 @@ def run_out_of_memory(run: RunSpec) -> RankResult:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return plain(stage, batches, num_tasks)
 
-    trainer.worker.run_replica = full  # type: ignore[assignment]
+    worker.run_replica = full  # type: ignore[assignment]
     return train_rank(run)
 
 

@@ -7,19 +7,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model.groups import build_groups
-from model.shapes import read_shape
-from model.stage import MicroBatchTensors, build_stage
-from planner.layout import Layout
-from planner.placement import place
-from planner.plan import Plan, ReplicaGroup
-from profiler.cost_model import CostModel, fit_cost_model
-from profiler.profiles import TimeProfile
-from tasks.config import TaskConfig
-from tasks.dataset import TokenizedDataset
-from trainer.adapters import adapter_spec, load_adapter
-from trainer.checkpoint import task_record
-from trainer.run_spec import RunSpec
+from lobra.layout.layout import Layout
+from lobra.layout.placement import place
+from lobra.layout.plan import Plan, ReplicaGroup
+from lobra.layout.shapes import read_shape
+from lobra.model.groups import build_groups
+from lobra.model.stage import MicroBatchTensors, build_stage
+from lobra.profiler.cost_model import CostModel, fit_cost_model
+from lobra.profiler.profiles import TimeProfile
+from lobra.tasks.config import TaskConfig
+from lobra.tasks.dataset import TokenizedDataset
+from lobra.trainer.adapters import adapter_spec, load_adapter
+from lobra.trainer.checkpoint import task_record
+from lobra.trainer.run_spec import RunSpec
 
 
 def plain_cost_model(num_layers: int, tps: tuple[int, ...] = (1, 2, 4, 8)) -> CostModel:

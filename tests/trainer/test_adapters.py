@@ -15,15 +15,15 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from model.launch import run_ranks
-from model.shapes import ModelShape
-from tasks.config import TARGET_MODULES, TaskConfig
+from lobra.layout.shapes import ModelShape
+from lobra.model.launch import run_ranks
+from lobra.tasks.config import TARGET_MODULES, TaskConfig
+from lobra.trainer.adapters import adapter_spec, check_adapter, save_adapter
+from lobra.trainer.run import run_local
+from lobra.trainer.store import AdapterStore
+from tests.layout.test_topology import make_grids
 from tests.model.support import save_llama
-from tests.model.test_topology import make_grids
 from tests.trainer.support import make_plan, make_run, random_dataset
-from trainer.adapters import adapter_spec, check_adapter, save_adapter
-from trainer.run import run_local
-from trainer.store import AdapterStore
 
 SHAPE = ModelShape("base", 4, 64, 96, 4, 2, 16, 256)  # what save_llama saves
 SHARED_FIELDS = dict(dataset_name="random", context_length=64, learning_rate=2e-2)
@@ -129,7 +129,7 @@ def test_an_exported_adapter_that_is_not_finite_is_warned_of(
     store.run = SimpleNamespace(base_model="base", adapter_folder=lambda t: tmp_path / str(t))
     store.bank = SimpleNamespace(specs=specs, named_tensors=lambda task: exported[task])
     store._gather = lambda task, own: own  # type: ignore[method-assign, assignment]
-    monkeypatch.setattr("trainer.store.dist.barrier", lambda group: None)
+    monkeypatch.setattr("lobra.trainer.store.dist.barrier", lambda group: None)
     store.export_adapters()
     (record,) = caplog.records
     assert "adapter of task narrow" in record.getMessage()

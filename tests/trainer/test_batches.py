@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.dataset import TokenizedDataset
-from trainer.batches import count_targets, micro_batch_tensors, target_tokens, whole_batch
+from lobra.tasks.dataset import TokenizedDataset
+from lobra.trainer.batches import count_targets, micro_batch_tensors, target_tokens, whole_batch
 
 
 def dataset(rows: list[list[bool]]) -> TokenizedDataset:

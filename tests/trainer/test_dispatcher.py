@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.dispatch import dispatch
+from lobra.planner.dispatch import dispatch
+from lobra.trainer.batches import GlobalBatch
+from lobra.trainer.dispatcher import StepDispatch, check_complete, decode, encode
 from tests.trainer.support import make_plan, plain_cost_model
-from trainer.batches import GlobalBatch
-from trainer.dispatcher import StepDispatch, check_complete, decode, encode
 
 COST = plain_cost_model(4)
 PLAN = make_plan([(1, 1), (2, 1), (1, 2)], max_tokens=256)

@@ -17,6 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lobra.trainer.run import run_local
+from lobra.trainer.run_spec import RunSpec
+from lobra.trainer.worker import RankResult
 from tests.model.support import FAMILIES, save_family
 from tests.trainer.alone import (
     STEPS,
@@ -28,9 +31,6 @@ from tests.trainer.alone import (
     train_alone,
 )
 from tests.trainer.support import make_plan, make_run
-from trainer.run import run_local
-from trainer.run_spec import RunSpec
-from trainer.worker import RankResult
 
 BAR = 1e-8
 FP32_FLOOR = 1e-6  # some units in the last place: where nothing vanishes, all agree

@@ -11,21 +11,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from model.launch import RankError
-from model.shapes import read_shape
-from tasks.config import TARGET_MODULES, TaskConfig
+from lobra.layout.shapes import read_shape
+from lobra.model.launch import RankError
+from lobra.report.run_report import _task_summary
+from lobra.tasks.config import TARGET_MODULES, TaskConfig
+from lobra.trainer.adapters import adapter_spec, save_adapter, tensor_shapes
+from lobra.trainer.checkpoint import list_checkpoints
+from lobra.trainer.feedback import SpeedFeedback
+from lobra.trainer.life import MAX_SKIPPED_IN_ROW, TaskLife, lives_from_json, lives_to_json
+from lobra.trainer.metrics import as_json
+from lobra.trainer.run import run_local
+from lobra.trainer.run_spec import RunSpec
+from lobra.trainer.worker import Worker
 from tests.model.support import save_llama
 from tests.trainer.faults import FAST_S, FAULT_STEPS, FAULT_TASK, SLOW_REPLICA, SLOW_S
 from tests.trainer.support import make_plan, make_run, random_dataset
-from trainer.adapters import adapter_spec, save_adapter, tensor_shapes
-from trainer.checkpoint import list_checkpoints
-from trainer.feedback import SpeedFeedback
-from trainer.life import MAX_SKIPPED_IN_ROW, TaskLife, lives_from_json, lives_to_json
-from trainer.metrics import as_json
-from trainer.report import _task_summary
-from trainer.run import run_local
-from trainer.run_spec import RunSpec
-from trainer.worker import Worker
 
 COMMON = dict(dataset_name="random", context_length=64, learning_rate=1e-2)
 TASKS = (

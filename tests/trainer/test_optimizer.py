@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import get_scheduler
 
-from tasks.config import TaskConfig
-from trainer.optimizer import clip_coefficient, learning_rate, task_optimizer
+from lobra.tasks.config import TaskConfig
+from lobra.trainer.optimizer import clip_coefficient, learning_rate, task_optimizer
 
 
 def task(**fields: object) -> TaskConfig:

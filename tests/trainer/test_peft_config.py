@@ -13,11 +13,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from model.lora import AdapterSpec
-from model.shapes import read_shape
+from lobra.layout.shapes import read_shape
+from lobra.model.lora import AdapterSpec
+from lobra.trainer.adapters import check_adapter
+from lobra.trainer.peft_config import FIELDS, FREE, config_problems
 from tests.model.support import save_llama
-from trainer.adapters import check_adapter
-from trainer.peft_config import FIELDS, FREE, config_problems
 
 MODULES = ("q_proj", "v_proj", "down_proj")
 SPEC = AdapterSpec("mine", 4, 8.0, MODULES)

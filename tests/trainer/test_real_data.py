@@ -12,18 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model.topology import shard_range
-from planner.cli import main as plan_main
-from planner.layout import Layout
-from planner.plan import ReplicaGroup, load_plan, make_plan, save_plan
-from tasks.dataset import TokenizedDataset
+from lobra.cli import main
+from lobra.commands.plan import main as plan_main
+from lobra.layout.layout import Layout
+from lobra.layout.plan import ReplicaGroup, load_plan, make_plan, save_plan
+from lobra.layout.topology import shard_range
+from lobra.tasks.dataset import TokenizedDataset
+from lobra.trainer.batches import draw_global_batch
+from lobra.trainer.prepare import TrainRequest
+from lobra.trainer.run import train
+from lobra.trainer.run_spec import RunSpec
+from lobra.trainer.worker import RankResult
 from tests.model.support import save_llama
-from trainer.batches import draw_global_batch
-from trainer.cli import main
-from trainer.prepare import TrainRequest
-from trainer.run import train
-from trainer.run_spec import RunSpec
-from trainer.worker import RankResult
 
 HIDDEN, FFN, LAYERS, VOCAB = 64, 160, 4, 50257
 NUM_RANKS = 3

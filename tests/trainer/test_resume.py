@@ -14,14 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from planner.placement import place
-from planner.plan import Plan
-from tasks.config import TARGET_MODULES, TaskConfig
-from tasks.errors import ConfigError
-from tests.model.support import save_llama
-from tests.trainer.support import make_plan, make_run, random_dataset
-from trainer.adapters import adapter_spec, save_adapter
-from trainer.checkpoint import (
+from lobra.common.errors import ConfigError
+from lobra.layout.placement import place
+from lobra.layout.plan import Plan
+from lobra.tasks.config import TARGET_MODULES, TaskConfig
+from lobra.trainer.adapters import adapter_spec, save_adapter
+from lobra.trainer.checkpoint import (
     CheckpointState,
     CheckpointWriter,
     drop_later,
@@ -32,12 +30,14 @@ from trainer.checkpoint import (
     step_folder,
     task_record,
 )
-from trainer.engines import MOMENTS
-from trainer.life import TaskLife, lives_to_json
-from trainer.metrics import read_metrics, restore_metrics
-from trainer.prepare import revivals_in_vain
-from trainer.run import run_local
-from trainer.run_spec import RunSpec
+from lobra.trainer.engines import MOMENTS
+from lobra.trainer.life import TaskLife, lives_to_json
+from lobra.trainer.metrics import read_metrics, restore_metrics
+from lobra.trainer.prepare import revivals_in_vain
+from lobra.trainer.run import run_local
+from lobra.trainer.run_spec import RunSpec
+from tests.model.support import save_llama
+from tests.trainer.support import make_plan, make_run, random_dataset
 
 COMMON = dict(dataset_name="random", context_length=64, learning_rate=1e-2)
 TASKS = (
@@ -258,7 +258,7 @@ def test_an_interrupted_removal_leaves_whole_checkpoints(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("tasks.files.shutil.rmtree", interrupted)
+        patch.setattr("lobra.common.files.shutil.rmtree", interrupted)
         drop_later(three_steps, 2)
     assert list_checkpoints(three_steps) == [2, 4]
     assert read_state(three_steps, None).step == 4

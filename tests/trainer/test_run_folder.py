@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from model.launch import RankError
-from tasks.dataset import TokenizedDataset
+from lobra.cli import guarded
+from lobra.model.launch import RankError
+from lobra.tasks.dataset import TokenizedDataset
+from lobra.trainer.checkpoint import list_checkpoints, step_folder
+from lobra.trainer.prepare import TrainRequest, prepare
+from lobra.trainer.run_folder import hold_folder, occupied
 from tests.trainer.command import refused, train, write_config, write_plan
-from trainer.checkpoint import list_checkpoints, step_folder
-from trainer.cli import guarded
-from trainer.prepare import TrainRequest, prepare
-from trainer.run_folder import hold_folder, occupied
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_run: object) -> None:
         raise RankError(1, "the process was killed by SIGKILL")
 
-    monkeypatch.setattr("trainer.run.run_local", fail)
+    monkeypatch.setattr("lobra.trainer.run.run_local", fail)
 
 
 def test_a_folder_of_other_things_is_left_alone(
@@ -90,7 +90,7 @@ def test_a_run_that_ends_just_before_the_lock_is_seen(
         hold_folder(folder)
         (folder / "adapters/small").mkdir(parents=True)
 
-    monkeypatch.setattr("trainer.run_folder.hold_folder", late)
+    monkeypatch.setattr("lobra.trainer.run_folder.hold_folder", late)
     assert occupied(Path("run")) == []
     assert train(place) == 2
     assert "already holds a run" in capsys.readouterr().err
@@ -103,7 +103,7 @@ def test_nothing_is_removed_before_a_checkpoint_is_read(
     write_config(steps=3)
     assert train(place, "--save-every", "1") == 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainer.run.run_local", lambda _run: 1 / 0)
+        patch.setattr("lobra.trainer.run.run_local", lambda _run: 1 / 0)
         assert train(place, "--resume", "1") == 1
     assert list_checkpoints(Path("run")) == [1, 2, 3]
     assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 3

@@ -14,15 +14,15 @@ from platform import node
 
 import pytest
 
-from tasks.config import TaskConfig
-from tasks.errors import ConfigError
+from lobra.cli import main
+from lobra.common.errors import ConfigError
+from lobra.tasks.config import TaskConfig
+from lobra.trainer.launcher import run_launcher
+from lobra.trainer.run import Refusal, check_shared
+from lobra.trainer.run_folder import hold_folder
+from lobra.trainer.signals import SAME_REQUEST_S, StopRequest
 from tests.model.support import save_llama
 from tests.trainer.support import make_plan, make_run, random_dataset
-from trainer.cli import main
-from trainer.launcher import run_launcher
-from trainer.run import Refusal, check_shared
-from trainer.run_folder import hold_folder
-from trainer.signals import SAME_REQUEST_S, StopRequest
 
 
 def test_the_terminal_and_the_launcher_ask_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +91,7 @@ def test_a_mistake_under_a_launcher_is_said_by_who_knows_it(
 
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("trainer.train_cli.train_in_launcher", fail)
+    monkeypatch.setattr("lobra.commands.train.train_in_launcher", fail)
     monkeypatch.setattr(os, "_exit", leave)
     arguments = [f"--{name}=x" for name in
                  ("model", "trainer-config", "strategy-config", "output-dir")]  # fmt: skip
@@ -147,7 +147,7 @@ sys.exit(7)
 
 def start(folder: Path, kind: str) -> subprocess.Popen[bytes]:
     """Start run_launcher in a process of its own; return it when its rank runs."""
-    code = "import sys; from trainer.launcher import run_launcher; "
+    code = "import sys; from lobra.trainer.launcher import run_launcher; "
     code += "sys.exit(run_launcher([sys.executable, *sys.argv[1:]]))"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen(

@@ -1,0 +1,1 @@
+"""Errors, files, locks, checks: what every package uses."""

@@ -1,0 +1,1 @@
+"""Where it runs and what travels: layouts, worlds, plans, model shapes. Never imports torch."""

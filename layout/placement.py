@@ -1,0 +1,109 @@
+"""Placement: which global rank is which shard of which stage of which replica."""
+
+from __future__ import annotations
+
+from lobra.common.errors import ConfigError
+from lobra.layout.plan import Plan
+
+Ranks = tuple[tuple[tuple[int, ...], ...], ...]
+
+
+def place(plan: Plan, gpus_per_node: int) -> Ranks:
+    """Return the global ranks of every replica: ``[replica][stage][tp_index]``.
+
+    Ranks 0 .. ``plan.num_gpus`` - 1 are numbered node by node. A tensor-parallel group lies inside
+    one node; one larger than a node takes whole nodes. Large groups are placed first, and the
+    stages of a replica one after another, so that neighbours in the pipeline are near each other.
+
+    Raises
+    ------
+    ConfigError
+        If ``gpus_per_node`` is not positive, or the groups cannot be packed into the nodes.
+    """
+    if gpus_per_node < 1:
+        raise ConfigError(f"gpus per node: {gpus_per_node}; a node has at least one")
+    num_gpus = plan.num_gpus
+    starts = range(0, num_gpus, gpus_per_node)
+    free = [list(range(start, min(start + gpus_per_node, num_gpus))) for start in starts]
+    stages = [
+        (replica.layout.tp, replica.index, stage)
+        for replica in plan.replicas
+        for stage in range(replica.layout.pp)
+    ]
+    stages.sort(key=lambda item: (-item[0], item[1], item[2]))
+    sizes = [tp for tp, _, _ in stages]
+    ranks: dict[tuple[int, int], tuple[int, ...]] = {}
+    for tp, replica_index, stage in stages:
+        if tp > gpus_per_node:
+            ranks[replica_index, stage] = _take_nodes(free, tp, gpus_per_node, plan)
+    small = [item for item in stages if item[0] <= gpus_per_node]
+    nodes = pack([tp for tp, _, _ in small], [len(node) for node in free])
+    if nodes is None:
+        raise ConfigError(
+            f"plan {plan}: its tensor-parallel groups {sizes} cannot be packed into nodes of "
+            f"{gpus_per_node} GPUs ({num_gpus} in all); choose layouts whose tp divides the node"
+        )
+    for (tp, replica_index, stage), node in zip(small, nodes, strict=True):
+        ranks[replica_index, stage] = tuple(free[node][:tp])
+        del free[node][:tp]
+    return tuple(
+        tuple(ranks[replica.index, stage] for stage in range(replica.layout.pp))
+        for replica in plan.replicas
+    )
+
+
+def is_placeable(plan: Plan, gpus_per_node: int) -> bool:
+    """Return whether ``place`` succeeds."""
+    try:
+        place(plan, gpus_per_node)
+    except ConfigError:
+        return False
+    return True
+
+
+def pack(sizes: list[int], capacities: list[int], max_trials: int = 20_000) -> list[int] | None:
+    """Return the bin of each item, or None if they do not fit.
+
+    First fit in the given (descending) order, then backtracking over at most ``max_trials``
+    choices. First fit alone is exact when every size divides the next larger one and the bins.
+    """
+    if sum(sizes) > sum(capacities):
+        return None
+    room = list(capacities)
+    chosen: list[int] = []
+    trials = 0
+    start = 0
+    while len(chosen) < len(sizes):
+        size = sizes[len(chosen)]
+        node = next((n for n in range(start, len(room)) if room[n] >= size), None)
+        trials += 1
+        if node is not None:
+            room[node] -= size
+            chosen.append(node)
+            # equal items go to the same or a later bin, so that no packing is tried twice
+            same = len(chosen) < len(sizes) and sizes[len(chosen)] == size
+            start = node if same else 0
+            continue
+        if not chosen or trials > max_trials:
+            return None
+        last = chosen.pop()
+        room[last] += sizes[len(chosen)]
+        start = last + 1
+    return chosen
+
+
+def _take_nodes(free: list[list[int]], tp: int, gpus_per_node: int, plan: Plan) -> tuple[int, ...]:
+    """Take whole nodes for a group that is larger than one."""
+    count, rest = divmod(tp, gpus_per_node)
+    whole = [node for node in range(len(free)) if len(free[node]) == gpus_per_node]
+    if rest or len(whole) < count:
+        why = "is no multiple of it" if rest else f"needs {count} whole nodes"
+        raise ConfigError(
+            f"plan {plan}: a tensor-parallel group of {tp} is larger than a node of "
+            f"{gpus_per_node} GPUs and {why}; choose another tp"
+        )
+    taken: list[int] = []
+    for node in whole[:count]:
+        taken += free[node]
+        free[node] = []
+    return tuple(taken)

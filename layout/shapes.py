@@ -1,0 +1,213 @@
+"""Model shapes: the few numbers of a base model that everything else is computed from.
+
+Torch-free, so that planning never pays for importing torch.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lobra.common.errors import ConfigError
+
+TINY = "tiny"
+MODELS_DIR = Path("models")
+
+SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma")
+# What transformers' configuration classes assume where a config.json is silent; elsewhere the head
+# size follows from the hidden size, and the head is not tied to the embedding.
+DEFAULT_HEAD_DIM = {"qwen3": 128, "gemma": 256}
+DEFAULT_TIED = {"gemma": True}
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")  # "su": longrope's first name
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a decoder-only transformer. `path` is None for a shape known only by name.
+
+    `max_positions` is the longest context the model was made for, None where nothing says it.
+    """
+
+    name: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    tied_embeddings: bool = False
+    path: Path | None = None
+    max_positions: int | None = None
+
+    def linear_sizes(self) -> dict[str, tuple[int, int]]:
+        """Return {module name: (in_features, out_features)} of one decoder layer's linears."""
+        hidden, ffn = self.hidden_size, self.intermediate_size
+        query, key = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return {
+            "q_proj": (hidden, query),
+            "k_proj": (hidden, key),
+            "v_proj": (hidden, key),
+            "o_proj": (query, hidden),
+            "gate_proj": (hidden, ffn),
+            "up_proj": (hidden, ffn),
+            "down_proj": (ffn, hidden),
+        }
+
+    def adapter_elements(self, rank: int, target_modules: tuple[str, ...]) -> int:
+        """Return the number of LoRA parameters of one adapter over all layers."""
+        sizes = self.linear_sizes()
+        per_layer = sum(rank * sum(sizes[module]) for module in target_modules)
+        return per_layer * self.num_layers
+
+
+ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def module_path(module: str) -> str:
+    """Return where a linear sits in its decoder layer, such as `self_attn.q_proj`."""
+    return f"{'self_attn' if module in ATTENTION_MODULES else 'mlp'}.{module}"
+
+
+# Layers, hidden, ffn and heads as LobRA publishes them (its model configurations); 70B with
+# Llama-2-70B's 8 key/value heads, the others with as many as query heads.
+NAMED_SHAPES = {
+    "7B": ModelShape("7B", 32, 4096, 11008, 32, 32, 128, 32000),
+    "13B": ModelShape("13B", 40, 5120, 13824, 40, 40, 128, 32000),
+    "32B": ModelShape("32B", 60, 6656, 17920, 64, 64, 104, 32000),
+    "70B": ModelShape("70B", 80, 8192, 28672, 64, 8, 128, 32000),
+    TINY: ModelShape(TINY, 4, 128, 352, 4, 2, 32, 2048),
+}
+
+
+def resolve_shape(model: str) -> ModelShape:
+    """Return the shape of `tiny`, `7B`, `13B`, `32B`, `70B` or of a Hugging Face model folder.
+
+    A folder `models/<name>` takes precedence over the built-in sizes of that name.
+
+    Raises:
+        ConfigError: the name is unknown and no such folder exists, or config.json is unusable.
+    """
+    for folder in (Path(model), MODELS_DIR / model):
+        if (folder / "config.json").is_file():
+            return read_shape(folder)
+    if model in NAMED_SHAPES:
+        return NAMED_SHAPES[model]
+    raise ConfigError(
+        f"model {model!r}: neither one of {', '.join(NAMED_SHAPES)} nor a folder with a "
+        f"config.json; give the path of a Hugging Face model folder"
+    )
+
+
+def read_shape(folder: Path) -> ModelShape:
+    """Read the shape from a Hugging Face `config.json` (all problems reported at once)."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: holds {config!r:.60}, want an object with the model's sizes")
+    problems = []
+    model_type = config.get("model_type")
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        problems.append(
+            f"{path}: model_type: {model_type!r} is not supported; "
+            f"supported are {', '.join(SUPPORTED_MODEL_TYPES)}"
+        )
+    needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
+    sizes = {}
+    for field in (*needed, "vocab_size"):
+        value = config.get(field)
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            problems.append(f"{path}: {field}: {value!r} is not a positive integer")
+        else:
+            sizes[field] = value
+    if config.get("quantization_config"):
+        problems.append(
+            f"{path}: quantization_config: quantised weights are not read; use the "
+            f"unquantised model"
+        )
+    problems += [f"{path}: {problem}" for problem in _rope_problems(config)]
+    if problems:
+        raise ConfigError(problems)
+    heads = sizes["num_attention_heads"]
+    return ModelShape(
+        name=folder.name,
+        num_layers=sizes["num_hidden_layers"],
+        hidden_size=sizes["hidden_size"],
+        intermediate_size=sizes["intermediate_size"],
+        num_heads=heads,
+        num_kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=(
+            config.get("head_dim")
+            or DEFAULT_HEAD_DIM.get(str(model_type))
+            or sizes["hidden_size"] // heads
+        ),
+        vocab_size=sizes["vocab_size"],
+        tied_embeddings=bool(config.get("tie_word_embeddings", DEFAULT_TIED.get(str(model_type)))),
+        path=folder,
+        max_positions=config.get("max_position_embeddings"),
+    )
+
+
+def _rope_problems(config: dict[str, Any]) -> list[str]:
+    """Return a problem for rotary embeddings that depend on the longest row of a micro-batch.
+
+    With them a sequence's result would depend on what it is batched with.
+    """
+    problems = []
+    for field in ("rope_parameters", "rope_scaling"):
+        given = config.get(field)
+        if not isinstance(given, dict):
+            continue
+        # Some families have one set of parameters per kind of layer.
+        for entry in (given, *(value for value in given.values() if isinstance(value, dict))):
+            kind = entry.get("rope_type", entry.get("type"))
+            if kind in LENGTH_DEPENDENT_ROPE:
+                problems.append(
+                    f"{field}: the rope type {kind!r} makes a sequence depend on the longest one "
+                    f"in its batch and is not supported; {_rope_remedy(kind, config)}"
+                )
+    return problems
+
+
+def _rope_remedy(kind: str, config: dict[str, Any]) -> str:
+    """Return what to do about a rope type, by what transformers computes for it.
+
+    `dynamic` is plain up to max_position_embeddings and changes beyond it only. `longrope` divides
+    the frequencies by its short factors up to original_max_position_embeddings and by its long ones
+    beyond, and scales by its attention factor always: at no length is it plain.
+    """
+    if kind == "dynamic":
+        limit = config.get("max_position_embeddings", "the model's max_position_embeddings")
+        return (
+            f"up to {limit} tokens it does nothing: with every context_length within that, say "
+            f"'default' instead in a copy of the model folder; for longer ones use another model"
+        )
+    return (
+        "its short factors apply to short sequences too, so without it this would be another "
+        "model; use another model"
+    )
+
+
+def layout_problem(shape: ModelShape, tp: int, pp: int) -> str | None:
+    """Return why the layout <tp,pp> cannot run this model, or None when it can.
+
+    Tensor parallelism needs tp to divide the heads and the ffn size, and the key/value heads to
+    divide tp or be divided by it; every pipeline stage needs at least one layer.
+    """
+    if tp < 1 or pp < 1:
+        return f"<{tp},{pp}>: tp and pp must be at least 1"
+    reasons = []
+    if shape.num_heads % tp:
+        reasons.append(f"tp {tp} does not divide the {shape.num_heads} attention heads")
+    if shape.num_kv_heads % tp and tp % shape.num_kv_heads:
+        reasons.append(f"tp {tp} and the {shape.num_kv_heads} key/value heads do not divide")
+    if shape.intermediate_size % tp:
+        reasons.append(f"tp {tp} does not divide the ffn size {shape.intermediate_size}")
+    if pp > shape.num_layers:
+        reasons.append(f"pp {pp} is more than the {shape.num_layers} layers")
+    return f"<{tp},{pp}>: {', '.join(reasons)}" if reasons else None

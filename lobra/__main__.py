@@ -1,0 +1,7 @@
+"""`python -m lobra`."""
+
+import sys
+
+from lobra.cli import main
+
+sys.exit(main())

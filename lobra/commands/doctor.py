@@ -1,0 +1,202 @@
+"""`lobra doctor`: what this machine has and lacks, and what a given plan would need of it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lobra.common.errors import ConfigError
+from lobra.layout.placement import place
+from lobra.layout.plan import Plan, load_plan
+from lobra.layout.shapes import TINY, layout_problem, resolve_shape
+from lobra.model.folder import resolve_folder
+from lobra.profiler.hardware import available_memory_bytes, cpu_name, num_cores
+from lobra.profiler.profiles import default_time_path
+
+OK, LACKS, NOTE = "ok", "lacks", "note"
+DISTRIBUTION = "lobra"
+# When the project runs from a checkout without being installed, what it imports.
+ESSENTIAL = ("torch", "deepspeed", "transformers", "numpy", "scipy", "pyscipopt", "ortools")
+GIB = 1 << 30
+# Importing torch, transformers and deepspeed, per rank process; forked ranks share most of it.
+RANK_OVERHEAD_BYTES = GIB // 4
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report: `status` is OK, LACKS (something will not work) or NOTE."""
+
+    status: str
+    subject: str
+    text: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `lobra doctor`."""
+    parser.add_argument("--model", help="check this base model, and the plan against it")
+    parser.add_argument("--strategy-config", help="check what this plan needs")
+    parser.add_argument("--gpus-per-node", type=int, help="default: the GPUs of this machine, or 8")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the findings; return 1 if something is lacking, else 0."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    findings = list(examine(args.model, args.strategy_config, args.gpus_per_node))
+    table = Table(show_header=False)
+    colours = {OK: "green", LACKS: "red", NOTE: "yellow"}
+    for finding in findings:
+        colour = colours[finding.status]
+        table.add_row(f"[{colour}]{finding.status}[/]", finding.subject, escape(finding.text))
+    Console(highlight=False).print(table)
+    return 1 if any(finding.status == LACKS for finding in findings) else 0
+
+
+def examine(
+    model: str | None, plan_name: str | None, gpus_per_node: int | None
+) -> Iterator[Finding]:
+    """Yield what was found, about the machine first, then about the model and the plan.
+
+    Raises
+    ------
+    ConfigError
+        If the plan's file cannot be read.
+    """
+    plan = load_plan(plan_name) if plan_name else None
+    yield from _packages()
+    yield Finding(OK, "CPU", f"{cpu_name()}, {num_cores()} cores")
+    memory = available_memory_bytes()
+    yield Finding(OK, "memory", f"{memory / GIB:.1f} GiB free")
+    free = shutil.disk_usage(Path.cwd()).free
+    yield Finding(OK if free > 5 * GIB else NOTE, "disk", f"{free / GIB:.1f} GiB free here")
+    num_gpus = 0
+    for finding, count in _gpus():
+        num_gpus += count
+        yield finding
+    if model:
+        yield from _model(model)
+    if plan is not None:
+        yield from _plan(plan, model, num_gpus, memory, gpus_per_node or num_gpus or 8)
+
+
+def _packages() -> Iterator[Finding]:
+    version = ".".join(map(str, sys.version_info[:3]))
+    yield Finding(OK if sys.version_info >= (3, 11) else LACKS, "Python", version)
+    try:
+        required = importlib.metadata.requires(DISTRIBUTION) or []
+        names = [r for r in required if "extra ==" not in r]
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding(NOTE, DISTRIBUTION, "not installed; bash scripts/quickstart.sh installs it")
+        names = list(ESSENTIAL)
+    for requirement in sorted(names):
+        name, wanted = _split_requirement(requirement)
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding(LACKS, name, f"not installed; wanted {wanted or 'any version'}")
+            continue
+        fits = _fits(found, wanted)
+        text = found if fits else f"{found}; checked with {wanted}"
+        yield Finding(OK if fits else NOTE, name, text)
+
+
+def _split_requirement(requirement: str) -> tuple[str, str]:
+    """Return ("torch", ">=2.6,<=2.13.0") of "torch<=2.13.0,>=2.6"."""
+    text = requirement.partition(";")[0].strip()
+    end = next((i for i, c in enumerate(text) if c in "<>=!~ ["), len(text))
+    return text[:end], text[end:].strip()
+
+
+def _fits(version: str, wanted: str) -> bool:
+    try:
+        from packaging.specifiers import SpecifierSet
+    except ImportError:
+        return True
+    return SpecifierSet(wanted).contains(version, prereleases=True)
+
+
+def _gpus() -> Iterator[tuple[Finding, int]]:
+    """Yield a finding and how many usable GPUs it adds."""
+    try:
+        import torch
+    except ImportError:
+        return  # already reported as a lacking package
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(index)
+            yield Finding(OK, f"GPU {index}", f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB"), 1
+    elif shutil.which("nvidia-smi") and torch.version.cuda is None:
+        text = "nvidia-smi is there, but torch is a CPU build; install a CUDA build of torch"
+        yield Finding(LACKS, "GPU", text), 0
+    else:
+        yield Finding(NOTE, "GPU", "none that torch can use; ranks run as CPU processes"), 0
+
+
+def _model(model: str) -> Iterator[Finding]:
+    try:
+        shape = resolve_shape(model)
+    except ConfigError as error:
+        yield Finding(LACKS, "model", str(error))
+        return
+    text = f"{shape.num_layers} layers, hidden {shape.hidden_size}, {shape.num_heads} heads"
+    yield Finding(OK, "model", f"{model}: {text}")
+    if model == TINY and shape.path is None:
+        yield Finding(OK, "weights", "built on first use")
+    else:
+        try:
+            yield Finding(OK, "weights", str(resolve_folder(model)))
+        except ConfigError as error:
+            yield Finding(NOTE, "weights", f"{error} (planning needs none)")
+    profile = default_time_path(model)
+    if profile.is_file():
+        yield Finding(OK, "time profile", str(profile))
+    else:
+        text = f"no {profile}; measure it with scripts/cost_model_benchmark.sh"
+        yield Finding(NOTE, "time profile", text)
+
+
+def _plan(
+    plan: Plan, model: str | None, num_gpus: int, memory: int, gpus_per_node: int
+) -> Iterator[Finding]:
+    yield Finding(OK, "plan", f"{plan}: {plan.num_gpus} ranks, up to {plan.max_tokens} tokens")
+    try:
+        place(plan, gpus_per_node)
+    except ConfigError as error:
+        yield Finding(LACKS, "placement", str(error))
+    else:
+        yield Finding(OK, "placement", f"fits nodes of {gpus_per_node} GPUs")
+    if model:
+        try:
+            shape = resolve_shape(model)
+        except ConfigError:
+            return  # already reported with the model
+        layouts = sorted({group.layout for group in plan.groups})
+        for layout in layouts:
+            problem = layout_problem(shape, layout.tp, layout.pp)
+            if problem:
+                yield Finding(LACKS, f"layout {layout}", problem)
+    if num_gpus >= plan.num_gpus:
+        yield Finding(OK, "ranks", f"{plan.num_gpus} of the {num_gpus} GPUs here")
+        return
+    missing = plan.num_gpus - num_gpus
+    text = f"{missing} GPUs are missing on this machine; --host-file adds machines, "
+    text += "--device cpu runs the ranks as processes"
+    yield Finding(NOTE, "ranks", text)
+    needed = plan.num_gpus * RANK_OVERHEAD_BYTES
+    if needed > memory:
+        text = f"{plan.num_gpus} processes take about {needed / GIB:.1f} GiB before any weights"
+        yield Finding(LACKS, "CPU ranks", text)
+    elif plan.num_gpus > num_cores():
+        text = f"{plan.num_gpus} processes share {num_cores()} cores: profile with --load-ranks"
+        yield Finding(NOTE, "CPU ranks", text)
+    shared = Path("/dev/shm")
+    if shared.is_dir() and os.statvfs(shared).f_bavail * os.statvfs(shared).f_frsize < GIB // 16:
+        yield Finding(NOTE, "/dev/shm", "less than 64 MiB free; communication may be slow")

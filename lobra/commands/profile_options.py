@@ -1,0 +1,177 @@
+"""What the profilers' command lines share: options, their checks, the console."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lobra.common.errors import ConfigError
+from lobra.profiler.sweep_file import RESTARTS
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+PRECISIONS = ("fp32", "bf16")
+# Options that one way of making a profile knows, the first two also `--single-device`.
+OF_ESTIMATING = ("accelerator", "accelerators", "runtime", "calibrate")
+OF_MEASURING = ("load_ranks", "clock", "single_device", "links", "collectives_output")
+# Of a GPU's memory, what training may plan with: the rest is the context and fragmentation.
+CUDA_MEMORY_SHARE = 0.9
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Add the options of both profilers."""
+    parser.add_argument("--model", required=True, help="tiny, 7B, ... or a model folder")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--precision", choices=PRECISIONS, help="default: fp32 on CPU, bf16 on GPU")
+    parser.add_argument("--output", type=Path, help="the CSV (default: under exp_result/profile)")
+    parser.add_argument(
+        "--restart",
+        default="never",
+        choices=RESTARTS,
+        help="what to do with rows of before: continue after them (never; refused if the settings "
+        "differ), set them aside if the settings differ (changed) or anyway (always)",
+    )
+    parser.add_argument(
+        "--host-file",
+        help="naming this host only (taken for the scripts' sake: ranks run on this machine)",
+    )
+    estimate = parser.add_argument_group("estimating without hardware")
+    estimate.add_argument(
+        "--estimate", action="store_true", help="from the model's shapes, without running anything"
+    )
+    estimate.add_argument("--accelerator", help="such as A100-40GB; see profiler/accelerators.yaml")
+    estimate.add_argument("--accelerators", type=Path, help="a file of your own accelerators")
+    estimate.add_argument(
+        "--runtime",
+        help="how activations are kept: deepspeed (this project, default) or hetu (LobRA's)",
+    )
+
+
+def estimate_problems(args: argparse.Namespace) -> list[str]:
+    """Return what is wrong with how estimating, measuring and their options are combined."""
+    given = {name for name, value in vars(args).items() if value not in (None, False, 0)}
+    problems = []
+    if args.estimate:
+        if "accelerator" not in given:
+            problems.append("--estimate needs --accelerator NAME, such as --accelerator A100-40GB")
+        problems += [
+            f"{_option(name)} is of measuring: leave it out with --estimate"
+            for name in OF_MEASURING
+            if name in given
+        ]
+        return problems
+    unused: tuple[str, ...] = OF_ESTIMATING
+    more = "give --estimate too"
+    if "single_device" in given:
+        unused, more = OF_ESTIMATING[2:], "--single-device does not use it"
+        if "links" in given:
+            problems += [
+                f"{_option(name)} tells the links, and so does --links: give one of the two"
+                for name in OF_ESTIMATING[:2]
+                if name in given
+            ]
+    elif "links" in given:
+        problems.append("--links belongs to --single-device: give that too")
+    problems += [f"{_option(name)} is of estimating: {more}" for name in unused if name in given]
+    return problems
+
+
+def check_estimate_options(args: argparse.Namespace) -> None:
+    """Raise ConfigError with everything that `estimate_problems` finds."""
+    problems = estimate_problems(args)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def at_least(option: str, value: int, least: int) -> int:
+    """Return the value; ConfigError if it is less than ``least``."""
+    if value < least:
+        raise ConfigError(f"{option} {value}: at least {least} is needed")
+    return value
+
+
+def precision_of(precision: str | None, device: str) -> str:
+    """Return the precision asked for, or the device's usual one."""
+    return precision or ("bf16" if device == "cuda" else "fp32")
+
+
+def environment_of(device: str) -> dict[str, Any]:
+    """Return what the sidecar records of this machine, other work on its CPU included."""
+    from lobra.profiler.hardware import describe_device, versions
+
+    load = {"load": round(os.getloadavg()[0], 1)} if device == "cpu" else {}
+    return {"hardware": describe_device(device), "versions": versions(), **load}
+
+
+def check_one_machine(host_file: str | None, environment: Mapping[str, str]) -> None:
+    """Refuse several hosts and launchers: the profilers start their ranks themselves, on this one.
+
+    Raises
+    ------
+    ConfigError
+        If the host file is not readable or names several hosts, or ``environment`` says that a
+        launcher (torchrun, deepspeed, srun) started this process as one of several.
+    """
+    started = environment.get("WORLD_SIZE", "1")
+    if started.strip() not in ("", "0", "1"):
+        raise ConfigError(
+            f"WORLD_SIZE is {started}: a launcher started this profiler several times, and all "
+            f"would write the same files. It starts its ranks itself, each trial in processes of "
+            f"its own: run it once, without torchrun or deepspeed"
+        )
+    if host_file is None:
+        return
+    try:
+        lines = Path(host_file).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConfigError(f"host file {host_file}: not readable ({error})") from error
+    hosts = [line.split()[0] for line in lines if line.strip() and not line.startswith("#")]
+    if len(hosts) > 1:
+        raise ConfigError(
+            f"host file {host_file}: names {len(hosts)} hosts; the profilers measure on one "
+            f"machine. Run them on one of the hosts without a host file: that measures every "
+            f"layout within a node. A tp over several nodes: `lobra profile time --single-device "
+            f"--accelerator NAME` (one GPU, links modelled) or --estimate; its pp needs none, "
+            f"stages cost what they cost within a node plus the transfers"
+        )
+
+
+def make_console(error_stream: bool = True) -> Console:
+    """Return the console for messages (standard error) or for results (standard output)."""
+    from rich.console import Console
+
+    return Console(stderr=error_stream, highlight=False, soft_wrap=error_stream)
+
+
+@contextmanager
+def progress_bars(console: Console) -> Iterator[Progress]:
+    """Show progress bars with the time left."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    ) as progress:
+        yield progress

@@ -1,0 +1,32 @@
+"""Where a base model's weights are; imports nothing heavy until the tiny model is built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lobra.common.errors import ConfigError
+from lobra.layout.shapes import MODELS_DIR, TINY
+
+
+def resolve_folder(model: str) -> Path:
+    """Return the folder that holds the base model's weights; `tiny` is built on first use.
+
+    Raises:
+        ConfigError: there is no such folder, or it holds no safetensors file.
+    """
+    for folder in (Path(model), MODELS_DIR / model):
+        if (folder / "config.json").is_file():
+            if not any(folder.glob("*.safetensors")):
+                raise ConfigError(
+                    f"{folder}: no *.safetensors file; only safetensors weights are read "
+                    f"(convert with transformers' save_pretrained)"
+                )
+            return folder
+    if model == TINY:
+        from lobra.model.tiny import build_tiny  # imports transformers
+
+        return build_tiny(MODELS_DIR / TINY)
+    raise ConfigError(
+        f"model {model!r}: no folder with its weights at {Path(model)} or {MODELS_DIR / model}; "
+        f"download a Hugging Face model folder and give its path or link it there"
+    )

@@ -1,0 +1,1 @@
+"""What a run or an experiment left behind: tables, pictures, traces."""

@@ -1,0 +1,133 @@
+"""The `lobra` command: exit codes of the contract, mistakes in one message without a traceback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lobra.cli import COMMANDS, guarded, main
+from lobra.commands import doctor
+from lobra.common.errors import ConfigError
+
+
+def test_a_users_mistake_an_interruption_and_a_failure(capsys: pytest.CaptureFixture) -> None:
+    def failing(error: BaseException):
+        def run() -> int:
+            raise error
+
+        return run
+
+    assert guarded(lambda: 0) == 0
+    assert guarded(failing(ConfigError(["one thing", "another"]))) == 2
+    message = capsys.readouterr().err
+    assert "one thing" in message
+    assert "another" in message
+    assert "Traceback" not in message
+    assert guarded(failing(KeyboardInterrupt())) == 130
+    assert guarded(failing(RuntimeError("broken"))) == 1
+    assert "RuntimeError: broken" in capsys.readouterr().err
+
+
+def test_help_lists_every_command_without_importing_any(project_root: Path) -> None:
+    program = (
+        "import sys\nfrom lobra.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit as e:\n    assert e.code == 0\n"
+        "heavy = {'torch', 'numpy', 'rich', 'deepspeed', 'lobra.commands.plan'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=project_root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    for name, command in COMMANDS.items():
+        assert f"  {name}" in result.stdout
+        assert command.help in result.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([name, "--help"])
+    assert end.value.code == 0
+    assert f"usage: lobra {name}" in capsys.readouterr().out
+
+
+def test_an_unknown_command_is_a_users_mistake(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["trian"])
+    assert end.value.code == 2
+    assert main([]) == 2
+
+
+def exit_code(arguments: str) -> int:
+    try:
+        return main(arguments.split())
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("profile time --model tiny --tp 1,x", "--tp '1,x'"),
+        ("profile time --model tiny --tp 3 --device cpu", "tp 3 does not divide the 4"),
+        ("profile time --model nosuch --tp 1 --device cpu", "model 'nosuch'"),
+        ("profile memory --model tiny --num-gpus 0 --trainer-config quickstart", "--num-gpus 0"),
+        (
+            "profile memory --model tiny --num-gpus 2 --trainer-config quickstart --device cpu "
+            "--memory-budget much",
+            "memory budget 'much'",
+        ),
+        ("profile fit --time-profile nosuch.csv", "nosuch.csv: no such profile"),
+    ],
+)
+def test_mistakes_of_the_profilers(
+    arguments: str,
+    message: str,
+    project_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "trainer_config").symlink_to(project_root / "trainer_config")
+    assert exit_code(arguments) == 2
+    output = capsys.readouterr().err
+    assert message in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "exp_result").exists(), "nothing half-written"
+
+
+def test_fit_prints_every_kind(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "t.csv"
+    rows = [(1, s, b, 1 + 1e-3 * b * s) for s in (64, 128, 256, 512) for b in (1, 2, 4, 8)]
+    lines = ["tp,seq_len,mbs,time", *(",".join(map(str, row)) for row in rows)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert main(["profile", "fit", "--time-profile", str(path)]) == 0
+    output = capsys.readouterr().out
+    assert "fitted" in output
+    assert "lobra6" in output
+    assert main(["profile", "fit", "--time-profile", str(path), "--json"]) == 0
+    assert '"fitted": {"1": {"rows": 16' in capsys.readouterr().out
+
+
+def test_the_doctor_says_what_a_plan_needs(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(
+        "strategy_config:\n  - {dp: 1, tp: 3, pp: 1, max_tokens: 2048}\n"
+        "  - {dp: 1000, tp: 1, pp: 1, max_tokens: 1024}\n",
+        encoding="utf-8",
+    )
+    findings = {f.subject: f for f in doctor.examine("tiny", str(plan), 8)}
+    assert findings["plan"].text.startswith("<3,1>x1 <1,1>x1000: 1003 ranks")
+    assert findings["layout <3,1>"].status == doctor.LACKS
+    assert "does not divide" in findings["layout <3,1>"].text
+    assert findings["Python"].status == doctor.OK
+    assert findings["CPU ranks"].status == doctor.LACKS

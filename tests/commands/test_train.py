@@ -1,0 +1,343 @@
+"""What a user does wrong is said at once, with exit code 2, and nothing is written."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lobra.cli import main
+from lobra.common.errors import ConfigError
+from lobra.layout.layout import Layout
+from lobra.layout.plan import Plan, ReplicaGroup
+from lobra.trainer.metrics import read_metrics
+from lobra.trainer.prepare import TrainRequest, node_size, placed
+from lobra.trainer.run import (
+    launcher_command,
+    local_world_size,
+    read_host_file,
+    sourced_environment,
+)
+from tests.trainer.command import refused, train, write_config, write_plan
+
+
+def test_a_missing_data_file(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_config(dataset_name="nowhere")
+    assert train(place) == 2
+    refused(capsys, "tasks.json: task[0].dataset_name = 'nowhere': no such data set")
+
+
+def test_a_damaged_row_is_named_with_the_field_that_led_to_it(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Path("data/small.jsonl").open("a") as file:
+        file.write('{"input_ids": [1, -5]}\n')
+    assert train(place) == 2
+    refused(
+        capsys, "tasks.json: task[0].dataset_name = 'small': data/small.jsonl: line 3: input_ids[1]"
+    )
+
+
+def test_a_command_prints_twenty_lines_of_mistakes(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_config()
+    for name in ("small", "large"):
+        Path(f"data/{name}.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+        with Path(f"data/{name}.jsonl").open("a") as file:
+            file.write('{"instruction": "a"}\n' * 600 + '{"instruction": 1, "output": "b"}\n')
+    config = json.loads(Path("tasks.json").read_text())
+    config["task"].append(config["task"][0] | {"dataset_name": "large"})
+    config["train_task_num"] = 2
+    Path("tasks.json").write_text(json.dumps(config))
+    assert train(place, "--num-buckets", "0") == 2
+    header, *lines = capsys.readouterr().err.splitlines()
+    assert header == "lobra: 1203 problems:"
+    assert len(lines) == 20 - 2  # two lines of counts are enough
+    for part in ("--num-buckets 0", "data/small.jsonl: line 602", "data/large.jsonl: line 602"):
+        assert any(part in line for line in lines), part
+    assert lines[15] == "  and 1188 more:"
+    assert [line.split(" like: ")[1].split(": line N")[0] for line in lines[16:]] == [
+        f"tasks.json: task[N].dataset_name = ...: data/{name}.jsonl" for name in ("small", "large")
+    ]
+
+
+def test_mistakes_in_arguments_environment_and_files_come_together(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DP_BUCKET", "yes")
+    write_config(rank=0)
+    write_plan({"dp": 0, "tp": 1, "pp": 1, "max_tokens": 64})
+    assert train(place, "--num-buckets", "0", "--keep-last", "-1", "--revive", "small") == 2
+    refused(
+        capsys, "--num-buckets 0", "--keep-last -1", "DP_BUCKET=yes", "task[0].rank", "dp",
+        "--revive: only a run that goes on",
+    )  # fmt: skip
+
+
+def test_a_plan_that_is_no_yaml_is_said_in_one_line(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("plan.yaml").write_text("strategy_config: [{dp: 1, tp: 1\n")
+    assert train(place) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "plan.yaml: line 2, column 1: not valid YAML" in message
+
+
+def test_the_size_of_a_node_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = TrainRequest("m", "t", "s", Path("run"))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert node_size(request, "cuda") == 4, "this machine's"
+    assert node_size(replace(request, found_per_node=2), "cuda") == 2, "the launcher's"
+    assert node_size(replace(request, found_per_node=2, gpus_per_node=8), "cuda") == 8
+    assert node_size(request, "cpu") > 1000
+    assert local_world_size({"LOCAL_WORLD_SIZE": "6"}) == 6
+    assert local_world_size({"LOCAL_SIZE": "3"}) == 3
+    assert local_world_size({}) is None
+
+
+def test_a_rank_map_for_other_nodes_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    plan = Plan((ReplicaGroup(Layout(4, 1), 2, 64),), {"ranks": [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]})
+    request = TrainRequest("m", "t", "plan.yaml", Path("run"), gpus_per_node=4)
+    assert placed(plan, request, "cuda")[1] == ((4, 5, 6, 7),)
+    assert not caplog.records
+    plan = Plan((ReplicaGroup(Layout(4, 1), 2, 64),), {"ranks": [[[0, 1, 2, 7]], [[4, 5, 6, 3]]]})
+    placed(plan, request, "cuda")
+    assert "[0, 1, 2, 7] over nodes of 4 GPUs" in caplog.text
+
+
+def test_a_sequence_longer_than_any_replica_takes(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_plan({"dp": 1, "tp": 1, "pp": 1, "max_tokens": 32})
+    assert train(place) == 2
+    refused(
+        capsys, "tasks.json: task[0].context_length = 64: 1 of 2 sequences of task small",
+        "longest 40", "max_tokens 32",
+    )  # fmt: skip
+
+
+def test_five_mistakes_are_all_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_config(
+        rank=0, lora_alpha="x", target_modules=["z_proj"], global_batch_size=-1, context_length=1.5
+    )
+    assert train(place) == 2
+    refused(
+        capsys, "rank", "lora_alpha", "z_proj", "global_batch_size", "context_length", "tasks.json"
+    )
+
+
+def test_mistakes_of_several_files_are_reported_together(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_config(rank=0)
+    write_plan({"dp": 1, "tp": 3, "pp": 9, "max_tokens": 0})
+    assert train(place, "--model", "no-such-model") == 2
+    refused(capsys, "rank", "max_tokens", "no-such-model")
+
+
+def test_a_layout_the_model_cannot_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_plan({"dp": 1, "tp": 3, "pp": 1, "max_tokens": 64})
+    assert train(place) == 2
+    refused(capsys, "<3,1>: tp 3 does not divide the 4 attention heads", "the plan also needs tp 3")
+
+
+def test_a_plan_with_more_gpus_than_there_are(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    write_plan({"dp": 4, "tp": 1, "pp": 1, "max_tokens": 64})
+    assert train(place, "--device", "cuda") == 2
+    refused(capsys, "needs 4 GPUs", "has 1: 3 missing")
+
+
+def test_no_time_profile(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(place, "--time-profile", "missing.csv") == 2
+    refused(capsys, "missing.csv: no time profile", "cost_model_benchmark.sh")
+
+
+def test_damaged_weights(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(place, "copy")
+    weights = Path("copy/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:5000])
+    assert train(Path("copy")) == 2
+    refused(capsys, "copy/model.safetensors: not a usable safetensors file")
+
+
+def test_weights_of_another_shape(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(place, "copy")
+    config = json.loads(Path("copy/config.json").read_text())
+    Path("copy/config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
+    assert train(Path("copy")) == 2
+    refused(capsys, "the checkpoint has no tensor 'model.layers.4.self_attn.q_proj.weight'")
+
+
+def test_an_adapter_to_start_from_that_is_not_there(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_config(resume_from="adapters/old")
+    assert train(place) == 2
+    refused(capsys, "resume_from", "adapter_config.json")
+
+
+@pytest.mark.parametrize(("name", "value"), [("DP_BUCKET", "yes"), ("EXPR_DATA_DISPATCH", "FAST")])
+def test_an_unknown_value_in_the_environment(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    name: str, value: str,
+) -> None:  # fmt: skip
+    monkeypatch.setenv(name, value)
+    assert train(place) == 2
+    refused(capsys, f"{name}={value}")
+
+
+@pytest.mark.parametrize("option", ["--max-steps", "--num-buckets", "--max-seq-length"])
+def test_numbers_that_must_be_positive(
+    place: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    assert train(place, option, "0") == 2
+    refused(capsys, f"{option} 0")
+
+
+def test_a_run_is_never_overwritten(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(place) == 0
+    metrics = Path("run/metrics.jsonl").read_text()
+    assert train(place) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert Path("run/metrics.jsonl").read_text() == metrics
+    assert (Path("run/adapters/small") / "adapter_model.safetensors").is_file()
+    assert main(["report", "run"]) == 0
+    shown = capsys.readouterr().out
+    for part in ("small", "validation", "slower replicas", "ended", "done"):
+        assert part in shown
+    step = json.loads(metrics)
+    parts = ("dispatch_wait_s", "prepare_time_s", "replica_wait_s", "reduce_time_s")
+    assert all(step[part] >= 0 for part in parts)
+    assert step["prepare_time_s"] > 0
+    assert step["checkpoint_time_s"] > 0
+    assert sum(step[part] for part in parts) < step["step_time_s"]
+
+
+def test_fp64_is_kept_in_adapters_and_checkpoints(place: Path) -> None:
+    write_config(steps=2)
+    assert train(place, "--precision", "fp64", "--max-steps", "1") == 0
+    assert train(place, "--precision", "fp64", "--resume", "--max-steps", "2") == 0
+    for path in (
+        "run/adapters/small/adapter_model.safetensors",
+        "run/checkpoints/step_1/adapters/small/adapter_model.safetensors",
+        "run/checkpoints/step_2/moments/small.safetensors",
+    ):
+        values = load_file(path).values()
+        assert {value.dtype for value in values} == {torch.float64}, path
+        exact = [bool((value != value.float().double()).any()) for value in values]
+        assert any(exact), f"{path}: fp32 values in fp64"
+
+
+def test_a_run_goes_on_with_another_plan_and_is_reported(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_config(steps=3)
+    assert train(place, "--max-steps", "1") == 0
+    write_plan({"dp": 2, "tp": 1, "pp": 1, "max_tokens": 64})
+    assert train(place, "--resume", "--max-steps", "3") == 0
+    lines = Path("run/metrics.jsonl").read_text().splitlines()
+    assert [len(json.loads(line)["replicas"]) for line in lines] == [1, 2, 2]
+    assert main(["report", "run", "--plots", "--trace"]) == 0
+    assert "<1,1>x2 on 2 CPU ranks" in capsys.readouterr().out
+    assert {"losses.png", "step_time.png", "replicas.png"} == {
+        path.name for path in Path("run/report").iterdir()
+    }
+    events = json.loads(Path("run/trace.json").read_text())["traceEvents"]
+    assert sum(event["ph"] == "X" for event in events) == 5
+    assert train(place, "--resume", "7") == 2
+    assert "has only the steps 1, 3" in capsys.readouterr().err
+
+
+def test_two_runs_never_share_a_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run").mkdir()
+    with Path("run/.lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert train(place) == 2
+    assert "another run is writing" in capsys.readouterr().err
+    assert [path.name for path in Path("run").iterdir()] == [".lock"]
+
+
+def test_a_run_that_died_before_its_first_checkpoint(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("run").mkdir()
+    Path("run/metrics.jsonl").write_text('{"step": 0}\n')
+    assert train(place) == 2
+    assert "ended before its first checkpoint" in capsys.readouterr().err
+    Path("run/metrics.jsonl").write_text("")
+    Path("run/checkpoints/.step_1.partial").mkdir(parents=True)
+    assert train(place) == 0
+    assert sorted(path.name for path in Path("run/checkpoints").iterdir()) == ["step_1"]
+
+
+def test_a_prediction_that_is_far_off_is_said(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(place) == 0
+    (step,) = read_metrics(Path("run"))
+    for predicted_s, said in [(3.0, "3.0 times less than predicted"), (0.25, "4.0 times longer"),
+                              (0.6, None), (1.9, None)]:  # fmt: skip
+        step |= {"step_time_s": 1.0, "predicted_step_time_s": predicted_s}
+        Path("run/metrics.jsonl").write_text(json.dumps(step) + "\n")
+        capsys.readouterr()
+        assert main(["report", "run"]) == 0
+        shown = capsys.readouterr().out
+        assert ("does not fit this machine" in shown) == (said is not None)
+        assert said is None or said in shown
+
+
+def test_a_plan_for_more_gpus_than_were_given(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_plan({"dp": 4, "tp": 1, "pp": 1, "max_tokens": 64})
+    assert train(place, "--num-gpus", "2") == 2
+    refused(capsys, "needs 4 ranks, but only 2 GPUs were given")
+
+
+def test_report_of_a_folder_without_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(tmp_path)]) == 2
+    assert "none of config.yaml (a run)" in capsys.readouterr().err
+
+
+def test_host_files(tmp_path: Path) -> None:
+    path = tmp_path / "hosts"
+    path.write_text("# ours\nalpha slots=8\nbeta slots=4 # half\n\n")
+    assert read_host_file(path) == {"alpha": 8, "beta": 4}
+    command = launcher_command(["--model", "7B"], path, 12, "10.0.0.1", 29500)
+    assert command[command.index("--hostfile") + 1] == str(path)
+    assert "--include" not in command
+    fewer = launcher_command([], path, 10, None, None)
+    assert fewer[fewer.index("--include") + 1] == "alpha:0,1,2,3,4,5,6,7@beta:0,1"
+    assert command[command.index("--master_addr") + 1] == "10.0.0.1"
+    assert command[-4:] == ["lobra.cli", "train", "--model", "7B"]
+    with pytest.raises(ConfigError, match="12 slots on 2 hosts, the plan needs 16"):
+        launcher_command([], path, 16, None, None)
+    path.write_text("alpha\nbeta slots=x\nbeta slots=1\nbeta slots=2\n")
+    with pytest.raises(ConfigError) as caught:
+        read_host_file(path)
+    assert len(caught.value.problems) == 3
+
+
+def test_an_environment_file_is_sourced(tmp_path: Path) -> None:
+    path = tmp_path / "env.sh"
+    path.write_text("LOBRA_TEST_VALUE=$((40 + 2))\necho noise\n")
+    assert sourced_environment(path)["LOBRA_TEST_VALUE"] == "42"
+    path.write_text("exit 3\n")
+    with pytest.raises(ConfigError, match="exit code 3"):
+        sourced_environment(path)
+    with pytest.raises(ConfigError, match="no such file"):
+        sourced_environment(tmp_path / "none")

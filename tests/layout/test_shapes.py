@@ -1,0 +1,108 @@
+"""A model's shape as read from its config.json, against transformers' reading of the same file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from lobra.common.errors import ConfigError
+from lobra.layout.shapes import SUPPORTED_MODEL_TYPES, read_shape
+
+SIZES = {
+    "num_hidden_layers": 3,
+    "hidden_size": 96,
+    "intermediate_size": 80,
+    "num_attention_heads": 6,
+    "vocab_size": 100,
+}
+GIVEN = [{}, {"head_dim": 48}, {"num_key_value_heads": 2}, {"tie_word_embeddings": True}]
+
+
+@pytest.mark.parametrize("given", GIVEN, ids=str)
+@pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
+def test_what_a_config_leaves_out_is_what_transformers_assumes(
+    model_type: str, given: dict, tmp_path: Path
+) -> None:
+    config = {"model_type": model_type, "num_key_value_heads": 6, **SIZES, **given}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shape, theirs = read_shape(tmp_path), AutoConfig.from_pretrained(tmp_path)
+    head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    assert shape.head_dim == head_dim
+    assert shape.tied_embeddings == theirs.tie_word_embeddings
+    assert shape.num_kv_heads == theirs.num_key_value_heads
+    assert (shape.num_layers, shape.vocab_size) == (theirs.num_hidden_layers, theirs.vocab_size)
+
+
+def test_all_problems_of_a_config_at_once(tmp_path: Path) -> None:
+    config = {"model_type": "gpt2", **SIZES, "hidden_size": 0, "vocab_size": "many"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError) as caught:
+        read_shape(tmp_path)
+    for part in ("model_type: 'gpt2'", "hidden_size: 0", "vocab_size: 'many'", "gemma"):
+        assert part in str(caught.value)
+
+
+def problems_of(folder: Path, **given: object) -> str:
+    config = {"model_type": "llama", **SIZES, **given}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError) as caught:
+        read_shape(folder)
+    return str(caught.value)
+
+
+def test_a_quantised_model_is_refused_with_all_else(tmp_path: Path) -> None:
+    problems = problems_of(tmp_path, hidden_size=0, quantization_config={"quant_method": "fp8"})
+    assert "hidden_size: 0" in problems
+    assert "quantization_config: quantised weights are not read" in problems
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope", "su"])
+@pytest.mark.parametrize("name", ["rope_type", "type"])
+@pytest.mark.parametrize("field", ["rope_parameters", "rope_scaling"])
+def test_embeddings_that_depend_on_the_batch_are_refused(
+    field: str, name: str, kind: str, tmp_path: Path
+) -> None:
+    given = {name: kind, "factor": 2.0}
+    for value in (given, {"full_attention": given}):
+        assert f"{field}: the rope type {kind!r}" in problems_of(tmp_path, **{field: value})
+
+
+def test_embeddings_that_are_fixed_are_read(tmp_path: Path) -> None:
+    rope = {"rope_type": "llama3", "factor": 8.0}
+    config = {"model_type": "llama", **SIZES, "rope_scaling": rope, "rope_parameters": None}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 77}))
+    assert read_shape(tmp_path).max_positions == 77
+
+
+def rotary(rope: dict[str, object], length: int) -> torch.Tensor:
+    """Return what transformers multiplies queries and keys with."""
+    config = LlamaConfig(
+        hidden_size=64, num_attention_heads=4, max_position_embeddings=64, rope_parameters=rope
+    )
+    positions = torch.arange(length)[None]
+    return torch.stack(LlamaRotaryEmbedding(config)(torch.ones(1, length, 64), positions))
+
+
+def test_the_remedies_for_rope_types_are_right(tmp_path: Path) -> None:
+    plain = {"rope_type": "default", "rope_theta": 10000.0}
+    dynamic = plain | {"rope_type": "dynamic", "factor": 4.0}
+    assert torch.equal(rotary(dynamic, 64), rotary(plain, 64))
+    assert not torch.equal(rotary(dynamic, 100)[:, :, :64], rotary(plain, 64))
+    long = plain | {
+        "rope_type": "longrope",
+        "short_factor": [1.5] * 8,
+        "long_factor": [3.0] * 8,
+        "original_max_position_embeddings": 32,
+        "factor": 2.0,
+    }
+    assert not torch.equal(rotary(long, 32), rotary(plain, 32))
+    problems = problems_of(tmp_path, rope_parameters=dynamic, max_position_embeddings=64)
+    assert "up to 64 tokens it does nothing" in problems
+    assert "short factors apply to short sequences too" in problems_of(
+        tmp_path, rope_parameters=long
+    )

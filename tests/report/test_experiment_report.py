@@ -1,0 +1,145 @@
+"""`lobra report` on experiments and simulations: what is shown is what the tables say."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from lobra.cli import main
+from lobra.common.errors import ConfigError
+from lobra.report.experiment_report import experiments_in, read_experiment, shown
+
+METHOD = {
+    "plan": "<2,1>x2",
+    "num_gpus": 4,
+    "steps": 3,
+    "step_time_s": 2.5,
+    "gpu_seconds": 10,
+    "gpu_seconds_low": 9,
+    "gpu_seconds_high": 11,
+    "less_than_fused": 0.25,
+}
+
+
+def write_csv(path: Path, rows: list[dict[str, object]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Path:
+    folder = tmp_path / "expr"
+    folder.mkdir()
+    about = {"kind": "simulation", "model": "7B", "num_gpus": 4, "steps": 3}
+    (folder / "provenance.json").write_text(json.dumps(about), encoding="utf-8")
+    methods = [{"method": f"<b>{name}", **METHOD} for name in ("Task-Fused", "our plan")]
+    write_csv(folder / "methods.csv", methods)
+    scale = [
+        {
+            "gpus": gpus,
+            "method": method,
+            "plan": "<1,1>x1",
+            "gpu_seconds": 8,
+            "relative": 0.5,
+            "published": 0.6,
+        }
+        for gpus in (16, 32)
+        for method in ("Task-Fused", "our plan")
+    ]
+    write_csv(folder / "scale_gpus.csv", scale)
+    return folder
+
+
+def test_page_is_one_file_with_every_table(
+    experiment: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(experiment)]) == 0
+    page = (experiment / "report" / "report.html").read_text(encoding="utf-8")
+    assert "&lt;b&gt;our plan" in page and "<b>our plan" not in page
+    assert "25.0 %" in page
+    assert page.count("data:image/png;base64,") == 2
+    assert not re.search(r"(src|href)=['\"](?!data:)", page)
+    for name in ("gpu_seconds.png", "scale_gpus.png", "methods.csv"):
+        assert (experiment / "report" / name).stat().st_size > 100
+    assert "Scalability over GPUs" in capsys.readouterr().out
+
+
+def test_folder_of_experiments_reports_each(experiment: Path) -> None:
+    assert experiments_in(experiment.parent) == [experiment]
+    assert experiments_in(experiment) == [experiment]
+    assert experiments_in(experiment / "none") == []
+
+
+def test_folder_of_a_simulation_has_the_same_tables(tmp_path: Path) -> None:
+    run = {"name": "balanced", "plan": "<1,2>x1", "num_gpus": 2, "steps": 2, "mean_s": 2.0}
+    run |= {"gpu_seconds": 4.0, "idle": 0.1, "padding": 0.2}
+    (tmp_path / "simulation.json").write_text(json.dumps([run]), encoding="utf-8")
+    steps = [{"name": "balanced", "step": k, "gpu_seconds": 3.0 + 2 * k} for k in range(2)]
+    write_csv(tmp_path / "steps.csv", steps)  # type: ignore[arg-type]
+    events = [
+        {"ph": "M", "name": "process_name", "pid": 0, "args": {"name": "replica 0 <1,2>"}},
+        {"ph": "X", "name": "1 x 64", "pid": 0, "tid": 0, "ts": 0.0, "dur": 2e6},
+    ]
+    (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": events}), encoding="utf-8")
+    _, tables = read_experiment(tmp_path)
+    (method,) = tables["methods"]
+    # two values one from their mean: Student's interval of one degree of freedom
+    assert float(method["gpu_seconds_high"]) - 4.0 == pytest.approx(12.7062, abs=1e-3)
+    assert tables["timeline"][0]["layout"] == "<1,2>"
+    assert main(["report", str(tmp_path)]) == 0
+    assert (tmp_path / "report" / "timeline.png").is_file()
+
+
+def test_what_is_missing_is_named(
+    experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(tmp_path / "none")]) == 2
+    assert "no such folder" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main(["report", str(tmp_path / "empty")]) == 2
+    assert "provenance.json" in capsys.readouterr().err
+    about = {"kind": "simulation", "complete": False, "command": "bash expr.sh"}
+    (experiment / "provenance.json").write_text(json.dumps(about), encoding="utf-8")
+    assert main(["report", str(experiment)]) == 0
+    assert "NOT FINISHED" in capsys.readouterr().out
+    for path in experiment.glob("*.csv"):
+        path.unlink()
+    assert main(["report", str(experiment)]) == 2
+    assert "no table yet; to go on where it stopped: bash expr.sh" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+def test_an_interval_is_one_cell_of_the_page(experiment: Path) -> None:
+    assert main(["report", str(experiment)]) == 0
+    page = (experiment / "report" / "report.html").read_text(encoding="utf-8")
+    assert "10 [9, 11]" in page and "GPU-s low" not in page
+
+
+def test_broken_files_are_a_users_mistake(experiment: Path) -> None:
+    (experiment / "provenance.json").write_text("[1", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"provenance\.json: not readable"):
+        read_experiment(experiment)
+    assert main(["report", str(experiment)]) == 2
+
+
+@pytest.mark.parametrize(
+    ("column", "text", "expected"),
+    [
+        ("less_than_fused", "0.4631", "46.3 %"),
+        ("padding", "0.05", "5.0 %"),
+        ("num_gpus", "16", "16"),
+        ("gpu_seconds", "8178.4721", "8,178.5"),
+        ("step_time_s", "10.81204", "10.81"),
+        ("plan", "<1,8>x1", "<1,8>x1"),
+        ("published_s", "over 3600", "over 3600"),
+    ],
+)
+def test_values_read_as_a_person_writes_them(column: str, text: str, expected: str) -> None:
+    assert shown(column, text) == expected
