@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -81,6 +82,9 @@ def guarded(run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("lobra: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILURE
     except RankError as error:  # it carries the rank's own traceback; ours says nothing
         print(f"lobra: {error}", file=sys.stderr)
         return EXIT_FAILURE

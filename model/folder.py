@@ -8,6 +8,18 @@ from lobra.common.errors import ConfigError
 from lobra.layout.shapes import MODELS_DIR, TINY
 
 
+def tokenizer_folder(model: str) -> Path:
+    """Return the folder with a model's tokenizer, which needs no weights beside it.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    for folder in (Path(model), MODELS_DIR / model):
+        if (folder / "tokenizer.json").is_file():
+            return folder
+    return resolve_folder(model)
+
+
 def resolve_folder(model: str) -> Path:
     """Return the folder that holds the base model's weights; `tiny` is built on first use.
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lobra.common.errors import ConfigError, Problems
-from lobra.model.folder import resolve_folder
+from lobra.layout.shapes import resolve_shape
+from lobra.model.folder import tokenizer_folder
 from lobra.planner.buckets import bucket_index, expected_batch, plan_buckets, static_buckets
 from lobra.tasks.config import TaskConfig, TrainerConfig
 from lobra.tasks.lengths import load_lengths
@@ -148,12 +149,13 @@ def read_lengths_and_labels(
     from lobra.tasks.tokenizer import load_tokenizer
 
     # Data that are tokenised already need no tokenizer, so no folder of the model either.
-    processor = TextProcessor(lambda: load_tokenizer(resolve_folder(model)))
+    processor = TextProcessor(lambda: load_tokenizer(tokenizer_folder(model)))
+    vocab_size = resolve_shape(model).vocab_size
     datasets: list[TokenizedDataset] = []
     problems = Problems()
     for task in config.tasks:
         try:
-            datasets.append(load_dataset(task, processor, data_dir))
+            datasets.append(load_dataset(task, processor, data_dir, vocab_size))
         except ConfigError as error:
             problems += error.problems
     problems.raise_if_any()

@@ -13,6 +13,7 @@ will see it when it is asked for that turn; all other turns are learned in the w
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,7 @@ _SECRET = secrets.token_hex(8)  # no data can spell it
 _PROBE = f"\U00100002{_SECRET}\U00100003"
 _MASK = re.compile(f"\U00100004{_SECRET}\\.(\\d+)\U00100005")
 _OPEN, _CLOSE = f"\U00100006{_SECRET}\U00100007", f"\U00100008{_SECRET}\U00100009"
+_TAIL = 200  # characters in which a turn's end token is looked for
 _GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 
 # A template asks the clock for the date through ``strftime_now``. This macro takes its place and
@@ -68,6 +70,7 @@ class ChatTemplate:
         self._day = day
         self._sources: dict[bool, str] = {}
         self._days: dict[str, dict[str, str]] = {}
+        self._questions: dict[tuple[str, str], str] = {}
 
     @property
     def is_own(self) -> bool:
@@ -84,7 +87,7 @@ class ChatTemplate:
         ChatError
             If the template refuses the conversation, or does not know what it holds.
         """
-        if not any(conversation.is_learned):
+        if not any(conversation.is_learned) and not (learn_all and conversation.messages):
             return []
         if self.is_own:
             return [_own_row(conversation, self._specials.end, learn_all)]
@@ -99,7 +102,8 @@ class ChatTemplate:
         for index, is_learned in enumerate(masked.is_learned):
             if not is_learned:
                 continue
-            text = self._render(masked, source, masked.messages[: index + 1])
+            is_last = index + 1 == len(masked.messages)
+            text = whole if is_last else self._render(masked, source, masked.messages[: index + 1])
             spans = self._turn(masked, source, index, text)
             if whole.startswith(text[: spans[-1][1]]):
                 shared += spans
@@ -109,17 +113,20 @@ class ChatTemplate:
 
     def ignored_fields(self, conversation: Conversation) -> list[str]:
         """Return the fields of messages that the template does not read."""
-        source = "" if self.is_own else self._source(conversation)
+        known = frozenset() if self.is_own else _read_by(self._source(conversation))[1]
         names: set[str] = set().union(*conversation.messages)
         names -= {"role", "content", "tool_calls", *REASONING}
-        return sorted(f"messages[].{name}" for name in names if not _mentions(source, name))
+        return sorted(f"messages[].{name}" for name in names - known)
 
     def _source(self, conversation: Conversation) -> str:
         """Return the template's text, that of tools if there are any, its clock replaced."""
         with_tools = conversation.tools is not None
         if with_tools not in self._sources:
             tools: Any = [{}] if with_tools else None
-            source = self._tokenizer.get_chat_template(None, tools)
+            try:
+                source = self._tokenizer.get_chat_template(None, tools)
+            except ValueError as error:  # several templates, none of them the default
+                raise ChatError(" ".join(str(error).split())) from None
             if "strftime_now" in source:
                 source = _DAY_MACRO + source
             self._sources[with_tools] = source
@@ -163,7 +170,8 @@ class ChatTemplate:
         except Exception as error:  # templates raise what they like
             reason = " ".join(str(error).split())
             raise ChatError(
-                f"the model's chat template does not take this conversation: {reason}"
+                f"the model's chat template does not take this conversation: {reason}; change it, "
+                "or leave the row out"
             ) from None
         assert isinstance(text, str)
         return text
@@ -179,50 +187,68 @@ class ChatTemplate:
     def _turn(self, conversation: Conversation, source: str, index: int, text: str) -> list[Span]:
         """Return what is learned of a text whose last message is an assistant's."""
         before = conversation.messages[:index]
-        plain = self._attempt(conversation, source, before)
         if _GENERATION.search(source):
+            plain = self._attempt(conversation, source, before)
             return self._marked_turn(conversation, source, index, len(plain or ""))
-        asked = self._attempt(conversation, source, before, prompted=True)
+        question = self._generation_prompt(conversation, source)
+        asked = self._attempt(conversation, source, before, prompted=True) if question else None
+        start = len(asked) if asked is not None and text.startswith(asked) else None
+        if start is not None:
+            end = self._plain_end(conversation.messages[index], text)
+            if end is not None:
+                return [(start, end)]
         other = self._attempt(
             conversation, source, [*before, {"role": "assistant", "content": _PROBE}]
         )
-        # Where the message's own text begins and ends: where another message's would differ.
-        begin = end = None
-        if other is not None and _PROBE in other:
-            begin = _common(text, other)
-            end = max(len(text) - _common(text[::-1], other[::-1]), begin)
-        if begin is None:
-            if other is not None or asked is None or not text.startswith(asked):
+        if other is None or _PROBE not in other:
+            if start is None or other is not None:
                 raise ChatError(
-                    f"messages[{index}]: what the assistant says cannot be told apart from the "
-                    "rest of what the model's chat template writes"
+                    f"{conversation.names[index]}: what the assistant says cannot be told apart "
+                    "from the rest of what the model's chat template writes"
                 )
-            start = len(asked)
-        elif asked is not None and asked != plain and text.startswith(asked):
-            start = len(asked)
-        elif plain is not None and text.startswith(plain) and not text[len(plain) : begin].strip():
-            start = len(plain)
-        else:
+            return [(start, self._end_of_turn(text, start))]
+        # Where the message's own text begins and ends: where another message's would differ.
+        begin = _common(text, other)
+        end = max(len(text) - _common(text[::-1], other[::-1]), begin)
+        if start is None:
             start = begin
-            question = self._generation_prompt(conversation, source)
+            plain = self._attempt(conversation, source, before)
             if question and question in text[:begin]:
                 start = text.rindex(question, 0, begin) + len(question)
-        return [(start, self._end_of_turn(text, max(start, end or start)))]
+            elif plain is not None and text[:begin].rstrip() == plain.rstrip():
+                start = min(len(plain), begin)
+        return [(start, self._end_of_turn(text, max(start, end)))]
+
+    def _plain_end(self, message: Message, text: str) -> int | None:
+        """Return where a turn ends if the text ends with its words and one special token.
+
+        That is most often so, and spares another rendering.
+        """
+        said = message.get("content", "").rstrip()
+        body = text.rstrip()
+        last = self._specials.find(body[-_TAIL:])
+        if not said or message.get("tool_calls") or not last or last[-1][1] != len(body[-_TAIL:]):
+            return None
+        words = body[: len(body) - (last[-1][1] - last[-1][0])].rstrip()
+        return len(body) if words.endswith(said) else None
 
     def _generation_prompt(self, conversation: Conversation, source: str) -> str:
         """Return what the template writes to ask for a turn, as far as a question shows it."""
-        question = [{"role": "user", "content": _PROBE}]
-        plain = self._attempt(conversation, source, question)
-        asked = self._attempt(conversation, source, question, prompted=True)
-        if plain is None or asked is None or not asked.startswith(plain):
-            return ""
-        return asked[len(plain) :]
+        key = source, json.dumps(conversation.variables, sort_keys=True, default=str)
+        if key not in self._questions:
+            question = [{"role": "user", "content": _PROBE}]
+            plain = self._attempt(conversation, source, question)
+            asked = self._attempt(conversation, source, question, prompted=True)
+            found = plain is not None and asked is not None and asked.startswith(plain)
+            self._questions[key] = asked[len(plain) :] if found else ""  # type: ignore[index, arg-type]
+        return self._questions[key]
 
     def _end_of_turn(self, text: str, place: int) -> int:
         """Return where a turn ends whose own text ends at ``place`` at the earliest.
 
-        That is after its end token and further special tokens that follow without a gap; without
-        any, at the end of the text.
+        That is after its end token and further special tokens that follow without a gap. Without
+        any, the turn ends with the text, whose white space is no part of it unless nothing else
+        ends the turn.
         """
         stop = None
         for start, end in self._specials.find(text):
@@ -231,7 +257,9 @@ class ChatTemplate:
             if stop is not None and start != stop:
                 break
             stop = end
-        return len(text) if stop is None else stop
+        if stop is not None:
+            return stop
+        return len(text.rstrip()) if text[place:].strip() else len(text)
 
     def _marked_turn(
         self, conversation: Conversation, source: str, index: int, done: int
@@ -256,7 +284,8 @@ class ChatTemplate:
         found = [span for span in spans if span[0] >= done and span[0] < span[1]] or spans[-1:]
         if not found:
             raise ChatError(
-                f"messages[{index}]: the model's chat template marks no part of it as generated"
+                f"{conversation.names[index]}: the model's chat template marks no part of it as "
+                "generated"
             )
         return found
 
@@ -269,7 +298,7 @@ class ChatTemplate:
                 edits = [(span, self._masks[value[slice(*span)]]) for span in spans]
                 return replace_spans(value, edits, ())[0] if edits else value
             if isinstance(value, Mapping):
-                return {key: masked(item) for key, item in value.items()}
+                return {masked(key): masked(item) for key, item in value.items()}
             if isinstance(value, list | tuple):
                 return [masked(item) for item in value]
             return value
@@ -279,6 +308,7 @@ class ChatTemplate:
             messages=tuple(masked(conversation.messages)),
             tools=conversation.tools and tuple(masked(conversation.tools)),
             documents=conversation.documents and tuple(masked(conversation.documents)),
+            variables=masked(conversation.variables),
         )
 
     @cached_property
@@ -293,6 +323,11 @@ class ChatTemplate:
             (match.span(), self._specials.spellings[int(match[1])])
             for match in _MASK.finditer(text)
         ]
+        if any(text.count(mark) != len(edits) for mark in "\U00100004\U00100005"):
+            raise ChatError(
+                "a text spells a special token, and the model's chat template cuts or changes it; "
+                "remove the special token from the data"
+            )
         if not edits:
             return TextRow(text, tuple(learned), begins=False)
         spans = [span for span, _ in edits]
@@ -330,31 +365,30 @@ def _beyond_text(conversation: Conversation) -> str | None:
         return "documents"
     if conversation.variables:
         return f"chat_template_kwargs {', '.join(conversation.variables)}"
-    for index, message in enumerate(conversation.messages):
+    for where, message in zip(conversation.names, conversation.messages, strict=True):
         for name in ("tool_calls", "reasoning_content"):
             if message.get(name):
-                return f"messages[{index}].{name}"
+                return f"{where}.{name}"
     return None
 
 
 def _check_known(conversation: Conversation, template: str) -> None:
     """Refuse what changes training and the template would silently leave out."""
+    variables, attributes = _read_by(template)
     unknown = []
     for name in ("tools", "documents"):
-        if getattr(conversation, name) and not _mentions(template, name):
+        if getattr(conversation, name) and name not in variables:
             unknown.append(name)
     for name in conversation.variables:
         if name in _reserved():
             raise ChatError(f"chat_template_kwargs.{name}: is not for the data to set")
-        if not _mentions(template, name):
+        if name not in variables:
             unknown.append(f"chat_template_kwargs.{name}")
-    for index, message in enumerate(conversation.messages):
-        if message.get("tool_calls") and not _mentions(template, "tool_calls"):
-            unknown.append(f"messages[{index}].tool_calls")
-        if message.get("reasoning_content") and not any(
-            _mentions(template, name) for name in ("reasoning_content", "thinking")
-        ):
-            unknown.append(f"messages[{index}].reasoning_content")
+    for name, message in zip(conversation.names, conversation.messages, strict=True):
+        if message.get("tool_calls") and "tool_calls" not in attributes:
+            unknown.append(f"{name}.tool_calls")
+        if message.get("reasoning_content") and not attributes & {"reasoning_content", "thinking"}:
+            unknown.append(f"{name}.reasoning_content")
     if unknown:
         raise ChatError(
             f"{', '.join(unknown)}: the model's chat template does not read it; remove it from "
@@ -363,8 +397,57 @@ def _check_known(conversation: Conversation, template: str) -> None:
 
 
 @cache
-def _mentions(template: str, name: str) -> bool:
-    return re.search(rf"\b{re.escape(name)}\b", template) is not None
+def _read_by(template: str) -> tuple[frozenset[str], frozenset[str]]:
+    """Return (variables, attributes and keys) that a template reads; none if it is broken."""
+    import jinja2
+    from jinja2 import meta, nodes
+
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=False)
+    try:
+        tree = environment.parse(_GENERATION.sub("", template))
+    except jinja2.TemplateSyntaxError:
+        return frozenset(), frozenset()
+    attributes = {node.attr for node in tree.find_all(nodes.Getattr)}
+    for node in tree.find_all((nodes.Getitem, nodes.Operand, nodes.Compare, nodes.Call)):
+        attributes |= {
+            const.value
+            for const in node.find_all(nodes.Const)
+            if isinstance(const.value, str) and const.value.isidentifier()
+        }
+    return frozenset(meta.find_undeclared_variables(tree)), frozenset(attributes)
+
+
+def left_out(
+    conversation: Conversation, rows: Sequence[TextRow], learn_all: bool = False
+) -> list[str]:
+    """Return the names of learned messages of which some words are in no row.
+
+    White space apart: templates trim and wrap what they write.
+    """
+    if not rows:
+        return []
+    written = "".join("".join(row.text.split()) for row in rows)
+    names = []
+    for name, message, is_learned in zip(
+        conversation.names, conversation.messages, conversation.is_learned, strict=True
+    ):
+        texts = (message.get("content"), message.get("reasoning_content"))
+        said = ["".join(text.split()) for text in texts if isinstance(text, str)]
+        if (is_learned or learn_all) and any(text not in written for text in said):
+            names.append(name)
+    return names
+
+
+def quotes_arguments(conversation: Conversation, rows: Sequence[TextRow]) -> bool:
+    """Return whether arguments of a tool call that are text are written as JSON of that text."""
+    for message in conversation.messages:
+        for call in message.get("tool_calls", ()):
+            arguments = call["function"]["arguments"]
+            if isinstance(arguments, str):
+                quoted = json.dumps(arguments, ensure_ascii=False)
+                if any(quoted in row.text for row in rows):
+                    return True
+    return False
 
 
 @cache

@@ -322,7 +322,9 @@ def _read_modules(value: Any, where: str, problems: Problems) -> tuple[str, ...]
     if isinstance(value, str) and value in known:
         value = [value]
     if not isinstance(value, list) or not value:
-        problems.add(f"{where} = {show(value)}: want a list of {', '.join(known)}")
+        hint = did_you_mean(value, known) if isinstance(value, str) else ""
+        hint = " (did you mean 'all-linear'?)" if value == "all" else hint
+        problems.add(f"{where} = {show(value)}: want a list of {', '.join(known)}{hint}")
         return ()
     good = []
     for index, module in enumerate(value):

@@ -38,7 +38,15 @@ FLAGS = ("weight", "train", "trainable")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 #: A message's fields that mean something here or to templates.
 MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", *REASONING, *FLAGS)
-#: A message's fields that change training and are not obeyed, with what to do instead.
+#: A message's fields that change training whatever they say, with what to do instead.
+REFUSED_MARKS: Mapping[str, str] = {
+    "train_detail": "parts of a message cannot be chosen; set train for the whole message",
+    "training_detail": "parts of a message cannot be chosen; set train for the whole message",
+    "mask": "say weight: 0 for a message that is not learned",
+    "loss": "say weight: 0 for a message that is not learned",
+    "loss_weight": "say weight: 0 or 1",
+}
+#: A message's fields that change training if they hold something, with what to do instead.
 REFUSED_MESSAGE_FIELDS: Mapping[str, str] = {
     "function_call": "write it as tool_calls: [{'type': 'function', 'function': {..}}]",
     "refusal": "write the refusal as the message's content",
@@ -47,11 +55,6 @@ REFUSED_MESSAGE_FIELDS: Mapping[str, str] = {
     "audio": "only texts are trained; remove it",
     "videos": "only texts are trained; remove it",
     "prefix": "not supported; remove it",
-    "train_detail": "parts of a message cannot be chosen; set train for the whole message",
-    "training_detail": "parts of a message cannot be chosen; set train for the whole message",
-    "mask": "say weight: 0 for a message that is not learned",
-    "loss": "say weight: 0 for a message that is not learned",
-    "loss_weight": "say weight: 0 or 1",
 }
 
 
@@ -69,6 +72,8 @@ class Conversation:
         With ``role`` and whatever else their author gave them; no field is null.
     is_learned
         Of each message: an assistant's, with something to say, and not marked otherwise.
+    names
+        What each message is called in its row, such as ``messages[2]``.
     is_marked
         Whether the author marked which messages are learned.
     tools, documents
@@ -79,6 +84,7 @@ class Conversation:
 
     messages: tuple[Message, ...]
     is_learned: tuple[bool, ...]
+    names: tuple[str, ...]
     is_marked: bool = False
     tools: tuple[Mapping[str, Any], ...] | None = None
     documents: tuple[Mapping[str, Any], ...] | None = None
@@ -86,7 +92,8 @@ class Conversation:
 
 
 #: A row's fields beside its messages that a conversation obeys.
-SETTINGS = ("system", "system_prompt", "tools", "documents", "chat_template_kwargs")
+_SYSTEM = ("system", "system_prompt", "system_message")
+SETTINGS = (*_SYSTEM, "tools", "documents", "chat_template_kwargs")
 
 
 def conversation_of_messages(row: Mapping[str, Any], column: str) -> Conversation:
@@ -97,7 +104,7 @@ def conversation_of_messages(row: Mapping[str, Any], column: str) -> Conversatio
     FieldError
         Naming the first field that is wrong, or that would change training and is not known.
     """
-    return _finished(row, _messages(row.get(column), column))
+    return _finished(row, *_messages(row.get(column), column))
 
 
 def conversation_of_completion(row: Mapping[str, Any]) -> Conversation:
@@ -105,9 +112,11 @@ def conversation_of_completion(row: Mapping[str, Any]) -> Conversation:
 
     Only the completion's messages are learned.
     """
-    prompt = _messages(row["prompt"], "prompt")
-    completion = _messages(row["completion"], "completion")
-    return _finished(row, [*prompt, *completion], first_learned=len(prompt))
+    prompt, prompt_names = _messages(row["prompt"], "prompt")
+    completion, names = _messages(row["completion"], "completion")
+    return _finished(
+        row, [*prompt, *completion], [*prompt_names, *names], first_learned=len(prompt)
+    )
 
 
 def conversation_of_instruction(
@@ -127,27 +136,36 @@ def conversation_of_instruction(
     question = f"{instruction}\n\n{given}" if given and instruction else instruction or given
     messages.append({"role": "user", "content": question})
     messages.append({"role": "assistant", "content": output})
-    return _finished(row, messages)
+    names = [f"history[{index // 2}]" for index in range(2 * len(history))]
+    return _finished(row, messages, [*names, "instruction", "output"])
 
 
 def _finished(
-    row: Mapping[str, Any], messages: Sequence[dict[str, Any]], first_learned: int = 0
+    row: Mapping[str, Any],
+    messages: Sequence[dict[str, Any]],
+    names: Sequence[str],
+    first_learned: int = 0,
 ) -> Conversation:
     is_learned, is_marked = [], False
     for index, message in enumerate(messages):
-        flag = _flag(message, f"messages[{index}]")
+        flag = _flag(message, names[index])
         is_marked |= flag is not None
         speaks = message["role"] == "assistant" and _says_something(message)
         is_learned.append(speaks and flag is not False and index >= first_learned)
     plain = [{k: v for k, v in message.items() if k not in FLAGS} for message in messages]
-    system = next((row[name] for name in ("system", "system_prompt") if row.get(name)), None)
-    if system is not None:
+    names = list(names)
+    column = next((name for name in _SYSTEM if row.get(name)), None)
+    if column is not None:
+        system = row[column]
         if not isinstance(system, str):
-            raise FieldError(f"system = {show(system)}: want a text")
-        if plain and plain[0]["role"] == "system":
-            raise FieldError("system: the messages begin with a system message too, keep one")
-        plain.insert(0, {"role": "system", "content": encodable(system, "system")})
-        is_learned.insert(0, False)
+            raise FieldError(f"{column} = {show(system)}: want a text")
+        first = plain[0] if plain else {}
+        if first.get("role") != "system":
+            plain.insert(0, {"role": "system", "content": encodable(system, column)})
+            is_learned.insert(0, False)
+            names.insert(0, column)
+        elif first.get("content") != system:
+            raise FieldError(f"{column}: the messages begin with another system message, keep one")
     variables = row.get("chat_template_kwargs") or {}
     if isinstance(variables, str):
         variables = _from_json(variables, "chat_template_kwargs")
@@ -157,6 +175,7 @@ def _finished(
     return Conversation(
         tuple(plain),
         tuple(is_learned),
+        tuple(names),
         is_marked,
         _objects(named["tools"], "tools"),
         _objects(named["documents"], "documents"),
@@ -164,10 +183,12 @@ def _finished(
     )
 
 
-def _messages(value: Any, column: str) -> list[dict[str, Any]]:
+def _messages(value: Any, column: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return a column's messages, and what each is called."""
     if not isinstance(value, list):
         raise FieldError(f"{column} = {show(value)}: want a list of role and content")
-    return [_message(entry, f"{column}[{index}]") for index, entry in enumerate(value)]
+    names = [f"{column}[{index}]" for index in range(len(value))]
+    return [_message(entry, name) for entry, name in zip(value, names, strict=True)], names
 
 
 def _message(entry: Any, where: str) -> dict[str, Any]:
@@ -180,17 +201,19 @@ def _message(entry: Any, where: str) -> dict[str, Any]:
         if "content" not in message and "value" in message:
             message["content"] = message.pop("value")
     role = message.get("role")
-    if role in _CALLS:
-        return {**message, **_called(message.get("content"), where)}
     if isinstance(role, str):
-        message["role"] = ROLE_ALIASES.get(role, role)
+        if role.lower() in _CALLS:
+            message.update(_called(message.get("content"), where))
+        else:
+            message["role"] = ROLE_ALIASES.get(role.lower(), role)
     if message.get("role") not in ROLES:
         hint = did_you_mean(role, (*ROLES, *ROLE_ALIASES)) if isinstance(role, str) else ""
         raise FieldError(f"{where}.role = {show(role)}: want one of {', '.join(ROLES)}{hint}")
-    for name, remedy in REFUSED_MESSAGE_FIELDS.items():
-        if name in message and message[name] not in ("", [], {}, False):
+    for name, remedy in (*REFUSED_MARKS.items(), *REFUSED_MESSAGE_FIELDS.items()):
+        if name in message and (name in REFUSED_MARKS or message[name] not in ("", [], {}, False)):
             raise FieldError(f"{where}.{name} = {show(message[name])}: {remedy}")
-    _check_calls(message, where)
+    if "tool_calls" in message:
+        message["tool_calls"] = _calls(message["tool_calls"], f"{where}.tool_calls")
     reasoning = next((message[name] for name in REASONING if name in message), None)
     if reasoning is not None:
         if not isinstance(reasoning, str):
@@ -216,10 +239,11 @@ def _called(value: Any, where: str) -> dict[str, Any]:
     for call in calls:
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):
             raise FieldError(f"{where}.value = {show(value)}: want JSON with name and arguments")
-        functions.append({"type": "function", "function": call})
-    message = {"role": "assistant", "content": "", "tool_calls": functions}
-    _check_texts(message, where)
-    return message
+        arguments = call.get("arguments", {})
+        if isinstance(arguments, str):
+            arguments = _from_json(arguments, f"{where}.value: arguments")
+        functions.append({"type": "function", "function": {**call, "arguments": arguments}})
+    return {"role": "assistant", "content": "", "tool_calls": functions}
 
 
 def _joined(parts: Sequence[Any], where: str) -> str:
@@ -236,17 +260,23 @@ def _joined(parts: Sequence[Any], where: str) -> str:
     return "".join(texts)
 
 
-def _check_calls(message: Mapping[str, Any], where: str) -> None:
-    calls = message.get("tool_calls", [])
+def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """Return tool calls as OpenAI writes them; also taken are bare ``{name, arguments}``."""
     if not isinstance(calls, list):
-        raise FieldError(f"{where}.tool_calls = {show(calls)}: want a list of calls")
+        raise FieldError(f"{where} = {show(calls)}: want a list of calls")
+    found = []
     for index, call in enumerate(calls):
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        if isinstance(call, dict) and "function" not in call and "name" in call:
+            call = {"type": "function", "function": call}
+        function = call.get("function") if isinstance(call, dict) else None
+        good = isinstance(function, dict) and isinstance(function.get("name"), str)
+        if function is None or not good or "arguments" not in function:
             raise FieldError(
-                f"{where}.tool_calls[{index}] = {show(call)}: want "
+                f"{where}[{index}] = {show(call)}: want "
                 "{'type': 'function', 'function': {'name': .., 'arguments': {..}}}"
             )
+        found.append(call)
+    return found
 
 
 def _says_something(message: Mapping[str, Any]) -> bool:

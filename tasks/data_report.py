@@ -30,6 +30,8 @@ class DataReport:
         Whose data.
     files
         Of every file: its path, format, what is learned of its rows, and how many there are.
+    num_spelled
+        Sequences in which a text spelled a special token, and which have its characters.
     num_cut
         Sequences cut to the context length.
     dropped
@@ -46,6 +48,7 @@ class DataReport:
 
     task: TaskConfig
     files: list[tuple[Path, str, str, int]] = field(default_factory=list)
+    num_spelled: int = 0
     num_cut: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     origins: list[tuple[str, int]] = field(default_factory=list)
@@ -92,6 +95,11 @@ class DataReport:
         lines += [f"{count} rows dropped: {reason}" for reason, count in self.dropped.items()]
         if self.num_cut:
             lines.append(f"{self.num_cut} sequences cut to {self.task.context_length} tokens")
+        if self.num_spelled:
+            lines.append(
+                f"{self.num_spelled} sequences spell special tokens in their texts: there they are "
+                "characters"
+            )
         return lines + self.notes
 
 

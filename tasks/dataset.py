@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,6 +70,13 @@ class TokenizedDataset:
     def num_labels(self) -> int:
         """Tokens that carry a loss, over all sequences."""
         return int(np.count_nonzero(self.labels != MASKED))
+
+    def rows(self) -> NDArray[np.int64]:
+        """Return the row of every sequence, counted from 0, int64 [n]; each its own if unknown."""
+        if self.report is None:
+            return np.arange(len(self))
+        places = [place for place, _ in self.report.origins]
+        return np.cumsum([0, *(a != b for a, b in pairwise(places))], dtype=np.int64)
 
     def __len__(self) -> int:
         """Return the number of sequences."""
@@ -218,7 +226,8 @@ def _sequences(
             encoded = iter(processor.encoder.encode(texts) if texts else ())
             for place, row in zip(rows.places[start:], batch, strict=False):
                 if isinstance(row, TextRow):
-                    tokens, learned = next(encoded)
+                    tokens, learned, is_spelled = next(encoded)
+                    report.num_spelled += is_spelled
                 else:
                     tokens = np.array(row.tokens, dtype=np.int32)
                     learned = np.array(row.labels, dtype=np.int32) != MASKED

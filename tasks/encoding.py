@@ -15,7 +15,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from functools import cached_property
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,22 @@ Mask = NDArray[np.bool_]
 _SECRET = secrets.token_hex(8)  # no data can spell it
 
 
+class Encoded(NamedTuple):
+    """A tokenised row.
+
+    Attributes
+    ----------
+    tokens, learned
+        int32 [length]; which of them are learned, bool [length].
+    is_spelled
+        Whether a person's text spelled a special token in it, which is characters.
+    """
+
+    tokens: Ids
+    learned: Mask
+    is_spelled: bool
+
+
 class Encoder:
     """A tokenizer's own text-to-ids, with offsets into the text and without side effects on it."""
 
@@ -48,8 +64,8 @@ class Encoder:
         document.update(post_processor=None, truncation=None, padding=None)
         self._document = document
 
-    def encode(self, rows: Sequence[TextRow]) -> list[tuple[Ids, Mask]]:
-        """Return (token ids int32 [length], which of them are learned bool [length]) of every row.
+    def encode(self, rows: Sequence[TextRow]) -> list[Encoded]:
+        """Return every row's tokens.
 
         The beginning token is put before a text that wants it if the tokenizer itself does so. A
         row without text has no tokens.
@@ -65,8 +81,10 @@ class Encoder:
                 for k, encoding in zip(chosen, found, strict=True):
                     encodings[k] = encoding
         return [
-            self._finish(row, encoding, learned)
-            for row, encoding, (_, learned, _) in zip(rows, encodings, resolved, strict=True)
+            Encoded(*self._finish(row, encoding, learned), needs_twin)
+            for row, encoding, (_, learned, needs_twin) in zip(
+                rows, encodings, resolved, strict=True
+            )
         ]
 
     def _resolve(self, row: TextRow) -> tuple[str, Sequence[Span], bool]:
@@ -74,12 +92,16 @@ class Encoder:
         if not row.verbatim:
             return row.text, row.learned, False
         spelled = self.specials.find(row.text)
-        plain = [span for span in spelled if any(_overlap(span, part) for part in row.verbatim)]
-        if not plain:
+        edits = []
+        parts = iter(row.verbatim)  # both ascend
+        part = next(parts, None)
+        for start, end in spelled:
+            while part is not None and part[1] <= start:
+                part = next(parts, None)
+            if part is None or part[0] >= end:
+                edits.append(((start, end), self._aliases[row.text[start:end]]))
+        if len(edits) == len(spelled):
             return row.text, row.learned, False
-        edits = [
-            (span, self._aliases[row.text[slice(*span)]]) for span in spelled if span not in plain
-        ]
         text, learned = replace_spans(row.text, edits, row.learned)
         return text, learned, True
 
@@ -156,10 +178,6 @@ def cut(tokens: Ids, learned: Mask, context_length: int) -> tuple[Ids, Mask]:
     tail = keep_prompt - head
     kept = np.r_[0:head, prompt - tail : prompt + keep_target]
     return tokens[kept], learned[kept]
-
-
-def _overlap(one: Span, other: Span) -> bool:
-    return one[0] < other[1] and other[0] < one[1]
 
 
 def _tokenizer(document: dict[str, Any]) -> Tokenizer:

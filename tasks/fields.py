@@ -16,6 +16,9 @@ OUTPUT = ("output", "response", "completion", "solution", "answer")
 MASKS = ("completion_mask", "assistant_masks", "loss_mask")
 TOKEN_FIELDS = ("input_ids", "labels", "attention_mask", "position_ids", *MASKS)
 
+#: Columns that hold a row of another format.
+CONTENTS = ("messages", "conversations", "conversation", "input_ids")
+
 _CHAT = "set the task's prompt to chat, which has a place for it, or remove it"
 _TEXTS_ONLY = "only texts are trained: remove it"
 _PREFERENCES = "preference data cannot be trained on: want one answer a row"
@@ -25,7 +28,8 @@ _TOKENS = "goes with input_ids only: remove it, or give the row as input_ids"
 REFUSED: Mapping[str, str] = {
     "system": _CHAT,
     "system_prompt": _CHAT,
-    "history": _CHAT,
+    "system_message": _CHAT,
+    "history": "goes with instruction and output, and with the task's prompt set to chat",
     "tools": "goes with messages: write the row as a conversation",
     "documents": "goes with messages: write the row as a conversation",
     "chat_template_kwargs": "goes with messages: write the row as a conversation",
@@ -44,11 +48,19 @@ REFUSED: Mapping[str, str] = {
     "labels": _TOKENS,
     "position_ids": _TOKENS,
     **dict.fromkeys(MASKS, _TOKENS),
+    **dict.fromkeys(CONTENTS, "the first row says that rows are of another format; keep one"),
+    "prompt_mask": "say what is learned by labels or completion_mask",
+    "label_ids": "say what is learned by labels",
+    "target_ids": "say what is learned by labels",
+    "loss_weights": "tokens are learned or not: say which by labels or completion_mask",
+    "token_weights": "tokens are learned or not: say which by labels or completion_mask",
+    "enable_thinking": "give it in chat_template_kwargs",
     "token_type_ids": "the model has no token types: remove it",
     "seq_lengths": "packed rows are not read: give one sequence a row",
     "cu_seqlens": "packed rows are not read: give one sequence a row",
     "weight": "rows have no weights: repeat a row, or mark messages with weight 0 or 1",
     "sample_weight": "rows have no weights: repeat a row, or leave it out",
+    "loss_weight": "rows have no weights: repeat a row, or leave it out",
     "train": "leave rows out that are not to be trained on",
 }
 
@@ -59,7 +71,7 @@ def refused_fields(row: Mapping[str, Any], obeyed: Collection[str], kind: str) -
     A field that is null, empty or says what holds anyway (a weight of 1, token types that are all
     0) changes nothing and is not refused.
     """
-    problems = []
+    problems = _alternatives(row, obeyed, kind)
     for name in row.keys() & REFUSED.keys():
         value = row[name]
         if name in obeyed or _says_nothing(name, value):
@@ -70,10 +82,30 @@ def refused_fields(row: Mapping[str, Any], obeyed: Collection[str], kind: str) -
     return sorted(problems)
 
 
+def _alternatives(row: Mapping[str, Any], obeyed: Collection[str], kind: str) -> list[str]:
+    """Return what is wrong where a row has two fields for one thing.
+
+    A ``prompt`` beside an instruction is its rendered form in published data, and of ``solution``
+    and ``answer`` the first is learned (docs/data.md): these are no mistake.
+    """
+    if kind == "completion":
+        extra = [name for name in INPUT if row.get(name)]
+        return [
+            f"{name} = {show(row[name])}: rows of prompt and completion have none" for name in extra
+        ]
+    problems = []
+    if kind in ("instruction", "chat"):
+        for names in (INSTRUCTION[:-1], INPUT, OUTPUT[:-2]):
+            given = [name for name in names if row.get(name)]
+            if len(given) > 1 and any(name in obeyed for name in given):
+                problems.append(f"{' and '.join(given)}: mean the same here, keep one")
+    return problems
+
+
 def _says_nothing(name: str, value: Any) -> bool:
     if value is None or value in ("", [], {}):
         return True
-    if name in ("weight", "sample_weight", "train"):
+    if name in ("weight", "sample_weight", "loss_weight", "train"):
         return bool(value == 1)
     if name == "token_type_ids":
         return isinstance(value, list) and not any(value)

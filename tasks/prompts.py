@@ -80,7 +80,7 @@ ALPACA = Template(
 
 PLAIN = Template(prompt="{instruction}\n{input}\n", prompt_without_input="{instruction}\n")
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 
 
 def render_turn(role: str, content: str) -> tuple[str, str]:

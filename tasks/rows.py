@@ -26,7 +26,7 @@ from typing import Any
 
 from lobra.common.checks import show
 from lobra.common.errors import ConfigError, Problems, did_you_mean
-from lobra.tasks.chat import ChatError, ChatTemplate
+from lobra.tasks.chat import ChatError, ChatTemplate, left_out, quotes_arguments
 from lobra.tasks.conversations import (
     SETTINGS,
     Conversation,
@@ -113,26 +113,35 @@ def read_rows(path: Path, reading: Reading) -> Rows:
     found = Rows()
     parser: _Parser | None = None
     table = read_table(path, lambda problem: problems.add(f"{path}: {problem}"))
+    first = ""
     for place, fields in islice(table, reading.max_rows):
+        # A null column is not there: files written from tables have all columns in every row.
+        fields = {name: value for name, value in fields.items() if value is not None}
+        first = first or place
         try:
             if parser is None:
                 parser = _parser(fields, reading)
-                found.kind, found.learns = parser.kind, parser.learns
+                found.kind = parser.kind
+                found.learns = "everything" if reading.train_on_inputs else parser.learns
             rows = parser.parse(fields)
             found.rows += rows
             found.num_rows += 1
             found.places += [place] * len(rows)
             found.ignored.update(parser.ignored(fields))
             parser.num_split += len(rows) > 1
+            parser.num_parts += len(rows) if len(rows) > 1 else 0
         except _PromptError as error:
             raise ConfigError(f"{path}: {error}") from None
         except (FieldError, ChatError) as error:
-            problems.add(f"{path}: {place}: {error}")
+            hint = ""
+            if "is missing" in str(error) and place != first:
+                hint = f" ({first} says that the file has rows of the format {found.kind})"
+            problems.add(f"{path}: {place}: {error}{hint}")
         except RecursionError:
             problems.add(f"{path}: {place}: nested too deeply")
     problems.raise_if_any()
     if parser is None:
-        raise ConfigError(f"{path}: has no rows, want one JSON object per line")
+        raise ConfigError(f"{path}: has no rows")
     found.notes += parser.notes()
     return found
 
@@ -149,7 +158,7 @@ class _Parser:
 
     def __init__(self, reading: Reading) -> None:
         self.reading = reading
-        self.num_split = 0
+        self.num_split = self.num_parts = 0
 
     def parse(self, fields: Mapping[str, Any]) -> list[Row]:
         """Return what a row becomes, after refusing what would change training unseen."""
@@ -213,7 +222,7 @@ class _Texts(_Parser):
         is_field = not specials.is_rendered_chat(prompt + target)
         self._num_rendered += not is_field
         pieces = [Piece(prompt, False, is_field), Piece(target, True, is_field)]
-        return _assembled(pieces, specials)
+        return _assembled(pieces, specials, self.reading.train_on_inputs)
 
     def notes(self) -> list[str]:
         notes = []
@@ -242,7 +251,7 @@ class _Instructions(_Parser):
 
     def read(self, fields: Mapping[str, Any]) -> list[Row]:
         pieces = self._template.pieces(*_instruction_fields(fields))
-        return _assembled(pieces, self.reading.specials())
+        return _assembled(pieces, self.reading.specials(), self.reading.train_on_inputs)
 
     def used(self, fields: Mapping[str, Any]) -> Collection[str]:
         return _instruction_columns(fields)
@@ -269,6 +278,8 @@ class _Chats(_Parser):
         self._make = make
         self._columns = columns
         self._ignored: list[str] = []
+        self._left_out: list[str] = []  # what was, a line each
+        self._num_quoted = 0
 
     def used(self, fields: Mapping[str, Any]) -> Collection[str]:
         return {*self._columns(fields), *SETTINGS}
@@ -280,7 +291,10 @@ class _Chats(_Parser):
             raise _PromptError(_CONTRADICTION)
         chat = self.reading.chat()
         self._ignored = chat.ignored_fields(conversation)
-        return [*chat.rows(conversation, learn_all)] or [_EMPTY]
+        rows = chat.rows(conversation, learn_all)
+        self._left_out += left_out(conversation, rows, learn_all)
+        self._num_quoted += quotes_arguments(conversation, rows)
+        return [*rows] or [_EMPTY]
 
     def ignored(self, fields: Mapping[str, Any]) -> list[str]:
         return [*super().ignored(fields), *self._ignored]
@@ -292,10 +306,20 @@ class _Chats(_Parser):
                 "the tokenizer has no chat template: turns are written as <|role|>, a line end "
                 "and the content"
             )
+        if self._left_out:
+            notes.append(
+                f"the chat template leaves out what {len(self._left_out)} messages say, in whole "
+                f"or in part, such as {self._left_out[0]}"
+            )
+        if self._num_quoted:
+            notes.append(
+                f"{self._num_quoted} conversations give the arguments of tool calls as text, which "
+                "the chat template quotes once more; give them as objects if that is not meant"
+            )
         if self.num_split:
             notes.append(
-                f"{self.num_split} conversations have become several sequences, one a turn: the "
-                "chat template writes their earlier turns differently once they go on"
+                f"{self.num_split} conversations have become {self.num_parts} sequences, mostly "
+                "one a turn: the chat template writes earlier turns differently once it goes on"
             )
         return notes
 
@@ -310,6 +334,13 @@ _EMPTY = TextRow("", ())
 def _parser(fields: Mapping[str, Any], reading: Reading) -> _Parser:
     """Return the parser of a file whose first row has these fields."""
     kind, column = _format_of(fields, reading.json_key)
+    if reading.json_key not in ("text", *fields):
+        raise _PromptError(
+            f"json_key = {show(reading.json_key)}: the first row has no such field"
+            f"{did_you_mean(reading.json_key, fields)}; its fields are {', '.join(fields)}"
+        )
+    if kind == "completion" and isinstance(fields[column], list):
+        kind = "chat"
     prompt = reading.prompt
     fitting = _FITTING_PROMPTS.get(kind)
     if (
@@ -325,12 +356,12 @@ def _parser(fields: Mapping[str, Any], reading: Reading) -> _Parser:
         return _Tokens(reading)
     if kind == "text":
         return _Texts(reading, (), column)
+    if kind == "chat" and column == "completion":
+        return _Chats(reading, conversation_of_completion, lambda _: ("prompt", "completion"))
     if kind == "chat":
         return _Chats(
             reading, lambda row: conversation_of_messages(row, column), lambda _: (column,)
         )
-    if kind == "completion" and isinstance(fields[column], list):
-        return _Chats(reading, conversation_of_completion, lambda _: ("prompt", "completion"))
     if kind == "completion" and prompt in ("auto", "plain"):
         return _Texts(reading, ("prompt",), "completion")
     if prompt == "chat":
@@ -369,9 +400,11 @@ def _format_of(row: Mapping[str, Any], json_key: str) -> tuple[str, str]:
     )
 
 
-def _assembled(pieces: Sequence[Piece], specials: SpecialTokens) -> list[Row]:
+def _assembled(
+    pieces: Sequence[Piece], specials: SpecialTokens, learn_all: bool = False
+) -> list[Row]:
     """Return pieces as one text; the end token follows unless the last piece spells one."""
-    if not any(piece.text.strip() for piece in pieces if piece.is_learned):
+    if not any(piece.text.strip() for piece in pieces if piece.is_learned or learn_all):
         return [_EMPTY]
     text = ""
     learned: list[Span] = []
@@ -386,7 +419,9 @@ def _assembled(pieces: Sequence[Piece], specials: SpecialTokens) -> list[Row]:
     is_ended = not pieces[-1].is_field and specials.is_ended(text)
     if not is_ended:
         text += specials.end
-        learned = [(learned[0][0], len(text))]
+    # White space after an end token that the last piece spells is not learned.
+    end = len(text.rstrip()) if is_ended else len(text)
+    learned = [(0 if learn_all else learned[0][0], end)]
     begun = specials.beginning is not None and text.startswith(specials.beginning)
     return [TextRow(text, tuple(learned), tuple(verbatim), begins=not begun or pieces[0].is_field)]
 
@@ -395,14 +430,19 @@ def _instruction_fields(row: Mapping[str, Any]) -> tuple[str, str, str]:
     """Return (instruction, input, output) of a row, under whatever names it has them."""
     instruction = _text_field(row, INSTRUCTION)
     output = _text_field(row, OUTPUT)
-    name = next((name for name in INPUT if row.get(name) is not None), None)
+    name = _given_input(row)
     return instruction, _text_field(row, (name,)) if name else "", output
 
 
 def _instruction_columns(row: Mapping[str, Any]) -> set[str]:
-    given = next((name for name in INPUT if row.get(name) is not None), None)
-    found = (_present(row, INSTRUCTION), given, _present(row, OUTPUT))
+    found = (_present(row, INSTRUCTION), _given_input(row), _present(row, OUTPUT))
     return {name for name in found if name is not None}
+
+
+def _given_input(row: Mapping[str, Any]) -> str | None:
+    """Return the name of the field that holds the input: the first that is not empty, if any."""
+    names = [name for name in INPUT if name in row]
+    return next((name for name in names if row[name]), names[0] if names else None)
 
 
 def _present(row: Mapping[str, Any], names: Sequence[str]) -> str | None:

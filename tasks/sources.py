@@ -56,6 +56,13 @@ def resolve_dataset(dataset_name: str, data_dir: str | Path) -> Path:
     for path in looked:
         if os.path.isfile(path):  # False, not an error, for names no file can have
             return path
+    for path in looked[len(SUFFIXES) :]:
+        if dataset_name not in (".", "/") and os.path.isdir(path):
+            raise ConfigError(
+                f"dataset_name = {dataset_name!r}: {path} is a folder, want a file: name its files "
+                "in a list, or convert it, for example by "
+                "datasets.load_from_disk(...).to_json('data.jsonl')"
+            )
     if dataset_name in EMBEDDED:
         return ensure_corpus(data_dir)[dataset_name]
     if hub_name and not dataset_name.endswith(SUFFIXES):

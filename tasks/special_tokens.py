@@ -75,13 +75,21 @@ class SpecialTokens:
     def is_rendered_chat(self, text: str) -> bool:
         """Return whether a text was written by a chat template, or with its ends spelled out.
 
-        That is: it begins with the beginning token, ends with the end token, or spells a special
-        token that only a conversation has.
+        That is: it spells a special token that only a conversation has; or it begins with the
+        beginning token or ends with the end token, and the beginning token is nowhere but at the
+        beginning and after an end token (as it would be in HTML, whose ``<s>`` strikes out).
         """
         body = text.strip()
-        if body.endswith(self.end) or (self.beginning and body.startswith(self.beginning)):
+        spans = self.find(body)
+        if any(body[start:end] not in self.usual for start, end in spans):
             return True
-        return any(text[start:end] not in self.usual for start, end in self.find(text))
+        for start, end in spans:
+            if body[start:end] == self.beginning != self.end:
+                before = body[:start].rstrip()
+                if before and not before.endswith(self.end):
+                    return False
+        begins = self.beginning is not None and body.startswith(self.beginning)
+        return begins or body.endswith(self.end)
 
 
 _patterns: dict[tuple[str, ...], re.Pattern[str]] = {}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lobra.common.checks import show
 from lobra.common.errors import ConfigError
+from lobra.tasks.fields import TOKEN_FIELDS
 
 Fields = Mapping[str, Any]
 #: Takes what is wrong with a file, its place in the file first.
@@ -16,6 +19,19 @@ Report = Callable[[str], None]
 
 #: Suffixes of data files, in the order in which they are looked for.
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+#: Suffixes of formats that are not read, and how compressed, columnar and UTF-16 files begin.
+_OTHER = frozenset(
+    (
+        *(".tsv", ".txt", ".arrow", ".feather", ".gz", ".zip", ".zst", ".bz2", ".xz", ".xlsx"),
+        *(".pkl", ".pickle", ".pt", ".npy", ".npz", ".orc", ".avro", ".yaml", ".yml"),
+    )
+)
+_SIGNATURES: tuple[bytes, ...] = (
+    *(b"PAR1", b"\x1f\x8b", b"PK\x03\x04", b"\x28\xb5\x2f\xfd", b"ARROW1"),
+    *(b"\xff\xfe", b"\xfe\xff"),
+)
+#: Columns of a CSV file whose cells are JSON.
+_JSON_COLUMNS = ("messages", "conversations", "conversation", "history", *TOKEN_FIELDS)
 
 
 def read_table(path: Path, report: Report) -> Iterator[tuple[str, Fields]]:
@@ -23,25 +39,28 @@ def read_table(path: Path, report: Report) -> Iterator[tuple[str, Fields]]:
 
     The suffix says the format: ``.parquet``; ``.csv``, whose fields are all texts; anything else
     is JSON, one object a line or one array of objects. A field that is null in parquet is not
-    there: such files have no other way to leave one out.
+    there, at any depth: such files have no other way to leave one out.
 
     Raises
     ------
     ConfigError
         If the file cannot be read as what its suffix says.
     """
-    if path.suffix == ".parquet":
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
         return _read_parquet(path)
-    if path.suffix == ".csv":
-        return _read_csv(path)
-    if _first_character(path) == b"[":
+    if suffix == ".csv":
+        return _read_csv(path, report)
+    with path.open("rb") as file:
+        beginning = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if suffix in _OTHER or beginning.startswith(_SIGNATURES):
+        raise ConfigError(
+            f"{path}: is no format that is read here: want {', '.join(SUFFIXES)} in UTF-8; convert "
+            "it, for example by datasets.load_dataset(..., split='train').to_json('data.jsonl')"
+        )
+    if beginning.startswith(b"["):
         return _read_array(path, report)
     return _read_lines(path, report)
-
-
-def _first_character(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
 
 
 def _read_lines(path: Path, report: Report) -> Iterator[tuple[str, Fields]]:
@@ -112,23 +131,47 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Fields]]:
         raise ConfigError(f"{path}: cannot be read as parquet: {reason}") from None
 
 
-def _read_csv(path: Path) -> Iterator[tuple[str, Fields]]:
-    import pandas as pd
-
+def _read_csv(path: Path, report: Report) -> Iterator[tuple[str, Fields]]:
+    csv.field_size_limit(sys.maxsize)
     try:
-        table = pd.read_csv(
-            path, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False
-        )
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.reader(file, strict=True)
+            names = [name.strip() for name in next(rows, [])]
+            _check_header(path, names)
+            for number, cells in enumerate(rows, 1):
+                if not cells:  # a blank line
+                    continue
+                place = f"row {number} (to line {rows.line_num})"
+                if len(cells) != len(names):
+                    report(
+                        f"{place}: has {len(cells)} cells, the header {len(names)}: put a text "
+                        "that holds a comma between quotes"
+                    )
+                    continue
+                try:
+                    yield place, {k: _cell(k, v) for k, v in zip(names, cells, strict=True)}
+                except (ValueError, RecursionError) as error:
+                    report(f"{place}: not valid JSON in a column of lists: {error}")
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"{path}: not UTF-8 text ({error.reason} at byte {error.start})"
+            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
         ) from None
-    except (ValueError, OSError) as error:  # pandas' ParserError and EmptyDataError are ValueErrors
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path}: cannot be read as CSV: {reason}") from None
-    names = [str(name) for name in table.columns]
-    for number, values in enumerate(table.itertuples(index=False, name=None), 1):
-        yield f"row {number}", dict(zip(names, values, strict=True))
+    except (csv.Error, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read as CSV: {error}") from None
+
+
+def _check_header(path: Path, names: list[str]) -> None:
+    double = sorted({name for name in names if names.count(name) > 1})
+    if double:
+        raise ConfigError(f"{path}: the header has {', '.join(double)} more than once, keep one")
+    other = next((mark for mark in (";", "\t", "|") if len(names) == 1 and mark in names[0]), None)
+    if other:
+        raise ConfigError(f"{path}: its cells are separated by {other!r}, want commas")
+
+
+def _cell(name: str, text: str) -> Any:
+    """Return a cell; where the column holds lists, their JSON read."""
+    return json.loads(text) if name in _JSON_COLUMNS and text.strip() else text
 
 
 def without_nulls(value: Any) -> Any:

@@ -113,11 +113,16 @@ def foreign_tokens(
 def split(
     task: TaskConfig, data: TokenizedDataset, seed: int
 ) -> tuple[TokenizedDataset, TokenizedDataset | None]:
-    """Return the sequences to train on, and those that `validation_split` holds out."""
-    kept, held_out = split_validation(len(data), task.validation_split, task_seed(task, seed))
+    """Return the sequences to train on, and those that `validation_split` holds out.
+
+    Sequences of one row (turns of a conversation) stay on one side.
+    """
+    rows = data.rows()
+    held_out = split_validation(int(rows[-1]) + 1, task.validation_split, task_seed(task, seed))[1]
     if not len(held_out):
         return data, None
-    return _select(data, kept), _select(data, held_out)
+    is_held_out = np.isin(rows, held_out)
+    return _select(data, np.flatnonzero(~is_held_out)), _select(data, np.flatnonzero(is_held_out))
 
 
 def _select(data: TokenizedDataset, indices: NDArray[np.int64]) -> TokenizedDataset:

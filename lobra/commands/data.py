@@ -14,7 +14,8 @@ from rich.text import Text
 
 from lobra.commands import data_fetch as published_cli
 from lobra.common.errors import ConfigError, Problems, did_you_mean
-from lobra.model.folder import resolve_folder
+from lobra.layout.shapes import resolve_shape
+from lobra.model.folder import tokenizer_folder
 from lobra.tasks.config import TaskConfig, load_trainer_config
 from lobra.tasks.data_report import summary, summary_text
 from lobra.tasks.dataset import TokenizedDataset, load_dataset
@@ -23,7 +24,7 @@ from lobra.tasks.text_rows import MASKED
 from lobra.tasks.tokenizer import load_tokenizer
 from lobra.trainer.task_data import clip_context
 
-SHOWN_CHARACTERS = 1200  # of a part of a row, unless all of it is asked for
+SHOWN_CHARACTERS = 3000  # of a row, and of each of its parts, unless all of it is asked for
 SHOW = """\
 Prints the first rows of every task as the model will see them: what is learned is green (between {+
 and +} where there are no colours), special tokens are between ⟦ and ⟧. Before that a table: rows,
@@ -88,11 +89,16 @@ def show(args: argparse.Namespace) -> int:
     problems.raise_if_any()
     if args.task:
         tasks = [task for task in tasks if task.name in args.task]
-    processor = TextProcessor(lambda: load_tokenizer(resolve_folder(args.model)))
+    processor = TextProcessor(lambda: load_tokenizer(tokenizer_folder(args.model)))
+    vocab_size = None
+    try:
+        vocab_size = resolve_shape(args.model).vocab_size
+    except ConfigError as error:
+        problems += error.problems
     datasets = []
     for task in clip_context(tasks, args.max_seq_length):
         try:
-            datasets.append(load_dataset(task, processor, args.data_dir))
+            datasets.append(load_dataset(task, processor, args.data_dir, vocab_size))
         except ConfigError as error:
             problems += error.problems.prefixed(f"task {task.name}: ")
     problems.raise_if_any()
@@ -136,20 +142,20 @@ def _parts(processor: TextProcessor, tokens: Any, learned: Any) -> Iterator[tupl
     except ConfigError:
         tokenizer, special = None, []
     is_special = np.isin(tokens, special)
-    done, text = 0, ""
+    done = 0
     for end in range(1, len(tokens) + 1):
         goes_on = end < len(tokens) and learned[done] == learned[end]
         if goes_on and not is_special[done] and not is_special[end]:
             continue
         if tokenizer is None:
-            yield " ".join(map(str, tokens[done:end])) + " ", bool(learned[done]), False
+            text = " ".join(map(str, tokens[done:end])) + " "
         else:
-            # A part decoded by itself may lack the space before it.
-            whole = str(tokenizer.decode(tokens[:end]))
+            # Decoded with the token before it: by itself a part may lack the space it begins with.
+            before = str(tokenizer.decode(tokens[done - 1 : done])) if done else ""
+            whole = str(tokenizer.decode(tokens[max(0, done - 1) : end]))
             alone = str(tokenizer.decode(tokens[done:end]))
-            part = whole[len(text) :] if whole.startswith(text) else alone
-            text = whole
-            yield part, bool(learned[done]), bool(is_special[done])
+            text = whole[len(before) :] if whole.startswith(before) else alone
+        yield text, bool(learned[done]), bool(is_special[done])
         done = end
 
 
@@ -185,7 +191,13 @@ def _print_task(
         )
         line = Text()
         was_learned = False
+        room = len(tokens) * 100 if full else SHOWN_CHARACTERS
         for text, is_learned, is_special in _parts(processor, tokens, learned):
+            if room <= 0:
+                line.append(" [... there is more, see --full]")
+                break
+            text = _visible(text)
+            room -= len(text)
             if is_learned != was_learned:
                 line.append(marks[not is_learned], "green")
                 was_learned = is_learned
@@ -198,6 +210,14 @@ def _print_task(
         console.print(line)
     for dropped in data.report.first_dropped[:count]:
         console.print(f"== task {data.report.task.name}, dropped: {dropped}", markup=False)
+
+
+def _visible(text: str) -> str:
+    """Return a text without characters that would command the terminal, spelled out instead."""
+    return "".join(
+        c if c in "\n\t" or c.isprintable() or (c.isspace() and c != "\r") else ascii(c)[1:-1]
+        for c in text
+    )
 
 
 def _shortened(text: str) -> str:

@@ -64,11 +64,28 @@ def test_json_has_everything(place: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_tokenised_data_need_no_tokenizer(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert show(tmp_path / "no-model", "--json") == 0
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(place / "config.json", bare)
+    assert show(bare, "--json") == 0
     (task,) = json.loads(capsys.readouterr().out)["tasks"]
     assert task["examples"][0]["input_ids"] == list(range(3, 12))
-    assert show(tmp_path / "no-model") == 0
+    assert show(bare) == 0
     assert "{+" in capsys.readouterr().out
+    write_rows(Path("data"), {"input_ids": [3, 300]}, name="small")
+    assert show(bare) == 2
+    assert "input_ids[1] = 300" in capsys.readouterr().err
+
+
+def test_a_tokenizer_needs_no_weights(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    light = tmp_path / "light"
+    shutil.copytree(place, light, ignore=shutil.ignore_patterns("*.safetensors"))
+    write_rows(Path("data"), {"instruction": "a\x1b[31m", "output": "b\rc"}, name="small")
+    assert show(light) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown and "\\x1b[31m" in shown and "b\\rc" in shown
 
 
 def test_mistakes_are_told_together(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

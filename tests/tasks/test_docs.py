@@ -11,6 +11,7 @@ import pytest
 
 from lobra.tasks.conversations import (
     MESSAGE_FIELDS,
+    REFUSED_MARKS,
     REFUSED_MESSAGE_FIELDS,
     ROLE_ALIASES,
     SETTINGS,
@@ -29,7 +30,7 @@ def page(project_root: Path) -> str:
 
 def test_every_name_is_there(page: str) -> None:
     names = {*INSTRUCTION, *INPUT, *OUTPUT, *REFUSED, *TOKEN_FIELDS, *SETTINGS, *MESSAGE_FIELDS}
-    names |= {*REFUSED_MESSAGE_FIELDS, *ROLES, *ROLE_ALIASES, *NAMES}
+    names |= {*REFUSED_MARKS, *REFUSED_MESSAGE_FIELDS, *ROLES, *ROLE_ALIASES, *NAMES}
     assert not {name for name in names if f"`{name}`" not in page}
 
 

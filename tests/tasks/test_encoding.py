@@ -38,7 +38,7 @@ def test_read_and_learned_texts_come_back(
 ) -> None:
     encoded = Encoder(tokenizer).encode([row_of(*turns) for turns in conversations])
     assert len(encoded) == len(conversations)
-    for turns, (tokens, learned) in zip(conversations, encoded, strict=True):
+    for turns, (tokens, learned, _) in zip(conversations, encoded, strict=True):
         assert tokens.dtype == np.int32 and learned.dtype == np.bool_
         assert len(tokens) == len(learned)
         text = "".join(f"{prompt}{target}</s>" for prompt, target in turns)
@@ -52,7 +52,7 @@ def test_read_and_learned_texts_come_back(
 @given(prompt=texts, target=texts)
 @settings(deadline=None)
 def test_every_character_of_the_target_is_learned(tokenizer: Any, prompt: str, target: str) -> None:
-    ((tokens, learned),) = Encoder(tokenizer).encode([row_of((prompt, target))])
+    ((tokens, learned, _),) = Encoder(tokenizer).encode([row_of((prompt, target))])
     spelled = tokenizer.decode(tokens[learned])
     assert spelled.endswith(f"{target}</s>") or "\ufffd" in spelled
     first = int(learned.argmax())
@@ -68,8 +68,8 @@ def test_every_character_of_the_target_is_learned(tokenizer: Any, prompt: str, t
 
 def test_text_that_looks_like_a_special_token_is_text(tokenizer: Any) -> None:
     encoder = Encoder(tokenizer)
-    ((tokens, _),) = encoder.encode([row_of(("a </s> b", "<pad>"))])
-    assert list(tokens).count(tokenizer.eos_token_id) == 1
+    ((tokens, _, is_spelled),) = encoder.encode([row_of(("a </s> b", "<pad>"))])
+    assert list(tokens).count(tokenizer.eos_token_id) == 1 and is_spelled
     assert tokenizer.pad_token_id not in tokens
     # the characters are what the tokenizer makes of them when no token is special
     backend = tokenizer.backend_tokenizer
@@ -83,7 +83,7 @@ def test_text_that_looks_like_a_special_token_is_text(tokenizer: Any) -> None:
 
 def test_outside_of_fields_special_tokens_are_tokens(tokenizer: Any) -> None:
     row = TextRow("<s>hi</s>cat</s>", ((9, 16),), ((5, 9),))
-    ((tokens, learned),) = Encoder(tokenizer).encode([row])
+    ((tokens, learned, _),) = Encoder(tokenizer).encode([row])
     assert list(tokens).count(tokenizer.bos_token_id) == 1
     assert list(tokens).count(tokenizer.eos_token_id) == 1
     assert tokens[-1] == tokenizer.eos_token_id and learned[-1]
@@ -100,11 +100,14 @@ def test_no_field_writes_a_special_token(tokenizer: Any, pieces: list[tuple[str,
         if is_field:
             verbatim.append((len(text), len(text) + len(piece)))
         text += piece
-    ((tokens, _),) = Encoder(tokenizer).encode([TextRow(text, (), tuple(verbatim), begins=False)])
+    ((tokens, _, is_spelled),) = Encoder(tokenizer).encode(
+        [TextRow(text, (), tuple(verbatim), begins=False)]
+    )
     assert tokenizer.decode(tokens) == text
     spelled = [m.span() for m in re.finditer("</s>|<s>|<pad>", text)]
     free = [s for s in spelled if not any(s[0] < b and a < s[1] for a, b in verbatim)]
     assert sum(int(token) in (0, 1, 2) for token in tokens) == len(free)
+    assert is_spelled == (len(free) < len(spelled))
 
 
 def llama2_like() -> Any:
@@ -147,7 +150,7 @@ def llama3_like() -> Any:
 @pytest.mark.parametrize("make", [llama2_like, llama3_like])
 def test_boundaries_of_other_tokenizers(make: Callable[[], Any], prompt: str, target: str) -> None:
     other = make()
-    ((tokens, learned),) = Encoder(other).encode([row_of((prompt, target))])
+    ((tokens, learned, _),) = Encoder(other).encode([row_of((prompt, target))])
     whole = other.backend_tokenizer.encode(prompt + target, add_special_tokens=False).ids
     beginning = [1] if make is llama2_like else []
     assert tokens.tolist() == [*beginning, *whole, other.eos_token_id]

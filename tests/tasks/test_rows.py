@@ -74,8 +74,8 @@ def parts(row: Row) -> tuple[str, str]:
     """Return (what is read, what is learned after it) of a row with one learned part."""
     assert isinstance(row, TextRow)
     ((start, end),) = row.learned
-    assert end == len(row.text)
-    return row.text[:start], row.text[start:]
+    assert not row.text[end:].strip()
+    return row.text[:start], row.text[start:end]
 
 
 def verbatim(row: Row) -> list[str]:
@@ -119,7 +119,7 @@ def test_special_tokens_of_a_prompt_are_tokens_and_those_of_fields_are_not(tmp_p
     (custom,) = read(tmp_path, row, prompt=prompt)
     assert parts(custom) == (
         "<s><|im_start|>user a<|im_end|>b<|im_end|><|im_start|>assistant ",
-        "c</s><|im_end|>\n",  # no second end token
+        "c</s><|im_end|>",  # no second end token, and the line end after it is not learned
     )
     assert verbatim(custom) == ["a<|im_end|>b", "c</s>"]
     assert isinstance(custom, TextRow) and not custom.begins  # no second beginning token
@@ -229,6 +229,8 @@ def test_plain_text(tmp_path: Path) -> None:
         ("Q: a A: b</s>", True, "b</s>"),
         ("in HTML, <s>struck out</s> is old", False, "old</s>"),
         ("<|im_start|>user", True, "user</s>"),
+        ("in HTML: <s>struck out</s>", False, "</s></s>"),
+        ("<s>a</s><s>b</s>", True, "b</s>"),
     ],
 )
 def test_special_tokens_of_a_rendered_chat_are_tokens(
@@ -294,6 +296,12 @@ def test_masks_of_tokenised_rows(
         ({"text": "a", "images": ["x.png"]}, "images"),
         ({"prompt": "a", "completion": "b", "label": True}, "label"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "chosen"),
+        (ALPACA_ROW | {"context": "more"}, "input and context"),
+        (ALPACA_ROW | {"response": "other"}, "output and response"),
+        (ALPACA_ROW | {"question": "other"}, "instruction and question"),
+        ({"input_ids": [5, 6], "loss_weights": [0.5, 1]}, "loss_weights"),
+        (CHAT_ROW | {"enable_thinking": False}, "enable_thinking"),
+        (CHAT_ROW | {"history": [["a", "b"]]}, "history"),
         (CHAT_ROW | {"functions": [{"name": "f"}]}, "functions"),
         (CHAT_ROW | {"chat_template_kwargs": 3}, "chat_template_kwargs"),
         (CHAT_ROW | {"tools": "[{"}, "tools"),
@@ -315,6 +323,10 @@ def test_what_would_change_training_is_refused(tmp_path: Path, row: Any, name: s
         ({"train": "yes"}, "train"),
         ({"weight": 1, "train": False}, "contradict"),
         ({"function_call": {"name": "f"}}, "function_call"),
+        ({"loss": False}, "loss"),
+        ({"mask": 0}, "mask"),
+        ({"loss_weight": 0.0}, "loss_weight"),
+        ({"tool_calls": [{"name": "f"}]}, "tool_calls[0]"),
         ({"tool_calls": {"name": "f"}}, "tool_calls"),
         ({"tool_calls": [{"function": {}}]}, "tool_calls[0]"),
         ({"reasoning_content": ["a"]}, "reasoning"),
@@ -415,7 +427,7 @@ def test_mistakes_name_their_line_and_field(tmp_path: Path) -> None:
     ("row", "field"),
     [
         ({"input_ids": "12"}, "input_ids"),
-        ({"input_ids": None}, "input_ids"),
+        ({"input_ids": None}, "none of the known formats"),
         ({"input_ids": [300]}, "input_ids[0]"),
         ({"input_ids": [-1]}, "input_ids[0]"),
         ({"input_ids": [True]}, "input_ids[0]"),
@@ -429,6 +441,10 @@ def test_mistakes_name_their_line_and_field(tmp_path: Path) -> None:
         ({"messages": [{"role": "bot", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        (
+            {"conversations": [{"from": "gpt", "value": "x", "weight": 0.5}]},
+            "conversations[0].weight",
+        ),
         ({"article": "x"}, "none of the known formats"),
         ({}, "none of the known formats"),
     ],
@@ -500,6 +516,75 @@ def test_nulls_that_arrow_filled_in_are_not_there(tmp_path: Path) -> None:
     assert parts(row) == ("<|user|>\nhi\n<|assistant|>\n", "hello</s>")
 
 
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("instruction,output\nq1,o1,oops\n", "row 1 (to line 2): has 3 cells, the header 2"),
+        ("instruction,output\nq1\n", "has 1 cells"),
+        ("instruction;output\nq1;o1\n", "separated by ';'"),
+        ("output,output\na,b\n", "more than once"),
+        ("input_ids\n[1\n", "not valid JSON"),
+    ],
+)
+def test_a_csv_file_loses_no_cell(tmp_path: Path, content: str, problem: str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        read_rows(path, reading())
+    assert problem in str(caught.value)
+
+
+def test_lists_in_a_csv_file_are_json(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('input_ids,completion_mask\n"[5, 6, 7]","[0, 1, 1]"\n')
+    assert read_rows(path, reading()).rows == [TokenRow([5, 6, 7], [-100, 6, 7])]
+
+
+@pytest.mark.parametrize("name", ["rows.txt", "rows.tsv", "rows.jsonl.gz", "rows.ARROW"])
+def test_other_formats_are_refused_in_one_sentence(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"a\tb\n" * 50)
+    with pytest.raises(ConfigError, match="to_json") as caught:
+        read_rows(path, reading())
+    assert caught.value.problems.total == 1
+
+
+def test_nulls_are_not_there(tmp_path: Path) -> None:
+    columns = {"messages": None, "input_ids": None, "instruction": None, "weight": None}
+    (row,) = read(tmp_path, columns | {"question": "Q", "output": "A"})
+    assert parts(row)[1] == "A</s>"
+
+
+def test_a_setting_that_does_not_apply_is_refused(tmp_path: Path) -> None:
+    (problem,) = problems_of(tmp_path, ALPACA_ROW, json_key="boddy")
+    assert problem.startswith("json_key = ")
+    messages = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
+    row = dict(zip(("prompt", "completion"), messages, strict=True))
+    (problem,) = problems_of(tmp_path, row, prompt="alpaca")
+    assert problem.startswith("prompt = ")
+
+
+def test_a_later_row_of_another_format_is_refused(tmp_path: Path) -> None:
+    rows = {"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b", "input": "c"}
+    assert problems_of(tmp_path, *rows)[0].startswith("line 2: input")
+    rows = {"text": "a"}, {"text": "a", "messages": [{"role": "user", "content": "b"}]}
+    assert problems_of(tmp_path, *rows)[0].startswith("line 2: messages")
+
+
+def test_the_first_row_says_the_format(tmp_path: Path) -> None:
+    (problem,) = problems_of(tmp_path, {"text": "a"}, ALPACA_ROW)
+    assert "line 1 says that the file has rows of the format text" in problem
+
+
+def test_everything_is_learned_where_that_is_asked(tmp_path: Path) -> None:
+    found = read_all(tmp_path, ALPACA_ROW | {"output": ""}, train_on_inputs=True)
+    (row,) = found.rows
+    assert isinstance(row, TextRow) and row.learned == ((0, len(row.text)),)
+    assert found.learns == "everything"
+    (row,) = read(tmp_path, {"messages": CHAT_ROW["messages"][:2]}, train_on_inputs=True)
+    assert isinstance(row, TextRow) and row.learned == ((0, len(row.text)),)
+
+
 @pytest.mark.parametrize("name", ["rows.parquet", "rows.csv", "rows.json"])
 def test_files_that_are_not_what_their_name_says(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
@@ -510,7 +595,7 @@ def test_files_that_are_not_what_their_name_says(tmp_path: Path, name: str) -> N
 
 
 def test_an_empty_file_has_no_rows(tmp_path: Path) -> None:
-    assert problems_of(tmp_path) == ["has no rows, want one JSON object per line"]
+    assert problems_of(tmp_path) == ["has no rows"]
 
 
 @pytest.mark.parametrize(
