@@ -22,10 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = (
     "planner/**/*.py",
     "profiler/**/*.py",
+    "layout/**/*.py",
     "experiments/bench.py",
     "experiments/runs.py",
     "tasks/sampling.py",
-    "model/shapes.py",
 )
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from experiments.page_values import MISSING, Row, Tables
 from experiments.published import REDUCTION, SETUPS
 from experiments.study import DYNAMIC, FUSED, LOBRA, OURS, OURS_POWERS, SEQUENTIAL
 
+Row = Mapping[str, str]
+Tables = Mapping[str, Mapping[str, Sequence[Row]]]  # experiment -> table -> rows
+MISSING = "(not made yet)"
 BASELINES = (
     *("sequential", "fused", "sequential_balanced", "fused_balanced"),
     *("sequential_dynamic", "fused_dynamic"),

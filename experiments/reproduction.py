@@ -2,10 +2,9 @@
 
     python -m experiments.reproduction [--collect exp_result] [--results FOLDER] [--page FILE]
 
-A table stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``, a number of the prose
-between ``<!--v NAME ...-->`` and ``<!--/v-->``; what is between them is replaced. ``--collect``
-first copies the tables of ``exp_result/expr_*``, and the pictures `lobra report` made of them, into
-the results folder.
+A table stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``; what is between them is
+replaced. ``--collect`` first copies the tables of ``exp_result/expr_*``, and the pictures that
+`lobra report` made of them, into the results folder.
 """
 
 from __future__ import annotations
@@ -18,8 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.cells import code_digest
-from experiments.page_tables import TABLES
-from experiments.page_values import Tables, fill_values
+from experiments.page_tables import TABLES, Tables
 from experiments.provenance import PROVENANCE, read_provenance
 from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
@@ -92,12 +90,12 @@ def made_with_other_code(tables: Tables) -> list[str]:
 
 
 def fill(page: str, tables: Tables) -> str:
-    """Return the page with every table and every number of its prose made anew.
+    """Return the page with every table made anew.
 
     Raises
     ------
     ConfigError
-        If the page asks for a table or a number that is not known.
+        If the page asks for a table that is not known.
     """
 
     def replaced(match: re.Match[str]) -> str:
@@ -107,8 +105,7 @@ def fill(page: str, tables: Tables) -> str:
         body = "\n".join(TABLES[name](tables))
         return f"<!-- begin {name} -->\n{body}\n<!-- end {name} -->"
 
-    page = re.sub(r"<!-- begin (\w+) -->\n.*?<!-- end \1 -->", replaced, page, flags=re.DOTALL)
-    return fill_values(page, tables)
+    return re.sub(r"<!-- begin (\w+) -->\n.*?<!-- end \1 -->", replaced, page, flags=re.DOTALL)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
 
 from experiments.cells import code_digest
 from experiments.page_tables import TABLES
-from experiments.page_values import MISSING, VALUES, fill_values
 from experiments.published import PLANNING_TIME_S, SETUPS
 from experiments.reproduction import (
     PAGE,
@@ -29,44 +27,6 @@ def test_every_table_of_the_page_is_made_from_the_committed_tables(project_root:
     assert fill(page, read_results(project_root / RESULTS)) == page
     for name in TABLES:
         assert f"<!-- begin {name} -->\n|" in page, name
-    for name in VALUES:
-        assert f"<!--v {name}" in page, name
-
-
-def test_numbers_of_the_prose_stand_within_a_line(project_root: Path) -> None:
-    """A line that begins with a comment would be HTML, not a part of its paragraph."""
-    page = (project_root / PAGE).read_text(encoding="utf-8")
-    assert not re.search(r"^ *<!--v", page, re.MULTILINE)
-    assert page.count("<!--v ") == page.count("<!--/v-->") > 50
-
-
-def test_values_are_read_from_the_tables() -> None:
-    def method(name: str, step_s: float, saved: float) -> dict[str, str]:
-        return {"method": name, "step_time_s": str(step_s), "less_than_fused": str(saved)}
-
-    tables = {
-        "expr_7b": {
-            "methods": [method("Task-Fused", 20.0, 0.0), method("our plan", 10.0, 0.45)],
-            "runs": [{"seconds": "60", "computed": "3", "cells": "4"}],
-            "max_tokens_7B_6tasks": [{"tp": "4", "pp": "2", "max_tokens": "16384"}],
-        }
-    }
-
-    def value(words: str) -> str:
-        filled = fill_values(f"a <!--v {words}-->old<!--/v--> b", tables)
-        assert filled.startswith(f"a <!--v {words}-->") and filled.endswith("<!--/v--> b")
-        return filled.split("-->")[1].removesuffix("<!--/v")
-
-    assert value("saved 7b ours fused") == "45.00 %"
-    assert value("against_range 7b ours fused") == "0.03 points below the published range"
-    assert value("compared 7b ours fused") == "-50.0 %"
-    assert value("capacity 7b <4,2> 6") == "16,384"
-    assert value("saved 7b ours fused_dynamic") == MISSING  # a column of newer tables
-    assert value("minutes") == MISSING  # 32B and 70B were not run
-    with pytest.raises(ConfigError, match="value nonsense: unknown"):
-        value("nonsense")
-    with pytest.raises(ConfigError, match="value saved 7b"):
-        value("saved 7b")
 
 
 def test_committed_results_were_made_by_one_code(project_root: Path) -> None:
