@@ -146,10 +146,9 @@ def read_lengths_and_labels(
     from lobra.tasks.data_report import summary_text
     from lobra.tasks.dataset import load_dataset
     from lobra.tasks.text_processor import TextProcessor
-    from lobra.tasks.tokenizer import load_tokenizer
 
     # Data that are tokenised already need no tokenizer, so no folder of the model either.
-    processor = TextProcessor(lambda: load_tokenizer(tokenizer_folder(model)))
+    processor = TextProcessor.of_folder(lambda: tokenizer_folder(model))
     vocab_size = resolve_shape(model).vocab_size
     datasets: list[TokenizedDataset] = []
     problems = Problems()

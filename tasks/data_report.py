@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +67,33 @@ class DataReport:
         self.dropped[reason] += 1
         if len(self.first_dropped) < NAMED_ROWS:
             self.first_dropped.append(f"{place}: {reason}")
+
+    def as_plain(self) -> dict[str, Any]:
+        """Return all but the task as plain values."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        del values["task"]
+        return values | {"files": [[str(path), *rest] for path, *rest in self.files]}
+
+    @classmethod
+    def from_plain(cls, task: TaskConfig, values: Mapping[str, Any]) -> DataReport:
+        """Return what `as_plain` was called on.
+
+        Raises
+        ------
+        KeyError, TypeError, ValueError
+            If the values are not of a report.
+        """
+        return cls(
+            task=task,
+            files=[(Path(path), kind, learns, int(n)) for path, kind, learns, n in values["files"]],
+            num_spelled=int(values["num_spelled"]),
+            num_cut=int(values["num_cut"]),
+            dropped=Counter(values["dropped"]),
+            origins=[(place, int(length)) for place, length in values["origins"]],
+            first_dropped=list(values["first_dropped"]),
+            ignored=Counter(values["ignored"]),
+            notes=list(values["notes"]),
+        )
 
     @property
     def source(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from lobra.common.errors import ConfigError, Problems
 from lobra.common.files import atomic_path, write_atomic
+from lobra.tasks.cache import digest_of, read_entry, write_entry
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.data_report import DataReport
 from lobra.tasks.encoding import Ids, Mask, cut
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["MASKED", "TokenizedDataset", "load_dataset", "resolve_dataset"]
 
+#: A task's fields that decide how its rows become tokens.
+_SETTINGS = ("prompt", "json_key", "train_on_inputs", "context_length", "max_samples")
 _BATCH = 2048  # texts per call: bounds the memory of the tokenizer's results
 _ARRAYS = {"tokens": np.int32, "labels": np.int32, "offsets": np.int64}
 
@@ -170,9 +173,45 @@ def load_dataset(
         If a file is missing, has mistakes (all are named), or nothing in it can be learned.
     """
     processor = TextProcessor.of(tokenizer)
+    files = _files(task, Path(data_dir))
+    entry = None
+    if processor.digest is not None:
+        made_from = {
+            "task": {name: getattr(task, name) for name in _SETTINGS},
+            "files": [str(path) for path in files],
+            "tokenizer": processor.digest,
+            "vocab_size": vocab_size,
+        }
+        entry = digest_of(files, made_from)
+        found = read_entry(entry, task)
+        if found is not None:
+            return found
+    data = _tokenised(task, processor, files, vocab_size)
+    if entry is not None:
+        write_entry(entry, data)
+    return data
+
+
+def _files(task: TaskConfig, data_dir: Path) -> list[Path]:
+    """Return the files of a task's data sets; mine or fetch what must be."""
+    problems = Problems()
+    files = []
+    for name in task.dataset_names:
+        try:
+            files.append(resolve_dataset(name, data_dir))
+        except ConfigError as error:
+            problems += error.problems
+    problems.raise_if_any()
+    return files
+
+
+def _tokenised(
+    task: TaskConfig, processor: TextProcessor, files: Sequence[Path], vocab_size: int | None
+) -> TokenizedDataset:
+    """Return the data of some files, tokenised."""
     report = DataReport(task)
     sequences, masks = [], []
-    for tokens, learned in _sequences(task, processor, data_dir, report, vocab_size):
+    for tokens, learned in _sequences(task, processor, files, report, vocab_size):
         sequences.append(tokens)
         masks.append(learned)
     if not sequences:
@@ -195,7 +234,7 @@ def load_dataset(
 def _sequences(
     task: TaskConfig,
     processor: TextProcessor,
-    data_dir: str | os.PathLike[str],
+    files: Sequence[Path],
     report: DataReport,
     vocab_size: int | None,
 ) -> Iterator[tuple[Ids, Mask]]:
@@ -210,15 +249,14 @@ def _sequences(
         chat=lambda: processor.chat,
     )
     problems = Problems()
-    files = []
-    for name in task.dataset_names:
+    read = []
+    for path in files:
         try:
-            path = resolve_dataset(name, Path(data_dir))
-            files.append((path, read_rows(path, reading)))
+            read.append((path, read_rows(path, reading)))
         except ConfigError as error:
             problems += error.problems
     problems.raise_if_any()
-    for path, rows in files:
+    for path, rows in read:
         report.add_file(path, rows)
         for start in range(0, len(rows.rows), _BATCH):
             batch = rows.rows[start : start + _BATCH]

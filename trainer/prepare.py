@@ -122,15 +122,15 @@ def prepare(request: TrainRequest) -> RunSpec:
         checks.problems += checkpoint_problems(folder, shape)
     state: CheckpointState | None = None
     blocked = unusable(request.output_dir)
+    if not request.resume:
+        blocked = blocked or occupied(request.output_dir)
     checks.problems += blocked
     if request.resume and not blocked:
         state = checks.attempt(read_state, request.output_dir, request.resume_step)
         if state is not None:
             checks.problems += revival_problems(state, request.revive)
-    if not request.resume:
-        checks.problems += [] if blocked else occupied(request.output_dir)
-        if request.revive:
-            checks.problems.add("--revive: only a run that goes on (--resume) has stopped tasks")
+    if request.revive and not request.resume:
+        checks.problems.add("--revive: only a run that goes on (--resume) has stopped tasks")
     if plan is not None and request.num_gpus is not None and plan.num_gpus > request.num_gpus:
         checks.problems.add(
             f"{request.strategy_config}: the plan {plan} needs {plan.num_gpus} ranks, but only "
@@ -159,6 +159,8 @@ def prepare(request: TrainRequest) -> RunSpec:
     if shape is not None and plan is not None and not without_profile:
         cost_model = checks.attempt(dispatch_costs, request, plan)
     datasets: list[TokenizedDataset] = []
+    if blocked or (request.resume and state is None):  # before tokenising for nothing
+        checks.raise_if_any()
     if config is not None and folder is not None:
         tasks = clip_context(config.tasks, request.max_seq_length)
         for number, task in enumerate(tasks):
@@ -167,7 +169,8 @@ def prepare(request: TrainRequest) -> RunSpec:
                 where = f"{config.path}: task[{number}].resume_from"
                 found = check_adapter(start, adapter_spec(task), shape)
                 checks.problems += found.prefixed(f"{where}: ")
-        processor = TextProcessor.of_folder(folder, _first_day(state))
+        base = folder
+        processor = TextProcessor.of_folder(lambda: base, _first_day(state))
         datasets = load_datasets(
             checks.problems,
             config.path,

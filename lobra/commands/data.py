@@ -21,7 +21,6 @@ from lobra.tasks.data_report import summary, summary_text
 from lobra.tasks.dataset import TokenizedDataset, load_dataset
 from lobra.tasks.text_processor import TextProcessor
 from lobra.tasks.text_rows import MASKED
-from lobra.tasks.tokenizer import load_tokenizer
 from lobra.trainer.task_data import clip_context
 
 SHOWN_CHARACTERS = 3000  # of a row, and of each of its parts, unless all of it is asked for
@@ -89,7 +88,7 @@ def show(args: argparse.Namespace) -> int:
     problems.raise_if_any()
     if args.task:
         tasks = [task for task in tasks if task.name in args.task]
-    processor = TextProcessor(lambda: load_tokenizer(tokenizer_folder(args.model)))
+    processor = TextProcessor.of_folder(lambda: tokenizer_folder(args.model))
     vocab_size = None
     try:
         vocab_size = resolve_shape(args.model).vocab_size
