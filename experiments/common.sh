@@ -21,10 +21,10 @@ LOBRA_LENGTHS, a file or folder of sequence lengths.
 
 Options with --simulate:
 END
-    python -m experiments.simulate --help | sed -n '/^options:/,$p' | sed 1d
+    lobra experiment simulate --help | sed -n '/^options:/,$p' | sed 1d
     echo
     echo "Options without:"
-    python -m experiments.jobs --help | sed -n '/^options:/,$p' | sed 1d
+    lobra experiment real --help | sed -n '/^options:/,$p' | sed 1d
 }
 
 experiment() { # experiment MODEL [--simulate] [--option value ...]
@@ -46,8 +46,8 @@ experiment() { # experiment MODEL [--simulate] [--option value ...]
     elif $simulate; then
         # the planners are single-threaded programs; more threads only disturb their timing
         OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} \
-            python -m experiments.simulate "$model" --output "$folder" "${options[@]}"
+            lobra experiment simulate "$model" --output "$folder" "${options[@]}"
     else
-        python -m experiments.jobs "$model" --output "${folder}_real" "${options[@]}"
+        lobra experiment real "$model" --output "${folder}_real" "${options[@]}"
     fi
 }

@@ -1,6 +1,6 @@
 """One model's published experiments for real: profile, plan, train every method, compare.
 
-``python -m experiments.jobs 7B --output exp_result/expr_7b_real`` is what ``expr_7b.sh`` calls
+``lobra experiment real 7B --output exp_result/expr_7b_real`` is what ``expr_7b.sh`` calls
 without ``--simulate``. It needs the GPUs, the model's weights and the data sets. What is finished
 is skipped; ``--dry-run`` shows the commands and starts nothing.
 
@@ -292,7 +292,7 @@ def run(args: argparse.Namespace) -> int:
 def parser() -> argparse.ArgumentParser:
     """Return the command's arguments."""
     result = argparse.ArgumentParser(
-        prog="python -m experiments.jobs",
+        prog="lobra experiment real",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -315,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     words = sys.argv[1:] if argv is None else list(argv)
     args = parser().parse_args(words)
-    args.words = shlex.join(["python", "-m", "experiments.jobs", *words])
+    args.words = shlex.join(["lobra", "experiment", "real", *words])
     try:
         return run(args)
     except ConfigError as error:

@@ -1,6 +1,6 @@
 """Fill the tables of docs/reproduction.md from the experiments' CSVs.
 
-    python -m experiments.reproduction [--collect exp_result] [--results FOLDER] [--page FILE]
+    lobra experiment page [--collect exp_result] [--results FOLDER] [--page FILE]
 
 A table stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``; what is between them is
 replaced. ``--collect`` first copies the tables of ``exp_result/expr_*``, and the pictures that
@@ -111,7 +111,7 @@ def fill(page: str, tables: Tables) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.reproduction", description=(__doc__ or "").splitlines()[0]
+        prog="lobra experiment page", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--collect", type=Path, help="folder of experiments to copy tables from")
     parser.add_argument("--results", type=Path, default=RESULTS)

@@ -1,6 +1,6 @@
 """One model's published experiments by simulation: tables as CSV, resumable, no GPU needed.
 
-``python -m experiments.simulate 7B --output exp_result/expr_7b`` is what ``expr_7b.sh --simulate``
+``lobra experiment simulate 7B --output exp_result/expr_7b`` is what ``expr_7b.sh --simulate``
 calls. Cells that are finished are not computed again unless what they depend on changed.
 """
 
@@ -339,7 +339,7 @@ def sources_of(args: argparse.Namespace, environment: Mapping[str, str]) -> Sour
 
 def parser() -> argparse.ArgumentParser:
     """Return the command's arguments."""
-    result = argparse.ArgumentParser(prog="python -m experiments.simulate", description=__doc__)
+    result = argparse.ArgumentParser(prog="lobra experiment simulate", description=__doc__)
     add = result.add_argument
     add("model", choices=tuple(SETUPS), help="which experiment")
     add("--output", type=Path, required=True, help="folder of the tables")
@@ -363,7 +363,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code (0, 2 for a user's mistake, 130 for Ctrl-C)."""
     words = sys.argv[1:] if argv is None else list(argv)
     args = parser().parse_args(words)
-    args.command = shlex.join(["python", "-m", "experiments.simulate", *words])
+    args.command = shlex.join(["lobra", "experiment", "simulate", *words])
     try:
         return run(args, sources_of(args, os.environ))
     except ConfigError as error:

@@ -40,6 +40,7 @@ COMMANDS = {
     "simulate": Command("lobra.commands.simulate", "run a plan's steps under the cost model"),
     "train": Command("lobra.commands.train", "train every task's adapter on a plan"),
     "report": Command("lobra.commands.report", "tables and plots of a run or a simulation"),
+    "experiment": Command("lobra.commands.experiment", "LobRA's published experiments"),
     "doctor": Command("lobra.commands.doctor", "what this machine has and lacks"),
 }
 

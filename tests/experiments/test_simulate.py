@@ -108,7 +108,7 @@ def test_ablation_changes_one_thing_at_a_time(finished: Path) -> None:
 def test_provenance_says_how_and_from_what(finished: Path) -> None:
     about = json.loads((finished / "provenance.json").read_text(encoding="utf-8"))
     assert about["complete"] is True
-    assert about["command"].startswith("python -m experiments.simulate 7B --steps 4 --output ")
+    assert about["command"].startswith("lobra experiment simulate 7B --steps 4 --output ")
     assert set(about["environment"].values()) <= {"set", "not set"}
     assert about["processor_seconds_of_all_cells"] > 0
     (entry,) = rows_of(finished / "runs.csv")
@@ -354,7 +354,7 @@ def test_scripts_hand_on_their_arguments(name: str, project_root: Path) -> None:
     folder = Path(sys.executable).parent
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "VIRTUAL_ENV": "x"}
     done = subprocess.run(
-        ["bash", "-c", f"lobra() {{ :; }}; export -f lobra; bash {script} --simulate --steps 1"],
+        ["bash", str(script), "--simulate", "--steps", "1"],
         capture_output=True,
         text=True,
         env=environment,
