@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from lobra.layout.shapes import ModelShape
-from lobra.layout.topology import stage_layers
+from lobra.layout.world import stage_layers
 from lobra.profiler.accelerators import Runtime
 
 FLOAT_BYTES = 4
@@ -119,7 +119,7 @@ def estimate_memory(
     adapters: Adapters,
     precision: str,
     runtime: Runtime,
-    gradient_checkpointing: bool = False,
+    memory: str = "keep",
 ) -> MemoryEstimate:
     """Return the memory of the rank of ``<tp,pp>`` that needs most.
 
@@ -128,7 +128,7 @@ def estimate_memory(
     everywhere, so the worst at the size where the fixed part and the rest are alike is taken.
     """
     stages = [
-        _stage_memory(shape, tp, pp, stage, adapters, precision, runtime, gradient_checkpointing)
+        _stage_memory(shape, tp, pp, stage, adapters, precision, runtime, memory)
         for stage in range(pp)
     ]
     typical = sum(s.fixed_bytes for s in stages) / sum(s.bytes_per_token for s in stages)
@@ -143,7 +143,7 @@ def _stage_memory(
     adapters: Adapters,
     precision: str,
     runtime: Runtime,
-    gradient_checkpointing: bool,
+    memory: str,
 ) -> MemoryEstimate:
     e = element_bytes(precision)
     layers = len(stage_layers(shape.num_layers, pp, stage))
@@ -159,7 +159,7 @@ def _stage_memory(
         shape, tp, precision, adapters.largest_rank, runtime.sequence_parallel
     )
     in_flight = pp - stage
-    if gradient_checkpointing:
+    if memory == "full":
         kept = checkpointed_bytes_per_token(shape, precision)
         per_token = in_flight * layers * kept + saved
     else:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
+from lobra.layout.layout import Layout
 from lobra.layout.shapes import ModelShape
-from lobra.layout.topology import Grid
+from lobra.layout.world import one_replica
 from lobra.model.groups import build_groups
 from lobra.model.lora import AdapterSpec
 from lobra.model.pipeline import run_replica
@@ -59,13 +60,12 @@ class RankMemory:
 
 def memory_of_rank(
     folder: Path,
-    grid: Grid,
+    layout: Layout,
     specs: tuple[AdapterSpec, ...],
     shapes: tuple[tuple[int, int], ...],
     precision: str,
     device: str,
     budget_bytes: int,
-    gradient_checkpointing: bool = False,
 ) -> RankMemory:
     """Train one replica with as many micro-batches in flight as it has stages; return the peak.
 
@@ -73,26 +73,23 @@ def memory_of_rank(
 
     Parameters
     ----------
-    grid
-        The replica: ``grid[stage][tp_index]`` is a rank.
+    layout
+        Of the replica.
     shapes
         (B, S) of the micro-batches to try one after the other; the larger peak counts.
     budget_bytes
         On a CPU, a rank that would need far more than this fails to allocate.
-    gradient_checkpointing
-        Keep each layer's input only.
     """
     if device == "cpu":
         settle_allocator()
         _limit_memory(budget_bytes)
-    groups = build_groups((grid,))
+    groups = build_groups(one_replica(layout))
     stage = build_stage(
         folder,
         groups,
         specs,
         dtype=DTYPES[precision],
         device=torch_device(device),
-        gradient_checkpointing=gradient_checkpointing,
     )
     elements = 0
     for task in range(len(specs)):
@@ -106,7 +103,7 @@ def memory_of_rank(
     return RankMemory(
         weight_bytes=_weight_bytes(stage),
         adapter_bytes=ADAPTER_BYTES * elements,
-        optimizer_bytes=OPTIMIZER_BYTES * elements // groups.role.tp_size,
+        optimizer_bytes=OPTIMIZER_BYTES * elements // layout.tp,
         activation_bytes=activation_bytes,
     )
 
@@ -114,7 +111,7 @@ def memory_of_rank(
 def _train(stage: Stage, shape: tuple[int, int], num_tasks: int) -> None:
     """Forward and backward of one micro-batch of `shape` per pipeline stage."""
     batch = synthetic_batch(shape, stage.shape, num_tasks, stage.device)
-    run_replica(stage, [batch] * stage.groups.role.num_stages, num_tasks)
+    run_replica(stage, [batch] * stage.groups.place.layout.pp, num_tasks)
 
 
 def synthetic_batch(
