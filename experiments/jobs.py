@@ -32,6 +32,7 @@ from experiments.provenance import PROVENANCE, git_state
 from experiments.published import SETUPS, Setup, parse_plan
 from experiments.runs import together
 from experiments.simulate import tell, to_csv
+from lobra.cli import guarded
 from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
 from lobra.layout.plan import save_plan
@@ -316,14 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     args = parser().parse_args(words)
     args.words = shlex.join(["lobra", "experiment", "real", *words])
-    try:
-        return run(args)
-    except ConfigError as error:
-        print(f"experiments: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("experiments: interrupted; the same command continues", file=sys.stderr)
-        return 130
+    return guarded(lambda: run(args), "experiments", "; the same command continues")
 
 
 if __name__ == "__main__":

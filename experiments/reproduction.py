@@ -19,6 +19,7 @@ from pathlib import Path
 from experiments.cells import code_digest
 from experiments.page_tables import TABLES, Tables
 from experiments.provenance import PROVENANCE, read_provenance
+from lobra.cli import guarded
 from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
 
@@ -117,20 +118,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=PAGE)
     args = parser.parse_args(argv)
-    try:
-        if args.collect:
-            for line in collect(args.collect, args.results):
-                print(f"left out: {line}", file=sys.stderr)
-        if not args.page.is_file():
-            raise ConfigError(f"{args.page}: no such page")
-        page = args.page.read_text(encoding="utf-8")
-        tables = read_results(args.results)
-        write_atomic(args.page, fill(page, tables))
-        for name in made_with_other_code(tables):
-            print(f"{name}: made with older code than is here now", file=sys.stderr)
-    except ConfigError as error:
-        print(f"reproduction: {error}", file=sys.stderr)
-        return 2
+    return guarded(lambda: _make(args.collect, args.results, args.page), "reproduction")
+
+
+def _make(collected: Path | None, results: Path, path: Path) -> int:
+    if collected:
+        for line in collect(collected, results):
+            print(f"left out: {line}", file=sys.stderr)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such page")
+    tables = read_results(results)
+    write_atomic(path, fill(path.read_text(encoding="utf-8"), tables))
+    for name in made_with_other_code(tables):
+        print(f"{name}: made with older code than is here now", file=sys.stderr)
     return 0
 
 

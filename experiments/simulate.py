@@ -49,6 +49,7 @@ from experiments.published import (
 )
 from experiments.published import SCALE_GPUS as PUBLISHED_GPUS
 from experiments.published import SCALE_TASKS as PUBLISHED_TASKS
+from lobra.cli import guarded
 from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
 from lobra.common.version import installed_version
@@ -364,14 +365,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     args = parser().parse_args(words)
     args.command = shlex.join(["lobra", "experiment", "simulate", *words])
-    try:
-        return run(args, sources_of(args, os.environ))
-    except ConfigError as error:
-        print(f"experiments: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("experiments: interrupted; the same command continues", file=sys.stderr)
-        return 130
+    return guarded(
+        lambda: run(args, sources_of(args, os.environ)),
+        "experiments",
+        "; the same command continues",
+    )
 
 
 def _path(text: str | None) -> Path | None:

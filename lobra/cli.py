@@ -69,25 +69,26 @@ def _run(name: str, argv: Sequence[str]) -> int:
     return code
 
 
-def guarded(run: Callable[[], int]) -> int:
+def guarded(run: Callable[[], int], name: str = "lobra", what_next: str = "") -> int:
     """Return `run()`; turn errors into the contract's messages and exit codes.
 
     A user's mistake is printed without a traceback (2), Ctrl-C ends with 130, anything else with
-    its traceback and 1 (a rank's failure with the rank's traceback).
+    its traceback and 1 (a rank's failure with the rank's traceback). Messages begin with `name`;
+    `what_next` is said after an interruption.
     """
     try:
         return run()
     except ConfigError as error:
-        print(f"lobra: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return EXIT_USER_MISTAKE
     except KeyboardInterrupt:
-        print("lobra: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted{what_next}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # whoever read our output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILURE
     except RankError as error:  # it carries the rank's own traceback; ours says nothing
-        print(f"lobra: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return EXIT_FAILURE
     except Exception:
         traceback.print_exc()

@@ -7,13 +7,13 @@ import json
 import math
 import os
 import sys
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from rich.console import Console
 from rich.table import Table
 
+from lobra.cli import guarded
 from lobra.common.errors import ConfigError
 from lobra.layout.plan import plan_path, save_plan
 from lobra.planner.deploy import (
@@ -269,17 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="deploy_strategy_plan", description="Choose which replicas of which layouts to deploy."
     )
     add_arguments(parser)
-    try:
-        return run(parser.parse_args(argv))
-    except ConfigError as error:
-        print(f"deploy_strategy_plan: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("deploy_strategy_plan: interrupted", file=sys.stderr)
-        return 130
-    except Exception:
-        traceback.print_exc()
-        return 1
+    return guarded(lambda: run(parser.parse_args(argv)), "deploy_strategy_plan")
 
 
 if __name__ == "__main__":
