@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 
 from lobra.layout.world import Place, World
@@ -71,7 +72,12 @@ def new_group(ranks: Sequence[int]) -> dist.ProcessGroup | None:
     Every rank of the world calls it, for every group in the same order: torch names a group by how
     many there were before. (With its `use_local_synchronization` only members call, but then it
     counts those that this rank is in, and members of different layouts wait for each other under
-    different names: pytorch issue 173608.)
+    different names: pytorch issue 173608.) The others return at once, so that hundreds of
+    replicas start as fast as one. For NCCL this holds because `init_rank` gives the whole world no
+    device: else a group is split from the world, in which every rank takes part. With its own
+    device a group connects now, not at its first use.
     """
-    group = dist.new_group(list(ranks))
+    on_gpu = dist.get_backend() == "nccl"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else None
+    group = dist.new_group(list(ranks), device_id=device)
     return group if dist.get_rank() in ranks else None

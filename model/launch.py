@@ -88,7 +88,6 @@ def init_rank(env: RankEnv) -> None:
         init_method=env.init_method,
         rank=env.rank,
         world_size=env.world_size,
-        device_id=torch.device("cuda", env.rank) if env.device == "cuda" else None,
     )
 
 

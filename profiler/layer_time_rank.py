@@ -288,7 +288,7 @@ def measured_timing(
     for run in runs if device.type == "cuda" else runs[:1]:
         run()
     _wait(device)
-    dist.barrier()
+    _meet(device)
     times_ms = [repeat()]
     least = MIN_REPEATS if len(runs) == 1 else MIN_REPEATS_OF_MIXTURE
     most = max(least, MAX_REPEATS // len(runs))
@@ -296,7 +296,7 @@ def measured_timing(
     chosen = torch.tensor([repeats], device=device)
     dist.broadcast(chosen, src=0)
     repeats = int(chosen.item())
-    dist.barrier()
+    _meet(device)
     times_ms += [repeat() for _ in range(repeats - 1)]
     if repeats == 2:  # whose median is their mean: a third tells which of two is wrong
         apart = max(max(pair) / min(pair) - 1.0 for pair in zip(*times_ms, strict=True))
@@ -319,6 +319,11 @@ def _timed(run: Callable[[], None], device: torch.device, clock: Clock) -> float
     run()
     _wait(device)
     return now() - begin
+
+
+def _meet(device: torch.device) -> None:
+    """Wait for all ranks; each says its device, which torch else guesses with a warning."""
+    dist.barrier(device_ids=None if device.index is None else [device.index])
 
 
 def _wait(device: torch.device) -> None:

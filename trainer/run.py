@@ -91,14 +91,12 @@ def train_in_launcher(request: TrainRequest) -> tuple[RunSpec, RankResult]:
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     on_gpu = request.device != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else None
-    if device is not None:
-        torch.cuda.set_device(device)
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     else:
         os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    # With the device known, NCCL connects every group when it is made, not at its first use.
-    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device)
+    dist.init_process_group("nccl" if on_gpu else "gloo")  # no device: `model.groups.new_group`
     # Tokenising may take much longer than NCCL waits, so the others wait on a CPU group.
     waiting = dist.new_group(backend="gloo", timeout=PREPARING)
     sizes: list[Any] = [None] * world
