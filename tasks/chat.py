@@ -12,16 +12,16 @@ will see it when it is asked for that turn; all other turns are learned in the w
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import date
-from functools import cache, cached_property
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from lobra.tasks.chat_reading import GENERATION, read_by, reading_problem
 from lobra.tasks.conversations import REASONING, Conversation, Message
 from lobra.tasks.prompts import render_turn
 from lobra.tasks.special_tokens import Span, SpecialTokens
@@ -35,7 +35,6 @@ _PROBE = f"\U00100002{_SECRET}\U00100003"
 _MASK = re.compile(f"\U00100004{_SECRET}\\.(\\d+)\U00100005")
 _OPEN, _CLOSE = f"\U00100006{_SECRET}\U00100007", f"\U00100008{_SECRET}\U00100009"
 _TAIL = 200  # characters in which a turn's end token is looked for
-_GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 
 # A template asks the clock for the date through ``strftime_now``. This macro takes its place and
 # spells the format out with the day of the run, so that a run's data do not change overnight.
@@ -92,7 +91,9 @@ class ChatTemplate:
         if self.is_own:
             return [_own_row(conversation, self._specials.end, learn_all)]
         source = self._source(conversation)
-        _check_known(conversation, source)
+        problem = reading_problem(conversation, source)
+        if problem:
+            raise ChatError(problem)
         masked = self._masked(conversation)
         whole = self._render(masked, source, masked.messages)
         if learn_all:
@@ -113,7 +114,7 @@ class ChatTemplate:
 
     def ignored_fields(self, conversation: Conversation) -> list[str]:
         """Return the fields of messages that the template does not read."""
-        known = frozenset() if self.is_own else _read_by(self._source(conversation))[1]
+        known = frozenset() if self.is_own else read_by(self._source(conversation))[1]
         names: set[str] = set().union(*conversation.messages)
         names -= {"role", "content", "tool_calls", *REASONING}
         return sorted(f"messages[].{name}" for name in names - known)
@@ -187,7 +188,7 @@ class ChatTemplate:
     def _turn(self, conversation: Conversation, source: str, index: int, text: str) -> list[Span]:
         """Return what is learned of a text whose last message is an assistant's."""
         before = conversation.messages[:index]
-        if _GENERATION.search(source):
+        if GENERATION.search(source):
             plain = self._attempt(conversation, source, before)
             return self._marked_turn(conversation, source, index, len(plain or ""))
         question = self._generation_prompt(conversation, source)
@@ -265,7 +266,7 @@ class ChatTemplate:
         self, conversation: Conversation, source: str, index: int, done: int
     ) -> list[Span]:
         """Return what the template itself marks as generated of a conversation's last message."""
-        marked = _GENERATION.sub(
+        marked = GENERATION.sub(
             lambda match: (
                 f"{{%{match[1]} if true %}}{_CLOSE if match[2] else _OPEN}{{% endif {match[3]}%}}"
             ),
@@ -370,93 +371,6 @@ def _beyond_text(conversation: Conversation) -> str | None:
             if message.get(name):
                 return f"{where}.{name}"
     return None
-
-
-def _check_known(conversation: Conversation, template: str) -> None:
-    """Refuse what changes training and the template would silently leave out."""
-    variables, attributes = _read_by(template)
-    unknown = []
-    for name in ("tools", "documents"):
-        if getattr(conversation, name) and name not in variables:
-            unknown.append(name)
-    for name in conversation.variables:
-        if name in _reserved():
-            raise ChatError(f"chat_template_kwargs.{name}: is not for the data to set")
-        if name not in variables:
-            unknown.append(f"chat_template_kwargs.{name}")
-    for name, message in zip(conversation.names, conversation.messages, strict=True):
-        if message.get("tool_calls") and "tool_calls" not in attributes:
-            unknown.append(f"{name}.tool_calls")
-        if message.get("reasoning_content") and not attributes & {"reasoning_content", "thinking"}:
-            unknown.append(f"{name}.reasoning_content")
-    if unknown:
-        raise ChatError(
-            f"{', '.join(unknown)}: the model's chat template does not read it; remove it from "
-            "the data, or use a model whose template does"
-        )
-
-
-@cache
-def _read_by(template: str) -> tuple[frozenset[str], frozenset[str]]:
-    """Return (variables, attributes and keys) that a template reads; none if it is broken."""
-    import jinja2
-    from jinja2 import meta, nodes
-
-    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=False)
-    try:
-        tree = environment.parse(_GENERATION.sub("", template))
-    except jinja2.TemplateSyntaxError:
-        return frozenset(), frozenset()
-    attributes = {node.attr for node in tree.find_all(nodes.Getattr)}
-    for node in tree.find_all((nodes.Getitem, nodes.Operand, nodes.Compare, nodes.Call)):
-        attributes |= {
-            const.value
-            for const in node.find_all(nodes.Const)
-            if isinstance(const.value, str) and const.value.isidentifier()
-        }
-    return frozenset(meta.find_undeclared_variables(tree)), frozenset(attributes)
-
-
-def left_out(
-    conversation: Conversation, rows: Sequence[TextRow], learn_all: bool = False
-) -> list[str]:
-    """Return the names of learned messages of which some words are in no row.
-
-    White space apart: templates trim and wrap what they write.
-    """
-    if not rows:
-        return []
-    written = "".join("".join(row.text.split()) for row in rows)
-    names = []
-    for name, message, is_learned in zip(
-        conversation.names, conversation.messages, conversation.is_learned, strict=True
-    ):
-        texts = (message.get("content"), message.get("reasoning_content"))
-        said = ["".join(text.split()) for text in texts if isinstance(text, str)]
-        if (is_learned or learn_all) and any(text not in written for text in said):
-            names.append(name)
-    return names
-
-
-def quotes_arguments(conversation: Conversation, rows: Sequence[TextRow]) -> bool:
-    """Return whether arguments of a tool call that are text are written as JSON of that text."""
-    for message in conversation.messages:
-        for call in message.get("tool_calls", ()):
-            arguments = call["function"]["arguments"]
-            if isinstance(arguments, str):
-                quoted = json.dumps(arguments, ensure_ascii=False)
-                if any(quoted in row.text for row in rows):
-                    return True
-    return False
-
-
-@cache
-def _reserved() -> frozenset[str]:
-    """Return the arguments of ``apply_chat_template`` itself."""
-    from transformers import PreTrainedTokenizerFast
-
-    names = inspect.signature(PreTrainedTokenizerFast.apply_chat_template).parameters
-    return frozenset(names) | {"messages", "lobra_day"}
 
 
 def _common(one: str, other: str) -> int:

@@ -19,7 +19,8 @@ from lobra.tasks.cache import digest_of, read_entry, write_entry
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.data_report import DataReport
 from lobra.tasks.encoding import Ids, Mask, cut
-from lobra.tasks.rows import Reading, read_rows
+from lobra.tasks.formats import Reading
+from lobra.tasks.rows import read_rows
 from lobra.tasks.sources import resolve_dataset
 from lobra.tasks.text_processor import TextProcessor
 from lobra.tasks.text_rows import MASKED, TextRow
