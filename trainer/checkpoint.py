@@ -37,7 +37,6 @@ from lobra.trainer.life import lives_from_json
 FOLDER = "checkpoints"
 STATE_FILE = "state.json"
 FORMAT = 1
-SAMPLED_BYTES = 1 << 20
 
 # What must be the same for a task to go on; the rest may be changed between runs.
 FIXED_FIELDS = ("name", "rank", "lora_alpha", "target_modules", "global_batch_size", "seed")
@@ -47,6 +46,7 @@ FIXED_FIELDS = ("name", "rank", "lora_alpha", "target_modules", "global_batch_si
 class CheckpointState:
     """The part of a checkpoint that is not tensors.
 
+    `base_model` is the base model's fingerprint (`model.fingerprint`).
     `data_day` is the date that chat templates with a date were told (ISO; None: that of the day).
     `last_metrics` is the line of the step before it in metrics.jsonl, which is written later: a
     run that is killed in between gets it back from here.
@@ -88,16 +88,6 @@ def task_record(task: TaskConfig, data: TokenizedDataset) -> dict[str, Any]:
         digest.update(np.ascontiguousarray(array).view(np.uint8).data)
     record["data_sha256"] = digest.hexdigest()[:16]
     return record
-
-
-def fingerprint(folder: Path) -> str:
-    """Return what tells base models apart: config.json, and every weight file's size and start."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {path.stat().st_size}".encode())
-            digest.update(file.read(SAMPLED_BYTES))
-    return digest.hexdigest()[:16]
 
 
 def drop_later(run: Path, step: int) -> None:

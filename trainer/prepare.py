@@ -22,6 +22,7 @@ from lobra.layout.plan import Plan, load_plan
 from lobra.layout.shapes import ModelShape, layout_problem, read_shape
 from lobra.layout.topology import Grid, check_grids
 from lobra.model.checkpoint import checkpoint_problems
+from lobra.model.fingerprint import MARK, fingerprint
 from lobra.model.folder import resolve_folder
 from lobra.planner.buckets import make_buckets
 from lobra.planner.workload import label_share
@@ -35,7 +36,6 @@ from lobra.tasks.text_processor import TextProcessor
 from lobra.trainer.adapters import adapter_spec, check_adapter
 from lobra.trainer.checkpoint import (
     CheckpointState,
-    fingerprint,
     read_state,
     resume_problems,
     revival_problems,
@@ -118,8 +118,10 @@ def prepare(request: TrainRequest) -> RunSpec:
     plan: Plan | None = checks.attempt(load_plan, request.strategy_config)
     folder: Path | None = checks.attempt(resolve_folder, request.model)
     shape: ModelShape | None = checks.attempt(read_shape, folder) if folder else None
+    unusable_base = Problems()
     if folder is not None and shape is not None:
-        checks.problems += checkpoint_problems(folder, shape)
+        unusable_base = checkpoint_problems(folder, shape)
+        checks.problems += unusable_base
     state: CheckpointState | None = None
     blocked = unusable(request.output_dir)
     checks.problems += blocked
@@ -191,8 +193,12 @@ def prepare(request: TrainRequest) -> RunSpec:
         records = [task_record(task, data) for task, data in pairs]
         steps = tuple(num_steps(task, len(data)) for task, data in pairs)
     if state is not None and training and folder is not None:
+        base = state.base_model
+        if shape is not None and not unusable_base:
+            base = checks.attempt(fingerprint, folder, shape, like=state.base_model) or base
+            _warn_of_old_fingerprint(state)
         checks.problems += resume_problems(
-            state, records, steps, request.seed, fingerprint(folder), request.trainer_config
+            state, records, steps, request.seed, base, request.trainer_config
         )
         checks.problems += revivals_in_vain(
             state, request.revive, {task.name: n for task, n in zip(tasks, steps, strict=True)}
@@ -210,7 +216,7 @@ def prepare(request: TrainRequest) -> RunSpec:
     run = RunSpec(
         model_folder=folder,
         base_model=str(folder.resolve()),
-        fingerprint=fingerprint(folder),
+        fingerprint=fingerprint(folder, shape),
         task_records=tuple(records),
         tasks=tasks,
         num_steps=steps,
@@ -240,6 +246,15 @@ def prepare(request: TrainRequest) -> RunSpec:
     _warn_of_long_contexts(tasks, training, shape)
     write_run_folder(run, resolved_config(run, request), training, validation)
     return run
+
+
+def _warn_of_old_fingerprint(state: CheckpointState) -> None:
+    """Warn where a checkpoint says too little about its base model to tell another one."""
+    if not state.base_model.startswith(MARK):
+        log.warning(
+            "the checkpoint is of an older version, which knew the base model by the start of its "
+            "files only: see to it that --model is the one it was trained on"
+        )
 
 
 def _first_day(state: CheckpointState | None) -> date | None:
