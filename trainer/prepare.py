@@ -41,6 +41,7 @@ from lobra.trainer.checkpoint import (
     revival_problems,
     task_record,
 )
+from lobra.trainer.metrics import METRICS_FILE, check_metrics
 from lobra.trainer.run_folder import occupied, unusable, write_run_folder
 from lobra.trainer.run_spec import RunSpec
 from lobra.trainer.task_data import clip_context, foreign_tokens, load_datasets, split, too_long
@@ -129,6 +130,8 @@ def prepare(request: TrainRequest) -> RunSpec:
         state = checks.attempt(read_state, request.output_dir, request.resume_step)
         if state is not None:
             checks.problems += revival_problems(state, request.revive)
+            gone = checks.attempt(check_metrics, request.output_dir, state.step, state.last_metrics)
+            _warn_of_missing_steps(request.output_dir, gone or [])
     if not request.resume:
         checks.problems += [] if blocked else occupied(request.output_dir)
         if request.revive:
@@ -164,7 +167,8 @@ def prepare(request: TrainRequest) -> RunSpec:
     if config is not None and folder is not None:
         tasks = clip_context(config.tasks, request.max_seq_length)
         for number, task in enumerate(tasks):
-            if task.resume_from and shape is not None:
+            # A run that goes on has its adapters in the checkpoint.
+            if task.resume_from and shape is not None and not request.resume:
                 start = Path(task.resume_from)
                 where = f"{config.path}: task[{number}].resume_from"
                 found = check_adapter(start, adapter_spec(task), shape)
@@ -242,6 +246,12 @@ def prepare(request: TrainRequest) -> RunSpec:
         record_sequences=request.record_sequences,
         data_day=processor.day.isoformat(),
     )
+    if state is not None and state.precision not in (None, run.precision):
+        log.warning(
+            "the run goes on in %s, so far it was in %s: what the checkpoint holds is rounded to "
+            "it, and the result is of neither precision (--precision %s keeps to it)",
+            run.precision, state.precision, state.precision,
+        )  # fmt: skip
     log.info("the tasks' data:\n%s", summary_text(datasets))
     _warn_of_long_contexts(tasks, training, shape)
     write_run_folder(run, resolved_config(run, request), training, validation)
@@ -255,6 +265,16 @@ def _warn_of_old_fingerprint(state: CheckpointState) -> None:
             "the checkpoint is of an older version, which knew the base model by the start of its "
             "files only: see to it that --model is the one it was trained on"
         )
+
+
+def _warn_of_missing_steps(folder: Path, gone: Sequence[int]) -> None:
+    """Warn where metrics.jsonl lacks steps that the run has made."""
+    if gone:
+        log.warning(
+            "%s: lacks %d of the steps so far, the first of them step %d; reports will not have "
+            "them",
+            folder / METRICS_FILE, len(gone), gone[0] + 1,
+        )  # fmt: skip
 
 
 def _first_day(state: CheckpointState | None) -> date | None:
