@@ -115,14 +115,17 @@ def padding_ratio(lengths: np.ndarray, buckets: np.ndarray) -> float:
 
 
 def plan_buckets(
-    lengths: Mapping[str, np.ndarray], batch_sizes: Mapping[str, int], num_buckets: int
+    lengths: Mapping[str, np.ndarray],
+    batch_sizes: Mapping[str, int],
+    num_buckets: int,
+    longest: int = 1,
 ) -> np.ndarray:
-    """Return the exact dynamic buckets of the expected batch.
+    """Return the exact dynamic buckets of the expected batch; the last holds ``longest`` too.
 
     Each task's histogram is scaled to a hundred of its global batches and rounded, as LobRA does,
     so that tasks count by what they contribute to a step and not by the size of their data.
     """
-    units, weights = [], []
+    units, weights = [np.array([-(-longest // ALIGN)])], [np.zeros(1, dtype=np.int64)]
     for task, values in lengths.items():
         counts = np.bincount((checked_lengths(values, task) + (ALIGN - 1)) // ALIGN)
         occupied = np.flatnonzero(counts)
@@ -133,12 +136,16 @@ def plan_buckets(
 
 
 def expected_batch(
-    lengths: Mapping[str, np.ndarray], batch_sizes: Mapping[str, int], buckets: np.ndarray
+    lengths: Mapping[str, np.ndarray],
+    batch_sizes: Mapping[str, int],
+    buckets: np.ndarray,
+    longest: int = 1,
 ) -> np.ndarray:
     """Return int64 [num buckets]: how many sequences of each bucket a typical step holds.
 
     Per task its histogram over the buckets, rounded to its global batch size by largest remainder
-    (ties go to the longer bucket); then at least one sequence of the longest occupied bucket.
+    (ties go to the longer bucket); then at least one sequence of the longest occupied bucket, or
+    of that of ``longest`` tokens, which a plan must hold too.
 
     Raises
     ------
@@ -146,13 +153,13 @@ def expected_batch(
         If a task has no sequence.
     """
     total = np.zeros(len(buckets), dtype=np.int64)
-    longest = 0
+    last = int(bucket_index(np.array([longest]), buckets)[0])
     for task, values in lengths.items():
         index = bucket_index(checked_lengths(values, task), buckets)
         counts = np.bincount(index, minlength=len(buckets))
         total += largest_remainder(counts, batch_sizes[task])
-        longest = max(longest, int(index.max()))
-    total[longest] = max(1, total[longest])
+        last = max(last, int(index.max()))
+    total[last] = max(1, total[last])
     return total
 
 

@@ -28,9 +28,9 @@ from lobra.planner.buckets import make_buckets
 from lobra.planner.workload import label_share
 from lobra.profiler.cost_model import CostModel, load_cost_model
 from lobra.profiler.profiles import default_time_path
-from lobra.tasks.config import TaskConfig, TrainerConfig, load_trainer_config
+from lobra.tasks.config import TaskConfig, TrainerConfig, clip_context, load_trainer_config
 from lobra.tasks.data_report import summary_text
-from lobra.tasks.dataset import TokenizedDataset
+from lobra.tasks.dataset import TokenizedDataset, split
 from lobra.tasks.sampling import num_steps
 from lobra.tasks.text_processor import TextProcessor
 from lobra.trainer.adapters import adapter_spec, check_adapter
@@ -44,7 +44,7 @@ from lobra.trainer.checkpoint import (
 from lobra.trainer.metrics import METRICS_FILE, check_metrics
 from lobra.trainer.run_folder import occupied, unusable, write_run_folder
 from lobra.trainer.run_spec import RunSpec
-from lobra.trainer.task_data import clip_context, foreign_tokens, load_datasets, split, too_long
+from lobra.trainer.task_data import foreign_tokens, load_datasets, too_long
 
 log = logging.getLogger(__name__)
 
