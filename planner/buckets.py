@@ -72,6 +72,10 @@ def make_buckets(
 def static_buckets(num_buckets: int, longest: int) -> np.ndarray:
     """Return LobRA's fixed set of 7 or 16 buckets, up to the one that holds ``longest`` tokens.
 
+    "Fixed buckets" are these everywhere: for plans (``--bucket-plan STATIC``), in the simulator,
+    the experiments' tables and training (``--dp-bucket off``). ``longest`` is the workload's, over
+    all tasks and what they hold out.
+
     Raises
     ------
     ConfigError
@@ -79,11 +83,14 @@ def static_buckets(num_buckets: int, longest: int) -> np.ndarray:
     """
     if num_buckets not in STATIC_BUCKETS:
         sets = " or ".join(str(size) for size in STATIC_BUCKETS)
-        raise ConfigError(f"static buckets: {num_buckets}; the fixed sets have {sets} buckets")
+        raise ConfigError(
+            f"--num-buckets {num_buckets}: the fixed sets have {sets} buckets; give one of these, "
+            f"or use dynamic buckets"
+        )
     buckets = np.array(STATIC_BUCKETS[num_buckets], dtype=np.int64)
     if longest > buckets[-1]:
         raise ConfigError(
-            f"static buckets: a sequence of {longest} tokens is longer than the last bucket "
+            f"fixed buckets: a sequence of {longest} tokens is longer than the last bucket "
             f"({buckets[-1]}); use dynamic buckets or a smaller maximum length"
         )
     return buckets[: int(np.searchsorted(buckets, longest)) + 1]

@@ -13,8 +13,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from lobra.common.errors import ConfigError, Problems
 from lobra.common.version import installed_version
 from lobra.layout.placement import place
@@ -24,7 +22,7 @@ from lobra.layout.topology import Grid, check_grids
 from lobra.model.checkpoint import checkpoint_problems
 from lobra.model.fingerprint import MARK, fingerprint
 from lobra.model.folder import resolve_folder
-from lobra.planner.buckets import make_buckets
+from lobra.planner.buckets import static_buckets
 from lobra.planner.workload import label_share
 from lobra.profiler.cost_model import CostModel, load_cost_model
 from lobra.profiler.profiles import default_time_path
@@ -164,6 +162,7 @@ def prepare(request: TrainRequest) -> RunSpec:
     if shape is not None and plan is not None and not without_profile:
         cost_model = checks.attempt(dispatch_costs, request, plan)
     datasets: list[TokenizedDataset] = []
+    buckets: tuple[int, ...] = ()
     if config is not None and folder is not None:
         tasks = clip_context(config.tasks, request.max_seq_length)
         for number, task in enumerate(tasks):
@@ -184,6 +183,8 @@ def prepare(request: TrainRequest) -> RunSpec:
         )
         if plan is not None:
             checks.problems += too_long(tasks, datasets, plan, config.path)
+            if not request.dynamic_buckets:
+                buckets = checks.attempt(fixed_buckets, request.num_buckets, datasets, plan) or ()
         if shape is not None:
             checks.problems += foreign_tokens(tasks, datasets, shape, config.path)
     training: list[TokenizedDataset] = []
@@ -215,8 +216,6 @@ def prepare(request: TrainRequest) -> RunSpec:
     )
 
     last_step = max(steps) if request.max_steps is None else min(max(steps), request.max_steps)
-    held_out = [data for data in validation if data is not None]
-    lengths = np.concatenate([data.lengths for data in (*training, *held_out)])
     run = RunSpec(
         model_folder=folder,
         base_model=str(folder.resolve()),
@@ -233,7 +232,7 @@ def prepare(request: TrainRequest) -> RunSpec:
         device=device,
         num_buckets=request.num_buckets,
         dynamic_buckets=request.dynamic_buckets,
-        buckets=tuple(int(b) for b in make_buckets(lengths, request.num_buckets)),
+        buckets=buckets,
         dispatch_mode=request.dispatch_mode,
         seed=request.seed,
         gradient_checkpointing=request.gradient_checkpointing,
@@ -256,6 +255,28 @@ def prepare(request: TrainRequest) -> RunSpec:
     _warn_of_long_contexts(tasks, training, shape)
     write_run_folder(run, resolved_config(run, request), training, validation)
     return run
+
+
+def fixed_buckets(
+    num_buckets: int, datasets: Sequence[TokenizedDataset], plan: Plan
+) -> tuple[int, ...]:
+    """Return the buckets of ``--dp-bucket off``: those that plans and simulator call fixed, too.
+
+    Raises:
+        ConfigError: there is no such set, or the plan cannot take the bucket of the longest
+            sequence.
+    """
+    longest = max((int(data.lengths.max()) for data in datasets), default=0)
+    if longest == 0:
+        return ()
+    buckets = tuple(static_buckets(num_buckets, longest).tolist())
+    if buckets[-1] > plan.max_tokens >= longest:
+        raise ConfigError(
+            f"--dp-bucket off: the longest sequence ({longest} tokens) is padded to the fixed "
+            f"bucket of {buckets[-1]}, but the largest max_tokens of {plan} is {plan.max_tokens}; "
+            f"use --dp-bucket on, or plan with fixed buckets"
+        )
+    return buckets
 
 
 def _warn_of_old_fingerprint(state: CheckpointState) -> None:

@@ -6,11 +6,21 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from lobra.planner.workload import Workload, read_workload
+from experiments.bench import Bench
+from lobra.layout.layout import Layout
+from lobra.layout.plan import ReplicaGroup, make_plan
+from lobra.planner.buckets import STATIC_BUCKETS
+from lobra.planner.dispatch import dispatch
+from lobra.planner.simulate import FUSED_BUCKETS, simulate
+from lobra.planner.workload import Workload, expect, read_workload
 from lobra.tasks.config import load_trainer_config
-from lobra.trainer.prepare import TrainRequest
+from lobra.trainer.prepare import TrainRequest, prepare
 from lobra.trainer.run import train
+from lobra.trainer.run_spec import RunSpec
+from tests.trainer.command import refused, write_config, write_plan
+from tests.trainer.command import train as train_command
 
 SEED = 5
 
@@ -94,3 +104,49 @@ def check_lengths_file(base: Path, by_data: Workload) -> None:
         assert all((one[name] == two[name]).all() for name in one)
         both = [next(work.steps(1, step), np.empty(0)) for work in (by_data, by_file)]
         assert both[0].tolist() == both[1].tolist()
+
+
+def test_fixed_buckets_are_the_same_in_training_simulator_plans_and_tables(place: Path) -> None:
+    rows = [{"input_ids": [5] * n, "labels": [5] * n} for n in (9, 40, 300, 700, 1500, 260, 520)]
+    Path("data/small.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_config(steps=2, context_length=2048, validation_split=0.3)
+    write_plan({"dp": 2, "tp": 1, "pp": 1, "max_tokens": 4096})
+    for number in (7, 16):
+        for seed in range(4):  # each holds out others, the longest among them
+            request = TrainRequest(
+                str(place), "tasks.json", "plan.yaml", Path(f"run{number}{seed}"), device="cpu",
+                time_profile=Path("time.csv"), seed=seed, dynamic_buckets=False,
+                num_buckets=number,
+            )  # fmt: skip
+            run = prepare(request)
+            config = load_trainer_config("tasks.json")
+            work = read_workload(config, str(place), None, "data", 2048, seed)[0]
+            assert list(run.buckets) == expect(work, number, static=True).buckets.tolist()
+            assert run.buckets == STATIC_BUCKETS[number][: len(run.buckets)]
+            assert run.buckets[-2] < 1500 <= run.buckets[-1]
+            costs = run.cost_model
+            simulated = simulate(run.plan, work, costs, 2, num_buckets=number, static=True)
+            trained = [
+                dispatch(lengths, run.plan, costs, buckets=np.array(run.buckets)).padded_tokens
+                for lengths in work.steps(2)
+            ]
+            assert simulated.padded_tokens.tolist() == trained
+            if number == FUSED_BUCKETS:
+                check_tables(run, work)
+
+
+def check_tables(run: RunSpec, work: Workload) -> None:
+    """See that the experiments' tables ask for as much room as training does."""
+    tables = Bench("tiny", 2, work, None, 2)  # type: ignore[arg-type]
+    for tokens, holds in ((run.buckets[-1], True), (run.buckets[-1] - 1, False)):
+        group = ReplicaGroup(Layout(1, 1), 1, tokens)
+        assert tables.holds(make_plan([group]), work) == holds
+
+
+def test_fixed_buckets_that_are_none_or_do_not_fit(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_command(place, "--dp-bucket", "off", "--num-buckets", "8") == 2
+    refused(capsys, "--num-buckets 8: the fixed sets have 7 or 16 buckets")
+    assert train_command(place, "--dp-bucket", "off", "--num-buckets", "7") == 2
+    refused(capsys, "(40 tokens) is padded to the fixed bucket of 256", "is 64; use --dp-bucket on")
