@@ -152,9 +152,8 @@ def bench_dispatch(setting: Setting) -> None:
     for plan, factor, number in cases:
         rng = np.random.default_rng(7)
         milliseconds, gaps, lpt_gaps = [], [], []
-        workload = scaled(setting.workload, factor)
-        for _ in range(setting.steps):
-            lengths = rng.permutation(workload.sample(rng))[:number]
+        for every in scaled(setting.workload, factor).steps(setting.steps):
+            lengths = rng.permutation(every)[:number]
             start = time.perf_counter()
             found = dispatch(lengths, plan, setting.cost_model)
             milliseconds.append(1000 * (time.perf_counter() - start))
@@ -185,9 +184,7 @@ def bench_ilp(setting: Setting) -> None:
         make_plan([group_of(memory, 8, 1, 1), group_of(memory, 1, 8, 1)]),
     ]
     for plan in plans:
-        rng = np.random.default_rng(7)
-        for step in range(min(setting.steps, 5)):
-            lengths = setting.workload.sample(rng)
+        for step, lengths in enumerate(setting.workload.steps(min(setting.steps, 5))):
             found = dispatch(lengths, plan, setting.cost_model)
             counts = np.bincount(bucket_index(lengths, found.buckets), minlength=len(found.buckets))
             tables = [
@@ -303,7 +300,7 @@ def main() -> None:
     setting = Setting(
         load_memory_profile(args.profile / "max_tokens_llama_7B_6tasks.csv"),
         fit_cost_model(times, NUM_LAYERS_7B, args.cost_model),
-        workload,
+        replace(workload, num_steps={}),  # so that every step has all tasks
         tuple(args.gpus),
         args.steps,
     )

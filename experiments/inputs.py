@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +106,7 @@ def find_lengths(
     names = list(dict.fromkeys(name for task in config.tasks for name in task.dataset_names))
     if all((sources.data_dir / f"{name}.jsonl").is_file() for name in names):
         try:
-            return Lengths(read_lengths(config, model, None, sources.data_dir), "the data sets")
+            return Lengths(read_lengths(config, model, sources.data_dir), "the data sets")
         except ConfigError as error:
             raise ConfigError(
                 [
@@ -172,9 +172,12 @@ def moments_table(lengths: Lengths) -> list[dict[str, object]]:
     return rows
 
 
-def workload_of(config: TrainerConfig, lengths: Lengths) -> Workload:
-    """Return the workload of a configuration over the lengths."""
-    return make_workload(config, lengths.values, MAX_SEQ_LENGTH)
+def workload_of(config: TrainerConfig, lengths: Lengths, seed: int) -> Workload:
+    """Return the workload of a configuration over the lengths in a run of ``seed``.
+
+    Its tasks never end, so that every step of a table has all of them, as the published ones have.
+    """
+    return replace(make_workload(config, lengths.values, MAX_SEQ_LENGTH, seed), num_steps={})
 
 
 def setup_of(model: str) -> tuple[Setup, TrainerConfig]:

@@ -158,9 +158,9 @@ def write_homogeneous(setup: Setup, config: TrainerConfig, args: argparse.Namesp
     """Write the baselines' plans, best by the measured profiles, and a configuration per task."""
     memory = load_memory_profile(default_memory_path(args.model, len(config.tasks)))
     costs = Costs(load_cost_model(args.model), memory, "measured", memory.digest)
-    found = FoundLengths(read_lengths(config, args.model, None, args.data_dir), "data sets")
-    workload = workload_of(config, found)
-    bench = Bench(args.model, setup.num_gpus, workload, costs, args.steps, args.seed)
+    found = FoundLengths(read_lengths(config, args.model, args.data_dir), "data sets")
+    workload = workload_of(config, found, args.seed)
+    bench = Bench(args.model, setup.num_gpus, workload, costs, args.steps)
     plans = args.output / "plans"
     save_plan(bench.best_homogeneous(workload), plans / "fused.yaml")
     raw = json.loads(Path(config.path).read_text(encoding="utf-8"))

@@ -16,7 +16,7 @@ from lobra.layout.plan import Plan, ReplicaGroup, make_plan
 from lobra.planner.buckets import bucket_index, static_buckets
 from lobra.planner.deploy import Options, deploy, plan_entries
 from lobra.planner.planners.base import Outcome
-from lobra.planner.simulate import FUSED_BUCKETS, Simulation, simulate, steps_of
+from lobra.planner.simulate import FUSED_BUCKETS, Simulation, simulate
 from lobra.planner.workload import Workload
 
 Mode = Literal["balance", "group", "even"]
@@ -37,8 +37,7 @@ def steps_cell(
     ``static``: that many fixed buckets; ``mode``: how sequences are dispatched, ``even`` deals
     them out to the replicas of a homogeneous plan; ``task``: that task alone.
     """
-    number = 0 if task is None else list(bench.workload.lengths).index(task)
-    arguments = (bench, plan, static, num_buckets, mode, task, bench.seed + number)
+    arguments = (bench, plan, static, num_buckets, mode, task)
     key = {
         "num_gpus": bench.num_gpus,
         "plan": plan_entries(plan),
@@ -57,7 +56,6 @@ def run_steps(
     num_buckets: int,
     mode: Mode,
     task: str | None,
-    seed: int,
 ) -> Record:
     """Return the record of a plan's simulated steps, or why it cannot run them.
 
@@ -67,14 +65,13 @@ def run_steps(
     try:
         if mode == "even":
             assert static is not None
-            run = _dealt(bench, plan, workload, static, seed)
+            run = _dealt(bench, plan, workload, static)
         else:
             run = simulate(
                 plan,
                 workload,
                 bench.costs.cost_model,
                 bench.num_steps,
-                seed=seed,
                 num_buckets=num_buckets if static is None else static,
                 static=static is not None,
                 mode=mode,
@@ -96,10 +93,10 @@ def run_steps(
     }
 
 
-def _dealt(bench: Bench, plan: Plan, workload: Workload, static: int, seed: int) -> Simulation:
+def _dealt(bench: Bench, plan: Plan, workload: Workload, static: int) -> Simulation:
     buckets = static_buckets(static, workload.longest)
     busy, tokens, padded = [], [], []
-    for lengths in steps_of(workload, bench.num_steps, seed):
+    for lengths in workload.steps(bench.num_steps):
         counts = np.bincount(bucket_index(lengths, buckets), minlength=len(buckets))
         busy.append(dealt_time_s(counts, buckets, plan, bench.costs.cost_model))
         tokens.append(int(lengths.sum()))

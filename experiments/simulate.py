@@ -120,9 +120,8 @@ class Experiment:
 
     def bench(self, num_gpus: int, config: TrainerConfig, costs: Costs, lengths: Lengths) -> Bench:
         """Return the bench of a cluster and a configuration."""
-        workload = workload_of(config, lengths)
-        args = self.args
-        return Bench(args.model, num_gpus, workload, costs, args.steps, args.seed)
+        workload = workload_of(config, lengths, self.args.seed)
+        return Bench(self.args.model, num_gpus, workload, costs, self.args.steps)
 
     def write(self, name: str, rows: Rows) -> None:
         """Write a table as CSV."""

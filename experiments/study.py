@@ -31,7 +31,7 @@ from lobra.layout.layout import Layout
 from lobra.layout.plan import Plan
 from lobra.planner.candidates import PROPOSAL_CHUNKS, Candidate, tokens_per_gpu_second
 from lobra.planner.dispatch import dispatch, dispatch_counts
-from lobra.planner.simulate import FUSED_BUCKETS, chrome_trace, steps_of
+from lobra.planner.simulate import FUSED_BUCKETS, chrome_trace
 from lobra.planner.workload import expect
 
 Rows = list[dict[str, Any]]
@@ -432,7 +432,7 @@ def _origin(method: str, inferred: bool) -> str:
 
 def timeline_rows(bench: Bench, plans: Mapping[str, Plan]) -> Rows:
     """Return the micro-batches of every replica in the first sampled step, per plan."""
-    lengths = next(steps_of(bench.workload, 1, bench.seed))
+    lengths = next(bench.workload.steps(1))
     rows = []
     for owner, plan in plans.items():
         assignment = dispatch(lengths, plan, bench.costs.cost_model, num_buckets=NUM_BUCKETS)

@@ -72,6 +72,10 @@ def make_buckets(
 def static_buckets(num_buckets: int, longest: int) -> np.ndarray:
     """Return LobRA's fixed set of 7 or 16 buckets, up to the one that holds ``longest`` tokens.
 
+    "Fixed buckets" are these everywhere: for plans (``--bucket-plan STATIC``), in the simulator,
+    the experiments' tables and training (``--dp-bucket off``). ``longest`` is the workload's, over
+    all tasks and what they hold out.
+
     Raises
     ------
     ConfigError
@@ -79,11 +83,14 @@ def static_buckets(num_buckets: int, longest: int) -> np.ndarray:
     """
     if num_buckets not in STATIC_BUCKETS:
         sets = " or ".join(str(size) for size in STATIC_BUCKETS)
-        raise ConfigError(f"static buckets: {num_buckets}; the fixed sets have {sets} buckets")
+        raise ConfigError(
+            f"--num-buckets {num_buckets}: the fixed sets have {sets} buckets; give one of these, "
+            f"or use dynamic buckets"
+        )
     buckets = np.array(STATIC_BUCKETS[num_buckets], dtype=np.int64)
     if longest > buckets[-1]:
         raise ConfigError(
-            f"static buckets: a sequence of {longest} tokens is longer than the last bucket "
+            f"fixed buckets: a sequence of {longest} tokens is longer than the last bucket "
             f"({buckets[-1]}); use dynamic buckets or a smaller maximum length"
         )
     return buckets[: int(np.searchsorted(buckets, longest)) + 1]
@@ -115,14 +122,17 @@ def padding_ratio(lengths: np.ndarray, buckets: np.ndarray) -> float:
 
 
 def plan_buckets(
-    lengths: Mapping[str, np.ndarray], batch_sizes: Mapping[str, int], num_buckets: int
+    lengths: Mapping[str, np.ndarray],
+    batch_sizes: Mapping[str, int],
+    num_buckets: int,
+    longest: int = 1,
 ) -> np.ndarray:
-    """Return the exact dynamic buckets of the expected batch.
+    """Return the exact dynamic buckets of the expected batch; the last holds ``longest`` too.
 
     Each task's histogram is scaled to a hundred of its global batches and rounded, as LobRA does,
     so that tasks count by what they contribute to a step and not by the size of their data.
     """
-    units, weights = [], []
+    units, weights = [np.array([-(-longest // ALIGN)])], [np.zeros(1, dtype=np.int64)]
     for task, values in lengths.items():
         counts = np.bincount((checked_lengths(values, task) + (ALIGN - 1)) // ALIGN)
         occupied = np.flatnonzero(counts)
@@ -133,12 +143,16 @@ def plan_buckets(
 
 
 def expected_batch(
-    lengths: Mapping[str, np.ndarray], batch_sizes: Mapping[str, int], buckets: np.ndarray
+    lengths: Mapping[str, np.ndarray],
+    batch_sizes: Mapping[str, int],
+    buckets: np.ndarray,
+    longest: int = 1,
 ) -> np.ndarray:
     """Return int64 [num buckets]: how many sequences of each bucket a typical step holds.
 
     Per task its histogram over the buckets, rounded to its global batch size by largest remainder
-    (ties go to the longer bucket); then at least one sequence of the longest occupied bucket.
+    (ties go to the longer bucket); then at least one sequence of the longest occupied bucket, or
+    of that of ``longest`` tokens, which a plan must hold too.
 
     Raises
     ------
@@ -146,13 +160,13 @@ def expected_batch(
         If a task has no sequence.
     """
     total = np.zeros(len(buckets), dtype=np.int64)
-    longest = 0
+    last = int(bucket_index(np.array([longest]), buckets)[0])
     for task, values in lengths.items():
         index = bucket_index(checked_lengths(values, task), buckets)
         counts = np.bincount(index, minlength=len(buckets))
         total += largest_remainder(counts, batch_sizes[task])
-        longest = max(longest, int(index.max()))
-    total[longest] = max(1, total[longest])
+        last = max(last, int(index.max()))
+    total[last] = max(1, total[last])
     return total
 
 

@@ -1,5 +1,6 @@
 """Plans compared on sampled steps: what they take on average, not for the expected batch alone.
 
+Sampled steps are those that `lobra train` draws with the workload's seed, from the first one on.
 The expected batch has one sequence where steps have none or three. Plans that are as good for it
 are compared on the same sampled steps; so are plans made for batches with as many long sequences
 as come once in a few steps, which may keep more room for those.
@@ -16,7 +17,7 @@ from lobra.planner.buckets import bucket_index
 from lobra.planner.clock import Clock
 from lobra.planner.planners import exact
 from lobra.planner.planners.base import Outcome, Problem, Progress
-from lobra.planner.simulate import simulate, steps_of
+from lobra.planner.simulate import simulate
 from lobra.planner.workload import Workload
 
 PLANS, STEPS = 4, 20
@@ -49,7 +50,7 @@ class Sampled:
 
 @dataclass(frozen=True, eq=False)
 class Sampler:
-    """Simulates plans on the workload's steps; buckets as in ``planner.simulate.simulate``."""
+    """Simulates plans on the steps of the run; buckets as in ``planner.simulate.simulate``."""
 
     workload: Workload
     problem: Problem
@@ -57,7 +58,7 @@ class Sampler:
     static: bool
     progress: Progress
 
-    def run(self, plan: Plan, steps: int, seed: int = 0) -> Sampled:
+    def run(self, plan: Plan, steps: int, first_step: int = 0) -> Sampled:
         """Return the step times of a plan."""
         self.progress(f"{steps} sampled steps of {plan}")
         run = simulate(
@@ -65,7 +66,7 @@ class Sampler:
             self.workload,
             self.problem.cost_model,
             steps,
-            seed=seed,
+            first_step=first_step,
             num_buckets=self.num_buckets,
             static=self.static,
         )
@@ -96,14 +97,15 @@ def compare(
             sampled.append(sampler.run(plan, steps))
         best = int(np.argmin([entry.mean_s for entry in sampled]))
         if sampled[best].mean_s < sampled[0].mean_s * (1 - HEAVY_MARGIN) and clock.left_s > 0:
-            one, two = (sampler.run(sampled[i].plan, STEPS_TO_CONFIRM, 1) for i in (0, best))
-            if two.mean_s < one.mean_s * (1 - HEAVY_MARGIN):
+            # without further steps these were all there are
+            was_all = not sampler.workload.draw(steps)
+            if was_all or _confirmed(sampler, sampled[0].plan, sampled[best].plan, steps):
                 sampled.insert(0, sampled.pop(best))
     if sampled[0].plan == outcome.plan:
         return outcome, tuple(sampled)
     first = next(entry for entry in sampled if entry.plan == outcome.plan)
     note = (
-        f"on {steps} sampled steps {sampled[0].mean_s:.4g} s on average, against "
+        f"on {len(first.step_time_s)} sampled steps {sampled[0].mean_s:.4g} s on average, against "
         f"{first.mean_s:.4g} s of {outcome.plan}, best for the batch"
     )
     known = dict(outcome.alternatives)
@@ -113,6 +115,12 @@ def compare(
         outcome, plan=plan, step_time_s=step_time_s, notes=(*outcome.notes, note), proven=False
     )
     return changed, tuple(sampled)
+
+
+def _confirmed(sampler: Sampler, plan: Plan, other: Plan, first_step: int) -> bool:
+    """Return whether the other plan is clearly better on further steps too."""
+    one, two = (sampler.run(each, STEPS_TO_CONFIRM, first_step) for each in (plan, other))
+    return two.mean_s < one.mean_s * (1 - HEAVY_MARGIN)
 
 
 def _plans_for_heavier(sampler: Sampler, known: list[Plan], clock: Clock) -> list[Plan]:
@@ -137,7 +145,7 @@ def heavier_batches(problem: Problem, workload: Workload) -> list[np.ndarray]:
     drawn = np.stack(
         [
             np.bincount(bucket_index(lengths, problem.buckets), minlength=len(problem.buckets))
-            for lengths in steps_of(workload, HEAVY_STEPS, 1)
+            for lengths in workload.steps(HEAVY_STEPS)
         ]
     )
     rare = problem.counts <= RARE

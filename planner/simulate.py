@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,6 @@ from lobra.planner.planners import homogeneous
 from lobra.planner.planners.base import Problem
 from lobra.planner.workload import Workload, expect
 from lobra.profiler.cost_model import CostModel
-from lobra.tasks.sampling import sample_indices
 
 FUSED_BUCKETS = 7  # LobRA's baselines pad to its set of seven
 
@@ -83,17 +82,6 @@ class Simulation:
         return np.array([replica.layout.num_gpus for replica in self.plan.replicas], dtype=float)
 
 
-def steps_of(workload: Workload, num_steps: int, seed: int) -> Iterator[np.ndarray]:
-    """Yield int64 [global batch]: the lengths of every step, drawn as training draws them."""
-    for step in range(num_steps):
-        yield np.concatenate(
-            [
-                values[sample_indices(len(values), workload.batch_sizes[task], seed + number, step)]
-                for number, (task, values) in enumerate(workload.lengths.items())
-            ]
-        )
-
-
 def simulate(
     plan: Plan,
     workload: Workload,
@@ -101,19 +89,22 @@ def simulate(
     num_steps: int,
     *,
     name: str = "balanced, dynamic buckets",
-    seed: int = 0,
+    first_step: int = 0,
     num_buckets: int = 16,
     static: bool = False,
     mode: Mode | None = "balance",
 ) -> Simulation:
-    """Return what ``num_steps`` steps of a plan take.
+    """Return what ``num_steps`` steps of a plan take, from ``first_step`` on.
+
+    They are steps of the run that `lobra train` makes of the workload: fewer if all its tasks end
+    earlier (at least one must be left).
 
     ``mode`` None dispatches by greedy LPT (``lpt_times_s``) instead of the dispatcher. ``static``:
     the fixed set of ``num_buckets`` buckets instead of each step's own.
     """
     sync_s = sync_time_s(plan, cost_model)
     times, busy, tokens, padded, dispatch_s = [], [], [], [], []
-    for lengths in steps_of(workload, num_steps, seed):
+    for lengths in workload.steps(num_steps, first_step):
         start = time.perf_counter()
         longest = workload.longest
         buckets = (
@@ -168,7 +159,6 @@ def baselines(
     num_gpus: int,
     num_steps: int,
     *,
-    seed: int = 0,
     gpus_per_node: int = 8,
 ) -> list[Simulation]:
     """Return Task-Sequential and Task-Fused: homogeneous plans, LobRA's seven fixed buckets.
@@ -184,33 +174,28 @@ def baselines(
         alone = []
         elements = cost_model.adapter_elements / len(workload.lengths)
         alone_model = replace(cost_model, adapter_elements=elements)  # one of like adapters
-        for number, task in enumerate(workload.lengths):
-            one = Workload(
-                {task: workload.lengths[task]},
-                {task: workload.batch_sizes[task]},
-                {task: workload.clipped[task]},
-            )
+        for task in workload.lengths:
+            one = workload.only(task)
             plan = _homogeneous(one, candidates, cost_model, num_gpus, gpus_per_node)
             if plan is None:
                 return []
-            alone.append(_fixed(plan, one, alone_model, num_steps, task, seed + number))
+            alone.append(_fixed(plan, one, alone_model, num_steps, task))
     except ConfigError:
         return []
-    step_time_s = np.sum([run.step_time_s for run in alone], axis=0)
     # the share of all GPUs' time that is used, task by task
-    busy = np.sum([run.busy_s @ run._gpus_of_replicas() / run.num_gpus for run in alone], axis=0)
+    busy = _added([run.busy_s @ run._gpus_of_replicas() / run.num_gpus for run in alone])
     sequential = Simulation(
         "Task-Sequential, 7 fixed buckets",
         None,
         num_gpus,
-        step_time_s,
+        _added([run.step_time_s for run in alone]),
         busy[:, None],
-        np.sum([run.tokens for run in alone], axis=0),
-        np.sum([run.padded_tokens for run in alone], axis=0),
-        np.sum([run.dispatch_time_s for run in alone], axis=0),
+        _added([run.tokens for run in alone]),
+        _added([run.padded_tokens for run in alone]),
+        _added([run.dispatch_time_s for run in alone]),
     )
     name = "Task-Fused, 7 fixed buckets"
-    return [sequential, _fixed(fused, workload, cost_model, num_steps, name, seed)]
+    return [sequential, _fixed(fused, workload, cost_model, num_steps, name)]
 
 
 def ladder(
@@ -219,7 +204,6 @@ def ladder(
     cost_model: CostModel,
     num_steps: int,
     *,
-    seed: int = 0,
     num_buckets: int = 16,
 ) -> list[Simulation]:
     """Return the plan under ever better dispatch: by length, balanced, dynamic buckets; and LPT."""
@@ -241,7 +225,6 @@ def ladder(
                     cost_model,
                     num_steps,
                     name=name,
-                    seed=seed,
                     num_buckets=number,
                     static=static,
                     mode=mode,
@@ -285,20 +268,26 @@ def _slice(name: str, process: int, start_us: float, length_us: float) -> dict[s
     return {"ph": "X", "name": name, "pid": process, "tid": 0, "ts": start_us, "dur": length_us}
 
 
+def _added(values: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the sum per step; a task that has ended adds nothing."""
+    total = np.zeros(max(map(len, values)), dtype=values[0].dtype)
+    for own in values:
+        total[: len(own)] += own
+    return total
+
+
 def _fixed(
-    plan: Plan, workload: Workload, cost_model: CostModel, num_steps: int, name: str, seed: int
+    plan: Plan, workload: Workload, cost_model: CostModel, num_steps: int, name: str
 ) -> Simulation:
-    run = simulate(
+    return simulate(
         plan,
         workload,
         cost_model,
         num_steps,
         name=name,
-        seed=seed,
         num_buckets=FUSED_BUCKETS,
         static=True,
     )
-    return replace(run, name=name)
 
 
 def _homogeneous(

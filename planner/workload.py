@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,8 +15,9 @@ from lobra.common.errors import ConfigError, Problems
 from lobra.layout.shapes import resolve_shape
 from lobra.model.folder import tokenizer_folder
 from lobra.planner.buckets import bucket_index, expected_batch, plan_buckets, static_buckets
-from lobra.tasks.config import TaskConfig, TrainerConfig
+from lobra.tasks.config import TaskConfig, TrainerConfig, clip_context
 from lobra.tasks.lengths import load_lengths
+from lobra.tasks.sampling import num_steps, sample_indices, seed_of, split_sequences
 
 if TYPE_CHECKING:
     from lobra.tasks.dataset import TokenizedDataset
@@ -27,37 +28,71 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Workload:
-    """What a step draws from.
+    """What the steps of a run draw from.
 
     Attributes
     ----------
     lengths
-        By task name, int64 [n]: tokens of every sequence, cut to the task's limit.
+        By task name, int64 [n]: tokens of every sequence it trains on, cut to the task's limit.
     batch_sizes
         By task name, the sequences of one step.
     clipped
-        By task name, how many sequences were cut.
+        By task name, how many sequences were cut, held-out ones included.
+    held_out
+        By task name, the lengths of what ``validation_split`` holds out: a plan must hold them too.
+    seeds
+        By task name, the tasks' own seeds (0).
+    num_steps
+        By task name, after how many steps the task ends (never).
+    seed
+        The run's.
     """
 
     lengths: Mapping[str, np.ndarray]
     batch_sizes: Mapping[str, int]
     clipped: Mapping[str, int]
+    held_out: Mapping[str, np.ndarray] = field(default_factory=dict)
+    seeds: Mapping[str, int] = field(default_factory=dict)
+    num_steps: Mapping[str, int] = field(default_factory=dict)
+    seed: int = 0
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence of any task."""
-        return max(int(values.max()) for values in self.lengths.values())
+        """Tokens of the longest sequence of any task, those held out included."""
+        every = [*self.lengths.values(), *self.held_out.values()]
+        return max(int(values.max()) for values in every if len(values))
 
-    def sample(self, rng: np.random.Generator) -> np.ndarray:
-        """Return int64: the lengths of one random step, each task's sequences without repeats.
+    def only(self, task: str) -> Workload:
+        """Return the workload of one task alone; it draws what it draws among the others."""
+        parts: dict[str, Any] = {
+            name: {task: values[task]} if task in (values := getattr(self, name)) else {}
+            for name in ("lengths", "batch_sizes", "clipped", "held_out", "seeds", "num_steps")
+        }
+        return replace(self, **parts)
 
-        With fewer sequences than the global batch a task's are repeated.
+    def draw(self, step: int) -> dict[str, np.ndarray]:
+        """Return, by task, the indices into its lengths that a step (from 0) trains, int64.
+
+        They are those that `lobra train` draws with the same seed; without tasks that have ended.
         """
-        drawn = [
-            rng.choice(values, self.batch_sizes[task], replace=self.batch_sizes[task] > len(values))
+        return {
+            task: sample_indices(
+                len(values),
+                self.batch_sizes[task],
+                seed_of(task, self.seeds.get(task, 0), self.seed),
+                step,
+            )
             for task, values in self.lengths.items()
-        ]
-        return np.concatenate(drawn)
+            if task not in self.num_steps or step < self.num_steps[task]
+        }
+
+    def steps(self, number: int, first: int = 0) -> Iterator[np.ndarray]:
+        """Yield int64 [global batch]: the lengths of every step; fewer where all tasks end."""
+        for step in range(first, first + number):
+            drawn = self.draw(step)
+            if not drawn:
+                return
+            yield np.concatenate([self.lengths[task][own] for task, own in drawn.items()])
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,21 +108,20 @@ def make_workload(
     config: TrainerConfig,
     lengths: Mapping[str, np.ndarray],
     max_seq_length: int,
+    seed: int = 0,
 ) -> Workload:
-    """Return the workload of a trainer configuration over the given lengths.
+    """Return the workload of a trainer configuration over the given lengths in a run of ``seed``.
 
     Lengths are looked up by the task's name, then by its data set's. They are cut to the smaller
-    of the task's context length and ``max_seq_length``.
+    of the task's context length and ``max_seq_length``. Each is a row of its own.
 
     Raises
     ------
     ConfigError
         For every task without lengths, and when ``max_seq_length`` is not positive.
     """
-    problems = []
-    if max_seq_length < 1:
-        problems.append(f"--max-seq-length: {max_seq_length}; at least 1 token is needed")
-    cut, batch_sizes, clipped = {}, {}, {}
+    problems = _length_problems(max_seq_length)
+    training, held_out, clipped = [], [], []
     for task in config.tasks:
         values = lengths.get(task.name, _lengths_of_data(task, lengths))
         if values is None or len(values) == 0:
@@ -100,12 +134,40 @@ def make_workload(
             continue
         limit = min(task.context_length, max_seq_length)
         values = np.asarray(values, dtype=np.int64)
-        cut[task.name] = np.minimum(values, limit)
-        clipped[task.name] = int((values > limit).sum())
-        batch_sizes[task.name] = task.global_batch_size
+        own, others = split_sequences(task, np.arange(len(values)), seed)
+        cut = np.minimum(values, limit)
+        training.append(cut[own])
+        held_out.append(cut[others])
+        clipped.append(int((values > limit).sum()))
     if problems:
         raise ConfigError(problems)
-    return Workload(cut, batch_sizes, clipped)
+    return _workload(config.tasks, training, held_out, clipped, seed)
+
+
+def _length_problems(max_seq_length: int) -> list[str]:
+    if max_seq_length < 1:
+        return [f"--max-seq-length: {max_seq_length}; at least 1 token is needed"]
+    return []
+
+
+def _workload(
+    tasks: Sequence[TaskConfig],
+    training: Sequence[np.ndarray],
+    held_out: Sequence[np.ndarray],
+    clipped: Sequence[int],
+    seed: int,
+) -> Workload:
+    """Return the workload of tasks with these lengths to train on and to validate on."""
+    names = [task.name for task in tasks]
+    return Workload(
+        dict(zip(names, training, strict=True)),
+        {task.name: task.global_batch_size for task in tasks},
+        dict(zip(names, clipped, strict=True)),
+        dict(zip(names, held_out, strict=True)),
+        {task.name: task.seed for task in tasks},
+        {task.name: num_steps(task, len(own)) for task, own in zip(tasks, training, strict=True)},
+        seed,
+    )
 
 
 def _lengths_of_data(task: TaskConfig, lengths: Mapping[str, np.ndarray]) -> np.ndarray | None:
@@ -117,32 +179,57 @@ def _lengths_of_data(task: TaskConfig, lengths: Mapping[str, np.ndarray]) -> np.
 
 
 def read_lengths(
-    config: TrainerConfig,
-    model: str,
-    lengths_path: str | os.PathLike[str] | None,
-    data_dir: str | os.PathLike[str],
+    config: TrainerConfig, model: str, data_dir: str | os.PathLike[str]
 ) -> Mapping[str, np.ndarray]:
-    """Return every task's lengths: from a file of lengths, or by tokenising its data set."""
-    return read_lengths_and_labels(config, model, lengths_path, data_dir)[0]
+    """Return the lengths of every task's tokenised data set, what is held out included."""
+    datasets = _load(config.tasks, model, data_dir)
+    return {task.name: data.lengths for task, data in zip(config.tasks, datasets, strict=True)}
 
 
-def read_lengths_and_labels(
+def read_workload(
     config: TrainerConfig,
     model: str,
     lengths_path: str | os.PathLike[str] | None,
     data_dir: str | os.PathLike[str],
-) -> tuple[Mapping[str, np.ndarray], float | None]:
-    """Return every task's lengths, and the share of a step's tokens that carry a loss.
+    max_seq_length: int,
+    seed: int = 0,
+) -> tuple[Workload, float | None]:
+    """Return the workload of a run of ``seed``, and the share of its tokens that carry a loss.
 
-    The share is None with a file of lengths, which does not say.
+    Lengths are from a file, or of the data sets, tokenised as `lobra train` does. The share is None
+    with a file of lengths, which does not say.
 
     Raises
     ------
     ConfigError
-        With every mistake of the data sets, or of the file.
+        With every mistake of the data sets, or of the file; see ``make_workload``.
     """
     if lengths_path is not None:
-        return load_lengths(Path(lengths_path)), None
+        lengths = load_lengths(Path(lengths_path))
+        return make_workload(config, lengths, max_seq_length, seed), None
+    if problems := _length_problems(max_seq_length):
+        raise ConfigError(problems)
+    from lobra.tasks.dataset import split
+
+    tasks = clip_context(config.tasks, max_seq_length)
+    datasets = _load(tasks, model, data_dir)
+    parts = [split(task, data, seed) for task, data in zip(tasks, datasets, strict=True)]
+    training = [own for own, _ in parts]
+    nothing = np.empty(0, dtype=np.int64)
+    workload = _workload(
+        tasks,
+        [own.lengths for own in training],
+        [nothing if others is None else others.lengths for _, others in parts],
+        [data.num_truncated for data in datasets],
+        seed,
+    )
+    return workload, label_share(tasks, training)
+
+
+def _load(
+    tasks: Sequence[TaskConfig], model: str, data_dir: str | os.PathLike[str]
+) -> list[TokenizedDataset]:
+    """Return every task's data set, tokenised; ConfigError with every mistake of them."""
     from lobra.tasks.data_report import summary_text
     from lobra.tasks.dataset import load_dataset
     from lobra.tasks.text_processor import TextProcessor
@@ -152,15 +239,14 @@ def read_lengths_and_labels(
     vocab_size = resolve_shape(model).vocab_size
     datasets: list[TokenizedDataset] = []
     problems = Problems()
-    for task in config.tasks:
+    for task in tasks:
         try:
             datasets.append(load_dataset(task, processor, data_dir, vocab_size))
         except ConfigError as error:
             problems += error.problems
     problems.raise_if_any()
     log.info("the tasks' data:\n%s", summary_text(datasets))
-    lengths = {task.name: data.lengths for task, data in zip(config.tasks, datasets, strict=True)}
-    return lengths, label_share(config.tasks, datasets)
+    return datasets
 
 
 def label_share(tasks: Sequence[TaskConfig], datasets: Sequence[TokenizedDataset]) -> float | None:
@@ -181,8 +267,10 @@ def expect(workload: Workload, num_buckets: int, static: bool = False) -> Expect
     if static:
         buckets = static_buckets(num_buckets, workload.longest)
     else:
-        buckets = plan_buckets(workload.lengths, workload.batch_sizes, num_buckets)
-    counts = expected_batch(workload.lengths, workload.batch_sizes, buckets)
+        buckets = plan_buckets(
+            workload.lengths, workload.batch_sizes, num_buckets, workload.longest
+        )
+    counts = expected_batch(workload.lengths, workload.batch_sizes, buckets, workload.longest)
     real = padded = 0.0
     for task, values in workload.lengths.items():
         share = workload.batch_sizes[task] / len(values)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
@@ -128,6 +128,15 @@ class TrainerConfig:
     variant: str
     tasks: tuple[TaskConfig, ...]
     path: Path
+
+
+def clip_context(tasks: Sequence[TaskConfig], max_seq_length: int | None) -> tuple[TaskConfig, ...]:
+    """Return the tasks with ``context_length`` no longer than ``max_seq_length``."""
+    if max_seq_length is None:
+        return tuple(tasks)
+    return tuple(
+        replace(task, context_length=min(task.context_length, max_seq_length)) for task in tasks
+    )
 
 
 def load_trainer_config(

@@ -21,6 +21,7 @@ from lobra.tasks.data_report import DataReport
 from lobra.tasks.encoding import Ids, Mask, cut
 from lobra.tasks.formats import Reading
 from lobra.tasks.rows import read_rows
+from lobra.tasks.sampling import split_sequences
 from lobra.tasks.sources import resolve_dataset
 from lobra.tasks.text_processor import TextProcessor
 from lobra.tasks.text_rows import MASKED, TextRow
@@ -28,7 +29,7 @@ from lobra.tasks.text_rows import MASKED, TextRow
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["MASKED", "TokenizedDataset", "load_dataset", "resolve_dataset"]
+__all__ = ["MASKED", "TokenizedDataset", "load_dataset", "resolve_dataset", "split"]
 
 #: A task's fields that decide how its rows become tokens.
 _SETTINGS = ("prompt", "json_key", "train_on_inputs", "context_length", "max_samples")
@@ -229,6 +230,27 @@ def _tokenised(
         num_truncated=report.num_cut,
         num_dropped=report.num_dropped,
         report=report,
+    )
+
+
+def split(
+    task: TaskConfig, data: TokenizedDataset, run_seed: int
+) -> tuple[TokenizedDataset, TokenizedDataset | None]:
+    """Return the sequences to train on, and those that ``validation_split`` holds out."""
+    training, held_out = split_sequences(task, data.rows(), run_seed)
+    if not len(held_out):
+        return data, None
+    return _select(data, training), _select(data, held_out)
+
+
+def _select(data: TokenizedDataset, indices: NDArray[np.int64]) -> TokenizedDataset:
+    parts = [data.sequence(int(index)) for index in indices]
+    return TokenizedDataset(
+        np.concatenate([tokens for tokens, _ in parts]),
+        np.concatenate([labels for _, labels in parts]),
+        np.concatenate([[0], np.cumsum(data.lengths[indices])]).astype(np.int64),
+        data.num_truncated,
+        data.num_dropped,
     )
 
 

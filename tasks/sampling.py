@@ -64,13 +64,30 @@ def num_steps(task: TaskConfig, num_sequences: int) -> int:
 
 
 def task_seed(task: TaskConfig, run_seed: int = 0) -> int:
+    """Return the seed of a task in a run (`seed_of`)."""
+    return seed_of(task.name, task.seed, run_seed)
+
+
+def seed_of(name: str, own_seed: int, run_seed: int) -> int:
     """Return the seed of a task in a run, from the run's seed, the task's seed and its name.
 
     It does not depend on the other tasks: a task trained alone draws what it draws among others.
     Non-negative, below 2**63, the same on every machine.
     """
-    key = f"{run_seed}\0{task.seed}\0{task.name}".encode()
+    key = f"{run_seed}\0{own_seed}\0{name}".encode()
     return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1
+
+
+def split_sequences(task: TaskConfig, rows: Indices, run_seed: int) -> tuple[Indices, Indices]:
+    """Return (training indices, validation indices) of a task's sequences in a run, ascending.
+
+    ``rows`` is int64 [num_sequences]: the row that each is from, ascending from 0 without a gap.
+    Sequences of one row (turns of a conversation) stay on one side.
+    """
+    seed = task_seed(task, run_seed)
+    held_out = split_validation(int(rows[-1]) + 1, task.validation_split, seed)[1]
+    is_held_out = np.isin(rows, held_out)
+    return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
 
 
 def split_validation(num_sequences: int, share: float, seed: int) -> tuple[Indices, Indices]:

@@ -37,19 +37,25 @@ from lobra.trainer.life import lives_from_json
 FOLDER = "checkpoints"
 STATE_FILE = "state.json"
 FORMAT = 1
-SAMPLED_BYTES = 1 << 20
 
 # What must be the same for a task to go on; the rest may be changed between runs.
 FIXED_FIELDS = ("name", "rank", "lora_alpha", "target_modules", "global_batch_size", "seed")
+# What decides which sequences there are: named if they are others and this is why.
+DATA_FIELDS = (
+    *("dataset_name", "json_key", "max_samples", "prompt", "train_on_inputs"),
+    *("context_length", "validation_split"),
+)
 
 
 @dataclass(frozen=True)
 class CheckpointState:
     """The part of a checkpoint that is not tensors.
 
+    `base_model` is the base model's fingerprint (`model.fingerprint`).
     `data_day` is the date that chat templates with a date were told (ISO; None: that of the day).
     `last_metrics` is the line of the step before it in metrics.jsonl, which is written later: a
-    run that is killed in between gets it back from here.
+    run that is killed in between gets it back from here. `precision` is None in checkpoints of
+    versions that did not note it.
     """
 
     step: int
@@ -62,6 +68,7 @@ class CheckpointState:
     base_model: str
     last_metrics: dict[str, Any] | None = None
     data_day: str | None = None
+    precision: str | None = None
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -79,25 +86,19 @@ def list_checkpoints(run: Path) -> list[int]:
 
 
 def task_record(task: TaskConfig, data: TokenizedDataset) -> dict[str, Any]:
-    """Return what identifies a task and its data, to be compared when a run goes on."""
-    record = {name: getattr(task, name) for name in FIXED_FIELDS}
+    """Return what identifies a task and its data, to be compared when a run goes on.
+
+    `data` is what the task trains on, without what is held out.
+    """
+    record = {name: getattr(task, name) for name in (*FIXED_FIELDS, *DATA_FIELDS)}
     record["target_modules"] = list(task.target_modules)
+    record["dataset_name"] = list(task.dataset_names)
     record["num_sequences"] = len(data)
     digest = hashlib.sha256()
     for array in (data.tokens, data.labels, data.offsets):
         digest.update(np.ascontiguousarray(array).view(np.uint8).data)
     record["data_sha256"] = digest.hexdigest()[:16]
     return record
-
-
-def fingerprint(folder: Path) -> str:
-    """Return what tells base models apart: config.json, and every weight file's size and start."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {path.stat().st_size}".encode())
-            digest.update(file.read(SAMPLED_BYTES))
-    return digest.hexdigest()[:16]
 
 
 def drop_later(run: Path, step: int) -> None:
@@ -240,11 +241,16 @@ def resume_problems(
         problems.append(f"--resume: {source} has the tasks {now}, the checkpoint {before}")
         return problems
     for old, new in zip(state.tasks, tasks, strict=True):
+        changed = [field for field in FIXED_FIELDS if new[field] != old.get(field)]
+        if new["data_sha256"] != old.get("data_sha256"):
+            why = [f for f in DATA_FIELDS if f in old and new[f] != old[f]]
+            if not why and "seed" not in changed and state.seed == seed:
+                problems.append(_changed_data(old, new))
+            changed += why
         problems += [
             f"--resume: task {new['name']}: {field} is {new[field]!r}, "
             f"in the checkpoint {old.get(field)!r}"
-            for field in new
-            if new[field] != old.get(field)
+            for field in changed
         ]
     problems += [
         f"--resume: task {record['name']} had ended after {life['num_steps']} steps, before the "
@@ -253,6 +259,21 @@ def resume_problems(
         if life["num_steps"] < state.step < steps
     ]
     return problems
+
+
+def _changed_data(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Return what to do about data that are others than before, though asked for alike.
+
+    Checkpoints of older versions do not say how their data were asked for.
+    """
+    names = ", ".join(map(repr, new["dataset_name"]))
+    counts = f"{old.get('num_sequences')} sequences to train on then, {new['num_sequences']} now"
+    fields = "" if DATA_FIELDS[0] in old else f", or the task's {', '.join(DATA_FIELDS)},"
+    return (
+        f"--resume: task {new['name']}: its data set {names} is not what the checkpoint was "
+        f"trained on ({counts}); restore its files{fields} and the model's tokenizer as they were, "
+        f"or start a new run in another --output-dir"
+    )
 
 
 def revival_problems(state: CheckpointState, revived: Sequence[str]) -> list[str]:

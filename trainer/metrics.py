@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
 
 METRICS_FILE = "metrics.jsonl"
+REMEDY = "restore the file, or move it away: the run then goes on without its earlier steps"
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,38 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def check_metrics(folder: Path, step: int, last: dict[str, Any] | None) -> list[int]:
+    """Check what a run that goes on after `step` steps keeps of metrics.jsonl; change nothing.
+
+    Returns:
+        The steps before `step` that it lacks (0-based): they will be missing from reports.
+
+    Raises:
+        ConfigError: a line is not a step's, steps are not in order, or the step before is another
+            than `last`, the one that the checkpoint holds.
+    """
+    path = folder / METRICS_FILE
+    try:
+        steps = read_metrics(folder) if path.exists() else []
+    except ConfigError as error:
+        raise ConfigError(error.problems.changed(lambda text: f"{text}; {REMEDY}")) from error
+    for number, (one, two) in enumerate(pairwise(steps), start=2):
+        if two["step"] <= one["step"]:
+            raise ConfigError(
+                f"{path}:{number}: step {two['step']} after step {one['step']}, want them "
+                f"ascending; {REMEDY}"
+            )
+    known = {entry["step"]: entry for entry in steps}
+    if last is not None:
+        own = known.setdefault(last["step"], last)
+        if own.get("tasks") != last.get("tasks"):
+            raise ConfigError(
+                f"{path}: step {last['step']} is not the step that the checkpoint was saved after: "
+                f"the file is of another run; {REMEDY}"
+            )
+    return sorted(set(range(step)) - known.keys())
+
+
 def restore_metrics(folder: Path, step: int, last: dict[str, Any] | None) -> None:
     """Make metrics.jsonl what it was after `step` steps, for a run that goes on from there.
 
@@ -179,14 +214,22 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Return the steps of a run; a last line cut short by a crash is left out.
 
     Raises:
-        ValueError: a line before the last is not JSON.
+        ConfigError: the file cannot be read, or a line before the last is not a step's.
     """
+    path = folder / METRICS_FILE
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable ({error})") from error
     steps = []
-    lines = (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
-            steps.append(json.loads(line))
+            entry = json.loads(line)
         except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(f"{folder / METRICS_FILE}:{number}: {error}") from error
+            if number == len(lines):
+                break
+            raise ConfigError(f"{path}:{number}: not a step's line ({error})") from error
+        if not isinstance(entry, dict) or type(entry.get("step")) is not int:
+            raise ConfigError(f"{path}:{number}: not a step's line: {line:.60}")
+        steps.append(entry)
     return steps

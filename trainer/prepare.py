@@ -13,8 +13,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from lobra.common.errors import ConfigError, Problems
 from lobra.common.version import installed_version
 from lobra.layout.placement import place, placed
@@ -22,28 +20,29 @@ from lobra.layout.plan import Plan, load_plan
 from lobra.layout.shapes import ModelShape, layout_problem, read_shape
 from lobra.layout.world import World
 from lobra.model.checkpoint import checkpoint_problems
+from lobra.model.fingerprint import MARK, fingerprint
 from lobra.model.folder import resolve_folder
-from lobra.planner.buckets import make_buckets
+from lobra.planner.buckets import static_buckets
 from lobra.planner.workload import label_share
 from lobra.profiler.cost_model import CostModel, load_cost_model
 from lobra.profiler.profiles import default_time_path
-from lobra.tasks.config import TaskConfig, TrainerConfig, load_trainer_config
+from lobra.tasks.config import TaskConfig, TrainerConfig, clip_context, load_trainer_config
 from lobra.tasks.data_report import summary_text
-from lobra.tasks.dataset import TokenizedDataset
+from lobra.tasks.dataset import TokenizedDataset, split
 from lobra.tasks.sampling import num_steps
 from lobra.tasks.text_processor import TextProcessor
 from lobra.trainer.adapters import adapter_spec, check_adapter
 from lobra.trainer.checkpoint import (
     CheckpointState,
-    fingerprint,
     read_state,
     resume_problems,
     revival_problems,
     task_record,
 )
+from lobra.trainer.metrics import METRICS_FILE, check_metrics
 from lobra.trainer.run_folder import occupied, unusable, write_run_folder
 from lobra.trainer.run_spec import RunSpec
-from lobra.trainer.task_data import clip_context, foreign_tokens, load_datasets, split, too_long
+from lobra.trainer.task_data import foreign_tokens, load_datasets, too_long
 
 log = logging.getLogger(__name__)
 
@@ -118,8 +117,10 @@ def prepare(request: TrainRequest) -> RunSpec:
     plan: Plan | None = checks.attempt(requested_plan, request)
     folder: Path | None = checks.attempt(resolve_folder, request.model)
     shape: ModelShape | None = checks.attempt(read_shape, folder) if folder else None
+    unusable_base = Problems()
     if folder is not None and shape is not None:
-        checks.problems += checkpoint_problems(folder, shape)
+        unusable_base = checkpoint_problems(folder, shape)
+        checks.problems += unusable_base
     state: CheckpointState | None = None
     blocked = unusable(request.output_dir)
     if not request.resume:
@@ -129,6 +130,8 @@ def prepare(request: TrainRequest) -> RunSpec:
         state = checks.attempt(read_state, request.output_dir, request.resume_step)
         if state is not None:
             checks.problems += revival_problems(state, request.revive)
+            gone = checks.attempt(check_metrics, request.output_dir, state.step, state.last_metrics)
+            _warn_of_missing_steps(request.output_dir, gone or [])
     if request.revive and not request.resume:
         checks.problems.add("--revive: only a run that goes on (--resume) has stopped tasks")
     if plan is not None and request.num_gpus is not None and plan.num_gpus > request.num_gpus:
@@ -159,18 +162,20 @@ def prepare(request: TrainRequest) -> RunSpec:
     if shape is not None and plan is not None and not without_profile:
         cost_model = checks.attempt(dispatch_costs, request, plan)
     datasets: list[TokenizedDataset] = []
+    buckets: tuple[int, ...] = ()
     if blocked or (request.resume and state is None):  # before tokenising for nothing
         checks.raise_if_any()
     if config is not None and folder is not None:
         tasks = clip_context(config.tasks, request.max_seq_length)
         for number, task in enumerate(tasks):
-            if task.resume_from and shape is not None:
+            # A run that goes on has its adapters in the checkpoint.
+            if task.resume_from and shape is not None and not request.resume:
                 start = Path(task.resume_from)
                 where = f"{config.path}: task[{number}].resume_from"
                 found = check_adapter(start, adapter_spec(task), shape)
                 checks.problems += found.prefixed(f"{where}: ")
-        base = folder
-        processor = TextProcessor.of_folder(lambda: base, _first_day(state))
+        model_folder = folder
+        processor = TextProcessor.of_folder(lambda: model_folder, _first_day(state))
         datasets = load_datasets(
             checks.problems,
             config.path,
@@ -181,6 +186,8 @@ def prepare(request: TrainRequest) -> RunSpec:
         )
         if plan is not None:
             checks.problems += too_long(tasks, datasets, plan, config.path)
+            if not request.dynamic_buckets:
+                buckets = checks.attempt(fixed_buckets, request.num_buckets, datasets, plan) or ()
         if shape is not None:
             checks.problems += foreign_tokens(tasks, datasets, shape, config.path)
     training: list[TokenizedDataset] = []
@@ -194,8 +201,12 @@ def prepare(request: TrainRequest) -> RunSpec:
         records = [task_record(task, data) for task, data in pairs]
         steps = tuple(num_steps(task, len(data)) for task, data in pairs)
     if state is not None and training and folder is not None:
+        base = state.base_model
+        if shape is not None and not unusable_base:
+            base = checks.attempt(fingerprint, folder, shape, like=state.base_model) or base
+            _warn_of_old_fingerprint(state)
         checks.problems += resume_problems(
-            state, records, steps, request.seed, fingerprint(folder), request.trainer_config
+            state, records, steps, request.seed, base, request.trainer_config
         )
         checks.problems += revivals_in_vain(
             state, request.revive, {task.name: n for task, n in zip(tasks, steps, strict=True)}
@@ -208,12 +219,10 @@ def prepare(request: TrainRequest) -> RunSpec:
     )
 
     last_step = max(steps) if request.max_steps is None else min(max(steps), request.max_steps)
-    held_out = [data for data in validation if data is not None]
-    lengths = np.concatenate([data.lengths for data in (*training, *held_out)])
     run = RunSpec(
         model_folder=folder,
         base_model=str(folder.resolve()),
-        fingerprint=fingerprint(folder),
+        fingerprint=fingerprint(folder, shape),
         task_records=tuple(records),
         tasks=tasks,
         num_steps=steps,
@@ -226,7 +235,7 @@ def prepare(request: TrainRequest) -> RunSpec:
         device=device,
         num_buckets=request.num_buckets,
         dynamic_buckets=request.dynamic_buckets,
-        buckets=tuple(int(b) for b in make_buckets(lengths, request.num_buckets)),
+        buckets=buckets,
         dispatch_mode=request.dispatch_mode,
         seed=request.seed,
         feedback=device == "cuda" if request.feedback is None else request.feedback,
@@ -238,10 +247,57 @@ def prepare(request: TrainRequest) -> RunSpec:
         record_sequences=request.record_sequences,
         data_day=processor.day.isoformat(),
     )
+    if state is not None and state.precision not in (None, run.precision):
+        log.warning(
+            "the run goes on in %s, so far it was in %s: what the checkpoint holds is rounded to "
+            "it, and the result is of neither precision (--precision %s keeps to it)",
+            run.precision, state.precision, state.precision,
+        )  # fmt: skip
     log.info("the tasks' data:\n%s", summary_text(datasets))
     _warn_of_long_contexts(tasks, training, shape)
     write_run_folder(run, resolved_config(run, request), training, validation)
     return run
+
+
+def fixed_buckets(
+    num_buckets: int, datasets: Sequence[TokenizedDataset], plan: Plan
+) -> tuple[int, ...]:
+    """Return the buckets of ``--dp-bucket off``: those that plans and simulator call fixed, too.
+
+    Raises:
+        ConfigError: there is no such set, or the plan cannot take the bucket of the longest
+            sequence.
+    """
+    longest = max((int(data.lengths.max()) for data in datasets), default=0)
+    if longest == 0:
+        return ()
+    buckets = tuple(static_buckets(num_buckets, longest).tolist())
+    if buckets[-1] > plan.max_tokens >= longest:
+        raise ConfigError(
+            f"--dp-bucket off: the longest sequence ({longest} tokens) is padded to the fixed "
+            f"bucket of {buckets[-1]}, but the largest max_tokens of {plan} is {plan.max_tokens}; "
+            f"use --dp-bucket on, or plan with fixed buckets"
+        )
+    return buckets
+
+
+def _warn_of_old_fingerprint(state: CheckpointState) -> None:
+    """Warn where a checkpoint says too little about its base model to tell another one."""
+    if not state.base_model.startswith(MARK):
+        log.warning(
+            "the checkpoint is of an older version, which knew the base model by the start of its "
+            "files only: see to it that --model is the one it was trained on"
+        )
+
+
+def _warn_of_missing_steps(folder: Path, gone: Sequence[int]) -> None:
+    """Warn where metrics.jsonl lacks steps that the run has made."""
+    if gone:
+        log.warning(
+            "%s: lacks %d of the steps so far, the first of them step %d; reports will not have "
+            "them",
+            folder / METRICS_FILE, len(gone), gone[0] + 1,
+        )  # fmt: skip
 
 
 def _first_day(state: CheckpointState | None) -> date | None:

@@ -24,7 +24,7 @@ class RunSpec:
     `fingerprint` and `task_records` identify the base model and the tasks in checkpoints;
     `num_steps[t]` is how many steps task t trains, `last_step` where the run ends;
     `world` is the plan on its ranks; `buckets` are the fixed padded lengths when
-    `dynamic_buckets` is off. `feedback`: measured replica times correct the dispatcher.
+    `dynamic_buckets` is off (else none). `feedback`: measured replica times correct the dispatcher.
     `precision` is a key of `model.precision.DTYPES`.
     `data_day` is the date (ISO) that chat templates with a date were told.
     `revive`: names of stopped tasks that are to go on.

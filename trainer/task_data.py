@@ -1,14 +1,10 @@
-"""The tasks' data of a run: tokenised, checked against plan and model, validation split off."""
+"""The tasks' data of a run: tokenised, checked against plan and model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
 
 from lobra.common.errors import ConfigError, Problems
 from lobra.layout.plan import Plan
@@ -16,17 +12,7 @@ from lobra.layout.shapes import ModelShape
 from lobra.planner.buckets import ALIGN
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.dataset import TokenizedDataset, load_dataset
-from lobra.tasks.sampling import split_validation, task_seed
 from lobra.tasks.text_processor import TextProcessor
-
-
-def clip_context(tasks: Sequence[TaskConfig], max_seq_length: int | None) -> tuple[TaskConfig, ...]:
-    """Return the tasks with context_length no longer than `max_seq_length`."""
-    if max_seq_length is None:
-        return tuple(tasks)
-    return tuple(
-        replace(task, context_length=min(task.context_length, max_seq_length)) for task in tasks
-    )
 
 
 def load_datasets(
@@ -108,29 +94,3 @@ def foreign_tokens(
                 f"{shape.vocab_size}; the data was tokenised for another model"
             )
     return problems
-
-
-def split(
-    task: TaskConfig, data: TokenizedDataset, seed: int
-) -> tuple[TokenizedDataset, TokenizedDataset | None]:
-    """Return the sequences to train on, and those that `validation_split` holds out.
-
-    Sequences of one row (turns of a conversation) stay on one side.
-    """
-    rows = data.rows()
-    held_out = split_validation(int(rows[-1]) + 1, task.validation_split, task_seed(task, seed))[1]
-    if not len(held_out):
-        return data, None
-    is_held_out = np.isin(rows, held_out)
-    return _select(data, np.flatnonzero(~is_held_out)), _select(data, np.flatnonzero(is_held_out))
-
-
-def _select(data: TokenizedDataset, indices: NDArray[np.int64]) -> TokenizedDataset:
-    parts = [data.sequence(int(index)) for index in indices]
-    return TokenizedDataset(
-        np.concatenate([tokens for tokens, _ in parts]),
-        np.concatenate([labels for _, labels in parts]),
-        np.concatenate([[0], np.cumsum(data.lengths[indices])]).astype(np.int64),
-        data.num_truncated,
-        data.num_dropped,
-    )

@@ -527,6 +527,7 @@ class Worker:
             base_model=run.fingerprint,
             last_metrics=None if self.last_metrics is None else as_json(self.last_metrics),
             data_day=run.data_day,
+            precision=run.precision,
         )
 
     def _synchronize(self) -> None:

@@ -16,12 +16,11 @@ from lobra.commands import data_fetch as published_cli
 from lobra.common.errors import ConfigError, Problems, did_you_mean
 from lobra.layout.shapes import resolve_shape
 from lobra.model.folder import tokenizer_folder
-from lobra.tasks.config import TaskConfig, load_trainer_config
+from lobra.tasks.config import TaskConfig, clip_context, load_trainer_config
 from lobra.tasks.data_report import summary, summary_text
 from lobra.tasks.dataset import TokenizedDataset, load_dataset
 from lobra.tasks.text_processor import TextProcessor
 from lobra.tasks.text_rows import MASKED
-from lobra.trainer.task_data import clip_context
 
 SHOWN_CHARACTERS = 3000  # of a row, and of each of its parts, unless all of it is asked for
 SHOW = """\

@@ -27,7 +27,7 @@ from lobra.planner.deploy import (
 from lobra.planner.explain import compared, roles, saturation
 from lobra.planner.output import write_problem, written
 from lobra.planner.sweep import Point, parse_range, plot, plot_problem, sweep
-from lobra.planner.workload import Workload, make_workload, read_lengths_and_labels
+from lobra.planner.workload import Workload, read_workload
 from lobra.profiler.cost_model import KINDS, load_cost_model
 from lobra.profiler.profiles import (
     adapter_elements_of,
@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gpus-per-node", type=int, default=8, help="GPUs of one node (default 8)")
     add("--time-limit", type=float, help="seconds the planner may take")
     add("--sweep-gpus", metavar="LOW:HIGH[:STEP]", help="plan for other numbers of GPUs as well")
+    add("--seed", type=int, default=0, help="of the run that is planned for (default 0)")
     add("--plot", metavar="FILE", help="draw the sweep (.png, .pdf or .svg)")
     add("--dry-run", action="store_true", help="write no plan file")
     add("--json", action="store_true", help="print one JSON object on standard output")
@@ -81,10 +82,11 @@ def run(args: argparse.Namespace) -> int:
     memory = load_memory_profile(
         args.memory_profile or default_memory_path(args.model, len(config.tasks))
     )
-    lengths, labels = read_lengths_and_labels(config, args.model, args.lengths, args.data_dir)
+    workload, labels = read_workload(
+        config, args.model, args.lengths, args.data_dir, args.max_seq_length, args.seed
+    )
     adapters = [(task.rank, task.target_modules) for task in config.tasks]
     cost_model = cost_model.for_training(labels, adapter_elements_of(args.model, adapters))
-    workload = make_workload(config, lengths, args.max_seq_length)
 
     def refused(tp: int, pp: int) -> str | None:
         return layout_problem_of(args.model, tp, pp)
@@ -168,6 +170,8 @@ def read_options(args: argparse.Namespace, environment: Mapping[str, str]) -> Op
         problems.append(f"--num-gpus: {args.num_gpus}; a plan needs at least one GPU")
     if args.gpus_per_node < 1:
         problems.append(f"--gpus-per-node: {args.gpus_per_node}; a node has at least one GPU")
+    if args.seed < 0:
+        problems.append(f"--seed: {args.seed}; a number from 0 on is needed")
     if args.num_buckets < 1:
         problems.append(f"--num-buckets: {args.num_buckets}; at least one bucket is needed")
     if args.max_seq_length < 1:
@@ -231,7 +235,7 @@ def show(console: Console, deployment: Deployment, workload: Workload) -> None:
         console.print(f"note: {note}")
     for task, number in workload.clipped.items():
         if number:
-            total = len(workload.lengths[task])
+            total = len(workload.lengths[task]) + len(workload.held_out[task])
             console.print(f"note: task {task}: {number} of {total} sequences are cut to its limit")
     for reason in deployment.candidates.dropped:
         console.print(f"left out: {reason}")

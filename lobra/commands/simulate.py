@@ -18,8 +18,8 @@ from lobra.layout.plan import load_plan
 from lobra.planner.candidates import all_candidates
 from lobra.planner.dispatch import dispatch
 from lobra.planner.output import write_problem, written
-from lobra.planner.simulate import Simulation, baselines, chrome_trace, ladder, steps_of
-from lobra.planner.workload import make_workload, read_lengths_and_labels
+from lobra.planner.simulate import Simulation, baselines, chrome_trace, ladder
+from lobra.planner.workload import read_workload
 from lobra.profiler.cost_model import KINDS, load_cost_model
 from lobra.profiler.profiles import (
     adapter_elements_of,
@@ -37,8 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--trainer-config", required=True, help="name or path of the tasks' configuration")
     add("--strategy-config", required=True, help="name or path of the plan")
     add("--num-tasks", type=int, help="the first so many tasks only (default: all)")
-    add("--steps", type=int, default=20, help="steps to simulate (default 20)")
-    add("--seed", type=int, default=0, help="of the sampled batches (default 0)")
+    add(
+        "--steps",
+        type=int,
+        default=20,
+        help="steps to simulate, as long as a task runs (default 20)",
+    )
+    add("--seed", type=int, default=0, help="of the run whose steps they are (default 0)")
     add("--num-buckets", type=int, default=16, help="the most buckets of a step (default 16)")
     add("--max-seq-length", type=int, default=16384, help="tokens; longer sequences are cut")
     add("--time-profile", help="CSV tp,seq_len,mbs,time (default: exp_result/profile/...)")
@@ -65,10 +70,11 @@ def run(args: argparse.Namespace) -> int:
     config = load_trainer_config(args.trainer_config, args.num_tasks)
     plan = load_plan(args.strategy_config)
     cost_model = load_cost_model(args.model, args.time_profile, args.cost_model)
-    lengths, labels = read_lengths_and_labels(config, args.model, args.lengths, args.data_dir)
+    workload, labels = read_workload(
+        config, args.model, args.lengths, args.data_dir, args.max_seq_length, args.seed
+    )
     adapters = [(task.rank, task.target_modules) for task in config.tasks]
     cost_model = cost_model.for_training(labels, adapter_elements_of(args.model, adapters))
-    workload = make_workload(config, lengths, args.max_seq_length)
     with console.status("simulating ..."):
         runs: list[Simulation] = []
         if not args.no_baselines:
@@ -88,19 +94,16 @@ def run(args: argparse.Namespace) -> int:
                     cost_model,
                     plan.num_gpus,
                     args.steps,
-                    seed=args.seed,
                     gpus_per_node=args.gpus_per_node,
                 )
-        rungs = ladder(
-            plan, workload, cost_model, args.steps, seed=args.seed, num_buckets=args.num_buckets
-        )
+        rungs = ladder(plan, workload, cost_model, args.steps, num_buckets=args.num_buckets)
         runs += rungs[-1:] if args.no_baselines else rungs
     summaries = [run.summary() for run in runs]
     console.print(_table(summaries))
     for entry in summaries:
         console.print(f"{entry['name']}: {entry['plan']}")
     if args.output_dir:
-        first = next(steps_of(workload, 1, args.seed))
+        first = next(workload.steps(1))
         assignment = dispatch(first, plan, cost_model, num_buckets=args.num_buckets)
         folder = Path(args.output_dir)
         trace = json.dumps(chrome_trace(assignment, plan, cost_model))

@@ -121,7 +121,7 @@ def edit(path: Path, old: str, new: str) -> None:
             None,
             "2 problems",
         ),
-        (["--bucket-plan", "STATIC"], None, "static buckets"),
+        (["--bucket-plan", "STATIC"], None, "fixed sets"),
         (["--trainer-config", "none"], None, "none"),
         (["--lengths", "none.json"], None, "none.json"),
         (["--model", "600B"], None, "600B"),

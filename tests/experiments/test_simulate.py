@@ -246,8 +246,8 @@ def test_estimates_say_so_and_hold_the_published_plans(tmp_path: Path) -> None:
     costs = find_costs("32B", str(config.path), 12, Sources(), tmp_path)
     assert "ESTIMATE" in costs.source
     lengths = {task.name: np.array([100, 16000]) for task in config.tasks}
-    workload = workload_of(config, Lengths(lengths, "test"))
-    bench = Bench("32B", 64, workload, costs, 2, 0)
+    workload = workload_of(config, Lengths(lengths, "test"), 0)
+    bench = Bench("32B", 64, workload, costs, 2)
     for text in (setup.fused, setup.lobra):
         plan = bench.published_plan(text)
         assert plan.num_gpus == 64

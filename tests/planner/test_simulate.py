@@ -15,7 +15,7 @@ from lobra.planner.dispatch import dispatch
 from lobra.planner.evaluate import sync_time_s
 from lobra.planner.explain import roles
 from lobra.planner.planners.base import Problem
-from lobra.planner.simulate import baselines, chrome_trace, ladder, lpt_times_s, simulate, steps_of
+from lobra.planner.simulate import baselines, chrome_trace, ladder, lpt_times_s, simulate
 from lobra.planner.sweep import parse_range
 from lobra.planner.workload import Workload, expect
 from lobra.profiler.collectives import SYNC, Collectives, Link
@@ -35,15 +35,15 @@ def workload() -> Workload:
 
 def test_steps_draw_every_sequence_once_per_epoch() -> None:
     work = Workload({"a": np.arange(1, 13)}, {"a": 4}, {"a": 0})
-    drawn = np.concatenate(list(steps_of(work, 3, seed=1)))
+    drawn = np.concatenate(list(work.steps(3)))
     assert sorted(drawn.tolist()) == list(range(1, 13))
 
 
 def test_a_simulation_is_the_dispatcher_step_by_step() -> None:
     cost_model = plain_cost_model()
-    found = simulate(PLAN, workload(), cost_model, 4, seed=3)
+    found = simulate(PLAN, workload(), cost_model, 4, first_step=3)
     expected = [
-        dispatch(lengths, PLAN, cost_model).step_time_s for lengths in steps_of(workload(), 4, 3)
+        dispatch(lengths, PLAN, cost_model).step_time_s for lengths in workload().steps(4, 3)
     ]
     assert found.step_time_s.tolist() == expected
     summary = found.summary()
@@ -78,7 +78,7 @@ def test_greedy_dispatch_keeps_sequences_off_replicas_that_cannot_hold_them() ->
 
 def test_the_trace_fills_each_replicas_time() -> None:
     cost_model = plain_cost_model()
-    found = dispatch(next(steps_of(workload(), 1, 0)), PLAN, cost_model)
+    found = dispatch(next(workload().steps(1)), PLAN, cost_model)
     trace = chrome_trace(found, PLAN, cost_model)
     for replica, time_s in enumerate(found.replica_time_s):
         spans = [e for e in trace["traceEvents"] if e["pid"] == replica and e["ph"] == "X"]

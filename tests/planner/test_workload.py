@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lobra.common.errors import ConfigError
-from lobra.planner.workload import make_workload
+from lobra.planner.workload import expect, make_workload
 from lobra.tasks.config import TaskConfig, TrainerConfig
 
 LENGTHS = {"a": np.arange(1, 11), "b": np.arange(101, 104), "named": np.array([7])}
@@ -31,3 +31,31 @@ def test_several_data_sets_one_after_another() -> None:
     assert lengths_of("t", ("a", "b"), max_samples=2) == [1, 2, 101, 102]
     with pytest.raises(ConfigError, match="data set 'a', 'nowhere'"):
         lengths_of("t", ("a", "nowhere"))
+
+
+def test_what_is_held_out_is_not_trained_but_must_fit() -> None:
+    task = TaskConfig("a", 4, 8, ("q_proj",), 4, "a", 512, epochs=3, validation_split=0.3)
+    config = TrainerConfig("c", "canonical", (task,), Path("c.json"))
+    for seed in range(6):
+        work = make_workload(config, LENGTHS, 512, seed)
+        assert len(work.lengths["a"]) == 7 and len(work.held_out["a"]) == 3
+        assert sorted([*work.lengths["a"], *work.held_out["a"]]) == list(range(1, 11))
+        assert work.longest == 10
+        assert work.num_steps == {"a": 6}  # 21 sequences, four a step
+        assert len(list(work.steps(50))) == 6
+    long = {"a": np.array([100] * 9 + [500])}
+    batches = [expect(make_workload(config, long, 512, seed), 4) for seed in range(6)]
+    assert all(batch.buckets[-1] == 512 and batch.counts[-1] >= 1 for batch in batches)
+
+
+def test_a_task_alone_draws_what_it_draws_among_others() -> None:
+    tasks = tuple(
+        TaskConfig(name, 4, 8, ("q_proj",), 4, name, 512, steps=steps, seed=steps)
+        for name, steps in (("a", 2), ("b", 5))
+    )
+    work = make_workload(TrainerConfig("c", "canonical", tasks, Path("c.json")), LENGTHS, 512, 7)
+    for step in range(6):
+        drawn = work.draw(step)
+        assert drawn.keys() == {name for name, end in (("a", 2), ("b", 5)) if step < end}
+        for name, indices in drawn.items():
+            assert (work.only(name).draw(step)[name] == indices).all()

@@ -329,15 +329,16 @@ def test_what_may_not_change_is_named() -> None:
     assert resume_problems(saved, before, (4, 10, 20), 0, "base", "tasks.json") == []
     other = random_dataset(5, 6, 20, 256, 1)
     changed = [task_record(replace(TASKS[0], rank=8), other), *before[1:]]
-    problems = "\n".join(resume_problems(saved, changed, (9, 10, 10), 3, "x", "tasks.json"))
+    problems = "\n".join(resume_problems(saved, changed, (9, 10, 10), 0, "x", "tasks.json"))
     for part in (
-        "--seed 0, not 3",
         "not the base model",
         "had ended after 4 steps",
         "task one: rank is 8",
-        "task one: data_sha256",
+        "task one: its data set 'random' is not what the checkpoint was trained on",
     ):
         assert part in problems
+    (seed,) = resume_problems(saved, before, (4, 10, 10), 3, "base", "tasks.json")
+    assert "--seed 0, not 3" in seed
     assert (
         "has the tasks" in resume_problems(saved, before[:2], (4, 10), 0, "base", "tasks.json")[0]
     )
