@@ -7,6 +7,7 @@ that is asked for is imported, so that `lobra plan` never pays for importing tor
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import logging
 import os
@@ -47,6 +48,8 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `lobra <command> ...` and return its exit code (CONTRACT: 0, 1, 2 or 130)."""
+    if argv is None:
+        _keep_working_folder_out()
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _top_parser()
     args, rest = parser.parse_known_args(argv[:1])
@@ -54,6 +57,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return EXIT_USER_MISTAKE
     return guarded(lambda: _run(args.command, [*rest, *argv[1:]]))
+
+
+def _keep_working_folder_out() -> None:
+    """Have the Pythons this command starts (ranks, launchers) import from where this one does.
+
+    The installed command does not see modules of the working folder, but `python -c` and
+    `python -m` do: a `tokenizers.py` or `signal.py` there would take a library's place.
+    """
+    with contextlib.suppress(FileNotFoundError):  # the working folder was removed
+        if not {"", os.getcwd()} & set(sys.path):
+            os.environ.setdefault("PYTHONSAFEPATH", "1")
 
 
 def _run(name: str, argv: Sequence[str]) -> int:

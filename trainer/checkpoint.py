@@ -155,8 +155,12 @@ def _read(folder: Path) -> CheckpointState:
     """
     try:
         content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        if content.pop("format") != FORMAT:
-            raise _Broken(f"{STATE_FILE} was written by another version")
+        if (written := content.pop("format")) != FORMAT:
+            raise _Broken(
+                f"{STATE_FILE} is of format {written}, this version reads {FORMAT}: go on with the "
+                f"version that wrote it (config.yaml names it), or begin a new run whose tasks "
+                f"start from its adapters (resume_from)"
+            )
         state = CheckpointState(**content)
         lives_from_json(state.lives)
         if state.data_day is not None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
+import platform
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -177,7 +180,15 @@ def launcher_command(
         )
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(host_file)]
     if sum(slots.values()) > num_gpus:  # deepspeed starts a rank on every slot it is given
-        command += ["--include", first_slots(slots, num_gpus)]
+        slots = first_slots(slots, num_gpus)
+        chosen = (f"{host}:{','.join(map(str, range(count)))}" for host, count in slots.items())
+        command += ["--include", "@".join(chosen)]
+    if len(slots) == 1:  # deepspeed takes a single host for this one, after asking it by ssh
+        if is_this_host(next(iter(slots))):
+            command += ["--no_ssh_check"]
+            server_addr = server_addr or "127.0.0.1"
+        else:
+            command += ["--force_multi"]
     command += ["--no_local_rank"]
     if server_addr:
         command += ["--master_addr", server_addr]
@@ -186,15 +197,29 @@ def launcher_command(
     return [*command, "--module", "lobra.cli", "train", *arguments]
 
 
-def first_slots(slots: Mapping[str, int], count: int) -> str:
-    """Return the first `count` slots of the hosts as deepspeed's --include: `a:0,1@b:0`."""
-    chosen = []
+def first_slots(slots: Mapping[str, int], count: int) -> dict[str, int]:
+    """Return how many of the first `count` slots each host has; only hosts that have any."""
+    chosen = {}
     for host, size in slots.items():
-        taken = min(size, count)
-        if taken:
-            chosen.append(f"{host}:{','.join(map(str, range(taken)))}")
+        if taken := min(size, count):
+            chosen[host] = taken
         count -= taken
-    return "@".join(chosen)
+    return chosen
+
+
+def is_this_host(name: str) -> bool:
+    """Return whether a host's name means this machine: one of its addresses can be bound here."""
+    if name in ("localhost", platform.node()):
+        return True
+    try:
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except OSError:  # unknown: the launcher will say so
+        return False
+    for family, kind, protocol, _, address in found:
+        with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as tried:
+            tried.bind(address)
+            return True
+    return False
 
 
 def read_host_file(path: Path) -> dict[str, int]:

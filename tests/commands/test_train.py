@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import platform
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -340,6 +341,7 @@ def test_host_files(tmp_path: Path) -> None:
     assert "--include" not in command
     fewer = launcher_command([], path, 10, None, None)
     assert fewer[fewer.index("--include") + 1] == "alpha:0,1,2,3,4,5,6,7@beta:0,1"
+    assert not {"--no_ssh_check", "--force_multi"} & {*command, *fewer}
     assert command[command.index("--master_addr") + 1] == "10.0.0.1"
     assert command[-4:] == ["lobra.cli", "train", "--model", "7B"]
     with pytest.raises(ConfigError, match="12 slots on 2 hosts, the plan needs 16"):
@@ -348,6 +350,21 @@ def test_host_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         read_host_file(path)
     assert len(caught.value.problems) == 3
+
+
+def test_a_host_file_of_one_host(tmp_path: Path) -> None:
+    """This machine needs no ssh; another one is started there, not here."""
+    path = tmp_path / "hosts"
+    for name in ("localhost", "127.0.0.1", platform.node()):
+        path.write_text(f"{name} slots=2\nother.invalid slots=2\n")
+        here = launcher_command([], path, 2, None, 29500)
+        assert "--no_ssh_check" in here
+        assert here[here.index("--master_addr") + 1] == "127.0.0.1"
+    assert "10.0.0.1" in launcher_command([], path, 2, "10.0.0.1", 29500)
+    path.write_text("other.invalid slots=2\n")
+    there = launcher_command([], path, 2, None, None)
+    assert "--force_multi" in there
+    assert not {"--no_ssh_check", "--master_addr"} & {*there}
 
 
 def test_an_environment_file_is_sourced(tmp_path: Path) -> None:

@@ -1,0 +1,112 @@
+"""torchrun, deepspeed and a host file start the ranks of a plan: the same adapters as without."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lobra.cli import main
+from tests.assets.golden.make import HERE as GOLDEN
+from tests.assets.golden.make import training_arguments
+
+pytestmark = pytest.mark.ranks
+
+PLANS = {
+    "<2,1>": "strategy_config: [{dp: 1, tp: 2, pp: 1, max_tokens: 256}]\n",
+    "<1,1>x2": "strategy_config: [{dp: 2, tp: 1, pp: 1, max_tokens: 256}]\n",
+}
+MODULES = {"torchrun": "torch.distributed.run", "deepspeed": "deepspeed.launcher.runner"}
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a model, tasks and data, outside the checkout."""
+    for name in ("base", "data", "start"):
+        shutil.copytree(GOLDEN / name, tmp_path / name)
+    for name in ("tasks.json", "time.csv"):
+        shutil.copy(GOLDEN / name, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def script(name: str) -> list[str]:
+    """Return an installed launcher as users call it, where the environment has its script."""
+    beside = Path(sys.executable).with_name(name)
+    return [str(beside)] if beside.exists() else [sys.executable, "-m", MODULES[name]]
+
+
+def free_port() -> str:
+    with socket.socket() as tried:
+        tried.bind(("127.0.0.1", 0))
+        return str(tried.getsockname()[1])
+
+
+def launcher(name: str) -> list[str]:
+    """Return the command that starts two processes, up to the module they run."""
+    if name == "torchrun":
+        return [*script(name), "--standalone", "--nproc-per-node", "2", "-m", "lobra"]
+    port = ["--master_port", free_port()]
+    return [*script(name), "--no_local_rank", "--num_gpus", "2", *port, "--module", "lobra"]
+
+
+def run(command: list[str]) -> str:
+    """Run a command as from a user's shell; return what it printed."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        command, env=kept, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def adapters(folder: str) -> dict[str, torch.Tensor]:
+    return {
+        f"{path.parent.name}.{name}": value
+        for path in sorted(Path(folder).glob("adapters/*/adapter_model.safetensors"))
+        for name, value in load_file(path).items()
+    }
+
+
+def check_same(plan: str, launched: str) -> None:
+    """Train without a launcher too; both have written the same adapters, bit for bit."""
+    assert main(training_arguments(Path(plan), Path("alone"))) == 0
+    expected, found = adapters("alone"), adapters(launched)
+    assert {name.split(".")[0] for name in found} == {"everything", "few"}
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [
+        ("torchrun", "<2,1>"),
+        ("deepspeed", "<1,1>x2"),
+        pytest.param("torchrun", "<1,1>x2", marks=pytest.mark.long),
+        pytest.param("deepspeed", "<2,1>", marks=pytest.mark.long),
+    ],
+)
+def test_two_ranks_of_a_launcher(place: Path, name: str, plan: str) -> None:
+    Path("plan.yaml").write_text(PLANS[plan])
+    shown = run([*launcher(name), *training_arguments(Path("plan.yaml"), Path("run"))])
+    assert shown.count("adapters (PEFT format)") == 1, "one rank reports"
+    check_same("plan.yaml", "run")
+
+
+@pytest.mark.long
+def test_a_host_file_that_names_this_machine(place: Path) -> None:
+    """Two of its three slots are used; nothing is asked by ssh."""
+    Path("hosts").write_text("localhost slots=3\n")
+    Path("plan.yaml").write_text(PLANS["<2,1>"])
+    more = ["--host-file", "hosts", "--server-port", free_port()]
+    arguments = training_arguments(Path("plan.yaml"), Path("run"))
+    run([sys.executable, "-m", "lobra", *arguments, *more])
+    check_same("plan.yaml", "run")
