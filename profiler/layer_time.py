@@ -20,7 +20,7 @@ from lobra.model.launch import DEFAULT_PRELOAD, RankError, default_threads, run_
 from lobra.model.lora import AdapterSpec
 from lobra.profiler.head import HEAD_COLUMNS, PROFILED_SHARE
 from lobra.profiler.layer_time_rank import Clock, SingleDevice
-from lobra.profiler.memory import OUT_OF_MEMORY, shape_settings
+from lobra.profiler.memory import OUT_OF_MEMORY, adapter_settings, shape_settings
 from lobra.profiler.outliers import doubtful_points
 from lobra.profiler.points import time_points
 from lobra.profiler.profiles import TIME_COLUMNS
@@ -82,7 +82,9 @@ class TimeSweep:
         """The adapters trained together."""
         if self.tasks:
             return tuple(
-                AdapterSpec(task.name, task.rank, task.lora_alpha, task.target_modules)
+                AdapterSpec(
+                    task.name, task.rank, task.lora_alpha, task.target_modules, task.lora_dropout
+                )
                 for task in self.tasks
             )
         return tuple(
@@ -116,7 +118,7 @@ class TimeSweep:
             "rows": "of tasks drawn in proportion to their global batch sizes",
         }
         if self.tasks:
-            settings["adapters"] = [[task.rank, list(task.target_modules)] for task in self.tasks]
+            settings |= adapter_settings(self.tasks)
             settings["global_batch_sizes"] = [task.global_batch_size for task in self.tasks]
         if self.clock != "wall":
             settings["clock"] = self.clock

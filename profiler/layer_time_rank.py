@@ -140,6 +140,7 @@ def time_points_on_rank(
 
     def time_point(b: int, s: int, layer_too: bool, ends_too: bool) -> None:
         batch = synthetic_batch((b, s), layers.shape, len(specs), where, PROFILED_SHARE)
+        batch = replace(batch, noise_seed=b * s)  # adapters with dropout drop out, as in training
         if single_device is not None:  # the other shards' rows of the embedding are not here
             batch = replace(batch, tokens_BS=batch.tokens_BS % len(_embedding_rows(layers)))
         received_BSD = torch.randn(b, s, layers.shape.hidden_size, device=where).to(layers.dtype)
@@ -182,7 +183,8 @@ def row_mixtures(
 
 
 def _adapters_differ(specs: Sequence[AdapterSpec]) -> bool:
-    return len({(spec.rank, frozenset(spec.target_modules)) for spec in specs}) > 1
+    kinds = {(spec.rank, frozenset(spec.target_modules), spec.dropout > 0.0) for spec in specs}
+    return len(kinds) > 1
 
 
 def _line(fixed_and_slope: tuple[float, float], tokens: int) -> float:

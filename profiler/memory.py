@@ -27,6 +27,7 @@ from lobra.tasks.config import TaskConfig
 log = logging.getLogger(__name__)
 
 STEP_TOKENS = 256
+COUNTED = "training with the tasks' dropout, evaluation, the adapters' exchange"
 SHORT_LENGTH = 256  # the "many short sequences" of a trial
 # Stages may differ by so much from layers / pp: <1,3> of 32 layers (11, 11, 10) yes, of 4 no.
 MAX_STAGE_IMBALANCE = 1.125
@@ -76,7 +77,8 @@ class MemorySweep:
         return {
             "model": self.shape.name,
             "shape": shape_settings(self.shape),
-            "adapters": [[task.rank, list(task.target_modules)] for task in self.tasks],
+            **adapter_settings(self.tasks),
+            "counted": COUNTED,
             "max_seq_length": self.max_seq_length,
             "step_tokens": STEP_TOKENS,
             "memory_budget_bytes": self.budget_bytes,
@@ -95,6 +97,16 @@ class LayoutResult:
     max_tokens: int | None
     trials: tuple[Trial, ...] = ()
     failure: str = ""
+
+
+def adapter_settings(tasks: Sequence[TaskConfig]) -> dict[str, Any]:
+    """Return what of the tasks' adapters costs depend on, as a sidecar's settings have it."""
+    settings: dict[str, Any] = {
+        "adapters": [[task.rank, list(task.target_modules)] for task in tasks]
+    }
+    if any(task.lora_dropout > 0.0 for task in tasks):
+        settings["lora_dropout"] = [task.lora_dropout for task in tasks]
+    return settings
 
 
 def shape_settings(shape: ModelShape) -> list[int]:
@@ -253,7 +265,14 @@ def measure_trial(sweep: MemorySweep, tp: int, pp: int, tokens: int) -> list[Ran
     """
     grid = tuple(tuple(range(stage * tp, (stage + 1) * tp)) for stage in range(pp))
     specs = tuple(
-        AdapterSpec(task.name, task.rank, task.lora_alpha, task.target_modules, seed=task.seed)
+        AdapterSpec(
+            task.name,
+            task.rank,
+            task.lora_alpha,
+            task.target_modules,
+            task.lora_dropout,
+            task.seed,
+        )
         for task in sweep.tasks
     )
     return run_ranks(

@@ -134,6 +134,7 @@ def _estimate(args: argparse.Namespace) -> int:
     from lobra.profiler.estimate_memory import Adapters, estimate_memory
     from lobra.profiler.memory import (
         STEP_TOKENS,
+        adapter_settings,
         layouts_within,
         parse_bytes,
         shape_settings,
@@ -145,7 +146,7 @@ def _estimate(args: argparse.Namespace) -> int:
     runtime = tables.runtime(args.runtime)
     tasks = load_trainer_config(args.trainer_config, args.num_tasks).tasks
     shape = resolve_shape(args.model)
-    adapters = Adapters(tuple((task.rank, task.target_modules) for task in tasks))
+    adapters = Adapters.of_tasks(tasks, shape)
     precision = args.precision or "bf16"
     largest = whole_steps(args.max_seq_length)
     budget = CUDA_MEMORY_SHARE * accelerator.memory_bytes
@@ -154,7 +155,7 @@ def _estimate(args: argparse.Namespace) -> int:
     settings = {
         "model": shape.name,
         "shape": shape_settings(shape),
-        "adapters": [[task.rank, list(task.target_modules)] for task in tasks],
+        **adapter_settings(tasks),
         "max_seq_length": largest,
         "step_tokens": STEP_TOKENS,
         "memory_budget_bytes": int(budget),
