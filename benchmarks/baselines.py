@@ -155,7 +155,7 @@ def run_ours(work: Work, plan: Plan, folder: Path, cost_model: CostModel) -> Row
         num_steps=(work.steps,),
         last_step=work.steps,
         plan=plan,
-        grids=place(plan, max(8, plan.num_gpus)),
+        world=place(plan, max(8, plan.num_gpus)),
         cost_model=cost_model,
         output_dir=folder,
         precision=work.precision,

@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 from lobra.layout.layout import Layout  # noqa: E402
 from lobra.layout.plan import Plan, ReplicaGroup  # noqa: E402
 from lobra.layout.shapes import read_shape  # noqa: E402
+from lobra.layout.world import one_replica  # noqa: E402
 from lobra.model.folder import resolve_folder  # noqa: E402
 from lobra.model.groups import build_groups  # noqa: E402
 from lobra.model.lora import AdapterSpec  # noqa: E402
@@ -115,7 +116,7 @@ def main() -> None:
     tokenizer = load_tokenizer(folder)
     data = [load_dataset(task, tokenizer, args.data_dir) for task in tasks]
     specs = tuple(AdapterSpec(t.name, t.rank, t.lora_alpha, t.target_modules) for t in tasks)
-    groups = build_groups((((0,),),))
+    groups = build_groups(one_replica(Layout(1, 1)))
     stage = build_stage(folder, groups, specs)
     layers, ends = _build_probes(folder, groups, specs, torch.float32, CPU)
     weights = [float(task.global_batch_size) for task in tasks]

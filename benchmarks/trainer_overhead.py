@@ -73,7 +73,7 @@ def measure(folder: Path, num_tasks: int, num_ranks: int, steps: int) -> dict[st
         num_steps=(steps,) * num_tasks,
         last_step=steps,
         plan=plan,
-        grids=place(plan, num_ranks),
+        world=place(plan, num_ranks),
         cost_model=plain_cost_model(shape.num_layers),
         output_dir=folder,
         precision="fp32",

@@ -1,11 +1,14 @@
-"""A layout: how many GPUs one replica splits each layer over, and into how many stages."""
+"""A layout: over how many GPUs a replica splits its layers, its stages and its sequences."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from lobra.common.errors import ConfigError
+
+#: What a replica keeps of a layer for the backward pass: all of it; without what is cheap to
+#: compute again; its input only (gradient checkpointing).
+MEMORY_POLICIES = ("keep", "lean", "full")
 
 
 @dataclass(frozen=True, order=True)
@@ -18,39 +21,41 @@ class Layout:
         Tensor-parallel size: GPUs that share one layer.
     pp
         Pipeline size: number of stages the layers are divided into.
+    cp
+        Context-parallel size: GPUs that share one sequence.
+    memory
+        One of `MEMORY_POLICIES`.
 
     Raises
     ------
     ConfigError
-        If either size is not a positive integer.
+        If a size is not a positive integer, the policy is unknown, or either is not built yet.
     """
 
     tp: int
     pp: int
+    cp: int = 1
+    memory: str = "keep"
 
     def __post_init__(self) -> None:
-        for name, value in (("tp", self.tp), ("pp", self.pp)):
+        for name, value in (("tp", self.tp), ("pp", self.pp), ("cp", self.cp)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"layout: {name}: {value!r} is not a positive integer")
+        if self.memory not in MEMORY_POLICIES:
+            wanted = ", ".join(MEMORY_POLICIES)
+            raise ConfigError(f"layout: memory: {self.memory!r} is not one of {wanted}")
+        if self.cp > 1:
+            raise ConfigError(
+                f"layout: cp: {self.cp}: context parallelism is not built yet; want 1"
+            )
+        if self.memory == "lean":
+            raise ConfigError("layout: memory: 'lean' is not built yet; want keep or full")
 
     @property
     def num_gpus(self) -> int:
         """GPUs one replica of this layout occupies."""
-        return self.tp * self.pp
+        return self.tp * self.pp * self.cp
 
     def __str__(self) -> str:
-        return f"<{self.tp},{self.pp}>"
-
-
-def parse_layout(text: str) -> Layout:
-    """Return the layout written as ``<2,1>`` or ``2,1``.
-
-    Raises
-    ------
-    ConfigError
-        If the text is neither.
-    """
-    match = re.fullmatch(r"\s*<?\s*(\d+)\s*,\s*(\d+)\s*>?\s*", text)
-    if match is None:
-        raise ConfigError(f"layout {text!r}: write it as <tp,pp>, for example <2,1>")
-    return Layout(int(match[1]), int(match[2]))
+        suffix = "" if self.memory == "keep" else f" {self.memory}"
+        return f"<{self.tp},{self.pp}>{suffix}"

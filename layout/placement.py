@@ -1,15 +1,14 @@
-"""Placement: which global rank is which shard of which stage of which replica."""
+"""Placement: a plan put on the ranks of nodes, tensor-parallel groups inside a node."""
 
 from __future__ import annotations
 
 from lobra.common.errors import ConfigError
 from lobra.layout.plan import Plan
+from lobra.layout.world import World
 
-Ranks = tuple[tuple[tuple[int, ...], ...], ...]
 
-
-def place(plan: Plan, gpus_per_node: int) -> Ranks:
-    """Return the global ranks of every replica: ``[replica][stage][tp_index]``.
+def place(plan: Plan, gpus_per_node: int) -> World:
+    """Return the plan on its ranks.
 
     Ranks 0 .. ``plan.num_gpus`` - 1 are numbered node by node. A tensor-parallel group lies inside
     one node; one larger than a node takes whole nodes. Large groups are placed first, and the
@@ -46,10 +45,34 @@ def place(plan: Plan, gpus_per_node: int) -> Ranks:
     for (tp, replica_index, stage), node in zip(small, nodes, strict=True):
         ranks[replica_index, stage] = tuple(free[node][:tp])
         del free[node][:tp]
-    return tuple(
-        tuple(ranks[replica.index, stage] for stage in range(replica.layout.pp))
-        for replica in plan.replicas
+    return World(
+        tuple(replica.layout for replica in plan.replicas),
+        tuple(
+            tuple(ranks[replica.index, stage] for stage in range(replica.layout.pp))
+            for replica in plan.replicas
+        ),
     )
+
+
+def placed(plan: Plan) -> World | None:
+    """Return the plan on the ranks that its file says (``meta.ranks``), None if it does not.
+
+    Raises
+    ------
+    ConfigError
+        If they do not fit the plan.
+    """
+    ranks = plan.meta.get("ranks")
+    if ranks is None:
+        return None
+    try:
+        replicas = tuple(tuple(tuple(stage) for stage in replica) for replica in ranks)
+        return World(tuple(replica.layout for replica in plan.replicas), replicas)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"meta.ranks does not fit the plan {plan}: {error}; remove meta.ranks to have the plan "
+            "placed anew"
+        ) from None
 
 
 def is_placeable(plan: Plan, gpus_per_node: int) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from lobra.common.files import write_atomic
 from lobra.layout.layout import Layout
 
 PLAN_DIR = Path("strategy_config")
+FIELDS = ("dp", "tp", "pp", "cp", "memory", "max_tokens")  # of a group of replicas in a file
 
 
 @dataclass(frozen=True, order=True)
@@ -38,7 +39,8 @@ class ReplicaGroup:
         return self.layout.num_gpus * self.replicas
 
     def __str__(self) -> str:
-        return f"{self.layout}x{self.replicas}"
+        sizes, *policy = str(self.layout).split()
+        return " ".join([f"{sizes}x{self.replicas}", *policy])
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,27 @@ class Plan:
         """The longest sequence, in tokens, that some replica can take."""
         return max(group.max_tokens for group in self.groups)
 
+    def entries(self) -> list[dict[str, Any]]:
+        """Return the groups as a plan's file has them; cp and memory only where they say more."""
+        return [
+            {
+                "dp": group.replicas,
+                "tp": group.layout.tp,
+                "pp": group.layout.pp,
+                **({"cp": group.layout.cp} if group.layout.cp > 1 else {}),
+                **({"memory": group.layout.memory} if group.layout.memory != "keep" else {}),
+                "max_tokens": group.max_tokens,
+            }
+            for group in self.groups
+        ]
+
+    def with_memory(self, policy: str) -> Plan:
+        """Return the plan with every replica under this memory policy."""
+        groups = [
+            replace(group, layout=replace(group.layout, memory=policy)) for group in self.groups
+        ]
+        return replace(self, groups=tuple(groups))
+
     def __str__(self) -> str:
         return " ".join(str(group) for group in self.groups)
 
@@ -95,7 +118,7 @@ def make_plan(groups: Sequence[ReplicaGroup], meta: dict[str, Any] | None = None
     for group in groups:
         key = (group.layout, group.max_tokens)
         merged[key] = merged.get(key, 0) + group.replicas
-    order = sorted(merged, key=lambda key: (key[0].num_gpus, key[0].tp, key[1]))
+    order = sorted(merged, key=lambda key: (key[0].num_gpus, key[0].tp, key[1], key[0]))
     return Plan(
         tuple(ReplicaGroup(layout, merged[layout, tokens], tokens) for layout, tokens in order),
         dict(meta or {}),
@@ -111,8 +134,22 @@ def plan_path(name_or_path: str | os.PathLike[str]) -> Path:
     return PLAN_DIR / f"{text}.yaml"
 
 
+def group_of(entry: Mapping[str, Any]) -> ReplicaGroup:
+    """Return the replicas that an entry of `Plan.entries` stands for.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such layout.
+    """
+    layout = Layout(entry["tp"], entry["pp"], entry.get("cp", 1), entry.get("memory", "keep"))
+    return ReplicaGroup(layout, entry["dp"], entry["max_tokens"])
+
+
 def load_plan(name_or_path: str | os.PathLike[str]) -> Plan:
     """Read a plan file: ``strategy_config: [{dp, tp, pp, max_tokens}]`` and, if there, ``meta``.
+
+    An entry may also have ``cp`` (default 1) and ``memory`` (default keep).
 
     Raises
     ------
@@ -145,12 +182,14 @@ def load_plan(name_or_path: str | os.PathLike[str]) -> Plan:
             or isinstance(entry[name], bool)
             or entry[name] < 1
         ]
-        unknown = sorted(set(entry) - {"dp", "tp", "pp", "max_tokens"}, key=str)
+        unknown = sorted(set(entry) - set(FIELDS), key=str)
         wrong += [f"{where}.{name}: unknown field" for name in unknown]
-        problems += wrong
         if not wrong:
-            layout = Layout(entry["tp"], entry["pp"])
-            groups.append(ReplicaGroup(layout, entry["dp"], entry["max_tokens"]))
+            try:
+                groups.append(group_of(entry))
+            except ConfigError as error:
+                wrong += [f"{where}.{p.removeprefix('layout: ')}" for p in error.problems]
+        problems += wrong
     if problems:
         raise ConfigError(problems)
     return Plan(tuple(groups), meta)
@@ -159,16 +198,7 @@ def load_plan(name_or_path: str | os.PathLike[str]) -> Plan:
 def save_plan(plan: Plan, name_or_path: str | os.PathLike[str]) -> Path:
     """Write the plan file, all of it or nothing, and return its path."""
     path = plan_path(name_or_path)
-    entries = [
-        {
-            "dp": group.replicas,
-            "tp": group.layout.tp,
-            "pp": group.layout.pp,
-            "max_tokens": group.max_tokens,
-        }
-        for group in plan.groups
-    ]
-    data: dict[str, Any] = {"strategy_config": entries}
+    data: dict[str, Any] = {"strategy_config": plan.entries()}
     if plan.meta:
         data["meta"] = plan.meta
     write_atomic(path, yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=100))

@@ -26,7 +26,7 @@ def run_replica(stage: Stage, batches: Sequence[MicroBatchTensors], num_tasks: i
         fp64: fp64).
     """
     losses = torch.zeros(num_tasks, dtype=kept_dtype(stage.dtype), device=stage.device)
-    if stage.groups.role.num_stages == 1:
+    if stage.groups.place.layout.pp == 1:
         for batch in batches:
             weighted, per_task = stage.loss(stage.hidden(batch, None), batch)
             weighted.backward()
@@ -46,14 +46,14 @@ def evaluate_replica(stage: Stage, batches: Sequence[MicroBatchTensors], num_tas
     """
     losses = torch.zeros(num_tasks, dtype=kept_dtype(stage.dtype), device=stage.device)
     links = _Links(stage.groups)
-    role = stage.groups.role
+    place = stage.groups.place
     for batch in batches:
         batch = replace(batch, noise_seed=None)
         received = None
-        if not role.is_first_stage:
+        if not place.is_first_stage:
             received = links.exchange(receive_previous=hidden_like(stage, batch))[0]
         output = stage.hidden(batch, received)
-        if role.is_last_stage:
+        if place.is_last_stage:
             losses += stage.loss(output, batch)[1]
         else:
             links.exchange(send_next=output)
@@ -79,9 +79,9 @@ class _OneForwardOneBackward:
         self.num_backward = 0
 
     def run(self) -> None:
-        role = self.stage.groups.role
+        place = self.stage.groups.place
         total = len(self.batches)
-        warm_up = min(role.num_stages - role.stage - 1, total)
+        warm_up = min(place.layout.pp - place.stage - 1, total)
         for index in range(warm_up):
             received = self._receive_input(index)
             output = self._forward(index, received)
@@ -103,7 +103,7 @@ class _OneForwardOneBackward:
         return hidden_like(self.stage, self.batches[index])
 
     def _receive_input(self, index: int) -> Tensor | None:
-        if self.stage.groups.role.is_first_stage:
+        if self.stage.groups.place.is_first_stage:
             return None
         return self.links.exchange(receive_previous=self._hidden_like(index))[0]
 
@@ -112,7 +112,7 @@ class _OneForwardOneBackward:
         if received is not None:
             received.requires_grad_(True)
         output = self.stage.hidden(batch, received)
-        if self.stage.groups.role.is_last_stage:
+        if self.stage.groups.place.is_last_stage:
             output, per_task = self.stage.loss(output, batch)
             self.losses += per_task
         self.in_flight.append((received, output))
@@ -130,7 +130,7 @@ class _OneForwardOneBackward:
         return torch.zeros_like(received) if received.grad is None else received.grad
 
     def _exchange_with_next(self, output: Tensor) -> Tensor | None:
-        if self.stage.groups.role.is_last_stage:
+        if self.stage.groups.place.is_last_stage:
             return None
         expected = self._hidden_like(self.num_backward)
         return self.links.exchange(send_next=output, receive_next=expected)[1]
@@ -138,7 +138,7 @@ class _OneForwardOneBackward:
     def _exchange_with_previous(
         self, gradient: Tensor | None, next_index: int | None
     ) -> Tensor | None:
-        if self.stage.groups.role.is_first_stage:
+        if self.stage.groups.place.is_first_stage:
             return None
         expected = None if next_index is None else self._hidden_like(next_index)
         return self.links.exchange(send_previous=gradient, receive_previous=expected)[0]

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModel, masking_utils
 
 from lobra.common.errors import ConfigError
 from lobra.layout.shapes import ModelShape, layout_problem, read_shape
-from lobra.layout.topology import kv_head_range, shard_range, stage_layers
+from lobra.layout.world import kv_head_range, shard_range
 from lobra.model.checkpoint import CheckpointReader, as_slice
 from lobra.model.groups import ReplicaGroups
 from lobra.model.lora import (
@@ -128,7 +128,7 @@ class Stage(nn.Module):
     def select(self, batch: MicroBatchTensors) -> None:
         """Make `batch` the one whose rows' tasks the linears look up.
 
-        With gradient checkpointing the backward pass computes layers again, so it selects too.
+        Under the memory policy full the backward pass computes layers again, so it selects too.
         """
         self.row_tasks.segments = row_segments(batch.row_tasks)
         self.row_tasks.noise_seed = batch.noise_seed
@@ -194,31 +194,28 @@ def build_stage(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     attention: str = "sdpa",
-    gradient_checkpointing: bool = False,
 ) -> Stage:
     """Build this rank's stage: its layers' shards from `folder`, fresh adapters for `specs`.
 
     Args:
         folder: a Hugging Face model folder with safetensors weights.
-        groups: this rank's role and process groups.
+        groups: this rank's place and process groups; the memory policy is its layout's.
         specs: one adapter per task, in task order.
         dtype: of the frozen weights and activations; adapters are fp32, in fp64 fp64.
         device: where everything lives.
         attention: transformers' attention implementation.
-        gradient_checkpointing: keep only each layer's input and compute the layer again in the
-            backward pass.
 
     Raises:
         ConfigError: the model cannot be run under this layout, or a target module is unknown.
     """
-    role = groups.role
+    layout = groups.place.layout
     shape = read_shape(folder)
-    problem = layout_problem(shape, role.tp_size, role.num_stages)
+    problem = layout_problem(shape, layout.tp, layout.pp)
     if problem:
         raise ConfigError(f"{folder}: {problem}")
     _check_targets(specs, shape)
     device = torch.device(device)
-    layers = stage_layers(shape.num_layers, role.num_stages, role.stage)
+    layers = groups.place.layers(shape.num_layers)
     reader = CheckpointReader(folder, dtype, device)
     config = _stage_config(folder, layers, attention)
     with torch.device("meta"):
@@ -236,7 +233,7 @@ def build_stage(
     if dtype == torch.float64:
         for module in (*decoder.layers, decoder.norm, decoder.rotary_emb):
             in_double(module)
-    if gradient_checkpointing:
+    if layout.memory == "full":
         _checkpoint_layers(decoder)
     stage = Stage(shape, groups, decoder, head, bank, row_tasks, layers)
     stage.loaded_bytes = reader.loaded_bytes
@@ -310,8 +307,8 @@ def _shard_layer(
     bank: AdapterBank,
 ) -> None:
     """Replace the layer's linears by their shards with adapters and adjust its head counts."""
-    role = groups.role
-    shards = linear_shards(shape, role.tp_size, role.tp_index)
+    place = groups.place
+    shards = linear_shards(shape, place.layout.tp, place.tp_index)
     for parent_name in ("self_attn", "mlp"):
         parent = getattr(layer_module, parent_name)
         for module in [name for name in shards if hasattr(parent, name)]:
@@ -374,23 +371,23 @@ def _place_ends(
     decoder: Any, shape: ModelShape, groups: ReplicaGroups, reader: CheckpointReader
 ) -> VocabParallelHead | None:
     """Load the embedding on the first stage, norm and head on the last; drop them elsewhere."""
-    role = groups.role
-    rows = shard_range(shape.vocab_size, role.tp_size, role.tp_index)
+    place = groups.place
+    rows = shard_range(shape.vocab_size, place.layout.tp, place.tp_index)
     embedding = "model.embed_tokens.weight"
     scale = getattr(decoder.embed_tokens, EMBEDDING_SCALE, None)
     decoder.embed_tokens = None
     weight_vD = None
-    if role.is_first_stage:
+    if place.is_first_stage:
         weight_vD = reader.read(embedding, as_slice(rows))
         decoder.embed_tokens = VocabParallelEmbedding(weight_vD, rows, groups.tp_group, scale)
-    if not role.is_last_stage:
+    if not place.is_last_stage:
         decoder.norm = nn.Identity()
         return None
     if not shape.tied_embeddings:
         weight_vD = reader.read("lm_head.weight", as_slice(rows))
     elif weight_vD is None:
         weight_vD = reader.read(embedding, as_slice(rows))
-    largest_slice = math.ceil(shape.vocab_size / role.tp_size)
+    largest_slice = math.ceil(shape.vocab_size / place.layout.tp)
     return VocabParallelHead(weight_vD, rows, groups.tp_group, largest_slice)
 
 

@@ -179,7 +179,6 @@ def plan_with_meta(
     """Return the plan with the ``meta`` map its file carries, its rank map included."""
     outcome = deployment.outcome
     cost_model = deployment.problem.cost_model
-    ranks = place(outcome.plan, gpus_per_node)
     meta = {
         "model": model,
         "num_gpus": outcome.plan.num_gpus,
@@ -195,7 +194,7 @@ def plan_with_meta(
         "cost_model": cost_model.kind,
         "time_profile": _profile_meta(cost_model.meta),
         "memory_profile": _profile_meta({"path": str(memory.path), "digest": memory.digest}),
-        "ranks": [[list(stage) for stage in replica] for replica in ranks],
+        "ranks": place(outcome.plan, gpus_per_node).as_lists(),
         "version": installed_version(),
     }
     return replace(outcome.plan, meta=meta)

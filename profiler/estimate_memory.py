@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lobra.layout.shapes import ModelShape
-from lobra.layout.topology import stage_layers
+from lobra.layout.world import stage_layers
 from lobra.profiler.accelerators import Runtime
 from lobra.profiler.exchange import FLOAT_BYTES, most_exchange_bytes
 from lobra.tasks.config import TaskConfig
@@ -176,7 +176,7 @@ def estimate_memory(
     adapters: Adapters,
     precision: str,
     runtime: Runtime,
-    gradient_checkpointing: bool = False,
+    memory: str = "keep",
 ) -> MemoryEstimate:
     """Return the memory of the rank of ``<tp,pp>`` that needs most.
 
@@ -187,7 +187,7 @@ def estimate_memory(
     The adapters' exchange is counted for our runtime only (`exchange.most_exchange_bytes`).
     """
     stages = [
-        _stage_memory(shape, tp, pp, stage, adapters, precision, runtime, gradient_checkpointing)
+        _stage_memory(shape, tp, pp, stage, adapters, precision, runtime, memory)
         for stage in range(pp)
     ]
     typical = sum(s.fixed_bytes for s in stages) / sum(s.bytes_per_token for s in stages)
@@ -202,7 +202,7 @@ def _stage_memory(
     adapters: Adapters,
     precision: str,
     runtime: Runtime,
-    gradient_checkpointing: bool,
+    memory: str,
 ) -> MemoryEstimate:
     e = element_bytes(precision)
     layers = len(stage_layers(shape.num_layers, pp, stage))
@@ -220,7 +220,7 @@ def _stage_memory(
         shape, tp, precision, adapters.largest_rank, runtime.sequence_parallel, dropped
     )
     in_flight = pp - stage
-    if gradient_checkpointing:
+    if memory == "full":
         kept = checkpointed_bytes_per_token(shape, precision)
         per_token = in_flight * layers * kept + saved
     else:

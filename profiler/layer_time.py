@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from lobra.common.errors import ConfigError
+from lobra.layout.layout import Layout
 from lobra.layout.shapes import ModelShape, layout_problem
+from lobra.layout.world import consecutive
 from lobra.model.launch import DEFAULT_PRELOAD, RankError, default_threads, run_ranks
 from lobra.model.lora import AdapterSpec
 from lobra.profiler.head import HEAD_COLUMNS, PROFILED_SHARE
@@ -259,7 +261,7 @@ def _measure(
     """Run the ranks that measure `points`, and again what then sticks out; report progress."""
     shards = [single for single in sweep.single_device if single.tp == tp]
     count, size = (1, 1) if shards else (sweep.num_replicas(tp), tp)
-    grids = tuple((tuple(range(start, start + size)),) for start in range(0, count * size, size))
+    world = consecutive([Layout(size, 1)] * count)
     ended = threading.Event()
     before = files[1].num_rows_on_disk()
 
@@ -272,10 +274,10 @@ def _measure(
     try:
         run_ranks(
             "lobra.profiler.layer_time_rank:time_points_on_rank",
-            count * size,
+            world.num_ranks,
             {
                 "folder": sweep.folder,
-                "grids": grids,
+                "world": world,
                 "specs": sweep.specs,
                 "points": points,
                 "precision": sweep.precision,

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from lobra.layout.layout import Layout
 from lobra.layout.shapes import read_shape
-from lobra.layout.topology import Grid
+from lobra.layout.world import World
 from lobra.model.groups import ReplicaGroups, build_groups
 from lobra.model.lora import AdapterSpec
 from lobra.model.precision import DTYPES
@@ -70,7 +71,7 @@ class SingleDevice:
 
 def time_points_on_rank(
     folder: Path,
-    grids: tuple[Grid, ...],
+    world: World,
     specs: tuple[AdapterSpec, ...],
     points: tuple[tuple[int, int], ...],
     precision: str,
@@ -83,13 +84,13 @@ def time_points_on_rank(
 ) -> None:
     """Time every point that the files do not hold and append it to them (rank 0 writes).
 
-    All replicas of ``grids`` run the same point at the same time, each a tensor-parallel group on
+    All replicas of ``world`` run the same point at the same time, each a tensor-parallel group on
     its own; the mean over them is recorded. Rows that then stick out (`doubtful_points`) are timed
     once or twice more and become the median of their attempts. Collective.
 
     Parameters
     ----------
-    grids
+    world
         Replicas of <tp,1>, all of the same tp.
     points
         (b, s) in the order they are measured.
@@ -102,11 +103,11 @@ def time_points_on_rank(
     clock
         Wall clock, or each rank's processor time (CPU only).
     """
-    tp = len(grids[0][0])
-    groups = build_groups(grids)
+    tp = world.layouts[0].tp
+    groups = build_groups(world)
     if single_device is not None:
         tp = single_device.tp
-        groups = replace(groups, role=replace(groups.role, tp_size=tp))
+        groups = replace(groups, place=replace(groups.place, layout=Layout(tp, 1)))
     where = torch_device(device)
     layers, ends = _build_probes(folder, groups, specs, DTYPES[precision], where)
     mixtures_wanted = NUM_MIXTURES if _adapters_differ(specs) else 1
@@ -237,8 +238,9 @@ def _build_probes(
     num_stages = max(1, num_layers // PROBE_LAYERS)
 
     def stage(index: int, count: int) -> Stage:
-        role = replace(groups.role, stage=index, num_stages=count)
-        return build_stage(folder, replace(groups, role=role), specs, dtype=dtype, device=device)
+        layout = replace(groups.place.layout, pp=count)
+        place = replace(groups.place, stage=index, layout=layout)
+        return build_stage(folder, replace(groups, place=place), specs, dtype=dtype, device=device)
 
     if num_stages == 1:
         both = stage(0, 1)

@@ -15,6 +15,7 @@ from typing import Any
 
 from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
+from lobra.layout.layout import Layout
 from lobra.layout.shapes import ModelShape, layout_problem
 from lobra.model.launch import DEFAULT_PRELOAD, RankError, run_ranks
 from lobra.model.lora import AdapterSpec
@@ -58,8 +59,8 @@ class MemorySweep:
         Of one rank.
     precision, device
         "fp32" or "bf16"; "cpu" or "cuda".
-    gradient_checkpointing
-        Whether layers are computed again in the backward pass.
+    memory
+        The memory policy (`lobra.layout.layout.MEMORY_POLICIES`).
     """
 
     folder: Path
@@ -70,7 +71,7 @@ class MemorySweep:
     budget_bytes: int
     precision: str
     device: str
-    gradient_checkpointing: bool = False
+    memory: str = "keep"
 
     def settings(self) -> dict[str, Any]:
         """Return what must agree for rows of two sweeps to be comparable."""
@@ -84,7 +85,7 @@ class MemorySweep:
             "memory_budget_bytes": self.budget_bytes,
             "precision": self.precision,
             "device": self.device,
-            **({"gradient_checkpointing": True} if self.gradient_checkpointing else {}),
+            **({"gradient_checkpointing": True} if self.memory == "full" else {}),
         }
 
 
@@ -263,7 +264,7 @@ def measure_trial(sweep: MemorySweep, tp: int, pp: int, tokens: int) -> list[Ran
     RankError
         If a rank died or raised; running out of memory is one of the reasons.
     """
-    grid = tuple(tuple(range(stage * tp, (stage + 1) * tp)) for stage in range(pp))
+    layout = Layout(tp, pp, memory=sweep.memory)
     specs = tuple(
         AdapterSpec(
             task.name,
@@ -277,16 +278,15 @@ def measure_trial(sweep: MemorySweep, tp: int, pp: int, tokens: int) -> list[Ran
     )
     return run_ranks(
         "lobra.profiler.memory_rank:memory_of_rank",
-        tp * pp,
+        layout.num_gpus,
         {
             "folder": sweep.folder,
-            "grid": grid,
+            "layout": layout,
             "specs": specs,
             "shapes": trial_shapes(tokens),
             "precision": sweep.precision,
             "device": sweep.device,
             "budget_bytes": sweep.budget_bytes,
-            "gradient_checkpointing": sweep.gradient_checkpointing,
         },
         device=sweep.device,
         timeout_s=TRIAL_TIMEOUT_S,

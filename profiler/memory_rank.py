@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
+from lobra.layout.layout import Layout
 from lobra.layout.shapes import ModelShape
-from lobra.layout.topology import Grid
+from lobra.layout.world import one_replica
 from lobra.model.groups import build_groups
 from lobra.model.lora import AdapterSpec
 from lobra.model.pipeline import evaluate_replica, run_replica
@@ -66,13 +67,12 @@ class RankMemory:
 
 def memory_of_rank(
     folder: Path,
-    grid: Grid,
+    layout: Layout,
     specs: tuple[AdapterSpec, ...],
     shapes: tuple[tuple[int, int], ...],
     precision: str,
     device: str,
     budget_bytes: int,
-    gradient_checkpointing: bool = False,
 ) -> RankMemory:
     """Train one replica with as many micro-batches in flight as it has stages; return the peak.
 
@@ -81,26 +81,23 @@ def memory_of_rank(
 
     Parameters
     ----------
-    grid
-        The replica: ``grid[stage][tp_index]`` is a rank.
+    layout
+        Of the replica.
     shapes
         (B, S) of the micro-batches to try one after the other; the larger peak counts.
     budget_bytes
         On a CPU, a rank that would need far more than this fails to allocate.
-    gradient_checkpointing
-        Keep each layer's input only.
     """
     if device == "cpu":
         settle_allocator()
         _limit_memory(budget_bytes)
-    groups = build_groups((grid,))
+    groups = build_groups(one_replica(layout))
     stage = build_stage(
         folder,
         groups,
         specs,
         dtype=DTYPES[precision],
         device=torch_device(device),
-        gradient_checkpointing=gradient_checkpointing,
     )
     elements = 0
     for task in range(len(specs)):
@@ -117,9 +114,9 @@ def memory_of_rank(
     return RankMemory(
         weight_bytes=_weight_bytes(stage),
         adapter_bytes=ADAPTER_BYTES * elements,
-        optimizer_bytes=OPTIMIZER_BYTES * elements // groups.role.tp_size,
+        optimizer_bytes=OPTIMIZER_BYTES * elements // layout.tp,
         activation_bytes=activation_bytes,
-        exchange_bytes=most_exchange_bytes(elements, groups.role.tp_size),
+        exchange_bytes=most_exchange_bytes(elements, layout.tp),
     )
 
 
@@ -140,7 +137,7 @@ def _batches(stage: Stage, shape: tuple[int, int]) -> list[MicroBatchTensors]:
     if shape[0] < len(specs):
         order = sorted(range(len(specs)), key=lambda task: -_kept_size(specs[task], stage.shape))
         batch = replace(batch, row_tasks=tuple(sorted(order[: shape[0]])))
-    return [replace(batch, noise_seed=TRIAL_NOISE)] * stage.groups.role.num_stages
+    return [replace(batch, noise_seed=TRIAL_NOISE)] * stage.groups.place.layout.pp
 
 
 def _kept_size(spec: AdapterSpec, shape: ModelShape) -> int:

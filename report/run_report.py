@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lobra.common.errors import ConfigError
+from lobra.layout.plan import Plan, group_of
 from lobra.trainer.checkpoint import list_checkpoints, step_folder
 from lobra.trainer.metrics import METRICS_FILE, read_metrics
 from lobra.trainer.run_spec import ADAPTER_FOLDER, CONFIG_FILE
@@ -94,6 +95,7 @@ def summarise(folder: Path) -> RunSummary:
         if not (folder / name).is_file():
             raise ConfigError(f"{folder}: no {name} in it; give the folder of a run")
     config = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    plan = Plan(tuple(group_of(entry) for entry in config["plan"]))
     steps = read_metrics(folder)
     if not steps:
         raise ConfigError(f"{folder / METRICS_FILE}: the run has not finished a step yet")
@@ -115,8 +117,8 @@ def summarise(folder: Path) -> RunSummary:
             )
         )
     return RunSummary(
-        plan=" ".join(f"<{g['tp']},{g['pp']}>x{g['dp']}" for g in config["plan"]),
-        num_gpus=sum(g["dp"] * g["tp"] * g["pp"] for g in config["plan"]),
+        plan=str(plan),
+        num_gpus=plan.num_gpus,
         device=config["device"],
         steps=len(steps),
         step_time_s=median(step["step_time_s"] for step in timed),

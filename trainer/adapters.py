@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from lobra.common.checks import show
 from lobra.common.errors import ConfigError, Problems
 from lobra.common.files import new_draft, replace_folder, write_atomic
 from lobra.layout.shapes import ModelShape
-from lobra.layout.topology import Grid, layer_blocks
+from lobra.layout.world import World
 from lobra.model.lora import AdapterBank, AdapterSpec, peft_name
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.sampling import task_seed
@@ -58,7 +58,7 @@ def gather_tensors(
     own: Mapping[str, Tensor],
     spec: AdapterSpec,
     shape: ModelShape,
-    grids: Sequence[Grid],
+    world: World,
     group: dist.ProcessGroup,
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
@@ -70,7 +70,7 @@ def gather_tensors(
     """
     rank = dist.get_rank()
     gathered: dict[str, Tensor] = {}
-    for block in layer_blocks(grids, shape.num_layers):
+    for block in world.blocks(shape.num_layers):
         owner = block.holders[0]
         if rank not in (0, owner):
             continue

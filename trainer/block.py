@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lobra.layout.topology import LayerBlock
+from lobra.layout.world import LayerBlock
 from lobra.model.lora import AdapterBank
 from lobra.tasks.config import TaskConfig
 from lobra.trainer.optimizer import task_optimizer

@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from lobra.layout.topology import Grid, layer_blocks
+from lobra.layout.world import World
+from lobra.model.groups import new_group
 from lobra.model.lora import AdapterBank
 from lobra.tasks.config import TaskConfig
 from lobra.trainer.block import MOMENTS, BlockOptimizer
@@ -43,17 +43,16 @@ class AdapterOptimizer:
         self,
         tasks: Sequence[TaskConfig],
         bank: AdapterBank,
-        grids: Sequence[Grid],
+        world: World,
         num_layers: int,
     ) -> None:
-        """Create the engines. Collective: every rank of the world calls it with the same plan."""
+        """Create the engines. Collective: every rank of the world calls it with the same."""
         self.num_tasks = len(tasks)
         self.bank = bank
         self.blocks: list[BlockOptimizer] = []
-        rank = dist.get_rank()
-        for block in layer_blocks(grids, num_layers):
-            group = dist.new_group(list(block.holders))
-            if rank in block.holders:
+        for block in world.blocks(num_layers):
+            group = new_group(block.holders)
+            if group is not None:
                 self.blocks.append(BlockOptimizer(tasks, bank, block, group))
 
     def reduce(self, takes_part: Sequence[bool]) -> Tensor:

@@ -70,8 +70,7 @@ class Evaluator:
         no_weights = torch.zeros(num_tasks, dtype=kept, device=self.stage.device)
         batches = self.make_tensors(batch, self.solved[1], data, no_weights, 0)
         losses = evaluate_replica(self.stage, batches, num_tasks)
-        role = self.stage.groups.role
-        if not (role.is_last_stage and role.tp_index == 0):
+        if not self.stage.groups.place.owns_loss:
             losses = torch.zeros_like(losses)  # its TP peers computed the same
         nothing = torch.zeros(num_tasks, dtype=torch.float64)
         figures = exchange_figures(losses, nothing, 0.0, 0.0, self.group)

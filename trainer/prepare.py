@@ -17,10 +17,10 @@ import numpy as np
 
 from lobra.common.errors import ConfigError, Problems
 from lobra.common.version import installed_version
-from lobra.layout.placement import place
+from lobra.layout.placement import place, placed
 from lobra.layout.plan import Plan, load_plan
 from lobra.layout.shapes import ModelShape, layout_problem, read_shape
-from lobra.layout.topology import Grid, check_grids
+from lobra.layout.world import World
 from lobra.model.checkpoint import checkpoint_problems
 from lobra.model.folder import resolve_folder
 from lobra.planner.buckets import make_buckets
@@ -73,7 +73,7 @@ class TrainRequest:
     cost_model: Literal["fitted", "lobra6"] = "fitted"
     gpus_per_node: int | None = None  # what is found: by the launcher, else on this machine
     found_per_node: int | None = None  # ranks a launcher has started on every node
-    gradient_checkpointing: bool = False
+    memory: str | None = None  # a memory policy for all replicas; by default each has the plan's
     feedback: bool | None = None  # on for GPUs; off on CPU, where runs are then bit-reproducible
     validate_every: int | None = None  # a default where a task validates or may stop early
     save_every: int = 0
@@ -115,7 +115,7 @@ def prepare(request: TrainRequest) -> RunSpec:
     config: TrainerConfig | None = checks.attempt(
         load_trainer_config, request.trainer_config, request.num_tasks
     )
-    plan: Plan | None = checks.attempt(load_plan, request.strategy_config)
+    plan: Plan | None = checks.attempt(requested_plan, request)
     folder: Path | None = checks.attempt(resolve_folder, request.model)
     shape: ModelShape | None = checks.attempt(read_shape, folder) if folder else None
     if folder is not None and shape is not None:
@@ -136,16 +136,16 @@ def prepare(request: TrainRequest) -> RunSpec:
             f"{request.strategy_config}: the plan {plan} needs {plan.num_gpus} ranks, but only "
             f"{request.num_gpus} GPUs were given; plan for that number"
         )
-    world = request.launched_world
-    if plan is not None and world is not None and plan.num_gpus != world:
+    launched = request.launched_world
+    if plan is not None and launched is not None and plan.num_gpus != launched:
         checks.problems.add(
             f"{request.strategy_config}: the plan {plan} has {plan.num_gpus} ranks, the launcher "
-            f"started {world}; start one process per rank"
+            f"started {launched}; start one process per rank"
         )
     device = checks.attempt(_choose_device, request, plan)
-    grids = None
+    world: World | None = None
     if plan is not None:
-        grids = checks.attempt(placed, plan, request, device)
+        world = checks.attempt(place_plan, plan, request, device)
     if shape is not None and plan is not None:
         checks.problems += [
             f"{request.strategy_config}: {problem} ({request.model})"
@@ -198,7 +198,7 @@ def prepare(request: TrainRequest) -> RunSpec:
             state, request.revive, {task.name: n for task, n in zip(tasks, steps, strict=True)}
         )
     checks.raise_if_any()
-    assert config and plan and folder and shape and grids and cost_model and device
+    assert config and plan and folder and shape and world and cost_model and device
     cost_model = cost_model.for_training(
         label_share(tasks, training),
         sum(shape.adapter_elements(task.rank, task.target_modules) for task in tasks),
@@ -216,7 +216,7 @@ def prepare(request: TrainRequest) -> RunSpec:
         num_steps=steps,
         last_step=last_step,
         plan=plan,
-        grids=grids,
+        world=world,
         cost_model=cost_model,
         output_dir=request.output_dir,
         precision=request.precision or ("bf16" if device == "cuda" else "fp32"),
@@ -226,7 +226,6 @@ def prepare(request: TrainRequest) -> RunSpec:
         buckets=tuple(int(b) for b in make_buckets(lengths, request.num_buckets)),
         dispatch_mode=request.dispatch_mode,
         seed=request.seed,
-        gradient_checkpointing=request.gradient_checkpointing,
         feedback=device == "cuda" if request.feedback is None else request.feedback,
         validate_every=_evaluation_period(request, tasks),
         save_every=request.save_every,
@@ -296,38 +295,36 @@ def node_size(request: TrainRequest, device: str | None) -> int:
     return request.found_per_node or torch.cuda.device_count()
 
 
-def placed(plan: Plan, request: TrainRequest, device: str | None) -> tuple[Grid, ...]:
-    """Return the ranks of every replica: the plan's own rank map, else placed here.
+def requested_plan(request: TrainRequest) -> Plan:
+    """Return the plan, under the memory policy that was asked for.
 
     Raises:
-        ConfigError: the rank map does not fit the plan, or the plan cannot be placed.
+        ConfigError: the plan's file is not usable, or there is no such policy.
     """
-    ranks = plan.meta.get("ranks")
+    plan = load_plan(request.strategy_config)
+    return plan if request.memory is None else plan.with_memory(request.memory)
+
+
+def place_plan(plan: Plan, request: TrainRequest, device: str | None) -> World:
+    """Return the plan on the ranks its file says, else on those of this cluster's nodes.
+
+    Raises:
+        ConfigError: the file's ranks do not fit the plan, or it cannot be placed.
+    """
     size = node_size(request, device)
-    if ranks is None:
-        return place(plan, size)
     try:
-        grids = tuple(tuple(tuple(stage) for stage in replica) for replica in ranks)
-        check_grids(grids, plan.num_gpus)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{request.strategy_config}: meta.ranks is no rank map of {plan}: {error}"
-        ) from error
-    shapes = [(len(grid[0]), len(grid)) for grid in grids]
-    if shapes != [(replica.layout.tp, replica.layout.pp) for replica in plan.replicas]:
-        raise ConfigError(
-            f"{request.strategy_config}: meta.ranks has the layouts {shapes}, the plan is {plan}; "
-            f"remove meta.ranks to have the plan placed anew"
-        )
-    for stage in (stage for grid in grids for stage in grid if len(stage) <= size):
-        if len({rank // size for rank in stage}) > 1:
-            log.warning(
-                "%s: meta.ranks spreads the tensor-parallel group %s over nodes of %d GPUs, which "
-                "is slow; plan with --gpus-per-node %d, or remove meta.ranks",
-                request.strategy_config, list(stage), size, size,
-            )  # fmt: skip
-            break
-    return grids
+        world = placed(plan)
+    except ConfigError as error:
+        raise ConfigError(error.problems.prefixed(f"{request.strategy_config}: ")) from None
+    if world is None:
+        return place(plan, size)
+    if spread := world.spread_groups(size):
+        log.warning(
+            "%s: meta.ranks spreads the tensor-parallel group %s over nodes of %d GPUs, which "
+            "is slow; plan with --gpus-per-node %d, or remove meta.ranks",
+            request.strategy_config, list(spread[0]), size, size,
+        )  # fmt: skip
+    return world
 
 
 def _evaluation_period(request: TrainRequest, tasks: Sequence[TaskConfig]) -> int:
@@ -418,7 +415,6 @@ def resolved_config(run: RunSpec, request: TrainRequest) -> dict[str, Any]:
         "dispatch": run.dispatch_mode,
         "cost_model": request.cost_model,
         "feedback": run.feedback,
-        "gradient_checkpointing": run.gradient_checkpointing,
         "validate_every": run.validate_every,
         "save_every": run.save_every,
         "keep_last": run.keep_last,
@@ -428,17 +424,9 @@ def resolved_config(run: RunSpec, request: TrainRequest) -> dict[str, Any]:
             {**_plain(asdict(task)), "num_steps": steps}
             for task, steps in zip(run.tasks, run.num_steps, strict=True)
         ],
-        "plan": [
-            {
-                "dp": group.replicas,
-                "tp": group.layout.tp,
-                "pp": group.layout.pp,
-                "max_tokens": group.max_tokens,
-            }
-            for group in run.plan.groups
-        ],
+        "plan": run.plan.entries(),
         "plan_meta": _plain(run.plan.meta),
-        "rank_map": [[list(stage) for stage in grid] for grid in run.grids],
+        "rank_map": run.world.as_lists(),
         "versions": {name: installed_version(name) for name in ("lobra", "torch", "deepspeed")},
     }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lobra.layout.plan import Plan
-from lobra.layout.topology import Grid
+from lobra.layout.world import World
 from lobra.profiler.cost_model import CostModel
 from lobra.tasks.config import TaskConfig
 
@@ -23,8 +23,8 @@ class RunSpec:
 
     `fingerprint` and `task_records` identify the base model and the tasks in checkpoints;
     `num_steps[t]` is how many steps task t trains, `last_step` where the run ends;
-    `grids[replica][stage][tp_index]` is a global rank; `buckets` are the fixed padded lengths
-    when `dynamic_buckets` is off. `feedback`: measured replica times correct the dispatcher.
+    `world` is the plan on its ranks; `buckets` are the fixed padded lengths when
+    `dynamic_buckets` is off. `feedback`: measured replica times correct the dispatcher.
     `precision` is a key of `model.precision.DTYPES`.
     `data_day` is the date (ISO) that chat templates with a date were told.
     `revive`: names of stopped tasks that are to go on.
@@ -39,7 +39,7 @@ class RunSpec:
     num_steps: tuple[int, ...]
     last_step: int
     plan: Plan
-    grids: tuple[Grid, ...]
+    world: World
     cost_model: CostModel
     output_dir: Path
     precision: str
@@ -49,7 +49,6 @@ class RunSpec:
     buckets: tuple[int, ...]
     dispatch_mode: Literal["balance", "group"]
     seed: int
-    gradient_checkpointing: bool = False
     feedback: bool = False
     validate_every: int = 0
     save_every: int = 0

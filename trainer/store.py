@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lobra.layout.shapes import ModelShape
-from lobra.layout.topology import layer_blocks
 from lobra.model.lora import AdapterBank
 from lobra.model.precision import DTYPES, kept_dtype
 from lobra.trainer.adapters import gather_tensors, not_finite, save_adapter
@@ -37,13 +36,13 @@ class AdapterStore:
         self.optimizer = optimizer
         self.control = control_group
         self.is_writer = dist.get_rank() == 0
-        blocks = layer_blocks(run.grids, shape.num_layers)
+        blocks = run.world.blocks(shape.num_layers)
         self.moments_are_split = any(len(block.holders) > 1 for block in blocks)
 
     def _gather(self, task: int, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         spec = self.bank.specs[task]
         kept = kept_dtype(DTYPES[self.run.precision])
-        return gather_tensors(own, spec, self.shape, self.run.grids, self.control, kept)
+        return gather_tensors(own, spec, self.shape, self.run.world, self.control, kept)
 
     def save_checkpoint(self, state: CheckpointState) -> None:
         """Write the checkpoint of `state.step`: every task's weights and moments.

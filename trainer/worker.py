@@ -133,8 +133,8 @@ class Worker:
             else torch.device("cpu")
         )
         self.control = dist.new_group(backend="gloo", timeout=PATIENCE)
-        groups = build_groups(run.grids)
-        self.role = groups.role
+        groups = build_groups(run.world)
+        self.place = groups.place
         numbers = range(len(run.tasks))
         self.datasets = [TokenizedDataset.load(run.data_folder(t)) for t in numbers]
         self.counts = [count_targets(data) for data in self.datasets]
@@ -144,15 +144,14 @@ class Worker:
             [adapter_spec(task, run.seed) for task in run.tasks],
             dtype=DTYPES[run.precision],
             device=self.device,
-            gradient_checkpointing=run.gradient_checkpointing,
         )
         # Loading may take a rank much longer than another; NCCL's own patience is short.
         dist.barrier(group=self.control)
         self.lives = [TaskLife(steps) for steps in run.num_steps]
-        self.feedback = SpeedFeedback([1.0] * len(run.grids))
+        self.feedback = SpeedFeedback([1.0] * len(run.world.replicas))
         self._load_weights()
         self.optimizer = AdapterOptimizer(
-            run.tasks, self.stage.bank, run.grids, self.stage.shape.num_layers
+            run.tasks, self.stage.bank, run.world, self.stage.shape.num_layers
         )
         self.store = AdapterStore(
             run, self.stage.bank, self.stage.shape, self.optimizer, self.control
@@ -237,7 +236,7 @@ class Worker:
         """Return the encoded assignment of a batch (rank 0 only)."""
         run = self.run
         start = time.perf_counter()
-        slowdown = tuple(self.feedback.factors if run.feedback else [1.0] * len(run.grids))
+        slowdown = tuple(self.feedback.factors if run.feedback else [1.0] * len(run.world.replicas))
         assignment = dispatch(
             batch.lengths,
             run.plan,
@@ -262,7 +261,7 @@ class Worker:
             micro_batch_tensors(
                 batch, item.rows, item.padded_length, data, weights, self.device, noise
             )
-            for item in assignment.replicas[self.role.replica]
+            for item in assignment.replicas[self.place.replica]
         ]
 
     # -- the loop -------------------------------------------------------------------------------
@@ -338,7 +337,7 @@ class Worker:
         squared = self.optimizer.reduce(running)
         self._synchronize()
         clock.reduce_s = time.perf_counter() - mark
-        if not (self.role.is_last_stage and self.role.tp_index == 0):
+        if not self.place.owns_loss:
             losses = torch.zeros_like(losses)  # its TP peers computed the same
         figures = exchange_figures(
             losses, squared, clock.compute_s, clock.arrival_s, self.control, self.stop_requested
@@ -354,13 +353,16 @@ class Worker:
 
     def _too_large(self, step: int, assignment: StepDispatch) -> str:
         """Return what to do when a micro-batch does not fit into the GPU."""
-        replica = self.run.plan.replicas[self.role.replica]
-        largest = max(item.padded_tokens for item in assignment.replicas[self.role.replica])
+        replica = self.run.plan.replicas[self.place.replica]
+        largest = max(item.padded_tokens for item in assignment.replicas[self.place.replica])
+        profile_again = "profile memory again with this number of tasks"
+        keeps = replica.layout.memory != "full"
         return (
-            f"step {step + 1}: out of GPU memory on replica {self.role.replica} {replica.layout}, "
+            f"step {step + 1}: out of GPU memory on replica {self.place.replica} {replica.layout}, "
             f"whose largest micro-batch holds {largest} tokens; lower its max_tokens "
-            f"({replica.max_tokens}) in the plan, profile memory again with this number of tasks, "
-            f"or give --gradient-checkpointing; then go on with --resume"
+            f"({replica.max_tokens}) in the plan"
+            + (f", {profile_again}, or give --memory full" if keeps else f", or {profile_again}")
+            + "; then go on with --resume"
         )
 
     def _task_weights(self, step: int, targets: IntArray) -> torch.Tensor:
@@ -406,7 +408,10 @@ class Worker:
             if took_part[number]:
                 message = self.lives[number].record(updates[number].apply, losses[number])
                 self._tell(step, task.name, updates[number].apply, message)
-        busy = [max(figures.busy_s[rank] for stage in grid for rank in stage) for grid in run.grids]
+        busy = [
+            max(figures.busy_s[rank] for rank in run.world.ranks(item.index))
+            for item in run.plan.replicas
+        ]
         if run.feedback:
             plain = [
                 time_s / factor
@@ -481,11 +486,11 @@ class Worker:
 
     def _record(self, step: int, batch: GlobalBatch, assignment: StepDispatch) -> None:
         """Note what this replica trained (by the rank that computes its loss)."""
-        if self.run.record_sequences and self.role.is_last_stage and self.role.tp_index == 0:
-            for item in assignment.replicas[self.role.replica]:
+        if self.run.record_sequences and self.place.owns_loss:
+            for item in assignment.replicas[self.place.replica]:
                 tasks, indices = batch.tasks[item.rows], batch.indices[item.rows]
                 self.result.trained.append(
-                    TrainedMicroBatch(step, self.role.replica, tasks, indices)
+                    TrainedMicroBatch(step, self.place.replica, tasks, indices)
                 )
 
     # -- evaluation -----------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from lobra.commands.memory_options import add_memory_options, memory_problems
 from lobra.commands.profile_options import (
     CUDA_MEMORY_SHARE,
     add_common,
@@ -18,6 +19,7 @@ from lobra.commands.profile_options import (
     precision_of,
     progress_bars,
 )
+from lobra.common.errors import ConfigError
 from lobra.layout.shapes import resolve_shape
 from lobra.model.folder import resolve_folder
 from lobra.profiler.profiles import MEMORY_COLUMNS, default_memory_path, load_memory_profile
@@ -43,11 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of one rank, such as 600MB (default: this machine's free memory / num-gpus on a "
         "CPU, 90 %% of the memory on a GPU; a file that is continued keeps its own)",
     )
-    parser.add_argument(
-        "--gradient-checkpointing",
-        action="store_true",
-        help="keep each layer's input only and compute it again in the backward pass",
-    )
+    add_memory_options(parser, "keep", "of every layout (default keep)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -55,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
     check_estimate_options(args)
     at_least("--num-gpus", args.num_gpus, 1)
     at_least("--max-seq-length", args.max_seq_length, 1)
+    if problems := memory_problems(args.memory):
+        raise ConfigError(problems)
     return _estimate(args) if args.estimate else _measure(args)
 
 
@@ -84,7 +84,7 @@ def _measure(args: argparse.Namespace) -> int:
         budget_bytes=_budget_bytes(args.memory_budget, device, args.num_gpus),
         precision=precision_of(args.precision, device),
         device=device,
-        gradient_checkpointing=args.gradient_checkpointing,
+        memory=args.memory,
     )
     path = args.output or default_memory_path(args.model, len(tasks))
     settings = sweep.settings()
@@ -160,7 +160,7 @@ def _estimate(args: argparse.Namespace) -> int:
         "step_tokens": STEP_TOKENS,
         "memory_budget_bytes": int(budget),
         "precision": precision,
-        "gradient_checkpointing": args.gradient_checkpointing,
+        "gradient_checkpointing": args.memory == "full",
         "accelerator": vars(accelerator),
         "runtime": vars(runtime),
     }
@@ -169,9 +169,7 @@ def _estimate(args: argparse.Namespace) -> int:
         path, MEMORY_COLUMNS, 3, settings, kind="estimated", restart=args.restart, environment={}
     )
     for tp, pp in layouts_within(shape, args.num_gpus):
-        estimate = estimate_memory(
-            shape, tp, pp, adapters, precision, runtime, args.gradient_checkpointing
-        )
+        estimate = estimate_memory(shape, tp, pp, adapters, precision, runtime, args.memory)
         if (tp, pp, 1) not in file.done:
             tokens = estimate.max_tokens(budget, STEP_TOKENS, largest)
             details = {

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NoReturn
 
+from lobra.commands.memory_options import add_memory_options, memory_problems
 from lobra.common.errors import ConfigError
 from lobra.layout.plan import load_plan
 from lobra.model.launch import Interrupted
@@ -70,11 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-buckets", type=int, default=16)
     parser.add_argument("--dispatch", choices=("balance", "group"), help="(env EXPR_DATA_DISPATCH)")
     parser.add_argument("--seed", type=int, default=0, help="added to every task's own seed")
-    parser.add_argument(
-        "--gradient-checkpointing",
-        action="store_true",
-        help="keep only each layer's input and compute it again in the backward pass",
-    )
+    add_memory_options(parser, None, "of every replica (default: as the plan says)")
     parser.add_argument(
         "--feedback",
         choices=("on", "off"),
@@ -119,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
     """Run `lobra train` and return its exit code."""
     if args.env_file is not None:
         restart_with(args.env_file)
-    mistakes = check_numbers(args)
+    mistakes = check_values(args)
     dynamic_buckets, dispatch_mode = True, DISPATCH_MODES["BALANCE"]
     try:
         dynamic_buckets, dispatch_mode = read_switches(os.environ)
@@ -148,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
         time_profile=args.time_profile,
         cost_model=args.cost_model,
         gpus_per_node=args.gpus_per_node,
-        gradient_checkpointing=args.gradient_checkpointing,
+        memory=args.memory,
         feedback=None if args.feedback is None else args.feedback == "on",
         validate_every=args.validate_every,
         save_every=args.save_every,
@@ -200,8 +197,8 @@ def _leave(message: str, code: int) -> NoReturn:
     os._exit(code)
 
 
-def check_numbers(args: argparse.Namespace) -> list[str]:
-    """Return what is wrong with the numbers given, and put harmless ones in their place.
+def check_values(args: argparse.Namespace) -> list[str]:
+    """Return what is wrong with the values given, and put harmless ones in their place.
 
     So the files can be checked too, and all mistakes be reported together.
     """
@@ -214,6 +211,9 @@ def check_numbers(args: argparse.Namespace) -> list[str]:
         if value is not None and value < least:
             problems.append(f"--{name.replace('_', '-')} {value}: {wanted}")
             setattr(args, name, HARMLESS.get(name))
+    if wrong := memory_problems(args.memory):
+        problems += wrong
+        args.memory = None
     if args.resume is not None and args.resume < 0 and args.resume != LAST_CHECKPOINT:
         problems.append(f"--resume {args.resume}: must not be negative")
         args.resume = LAST_CHECKPOINT

@@ -53,6 +53,7 @@ def test_both_tables_of_a_large_model_without_weights_or_gpu(tmp_path: Path) -> 
         (["--estimate", "--accelerator", "B9000"], "known are A100-40GB"),
         ([*ESTIMATE[:3], "--runtime", "abacus"], "known are deepspeed, hetu"),
         ([*ESTIMATE, "--num-gpus", "0"], "at least 1"),
+        ([*ESTIMATE, "--memory", "lean"], "--memory: 'lean' is not built yet; want keep or full"),
     ],
 )
 def test_mistakes_end_2_and_leave_nothing(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from lobra.cli import main
@@ -17,7 +18,7 @@ from lobra.common.errors import ConfigError
 from lobra.layout.layout import Layout
 from lobra.layout.plan import Plan, ReplicaGroup
 from lobra.trainer.metrics import read_metrics
-from lobra.trainer.prepare import TrainRequest, node_size, placed
+from lobra.trainer.prepare import TrainRequest, node_size, place_plan
 from lobra.trainer.run import (
     launcher_command,
     local_world_size,
@@ -74,9 +75,11 @@ def test_mistakes_in_arguments_environment_and_files_come_together(
     monkeypatch.setenv("DP_BUCKET", "yes")
     write_config(rank=0)
     write_plan({"dp": 0, "tp": 1, "pp": 1, "max_tokens": 64})
-    assert train(place, "--num-buckets", "0", "--keep-last", "-1", "--revive", "small") == 2
+    wrong = ("--num-buckets", "0", "--keep-last", "-1", "--revive", "small", "--memory", "lean")
+    assert train(place, *wrong) == 2
     refused(
-        capsys, "--num-buckets 0", "--keep-last -1", "DP_BUCKET=yes", "task[0].rank", "dp",
+        capsys, "--num-buckets 0", "--memory: 'lean' is not built yet; want keep or full",
+        "--keep-last -1", "DP_BUCKET=yes", "task[0].rank", "dp",
         "--revive: only a run that goes on",
     )  # fmt: skip
 
@@ -106,10 +109,10 @@ def test_the_size_of_a_node_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_rank_map_for_other_nodes_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     plan = Plan((ReplicaGroup(Layout(4, 1), 2, 64),), {"ranks": [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]})
     request = TrainRequest("m", "t", "plan.yaml", Path("run"), gpus_per_node=4)
-    assert placed(plan, request, "cuda")[1] == ((4, 5, 6, 7),)
+    assert place_plan(plan, request, "cuda").replicas[1] == ((4, 5, 6, 7),)
     assert not caplog.records
     plan = Plan((ReplicaGroup(Layout(4, 1), 2, 64),), {"ranks": [[[0, 1, 2, 7]], [[4, 5, 6, 3]]]})
-    placed(plan, request, "cuda")
+    place_plan(plan, request, "cuda")
     assert "[0, 1, 2, 7] over nodes of 4 GPUs" in caplog.text
 
 
@@ -258,6 +261,21 @@ def test_a_run_goes_on_with_another_plan_and_is_reported(
     assert sum(event["ph"] == "X" for event in events) == 5
     assert train(place, "--resume", "7") == 2
     assert "has only the steps 1, 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [("--memory", "full"), ("--gradient-checkpointing",)])
+def test_a_memory_policy_for_the_whole_run(
+    place: Path, capsys: pytest.CaptureFixture[str], option: tuple[str, ...]
+) -> None:
+    write_config(steps=2)
+    assert train(place, *option, "--max-steps", "1") == 0
+    config = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert config["plan"] == [{"dp": 1, "tp": 1, "pp": 1, "memory": "full", "max_tokens": 64}]
+    assert main(["report", "run"]) == 0
+    assert "<1,1>x1 full on 1 CPU ranks" in capsys.readouterr().out
+    assert train(place, "--resume") == 0
+    config = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert config["plan"] == [{"dp": 1, "tp": 1, "pp": 1, "max_tokens": 64}]
 
 
 def test_two_runs_never_share_a_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

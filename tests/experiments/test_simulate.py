@@ -251,7 +251,7 @@ def test_estimates_say_so_and_hold_the_published_plans(tmp_path: Path) -> None:
     for text in (setup.fused, setup.lobra):
         plan = bench.published_plan(text)
         assert plan.num_gpus == 64
-        assert len(place(plan, 8)) == len(plan.replicas)
+        assert len(place(plan, 8).replicas) == len(plan.replicas)
     powers = bench.in_powers_of_two()
     for fine, rounded in zip(costs.memory.rows, powers.costs.memory.rows, strict=True):
         assert rounded.max_tokens <= fine.max_tokens < max(1, 2 * rounded.max_tokens)

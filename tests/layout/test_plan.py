@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -8,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lobra.common.errors import ConfigError
-from lobra.layout.layout import Layout, parse_layout
-from lobra.layout.placement import is_placeable, pack, place
+from lobra.layout.layout import Layout
+from lobra.layout.placement import is_placeable, pack, place, placed
 from lobra.layout.plan import Plan, ReplicaGroup, load_plan, make_plan, save_plan
 from tests.tiers import examples
 
@@ -18,13 +20,77 @@ def plan_of(*groups: tuple[int, int, int]) -> Plan:
     return make_plan([ReplicaGroup(Layout(tp, pp), dp, 2048 * tp) for tp, pp, dp in groups])
 
 
-def test_layouts_read_as_written() -> None:
-    assert parse_layout(str(Layout(2, 4))) == Layout(2, 4)
+def test_a_layout_is_positive_and_built() -> None:
     assert Layout(1, 8) < Layout(2, 1)
-    with pytest.raises(ConfigError):
-        parse_layout("2x4")
-    with pytest.raises(ConfigError):
-        Layout(0, 1)
+    for wrong in ((0, 1), (1, True), (1, 1, 0), (1, 1, 1, "all"), (1, 1, 1, None), (1, 1, 1, [])):
+        with pytest.raises(ConfigError):
+            Layout(*wrong)  # type: ignore[arg-type]
+
+
+policies = st.sampled_from(["keep", "full"])
+replica_groups = st.builds(
+    ReplicaGroup,
+    st.builds(Layout, st.integers(1, 9), st.integers(1, 9), st.just(1), policies),
+    st.integers(1, 9),
+    st.integers(1, 9),
+)
+
+
+@given(st.lists(replica_groups, min_size=1), st.booleans())
+@examples(50, 500)
+def test_any_plan_survives_its_file(
+    tmp_path_factory: pytest.TempPathFactory, groups: list[ReplicaGroup], canonical: bool
+) -> None:
+    plan = make_plan(groups) if canonical else Plan(tuple(groups))
+    assert load_plan(save_plan(plan, tmp_path_factory.mktemp("plan") / "plan.yaml")) == plan
+
+
+@given(st.lists(replica_groups, min_size=1), st.randoms(use_true_random=False))
+def test_a_canonical_plan_does_not_depend_on_the_order(
+    groups: list[ReplicaGroup], random: Random
+) -> None:
+    shuffled = random.sample(groups, len(groups))
+    assert make_plan(shuffled) == make_plan(groups)
+
+
+def test_cp_and_memory_are_written_only_where_they_say_more(tmp_path: Path) -> None:
+    plan = plan_of((1, 1, 6), (2, 1, 1))
+    assert plan.entries() == [
+        {"dp": 6, "tp": 1, "pp": 1, "max_tokens": 2048},
+        {"dp": 1, "tp": 2, "pp": 1, "max_tokens": 4096},
+    ]
+    saving = plan.with_memory("full")
+    assert [entry["memory"] for entry in saving.entries()] == ["full", "full"]
+    assert str(saving) == "<1,1>x6 full <2,1>x1 full"
+    assert saving.with_memory("keep") == plan
+    path = tmp_path / "plan.yaml"
+    path.write_text(
+        "strategy_config: [{dp: 6, tp: 1, pp: 1, cp: 1, memory: keep, max_tokens: 2048}]"
+    )
+    assert load_plan(path) == plan_of((1, 1, 6))
+
+
+@pytest.mark.parametrize(
+    ("field", "sentence"),
+    [
+        ("cp: 2", "cp: 2: context parallelism is not built yet; want 1"),
+        ("cp: two", "cp: 'two' is not a positive integer"),
+        ("memory: lean", "memory: 'lean' is not built yet; want keep or full"),
+        ("memory: ful", "memory: 'ful' is not one of keep, lean, full"),
+    ],
+)
+def test_what_is_not_built_is_refused_in_a_sentence(
+    tmp_path: Path, field: str, sentence: str
+) -> None:
+    path = tmp_path / "plan.yaml"
+    entries = [
+        "{dp: 1, tp: 1, pp: 1, max_tokens: 8}",
+        f"{{dp: 1, tp: 2, pp: 1, {field}, max_tokens: 8}}",
+    ]
+    path.write_text(f"strategy_config: [{', '.join(entries)}]")
+    with pytest.raises(ConfigError) as caught:
+        load_plan(path)
+    assert str(caught.value) == f"{path}: strategy_config[1].{sentence}"
 
 
 def test_a_plan_survives_its_file(tmp_path: Path) -> None:
@@ -78,15 +144,36 @@ def test_placed_groups_lie_inside_nodes_and_use_each_rank_once(
     groups: list[tuple[int, int, int]], gpus_per_node: int
 ) -> None:
     plan = plan_of(*groups)
-    ranks = place(plan, gpus_per_node)
-    every = [rank for replica in ranks for stage in replica for rank in stage]
-    assert sorted(every) == list(range(plan.num_gpus))
-    for replica, stages in zip(plan.replicas, ranks, strict=True):
-        assert len(stages) == replica.layout.pp
-        for stage in stages:
+    world = place(plan, gpus_per_node)  # whose ranks are checked when it is made
+    assert world.num_ranks == plan.num_gpus
+    assert world.layouts == tuple(replica.layout for replica in plan.replicas)
+    assert world.spread_groups(gpus_per_node) == []
+    for layout, replica in zip(world.layouts, world.replicas, strict=True):
+        for stage in replica:
             nodes = {rank // gpus_per_node for rank in stage}
-            assert len(stage) == replica.layout.tp
-            assert len(nodes) == max(1, replica.layout.tp // gpus_per_node)
+            assert len(nodes) == max(1, layout.tp // gpus_per_node)
+    assert placed(replace(plan, meta={"ranks": world.as_lists()})) == world
+    assert placed(plan) is None
+
+
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        [],
+        3,
+        [3],
+        [[3]],
+        [[[0]]],
+        [[[0]], [[1], [2]]],
+        [[[0]], [[1, 1]]],
+        [[["0"]], [["1", "2"]]],
+        "ranks",
+    ],
+)
+def test_a_rank_map_that_does_not_fit_is_refused(ranks: object) -> None:
+    plan = replace(plan_of((1, 1, 1), (2, 1, 1)), meta={"ranks": ranks})
+    with pytest.raises(ConfigError, match=r"meta\.ranks does not fit the plan <1,1>x1 <2,1>x1"):
+        placed(plan)
 
 
 def test_groups_that_do_not_divide_the_node_are_packed_if_they_can_be() -> None:

@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from lobra.layout.shapes import ModelShape
-from lobra.layout.topology import Grid, shard_range
+from lobra.layout.world import World, shard_range
 from lobra.model import tensor_parallel
-from lobra.model.groups import build_groups
+from lobra.model.groups import build_groups, new_group
 from lobra.model.lora import AdapterSpec, peft_name
 from lobra.model.pipeline import run_replica
 from lobra.model.stage import MicroBatchTensors, build_stage
@@ -106,11 +106,9 @@ def random_adapter(shape: ModelShape, task: int) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def gradients_on_rank(
-    folder: Path, grids: tuple[Grid, ...], num: int, dropout: float = 0.0
-) -> dict[str, Any]:
+def gradients_on_rank(folder: Path, world: World, num: int, dropout: float = 0.0) -> dict[str, Any]:
     """Run one replica's forward and backward; return gradients, losses and what was loaded."""
-    groups = build_groups(grids)
+    groups = build_groups(world)
     specs = [replace(spec, dropout=dropout) for spec in SPECS]
     stage = build_stage(folder, groups, specs)
     for task in range(len(SPECS)):
@@ -138,12 +136,12 @@ def gradients_on_rank(
         "losses": losses.numpy(),
         "loaded_bytes": stage.loaded_bytes,
         "held_bytes": 4 * elements,
-        "role": groups.role,
+        "place": groups.place,
     }
 
 
 def gradients_few_logits_at_once(
-    folder: Path, grids: tuple[Grid, ...], num: int, logits: int
+    folder: Path, world: World, num: int, logits: int
 ) -> dict[str, Any]:
     """Do `gradients_on_rank` with at most `logits` logits at once; add the head's chunk."""
     tensor_parallel.LOGITS_AT_ONCE = logits  # before the head is made; for this process alone
@@ -155,7 +153,25 @@ def gradients_few_logits_at_once(
         return loss(head, *args)
 
     VocabParallelHead.loss = noted  # type: ignore[method-assign]
-    return {**gradients_on_rank(folder, grids, num), "chunks": chunks}
+    return {**gradients_on_rank(folder, world, num), "chunks": chunks}
+
+
+def sums_over_groups(world: World, num_layers: int) -> list[int]:
+    """Return the sum of the ranks of this one's tp group, and of each block's that it holds, twice.
+
+    Twice: two groups may have the same ranks.
+    """
+    own = torch.tensor([dist.get_rank()])
+
+    def total(group: dist.ProcessGroup) -> int:
+        value = own.clone()
+        dist.all_reduce(value, group=group)
+        return int(value)
+
+    tp_group = build_groups(world).tp_group
+    groups = [new_group(block.holders) for block in world.blocks(num_layers) for _ in range(2)]
+    sums = [int(own) if tp_group is None else total(tp_group)]
+    return sums + [total(group) for group in groups if group is not None]
 
 
 def die_on_rank_one() -> None:
@@ -172,9 +188,9 @@ def fail_on_rank_one() -> None:
     dist.all_reduce(torch.zeros(1))
 
 
-def loading_peak_bytes(folder: Path, grids: tuple[Grid, ...]) -> tuple[int, int]:
+def loading_peak_bytes(folder: Path, world: World) -> tuple[int, int]:
     """Return (bytes of this rank's weights, how much the peak of resident memory rose)."""
-    groups = build_groups(grids)
+    groups = build_groups(world)
     build_stage(folder.parent / "small", groups, ())  # everything lazy is imported and allocated
     Path("/proc/self/clear_refs").write_text("5")
     before = peak_resident_bytes()

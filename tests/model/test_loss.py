@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lobra.layout.topology import RankRole
+from lobra.layout.layout import Layout
+from lobra.layout.world import one_replica
 from lobra.model.groups import ReplicaGroups
 from lobra.model.launch import run_ranks
 from lobra.model.pipeline import run_replica
@@ -96,8 +97,8 @@ class _Recorder(TorchDispatchMode):
 
 
 def stage_of(folder: Path):
-    role = RankRole(rank=0, replica=0, stage=0, num_stages=1, tp_index=0, tp_size=1)
-    stage = build_stage(folder, ReplicaGroups(role, None, (0,), None, (0,)), SPECS)
+    place = one_replica(Layout(1, 1)).place(0)
+    stage = build_stage(folder, ReplicaGroups(place, None, (0,), None, (0,)), SPECS)
     for task in range(len(SPECS)):
         stage.bank.load(task, random_adapter(stage.shape, task))
     return stage

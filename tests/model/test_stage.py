@@ -14,13 +14,13 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from lobra.layout.layout import Layout
 from lobra.layout.shapes import read_shape
-from lobra.layout.topology import role_of
+from lobra.layout.world import one_replica
 from lobra.model.groups import ReplicaGroups
 from lobra.model.launch import RankError, run_ranks
 from lobra.model.lora import peft_name
 from lobra.model.stage import MicroBatchTensors, build_stage
-from tests.layout.test_topology import make_grids
 from tests.model.support import SPECS, random_adapter, random_batches, save_family, save_llama
 
 FUNCTION = "tests.model.support:gradients_on_rank"
@@ -68,8 +68,10 @@ def gradients_by_peft(llama: Path) -> tuple[dict, list[float]]:
     return gradients, losses
 
 
-@pytest.mark.parametrize("layout", [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 3)])
-def test_gradients_and_losses_equal_peft(llama, peft_gradients, layout: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    "layout", [Layout(1, 1), Layout(2, 1), Layout(1, 2), Layout(2, 2), Layout(4, 1), Layout(1, 3)]
+)
+def test_gradients_and_losses_equal_peft(llama, peft_gradients, layout: Layout) -> None:
     check_gradients(llama, layout, *peft_gradients)
 
 
@@ -82,24 +84,21 @@ def test_a_window_shorter_than_the_sequences(family: str, tmp_path: Path) -> Non
         window |= dict(use_sliding_window=True, max_window_layers=2)
     base = save_family(family, tmp_path / "base", **window)
     expected = gradients_by_peft(base)
-    check_gradients(base, (1, 2), *expected)
+    check_gradients(base, Layout(1, 2), *expected)
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "sliding_window": 500}))
     assert gradients_by_peft(base)[1] != pytest.approx(expected[1], rel=1e-4), "no window at all"
 
 
-def check_gradients(
-    base: Path, layout: tuple[int, int], expected: dict, losses: list[float]
-) -> None:
+def check_gradients(base: Path, layout: Layout, expected: dict, losses: list[float]) -> None:
     """Check the gradients and losses of one replica against PEFT's."""
-    grids = make_grids([layout])
-    world = layout[0] * layout[1]
-    ranks = run_ranks(FUNCTION, world, dict(folder=base, grids=grids, num=NUM_BATCHES))
+    world = one_replica(layout)
+    ranks = run_ranks(FUNCTION, world.num_ranks, dict(folder=base, world=world, num=NUM_BATCHES))
     summed: dict[str, np.ndarray] = {}
     for result in ranks:
         for name, gradient in result["gradients"].items():
             summed[name] = summed.get(name, 0) + gradient
-        if result["role"].is_last_stage:
+        if result["place"].is_last_stage:
             np.testing.assert_allclose(result["losses"], losses, rtol=1e-5)
     assert summed.keys() == expected.keys()
     for name, gradient in expected.items():
@@ -112,11 +111,11 @@ def test_a_vocabulary_that_the_ranks_cannot_share_evenly(tmp_path: Path) -> None
     base = save_llama(tmp_path / "base", vocab_size=257, num_hidden_layers=1)
     one, *both = [
         result
-        for layout in ((1, 1), (2, 1))
+        for layout in (Layout(1, 1), Layout(2, 1))
         for result in run_ranks(
             "tests.model.support:gradients_few_logits_at_once",
-            layout[0],
-            dict(folder=base, grids=make_grids([layout]), num=2, logits=5 * 129 - 1),
+            layout.num_gpus,
+            dict(folder=base, world=one_replica(layout), num=2, logits=5 * 129 - 1),
             timeout_s=60,
         )
     ]
@@ -133,7 +132,8 @@ def test_a_vocabulary_that_the_ranks_cannot_share_evenly(tmp_path: Path) -> None
 def test_gradient_checkpointing_says_nothing_and_computes_layers_again(
     llama, stage: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    groups = ReplicaGroups(role_of((((0,), (1,)),), stage), None, (stage,), None, (0, 1))
+    place = one_replica(Layout(1, 2, memory="full")).place(stage)
+    groups = ReplicaGroups(place, None, (stage,), None, (0, 1))
     tokens = torch.arange(3, 11).unsqueeze(0)
     batch = MicroBatchTensors(tokens, tokens, (0,), torch.ones(2))
     computed: list[int] = []
@@ -141,7 +141,7 @@ def test_gradient_checkpointing_says_nothing_and_computes_layers_again(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            built = build_stage(llama, groups, SPECS, gradient_checkpointing=True)
+            built = build_stage(llama, groups, SPECS)
             built.decoder.layers[0].mlp.register_forward_pre_hook(lambda *_args: computed.append(1))
             built.hidden(batch, torch.randn(1, 8, 64) if stage else None).sum().backward()
     finally:
@@ -150,11 +150,11 @@ def test_gradient_checkpointing_says_nothing_and_computes_layers_again(
     assert len(computed) == 2
 
 
-@pytest.mark.parametrize("layout", [(2, 2), (4, 1)])
-def test_a_rank_reads_and_holds_only_its_own_weights(llama, layout: tuple[int, int]) -> None:
-    grids = make_grids([layout])
-    whole = run_ranks(FUNCTION, 1, dict(folder=llama, grids=(((0,),),), num=1))[0]
-    ranks = run_ranks(FUNCTION, layout[0] * layout[1], dict(folder=llama, grids=grids, num=1))
+@pytest.mark.parametrize("layout", [Layout(2, 2), Layout(4, 1)])
+def test_a_rank_reads_and_holds_only_its_own_weights(llama, layout: Layout) -> None:
+    world = one_replica(layout)
+    whole = run_ranks(FUNCTION, 1, dict(folder=llama, world=one_replica(Layout(1, 1)), num=1))[0]
+    ranks = run_ranks(FUNCTION, world.num_ranks, dict(folder=llama, world=world, num=1))
     for result in ranks:
         assert result["loaded_bytes"] == result["held_bytes"]
         # Only norms (64 floats each) and, with tp over the kv heads, shared heads are held twice.
@@ -165,11 +165,12 @@ def test_a_rank_reads_and_holds_only_its_own_weights(llama, layout: tuple[int, i
 def test_dropout_is_the_same_on_every_layout(llama) -> None:
     """One mask per micro-batch, task and layer: shared by a TP group, the same for any layout."""
     summed = []
-    for layout, dropout in [((1, 1), 0.5), ((2, 1), 0.5), ((1, 2), 0.5), ((1, 1), 0.0)]:
+    for (tp, pp), dropout in [((1, 1), 0.5), ((2, 1), 0.5), ((1, 2), 0.5), ((1, 1), 0.0)]:
+        layout = Layout(tp, pp)
         ranks = run_ranks(
             FUNCTION,
-            layout[0] * layout[1],
-            dict(folder=llama, grids=make_grids([layout]), num=3, dropout=dropout),
+            layout.num_gpus,
+            dict(folder=llama, world=one_replica(layout), num=3, dropout=dropout),
         )
         total: dict[str, np.ndarray] = {}
         for result in ranks:
@@ -205,7 +206,9 @@ def test_loading_peaks_near_the_rank_s_own_share(tmp_path: Path) -> None:
     )  # fmt: skip
     whole = sum(path.stat().st_size for path in big.glob("*.safetensors"))
     for own, peak in run_ranks(
-        "tests.model.support:loading_peak_bytes", 4, dict(folder=big, grids=make_grids([(2, 2)]))
+        "tests.model.support:loading_peak_bytes",
+        4,
+        dict(folder=big, world=one_replica(Layout(2, 2))),
     ):
         assert own < 0.26 * whole
         # One tensor at a time is in flight, and the file's pages are mapped while it is read.

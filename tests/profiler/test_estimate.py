@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 
 from lobra.common.errors import ConfigError
+from lobra.layout.layout import Layout
 from lobra.layout.shapes import NAMED_SHAPES, read_shape
+from lobra.layout.world import one_replica
 from lobra.model import tensor_parallel
 from lobra.model.groups import build_groups
 from lobra.model.launch import run_ranks
@@ -39,7 +41,7 @@ ADAPTERS = Adapters(((16, TARGET_MODULES),) * 6)
 
 def saved_on_rank(folder: Path, precision: str, rank: int, dropout: float) -> int:
     """Bytes that autograd keeps of the decoder layers for a micro-batch of 4 x 64 tokens."""
-    groups = build_groups((((tuple(range(dist.get_world_size()))),),))
+    groups = build_groups(one_replica(Layout(dist.get_world_size(), 1)))
     specs = (AdapterSpec("one", rank, rank, TARGET_MODULES, dropout),)
     stage = build_stage(folder, groups, specs, dtype=DTYPES[precision])
     batch = synthetic_batch((4, 64), stage.shape, 1, torch.device("cpu"))
@@ -117,12 +119,12 @@ def test_checkpointing_and_fewer_tasks_hold_more() -> None:
     shape = NAMED_SHAPES["7B"]
     budget = 0.9 * TABLES.accelerator("A100-40GB").memory_bytes
 
-    def tokens(adapters: Adapters, checkpointing: bool) -> int:
-        estimate = estimate_memory(shape, 1, 1, adapters, "bf16", OURS, checkpointing)
+    def tokens(adapters: Adapters, memory: str) -> int:
+        estimate = estimate_memory(shape, 1, 1, adapters, "bf16", OURS, memory)
         return estimate.max_tokens(budget, 256, 1 << 20)
 
-    assert tokens(ADAPTERS, True) > 3 * tokens(ADAPTERS, False)
-    assert tokens(Adapters(ADAPTERS.specs[:1]), False) > tokens(ADAPTERS, False)
+    assert tokens(ADAPTERS, "full") > 3 * tokens(ADAPTERS, "keep")
+    assert tokens(Adapters(ADAPTERS.specs[:1]), "keep") > tokens(ADAPTERS, "keep")
 
 
 def test_a_calibrated_roofline_returns_the_efficiencies_that_made_the_rows() -> None:

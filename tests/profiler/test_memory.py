@@ -262,7 +262,7 @@ def test_checkpointing_on_real_ranks_holds_more(tmp_path: Path) -> None:
     """Of a stage's activations little but one layer's is left, the more layers the less."""
     folder = save_llama(tmp_path / "llama", num_hidden_layers=8, max_position_embeddings=2048)
     plain = replace(SWEEP, folder=folder, shape=read_shape(folder), budget_bytes=1 << 30)
-    saving = replace(plain, gradient_checkpointing=True)
+    saving = replace(plain, memory="full")
     kept, recomputed = (measure_trial(sweep, 1, 1, 2048)[0] for sweep in (plain, saving))
     assert recomputed.weight_bytes == kept.weight_bytes
     assert recomputed.activation_bytes < 0.5 * kept.activation_bytes

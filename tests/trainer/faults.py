@@ -92,7 +92,7 @@ def train_asleep(run: RunSpec) -> RankResult:
     now = [0.0]
 
     def sleep(stage: Any, batches: list, num_tasks: int) -> torch.Tensor:
-        slow = stage.groups.role.replica == SLOW_REPLICA
+        slow = stage.groups.place.replica == SLOW_REPLICA
         now[0] += (SLOW_S if slow else FAST_S) * len(batches)
         return torch.zeros(num_tasks)
 

@@ -11,6 +11,7 @@ from lobra.layout.layout import Layout
 from lobra.layout.placement import place
 from lobra.layout.plan import Plan, ReplicaGroup
 from lobra.layout.shapes import read_shape
+from lobra.layout.world import World
 from lobra.model.groups import build_groups
 from lobra.model.stage import MicroBatchTensors, build_stage
 from lobra.profiler.cost_model import CostModel, fit_cost_model
@@ -70,7 +71,7 @@ def make_run(
         num_steps=tuple(task.steps or steps for task in tasks),
         last_step=steps,
         plan=plan,
-        grids=place(plan, 1 << 20),
+        world=place(plan, 1 << 20),
         cost_model=plain_cost_model(shape.num_layers),
         output_dir=folder,
         precision="fp32",
@@ -90,14 +91,14 @@ def make_run(
 
 def logits_on_rank(
     model_folder: Path,
-    grids: tuple,
+    world: World,
     tasks: tuple[TaskConfig, ...],
     adapters: list[Path],
     tokens: np.ndarray,
     row_tasks: tuple[int, ...],
 ) -> np.ndarray:
     """Return this rank's slice of our model's logits [rows, positions, v] (tp only)."""
-    stage = build_stage(model_folder, build_groups(grids), [adapter_spec(task) for task in tasks])
+    stage = build_stage(model_folder, build_groups(world), [adapter_spec(task) for task in tasks])
     for number, folder in enumerate(adapters):
         load_adapter(folder, stage.bank, number)
     batch = MicroBatchTensors(

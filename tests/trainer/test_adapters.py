@@ -15,13 +15,14 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lobra.layout.layout import Layout
 from lobra.layout.shapes import ModelShape
+from lobra.layout.world import one_replica
 from lobra.model.launch import run_ranks
 from lobra.tasks.config import TARGET_MODULES, TaskConfig
 from lobra.trainer.adapters import adapter_spec, check_adapter, save_adapter
 from lobra.trainer.run import run_local
 from lobra.trainer.store import AdapterStore
-from tests.layout.test_topology import make_grids
 from tests.model.support import save_llama
 from tests.trainer.support import make_plan, make_run, random_dataset
 
@@ -57,7 +58,7 @@ def test_logits_of_the_exported_adapter_in_peft(base: Path, trained: list[Path],
         tp,
         dict(
             model_folder=base,
-            grids=make_grids([(tp, 1)]),
+            world=one_replica(Layout(tp, 1)),
             tasks=TASKS,
             adapters=trained,
             tokens=tokens,

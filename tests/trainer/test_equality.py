@@ -205,11 +205,9 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
     plan = make_plan([(1, 1), (2, 2)], max_tokens=128)
     tasks = tuple(task_config(task) for task in TASKS)
     tensors = []
-    for recompute in (False, True):
-        folder = tmp_path / f"run-{recompute}"
-        run = make_run(
-            folder, base, tasks, make_datasets(), plan, 2, gradient_checkpointing=recompute
-        )
+    for policy in ("keep", "full"):
+        of_policy = plan.with_memory(policy)
+        run = make_run(tmp_path / policy, base, tasks, make_datasets(), of_policy, 2)
         run_local(run)
         tensors.append([final_tensors(run, task) for task in range(3)])
     for plain, recomputed in zip(*tensors, strict=True):

@@ -12,7 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lobra.layout.layout import Layout
 from lobra.layout.shapes import read_shape
+from lobra.layout.world import consecutive
 from lobra.model.groups import build_groups
 from lobra.model.launch import run_ranks
 from lobra.model.stage import build_stage
@@ -50,10 +52,10 @@ def exchanged_on_rank(folder: Path) -> tuple[int, int, int]:
     start_deepspeed("cpu")
     # Sums are of no interest here, and gloo's own buffers for them would be counted.
     dist.reduce_scatter_tensor = lambda *args, **kwargs: None
-    grids = tuple(((rank,),) for rank in range(dist.get_world_size()))
+    world = consecutive([Layout(1, 1)] * dist.get_world_size())
     specs = tuple(adapter_spec(task) for task in TASKS)
-    stage = build_stage(folder, build_groups(grids), specs)
-    optimizer = AdapterOptimizer(TASKS, stage.bank, grids, read_shape(folder).num_layers)
+    stage = build_stage(folder, build_groups(world), specs)
+    optimizer = AdapterOptimizer(TASKS, stage.bank, world, read_shape(folder).num_layers)
     (block,) = optimizer.blocks
     moments = [value for state in block.adam.state.values() for value in state.values()]
     known = [block.gradients, *block.weights_Wp, *block.masters_p, *moments]
@@ -61,7 +63,7 @@ def exchanged_on_rank(folder: Path) -> tuple[int, int, int]:
     with LiveBytes(known) as reducing:
         optimizer.reduce([True] * len(TASKS))
     known += block.reduced_p.values()
-    held = sum(part.nbytes for part in block.reduced_p.values()) * (len(grids) > 1)
+    held = sum(part.nbytes for part in block.reduced_p.values()) * (world.num_ranks > 1)
     with LiveBytes(known) as updating:
         optimizer.update([TaskUpdate(True, 1e-3)] * len(TASKS))
     elements = sum(stage.shape.adapter_elements(t.rank, t.target_modules) for t in TASKS)

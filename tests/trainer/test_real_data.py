@@ -16,7 +16,7 @@ from lobra.cli import main
 from lobra.commands.plan import main as plan_main
 from lobra.layout.layout import Layout
 from lobra.layout.plan import ReplicaGroup, load_plan, make_plan, save_plan
-from lobra.layout.topology import shard_range
+from lobra.layout.world import shard_range
 from lobra.tasks.dataset import TokenizedDataset
 from lobra.trainer.batches import draw_global_batch
 from lobra.trainer.prepare import TrainRequest
@@ -63,10 +63,10 @@ def check_every_sequence_once(run: RunSpec, ranks: list[RankResult], num_steps: 
 def check_only_its_share_is_held(run: RunSpec, ranks: list[RankResult]) -> None:
     norms = 2 * HIDDEN * 4
     layer = (HIDDEN * (HIDDEN + 2 * HIDDEN // 2 + HIDDEN) + 3 * HIDDEN * FFN) * 4
-    for replica, grid in zip(run.plan.replicas, run.grids, strict=True):
-        for stage, stage_ranks in enumerate(grid):
+    for layout, replica in zip(run.world.layouts, run.world.replicas, strict=True):
+        for stage, stage_ranks in enumerate(replica):
             for tp_index, rank in enumerate(stage_ranks):
-                tp, pp = replica.layout.tp, replica.layout.pp
+                tp, pp = layout.tp, layout.pp
                 layers = len(shard_range(LAYERS, pp, stage))
                 rows = len(shard_range(VOCAB, tp, tp_index)) * HIDDEN * 4
                 share = layers * (layer // tp + norms)

@@ -100,7 +100,7 @@ def test_resume(
     plan: Plan = PLANS[name]
     run = replace(
         half, output_dir=half.output_dir, last_step=10, resume_step=5, plan=plan,
-        grids=place(plan, 1 << 20),
+        world=place(plan, 1 << 20),
     )  # fmt: skip
     ranks = run_local(run)
     assert [step.step for step in ranks[0].steps] == [5, 6, 7, 8, 9]
