@@ -12,6 +12,8 @@ from lobra.cli import main
 from lobra.common.errors import ConfigError
 from lobra.layout.shapes import NAMED_SHAPES, read_shape
 from lobra.model.launch import RankError, _cause_of_death
+from lobra.profiler.accelerators import load_tables
+from lobra.profiler.estimate_memory import Adapters, estimate_memory
 from lobra.profiler.memory import (
     LayoutResult,
     MemorySweep,
@@ -29,6 +31,7 @@ from lobra.tasks.config import TARGET_MODULES, TaskConfig
 from tests.model.support import save_llama
 
 TINY = NAMED_SHAPES["tiny"]
+OURS = load_tables().runtime("deepspeed")
 LAYOUTS = ((1, 1), (1, 2), (2, 1))
 TASKS = tuple(
     TaskConfig(f"task{rank}", rank, 2.0 * rank, TARGET_MODULES, 4, "none", 512) for rank in (4, 8)
@@ -255,6 +258,35 @@ def test_real_ranks_take_what_they_must_and_more_with_more_tokens(tmp_path: Path
     elements = sum(sweep.shape.adapter_elements(t.rank, t.target_modules) for t in sweep.tasks)
     assert sum(rank.adapter_bytes for rank in small) == 8 * elements
     assert sum(rank.optimizer_bytes for rank in small) == 12 * elements
+
+
+def test_a_rank_takes_activations_or_the_exchange() -> None:
+    """Never both at once: the exchange comes after the last backward pass."""
+    assert RankMemory(100, 10, 5, 40, 30).total_bytes == 155
+    assert RankMemory(100, 10, 5, 40, 60).total_bytes == 175
+
+
+@pytest.mark.ranks
+def test_a_trial_drops_out_as_its_tasks_do(tmp_path: Path) -> None:
+    """What dropout adds to a trial is what the estimate says, one task of two having it."""
+    folder = save_llama(
+        tmp_path / "llama", hidden_size=128, num_hidden_layers=8, max_position_embeddings=2048
+    )
+    plain = replace(SWEEP, folder=folder, shape=read_shape(folder), budget_bytes=1 << 30)
+    dropping = replace(plain, tasks=(replace(TASKS[0], lora_dropout=0.1), TASKS[1]))
+    (without,), (with_dropout,) = (measure_trial(sweep, 1, 1, 2048) for sweep in (plain, dropping))
+    estimates = [
+        estimate_memory(
+            plain.shape, 1, 1, Adapters.of_tasks(sweep.tasks, plain.shape), "fp32", OURS
+        )
+        for sweep in (plain, dropping)
+    ]
+    added = with_dropout.activation_bytes - without.activation_bytes
+    expected = 2048 * (estimates[1].bytes_per_token - estimates[0].bytes_per_token)
+    assert added == pytest.approx(expected, rel=0.15)
+    assert added > 0.3 * without.activation_bytes
+    assert with_dropout.exchange_bytes == without.exchange_bytes == with_dropout.adapter_bytes
+    assert plain.settings() != dropping.settings(), "never mixed with rows of the other kind"
 
 
 @pytest.mark.ranks
