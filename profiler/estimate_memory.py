@@ -145,7 +145,7 @@ def checkpointed_bytes_per_token(shape: ModelShape, precision: str) -> float:
 def dropout_transient_bytes(
     shape: ModelShape, tp: int, precision: str, dropout_modules: tuple[str, ...]
 ) -> float:
-    """Return what drawing a linear's dropout factors takes per token, at the linear that needs most.
+    """Return what drawing a linear's dropout factors takes per token, where it takes most.
 
     The draw is fp32 and of the unsharded input; its comparison and the factors are of the shard.
     """

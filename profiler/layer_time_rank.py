@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lobra.layout.layout import Layout
 from lobra.layout.shapes import read_shape
 from lobra.layout.world import World
 from lobra.model.groups import ReplicaGroups, build_groups
@@ -91,7 +90,8 @@ def time_points_on_rank(
     Parameters
     ----------
     world
-        Replicas of <tp,1>, all of the same tp.
+        Replicas of <tp,1>, all of the same tp and memory policy: with "full" the backward pass
+        computes layers again, and that is timed too.
     points
         (b, s) in the order they are measured.
     layer_file, head_file
@@ -107,7 +107,8 @@ def time_points_on_rank(
     groups = build_groups(world)
     if single_device is not None:
         tp = single_device.tp
-        groups = replace(groups, place=replace(groups.place, layout=Layout(tp, 1)))
+        layout = replace(groups.place.layout, tp=tp)
+        groups = replace(groups, place=replace(groups.place, layout=layout))
     where = torch_device(device)
     layers, ends = _build_probes(folder, groups, specs, DTYPES[precision], where)
     mixtures_wanted = NUM_MIXTURES if _adapters_differ(specs) else 1

@@ -85,7 +85,6 @@ class MemorySweep:
             "memory_budget_bytes": self.budget_bytes,
             "precision": self.precision,
             "device": self.device,
-            **({"gradient_checkpointing": True} if self.memory == "full" else {}),
         }
 
 
@@ -183,8 +182,8 @@ def sweep_memory(
     Parameters
     ----------
     file
-        Rows ``tp,pp,sp,max_tokens`` are appended to it; sp is 1. Its sidecar keeps the trials of
-        the layouts without a row.
+        Rows ``tp,pp,sp,max_tokens`` are appended to it; sp is 1, the memory policy the sweep's.
+        Its sidecar keeps the trials of the layouts without a row.
     report
         Called after each layout.
     measure
@@ -193,7 +192,7 @@ def sweep_memory(
     results = []
     trials: dict[str, list[list[Any]]] = file.meta.setdefault("trials", {})
     for tp, pp in sweep.layouts:
-        name = f"{tp},{pp}"
+        name = file.name((tp, pp))
         if (tp, pp, 1) in file.done:
             if trials.pop(name, None) is not None:  # killed just after its row was written
                 write_meta(file.path, file.meta)
@@ -229,7 +228,7 @@ def _measure_layout(
         outcome = trial(tokens)
         kept.append([outcome.size, outcome.peak_bytes, outcome.reason])
         if not file.path.is_file():  # a sidecar is continued only beside its CSV
-            write_atomic(file.path, ",".join(file.columns) + "\n")
+            write_atomic(file.path, ",".join(file.header) + "\n")
         write_meta(file.path, file.meta)
         return outcome
 

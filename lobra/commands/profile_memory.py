@@ -99,6 +99,7 @@ def _measure(args: argparse.Namespace) -> int:
         kind="measured",
         restart=args.restart,
         environment=environment_of(device) | {"memory_budget_bytes": sweep.budget_bytes},
+        memory=args.memory,
     )
     console = make_console()
     if len(here) < len(layouts):
@@ -160,13 +161,19 @@ def _estimate(args: argparse.Namespace) -> int:
         "step_tokens": STEP_TOKENS,
         "memory_budget_bytes": int(budget),
         "precision": precision,
-        "gradient_checkpointing": args.memory == "full",
         "accelerator": vars(accelerator),
         "runtime": vars(runtime),
     }
     path: Path = args.output or default_memory_path(args.model, len(tasks))
     file = open_sweep(
-        path, MEMORY_COLUMNS, 3, settings, kind="estimated", restart=args.restart, environment={}
+        path,
+        MEMORY_COLUMNS,
+        3,
+        settings,
+        kind="estimated",
+        restart=args.restart,
+        environment={},
+        memory=args.memory,
     )
     for tp, pp in layouts_within(shape, args.num_gpus):
         estimate = estimate_memory(shape, tp, pp, adapters, precision, runtime, args.memory)

@@ -176,3 +176,13 @@ def test_a_users_accelerator_is_added_and_mistakes_are_all_named(tmp_path: Path)
     ]
     with pytest.raises(ConfigError, match="known are A100-40GB"):
         TABLES.accelerator("B9000")
+
+
+def test_computing_layers_again_costs_a_forward_pass() -> None:
+    """Of 2 (base) to 3 (adapters) passes one more, of attention's 3.5 one more."""
+    for tp in (1, 4):
+        work = Workload(NAMED_SHAPES["7B"], TABLES.accelerator("A100-40GB"), "bf16", 16)
+        again = replace(work, memory="full")
+        for s in (256, 4096, 32768):
+            kept_ms, again_ms = (layer_ms(w, TABLES.efficiency, tp, 1, s) for w in (work, again))
+            assert 4.5 / 3.5 < again_ms / kept_ms < 1.5

@@ -10,6 +10,7 @@ import pytest
 
 from lobra.cli import main
 from lobra.common.errors import ConfigError
+from lobra.layout.layout import Layout
 from lobra.layout.shapes import NAMED_SHAPES, read_shape
 from lobra.model.launch import RankError, _cause_of_death
 from lobra.profiler.accelerators import load_tables
@@ -105,6 +106,63 @@ def test_no_trial_is_made_twice_though_killed_at_any(tmp_path: Path) -> None:
     assert path.read_bytes() == (tmp_path / "whole.csv").read_bytes()
     assert read_meta(path)["rows"] == read_meta(tmp_path / "whole.csv")["rows"]
     assert read_meta(path)["trials"] == {}, "trials of complete layouts are in their rows"
+
+
+def linear_by_policy(sweep: MemorySweep, tp: int, pp: int, tokens: int) -> list[RankMemory]:
+    """A fifth of the activations with layers computed again."""
+    ranks = linear_memory(sweep, tp, pp, tokens)
+    less = [replace(rank, activation_bytes=rank.activation_bytes // 5) for rank in ranks]
+    return less if sweep.memory == "full" else ranks
+
+
+def test_both_policies_in_one_file_though_killed_at_any_trial(tmp_path: Path) -> None:
+    full = replace(SWEEP, memory="full", max_seq_length=16384)
+    keep = replace(SWEEP, max_seq_length=16384)
+    path = tmp_path / "m.csv"
+    tried: list[tuple[object, ...]] = []
+
+    def run(trials: int) -> None:
+        def measure(sweep, tp, pp, tokens):
+            if len(tried) == trials:
+                raise KeyboardInterrupt
+            tried.append((sweep.memory, tp, pp, tokens))
+            return linear_by_policy(sweep, tp, pp, tokens)
+
+        for sweep in (keep, full):
+            file = open_sweep(
+                path, MEMORY_COLUMNS, 3, sweep.settings(), kind="measured", memory=sweep.memory
+            )
+            sweep_memory(sweep, file, measure=measure)
+
+    for trials in range(1, 100):
+        try:
+            run(trials)
+            break
+        except KeyboardInterrupt:
+            pass
+    assert len(tried) == len(set(tried)) == trials, "no trial is made twice"
+    profile = load_memory_profile(path)
+    assert [profile.max_tokens(1, 1, memory) for memory in ("keep", "full")] == [2048, 11008]
+    assert len(profile.rows) == 6
+    assert Layout(2, 1, memory="full") in profile.layouts
+    assert read_meta(path)["trials"] == {}
+    assert {"1,1,1", "1,1,1,full"} <= set(read_meta(path)["rows"])
+
+
+def test_a_file_of_before_the_column_says_it_in_its_settings(tmp_path: Path) -> None:
+    path = tmp_path / "m.csv"
+    path.write_text("tp,pp,sp,max_tokens\n1,1,1,4096\n")
+    assert load_memory_profile(path).layouts == (Layout(1, 1),)
+    write_meta(path, {"settings": {"gradient_checkpointing": True}})
+    assert load_memory_profile(path).layouts == (Layout(1, 1, memory="full"),)
+    path.write_text("tp,pp,sp,max_tokens,memory\n1,1,1,4096,lean\n1,1,1,2048,most\n")
+    with pytest.raises(ConfigError) as error:
+        load_memory_profile(path)
+    assert [problem.partition("line ")[2] for problem in error.value.problems] == [
+        "2: memory: 'lean' is not built yet; want keep or full",
+        "3: memory: 'most' is not one of keep, lean, full",
+        "3: <1,1> sp 1 is already on line 2; keep one",
+    ]
 
 
 def test_trials_out_of_memory_are_kept_failures_are_not(tmp_path: Path) -> None:
@@ -298,7 +356,6 @@ def test_checkpointing_on_real_ranks_holds_more(tmp_path: Path) -> None:
     kept, recomputed = (measure_trial(sweep, 1, 1, 2048)[0] for sweep in (plain, saving))
     assert recomputed.weight_bytes == kept.weight_bytes
     assert recomputed.activation_bytes < 0.5 * kept.activation_bytes
-    assert "gradient_checkpointing" in saving.settings(), "never mixed with rows of the other kind"
 
 
 @pytest.mark.ranks
