@@ -39,7 +39,9 @@ def all_candidates(
     gpus_per_node: int,
     refused: Callable[[int, int], str | None] | None = None,
 ) -> Candidates:
-    """Return every profiled layout within ``num_gpus`` GPUs.
+    """Return every profiled layout, with its memory policy, within ``num_gpus`` GPUs.
+
+    One whose policy there are no times of is left out: recomputing costs a third or more.
 
     Parameters
     ----------
@@ -61,20 +63,22 @@ def all_candidates(
     chosen: list[Candidate] = []
     dropped: list[str] = []
     able: list[str] = []  # left out, but large enough
-    for tp, pp in memory.layouts:
-        layout = Layout(tp, pp)
+    for layout in memory.layouts:
+        tp, pp = layout.tp, layout.pp
         reason = None
         if layout.num_gpus > num_gpus:
             reason = f"needs {layout.num_gpus} GPUs of {num_gpus}"
-        elif tp not in cost_model.tps:
-            reason = f"the time profile {cost_model.meta.get('path', '')} has no rows for tp {tp}"
+        elif not cost_model.has(tp, layout.memory):
+            under = "" if layout.memory == "keep" else f" with memory {layout.memory}"
+            times = cost_model.meta.get("path", "")
+            reason = f"the time profile {times} has no rows for tp {tp}{under}"
         elif tp > gpus_per_node and (tp % gpus_per_node or num_gpus < tp):
             reason = f"tp {tp} spans nodes of {gpus_per_node} GPUs but is no multiple of it"
         elif pp > cost_model.num_layers:
             reason = f"pp {pp} is more than the {cost_model.num_layers} layers"
         elif refused is not None:
             reason = refused(tp, pp)
-        max_tokens = memory.max_tokens(tp, pp)
+        max_tokens = memory.max_tokens(tp, pp, layout.memory)
         if not reason:
             chosen.append(Candidate(layout, max_tokens))
             continue
@@ -123,6 +127,8 @@ def tokens_per_gpu_second(candidate: Candidate, cost_model: CostModel, length: i
     """
     layout = candidate.layout
     size = max(1, candidate.max_tokens // length)
-    time_ms = float(np.asarray(cost_model.chunk_time_ms(layout.tp, layout.pp, size, length)))
+    time_ms = float(
+        np.asarray(cost_model.chunk_time_ms(layout.tp, layout.pp, size, length, layout.memory))
+    )
     step_s = time_ms * (PROPOSAL_CHUNKS + layout.pp - 1) / 1000.0
     return PROPOSAL_CHUNKS * size * length / step_s / layout.num_gpus

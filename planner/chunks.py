@@ -135,7 +135,9 @@ def chunk_table(
     if counts is not None:
         limit = np.minimum(limit, counts)
     sizes = np.arange(max(1, int(limit.max(initial=0))) + 1)
-    time_ms = cost_model.chunk_time_ms(layout.tp, layout.pp, sizes[None, :], buckets[:, None])
+    time_ms = cost_model.chunk_time_ms(
+        layout.tp, layout.pp, sizes[None, :], buckets[:, None], layout.memory
+    )
     time_s = np.where(sizes[None, :] <= limit[:, None], time_ms / 1000.0, np.inf)
     time_s[:, 0] = 0.0
     return ChunkTable(layout, max_tokens, limit, time_s)

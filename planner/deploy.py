@@ -119,14 +119,15 @@ def deploy(
     return Deployment(outcome, batch, candidates, same, problem, sampled)
 
 
-def plan_entries(plan: Plan) -> list[dict[str, int]]:
-    """Return the plan as the contract's JSON lists it."""
+def plan_entries(plan: Plan) -> list[dict[str, Any]]:
+    """Return the plan as the contract's JSON lists it; memory only where it is not keep."""
     return [
         {
             "tp": group.layout.tp,
             "pp": group.layout.pp,
             "replicas": group.replicas,
             "max_tokens": group.max_tokens,
+            **({"memory": group.layout.memory} if group.layout.memory != "keep" else {}),
         }
         for group in plan.groups
     ]

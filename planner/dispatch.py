@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lobra.common.errors import ConfigError
+from lobra.layout.layout import Layout
 from lobra.layout.plan import Plan, ReplicaGroup
 from lobra.planner.buckets import bucket_index, checked_lengths, make_buckets
 from lobra.planner.chunks import ChunkTable, chunk_table
@@ -205,15 +206,15 @@ def _dispatch_slowed(
     Factors are rounded down to steps of 0.5 %, so the bound stays one.
     """
     steps = np.floor(np.log(factors) / SLOWDOWN_STEP).astype(np.int64)
-    alike: dict[tuple[int, int, int, int], list[int]] = {}
+    alike: dict[tuple[Layout, int, int], list[int]] = {}
     for replica, step in zip(plan.replicas, steps.tolist(), strict=True):
-        key = (replica.layout.tp, replica.layout.pp, replica.max_tokens, step)
+        key = (replica.layout, replica.max_tokens, step)
         alike.setdefault(key, []).append(replica.index)
     groups = tuple(
-        ReplicaGroup(plan.replicas[members[0]].layout, len(members), key[2])
-        for key, members in alike.items()
+        ReplicaGroup(layout, len(members), max_tokens)
+        for (layout, max_tokens, _), members in alike.items()
     )
-    slowdown = np.exp(SLOWDOWN_STEP * np.array([key[3] for key in alike]))
+    slowdown = np.exp(SLOWDOWN_STEP * np.array([step for _, _, step in alike]))
     found = dispatch_counts(counts, buckets, Plan(groups), cost_model, mode=mode, slowdown=slowdown)
     order = [index for members in alike.values() for index in members]
     chunks = dict(zip(order, found.chunks, strict=True))
@@ -333,7 +334,9 @@ def _chunk_costs_ms(
         pairs = np.array([pair for chunks in members for pair in chunks], dtype=np.int64)
         bucket, size = pairs.reshape(-1, 2).T
         layout = group.layout
-        flat = cost_model.chunk_time_ms(layout.tp, layout.pp, size, buckets[bucket]).tolist()
+        flat = cost_model.chunk_time_ms(
+            layout.tp, layout.pp, size, buckets[bucket], layout.memory
+        ).tolist()
         for chunks in members:
             costs.append(flat[: len(chunks)])
             flat = flat[len(chunks) :]

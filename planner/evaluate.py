@@ -27,7 +27,9 @@ def replica_time_s(
 ) -> float:
     """Return the seconds a replica needs for its chunks, pairs (sequences, padded length)."""
     pairs = np.array(list(chunks), dtype=np.int64).reshape(-1, 2)
-    times_ms = cost_model.chunk_time_ms(layout.tp, layout.pp, pairs[:, 0], pairs[:, 1])
+    times_ms = cost_model.chunk_time_ms(
+        layout.tp, layout.pp, pairs[:, 0], pairs[:, 1], layout.memory
+    )
     return busy_time_s(layout, times_ms.tolist())
 
 

@@ -252,7 +252,7 @@ def chrome_trace(assignment: Assignment, plan: Plan, cost_model: CostModel) -> d
         longest_us = 0.0
         for chunk in chunks:
             time_ms = cost_model.chunk_time_ms(
-                layout.tp, layout.pp, chunk.num_sequences, chunk.padded_length
+                layout.tp, layout.pp, chunk.num_sequences, chunk.padded_length, layout.memory
             )
             length_us = 1000.0 * float(time_ms)
             longest_us = max(longest_us, length_us)

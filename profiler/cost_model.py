@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from lobra.profiler.collectives import Collectives, default_collectives_path, lo
 from lobra.profiler.head import HeadFit, HeadProfile, fit_heads, load_head_profile
 from lobra.profiler.layer_fit import KINDS, SMALLEST_TIME_MS, Kind, LayerFit, fit_layer
 from lobra.profiler.profiles import (
+    DEFAULT_POLICY,
     TimeProfile,
     default_head_path,
     default_time_path,
-    load_time_profile,
+    load_time_profiles,
     num_layers_of,
     read_meta,
 )
@@ -47,7 +48,7 @@ class CostModel:
     kind
         Which fit, see ``LayerFit``.
     layers
-        The fit of one layer, by tp.
+        The fit of one layer that keeps all for its backward pass, by tp.
     head
         The fit of embedding and head together, by tp; empty when not profiled.
     meta
@@ -58,6 +59,8 @@ class CostModel:
         The share of positions that carry a loss in what is trained; None: as in the profile.
     adapter_elements
         Parameters of all tasks' adapters together, over all layers; 0 where not known.
+    other_layers
+        The fits under other memory policies, by policy and tp.
     """
 
     num_layers: int
@@ -68,21 +71,43 @@ class CostModel:
     collectives: Collectives | None = None
     label_share: float | None = None
     adapter_elements: float = 0.0
+    other_layers: Mapping[str, Mapping[int, LayerFit]] = field(default_factory=dict)
 
     @property
     def tps(self) -> tuple[int, ...]:
-        """The tensor-parallel sizes there are times for, ascending."""
+        """The tensor-parallel sizes there are times for that keep all, ascending."""
         return tuple(sorted(self.layers))
 
-    def layer_time_ms(self, tp: int, b: np.ndarray | int, s: np.ndarray | int) -> np.ndarray:
+    def has(self, tp: int, memory: str = DEFAULT_POLICY) -> bool:
+        """Return whether there are times of this tensor-parallel size under a memory policy."""
+        return tp in self._layers(memory)
+
+    def taking_kept_times(self, memory: str) -> CostModel:
+        """Return the cost model with the times of "keep" where those of a policy are missing."""
+        other = {**self.other_layers, memory: {**self.layers, **self._layers(memory)}}
+        return replace(self, other_layers=other)
+
+    def layer_time_ms(
+        self,
+        tp: int,
+        b: np.ndarray | int,
+        s: np.ndarray | int,
+        memory: str = DEFAULT_POLICY,
+    ) -> np.ndarray:
         """Return ms of one layer, forward + backward, for ``b`` sequences padded to ``s`` tokens.
 
-        ``b`` and ``s`` broadcast. Raises ``ConfigError`` if ``tp`` was not profiled.
+        ``b`` and ``s`` broadcast. With ``memory`` "full" the forward pass is in it twice. Raises
+        ``ConfigError`` if ``tp`` was not profiled under that policy.
         """
-        return self._fit(tp).time_ms(np.asarray(b), np.asarray(s))
+        return self._fit(tp, memory).time_ms(np.asarray(b), np.asarray(s))
 
     def chunk_time_ms(
-        self, tp: int, pp: int, b: np.ndarray | int, s: np.ndarray | int
+        self,
+        tp: int,
+        pp: int,
+        b: np.ndarray | int,
+        s: np.ndarray | int,
+        memory: str = DEFAULT_POLICY,
     ) -> np.ndarray:
         """Return ms a micro-batch keeps the slowest stage of ``<tp,pp>`` busy.
 
@@ -92,7 +117,7 @@ class CostModel:
         """
         b, s = np.asarray(b), np.asarray(s)
         layers = -(-self.num_layers // pp)
-        time_ms = self._fit(tp).time_ms(b, s) * layers
+        time_ms = self._fit(tp, memory).time_ms(b, s) * layers
         if tp in self.head:
             time_ms = time_ms + self.head[tp].time_ms(b, s, self.label_share)
         if pp > 1 and self.collectives is not None:
@@ -121,14 +146,29 @@ class CostModel:
         """
         return self._fit(tp).relative_error(np.asarray(b), np.asarray(s))
 
-    def _fit(self, tp: int) -> LayerFit:
-        if tp not in self.layers:
-            raise ConfigError(
-                f"time profile {self.meta.get('path', '')}: no rows for tp {tp}; it has "
-                f"tp {', '.join(map(str, self.tps))}. Profile it with "
-                f"scripts/cost_model_benchmark.sh"
-            )
-        return self.layers[tp]
+    def missing(self, tp: int, memory: str = DEFAULT_POLICY) -> str:
+        """Return what a person is told who asks for times that were not profiled."""
+        of_policy = "" if memory == DEFAULT_POLICY else f" with memory {memory}"
+        has = [
+            f"tp {', '.join(map(str, sorted(fits)))}"
+            + ("" if policy == DEFAULT_POLICY else f" {policy}")
+            for policy, fits in ((DEFAULT_POLICY, self.layers), *self.other_layers.items())
+            if fits
+        ]
+        option = "" if memory == DEFAULT_POLICY else f" --memory {memory}"
+        return (
+            f"time profile {self.meta.get('path', '')}: no rows for tp {tp}{of_policy}; it has "
+            f"{'; '.join(has)}. Profile it with `lobra profile time --tp {tp}{option}` "
+            f"(scripts/cost_model_benchmark.sh)"
+        )
+
+    def _layers(self, memory: str) -> Mapping[int, LayerFit]:
+        return self.layers if memory == DEFAULT_POLICY else self.other_layers.get(memory, {})
+
+    def _fit(self, tp: int, memory: str = DEFAULT_POLICY) -> LayerFit:
+        if not self.has(tp, memory):
+            raise ConfigError(self.missing(tp, memory))
+        return self._layers(memory)[tp]
 
 
 def fit_cost_model(
@@ -137,8 +177,11 @@ def fit_cost_model(
     kind: Kind = "fitted",
     head_profile: HeadProfile | None = None,
     collectives: Collectives | None = None,
+    others: Iterable[TimeProfile] = (),
 ) -> CostModel:
     """Return the cost model fitted to a profile, each tensor-parallel size for itself.
+
+    ``others`` are the rows of further memory policies; those of ``time_profile`` may be of any.
 
     Raises
     ------
@@ -149,7 +192,9 @@ def fit_cost_model(
         raise ConfigError(f"cost model {kind!r}: known are {', '.join(KINDS)}")
     meta = {"path": str(time_profile.path or ""), "digest": time_profile.digest}
     head = fit_heads(head_profile) if head_profile is not None else {}
-    return CostModel(num_layers, kind, _fit_all(time_profile, kind), head, meta, collectives)
+    fits = {one.memory: _fit_all(one, kind) for one in (time_profile, *others)}
+    layers = fits.pop(DEFAULT_POLICY, {})
+    return CostModel(num_layers, kind, layers, head, meta, collectives, other_layers=fits)
 
 
 def _fit_all(profile: TimeProfile, kind: Kind) -> dict[int, LayerFit]:
@@ -226,4 +271,5 @@ def load_cost_model(
             _check_origins(path, beside)
     head = load_head_profile(head_path) if head_path.is_file() else None
     collectives = load_collectives(collectives_path) if collectives_path.is_file() else None
-    return fit_cost_model(load_time_profile(path), num_layers_of(model), kind, head, collectives)
+    first, *others = load_time_profiles(path).values()
+    return fit_cost_model(first, num_layers_of(model), kind, head, collectives, others)

@@ -14,12 +14,12 @@ from lobra.common.errors import ConfigError
 
 
 def read_rows(
-    path: Path, columns: tuple[str, ...], command: str
+    path: Path, columns: tuple[str, ...], command: str, optional: tuple[str, ...] = ()
 ) -> tuple[list[tuple[int, dict[str, str]]], str]:
     """Return (line number, values by column) of every row, and the file's digest.
 
     The digest is the first 16 hexadecimal digits of the file's SHA-256. ``command`` makes such a
-    file, for messages.
+    file, for messages. The ``optional`` columns are "" where the file has them not.
 
     Raises
     ------
@@ -44,8 +44,9 @@ def read_rows(
             f"{path}: column {', '.join(missing)} is missing; the header must hold "
             f"{','.join(columns)}, it is {','.join(header) or 'empty'}"
         )
+    wanted = (*columns, *optional)
     rows = [
-        (reader.line_num, {name: (row.get(name) or "").strip() for name in columns})
+        (reader.line_num, {name: (row.get(name) or "").strip() for name in wanted})
         for row in reader
         if any((value or "").strip() for value in row.values() if isinstance(value, str))
     ]

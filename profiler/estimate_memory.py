@@ -7,29 +7,47 @@ the count with the tensors really saved. Bytes; e is the size of an activation's
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lobra.layout.shapes import ModelShape
 from lobra.layout.world import stage_layers
 from lobra.profiler.accelerators import Runtime
+from lobra.profiler.exchange import FLOAT_BYTES, most_exchange_bytes
+from lobra.tasks.config import TaskConfig
 
-FLOAT_BYTES = 4
 # Of an adapter's parameter, as `profiler.memory_rank` counts them.
 ADAPTER_BYTES, OPTIMIZER_BYTES = 8, 12
 # Logits the loss holds at once, as `model.tensor_parallel` has it (a test compares them).
 LOGITS_AT_ONCE = 1 << 25
+ROW_PARALLEL = ("o_proj", "down_proj")  # whose input is split by tp, as `model.stage` has it
 
 
 @dataclass(frozen=True)
 class Adapters:
-    """The adapters trained together: (rank, target modules) of each task."""
+    """The adapters trained together: (rank, target modules) of each task.
+
+    ``dropout_modules`` are those of the task with dropout that keeps most for it, () without any.
+    """
 
     specs: tuple[tuple[int, tuple[str, ...]], ...]
+    dropout_modules: tuple[str, ...] = ()
 
     def elements_per_layer(self, shape: ModelShape) -> int:
         """Return the adapters' parameters in one layer, all tasks."""
         total = sum(shape.adapter_elements(rank, targets) for rank, targets in self.specs)
         return total // shape.num_layers
+
+    @classmethod
+    def of_tasks(cls, tasks: Sequence[TaskConfig], shape: ModelShape) -> Adapters:
+        """Return the adapters of tasks; the dropout is that of the task which keeps most for it."""
+        dropped: tuple[str, ...] = ()
+        for task in tasks:
+            if task.lora_dropout > 0.0 and _inputs(shape, task.target_modules) > _inputs(
+                shape, dropped
+            ):
+                dropped = task.target_modules
+        return cls(tuple((task.rank, task.target_modules) for task in tasks), dropped)
 
     @property
     def largest_rank(self) -> int:
@@ -42,28 +60,35 @@ class MemoryEstimate:
     """Bytes of a rank that do not depend on the micro-batch, and those per token of it.
 
     The first ``logits_tokens`` tokens take ``logits_bytes_per_token`` besides: the loss holds no
-    more logits than those at once.
+    more logits than those at once. ``exchange_bytes`` are taken when no micro-batch is.
     """
 
     fixed_bytes: float
     bytes_per_token: float
     logits_bytes_per_token: float = 0.0
     logits_tokens: float = math.inf
+    exchange_bytes: float = 0.0
 
     def total_bytes(self, tokens: float) -> float:
         """Return the bytes of a rank for a micro-batch of so many tokens."""
         logits = self.logits_bytes_per_token * min(tokens, self.logits_tokens)
-        return self.fixed_bytes + self.bytes_per_token * tokens + logits
+        return self.fixed_bytes + max(self.bytes_per_token * tokens + logits, self.exchange_bytes)
 
     def max_tokens(self, budget_bytes: float, step: int, largest: int) -> int:
         """Return the largest multiple of ``step`` up to ``largest`` that fits (0: none)."""
         room = budget_bytes - self.fixed_bytes
+        if room < self.exchange_bytes:
+            return 0
         tokens = room / (self.bytes_per_token + self.logits_bytes_per_token)
         if tokens > self.logits_tokens:
             tokens = (room - self.logits_bytes_per_token * self.logits_tokens) / (
                 self.bytes_per_token
             )
         return max(0, min(int(tokens) // step, largest // step) * step)
+
+
+def _inputs(shape: ModelShape, modules: Iterable[str]) -> int:
+    return sum(shape.linear_sizes()[module][0] for module in modules)
 
 
 def element_bytes(precision: str) -> int:
@@ -77,13 +102,19 @@ def layer_weights(shape: ModelShape) -> int:
 
 
 def saved_bytes_per_token(
-    shape: ModelShape, tp: int, precision: str, lora_rank: int, sequence_parallel: bool = False
+    shape: ModelShape,
+    tp: int,
+    precision: str,
+    lora_rank: int,
+    sequence_parallel: bool = False,
+    dropout_modules: tuple[str, ...] = (),
 ) -> float:
     """Return what autograd keeps of one layer for the backward pass, per token and rank.
 
     Whole on every rank of a tp group (unless sequence parallel): the inputs of both norms in fp32
     and their outputs. Split by tp: q, k, v, the attention's output and its log-sum-exp, gate, up,
-    silu(gate) and their product. LoRA: x A' of each linear.
+    silu(gate) and their product. LoRA: x A' of each linear. Dropout: each linear of
+    ``dropout_modules`` keeps its factors and what they leave of its input, instead of the input.
     """
     e, h = element_bytes(precision), shape.hidden_size
     query, key = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
@@ -92,12 +123,38 @@ def saved_bytes_per_token(
     split = e * (2 * query + 2 * key + 4 * shape.intermediate_size)
     split += FLOAT_BYTES * shape.num_heads
     lora = e * lora_rank * len(shape.linear_sizes())
+    for module in dropout_modules:
+        inputs = shape.linear_sizes()[module][0]
+        if module in ROW_PARALLEL:
+            split += 2 * e * inputs
+        else:
+            whole += 2 * e * inputs
+    for modules, size in (("q_proj", "k_proj", "v_proj"), h), (("gate_proj", "up_proj"), h):
+        if set(modules) <= set(dropout_modules):  # nobody else keeps the norm's output
+            whole -= e * size
+    if "down_proj" in dropout_modules:
+        split -= e * shape.intermediate_size
     return whole / (tp if sequence_parallel else 1) + split / tp + lora
 
 
 def checkpointed_bytes_per_token(shape: ModelShape, precision: str) -> float:
     """Return what is kept of a layer per token with gradient checkpointing: its input."""
     return float(element_bytes(precision) * shape.hidden_size)
+
+
+def dropout_transient_bytes(
+    shape: ModelShape, tp: int, precision: str, dropout_modules: tuple[str, ...]
+) -> float:
+    """Return what drawing a linear's dropout factors takes per token, where it takes most.
+
+    The draw is fp32 and of the unsharded input; its comparison and the factors are of the shard.
+    """
+    largest = 0.0
+    for module in dropout_modules:
+        inputs = shape.linear_sizes()[module][0]
+        own = inputs / tp if module in ROW_PARALLEL else inputs
+        largest = max(largest, FLOAT_BYTES * inputs + (1 + element_bytes(precision)) * own)
+    return largest
 
 
 def logits_bytes_per_token(shape: ModelShape, tp: int, precision: str, in_chunks: bool) -> float:
@@ -126,6 +183,8 @@ def estimate_memory(
     Every token carries a loss. Stage i of pp keeps pp - i micro-batches in flight (1F1B). The
     stages differ in what is fixed and in what grows; the one returned needs most only if one does
     everywhere, so the worst at the size where the fixed part and the rest are alike is taken.
+    Evaluation keeps no activations for a backward pass and no gradient in the head: it needs less.
+    The adapters' exchange is counted for our runtime only (`exchange.most_exchange_bytes`).
     """
     stages = [
         _stage_memory(shape, tp, pp, stage, adapters, precision, runtime, memory)
@@ -155,8 +214,10 @@ def _stage_memory(
     fixed += e * ends * shape.vocab_size * shape.hidden_size / tp
     whole = tp if runtime.adapters_sharded else 1
     fixed += ADAPTER_BYTES * elements / whole + OPTIMIZER_BYTES * elements / tp
+    exchange = 0 if runtime.adapters_sharded else most_exchange_bytes(elements, tp)
+    dropped = adapters.dropout_modules
     saved = saved_bytes_per_token(
-        shape, tp, precision, adapters.largest_rank, runtime.sequence_parallel
+        shape, tp, precision, adapters.largest_rank, runtime.sequence_parallel, dropped
     )
     in_flight = pp - stage
     if memory == "full":
@@ -164,13 +225,17 @@ def _stage_memory(
         per_token = in_flight * layers * kept + saved
     else:
         per_token = in_flight * layers * saved
-    # One layer's gradients while the backward pass is in it.
-    per_token += e * (2 * shape.hidden_size + 3 * shape.intermediate_size / tp)
+    # One layer's gradients while the backward pass is in it; before it, the last linear's dropout.
+    per_token += max(
+        e * (2 * shape.hidden_size + 3 * shape.intermediate_size / tp),
+        dropout_transient_bytes(shape, tp, precision, dropped),
+    )
     per_token *= runtime.activation_factor
     if stage < pp - 1:
-        return MemoryEstimate(fixed, per_token)
+        return MemoryEstimate(fixed, per_token, exchange_bytes=exchange)
     logits = logits_bytes_per_token(shape, tp, precision, runtime.loss_in_chunks)
     if not runtime.loss_in_chunks:
-        return MemoryEstimate(fixed, per_token + logits)
+        return MemoryEstimate(fixed, per_token + logits, exchange_bytes=exchange)
     per_token += 2 * e * shape.hidden_size  # hidden states of the targets, and their gradients
-    return MemoryEstimate(fixed, per_token, logits, LOGITS_AT_ONCE / (shape.vocab_size / tp))
+    at_once = LOGITS_AT_ONCE / (shape.vocab_size / tp)
+    return MemoryEstimate(fixed, per_token, logits, at_once, exchange)

@@ -26,17 +26,23 @@ Sizes = np.ndarray | float
 PASSES = 2
 # Flash attention (Dao, 2023): the backward pass has 2.5 times the products of the forward one;
 # half of the s x s positions are masked.
-ATTENTION_PRODUCTS = (1 + 2.5) / 2
-# What is kept is written and read back; as much again is written and read but not kept.
+ATTENTION_BACKWARD = 2.5
+# What is kept is written and read back; as much again is written and read but not kept. Half of it
+# is the forward pass's.
 MEMORY_PASSES = 4
 ALL_REDUCES = 4  # of a layer: after attention and after the mlp, forward and backward
+START_FORWARD = 1 / 3  # the forward pass's share of what a layer takes to start
 SMALLEST_SHARE = 0.01
 LARGEST_ERROR = 0.25  # that calibrating may leave, or the rows are another device's
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is timed: the model, the accelerator's use of it, and the adapters' rank."""
+    """What is timed: the model, the accelerator's use of it, and the adapters.
+
+    Under the memory policy "full" each layer's forward pass runs twice. Adapters have dropout on
+    ``dropout_modules``.
+    """
 
     shape: ModelShape
     accelerator: Accelerator
@@ -44,6 +50,13 @@ class Workload:
     lora_rank: int
     gpus_per_node: int = 8
     sequence_parallel: bool = False
+    memory: str = "keep"
+    dropout_modules: tuple[str, ...] = ()
+
+    @property
+    def again(self) -> int:
+        """Return how many forward passes there are besides the first."""
+        return int(self.memory == "full")
 
     @property
     def peak(self) -> float:
@@ -57,23 +70,31 @@ def matmul_ms(work: Workload, tp: int, b: Sizes, s: Sizes) -> Array:
     weights = layer_weights(work.shape) / tp
     sizes = work.shape.linear_sizes().values()
     adapters = work.lora_rank * sum(inputs + outputs for inputs, outputs in sizes) / tp
-    flops = 2.0 * tokens * (PASSES * weights + (PASSES + 1) * adapters)
-    read = PASSES * element_bytes(work.precision) * weights
+    passes = PASSES + work.again
+    flops = 2.0 * tokens * (passes * weights + (passes + 1) * adapters)
+    read = passes * element_bytes(work.precision) * weights
     return np.maximum(flops / work.peak, read / _bytes_per_ms(work.accelerator.memory_gb_s))
 
 
 def attention_ms(work: Workload, tp: int, b: Sizes, s: Sizes) -> Array:
     """Return ms of attention's products at the device's peak."""
     width = work.shape.num_heads * work.shape.head_dim / tp
-    return 4.0 * ATTENTION_PRODUCTS * np.asarray(b) * np.square(s) * width / work.peak
+    products = (1 + work.again + ATTENTION_BACKWARD) / 2
+    return 4.0 * products * np.asarray(b) * np.square(s) * width / work.peak
 
 
 def memory_ms(work: Workload, tp: int, b: Sizes, s: Sizes) -> Array:
     """Return ms of moving activations through memory at the device's bandwidth."""
     kept = saved_bytes_per_token(
-        work.shape, tp, work.precision, work.lora_rank, work.sequence_parallel
+        work.shape,
+        tp,
+        work.precision,
+        work.lora_rank,
+        work.sequence_parallel,
+        work.dropout_modules,
     )
-    moved = MEMORY_PASSES * kept * np.asarray(b) * np.asarray(s)
+    passes = MEMORY_PASSES * (1 + work.again / 2)
+    moved = passes * kept * np.asarray(b) * np.asarray(s)
     return moved / _bytes_per_ms(work.accelerator.memory_gb_s)
 
 
@@ -91,13 +112,18 @@ def all_reduce_ms(work: Workload, efficiency: Efficiency, tp: int, b: Sizes, s: 
         network = _bytes_per_ms(work.accelerator.network_gb_s) * efficiency.network
         time_ms = time_ms + 2.0 * (nodes - 1) / nodes * num_bytes / network
         time_ms = time_ms + efficiency.collective_start_ms
-    return ALL_REDUCES * time_ms
+    return all_reduces(work) * time_ms
+
+
+def all_reduces(work: Workload) -> float:
+    """Return the all-reduces of a layer: half of `ALL_REDUCES` in each pass through it."""
+    return ALL_REDUCES * (1 + work.again / 2)
 
 
 def layer_ms(work: Workload, efficiency: Efficiency, tp: int, b: Sizes, s: Sizes) -> Array:
     """Return ms of one layer, forward + backward with LoRA (arrays broadcast)."""
     return (
-        efficiency.start_ms
+        efficiency.start_ms * (1 + work.again * START_FORWARD)
         + matmul_ms(work, tp, b, s) / efficiency.matmul
         + attention_ms(work, tp, b, s) / efficiency.attention
         + memory_ms(work, tp, b, s) / efficiency.memory

@@ -22,10 +22,10 @@ from lobra.model.launch import DEFAULT_PRELOAD, RankError, default_threads, run_
 from lobra.model.lora import AdapterSpec
 from lobra.profiler.head import HEAD_COLUMNS, PROFILED_SHARE
 from lobra.profiler.layer_time_rank import Clock, SingleDevice
-from lobra.profiler.memory import OUT_OF_MEMORY, shape_settings
+from lobra.profiler.memory import OUT_OF_MEMORY, adapter_settings, shape_settings
 from lobra.profiler.outliers import doubtful_points
 from lobra.profiler.points import time_points
-from lobra.profiler.profiles import TIME_COLUMNS
+from lobra.profiler.profiles import DEFAULT_POLICY, TIME_COLUMNS
 from lobra.profiler.sweep_file import Restart, SweepFile, open_sweep
 from lobra.tasks.config import TARGET_MODULES, TaskConfig
 
@@ -62,6 +62,8 @@ class TimeSweep:
         Wall clock, or the ranks' processor time.
     links
         With ``single_device``: whose links the collectives are modelled with.
+    memory
+        The memory policy the layers run under.
     """
 
     folder: Path
@@ -78,13 +80,16 @@ class TimeSweep:
     tasks: tuple[TaskConfig, ...] = ()
     clock: Clock = "wall"
     links: str = ""
+    memory: str = DEFAULT_POLICY
 
     @property
     def specs(self) -> tuple[AdapterSpec, ...]:
         """The adapters trained together."""
         if self.tasks:
             return tuple(
-                AdapterSpec(task.name, task.rank, task.lora_alpha, task.target_modules)
+                AdapterSpec(
+                    task.name, task.rank, task.lora_alpha, task.target_modules, task.lora_dropout
+                )
                 for task in self.tasks
             )
         return tuple(
@@ -118,7 +123,7 @@ class TimeSweep:
             "rows": "of tasks drawn in proportion to their global batch sizes",
         }
         if self.tasks:
-            settings["adapters"] = [[task.rank, list(task.target_modules)] for task in self.tasks]
+            settings |= adapter_settings(self.tasks)
             settings["global_batch_sizes"] = [task.global_batch_size for task in self.tasks]
         if self.clock != "wall":
             settings["clock"] = self.clock
@@ -181,10 +186,11 @@ def open_files(
             kind="measured on a single device" if sweep.single_device else "measured",
             restart=restart,
             environment=environment,
+            memory=memory,
         )
-        for path, columns, settings in (
-            (layer_path, TIME_COLUMNS, layer_settings),
-            (head_path, HEAD_COLUMNS, head_settings),
+        for path, columns, settings, memory in (
+            (layer_path, TIME_COLUMNS, layer_settings, sweep.memory),
+            (head_path, HEAD_COLUMNS, head_settings, DEFAULT_POLICY),  # nothing is computed again
         )
     )
     return layers, head
@@ -258,14 +264,15 @@ def _measure(
 ) -> None:
     """Run the ranks that measure `points`, and again what then sticks out; report progress."""
     shards = [single for single in sweep.single_device if single.tp == tp]
+    watched = files[0 if any((tp, s, b) not in files[0].done for b, s in points) else 1]
     count, size = (1, 1) if shards else (sweep.num_replicas(tp), tp)
-    world = consecutive([Layout(size, 1)] * count)
+    world = consecutive([Layout(size, 1, memory=sweep.memory)] * count)
     ended = threading.Event()
-    before = files[1].num_rows_on_disk()
+    before = watched.num_rows_on_disk()
 
     def watch() -> None:
         while not ended.wait(POLL_S):
-            report(tp, len(points) - (files[1].num_rows_on_disk() - before))
+            report(tp, len(points) - (watched.num_rows_on_disk() - before))
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()

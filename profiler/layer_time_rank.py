@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lobra.layout.layout import Layout
 from lobra.layout.shapes import read_shape
 from lobra.layout.world import World
 from lobra.model.groups import ReplicaGroups, build_groups
@@ -91,7 +90,8 @@ def time_points_on_rank(
     Parameters
     ----------
     world
-        Replicas of <tp,1>, all of the same tp.
+        Replicas of <tp,1>, all of the same tp and memory policy: with "full" the backward pass
+        computes layers again, and that is timed too.
     points
         (b, s) in the order they are measured.
     layer_file, head_file
@@ -107,7 +107,8 @@ def time_points_on_rank(
     groups = build_groups(world)
     if single_device is not None:
         tp = single_device.tp
-        groups = replace(groups, place=replace(groups.place, layout=Layout(tp, 1)))
+        layout = replace(groups.place.layout, tp=tp)
+        groups = replace(groups, place=replace(groups.place, layout=layout))
     where = torch_device(device)
     layers, ends = _build_probes(folder, groups, specs, DTYPES[precision], where)
     mixtures_wanted = NUM_MIXTURES if _adapters_differ(specs) else 1
@@ -141,6 +142,7 @@ def time_points_on_rank(
 
     def time_point(b: int, s: int, layer_too: bool, ends_too: bool) -> None:
         batch = synthetic_batch((b, s), layers.shape, len(specs), where, PROFILED_SHARE)
+        batch = replace(batch, noise_seed=b * s)  # adapters with dropout drop out, as in training
         if single_device is not None:  # the other shards' rows of the embedding are not here
             batch = replace(batch, tokens_BS=batch.tokens_BS % len(_embedding_rows(layers)))
         received_BSD = torch.randn(b, s, layers.shape.hidden_size, device=where).to(layers.dtype)
@@ -183,7 +185,8 @@ def row_mixtures(
 
 
 def _adapters_differ(specs: Sequence[AdapterSpec]) -> bool:
-    return len({(spec.rank, frozenset(spec.target_modules)) for spec in specs}) > 1
+    kinds = {(spec.rank, frozenset(spec.target_modules), spec.dropout > 0.0) for spec in specs}
+    return len(kinds) > 1
 
 
 def _line(fixed_and_slope: tuple[float, float], tokens: int) -> float:

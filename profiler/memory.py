@@ -28,6 +28,7 @@ from lobra.tasks.config import TaskConfig
 log = logging.getLogger(__name__)
 
 STEP_TOKENS = 256
+COUNTED = "training with the tasks' dropout, evaluation, the adapters' exchange"
 SHORT_LENGTH = 256  # the "many short sequences" of a trial
 # Stages may differ by so much from layers / pp: <1,3> of 32 layers (11, 11, 10) yes, of 4 no.
 MAX_STAGE_IMBALANCE = 1.125
@@ -77,13 +78,13 @@ class MemorySweep:
         return {
             "model": self.shape.name,
             "shape": shape_settings(self.shape),
-            "adapters": [[task.rank, list(task.target_modules)] for task in self.tasks],
+            **adapter_settings(self.tasks),
+            "counted": COUNTED,
             "max_seq_length": self.max_seq_length,
             "step_tokens": STEP_TOKENS,
             "memory_budget_bytes": self.budget_bytes,
             "precision": self.precision,
             "device": self.device,
-            **({"gradient_checkpointing": True} if self.memory == "full" else {}),
         }
 
 
@@ -96,6 +97,16 @@ class LayoutResult:
     max_tokens: int | None
     trials: tuple[Trial, ...] = ()
     failure: str = ""
+
+
+def adapter_settings(tasks: Sequence[TaskConfig]) -> dict[str, Any]:
+    """Return what of the tasks' adapters costs depend on, as a sidecar's settings have it."""
+    settings: dict[str, Any] = {
+        "adapters": [[task.rank, list(task.target_modules)] for task in tasks]
+    }
+    if any(task.lora_dropout > 0.0 for task in tasks):
+        settings["lora_dropout"] = [task.lora_dropout for task in tasks]
+    return settings
 
 
 def shape_settings(shape: ModelShape) -> list[int]:
@@ -171,8 +182,8 @@ def sweep_memory(
     Parameters
     ----------
     file
-        Rows ``tp,pp,sp,max_tokens`` are appended to it; sp is 1. Its sidecar keeps the trials of
-        the layouts without a row.
+        Rows ``tp,pp,sp,max_tokens`` are appended to it; sp is 1, the memory policy the sweep's.
+        Its sidecar keeps the trials of the layouts without a row.
     report
         Called after each layout.
     measure
@@ -181,7 +192,7 @@ def sweep_memory(
     results = []
     trials: dict[str, list[list[Any]]] = file.meta.setdefault("trials", {})
     for tp, pp in sweep.layouts:
-        name = f"{tp},{pp}"
+        name = file.name((tp, pp))
         if (tp, pp, 1) in file.done:
             if trials.pop(name, None) is not None:  # killed just after its row was written
                 write_meta(file.path, file.meta)
@@ -217,7 +228,7 @@ def _measure_layout(
         outcome = trial(tokens)
         kept.append([outcome.size, outcome.peak_bytes, outcome.reason])
         if not file.path.is_file():  # a sidecar is continued only beside its CSV
-            write_atomic(file.path, ",".join(file.columns) + "\n")
+            write_atomic(file.path, ",".join(file.header) + "\n")
         write_meta(file.path, file.meta)
         return outcome
 
@@ -254,7 +265,14 @@ def measure_trial(sweep: MemorySweep, tp: int, pp: int, tokens: int) -> list[Ran
     """
     layout = Layout(tp, pp, memory=sweep.memory)
     specs = tuple(
-        AdapterSpec(task.name, task.rank, task.lora_alpha, task.target_modules, seed=task.seed)
+        AdapterSpec(
+            task.name,
+            task.rank,
+            task.lora_alpha,
+            task.target_modules,
+            task.lora_dropout,
+            task.seed,
+        )
         for task in sweep.tasks
     )
     return run_ranks(

@@ -6,7 +6,7 @@ Shape suffixes: B rows, S positions.
 from __future__ import annotations
 
 import resource
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,12 +17,14 @@ from lobra.layout.shapes import ModelShape
 from lobra.layout.world import one_replica
 from lobra.model.groups import build_groups
 from lobra.model.lora import AdapterSpec
-from lobra.model.pipeline import run_replica
+from lobra.model.pipeline import evaluate_replica, run_replica
 from lobra.model.precision import DTYPES
 from lobra.model.stage import MicroBatchTensors, Stage, build_stage
+from lobra.profiler.exchange import most_exchange_bytes
 from lobra.profiler.peak_memory import peak_bytes_of, settle_allocator, status_bytes
 
 WARM_UP_SHAPE = (1, 16)
+TRIAL_NOISE = 1  # seeds the dropout of trials
 # Of an adapter's parameter: fp32 value and gradient on every rank that holds it, and fp32 master
 # copy and two AdamW moments shared by the holders (ZeRO stage 1).
 ADAPTER_BYTES, OPTIMIZER_BYTES = 8, 12
@@ -44,18 +46,23 @@ class RankMemory:
     optimizer_bytes
         The optimiser's state (computed, not run): master copy and moments, shared by the tp ranks.
     activation_bytes
-        The most that training took beyond those, measured.
+        The most that training or evaluation took beyond those, measured.
+    exchange_bytes
+        The most that exchanging gradients and weights takes beyond the first three (computed, see
+        `exchange`); activations are not alive then.
     """
 
     weight_bytes: int
     adapter_bytes: int
     optimizer_bytes: int
     activation_bytes: int
+    exchange_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        """Return the sum of all four."""
-        return self.weight_bytes + self.adapter_bytes + self.optimizer_bytes + self.activation_bytes
+        """Return the most that is taken at any time of a step."""
+        always = self.weight_bytes + self.adapter_bytes + self.optimizer_bytes
+        return always + max(self.activation_bytes, self.exchange_bytes)
 
 
 def memory_of_rank(
@@ -69,7 +76,8 @@ def memory_of_rank(
 ) -> RankMemory:
     """Train one replica with as many micro-batches in flight as it has stages; return the peak.
 
-    Every position carries a loss, the most the head can be asked for. Collective.
+    Every position carries a loss, the most the head can be asked for; adapters drop out as their
+    specs say; the same micro-batches are then evaluated. Collective.
 
     Parameters
     ----------
@@ -96,22 +104,46 @@ def memory_of_rank(
         for parameter in stage.bank.parameters(task, stage.layers):
             parameter.grad = torch.zeros_like(parameter)
             elements += parameter.numel()
-    _train(stage, WARM_UP_SHAPE, len(specs))  # libraries load and buffers are made on first use
+    for run in (_train, _evaluate):  # libraries load and buffers are made on first use
+        run(stage, WARM_UP_SHAPE)
     activation_bytes = max(
-        peak_bytes_of(partial(_train, stage, shape, len(specs)), device) for shape in shapes
+        peak_bytes_of(partial(run, stage, shape), device)
+        for shape in shapes
+        for run in (_train, _evaluate)
     )
     return RankMemory(
         weight_bytes=_weight_bytes(stage),
         adapter_bytes=ADAPTER_BYTES * elements,
         optimizer_bytes=OPTIMIZER_BYTES * elements // layout.tp,
         activation_bytes=activation_bytes,
+        exchange_bytes=most_exchange_bytes(elements, layout.tp),
     )
 
 
-def _train(stage: Stage, shape: tuple[int, int], num_tasks: int) -> None:
+def _train(stage: Stage, shape: tuple[int, int]) -> None:
     """Forward and backward of one micro-batch of `shape` per pipeline stage."""
-    batch = synthetic_batch(shape, stage.shape, num_tasks, stage.device)
-    run_replica(stage, [batch] * stage.groups.place.layout.pp, num_tasks)
+    run_replica(stage, _batches(stage, shape), len(stage.bank.specs))
+
+
+def _evaluate(stage: Stage, shape: tuple[int, int]) -> None:
+    """Forward only of one micro-batch of `shape` per pipeline stage."""
+    evaluate_replica(stage, _batches(stage, shape), len(stage.bank.specs))
+
+
+def _batches(stage: Stage, shape: tuple[int, int]) -> list[MicroBatchTensors]:
+    """Return a micro-batch per stage; fewer rows than tasks are of those that keep most."""
+    specs = stage.bank.specs
+    batch = synthetic_batch(shape, stage.shape, len(specs), stage.device)
+    if shape[0] < len(specs):
+        order = sorted(range(len(specs)), key=lambda task: -_kept_size(specs[task], stage.shape))
+        batch = replace(batch, row_tasks=tuple(sorted(order[: shape[0]])))
+    return [replace(batch, noise_seed=TRIAL_NOISE)] * stage.groups.place.layout.pp
+
+
+def _kept_size(spec: AdapterSpec, shape: ModelShape) -> int:
+    """Return about how many numbers a layer keeps of a token for an adapter."""
+    inputs = sum(shape.linear_sizes()[module][0] for module in spec.target_modules)
+    return spec.rank * len(spec.target_modules) + (2 * inputs if spec.dropout > 0.0 else inputs)
 
 
 def synthetic_batch(

@@ -13,10 +13,13 @@ import numpy as np
 
 from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
+from lobra.layout.layout import Layout
 from lobra.profiler.csv_rows import finite_ms, read_rows, whole_numbers
 
 TIME_COLUMNS = ("tp", "seq_len", "mbs", "time")
 MEMORY_COLUMNS = ("tp", "pp", "sp", "max_tokens")
+POLICY_COLUMN = "memory"  # optional, the last: the memory policy a row was measured under
+DEFAULT_POLICY = "keep"
 PROFILE_DIR = Path("exp_result/profile")
 MONOTONE_SLACK_TOKENS = 256  # a memory profile is bisected in steps of 256 tokens
 # What may be lost by noise, and, between numbers of stages, because one of them does not divide the
@@ -40,6 +43,8 @@ class TimeProfile:
         The sidecar (hardware, versions, measured or estimated), empty when there is none.
     digest
         The first 16 hexadecimal digits of the file's SHA-256.
+    memory
+        The memory policy that the layer was run under, of all rows.
     """
 
     tp: np.ndarray
@@ -49,6 +54,7 @@ class TimeProfile:
     path: Path | None = None
     meta: dict[str, Any] = field(default_factory=dict)
     digest: str = ""
+    memory: str = DEFAULT_POLICY
 
     @property
     def tps(self) -> tuple[int, ...]:
@@ -61,12 +67,13 @@ class TimeProfile:
 
 @dataclass(frozen=True, order=True)
 class MemoryRow:
-    """The largest micro-batch, in tokens, that fits layout ``<tp,pp>`` (0: none fits)."""
+    """The largest micro-batch, in tokens, that fits ``<tp,pp>`` under a policy (0: none fits)."""
 
     tp: int
     pp: int
     sp: int
     max_tokens: int
+    memory: str = DEFAULT_POLICY
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,15 +85,20 @@ class MemoryProfile:
     meta: dict[str, Any] = field(default_factory=dict)
     digest: str = ""
 
-    def max_tokens(self, tp: int, pp: int) -> int:
+    def max_tokens(self, tp: int, pp: int, memory: str = DEFAULT_POLICY) -> int:
         """Return the tokens of the largest micro-batch of ``<tp,pp>``; 0 if not profiled."""
-        fits = [row.max_tokens for row in self.rows if (row.tp, row.pp) == (tp, pp)]
-        return max(fits, default=0)
+        wanted = tp, pp, memory
+        return max(
+            (row.max_tokens for row in self.rows if (row.tp, row.pp, row.memory) == wanted),
+            default=0,
+        )
 
     @property
-    def layouts(self) -> tuple[tuple[int, int], ...]:
-        """The (tp, pp) that hold at least one token, ordered."""
-        return tuple(sorted({(row.tp, row.pp) for row in self.rows if row.max_tokens > 0}))
+    def layouts(self) -> tuple[Layout, ...]:
+        """The layouts, each with its memory policy, that hold at least one token, ordered."""
+        return tuple(
+            sorted({Layout(r.tp, r.pp, memory=r.memory) for r in self.rows if r.max_tokens > 0})
+        )
 
 
 def model_slug(model: str) -> str:
@@ -171,10 +183,28 @@ def write_meta(path: str | os.PathLike[str], meta: dict[str, Any]) -> None:
     write_atomic(meta_path(path), json.dumps(meta, indent=2, sort_keys=True) + "\n")
 
 
-def load_time_profile(path: str | os.PathLike[str]) -> TimeProfile:
-    """Read a CSV with columns ``tp,seq_len,mbs,time`` (ms; further columns are ignored).
+def load_time_profile(path: str | os.PathLike[str], memory: str = DEFAULT_POLICY) -> TimeProfile:
+    """Return the rows of a time profile that were measured under a memory policy.
 
-    Rows that repeat (tp, seq_len, mbs) are kept: they are repeated measurements.
+    Raises
+    ------
+    ConfigError
+        If the file has mistakes (see `load_time_profiles`) or no such rows.
+    """
+    profiles = load_time_profiles(path)
+    if memory not in profiles:
+        raise ConfigError(
+            f"{path}: has no rows of memory {memory}, only of {', '.join(profiles)}; measure them "
+            f"with `lobra profile time --memory {memory}`"
+        )
+    return profiles[memory]
+
+
+def load_time_profiles(path: str | os.PathLike[str]) -> dict[str, TimeProfile]:
+    """Read a CSV with columns ``tp,seq_len,mbs,time`` (ms) and, if it has it, ``memory``.
+
+    Further columns are ignored. Rows that repeat (tp, seq_len, mbs) are kept: they are repeated
+    measurements. Returns the rows of each memory policy; without the column all are of "keep".
 
     Raises
     ------
@@ -183,10 +213,11 @@ def load_time_profile(path: str | os.PathLike[str]) -> TimeProfile:
         short, not a number, not finite or not positive.
     """
     path = Path(path)
-    rows, digest = read_rows(path, TIME_COLUMNS, "lobra profile time")
+    rows, digest = read_rows(path, TIME_COLUMNS, "lobra profile time", (POLICY_COLUMN,))
     problems: list[str] = []
-    values = []
+    values: dict[str, list[tuple[float, ...]]] = {}
     for line, row in rows:
+        policy = _policy(path, line, row, DEFAULT_POLICY, problems)
         numbers = whole_numbers(path, line, row, TIME_COLUMNS[:3], problems)
         time_ms = finite_ms(path, line, row["time"], problems)
         if numbers is None or time_ms is None:
@@ -195,38 +226,51 @@ def load_time_profile(path: str | os.PathLike[str]) -> TimeProfile:
         problems += [f"{path}: line {line}: {name}: must be at least 1" for name in bad]
         if time_ms <= 0:
             problems.append(f"{path}: line {line}: time: {time_ms} ms; a time is positive")
-        values.append((*numbers, time_ms))
+        values.setdefault(policy, []).append((*numbers, time_ms))
     if problems:
         raise ConfigError(problems)
-    table = np.array(values, dtype=np.float64)
-    tp, seq_len, mbs = (table[:, column].astype(np.int64) for column in range(3))
-    return TimeProfile(tp, seq_len, mbs, table[:, 3], path, read_meta(path), digest)
+    meta = read_meta(path)
+    profiles = {}
+    for policy, rows_of in values.items():
+        table = np.array(rows_of, dtype=np.float64)
+        tp, seq_len, mbs = (table[:, column].astype(np.int64) for column in range(3))
+        profiles[policy] = TimeProfile(tp, seq_len, mbs, table[:, 3], path, meta, digest, policy)
+    return profiles
 
 
 def load_memory_profile(path: str | os.PathLike[str]) -> MemoryProfile:
-    """Read a CSV with columns ``tp,pp,sp,max_tokens``.
+    """Read a CSV with columns ``tp,pp,sp,max_tokens`` and, if it has it, ``memory``.
+
+    Without that column all rows are of "keep", or of "full" if the sidecar says that the file was
+    made with gradient checkpointing, as files of before the column do.
 
     Raises
     ------
     ConfigError
-        With every mistake of the file; also when the table is not monotone: more GPUs per layer
-        (tp) or more stages (pp) must not hold fewer tokens, up to one step of 256 tokens and what
-        noise and stages of unequal length explain.
+        With every mistake of the file; also when the rows of a policy are not monotone: more GPUs
+        per layer (tp) or more stages (pp) must not hold fewer tokens, up to one step of 256 tokens
+        and what noise and stages of unequal length explain.
     """
     path = Path(path)
-    rows, digest = read_rows(path, MEMORY_COLUMNS, "lobra profile memory")
+    rows, digest = read_rows(path, MEMORY_COLUMNS, "lobra profile memory", (POLICY_COLUMN,))
+    meta = read_meta(path)
+    settings = meta.get("settings")
+    recomputed = isinstance(settings, dict) and settings.get("gradient_checkpointing") is True
+    default = "full" if recomputed else DEFAULT_POLICY
     problems: list[str] = []
     table: list[MemoryRow] = []
-    seen: dict[tuple[int, int, int], int] = {}
+    seen: dict[tuple[int, int, int, str], int] = {}
     for line, row in rows:
+        policy = _policy(path, line, row, default, problems)
         numbers = whole_numbers(path, line, row, MEMORY_COLUMNS, problems)
         if numbers is None:
             continue
-        entry = MemoryRow(*numbers)
+        tp, pp, sp, max_tokens = numbers
+        entry = MemoryRow(tp, pp, sp, max_tokens, policy)
         if entry.tp < 1 or entry.pp < 1 or entry.sp < 0 or entry.max_tokens < 0:
             problems.append(f"{path}: line {line}: tp and pp are at least 1, max_tokens at least 0")
             continue
-        key = (entry.tp, entry.pp, entry.sp)
+        key = (entry.tp, entry.pp, entry.sp, policy)
         if key in seen:
             problems.append(
                 f"{path}: line {line}: <{entry.tp},{entry.pp}> sp {entry.sp} is already on line "
@@ -239,7 +283,18 @@ def load_memory_profile(path: str | os.PathLike[str]) -> MemoryProfile:
         problems = _not_monotone(path, table)
     if problems:
         raise ConfigError(problems)
-    return MemoryProfile(tuple(sorted(table)), path, read_meta(path), digest)
+    return MemoryProfile(tuple(sorted(table)), path, meta, digest)
+
+
+def _policy(path: Path, line: int, row: dict[str, str], default: str, problems: list[str]) -> str:
+    """Return the row's memory policy; the default, with the problem noted, if there is no such."""
+    policy = row[POLICY_COLUMN] or default
+    try:
+        return Layout(1, 1, memory=policy).memory
+    except ConfigError as error:
+        reason = error.problems[0].removeprefix("layout: memory: ")
+        problems.append(f"{path}: line {line}: {POLICY_COLUMN}: {reason}")
+        return default
 
 
 def _published_spelling(folder: Path, name: str, model: str) -> Path:
@@ -254,7 +309,8 @@ def _not_monotone(path: Path, table: list[MemoryRow]) -> list[str]:
     problems = []
     for less in table:
         for more in table:
-            neighbours = more.tp >= less.tp and more.pp >= less.pp and more.sp == less.sp
+            alike = (more.sp, more.memory) == (less.sp, less.memory)
+            neighbours = more.tp >= less.tp and more.pp >= less.pp and alike
             share = MONOTONE_SLACK if more.pp == less.pp else STAGES_SLACK
             slack = MONOTONE_SLACK_TOKENS + less.max_tokens * share
             if neighbours and more.max_tokens < less.max_tokens - slack:

@@ -11,6 +11,7 @@ from lobra.common.errors import ConfigError
 from lobra.profiler.layer_fit import Kind, LayerFit, fit_layer
 from lobra.profiler.profiles import TimeProfile
 from lobra.profiler.series import other_series
+from lobra.profiler.sweep_file import policy_of
 
 Array = np.ndarray
 
@@ -226,7 +227,9 @@ def row_spread(profile: TimeProfile, tp: int) -> float:
     spreads = [
         float(details["spread"])
         for name, details in rows.items()
-        if name.partition(",")[0] == str(tp) and "spread" in details
+        if name.partition(",")[0] == str(tp)
+        and policy_of(name) == profile.memory
+        and "spread" in details
     ]
     return float(np.median(spreads)) if spreads else 0.0
 

@@ -443,12 +443,25 @@ def dispatch_costs(request: TrainRequest, plan: Plan) -> CostModel:
         raise ConfigError(problems)
     path = _profile_path(request)
     model = load_cost_model(request.model, request.time_profile, request.cost_model)
-    missing = sorted({group.layout.tp for group in plan.groups} - set(model.tps))
-    if missing:
-        raise ConfigError(
-            f"{path}: has tp {', '.join(map(str, model.tps))}, the plan also needs tp "
-            f"{', '.join(map(str, missing))}; profile them with scripts/cost_model_benchmark.sh"
+    wanted = {(group.layout.tp, group.layout.memory) for group in plan.groups}
+    for memory in sorted({memory for tp, memory in wanted if memory != "keep"}):
+        unknown = sorted(
+            tp for tp, policy in wanted if policy == memory and not model.has(tp, memory)
         )
+        if unknown:
+            sizes = ",".join(map(str, unknown))
+            log.warning(
+                "%s: has no times of tp %s with memory %s, which the plan asks for: replicas are "
+                "balanced and predicted as if they kept all, steps take longer than predicted; "
+                "measure them with lobra profile time --tp %s --memory %s",
+                path, sizes, memory, sizes, memory,
+            )  # fmt: skip
+            model = model.taking_kept_times(memory)
+    missing = [
+        model.missing(tp, memory) for tp, memory in sorted(wanted) if not model.has(tp, memory)
+    ]
+    if missing:
+        raise ConfigError(missing)
     return model
 
 

@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `fit`."""
     parser.add_argument("--model", default=TINY, help="whose profile (default tiny)")
     parser.add_argument("--time-profile", type=Path, help="the CSV (default: the model's)")
+    parser.add_argument(
+        "--memory", choices=("keep", "full"), default="keep", help="whose rows (default keep)"
+    )
     parser.add_argument("--kind", choices=KINDS, action="append", help="default: every kind")
     parser.add_argument("--folds", type=int, default=5, help="of the cross-validation (default 5)")
     parser.add_argument("--seed", type=int, default=0, help="of the folds")
@@ -43,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print errors on held-out rows; return 1 if the fit (`fitted`) cannot be trusted."""
     at_least("--worst", args.worst, 0)
-    profile = load_time_profile(args.time_profile or default_time_path(args.model))
+    profile = load_time_profile(args.time_profile or default_time_path(args.model), args.memory)
     kinds: tuple[Kind, ...] = tuple(dict.fromkeys(args.kind or KINDS))
     rows: Found = {}
     lengths: Found = {}

@@ -99,6 +99,7 @@ def _measure(args: argparse.Namespace) -> int:
         kind="measured",
         restart=args.restart,
         environment=environment_of(device) | {"memory_budget_bytes": sweep.budget_bytes},
+        memory=args.memory,
     )
     console = make_console()
     if len(here) < len(layouts):
@@ -134,6 +135,7 @@ def _estimate(args: argparse.Namespace) -> int:
     from lobra.profiler.estimate_memory import Adapters, estimate_memory
     from lobra.profiler.memory import (
         STEP_TOKENS,
+        adapter_settings,
         layouts_within,
         parse_bytes,
         shape_settings,
@@ -145,7 +147,7 @@ def _estimate(args: argparse.Namespace) -> int:
     runtime = tables.runtime(args.runtime)
     tasks = load_trainer_config(args.trainer_config, args.num_tasks).tasks
     shape = resolve_shape(args.model)
-    adapters = Adapters(tuple((task.rank, task.target_modules) for task in tasks))
+    adapters = Adapters.of_tasks(tasks, shape)
     precision = args.precision or "bf16"
     largest = whole_steps(args.max_seq_length)
     budget = CUDA_MEMORY_SHARE * accelerator.memory_bytes
@@ -154,18 +156,24 @@ def _estimate(args: argparse.Namespace) -> int:
     settings = {
         "model": shape.name,
         "shape": shape_settings(shape),
-        "adapters": [[task.rank, list(task.target_modules)] for task in tasks],
+        **adapter_settings(tasks),
         "max_seq_length": largest,
         "step_tokens": STEP_TOKENS,
         "memory_budget_bytes": int(budget),
         "precision": precision,
-        "gradient_checkpointing": args.memory == "full",
         "accelerator": vars(accelerator),
         "runtime": vars(runtime),
     }
     path: Path = args.output or default_memory_path(args.model, len(tasks))
     file = open_sweep(
-        path, MEMORY_COLUMNS, 3, settings, kind="estimated", restart=args.restart, environment={}
+        path,
+        MEMORY_COLUMNS,
+        3,
+        settings,
+        kind="estimated",
+        restart=args.restart,
+        environment={},
+        memory=args.memory,
     )
     for tp, pp in layouts_within(shape, args.num_gpus):
         estimate = estimate_memory(shape, tp, pp, adapters, precision, runtime, args.memory)

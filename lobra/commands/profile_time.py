@@ -10,6 +10,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lobra.commands.memory_options import add_memory_options, memory_problems
 from lobra.commands.profile_options import (
     add_common,
     at_least,
@@ -26,7 +27,13 @@ from lobra.model.folder import resolve_folder
 from lobra.profiler.collectives import ALL_REDUCE, load_collectives
 from lobra.profiler.cost_model import paths_beside
 from lobra.profiler.head import HEAD_COLUMNS, PROFILED_SHARE
-from lobra.profiler.profiles import TIME_COLUMNS, default_time_path, load_time_profile, meta_path
+from lobra.profiler.profiles import (
+    DEFAULT_POLICY,
+    TIME_COLUMNS,
+    default_time_path,
+    load_time_profile,
+    meta_path,
+)
 from lobra.profiler.sweep_file import open_sweep
 from lobra.tasks.config import load_trainer_config
 
@@ -84,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="this config's adapters instead (a name or a path); of ranks that differ, an estimate "
         "takes the largest for all",
     )
+    add_memory_options(parser, "keep", "rows of each are told apart in the file (default keep)")
     parser.add_argument("--head-output", type=Path, help="the CSV of embedding and head")
     parser.add_argument("--collectives-output", type=Path, help="the CSV of collectives")
     parser.add_argument(
@@ -96,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure or estimate the time profile and what goes with it."""
-    problems = estimate_problems(args) + _output_problems(args)
+    problems = estimate_problems(args) + _output_problems(args) + memory_problems(args.memory)
     if args.trainer_config:
         problems += [
             f"{option} and --trainer-config, which says so itself: give one of the two"
@@ -143,6 +151,7 @@ def _measure(args: argparse.Namespace) -> int:
         tasks=load_trainer_config(args.trainer_config).tasks if args.trainer_config else (),
         clock=args.clock or "wall",
         links=_links(args),
+        memory=args.memory,
     )
     layer_path, head_path, collectives_path = _paths(args)
     environment = environment_of(device)
@@ -208,11 +217,12 @@ def _estimate(args: argparse.Namespace) -> int:
     console = make_console()
     if args.calibrate is not None:
         measured = load_time_profile(args.calibrate)
-        efficiency = calibrate(work, efficiency, measured)
+        kept = replace(work, memory="keep")  # as the rows are
+        efficiency = calibrate(kept, efficiency, measured)
         console.print(
             f"calibrated on the rows of tp 1: matmul {efficiency.matmul:.2f}, attention "
             f"{efficiency.attention:.2f}, start {efficiency.start_ms:.2f} ms; mean error that "
-            f"remains {100 * layer_error(work, efficiency, measured):.1f} %"
+            f"remains {100 * layer_error(kept, efficiency, measured):.1f} %"
         )
     length = _length(args, "cuda")
     settings = {
@@ -226,9 +236,18 @@ def _estimate(args: argparse.Namespace) -> int:
     }
     layer_path, head_path, _ = _paths(args)
     ends = {"what": "embedding and head with loss, forward + backward, ms"}
-    for path, columns, times_of, what in (
-        (layer_path, TIME_COLUMNS, (layer_ms,), {"what": "one layer, forward + backward, ms"}),
-        (head_path, HEAD_COLUMNS, (base_ms, head_ms), ends | {"label_share": PROFILED_SHARE}),
+    layer = {"what": "one layer, forward + backward, ms"}
+    if work.dropout_modules:
+        layer["dropout"] = ",".join(work.dropout_modules)
+    for path, columns, times_of, what, memory in (
+        (layer_path, TIME_COLUMNS, (layer_ms,), layer, work.memory),
+        (
+            head_path,
+            HEAD_COLUMNS,
+            (base_ms, head_ms),
+            ends | {"label_share": PROFILED_SHARE},
+            DEFAULT_POLICY,
+        ),
     ):
         file = open_sweep(
             path,
@@ -238,6 +257,7 @@ def _estimate(args: argparse.Namespace) -> int:
             kind="estimated",
             restart=args.restart,
             environment={},
+            memory=memory,
         )
         for size in tps:
             for b, s in time_points(length, _max_tokens(args, length)):
@@ -256,7 +276,7 @@ def _single_devices(
         return ()
     from lobra.profiler.accelerators import load_tables
     from lobra.profiler.estimate_memory import element_bytes
-    from lobra.profiler.estimate_time import ALL_REDUCES, all_reduce_ms
+    from lobra.profiler.estimate_time import all_reduce_ms, all_reduces
     from lobra.profiler.layer_time_rank import SingleDevice
 
     links = None if args.links is None else load_collectives(args.links)
@@ -279,11 +299,13 @@ def _single_devices(
             if tp > 1 and not links.has(ALL_REDUCE):
                 raise ConfigError(f"{args.links}: has no rows of all_reduce; measure with tp 2")
             none_ms, one_ms = (
-                ALL_REDUCES * float(links.all_reduce_ms(tp, n * bytes_per_token)) for n in (0, 1)
+                all_reduces(work) * float(links.all_reduce_ms(tp, n * bytes_per_token))
+                for n in (0, 1)
             )
         fixed_ms, per_token_ms = none_ms, one_ms - none_ms
-        # Of a layer's four all-reduces the ends have two: the embedding's and the head's input.
-        ends = fixed_ms / 2, per_token_ms / 2
+        # The ends have two all-reduces: the embedding's and the head's input.
+        share = 2 / all_reduces(work)
+        ends = fixed_ms * share, per_token_ms * share
         found.append(SingleDevice(tp, (fixed_ms, per_token_ms), ends))
     return tuple(found)
 
@@ -312,7 +334,18 @@ def _workload(
         precision,
         args.lora_rank,
         sequence_parallel=tables.runtime(args.runtime).sequence_parallel,
+        memory=args.memory,
+        dropout_modules=_dropout_modules(args, shape),
     )
+
+
+def _dropout_modules(args: argparse.Namespace, shape: ModelShape) -> tuple[str, ...]:
+    from lobra.profiler.estimate_memory import Adapters
+
+    if not args.trainer_config:
+        return ()
+    tasks = load_trainer_config(args.trainer_config).tasks
+    return Adapters.of_tasks(tasks, shape).dropout_modules
 
 
 def _paths(args: argparse.Namespace) -> tuple[Path, Path, Path]:

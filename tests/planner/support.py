@@ -14,6 +14,7 @@ from lobra.planner.planners.identical import replica_cost_s
 from lobra.planner.planners.partitions import maximal
 
 BEND_TOKENS = 700.0
+RECOMPUTING = 1.4  # times as long is a layer that is computed again
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,23 @@ class LawCostModel:
     def tps(self) -> tuple[int, ...]:
         return tuple(sorted(self.laws))
 
-    def layer_time_ms(self, tp: int, b: np.ndarray, s: np.ndarray) -> np.ndarray:
+    def has(self, tp: int, memory: str = "keep") -> bool:
+        return tp in self.laws
+
+    def layer_time_ms(
+        self, tp: int, b: np.ndarray, s: np.ndarray, memory: str = "keep"
+    ) -> np.ndarray:
         constant, per_sequence, per_token, quadratic, bend = self.laws[tp]
         tokens = np.asarray(b, dtype=float) * np.asarray(s, dtype=float)
         time_ms = constant + per_sequence * np.asarray(b) + per_token * tokens
         time_ms = time_ms + quadratic * tokens * np.asarray(s)
-        return time_ms + bend * np.maximum(0.0, tokens - BEND_TOKENS)
+        time_ms = time_ms + bend * np.maximum(0.0, tokens - BEND_TOKENS)
+        return time_ms * (RECOMPUTING if memory == "full" else 1.0)
 
-    def chunk_time_ms(self, tp: int, pp: int, b: np.ndarray, s: np.ndarray) -> np.ndarray:
-        return self.layer_time_ms(tp, b, s) * -(-self.num_layers // pp)
+    def chunk_time_ms(
+        self, tp: int, pp: int, b: np.ndarray, s: np.ndarray, memory: str = "keep"
+    ) -> np.ndarray:
+        return self.layer_time_ms(tp, b, s, memory) * -(-self.num_layers // pp)
 
     def sync_time_ms(self, num_ranks: int, layers_share: float = 1.0) -> float:
         return 0.0

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 from threading import Event
 from time import process_time
 
@@ -12,15 +14,23 @@ from hypothesis import strategies as st
 
 from lobra.common.errors import ConfigError
 from lobra.layout.layout import Layout
+from lobra.layout.plan import load_plan, save_plan
 from lobra.planner.candidates import Candidate, Candidates, all_candidates, propose
 from lobra.planner.chunks import ChunkTable, chunk_table
+from lobra.planner.deploy import plan_entries
 from lobra.planner.planners import exact, homogeneous, lobra
 from lobra.planner.planners.base import Outcome, Problem
 from lobra.planner.planners.identical import IdenticalModel, Solvers
 from lobra.planner.planners.partitions import closed, count_closed, count_maximal, maximal
 from lobra.profiler.profiles import MemoryProfile, MemoryRow
 from tests.planner.strategies import LAYOUTS, problems
-from tests.planner.support import best_by_length_s, best_identical_s, best_plan_s, plain_cost_model
+from tests.planner.support import (
+    LawCostModel,
+    best_by_length_s,
+    best_identical_s,
+    best_plan_s,
+    plain_cost_model,
+)
 from tests.tiers import examples
 
 # Length-based dispatch deploys less here than balanced dispatch, and takes longer.
@@ -244,6 +254,38 @@ def test_candidates_say_what_was_left_out() -> None:
     text = " ".join(found.dropped)
     assert "<1,16>: needs 16 GPUs" in text
     assert "<8,1>: the time profile" in text
+
+
+@dataclass(frozen=True)
+class PartlyTimed(LawCostModel):
+    """A cost model whose profile has rows of recomputed layers for tp 1 only."""
+
+    def has(self, tp: int, memory: str = "keep") -> bool:
+        return super().has(tp, memory) and (memory == "keep" or tp == 1)
+
+
+def test_a_plan_mixes_memory_policies_and_its_file_says_so(tmp_path: Path) -> None:
+    """Short sequences on replicas that keep all; the long ones fit where layers are recomputed."""
+    rows = ((1, 1, 1, 1024, "keep"), (1, 1, 1, 8192, "full"), (2, 1, 1, 8192, "full"))
+    memory = MemoryProfile(tuple(MemoryRow(*row) for row in rows))
+    cost_model = PartlyTimed(8, plain_cost_model().laws)
+    found = all_candidates(memory, cost_model, 4, 4096, 8)
+    assert [str(c.layout) for c in found.chosen] == ["<1,1> full", "<1,1>"]
+    assert [reason.partition("has ")[2] for reason in found.dropped] == [
+        "no rows for tp 2 with memory full"
+    ]
+    counts, buckets = np.array([120, 3]), np.array([512, 4096])
+    problem = Problem(counts, buckets, found.chosen, 4, cost_model)
+    plan = exact.solve(problem, 2.0).plan
+    assert {group.layout.memory for group in plan.groups} == {"keep", "full"}
+    path = save_plan(plan, tmp_path / "plan.yaml")
+    assert "memory: full" in path.read_text()
+    assert load_plan(path) == plan
+    assert {entry.get("memory") for entry in plan_entries(plan)} == {None, "full"}
+    kept = replace(problem, candidates=found.chosen[1:], counts=np.array([120, 0]))
+    again = replace(problem, candidates=found.chosen[:1], counts=np.array([120, 0]))
+    times = [exact.solve(one, 1.0).step_time_s for one in (kept, again)]
+    assert times[0] < times[1], "the same micro-batches take longer when computed again"
 
 
 def test_no_layout_for_the_longest_bucket_names_the_missing_times() -> None:

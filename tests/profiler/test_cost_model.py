@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lobra.common.errors import ConfigError
-from lobra.profiler.cost_model import fit_cost_model
+from lobra.profiler.cost_model import fit_cost_model, load_cost_model
 from lobra.profiler.head import HeadProfile
 from lobra.profiler.profiles import TimeProfile, load_time_profile
 from tests.tiers import examples
@@ -79,3 +79,28 @@ def test_too_few_rows_or_an_unknown_tp_are_refused() -> None:
         fit_cost_model(profile_of(rows), 4).layer_time_ms(2, 1, 100)
     with pytest.raises(ConfigError, match="known are"):
         fit_cost_model(profile_of(rows), 4, "best")  # type: ignore[arg-type]
+
+
+def test_each_memory_policy_has_its_own_times(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    rows = [(1, s, b, 1.0 + 0.01 * b * s) for s in (64, 256, 1024) for b in (1, 4)]
+    lines = [f"{tp},{s},{b},{ms},keep" for tp, s, b, ms in rows]
+    lines += [f"{tp},{s},{b},{1.4 * ms}," for tp, s, b, ms in [(2, *row[1:]) for row in rows]]
+    lines += [f"{tp},{s},{b},{1.4 * ms},full" for tp, s, b, ms in rows]
+    path.write_text("\n".join(["tp,seq_len,mbs,time,memory", *lines]) + "\n")
+    model = load_cost_model("tiny", path)
+    assert model.tps == (1, 2)
+    assert model.has(1, "full")
+    assert not model.has(2, "full")
+    plain, again = (float(model.chunk_time_ms(1, 2, 2, 512, m)) for m in ("keep", "full"))
+    assert again == pytest.approx(1.4 * plain, rel=0.01)
+    with pytest.raises(ConfigError, match=r"tp 2 with memory full; it has tp 1, 2; tp 1 full"):
+        model.chunk_time_ms(2, 1, 2, 512, "full")
+    assumed = model.taking_kept_times("full")
+    for tp, memory in ((1, "full"), (2, "keep")):
+        assert float(assumed.chunk_time_ms(tp, 1, 2, 512, "full")) == float(
+            model.chunk_time_ms(tp, 1, 2, 512, memory)
+        )
+    with pytest.raises(ConfigError, match="no rows of memory full, only of keep"):
+        path.write_text("tp,seq_len,mbs,time\n1,64,1,1.0\n")
+        load_time_profile(path, "full")

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lobra.common.errors import ConfigError
+from lobra.layout.layout import Layout
 from lobra.layout.shapes import read_shape
-from lobra.model.launch import RankError
+from lobra.layout.world import one_replica
+from lobra.model.launch import RankError, run_ranks
+from lobra.model.lora import MultiAdapterLinear
 from lobra.profiler import layer_time
 from lobra.profiler.layer_time import TimeSweep, missing_points, open_files, sweep_time
-from lobra.profiler.layer_time_rank import SingleDevice
-from lobra.profiler.profiles import load_time_profile, read_meta
+from lobra.profiler.layer_time_rank import SingleDevice, time_points_on_rank
+from lobra.profiler.profiles import load_time_profile, load_time_profiles, read_meta
 from lobra.profiler.sweep_file import SweepFile
+from lobra.tasks.config import TaskConfig
 from tests.model.support import save_llama
 
 Files = tuple[SweepFile, SweepFile]
@@ -111,6 +116,79 @@ def test_another_failure_is_raised(
     monkeypatch.setattr(layer_time, "run_ranks", ranks)
     with pytest.raises(RankError, match="ZeroDivisionError"):
         sweep_time(sweep, opened(sweep, tmp_path))
+
+
+def dropouts_on_rank(sweep: TimeSweep, files: Files) -> int:
+    """Return how often dropout factors are drawn while a point is timed."""
+    drawn: list[int] = []
+    plain = MultiAdapterLinear._kept
+
+    def counted(self: Any, adapter: Any, x: Any, noise_seed: int) -> Any:
+        drawn.append(noise_seed)
+        return plain(self, adapter, x, noise_seed)
+
+    MultiAdapterLinear._kept = counted  # type: ignore[method-assign]
+    time_points_on_rank(
+        sweep.folder,
+        one_replica(Layout(1, 1)),
+        sweep.specs,
+        sweep.points,
+        "fp32",
+        "cpu",
+        *files,
+    )
+    return len(drawn)
+
+
+@pytest.mark.ranks
+def test_layers_are_timed_with_their_dropout(sweep: TimeSweep, tmp_path: Path) -> None:
+    task = TaskConfig("one", 4, 4.0, ("q_proj", "up_proj"), 4, "none", 512)
+    counts = []
+    for dropout in (0.0, 0.1):
+        tasks = (replace(task, lora_dropout=dropout),)
+        dropping = replace(sweep, tps=(1,), load_ranks=0, tasks=tasks)
+        files = opened(dropping, tmp_path / str(dropout))
+        arguments = {"sweep": dropping, "files": files}
+        counts += run_ranks("tests.profiler.test_layer_time:dropouts_on_rank", 1, arguments)
+    assert counts[0] == 0
+    repeats = read_meta(tmp_path / "0.1/t.csv")["rows"]["1,64,1"]["repeats"]
+    assert counts[1] == 4 * 2 * (repeats + 1), "layers x linears x (repeats and a warm-up)"
+    with pytest.raises(ConfigError, match="lora_dropout was None, is now"):
+        opened(dropping, tmp_path / "0.0")
+
+
+def forwards_on_rank(sweep: TimeSweep, files: Files) -> int:
+    """Return how often a linear of a layer runs forward while a point is timed."""
+    calls: list[int] = []
+    plain = MultiAdapterLinear.forward
+
+    def counted(self: Any, x: Any) -> Any:
+        calls.append(1)
+        return plain(self, x)
+
+    MultiAdapterLinear.forward = counted  # type: ignore[method-assign]
+    world = one_replica(Layout(1, 1, memory=sweep.memory))
+    time_points_on_rank(sweep.folder, world, sweep.specs, sweep.points, "fp32", "cpu", *files)
+    return len(calls)
+
+
+@pytest.mark.ranks
+def test_layers_computed_again_are_timed_so(sweep: TimeSweep, tmp_path: Path) -> None:
+    """Both kinds of rows in one file; embedding and head, which are the same, once."""
+    sweep = replace(sweep, tps=(1,), load_ranks=0)
+    passes, before = [], b""
+    for memory in ("keep", "full"):
+        own = replace(sweep, memory=memory)
+        files = opened(own, tmp_path)
+        arguments = {"sweep": own, "files": files}
+        (calls,) = run_ranks("tests.profiler.test_layer_time:forwards_on_rank", 1, arguments)
+        repeats = opened(own, tmp_path)[0].details((1, 64, 1))["repeats"]
+        passes.append(calls / (4 * 7 * (repeats + 1)))
+        before = before or (tmp_path / "h.csv").read_bytes()
+    assert passes[0] == 1.0
+    assert 1.8 < passes[1] <= 2.0, "the last linear need not be computed again"
+    assert (tmp_path / "h.csv").read_bytes() == before
+    assert set(load_time_profiles(tmp_path / "t.csv")) == {"keep", "full"}
 
 
 def test_all_mistakes_at_once(sweep: TimeSweep, tmp_path: Path) -> None:

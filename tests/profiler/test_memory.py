@@ -10,8 +10,11 @@ import pytest
 
 from lobra.cli import main
 from lobra.common.errors import ConfigError
+from lobra.layout.layout import Layout
 from lobra.layout.shapes import NAMED_SHAPES, read_shape
 from lobra.model.launch import RankError, _cause_of_death
+from lobra.profiler.accelerators import load_tables
+from lobra.profiler.estimate_memory import Adapters, estimate_memory
 from lobra.profiler.memory import (
     LayoutResult,
     MemorySweep,
@@ -29,6 +32,7 @@ from lobra.tasks.config import TARGET_MODULES, TaskConfig
 from tests.model.support import save_llama
 
 TINY = NAMED_SHAPES["tiny"]
+OURS = load_tables().runtime("deepspeed")
 LAYOUTS = ((1, 1), (1, 2), (2, 1))
 TASKS = tuple(
     TaskConfig(f"task{rank}", rank, 2.0 * rank, TARGET_MODULES, 4, "none", 512) for rank in (4, 8)
@@ -102,6 +106,63 @@ def test_no_trial_is_made_twice_though_killed_at_any(tmp_path: Path) -> None:
     assert path.read_bytes() == (tmp_path / "whole.csv").read_bytes()
     assert read_meta(path)["rows"] == read_meta(tmp_path / "whole.csv")["rows"]
     assert read_meta(path)["trials"] == {}, "trials of complete layouts are in their rows"
+
+
+def linear_by_policy(sweep: MemorySweep, tp: int, pp: int, tokens: int) -> list[RankMemory]:
+    """A fifth of the activations with layers computed again."""
+    ranks = linear_memory(sweep, tp, pp, tokens)
+    less = [replace(rank, activation_bytes=rank.activation_bytes // 5) for rank in ranks]
+    return less if sweep.memory == "full" else ranks
+
+
+def test_both_policies_in_one_file_though_killed_at_any_trial(tmp_path: Path) -> None:
+    full = replace(SWEEP, memory="full", max_seq_length=16384)
+    keep = replace(SWEEP, max_seq_length=16384)
+    path = tmp_path / "m.csv"
+    tried: list[tuple[object, ...]] = []
+
+    def run(trials: int) -> None:
+        def measure(sweep, tp, pp, tokens):
+            if len(tried) == trials:
+                raise KeyboardInterrupt
+            tried.append((sweep.memory, tp, pp, tokens))
+            return linear_by_policy(sweep, tp, pp, tokens)
+
+        for sweep in (keep, full):
+            file = open_sweep(
+                path, MEMORY_COLUMNS, 3, sweep.settings(), kind="measured", memory=sweep.memory
+            )
+            sweep_memory(sweep, file, measure=measure)
+
+    for trials in range(1, 100):
+        try:
+            run(trials)
+            break
+        except KeyboardInterrupt:
+            pass
+    assert len(tried) == len(set(tried)) == trials, "no trial is made twice"
+    profile = load_memory_profile(path)
+    assert [profile.max_tokens(1, 1, memory) for memory in ("keep", "full")] == [2048, 11008]
+    assert len(profile.rows) == 6
+    assert Layout(2, 1, memory="full") in profile.layouts
+    assert read_meta(path)["trials"] == {}
+    assert {"1,1,1", "1,1,1,full"} <= set(read_meta(path)["rows"])
+
+
+def test_a_file_of_before_the_column_says_it_in_its_settings(tmp_path: Path) -> None:
+    path = tmp_path / "m.csv"
+    path.write_text("tp,pp,sp,max_tokens\n1,1,1,4096\n")
+    assert load_memory_profile(path).layouts == (Layout(1, 1),)
+    write_meta(path, {"settings": {"gradient_checkpointing": True}})
+    assert load_memory_profile(path).layouts == (Layout(1, 1, memory="full"),)
+    path.write_text("tp,pp,sp,max_tokens,memory\n1,1,1,4096,lean\n1,1,1,2048,most\n")
+    with pytest.raises(ConfigError) as error:
+        load_memory_profile(path)
+    assert [problem.partition("line ")[2] for problem in error.value.problems] == [
+        "2: memory: 'lean' is not built yet; want keep or full",
+        "3: memory: 'most' is not one of keep, lean, full",
+        "3: <1,1> sp 1 is already on line 2; keep one",
+    ]
 
 
 def test_trials_out_of_memory_are_kept_failures_are_not(tmp_path: Path) -> None:
@@ -257,6 +318,35 @@ def test_real_ranks_take_what_they_must_and_more_with_more_tokens(tmp_path: Path
     assert sum(rank.optimizer_bytes for rank in small) == 12 * elements
 
 
+def test_a_rank_takes_activations_or_the_exchange() -> None:
+    """Never both at once: the exchange comes after the last backward pass."""
+    assert RankMemory(100, 10, 5, 40, 30).total_bytes == 155
+    assert RankMemory(100, 10, 5, 40, 60).total_bytes == 175
+
+
+@pytest.mark.ranks
+def test_a_trial_drops_out_as_its_tasks_do(tmp_path: Path) -> None:
+    """What dropout adds to a trial is what the estimate says, one task of two having it."""
+    folder = save_llama(
+        tmp_path / "llama", hidden_size=128, num_hidden_layers=8, max_position_embeddings=2048
+    )
+    plain = replace(SWEEP, folder=folder, shape=read_shape(folder), budget_bytes=1 << 30)
+    dropping = replace(plain, tasks=(replace(TASKS[0], lora_dropout=0.1), TASKS[1]))
+    (without,), (with_dropout,) = (measure_trial(sweep, 1, 1, 2048) for sweep in (plain, dropping))
+    estimates = [
+        estimate_memory(
+            plain.shape, 1, 1, Adapters.of_tasks(sweep.tasks, plain.shape), "fp32", OURS
+        )
+        for sweep in (plain, dropping)
+    ]
+    added = with_dropout.activation_bytes - without.activation_bytes
+    expected = 2048 * (estimates[1].bytes_per_token - estimates[0].bytes_per_token)
+    assert added == pytest.approx(expected, rel=0.15)
+    assert added > 0.3 * without.activation_bytes
+    assert with_dropout.exchange_bytes == without.exchange_bytes == with_dropout.adapter_bytes
+    assert plain.settings() != dropping.settings(), "never mixed with rows of the other kind"
+
+
 @pytest.mark.ranks
 def test_checkpointing_on_real_ranks_holds_more(tmp_path: Path) -> None:
     """Of a stage's activations little but one layer's is left, the more layers the less."""
@@ -266,7 +356,6 @@ def test_checkpointing_on_real_ranks_holds_more(tmp_path: Path) -> None:
     kept, recomputed = (measure_trial(sweep, 1, 1, 2048)[0] for sweep in (plain, saving))
     assert recomputed.weight_bytes == kept.weight_bytes
     assert recomputed.activation_bytes < 0.5 * kept.activation_bytes
-    assert "gradient_checkpointing" in saving.settings(), "never mixed with rows of the other kind"
 
 
 @pytest.mark.ranks

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from lobra.common.errors import ConfigError
+from lobra.layout.layout import Layout
 from lobra.profiler.cost_model import load_cost_model
 from lobra.profiler.csv_rows import append_row
 from lobra.profiler.profiles import (
@@ -124,7 +125,7 @@ def test_the_committed_profiles_of_a_cpu_load_and_say_how_they_were_made(
     assert set(model.head) == {1, 2}
     assert model.collectives is not None
     memory = load_memory_profile(folder / "max_tokens_tiny_4tasks.csv")
-    assert {(1, 1), (1, 2), (2, 1)} <= set(memory.layouts)
+    assert {Layout(1, 1), Layout(1, 2), Layout(2, 1)} <= set(memory.layouts)
     for path in folder.glob("*.csv"):
         assert read_meta(path)["kind"] == "measured"
         assert read_meta(path)["environment"]["hardware"]["device"] == "cpu"

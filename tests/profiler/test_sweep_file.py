@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,13 @@ from lobra.common.errors import ConfigError
 from lobra.profiler.profiles import (
     TIME_COLUMNS,
     load_time_profile,
+    load_time_profiles,
     meta_path,
     read_meta,
     write_meta,
 )
 from lobra.profiler.sweep_file import Restart, SweepFile, open_sweep
+from lobra.profiler.validation import row_spread
 
 SETTINGS = {"model": "tiny", "adapters": [[16, ["q_proj"]]], "precision": "fp32"}
 ROWS = [(1, 64, 1, 1.25), (1, 64, 4, 3.5), (2, 128, 1, 2.125), (2, 128, 16, 30.0)]
@@ -55,6 +58,54 @@ def test_a_row_has_its_details_and_the_loader_reads_it(tmp_path: Path) -> None:
     assert meta["kind"] == "measured"
     assert meta["settings"] == SETTINGS
     assert meta["rows"]["2,128,16"] == {"spread": 0.1}
+
+
+def recomputed(path: Path) -> Path:
+    sweep = opened(path, memory="full")
+    for row in ROWS:
+        if row[:3] not in sweep.done:
+            sweep.add((*row[:3], 1.4 * row[3]), {"spread": 0.2})
+    return path
+
+
+@pytest.mark.parametrize("first", [written, recomputed])
+def test_rows_of_two_policies_share_a_file_and_are_never_mixed_up(
+    tmp_path: Path, first: Callable[[Path], Path]
+) -> None:
+    path = first(tmp_path / "t.csv")
+    (recomputed if first is written else written)(path)
+    kept, again = (load_time_profile(path, memory) for memory in ("keep", "full"))
+    assert list(kept.time_ms) == [row[3] for row in ROWS]
+    assert list(again.time_ms) == [1.4 * row[3] for row in ROWS]
+    assert opened(path).details((2, 128, 16)) == {"spread": 0.1}
+    assert opened(path, memory="full").details((2, 128, 16)) == {"spread": 0.2}
+    opened(path, memory="full").revise((2, 128, 16, 41.0), {"spread": 0.3})
+    opened(path, memory="full").skip((4, 1, 1), "ran out of memory")
+    assert opened(path).skipped == set()
+    assert opened(path, memory="full").skipped == {(4, 1, 1)}
+    assert list(load_time_profile(path).time_ms) == [row[3] for row in ROWS]
+    assert load_time_profile(path, "full").time_ms[-1] == 41.0
+    assert (row_spread(kept, 1), row_spread(again, 1)) == (0.1, 0.2)
+
+
+def test_of_two_policies_killed_at_any_byte_and_continued(tmp_path: Path) -> None:
+    """A file of before, without the column, gets it in one piece; nothing of it is lost."""
+    whole = recomputed(written(tmp_path / "whole.csv"))
+    content, sidecar = whole.read_bytes(), meta_path(whole).read_bytes()
+    plain = written(tmp_path / "plain.csv").read_bytes()
+    path = tmp_path / "cut.csv"
+    for text in [plain, *(content[:end] for end in range(len(content) + 1))]:
+        path.write_bytes(text)
+        meta_path(path).write_bytes(sidecar)
+        for memory, factor in (("keep", 1.0), ("full", 1.4)):
+            sweep = opened(path, memory=memory)
+            for row in ROWS:
+                if row[:3] not in sweep.done:
+                    sweep.add((*row[:3], factor * row[3]), {"spread": 0.1})
+        profiles = load_time_profiles(path)
+        assert sorted(profiles["keep"].time_ms) == sorted(row[3] for row in ROWS)
+        assert sorted(profiles["full"].time_ms) == sorted(1.4 * row[3] for row in ROWS)
+    assert path.read_bytes() == content
 
 
 def test_a_skipped_row_is_remembered(tmp_path: Path) -> None:

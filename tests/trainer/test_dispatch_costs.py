@@ -1,0 +1,57 @@
+"""What training predicts and balances with, for plans whose layers are computed again."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from lobra.common.errors import ConfigError
+from lobra.layout.layout import Layout
+from lobra.layout.plan import Plan, ReplicaGroup
+from lobra.trainer.prepare import dispatch_costs
+
+SHAPES = [(s, b) for s in (64, 256, 1024) for b in (1, 4)]
+PLAN = Plan((ReplicaGroup(Layout(1, 1), 2, 1024), ReplicaGroup(Layout(2, 1), 1, 4096)))
+
+
+def request(path: Path, **factors: float) -> SimpleNamespace:
+    """A request for training with a profile of tp 1 and 2: ms per token by memory policy."""
+    lines = [
+        f"{tp},{s},{b},{1.0 + factor * b * s},{memory}"
+        for memory, factor in factors.items()
+        for tp in (1, 2)
+        for s, b in SHAPES
+    ]
+    path.write_text("\n".join(["tp,seq_len,mbs,time,memory", *lines]) + "\n")
+    return SimpleNamespace(model="tiny", time_profile=path, cost_model="fitted")
+
+
+def test_a_plan_made_full_is_predicted_with_the_times_of_full(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As `--memory full` does to a plan of layouts that keep all."""
+    costs = dispatch_costs(request(tmp_path / "t.csv", keep=0.01, full=0.014), PLAN)  # type: ignore[arg-type]
+    kept, again = (
+        float(costs.layer_time_ms(1, 2, 512, group.layout.memory))
+        for group in (PLAN.groups[0], PLAN.with_memory("full").groups[0])
+    )
+    assert again > 1.3 * kept
+    assert not caplog.records
+
+
+def test_without_them_it_is_said_that_steps_take_longer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    only_kept = request(tmp_path / "t.csv", keep=0.01)
+    with caplog.at_level(logging.WARNING):
+        costs = dispatch_costs(only_kept, PLAN.with_memory("full"))  # type: ignore[arg-type]
+    assert "no times of tp 1,2 with memory full" in caplog.text
+    assert "lobra profile time --tp 1,2 --memory full" in caplog.text
+    assert costs.layer_time_ms(1, 2, 512, "full") == costs.layer_time_ms(1, 2, 512)
+    with pytest.raises(ConfigError, match="no rows for tp 4 with memory full"):
+        dispatch_costs(only_kept, Plan((ReplicaGroup(Layout(4, 1, memory="full"), 1, 512),)))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="no rows for tp 1; it has tp 1, 2 full"):
+        dispatch_costs(request(tmp_path / "f.csv", full=0.01), PLAN)  # type: ignore[arg-type]
