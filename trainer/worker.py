@@ -13,10 +13,11 @@ import math
 import resource
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -159,14 +160,20 @@ class Worker:
         )
         self.last_metrics: StepMetrics | None = None
         self.first_step = self._restore()
-        self.dispatcher = AheadDispatcher(self._solve, self._running, self.control)
+        self.dispatcher = AheadDispatcher(self._solver, self._running, self.control)
         self.stop_requested = False
         self.peak_memory_bytes = 0
         held_out = [
             TokenizedDataset.load(folder) if (folder := run.validation_folder(t)).is_dir() else None
             for t in numbers
         ]
-        self.evaluator = Evaluator(self.stage, held_out, self._assign, self._tensors, self.control)
+        self.evaluator = Evaluator(
+            self.stage,
+            held_out,
+            lambda batch: self._assign(batch, self._slowdown()),
+            self._tensors,
+            self.control,
+        )
         self.result = RankResult(self.rank, self.stage.loaded_bytes, self._held_bytes())
 
     # -- set-up ---------------------------------------------------------------------------------
@@ -230,14 +237,21 @@ class Worker:
     def _draw(self, step: int, running: Running) -> GlobalBatch:
         return draw_global_batch(self.run.tasks, self.datasets, running, self.run.seed, step)
 
-    def _solve(self, step: int, running: Running) -> IntArray:
-        return self._assign(self._draw(step, running))
+    def _solver(self, step: int, running: Running) -> Callable[[], IntArray]:
+        """Return what solves a step on another thread, with the speed factors as they are now."""
+        return partial(self._solve, step, running, self._slowdown())
 
-    def _assign(self, batch: GlobalBatch) -> IntArray:
-        """Return the encoded assignment of a batch (rank 0 only)."""
+    def _solve(self, step: int, running: Running, slowdown: tuple[float, ...]) -> IntArray:
+        return self._assign(self._draw(step, running), slowdown)
+
+    def _slowdown(self) -> tuple[float, ...]:
+        """Return every replica's speed factor, as it is now."""
+        return tuple(self.feedback.factors if self.run.feedback else [1.0] * len(self.run.grids))
+
+    def _assign(self, batch: GlobalBatch, slowdown: tuple[float, ...]) -> IntArray:
+        """Return the encoded assignment of a batch (rank 0 only); reads nothing that changes."""
         run = self.run
         start = time.perf_counter()
-        slowdown = tuple(self.feedback.factors if run.feedback else [1.0] * len(run.grids))
         assignment = dispatch(
             batch.lengths,
             run.plan,
@@ -271,6 +285,7 @@ class Worker:
         """Run the steps, then write the adapters and a last checkpoint. Collective."""
         run = self.run
         with ExitStack() as stack:
+            stack.callback(self.dispatcher.close)  # however the run ends
             writer = progress = None
             if self.rank == 0:
                 writer = stack.enter_context(MetricsWriter(run.output_dir, self.first_step))
@@ -295,7 +310,6 @@ class Worker:
                         progress.update(metrics)
                 if run.record_sequences and self.rank == 0:
                     self.result.steps.append(metrics)
-            self.dispatcher.close()
             finished = not any(self._running(step))
             if saved != step:
                 self.store.save_checkpoint(self._state(step))
