@@ -476,6 +476,7 @@ class Worker:
                 for item in run.plan.replicas
             ],
             validation_time_s=validation_time_s,
+            plan_from=run.plan_from,
         )
 
     def _tell(self, step: int, task: str, applied: bool, stopped: str | None) -> None:
