@@ -55,7 +55,8 @@ class StepMetrics:
     batch and building its tensors, `replica_wait_s` ready but waiting for the slowest rank,
     `reduce_time_s` summing the gradients, `optimizer_time_s` updating and exchanging the adapters.
     `step_time_s` and `gpu_seconds` are without `validation_time_s` and `checkpoint_time_s`, which
-    came after the step. `memory_bytes` is the most any rank has in use. `plan_from`: the step from
+    came after the step. `memory_bytes` is the most any rank has had in use, in an
+    evaluation after the step too. `plan_from`: the step from
     which on the run has had its plan, as an entry of `plans` in config.yaml says.
     """
 

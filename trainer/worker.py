@@ -55,7 +55,7 @@ from lobra.trainer.dispatcher import (
     encode,
 )
 from lobra.trainer.engines import AdapterOptimizer, TaskUpdate, start_deepspeed
-from lobra.trainer.evaluation import Evaluator
+from lobra.trainer.evaluation import Evaluation, Evaluator
 from lobra.trainer.feedback import SpeedFeedback
 from lobra.trainer.figures import StepFigures, exchange_figures
 from lobra.trainer.life import TaskLife, lives_from_json, lives_to_json
@@ -433,8 +433,12 @@ class Worker:
         waited_s = max(0.0, min(clock.reduce_s, max(figures.arrival_s) - clock.arrival_s))
         step_time_s = time.perf_counter() - clock.start
         mark = time.perf_counter()
-        validation = self._end_of_period(step)
+        evaluation = self._end_of_period(step)
         validation_time_s = time.perf_counter() - mark
+        memory_bytes = figures.memory_bytes
+        if evaluation.memory_bytes:
+            memory_bytes += evaluation.memory_bytes
+            self.peak_memory_bytes = max(self.peak_memory_bytes, evaluation.memory_bytes[self.rank])
         sequences = np.bincount(batch.tasks, minlength=len(run.tasks))
         return StepMetrics(
             step=step,
@@ -449,7 +453,7 @@ class Worker:
             tokens=int(batch.lengths.sum()),
             padded_tokens=assignment.padded_tokens,
             gpu_seconds=step_time_s * run.world_size,
-            memory_bytes=max(figures.memory_bytes),
+            memory_bytes=max(memory_bytes),
             tasks={
                 task.name: TaskMetrics(
                     loss=losses[number],
@@ -458,7 +462,7 @@ class Worker:
                     grad_norm=figures.grad_norms[number],
                     lr=updates[number].learning_rate,
                     applied=updates[number].apply,
-                    validation_loss=validation.get(number),
+                    validation_loss=evaluation.losses.get(number),
                     stopped=self.lives[number].stopped,
                 )
                 for number, task in enumerate(run.tasks)
@@ -505,21 +509,21 @@ class Worker:
 
     # -- evaluation -----------------------------------------------------------------------------
 
-    def _end_of_period(self, step: int) -> dict[int, float]:
-        """Close an evaluation period if one ends here; return {task: validation loss}."""
+    def _end_of_period(self, step: int) -> Evaluation:
+        """Close an evaluation period if one ends here; return what was found, if one does."""
         every = self.run.validate_every
         ends = {self.run.last_step, *self.run.num_steps}  # a task's last step is evaluated too
         if not every or ((step + 1) % every and step + 1 not in ends):
-            return {}
-        validation = self.evaluator.losses(self._running(step))
+            return Evaluation()
+        evaluation = self.evaluator.evaluate(self._running(step))
         for number, task in enumerate(self.run.tasks):
             life = self.lives[number]
             # By the task's own calendar: what others do, or --max-steps, must not matter to it.
             closes = (step + 1) % every == 0 or step + 1 == self.run.num_steps[number]
             if closes and life.runs_at(step):
-                stopped = life.end_period(task, validation.get(number))
+                stopped = life.end_period(task, evaluation.losses.get(number))
                 self._tell(step, task.name, True, stopped)
-        return validation
+        return evaluation
 
     # -- what is left behind --------------------------------------------------------------------
 
@@ -545,6 +549,6 @@ class Worker:
             torch.cuda.synchronize()
 
     def _peak_memory_bytes(self) -> int:
-        if self.device.type == "cuda":  # its counter starts anew with every step
+        if self.device.type == "cuda":  # its counter starts anew with every exchange of figures
             return max(self.peak_memory_bytes, torch.cuda.max_memory_allocated())
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
