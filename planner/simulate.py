@@ -160,17 +160,17 @@ def baselines(
     num_steps: int,
     *,
     gpus_per_node: int = 8,
-) -> list[Simulation]:
+) -> tuple[list[Simulation], list[str]]:
     """Return Task-Sequential and Task-Fused: homogeneous plans, LobRA's seven fixed buckets.
 
     Task-Sequential runs one task after another, each on the homogeneous plan best for it; its step
-    is the sum of theirs. Empty if the sequences are longer than the fixed buckets, or no
-    homogeneous plan holds them.
+    is the sum of theirs. Without both, and with the reason, if the sequences are longer than the
+    fixed buckets, or no homogeneous plan holds them.
     """
     try:
         fused = _homogeneous(workload, candidates, cost_model, num_gpus, gpus_per_node)
         if fused is None:
-            return []
+            raise ConfigError(f"no homogeneous plan of {num_gpus} GPUs holds all tasks")
         alone = []
         elements = cost_model.adapter_elements / len(workload.lengths)
         alone_model = replace(cost_model, adapter_elements=elements)  # one of like adapters
@@ -178,10 +178,10 @@ def baselines(
             one = workload.only(task)
             plan = _homogeneous(one, candidates, cost_model, num_gpus, gpus_per_node)
             if plan is None:
-                return []
+                raise ConfigError(f"no homogeneous plan of {num_gpus} GPUs holds task {task}")
             alone.append(_fixed(plan, one, alone_model, num_steps, task))
-    except ConfigError:
-        return []
+    except ConfigError as error:
+        return [], [f"Task-Sequential and Task-Fused: {error}"]
     # the share of all GPUs' time that is used, task by task
     busy = _added([run.busy_s @ run._gpus_of_replicas() / run.num_gpus for run in alone])
     sequential = Simulation(
@@ -195,7 +195,7 @@ def baselines(
         _added([run.dispatch_time_s for run in alone]),
     )
     name = "Task-Fused, 7 fixed buckets"
-    return [sequential, _fixed(fused, workload, cost_model, num_steps, name)]
+    return [sequential, _fixed(fused, workload, cost_model, num_steps, name)], []
 
 
 def ladder(
@@ -205,18 +205,19 @@ def ladder(
     num_steps: int,
     *,
     num_buckets: int = 16,
-) -> list[Simulation]:
-    """Return the plan under ever better dispatch: by length, balanced, dynamic buckets; and LPT."""
+) -> tuple[list[Simulation], list[str]]:
+    """Return the plan under ever better dispatch: by length, balanced, dynamic buckets; and LPT.
+
+    A rung whose fixed buckets the plan cannot take is left out; the second list says why.
+    """
     rungs: list[tuple[str, bool, Mode | None, int]] = [
         ("length-based, 16 fixed buckets", True, "group", 16),
         ("balanced, 16 fixed buckets", True, "balance", 16),
         ("greedy LPT, dynamic buckets", False, None, num_buckets),
         ("balanced, dynamic buckets", False, "balance", num_buckets),
     ]
-    runs = []
+    runs, left_out = [], []
     for name, static, mode, number in rungs:
-        if static and workload.longest > 16384:
-            continue
         try:
             runs.append(
                 simulate(
@@ -230,10 +231,11 @@ def ladder(
                     mode=mode,
                 )
             )
-        except ConfigError:
+        except ConfigError as error:
             if not static:  # a fixed bucket may be longer than any replica holds; a step may not
                 raise
-    return runs
+            left_out.append(f"{name}: {error}")
+    return runs, left_out
 
 
 def chrome_trace(assignment: Assignment, plan: Plan, cost_model: CostModel) -> dict[str, Any]:

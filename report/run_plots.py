@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lobra.common.files import atomic_path
+from lobra.report.run_plans import PlanPart
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,17 +20,15 @@ SMOOTHING = 0.8  # of the loss curves; single steps are drawn faintly behind
 FOLDER = "report"
 
 
-def plot_run(folder: Path, steps: Sequence[dict[str, Any]]) -> list[Path]:
+def plot_run(folder: Path, parts: Sequence[PlanPart]) -> list[Path]:
     """Write losses.png, step_time.png and replicas.png under `folder`/report; return them."""
     import matplotlib
 
     matplotlib.use("Agg")
-    layouts = [replica["layout"] for replica in steps[-1]["replicas"]]
-    same = [s for s in steps if [replica["layout"] for replica in s["replicas"]] == layouts]
     return [
-        _save(folder / FOLDER / "losses.png", _losses(steps)),
-        _save(folder / FOLDER / "step_time.png", _step_times(steps)),
-        _save(folder / FOLDER / "replicas.png", _replicas(same)),
+        _save(folder / FOLDER / "losses.png", losses(parts)),
+        _save(folder / FOLDER / "step_time.png", step_times(parts)),
+        _save(folder / FOLDER / "replicas.png", replicas(parts)),
     ]
 
 
@@ -60,8 +59,29 @@ def smoothed(values: Sequence[float], weight: float = SMOOTHING) -> list[float]:
     return result
 
 
-def _losses(steps: Sequence[dict[str, Any]]) -> Figure:
+def _mark_plans(axes: Axes, parts: Sequence[PlanPart]) -> None:
+    """Draw a line where the run went on with another plan, and name the plans."""
+    if len(parts) < 2:
+        return
+    for part in parts:
+        first = part.steps[0]["step"] + 1
+        if part.number > 1:
+            axes.axvline(first - 0.5, color="0.6", linewidth=0.8, linestyle=":")
+        axes.annotate(
+            f"plan {part.number}: {part.plan}",
+            (first - 0.4, 1.0),
+            xycoords=("data", "axes fraction"),
+            rotation=90,
+            va="top",
+            fontsize="x-small",
+            color="0.3",
+        )
+
+
+def losses(parts: Sequence[PlanPart]) -> Figure:
+    """Return every task's loss over the steps."""
     figure, axes = _figure()
+    steps = [step for part in parts for step in part.steps]
     names = sorted({name for step in steps for name in step["tasks"]})
     for name, style in zip(names, _styles(), strict=False):
         own = [step for step in steps if (step["tasks"].get(name) or {}).get("loss") is not None]
@@ -82,11 +102,14 @@ def _losses(steps: Sequence[dict[str, Any]]) -> Figure:
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per target token)")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small")
+    _mark_plans(axes, parts)
     return figure
 
 
-def _step_times(steps: Sequence[dict[str, Any]]) -> Figure:
+def step_times(parts: Sequence[PlanPart]) -> Figure:
+    """Return measured and predicted step times."""
     figure, axes = _figure()
+    steps = [step for part in parts for step in part.steps]
     at = [step["step"] + 1 for step in steps]
     axes.plot(at, [s["step_time_s"] for s in steps], "-", color="0.0", label="measured")
     axes.plot(at, [s["predicted_step_time_s"] for s in steps], "--", color="0.5", label="predicted")
@@ -94,16 +117,22 @@ def _step_times(steps: Sequence[dict[str, Any]]) -> Figure:
     axes.set_xlabel("step")
     axes.set_ylabel("step time (s)")
     axes.legend()
+    _mark_plans(axes, parts)
     return figure
 
 
-def _replicas(steps: Sequence[dict[str, Any]]) -> Figure:
-    figure, axes = _figure(height=max(2.5, 0.35 * len(steps[-1]["replicas"]) + 1.5))
-    total_s = sum(step["step_time_s"] for step in steps)
+def replicas(parts: Sequence[PlanPart]) -> Figure:
+    """Return what part of a plan's steps each of its replicas computed, plan by plan."""
+    number = sum(len(part.layouts) for part in parts)
+    figure, axes = _figure(height=max(2.5, 0.35 * number + 1.5))
     labels, busy = [], []
-    for index, replica in enumerate(steps[-1]["replicas"]):
-        labels.append(f"{index} {replica['layout']}")
-        busy.append(100 * sum(s["replicas"][index]["busy_s"] for s in steps) / total_s)
+    for part in parts:
+        total_s = sum(step["step_time_s"] for step in part.steps)
+        of_plan = f"plan {part.number} ({part.span}): " if len(parts) > 1 else ""
+        for index, layout in enumerate(part.layouts):
+            labels.append(f"{of_plan}{index} {layout}")
+            own = sum(step["replicas"][index]["busy_s"] for step in part.steps)
+            busy.append(100 * own / total_s)
     axes.barh(labels, busy, color="0.45", edgecolor="0.0", label="computing")
     axes.barh(
         labels,
@@ -116,7 +145,7 @@ def _replicas(steps: Sequence[dict[str, Any]]) -> Figure:
     )
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
-    axes.set_xlabel("share of the run (%)")
+    axes.set_xlabel("share of the steps' time (%)")
     axes.set_ylabel("replica")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
     return figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lobra.common.errors import ConfigError
-from lobra.layout.plan import Plan, group_of
+from lobra.report.run_plans import PlanPart, plan_parts
 from lobra.trainer.checkpoint import list_checkpoints, step_folder
 from lobra.trainer.metrics import METRICS_FILE, read_metrics
 from lobra.trainer.run_spec import ADAPTER_FOLDER, CONFIG_FILE
@@ -46,7 +47,7 @@ class TaskSummary:
 class ReplicaSummary:
     """A replica's median seconds a step, computed and predicted, and what it did not compute.
 
-    `idle_share` is the part of the steps' time it waited, reduced or updated.
+    `idle_share` is the part of the plan's steps' time it waited, reduced or updated.
     """
 
     layout: str
@@ -57,14 +58,26 @@ class ReplicaSummary:
 
 
 @dataclass(frozen=True)
+class PlanSummary:
+    """A plan the run has had: its steps (as in "steps 1-5"), median step time and replicas."""
+
+    plan: str
+    num_gpus: int
+    span: str
+    step_time_s: float
+    replicas: tuple[ReplicaSummary, ...]
+
+
+@dataclass(frozen=True)
 class RunSummary:
     """The figures of a run's report. Times in seconds; shares are of rank 0's step time.
 
+    `plans` are all the run has had, in order; times, shares and `num_gpus` are of the last one.
     `step_gpu_seconds` is what the steps took on all GPUs; `other_gpu_seconds` what validation and
     checkpoints took in between (not: starting, loading the model).
     """
 
-    plan: str
+    plans: tuple[PlanSummary, ...]
     num_gpus: int
     device: str
     steps: int
@@ -80,9 +93,29 @@ class RunSummary:
     other_gpu_seconds: float
     padding_ratio: float
     tasks: tuple[TaskSummary, ...]
-    replicas: tuple[ReplicaSummary, ...]
     planned: dict[str, Any]
     adapters: Path | None
+
+
+def run_parts(folder: Path) -> list[PlanPart]:
+    """Return the steps of a run, divided by the plan they ran under.
+
+    Raises:
+        ConfigError: the folder holds no run, or not a step of it.
+    """
+    return _read(folder)[1]
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], list[PlanPart]]:
+    """Return a run's config.yaml and its steps."""
+    for name in (CONFIG_FILE, METRICS_FILE):
+        if not (folder / name).is_file():
+            raise ConfigError(f"{folder}: no {name} in it; give the folder of a run")
+    config = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    steps = read_metrics(folder)
+    if not steps:
+        raise ConfigError(f"{folder / METRICS_FILE}: the run has not finished a step yet")
+    return config, plan_parts(config, steps)
 
 
 def summarise(folder: Path) -> RunSummary:
@@ -91,34 +124,12 @@ def summarise(folder: Path) -> RunSummary:
     Raises:
         ConfigError: the folder holds no run, or not a step of it.
     """
-    for name in (CONFIG_FILE, METRICS_FILE):
-        if not (folder / name).is_file():
-            raise ConfigError(f"{folder}: no {name} in it; give the folder of a run")
-    config = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    plan = Plan(tuple(group_of(entry) for entry in config["plan"]))
-    steps = read_metrics(folder)
-    if not steps:
-        raise ConfigError(f"{folder / METRICS_FILE}: the run has not finished a step yet")
-    # A run may have gone on with another plan: times and shares are of the last one.
-    layouts = [replica["layout"] for replica in steps[-1]["replicas"]]
-    same = [s for s in steps if [replica["layout"] for replica in s["replicas"]] == layouts]
-    timed = same[WARM_UP_STEPS:] or same
-    total_s = sum(step["step_time_s"] for step in timed)
-    replicas = []
-    for index, last in enumerate(steps[-1]["replicas"]):
-        own = [step["replicas"][index] for step in timed]
-        replicas.append(
-            ReplicaSummary(
-                layout=last["layout"],
-                busy_s=median(entry["busy_s"] for entry in own),
-                predicted_s=median(entry["predicted_s"] for entry in own),
-                idle_share=1 - sum(entry["busy_s"] for entry in own) / total_s,
-                padded_tokens=sum(entry["padded_tokens"] for entry in own),
-            )
-        )
+    config, parts = _read(folder)
+    steps = [step for part in parts for step in part.steps]
+    timed = _timed(parts[-1])
     return RunSummary(
-        plan=str(plan),
-        num_gpus=plan.num_gpus,
+        plans=tuple(_plan_summary(part) for part in parts),
+        num_gpus=parts[-1].num_gpus,
         device=config["device"],
         steps=len(steps),
         step_time_s=median(step["step_time_s"] for step in timed),
@@ -132,13 +143,36 @@ def summarise(folder: Path) -> RunSummary:
         tasks=tuple(
             _task_summary(task["name"], steps, task.get("num_steps")) for task in config["tasks"]
         ),
-        replicas=tuple(replicas),
         planned=config.get("plan_meta") or {},
         adapters=_find_adapters(folder),
     )
 
 
-def _share(steps: list[dict[str, Any]], field: str) -> float:
+def _timed(part: PlanPart) -> tuple[dict[str, Any], ...]:
+    """Return the steps of a plan that count for times."""
+    return part.steps[WARM_UP_STEPS:] or part.steps
+
+
+def _plan_summary(part: PlanPart) -> PlanSummary:
+    timed = _timed(part)
+    total_s = sum(step["step_time_s"] for step in timed)
+    replicas = []
+    for index, layout in enumerate(part.layouts):
+        own = [step["replicas"][index] for step in timed]
+        replicas.append(
+            ReplicaSummary(
+                layout=layout,
+                busy_s=median(entry["busy_s"] for entry in own),
+                predicted_s=median(entry["predicted_s"] for entry in own),
+                idle_share=1 - sum(entry["busy_s"] for entry in own) / total_s,
+                padded_tokens=sum(entry["padded_tokens"] for entry in own),
+            )
+        )
+    step_time_s = median(step["step_time_s"] for step in timed)
+    return PlanSummary(part.plan, part.num_gpus, part.span, step_time_s, tuple(replicas))
+
+
+def _share(steps: Sequence[dict[str, Any]], field: str) -> float:
     """Return the share of the steps' time that a part took (0: metrics of an older version)."""
     return sum(step.get(field, 0.0) for step in steps) / sum(s["step_time_s"] for s in steps)
 
@@ -193,7 +227,8 @@ def print_run_report(folder: Path, console: Console | None = None) -> None:
     console = console or Console()
     console.print(_overview(summary, folder))
     console.print(_task_table(summary))
-    console.print(_replica_table(summary))
+    for plan in summary.plans:
+        console.print(_replica_table(plan, len(summary.plans) > 1))
     if warning := _poor_prediction(summary):
         console.print(warning, style="yellow", soft_wrap=True)
     where = summary.adapters or "none saved yet"
@@ -219,8 +254,18 @@ def _overview(summary: RunSummary, folder: Path) -> Table:
     unit = "GPU" if summary.device == "cuda" else "CPU rank"
     planned = summary.planned.get("step_time_s")
     gpu_seconds = summary.step_time_s * summary.num_gpus
+    several = len(summary.plans) > 1
     rows = [
-        ("plan", f"{summary.plan} on {summary.num_gpus} {unit}s"),
+        (
+            f"plan {number}, {plan.span}" if several else "plan",
+            f"{plan.plan} on {plan.num_gpus} {unit}s"
+            + (f", {plan.step_time_s:.3f} s a step" if several else ""),
+        )
+        for number, plan in enumerate(summary.plans, start=1)
+    ]
+    if several:
+        rows.append(("times and shares below", "of the last plan"))
+    rows += [
         ("steps", str(summary.steps)),
         ("step time, measured", f"{summary.step_time_s:.3f} s (median)"),
         ("step time, predicted", f"{summary.predicted_step_time_s:.3f} s (median)"),
@@ -284,11 +329,12 @@ def _task_table(summary: RunSummary) -> Table:
     return table
 
 
-def _replica_table(summary: RunSummary) -> Table:
-    table = Table(title="Replicas", title_justify="left")
+def _replica_table(plan: PlanSummary, is_one_of_several: bool) -> Table:
+    which = f" of {plan.plan}, {plan.span}" if is_one_of_several else ""
+    table = Table(title=f"Replicas{which}", title_justify="left")
     for column in ("replica", "layout", "busy", "predicted", "idle", "tokens computed"):
         table.add_column(column, justify="right")
-    for index, replica in enumerate(summary.replicas):
+    for index, replica in enumerate(plan.replicas):
         table.add_row(
             str(index),
             replica.layout,

@@ -94,17 +94,19 @@ def decode(flat: IntArray, wait_time_s: float = 0.0) -> StepDispatch:
 class AheadDispatcher:
     """Gives every rank the assignment of each step, in order; rank 0 solves one step ahead.
 
-    `solve(step, running)` returns the encoded assignment of a step in which these tasks run. When
-    a task ends between solving ahead and the step itself, the step is solved again.
+    `job(step, running)` is called on the caller's thread and returns what the solver's thread
+    calls for the encoded assignment of a step in which these tasks run: it must hold a snapshot of
+    all that the caller may change meanwhile. When a task ends between solving ahead and the step
+    itself, the step is solved again.
     """
 
     def __init__(
         self,
-        solve: Callable[[int, Running], IntArray],
+        job: Callable[[int, Running], Callable[[], IntArray]],
         expected: Callable[[int], Running],
         group: dist.ProcessGroup,
     ) -> None:
-        self.solve = solve
+        self.job = job
         self.expected = expected
         self.group = group
         self.pool = ThreadPoolExecutor(max_workers=1) if dist.get_rank() == 0 else None
@@ -112,7 +114,7 @@ class AheadDispatcher:
 
     def _start(self, step: int, running: Running) -> None:
         if self.pool is not None and any(running):
-            self.ahead = (step, running, self.pool.submit(self.solve, step, running))
+            self.ahead = (step, running, self.pool.submit(self.job(step, running)))
 
     def get(self, step: int, running: Running, stop: bool = False) -> StepDispatch | None:
         """Return the assignment of `step`, or None when rank 0 was told to stop. Collective."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,18 @@ Assign = Callable[[GlobalBatch], IntArray]
 MakeTensors = Callable[
     [GlobalBatch, StepDispatch, Datasets, torch.Tensor, int], list[MicroBatchTensors]
 ]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found: by task its mean loss per target token.
+
+    `memory_bytes[rank]` is the rank's peak since the step before, as in `StepFigures`; empty where
+    there was nothing to evaluate.
+    """
+
+    losses: Mapping[int, float] = field(default_factory=dict)
+    memory_bytes: tuple[int, ...] = ()
 
 
 class Evaluator:
@@ -54,12 +67,12 @@ class Evaluator:
         self.group = group
         self.solved: tuple[Running, StepDispatch] | None = None
 
-    def losses(self, running: Running) -> dict[int, float]:
-        """Return {task: mean loss per target token} of the running tasks' data. Collective."""
+    def evaluate(self, running: Running) -> Evaluation:
+        """Return the losses of the running tasks' held-out data. Collective."""
         data = [own if runs else None for own, runs in zip(self.held_out, running, strict=True)]
         batch = whole_batch(data)
         if not len(batch):
-            return {}
+            return Evaluation()
         if self.solved is None or self.solved[0] != running:
             flat = self.assign(batch) if dist.get_rank() == 0 else None
             flat = broadcast_array(flat, self.group)
@@ -75,4 +88,7 @@ class Evaluator:
         nothing = torch.zeros(num_tasks, dtype=torch.float64)
         figures = exchange_figures(losses, nothing, 0.0, 0.0, self.group)
         counts = target_tokens(batch, self.counts)
-        return {task: figures.losses[task] / int(n) for task, n in enumerate(counts) if n}
+        return Evaluation(
+            {task: figures.losses[task] / int(n) for task, n in enumerate(counts) if n},
+            figures.memory_bytes,
+        )

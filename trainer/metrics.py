@@ -55,7 +55,9 @@ class StepMetrics:
     batch and building its tensors, `replica_wait_s` ready but waiting for the slowest rank,
     `reduce_time_s` summing the gradients, `optimizer_time_s` updating and exchanging the adapters.
     `step_time_s` and `gpu_seconds` are without `validation_time_s` and `checkpoint_time_s`, which
-    came after the step. `memory_bytes` is the most any rank has in use.
+    came after the step. `memory_bytes` is the most any rank has had in use, in an
+    evaluation after the step too. `plan_from`: the step from
+    which on the run has had its plan, as an entry of `plans` in config.yaml says.
     """
 
     step: int
@@ -75,6 +77,7 @@ class StepMetrics:
     replicas: list[ReplicaMetrics]
     validation_time_s: float = 0.0
     checkpoint_time_s: float = 0.0
+    plan_from: int = 0
 
     @property
     def tokens_per_second(self) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any, Literal
@@ -40,7 +40,7 @@ from lobra.trainer.checkpoint import (
     task_record,
 )
 from lobra.trainer.metrics import METRICS_FILE, check_metrics
-from lobra.trainer.run_folder import occupied, unusable, write_run_folder
+from lobra.trainer.run_folder import occupied, plan_history, unusable, write_run_folder
 from lobra.trainer.run_spec import RunSpec
 from lobra.trainer.task_data import foreign_tokens, load_datasets, too_long
 
@@ -255,7 +255,10 @@ def prepare(request: TrainRequest) -> RunSpec:
         )  # fmt: skip
     log.info("the tasks' data:\n%s", summary_text(datasets))
     _warn_of_long_contexts(tasks, training, shape)
-    write_run_folder(run, resolved_config(run, request), training, validation)
+    resolved = resolved_config(run, request)
+    plans = plan_history(run.output_dir, resolved, run.resume_step or 0)
+    run = replace(run, plan_from=plans[-1]["from_step"])
+    write_run_folder(run, {**resolved, "plans": plans}, training, validation)
     return run
 
 

@@ -28,6 +28,7 @@ class RunSpec:
     `precision` is a key of `model.precision.DTYPES`.
     `data_day` is the date (ISO) that chat templates with a date were told.
     `revive`: names of stopped tasks that are to go on.
+    `plan_from`: the step (0-based) from which on the run has had this plan.
     `validate_every` and `save_every`: steps between evaluation periods and checkpoints (0: none).
     """
 
@@ -57,6 +58,7 @@ class RunSpec:
     revive: tuple[str, ...] = ()
     record_sequences: bool = False
     data_day: str | None = None
+    plan_from: int = 0
 
     @property
     def world_size(self) -> int:

@@ -13,10 +13,11 @@ import math
 import resource
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,7 @@ from lobra.trainer.dispatcher import (
     encode,
 )
 from lobra.trainer.engines import AdapterOptimizer, TaskUpdate, start_deepspeed
-from lobra.trainer.evaluation import Evaluator
+from lobra.trainer.evaluation import Evaluation, Evaluator
 from lobra.trainer.feedback import SpeedFeedback
 from lobra.trainer.figures import StepFigures, exchange_figures
 from lobra.trainer.life import TaskLife, lives_from_json, lives_to_json
@@ -158,14 +159,20 @@ class Worker:
         )
         self.last_metrics: StepMetrics | None = None
         self.first_step = self._restore()
-        self.dispatcher = AheadDispatcher(self._solve, self._running, self.control)
+        self.dispatcher = AheadDispatcher(self._solver, self._running, self.control)
         self.stop_requested = False
         self.peak_memory_bytes = 0
         held_out = [
             TokenizedDataset.load(folder) if (folder := run.validation_folder(t)).is_dir() else None
             for t in numbers
         ]
-        self.evaluator = Evaluator(self.stage, held_out, self._assign, self._tensors, self.control)
+        self.evaluator = Evaluator(
+            self.stage,
+            held_out,
+            lambda batch: self._assign(batch, self._slowdown()),
+            self._tensors,
+            self.control,
+        )
         self.result = RankResult(self.rank, self.stage.loaded_bytes, self._held_bytes())
 
     # -- set-up ---------------------------------------------------------------------------------
@@ -229,14 +236,23 @@ class Worker:
     def _draw(self, step: int, running: Running) -> GlobalBatch:
         return draw_global_batch(self.run.tasks, self.datasets, running, self.run.seed, step)
 
-    def _solve(self, step: int, running: Running) -> IntArray:
-        return self._assign(self._draw(step, running))
+    def _solver(self, step: int, running: Running) -> Callable[[], IntArray]:
+        """Return what solves a step on another thread, with the speed factors as they are now."""
+        return partial(self._solve, step, running, self._slowdown())
 
-    def _assign(self, batch: GlobalBatch) -> IntArray:
-        """Return the encoded assignment of a batch (rank 0 only)."""
+    def _solve(self, step: int, running: Running, slowdown: tuple[float, ...]) -> IntArray:
+        return self._assign(self._draw(step, running), slowdown)
+
+    def _slowdown(self) -> tuple[float, ...]:
+        """Return every replica's speed factor, as it is now."""
+        return tuple(
+            self.feedback.factors if self.run.feedback else [1.0] * len(self.run.world.replicas)
+        )
+
+    def _assign(self, batch: GlobalBatch, slowdown: tuple[float, ...]) -> IntArray:
+        """Return the encoded assignment of a batch (rank 0 only); reads nothing that changes."""
         run = self.run
         start = time.perf_counter()
-        slowdown = tuple(self.feedback.factors if run.feedback else [1.0] * len(run.world.replicas))
         assignment = dispatch(
             batch.lengths,
             run.plan,
@@ -270,6 +286,7 @@ class Worker:
         """Run the steps, then write the adapters and a last checkpoint. Collective."""
         run = self.run
         with ExitStack() as stack:
+            stack.callback(self.dispatcher.close)  # however the run ends
             writer = progress = None
             if self.rank == 0:
                 writer = stack.enter_context(MetricsWriter(run.output_dir, self.first_step))
@@ -294,7 +311,6 @@ class Worker:
                         progress.update(metrics)
                 if run.record_sequences and self.rank == 0:
                     self.result.steps.append(metrics)
-            self.dispatcher.close()
             finished = not any(self._running(step))
             if saved != step:
                 self.store.save_checkpoint(self._state(step))
@@ -424,8 +440,12 @@ class Worker:
         waited_s = max(0.0, min(clock.reduce_s, max(figures.arrival_s) - clock.arrival_s))
         step_time_s = time.perf_counter() - clock.start
         mark = time.perf_counter()
-        validation = self._end_of_period(step)
+        evaluation = self._end_of_period(step)
         validation_time_s = time.perf_counter() - mark
+        memory_bytes = figures.memory_bytes
+        if evaluation.memory_bytes:
+            memory_bytes += evaluation.memory_bytes
+            self.peak_memory_bytes = max(self.peak_memory_bytes, evaluation.memory_bytes[self.rank])
         sequences = np.bincount(batch.tasks, minlength=len(run.tasks))
         return StepMetrics(
             step=step,
@@ -440,7 +460,7 @@ class Worker:
             tokens=int(batch.lengths.sum()),
             padded_tokens=assignment.padded_tokens,
             gpu_seconds=step_time_s * run.world_size,
-            memory_bytes=max(figures.memory_bytes),
+            memory_bytes=max(memory_bytes),
             tasks={
                 task.name: TaskMetrics(
                     loss=losses[number],
@@ -449,7 +469,7 @@ class Worker:
                     grad_norm=figures.grad_norms[number],
                     lr=updates[number].learning_rate,
                     applied=updates[number].apply,
-                    validation_loss=validation.get(number),
+                    validation_loss=evaluation.losses.get(number),
                     stopped=self.lives[number].stopped,
                 )
                 for number, task in enumerate(run.tasks)
@@ -467,6 +487,7 @@ class Worker:
                 for item in run.plan.replicas
             ],
             validation_time_s=validation_time_s,
+            plan_from=run.plan_from,
         )
 
     def _tell(self, step: int, task: str, applied: bool, stopped: str | None) -> None:
@@ -495,21 +516,21 @@ class Worker:
 
     # -- evaluation -----------------------------------------------------------------------------
 
-    def _end_of_period(self, step: int) -> dict[int, float]:
-        """Close an evaluation period if one ends here; return {task: validation loss}."""
+    def _end_of_period(self, step: int) -> Evaluation:
+        """Close an evaluation period if one ends here; return what was found, if one does."""
         every = self.run.validate_every
         ends = {self.run.last_step, *self.run.num_steps}  # a task's last step is evaluated too
         if not every or ((step + 1) % every and step + 1 not in ends):
-            return {}
-        validation = self.evaluator.losses(self._running(step))
+            return Evaluation()
+        evaluation = self.evaluator.evaluate(self._running(step))
         for number, task in enumerate(self.run.tasks):
             life = self.lives[number]
             # By the task's own calendar: what others do, or --max-steps, must not matter to it.
             closes = (step + 1) % every == 0 or step + 1 == self.run.num_steps[number]
             if closes and life.runs_at(step):
-                stopped = life.end_period(task, validation.get(number))
+                stopped = life.end_period(task, evaluation.losses.get(number))
                 self._tell(step, task.name, True, stopped)
-        return validation
+        return evaluation
 
     # -- what is left behind --------------------------------------------------------------------
 
@@ -535,6 +556,6 @@ class Worker:
             torch.cuda.synchronize()
 
     def _peak_memory_bytes(self) -> int:
-        if self.device.type == "cuda":  # its counter starts anew with every step
+        if self.device.type == "cuda":  # its counter starts anew with every exchange of figures
             return max(self.peak_memory_bytes, torch.cuda.max_memory_allocated())
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from lobra.tasks.data_report import summary, summary_text
 from lobra.tasks.dataset import TokenizedDataset, load_dataset
 from lobra.tasks.text_processor import TextProcessor
 from lobra.tasks.text_rows import MASKED
+
+log = logging.getLogger(__name__)
 
 SHOWN_CHARACTERS = 3000  # of a row, and of each of its parts, unless all of it is asked for
 SHOW = """\
@@ -100,6 +103,10 @@ def show(args: argparse.Namespace) -> int:
         except ConfigError as error:
             problems += error.problems.prefixed(f"task {task.name}: ")
     problems.raise_if_any()
+    try:
+        processor.tokenizer  # noqa: B018 (loaded now, if it was not needed so far)
+    except ConfigError as error:
+        log.warning("texts are shown as token ids: %s", error)
     if args.json:
         shown = zip(summary(datasets), datasets, strict=True)
         print(

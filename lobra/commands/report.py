@@ -8,9 +8,8 @@ from pathlib import Path
 from lobra.common.errors import ConfigError
 from lobra.report.experiment_report import ABOUT, SIMULATION, experiments_in, report_experiment
 from lobra.report.run_plots import plot_run
-from lobra.report.run_report import print_run_report
+from lobra.report.run_report import print_run_report, run_parts
 from lobra.report.trace import write_trace
-from lobra.trainer.metrics import read_metrics
 
 CONFIG = "config.yaml"
 
@@ -40,9 +39,10 @@ def run(args: argparse.Namespace) -> int:
             "(an experiment) is in it, nor in a folder directly below it"
         )
     print_run_report(args.run)
+    parts = run_parts(args.run)
     if args.plots:
-        for path in plot_run(args.run, read_metrics(args.run)):
+        for path in plot_run(args.run, parts):
             print(f"written: {path}")
     if args.trace:
-        print(f"written: {write_trace(args.run, read_metrics(args.run))}")
+        print(f"written: {write_trace(args.run, parts)}")
     return 0

@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
     cost_model = cost_model.for_training(labels, adapter_elements_of(args.model, adapters))
     with console.status("simulating ..."):
         runs: list[Simulation] = []
+        left_out: list[str] = []
         if not args.no_baselines:
             memory_path = args.memory_profile or default_memory_path(args.model, len(config.tasks))
             if args.memory_profile or Path(memory_path).is_file():
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
                     args.gpus_per_node,
                     lambda tp, pp: layout_problem_of(args.model, tp, pp),
                 )
-                runs += baselines(
+                runs, left_out = baselines(
                     workload,
                     candidates.chosen,
                     cost_model,
@@ -96,12 +97,20 @@ def run(args: argparse.Namespace) -> int:
                     args.steps,
                     gpus_per_node=args.gpus_per_node,
                 )
-        rungs = ladder(plan, workload, cost_model, args.steps, num_buckets=args.num_buckets)
+            else:
+                left_out = [
+                    f"Task-Sequential and Task-Fused: no memory profile at {memory_path}; give "
+                    f"--memory-profile"
+                ]
+        rungs, others = ladder(plan, workload, cost_model, args.steps, num_buckets=args.num_buckets)
         runs += rungs[-1:] if args.no_baselines else rungs
+        left_out += [] if args.no_baselines else others
     summaries = [run.summary() for run in runs]
     console.print(_table(summaries))
     for entry in summaries:
         console.print(f"{entry['name']}: {entry['plan']}")
+    for reason in left_out:
+        console.print(f"left out: {reason}", soft_wrap=True)
     if args.output_dir:
         first = next(workload.steps(1))
         assignment = dispatch(first, plan, cost_model, num_buckets=args.num_buckets)
@@ -113,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
             write_atomic(folder / "simulation.json", json.dumps(summaries, indent=2) + "\n")
         console.print(f"written: {folder}/simulation.json, steps.csv, trace.json")
     if args.json:
-        print(json.dumps({"plan": str(plan), "runs": summaries}))
+        print(json.dumps({"plan": str(plan), "runs": summaries, "left_out": left_out}))
     return 0
 
 

@@ -18,6 +18,8 @@ from lobra.cli import main
 from lobra.common.errors import ConfigError
 from lobra.layout.layout import Layout
 from lobra.layout.plan import Plan, ReplicaGroup
+from lobra.report.run_plots import losses, replicas, step_times
+from lobra.report.run_report import run_parts
 from lobra.trainer.metrics import read_metrics
 from lobra.trainer.prepare import TrainRequest, node_size, place_plan
 from lobra.trainer.run import (
@@ -253,13 +255,36 @@ def test_a_run_goes_on_with_another_plan_and_is_reported(
     assert train(place, "--resume", "--max-steps", "3") == 0
     lines = Path("run/metrics.jsonl").read_text().splitlines()
     assert [len(json.loads(line)["replicas"]) for line in lines] == [1, 2, 2]
+    assert [json.loads(line)["plan_from"] for line in lines] == [0, 1, 1]
+    plans = yaml.safe_load(Path("run/config.yaml").read_text())["plans"]
+    assert [(entry["from_step"], entry["plan"][0]["dp"]) for entry in plans] == [(0, 1), (1, 2)]
+    assert [entry["rank_map"] for entry in plans] == [[[[0]]], [[[0]], [[1]]]]
+    capsys.readouterr()
     assert main(["report", "run", "--plots", "--trace"]) == 0
-    assert "<1,1>x2 on 2 CPU ranks" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    for part in (
+        "plan 1, step 1 ", "<1,1>x1 on 1 CPU ranks", "plan 2, steps 2-3 ", "<1,1>x2 on 2 CPU ranks",
+        "Replicas of <1,1>x1, step 1", "Replicas of <1,1>x2, steps 2-3",
+    ):  # fmt: skip
+        assert part in shown
     assert {"losses.png", "step_time.png", "replicas.png"} == {
         path.name for path in Path("run/report").iterdir()
     }
+    parts = run_parts(Path("run"))
+    for figure in (losses(parts), step_times(parts)):
+        texts = {text.get_text() for text in figure.axes[0].texts}
+        assert texts == {"plan 1: <1,1>x1", "plan 2: <1,1>x2"}
+    labels = [label.get_text() for label in replicas(parts).axes[0].get_yticklabels()]
+    assert labels == [
+        "plan 1 (step 1): 0 <1,1>", "plan 2 (steps 2-3): 0 <1,1>", "plan 2 (steps 2-3): 1 <1,1>"
+    ]  # fmt: skip
     events = json.loads(Path("run/trace.json").read_text())["traceEvents"]
-    assert sum(event["ph"] == "X" for event in events) == 5
+    slices = [event for event in events if event["ph"] == "X"]
+    assert [(e["pid"], e["tid"], e["name"]) for e in slices] == [
+        (1, 0, "step 0"), (2, 0, "step 1"), (2, 1, "step 1"), (2, 0, "step 2"), (2, 1, "step 2")
+    ]  # fmt: skip
+    names = {e["args"]["name"] for e in events if e["name"] == "process_name"}
+    assert names == {"plan 1: <1,1>x1, step 1", "plan 2: <1,1>x2, steps 2-3"}
     assert train(place, "--resume", "7") == 2
     assert "has only the steps 1, 3" in capsys.readouterr().err
 

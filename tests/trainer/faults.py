@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from lobra.model.stage import MicroBatchTensors, Stage
 from lobra.model.tensor_parallel import VocabParallelEmbedding
-from lobra.trainer import worker
+from lobra.trainer import evaluation, figures, worker
 from lobra.trainer.checkpoint import CheckpointWriter
 from lobra.trainer.engines import AdapterOptimizer, TaskUpdate
 from lobra.trainer.run_spec import RunSpec
@@ -24,6 +24,7 @@ FAULT_TASK = 1
 FAULT_STEPS = (1, 2)
 SLOW_REPLICA = 0
 SLOW_WRITE_S = 0.3  # a task's files
+STEP_BYTES, EVALUATION_BYTES = 1 << 40, 3 << 40
 FAST_S, SLOW_S = 0.002, 0.006  # a micro-batch
 
 
@@ -108,6 +109,36 @@ def train_asleep(run: RunSpec) -> RankResult:
     worker.run_replica = sleep  # type: ignore[assignment]
     AdapterOptimizer.reduce = meet  # type: ignore[method-assign]
     return train_rank(run)
+
+
+def train_with_a_counter(run: RunSpec) -> tuple[RankResult, int]:
+    """Train with a counter of memory as GPUs have it: the peak since it was last read.
+
+    A step takes `STEP_BYTES`, an evaluation `EVALUATION_BYTES`, on rank 1 twice that. Returns the
+    peak that the rank knows of, too.
+    """
+    peak = [0]
+
+    def taken(size: int, plain: Any) -> Any:
+        def take(*args: Any) -> Any:
+            peak[0] = max(peak[0], size * (1 + dist.get_rank()))
+            return plain(*args)
+
+        return take
+
+    def read() -> int:
+        found, peak[0] = peak[0], 0
+        return found
+
+    figures.step_memory_bytes = read
+    worker.run_replica = taken(STEP_BYTES, worker.run_replica)  # type: ignore[assignment]
+    evaluation.evaluate_replica = taken(  # type: ignore[assignment]
+        EVALUATION_BYTES, evaluation.evaluate_replica
+    )
+    own = Worker(run)
+    with StopRequest() as stop:
+        result = own.train(stop)
+    return result, own.peak_memory_bytes
 
 
 def run_out_of_memory(run: RunSpec) -> RankResult:

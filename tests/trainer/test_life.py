@@ -24,7 +24,15 @@ from lobra.trainer.run import run_local
 from lobra.trainer.run_spec import RunSpec
 from lobra.trainer.worker import Worker
 from tests.model.support import save_llama
-from tests.trainer.faults import FAST_S, FAULT_STEPS, FAULT_TASK, SLOW_REPLICA, SLOW_S
+from tests.trainer.faults import (
+    EVALUATION_BYTES,
+    FAST_S,
+    FAULT_STEPS,
+    FAULT_TASK,
+    SLOW_REPLICA,
+    SLOW_S,
+    STEP_BYTES,
+)
 from tests.trainer.support import make_plan, make_run, random_dataset
 
 COMMON = dict(dataset_name="random", context_length=64, learning_rate=1e-2)
@@ -275,3 +283,13 @@ def test_validation_and_early_stop_in_a_run(base: Path, tmp_path: Path) -> None:
     first, last = steps[1].tasks["broken"], steps[5].tasks["broken"]
     assert first.validation_loss is not None and last.validation_loss is not None
     assert last.validation_loss < first.validation_loss, "it validates on what it trains on"
+
+
+def test_the_memory_of_an_evaluation_counts(base: Path, tmp_path: Path) -> None:
+    run = new_run(tmp_path / "run", base, [(1, 1), (1, 1)], steps=3, validate_every=2)
+    random_dataset(6, 6, 50, 256, 9).save(run.validation_folder(0))
+    ranks = run_local(run, "tests.trainer.faults:train_with_a_counter")
+    result, _ = ranks[0]
+    memory = [step.memory_bytes for step in result.steps]
+    assert memory == [2 * STEP_BYTES, 2 * EVALUATION_BYTES, 2 * EVALUATION_BYTES]
+    assert [peak for _, peak in ranks] == [EVALUATION_BYTES, 2 * EVALUATION_BYTES]
