@@ -13,7 +13,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["lobra", "lobra.*"]),  # follows the links in lobra/
-    package_data={"": ["py.typed", "*.json", "*.yaml", "*.toml", "*.csv"]},
+    # Task sets too: a name is looked up there where the working folder has none of it.
+    package_data={"": ["*.yaml"], "lobra": ["py.typed", "trainer_config/*.json"]},
     install_requires=[
         # From 2.8 on gloo has reduce_scatter_tensor; the upper bound keeps the newest build from
         # being fetched by surprise.

@@ -29,6 +29,8 @@ from lobra.tasks.foreign_names import foreign_field
 from lobra.tasks.prompts import template_problem
 
 CONFIG_FOLDER = Path("trainer_config")
+#: The same of the installation: the task sets that come with the project.
+SHIPPED_FOLDER = Path(__file__).parent.with_name("trainer_config")
 SUFFIXES = (".json", ".yaml", ".yml")
 VARIANTS = ("canonical", "fused")
 LR_SCHEDULERS = ("constant", "linear", "cosine")
@@ -148,7 +150,7 @@ def load_trainer_config(
     ----------
     name_or_path
         A path of a JSON or YAML file, or a name looked up in ``trainer_config/`` of the working
-        folder.
+        folder and then among the task sets that are installed with the project.
     num_tasks
         Use the first ``num_tasks`` tasks, whatever ``train_task_num`` says.
 
@@ -186,19 +188,30 @@ def resolve_target_modules(names: Sequence[str]) -> tuple[str, ...]:
 
 def _find_config(name_or_path: str | os.PathLike[str]) -> Path:
     given = Path(name_or_path)
-    tried = [given, *(CONFIG_FOLDER / f"{os.fspath(name_or_path)}{suffix}" for suffix in SUFFIXES)]
-    if given.suffix in SUFFIXES:
-        tried = [given, CONFIG_FOLDER / given]
-    for path in tried:
+    tried = [given, *_candidates(CONFIG_FOLDER, given)]
+    for path in (*tried, *_candidates(SHIPPED_FOLDER, given)):
         if os.path.isfile(path):  # False, not an error, for names no file can have
             return path
-    names = sorted(p.stem for p in CONFIG_FOLDER.glob("*") if p.suffix in SUFFIXES)
+    own, shipped = _names_in(CONFIG_FOLDER), _names_in(SHIPPED_FOLDER)
     raise ConfigError(
-        f"no trainer configuration {os.fspath(name_or_path)!r}{did_you_mean(given.stem, names)}: "
+        f"no trainer configuration {os.fspath(name_or_path)!r}"
+        f"{did_you_mean(given.stem, sorted({*own, *shipped}))}: "
         f"looked for {', '.join(str(path) for path in tried)}; "
-        + (f"{CONFIG_FOLDER}/ has {', '.join(names)}" if names else f"{CONFIG_FOLDER}/ has none")
+        + (f"{CONFIG_FOLDER}/ has {', '.join(own)}" if own else f"{CONFIG_FOLDER}/ has none")
+        + (f"; LobRA brings {', '.join(shipped)}" if shipped and shipped != own else "")
         + "; `lobra init` writes one to start from"
     )
+
+
+def _candidates(folder: Path, given: Path) -> list[Path]:
+    """Return the files of a folder that a name, with its suffix or without, may mean."""
+    if given.suffix in SUFFIXES:
+        return [folder / given]
+    return [folder / f"{given}{suffix}" for suffix in SUFFIXES]
+
+
+def _names_in(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob("*") if path.suffix in SUFFIXES)
 
 
 _TASK_FIELDS = tuple(field.name for field in fields(TaskConfig))

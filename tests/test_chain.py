@@ -61,12 +61,12 @@ def test_a_package_imports_only_those_to_its_left(package: str, project_root: Pa
     assert wrong == []
 
 
-def test_what_is_installed_is_the_chain_and_its_commands(project_root: Path) -> None:
+def test_what_is_installed_is_the_chain_its_commands_and_task_sets(project_root: Path) -> None:
     folder = project_root / "lobra"
     links = {path.name: path.resolve() for path in folder.iterdir() if path.is_symlink()}
-    assert links == {name: project_root / name for name in CHAIN}
+    assert links == {name: project_root / name for name in (*CHAIN, "trainer_config")}
     own = {path.name for path in folder.iterdir() if not path.is_symlink()} - {"__pycache__"}
-    assert own == {"__init__.py", "__main__.py", "cli.py", "commands"}
+    assert own == {"__init__.py", "__main__.py", "cli.py", "commands", "py.typed"}
 
 
 def test_the_planner_uses_only_the_light_part_of_model_and_profiler(project_root: Path) -> None:

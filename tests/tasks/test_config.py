@@ -344,6 +344,20 @@ def test_a_missing_configuration_says_where_it_looked(
             load_trainer_config(impossible)
 
 
+def test_task_sets_that_come_with_the_project_are_found_in_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, project_root: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("quickstart", "quickstart.json"):
+        config = load_trainer_config(name)
+        assert config.path.resolve() == project_root / "trainer_config" / "quickstart.json"
+    with pytest.raises(ConfigError, match=r"did you mean 'quickstart'.*brings exp_task12, .*real4"):
+        load_trainer_config("quickstar")
+    (tmp_path / "trainer_config").mkdir()
+    write(tmp_path / "trainer_config", [LOBRA_TASK], "quickstart.json")
+    assert len(load_trainer_config("quickstart").tasks) == 1, "the working folder's comes first"
+
+
 @pytest.mark.parametrize(
     ("name", "count"),
     [

@@ -17,7 +17,7 @@ from lobra.layout.layout import Layout
 from lobra.layout.plan import load_plan
 from lobra.trainer.metrics import read_metrics
 from lobra.trainer.prepare import TrainRequest, placed
-from tests.assets.golden.make import HERE as GOLDEN
+from tests.assets.golden import HERE as GOLDEN
 
 FORMATS = GOLDEN.parent / "formats"
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from lobra.cli import main
-from tests.assets.golden.make import HERE as GOLDEN
+from tests.assets.golden import HERE as GOLDEN
 from tests.assets.golden.make import training_arguments
 
 pytestmark = pytest.mark.ranks

@@ -2,8 +2,9 @@
 
 Two tasks are trained in fp64 on one process, from a base model, adapters and data that lie here
 too, so that nothing depends on how a library draws random numbers. `golden.json` then says which
-commit and versions wrote `adapters/`. One set serves every plan: in fp64 plans differ by about
-1e-13, the test's bar is 1e-10. On each plan some micro-batches hold rows of both tasks.
+commit and versions wrote `adapters/`. One set serves every plan: in fp64 the three
+differ by less than 1e-15 here, and the test's bar is 1e-10. On each plan some micro-batches hold
+rows of both tasks.
 
 `--inputs` writes base model, first adapters and data anew too (from raw words of numpy's PCG64, a
 stream that numpy promises to keep). The files in `tests/assets/formats` belong to this base model:
