@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from lobra.layout.shapes import ModelShape
 from lobra.layout.world import stage_layers
 from lobra.profiler.accelerators import Runtime
+from lobra.profiler.capacity import Parts
 from lobra.profiler.exchange import FLOAT_BYTES, most_exchange_bytes
 from lobra.tasks.config import TaskConfig
 
@@ -59,6 +60,8 @@ class Adapters:
 class MemoryEstimate:
     """Bytes of a rank that do not depend on the micro-batch, and those per token of it.
 
+    Of the former ``elements`` adapter parameters take ``bytes_per_element`` each.
+
     The first ``logits_tokens`` tokens take ``logits_bytes_per_token`` besides: the loss holds no
     more logits than those at once. ``exchange_bytes`` are taken when no micro-batch is.
     """
@@ -68,11 +71,27 @@ class MemoryEstimate:
     logits_bytes_per_token: float = 0.0
     logits_tokens: float = math.inf
     exchange_bytes: float = 0.0
+    elements: float = 0.0
+    bytes_per_element: float = 0.0
 
     def total_bytes(self, tokens: float) -> float:
         """Return the bytes of a rank for a micro-batch of so many tokens."""
         logits = self.logits_bytes_per_token * min(tokens, self.logits_tokens)
         return self.fixed_bytes + max(self.bytes_per_token * tokens + logits, self.exchange_bytes)
+
+    def parts(self, tokens: int) -> Parts:
+        """Return the parts, what a token takes being that of micro-batches of about ``tokens``."""
+        logits = self.logits_bytes_per_token
+        at_once = min(tokens, self.logits_tokens)
+        return Parts(
+            weight_bytes=self.fixed_bytes - self.elements * self.bytes_per_element,
+            elements=self.elements,
+            bytes_per_element=self.bytes_per_element,
+            exchange_bytes_per_element=self.exchange_bytes / max(1.0, self.elements),
+            tokens=tokens,
+            activation_bytes=self.bytes_per_token * tokens + logits * at_once,
+            bytes_per_token=self.bytes_per_token + (logits if tokens <= self.logits_tokens else 0),
+        )
 
     def max_tokens(self, budget_bytes: float, step: int, largest: int) -> int:
         """Return the largest multiple of ``step`` up to ``largest`` that fits (0: none)."""
@@ -213,8 +232,14 @@ def _stage_memory(
     fixed = e * layers * layer_weights(shape) / tp
     fixed += e * ends * shape.vocab_size * shape.hidden_size / tp
     whole = tp if runtime.adapters_sharded else 1
-    fixed += ADAPTER_BYTES * elements / whole + OPTIMIZER_BYTES * elements / tp
+    per_element = ADAPTER_BYTES / whole + OPTIMIZER_BYTES / tp
+    fixed += per_element * elements
     exchange = 0 if runtime.adapters_sharded else most_exchange_bytes(elements, tp)
+    of_adapters = {
+        "exchange_bytes": float(exchange),
+        "elements": float(elements),
+        "bytes_per_element": per_element,
+    }
     dropped = adapters.dropout_modules
     saved = saved_bytes_per_token(
         shape, tp, precision, adapters.largest_rank, runtime.sequence_parallel, dropped
@@ -232,10 +257,10 @@ def _stage_memory(
     )
     per_token *= runtime.activation_factor
     if stage < pp - 1:
-        return MemoryEstimate(fixed, per_token, exchange_bytes=exchange)
+        return MemoryEstimate(fixed, per_token, **of_adapters)
     logits = logits_bytes_per_token(shape, tp, precision, runtime.loss_in_chunks)
     if not runtime.loss_in_chunks:
-        return MemoryEstimate(fixed, per_token + logits, exchange_bytes=exchange)
+        return MemoryEstimate(fixed, per_token + logits, **of_adapters)
     per_token += 2 * e * shape.hidden_size  # hidden states of the targets, and their gradients
     at_once = LOGITS_AT_ONCE / (shape.vocab_size / tp)
-    return MemoryEstimate(fixed, per_token, logits, at_once, exchange)
+    return MemoryEstimate(fixed, per_token, logits, at_once, **of_adapters)

@@ -19,7 +19,9 @@ from lobra.layout.layout import Layout
 from lobra.layout.shapes import ModelShape, layout_problem
 from lobra.model.launch import DEFAULT_PRELOAD, RankError, run_ranks
 from lobra.model.lora import AdapterSpec
-from lobra.profiler.memory_rank import RankMemory
+from lobra.profiler.capacity import STEP_TOKENS, Parts, slope
+from lobra.profiler.exchange import most_exchange_bytes
+from lobra.profiler.memory_rank import ADAPTER_BYTES, OPTIMIZER_BYTES, RankMemory
 from lobra.profiler.profiles import write_meta
 from lobra.profiler.search import Trial, largest_fitting
 from lobra.profiler.sweep_file import SweepFile
@@ -27,7 +29,6 @@ from lobra.tasks.config import TaskConfig
 
 log = logging.getLogger(__name__)
 
-STEP_TOKENS = 256
 COUNTED = "training with the tasks' dropout, evaluation, the adapters' exchange"
 SHORT_LENGTH = 256  # the "many short sequences" of a trial
 # Stages may differ by so much from layers / pp: <1,3> of 32 layers (11, 11, 10) yes, of 4 no.
@@ -200,9 +201,11 @@ def sweep_memory(
         kept = trials.setdefault(name, [])
         result = _measure_layout(sweep, tp, pp, measure or measure_trial, file, kept)
         if result.max_tokens is not None:
-            details = {
+            details: dict[str, Any] = {
                 "trials": [[t.size, t.peak_bytes, t.reason or "fits"] for t in result.trials],
             }
+            if parts := _parts(kept, tp, sweep.budget_bytes):
+                details["parts"] = parts.as_json()
             file.add((tp, pp, 1, result.max_tokens), details)
             del trials[name]
             write_meta(file.path, file.meta)
@@ -222,28 +225,30 @@ def _measure_layout(
     """Search the layout's capacity; `kept`, a part of the sidecar, are its trials so far."""
 
     def kept_trial(tokens: int) -> Trial:
-        for size, peak, reason in kept:
+        for size, peak, reason, *_ in kept:
             if size == tokens:
                 return Trial(size, not reason, peak, reason)
-        outcome = trial(tokens)
-        kept.append([outcome.size, outcome.peak_bytes, outcome.reason])
+        outcome, rank = trial(tokens)
+        parts = [] if rank is None else [rank.weight_bytes, rank.elements, rank.activation_bytes]
+        kept.append([outcome.size, outcome.peak_bytes, outcome.reason, *parts])
         if not file.path.is_file():  # a sidecar is continued only beside its CSV
             write_atomic(file.path, ",".join(file.header) + "\n")
         write_meta(file.path, file.meta)
         return outcome
 
-    def trial(tokens: int) -> Trial:
+    def trial(tokens: int) -> tuple[Trial, RankMemory | None]:
         try:
             ranks = measure(sweep, tp, pp, tokens)
         except RankError as error:
             if not OUT_OF_MEMORY.search(str(error)):
                 raise
             log.info("<%d,%d> with %d tokens ran out of memory", tp, pp, tokens)
-            return Trial(tokens, False, None, "ran out of memory")
-        peak = max(rank.total_bytes for rank in ranks)
+            return Trial(tokens, False, None, "ran out of memory"), None
+        most = max(ranks, key=lambda rank: rank.total_bytes)
+        peak = most.total_bytes
         log.debug("<%d,%d> with %d tokens takes %.1f MiB", tp, pp, tokens, peak / (1 << 20))
         fits = peak <= sweep.budget_bytes
-        return Trial(tokens, fits, peak, "" if fits else "over the memory budget")
+        return Trial(tokens, fits, peak, "" if fits else "over the memory budget"), most
 
     try:
         tokens, trials = largest_fitting(
@@ -253,6 +258,30 @@ def _measure_layout(
         log.warning("<%d,%d> failed: %s", tp, pp, error)
         return LayoutResult(tp, pp, None, failure=str(error).strip())
     return LayoutResult(tp, pp, tokens, trials)
+
+
+def _parts(kept: Sequence[Sequence[Any]], tp: int, budget_bytes: int) -> Parts | None:
+    """Return a layout's parts by its trials (size, peak, reason, parts), None if all died.
+
+    Of the rank that needed most in the trial nearest to the budget.
+    """
+    known = [trial for trial in kept if len(trial) > 3]
+    if not known:
+        return None
+    size, _, _, weight_bytes, elements, activation_bytes = min(
+        known, key=lambda trial: abs(trial[1] - budget_bytes)
+    )
+    alike = [trial for trial in known if tuple(trial[3:5]) == (weight_bytes, elements)]
+    alike.sort(key=lambda trial: trial[0] != size)
+    return Parts(
+        weight_bytes=weight_bytes,
+        elements=elements,
+        bytes_per_element=ADAPTER_BYTES + OPTIMIZER_BYTES / tp,
+        exchange_bytes_per_element=most_exchange_bytes(elements, tp) / max(1, elements),
+        tokens=size,
+        activation_bytes=activation_bytes,
+        bytes_per_token=slope([t[0] for t in alike], [t[5] for t in alike]),
+    )
 
 
 def measure_trial(sweep: MemorySweep, tp: int, pp: int, tokens: int) -> list[RankMemory]:

@@ -59,6 +59,11 @@ class RankMemory:
     exchange_bytes: int = 0
 
     @property
+    def elements(self) -> int:
+        """Return the adapters' parameters on this rank."""
+        return self.adapter_bytes // ADAPTER_BYTES
+
+    @property
     def total_bytes(self) -> int:
         """Return the most that is taken at any time of a step."""
         always = self.weight_bytes + self.adapter_bytes + self.optimizer_bytes

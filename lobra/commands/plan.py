@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -28,12 +29,11 @@ from lobra.planner.explain import compared, roles, saturation
 from lobra.planner.output import write_problem, written
 from lobra.planner.sweep import Point, parse_range, plot, plot_problem, sweep
 from lobra.planner.workload import Workload, read_workload
+from lobra.profiler.capacity import memory_profile_for
 from lobra.profiler.cost_model import KINDS, load_cost_model
 from lobra.profiler.profiles import (
     adapter_elements_of,
-    default_memory_path,
     layout_problem_of,
-    load_memory_profile,
 )
 from lobra.tasks.config import load_trainer_config
 
@@ -79,9 +79,8 @@ def run(args: argparse.Namespace) -> int:
     check_outputs(args)
     config = load_trainer_config(args.trainer_config, args.num_tasks)
     cost_model = load_cost_model(args.model, args.time_profile, args.cost_model)
-    memory = load_memory_profile(
-        args.memory_profile or default_memory_path(args.model, len(config.tasks))
-    )
+    given = None if args.memory_profile is None else Path(args.memory_profile)
+    memory, memory_notes = memory_profile_for(args.model, config.tasks, given)
     workload, labels = read_workload(
         config, args.model, args.lengths, args.data_dir, args.max_seq_length, args.seed
     )
@@ -103,8 +102,8 @@ def run(args: argparse.Namespace) -> int:
         )
         points = sweep(workload, memory, cost_model, gpus, options, status.update, refused)
     note = saturation(deployment.problem, deployment.outcome)
-    if note:
-        outcome = replace(deployment.outcome, notes=(*deployment.outcome.notes, note))
+    if notes := (*memory_notes, *([note] if note else ())):
+        outcome = replace(deployment.outcome, notes=(*deployment.outcome.notes, *notes))
         deployment = replace(deployment, outcome=outcome)
     plan = plan_with_meta(deployment, args.model, memory, options.gpus_per_node)
     show(console, deployment, workload)

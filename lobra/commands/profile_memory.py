@@ -182,6 +182,7 @@ def _estimate(args: argparse.Namespace) -> int:
             details = {
                 "fixed_bytes": int(estimate.fixed_bytes),
                 "bytes_per_token": int(estimate.bytes_per_token),
+                "parts": estimate.parts(tokens).as_json(),
             }
             file.add((tp, pp, 1, tokens), details)
     console = make_console()

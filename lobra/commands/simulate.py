@@ -20,12 +20,12 @@ from lobra.planner.dispatch import dispatch
 from lobra.planner.output import write_problem, written
 from lobra.planner.simulate import Simulation, baselines, chrome_trace, ladder
 from lobra.planner.workload import read_workload
+from lobra.profiler.capacity import memory_profile_for
 from lobra.profiler.cost_model import KINDS, load_cost_model
 from lobra.profiler.profiles import (
     adapter_elements_of,
     default_memory_path,
     layout_problem_of,
-    load_memory_profile,
 )
 from lobra.tasks.config import load_trainer_config
 
@@ -81,8 +81,11 @@ def run(args: argparse.Namespace) -> int:
         if not args.no_baselines:
             memory_path = args.memory_profile or default_memory_path(args.model, len(config.tasks))
             if args.memory_profile or Path(memory_path).is_file():
+                memory, notes = memory_profile_for(args.model, config.tasks, Path(memory_path))
+                for note in notes:
+                    console.print(f"note: {note}")
                 candidates = all_candidates(
-                    load_memory_profile(memory_path),
+                    memory,
                     cost_model,
                     plan.num_gpus,
                     workload.longest,

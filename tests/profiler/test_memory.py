@@ -14,6 +14,7 @@ from lobra.layout.layout import Layout
 from lobra.layout.shapes import NAMED_SHAPES, read_shape
 from lobra.model.launch import RankError, _cause_of_death
 from lobra.profiler.accelerators import load_tables
+from lobra.profiler.capacity import parts_of
 from lobra.profiler.estimate_memory import Adapters, estimate_memory
 from lobra.profiler.memory import (
     LayoutResult,
@@ -163,6 +164,22 @@ def test_a_file_of_before_the_column_says_it_in_its_settings(tmp_path: Path) -> 
         "3: memory: 'most' is not one of keep, lean, full",
         "3: <1,1> sp 1 is already on line 2; keep one",
     ]
+
+
+def test_a_trial_tells_the_parts_of_a_layout(tmp_path: Path) -> None:
+    path = tmp_path / "m.csv"
+    sweep_memory(SWEEP, opened(path), measure=linear_memory)
+    profile = load_memory_profile(path)
+    parts = parts_of(profile.meta, profile.rows[-1])
+    assert (profile.rows[-1].tp, profile.rows[-1].pp) == (2, 1)
+    assert parts is not None
+    assert (parts.weight_bytes, parts.elements) == (50_000, 125)
+    assert (parts.bytes_per_element, parts.exchange_bytes_per_element) == (
+        8 + 6,
+        pytest.approx(8.1, abs=0.1),
+    )
+    assert parts.activation_bytes == 200 * parts.tokens
+    assert parts.bytes_per_token == pytest.approx(200)
 
 
 def test_trials_out_of_memory_are_kept_failures_are_not(tmp_path: Path) -> None:

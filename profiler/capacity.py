@@ -1,0 +1,191 @@
+"""Which micro-batches fit when other adapters are trained than those a profile was measured with.
+
+A rank's memory is what is fixed (frozen weights), what each adapter takes, and what grows with the
+micro-batch's tokens. A profile's sidecar has these parts of every layout, so a profile of six tasks
+tells what fits beside twelve.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lobra.common.errors import ConfigError
+from lobra.layout.shapes import ModelShape, resolve_shape
+from lobra.profiler.profiles import (
+    DEFAULT_POLICY,
+    MemoryProfile,
+    MemoryRow,
+    default_memory_path,
+    load_memory_profile,
+    model_slug,
+    read_meta,
+)
+from lobra.tasks.config import TaskConfig
+
+STEP_TOKENS = 256  # capacities are multiples of it
+OF_TASKS = re.compile(r"_(\d+)tasks$")  # the end of a profile's name
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The memory of the rank of a layout that needs most, in bytes.
+
+    Attributes
+    ----------
+    weight_bytes
+        Frozen weights.
+    elements
+        Adapters' parameters on the rank, all tasks.
+    bytes_per_element
+        What such a parameter takes with its gradient and its share of the optimiser's state.
+    exchange_bytes_per_element
+        What it takes beyond that while adapters are exchanged; activations are not alive then.
+    tokens, activation_bytes
+        A micro-batch's size, near the budget, and what it took.
+    bytes_per_token
+        What a token more takes.
+    """
+
+    weight_bytes: float
+    elements: float
+    bytes_per_element: float
+    exchange_bytes_per_element: float
+    tokens: int
+    activation_bytes: float
+    bytes_per_token: float
+
+    def max_tokens(self, budget_bytes: float, adapters: float, largest: int) -> int:
+        """Return the tokens that fit beside ``adapters`` times the adapters measured.
+
+        A multiple of 256, at most ``largest``; 0 if nothing fits.
+        """
+        elements = adapters * self.elements
+        room = budget_bytes - self.weight_bytes - elements * self.bytes_per_element
+        if room < elements * self.exchange_bytes_per_element:
+            return 0
+        tokens = self.tokens + (room - self.activation_bytes) / self.bytes_per_token
+        return max(0, min(int(tokens // STEP_TOKENS), largest // STEP_TOKENS) * STEP_TOKENS)
+
+    def as_json(self) -> dict[str, float]:
+        """Return the parts as a sidecar has them."""
+        return asdict(self)
+
+
+def slope(tokens: Sequence[int], activation_bytes: Sequence[int]) -> float:
+    """Return the bytes that a token takes by trials: of a line through them, or through nothing."""
+    if len(set(tokens)) > 1:
+        per_token = float(np.polyfit(tokens, activation_bytes, 1)[0])
+        if per_token > 0:
+            return per_token
+    return max(1.0, activation_bytes[0] / tokens[0])
+
+
+def parts_of(meta: Mapping[str, Any], row: MemoryRow) -> Parts | None:
+    """Return the parts that a profile's sidecar has of a row, None if it has none."""
+    policy = () if row.memory == DEFAULT_POLICY else (row.memory,)
+    name = ",".join(map(str, (row.tp, row.pp, row.sp, *policy)))
+    rows = meta.get("rows")
+    details = rows.get(name) if isinstance(rows, dict) else None
+    found = details.get("parts") if isinstance(details, dict) else None
+    names = [field.name for field in fields(Parts)]
+    if not isinstance(found, dict) or not all(
+        isinstance(found.get(name), int | float) for name in names
+    ):
+        return None
+    return Parts(**{name: found[name] for name in names})
+
+
+def memory_profile_for(
+    model: str, tasks: Sequence[TaskConfig], path: Path | None = None
+) -> tuple[MemoryProfile, tuple[str, ...]]:
+    """Return what fits beside the adapters of these tasks, and what a person should know of it.
+
+    Without ``path``: the profile of so many tasks, else that of the nearest number of tasks whose
+    sidecar tells the parts.
+
+    Raises
+    ------
+    ConfigError
+        If there is no profile, it has mistakes, or was measured without the dropout of the tasks.
+    """
+    if path is None:
+        path = default_memory_path(model, len(tasks))
+        if not path.is_file():
+            path = _nearest(path, model, len(tasks)) or path
+    return fitted_to(load_memory_profile(path), tasks, resolve_shape(model))
+
+
+def fitted_to(
+    profile: MemoryProfile, tasks: Sequence[TaskConfig], shape: ModelShape
+) -> tuple[MemoryProfile, tuple[str, ...]]:
+    """Return the profile for the adapters of these tasks, and notes on how that was found."""
+    settings = profile.meta.get("settings")
+    settings = settings if isinstance(settings, dict) else {}
+    measured = settings.get("adapters")
+    if not isinstance(measured, list):
+        number = OF_TASKS.search(profile.path.stem) if profile.path else None
+        if number is None or int(number[1]) == len(tasks):
+            return profile, ()
+        return profile, (_as_it_is(profile, int(number[1]), len(tasks)),)
+    dropping = [task.name for task in tasks if task.lora_dropout > 0.0]
+    if dropping and not settings.get("lora_dropout"):
+        raise ConfigError(
+            f"{profile.path}: was measured without lora_dropout, which {', '.join(dropping)} "
+            f"{'has' if len(dropping) == 1 else 'have'}: a layer then keeps half as much again; "
+            f"profile memory with this trainer config"
+        )
+    wanted = [[task.rank, list(task.target_modules)] for task in tasks]
+    if _kinds(measured) == _kinds(wanted):
+        return profile, ()
+    budget = settings.get("memory_budget_bytes")
+    if not isinstance(budget, int | float):
+        budget = profile.meta.get("environment", {}).get("memory_budget_bytes")
+    largest = settings.get("max_seq_length")
+    parts = [parts_of(profile.meta, row) for row in profile.rows]
+    if not (isinstance(budget, int | float) and isinstance(largest, int) and any(parts)):
+        return profile, (_as_it_is(profile, len(measured), len(tasks)),)
+    before = sum(shape.adapter_elements(int(rank), tuple(modules)) for rank, modules in measured)
+    now = sum(shape.adapter_elements(task.rank, task.target_modules) for task in tasks)
+    rows = tuple(
+        replace(row, max_tokens=part.max_tokens(budget, now / before, largest))
+        for row, part in zip(profile.rows, parts, strict=True)
+        if part is not None
+    )
+    note = (
+        f"{profile.path}: capacities of {len(measured)} adapters were reckoned anew for these "
+        f"{len(tasks)}, {now / before:.2f} times as large; profile memory with this trainer "
+        f"config to measure them"
+    )
+    unknown = [f"<{r.tp},{r.pp}>" for r, part in zip(profile.rows, parts, strict=True) if not part]
+    left_out = f"{profile.path}: has no parts of {', '.join(unknown)}: left out"
+    notes = (note, left_out) if unknown else (note,)
+    return replace(profile, rows=tuple(sorted(rows))), notes
+
+
+def _as_it_is(profile: MemoryProfile, measured: int, wanted: int) -> str:
+    return (
+        f"{profile.path}: is of {measured} other adapters than these {wanted} and does not tell "
+        f"what an adapter takes: used as it is; profile memory with this trainer config to be sure"
+    )
+
+
+def _kinds(adapters: Sequence[Any]) -> Counter[tuple[int, tuple[str, ...]]]:
+    return Counter((int(rank), tuple(sorted(modules))) for rank, modules in adapters)
+
+
+def _nearest(path: Path, model: str, num_tasks: int) -> Path | None:
+    """Return the model's profile in the same folder of the nearest number of tasks, with parts."""
+    found = []
+    for other in sorted(path.parent.glob(f"max_tokens_{model_slug(model)}_*tasks.csv")):
+        number = OF_TASKS.search(other.stem)
+        rows = read_meta(other).get("rows", {})
+        if number and any("parts" in details for details in rows.values()):
+            found.append((abs(int(number[1]) - num_tasks), other))
+    return min(found)[1] if found else None
