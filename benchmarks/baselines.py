@@ -165,7 +165,6 @@ def run_ours(work: Work, plan: Plan, folder: Path, cost_model: CostModel) -> Row
         buckets=(),
         dispatch_mode="balance",
         seed=0,
-        record_sequences=True,
     )
     TokenizedDataset.load(work.data_folder).save(run.data_folder(0))
     run_local(run)

@@ -34,7 +34,7 @@ from lobra.model.folder import resolve_folder  # noqa: E402
 from lobra.model.groups import build_groups  # noqa: E402
 from lobra.model.lora import AdapterSpec  # noqa: E402
 from lobra.model.pipeline import run_replica  # noqa: E402
-from lobra.model.stage import IGNORED_LABEL, Stage, build_stage  # noqa: E402
+from lobra.model.stage import Stage, build_stage  # noqa: E402
 from lobra.planner.dispatch import dispatch  # noqa: E402
 from lobra.planner.workload import label_share  # noqa: E402
 from lobra.profiler.cost_model import CostModel, fit_cost_model  # noqa: E402
@@ -52,7 +52,8 @@ from lobra.profiler.profiles import TimeProfile  # noqa: E402
 from lobra.tasks.config import load_trainer_config  # noqa: E402
 from lobra.tasks.dataset import load_dataset  # noqa: E402
 from lobra.tasks.tokenizer import load_tokenizer  # noqa: E402
-from lobra.trainer.batches import draw_global_batch, micro_batch_tensors  # noqa: E402
+from lobra.trainer.batches import draw_sequences, micro_batch_tensors  # noqa: E402
+from lobra.trainer.dispatcher import make_order  # noqa: E402
 
 MAX_TOKENS = 2048
 CPU = torch.device("cpu")
@@ -80,7 +81,7 @@ def profiled(
     rows = []
     for b, s in time_points(MAX_TOKENS):
         batch = synthetic_batch((b, s), layers.shape, num_tasks, CPU, PROFILED_SHARE)
-        nothing = replace(batch, labels_BS=torch.full_like(batch.labels_BS, IGNORED_LABEL))
+        nothing = replace(batch, targets=batch.targets.none())
         received = torch.randn(b, s, layers.shape.hidden_size)
         gradient = torch.randn_like(received)
         mixtures = [batch.row_tasks] if even else row_mixtures(b, weights, NUM_MIXTURES)
@@ -128,18 +129,17 @@ def main() -> None:
     plan = Plan((ReplicaGroup(Layout(1, 1), 1, MAX_TOKENS),))
     steps = []
     for step in range(args.steps):
-        batch = draw_global_batch(tasks, data, [True] * len(tasks), 0, step)
-        chunks = dispatch(batch.lengths, plan, even).micro_batches[0]
+        drawn = draw_sequences(tasks, data, [True] * len(tasks), 0, step)
+        assignment = dispatch([len(sequence.tokens) for sequence in drawn], plan, even)
+        micro_batches = make_order(step, drawn, assignment, (1.0,), 0.0).replicas[0]
         scale = torch.full((len(tasks),), 1e-3)
         measured_ms, shapes = 0.0, []
-        for chunk in chunks:
-            tensors = micro_batch_tensors(
-                batch, chunk.indices, chunk.padded_length, data, scale, CPU, 0
-            )
+        for micro_batch in micro_batches:
+            tensors = micro_batch_tensors(micro_batch, scale, CPU, 0)
             measured_ms += processor_ms([lambda t=tensors: run_replica(stage, [t], len(tasks))])
-            shapes.append((chunk.num_sequences, chunk.padded_length))
+            shapes.append((len(micro_batch.sequences), micro_batch.padded_length))
         steps.append((measured_ms, np.array(shapes)))
-        print(f"step {step}: {len(chunks)} micro-batches, {measured_ms:.0f} ms", flush=True)
+        print(f"step {step}: {len(micro_batches)} micro-batches, {measured_ms:.0f} ms", flush=True)
     after = profiled(layers, ends, len(tasks), weights, even=False)
     model = cost_model_of(before + after, depth)
     print(f"share of labels {share:.2f}; load {os.getloadavg()[0]:.1f}")

@@ -32,6 +32,7 @@ from lobra.profiler.cost_model import fit_cost_model  # noqa: E402
 from lobra.profiler.profiles import TimeProfile  # noqa: E402
 from lobra.tasks.config import TARGET_MODULES, TaskConfig  # noqa: E402
 from lobra.tasks.dataset import TokenizedDataset  # noqa: E402
+from lobra.trainer.metrics import read_metrics  # noqa: E402
 from lobra.trainer.run import run_local  # noqa: E402
 from lobra.trainer.run_spec import RunSpec  # noqa: E402
 
@@ -83,21 +84,19 @@ def measure(folder: Path, num_tasks: int, num_ranks: int, steps: int) -> dict[st
         buckets=(),
         dispatch_mode="balance",
         seed=0,
-        record_sequences=True,
     )
     for number in range(num_tasks):
         random_dataset(number, shape.vocab_size).save(run.data_folder(number))
-    timed = run_local(run)[0].steps[2:]
-    total_s = sum(step.step_time_s for step in timed)
-    shares = {
-        part: sum(getattr(step, field) for step in timed) / total_s for part, field in PARTS.items()
-    }
+    run_local(run)
+    timed = read_metrics(folder)[2:]
+    total_s = sum(step["step_time_s"] for step in timed)
+    shares = {part: sum(step[field] for step in timed) / total_s for part, field in PARTS.items()}
     return {
         "tasks": num_tasks,
         "ranks": num_ranks,
         "step_ms": 1e3 * total_s / len(timed),
         **shares,
-        "solve_ms": 1e3 * sum(step.dispatch_time_s for step in timed) / len(timed),
+        "solve_ms": 1e3 * sum(step["dispatch_time_s"] for step in timed) / len(timed),
     }
 
 

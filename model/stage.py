@@ -42,7 +42,6 @@ from lobra.model.lora import (
 from lobra.model.precision import NothingBelowDouble, in_double, kept_dtype
 from lobra.model.tensor_parallel import VocabParallelEmbedding, VocabParallelHead, copy_to_group
 
-IGNORED_LABEL = -100
 ROW_PARALLEL = ("o_proj", "down_proj")
 EMBEDDING_SCALE = "scalar_embed_scale"  # of the embedding of Gemma in transformers
 PACKED_CHECK = "find_packed_sequence_indices"  # of transformers.masking_utils
@@ -59,37 +58,26 @@ class Targets:
     tokens_T: Tensor
     tasks_T: Tensor
 
+    def none(self) -> Targets:
+        """Return no targets, on the same device."""
+        return Targets(self.positions_T[:0], self.tokens_T[:0], self.tasks_T[:0])
+
 
 @dataclass(frozen=True)
 class MicroBatchTensors:
     """One micro-batch on a rank.
 
-    tokens [B, S] and labels [B, S] (-100 where there is no loss; the label of a position is its
-    own token, the shift happens in the loss) are padded on the right; `row_tasks` gives each
-    row's task index, rows of a task adjacent; `task_weights[t]` multiplies the summed loss of
-    task t (1 / its target tokens in the global batch); `noise_seed` seeds LoRA dropout (None: off).
-    `targets` says the same as the labels, found beforehand: looking for them on a GPU would make
-    the host wait for it. Without them they are found in the labels.
+    tokens [B, S] are padded on the right; `targets` say what is learned, so that a GPU need not
+    look for it, for which the host would wait; `row_tasks` gives each row's task index, rows of a
+    task adjacent; `task_weights[t]` multiplies the summed loss of task t (1 / its target tokens in
+    the global batch); `noise_seed` seeds LoRA dropout (None: off).
     """
 
     tokens_BS: Tensor
-    labels_BS: Tensor
+    targets: Targets
     row_tasks: tuple[int, ...]
     task_weights: Tensor
     noise_seed: int | None = None
-    targets: Targets | None = None
-
-
-def find_targets(labels_BS: Tensor, row_tasks: Sequence[int]) -> Targets:
-    """Return the targets that labels [B, S] stand for, on the labels' device."""
-    shifted_BS = labels_BS[:, 1:]
-    rows_T, columns_T = (shifted_BS != IGNORED_LABEL).nonzero(as_tuple=True)
-    tasks_B = torch.tensor(row_tasks, dtype=torch.int64, device=labels_BS.device)
-    return Targets(
-        positions_T=rows_T * labels_BS.shape[1] + columns_T,
-        tokens_T=shifted_BS[rows_T, columns_T],
-        tasks_T=tasks_B[rows_T],
-    )
 
 
 class Stage(nn.Module):
@@ -151,10 +139,10 @@ class Stage(nn.Module):
         """Return (weighted loss, summed loss of each task [num_tasks], detached).
 
         The weighted loss is sum over tasks of task_weights[t] * sum of t's token losses. Only
-        positions with a label are sent through the head.
+        positions whose next token is learned are sent through the head.
         """
         assert self.head is not None, "only the last stage has the head"
-        targets = batch.targets or find_targets(batch.labels_BS, batch.row_tasks)
+        targets = batch.targets
         hidden_TD = hidden_BSD.flatten(0, 1).index_select(0, targets.positions_T)
         factors_T = batch.task_weights.index_select(0, targets.tasks_T)
         # A sum over zero tokens still depends on the hidden states: every rank runs backward.

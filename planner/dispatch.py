@@ -31,8 +31,8 @@ SLOWDOWN_STEP = 5e-3  # replicas within it count as equally slow
 
 
 @dataclass(frozen=True, eq=False)
-class MicroBatch:
-    """Sequences computed together, all padded to ``padded_length`` tokens.
+class Rows:
+    """Which sequences make one micro-batch, all padded to ``padded_length`` tokens.
 
     ``indices`` is int64 [b]: positions in the lengths that were dispatched.
     """
@@ -71,7 +71,7 @@ class Assignment:
         What synchronising the adapters adds after the slowest replica, where that was profiled.
     """
 
-    micro_batches: tuple[tuple[MicroBatch, ...], ...]
+    micro_batches: tuple[tuple[Rows, ...], ...]
     replica_time_s: np.ndarray
     step_time_s: float
     lower_bound_s: float
@@ -311,7 +311,7 @@ def _with_sequences(
         for bucket, size in chunks:
             start = taken[bucket]
             taken[bucket] += size
-            batches.append(MicroBatch(int(buckets[bucket]), order[start : start + size]))
+            batches.append(Rows(int(buckets[bucket]), order[start : start + size]))
         by_cost = sorted(
             range(len(batches)), key=lambda at: (-cost_ms[at], -batches[at].padded_length, at)
         )

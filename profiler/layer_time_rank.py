@@ -20,7 +20,7 @@ from lobra.layout.world import World
 from lobra.model.groups import ReplicaGroups, build_groups
 from lobra.model.lora import AdapterSpec
 from lobra.model.precision import DTYPES
-from lobra.model.stage import IGNORED_LABEL, MicroBatchTensors, Stage, build_stage
+from lobra.model.stage import MicroBatchTensors, Stage, build_stage
 from lobra.profiler.head import PROFILED_SHARE
 from lobra.profiler.memory_rank import synthetic_batch, torch_device
 from lobra.profiler.outliers import MAX_ATTEMPTS, doubtful_points
@@ -127,7 +127,7 @@ def time_points_on_rank(
             _record(layer_file, (tp, s, b), (), time_ms, timing.details(modelled_ms))
 
     def time_ends(b: int, s: int, batch: MicroBatchTensors, received_BSD: torch.Tensor) -> None:
-        nothing = replace(batch, labels_BS=torch.full_like(batch.labels_BS, IGNORED_LABEL))
+        nothing = replace(batch, targets=batch.targets.none())
         base, timing = (
             measured_timing(
                 [_ends_run(layers, ends, one, received_BSD)], where, 0.5 * TIMED_S, clock

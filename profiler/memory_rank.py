@@ -19,7 +19,7 @@ from lobra.model.groups import build_groups
 from lobra.model.lora import AdapterSpec
 from lobra.model.pipeline import evaluate_replica, run_replica
 from lobra.model.precision import DTYPES
-from lobra.model.stage import MicroBatchTensors, Stage, build_stage
+from lobra.model.stage import MicroBatchTensors, Stage, Targets, build_stage
 from lobra.profiler.exchange import most_exchange_bytes
 from lobra.profiler.peak_memory import peak_bytes_of, settle_allocator, status_bytes
 
@@ -165,13 +165,19 @@ def synthetic_batch(
     num_rows, length = shape
     generator = torch.Generator().manual_seed(num_rows * 1_000_003 + length)
     tokens_BS = torch.randint(0, model.vocab_size, shape, generator=generator)
-    labels_BS = tokens_BS.clone()
-    labels_BS[:, : length - max(1, round(target_fraction * length))] = -100
+    row_tasks = [row * num_tasks // max(num_rows, num_tasks) for row in range(num_rows)]
+    first = max(1, length - max(1, round(target_fraction * length)))  # nothing precedes a row's 0
+    places_BT = torch.arange(first, length) + length * torch.arange(num_rows)[:, None]
+    targets = (
+        places_BT.flatten() - 1,
+        tokens_BS.flatten()[places_BT.flatten()],
+        torch.tensor(row_tasks).repeat_interleave(length - first),
+    )
     return MicroBatchTensors(
-        tokens_BS.to(device),
-        labels_BS.to(device),
-        tuple(row * num_tasks // max(num_rows, num_tasks) for row in range(num_rows)),
-        torch.full((num_tasks,), 1.0 / (num_rows * length), device=device),
+        tokens_BS=tokens_BS.to(device),
+        targets=Targets(*(tensor.to(device) for tensor in targets)),
+        row_tasks=tuple(row_tasks),
+        task_weights=torch.full((num_tasks,), 1.0 / (num_rows * length), device=device),
     )
 
 

@@ -16,7 +16,7 @@ PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 class StepFigures:
     """`losses[t]`: summed token loss; `grad_norms[t]`; `busy_s[rank]`; `memory_bytes[rank]`.
 
-    `arrival_s[rank]`: when the rank was ready to reduce, since the step's assignment reached it;
+    `arrival_s[rank]`: when the rank was ready to reduce, since the step's order reached it;
     `stop`: some rank was told to stop.
     """
 
@@ -45,7 +45,7 @@ def exchange_figures(
         losses: [num_tasks] this rank's summed token losses, zero unless it computed them.
         squared_norms: [num_tasks] this rank's part of the squared gradient norms.
         busy_s: seconds this rank computed.
-        arrival_s: seconds from the assignment's arrival until this rank was ready to reduce.
+        arrival_s: seconds from the order's arrival until this rank was ready to reduce.
         group: a group of the whole world.
         stop: whether this rank was told to stop.
     """

@@ -51,8 +51,8 @@ class ReplicaMetrics:
 class StepMetrics:
     """One step (0-based). Times in seconds, tokens over all tasks.
 
-    The parts are rank 0's: `dispatch_wait_s` for the assignment, `prepare_time_s` drawing the
-    batch and building its tensors, `replica_wait_s` ready but waiting for the slowest rank,
+    The parts are rank 0's: `dispatch_wait_s` for the order, `prepare_time_s` building its tensors,
+    `replica_wait_s` ready but waiting for the slowest rank,
     `reduce_time_s` summing the gradients, `optimizer_time_s` updating and exchanging the adapters.
     `step_time_s` and `gpu_seconds` are without `validation_time_s` and `checkpoint_time_s`, which
     came after the step. `memory_bytes` is the most any rank has had in use, in an

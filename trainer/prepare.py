@@ -82,7 +82,6 @@ class TrainRequest:
     revive: tuple[str, ...] = ()  # stopped tasks that are to go on
     num_gpus: int | None = None  # the most ranks a plan may have
     launched_world: int | None = None  # ranks a launcher has started, None without one
-    record_sequences: bool = False
     mistakes: tuple[str, ...] = ()  # found in the arguments, to be reported with all others
 
 
@@ -244,7 +243,6 @@ def prepare(request: TrainRequest) -> RunSpec:
         keep_last=request.keep_last,
         resume_step=None if state is None else state.step,
         revive=request.revive,
-        record_sequences=request.record_sequences,
         data_day=processor.day.isoformat(),
     )
     if state is not None and state.precision not in (None, run.precision):

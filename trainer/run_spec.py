@@ -56,7 +56,6 @@ class RunSpec:
     keep_last: int = 3
     resume_step: int | None = None
     revive: tuple[str, ...] = ()
-    record_sequences: bool = False
     data_day: str | None = None
     plan_from: int = 0
 

@@ -1,9 +1,9 @@
 """One rank of a training run: the step loop.
 
-A step draws every running task's global batch, takes the assignment solved while the step before
-was training, runs this rank's replica over its micro-batches, and updates every task's adapter
-with the sum of the gradients of all ranks that hold it. Training jointly on any plan therefore
-equals training alone (docs/architecture.md).
+A step takes the order that rank 0 made while the step before was training, runs this rank's
+replica over its micro-batches, and updates every task's adapter with the sum of the gradients of
+all ranks that hold it. Training jointly on any plan therefore equals training alone
+(docs/architecture.md).
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import math
 import resource
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from lobra.layout.sequences import IntArray, Sequence, StepOrder, Work, total_work
 from lobra.model.groups import build_groups
 from lobra.model.pipeline import run_replica
 from lobra.model.precision import DTYPES, kept_dtype
@@ -31,15 +33,7 @@ from lobra.model.stage import MicroBatchTensors, build_stage
 from lobra.planner.dispatch import dispatch
 from lobra.tasks.dataset import TokenizedDataset
 from lobra.trainer.adapters import adapter_spec, load_adapter
-from lobra.trainer.batches import (
-    GlobalBatch,
-    IntArray,
-    count_targets,
-    draw_global_batch,
-    micro_batch_tensors,
-    target_tokens,
-    to_device,
-)
+from lobra.trainer.batches import draw_sequences, micro_batch_tensors, to_device
 from lobra.trainer.checkpoint import (
     CheckpointState,
     drop_later,
@@ -47,13 +41,7 @@ from lobra.trainer.checkpoint import (
     load_weights,
     read_state,
 )
-from lobra.trainer.dispatcher import (
-    AheadDispatcher,
-    Running,
-    StepDispatch,
-    check_complete,
-    encode,
-)
+from lobra.trainer.dispatcher import AheadDispatcher, Running, make_order
 from lobra.trainer.engines import AdapterOptimizer, TaskUpdate, start_deepspeed
 from lobra.trainer.evaluation import Evaluation, Evaluator
 from lobra.trainer.feedback import SpeedFeedback
@@ -78,16 +66,6 @@ log = logging.getLogger(__name__)
 PATIENCE = timedelta(hours=2)  # of ranks waiting for one that reads or writes files
 
 
-@dataclass(frozen=True)
-class TrainedMicroBatch:
-    """What one replica trained in one micro-batch: parallel arrays of task and sequence."""
-
-    step: int
-    replica: int
-    tasks: IntArray
-    indices: IntArray
-
-
 @dataclass
 class RankResult:
     """What a rank reports at the end. `stop_signal` is what ended the run early, if any did."""
@@ -98,13 +76,11 @@ class RankResult:
     peak_memory_bytes: int = 0
     stopped_at: int | None = None
     stop_signal: int | None = None
-    trained: list[TrainedMicroBatch] = field(default_factory=list)
-    steps: list[StepMetrics] = field(default_factory=list)
 
 
 @dataclass
 class _Clock:
-    """Seconds of one step; `arrival_s` from the assignment's arrival to being ready to reduce."""
+    """Seconds of one step; `arrival_s` from the order's arrival to being ready to reduce."""
 
     start: float
     prepare_s: float = 0.0
@@ -121,7 +97,7 @@ def train_rank(run: RunSpec) -> RankResult:
 
 
 class Worker:
-    """The state of one rank: stage, engines, dispatcher, data, the tasks' lives."""
+    """The state of one rank: stage, engines, dispatcher, the tasks' lives; on rank 0 their data."""
 
     def __init__(self, run: RunSpec) -> None:
         """Build everything this rank needs. Collective."""
@@ -136,9 +112,9 @@ class Worker:
         self.control = dist.new_group(backend="gloo", timeout=PATIENCE)
         groups = build_groups(run.world)
         self.place = groups.place
-        numbers = range(len(run.tasks))
-        self.datasets = [TokenizedDataset.load(run.data_folder(t)) for t in numbers]
-        self.counts = [count_targets(data) for data in self.datasets]
+        # Sequences travel with the orders, so only the rank that makes them needs the data.
+        owned = range(len(run.tasks)) if self.rank == 0 else ()
+        self.datasets = [TokenizedDataset.load(run.data_folder(t)) for t in owned]
         self.stage = build_stage(
             run.model_folder,
             groups,
@@ -164,12 +140,12 @@ class Worker:
         self.peak_memory_bytes = 0
         held_out = [
             TokenizedDataset.load(folder) if (folder := run.validation_folder(t)).is_dir() else None
-            for t in numbers
+            for t in owned
         ]
         self.evaluator = Evaluator(
             self.stage,
             held_out,
-            lambda batch: self._assign(batch, self._slowdown()),
+            lambda step, sequences: self._assign(step, sequences, self._slowdown()),
             self._tensors,
             self.control,
         )
@@ -233,15 +209,14 @@ class Worker:
             return (False,) * len(self.lives)
         return tuple(life.runs_at(step) for life in self.lives)
 
-    def _draw(self, step: int, running: Running) -> GlobalBatch:
-        return draw_global_batch(self.run.tasks, self.datasets, running, self.run.seed, step)
-
     def _solver(self, step: int, running: Running) -> Callable[[], IntArray]:
         """Return what solves a step on another thread, with the speed factors as they are now."""
         return partial(self._solve, step, running, self._slowdown())
 
     def _solve(self, step: int, running: Running, slowdown: tuple[float, ...]) -> IntArray:
-        return self._assign(self._draw(step, running), slowdown)
+        """Return the encoded order of a step (rank 0 only, in its solver thread)."""
+        drawn = draw_sequences(self.run.tasks, self.datasets, running, self.run.seed, step)
+        return self._assign(step, drawn, slowdown).encode()
 
     def _slowdown(self) -> tuple[float, ...]:
         """Return every replica's speed factor, as it is now."""
@@ -249,12 +224,14 @@ class Worker:
             self.feedback.factors if self.run.feedback else [1.0] * len(self.run.world.replicas)
         )
 
-    def _assign(self, batch: GlobalBatch, slowdown: tuple[float, ...]) -> IntArray:
-        """Return the encoded assignment of a batch (rank 0 only); reads nothing that changes."""
+    def _assign(
+        self, step: int, sequences: list[Sequence], slowdown: tuple[float, ...]
+    ) -> StepOrder:
+        """Return the order of these sequences (rank 0 only); reads nothing that changes."""
         run = self.run
         start = time.perf_counter()
         assignment = dispatch(
-            batch.lengths,
+            [len(sequence.tokens) for sequence in sequences],
             run.plan,
             run.cost_model,
             buckets=None if run.dynamic_buckets else np.asarray(run.buckets, dtype=np.int64),
@@ -262,22 +239,15 @@ class Worker:
             mode=run.dispatch_mode,
             slowdown=slowdown,
         )
-        return encode(assignment, slowdown, time.perf_counter() - start)
+        return make_order(step, sequences, assignment, slowdown, time.perf_counter() - start)
 
     def _tensors(
-        self,
-        batch: GlobalBatch,
-        assignment: StepDispatch,
-        data: Sequence[TokenizedDataset | None],
-        weights: torch.Tensor,
-        noise: int,
+        self, order: StepOrder, weights: torch.Tensor, noise: int
     ) -> list[MicroBatchTensors]:
         """Return the tensors of this rank's replica's micro-batches."""
         return [
-            micro_batch_tensors(
-                batch, item.rows, item.padded_length, data, weights, self.device, noise
-            )
-            for item in assignment.replicas[self.place.replica]
+            micro_batch_tensors(micro_batch, weights, self.device, noise)
+            for micro_batch in order.replicas[self.place.replica]
         ]
 
     # -- the loop -------------------------------------------------------------------------------
@@ -309,8 +279,6 @@ class Worker:
                     if writer is not None and progress is not None:
                         writer.write(metrics)
                         progress.update(metrics)
-                if run.record_sequences and self.rank == 0:
-                    self.result.steps.append(metrics)
             finished = not any(self._running(step))
             if saved != step:
                 self.store.save_checkpoint(self._state(step))
@@ -327,26 +295,21 @@ class Worker:
         run = self.run
         clock = _Clock(time.perf_counter())
         running = self._running(step)
-        assignment = self.dispatcher.get(step, running, stop)
-        if assignment is None:
+        order = self.dispatcher.get(step, running, stop)
+        if order.stop:
             return None
         begin = time.perf_counter()
-        batch = self._draw(step, running)
-        check_complete(assignment, batch)
-        targets = target_tokens(batch, self.counts)
-        weights = self._task_weights(step, targets)
-        batches = self._tensors(
-            batch, assignment, self.datasets, weights, run.seed * 1_000_003 + step
-        )
+        works = order.task_work(len(run.tasks))
+        weights = self._task_weights(step, works)
+        batches = self._tensors(order, weights, run.seed * 1_000_003 + step)
         mark = time.perf_counter()
         clock.prepare_s = mark - begin
         try:
             losses = run_replica(self.stage, batches, len(run.tasks))
         except torch.OutOfMemoryError as error:
-            raise RuntimeError(self._too_large(step, assignment)) from error
+            raise RuntimeError(self._too_large(step, order)) from error
         self._synchronize()
         clock.compute_s = time.perf_counter() - mark
-        self._record(step, batch, assignment)
 
         mark = time.perf_counter()
         clock.arrival_s = mark - begin
@@ -360,17 +323,17 @@ class Worker:
         )
         self.stop_requested = figures.stop  # also when another rank was told
         self.peak_memory_bytes = max(self.peak_memory_bytes, figures.memory_bytes[self.rank])
-        updates = self._decide(step, targets, figures)
+        updates = self._decide(step, works, figures)
         mark = time.perf_counter()
         self.optimizer.update(updates)
         self._synchronize()
         clock.optimizer_s = time.perf_counter() - mark
-        return self._conclude(step, batch, assignment, targets, figures, updates, clock)
+        return self._conclude(step, order, works, figures, updates, clock)
 
-    def _too_large(self, step: int, assignment: StepDispatch) -> str:
+    def _too_large(self, step: int, order: StepOrder) -> str:
         """Return what to do when a micro-batch does not fit into the GPU."""
         replica = self.run.plan.replicas[self.place.replica]
-        largest = max(item.padded_tokens for item in assignment.replicas[self.place.replica])
+        largest = max(item.padded_tokens for item in order.replicas[self.place.replica])
         profile_again = "profile memory again with this number of tasks"
         keeps = replica.layout.memory != "full"
         return (
@@ -381,22 +344,22 @@ class Worker:
             + "; then go on with --resume"
         )
 
-    def _task_weights(self, step: int, targets: IntArray) -> torch.Tensor:
+    def _task_weights(self, step: int, works: tuple[Work, ...]) -> torch.Tensor:
         """Return what each task's summed loss is multiplied by: 1 / its target tokens."""
         weights = torch.tensor(
-            [1.0 / int(count) if count else 0.0 for count in targets],
+            [1.0 / work.labels if work.labels else 0.0 for work in works],
             dtype=kept_dtype(self.stage.dtype),
         )
         return to_device([weights], self.device)[0]
 
-    def _decide(self, step: int, targets: IntArray, figures: StepFigures) -> list[TaskUpdate]:
+    def _decide(self, step: int, works: tuple[Work, ...], figures: StepFigures) -> list[TaskUpdate]:
         """Return what this step does to each task; the same on every rank."""
         updates = []
         for number, task in enumerate(self.run.tasks):
             norm = figures.grad_norms[number]
             updates.append(
                 TaskUpdate(
-                    apply=bool(targets[number] > 0) and math.isfinite(norm),
+                    apply=works[number].labels > 0 and math.isfinite(norm),
                     learning_rate=learning_rate(task, step, self.run.num_steps[number]),
                     clip=clip_coefficient(norm, task.max_grad_norm),
                 )
@@ -406,9 +369,8 @@ class Worker:
     def _conclude(
         self,
         step: int,
-        batch: GlobalBatch,
-        assignment: StepDispatch,
-        targets: IntArray,
+        order: StepOrder,
+        works: tuple[Work, ...],
         figures: StepFigures,
         updates: list[TaskUpdate],
         clock: _Clock,
@@ -416,10 +378,10 @@ class Worker:
         """Let the tasks' lives and the feedback learn from the step; return its metrics."""
         run = self.run
         losses = [
-            figures.losses[number] / int(targets[number]) if targets[number] else math.nan
-            for number in range(len(run.tasks))
+            figures.losses[number] / work.labels if work.labels else math.nan
+            for number, work in enumerate(works)
         ]
-        took_part = [bool(count) for count in targets]
+        took_part = [work.labels > 0 for work in works]
         for number, task in enumerate(run.tasks):
             if took_part[number]:
                 message = self.lives[number].record(updates[number].apply, losses[number])
@@ -431,9 +393,7 @@ class Worker:
         if run.feedback:
             plain = [
                 time_s / factor
-                for time_s, factor in zip(
-                    assignment.replica_time_s, assignment.slowdown, strict=True
-                )
+                for time_s, factor in zip(order.replica_time_s, order.speed_factors, strict=True)
             ]
             self.feedback.update(plain, busy)
         # Ready before the slowest rank was, this one waited for it inside the reduction.
@@ -446,26 +406,26 @@ class Worker:
         if evaluation.memory_bytes:
             memory_bytes += evaluation.memory_bytes
             self.peak_memory_bytes = max(self.peak_memory_bytes, evaluation.memory_bytes[self.rank])
-        sequences = np.bincount(batch.tasks, minlength=len(run.tasks))
+        sequences = Counter(sequence.task for sequence in order.sequences)
         return StepMetrics(
             step=step,
             step_time_s=step_time_s,
-            predicted_step_time_s=assignment.predicted_step_time_s,
-            dispatch_time_s=assignment.solve_time_s,
-            dispatch_wait_s=assignment.wait_time_s,
+            predicted_step_time_s=order.predicted_step_time_s,
+            dispatch_time_s=order.solve_time_s,
+            dispatch_wait_s=self.dispatcher.wait_time_s,
             prepare_time_s=clock.prepare_s,
             replica_wait_s=waited_s,
             reduce_time_s=clock.reduce_s - waited_s,
             optimizer_time_s=clock.optimizer_s,
-            tokens=int(batch.lengths.sum()),
-            padded_tokens=assignment.padded_tokens,
+            tokens=total_work(works).tokens,
+            padded_tokens=order.padded_tokens,
             gpu_seconds=step_time_s * run.world_size,
             memory_bytes=max(memory_bytes),
             tasks={
                 task.name: TaskMetrics(
                     loss=losses[number],
-                    tokens=int(targets[number]),
-                    sequences=int(sequences[number]),
+                    tokens=works[number].labels,
+                    sequences=sequences[number],
                     grad_norm=figures.grad_norms[number],
                     lr=updates[number].learning_rate,
                     applied=updates[number].apply,
@@ -479,10 +439,10 @@ class Worker:
                 ReplicaMetrics(
                     layout=str(item.layout),
                     busy_s=busy[item.index],
-                    predicted_s=assignment.replica_time_s[item.index],
-                    speed_factor=assignment.slowdown[item.index],
-                    micro_batches=len(assignment.replicas[item.index]),
-                    padded_tokens=sum(b.padded_tokens for b in assignment.replicas[item.index]),
+                    predicted_s=order.replica_time_s[item.index],
+                    speed_factor=order.speed_factors[item.index],
+                    micro_batches=len(order.replicas[item.index]),
+                    padded_tokens=sum(b.padded_tokens for b in order.replicas[item.index]),
                 )
                 for item in run.plan.replicas
             ],
@@ -504,15 +464,6 @@ class Worker:
         """Warn once, not on every rank."""
         if self.rank == 0:
             log.warning(message, *values)
-
-    def _record(self, step: int, batch: GlobalBatch, assignment: StepDispatch) -> None:
-        """Note what this replica trained (by the rank that computes its loss)."""
-        if self.run.record_sequences and self.place.owns_loss:
-            for item in assignment.replicas[self.place.replica]:
-                tasks, indices = batch.tasks[item.rows], batch.indices[item.rows]
-                self.result.trained.append(
-                    TrainedMicroBatch(step, self.place.replica, tasks, indices)
-                )
 
     # -- evaluation -----------------------------------------------------------------------------
 

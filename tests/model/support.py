@@ -26,7 +26,7 @@ from lobra.model import tensor_parallel
 from lobra.model.groups import build_groups, new_group
 from lobra.model.lora import AdapterSpec, peft_name
 from lobra.model.pipeline import run_replica
-from lobra.model.stage import MicroBatchTensors, build_stage
+from lobra.model.stage import MicroBatchTensors, Targets, build_stage
 from lobra.model.tensor_parallel import VocabParallelHead
 
 SPECS = (
@@ -90,6 +90,23 @@ def random_batches(num: int, vocab: int = 256) -> list[tuple[torch.Tensor, torch
     return batches
 
 
+def micro_batch(
+    tokens: torch.Tensor,
+    labels: torch.Tensor,
+    row_tasks: tuple[int, ...],
+    task_weights: torch.Tensor,
+    noise_seed: int | None = None,
+) -> MicroBatchTensors:
+    """Return a micro-batch that learns each token with a label that is not -100."""
+    rows, columns = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+    targets = Targets(
+        positions_T=rows * labels.shape[1] + columns,
+        tokens_T=labels[rows, columns + 1],
+        tasks_T=torch.tensor(row_tasks)[rows],
+    )
+    return MicroBatchTensors(tokens, targets, row_tasks, task_weights, noise_seed)
+
+
 def random_adapter(shape: ModelShape, task: int) -> dict[str, torch.Tensor]:
     """Return random A and B of every layer under PEFT's names (a fresh B is zero: no gradient)."""
     generator = torch.Generator().manual_seed(task)
@@ -115,7 +132,7 @@ def gradients_on_rank(folder: Path, world: World, num: int, dropout: float = 0.0
         stage.bank.load(task, random_adapter(stage.shape, task))
     weights = torch.tensor([0.5, 0.25])
     batches = [
-        MicroBatchTensors(tokens, labels, rows, weights, noise_seed=seed if dropout else None)
+        micro_batch(tokens, labels, rows, weights, seed if dropout else None)
         for seed, (tokens, labels, rows) in enumerate(random_batches(num))
     ]
     losses = run_replica(stage, batches, len(SPECS))

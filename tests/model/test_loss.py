@@ -15,12 +15,13 @@ from lobra.layout.world import one_replica
 from lobra.model.groups import ReplicaGroups
 from lobra.model.launch import run_ranks
 from lobra.model.pipeline import run_replica
-from lobra.model.stage import MicroBatchTensors, build_stage, find_targets
+from lobra.model.stage import build_stage
 from lobra.model.tensor_parallel import VocabParallelHead
 from tests.model.support import (
     SPECS,
     loss_and_gradient,
     loss_inputs,
+    micro_batch,
     random_adapter,
     random_batches,
     save_family,
@@ -112,14 +113,12 @@ def test_a_micro_batch_never_waits_for_the_device(tmp_path: Path) -> None:
     stage = stage_of(save_family("mistral", tmp_path / "base", sliding_window=8))
     weights = torch.tensor([0.5, 0.25])
     batches = [
-        MicroBatchTensors(tokens, labels, rows, weights, 7, find_targets(labels, rows))
-        for tokens, labels, rows in random_batches(3)
+        micro_batch(tokens, labels, rows, weights, 7) for tokens, labels, rows in random_batches(3)
     ]
     with _Recorder() as seen:
         run_replica(stage, batches, 2)
     assert not seen.names & WAITS, seen.names & WAITS
     assert "mm" in seen.names or "addmm" in seen.names
-    with _Recorder() as seen:  # the check itself: without targets given, they are looked for
-        tokens, labels, rows = random_batches(1)[0]
-        run_replica(stage, [MicroBatchTensors(tokens, labels, rows, weights)], 2)
+    with _Recorder() as seen:  # the check itself: looking for targets would wait
+        micro_batch(*random_batches(1)[0], weights)
     assert "nonzero" in seen.names

@@ -20,8 +20,15 @@ from lobra.layout.world import one_replica
 from lobra.model.groups import ReplicaGroups
 from lobra.model.launch import RankError, run_ranks
 from lobra.model.lora import peft_name
-from lobra.model.stage import MicroBatchTensors, build_stage
-from tests.model.support import SPECS, random_adapter, random_batches, save_family, save_llama
+from lobra.model.stage import build_stage
+from tests.model.support import (
+    SPECS,
+    micro_batch,
+    random_adapter,
+    random_batches,
+    save_family,
+    save_llama,
+)
 
 FUNCTION = "tests.model.support:gradients_on_rank"
 NUM_BATCHES = 5
@@ -135,7 +142,7 @@ def test_gradient_checkpointing_says_nothing_and_computes_layers_again(
     place = one_replica(Layout(1, 2, memory="full")).place(stage)
     groups = ReplicaGroups(place, None, (stage,), None, (0, 1))
     tokens = torch.arange(3, 11).unsqueeze(0)
-    batch = MicroBatchTensors(tokens, tokens, (0,), torch.ones(2))
+    batch = micro_batch(tokens, tokens, (0,), torch.ones(2))
     computed: list[int] = []
     transformers.utils.logging.enable_propagation()
     try:

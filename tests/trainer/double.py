@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from lobra.trainer import worker
 from lobra.trainer.run_spec import RunSpec
-from lobra.trainer.worker import RankResult, train_rank
+from tests.trainer.recording import RecordedResult, train_recorded
 
 
 class NoSinglePrecision(TorchDispatchMode):
@@ -27,8 +27,8 @@ class NoSinglePrecision(TorchDispatchMode):
         return results
 
 
-def train_in_double(run: RunSpec) -> RankResult:
-    """Train on one rank; every forward and backward pass is watched."""
+def train_in_double(run: RunSpec) -> RecordedResult:
+    """Train on one rank and record it; every forward and backward pass is watched."""
     plain = worker.run_replica
 
     def watched(*args: Any) -> Tensor:
@@ -36,4 +36,4 @@ def train_in_double(run: RunSpec) -> RankResult:
             return plain(*args)
 
     worker.run_replica = watched  # type: ignore[assignment]
-    return train_rank(run)
+    return train_recorded(run)

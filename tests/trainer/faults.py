@@ -67,14 +67,14 @@ def train_without_task(run: RunSpec) -> RankResult:
     """Train while the same task takes no part in the same steps (its sequences weigh nothing)."""
     plain_weights, plain_decide = Worker._task_weights, Worker._decide
 
-    def weights(self: Worker, step: int, targets: object) -> torch.Tensor:
-        values = plain_weights(self, step, targets)  # type: ignore[arg-type]
+    def weights(self: Worker, step: int, works: object) -> torch.Tensor:
+        values = plain_weights(self, step, works)  # type: ignore[arg-type]
         if step in FAULT_STEPS:
             values[FAULT_TASK] = 0.0
         return values
 
-    def decide(self: Worker, step: int, targets: object, figures: object) -> list[TaskUpdate]:
-        updates = plain_decide(self, step, targets, figures)  # type: ignore[arg-type]
+    def decide(self: Worker, step: int, works: object, figures: object) -> list[TaskUpdate]:
+        updates = plain_decide(self, step, works, figures)  # type: ignore[arg-type]
         if step in FAULT_STEPS:
             updates[FAULT_TASK] = TaskUpdate(apply=False)
         return updates
@@ -153,6 +153,17 @@ def run_out_of_memory(run: RunSpec) -> RankResult:
         return plain(stage, batches, num_tasks)
 
     worker.run_replica = full  # type: ignore[assignment]
+    return train_rank(run)
+
+
+def train_without_data(run: RunSpec) -> RankResult:
+    """Train; only rank 0 can read the data."""
+
+    def fail(folder: object) -> None:
+        raise OSError(f"{folder}: not here")
+
+    if dist.get_rank():
+        worker.TokenizedDataset.load = fail  # type: ignore[method-assign, assignment]
     return train_rank(run)
 
 

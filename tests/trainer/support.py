@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,14 +15,17 @@ from lobra.layout.plan import Plan, ReplicaGroup
 from lobra.layout.shapes import read_shape
 from lobra.layout.world import World
 from lobra.model.groups import build_groups
-from lobra.model.stage import MicroBatchTensors, build_stage
+from lobra.model.stage import build_stage
 from lobra.profiler.cost_model import CostModel, fit_cost_model
 from lobra.profiler.profiles import TimeProfile
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.dataset import TokenizedDataset
 from lobra.trainer.adapters import adapter_spec, load_adapter
 from lobra.trainer.checkpoint import task_record
+from lobra.trainer.metrics import ReplicaMetrics, StepMetrics, TaskMetrics, read_metrics
+from lobra.trainer.run import run_local
 from lobra.trainer.run_spec import RunSpec
+from tests.model.support import micro_batch
 
 
 def plain_cost_model(num_layers: int, tps: tuple[int, ...] = (1, 2, 4, 8)) -> CostModel:
@@ -81,12 +86,34 @@ def make_run(
         buckets=(),
         dispatch_mode="balance",
         seed=0,
-        record_sequences=True,
     )
     run = RunSpec(**{**values, **changes})
     for task, data in enumerate(datasets):
         data.save(run.data_folder(task))
     return run
+
+
+def steps_of(run: RunSpec) -> list[StepMetrics]:
+    """Return what a run that has ended wrote of its steps, those before a resume left out."""
+    steps = []
+    for line in read_metrics(run.output_dir)[run.resume_step or 0 :]:
+        tasks = {
+            name: TaskMetrics(**{key: _number(key, value) for key, value in task.items()})
+            for name, task in line["tasks"].items()
+        }
+        replicas = [ReplicaMetrics(**replica) for replica in line["replicas"]]
+        steps.append(StepMetrics(**{**line, "tasks": tasks, "replicas": replicas}))
+    return steps
+
+
+def _number(key: str, value: object) -> Any:
+    return math.nan if value is None and key in ("loss", "grad_norm") else value
+
+
+def train_steps(run: RunSpec, *target: str) -> list[StepMetrics]:
+    """Train and return the steps."""
+    run_local(run, *target)
+    return steps_of(run)
 
 
 def logits_on_rank(
@@ -101,7 +128,7 @@ def logits_on_rank(
     stage = build_stage(model_folder, build_groups(world), [adapter_spec(task) for task in tasks])
     for number, folder in enumerate(adapters):
         load_adapter(folder, stage.bank, number)
-    batch = MicroBatchTensors(
+    batch = micro_batch(
         torch.from_numpy(tokens), torch.from_numpy(tokens), row_tasks, torch.ones(len(tasks))
     )
     return stage.logits(batch).numpy()

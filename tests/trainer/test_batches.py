@@ -1,4 +1,4 @@
-"""What a global batch counts, and the tensors it becomes."""
+"""What is drawn is what the data says is learned, and the tensors that it becomes."""
 
 from __future__ import annotations
 
@@ -7,41 +7,59 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lobra.layout.sequences import MicroBatch
 from lobra.tasks.dataset import TokenizedDataset
-from lobra.trainer.batches import count_targets, micro_batch_tensors, target_tokens, whole_batch
+from lobra.trainer.batches import all_sequences, micro_batch_tensors
+from tests.model.support import micro_batch
 
 
 def dataset(rows: list[list[bool]]) -> TokenizedDataset:
-    """Sequences whose tokens are learned where a row says so; empty ones too."""
+    """Sequences whose tokens are learned where a row says so."""
     learned = np.array([value for row in rows for value in row], dtype=bool)
     tokens = np.arange(1, len(learned) + 1, dtype=np.int32)
     labels = np.where(learned, tokens, np.int32(-100)).astype(np.int32)
     return TokenizedDataset(tokens, labels, np.cumsum([0, *map(len, rows)]).astype(np.int64))
 
 
-rows = st.lists(st.lists(st.booleans(), max_size=6), max_size=8)
+rows = st.lists(st.booleans(), max_size=6)
 
 
-@given(rows)
-def test_targets_of_every_sequence(sequences: list[list[bool]]) -> None:
-    counted = count_targets(dataset(sequences))
-    assert counted.tolist() == [sum(row[1:]) for row in sequences]
+@given(st.lists(rows, max_size=8))
+def test_targets_are_the_learned_tokens_but_never_the_first(sequences: list[list[bool]]) -> None:
+    drawn = all_sequences([None, dataset(sequences)])
+    assert [(s.task, s.index) for s in drawn] == [(1, n) for n in range(len(sequences))]
+    for sequence, row in zip(drawn, sequences, strict=True):
+        assert sequence.targets.tolist() == [k for k, learned in enumerate(row) if learned and k]
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=1, max_size=6), min_size=1, max_size=8))
-def test_the_targets_of_a_batch_are_those_of_its_micro_batches(sequences: list) -> None:
+def test_tensors_are_those_that_padded_labels_stand_for(sequences: list[list[bool]]) -> None:
     data = [dataset(sequences), None, dataset(sequences[:1])]
-    batch = whole_batch(data)
-    counts = target_tokens(batch, [None if own is None else count_targets(own) for own in data])
-    found = np.zeros(3, dtype=np.int64)
-    for part in np.array_split(np.arange(len(batch)), 2):
-        tensors = micro_batch_tensors(
-            batch, part, 6, data, torch.ones(3), torch.device("cpu"), seed=0
-        )
-        targets = tensors.targets
-        assert targets is not None
-        found += np.bincount(targets.tasks_T.numpy(), minlength=3)
-        # The token after each position is the one to predict.
-        following = tensors.tokens_BS.flatten()[targets.positions_T + 1]
-        assert torch.equal(following, targets.tokens_T)
-    assert counts.tolist() == found.tolist()
+    drawn = all_sequences(data)
+    tokens = torch.zeros(len(drawn), 7, dtype=torch.int64)
+    labels = torch.full((len(drawn), 7), -100)
+    for row, sequence in enumerate(drawn):
+        own = data[sequence.task]
+        assert own is not None
+        ids, learned = own.sequence(sequence.index)
+        tokens[row, : len(ids)] = torch.from_numpy(ids)
+        labels[row, : len(ids)] = torch.from_numpy(learned)
+    weights = torch.ones(3)
+    expected = micro_batch(tokens, labels, tuple(s.task for s in drawn), weights)
+    found = micro_batch_tensors(MicroBatch(tuple(drawn), 7), weights, torch.device("cpu"), 0)
+    assert torch.equal(found.tokens_BS, expected.tokens_BS)
+    assert found.row_tasks == expected.row_tasks
+    for name in ("positions_T", "tokens_T", "tasks_T"):
+        ours, theirs = getattr(found.targets, name), getattr(expected.targets, name)
+        assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
+
+
+def test_the_noise_depends_on_the_sequences_and_the_seed() -> None:
+    drawn = all_sequences([dataset([[True] * 4] * 3)])
+    weights, cpu = torch.ones(1), torch.device("cpu")
+    seeds = {
+        micro_batch_tensors(MicroBatch(tuple(part), 4), weights, cpu, seed).noise_seed
+        for seed in (1, 2)
+        for part in (drawn, drawn[:2], drawn[1:])
+    }
+    assert len(seeds) == 6

@@ -1,66 +1,68 @@
-"""What the solver hands out is what every rank reads, and nothing is lost on the way."""
+"""What the solver assigns is what the order says, and nothing is lost on the way."""
 
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lobra.layout.sequences import Sequence, StepOrder
 from lobra.planner.dispatch import dispatch
-from lobra.trainer.batches import GlobalBatch
-from lobra.trainer.dispatcher import (
-    AheadDispatcher,
-    StepDispatch,
-    check_complete,
-    decode,
-    encode,
-)
+from lobra.trainer.dispatcher import AheadDispatcher, make_order
 from lobra.trainer.feedback import SpeedFeedback
 from lobra.trainer.worker import Worker
 from tests.trainer.support import make_plan, plain_cost_model
 
 COST = plain_cost_model(4)
 PLAN = make_plan([(1, 1), (2, 1), (1, 2)], max_tokens=256)
+FACTORS = (1.0, 1.5, 0.75)
 
 
-def global_batch(lengths: list[int]) -> GlobalBatch:
-    zeros = np.zeros(len(lengths), dtype=np.int64)
-    return GlobalBatch(zeros, np.arange(len(lengths)), np.asarray(lengths, dtype=np.int64))
+def sequences_of(lengths: list[int]) -> list[Sequence]:
+    """Sequences of two tasks, ordered by task."""
+    nothing = np.empty(0, dtype=np.int32)
+    half = len(lengths) // 2
+    return [
+        Sequence(int(number >= half), number, np.full(length, number, dtype=np.int32), nothing)
+        for number, length in enumerate(lengths)
+    ]
 
 
 @given(st.lists(st.integers(1, 512), min_size=1, max_size=60))
 @settings(deadline=None, max_examples=60)
-def test_encoding_keeps_the_assignment(lengths: list[int]) -> None:
-    batch = global_batch(lengths)
-    assignment = dispatch(batch.lengths, PLAN, COST, num_buckets=6)
-    decoded = decode(encode(assignment, (1.0, 1.5, 0.75), 0.25), wait_time_s=0.5)
-    check_complete(decoded, batch)
-    assert decoded.predicted_step_time_s == pytest.approx(assignment.step_time_s, abs=1e-6)
-    assert (decoded.solve_time_s, decoded.wait_time_s) == (0.25, 0.5)
-    assert decoded.slowdown == (1.0, 1.5, 0.75)
-    np.testing.assert_allclose(decoded.replica_time_s, assignment.replica_time_s, atol=1e-9)
-    for mine, theirs in zip(decoded.replicas, assignment.micro_batches, strict=True):
-        assert [b.padded_length for b in mine] == [b.padded_length for b in theirs]
+def test_an_order_is_the_assignment(lengths: list[int]) -> None:
+    sequences = sequences_of(lengths)
+    assignment = dispatch(lengths, PLAN, COST, num_buckets=6)
+    order = StepOrder.decode(make_order(7, sequences, assignment, FACTORS, 0.25).encode())
+    assert (order.step, order.solve_time_s, order.speed_factors) == (7, 0.25, FACTORS)
+    assert order.predicted_step_time_s == pytest.approx(assignment.step_time_s)
+    assert order.replica_time_s == tuple(assignment.replica_time_s)
+    assert order.padded_tokens == assignment.padded_tokens
+    assert sorted(s.index for s in order.sequences) == list(range(len(lengths)))
+    for mine, theirs in zip(order.replicas, assignment.micro_batches, strict=True):
         for ours, given_batch in zip(mine, theirs, strict=True):
-            np.testing.assert_array_equal(ours.rows, given_batch.indices)
-    limits = [replica.max_tokens for replica in PLAN.replicas]
-    for replica, limit in zip(decoded.replicas, limits, strict=True):
-        assert all(b.padded_tokens <= limit for b in replica)
-        assert all(max(batch.lengths[b.rows]) <= b.padded_length for b in replica)
+            assert ours.padded_length == given_batch.padded_length
+            assert [s.index for s in ours.sequences] == sorted(given_batch.indices)
+            assert [s.task for s in ours.sequences] == sorted(s.task for s in ours.sequences)
+            assert all(s == sequences[s.index] for s in ours.sequences)
+    for replica, batches in zip(PLAN.replicas, order.replicas, strict=True):
+        assert all(batch.padded_tokens <= replica.max_tokens for batch in batches)
+        assert all(len(s.tokens) <= b.padded_length for b in batches for s in b.sequences)
 
 
 def test_a_lost_or_doubled_sequence_is_noticed() -> None:
-    batch = global_batch([10, 20, 30])
-    whole = decode(encode(dispatch(batch.lengths, PLAN, COST), (1.0,) * 3, 0.0))
-    first = next(b for replica in whole.replicas for b in replica)
-    with pytest.raises(RuntimeError, match="of 3 sequences"):
-        check_complete(StepDispatch((), (), (), 0.0), batch)
-    with pytest.raises(RuntimeError, match="of 3 sequences"):
-        check_complete(StepDispatch((*whole.replicas, (first,)), (), (), 0.0), batch)
+    sequences = sequences_of([10, 20, 30])
+    whole = dispatch([10, 20, 30], PLAN, COST)
+    first = next(batch for replica in whole.micro_batches for batch in replica)
+    for micro_batches in ((), (*whole.micro_batches, (first,))):
+        with pytest.raises(RuntimeError, match="of 3 sequences"):
+            make_order(0, sequences, replace(whole, micro_batches=micro_batches), FACTORS, 0.0)
 
 
 def test_the_solver_works_on_what_was_so_when_it_was_started(
@@ -69,7 +71,6 @@ def test_the_solver_works_on_what_was_so_when_it_was_started(
     """Speed factors that change while a step is solved are for the step after it."""
     monkeypatch.setattr("lobra.trainer.dispatcher.dist.get_rank", lambda: 0)
     monkeypatch.setattr("lobra.trainer.dispatcher.broadcast_array", lambda flat, group: flat)
-    monkeypatch.setattr("lobra.trainer.dispatcher.decode", lambda flat, wait_s: flat)
     go = threading.Event()
     factors = [1.0, 1.0]
 
@@ -80,12 +81,14 @@ def test_the_solver_works_on_what_was_so_when_it_was_started(
             self.run = SimpleNamespace(feedback=True)  # type: ignore[assignment]
             self.feedback = SpeedFeedback(factors)
 
-        def _draw(self, step: int, running: object) -> object:  # type: ignore[override]
+        def _solve(self, step: int, running: object, slowdown: tuple[float, ...]) -> Any:
             go.wait(10)
-            return step
-
-        def _assign(self, batch: object, slowdown: tuple[float, ...]) -> object:  # type: ignore
-            return batch, slowdown
+            return StepOrder(
+                step,
+                replicas=((),) * len(slowdown),
+                replica_time_s=slowdown,
+                speed_factors=slowdown,
+            ).encode()
 
     def running(step: int) -> tuple[bool, ...]:
         return (step < 3,)
@@ -93,12 +96,18 @@ def test_the_solver_works_on_what_was_so_when_it_was_started(
     worker = Told()
     dispatcher = AheadDispatcher(worker._solver, running, None)  # type: ignore[arg-type]
     dispatcher._start(0, (True,))
+
+    def told(step: int) -> tuple[float, ...]:
+        order = dispatcher.get(step, (True,))
+        assert order.step == step
+        return order.speed_factors
+
     factors[0] = 7.0
     go.set()
-    assert dispatcher.get(0, (True,)) == (0, (1.0, 1.0))
+    assert told(0) == (1.0, 1.0)
     factors[1] = 5.0  # step 1 has been started with what was known before
-    assert dispatcher.get(1, (True,)) == (1, (7.0, 1.0))
-    assert dispatcher.get(2, (True,)) == (2, (7.0, 5.0))
+    assert told(1) == (7.0, 1.0)
+    assert told(2) == (7.0, 5.0)
     dispatcher.close()
 
 

@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 
 from lobra.trainer.run import run_local
 from lobra.trainer.run_spec import RunSpec
-from lobra.trainer.worker import RankResult
 from tests.model.support import FAMILIES, save_family
 from tests.trainer.alone import (
     STEPS,
@@ -30,7 +29,7 @@ from tests.trainer.alone import (
     tasks_from,
     train_alone,
 )
-from tests.trainer.support import make_plan, make_run
+from tests.trainer.support import make_plan, make_run, steps_of
 
 BAR = 1e-8
 FP32_FLOOR = 1e-6  # some units in the last place: where nothing vanishes, all agree
@@ -84,7 +83,7 @@ def reference(
 
 def train_jointly(
     reference: Reference, layouts: list[tuple[int, int]], folder: Path, precision: str
-) -> tuple[RunSpec, list[RankResult]]:
+) -> tuple[RunSpec, list]:
     """Train all tasks together with us; in fp64 watch that it is fp64 everywhere."""
     run = make_run(
         folder, reference.base, tasks_from(reference.starts), make_datasets(),
@@ -99,8 +98,8 @@ def final_tensors(run: RunSpec, task: int) -> dict[str, torch.Tensor]:
     return load_file(run.adapter_folder(task) / "adapter_model.safetensors")
 
 
-def losses_of(ranks: list[RankResult], task: str) -> list[float]:
-    return [step.tasks[task].loss for step in ranks[0].steps if task in step.tasks]
+def losses_of(run: RunSpec, task: str) -> list[float]:
+    return [step.tasks[task].loss for step in steps_of(run) if task in step.tasks]
 
 
 @pytest.mark.parametrize(
@@ -122,14 +121,14 @@ def test_joint_equals_alone(family: str, plan: str, reference: Reference, tmp_pa
         for name, error in relative_errors(joint, alone[number]["tensors"]).items():
             assert error < BAR, f"{task.name} {name}: relative error {error:.1e}"
         np.testing.assert_allclose(
-            losses_of(ranks, task.name), alone[number]["losses"], rtol=BAR, atol=0
+            losses_of(run, task.name), alone[number]["losses"], rtol=BAR, atol=0
         )
 
     steps_on_replica = {
         (number, batch.replica, batch.step)
         for rank in ranks
         for batch in rank.trained
-        for number in set(batch.tasks.tolist())
+        for number, _ in batch.sequences
     }
     everywhere = len(run.tasks) * len(layouts) * STEPS
     assert len(layouts) == 1 or len(steps_on_replica) < everywhere, "no task was ever absent"
@@ -150,7 +149,7 @@ def test_fp32_as_near_to_fp64_as_peft_in_fp32(
     """
     exact = reference.alone(torch.float64)
     alone = [reference.alone(torch.float32, order) for order in range(FP32_ORDERS)]
-    run, ranks = train_jointly(reference, PLANS[plan], tmp_path / "run", "fp32")
+    run, _ = train_jointly(reference, PLANS[plan], tmp_path / "run", "fp32")
     for number, task in enumerate(run.tasks):
         joint = final_tensors(run, number)
         assert {value.dtype for value in joint.values()} == {torch.float32}
@@ -164,7 +163,7 @@ def test_fp32_as_near_to_fp64_as_peft_in_fp32(
             seen = f"{error:.1e} from fp64, PEFT {peft:.1e}"
             assert error <= 3 * peft + FP32_FLOOR, f"{task.name} {part}: {seen}"
         np.testing.assert_allclose(
-            losses_of(ranks, task.name), exact[number]["losses"], rtol=1e-5, atol=0
+            losses_of(run, task.name), exact[number]["losses"], rtol=1e-5, atol=0
         )
 
 
@@ -182,10 +181,10 @@ def test_bf16_as_near_to_fp64_as_peft_in_bf16(
     """
     exact, bf16 = reference.alone(torch.float64), reference.alone(torch.bfloat16)
     layouts = [(1, 1), (2, 1), (1, 2)]
-    run, ranks = train_jointly(reference, layouts, tmp_path / "run", "bf16")
+    run, _ = train_jointly(reference, layouts, tmp_path / "run", "bf16")
     for number, task in enumerate(run.tasks):
         np.testing.assert_allclose(
-            losses_of(ranks, task.name), bf16[number]["losses"], rtol=1e-2, atol=0
+            losses_of(run, task.name), bf16[number]["losses"], rtol=1e-2, atol=0
         )
         joint = final_tensors(run, number)
         assert {value.dtype for value in joint.values()} == {torch.float32}

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from lobra.cli import main
 from lobra.layout.layout import Layout
+from lobra.layout.placement import placed
 from lobra.layout.plan import load_plan
 from lobra.trainer.metrics import read_metrics
-from lobra.trainer.prepare import TrainRequest, placed
 from tests.assets.golden import HERE as GOLDEN
 
 FORMATS = GOLDEN.parent / "formats"
@@ -56,8 +56,8 @@ def test_a_plan_and_its_rank_map() -> None:
         (Layout(1, 1), 2, 1536),
         (Layout(2, 1), 1, 2048),
     ]
-    request = TrainRequest("tiny", "quickstart", "plan_tiny", Path("run"))
-    assert placed(plan, request, "cpu") == (((2,),), ((3,),), ((0, 1),))
+    world = placed(plan)
+    assert world is not None and world.replicas == (((2,),), ((3,),), ((0, 1),))
 
 
 def test_profiles_are_planned_with(old: Path) -> None:

@@ -33,7 +33,7 @@ from tests.trainer.faults import (
     SLOW_S,
     STEP_BYTES,
 )
-from tests.trainer.support import make_plan, make_run, random_dataset
+from tests.trainer.support import make_plan, make_run, random_dataset, steps_of, train_steps
 
 COMMON = dict(dataset_name="random", context_length=64, learning_rate=1e-2)
 TASKS = (
@@ -56,7 +56,7 @@ def test_bad_data_touches_no_other_task(base: Path, tmp_path: Path) -> None:
     layouts = [(1, 1), (2, 1), (1, 2)]
     bad = new_run(tmp_path / "bad", base, layouts)
     absent = new_run(tmp_path / "absent", base, layouts)
-    with_fault = run_local(bad, "tests.trainer.faults:train_with_bad_data")
+    with_fault = train_steps(bad, "tests.trainer.faults:train_with_bad_data")
     run_local(absent, "tests.trainer.faults:train_without_task")
     for number in range(2):
         ours = load_file(bad.adapter_folder(number) / "adapter_model.safetensors")
@@ -64,7 +64,7 @@ def test_bad_data_touches_no_other_task(base: Path, tmp_path: Path) -> None:
         for name, value in theirs.items():
             assert torch.equal(ours[name], value), f"{TASKS[number].name} {name}"
             assert torch.isfinite(value).all()
-    for step in with_fault[0].steps:
+    for step in with_fault:
         assert step.tasks["steady"].applied
         assert step.tasks["broken"].applied == (step.step not in FAULT_STEPS)
         assert math.isnan(step.tasks["broken"].grad_norm) == (step.step in FAULT_STEPS)
@@ -88,7 +88,7 @@ def test_work_moves_away_from_a_slow_replica(base: Path, tmp_path: Path) -> None
     run = make_run(
         tmp_path / "run", base, tasks, data, make_plan([(1, 1), (1, 1)], 64), 12, feedback=True
     )
-    steps = run_local(run, "tests.trainer.faults:train_asleep")[0].steps
+    steps = train_steps(run, "tests.trainer.faults:train_asleep")
     work = [[replica.micro_batches for replica in step.replicas] for step in steps]
     assert work[0] == [80, 80]
     assert all(sum(split) == 160 for split in work)
@@ -130,7 +130,7 @@ def test_a_stopped_task_is_seen_at_the_end(base: Path, tmp_path: Path) -> None:
     tasks = (TASKS[0], replace(TASKS[1], resume_from=str(start)))
     data = [random_dataset(15, 6, 50, 256, seed) for seed in range(2)]
     run = make_run(tmp_path / "run", base, tasks, data, make_plan([(1, 1)], 64), 7)
-    steps = run_local(run)[0].steps
+    steps = train_steps(run)
     assert ["broken" in step.tasks for step in steps] == [True] * 5 + [False] * 2
     lines = [as_json(step) for step in steps]
     reason = lines[4]["tasks"]["broken"]["stopped"]
@@ -254,7 +254,7 @@ def test_a_task_is_stopped_where_it_would_be_alone(base: Path, tmp_path: Path) -
         validate_every=2, precision="fp64",
     )  # fmt: skip
     ran = [
-        [step.step for step in run_local(run)[0].steps if "steady" in step.tasks]
+        [step.step for step in train_steps(run) if "steady" in step.tasks]
         for run in (together, alone)
     ]
     assert ran[0] == ran[1]
@@ -274,7 +274,7 @@ def test_validation_and_early_stop_in_a_run(base: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", base, tasks, data, plan, 6, validate_every=2)
     for task, held_out in enumerate(data):
         held_out.save(run.validation_folder(task))
-    steps = run_local(run)[0].steps
+    steps = train_steps(run, "tests.trainer.faults:train_without_data")
     # Period 1 sets the best loss, period 2 does not beat it by 10 nats: the task leaves.
     assert ["steady" in step.tasks for step in steps] == [True] * 4 + [False] * 2
     assert all("broken" in step.tasks for step in steps)
@@ -289,7 +289,6 @@ def test_the_memory_of_an_evaluation_counts(base: Path, tmp_path: Path) -> None:
     run = new_run(tmp_path / "run", base, [(1, 1), (1, 1)], steps=3, validate_every=2)
     random_dataset(6, 6, 50, 256, 9).save(run.validation_folder(0))
     ranks = run_local(run, "tests.trainer.faults:train_with_a_counter")
-    result, _ = ranks[0]
-    memory = [step.memory_bytes for step in result.steps]
+    memory = [step.memory_bytes for step in steps_of(run)]
     assert memory == [2 * STEP_BYTES, 2 * EVALUATION_BYTES, 2 * EVALUATION_BYTES]
     assert [peak for _, peak in ranks] == [EVALUATION_BYTES, 2 * EVALUATION_BYTES]

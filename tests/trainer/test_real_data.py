@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,12 +19,13 @@ from lobra.layout.layout import Layout
 from lobra.layout.plan import ReplicaGroup, load_plan, make_plan, save_plan
 from lobra.layout.world import shard_range
 from lobra.tasks.dataset import TokenizedDataset
-from lobra.trainer.batches import draw_global_batch
-from lobra.trainer.prepare import TrainRequest
-from lobra.trainer.run import train
+from lobra.trainer.batches import draw_sequences
+from lobra.trainer.prepare import TrainRequest, prepare
+from lobra.trainer.run import run_local
 from lobra.trainer.run_spec import RunSpec
-from lobra.trainer.worker import RankResult
 from tests.model.support import save_llama
+from tests.trainer.recording import RecordedResult
+from tests.trainer.support import steps_of
 
 HIDDEN, FFN, LAYERS, VOCAB = 64, 160, 4, 50257
 NUM_RANKS = 3
@@ -45,22 +47,21 @@ def save_base(folder: Path, shared: Path) -> Path:
     return folder
 
 
-def check_every_sequence_once(run: RunSpec, ranks: list[RankResult], num_steps: int) -> None:
+def train_recorded(request: TrainRequest) -> tuple[RunSpec, list[Any]]:
+    run = prepare(request)
+    return run, run_local(run, "tests.trainer.recording:train_recorded")
+
+
+def check_every_sequence_once(run: RunSpec, ranks: list[RecordedResult], num_steps: int) -> None:
     datasets = [TokenizedDataset.load(run.data_folder(task)) for task in range(len(run.tasks))]
     trained = [batch for rank in ranks for batch in rank.trained]
     for step in range(num_steps):
-        batch = draw_global_batch(run.tasks, datasets, (True,) * len(run.tasks), run.seed, step)
-        wanted = sorted(zip(batch.tasks.tolist(), batch.indices.tolist(), strict=True))
-        done = [
-            pair
-            for part in trained
-            if part.step == step
-            for pair in zip(part.tasks.tolist(), part.indices.tolist(), strict=True)
-        ]
-        assert sorted(done) == wanted
+        drawn = draw_sequences(run.tasks, datasets, (True,) * len(run.tasks), run.seed, step)
+        done = [sequence for part in trained if part.step == step for sequence in part.sequences]
+        assert sorted(done) == sorted((sequence.task, sequence.index) for sequence in drawn)
 
 
-def check_only_its_share_is_held(run: RunSpec, ranks: list[RankResult]) -> None:
+def check_only_its_share_is_held(run: RunSpec, ranks: list[RecordedResult]) -> None:
     norms = 2 * HIDDEN * 4
     layer = (HIDDEN * (HIDDEN + 2 * HIDDEN // 2 + HIDDEN) + 3 * HIDDEN * FFN) * 4
     for layout, replica in zip(run.world.layouts, run.world.replicas, strict=True):
@@ -98,10 +99,9 @@ def test_two_real_data_sets(shared: Path, project_root: Path, tmp_path: Path) ->
         data_dir=shared / "data",
         device="cpu",
         max_seq_length=512,
-        record_sequences=True,
     )
-    run, ranks = train(request)
-    assert len(ranks[0].steps) == 2
+    run, ranks = train_recorded(request)
+    assert len(steps_of(run)) == 2
     check_every_sequence_once(run, ranks, 2)
     check_only_its_share_is_held(run, ranks)
 
@@ -140,11 +140,10 @@ def test_four_real_data_sets(
         data_dir=shared / "data",
         device="cpu",
         max_seq_length=512,
-        record_sequences=True,
     )
-    run, ranks = train(request)
+    run, ranks = train_recorded(request)
 
-    steps = ranks[0].steps
+    steps = steps_of(run)
     assert len(steps) == 20
     for name in TASK_NAMES:
         losses = [step.tasks[name].loss for step in steps]

@@ -37,7 +37,7 @@ from lobra.trainer.prepare import revivals_in_vain
 from lobra.trainer.run import run_local
 from lobra.trainer.run_spec import RunSpec
 from tests.model.support import save_llama
-from tests.trainer.support import make_plan, make_run, random_dataset
+from tests.trainer.support import make_plan, make_run, random_dataset, train_steps
 
 COMMON = dict(dataset_name="random", context_length=64, learning_rate=1e-2)
 TASKS = (
@@ -102,8 +102,7 @@ def test_resume(
         half, output_dir=half.output_dir, last_step=10, resume_step=5, plan=plan,
         world=place(plan, 1 << 20),
     )  # fmt: skip
-    ranks = run_local(run)
-    assert [step.step for step in ranks[0].steps] == [5, 6, 7, 8, 9]
+    assert [step.step for step in train_steps(run)] == [5, 6, 7, 8, 9]
     resumed = adapters(run)
     assert resumed.keys() == straight.keys()
     for key, expected in straight.items():
@@ -136,10 +135,10 @@ def eventful_run(
 def test_resume_in_the_middle_of_events(base: Path, tmp_path: Path) -> None:
     """Three steps are in the middle of a period; the plateau is seen after the resume. In fp32."""
     straight = eventful_run(tmp_path / "straight", base, 8)
-    expected = run_local(straight)[0].steps
+    expected = train_steps(straight)
     run_local(eventful_run(tmp_path / "parts", base, 3))
     rest = eventful_run(tmp_path / "parts", base, 8, resume_step=3)
-    resumed = run_local(rest)[0].steps
+    resumed = train_steps(rest)
     assert ["short" in step.tasks for step in expected] == [True] * 4 + [False] * 4
     for ours, theirs in zip(resumed, expected[3:], strict=True):
         assert ours.tasks == theirs.tasks, "losses, norms, rates, validation"
@@ -151,9 +150,9 @@ def test_a_stopped_task_is_revived_when_asked(base: Path, tmp_path: Path) -> Non
     one = dict(layouts=((1, 1),))
     run_local(eventful_run(tmp_path / "run", base, 5, **one))
     stopped = eventful_run(tmp_path / "run", base, 6, resume_step=5, **one)
-    assert "short" not in run_local(stopped)[0].steps[0].tasks
+    assert "short" not in train_steps(stopped)[0].tasks
     revived = eventful_run(tmp_path / "run", base, 8, resume_step=6, revive=("short",), **one)
-    steps = run_local(revived)[0].steps
+    steps = train_steps(revived)
     assert ["short" in step.tasks for step in steps] == [True, True]
     saved = read_state(tmp_path / "run", 5)
     assert revival_problems(saved, ["short"]) == []
@@ -192,7 +191,7 @@ def test_resume_with_feedback(base: Path, tmp_path: Path) -> None:
     run_local(half)
     saved = read_state(half.output_dir, 3)
     rest = part("parts", 6, resume_step=3)
-    steps = run_local(rest)[0].steps
+    steps = train_steps(rest)
     assert [replica.speed_factor for replica in steps[0].replicas] == pytest.approx(
         saved.speed_factors
     )

@@ -16,11 +16,13 @@ from lobra.planner.dispatch import dispatch
 from lobra.planner.simulate import FUSED_BUCKETS, simulate
 from lobra.planner.workload import Workload, expect, read_workload
 from lobra.tasks.config import load_trainer_config
+from lobra.trainer.metrics import read_metrics
 from lobra.trainer.prepare import TrainRequest, prepare
-from lobra.trainer.run import train
+from lobra.trainer.run import run_local
 from lobra.trainer.run_spec import RunSpec
 from tests.trainer.command import refused, write_config, write_plan
 from tests.trainer.command import train as train_command
+from tests.trainer.recording import RecordedResult
 
 SEED = 5
 
@@ -46,12 +48,14 @@ def set_up() -> None:
 
 def test_the_simulator_draws_what_training_trains(place: Path) -> None:
     set_up()
-    run, (rank,) = train(
+    run = prepare(
         TrainRequest(
             str(place), "tasks.json", "plan.yaml", Path("run"), device="cpu", seed=SEED,
-            time_profile=Path("time.csv"), record_sequences=True, validate_every=0,
+            time_profile=Path("time.csv"), validate_every=0,
         )
     )  # fmt: skip
+    (rank,) = run_local(run, "tests.trainer.recording:train_recorded")
+    assert isinstance(rank, RecordedResult)
     config = load_trainer_config("tasks.json")
     by_data = read_workload(config, str(place), None, "data", 64, SEED)[0]
     every = {
@@ -64,10 +68,10 @@ def test_the_simulator_draws_what_training_trains(place: Path) -> None:
     for step in range(run.last_step + 2):
         trained = {
             name: sorted(
-                int(index)
+                index
                 for batch in rank.trained
                 if batch.step == step
-                for task, index in zip(batch.tasks, batch.indices, strict=True)
+                for task, index in batch.sequences
                 if names[task] == name
             )
             for name in names
@@ -79,7 +83,9 @@ def test_the_simulator_draws_what_training_trains(place: Path) -> None:
         lengths = [every[name][index] for name in names for index in trained[name]]
         simulated = next(by_data.steps(1, step), np.empty(0))
         assert sorted(lengths) == sorted(simulated.tolist())
-    assert [step.tokens for step in rank.steps] == [int(s.sum()) for s in by_data.steps(99)]
+    assert [step["tokens"] for step in read_metrics(run.output_dir)] == [
+        int(s.sum()) for s in by_data.steps(99)
+    ]
     check_lengths_file(place, by_data)
 
 
