@@ -67,6 +67,9 @@ def make_run(
 ) -> RunSpec:
     """Save the data and return the run that trains `tasks` on `plan` on CPU ranks."""
     shape = read_shape(model_folder)
+    cost_model = plain_cost_model(shape.num_layers)
+    for policy in {group.layout.memory for group in plan.groups} - {"keep"}:
+        cost_model = cost_model.taking_kept_times(policy)
     values: dict = dict(
         model_folder=model_folder,
         base_model=str(model_folder),
@@ -77,7 +80,7 @@ def make_run(
         last_step=steps,
         plan=plan,
         world=place(plan, 1 << 20),
-        cost_model=plain_cost_model(shape.num_layers),
+        cost_model=cost_model,
         output_dir=folder,
         precision="fp32",
         device="cpu",
