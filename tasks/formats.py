@@ -317,6 +317,12 @@ def _kind_of(row: Mapping[str, Any], json_key: str) -> tuple[str, str]:
     problems = refused_fields(row, (), "")
     if problems:
         raise FieldError(problems[0])
+    for name, value in row.items():
+        if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
+            raise FieldError(
+                f"{name}: holds a list of objects; if they are the rows, give the list itself as "
+                f"the file, for example by jq -c '.{name}[]'"
+            )
     near = did_you_mean(json_key, row)
     raise FieldError(
         f"none of the known formats has the fields {', '.join(map(repr, row)) or '(none)'}{near}: "

@@ -493,6 +493,11 @@ def test_one_object_over_several_lines_is_recognised(tmp_path: Path) -> None:
         read_rows(path, reading())
 
 
+def test_rows_inside_an_object_are_recognised(tmp_path: Path) -> None:
+    (problem,) = problems_of(tmp_path, {"version": 1, "data": [ALPACA_ROW]})
+    assert problem.startswith("line 1: data: holds a list of objects") and "jq" in problem
+
+
 def test_csv_and_parquet_are_read(tmp_path: Path) -> None:
     import pandas as pd
 
