@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -92,11 +92,6 @@ class SpecialTokens:
         return begins or body.endswith(self.end)
 
 
-_patterns: dict[tuple[str, ...], re.Pattern[str]] = {}
-
-
-def _pattern(spellings: Sequence[str]) -> re.Pattern[str] | None:
-    key = tuple(spellings)
-    if key and key not in _patterns:
-        _patterns[key] = re.compile("|".join(map(re.escape, key)))
-    return _patterns.get(key)
+@cache
+def _pattern(spellings: tuple[str, ...]) -> re.Pattern[str] | None:
+    return re.compile("|".join(map(re.escape, spellings))) if spellings else None
