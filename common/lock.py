@@ -22,15 +22,23 @@ def hold(lock: Path, what: str, writer: str, remedy: str) -> None:
 
     On a file system that cannot lock, this warns and does nothing.
 
-    Args:
-        lock: the file, made if it is not there.
-        what: what it stands for, such as "--output-dir runs/a".
-        writer: what else may hold it, such as "run".
-        remedy: what to do then.
+    Parameters
+    ----------
+    lock
+        the file, made if it is not there.
+    what
+        what it stands for, such as "--output-dir runs/a".
+    writer
+        what else may hold it, such as "run".
+    remedy
+        what to do then.
 
-    Raises:
-        ConfigError: another process holds it.
-        OSError: it cannot be made.
+    Raises
+    ------
+    ConfigError
+        Another process holds it.
+    OSError
+        It cannot be made.
     """
     path = lock.resolve()
     if path in _held:

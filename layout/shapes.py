@@ -87,8 +87,10 @@ def resolve_shape(model: str) -> ModelShape:
 
     A folder `models/<name>` takes precedence over the built-in sizes of that name.
 
-    Raises:
-        ConfigError: the name is unknown and no such folder exists, or config.json is unusable.
+    Raises
+    ------
+    ConfigError
+        The name is unknown and no such folder exists, or config.json is unusable.
     """
     for folder in (Path(model), MODELS_DIR / model):
         if (folder / "config.json").is_file():

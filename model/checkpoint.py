@@ -30,8 +30,10 @@ PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 def tensor_files(folder: Path) -> dict[str, str]:
     """Return {tensor name: file name} of a model folder with one or several safetensors files.
 
-    Raises:
-        ConfigError: there are none, the index or a file is damaged, or a file is missing.
+    Raises
+    ------
+    ConfigError
+        There are none, the index or a file is damaged, or a file is missing.
     """
     index = folder / INDEX
     if index.is_file():
@@ -57,8 +59,10 @@ def tensor_files(folder: Path) -> dict[str, str]:
 def opened(path: Path) -> Any:
     """Return the opened safetensors file.
 
-    Raises:
-        ConfigError: the file is damaged or cut short.
+    Raises
+    ------
+    ConfigError
+        The file is damaged or cut short.
     """
     try:
         return safe_open(path, framework="pt")
@@ -114,8 +118,10 @@ def needed_tensors(folder: Path, shape: ModelShape) -> dict[str, tuple[int, ...]
 
     As transformers builds it, so with the biases and norms its family has and config.json asks for.
 
-    Raises:
-        ConfigError: transformers builds no model from it.
+    Raises
+    ------
+    ConfigError
+        Transformers builds no model from it.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -216,8 +222,10 @@ class CheckpointReader:
     def read(self, name: str, rows: slice = WHOLE, columns: slice | None = None) -> Tensor:
         """Return `tensor[rows]` or `tensor[rows, columns]` in this reader's dtype and device.
 
-        Raises:
-            ConfigError: the checkpoint has no such tensor, or its file is damaged.
+        Raises
+        ------
+        ConfigError
+            The checkpoint has no such tensor, or its file is damaged.
         """
         if name not in self._files:
             raise ConfigError(f"{self.folder}: the checkpoint has no tensor {name!r}")

@@ -49,8 +49,10 @@ def fingerprint(folder: Path, shape: ModelShape, like: str = MARK) -> str:
     all would take minutes at every start (140 GB for 70B), and a digest remembered by path, size
     and time of change trusts those more than this trusts five samples.
 
-    Raises:
-        ConfigError: the weights are missing or damaged.
+    Raises
+    ------
+    ConfigError
+        The weights are missing or damaged.
     """
     if not like.startswith(MARK):
         return _of_file_starts(folder)

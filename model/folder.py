@@ -11,8 +11,10 @@ from lobra.layout.shapes import MODELS_DIR, TINY
 def tokenizer_folder(model: str) -> Path:
     """Return the folder with a model's tokenizer, which needs no weights beside it.
 
-    Raises:
-        ConfigError: there is no such folder.
+    Raises
+    ------
+    ConfigError
+        There is no such folder.
     """
     for folder in (Path(model), MODELS_DIR / model):
         if (folder / "tokenizer.json").is_file():
@@ -23,8 +25,10 @@ def tokenizer_folder(model: str) -> Path:
 def resolve_folder(model: str) -> Path:
     """Return the folder that holds the base model's weights; `tiny` is built on first use.
 
-    Raises:
-        ConfigError: there is no such folder, or it holds no safetensors file.
+    Raises
+    ------
+    ConfigError
+        There is no such folder, or it holds no safetensors file.
     """
     for folder in (Path(model), MODELS_DIR / model):
         if (folder / "config.json").is_file():

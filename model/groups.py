@@ -41,8 +41,10 @@ def build_groups(world: World) -> ReplicaGroups:
 
     Collective: all ranks call it with the same world.
 
-    Raises:
-        ValueError: torch.distributed has another number of ranks.
+    Raises
+    ------
+    ValueError
+        Torch.distributed has another number of ranks.
     """
     if world.num_ranks != dist.get_world_size():
         raise ValueError(

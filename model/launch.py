@@ -175,24 +175,38 @@ def run_ranks(
 ) -> list[Any]:
     """Run `target(**kwargs)` in `world_size` processes and return their results in rank order.
 
-    Args:
-        target: "package.module:function"; it finds torch.distributed initialised (gloo on CPU,
-            NCCL on CUDA) and must return something picklable.
-        world_size: number of rank processes.
-        kwargs: keyword arguments, the same for every rank (picklable).
-        device: "cpu" or "cuda" (rank i uses CUDA device i).
-        timeout_s: seconds after which all ranks are ended and RankError is raised.
-        threads: CPU threads a rank; the machine's cores divided by the ranks when None.
-        environment: extra environment variables of the ranks.
-        preload: modules the fork server imports once, before the first rank is forked.
-        on_signal: makes stopping graceful: the first SIGINT or SIGTERM is passed to the ranks as
-            SIGTERM (which `target` must handle by returning soon) and to this function; a second
-            one ends everything at once.
+    Parameters
+    ----------
+    target
+        "package.module:function"; it finds torch.distributed initialised (gloo on CPU, NCCL on
+        CUDA) and must return something picklable.
+    world_size
+        number of rank processes.
+    kwargs
+        keyword arguments, the same for every rank (picklable).
+    device
+        "cpu" or "cuda" (rank i uses CUDA device i).
+    timeout_s
+        seconds after which all ranks are ended and RankError is raised.
+    threads
+        CPU threads a rank; the machine's cores divided by the ranks when None.
+    environment
+        extra environment variables of the ranks.
+    preload
+        modules the fork server imports once, before the first rank is forked.
+    on_signal
+        makes stopping graceful: the first SIGINT or SIGTERM is passed to the ranks as SIGTERM
+        (which `target` must handle by returning soon) and to this function; a second one ends
+        everything at once.
 
-    Raises:
-        RankError: a rank raised, died or timed out; every other rank is ended.
-        Interrupted: a rank ended on a stop signal without a result.
-        ConfigError: a rank found a user's mistake; passed on as it is.
+    Raises
+    ------
+    RankError
+        A rank raised, died or timed out; every other rank is ended.
+    Interrupted
+        A rank ended on a stop signal without a result.
+    ConfigError
+        A rank found a user's mistake; passed on as it is.
     """
     context = _context(device, preload)
     processes: list[Any] = []

@@ -100,8 +100,10 @@ class RunSummary:
 def run_parts(folder: Path) -> list[PlanPart]:
     """Return the steps of a run, divided by the plan they ran under.
 
-    Raises:
-        ConfigError: the folder holds no run, or not a step of it.
+    Raises
+    ------
+    ConfigError
+        The folder holds no run, or not a step of it.
     """
     return _read(folder)[1]
 
@@ -121,8 +123,10 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[PlanPart]]:
 def summarise(folder: Path) -> RunSummary:
     """Read a run's folder.
 
-    Raises:
-        ConfigError: the folder holds no run, or not a step of it.
+    Raises
+    ------
+    ConfigError
+        The folder holds no run, or not a step of it.
     """
     config, parts = _read(folder)
     steps = [step for part in parts for step in part.steps]

@@ -198,9 +198,10 @@ def train_and_count_collectives(run: RunSpec) -> dict[str, list[int]]:
 def save_slowly(run: RunSpec) -> dict[str, list[float]]:
     """Train and save a checkpoint, rank 0 taking its time over each task's files.
 
-    Returns:
-        When, on the machine's one clock, this rank had `written` each task and began to `gather`
-        each task's moments.
+    Returns
+    -------
+    When, on the machine's one clock, this rank had `written` each task and began to `gather`
+    each task's moments.
     """
     times: dict[str, list[float]] = {"written": [], "gather": []}
     add_task, moments = CheckpointWriter.add_task, AdapterOptimizer.moments
