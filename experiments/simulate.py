@@ -185,11 +185,11 @@ class Experiment:
         """Compute the scalability over GPUs and tasks, and the planning times (70B only)."""
         four, *more = (self._scale_inputs(number, name) for number, name in SCALE_TASKS.items())
         config, costs, lengths, store = four
-        points = {}
+        clusters = {}
         for num_gpus in SCALE_GPUS:
             bench = self.bench(num_gpus, config, costs, lengths)
-            points[num_gpus] = bench, store, SCALE_PLANS.get(num_gpus)
-        rows = study.scale_rows(points, "gpus", tuple(INFERRED_PLANS))
+            clusters[num_gpus] = bench, store, SCALE_PLANS.get(num_gpus)
+        rows = study.scale_rows(clusters, "gpus", tuple(INFERRED_PLANS))
         self.write("scale_gpus", _relative(rows, "gpus", PUBLISHED_GPUS))
         tasks: dict[int, tuple[Bench, CellStore, str | None]] = {
             number: (self.bench(64, config, costs, lengths), store, None)
@@ -197,7 +197,7 @@ class Experiment:
                 SCALE_TASKS, [four, *more], strict=True
             )
         }
-        tasks[4] = points[64]
+        tasks[4] = clusters[64]
         rows = study.scale_rows(tasks, "tasks")
         self.write("scale_tasks", _relative(rows, "tasks", PUBLISHED_TASKS))
         for num_gpus, published in PLANNING_TIME_S.items():

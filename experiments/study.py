@@ -383,17 +383,17 @@ def _same_plan(one: str, other: str) -> bool:
 
 
 def scale_rows(
-    points: Mapping[int, tuple[Bench, CellStore, str | None]],
+    clusters: Mapping[int, tuple[Bench, CellStore, str | None]],
     column: str,
     inferred: tuple[int, ...] = (),
 ) -> Rows:
     """Return a scalability curve: Task-Fused, LobRA's plan where known, and ours.
 
-    ``points``: per value of ``column`` the bench, its store and LobRA's plan; ``inferred``: the
+    ``clusters``: per value of ``column`` the bench, its store and LobRA's plan; ``inferred``: the
     values for which that plan was not published but is the only one possible.
     """
     rows: Rows = []
-    for value, (bench, store, lobra) in points.items():
+    for value, (bench, store, lobra) in clusters.items():
         powers = bench.in_powers_of_two()
         planned = store.get([deployment_cell(bench), deployment_cell(powers)], f"plan {value}")
         ours, rounded = (plan_in(record) for record in planned)

@@ -254,5 +254,5 @@ class _Reader:
         """Return int32 arrays of these sizes that `_in_words` laid end to end."""
         total = sum(sizes)
         whole = self.take((total + 1) // 2).view(np.int32)
-        ends = np.cumsum(sizes, dtype=np.int64).tolist()
-        return [whole[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+        stops = np.cumsum(sizes, dtype=np.int64).tolist()
+        return [whole[stop - size : stop] for size, stop in zip(sizes, stops, strict=True)]

@@ -162,11 +162,11 @@ def one_replica(layout: Layout) -> World:
 def consecutive(layouts: Sequence[Layout]) -> World:
     """Return the world of replicas one after another, each rank by rank."""
     replicas = []
-    first = 0
+    next_rank = 0
     for layout in layouts:
-        starts = range(first, first + layout.num_gpus, layout.tp)
+        starts = range(next_rank, next_rank + layout.num_gpus, layout.tp)
         replicas.append(tuple(tuple(range(start, start + layout.tp)) for start in starts))
-        first += layout.num_gpus
+        next_rank += layout.num_gpus
     return World(tuple(layouts), tuple(replicas))
 
 

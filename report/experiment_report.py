@@ -313,9 +313,9 @@ def _intervals(row: Mapping[str, str]) -> dict[str, str]:
     """Return a row with every interval written beside its value, in the same cell."""
     joined = {}
     for name, value in row.items():
-        ends = [_end(name, end) for end in ("low", "high")]
-        if value and all(row.get(end) for end in ends):
-            value = f"{shown(name, value)} [{', '.join(shown(end, row[end]) for end in ends)}]"
+        bounds = [_end(name, end) for end in ("low", "high")]
+        if value and all(row.get(bound) for bound in bounds):
+            value = f"{shown(name, value)} [{', '.join(shown(b, row[b]) for b in bounds)}]"
         if not any(name == _end(other, end) for other in row for end in ("low", "high")):
             joined[name] = value
     return joined

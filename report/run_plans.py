@@ -48,14 +48,14 @@ def plan_parts(config: Mapping[str, Any], steps: Sequence[dict[str, Any]]) -> li
         plans = {config.get("resumed_at") or 0: config["plan"]}
 
     def key(step: dict[str, Any]) -> tuple[int | None, tuple[str, ...]]:
-        known = [first for first in plans if first <= step["step"]]
-        first = step.get("plan_from", max(known, default=None))
-        return first, tuple(replica["layout"] for replica in step["replicas"])
+        known = [start for start in plans if start <= step["step"]]
+        start = step.get("plan_from", max(known, default=None))
+        return start, tuple(replica["layout"] for replica in step["replicas"])
 
     parts: list[PlanPart] = []
-    for (first, layouts), own in groupby(steps, key):
+    for (start, layouts), own in groupby(steps, key):
         text = _counted(layouts)
-        groups = plans.get(first) if first is not None else None
+        groups = plans.get(start) if start is not None else None
         # What was measured has the last word: a line may be older than the entry.
         if groups and sum(group["dp"] for group in groups) == len(layouts):
             text = describe_plan(groups)
