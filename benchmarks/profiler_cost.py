@@ -15,7 +15,6 @@ import numpy as np
 
 from lobra.profiler.cost_model import fit_layer
 from lobra.profiler.profiles import TimeProfile, load_time_profile
-from lobra.profiler.series import other_series
 
 COUNTS = (10, 15, 20, 30)
 
@@ -23,9 +22,6 @@ COUNTS = (10, 15, 20, 30)
 def spread_rows(profile: TimeProfile, tp: int, count: int) -> np.ndarray:
     """Return rows of ``tp`` spread evenly in log tokens, b = 1 and full micro-batches by turns."""
     rows = np.flatnonzero(profile.tp == tp)
-    others = other_series(profile)
-    if others is not None:
-        rows = rows[~others[rows]]
     tokens = profile.mbs[rows] * profile.seq_len[rows]
     chosen: list[int] = []
     targets = np.exp(np.linspace(np.log(tokens.min()), np.log(tokens.max()), count))
@@ -40,13 +36,10 @@ def spread_rows(profile: TimeProfile, tp: int, count: int) -> np.ndarray:
 
 
 def errors(profile: TimeProfile, tp: int, fitted: np.ndarray, kind: str) -> np.ndarray:
-    """Return absolute relative errors on the rows of the reference series not fitted."""
+    """Return absolute relative errors on the rows of ``tp`` that were not fitted."""
     b, s = profile.mbs.astype(float), profile.seq_len.astype(float)
     fit = fit_layer(b[fitted], s[fitted], profile.time_ms[fitted], kind)
     rest = np.setdiff1d(np.flatnonzero(profile.tp == tp), fitted)
-    others = other_series(profile)
-    if others is not None:
-        rest = rest[~others[rest]]
     return np.abs(fit.time_ms(b[rest], s[rest]) / profile.time_ms[rest] - 1.0)
 
 

@@ -23,7 +23,6 @@ from lobra.profiler.profiles import (
     num_layers_of,
     read_meta,
 )
-from lobra.profiler.series import other_series
 
 __all__ = [
     "KINDS",
@@ -199,14 +198,12 @@ def fit_cost_model(
 
 def _fit_all(profile: TimeProfile, kind: Kind) -> dict[int, LayerFit]:
     fits, problems = {}, []
-    series = other_series(profile)
     for tp in profile.tps:
         rows = profile.tp == tp
         b = profile.mbs[rows].astype(np.float64)
         s = profile.seq_len[rows].astype(np.float64)
-        others = None if series is None else series[rows]
         try:
-            fits[tp] = fit_layer(b, s, profile.time_ms[rows], kind, others)
+            fits[tp] = fit_layer(b, s, profile.time_ms[rows], kind)
         except ConfigError as error:
             problems.append(f"{profile.path or 'time profile'}: tp {tp}: {error}")
     if problems:

@@ -136,7 +136,7 @@ def _print_tables(
                 _percent(v.max_error),
                 _percent(unseen[v.tp].mean_error) if v.tp in unseen else "",
                 _percent(row_spread(profile, v.tp)) if "rows" in profile.meta else "",
-                _percent(least_possible_error(profile, v.tp, kind == "fitted")[0]),
+                _percent(least_possible_error(profile, v.tp)),
             )
     console.print(table)
     console.print(
