@@ -94,7 +94,7 @@ class LayerFit:
 
         The spread of single rows about the fit, and what the fit itself is uncertain by there:
         sqrt(deviation^2 (1 + x' (X'X)^-1 x)), x the terms relative to the time predicted. It is
-        robust, outliers do not enter: by tp, 67 to 88 % of the rows held out of LobRA's published
+        robust, outliers do not enter: by tp, 67 to 89 % of the rows held out of LobRA's published
         profile lie within two of it, not the 95 % of a normal distribution.
         """
         b, s = np.broadcast_arrays(np.asarray(b, dtype=np.float64), np.asarray(s, dtype=np.float64))

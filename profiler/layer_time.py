@@ -21,7 +21,7 @@ from lobra.layout.world import consecutive
 from lobra.model.launch import DEFAULT_PRELOAD, RankError, default_threads, run_ranks
 from lobra.model.lora import AdapterSpec
 from lobra.profiler.head import HEAD_COLUMNS, PROFILED_SHARE
-from lobra.profiler.layer_time_rank import Clock, SingleDevice
+from lobra.profiler.layer_time_rank import SingleDevice
 from lobra.profiler.memory import OUT_OF_MEMORY, adapter_settings, shape_settings
 from lobra.profiler.outliers import doubtful_points
 from lobra.profiler.points import time_points
@@ -58,8 +58,6 @@ class TimeSweep:
         One for each tp: time a shard on one device and model the collectives; empty: real groups.
     tasks
         Whose adapters to train instead of ``num_tasks`` of ``lora_rank``.
-    clock
-        Wall clock, or the ranks' processor time.
     links
         With ``single_device``: whose links the collectives are modelled with.
     memory
@@ -78,7 +76,6 @@ class TimeSweep:
     device: str
     single_device: tuple[SingleDevice, ...] = ()
     tasks: tuple[TaskConfig, ...] = ()
-    clock: Clock = "wall"
     links: str = ""
     memory: str = DEFAULT_POLICY
 
@@ -125,8 +122,6 @@ class TimeSweep:
         if self.tasks:
             settings |= adapter_settings(self.tasks)
             settings["global_batch_sizes"] = [task.global_batch_size for task in self.tasks]
-        if self.clock != "wall":
-            settings["clock"] = self.clock
         if self.device == "cpu" and (chosen := os.environ.get("OMP_NUM_THREADS")):
             settings["OMP_NUM_THREADS"] = chosen  # else an equal share of the cores
         if self.single_device:
@@ -143,8 +138,6 @@ class TimeSweep:
         ]
         if self.max_seq_length < 1 or self.max_tokens < 1:
             problems.append("--max-seq-length and --max-tokens: at least 1 token is needed")
-        if self.clock == "processor" and (self.device != "cpu" or self.load_ranks):
-            problems.append("--clock processor: for --device cpu, without --load-ranks")
         if self.load_ranks and self.single_device:
             problems.append("--load-ranks and --single-device: one or the other")
         elif self.load_ranks and self.load_ranks < max(self.tps):
@@ -290,7 +283,6 @@ def _measure(
                 "layer_file": files[0],
                 "head_file": files[1],
                 "single_device": shards[0] if shards else None,
-                "clock": sweep.clock,
                 "task_weights": [float(task.global_batch_size) for task in sweep.tasks],
             },
             device=sweep.device,

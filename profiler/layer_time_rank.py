@@ -5,11 +5,10 @@ Shape suffixes: B rows, S positions, D hidden.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,30 +24,10 @@ from lobra.profiler.head import PROFILED_SHARE
 from lobra.profiler.memory_rank import synthetic_batch, torch_device
 from lobra.profiler.outliers import MAX_ATTEMPTS, doubtful_points
 from lobra.profiler.sweep_file import SweepFile
+from lobra.profiler.timing import TIMED_S, measured_timing
 
-Clock = Literal["wall", "processor"]
 PROBE_LAYERS = 4  # timed together, so that what a stage does once is shared out as in training
-MIN_REPEATS, MAX_REPEATS = 3, 30
-TIMED_S = 0.8  # of all repeats of a point together, where 3 to 30 repeats allow it
-# Tasks whose adapters differ are timed in so many mixtures, each at least twice.
-NUM_MIXTURES, MIN_REPEATS_OF_MIXTURE = 4, 2
-APART = 0.1  # two repeats of a mixture that differ by more ask for a third
-
-
-@dataclass(frozen=True)
-class Timing:
-    """A robust time: the median in ms, and the interquartile range as a share of it."""
-
-    time_ms: float
-    spread: float
-    repeats: int
-
-    def details(self, modelled_ms: float | None = None) -> dict[str, Any]:
-        """Return what the sidecar keeps of it; ``modelled_ms`` of collectives come on top."""
-        details: dict[str, Any] = {"spread": round(self.spread, 4), "repeats": self.repeats}
-        if modelled_ms is not None:
-            details["modelled_collectives_ms"] = round(modelled_ms, 6)
-        return details
+NUM_MIXTURES = 4  # in so many ways a micro-batch is mixed of tasks whose adapters differ
 
 
 @dataclass(frozen=True)
@@ -79,7 +58,6 @@ def time_points_on_rank(
     head_file: SweepFile,
     single_device: SingleDevice | None = None,
     task_weights: Sequence[float] = (),
-    clock: Clock = "wall",
 ) -> None:
     """Time every point that the files do not hold and append it to them (rank 0 writes).
 
@@ -100,8 +78,6 @@ def time_points_on_rank(
         Time one shard on this one rank, and add the collectives from a model.
     task_weights
         How often a row is of each task (`row_mixtures`); empty: all alike.
-    clock
-        Wall clock, or each rank's processor time (CPU only).
     """
     tp = world.layouts[0].tp
     groups = build_groups(world)
@@ -120,7 +96,7 @@ def time_points_on_rank(
             _layer_run(layers, replace(batch, row_tasks=tasks), received_BSD, gradient_BSD)
             for tasks in row_mixtures(b, weights, mixtures_wanted)
         ]
-        timing = measured_timing(runs, where, clock=clock)
+        timing = measured_timing(runs, where)
         modelled_ms = None if single_device is None else _line(single_device.layer_ms, b * s)
         if dist.get_rank() == 0:
             time_ms = timing.time_ms / len(layers.layers) + (modelled_ms or 0.0)
@@ -129,9 +105,7 @@ def time_points_on_rank(
     def time_ends(b: int, s: int, batch: MicroBatchTensors, received_BSD: torch.Tensor) -> None:
         nothing = replace(batch, targets=batch.targets.none())
         base, timing = (
-            measured_timing(
-                [_ends_run(layers, ends, one, received_BSD)], where, 0.5 * TIMED_S, clock
-            )
+            measured_timing([_ends_run(layers, ends, one, received_BSD)], where, 0.5 * TIMED_S)
             for one in (nothing, batch)
         )
         modelled_ms = None if single_device is None else _line(single_device.head_ms, b * s)
@@ -270,65 +244,3 @@ def _ends_run(
         weighted.backward()
 
     return run
-
-
-def measured_timing(
-    runs: Sequence[Callable[[], None]],
-    device: torch.device,
-    timed_s: float = TIMED_S,
-    clock: Clock = "wall",
-) -> Timing:
-    """Time collective functions: warm-up, then as many repeats as rank 0 finds worthwhile.
-
-    Of each function a rank takes the median of its repeats, of these the mean over functions and
-    over ranks; it is returned everywhere. The repeats take about ``timed_s`` seconds together.
-    """
-
-    def repeat() -> list[float]:
-        return [1e3 * _timed(run, device, clock) for run in runs]
-
-    # The functions differ in whose rows they run, which only an accelerator has to get ready for.
-    for run in runs if device.type == "cuda" else runs[:1]:
-        run()
-    _wait(device)
-    _meet(device)
-    times_ms = [repeat()]
-    least = MIN_REPEATS if len(runs) == 1 else MIN_REPEATS_OF_MIXTURE
-    most = max(least, MAX_REPEATS // len(runs))
-    repeats = int(np.clip(timed_s / max(1e-3 * sum(times_ms[0]), 1e-6), least, most))
-    chosen = torch.tensor([repeats], device=device)
-    dist.broadcast(chosen, src=0)
-    repeats = int(chosen.item())
-    _meet(device)
-    times_ms += [repeat() for _ in range(repeats - 1)]
-    if repeats == 2:  # whose median is their mean: a third tells which of two is wrong
-        apart = max(max(pair) / min(pair) - 1.0 for pair in zip(*times_ms, strict=True))
-        furthest = torch.tensor([apart], dtype=torch.float32, device=device)
-        dist.all_reduce(furthest, op=dist.ReduceOp.MAX)
-        if float(furthest) > APART:
-            times_ms.append(repeat())
-    low, median, high = np.percentile(times_ms, (25, 50, 75), axis=0)
-    spread = float(((high - low) / median).mean())
-    statistics = torch.tensor([median.mean(), spread], dtype=torch.float32, device=device)
-    dist.all_reduce(statistics)
-    statistics /= dist.get_world_size()
-    return Timing(float(statistics[0]), float(statistics[1]), len(times_ms) * len(runs))
-
-
-def _timed(run: Callable[[], None], device: torch.device, clock: Clock) -> float:
-    """Return the seconds one run takes."""
-    now = time.perf_counter if clock == "wall" else time.process_time
-    begin = now()
-    run()
-    _wait(device)
-    return now() - begin
-
-
-def _meet(device: torch.device) -> None:
-    """Wait for all ranks; each says its device, which torch else guesses with a warning."""
-    dist.barrier(device_ids=None if device.index is None else [device.index])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

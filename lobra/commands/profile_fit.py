@@ -140,8 +140,8 @@ def _print_tables(
             )
     console.print(table)
     console.print(
-        "spread: of a row's own repeats. floor: what any cost model of the kind that never "
-        "decreases in b or s misses one of these rows by, even of those it has seen."
+        "spread: of a row's own repeats. floor: what any cost model that never decreases in b or s "
+        "misses one of these rows by, even of those it has seen."
     )
     kind = next(iter(rows))
     for tp, b, s, time_ms, error in worst_rows(profile, rows[kind], args.worst):
