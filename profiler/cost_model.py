@@ -138,13 +138,6 @@ class CostModel:
         """Return the cost model of what is trained: its share of labels, its adapters' size."""
         return replace(self, label_share=label_share, adapter_elements=float(adapter_elements))
 
-    def relative_error(self, tp: int, b: np.ndarray | int, s: np.ndarray | int) -> np.ndarray:
-        """Return the relative spread of rows about ``layer_time_ms`` (arrays broadcast).
-
-        Robust: outliers do not enter it, see ``LayerFit.relative_error``.
-        """
-        return self._fit(tp).relative_error(np.asarray(b), np.asarray(s))
-
     def missing(self, tp: int, memory: str = DEFAULT_POLICY) -> str:
         """Return what a person is told who asks for times that were not profiled."""
         of_policy = "" if memory == DEFAULT_POLICY else f" with memory {memory}"

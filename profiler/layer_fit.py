@@ -8,7 +8,7 @@ decreases in b or s, so neither does their sum, inside the rows it was fitted to
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -19,7 +19,6 @@ from lobra.profiler.fit_terms import (
     place_knots,
     robust_nnls,
     roughness_rows,
-    scatter_of,
     terms_of,
 )
 
@@ -49,25 +48,12 @@ class LayerFit:
         float64 [terms], in ms: six, or the four above.
     knots, heights_ms
         float64 [k]: g at these tokens, straight between them and beyond the last.
-    roughness
-        The weight against changes of slope that cross-validation chose.
-    deviation
-        Standard deviation of a row's relative error, robustly from the rows it was fitted to.
-    scatter
-        float64 [terms, terms]: (X'X)^-1, by which a prediction's variance exceeds a row's.
-    mean_error, max_error
-        Relative errors on the rows it was fitted to.
     """
 
     kind: Kind
     coefficients: Array
     knots: Array = field(default_factory=lambda: np.empty(0))
     heights_ms: Array = field(default_factory=lambda: np.empty(0))
-    roughness: float = 0.0
-    deviation: float = 0.0
-    scatter: Array = field(default_factory=lambda: np.empty((0, 0)))
-    mean_error: float = 0.0
-    max_error: float = 0.0
 
     def time_ms(self, b: Array, s: Array) -> Array:
         """Return ms for micro-batches of ``b`` sequences of ``s`` tokens (arrays broadcast)."""
@@ -89,22 +75,6 @@ class LayerFit:
         time_ms = time_ms + slope * np.maximum(tokens - self.knots[-1], 0.0)
         return np.maximum(time_ms, SMALLEST_TIME_MS)
 
-    def relative_error(self, b: Array, s: Array) -> Array:
-        """Return the relative spread to expect of a row about its prediction (arrays broadcast).
-
-        The spread of single rows about the fit, and what the fit itself is uncertain by there:
-        sqrt(deviation^2 (1 + x' (X'X)^-1 x)), x the terms relative to the time predicted. It is
-        robust, outliers do not enter: by tp, 67 to 89 % of the rows held out of LobRA's published
-        profile lie within two of it, not the 95 % of a normal distribution.
-        """
-        b, s = np.broadcast_arrays(np.asarray(b, dtype=np.float64), np.asarray(s, dtype=np.float64))
-        if not self.scatter.size:
-            return np.full(b.shape, self.deviation)
-        terms = terms_of(b.reshape(-1), s.reshape(-1), self.knots[1:-1])
-        terms = terms / self.time_ms(b, s).reshape(-1, 1)
-        leverage = np.einsum("ni,ij,nj->n", terms, self.scatter, terms)
-        return (self.deviation * np.sqrt(1.0 + np.maximum(leverage, 0.0))).reshape(b.shape)
-
 
 def fit_layer(b: Array, s: Array, time_ms: Array, kind: Kind) -> LayerFit:
     """Fit one tensor-parallel size's rows: ``b``, ``s``, ``time_ms`` are float64 [rows].
@@ -119,16 +89,8 @@ def fit_layer(b: Array, s: Array, time_ms: Array, kind: Kind) -> LayerFit:
         If the rows do not determine the six coefficients of ``lobra6``.
     """
     if kind == "lobra6":
-        fit = _fit_lobra6(b, s, time_ms)
-    else:
-        fit = _fit_rows(b, s, time_ms, _best_roughness(b, s, time_ms))
-    error = np.abs(fit.time_ms(b, s) / time_ms - 1.0)
-    return replace(
-        fit,
-        deviation=fit.deviation or float(np.sqrt((error**2).mean())),
-        mean_error=float(error.mean()),
-        max_error=float(error.max()),
-    )
+        return _fit_lobra6(b, s, time_ms)
+    return _fit_rows(b, s, time_ms, _best_roughness(b, s, time_ms))
 
 
 def _fit_lobra6(b: Array, s: Array, time_ms: Array) -> LayerFit:
@@ -172,19 +134,11 @@ def _fit_rows(b: Array, s: Array, time_ms: Array, roughness: float) -> LayerFit:
     matrix[: len(b)] = terms / time_ms[:, None]
     matrix[len(b) :, NUM_PLAIN:] = penalty
     target = np.concatenate([np.ones(len(b)), np.zeros(len(penalty))])
-    solution, weights, deviation = robust_nnls(matrix, target, len(b))
+    solution = robust_nnls(matrix, target, len(b))
     slopes = solution[NUM_PLAIN:]
     edges = np.concatenate([[0.0], knots])
     heights_ms = np.concatenate([[0.0], np.cumsum(slopes * np.diff(edges, append=edges[-1]))[:-1]])
     # One more knot carries the slope beyond the last.
     edges = np.append(edges, 2.0 * edges[-1])
     heights_ms = np.append(heights_ms, heights_ms[-1] + slopes[-1] * knots[-1])
-    return LayerFit(
-        "fitted",
-        solution[:NUM_PLAIN],
-        edges,
-        heights_ms,
-        roughness,
-        deviation,
-        scatter_of(matrix * weights[:, None], solution > 0),
-    )
+    return LayerFit("fitted", solution[:NUM_PLAIN], edges, heights_ms)

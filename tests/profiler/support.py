@@ -5,6 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from lobra.profiler.layer_fit import LayerFit
+from lobra.profiler.profiles import TimeProfile
+
+
+def error_of_seen(fit: LayerFit, profile: TimeProfile, tp: int) -> np.ndarray:
+    """Return the relative error on each row of ``tp``, which the fit was made from."""
+    rows = profile.tp == tp
+    return np.abs(fit.time_ms(profile.mbs[rows], profile.seq_len[rows]) / profile.time_ms[rows] - 1)
 
 
 def num_decreasing(fit: LayerFit, longest: int, largest: int) -> int:

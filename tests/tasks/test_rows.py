@@ -17,7 +17,7 @@ from lobra.tasks.prompts import ALPACA, PLAIN
 from lobra.tasks.rows import Rows, read_rows
 from lobra.tasks.special_tokens import SpecialTokens
 from lobra.tasks.text_rows import Row, TextRow, TokenRow
-from tests.tasks.support import write_rows
+from tests.tasks.support import rendered, write_rows
 
 SPECIALS = SpecialTokens(
     spellings=("<|im_start|>", "<|im_end|>", "</s>", "<s>"),
@@ -102,14 +102,14 @@ def test_instructions(tmp_path: Path) -> None:
     rows = read(tmp_path, ALPACA_ROW, bare, bare | {"input": None})
 
     def alpaca(*fields: str) -> tuple[str, str]:
-        prompt, target = ALPACA.render(*fields)
+        prompt, target = rendered(ALPACA, *fields)
         return prompt, f"{target}</s>"
 
     assert parts(rows[0]) == alpaca("Add.", "1 2", "3")
     assert verbatim(rows[0]) == ["Add.", "1 2", "3"]
     assert parts(rows[1]) == parts(rows[2]) == alpaca("Go.", "", "Gone.")
     (plain,) = read(tmp_path, bare, prompt="plain")
-    assert parts(plain) == (PLAIN.render("Go.", "", "Gone.")[0], "Gone.</s>")
+    assert parts(plain) == (rendered(PLAIN, "Go.", "", "Gone.")[0], "Gone.</s>")
     (custom,) = read(tmp_path, ALPACA_ROW, prompt="Q {instruction}{input} A {output}.")
     assert parts(custom) == ("Q Add.1 2 A ", "3.</s>")
 
@@ -140,7 +140,7 @@ def test_fields_under_their_other_names(
     tmp_path: Path, row: dict[str, str], learns: str, ignored: list[str]
 ) -> None:
     found = read_all(tmp_path, row, row)
-    prompt, target = ALPACA.render("Q", "", "A")
+    prompt, target = rendered(ALPACA, "Q", "", "A")
     assert [parts(entry) for entry in found.rows] == [(prompt, f"{target}</s>")] * 2
     assert found.kind == "instruction" and found.learns.startswith(f"{learns} and its end")
     assert found.ignored == dict.fromkeys(ignored, 2)
@@ -153,11 +153,11 @@ def test_prompt_and_completion_are_joined_as_they_are(tmp_path: Path) -> None:
     assert found.kind == "completion" and found.ignored == {"id": 1}
     assert any("prompt: alpaca" in note for note in found.notes)
     (alpaca,) = read(tmp_path, {"prompt": "Q", "completion": "A"}, prompt="alpaca")
-    assert parts(alpaca) == (ALPACA.render("Q", "", "A")[0], "A</s>")
+    assert parts(alpaca) == (rendered(ALPACA, "Q", "", "A")[0], "A</s>")
     (chat,) = read(tmp_path, {"prompt": "Q", "completion": "A"}, prompt="chat")
     assert parts(chat) == ("<|user|>\nQ\n<|assistant|>\n", "A</s>")
     (given,) = read(tmp_path, {"prompt": "Q", "context": "C", "completion": "A"})
-    assert parts(given)[0] == ALPACA.render("Q", "C", "A")[0]
+    assert parts(given)[0] == rendered(ALPACA, "Q", "C", "A")[0]
 
 
 def test_conversational_prompts_and_completions(tmp_path: Path) -> None:
