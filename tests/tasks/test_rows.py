@@ -28,22 +28,6 @@ SPECIALS = SpecialTokens(
 )
 
 
-class _NoTemplate:
-    """A tokenizer without a chat template, as far as `ChatTemplate` asks."""
-
-    chat_template = None
-    all_special_tokens: tuple[str, ...] = ()
-    added_tokens_decoder: dict[int, Any] = {}  # noqa: RUF012
-    bos_token = pad_token = unk_token = None
-    bos_token_id = None
-    eos_token = "</s>"
-
-    class backend_tokenizer:
-        @staticmethod
-        def encode(text: str, add_special_tokens: bool) -> Any:
-            return SimpleNamespace(ids=[])
-
-
 def reading(**settings: Any) -> Reading:
     values: dict[str, Any] = {
         "prompt": "auto",
@@ -52,7 +36,8 @@ def reading(**settings: Any) -> Reading:
         "max_rows": None,
         "vocab_size": 300,
     }
-    template = ChatTemplate(_NoTemplate(), date(2024, 1, 1))  # type: ignore[arg-type]
+    without = SimpleNamespace(chat_template=None)
+    template = ChatTemplate(without, SPECIALS, date(2024, 1, 1))  # type: ignore[arg-type]
     return Reading(specials=lambda: SPECIALS, chat=lambda: template, **values | settings)
 
 
