@@ -100,6 +100,21 @@ class LayoutResult:
     failure: str = ""
 
 
+def adapter_specs(tasks: Sequence[TaskConfig]) -> tuple[AdapterSpec, ...]:
+    """Return the adapters of tasks."""
+    return tuple(
+        AdapterSpec(
+            task.name,
+            task.rank,
+            task.lora_alpha,
+            task.target_modules,
+            task.lora_dropout,
+            task.seed,
+        )
+        for task in tasks
+    )
+
+
 def adapter_settings(tasks: Sequence[TaskConfig]) -> dict[str, Any]:
     """Return what of the tasks' adapters costs depend on, as a sidecar's settings have it."""
     settings: dict[str, Any] = {
@@ -293,24 +308,13 @@ def measure_trial(sweep: MemorySweep, tp: int, pp: int, tokens: int) -> list[Ran
         If a rank died or raised; running out of memory is one of the reasons.
     """
     layout = Layout(tp, pp, memory=sweep.memory)
-    specs = tuple(
-        AdapterSpec(
-            task.name,
-            task.rank,
-            task.lora_alpha,
-            task.target_modules,
-            task.lora_dropout,
-            task.seed,
-        )
-        for task in sweep.tasks
-    )
     return run_ranks(
         "lobra.profiler.memory_rank:memory_of_rank",
         layout.num_gpus,
         {
             "folder": sweep.folder,
             "layout": layout,
-            "specs": specs,
+            "specs": adapter_specs(sweep.tasks),
             "shapes": trial_shapes(tokens),
             "precision": sweep.precision,
             "device": sweep.device,

@@ -153,7 +153,7 @@ def _measure(args: argparse.Namespace) -> int:
     too_many = [tp for tp in tps if limit is not None and sweep.num_ranks(tp) > limit]
     for tp in too_many:
         console.print(f"tp {tp}: left out, it needs more than the {limit} GPUs of this machine")
-    total = len(sweep.points)
+    total = len(sweep.grid)
     with progress_bars(console) as progress:
         bars = {
             tp: progress.add_task(f"tp {tp}: {total} shapes", total=total, start=False)
@@ -194,8 +194,8 @@ def _measure(args: argparse.Namespace) -> int:
 def _estimate(args: argparse.Namespace) -> int:
     from lobra.profiler.accelerators import load_tables
     from lobra.profiler.estimate_time import base_ms, calibrate, head_ms, layer_error, layer_ms
+    from lobra.profiler.grid import time_grid
     from lobra.profiler.memory import shape_settings
-    from lobra.profiler.points import time_points
 
     tps = _tp_list(args.tp)
     shape = resolve_shape(args.model)
@@ -252,7 +252,7 @@ def _estimate(args: argparse.Namespace) -> int:
             memory=memory,
         )
         for size in tps:
-            for b, s in time_points(length, _max_tokens(args, length)):
+            for b, s in time_grid(length, _max_tokens(args, length)):
                 if (size, s, b) not in file.done:
                     times = (round(float(f(work, efficiency, size, b, s)), 6) for f in times_of)
                     file.add((size, s, b, *times), {})
