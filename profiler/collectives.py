@@ -17,7 +17,8 @@ from scipy.optimize import nnls
 
 from lobra.common.errors import ConfigError
 from lobra.profiler.csv_rows import read_rows
-from lobra.profiler.profiles import PROFILE_DIR, model_slug, read_meta
+from lobra.profiler.profiles import PROFILE_DIR, model_slug
+from lobra.profiler.sidecar import read_meta
 
 COLLECTIVE_COLUMNS = ("kind", "ranks", "bytes", "time")
 TRANSFER, ALL_REDUCE, SYNC = "transfer", "all_reduce", "sync"

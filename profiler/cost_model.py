@@ -21,8 +21,8 @@ from lobra.profiler.profiles import (
     default_time_path,
     load_time_profiles,
     num_layers_of,
-    read_meta,
 )
+from lobra.profiler.sidecar import read_meta
 
 __all__ = [
     "KINDS",

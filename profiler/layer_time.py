@@ -23,15 +23,12 @@ from lobra.model.lora import AdapterSpec
 from lobra.profiler.grid import time_grid
 from lobra.profiler.head import HEAD_COLUMNS, PROFILED_SHARE
 from lobra.profiler.layer_time_rank import SingleDevice
-from lobra.profiler.memory import (
-    OUT_OF_MEMORY,
-    adapter_settings,
-    adapter_specs,
-    shape_settings,
-)
+from lobra.profiler.memory import OUT_OF_MEMORY
 from lobra.profiler.outliers import doubtful_shapes
 from lobra.profiler.profiles import DEFAULT_POLICY, TIME_COLUMNS
-from lobra.profiler.sweep_file import Restart, SweepFile, open_sweep
+from lobra.profiler.settings import adapter_settings, adapter_specs, shape_settings
+from lobra.profiler.sweep_file import Restart, open_sweep
+from lobra.profiler.sweep_rows import SweepFile
 from lobra.tasks.config import TARGET_MODULES, TaskConfig
 
 log = logging.getLogger(__name__)

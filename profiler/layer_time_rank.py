@@ -22,7 +22,7 @@ from lobra.model.stage import MicroBatchTensors, Stage, build_stage
 from lobra.profiler.head import PROFILED_SHARE
 from lobra.profiler.memory_rank import synthetic_batch, torch_device
 from lobra.profiler.outliers import MAX_ATTEMPTS, doubtful_shapes, record_attempt
-from lobra.profiler.sweep_file import SweepFile
+from lobra.profiler.sweep_rows import SweepFile
 from lobra.profiler.timing import TIMED_S, measured_timing
 
 PROBE_LAYERS = 4  # timed together, so that what a stage does once is shared out as in training

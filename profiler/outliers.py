@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lobra.profiler.layer_fit import fit_layer
-from lobra.profiler.sweep_file import SweepFile
+from lobra.profiler.sweep_rows import SweepFile
 
 MAX_ATTEMPTS = 3
 FEWEST_ROWS = 6

@@ -10,7 +10,7 @@ import numpy as np
 from lobra.common.errors import ConfigError
 from lobra.profiler.layer_fit import Kind, fit_layer
 from lobra.profiler.profiles import TimeProfile
-from lobra.profiler.sweep_file import policy_of
+from lobra.profiler.sweep_rows import policy_of
 
 Array = np.ndarray
 

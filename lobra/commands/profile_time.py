@@ -32,8 +32,8 @@ from lobra.profiler.profiles import (
     TIME_COLUMNS,
     default_time_path,
     load_time_profile,
-    meta_path,
 )
+from lobra.profiler.sidecar import meta_path
 from lobra.profiler.sweep_file import open_sweep
 from lobra.tasks.config import load_trainer_config
 
@@ -195,7 +195,7 @@ def _estimate(args: argparse.Namespace) -> int:
     from lobra.profiler.accelerators import load_tables
     from lobra.profiler.estimate_time import base_ms, calibrate, head_ms, layer_error, layer_ms
     from lobra.profiler.grid import time_grid
-    from lobra.profiler.memory import shape_settings
+    from lobra.profiler.settings import shape_settings
 
     tps = _tp_list(args.tp)
     shape = resolve_shape(args.model)

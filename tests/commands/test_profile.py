@@ -12,7 +12,8 @@ import pytest
 from lobra.cli import main
 from lobra.commands.profile_time import _single_devices, add_arguments
 from lobra.layout.shapes import NAMED_SHAPES
-from lobra.profiler.profiles import load_memory_profile, load_time_profile, read_meta, write_meta
+from lobra.profiler.profiles import load_memory_profile, load_time_profile
+from lobra.profiler.sidecar import read_meta, write_meta
 from tests.model.support import save_llama
 
 ROOT = Path(__file__).parents[2]

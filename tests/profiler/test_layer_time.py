@@ -17,8 +17,9 @@ from lobra.model.lora import MultiAdapterLinear
 from lobra.profiler import layer_time
 from lobra.profiler.layer_time import TimeSweep, missing_shapes, open_files, sweep_time
 from lobra.profiler.layer_time_rank import SingleDevice, time_shapes_on_rank
-from lobra.profiler.profiles import load_time_profile, load_time_profiles, read_meta
-from lobra.profiler.sweep_file import SweepFile
+from lobra.profiler.profiles import load_time_profile, load_time_profiles
+from lobra.profiler.sidecar import read_meta
+from lobra.profiler.sweep_rows import SweepFile
 from lobra.tasks.config import TaskConfig
 from tests.model.support import save_llama
 

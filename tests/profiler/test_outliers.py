@@ -8,8 +8,10 @@ import pytest
 
 from lobra.profiler.grid import time_grid
 from lobra.profiler.outliers import MAX_ATTEMPTS, doubtful_shapes, record_attempt
-from lobra.profiler.profiles import TIME_COLUMNS, load_time_profile, read_meta
-from lobra.profiler.sweep_file import SweepFile, open_sweep
+from lobra.profiler.profiles import TIME_COLUMNS, load_time_profile
+from lobra.profiler.sidecar import read_meta
+from lobra.profiler.sweep_file import open_sweep
+from lobra.profiler.sweep_rows import SweepFile
 
 GRID = time_grid(1024)
 
