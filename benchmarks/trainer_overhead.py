@@ -15,13 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.baselines import plain_cost_model
 from lobra.layout.layout import Layout
 from lobra.layout.placement import place
 from lobra.layout.plan import Plan, ReplicaGroup
 from lobra.layout.shapes import read_shape
 from lobra.model.folder import resolve_folder
-from lobra.profiler.cost_model import fit_cost_model
-from lobra.profiler.profiles import TimeProfile
 from lobra.tasks.config import TARGET_MODULES, TaskConfig
 from lobra.tasks.dataset import TokenizedDataset
 from lobra.trainer.metrics import read_metrics
@@ -66,7 +65,7 @@ def measure(folder: Path, num_tasks: int, num_ranks: int, steps: int) -> dict[st
         last_step=steps,
         plan=plan,
         world=place(plan, num_ranks),
-        cost_model=plain_cost_model(shape.num_layers),
+        cost_model=plain_cost_model(shape.num_layers, plan),
         output_dir=folder,
         precision="fp32",
         device="cpu",
@@ -89,13 +88,6 @@ def measure(folder: Path, num_tasks: int, num_ranks: int, steps: int) -> dict[st
         **shares,
         "solve_ms": 1e3 * sum(step["dispatch_time_s"] for step in timed) / len(timed),
     }
-
-
-def plain_cost_model(num_layers: int):
-    """Return a cost model of the tiny model's rough proportions; only the balance depends on it."""
-    points = [(tp, s, b) for tp in (1, 2) for s in (32, 64, 128, 256) for b in (1, 2, 4)]
-    tp, s, b = (np.asarray(column) for column in zip(*points, strict=True))
-    return fit_cost_model(TimeProfile(tp, s, b, 1 + b * s / 100 / tp), num_layers)
 
 
 def random_dataset(seed: int, vocab_size: int) -> TokenizedDataset:

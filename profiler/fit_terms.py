@@ -20,8 +20,8 @@ def place_knots(tokens: Array) -> Array:
     distinct = len(np.unique(tokens))
     if distinct < 3:
         return np.array([tokens.max()])
-    ends = np.log(tokens.min()), np.log(tokens.max())
-    return np.exp(np.linspace(*ends, min(MAX_KNOTS, 2 * distinct)))
+    count = min(MAX_KNOTS, 2 * distinct)
+    return np.exp(np.linspace(np.log(tokens.min()), np.log(tokens.max()), count))
 
 
 def terms_of(b: Array, s: Array, knots: Array) -> Array:

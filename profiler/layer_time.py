@@ -152,7 +152,7 @@ def open_files(
     restart: Restart,
     environment: dict[str, Any],
 ) -> tuple[SweepFile, SweepFile]:
-    """Open the layers' and the heads' profile, new or to be continued (see `open_sweep`).
+    """Open the profiles of layers and of embedding and head, see `open_sweep`.
 
     Raises
     ------
@@ -209,7 +209,7 @@ def sweep_time(
     Parameters
     ----------
     files
-        The layers' and the heads' profile (`open_files`); the rank processes append to them.
+        Of layers and of embedding and head (`open_files`); the rank processes append to them.
     report
         ``report(tp, shapes left)``, called from time to time; none are left while rows that stick
         out are measured again.
