@@ -30,6 +30,7 @@ setup(
         "ortools>=9.12,<10",
         "safetensors>=0.5,<1",
         "rich>=13.7,<16",
+        "cyclopts>=5,<6",
         "tensorboard>=2.16,<3",
         "matplotlib>=3.8,<4",
     ],

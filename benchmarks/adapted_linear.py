@@ -1,27 +1,21 @@
 """One linear layer with the adapters of several tasks: ours against its formula in plain torch.
 
-    python benchmarks/adapted_linear.py [--device cpu] [--repeats 200]
-
 Forward and backward of a frozen layer on a micro-batch whose rows are of 1, 4 or 12 tasks, each
 with an adapter. "Plain" slices the rows of each task, adds the low-rank update and joins the parts,
-and leaves the rest to autograd. Both are run in turn; printed are medians and their ratio. Twelve
+and leaves the rest to autograd. Both are run in turn; the rows are medians and their ratio. Twelve
 rows of four tokens show what a call costs by itself.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch.nn import functional
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lobra.model.lora import Adapter, MultiAdapterLinear, RowTasks, Shard, row_segments
 
@@ -69,26 +63,32 @@ def seconds(run: Callable[[], None], device: str) -> float:
     return time.perf_counter() - begin
 
 
-def main() -> None:
-    """Measure and print a row for each size and number of tasks."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=200)
-    args = parser.parse_args()
-    print("  B    S    I     O  rank  tasks      ours     plain   ours / plain")
+def adapted_linear(
+    *, device: Literal["cpu", "cuda"] = "cpu", repeats: int = 200
+) -> Iterator[dict[str, Any]]:
+    """Time one linear layer with the adapters of several tasks, against plain torch.
+
+    Parameters
+    ----------
+    device
+        Where the layer is.
+    repeats
+        Of forward and backward; ten times as many of the smallest size.
+    """
     for size in SIZES:
         for num_tasks in (1, 4, 12):
-            linear, x_BSi, dy_BSo = make(size, num_tasks, args.device)
+            linear, x_BSi, dy_BSo = make(size, num_tasks, device)
             runs = [
                 lambda f=function, x=x_BSi, dy=dy_BSo: f(x).backward(dy)
                 for function in (linear, partial(plain, linear))
             ]
-            repeats = args.repeats * (10 if size[1] < 16 else 1)
-            times = np.array([[seconds(run, args.device) for run in runs] for _ in range(repeats)])
-            mine, other = 1e3 * np.median(times, axis=0)
-            shape = " ".join(f"{n:4}" for n in size)
-            print(f"{shape}  {num_tasks:5} {mine:7.3f} ms {other:7.3f} ms {mine / other:10.2f}")
-
-
-if __name__ == "__main__":
-    main()
+            count = repeats * (10 if size[1] < 16 else 1)
+            times = np.array([[seconds(run, device) for run in runs] for _ in range(count)])
+            ours_ms, plain_ms = (float(ms) for ms in 1e3 * np.median(times, axis=0))
+            shape = dict(zip(("B", "S", "I", "O", "rank"), size, strict=True))
+            yield shape | {
+                "tasks": num_tasks,
+                "ours ms": ours_ms,
+                "plain ms": plain_ms,
+                "ours / plain": ours_ms / plain_ms,
+            }

@@ -183,8 +183,8 @@ def run_ours(work: Work, plan: Plan, folder: Path, cost_model: CostModel) -> Row
 def plain_cost_model(num_layers: int, plan: Plan) -> CostModel:
     """Return rough costs: time follows tokens over tp. Only the balance depends on it."""
     tps = sorted({group.layout.tp for group in plan.groups})
-    points = [(tp, s, b) for tp in tps for s in (32, 64, 128, 256, 512, 1024) for b in (1, 2, 4)]
-    tp, s, b = (np.asarray(column) for column in zip(*points, strict=True))
+    shapes = [(tp, s, b) for tp in tps for s in (32, 64, 128, 256, 512, 1024) for b in (1, 2, 4)]
+    tp, s, b = (np.asarray(column) for column in zip(*shapes, strict=True))
     return fit_cost_model(TimeProfile(tp, s, b, 1 + b * s / 100 / tp), num_layers)
 
 

@@ -1,21 +1,16 @@
 """Benchmarks of the planner: subject x instance x size; prints a Markdown table per subject.
 
-    python benchmarks/planning.py --profile DIR --lengths DIR [--subject exact] [--gpus 16 64] ...
-
-``--profile`` is a folder with LobRA's published CSV files, ``--lengths`` one with the length files
-(``lobra_like_6tasks.json``, ...). What the machine was doing beside is printed with the figures.
+On LobRA's published profile and lengths.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-import platform
 import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -33,7 +28,7 @@ from lobra.planner.planners.identical import IdenticalModel
 from lobra.planner.planners.relaxation import FluidPlanner
 from lobra.planner.simulate import lpt_times_s
 from lobra.planner.workload import Workload, expect, make_workload
-from lobra.profiler.cost_model import CostModel, fit_cost_model
+from lobra.profiler.cost_model import CostModel, Kind, fit_cost_model
 from lobra.profiler.profiles import MemoryProfile, load_memory_profile, load_time_profile
 from lobra.tasks.config import load_trainer_config
 from lobra.tasks.lengths import load_lengths
@@ -281,39 +276,43 @@ SUBJECTS: dict[str, Callable[[Setting], None]] = {
 }
 
 
-def main() -> None:
-    """Run the chosen subjects."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--profile", type=Path, required=True)
-    parser.add_argument("--lengths", type=Path, required=True)
-    parser.add_argument("--subject", choices=SUBJECTS, nargs="+", default=list(SUBJECTS))
-    parser.add_argument("--instance", choices=INSTANCES, default="6tasks")
-    parser.add_argument("--cost-model", choices=("lobra6", "fitted"), default="lobra6")
-    parser.add_argument("--gpus", type=int, nargs="+", default=SIZES)
-    parser.add_argument("--steps", type=int, default=200, help="sampled steps for the dispatcher")
-    args = parser.parse_args()
-    config_name, lengths_name = INSTANCES[args.instance]
-    times = load_time_profile(args.profile / "profile_time_llama_7B.csv")
+def planning(
+    *,
+    profile: Path,
+    lengths: Path,
+    subject: tuple[Literal["exact", "lobra", "dispatch", "ilp", "buckets"], ...] = tuple(SUBJECTS),
+    instance: Literal["6tasks", "12tasks", "real12"] = "6tasks",
+    cost_model: Kind = "lobra6",
+    gpus: tuple[int, ...] = SIZES,
+    steps: int = 200,
+) -> None:
+    """Measure the planner, subject by subject; each prints its table.
+
+    Parameters
+    ----------
+    profile
+        A folder with LobRA's published CSV files.
+    lengths
+        One with the length files (``lobra_like_6tasks.json``, ...).
+    subject, instance, cost_model, gpus
+        What to measure.
+    steps
+        Sampled for the dispatcher.
+    """
+    config_name, lengths_name = INSTANCES[instance]
     workload = make_workload(
-        load_trainer_config(config_name), load_lengths(args.lengths / lengths_name), LONGEST
+        load_trainer_config(config_name), load_lengths(lengths / lengths_name), LONGEST
     )
     setting = Setting(
-        load_memory_profile(args.profile / "max_tokens_llama_7B_6tasks.csv"),
-        fit_cost_model(times, NUM_LAYERS_7B, args.cost_model),
+        load_memory_profile(profile / "max_tokens_llama_7B_6tasks.csv"),
+        fit_cost_model(
+            load_time_profile(profile / "profile_time_llama_7B.csv"), NUM_LAYERS_7B, cost_model
+        ),
         replace(workload, num_steps={}),  # so that every step has all tasks
-        tuple(args.gpus),
-        args.steps,
+        gpus,
+        steps,
     )
-    print(f"instance {args.instance}, cost model {args.cost_model}, {platform.processor()}")
-    print(
-        f"{os.cpu_count()} cores, load before {os.getloadavg()[0]:.1f}, {time.strftime('%Y-%m-%d')}"
-    )
-    for subject in args.subject:
-        print(f"\n## {subject}\n")
-        SUBJECTS[subject](setting)
-    memory_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"\npeak memory {memory_mib:.0f} MiB, load after {os.getloadavg()[0]:.1f}")
-
-
-if __name__ == "__main__":
-    main()
+    for name in subject:
+        print(f"\n## {name}\n")
+        SUBJECTS[name](setting)
+    print(f"\npeak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")

@@ -1,7 +1,5 @@
 """The memory estimator against the layouts LobRA deployed: 32B and 70B, never used to calibrate it.
 
-    python benchmarks/profiler_deployments.py
-
 LobRA published max_tokens of 7B only. But each layout it deployed must have held the sequences it
 was deployed for, and a homogeneous deployment for 16,384 tokens says that layouts of no more GPUs
 and less tensor parallelism, which are faster where they fit, did not hold them.
@@ -9,8 +7,8 @@ and less tensor parallelism, which are faster where they fit, did not hold them.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
+from typing import Any
 
 from lobra.commands.profile_options import CUDA_MEMORY_SHARE
 from lobra.layout.shapes import NAMED_SHAPES
@@ -54,34 +52,31 @@ NOT_HELD = [
 ]
 
 
-def judged(runtime: str, accelerator: str) -> Iterator[tuple[str, int, int, str, int, bool]]:
-    """Yield (model, tasks, tokens, what is known, estimated tokens, whether they agree)."""
+def profiler_deployments(
+    *, runtime: str = "hetu", accelerator: str = "A800-80GB"
+) -> Iterator[dict[str, Any]]:
+    """Compare the memory estimator with what LobRA's deployments tell.
+
+    Parameters
+    ----------
+    runtime, accelerator
+        As `lobra profile memory --estimate` takes them.
+    """
     tables = load_tables()
     budget = CUDA_MEMORY_SHARE * tables.accelerator(accelerator).memory_bytes
-    for rows, what in ((HELD, "held"), (SOME, "held some"), (NOT_HELD, "did not hold")):
+    for rows, known in ((HELD, "held"), (SOME, "held some"), (NOT_HELD, "did not hold")):
         for model, tasks, tokens, (tp, pp) in rows:
             adapters = Adapters(((16, TARGET_MODULES),) * tasks)
             estimate = estimate_memory(
                 NAMED_SHAPES[model], tp, pp, adapters, "bf16", tables.runtime(runtime)
             )
             found = estimate.max_tokens(budget, STEP, LARGEST)
-            agrees = (found >= tokens) == (rows is not NOT_HELD)
-            yield model, tasks, tokens, f"<{tp},{pp}> {what}", found, agrees
-
-
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runtime", default="hetu")
-    parser.add_argument("--accelerator", default="A800-80GB")
-    args = parser.parse_args()
-    rows = list(judged(args.runtime, args.accelerator))
-    print("model tasks  tokens  known                estimated")
-    for model, tasks, tokens, known, found, agrees in rows:
-        mark = "" if agrees else "  disagrees"
-        print(f"{model:5} {tasks:5} {tokens:7}  {known:20} {found:9}{mark}")
-    print(f"{sum(row[-1] for row in rows)} of {len(rows)} agree")
-
-
-if __name__ == "__main__":
-    main()
+            yield {
+                "model": model,
+                "tasks": tasks,
+                "tokens": tokens,
+                "layout": f"<{tp},{pp}>",
+                "known": known,
+                "estimated tokens": found,
+                "agrees": (found >= tokens) == (rows is not NOT_HELD),
+            }

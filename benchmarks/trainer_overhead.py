@@ -1,40 +1,31 @@
 """How much of a step is not computing: preparing, waiting, adapter reduction, optimiser.
 
-    python benchmarks/trainer_overhead.py [--steps 12] [--output FILE.csv] [--case 32,4 ...]
-
 Trains random data on the tiny model's shape with CPU ranks, over numbers of tasks (on 4 ranks) and
-of ranks (with 8 tasks), and prints a table. Work per task is fixed, so more tasks mean longer
-steps. Times are means over ranks' steps without the first two.
+of ranks (with 8 tasks). Work per task is fixed, so more tasks mean longer steps. Times are means
+over ranks' steps without the first two.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
 import os
-import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import numpy as np
 
-import numpy as np  # noqa: E402
-
-from lobra.layout.layout import Layout  # noqa: E402
-from lobra.layout.placement import place  # noqa: E402
-from lobra.layout.plan import Plan, ReplicaGroup  # noqa: E402
-from lobra.layout.shapes import read_shape  # noqa: E402
-from lobra.model.folder import resolve_folder  # noqa: E402
-from lobra.profiler.cost_model import fit_cost_model  # noqa: E402
-from lobra.profiler.profiles import TimeProfile  # noqa: E402
-from lobra.tasks.config import TARGET_MODULES, TaskConfig  # noqa: E402
-from lobra.tasks.dataset import TokenizedDataset  # noqa: E402
-from lobra.trainer.metrics import read_metrics  # noqa: E402
-from lobra.trainer.run import run_local  # noqa: E402
-from lobra.trainer.run_spec import RunSpec  # noqa: E402
+from benchmarks.baselines import plain_cost_model
+from lobra.layout.layout import Layout
+from lobra.layout.placement import place
+from lobra.layout.plan import Plan, ReplicaGroup
+from lobra.layout.shapes import read_shape
+from lobra.model.folder import resolve_folder
+from lobra.tasks.config import TARGET_MODULES, TaskConfig
+from lobra.tasks.dataset import TokenizedDataset
+from lobra.trainer.metrics import read_metrics
+from lobra.trainer.run import run_local
+from lobra.trainer.run_spec import RunSpec
 
 SEQUENCES_PER_TASK = 6
 LENGTHS = (24, 200)
@@ -52,11 +43,10 @@ PARTS = {
     "reduction": "reduce_time_s",
     "optimiser": "optimizer_time_s",
 }
-COLUMNS = ("tasks", "ranks", "step_ms", *PARTS, "solve_ms")
 
 
-def measure(folder: Path, num_tasks: int, num_ranks: int, steps: int) -> dict[str, float]:
-    """Train one case and return rank 0's row of COLUMNS: shares of step time, times in ms."""
+def measure(folder: Path, num_tasks: int, num_ranks: int, steps: int) -> dict[str, Any]:
+    """Train one case and return its row: shares of step time, times in ms."""
     base = resolve_folder("tiny")
     shape = read_shape(base)
     tasks = tuple(
@@ -75,7 +65,7 @@ def measure(folder: Path, num_tasks: int, num_ranks: int, steps: int) -> dict[st
         last_step=steps,
         plan=plan,
         world=place(plan, num_ranks),
-        cost_model=plain_cost_model(shape.num_layers),
+        cost_model=plain_cost_model(shape.num_layers, plan),
         output_dir=folder,
         precision="fp32",
         device="cpu",
@@ -100,13 +90,6 @@ def measure(folder: Path, num_tasks: int, num_ranks: int, steps: int) -> dict[st
     }
 
 
-def plain_cost_model(num_layers: int):
-    """Return a cost model of the tiny model's rough proportions; only the balance depends on it."""
-    points = [(tp, s, b) for tp in (1, 2) for s in (32, 64, 128, 256) for b in (1, 2, 4)]
-    tp, s, b = (np.asarray(column) for column in zip(*points, strict=True))
-    return fit_cost_model(TimeProfile(tp, s, b, 1 + b * s / 100 / tp), num_layers)
-
-
 def random_dataset(seed: int, vocab_size: int) -> TokenizedDataset:
     """Return 200 random sequences of heavy-tailed lengths, all tokens targets but the first."""
     generator = np.random.default_rng(seed)
@@ -119,26 +102,17 @@ def random_dataset(seed: int, vocab_size: int) -> TokenizedDataset:
     return TokenizedDataset(tokens, labels, offsets)
 
 
-def main() -> int:
-    """Run all cases and print (and write) the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--case", nargs="*", help="TASKS,RANKS instead of the usual ones")
-    args = parser.parse_args()
-    rows = []
-    print("".join(f"{column:>15}" for column in COLUMNS))
-    cases = [tuple(map(int, case.split(","))) for case in args.case or ()] or CASES
-    for num_tasks, num_ranks in cases:
+def trainer_overhead(*, steps: int = 12, case: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
+    """Train the cases and say what of a step is not computing, as shares of its time.
+
+    Parameters
+    ----------
+    steps
+        To train of each case.
+    case
+        TASKS,RANKS instead of the usual ones.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    for num_tasks, num_ranks in [map(int, one.split(",")) for one in case] or CASES:
         with tempfile.TemporaryDirectory() as folder:
-            row = measure(Path(folder) / "run", num_tasks, num_ranks, args.steps)
-        rows.append([row[column] for column in COLUMNS])
-        print("".join(f"{value:>15.4g}" for value in rows[-1]), flush=True)
-    if args.output:
-        with args.output.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([COLUMNS, *rows])
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+            yield measure(Path(folder) / "run", num_tasks, num_ranks, steps)

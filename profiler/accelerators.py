@@ -6,12 +6,10 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
+from lobra.common.documents import read_document
 from lobra.common.errors import ConfigError
 
 FLAGS = ("sequence_parallel", "adapters_sharded", "loss_in_chunks")
@@ -119,12 +117,7 @@ def load_tables(path: str | os.PathLike[str] | None = None) -> Tables:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if path == BUILT_IN:
-        return dict(_built_in())
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: not readable as YAML ({error})") from error
+    raw = read_document(path)
     sections = ("accelerators", "efficiency", "runtimes")
     if not isinstance(raw, dict) or not all(isinstance(v, dict) for v in raw.values()):
         raise ConfigError(f"{path}: a mapping with {', '.join(sections)} is expected")
@@ -132,12 +125,6 @@ def _read(path: Path) -> dict[str, Any]:
     if unknown:
         names = ", ".join(map(str, unknown))
         raise ConfigError(f"{path}: {names}: unknown; known are {', '.join(sections)}")
-    return raw
-
-
-@cache
-def _built_in() -> dict[str, Any]:
-    raw: dict[str, Any] = yaml.safe_load(BUILT_IN.read_text(encoding="utf-8"))
     return raw
 
 

@@ -25,8 +25,8 @@ from lobra.profiler.profiles import (
     default_memory_path,
     load_memory_profile,
     model_slug,
-    read_meta,
 )
+from lobra.profiler.sidecar import read_meta
 from lobra.tasks.config import TaskConfig
 
 STEP_TOKENS = 256  # capacities are multiples of it

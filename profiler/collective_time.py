@@ -14,10 +14,11 @@ from lobra.layout.shapes import ModelShape
 from lobra.model.launch import DEFAULT_PRELOAD, run_ranks
 from lobra.profiler.collectives import ALL_REDUCE, COLLECTIVE_COLUMNS, SYNC, TRANSFER
 from lobra.profiler.estimate_memory import element_bytes
-from lobra.profiler.layer_time_rank import Clock, measured_timing
-from lobra.profiler.memory import shape_settings
 from lobra.profiler.memory_rank import torch_device
-from lobra.profiler.sweep_file import Restart, SweepFile, open_sweep
+from lobra.profiler.settings import shape_settings
+from lobra.profiler.sweep_file import Restart, open_sweep
+from lobra.profiler.sweep_rows import SweepFile
+from lobra.profiler.timing import measured_timing
 
 NUM_KEYS = 3
 SIZES = (1 << 14, 1 << 17, 1 << 20, 1 << 23)  # bytes of a message
@@ -30,7 +31,6 @@ def open_collectives(
     device: str,
     restart: Restart,
     environment: dict[str, Any],
-    clock: Clock = "wall",
 ) -> SweepFile:
     """Open the CSV of collectives, new or to be continued (see `open_sweep`)."""
     settings = {
@@ -40,7 +40,6 @@ def open_collectives(
         "precision": precision,
         "device": device,
         "bytes_per_token": element_bytes(precision) * shape.hidden_size,
-        **({"clock": clock} if clock != "wall" else {}),
     }
     return open_sweep(
         path,
@@ -59,9 +58,7 @@ def wanted_rows(counts: Sequence[int]) -> tuple[tuple[str, int, int], ...]:
     return tuple((kind, ranks, size) for kind, ranks in sizes for size in SIZES)
 
 
-def sweep_collectives(
-    file: SweepFile, counts: Sequence[int], device: str, clock: Clock = "wall"
-) -> SweepFile:
+def sweep_collectives(file: SweepFile, counts: Sequence[int], device: str) -> SweepFile:
     """Measure what the file lacks for the numbers of ranks, one process each; return it.
 
     Raises
@@ -77,7 +74,7 @@ def sweep_collectives(
             run_ranks(
                 "lobra.profiler.collective_time:time_on_rank",
                 ranks,
-                {"rows": missing, "file": file, "device": device, "clock": clock},
+                {"rows": missing, "file": file, "device": device},
                 device=device,
                 preload=(*DEFAULT_PRELOAD, "lobra.profiler.collective_time"),
             )
@@ -85,13 +82,11 @@ def sweep_collectives(
     return file
 
 
-def time_on_rank(
-    rows: Sequence[tuple[str, int, int]], file: SweepFile, device: str, clock: Clock = "wall"
-) -> None:
+def time_on_rank(rows: Sequence[tuple[str, int, int]], file: SweepFile, device: str) -> None:
     """Time each (kind, ranks, bytes) and append it (rank 0 writes). Collective."""
     where = torch_device(device)
     for kind, ranks, num_bytes in rows:
-        timing = measured_timing([_message(kind, num_bytes, where)], where, clock=clock)
+        timing = measured_timing([_message(kind, num_bytes, where)], where)
         if dist.get_rank() == 0:
             time_ms = timing.time_ms / (2 if kind == TRANSFER else 1)
             file.add((kind, ranks, num_bytes, round(time_ms, 6)), timing.details())

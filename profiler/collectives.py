@@ -6,7 +6,6 @@ fitted by a latency and a bandwidth (Hockney, 1994): time = latency + bytes / ba
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +16,9 @@ import numpy as np
 from scipy.optimize import nnls
 
 from lobra.common.errors import ConfigError
-from lobra.profiler.profiles import PROFILE_DIR, model_slug, read_meta
+from lobra.profiler.csv_rows import read_rows
+from lobra.profiler.profiles import PROFILE_DIR, model_slug
+from lobra.profiler.sidecar import read_meta
 
 COLLECTIVE_COLUMNS = ("kind", "ranks", "bytes", "time")
 TRANSFER, ALL_REDUCE, SYNC = "transfer", "all_reduce", "sync"
@@ -101,18 +102,9 @@ def load_collectives(path: str | os.PathLike[str]) -> Collectives:
         With every mistake of the file.
     """
     path = Path(path)
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            rows = [(reader.line_num, row) for row in reader]
-            header = tuple(reader.fieldnames or ())
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{path}: not readable as CSV ({error})") from error
-    missing = [name for name in COLLECTIVE_COLUMNS if name not in header]
-    if missing:
-        raise ConfigError(f"{path}: column {', '.join(missing)} is missing")
+    rows, _ = read_rows(path, COLLECTIVE_COLUMNS, "lobra profile time")
     problems: list[str] = []
-    points: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    measured: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for line, row in rows:
         try:
             kind, ranks = row["kind"], int(row["ranks"])
@@ -121,17 +113,17 @@ def load_collectives(path: str | os.PathLike[str]) -> Collectives:
                 raise ValueError(f"kind {kind!r} is none of {', '.join(COLLECTIVE_KINDS)}")
             if ranks < 2 or num_bytes <= 0 or not 0 < time_ms < float("inf"):
                 raise ValueError("ranks is at least 2, bytes and time are positive and finite")
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             problems.append(f"{path}: line {line}: {error}")
             continue
-        points.setdefault((kind, ranks), []).append((num_bytes, time_ms))
+        measured.setdefault((kind, ranks), []).append((num_bytes, time_ms))
     meta = read_meta(path)
     bytes_per_token = meta.get("settings", {}).get("bytes_per_token", 0)
     if not isinstance(bytes_per_token, int | float) or bytes_per_token <= 0:
         problems.append(f"{path}: its sidecar lacks settings.bytes_per_token; measure it again")
     if problems:
         raise ConfigError(problems)
-    links = {key: fit_link(*np.array(measured).T) for key, measured in points.items()}
+    links = {key: fit_link(*np.array(messages).T) for key, messages in measured.items()}
     return Collectives(links, float(bytes_per_token), meta)
 
 

@@ -21,9 +21,8 @@ from lobra.profiler.profiles import (
     default_time_path,
     load_time_profiles,
     num_layers_of,
-    read_meta,
 )
-from lobra.profiler.series import other_series
+from lobra.profiler.sidecar import read_meta
 
 __all__ = [
     "KINDS",
@@ -139,13 +138,6 @@ class CostModel:
         """Return the cost model of what is trained: its share of labels, its adapters' size."""
         return replace(self, label_share=label_share, adapter_elements=float(adapter_elements))
 
-    def relative_error(self, tp: int, b: np.ndarray | int, s: np.ndarray | int) -> np.ndarray:
-        """Return the relative spread of rows about ``layer_time_ms`` (arrays broadcast).
-
-        Robust: outliers do not enter it, see ``LayerFit.relative_error``.
-        """
-        return self._fit(tp).relative_error(np.asarray(b), np.asarray(s))
-
     def missing(self, tp: int, memory: str = DEFAULT_POLICY) -> str:
         """Return what a person is told who asks for times that were not profiled."""
         of_policy = "" if memory == DEFAULT_POLICY else f" with memory {memory}"
@@ -199,14 +191,12 @@ def fit_cost_model(
 
 def _fit_all(profile: TimeProfile, kind: Kind) -> dict[int, LayerFit]:
     fits, problems = {}, []
-    series = other_series(profile)
     for tp in profile.tps:
         rows = profile.tp == tp
         b = profile.mbs[rows].astype(np.float64)
         s = profile.seq_len[rows].astype(np.float64)
-        others = None if series is None else series[rows]
         try:
-            fits[tp] = fit_layer(b, s, profile.time_ms[rows], kind, others)
+            fits[tp] = fit_layer(b, s, profile.time_ms[rows], kind)
         except ConfigError as error:
             problems.append(f"{profile.path or 'time profile'}: tp {tp}: {error}")
     if problems:

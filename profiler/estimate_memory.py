@@ -225,12 +225,12 @@ def _stage_memory(
 ) -> MemoryEstimate:
     e = element_bytes(precision)
     layers = len(stage_layers(shape.num_layers, pp, stage))
-    ends = int(stage == 0) + int(stage == pp - 1)
+    vocabulary_matrices = int(stage == 0) + int(stage == pp - 1)  # embedding, head
     if pp == 1 and shape.tied_embeddings:
-        ends = 1
+        vocabulary_matrices = 1
     elements = adapters.elements_per_layer(shape) * layers
     fixed = e * layers * layer_weights(shape) / tp
-    fixed += e * ends * shape.vocab_size * shape.hidden_size / tp
+    fixed += e * vocabulary_matrices * shape.vocab_size * shape.hidden_size / tp
     whole = tp if runtime.adapters_sharded else 1
     per_element = ADAPTER_BYTES / whole + OPTIMIZER_BYTES / tp
     fixed += per_element * elements

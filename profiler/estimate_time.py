@@ -112,12 +112,15 @@ def all_reduce_ms(work: Workload, efficiency: Efficiency, tp: int, b: Sizes, s: 
         network = _bytes_per_ms(work.accelerator.network_gb_s) * efficiency.network
         time_ms = time_ms + 2.0 * (nodes - 1) / nodes * num_bytes / network
         time_ms = time_ms + efficiency.collective_start_ms
-    return all_reduces(work) * time_ms
+    return all_reduces(work.memory) * time_ms
 
 
-def all_reduces(work: Workload) -> float:
-    """Return the all-reduces of a layer: half of `ALL_REDUCES` in each pass through it."""
-    return ALL_REDUCES * (1 + work.again / 2)
+def all_reduces(memory: str) -> float:
+    """Return the all-reduces of a layer under a memory policy: half of `ALL_REDUCES` in each pass.
+
+    With "full" the layer is passed three times, forward, forward again and backward.
+    """
+    return ALL_REDUCES * (1.5 if memory == "full" else 1.0)
 
 
 def layer_ms(work: Workload, efficiency: Efficiency, tp: int, b: Sizes, s: Sizes) -> Array:

@@ -20,8 +20,8 @@ def place_knots(tokens: Array) -> Array:
     distinct = len(np.unique(tokens))
     if distinct < 3:
         return np.array([tokens.max()])
-    ends = np.log(tokens.min()), np.log(tokens.max())
-    return np.exp(np.linspace(*ends, min(MAX_KNOTS, 2 * distinct)))
+    count = min(MAX_KNOTS, 2 * distinct)
+    return np.exp(np.linspace(np.log(tokens.min()), np.log(tokens.max()), count))
 
 
 def terms_of(b: Array, s: Array, knots: Array) -> Array:
@@ -47,30 +47,14 @@ def roughness_rows(tokens: Array, time_ms: Array, knots: Array, weight: float) -
     return rows
 
 
-def robust_nnls(matrix: Array, target: Array, num_rows: int) -> tuple[Array, Array, float]:
-    """Solve non-negative least squares, the first rows' errors weighed after Huber (IRLS).
-
-    Returns the solution, the square roots of the weights, and the rows' standard deviation.
-    """
+def robust_nnls(matrix: Array, target: Array, num_rows: int) -> Array:
+    """Solve non-negative least squares, the first rows' errors weighed after Huber (IRLS)."""
     scale = np.abs(matrix).max(axis=0)
     scale[scale == 0.0] = 1.0
     scaled, weights = matrix / scale, np.ones(len(target))
-    solution, deviation = np.zeros(matrix.shape[1]), 0.0
     for _ in range(IRLS_STEPS):
         found = nnls(scaled * weights[:, None], target * weights, maxiter=100 * matrix.shape[1])[0]
-        solution = found / scale
-        error = np.abs(matrix[:num_rows] @ solution - target[:num_rows])
-        deviation = 1.4826 * float(np.median(error)) + SMALLEST_DEVIATION
+        error = np.abs(scaled[:num_rows] @ found - target[:num_rows])
+        deviation = 1.4826 * float(np.median(error)) + SMALLEST_DEVIATION  # of a normal's median
         weights[:num_rows] = np.sqrt(1.0 / np.maximum(1.0, error / (HUBER * deviation)))
-    # The median is blind to what few parameters leave over from few rows.
-    freedom = max(1.0, num_rows - min(num_rows / 2, float((solution > 0).sum())))
-    spread = float(np.sqrt((np.minimum(error, 3 * deviation) ** 2).sum() / freedom))
-    return solution, weights, max(deviation, spread)
-
-
-def scatter_of(weighted: Array, active: Array) -> Array:
-    """Return (X'X)^-1 of the active terms (penalty included), zero elsewhere [terms, terms]."""
-    columns = weighted[:, active]
-    inverse = np.zeros((len(active), len(active)))
-    inverse[np.ix_(active, active)] = np.linalg.pinv(columns.T @ columns, rcond=1e-10)
-    return inverse
+    return found / scale

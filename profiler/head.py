@@ -84,8 +84,8 @@ def load_head_profile(path: str | os.PathLike[str]) -> HeadProfile:
     problems: list[str] = []
     base = None
     column = HEAD_COLUMNS[3]
-    if column in path.read_text(encoding="utf-8-sig").partition("\n")[0].split(","):
-        found = read_rows(path, (column,), "lobra profile time")[0]
+    found, _ = read_rows(path, TIME_COLUMNS, "lobra profile time", (column,))
+    if any(row[column] for _, row in found):
         values = [finite_ms(path, line, row[column], problems) for line, row in found]
         problems += [
             f"{path}: line {line}: {column}: {value} ms; a time is positive"

@@ -4,15 +4,11 @@ Three things make up a layer's time on a device: what it costs to start at all, 
 tokens of the micro-batch (matrix products: flat while the device fills up, in steps where it is
 full, see the knots), and attention, which grows with b s^2. Every term is non-negative and never
 decreases in b or s, so neither does their sum, inside the rows it was fitted to and beyond.
-
-A profile may consist of rows measured in two ways (another timer, another session); the offset
-between them belongs to the measurement, not to the layer. Rows of the other *series* are fitted
-with an offset of their own, and predictions are those of the reference series.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -23,7 +19,6 @@ from lobra.profiler.fit_terms import (
     place_knots,
     robust_nnls,
     roughness_rows,
-    scatter_of,
     terms_of,
 )
 
@@ -37,10 +32,6 @@ SMALLEST_TIME_MS = 1e-3
 # out best, with many the least.
 ROUGHNESS = (0.01, 0.03, 0.1, 0.3, 1.0)
 MANY_ROWS = 25
-# An offset between series shrinks to its lasting part over about so many tokens.
-SERIES_DECAY_TOKENS = 2000.0
-SERIES_ROWS = 8
-SERIES_GAIN = 0.9  # of the mean error that must remain at most, or there is but one series
 FEW_ROWS = 10  # too few to tell the smaller terms apart
 
 
@@ -57,39 +48,15 @@ class LayerFit:
         float64 [terms], in ms: six, or the four above.
     knots, heights_ms
         float64 [k]: g at these tokens, straight between them and beyond the last.
-    offset_ms
-        float64 [2]: what the other series takes more than the reference, lasting and fading.
-    roughness
-        The weight against changes of slope that cross-validation chose.
-    deviation
-        Standard deviation of a row's relative error, robustly from the rows it was fitted to.
-    scatter
-        float64 [terms, terms]: (X'X)^-1, by which a prediction's variance exceeds a row's.
-    mean_error, max_error
-        Relative errors on the rows it was fitted to.
     """
 
     kind: Kind
     coefficients: Array
     knots: Array = field(default_factory=lambda: np.empty(0))
     heights_ms: Array = field(default_factory=lambda: np.empty(0))
-    offset_ms: Array = field(default_factory=lambda: np.zeros(2))
-    roughness: float = 0.0
-    deviation: float = 0.0
-    scatter: Array = field(default_factory=lambda: np.empty((0, 0)))
-    mean_error: float = 0.0
-    max_error: float = 0.0
 
-    @property
-    def has_series(self) -> bool:
-        """Whether the rows were found to be of two series."""
-        return bool(np.any(self.offset_ms))
-
-    def time_ms(self, b: Array, s: Array, other_series: Array | bool = False) -> Array:
-        """Return ms for micro-batches of ``b`` sequences of ``s`` tokens (arrays broadcast).
-
-        ``other_series`` adds the offset of the rows that were measured in the other way.
-        """
+    def time_ms(self, b: Array, s: Array) -> Array:
+        """Return ms for micro-batches of ``b`` sequences of ``s`` tokens (arrays broadcast)."""
         b, s = np.asarray(b, dtype=np.float64), np.asarray(s, dtype=np.float64)
         tokens = b * s
         if self.kind == "lobra6":
@@ -106,38 +73,15 @@ class LayerFit:
         width = self.knots[-1] - self.knots[-2]
         slope = (self.heights_ms[-1] - self.heights_ms[-2]) / width
         time_ms = time_ms + slope * np.maximum(tokens - self.knots[-1], 0.0)
-        if self.has_series and np.any(other_series):
-            lasting, fading = self.offset_ms
-            offset = lasting + fading * np.exp(-tokens / SERIES_DECAY_TOKENS)
-            time_ms = time_ms + np.where(other_series, offset, 0.0)
         return np.maximum(time_ms, SMALLEST_TIME_MS)
 
-    def relative_error(self, b: Array, s: Array) -> Array:
-        """Return the relative spread to expect of a row about its prediction (arrays broadcast).
 
-        The spread of single rows about the fit, and what the fit itself is uncertain by there:
-        sqrt(deviation^2 (1 + x' (X'X)^-1 x)), x the terms relative to the time predicted. It is
-        robust, outliers do not enter: by tp, 67 to 88 % of the rows held out of LobRA's published
-        profile lie within two of it, not the 95 % of a normal distribution.
-        """
-        b, s = np.broadcast_arrays(np.asarray(b, dtype=np.float64), np.asarray(s, dtype=np.float64))
-        if not self.scatter.size:
-            return np.full(b.shape, self.deviation)
-        terms = terms_of(b.reshape(-1), s.reshape(-1), self.knots[1:-1])
-        terms = terms / self.time_ms(b, s).reshape(-1, 1)
-        leverage = np.einsum("ni,ij,nj->n", terms, self.scatter, terms)
-        return (self.deviation * np.sqrt(1.0 + np.maximum(leverage, 0.0))).reshape(b.shape)
-
-
-def fit_layer(
-    b: Array, s: Array, time_ms: Array, kind: Kind, other_series: Array | None = None
-) -> LayerFit:
+def fit_layer(b: Array, s: Array, time_ms: Array, kind: Kind) -> LayerFit:
     """Fit one tensor-parallel size's rows: ``b``, ``s``, ``time_ms`` are float64 [rows].
 
     ``lobra6`` is ordinary least squares, as published. ``fitted`` minimises relative errors
-    (robustly: rows that stick out do not bend it) plus a small penalty on changes of slope.
-    ``other_series`` (bool [rows]) marks rows that may have been measured in another way; the offset
-    is kept only if it explains a tenth of the error.
+    (robustly: rows that stick out do not bend it) plus a small penalty on changes of slope, whose
+    weight, of few rows, is the one that predicts rows left out best.
 
     Raises
     ------
@@ -145,17 +89,8 @@ def fit_layer(
         If the rows do not determine the six coefficients of ``lobra6``.
     """
     if kind == "lobra6":
-        return _with_errors(_fit_lobra6(b, s, time_ms), b, s, time_ms)
-    fit = _fit_smoothest(b, s, time_ms, None)
-    if other_series is not None and _could_be_two(other_series):
-        split = _fit_smoothest(b, s, time_ms, other_series)
-        if split.mean_error < SERIES_GAIN * fit.mean_error:
-            return split
-    return fit
-
-
-def _could_be_two(other_series: Array) -> bool:
-    return SERIES_ROWS <= int(other_series.sum()) <= len(other_series) - SERIES_ROWS
+        return _fit_lobra6(b, s, time_ms)
+    return _fit_rows(b, s, time_ms, _best_roughness(b, s, time_ms))
 
 
 def _fit_lobra6(b: Array, s: Array, time_ms: Array) -> LayerFit:
@@ -170,76 +105,40 @@ def _fit_lobra6(b: Array, s: Array, time_ms: Array) -> LayerFit:
     return LayerFit("lobra6", np.linalg.lstsq(terms / scale, time_ms, rcond=None)[0] / scale)
 
 
-def _fit_smoothest(b: Array, s: Array, time_ms: Array, other_series: Array | None) -> LayerFit:
-    """Return the fit of the roughness that predicts rows left out best, if the rows are few."""
-    roughness = ROUGHNESS[0]
-    if len(b) < MANY_ROWS:
-        everything = np.arange(len(b))
-        held_out_error = [
-            sum(_held_out_error(b, s, time_ms, everything != row, r) for row in everything)
-            for r in ROUGHNESS
-        ]
-        roughness = ROUGHNESS[int(np.argmin(held_out_error))]
-    fit = _fit_rows(b, s, time_ms, other_series, roughness)
-    return _with_errors(fit, b, s, time_ms, other_series)
+def _best_roughness(b: Array, s: Array, time_ms: Array) -> float:
+    if len(b) >= MANY_ROWS:
+        return ROUGHNESS[0]
+    everything = np.arange(len(b))
+    held_out_error = [
+        sum(_held_out_error(b, s, time_ms, everything != row, roughness) for row in everything)
+        for roughness in ROUGHNESS
+    ]
+    return ROUGHNESS[int(np.argmin(held_out_error))]
 
 
 def _held_out_error(b: Array, s: Array, time_ms: Array, kept: Array, roughness: float) -> float:
     if not kept.any():
         return 0.0
-    fit = _fit_rows(b[kept], s[kept], time_ms[kept], None, roughness)
+    fit = _fit_rows(b[kept], s[kept], time_ms[kept], roughness)
     return float(np.abs(fit.time_ms(b[~kept], s[~kept]) / time_ms[~kept] - 1.0).sum())
 
 
-def _fit_rows(
-    b: Array, s: Array, time_ms: Array, other_series: Array | None, roughness: float
-) -> LayerFit:
+def _fit_rows(b: Array, s: Array, time_ms: Array, roughness: float) -> LayerFit:
     tokens = b * s
     knots = place_knots(tokens)
     terms = terms_of(b, s, knots)
-    num_terms = terms.shape[1]
     if len(b) < FEW_ROWS:
         terms[:, 1:3] = 0.0
-    columns = [terms]
-    if other_series is not None:
-        fading = np.exp(-tokens / SERIES_DECAY_TOKENS)
-        offsets = other_series[:, None] * np.stack([np.ones_like(b), fading], axis=1)
-        columns += [offsets, -offsets]
     penalty = roughness_rows(tokens, time_ms, knots, roughness * np.sqrt(len(b)))
-    data = np.concatenate(columns, axis=1) / time_ms[:, None]
-    matrix = np.zeros((len(b) + len(penalty), data.shape[1]))
-    matrix[: len(b)] = data
-    matrix[len(b) :, NUM_PLAIN:num_terms] = penalty
+    matrix = np.zeros((len(b) + len(penalty), terms.shape[1]))
+    matrix[: len(b)] = terms / time_ms[:, None]
+    matrix[len(b) :, NUM_PLAIN:] = penalty
     target = np.concatenate([np.ones(len(b)), np.zeros(len(penalty))])
-    solution, weights, deviation = robust_nnls(matrix, target, len(b))
-    slopes = solution[NUM_PLAIN:num_terms]
+    solution = robust_nnls(matrix, target, len(b))
+    slopes = solution[NUM_PLAIN:]
     edges = np.concatenate([[0.0], knots])
     heights_ms = np.concatenate([[0.0], np.cumsum(slopes * np.diff(edges, append=edges[-1]))[:-1]])
     # One more knot carries the slope beyond the last.
     edges = np.append(edges, 2.0 * edges[-1])
     heights_ms = np.append(heights_ms, heights_ms[-1] + slopes[-1] * knots[-1])
-    offset = np.zeros(2)
-    if other_series is not None:
-        offset = solution[num_terms : num_terms + 2] - solution[num_terms + 2 :]
-    active = solution[:num_terms] > 0
-    return LayerFit(
-        "fitted",
-        solution[:NUM_PLAIN],
-        edges,
-        heights_ms,
-        offset,
-        roughness,
-        deviation,
-        scatter_of(matrix[:, :num_terms] * weights[:, None], active),
-    )
-
-
-def _with_errors(
-    fit: LayerFit, b: Array, s: Array, time_ms: Array, other_series: Array | None = None
-) -> LayerFit:
-    series = False if other_series is None else other_series
-    error = np.abs(fit.time_ms(b, s, series) / time_ms - 1.0)
-    deviation = fit.deviation or float(np.sqrt((error**2).mean()))
-    return replace(
-        fit, deviation=deviation, mean_error=float(error.mean()), max_error=float(error.max())
-    )
+    return LayerFit("fitted", solution[:NUM_PLAIN], edges, heights_ms)

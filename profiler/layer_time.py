@@ -1,7 +1,7 @@
 """The time profiler: milliseconds of one layer, forward + backward with LoRA, per tp and shape.
 
-All points of a tp are measured by one group of processes, which appends each to the file as it is
-measured. When a point runs out of memory it is noted as such and the sweep goes on with the others.
+All shapes of a tp are measured by one group of processes, which appends each to the file as it is
+measured. When a shape runs out of memory it is noted as such and the sweep goes on with the others.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from lobra.layout.shapes import ModelShape, layout_problem
 from lobra.layout.world import consecutive
 from lobra.model.launch import DEFAULT_PRELOAD, RankError, default_threads, run_ranks
 from lobra.model.lora import AdapterSpec
+from lobra.profiler.grid import time_grid
 from lobra.profiler.head import HEAD_COLUMNS, PROFILED_SHARE
-from lobra.profiler.layer_time_rank import Clock, SingleDevice
-from lobra.profiler.memory import OUT_OF_MEMORY, adapter_settings, shape_settings
-from lobra.profiler.outliers import doubtful_points
-from lobra.profiler.points import time_points
+from lobra.profiler.layer_time_rank import SingleDevice
+from lobra.profiler.memory import OUT_OF_MEMORY
+from lobra.profiler.outliers import doubtful_shapes
 from lobra.profiler.profiles import DEFAULT_POLICY, TIME_COLUMNS
-from lobra.profiler.sweep_file import Restart, SweepFile, open_sweep
+from lobra.profiler.settings import adapter_settings, adapter_specs, shape_settings
+from lobra.profiler.sweep_file import Restart, open_sweep
+from lobra.profiler.sweep_rows import SweepFile
 from lobra.tasks.config import TARGET_MODULES, TaskConfig
 
 log = logging.getLogger(__name__)
@@ -58,8 +60,6 @@ class TimeSweep:
         One for each tp: time a shard on one device and model the collectives; empty: real groups.
     tasks
         Whose adapters to train instead of ``num_tasks`` of ``lora_rank``.
-    clock
-        Wall clock, or the ranks' processor time.
     links
         With ``single_device``: whose links the collectives are modelled with.
     memory
@@ -78,7 +78,6 @@ class TimeSweep:
     device: str
     single_device: tuple[SingleDevice, ...] = ()
     tasks: tuple[TaskConfig, ...] = ()
-    clock: Clock = "wall"
     links: str = ""
     memory: str = DEFAULT_POLICY
 
@@ -86,21 +85,16 @@ class TimeSweep:
     def specs(self) -> tuple[AdapterSpec, ...]:
         """The adapters trained together."""
         if self.tasks:
-            return tuple(
-                AdapterSpec(
-                    task.name, task.rank, task.lora_alpha, task.target_modules, task.lora_dropout
-                )
-                for task in self.tasks
-            )
+            return adapter_specs(self.tasks)
         return tuple(
             AdapterSpec(f"task{task}", self.lora_rank, self.lora_rank, TARGET_MODULES)
             for task in range(self.num_tasks)
         )
 
     @property
-    def points(self) -> tuple[tuple[int, int], ...]:
+    def grid(self) -> tuple[tuple[int, int], ...]:
         """The micro-batch shapes (b, s) to measure for each tp."""
-        return time_points(self.max_seq_length, self.max_tokens)
+        return time_grid(self.max_seq_length, self.max_tokens)
 
     def num_replicas(self, tp: int) -> int:
         """Return how many groups of ``tp`` ranks are timed at once."""
@@ -125,8 +119,6 @@ class TimeSweep:
         if self.tasks:
             settings |= adapter_settings(self.tasks)
             settings["global_batch_sizes"] = [task.global_batch_size for task in self.tasks]
-        if self.clock != "wall":
-            settings["clock"] = self.clock
         if self.device == "cpu" and (chosen := os.environ.get("OMP_NUM_THREADS")):
             settings["OMP_NUM_THREADS"] = chosen  # else an equal share of the cores
         if self.single_device:
@@ -143,8 +135,6 @@ class TimeSweep:
         ]
         if self.max_seq_length < 1 or self.max_tokens < 1:
             problems.append("--max-seq-length and --max-tokens: at least 1 token is needed")
-        if self.clock == "processor" and (self.device != "cpu" or self.load_ranks):
-            problems.append("--clock processor: for --device cpu, without --load-ranks")
         if self.load_ranks and self.single_device:
             problems.append("--load-ranks and --single-device: one or the other")
         elif self.load_ranks and self.load_ranks < max(self.tps):
@@ -162,7 +152,7 @@ def open_files(
     restart: Restart,
     environment: dict[str, Any],
 ) -> tuple[SweepFile, SweepFile]:
-    """Open the layers' and the ends' profile, new or to be continued (see `open_sweep`).
+    """Open the profiles of layers and of embedding and head, see `open_sweep`.
 
     Raises
     ------
@@ -196,14 +186,14 @@ def open_files(
     return layers, head
 
 
-def missing_points(
+def missing_shapes(
     sweep: TimeSweep, tp: int, files: tuple[SweepFile, SweepFile]
 ) -> tuple[tuple[int, int], ...]:
     """Return the (b, s) of ``tp`` that one of the files still lacks, in order."""
     skipped = set().union(*(file.skipped for file in files))
     return tuple(
         (b, s)
-        for b, s in sweep.points
+        for b, s in sweep.grid
         if (tp, s, b) not in skipped and any((tp, s, b) not in file.done for file in files)
     )
 
@@ -214,14 +204,14 @@ def sweep_time(
     report: Callable[[int, int], None] = lambda tp, left: None,
     ready: Callable[[int], bool] = lambda tp: True,
 ) -> tuple[SweepFile, SweepFile]:
-    """Measure every point the files lack and return the files as they then are.
+    """Measure every shape the files lack and return the files as they then are.
 
     Parameters
     ----------
     files
-        The layers' and the ends' profile (`open_files`); the rank processes append to them.
+        Of layers and of embedding and head (`open_files`); the rank processes append to them.
     report
-        ``report(tp, points left)``, called from time to time; none are left while rows that stick
+        ``report(tp, shapes left)``, called from time to time; none are left while rows that stick
         out are measured again.
     ready
         Whether this machine can run that tp; others are left out.
@@ -233,22 +223,22 @@ def sweep_time(
     """
     for tp in filter(ready, sweep.tps):
         checked = False
-        while points := missing_points(sweep, tp, files):
-            report(tp, len(points))
+        while shapes := missing_shapes(sweep, tp, files):
+            report(tp, len(shapes))
             try:
-                _measure(sweep, tp, points, files, report)
+                _measure(sweep, tp, shapes, files, report)
                 failure, checked = None, True
             except RankError as error:
                 if not OUT_OF_MEMORY.search(str(error)):
                     raise
                 failure = error
             files = files[0].reopened(), files[1].reopened()
-            left = missing_points(sweep, tp, files)
+            left = missing_shapes(sweep, tp, files)
             if failure is not None and left:
                 b, s = left[0]  # they are measured in order
                 log.warning("tp %d: %d x %d ran out of memory and is left out", tp, b, s)
                 files[0].skip((tp, s, b), "ran out of memory")
-        if not checked and any(doubtful_points(file, tp) for file in files):
+        if not checked and any(doubtful_shapes(file, tp) for file in files):
             _measure(sweep, tp, (), files, report)  # a sweep before this one was ended too early
             files = files[0].reopened(), files[1].reopened()
         report(tp, 0)
@@ -258,13 +248,13 @@ def sweep_time(
 def _measure(
     sweep: TimeSweep,
     tp: int,
-    points: tuple[tuple[int, int], ...],
+    shapes: tuple[tuple[int, int], ...],
     files: tuple[SweepFile, SweepFile],
     report: Callable[[int, int], None],
 ) -> None:
-    """Run the ranks that measure `points`, and again what then sticks out; report progress."""
+    """Run the ranks that measure `shapes`, and again what then sticks out; report progress."""
     shards = [single for single in sweep.single_device if single.tp == tp]
-    watched = files[0 if any((tp, s, b) not in files[0].done for b, s in points) else 1]
+    watched = files[0 if any((tp, s, b) not in files[0].done for b, s in shapes) else 1]
     count, size = (1, 1) if shards else (sweep.num_replicas(tp), tp)
     world = consecutive([Layout(size, 1, memory=sweep.memory)] * count)
     ended = threading.Event()
@@ -272,25 +262,24 @@ def _measure(
 
     def watch() -> None:
         while not ended.wait(POLL_S):
-            report(tp, len(points) - (watched.num_rows_on_disk() - before))
+            report(tp, len(shapes) - (watched.num_rows_on_disk() - before))
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
         run_ranks(
-            "lobra.profiler.layer_time_rank:time_points_on_rank",
+            "lobra.profiler.layer_time_rank:time_shapes_on_rank",
             world.num_ranks,
             {
                 "folder": sweep.folder,
                 "world": world,
                 "specs": sweep.specs,
-                "points": points,
+                "shapes": shapes,
                 "precision": sweep.precision,
                 "device": sweep.device,
                 "layer_file": files[0],
                 "head_file": files[1],
                 "single_device": shards[0] if shards else None,
-                "clock": sweep.clock,
                 "task_weights": [float(task.global_batch_size) for task in sweep.tasks],
             },
             device=sweep.device,

@@ -5,11 +5,9 @@ Shape suffixes: B rows, S positions, D hidden.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,32 +21,12 @@ from lobra.model.precision import DTYPES
 from lobra.model.stage import MicroBatchTensors, Stage, build_stage
 from lobra.profiler.head import PROFILED_SHARE
 from lobra.profiler.memory_rank import synthetic_batch, torch_device
-from lobra.profiler.outliers import MAX_ATTEMPTS, doubtful_points
-from lobra.profiler.sweep_file import SweepFile
+from lobra.profiler.outliers import MAX_ATTEMPTS, doubtful_shapes, record_attempt
+from lobra.profiler.sweep_rows import SweepFile
+from lobra.profiler.timing import TIMED_S, measured_timing
 
-Clock = Literal["wall", "processor"]
 PROBE_LAYERS = 4  # timed together, so that what a stage does once is shared out as in training
-MIN_REPEATS, MAX_REPEATS = 3, 30
-TIMED_S = 0.8  # of all repeats of a point together, where 3 to 30 repeats allow it
-# Tasks whose adapters differ are timed in so many mixtures, each at least twice.
-NUM_MIXTURES, MIN_REPEATS_OF_MIXTURE = 4, 2
-APART = 0.1  # two repeats of a mixture that differ by more ask for a third
-
-
-@dataclass(frozen=True)
-class Timing:
-    """A robust time: the median in ms, and the interquartile range as a share of it."""
-
-    time_ms: float
-    spread: float
-    repeats: int
-
-    def details(self, modelled_ms: float | None = None) -> dict[str, Any]:
-        """Return what the sidecar keeps of it; ``modelled_ms`` of collectives come on top."""
-        details: dict[str, Any] = {"spread": round(self.spread, 4), "repeats": self.repeats}
-        if modelled_ms is not None:
-            details["modelled_collectives_ms"] = round(modelled_ms, 6)
-        return details
+NUM_MIXTURES = 4  # in so many ways a micro-batch is mixed of tasks whose adapters differ
 
 
 @dataclass(frozen=True)
@@ -68,23 +46,22 @@ class SingleDevice:
     head_ms: tuple[float, float]
 
 
-def time_points_on_rank(
+def time_shapes_on_rank(
     folder: Path,
     world: World,
     specs: tuple[AdapterSpec, ...],
-    points: tuple[tuple[int, int], ...],
+    shapes: tuple[tuple[int, int], ...],
     precision: str,
     device: str,
     layer_file: SweepFile,
     head_file: SweepFile,
     single_device: SingleDevice | None = None,
     task_weights: Sequence[float] = (),
-    clock: Clock = "wall",
 ) -> None:
-    """Time every point that the files do not hold and append it to them (rank 0 writes).
+    """Time every shape that the files do not hold and append it to them (rank 0 writes).
 
-    All replicas of ``world`` run the same point at the same time, each a tensor-parallel group on
-    its own; the mean over them is recorded. Rows that then stick out (`doubtful_points`) are timed
+    All replicas of ``world`` run the same shape at the same time, each a tensor-parallel group on
+    its own; the mean over them is recorded. Rows that then stick out (`doubtful_shapes`) are timed
     once or twice more and become the median of their attempts. Collective.
 
     Parameters
@@ -92,7 +69,7 @@ def time_points_on_rank(
     world
         Replicas of <tp,1>, all of the same tp and memory policy: with "full" the backward pass
         computes layers again, and that is timed too.
-    points
+    shapes
         (b, s) in the order they are measured.
     layer_file, head_file
         Rows ``tp,seq_len,mbs,time``; only rank 0's copies are written to.
@@ -100,8 +77,6 @@ def time_points_on_rank(
         Time one shard on this one rank, and add the collectives from a model.
     task_weights
         How often a row is of each task (`row_mixtures`); empty: all alike.
-    clock
-        Wall clock, or each rank's processor time (CPU only).
     """
     tp = world.layouts[0].tp
     groups = build_groups(world)
@@ -110,7 +85,7 @@ def time_points_on_rank(
         layout = replace(groups.place.layout, tp=tp)
         groups = replace(groups, place=replace(groups.place, layout=layout))
     where = torch_device(device)
-    layers, ends = _build_probes(folder, groups, specs, DTYPES[precision], where)
+    layers, head = _build_probes(folder, groups, specs, DTYPES[precision], where)
     mixtures_wanted = NUM_MIXTURES if _adapters_differ(specs) else 1
     weights = task_weights or [1.0] * len(specs)
 
@@ -120,27 +95,25 @@ def time_points_on_rank(
             _layer_run(layers, replace(batch, row_tasks=tasks), received_BSD, gradient_BSD)
             for tasks in row_mixtures(b, weights, mixtures_wanted)
         ]
-        timing = measured_timing(runs, where, clock=clock)
+        timing = measured_timing(runs, where)
         modelled_ms = None if single_device is None else _line(single_device.layer_ms, b * s)
         if dist.get_rank() == 0:
             time_ms = timing.time_ms / len(layers.layers) + (modelled_ms or 0.0)
-            _record(layer_file, (tp, s, b), (), time_ms, timing.details(modelled_ms))
+            record_attempt(layer_file, (tp, s, b), (), time_ms, timing.details(modelled_ms))
 
-    def time_ends(b: int, s: int, batch: MicroBatchTensors, received_BSD: torch.Tensor) -> None:
+    def time_head(b: int, s: int, batch: MicroBatchTensors, received_BSD: torch.Tensor) -> None:
         nothing = replace(batch, targets=batch.targets.none())
         base, timing = (
-            measured_timing(
-                [_ends_run(layers, ends, one, received_BSD)], where, 0.5 * TIMED_S, clock
-            )
+            measured_timing([_head_run(layers, head, one, received_BSD)], where, 0.5 * TIMED_S)
             for one in (nothing, batch)
         )
         modelled_ms = None if single_device is None else _line(single_device.head_ms, b * s)
         if dist.get_rank() == 0:
             time_ms = timing.time_ms + (modelled_ms or 0.0)
             base_ms = round(min(base.time_ms + (modelled_ms or 0.0), time_ms), 6)
-            _record(head_file, (tp, s, b), (base_ms,), time_ms, timing.details(modelled_ms))
+            record_attempt(head_file, (tp, s, b), (base_ms,), time_ms, timing.details(modelled_ms))
 
-    def time_point(b: int, s: int, layer_too: bool, ends_too: bool) -> None:
+    def time_shape(b: int, s: int, layer_too: bool, head_too: bool) -> None:
         batch = synthetic_batch((b, s), layers.shape, len(specs), where, PROFILED_SHARE)
         batch = replace(batch, noise_seed=b * s)  # adapters with dropout drop out, as in training
         if single_device is not None:  # the other shards' rows of the embedding are not here
@@ -148,22 +121,22 @@ def time_points_on_rank(
         received_BSD = torch.randn(b, s, layers.shape.hidden_size, device=where).to(layers.dtype)
         if layer_too:
             time_layer(b, s, batch, received_BSD)
-        if ends_too:
-            time_ends(b, s, batch, received_BSD)
+        if head_too:
+            time_head(b, s, batch, received_BSD)
 
-    for b, s in points:
+    for b, s in shapes:
         key = tp, s, b
-        time_point(b, s, key not in layer_file.done, key not in head_file.done)
+        time_shape(b, s, key not in layer_file.done, key not in head_file.done)
     for _ in range(MAX_ATTEMPTS - 1):
-        doubtful_layers, doubtful_ends = _agreed_doubtful(tp, layer_file, head_file)
-        for b, s in sorted(doubtful_layers | doubtful_ends):
-            time_point(b, s, (b, s) in doubtful_layers, (b, s) in doubtful_ends)
+        doubtful_layers, doubtful_heads = _agreed_doubtful(tp, layer_file, head_file)
+        for b, s in sorted(doubtful_layers | doubtful_heads):
+            time_shape(b, s, (b, s) in doubtful_layers, (b, s) in doubtful_heads)
 
 
 def _agreed_doubtful(tp: int, *files: SweepFile) -> list[set[tuple[int, int]]]:
-    """Return, of each file, the points to time again: as rank 0 sees it, who writes the files."""
+    """Return, of each file, the shapes to time again: as rank 0 sees it, who writes the files."""
     writes = dist.get_rank() == 0
-    found = [doubtful_points(file, tp) if writes else set() for file in files]
+    found = [doubtful_shapes(file, tp) if writes else set() for file in files]
     dist.broadcast_object_list(found, src=0)
     return found
 
@@ -198,31 +171,6 @@ def _embedding_rows(stage: Stage) -> range:
     return rows
 
 
-def _record(
-    file: SweepFile,
-    key: tuple[int, int, int],
-    before_time: tuple[float, ...],
-    time_ms: float,
-    details: dict[str, Any],
-) -> None:
-    """Append a row, or make one measured before the median of all its attempts.
-
-    The time is the last column; ``before_time`` are those between it and the key.
-    """
-    attempts = [round(time_ms, 6)]
-    if key not in file.done:
-        file.add((*key, *before_time, attempts[0]), details)
-        return
-    before = file.details(key)
-    attempts = [*before.get("attempts", [float(file.done[key][-1])]), *attempts]
-    median = float(np.median(attempts))
-    # What the attempts differ by is as much a doubt as what the repeats of the best one do.
-    apart = float(np.median(np.abs(np.array(attempts) - median))) / median
-    spread = max(apart, min(before.get("spread", details["spread"]), details["spread"]))
-    revised = before | details | {"attempts": attempts, "spread": round(spread, 4)}
-    file.revise((*key, *before_time, round(median, 6)), revised)
-
-
 def _build_probes(
     folder: Path,
     groups: ReplicaGroups,
@@ -233,7 +181,7 @@ def _build_probes(
     """Return a stage with the embedding and a few layers, and one with the head.
 
     They are the first and the last stage of a pipeline whose other stages are not there; nothing
-    is ever sent. A model of few layers is one stage that has both ends.
+    is ever sent. A model of few layers is one stage that has both.
     """
     num_layers = read_shape(folder).num_layers
     num_stages = max(1, num_layers // PROBE_LAYERS)
@@ -244,91 +192,29 @@ def _build_probes(
         return build_stage(folder, replace(groups, place=place), specs, dtype=dtype, device=device)
 
     if num_stages == 1:
-        both = stage(0, 1)
-        return both, both
+        whole = stage(0, 1)
+        return whole, whole
     return stage(0, num_stages), stage(num_layers - 1, num_layers)
 
 
 def _layer_run(
-    stage: Stage, batch: MicroBatchTensors, received_BSD: torch.Tensor, gradient_BSD: torch.Tensor
+    layers: Stage, batch: MicroBatchTensors, received_BSD: torch.Tensor, gradient_BSD: torch.Tensor
 ) -> Callable[[], None]:
     def run() -> None:
         received_BSD.grad = None
         received_BSD.requires_grad_(True)
-        stage.hidden(batch, received_BSD).backward(gradient_BSD)
+        layers.hidden(batch, received_BSD).backward(gradient_BSD)
 
     return run
 
 
-def _ends_run(
-    first: Stage, last: Stage, batch: MicroBatchTensors, received_BSD: torch.Tensor
+def _head_run(
+    embedding: Stage, head: Stage, batch: MicroBatchTensors, received_BSD: torch.Tensor
 ) -> Callable[[], None]:
     def run() -> None:
-        first.decoder.embed_tokens(batch.tokens_BS)
+        embedding.decoder.embed_tokens(batch.tokens_BS)
         hidden_BSD = received_BSD.detach().requires_grad_(True)
-        weighted, _ = last.loss(last.decoder.norm(hidden_BSD), batch)
+        weighted, _ = head.loss(head.decoder.norm(hidden_BSD), batch)
         weighted.backward()
 
     return run
-
-
-def measured_timing(
-    runs: Sequence[Callable[[], None]],
-    device: torch.device,
-    timed_s: float = TIMED_S,
-    clock: Clock = "wall",
-) -> Timing:
-    """Time collective functions: warm-up, then as many repeats as rank 0 finds worthwhile.
-
-    Of each function a rank takes the median of its repeats, of these the mean over functions and
-    over ranks; it is returned everywhere. The repeats take about ``timed_s`` seconds together.
-    """
-
-    def repeat() -> list[float]:
-        return [1e3 * _timed(run, device, clock) for run in runs]
-
-    # The functions differ in whose rows they run, which only an accelerator has to get ready for.
-    for run in runs if device.type == "cuda" else runs[:1]:
-        run()
-    _wait(device)
-    _meet(device)
-    times_ms = [repeat()]
-    least = MIN_REPEATS if len(runs) == 1 else MIN_REPEATS_OF_MIXTURE
-    most = max(least, MAX_REPEATS // len(runs))
-    repeats = int(np.clip(timed_s / max(1e-3 * sum(times_ms[0]), 1e-6), least, most))
-    chosen = torch.tensor([repeats], device=device)
-    dist.broadcast(chosen, src=0)
-    repeats = int(chosen.item())
-    _meet(device)
-    times_ms += [repeat() for _ in range(repeats - 1)]
-    if repeats == 2:  # whose median is their mean: a third tells which of two is wrong
-        apart = max(max(pair) / min(pair) - 1.0 for pair in zip(*times_ms, strict=True))
-        furthest = torch.tensor([apart], dtype=torch.float32, device=device)
-        dist.all_reduce(furthest, op=dist.ReduceOp.MAX)
-        if float(furthest) > APART:
-            times_ms.append(repeat())
-    low, median, high = np.percentile(times_ms, (25, 50, 75), axis=0)
-    spread = float(((high - low) / median).mean())
-    statistics = torch.tensor([median.mean(), spread], dtype=torch.float32, device=device)
-    dist.all_reduce(statistics)
-    statistics /= dist.get_world_size()
-    return Timing(float(statistics[0]), float(statistics[1]), len(times_ms) * len(runs))
-
-
-def _timed(run: Callable[[], None], device: torch.device, clock: Clock) -> float:
-    """Return the seconds one run takes."""
-    now = time.perf_counter if clock == "wall" else time.process_time
-    begin = now()
-    run()
-    _wait(device)
-    return now() - begin
-
-
-def _meet(device: torch.device) -> None:
-    """Wait for all ranks; each says its device, which torch else guesses with a warning."""
-    dist.barrier(device_ids=None if device.index is None else [device.index])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

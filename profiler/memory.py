@@ -18,13 +18,13 @@ from lobra.common.files import write_atomic
 from lobra.layout.layout import Layout
 from lobra.layout.shapes import ModelShape, layout_problem
 from lobra.model.launch import DEFAULT_PRELOAD, RankError, run_ranks
-from lobra.model.lora import AdapterSpec
 from lobra.profiler.capacity import STEP_TOKENS, Parts, slope
 from lobra.profiler.exchange import most_exchange_bytes
 from lobra.profiler.memory_rank import ADAPTER_BYTES, OPTIMIZER_BYTES, RankMemory
-from lobra.profiler.profiles import write_meta
 from lobra.profiler.search import Trial, largest_fitting
-from lobra.profiler.sweep_file import SweepFile
+from lobra.profiler.settings import adapter_settings, adapter_specs, shape_settings
+from lobra.profiler.sidecar import write_meta
+from lobra.profiler.sweep_rows import SweepFile
 from lobra.tasks.config import TaskConfig
 
 log = logging.getLogger(__name__)
@@ -98,29 +98,6 @@ class LayoutResult:
     max_tokens: int | None
     trials: tuple[Trial, ...] = ()
     failure: str = ""
-
-
-def adapter_settings(tasks: Sequence[TaskConfig]) -> dict[str, Any]:
-    """Return what of the tasks' adapters costs depend on, as a sidecar's settings have it."""
-    settings: dict[str, Any] = {
-        "adapters": [[task.rank, list(task.target_modules)] for task in tasks]
-    }
-    if any(task.lora_dropout > 0.0 for task in tasks):
-        settings["lora_dropout"] = [task.lora_dropout for task in tasks]
-    return settings
-
-
-def shape_settings(shape: ModelShape) -> list[int]:
-    """Return the sizes of a model that its costs depend on."""
-    return [
-        shape.num_layers,
-        shape.hidden_size,
-        shape.intermediate_size,
-        shape.num_heads,
-        shape.num_kv_heads,
-        shape.head_dim,
-        shape.vocab_size,
-    ]
 
 
 def layouts_within(shape: ModelShape, num_gpus: int) -> tuple[tuple[int, int], ...]:
@@ -293,24 +270,13 @@ def measure_trial(sweep: MemorySweep, tp: int, pp: int, tokens: int) -> list[Ran
         If a rank died or raised; running out of memory is one of the reasons.
     """
     layout = Layout(tp, pp, memory=sweep.memory)
-    specs = tuple(
-        AdapterSpec(
-            task.name,
-            task.rank,
-            task.lora_alpha,
-            task.target_modules,
-            task.lora_dropout,
-            task.seed,
-        )
-        for task in sweep.tasks
-    )
     return run_ranks(
         "lobra.profiler.memory_rank:memory_of_rank",
         layout.num_gpus,
         {
             "folder": sweep.folder,
             "layout": layout,
-            "specs": specs,
+            "specs": adapter_specs(sweep.tasks),
             "shapes": trial_shapes(tokens),
             "precision": sweep.precision,
             "device": sweep.device,

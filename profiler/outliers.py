@@ -1,11 +1,13 @@
-"""Which rows of a running time sweep should be measured again before anyone believes them."""
+"""Rows of a running time sweep that are measured again before anyone believes them."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
 from lobra.profiler.layer_fit import fit_layer
-from lobra.profiler.sweep_file import SweepFile
+from lobra.profiler.sweep_rows import SweepFile
 
 MAX_ATTEMPTS = 3
 FEWEST_ROWS = 6
@@ -16,7 +18,7 @@ UNSTEADY = 0.25  # a spread of its repeats (interquartile range / median) beyond
 DECREASE = 0.05  # a larger micro-batch that takes less by this share
 
 
-def doubtful_points(file: SweepFile, tp: int) -> set[tuple[int, int]]:
+def doubtful_shapes(file: SweepFile, tp: int) -> set[tuple[int, int]]:
     """Return the (b, s) of ``tp`` in need of another attempt, the worst half at most.
 
     A row is doubtful if its repeats differ widely, if the fit to all other rows misses it, or if a
@@ -41,6 +43,31 @@ def doubtful_points(file: SweepFile, tp: int) -> set[tuple[int, int]]:
     doubt[attempts >= MAX_ATTEMPTS] = 0.0
     worst = np.argsort(-doubt)[: len(keys) // 2]
     return {(int(b[row]), int(s[row])) for row in worst if doubt[row] > 0}
+
+
+def record_attempt(
+    file: SweepFile,
+    key: tuple[int, int, int],
+    before_time: tuple[float, ...],
+    time_ms: float,
+    details: dict[str, Any],
+) -> None:
+    """Append a row, or make one measured before the median of all its attempts.
+
+    The time is the last column; ``before_time`` are those between it and the key.
+    """
+    attempts = [round(time_ms, 6)]
+    if key not in file.done:
+        file.add((*key, *before_time, attempts[0]), details)
+        return
+    before = file.details(key)
+    attempts = [*before.get("attempts", [float(file.done[key][-1])]), *attempts]
+    median = float(np.median(attempts))
+    # What the attempts differ by is as much a doubt as what the repeats of the best one do.
+    apart = float(np.median(np.abs(np.array(attempts) - median))) / median
+    spread = max(apart, min(before.get("spread", details["spread"]), details["spread"]))
+    revised = before | details | {"attempts": attempts, "spread": round(spread, 4)}
+    file.revise((*key, *before_time, round(median, 6)), revised)
 
 
 def _left_out_error(b: np.ndarray, s: np.ndarray, time_ms: np.ndarray) -> np.ndarray:

@@ -11,7 +11,6 @@ from lobra.common.errors import ConfigError
 from lobra.common.files import atomic_path
 from lobra.profiler.layer_fit import fit_layer
 from lobra.profiler.profiles import TimeProfile
-from lobra.profiler.series import other_series
 from lobra.profiler.validation import SuspiciousRow, Validation
 
 LENGTH_SHOWN = 1024  # tokens of the sequences the curves are drawn for
@@ -25,7 +24,7 @@ def plot_fit(
 ) -> None:
     """Save a PNG: above, time per token against tokens; below, the error on held-out rows.
 
-    Rows of the other series are hollow, suspicious ones circled.
+    Suspicious rows are circled.
 
     Raises
     ------
@@ -41,22 +40,17 @@ def plot_fit(
     figure, axes = pyplot.subplots(
         2, columns, figsize=(3.6 * columns + 0.6, 6), sharex="col", sharey="row", squeeze=False
     )
-    others = other_series(profile)
     for column, validation in enumerate(validations):
         rows = validation.rows
-        hollow = np.zeros(len(rows), dtype=bool) if others is None else others[rows]
         b = profile.mbs[rows].astype(float)
         s = profile.seq_len[rows].astype(float)
         tokens, time_ms = b * s, profile.time_ms[rows]
-        fit = fit_layer(b, s, time_ms, validation.kind, None if others is None else hollow)
+        fit = fit_layer(b, s, time_ms, validation.kind)
         above, below = axes[0][column], axes[1][column]
         marks = {(row.b, row.s) for row in suspicious if row.tp == validation.tp}
         circled = np.array([(int(x), int(y)) in marks for x, y in zip(b, s, strict=True)])
         for axis, values in ((above, 1e3 * time_ms / tokens), (below, 100 * validation.error)):
-            axis.scatter(tokens[~hollow], values[~hollow], s=14, color="tab:blue")
-            axis.scatter(
-                tokens[hollow], values[hollow], s=14, facecolors="none", edgecolors="tab:blue"
-            )
+            axis.scatter(tokens, values, s=14, color="tab:blue")
             axis.scatter(
                 tokens[circled], values[circled], s=90, facecolors="none", edgecolors="tab:red"
             )

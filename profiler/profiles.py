@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from lobra.common.errors import ConfigError
-from lobra.common.files import write_atomic
 from lobra.layout.layout import Layout
 from lobra.profiler.csv_rows import finite_ms, read_rows, whole_numbers
+from lobra.profiler.sidecar import read_meta
 
 TIME_COLUMNS = ("tp", "seq_len", "mbs", "time")
 MEMORY_COLUMNS = ("tp", "pp", "sp", "max_tokens")
@@ -149,38 +148,6 @@ def default_memory_path(model: str, num_tasks: int) -> Path:
     """Return ``exp_result/profile/memory/max_tokens_<model>_<n>tasks.csv``."""
     name = f"max_tokens_{model_slug(model)}_{num_tasks}tasks.csv"
     return _published_spelling(PROFILE_DIR / "memory", name, model)
-
-
-def meta_path(path: str | os.PathLike[str]) -> Path:
-    """Return the sidecar of a profile: the same name with ``.meta.json`` for ``.csv``."""
-    return Path(path).with_suffix(".meta.json")
-
-
-def read_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the sidecar of the profile at ``path``, or ``{}`` if there is none.
-
-    Raises
-    ------
-    ConfigError
-        If the sidecar is not a JSON object.
-    """
-    sidecar = meta_path(path)
-    if not sidecar.is_file():
-        return {}
-    try:
-        meta = json.loads(sidecar.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{sidecar}: not readable as JSON ({error}); restore it, or remove it with its CSV"
-        ) from error
-    if not isinstance(meta, dict):
-        raise ConfigError(f"{sidecar}: a JSON object is expected, not {type(meta).__name__}")
-    return meta
-
-
-def write_meta(path: str | os.PathLike[str], meta: dict[str, Any]) -> None:
-    """Write the sidecar of the profile at ``path``."""
-    write_atomic(meta_path(path), json.dumps(meta, indent=2, sort_keys=True) + "\n")
 
 
 def load_time_profile(path: str | os.PathLike[str], memory: str = DEFAULT_POLICY) -> TimeProfile:

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from lobra.common.errors import ConfigError
-from lobra.profiler.layer_fit import Kind, LayerFit, fit_layer
+from lobra.profiler.layer_fit import Kind, fit_layer
 from lobra.profiler.profiles import TimeProfile
-from lobra.profiler.series import other_series
-from lobra.profiler.sweep_file import policy_of
+from lobra.profiler.sweep_rows import policy_of
 
 Array = np.ndarray
 
@@ -105,8 +104,7 @@ def cross_validate(
 ) -> tuple[Validation, ...]:
     """Return, for every tp, the error on each row of a cost model fitted without its fold.
 
-    ``by_length`` leaves out whole lengths, one after the other, instead of random rows. Where a
-    profile is of two series, a row is compared with the prediction for its own (see `series`).
+    ``by_length`` leaves out whole lengths, one after the other, instead of random rows.
 
     Raises
     ------
@@ -139,12 +137,12 @@ def cross_validate(
 def _validate_tp(
     profile: TimeProfile, tp: int, kind: Kind, rows: Array, folds: Array
 ) -> Validation:
-    b, s, time_ms, others = _rows_of(profile, rows)
+    b, s, time_ms = _rows_of(profile, rows)
     error, edge = np.empty(len(rows)), np.empty(len(rows), dtype=bool)
     for fold in np.unique(folds):
         out = folds == fold
-        fit = fit_layer(b[~out], s[~out], time_ms[~out], kind, others[~out])
-        error[out] = fit.time_ms(b[out], s[out], others[out]) / time_ms[out] - 1.0
+        fit = fit_layer(b[~out], s[~out], time_ms[~out], kind)
+        error[out] = fit.time_ms(b[out], s[out]) / time_ms[out] - 1.0
         sizes, tokens = np.unique((b * s)[~out]), (b * s)[out]
         smaller = np.searchsorted(sizes, tokens, side="right")
         larger = len(sizes) - np.searchsorted(sizes, tokens)
@@ -152,11 +150,9 @@ def _validate_tp(
     return Validation(tp, kind, rows, error, edge)
 
 
-def _rows_of(profile: TimeProfile, rows: Array) -> tuple[Array, Array, Array, Array]:
+def _rows_of(profile: TimeProfile, rows: Array) -> tuple[Array, Array, Array]:
     b, s = profile.mbs[rows].astype(np.float64), profile.seq_len[rows].astype(np.float64)
-    others = other_series(profile)
-    chosen = np.zeros(len(rows), dtype=bool) if others is None else others[rows]
-    return b, s, profile.time_ms[rows], chosen
+    return b, s, profile.time_ms[rows]
 
 
 def worst_rows(
@@ -183,42 +179,38 @@ def suspicious_rows(
     """Return the rows that stick out by far more than the others of their tp, worst first.
 
     Two ways: the fit that has not seen a row misses it by five robust standard deviations (and at
-    least 5 %), or a larger micro-batch of the same series takes 5 % less time. At the edge of the
+    least 5 %), or a larger micro-batch takes 5 % less time. At the edge of the
     measured sizes, where the former is an extrapolation, the fit that has seen the row must miss
     it by 5 % too.
     """
-    others = other_series(profile)
     found = []
     for validation in validations:
-        rows = validation.rows
+        b, s, time_ms = _rows_of(profile, validation.rows)
         deviation = 1.4826 * float(np.median(np.abs(validation.error)))
         limit = max(SUSPICIOUS_ERROR, SUSPICIOUS_DEVIATIONS * deviation)
         sticks_out = np.abs(validation.error) > limit
         if np.any(sticks_out & validation.edge):
             seen = np.abs(_error_of_seen(profile, validation)) > SUSPICIOUS_ERROR
             sticks_out &= seen | ~validation.edge
-        for row, error, out in zip(rows, validation.error, sticks_out, strict=True):
-            same = rows if others is None else rows[others[rows] == others[row]]
-            shape = (profile.mbs[same], profile.seq_len[same])
-            larger = (shape[0] >= profile.mbs[row]) & (shape[1] >= profile.seq_len[row])
-            least_ms = profile.time_ms[same[larger]].min()
-            measured = float(profile.time_ms[row])
+        for row, (error, out) in enumerate(zip(validation.error, sticks_out, strict=True)):
+            least_ms = time_ms[(b >= b[row]) & (s >= s[row])].min()
+            measured = float(time_ms[row])
             if least_ms < measured * (1.0 - SUSPICIOUS_ERROR):
                 reason = f"a larger micro-batch takes {least_ms:.3f} ms"
             elif out:
                 reason = f"its neighbours predict {measured * (1.0 + error):.3f} ms"
             else:
                 continue
-            point = int(validation.tp), int(profile.mbs[row]), int(profile.seq_len[row])
-            found.append(SuspiciousRow(*point, measured, float(error), reason))
+            shape = int(validation.tp), int(b[row]), int(s[row])
+            found.append(SuspiciousRow(*shape, measured, float(error), reason))
     return tuple(sorted(found, key=lambda row: -abs(row.error)))
 
 
 def _error_of_seen(profile: TimeProfile, validation: Validation) -> Array:
     """Return predicted / measured - 1 of each row, by the fit to all of them."""
-    b, s, time_ms, others = _rows_of(profile, validation.rows)
-    fit = fit_layer(b, s, time_ms, validation.kind, others)
-    return np.asarray(fit.time_ms(b, s, others) / time_ms - 1.0)
+    b, s, time_ms = _rows_of(profile, validation.rows)
+    fit = fit_layer(b, s, time_ms, validation.kind)
+    return np.asarray(fit.time_ms(b, s) / time_ms - 1.0)
 
 
 def row_spread(profile: TimeProfile, tp: int) -> float:
@@ -255,33 +247,14 @@ def refusals(profile: TimeProfile, validations: Iterable[Validation]) -> list[st
     return problems
 
 
-def decreasing_points(fit: LayerFit, longest: int, largest: int) -> int:
-    """Return how many neighbours on a dense grid (b to ``largest``, s to ``longest``) decrease."""
-    b = np.arange(1, largest + 1)[:, None]
-    s = np.arange(16, longest + 1, 16)[None, :]
-    time_ms = fit.time_ms(b, s)
-    slack = 1e-9 * time_ms
-    in_b = np.diff(time_ms, axis=0) < -slack[1:]
-    in_s = np.diff(time_ms, axis=1) < -slack[:, 1:]
-    return int(in_b.sum() + in_s.sum())
-
-
-def least_possible_error(
-    profile: TimeProfile, tp: int, series_apart: bool = False
-) -> tuple[float, tuple[int, int]]:
-    """Return the largest error that every monotone cost model makes on its own rows, and where.
+def least_possible_error(profile: TimeProfile, tp: int) -> float:
+    """Return the largest relative error that every monotone cost model makes on its own rows.
 
     A row of time t whose larger neighbour takes only u < t: one of both is missed by at least
-    (t - u) / (t + u). The pair are rows of the profile; (0, (row, row)) if it never decreases.
-    With ``series_apart`` rows of different series (see `series`) contradict each other in nothing.
-    Of rows that were held out it says nothing: each fold has a function of its own.
+    (t - u) / (t + u). Of rows that were held out it says nothing: each fold has a function of its
+    own.
     """
-    rows = np.flatnonzero(profile.tp == tp)
-    b, s, time_ms = profile.mbs[rows], profile.seq_len[rows], profile.time_ms[rows]
+    b, s, time_ms = _rows_of(profile, np.flatnonzero(profile.tp == tp))
     larger = (b[:, None] <= b) & (s[:, None] <= s)
-    others = other_series(profile)
-    if series_apart and others is not None:
-        larger &= others[rows][:, None] == others[rows]
     error = np.where(larger, (time_ms[:, None] - time_ms) / (time_ms[:, None] + time_ms), 0.0)
-    first, second = np.unravel_index(int(error.argmax()), error.shape)
-    return float(error.max()), (int(rows[first]), int(rows[second]))
+    return float(error.max())

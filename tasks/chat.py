@@ -59,13 +59,17 @@ class ChatTemplate:
     ----------
     tokenizer
         Whose template it is. It runs in transformers' sandbox.
+    specials
+        Its special tokens.
     day
         The date that templates with a date are told.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, day: date) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, specials: SpecialTokens, day: date
+    ) -> None:
         self._tokenizer = tokenizer
-        self._specials = SpecialTokens.of(tokenizer)
+        self._specials = specials
         self._day = day
         self._sources: dict[bool, str] = {}
         self._days: dict[str, dict[str, str]] = {}

@@ -36,8 +36,6 @@ _CALLS = ("function_call", "tool_call")  # ShareGPT roles whose value is the JSO
 FLAGS = ("weight", "train", "trainable")
 #: Names of the text that precedes an answer; templates read the first or ``thinking``.
 REASONING = ("reasoning_content", "reasoning", "thinking")
-#: A message's fields that mean something here or to templates.
-MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", *REASONING, *FLAGS)
 #: A message's fields that change training whatever they say, with what to do instead.
 REFUSED_MARKS: Mapping[str, str] = {
     "train_detail": "parts of a message cannot be chosen; set train for the whole message",

@@ -52,13 +52,13 @@ class Encoded(NamedTuple):
 class Encoder:
     """A tokenizer's own text-to-ids, with offsets into the text and without side effects on it."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.specials = SpecialTokens.of(tokenizer)
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, specials: SpecialTokens) -> None:
+        self._specials = specials
         self._beginning = np.array(
-            [tokenizer.bos_token_id] if self.specials.is_begun else [], dtype=np.int32
+            [tokenizer.bos_token_id] if specials.is_begun else [], dtype=np.int32
         )
         #: The ids of the special tokens.
-        self.special_ids = set(tokenizer.convert_tokens_to_ids(list(self.specials.spellings)))
+        self.special_ids = set(tokenizer.convert_tokens_to_ids(list(specials.spellings)))
         document = json.loads(tokenizer.backend_tokenizer.to_str())
         # Ids do not depend on these; offsets do, and a text is never cut or padded here.
         document.update(post_processor=None, truncation=None, padding=None)
@@ -91,7 +91,7 @@ class Encoder:
         """Return (text, what is learned of it, whether the twin must tokenise it)."""
         if not row.verbatim:
             return row.text, row.learned, False
-        spelled = self.specials.find(row.text)
+        spelled = self._specials.find(row.text)
         edits = []
         parts = iter(row.verbatim)  # both ascend
         part = next(parts, None)
@@ -138,7 +138,7 @@ class Encoder:
     def _aliases(self) -> dict[str, str]:
         return {
             spelling: f"\U00100000{_SECRET}.{number}\U00100001"
-            for number, spelling in enumerate(self.specials.spellings)
+            for number, spelling in enumerate(self._specials.spellings)
         }
 
     @cached_property

@@ -55,15 +55,6 @@ class Template:
                     found.append(Piece(values[field], is_learned=is_learned, is_field=True))
         return [piece for piece in found if piece.text]
 
-    def render(self, instruction: str, input: str, output: str) -> tuple[str, str]:
-        """Return (prompt, target) of one example."""
-        pieces = self.pieces(instruction, input, output)
-        prompt, target = (
-            "".join(piece.text for piece in pieces if piece.is_learned == is_learned)
-            for is_learned in (False, True)
-        )
-        return prompt, target
-
 
 # The template of Stanford Alpaca (Apache-2.0), which most instruction data is published for.
 ALPACA = Template(

@@ -88,14 +88,14 @@ class TextProcessor:
     @cached_property
     def encoder(self) -> Encoder:
         """The tokenizer's way from texts to ids."""
-        return Encoder(self.tokenizer)
+        return Encoder(self.tokenizer, self.specials)
 
-    @property
+    @cached_property
     def specials(self) -> SpecialTokens:
         """The tokenizer's special tokens."""
-        return self.encoder.specials
+        return SpecialTokens.of(self.tokenizer)
 
     @cached_property
     def chat(self) -> ChatTemplate:
         """The tokenizer's chat template."""
-        return ChatTemplate(self.tokenizer, self.day)
+        return ChatTemplate(self.tokenizer, self.specials, self.day)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lobra.common.errors import ConfigError
-from lobra.common.files import write_atomic
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -92,20 +90,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         special_tokens=[(BOS, tokenizer.token_to_id(BOS))],
     )
     return tokenizer
-
-
-def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Write a tokenizer of `train_tokenizer` as a Hugging Face folder's tokenizer files."""
-    folder = Path(folder)
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": BOS,
-        "eos_token": EOS,
-        "pad_token": PAD,
-        "clean_up_tokenization_spaces": False,
-    }
-    write_atomic(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
-    write_atomic(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
 
 def _find_bpe_files(folder: Path) -> tuple[Path, Path] | None:

@@ -136,12 +136,12 @@ def _print_tables(
                 _percent(v.max_error),
                 _percent(unseen[v.tp].mean_error) if v.tp in unseen else "",
                 _percent(row_spread(profile, v.tp)) if "rows" in profile.meta else "",
-                _percent(least_possible_error(profile, v.tp, kind == "fitted")[0]),
+                _percent(least_possible_error(profile, v.tp)),
             )
     console.print(table)
     console.print(
-        "spread: of a row's own repeats. floor: what any cost model of the kind that never "
-        "decreases in b or s misses one of these rows by, even of those it has seen."
+        "spread: of a row's own repeats. floor: what any cost model that never decreases in b or s "
+        "misses one of these rows by, even of those it has seen."
     )
     kind = next(iter(rows))
     for tp, b, s, time_ms, error in worst_rows(profile, rows[kind], args.worst):

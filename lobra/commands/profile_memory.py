@@ -133,14 +133,8 @@ def _measure(args: argparse.Namespace) -> int:
 def _estimate(args: argparse.Namespace) -> int:
     from lobra.profiler.accelerators import load_tables
     from lobra.profiler.estimate_memory import Adapters, estimate_memory
-    from lobra.profiler.memory import (
-        STEP_TOKENS,
-        adapter_settings,
-        layouts_within,
-        parse_bytes,
-        shape_settings,
-        whole_steps,
-    )
+    from lobra.profiler.memory import STEP_TOKENS, layouts_within, parse_bytes, whole_steps
+    from lobra.profiler.settings import adapter_settings, shape_settings
 
     tables = load_tables(args.accelerators)
     accelerator = tables.accelerator(args.accelerator)

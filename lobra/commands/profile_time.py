@@ -32,8 +32,8 @@ from lobra.profiler.profiles import (
     TIME_COLUMNS,
     default_time_path,
     load_time_profile,
-    meta_path,
 )
+from lobra.profiler.sidecar import meta_path
 from lobra.profiler.sweep_file import open_sweep
 from lobra.tasks.config import load_trainer_config
 
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from lobra.profiler.estimate_time import Workload
     from lobra.profiler.layer_time_rank import SingleDevice
 
-CPU = "CPU"  # the name of its links in the table of accelerators
 NUM_TASKS, LORA_RANK = 4, 16  # where neither they nor a trainer config are given
 DEFAULT_MAX_SEQ_LENGTH = {"cpu": 2048, "cuda": 16384}
 
@@ -62,16 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "ranks will do in training (default: one replica alone)",
     )
     parser.add_argument(
-        "--clock",
-        choices=("wall", "processor"),
-        help="processor: count each CPU rank's own processor time, for a machine busy with other "
-        "work; waiting for messages then counts nothing",
-    )
-    parser.add_argument(
         "--single-device",
         action="store_true",
         help="time one shard of each tp on one device and model the collectives (give "
-        "--accelerator for its links)",
+        "--accelerator for a GPU's links, or --links)",
     )
     parser.add_argument(
         "--links",
@@ -149,7 +142,6 @@ def _measure(args: argparse.Namespace) -> int:
         device=device,
         single_device=_single_devices(args, shape, precision, device, tps),
         tasks=load_trainer_config(args.trainer_config).tasks if args.trainer_config else (),
-        clock=args.clock or "wall",
         links=_links(args),
         memory=args.memory,
     )
@@ -161,7 +153,7 @@ def _measure(args: argparse.Namespace) -> int:
     too_many = [tp for tp in tps if limit is not None and sweep.num_ranks(tp) > limit]
     for tp in too_many:
         console.print(f"tp {tp}: left out, it needs more than the {limit} GPUs of this machine")
-    total = len(sweep.points)
+    total = len(sweep.grid)
     with progress_bars(console) as progress:
         bars = {
             tp: progress.add_task(f"tp {tp}: {total} shapes", total=total, start=False)
@@ -192,9 +184,9 @@ def _measure(args: argparse.Namespace) -> int:
         from lobra.profiler.collective_time import open_collectives, sweep_collectives
 
         file = open_collectives(
-            shape, collectives_path, precision, device, args.restart, environment, sweep.clock
+            shape, collectives_path, precision, device, args.restart, environment
         )
-        file = sweep_collectives(file, counts, device, sweep.clock)
+        file = sweep_collectives(file, counts, device)
         console.print(f"{len(file.done)} rows of collectives in {collectives_path}")
     return 0
 
@@ -202,8 +194,8 @@ def _measure(args: argparse.Namespace) -> int:
 def _estimate(args: argparse.Namespace) -> int:
     from lobra.profiler.accelerators import load_tables
     from lobra.profiler.estimate_time import base_ms, calibrate, head_ms, layer_error, layer_ms
-    from lobra.profiler.memory import shape_settings
-    from lobra.profiler.points import time_points
+    from lobra.profiler.grid import time_grid
+    from lobra.profiler.settings import shape_settings
 
     tps = _tp_list(args.tp)
     shape = resolve_shape(args.model)
@@ -260,7 +252,7 @@ def _estimate(args: argparse.Namespace) -> int:
             memory=memory,
         )
         for size in tps:
-            for b, s in time_points(length, _max_tokens(args, length)):
+            for b, s in time_grid(length, _max_tokens(args, length)):
                 if (size, s, b) not in file.done:
                     times = (round(float(f(work, efficiency, size, b, s)), 6) for f in times_of)
                     file.add((size, s, b, *times), {})
@@ -279,34 +271,35 @@ def _single_devices(
     from lobra.profiler.estimate_time import all_reduce_ms, all_reduces
     from lobra.profiler.layer_time_rank import SingleDevice
 
-    links = None if args.links is None else load_collectives(args.links)
-    if args.accelerator is None and device == "cuda" and links is None:
+    per_layer = all_reduces(args.memory)
+    if args.links is not None:
+        links = load_collectives(args.links)
+        if max(tps) > 1 and not links.has(ALL_REDUCE):
+            raise ConfigError(f"{args.links}: has no rows of all_reduce; measure with tp 2")
+        bytes_per_token = element_bytes(precision) * shape.hidden_size
+
+        def layer_ms(tp: int, tokens: int) -> float:
+            return per_layer * float(links.all_reduce_ms(tp, tokens * bytes_per_token))
+
+    elif device == "cpu" or args.accelerator is None:
         raise ConfigError(
-            "--single-device needs --accelerator NAME, whose links are modelled, or --links CSV, "
-            "measured ones"
+            "--single-device needs --accelerator NAME, the GPU whose links are modelled, or "
+            "--links CSV, measured ones (on a CPU always these)"
         )
-    tables = load_tables(args.accelerators)
-    args = argparse.Namespace(**{**vars(args), "accelerator": args.accelerator or CPU})
-    work = replace(_workload(args, tables, shape, precision), sequence_parallel=False)
-    bytes_per_token = element_bytes(precision) * shape.hidden_size
+    else:
+        tables = load_tables(args.accelerators)
+        work = replace(_workload(args, tables, shape, precision), sequence_parallel=False)
+
+        def layer_ms(tp: int, tokens: int) -> float:
+            return float(all_reduce_ms(work, tables.efficiency, tp, 1, tokens))
+
     found = []
     for tp in tps:
-        if links is None:
-            none_ms, one_ms = (
-                float(all_reduce_ms(work, tables.efficiency, tp, n, n)) for n in (0, 1)
-            )
-        else:
-            if tp > 1 and not links.has(ALL_REDUCE):
-                raise ConfigError(f"{args.links}: has no rows of all_reduce; measure with tp 2")
-            none_ms, one_ms = (
-                all_reduces(work) * float(links.all_reduce_ms(tp, n * bytes_per_token))
-                for n in (0, 1)
-            )
-        fixed_ms, per_token_ms = none_ms, one_ms - none_ms
-        # The ends have two all-reduces: the embedding's and the head's input.
-        share = 2 / all_reduces(work)
-        ends = fixed_ms * share, per_token_ms * share
-        found.append(SingleDevice(tp, (fixed_ms, per_token_ms), ends))
+        fixed_ms, one_ms = layer_ms(tp, 0), layer_ms(tp, 1)
+        layer = fixed_ms, one_ms - fixed_ms
+        # Embedding and head have two all-reduces: the embedding's and the head's input.
+        head = 2 * layer[0] / per_layer, 2 * layer[1] / per_layer
+        found.append(SingleDevice(tp, layer, head))
     return tuple(found)
 
 
@@ -319,7 +312,7 @@ def _links(args: argparse.Namespace) -> str:
     from lobra.profiler.accelerators import load_tables
 
     tables = load_tables(args.accelerators)
-    accelerator = tables.accelerator(args.accelerator or CPU)
+    accelerator = tables.accelerator(args.accelerator)
     return f"{accelerator}, {tables.efficiency}"
 
 

@@ -12,7 +12,8 @@ import pytest
 from lobra.cli import main
 from lobra.commands.profile_time import _single_devices, add_arguments
 from lobra.layout.shapes import NAMED_SHAPES
-from lobra.profiler.profiles import load_memory_profile, load_time_profile, read_meta, write_meta
+from lobra.profiler.profiles import load_memory_profile, load_time_profile
+from lobra.profiler.sidecar import read_meta, write_meta
 from tests.model.support import save_llama
 
 ROOT = Path(__file__).parents[2]
@@ -122,7 +123,7 @@ A100 = ["--estimate", "--accelerator", "A100-40GB"]
     ("more", "problems"),
     [
         (["--calibrate", "a.csv", "--runtime", "hetu"], ["--calibrate", "--runtime"]),
-        ([*A100, "--load-ranks", "2", "--clock", "wall"], ["--load-ranks", "--clock"]),
+        ([*A100, "--load-ranks", "2"], ["--load-ranks"]),
         ([*A100, "--single-device", "--links", "a.csv"], ["--single-device", "--links"]),
         (["--single-device", "--calibrate", "a.csv"], ["--calibrate"]),
         (["--single-device", "--links", "a.csv", *A100[1:]], ["--accelerator tells the links"]),
@@ -177,12 +178,21 @@ def test_what_calibrating_found_is_said(tmp_path: Path, capsys: pytest.CaptureFi
     assert "mean error that remains 0.0 %" in capsys.readouterr().err
 
 
+def written_links(path: Path, bytes_per_token: int) -> Path:
+    """Write an all-reduce of two ranks: 0.1 ms, and 1e-6 ms a byte."""
+    lines = [f"all_reduce,2,{size},{0.1 + 1e-6 * size}" for size in (1000, 100_000)]
+    path.write_text("\n".join(["kind,ranks,bytes,time", *lines]) + "\n", encoding="utf-8")
+    write_meta(path, {"settings": {"bytes_per_token": bytes_per_token}})
+    return path
+
+
 @pytest.mark.ranks
 def test_a_single_device_times_a_shard_and_says_so(tmp_path: Path) -> None:
     folder = save_llama(tmp_path / "llama")
-    path = tmp_path / "time.csv"
+    path, links = tmp_path / "time.csv", written_links(tmp_path / "links.csv", 256)
     command = ["profile", "time", "--model", str(folder), "--tp", "1,4", "--single-device"]
-    command += ["--device", "cpu", "--max-seq-length", "64", "--output", str(path)]
+    command += ["--links", str(links), "--device", "cpu", "--max-seq-length", "64"]
+    command += ["--output", str(path)]
     assert main(command) == 0
     meta = read_meta(path)
     assert meta["kind"] == "measured on a single device"
@@ -213,24 +223,24 @@ def test_measured_links_go_with_a_single_device_and_need_all_reduces(
     links = tmp_path / "links.csv"
     links.write_text("kind,ranks,bytes,time\ntransfer,2,1000,0.5\n", encoding="utf-8")
     write_meta(links, {"settings": {"bytes_per_token": 512}})
-    command = ["profile", "time", "--model", "tiny", "--tp", "2", "--links", str(links)]
-    command += ["--output", str(tmp_path / "time.csv"), "--device", "cpu"]
-    assert main(command) == 2
+    command = ["profile", "time", "--model", "tiny", "--tp", "2", "--device", "cpu"]
+    command += ["--output", str(tmp_path / "time.csv")]
+    assert main([*command, "--links", str(links)]) == 2
     assert "give that too" in capsys.readouterr().err
-    assert main([*command, "--single-device"]) == 2
+    assert main([*command, "--single-device", "--links", str(links)]) == 2
     assert "no rows of all_reduce" in capsys.readouterr().err
+    assert main([*command, "--single-device", *A100[1:]]) == 2
+    assert "on a CPU always these" in capsys.readouterr().err
 
 
 def test_measured_links_may_be_of_another_model(tmp_path: Path) -> None:
     links = tmp_path / "links.csv"
-    lines = [f"all_reduce,2,{size},{0.1 + 1e-6 * size}" for size in (1000, 100_000)]
-    links.write_text("\n".join(["kind,ranks,bytes,time", *lines]) + "\n", encoding="utf-8")
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     args = parser.parse_args(
         ["--model", "7B", "--tp", "2", "--single-device", "--links", str(links)]
     )
     for bytes_per_token in (512, 8192):
-        write_meta(links, {"settings": {"bytes_per_token": bytes_per_token}})
+        written_links(links, bytes_per_token)
         (found,) = _single_devices(args, NAMED_SHAPES["7B"], "bf16", "cpu", (2,))
         assert found.layer_ms == pytest.approx((4 * 0.1, 4 * 1e-6 * 2 * 4096))

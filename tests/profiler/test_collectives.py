@@ -13,7 +13,8 @@ from lobra.profiler.collective_time import open_collectives, sweep_collectives, 
 from lobra.profiler.collectives import fit_link, load_collectives
 from lobra.profiler.cost_model import fit_cost_model, load_cost_model
 from lobra.profiler.csv_rows import append_row
-from lobra.profiler.profiles import TimeProfile, write_meta
+from lobra.profiler.profiles import TimeProfile
+from lobra.profiler.sidecar import write_meta
 
 COLUMNS = ("kind", "ranks", "bytes", "time")
 

@@ -11,7 +11,8 @@ from lobra.common.errors import ConfigError
 from lobra.profiler.cost_model import fit_cost_model, load_cost_model
 from lobra.profiler.head import HEAD_COLUMNS, HeadProfile, fit_heads, load_head_profile
 from lobra.profiler.layer_time_rank import row_mixtures
-from lobra.profiler.profiles import TimeProfile, write_meta
+from lobra.profiler.profiles import TimeProfile
+from lobra.profiler.sidecar import write_meta
 
 LENGTHS, SIZES = (64, 128, 256, 512), (1, 2, 4)
 

@@ -43,5 +43,5 @@ def test_a_killed_time_profile_is_continued(tmp_path: Path, project_root: Path) 
     assert path.read_bytes().startswith(complete), "the rows measured before are as they were"
     for name in (path, path.with_name("head_time.csv")):
         profile = load_time_profile(name)
-        points = list(zip(profile.tp, profile.seq_len, profile.mbs, strict=True))
-        assert len(set(points)) == len(points) == 3
+        shapes = list(zip(profile.tp, profile.seq_len, profile.mbs, strict=True))
+        assert len(set(shapes)) == len(shapes) == 3

@@ -15,10 +15,11 @@ from lobra.layout.world import one_replica
 from lobra.model.launch import RankError, run_ranks
 from lobra.model.lora import MultiAdapterLinear
 from lobra.profiler import layer_time
-from lobra.profiler.layer_time import TimeSweep, missing_points, open_files, sweep_time
-from lobra.profiler.layer_time_rank import SingleDevice, time_points_on_rank
-from lobra.profiler.profiles import load_time_profile, load_time_profiles, read_meta
-from lobra.profiler.sweep_file import SweepFile
+from lobra.profiler.layer_time import TimeSweep, missing_shapes, open_files, sweep_time
+from lobra.profiler.layer_time_rank import SingleDevice, time_shapes_on_rank
+from lobra.profiler.profiles import load_time_profile, load_time_profiles
+from lobra.profiler.sidecar import read_meta
+from lobra.profiler.sweep_rows import SweepFile
 from lobra.tasks.config import TaskConfig
 from tests.model.support import save_llama
 
@@ -38,7 +39,7 @@ def opened(sweep: TimeSweep, folder: Path) -> Files:
 @pytest.mark.ranks
 def test_real_ranks_fill_both_files_and_continue(sweep: TimeSweep, tmp_path: Path) -> None:
     first = replace(sweep, tps=(2,))
-    assert missing_points(first, 2, opened(first, tmp_path)) == ((1, 64),)
+    assert missing_shapes(first, 2, opened(first, tmp_path)) == ((1, 64),)
     sweep_time(first, opened(first, tmp_path))
     before = (tmp_path / "t.csv").read_bytes(), (tmp_path / "h.csv").read_bytes()
 
@@ -49,30 +50,30 @@ def test_real_ranks_fill_both_files_and_continue(sweep: TimeSweep, tmp_path: Pat
     for name, content in zip(("t.csv", "h.csv"), before, strict=True):
         assert (tmp_path / name).read_bytes().startswith(content), "rows measured before stay"
         profile = load_time_profile(tmp_path / name)
-        points = list(zip(profile.tp, profile.mbs, profile.seq_len, strict=True))
-        assert sorted(points) == [(1, 1, 64), (2, 1, 64)]
+        shapes = list(zip(profile.tp, profile.mbs, profile.seq_len, strict=True))
+        assert sorted(shapes) == [(1, 1, 64), (2, 1, 64)]
         assert (profile.time_ms > 0.01).all()
         details = read_meta(tmp_path / name)["rows"]["1,64,1"]
         assert details["repeats"] >= 3
         assert details["spread"] >= 0
     assert reports[0] == (1, 1)
     assert reports[-1] == (2, 0)
-    assert missing_points(sweep, 1, (layers, head)) == ()
+    assert missing_shapes(sweep, 1, (layers, head)) == ()
 
 
 @pytest.mark.ranks
 def test_only_what_sticks_out_is_measured_again(sweep: TimeSweep, tmp_path: Path) -> None:
     sweep = replace(sweep, tps=(1,), load_ranks=0, max_seq_length=256, max_tokens=512)
     layers, head = opened(sweep, tmp_path)
-    wrong = sweep.points[len(sweep.points) // 2]
-    for b, s in sweep.points:
+    wrong = sweep.grid[len(sweep.grid) // 2]
+    for b, s in sweep.grid:
         time_ms = 1.0 + 0.001 * b * s
         layers.add((1, s, b, time_ms * (5 if (b, s) == wrong else 1)), {"spread": 0.0})
         head.add((1, s, b, 0.1, time_ms), {"spread": 0.0})
     before = head.path.read_bytes()
     layers, _ = sweep_time(sweep, (layers, head))
     assert 2 <= len(layers.details((1, wrong[1], wrong[0]))["attempts"]) <= 3
-    assert set(layers.done) == {(1, s, b) for b, s in sweep.points}
+    assert set(layers.done) == {(1, s, b) for b, s in sweep.grid}
     assert head.path.read_bytes() == before
 
 
@@ -83,8 +84,8 @@ def test_running_out_of_memory_leaves_the_point_out(
     asked: list[tuple[tuple[int, int], ...]] = []
 
     def ranks(target, world_size, kwargs, **options) -> None:
-        asked.append(kwargs["points"])
-        for b, s in kwargs["points"]:
+        asked.append(kwargs["shapes"])
+        for b, s in kwargs["shapes"]:
             if b == 4:
                 raise RankError(0, "torch.OutOfMemoryError: CUDA out of memory")
             for file in (kwargs["layer_file"], kwargs["head_file"]):
@@ -96,7 +97,7 @@ def test_running_out_of_memory_leaves_the_point_out(
     assert files[0].skipped == {(1, 64, 4)}
     assert asked == [((1, 64), (4, 64))]
     sweep_time(sweep, opened(sweep, tmp_path))
-    assert len(asked) == 1, "a point left out is not tried again"
+    assert len(asked) == 1, "a shape left out is not tried again"
 
 
 def test_rows_of_other_links_are_not_continued(sweep: TimeSweep, tmp_path: Path) -> None:
@@ -119,7 +120,7 @@ def test_another_failure_is_raised(
 
 
 def dropouts_on_rank(sweep: TimeSweep, files: Files) -> int:
-    """Return how often dropout factors are drawn while a point is timed."""
+    """Return how often dropout factors are drawn while a shape is timed."""
     drawn: list[int] = []
     plain = MultiAdapterLinear._kept
 
@@ -128,11 +129,11 @@ def dropouts_on_rank(sweep: TimeSweep, files: Files) -> int:
         return plain(self, adapter, x, noise_seed)
 
     MultiAdapterLinear._kept = counted  # type: ignore[method-assign]
-    time_points_on_rank(
+    time_shapes_on_rank(
         sweep.folder,
         one_replica(Layout(1, 1)),
         sweep.specs,
-        sweep.points,
+        sweep.grid,
         "fp32",
         "cpu",
         *files,
@@ -158,7 +159,7 @@ def test_layers_are_timed_with_their_dropout(sweep: TimeSweep, tmp_path: Path) -
 
 
 def forwards_on_rank(sweep: TimeSweep, files: Files) -> int:
-    """Return how often a linear of a layer runs forward while a point is timed."""
+    """Return how often a linear of a layer runs forward while a shape is timed."""
     calls: list[int] = []
     plain = MultiAdapterLinear.forward
 
@@ -168,7 +169,7 @@ def forwards_on_rank(sweep: TimeSweep, files: Files) -> int:
 
     MultiAdapterLinear.forward = counted  # type: ignore[method-assign]
     world = one_replica(Layout(1, 1, memory=sweep.memory))
-    time_points_on_rank(sweep.folder, world, sweep.specs, sweep.points, "fp32", "cpu", *files)
+    time_shapes_on_rank(sweep.folder, world, sweep.specs, sweep.grid, "fp32", "cpu", *files)
     return len(calls)
 
 
@@ -192,9 +193,9 @@ def test_layers_computed_again_are_timed_so(sweep: TimeSweep, tmp_path: Path) ->
 
 
 def test_all_mistakes_at_once(sweep: TimeSweep, tmp_path: Path) -> None:
-    wrong = replace(sweep, tps=(3, 8), load_ranks=4, clock="processor")
+    wrong = replace(sweep, tps=(3, 8), load_ranks=4)
     with pytest.raises(ConfigError) as error:
         opened(wrong, tmp_path)
-    assert len(error.value.problems) == 4
+    assert len(error.value.problems) == 3
     assert "tp 3 does not divide the 4 attention heads" in str(error.value)
     assert list(tmp_path.iterdir()) == [], "nothing half-written"

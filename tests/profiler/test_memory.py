@@ -27,8 +27,10 @@ from lobra.profiler.memory import (
     whole_steps,
 )
 from lobra.profiler.memory_rank import RankMemory
-from lobra.profiler.profiles import MEMORY_COLUMNS, load_memory_profile, read_meta, write_meta
-from lobra.profiler.sweep_file import SweepFile, open_sweep
+from lobra.profiler.profiles import MEMORY_COLUMNS, load_memory_profile
+from lobra.profiler.sidecar import read_meta, write_meta
+from lobra.profiler.sweep_file import open_sweep
+from lobra.profiler.sweep_rows import SweepFile
 from lobra.tasks.config import TARGET_MODULES, TaskConfig
 from tests.model.support import save_llama
 

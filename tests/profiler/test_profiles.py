@@ -15,9 +15,8 @@ from lobra.profiler.profiles import (
     default_time_path,
     load_memory_profile,
     load_time_profile,
-    read_meta,
-    write_meta,
 )
+from lobra.profiler.sidecar import read_meta, write_meta
 
 
 def written(tmp_path: Path, text: str) -> Path:

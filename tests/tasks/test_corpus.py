@@ -16,7 +16,8 @@ from lobra.tasks import corpus as corpus_module
 from lobra.tasks.config import load_trainer_config
 from lobra.tasks.corpus import EMBEDDED, _mine, _modules, corpus_texts, ensure_corpus, mine_corpus
 from lobra.tasks.dataset import load_dataset
-from lobra.tasks.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from lobra.tasks.tokenizer import load_tokenizer, train_tokenizer
+from tests.tasks.support import save_tokenizer
 
 
 @pytest.fixture(scope="module")

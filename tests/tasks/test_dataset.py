@@ -15,7 +15,7 @@ from lobra.tasks.config import load_trainer_config
 from lobra.tasks.dataset import MASKED, TokenizedDataset, load_dataset
 from lobra.tasks.prompts import ALPACA
 from lobra.tasks.tokenizer import load_tokenizer
-from tests.tasks.support import task, write_rows
+from tests.tasks.support import rendered, task, write_rows
 
 ROWS = [
     {"instruction": "Say cat.", "input": "", "output": "cat"},
@@ -37,7 +37,7 @@ def test_prompts_are_masked_and_targets_end(tokenizer: Any, tmp_path: Path) -> N
     for index, row in enumerate(ROWS):
         tokens, labels = data.sequence(index)
         assert len(tokens) == len(labels) == data.lengths[index]
-        prompt, _ = ALPACA.render(row["instruction"], row["input"], row["output"])
+        prompt, _ = rendered(ALPACA, row["instruction"], row["input"], row["output"])
         assert tokenizer.decode(tokens) == f"<s>{prompt}{row['output']}</s>"
         assert tokenizer.decode(learned(data, index)) == f"{row['output']}</s>"
         assert np.array_equal(labels[labels != MASKED], tokens[labels != MASKED])
@@ -148,9 +148,9 @@ def test_loading_data_does_not_need_torch(tmp_path: Path) -> None:
     write_rows(tmp_path, *ROWS)
     program = (
         "import sys\n"
-        "from lobra.tasks.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer\n"
+        "from lobra.tasks.tokenizer import load_tokenizer, train_tokenizer\n"
         "from lobra.tasks.dataset import load_dataset\n"
-        "from tests.tasks.support import TEXTS, task\n"
+        "from tests.tasks.support import TEXTS, save_tokenizer, task\n"
         f"save_tokenizer(train_tokenizer(TEXTS, 300), {str(tmp_path)!r})\n"
         f"load_dataset(task(), load_tokenizer({str(tmp_path)!r}), {str(tmp_path)!r})\n"
         "print('torch' in sys.modules)"
@@ -187,7 +187,7 @@ def test_real_data(shared: Path, project_root: Path, gpt2: Any, name: str) -> No
         target = gpt2.decode(labels[labels != MASKED])
         assert np.all((labels == MASKED) | (labels == tokens))
         if len(tokens) < 1024:
-            prompt, output = ALPACA.render(row["instruction"], row["input"], row["output"])
+            prompt, output = rendered(ALPACA, row["instruction"], row["input"], row["output"])
             assert gpt2.decode(tokens) == f"{prompt}{output}<|endoftext|>"
             assert target.endswith(f"{output}<|endoftext|>")
             checked += 1

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from lobra.tasks.conversations import (
-    MESSAGE_FIELDS,
+    FLAGS,
+    REASONING,
     REFUSED_MARKS,
     REFUSED_MESSAGE_FIELDS,
     ROLE_ALIASES,
@@ -29,7 +30,8 @@ def page(project_root: Path) -> str:
 
 
 def test_every_name_is_there(page: str) -> None:
-    names = {*INSTRUCTION, *INPUT, *OUTPUT, *REFUSED, *TOKEN_FIELDS, *SETTINGS, *MESSAGE_FIELDS}
+    names = {*INSTRUCTION, *INPUT, *OUTPUT, *REFUSED, *TOKEN_FIELDS, *SETTINGS}
+    names |= {"role", "content", "name", "tool_calls", "tool_call_id", *REASONING, *FLAGS}
     names |= {*REFUSED_MARKS, *REFUSED_MESSAGE_FIELDS, *ROLES, *ROLE_ALIASES, *NAMES}
     assert not {name for name in names if f"`{name}`" not in page}
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lobra.tasks.encoding import Encoder, cut
+from lobra.tasks.encoding import cut
+from lobra.tasks.text_processor import TextProcessor
 from lobra.tasks.text_rows import TextRow
 from lobra.tasks.tokenizer import train_tokenizer
 from tests.tasks.support import TEXTS
@@ -36,7 +37,9 @@ def row_of(*turns: tuple[str, str], end: str = "</s>") -> TextRow:
 def test_read_and_learned_texts_come_back(
     tokenizer: Any, conversations: list[list[tuple[str, str]]]
 ) -> None:
-    encoded = Encoder(tokenizer).encode([row_of(*turns) for turns in conversations])
+    encoded = TextProcessor.of(tokenizer).encoder.encode(
+        [row_of(*turns) for turns in conversations]
+    )
     assert len(encoded) == len(conversations)
     for turns, (tokens, learned, _) in zip(conversations, encoded, strict=True):
         assert tokens.dtype == np.int32 and learned.dtype == np.bool_
@@ -52,7 +55,7 @@ def test_read_and_learned_texts_come_back(
 @given(prompt=texts, target=texts)
 @settings(deadline=None)
 def test_every_character_of_the_target_is_learned(tokenizer: Any, prompt: str, target: str) -> None:
-    ((tokens, learned, _),) = Encoder(tokenizer).encode([row_of((prompt, target))])
+    ((tokens, learned, _),) = TextProcessor.of(tokenizer).encoder.encode([row_of((prompt, target))])
     spelled = tokenizer.decode(tokens[learned])
     assert spelled.endswith(f"{target}</s>") or "\ufffd" in spelled
     first = int(learned.argmax())
@@ -67,7 +70,7 @@ def test_every_character_of_the_target_is_learned(tokenizer: Any, prompt: str, t
 
 
 def test_text_that_looks_like_a_special_token_is_text(tokenizer: Any) -> None:
-    encoder = Encoder(tokenizer)
+    encoder = TextProcessor.of(tokenizer).encoder
     ((tokens, _, is_spelled),) = encoder.encode([row_of(("a </s> b", "<pad>"))])
     assert list(tokens).count(tokenizer.eos_token_id) == 1 and is_spelled
     assert tokenizer.pad_token_id not in tokens
@@ -83,7 +86,7 @@ def test_text_that_looks_like_a_special_token_is_text(tokenizer: Any) -> None:
 
 def test_outside_of_fields_special_tokens_are_tokens(tokenizer: Any) -> None:
     row = TextRow("<s>hi</s>cat</s>", ((9, 16),), ((5, 9),))
-    ((tokens, learned, _),) = Encoder(tokenizer).encode([row])
+    ((tokens, learned, _),) = TextProcessor.of(tokenizer).encoder.encode([row])
     assert list(tokens).count(tokenizer.bos_token_id) == 1
     assert list(tokens).count(tokenizer.eos_token_id) == 1
     assert tokens[-1] == tokenizer.eos_token_id and learned[-1]
@@ -100,7 +103,7 @@ def test_no_field_writes_a_special_token(tokenizer: Any, pieces: list[tuple[str,
         if is_field:
             verbatim.append((len(text), len(text) + len(piece)))
         text += piece
-    ((tokens, _, is_spelled),) = Encoder(tokenizer).encode(
+    ((tokens, _, is_spelled),) = TextProcessor.of(tokenizer).encoder.encode(
         [TextRow(text, (), tuple(verbatim), begins=False)]
     )
     assert tokenizer.decode(tokens) == text
@@ -150,7 +153,7 @@ def llama3_like() -> Any:
 @pytest.mark.parametrize("make", [llama2_like, llama3_like])
 def test_boundaries_of_other_tokenizers(make: Callable[[], Any], prompt: str, target: str) -> None:
     other = make()
-    ((tokens, learned, _),) = Encoder(other).encode([row_of((prompt, target))])
+    ((tokens, learned, _),) = TextProcessor.of(other).encoder.encode([row_of((prompt, target))])
     whole = other.backend_tokenizer.encode(prompt + target, add_special_tokens=False).ids
     beginning = [1] if make is llama2_like else []
     assert tokens.tolist() == [*beginning, *whole, other.eos_token_id]

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lobra.tasks.prompts import ALPACA, NAMES, PLAIN, parse_template, render_turn, template_problem
+from tests.tasks.support import rendered
 
 texts = st.text(max_size=30)
 
@@ -14,15 +15,15 @@ def test_prompt_and_target_hold_the_fields_as_they_are(
     instruction: str, given_: str, output: str
 ) -> None:
     for template in (ALPACA, PLAIN, parse_template("{{Q}} {instruction}|{input}|")):
-        prompt, target = template.render(instruction, given_, output)
+        prompt, target = rendered(template, instruction, given_, output)
         assert target == output
         assert instruction in prompt and given_ in prompt
 
 
 def test_alpaca_asks_differently_with_and_without_input() -> None:
-    assert "### Input:\nx" in ALPACA.render("do", "x", "y")[0]
-    assert "Input" not in ALPACA.render("do", "", "y")[0]
-    assert ALPACA.render("do", "", "y")[0].endswith("### Response:\n")
+    assert "### Input:\nx" in rendered(ALPACA, "do", "x", "y")[0]
+    assert "Input" not in rendered(ALPACA, "do", "", "y")[0]
+    assert rendered(ALPACA, "do", "", "y")[0].endswith("### Response:\n")
 
 
 @given(st.text(alphabet="ab{}", max_size=6), st.text(alphabet="ab{}", max_size=6), texts)
@@ -31,16 +32,16 @@ def test_a_custom_template_is_cut_before_the_output(head: str, tail: str, output
         return text.replace("{", "{{").replace("}", "}}")
 
     template = parse_template(escaped(head) + "{instruction}{output}" + escaped(tail))
-    assert template.render("I", "", output) == (f"{head}I", f"{output}{tail}")
+    assert rendered(template, "I", "", output) == (f"{head}I", f"{output}{tail}")
 
 
 def test_a_literal_output_in_braces_is_no_field() -> None:
     template = parse_template("{{output}} {input}{output}!")
-    assert template.render("i", "x", "y") == ("{output} x", "y!")
+    assert rendered(template, "i", "x", "y") == ("{output} x", "y!")
 
 
 def test_without_output_the_output_follows() -> None:
-    assert parse_template("{instruction}: ").render("a", "", "b") == ("a: ", "b")
+    assert rendered(parse_template("{instruction}: "), "a", "", "b") == ("a: ", "b")
 
 
 @pytest.mark.parametrize("name", NAMES)

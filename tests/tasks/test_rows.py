@@ -17,7 +17,7 @@ from lobra.tasks.prompts import ALPACA, PLAIN
 from lobra.tasks.rows import Rows, read_rows
 from lobra.tasks.special_tokens import SpecialTokens
 from lobra.tasks.text_rows import Row, TextRow, TokenRow
-from tests.tasks.support import write_rows
+from tests.tasks.support import rendered, write_rows
 
 SPECIALS = SpecialTokens(
     spellings=("<|im_start|>", "<|im_end|>", "</s>", "<s>"),
@@ -28,22 +28,6 @@ SPECIALS = SpecialTokens(
 )
 
 
-class _NoTemplate:
-    """A tokenizer without a chat template, as far as `ChatTemplate` asks."""
-
-    chat_template = None
-    all_special_tokens: tuple[str, ...] = ()
-    added_tokens_decoder: dict[int, Any] = {}  # noqa: RUF012
-    bos_token = pad_token = unk_token = None
-    bos_token_id = None
-    eos_token = "</s>"
-
-    class backend_tokenizer:
-        @staticmethod
-        def encode(text: str, add_special_tokens: bool) -> Any:
-            return SimpleNamespace(ids=[])
-
-
 def reading(**settings: Any) -> Reading:
     values: dict[str, Any] = {
         "prompt": "auto",
@@ -52,7 +36,8 @@ def reading(**settings: Any) -> Reading:
         "max_rows": None,
         "vocab_size": 300,
     }
-    template = ChatTemplate(_NoTemplate(), date(2024, 1, 1))  # type: ignore[arg-type]
+    without = SimpleNamespace(chat_template=None)
+    template = ChatTemplate(without, SPECIALS, date(2024, 1, 1))  # type: ignore[arg-type]
     return Reading(specials=lambda: SPECIALS, chat=lambda: template, **values | settings)
 
 
@@ -102,14 +87,14 @@ def test_instructions(tmp_path: Path) -> None:
     rows = read(tmp_path, ALPACA_ROW, bare, bare | {"input": None})
 
     def alpaca(*fields: str) -> tuple[str, str]:
-        prompt, target = ALPACA.render(*fields)
+        prompt, target = rendered(ALPACA, *fields)
         return prompt, f"{target}</s>"
 
     assert parts(rows[0]) == alpaca("Add.", "1 2", "3")
     assert verbatim(rows[0]) == ["Add.", "1 2", "3"]
     assert parts(rows[1]) == parts(rows[2]) == alpaca("Go.", "", "Gone.")
     (plain,) = read(tmp_path, bare, prompt="plain")
-    assert parts(plain) == (PLAIN.render("Go.", "", "Gone.")[0], "Gone.</s>")
+    assert parts(plain) == (rendered(PLAIN, "Go.", "", "Gone.")[0], "Gone.</s>")
     (custom,) = read(tmp_path, ALPACA_ROW, prompt="Q {instruction}{input} A {output}.")
     assert parts(custom) == ("Q Add.1 2 A ", "3.</s>")
 
@@ -140,7 +125,7 @@ def test_fields_under_their_other_names(
     tmp_path: Path, row: dict[str, str], learns: str, ignored: list[str]
 ) -> None:
     found = read_all(tmp_path, row, row)
-    prompt, target = ALPACA.render("Q", "", "A")
+    prompt, target = rendered(ALPACA, "Q", "", "A")
     assert [parts(entry) for entry in found.rows] == [(prompt, f"{target}</s>")] * 2
     assert found.kind == "instruction" and found.learns.startswith(f"{learns} and its end")
     assert found.ignored == dict.fromkeys(ignored, 2)
@@ -153,11 +138,11 @@ def test_prompt_and_completion_are_joined_as_they_are(tmp_path: Path) -> None:
     assert found.kind == "completion" and found.ignored == {"id": 1}
     assert any("prompt: alpaca" in note for note in found.notes)
     (alpaca,) = read(tmp_path, {"prompt": "Q", "completion": "A"}, prompt="alpaca")
-    assert parts(alpaca) == (ALPACA.render("Q", "", "A")[0], "A</s>")
+    assert parts(alpaca) == (rendered(ALPACA, "Q", "", "A")[0], "A</s>")
     (chat,) = read(tmp_path, {"prompt": "Q", "completion": "A"}, prompt="chat")
     assert parts(chat) == ("<|user|>\nQ\n<|assistant|>\n", "A</s>")
     (given,) = read(tmp_path, {"prompt": "Q", "context": "C", "completion": "A"})
-    assert parts(given)[0] == ALPACA.render("Q", "C", "A")[0]
+    assert parts(given)[0] == rendered(ALPACA, "Q", "C", "A")[0]
 
 
 def test_conversational_prompts_and_completions(tmp_path: Path) -> None:

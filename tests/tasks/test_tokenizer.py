@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lobra.common.errors import ConfigError
-from lobra.tasks.tokenizer import BOS, EOS, PAD, load_tokenizer, save_tokenizer, train_tokenizer
-from tests.tasks.support import TEXTS, small_tokenizer
+from lobra.tasks.tokenizer import BOS, EOS, PAD, load_tokenizer, train_tokenizer
+from tests.tasks.support import TEXTS, save_tokenizer, small_tokenizer
 
 
 def test_training_is_deterministic() -> None:

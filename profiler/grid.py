@@ -1,4 +1,4 @@
-"""Where to measure: few micro-batch shapes (b, s), placed where a plan will use them."""
+"""The grid of a time profile: few micro-batch shapes (b, s), placed where a plan will use them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ SHORTEST = 64
 TOKEN_SHARES = (1 / 16, 1 / 4, 1)
 
 
-def time_points(max_seq_length: int, max_tokens: int | None = None) -> tuple[tuple[int, int], ...]:
+def time_grid(max_seq_length: int, max_tokens: int | None = None) -> tuple[tuple[int, int], ...]:
     """Return the (b, s) to measure, cheapest first.
 
     Lengths double from 64 up to ``max_seq_length`` (which is always one of them). For each length
@@ -28,7 +28,6 @@ def time_points(max_seq_length: int, max_tokens: int | None = None) -> tuple[tup
     while length < max_seq_length:
         lengths.append(length)
         length *= 2
-    points = {(1, s) for s in lengths}
-    for s in lengths:
-        points |= {(int(share * max_tokens) // s, s) for share in TOKEN_SHARES}
-    return tuple(sorted((p for p in points if p[0] > 0), key=lambda p: (p[0] * p[1], p[1])))
+    shapes = {(1, s) for s in lengths}
+    shapes |= {(int(share * max_tokens) // s, s) for s in lengths for share in TOKEN_SHARES}
+    return tuple(sorted(((b, s) for b, s in shapes if b > 0), key=lambda p: (p[0] * p[1], p[1])))

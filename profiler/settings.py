@@ -1,0 +1,48 @@
+"""Settings of a sweep: what of a model and its adapters costs depend on, as sidecars have it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lobra.layout.shapes import ModelShape
+from lobra.model.lora import AdapterSpec
+from lobra.tasks.config import TaskConfig
+
+
+def adapter_specs(tasks: Sequence[TaskConfig]) -> tuple[AdapterSpec, ...]:
+    """Return the adapters of tasks."""
+    return tuple(
+        AdapterSpec(
+            task.name,
+            task.rank,
+            task.lora_alpha,
+            task.target_modules,
+            task.lora_dropout,
+            task.seed,
+        )
+        for task in tasks
+    )
+
+
+def adapter_settings(tasks: Sequence[TaskConfig]) -> dict[str, Any]:
+    """Return what of the tasks' adapters costs depend on, as a sidecar's settings have it."""
+    settings: dict[str, Any] = {
+        "adapters": [[task.rank, list(task.target_modules)] for task in tasks]
+    }
+    if any(task.lora_dropout > 0.0 for task in tasks):
+        settings["lora_dropout"] = [task.lora_dropout for task in tasks]
+    return settings
+
+
+def shape_settings(shape: ModelShape) -> list[int]:
+    """Return the sizes of a model that its costs depend on."""
+    return [
+        shape.num_layers,
+        shape.hidden_size,
+        shape.intermediate_size,
+        shape.num_heads,
+        shape.num_kv_heads,
+        shape.head_dim,
+        shape.vocab_size,
+    ]
