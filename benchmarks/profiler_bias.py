@@ -37,7 +37,7 @@ from lobra.model.pipeline import run_replica  # noqa: E402
 from lobra.model.stage import Stage, build_stage  # noqa: E402
 from lobra.planner.dispatch import dispatch  # noqa: E402
 from lobra.planner.workload import label_share  # noqa: E402
-from lobra.profiler.cost_model import CostModel, fit_cost_model  # noqa: E402
+from lobra.profiler.cost_model import CostModel, fit_cost_model, padded_work  # noqa: E402
 from lobra.profiler.head import PROFILED_SHARE, HeadProfile  # noqa: E402
 from lobra.profiler.layer_time_rank import (  # noqa: E402
     NUM_MIXTURES,
@@ -150,7 +150,10 @@ def main() -> None:
         ("neither", even),
     ):
         error = np.array(
-            [used.chunk_time_ms(1, 1, s[:, 0], s[:, 1]).sum() / ms - 1 for ms, s in steps]
+            [
+                used.micro_batch_time(Layout(1, 1), *padded_work(*s.T)).total_ms.sum() / ms - 1
+                for ms, s in steps
+            ]
         )
         listed = " ".join(f"{100 * e:+.0f}" for e in error)
         median = 100 * np.median(np.abs(error))

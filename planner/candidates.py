@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
 from lobra.common.errors import ConfigError
 from lobra.layout.layout import Layout
-from lobra.profiler.cost_model import CostModel
+from lobra.profiler.cost_model import CostModel, padded_work
 from lobra.profiler.profiles import MemoryProfile
 
-PROPOSAL_CHUNKS = 16  # micro-batches per step that LobRA's proposal assumes
+PROPOSAL_MICRO_BATCHES = 16  # micro-batches per step that LobRA's proposal assumes
 
 
 @dataclass(frozen=True, order=True)
@@ -127,8 +125,7 @@ def tokens_per_gpu_second(candidate: Candidate, cost_model: CostModel, length: i
     """
     layout = candidate.layout
     size = max(1, candidate.max_tokens // length)
-    time_ms = float(
-        np.asarray(cost_model.chunk_time_ms(layout.tp, layout.pp, size, length, layout.memory))
-    )
-    step_s = time_ms * (PROPOSAL_CHUNKS + layout.pp - 1) / 1000.0
-    return PROPOSAL_CHUNKS * size * length / step_s / layout.num_gpus
+    work = padded_work(size, length)
+    time_ms = float(cost_model.micro_batch_time(layout, *work).total_ms)
+    step_s = time_ms * (PROPOSAL_MICRO_BATCHES + layout.pp - 1) / 1000.0
+    return PROPOSAL_MICRO_BATCHES * size * length / step_s / layout.num_gpus

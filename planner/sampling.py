@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lobra.layout.plan import Plan
-from lobra.planner.buckets import bucket_index
+from lobra.planner.bucketed import exact
+from lobra.planner.bucketed.buckets import bucket_index
+from lobra.planner.bucketed.problem import Problem
 from lobra.planner.clock import Clock
-from lobra.planner.planners import exact
-from lobra.planner.planners.base import Outcome, Problem, Progress
+from lobra.planner.outcome import Outcome, Progress
 from lobra.planner.simulate import simulate
 from lobra.planner.workload import Workload
 

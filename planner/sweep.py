@@ -11,7 +11,7 @@ from typing import Any
 from lobra.common.errors import ConfigError
 from lobra.common.files import atomic_path
 from lobra.planner.deploy import Deployment, Options, deploy, homogeneous_entry, plan_entries
-from lobra.planner.planners.base import Progress, silent
+from lobra.planner.outcome import Progress, silent
 from lobra.planner.workload import Workload
 from lobra.profiler.cost_model import CostModel
 from lobra.profiler.profiles import MemoryProfile

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lobra.common.errors import ConfigError
+from lobra.layout.layout import Layout
 from lobra.profiler.collectives import Collectives, default_collectives_path, load_collectives
 from lobra.profiler.head import HeadFit, HeadProfile, fit_heads, load_head_profile
 from lobra.profiler.layer_fit import KINDS, SMALLEST_TIME_MS, Kind, LayerFit, fit_layer
@@ -31,15 +32,62 @@ __all__ = [
     "CostModel",
     "Kind",
     "LayerFit",
+    "MicroBatchTime",
+    "equal_rows",
     "fit_cost_model",
     "fit_layer",
     "load_cost_model",
+    "padded_work",
 ]
 
 
 @dataclass(frozen=True, eq=False)
+class MicroBatchTime:
+    """How long micro-batches keep the slowest stage of a pipeline busy: float64 arrays, in ms.
+
+    Attributes
+    ----------
+    layers_ms
+        The stage's layers, forward and backward; the forward pass twice if it is computed again.
+    head_ms
+        Embedding and head; 0 where they were not profiled.
+    transfer_ms
+        Hidden states handed on and their gradients back; 0 without a pipeline, or a profile.
+    """
+
+    layers_ms: np.ndarray
+    head_ms: np.ndarray
+    transfer_ms: np.ndarray
+
+    @property
+    def total_ms(self) -> np.ndarray:
+        """The sum of the parts."""
+        return self.layers_ms + self.head_ms + self.transfer_ms
+
+
+def padded_work(
+    num_sequences: np.ndarray | int, length: np.ndarray | int
+) -> tuple[np.ndarray | int, np.ndarray | int]:
+    """Return tokens and squares of micro-batches of so many sequences padded to one length."""
+    tokens = num_sequences * length
+    return tokens, tokens * length
+
+
+def equal_rows(
+    tokens: np.ndarray | int, squares: np.ndarray | int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return b and s, float64: the b sequences of s tokens each with this work.
+
+    The inverse of `padded_work`, exactly, as long as the squares are below 2^53. Sequences of
+    unequal lengths ask for what b and s that need not be whole ask for.
+    """
+    length = np.divide(squares, tokens)
+    return np.divide(tokens, length), length
+
+
+@dataclass(frozen=True, eq=False)
 class CostModel:
-    """Times of layers and micro-batches ("chunks") for every profiled tensor-parallel size.
+    """Times of micro-batches and of a step's synchronisation for every tensor-parallel size.
 
     Attributes
     ----------
@@ -87,42 +135,33 @@ class CostModel:
         other = {**self.other_layers, memory: {**self.layers, **self._layers(memory)}}
         return replace(self, other_layers=other)
 
-    def layer_time_ms(
+    def micro_batch_time(
         self,
-        tp: int,
-        b: np.ndarray | int,
-        s: np.ndarray | int,
-        memory: str = DEFAULT_POLICY,
-    ) -> np.ndarray:
-        """Return ms of one layer, forward + backward, for ``b`` sequences padded to ``s`` tokens.
+        layout: Layout,
+        tokens: np.ndarray | int,
+        squares: np.ndarray | int,
+        labels: np.ndarray | int | None = None,
+    ) -> MicroBatchTime:
+        """Return how long micro-batches keep the slowest stage of a layout busy, part by part.
 
-        ``b`` and ``s`` broadcast. With ``memory`` "full" the forward pass is in it twice. Raises
-        ``ConfigError`` if ``tp`` was not profiled under that policy.
+        The slowest stage has the layers divided by pp, rounded up. The arguments are the micro-
+        batches' work (``layout.sequences.Work``), padding included where it is computed, and
+        broadcast. Without ``labels`` the tokens to be predicted are the usual share.
+
+        Raises
+        ------
+        ConfigError
+            If the layout's tp was not profiled under its memory policy.
         """
-        return self._fit(tp, memory).time_ms(np.asarray(b), np.asarray(s))
-
-    def chunk_time_ms(
-        self,
-        tp: int,
-        pp: int,
-        b: np.ndarray | int,
-        s: np.ndarray | int,
-        memory: str = DEFAULT_POLICY,
-    ) -> np.ndarray:
-        """Return ms a micro-batch keeps the slowest stage of ``<tp,pp>`` busy.
-
-        Layer time x layers per stage (rounded up where pp does not divide them), plus embedding
-        and head where they were profiled, plus, in a pipeline, the transfer of hidden states and
-        their gradients where that was. ``b`` and ``s`` broadcast.
-        """
-        b, s = np.asarray(b), np.asarray(s)
-        layers = -(-self.num_layers // pp)
-        time_ms = self._fit(tp, memory).time_ms(b, s) * layers
-        if tp in self.head:
-            time_ms = time_ms + self.head[tp].time_ms(b, s, self.label_share)
-        if pp > 1 and self.collectives is not None:
-            time_ms = time_ms + self.collectives.transfer_ms(b * s)
-        return time_ms
+        b, s = equal_rows(tokens, squares)
+        layers_ms = self._fit(layout.tp, layout.memory).time_ms(b, s)
+        head_ms = transfer_ms = np.zeros(())
+        if layout.tp in self.head:
+            share = self.label_share if labels is None else labels / np.asarray(tokens)
+            head_ms = self.head[layout.tp].time_ms(b, s, share)
+        if layout.pp > 1 and self.collectives is not None:
+            transfer_ms = self.collectives.transfer_ms(tokens)
+        return MicroBatchTime(layers_ms * -(-self.num_layers // layout.pp), head_ms, transfer_ms)
 
     def sync_time_ms(self, num_ranks: int, layers_share: float = 1.0) -> float:
         """Return ms a step spends on synchronising adapters after the last micro-batch.
@@ -138,13 +177,6 @@ class CostModel:
     def for_training(self, label_share: float | None, adapter_elements: float) -> CostModel:
         """Return the cost model of what is trained: its share of labels, its adapters' size."""
         return replace(self, label_share=label_share, adapter_elements=float(adapter_elements))
-
-    def relative_error(self, tp: int, b: np.ndarray | int, s: np.ndarray | int) -> np.ndarray:
-        """Return the relative spread of rows about ``layer_time_ms`` (arrays broadcast).
-
-        Robust: outliers do not enter it, see ``LayerFit.relative_error``.
-        """
-        return self._fit(tp).relative_error(np.asarray(b), np.asarray(s))
 
     def missing(self, tp: int, memory: str = DEFAULT_POLICY) -> str:
         """Return what a person is told who asks for times that were not profiled."""

@@ -22,7 +22,7 @@ from lobra.layout.world import World
 from lobra.model.checkpoint import checkpoint_problems
 from lobra.model.fingerprint import MARK, fingerprint
 from lobra.model.folder import resolve_folder
-from lobra.planner.buckets import static_buckets
+from lobra.planner.bucketed.buckets import static_buckets
 from lobra.planner.workload import label_share
 from lobra.profiler.cost_model import CostModel, load_cost_model
 from lobra.profiler.profiles import default_time_path

@@ -17,6 +17,7 @@ from rich.table import Table
 from lobra.cli import guarded
 from lobra.common.errors import ConfigError
 from lobra.layout.plan import plan_path, save_plan
+from lobra.planner.bucketed.roles import roles, saturation
 from lobra.planner.deploy import (
     PATTERNS,
     Deployment,
@@ -25,7 +26,7 @@ from lobra.planner.deploy import (
     deploy,
     plan_with_meta,
 )
-from lobra.planner.explain import compared, roles, saturation
+from lobra.planner.outcome import compared
 from lobra.planner.output import write_problem, written
 from lobra.planner.sweep import Point, parse_range, plot, plot_problem, sweep
 from lobra.planner.workload import Workload, read_workload

@@ -240,7 +240,7 @@ def test_the_json_holds_the_sweep(files: Path, capsys: pytest.CaptureFixture[str
 NOTED_PLANNER = """
 import pathlib, sys
 from lobra.commands.plan import main
-from lobra.planner.planners.identical import IdenticalModel
+from lobra.planner.bucketed.identical import IdenticalModel
 solve = IdenticalModel.solve
 def noted(self, *arguments):
     pathlib.Path("solving").touch()

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from lobra.layout.layout import Layout
 from lobra.layout.plan import Plan, ReplicaGroup, make_plan
+from lobra.planner.bucketed.problem import Problem
 from lobra.planner.candidates import Candidate
-from lobra.planner.planners.base import Problem
 from tests.planner.support import LawCostModel
 
 LAYOUTS = tuple(Layout(tp, pp) for tp, pp in ((1, 1), (1, 2), (2, 1), (1, 4), (2, 2), (4, 1)))

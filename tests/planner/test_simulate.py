@@ -10,14 +10,18 @@ from lobra.commands.simulate import add_arguments, run
 from lobra.common.errors import ConfigError
 from lobra.layout.layout import Layout
 from lobra.layout.plan import ReplicaGroup, make_plan, save_plan
+from lobra.planner.baselines import baselines, ladder
+from lobra.planner.bucketed.expected_batch import expect
+from lobra.planner.bucketed.greedy import lpt_times_s
+from lobra.planner.bucketed.problem import Problem
+from lobra.planner.bucketed.roles import roles
 from lobra.planner.candidates import Candidate
 from lobra.planner.dispatch import dispatch
-from lobra.planner.evaluate import sync_time_s
-from lobra.planner.explain import roles
-from lobra.planner.planners.base import Problem
-from lobra.planner.simulate import baselines, chrome_trace, ladder, lpt_times_s, simulate
+from lobra.planner.simulate import simulate
+from lobra.planner.step_time import sync_time_s
 from lobra.planner.sweep import parse_range
-from lobra.planner.workload import Workload, expect
+from lobra.planner.timeline import timeline
+from lobra.planner.workload import Workload
 from lobra.profiler.collectives import SYNC, Collectives, Link
 from lobra.profiler.cost_model import fit_cost_model
 from lobra.profiler.profiles import TimeProfile
@@ -77,13 +81,15 @@ def test_greedy_dispatch_keeps_sequences_off_replicas_that_cannot_hold_them() ->
         lpt_times_s(np.array([5000]), np.array([5008]), PLAN, cost_model)
 
 
-def test_the_trace_fills_each_replicas_time() -> None:
+def test_every_stage_is_filled_for_its_replicas_time() -> None:
     cost_model = plain_cost_model()
     found = dispatch(next(workload().steps(1)), PLAN, cost_model)
-    trace = chrome_trace(found, PLAN, cost_model)
-    for replica, time_s in enumerate(found.replica_time_s):
-        spans = [e for e in trace["traceEvents"] if e["pid"] == replica and e["ph"] == "X"]
-        assert sum(e["dur"] for e in spans) == pytest.approx(1e6 * time_s)
+    for trace, time_s in zip(timeline(found, PLAN, cost_model), found.replica_time_s, strict=True):
+        for stage in trace.stages:
+            assert [one.start_s for one in stage] == pytest.approx(
+                np.cumsum([0.0, *(one.length_s for one in stage)])[:-1]
+            )
+            assert sum(one.length_s for one in stage) == pytest.approx(time_s)
 
 
 def test_roles_add_up_to_the_batch() -> None:

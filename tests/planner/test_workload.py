@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from lobra.common.errors import ConfigError
-from lobra.planner.workload import expect, make_workload
+from lobra.planner.bucketed.expected_batch import expect
+from lobra.planner.workload import make_workload
 from lobra.tasks.config import TaskConfig, TrainerConfig
 
 LENGTHS = {"a": np.arange(1, 11), "b": np.arange(101, 104), "named": np.array([7])}
