@@ -29,7 +29,7 @@ from lobra.planner.bucketed.fluid_planner import FluidPlanner
 from lobra.planner.bucketed.greedy import lpt_times_s
 from lobra.planner.bucketed.identical import IdenticalModel
 from lobra.planner.bucketed.problem import Problem
-from lobra.planner.bucketed.time_table import TimeTable, time_table
+from lobra.planner.bucketed.time_table import plan_tables, time_table
 from lobra.planner.candidates import all_candidates, propose
 from lobra.planner.clock import Clock
 from lobra.planner.dispatch import dispatch
@@ -208,9 +208,7 @@ def best_bound_s(
     setting: Setting, plan: Plan, buckets: np.ndarray, counts: np.ndarray, found: object
 ) -> float:
     """Return the best bound on a plan's dispatch: columns, by bisection above its own bound."""
-    tables: list[TimeTable] = [
-        time_table(g.layout, g.max_tokens, buckets, setting.cost_model, counts) for g in plan.groups
-    ]
+    tables = plan_tables(plan, buckets, setting.cost_model, counts)
     budget = Budget.of_plan(np.array([group.replicas for group in plan.groups]))
     layouts, pool = list(range(len(tables))), Pool(len(tables))
     low, high = found.lower_bound_s, found.step_time_s  # type: ignore[attr-defined]

@@ -16,13 +16,13 @@ from lobra.planner.workload import Workload
 from lobra.profiler.cost_model import CostModel
 from lobra.profiler.profiles import MemoryProfile
 
-MOST_POINTS = 15
-POINT_LIMIT_S = 2.0
+MOST_SIZES = 15
+SIZE_LIMIT_S = 2.0
 SUFFIXES = (".png", ".pdf", ".svg")
 
 
 @dataclass(frozen=True)
-class Point:
+class Sizing:
     """The best plan found on ``num_gpus`` GPUs, or the reason why there is none."""
 
     num_gpus: int
@@ -30,7 +30,7 @@ class Point:
     reason: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        """Return the point for ``--json``: ``num_gpus`` are those the plan uses."""
+        """Return the sizing for ``--json``: ``num_gpus`` are those the plan uses."""
         if self.deployment is None:
             return {"gpus_available": self.num_gpus, "plan": None, "reason": self.reason}
         outcome = self.deployment.outcome
@@ -62,7 +62,7 @@ def parse_range(text: str) -> list[int]:
     if len(numbers) not in (2, 3) or numbers[0] < 1 or numbers[1] < numbers[0] or numbers[-1] < 1:
         raise ConfigError(f"--sweep-gpus: {text!r}; write LOW:HIGH or LOW:HIGH:STEP, as in 8:64:8")
     low, high = numbers[:2]
-    step = numbers[2] if len(numbers) == 3 else max(1, -(-(high - low) // (MOST_POINTS - 1)))
+    step = numbers[2] if len(numbers) == 3 else max(1, -(-(high - low) // (MOST_SIZES - 1)))
     return list(range(low, high + 1, step))
 
 
@@ -74,19 +74,19 @@ def sweep(
     options: Options,
     progress: Progress = silent,
     refused: Callable[[int, int], str | None] | None = None,
-) -> list[Point]:
+) -> list[Sizing]:
     """Plan for every number of GPUs, two seconds each unless a time limit is given."""
     if options.time_limit_s is None:
-        options = replace(options, time_limit_s=POINT_LIMIT_S)
-    points = []
+        options = replace(options, time_limit_s=SIZE_LIMIT_S)
+    sizings = []
     for number in gpus:
         progress(f"{number} GPUs")
         try:
             found = deploy(workload, memory, cost_model, number, options, progress, refused)
-            points.append(Point(number, found))
+            sizings.append(Sizing(number, found))
         except ConfigError as error:
-            points.append(Point(number, None, str(error)))
-    return points
+            sizings.append(Sizing(number, None, str(error)))
+    return sizings
 
 
 def plot_problem(path: str | os.PathLike[str]) -> str | None:
@@ -96,20 +96,20 @@ def plot_problem(path: str | os.PathLike[str]) -> str | None:
     return f"--plot: {os.fspath(path)!r}; a .png, .pdf or .svg file is expected"
 
 
-def plot(points: Sequence[Point], path: str | os.PathLike[str]) -> None:
+def plot(sizings: Sequence[Sizing], path: str | os.PathLike[str]) -> None:
     """Draw step time and GPU-seconds against GPUs, the best homogeneous plan beside.
 
     Raises
     ------
     ConfigError
-        If the file's suffix is not one that can be drawn, or no point has a plan.
+        If the file's suffix is not one that can be drawn, or no sizing has a plan.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    found = [point.deployment for point in points if point.deployment is not None]
+    found = [sizing.deployment for sizing in sizings if sizing.deployment is not None]
     if not found:
         raise ConfigError("--plot: no number of GPUs has a plan")
     problem = plot_problem(path)

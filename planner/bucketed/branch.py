@@ -12,8 +12,9 @@ import numpy as np
 
 from lobra.common.errors import ConfigError
 from lobra.planner.bucketed.fluid import solve_rates
-from lobra.planner.bucketed.identical import IdenticalModel, IdenticalResult, Solvers, by_length
-from lobra.planner.bucketed.time_table import TimeTable
+from lobra.planner.bucketed.identical import IdenticalModel, IdenticalResult
+from lobra.planner.bucketed.solvers import Solvers
+from lobra.planner.bucketed.time_table import TimeTable, by_length
 from lobra.planner.clock import Clock
 from lobra.planner.outcome import Progress, silent
 
@@ -123,7 +124,7 @@ def _kinds_by_length(tables: Sequence[TimeTable], plans: np.ndarray) -> list[_Ki
     deployed = np.stack([(plans[:, capacity == c] > 0).any(axis=1) for c in classes], axis=1)
     sets, kind_of = np.unique(deployed, axis=0, return_inverse=True)
     order = np.argsort(kind_of.ravel(), kind="stable")
-    ends = np.searchsorted(kind_of.ravel()[order], np.arange(len(sets) + 1))
+    starts = np.searchsorted(kind_of.ravel()[order], np.arange(len(sets) + 1))
     whole = _everything(tables)
     kinds = []
     for number, of_classes in enumerate(sets):
@@ -133,7 +134,7 @@ def _kinds_by_length(tables: Sequence[TimeTable], plans: np.ndarray) -> list[_Ki
         allowed[among] = np.stack([table.limit > 0 for table in limited])
         rates_s = np.where(allowed, whole.rates_s, np.inf)
         alone_s = np.where(allowed, whole.alone_s, np.inf)
-        kinds.append(_Kind(order[ends[number] : ends[number + 1]], rates_s, alone_s))
+        kinds.append(_Kind(order[starts[number] : starts[number + 1]], rates_s, alone_s))
     return kinds
 
 

@@ -65,8 +65,8 @@ def make_buckets(
     if weights is not None:
         np.add.at(counts, units, np.asarray(weights, dtype=np.int64))
         counts[units.max()] = max(1, counts[units.max()])
-    ends = np.flatnonzero(counts)
-    return ends[_best_ends(ends, counts[ends], num_buckets)] * align
+    occupied = np.flatnonzero(counts)
+    return occupied[_best_boundaries(occupied, counts[occupied], num_buckets)] * align
 
 
 def static_buckets(num_buckets: int, longest: int) -> np.ndarray:
@@ -114,13 +114,6 @@ def bucket_index(lengths: np.ndarray, buckets: np.ndarray) -> np.ndarray:
     return np.searchsorted(buckets, lengths)
 
 
-def padding_ratio(lengths: np.ndarray, buckets: np.ndarray) -> float:
-    """Return the share of padded tokens that are padding, in [0, 1)."""
-    lengths = np.asarray(lengths, dtype=np.int64)
-    padded = int(np.asarray(buckets)[bucket_index(lengths, buckets)].sum())
-    return 1.0 - int(lengths.sum()) / padded if padded else 0.0
-
-
 def plan_buckets(
     lengths: Mapping[str, np.ndarray],
     batch_sizes: Mapping[str, int],
@@ -161,25 +154,25 @@ def checked_lengths(lengths: Sequence[int] | np.ndarray, task: str = "") -> np.n
     return lengths.astype(np.int64, copy=False).ravel()
 
 
-def _best_ends(ends: np.ndarray, counts: np.ndarray, num_buckets: int) -> np.ndarray:
-    """Return the indices into ``ends`` of the buckets that minimise the padded units."""
-    n = len(ends)
+def _best_boundaries(units: np.ndarray, counts: np.ndarray, num_buckets: int) -> np.ndarray:
+    """Return the indices into ``units`` of the buckets that minimise the padded units."""
+    n = len(units)
     if n <= num_buckets:
         return np.arange(n)
     cumulative = np.concatenate(([0], np.cumsum(counts)))
     # Whole numbers throughout; 32 bits where they suffice, which halves the memory traffic.
     dtype: type[np.signedinteger] = (
-        np.int32 if int(ends[-1]) * int(cumulative[-1]) < 2**30 - 1 else np.int64
+        np.int32 if int(units[-1]) * int(cumulative[-1]) < 2**30 - 1 else np.int64
     )
     huge = np.iinfo(dtype).max // 2  # so large that no cost reaches it, and twice it still fits
-    ends_d: np.ndarray = ends.astype(dtype)
+    units_d: np.ndarray = units.astype(dtype)
     cumulative_d: np.ndarray = cumulative.astype(dtype)
     # cost[j, i]: padded units of one bucket ending at boundary j that starts after i boundaries
     blocks = _blocks(n)
     costs = []
     for start, stop in blocks:
         covered = cumulative_d[start + 1 : stop + 1, None] - cumulative_d[None, :stop]
-        cost = ends_d[start:stop, None] * covered
+        cost = units_d[start:stop, None] * covered
         cost[np.arange(stop)[None, :] > np.arange(start, stop)[:, None]] = huge
         costs.append(cost)
     # best[k][i]: padded units of the first i boundaries in k buckets
@@ -199,7 +192,7 @@ def _best_ends(ends: np.ndarray, counts: np.ndarray, num_buckets: int) -> np.nda
     i = n
     for k in range(num_buckets, 0, -1):
         j = i - 1
-        row = ends[j] * (cumulative[i] - cumulative[:i]) + best[k - 1][:i].astype(np.int64)
+        row = units[j] * (cumulative[i] - cumulative[:i]) + best[k - 1][:i].astype(np.int64)
         chosen.append(j)
         i = int(np.argmin(row))
         if i == 0:

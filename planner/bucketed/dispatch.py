@@ -13,7 +13,7 @@ from lobra.planner.bucketed.initial_loads import fluid_loads, greedy_loads
 from lobra.planner.bucketed.loads import Loads, micro_batches_of
 from lobra.planner.bucketed.local_search import improve
 from lobra.planner.bucketed.resplit import balance_groups, descend, shake
-from lobra.planner.bucketed.time_table import CountedBatches, TimeTable, time_table
+from lobra.planner.bucketed.time_table import CountedBatches, by_length, plan_tables
 from lobra.profiler.cost_model import CostModel
 
 Mode = Literal["balance", "group"]
@@ -53,7 +53,9 @@ def dispatch_counts(
     ``thorough`` with dearer moves too while the result is far from the bound.
     """
     counts = np.asarray(counts, dtype=np.int64)
-    tables = plan_tables(plan, buckets, cost_model, counts, mode)
+    tables = plan_tables(plan, buckets, cost_model, counts)
+    if mode == "group":
+        tables = by_length(tables)
     if slowdown is not None:
         tables = [table.slowed(factor) for table, factor in zip(tables, slowdown, strict=True)]
     replicas = np.array([group.replicas for group in plan.groups])
@@ -137,26 +139,3 @@ def search_loads(loads: Loads, bound_s: float, thorough: bool = True) -> None:
         descend(loads, target_s, TICKS, RESPLITS)
     if loads.time_s.max() > enough_s:
         shake(loads, target_s, TICKS, SHAKES, np.random.default_rng(0))
-
-
-def plan_tables(
-    plan: Plan,
-    buckets: np.ndarray,
-    cost_model: CostModel,
-    counts: np.ndarray,
-    mode: Mode = "balance",
-) -> list[TimeTable]:
-    """Return one time table per replica group, with only what ``mode`` lets it take."""
-    tables = [
-        time_table(group.layout, group.max_tokens, buckets, cost_model, counts)
-        for group in plan.groups
-    ]
-    if mode == "group":
-        capacity = np.array([group.max_tokens for group in plan.groups])
-        fits = np.where(capacity[:, None] >= buckets[None, :], capacity[:, None], np.iinfo(int).max)
-        smallest = fits.min(axis=0)
-        tables = [
-            table.limited(np.where(allowed, table.limit, 0))
-            for table, allowed in zip(tables, capacity[:, None] == smallest[None, :], strict=True)
-        ]
-    return tables

@@ -9,7 +9,7 @@ import numpy as np
 from lobra.common.errors import ConfigError
 from lobra.layout.plan import Plan
 from lobra.planner.bucketed.buckets import bucket_index
-from lobra.planner.bucketed.time_table import TimeTable, time_table
+from lobra.planner.bucketed.time_table import TimeTable, plan_tables
 from lobra.profiler.cost_model import CostModel
 
 
@@ -57,9 +57,7 @@ def lpt_times_s(
     ends first.
     """
     counts = np.bincount(bucket_index(lengths, buckets), minlength=len(buckets))
-    tables = [
-        time_table(group.layout, group.max_tokens, buckets, cost_model) for group in plan.groups
-    ]
+    tables = plan_tables(plan, buckets, cost_model)
     for bucket in np.flatnonzero(counts).tolist():
         if not any(table.limit[bucket] for table in tables):
             raise ConfigError(f"a sequence of {buckets[bucket]} tokens fits no replica of {plan}")

@@ -7,21 +7,17 @@ section 4.2). With the replicas p fixed this is an integer linear program, else 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from pyscipopt import Model, quicksum
 
-from lobra.planner.bucketed.time_table import TimeTable
+from lobra.planner.bucketed.time_table import TimeTable, by_length
 from lobra.planner.step_time import pipeline_time
 
 LONGEST_LIMIT_S = 1e20  # what SCIP takes for no limit; it refuses more
-STOP_EVERY_S = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,14 +41,6 @@ class IdenticalResult:
     objective_s: float
     bound_s: float
     proven: bool
-
-
-def by_length(tables: Sequence[TimeTable]) -> list[TimeTable]:
-    """Return a plan's tables with every bucket only on the layouts of least sufficient capacity."""
-    capacity = np.array([table.max_tokens for table in tables])
-    fits = np.stack([table.limit > 0 for table in tables])
-    least = np.where(fits, capacity[:, None], np.iinfo(np.int64).max).min(axis=0)
-    return [table.limited(np.where(table.max_tokens == least, table.limit, 0)) for table in tables]
 
 
 def replica_cost_s(table: TimeTable, per_replica: np.ndarray) -> float:
@@ -238,60 +226,3 @@ class IdenticalModel:
         """End ``solve``, from another thread, with what it has; a later one does nothing."""
         self._stopped = True
         self.model.interruptSolve()
-
-
-class Solvers:
-    """Threads that build and solve models; an exception in the block (Ctrl-C) stops them at once.
-
-    SCIP runs outside the main thread, where Python takes the signal.
-    """
-
-    def __init__(self, workers: int) -> None:
-        self._pool = ThreadPoolExecutor(max_workers=workers)
-        self._models: dict[int, IdenticalModel] = {}
-        self._running: set[Future[IdenticalResult]] = set()
-        self._stopped = False
-
-    def submit(
-        self,
-        build: Callable[[], IdenticalModel],
-        time_limit_s: float | None,
-        at_most_s: float | None,
-        at_least_s: float,
-    ) -> Future[IdenticalResult]:
-        """Solve the model that ``build`` returns, with ``IdenticalModel.solve``'s arguments."""
-
-        def work() -> IdenticalResult:
-            model = build()
-            self._models[id(model)] = model
-            try:
-                if self._stopped:
-                    model.stop()
-                return model.solve(time_limit_s, at_most_s, at_least_s)
-            finally:
-                del self._models[id(model)]
-
-        future = self._pool.submit(work)
-        self._running.add(future)
-        future.add_done_callback(self._running.discard)
-        return future
-
-    def __enter__(self) -> Solvers:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is not None:
-            self._stopped = True
-            self._pool.shutdown(wait=False, cancel_futures=True)
-            # again and again: SCIP forgets an interrupt that comes just before it starts, and
-            # refuses one while it sets up or frees what it solves with
-            while wait(list(self._running), timeout=STOP_EVERY_S).not_done:
-                for model in list(self._models.values()):
-                    with contextlib.suppress(Exception):
-                        model.stop()
-        self._pool.shutdown()

@@ -20,9 +20,10 @@ import numpy as np
 from lobra.common.errors import ConfigError
 from lobra.planner.bucketed.branch import BranchResult, best_first
 from lobra.planner.bucketed.fluid_planner import FluidPlanner
-from lobra.planner.bucketed.identical import IdenticalModel, Solvers
+from lobra.planner.bucketed.identical import IdenticalModel
 from lobra.planner.bucketed.partitions import closed, count_closed, count_maximal, maximal
 from lobra.planner.bucketed.problem import Problem
+from lobra.planner.bucketed.solvers import Solvers
 from lobra.planner.bucketed.time_table import TimeTable, time_table
 from lobra.planner.clock import Clock
 from lobra.planner.outcome import Outcome, Progress, silent

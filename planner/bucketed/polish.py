@@ -53,8 +53,8 @@ def polish(
             owned = [(layouts[owner], pattern) for owner, pattern in chosen]
             full = _with_idle(problem, owned, replicas)
             rounds = max(200, 2 * len(full))
-            real = realise(problem.tables, problem.counts, full, search.target_s, rounds)
-            search.note(replicas, real.step_time_s)
+            time_s = realise(problem.tables, problem.counts, full, search.target_s, rounds)
+            search.note(replicas, time_s)
         step_s = step_s * 1.002
 
 
@@ -92,11 +92,11 @@ def round_any(search: Search) -> None:
         step_s *= 1.004
         if not chosen:
             continue
-        replicas = np.bincount([i for i, _ in chosen], minlength=len(layouts))
-        full = _with_idle(problem, chosen, filled(problem, replicas))
-        real = realise(problem.tables, problem.counts, full, search.target_s, 2 * len(full))
-        if problem.can_place(problem.plan(real.replicas)):
-            search.note(real.replicas, real.step_time_s)
+        replicas = filled(problem, np.bincount([i for i, _ in chosen], minlength=len(layouts)))
+        full = _with_idle(problem, chosen, replicas)
+        time_s = realise(problem.tables, problem.counts, full, search.target_s, 2 * len(full))
+        if problem.can_place(problem.plan(replicas)):
+            search.note(replicas, time_s)
 
 
 def _with_idle(

@@ -8,7 +8,7 @@ import numpy as np
 
 from lobra.layout.plan import Plan, ReplicaGroup
 from lobra.planner.bucketed.problem import Problem
-from lobra.planner.bucketed.time_table import time_table
+from lobra.planner.bucketed.time_table import plan_tables
 from lobra.planner.outcome import SAME, Outcome
 
 
@@ -43,10 +43,7 @@ def roles(problem: Problem, plan: Plan) -> list[Role]:
     for replica, micro_batches in enumerate(result.micro_batches):
         for bucket, size in micro_batches:
             taken[of_replica[replica], bucket] += size
-    tables = [
-        time_table(g.layout, g.max_tokens, problem.buckets, problem.cost_model, problem.counts)
-        for g in plan.groups
-    ]
+    tables = plan_tables(plan, problem.buckets, problem.cost_model, problem.counts)
     sizes = np.array([g.layout.num_gpus for g in plan.groups])
     gpu_seconds = np.stack([table.rate_s() for table in tables]) * sizes[:, None]
     tokens = taken * problem.buckets[None, :]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import LinearConstraint, milp
@@ -13,7 +12,7 @@ from lobra.planner.bucketed.loads import Loads, micro_batches_of
 from lobra.planner.bucketed.local_search import improve
 from lobra.planner.bucketed.patterns import Pattern, PatternPricer
 from lobra.planner.bucketed.resplit import shake
-from lobra.planner.bucketed.time_table import CountedBatches, TimeTable
+from lobra.planner.bucketed.time_table import TimeTable
 from lobra.planner.clock import Clock
 
 SPARE_COUNT = 256  # how far a replica's sequences of a bucket may grow in the search
@@ -22,25 +21,6 @@ DIVERSITY = 0.2  # standard deviation of the disturbance, in the logarithm
 DIVERSITY_ROUNDS = 30
 DIVERSITY_LIMIT_S = 0.6
 TICKS, SHAKES = 2048, 40
-
-
-@dataclass(frozen=True, eq=False)
-class Dispatched:
-    """Replicas with their work.
-
-    Attributes
-    ----------
-    replicas
-        int64 [layouts].
-    micro-batches
-        Per replica, in the order of the layouts, its pairs (bucket, sequences).
-    step_time_s
-        The slowest replica's time, exactly.
-    """
-
-    replicas: np.ndarray
-    micro_batches: tuple[CountedBatches, ...]
-    step_time_s: float
 
 
 def diversify(
@@ -117,11 +97,11 @@ def realise(
     chosen: Sequence[tuple[int, Pattern]],
     target_s: float,
     max_rounds: int,
-) -> Dispatched:
-    """Return a real dispatch near the chosen patterns: all sequences placed, then improved.
+) -> float:
+    """Return the seconds of a real dispatch near the chosen patterns, improved by local search.
 
     Sequences the patterns do twice are dropped from the busiest replicas, those they leave undone
-    are put, longest first, where the step grows least; then local search.
+    are put, longest first, where the step grows least.
     """
     chosen = sorted(chosen, key=lambda item: item[0])
     capped: dict[tuple[int, float], int] = {}
@@ -135,18 +115,14 @@ def realise(
             free = not tables[layout].bubbles or cap_s == 0.0
             limited.append(tables[layout] if free else tables[layout].capped(cap_s))
         kinds.append(capped[layout, cap_s])
-    state = np.stack([pattern.counts for _, pattern in chosen])
-    most = int(min(counts.max(initial=0), state.max(initial=0) + SPARE_COUNT))
-    state = np.minimum(state, most)
-    loads = Loads.of(limited, np.array(kinds), state, most)
+    wanted = np.stack([pattern.counts for _, pattern in chosen])
+    most = int(min(counts.max(initial=0), wanted.max(initial=0) + SPARE_COUNT))
+    loads = Loads.of(limited, np.array(kinds), np.minimum(wanted, most), most)
     _drop_surplus(loads, counts)
     _place_missing(loads, counts)
     improve(loads, target_s, max_rounds, max_exchanges=max_rounds)
     shake(loads, target_s, TICKS, SHAKES, np.random.default_rng(0))
-    micro_batches, times = micro_batches_of(loads, limited)
-    owners = np.array([layout for layout, _ in chosen])
-    replicas = np.bincount(owners, minlength=len(tables)).astype(np.int64)
-    return Dispatched(replicas, micro_batches, max(times))
+    return max(micro_batches_of(loads, limited)[1])
 
 
 def _drop_surplus(loads: Loads, counts: np.ndarray) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lobra.layout.layout import Layout
+from lobra.layout.plan import Plan
 from lobra.planner.step_time import pipeline_time
 from lobra.profiler.cost_model import CostModel, padded_work
 
@@ -151,3 +152,21 @@ def time_table(
     time_s[:, 1:] = cost_model.micro_batch_time(layout, *work).total_ms / 1000.0
     time_s[:, 1:][sizes[None, :] > limit[:, None]] = np.inf
     return TimeTable(layout, max_tokens, limit, time_s)
+
+
+def plan_tables(
+    plan: Plan, buckets: np.ndarray, cost_model: CostModel, counts: np.ndarray | None = None
+) -> list[TimeTable]:
+    """Return one time table per replica group of a plan."""
+    return [
+        time_table(group.layout, group.max_tokens, buckets, cost_model, counts)
+        for group in plan.groups
+    ]
+
+
+def by_length(tables: Sequence[TimeTable]) -> list[TimeTable]:
+    """Return a plan's tables with every bucket only on the layouts of least sufficient capacity."""
+    capacity = np.array([table.max_tokens for table in tables])
+    fits = np.stack([table.limit > 0 for table in tables])
+    least = np.where(fits, capacity[:, None], np.iinfo(np.int64).max).min(axis=0)
+    return [table.limited(np.where(table.max_tokens == least, table.limit, 0)) for table in tables]

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from lobra.common.errors import ConfigError
 from lobra.layout.layout import Layout
 from lobra.layout.plan import Plan, ReplicaGroup, make_plan
-from lobra.planner.bucketed.dispatch import GOOD_ENOUGH, MODES, Mode, plan_tables
+from lobra.planner.bucketed.dispatch import GOOD_ENOUGH, MODES, Mode
 from lobra.planner.bucketed.greedy import lpt_times_s
 from lobra.planner.bucketed.initial_loads import fluid_loads
 from lobra.planner.bucketed.problem import Problem
-from lobra.planner.bucketed.time_table import time_table
+from lobra.planner.bucketed.time_table import plan_tables, time_table
 from lobra.planner.dispatch import dispatch
 from lobra.profiler.cost_model import padded_work
 from tests.planner.strategies import KINDS, cost_models, lengths, problems, replicas_of, steps

@@ -11,7 +11,6 @@ from lobra.common.errors import ConfigError
 from lobra.planner.bucketed.buckets import (
     bucket_index,
     make_buckets,
-    padding_ratio,
     plan_buckets,
     static_buckets,
 )
@@ -120,7 +119,3 @@ def test_static_sets_end_at_the_longest_sequence() -> None:
         static_buckets(8, 100)
     with pytest.raises(ConfigError, match="longer than the last"):
         static_buckets(7, 16385)
-
-
-def test_padding_ratio_counts_what_is_not_data() -> None:
-    assert padding_ratio(np.array([8, 16]), np.array([16])) == pytest.approx(0.25)

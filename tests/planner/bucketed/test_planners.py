@@ -16,9 +16,10 @@ from lobra.common.errors import ConfigError
 from lobra.layout.layout import Layout
 from lobra.layout.plan import load_plan, save_plan
 from lobra.planner.bucketed import exact, homogeneous, lobra
-from lobra.planner.bucketed.identical import IdenticalModel, Solvers
+from lobra.planner.bucketed.identical import IdenticalModel
 from lobra.planner.bucketed.partitions import closed, count_closed, count_maximal, maximal
 from lobra.planner.bucketed.problem import Problem
+from lobra.planner.bucketed.solvers import Solvers
 from lobra.planner.bucketed.time_table import TimeTable, time_table
 from lobra.planner.candidates import Candidate, Candidates, all_candidates, propose
 from lobra.planner.deploy import plan_entries
