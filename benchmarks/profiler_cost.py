@@ -13,7 +13,7 @@ import argparse
 
 import numpy as np
 
-from lobra.profiler.cost_model import fit_layer
+from lobra.profiler.layer_fit import fit_layer
 from lobra.profiler.profiles import TimeProfile, load_time_profile
 from lobra.profiler.series import other_series
 

@@ -14,7 +14,7 @@ from lobra.common.errors import ConfigError
 from lobra.layout.layout import Layout
 from lobra.profiler.collectives import Collectives, default_collectives_path, load_collectives
 from lobra.profiler.head import HeadFit, HeadProfile, fit_heads, load_head_profile
-from lobra.profiler.layer_fit import KINDS, SMALLEST_TIME_MS, Kind, LayerFit, fit_layer
+from lobra.profiler.layer_fit import KINDS, Kind, LayerFit, fit_layer
 from lobra.profiler.profiles import (
     DEFAULT_POLICY,
     TimeProfile,
@@ -25,20 +25,6 @@ from lobra.profiler.profiles import (
     read_meta,
 )
 from lobra.profiler.series import other_series
-
-__all__ = [
-    "KINDS",
-    "SMALLEST_TIME_MS",
-    "CostModel",
-    "Kind",
-    "LayerFit",
-    "MicroBatchTime",
-    "equal_rows",
-    "fit_cost_model",
-    "fit_layer",
-    "load_cost_model",
-    "padded_work",
-]
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,11 +106,6 @@ class CostModel:
     label_share: float | None = None
     adapter_elements: float = 0.0
     other_layers: Mapping[str, Mapping[int, LayerFit]] = field(default_factory=dict)
-
-    @property
-    def tps(self) -> tuple[int, ...]:
-        """The tensor-parallel sizes there are times for that keep all, ascending."""
-        return tuple(sorted(self.layers))
 
     def has(self, tp: int, memory: str = DEFAULT_POLICY) -> bool:
         """Return whether there are times of this tensor-parallel size under a memory policy."""

@@ -31,7 +31,8 @@ from lobra.planner.output import write_problem, written
 from lobra.planner.sweep import Sizing, parse_range, plot, plot_problem, sweep
 from lobra.planner.workload import Workload, read_workload
 from lobra.profiler.capacity import memory_profile_for
-from lobra.profiler.cost_model import KINDS, load_cost_model
+from lobra.profiler.cost_model import load_cost_model
+from lobra.profiler.layer_fit import KINDS
 from lobra.profiler.profiles import (
     adapter_elements_of,
     layout_problem_of,

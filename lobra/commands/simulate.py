@@ -24,7 +24,8 @@ from lobra.planner.simulate import Simulation
 from lobra.planner.timeline import timeline
 from lobra.planner.workload import read_workload
 from lobra.profiler.capacity import memory_profile_for
-from lobra.profiler.cost_model import KINDS, load_cost_model
+from lobra.profiler.cost_model import load_cost_model
+from lobra.profiler.layer_fit import KINDS
 from lobra.profiler.profiles import (
     adapter_elements_of,
     default_memory_path,

@@ -198,10 +198,10 @@ def _filled(table: TimeTable, bucket: int, count: int, step_time_s: float) -> Pa
     """Return as many sequences of one bucket as a replica does in equal parts, None if none."""
     time_s = table.time_s[bucket, 1:]
     with np.errstate(invalid="ignore"):
-        micro_batches = np.floor(step_time_s / time_s * (1 - 1e-9) - table.bubbles)
-    done = np.maximum(micro_batches, 0.0) * np.arange(1, len(time_s) + 1)
+        numbers = np.floor(step_time_s / time_s * (1 - 1e-9) - table.bubbles)
+    done = np.maximum(numbers, 0.0) * np.arange(1, len(time_s) + 1)
     size = 1 + int(np.argmax(np.where(np.isfinite(time_s), done, 0.0)))
-    number = min(int(micro_batches[size - 1]), count // size)
+    number = min(int(numbers[size - 1]), count // size)
     if number < 1:
         return None
     counts = np.zeros(len(table.limit), dtype=np.int64)

@@ -108,7 +108,7 @@ def _search_listed(search: Search) -> None:
     """Search where all plans can be listed."""
     problem = search.problem
     everything = OpenPlans(problem, maximal(problem.sizes, problem.num_gpus))
-    open_plans = everything.at(search.best_s * (1 - 1e-9), search.clock, whole_micro_batches=False)
+    open_plans = everything.at(search.best_s * (1 - 1e-9), search.clock, whole=False)
     for replicas in open_plans.plans[:TRIED_AT_ONCE]:
         if search.done():
             return

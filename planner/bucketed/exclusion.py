@@ -35,10 +35,10 @@ class OpenPlans:
         self.plans = plans
         self.theta = np.zeros(len(plans), dtype=np.float32)
 
-    def at(self, step_time_s: float, clock: Clock, whole_micro_batches: bool = True) -> OpenPlans:
+    def at(self, step_time_s: float, clock: Clock, whole: bool = True) -> OpenPlans:
         """Return the plans that the fluid relaxation does not exclude at T, least theta first.
 
-        ``whole_micro_batches`` excludes more, for several times the price. What is excluded at T is
+        ``whole`` micro-batches exclude more, for several times the price. What is excluded at T is
         excluded at every smaller T.
         """
         problem = self._problem
@@ -51,9 +51,7 @@ class OpenPlans:
         for bucket in used:
             plans = plans[(plans[:, reach[:, bucket] > 0] > 0).any(axis=1)]
         result = OpenPlans(problem, plans)
-        whole = (
-            WholeMicroBatches(problem.tables, counts, step_time_s) if whole_micro_batches else None
-        )
+        batches = WholeMicroBatches(problem.tables, counts, step_time_s) if whole else None
         solved = np.zeros(len(plans), dtype=bool)
         while len(result.plans):
             waiting = np.where(solved, np.inf, result.theta)
@@ -67,12 +65,12 @@ class OpenPlans:
             values = (prices[None, :] * reach).max(axis=1)
             stays = result.exclude(values, float(prices @ counts))
             solved = solved[stays]
-            if whole is None:
+            if batches is None:
                 continue
             # the same for the plans of these layouts alone, now that micro-batches are whole
             others = np.setdiff1d(np.arange(len(values)), layouts)
             values[others] = ANY_VALUE
-            stays = result.exclude(values, whole.needed(values, prices, layouts))
+            stays = result.exclude(values, batches.needed(values, prices, layouts))
             solved = solved[stays]
         order = np.argsort(result.theta, kind="stable")
         result.plans, result.theta = result.plans[order], result.theta[order]

@@ -28,21 +28,18 @@ def greedy(
     taken = np.zeros((len(group), len(counts)), dtype=np.int64)
     for bucket in np.flatnonzero(counts)[::-1].tolist():
         left = int(counts[bucket])
-        size, micro_batch = limit[:, bucket], np.zeros(0)
+        size, time_s = limit[:, bucket], np.zeros(0)
         while left:
-            if not len(micro_batch) or size.max() > left:
+            if not len(time_s) or size.max() > left:
                 size = np.minimum(limit[:, bucket], left)
                 times = [t.time_s[bucket, n] for t, n in zip(tables, size.tolist(), strict=True)]
-                micro_batch = np.where(size > 0, times, np.inf)[group]
+                time_s = np.where(size > 0, times, np.inf)[group]
             with np.errstate(invalid="ignore"):  # inf for those that cannot, times no bubble
-                end = (
-                    work
-                    + micro_batch
-                    + np.where(bubbles, bubbles * np.maximum(longest, micro_batch), 0.0)
-                )
+                bubble = np.where(bubbles, bubbles * np.maximum(longest, time_s), 0.0)
+                end = work + time_s + bubble
             chosen = int(np.argmin(end))
-            work[chosen] += micro_batch[chosen]
-            longest[chosen] = max(longest[chosen], micro_batch[chosen])
+            work[chosen] += time_s[chosen]
+            longest[chosen] = max(longest[chosen], time_s[chosen])
             taken[chosen, bucket] += size[group[chosen]]
             left -= int(size[group[chosen]])
     return taken, work + bubbles * longest

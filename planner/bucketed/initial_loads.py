@@ -111,13 +111,13 @@ def _dealt(
     assigned = np.zeros((int(replicas.sum()), len(counts)), dtype=np.int64)
     first = 0
     for group, table in enumerate(tables):
-        micro_batches = [
+        batches = [
             (-float(table.time_s[bucket, size]), bucket, size)
             for bucket in np.flatnonzero(whole[group]).tolist()
             for size in table.split(bucket, int(whole[group, bucket]))
         ]
         heap = [(0.0, replica) for replica in range(first, first + int(replicas[group]))]
-        for negative, bucket, size in sorted(micro_batches):
+        for negative, bucket, size in sorted(batches):
             busy, replica = heap[0]
             assigned[replica, bucket] += size
             heapq.heapreplace(heap, (busy - negative, replica))

@@ -115,7 +115,7 @@ def length_based_estimate_s(
 
 
 def _tables(problem: Problem) -> list[TimeTable]:
-    """Return micro-batch tables whose full micro-batch is the memory's, as LobRA defines it."""
+    """Return time tables whose full micro-batch is the memory's, as LobRA defines it."""
     return [
         time_table(c.layout, c.max_tokens, problem.buckets, problem.cost_model)
         for c in problem.candidates

@@ -46,9 +46,7 @@ class _Item:
     ticks: int
     seconds: float
     micro_batch_s: float
-    capacity: (
-        int  # ticks left beside the bubble if this is the longest micro-batch; -1: not to be read
-    )
+    capacity: int  # ticks left beside the bubble of this micro-batch; -1: not to be read
 
 
 class PatternPricer:

@@ -13,7 +13,7 @@ from lobra.planner.bucketed.loads import Loads
 
 SMALLEST_GAIN = 1e-6  # relative to the slower replica
 NEAR = 4  # sequences by which a bucket's division may change one by one
-MICRO_BATCHES = 4  # micro-batches by which it may change, of either layout
+FULL = 4  # full micro-batches by which it may change, of either layout
 MOST_OPTIONS = 32
 SMALL_GROUP = 12  # larger groups are balanced well by moves alone
 SETTLED = 2e-3  # relative distance to its mean at which a group is balanced
@@ -188,10 +188,10 @@ def _options(loads: Loads, first: int, second: int, bucket: int, pool: int) -> n
         return np.arange(pool + 1)
     now = int(loads.counts[first, bucket])
     near = np.arange(-NEAR, NEAR + 1)
-    micro_batches = np.arange(-MICRO_BATCHES, MICRO_BATCHES + 1)
+    full = np.arange(-FULL, FULL + 1)
     size = loads.limit[loads.group[first], bucket]
     other = loads.limit[loads.group[second], bucket]
-    numbers = now + np.concatenate([near, micro_batches * size, micro_batches * other])
+    numbers = now + np.concatenate([near, full * size, full * other])
     return np.unique(np.clip(numbers, 0, pool))
 
 

@@ -40,8 +40,8 @@ def roles(problem: Problem, plan: Plan) -> list[Role]:
     result = problem.evaluate(plan)
     taken = np.zeros((len(plan.groups), len(problem.buckets)), dtype=np.int64)
     of_replica = np.repeat(np.arange(len(plan.groups)), [g.replicas for g in plan.groups])
-    for replica, micro_batches in enumerate(result.micro_batches):
-        for bucket, size in micro_batches:
+    for replica, batches in enumerate(result.micro_batches):
+        for bucket, size in batches:
             taken[of_replica[replica], bucket] += size
     tables = plan_tables(plan, problem.buckets, problem.cost_model, problem.counts)
     sizes = np.array([g.layout.num_gpus for g in plan.groups])

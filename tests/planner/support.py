@@ -34,10 +34,6 @@ class LawCostModel:
     meta: dict[str, str] = field(default_factory=dict)
     adapter_elements: float = 0.0
 
-    @property
-    def tps(self) -> tuple[int, ...]:
-        return tuple(sorted(self.laws))
-
     def has(self, tp: int, memory: str = "keep") -> bool:
         return tp in self.laws
 

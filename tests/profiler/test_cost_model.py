@@ -47,7 +47,7 @@ def test_the_six_coefficients_err_as_lobras_do(published: TimeProfile) -> None:
 def test_the_fitted_times_never_fall(published: TimeProfile) -> None:
     model = fit_cost_model(published, 32)
     b, s = np.arange(1, 65)[:, None], np.arange(16, 65536, 64)[None, :]
-    for tp in model.tps:
+    for tp in model.layers:
         time_ms = model.micro_batch_time(Layout(tp, 1), *padded_work(b, s)).layers_ms
         assert time_ms.shape == (64, s.shape[1])
         assert (time_ms > 0).all()
@@ -112,7 +112,7 @@ def test_each_memory_policy_has_its_own_times(tmp_path: Path) -> None:
     lines += [f"{tp},{s},{b},{1.4 * ms},full" for tp, s, b, ms in rows]
     path.write_text("\n".join(["tp,seq_len,mbs,time,memory", *lines]) + "\n")
     model = load_cost_model("tiny", path)
-    assert model.tps == (1, 2)
+    assert sorted(model.layers) == [1, 2]
     assert model.has(1, "full")
     assert not model.has(2, "full")
     plain, again = (
