@@ -9,14 +9,17 @@ from itertools import product
 import numpy as np
 
 from lobra.layout.layout import Layout
-from lobra.layout.plan import Plan
+from lobra.layout.plan import Plan, ReplicaGroup, make_plan
 from lobra.planner.bucketed.identical import replica_cost_s
 from lobra.planner.bucketed.partitions import maximal
 from lobra.planner.bucketed.problem import Problem
 from lobra.planner.bucketed.time_table import TimeTable, time_table
+from lobra.planner.candidates import Candidate
+from lobra.planner.workload import Workload
 from lobra.profiler.cost_model import CostModel, MicroBatchTime, equal_rows
 
 BEND_TOKENS = 700.0
+MIXED_PLAN = make_plan([ReplicaGroup(Layout(1, 1), 2, 1024), ReplicaGroup(Layout(1, 2), 1, 4096)])
 RECOMPUTING = 1.4  # times as long is a layer that is computed again
 
 
@@ -64,6 +67,19 @@ def plain_cost_model() -> LawCostModel:
         speed = tp**0.8
         laws[tp] = (2.0, 0.05, per_token / speed, quadratic / speed, bend / speed)
     return LawCostModel(8, laws)
+
+
+def small_problem() -> Problem:
+    candidates = (Candidate(Layout(1, 1), 512), Candidate(Layout(2, 1), 1600))
+    counts, buckets = np.array([2, 0, 1]), np.array([192, 448, 1280])
+    return Problem(counts, buckets, candidates, 4, plain_cost_model(), 4)
+
+
+def two_tasks() -> Workload:
+    """A workload of a task with short sequences and one with sequences up to ten times as long."""
+    rng = np.random.default_rng(0)
+    lengths = {"short": rng.integers(10, 300, 500), "long": rng.integers(10, 3000, 500)}
+    return Workload(lengths, {"short": 20, "long": 10}, {"short": 0, "long": 0})
 
 
 def step_time_s(plan: Plan, batches: list[list[tuple[int, int]]], cost_model: CostModel) -> float:

@@ -2,9 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
-from threading import Event
 from time import process_time
 
 import numpy as np
@@ -17,21 +15,21 @@ from lobra.layout.layout import Layout
 from lobra.layout.plan import load_plan, save_plan
 from lobra.planner.bucketed import exact, homogeneous, lobra
 from lobra.planner.bucketed.identical import IdenticalModel
-from lobra.planner.bucketed.partitions import closed, count_closed, count_maximal, maximal
+from lobra.planner.bucketed.partitions import count_maximal, maximal
 from lobra.planner.bucketed.problem import Problem
-from lobra.planner.bucketed.solvers import Solvers
 from lobra.planner.bucketed.time_table import TimeTable, time_table
-from lobra.planner.candidates import Candidate, Candidates, all_candidates, propose
+from lobra.planner.candidates import Candidate, all_candidates
 from lobra.planner.deploy import plan_entries
 from lobra.planner.outcome import Outcome
 from lobra.profiler.profiles import MemoryProfile, MemoryRow
-from tests.planner.strategies import LAYOUTS, problems
+from tests.planner.strategies import problems
 from tests.planner.support import (
     LawCostModel,
     best_by_length_s,
     best_identical_s,
     best_plan_s,
     plain_cost_model,
+    small_problem,
 )
 from tests.tiers import examples
 
@@ -106,20 +104,6 @@ def test_group_leaves_out_layouts_that_would_only_slow_it_down() -> None:
     assert str(lobra.balance(MANY_SHORT).plan) == "<1,1>x1 <4,1>x1"
 
 
-def test_closed_plans_are_counted_and_leave_no_room_for_their_own_kinds() -> None:
-    for sizes, num_gpus in (([2, 3, 4], 11), ([1, 2, 2, 4], 6), ([4, 8], 7), ([2, 5], 1)):
-        candidates = np.array(sizes)
-        expected = set()
-        for plan in product(*(range(num_gpus // size + 1) for size in sizes)):
-            left = num_gpus - int(np.dot(plan, sizes))
-            if any(plan) and 0 <= left < min(s for s, p in zip(sizes, plan, strict=True) if p):
-                expected.add(plan)
-        assert count_closed(candidates, num_gpus) == len(expected)
-        if expected:
-            listed = [tuple(plan) for plan in closed(candidates, num_gpus).tolist()]
-            assert len(listed) == len(expected) and set(listed) == expected
-
-
 @example(lobra.group, MANY_SHORT)
 @given(st.sampled_from([lobra.balance, lobra.group]), problems(("lobra6",), max_count=2))
 @examples(30, 300)
@@ -136,74 +120,9 @@ def test_too_many_plans_to_list_are_solved_as_one_model(
             lobra.prune(problem)
 
 
-def small_problem() -> Problem:
-    candidates = (Candidate(Layout(1, 1), 512), Candidate(Layout(2, 1), 1600))
-    counts, buckets = np.array([2, 0, 1]), np.array([192, 448, 1280])
-    return Problem(counts, buckets, candidates, 4, plain_cost_model(), 4)
-
-
 def test_time_limits_beyond_what_the_solver_takes() -> None:
     for solve in (lobra.balance, lobra.group, lobra.prune):
         assert solve(small_problem(), 1e300).proven
-
-
-def test_an_interrupt_stops_the_solvers_at_once() -> None:
-    started = Event()
-
-    def build() -> IdenticalModel:
-        started.set()
-        return hard_model()
-
-    def interrupted() -> None:
-        with Solvers(1) as solvers:
-            solvers.submit(build, None, None, 0.0)
-            started.wait(20.0)
-            begin.append(process_time())
-            raise KeyboardInterrupt
-
-    begin: list[float] = []
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert process_time() - begin[0] < 10.0, "of the processor's time, all threads together"
-    assert lobra.balance(small_problem()).proven
-
-
-def test_a_solver_that_refuses_an_interrupt_is_asked_again() -> None:
-    """SCIP does so while it sets up; what ends the block is still the interrupt."""
-    asked: list[int] = []
-    started, stopped = Event(), Event()
-
-    class Model:
-        def stop(self) -> None:
-            asked.append(1)
-            if len(asked) < 3:
-                raise Exception("SCIP: method cannot be called at this time in solution process!")
-            stopped.set()
-
-        def solve(self, *_limits: float | None) -> None:
-            started.set()
-            stopped.wait(20.0)
-
-    def interrupted() -> None:
-        with Solvers(1) as solvers:
-            solvers.submit(Model, None, None, 0.0)  # type: ignore[arg-type]
-            started.wait(20.0)
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert len(asked) == 3 and stopped.is_set()
-
-
-def hard_model() -> IdenticalModel:
-    """A model that SCIP does not solve within minutes."""
-    buckets = np.arange(1, 25) * 80
-    counts = 50 + 61 * np.arange(len(buckets)) % 150
-    tables = [
-        time_table(layout, 2000 + 300 * i, buckets, plain_cost_model())
-        for i, layout in enumerate(LAYOUTS)
-    ]
-    return IdenticalModel(tables, counts, num_gpus=40)
 
 
 @example(MANY_SHORT)
@@ -219,22 +138,6 @@ def test_the_bilinear_model_finds_the_same_optimum(problem: Problem) -> None:
     assert by_length.solve(20.0).objective_s == pytest.approx(best_by_length_s(problem))
 
 
-def test_maximal_plans_leave_no_room_and_are_all_there() -> None:
-    sizes = np.array([2, 3, 4])
-    plans = maximal(sizes, 11)
-    totals = plans @ sizes
-    assert (totals <= 11).all() and (totals > 11 - 2).all()
-    listed = {tuple(plan) for plan in plans.tolist()}
-    expected = {
-        (a, b, c)
-        for a in range(6)
-        for b in range(4)
-        for c in range(3)
-        if 11 - 2 < 2 * a + 3 * b + 4 * c <= 11
-    }
-    assert listed == expected
-
-
 @given(problems())
 @examples(5, 50)
 def test_a_time_limit_is_kept(problem: Problem) -> None:
@@ -242,20 +145,6 @@ def test_a_time_limit_is_kept(problem: Problem) -> None:
     found = exact.solve(problem, 0.05)
     assert process_time() - begin < 2.0
     assert found.lower_bound_s <= found.step_time_s
-
-
-def published(*rows: tuple[int, int, int]) -> MemoryProfile:
-    return MemoryProfile(tuple(MemoryRow(tp, pp, 1, tokens) for tp, pp, tokens in rows))
-
-
-def test_candidates_say_what_was_left_out() -> None:
-    cost_model = plain_cost_model()
-    memory = published((1, 1, 2048), (2, 1, 4096), (8, 1, 8192), (1, 16, 4096), (4, 1, 8192))
-    found = all_candidates(memory, cost_model, 8, 4096, 8)
-    assert [str(c.layout) for c in found.chosen] == ["<1,1>", "<2,1>", "<4,1>"]
-    text = " ".join(found.dropped)
-    assert "<1,16>: needs 16 GPUs" in text
-    assert "<8,1>: the time profile" in text
 
 
 @dataclass(frozen=True)
@@ -288,22 +177,3 @@ def test_a_plan_mixes_memory_policies_and_its_file_says_so(tmp_path: Path) -> No
     again = replace(problem, candidates=found.chosen[:1], counts=np.array([120, 0]))
     times = [exact.solve(one, 1.0).step_time_s for one in (kept, again)]
     assert times[0] < times[1], "the same micro-batches take longer when computed again"
-
-
-def test_no_layout_for_the_longest_bucket_names_the_missing_times() -> None:
-    cost_model = plain_cost_model()
-    memory = published((1, 1, 2048), (8, 1, 8192))
-    with pytest.raises(ConfigError, match=r"longest bucket of 5008 .*no rows for tp 8"):
-        all_candidates(memory, cost_model, 8, 5008, 8)
-    with pytest.raises(ConfigError, match="at least one GPU"):
-        all_candidates(memory, cost_model, 0, 100, 8)
-
-
-def test_the_proposal_keeps_the_fastest_of_each_capacity() -> None:
-    cost_model = plain_cost_model()
-    memory = published((1, 1, 2048), (1, 2, 2048), (2, 1, 4096), (4, 1, 8192))
-    everything = all_candidates(memory, cost_model, 8, 2048, 8)
-    proposed = propose(everything, cost_model)
-    assert isinstance(proposed, Candidates)
-    assert [str(c.layout) for c in proposed.chosen] == ["<1,1>", "<2,1>", "<4,1>"]
-    assert any(text.startswith("<1,2>: not proposed") for text in proposed.dropped)

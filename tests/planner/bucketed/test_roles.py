@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from lobra.layout.layout import Layout
+from lobra.planner.bucketed.expected_batch import expect
 from lobra.planner.bucketed.problem import Problem
 from lobra.planner.bucketed.roles import roles, saturation
 from lobra.planner.candidates import Candidate
 from lobra.planner.outcome import Outcome, compared
-from tests.planner.support import plain_cost_model
+from tests.planner.support import MIXED_PLAN, plain_cost_model, two_tasks
 
 LAYOUTS = (
     Candidate(Layout(1, 1), 512),
@@ -60,3 +61,13 @@ def test_a_step_as_long_as_its_longest_sequence_is_told() -> None:
     assert note is not None and "a single sequence of 2048 tokens" in note
     many = problem_of([40, 20, 9, 9])
     assert saturation(many, outcome_of(many, [1, 0, 1])) is None
+
+
+def test_roles_add_up_to_the_batch() -> None:
+    cost_model = plain_cost_model()
+    batch = expect(two_tasks(), 6)
+    candidates = (Candidate(Layout(1, 1), 1024), Candidate(Layout(1, 2), 4096))
+    problem = Problem(batch.counts, batch.buckets, candidates, 4, cost_model)
+    found = roles(problem, MIXED_PLAN)
+    assert sum(role.tokens_share for role in found) == pytest.approx(1.0)
+    assert "the only one that holds" in found[1].reason
