@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lobra.cli import guarded
+from lobra.commands.output import write_problem, written
 from lobra.common.errors import ConfigError
 from lobra.layout.plan import plan_path, save_plan
 from lobra.planner.bucketed.roles import roles, saturation
@@ -27,8 +28,7 @@ from lobra.planner.deploy import (
     plan_with_meta,
 )
 from lobra.planner.outcome import compared
-from lobra.planner.output import write_problem, written
-from lobra.planner.sweep import Sizing, parse_range, plot, plot_problem, sweep
+from lobra.planner.sweep import Sizing, parse_range, sweep
 from lobra.planner.workload import Workload, read_workload
 from lobra.profiler.capacity import memory_profile_for
 from lobra.profiler.cost_model import load_cost_model
@@ -37,6 +37,7 @@ from lobra.profiler.profiles import (
     adapter_elements_of,
     layout_problem_of,
 )
+from lobra.report.sweep_plot import plot, plot_problem
 from lobra.tasks.config import load_trainer_config
 
 

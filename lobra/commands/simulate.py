@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lobra.commands.output import write_problem, written
 from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
 from lobra.layout.plan import load_plan
@@ -19,7 +20,6 @@ from lobra.layout.trace import TRACE_FILE, trace_text
 from lobra.planner.baselines import baselines, ladder
 from lobra.planner.candidates import all_candidates
 from lobra.planner.dispatch import dispatch
-from lobra.planner.output import write_problem, written
 from lobra.planner.simulate import Simulation
 from lobra.planner.timeline import timeline
 from lobra.planner.workload import read_workload

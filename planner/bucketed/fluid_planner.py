@@ -50,11 +50,6 @@ class FluidPlanner:
         self._tables = problem.tables if tables is None else tables
         self._used = np.flatnonzero(problem.counts > 0)
 
-    @property
-    def longest_s(self) -> float:
-        """A step time below which some bucket's single sequence ends nowhere in time."""
-        return longest_sequence_s(self._tables, self._problem.counts)
-
     def gpus(
         self, step_time_s: float, limit_s: float = MIP_LIMIT_S, cuts: Sequence[Cut] | None = None
     ) -> np.ndarray | None:
@@ -110,7 +105,8 @@ class FluidPlanner:
         lower bound. ``upper_s`` must be possible. The ``clock`` ends the search early.
         """
         clock = Clock() if clock is None else clock
-        low, high = self.longest_s * (1 - 1e-12), upper_s
+        longest_s = longest_sequence_s(self._tables, self._problem.counts)
+        low, high = longest_s * (1 - 1e-12), upper_s
         replicas = self.gpus(high, min(MIP_LIMIT_S, max(0.1, clock.left_s)))
         while high - low > tolerance * high and clock.left_s > 0:
             middle = 0.5 * (low + high)

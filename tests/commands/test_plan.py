@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from lobra.commands.output import write_problem
 from lobra.commands.plan import main
 from lobra.layout.plan import load_plan
-from lobra.planner.output import write_problem
 
 TIMES = "tp,seq_len,mbs,time\n" + "".join(
     f"{tp},{s},{b},{1.0 + b * s / (200 * tp**0.8)}\n"
