@@ -64,8 +64,8 @@ def equal_rows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return b and s, float64: the b sequences of s tokens each with this work.
 
-    The inverse of `padded_work`, exactly, as long as the squares are below 2^53. Sequences of
-    unequal lengths ask for what b and s that need not be whole ask for.
+    The inverse of `padded_work`, exactly, as long as the squares are below 2^53. Of sequences of
+    unequal lengths b and s need not be whole.
     """
     length = np.divide(squares, tokens)
     return np.divide(tokens, length), length
@@ -107,9 +107,9 @@ class CostModel:
     adapter_elements: float = 0.0
     other_layers: Mapping[str, Mapping[int, LayerFit]] = field(default_factory=dict)
 
-    def has(self, tp: int, memory: str = DEFAULT_POLICY) -> bool:
-        """Return whether there are times of this tensor-parallel size under a memory policy."""
-        return tp in self._layers(memory)
+    def has(self, layout: Layout) -> bool:
+        """Return whether there are times of the layout's tp under its memory policy."""
+        return layout.tp in self._layers(layout.memory)
 
     def taking_kept_times(self, memory: str) -> CostModel:
         """Return the cost model with the times of "keep" where those of a policy are missing."""
@@ -125,9 +125,9 @@ class CostModel:
     ) -> MicroBatchTime:
         """Return how long micro-batches keep the slowest stage of a layout busy, part by part.
 
-        The slowest stage has the layers divided by pp, rounded up. The arguments are the micro-
-        batches' work (``layout.sequences.Work``), padding included where it is computed, and
-        broadcast. Without ``labels`` the tokens to be predicted are the usual share.
+        The slowest stage has the layers divided by pp, rounded up. The other arguments, which
+        broadcast, are the work of the micro-batches (``layout.sequences.Work``) with the padding
+        that is computed. Without ``labels`` they are `label_share` of the tokens.
 
         Raises
         ------
@@ -135,7 +135,9 @@ class CostModel:
             If the layout's tp was not profiled under its memory policy.
         """
         b, s = equal_rows(tokens, squares)
-        layers_ms = self._fit(layout.tp, layout.memory).time_ms(b, s)
+        if not self.has(layout):
+            raise ConfigError(self.missing(layout))
+        layers_ms = self._layers(layout.memory)[layout.tp].time_ms(b, s)
         head_ms = transfer_ms = np.zeros(())
         if layout.tp in self.head:
             share = self.label_share if labels is None else labels / np.asarray(tokens)
@@ -159,8 +161,9 @@ class CostModel:
         """Return the cost model of what is trained: its share of labels, its adapters' size."""
         return replace(self, label_share=label_share, adapter_elements=float(adapter_elements))
 
-    def missing(self, tp: int, memory: str = DEFAULT_POLICY) -> str:
+    def missing(self, layout: Layout) -> str:
         """Return what a person is told who asks for times that were not profiled."""
+        tp, memory = layout.tp, layout.memory
         of_policy = "" if memory == DEFAULT_POLICY else f" with memory {memory}"
         has = [
             f"tp {', '.join(map(str, sorted(fits)))}"
@@ -177,11 +180,6 @@ class CostModel:
 
     def _layers(self, memory: str) -> Mapping[int, LayerFit]:
         return self.layers if memory == DEFAULT_POLICY else self.other_layers.get(memory, {})
-
-    def _fit(self, tp: int, memory: str = DEFAULT_POLICY) -> LayerFit:
-        if not self.has(tp, memory):
-            raise ConfigError(self.missing(tp, memory))
-        return self._layers(memory)[tp]
 
 
 def fit_cost_model(
@@ -284,5 +282,5 @@ def load_cost_model(
             _check_origins(path, beside)
     head = load_head_profile(head_path) if head_path.is_file() else None
     collectives = load_collectives(collectives_path) if collectives_path.is_file() else None
-    first, *others = load_time_profiles(path).values()
-    return fit_cost_model(first, num_layers_of(model), kind, head, collectives, others)
+    profile, *others = load_time_profiles(path).values()
+    return fit_cost_model(profile, num_layers_of(model), kind, head, collectives, others)

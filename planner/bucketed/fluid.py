@@ -37,10 +37,9 @@ class Fluid:
 def amounts(table: TimeTable, step_time_s: float) -> np.ndarray:
     """Return float64 [R]: sequences of one bucket alone that a replica does in a step, at most.
 
-    Micro-batches of time c cost the bubble (pp - 1) c once, so a replica whose longest micro-batch
-    takes z has T - (pp - 1) z for its work: ``A_j(T) = max_z (T - (pp - 1) z) max_{c(b) <= z} b /
-    c(b)``. A mix x of buckets then needs ``sum_j x_j / A_j(T) <= 1``: for every z its rates are
-    worse.
+    A micro-batch of time c costs the bubble (pp - 1) c once, so a replica whose longest one takes z
+    has T - (pp - 1) z for its work: ``A_j(T) = max_z (T - (pp - 1) z) max_{c(b) <= z} b / c(b)``.
+    A mix x of buckets then needs ``sum_j x_j / A_j(T) <= 1``: for every z its rates are worse.
     """
     bubbles = table.bubbles
     time_s = table.time_s[:, 1:]

@@ -109,17 +109,17 @@ def _dealt(
     for bucket in np.flatnonzero(missing < 0).tolist():
         whole[int(np.argmax(whole[:, bucket])), bucket] += missing[bucket]
     assigned = np.zeros((int(replicas.sum()), len(counts)), dtype=np.int64)
-    first = 0
+    start = 0
     for group, table in enumerate(tables):
         batches = [
             (-float(table.time_s[bucket, size]), bucket, size)
             for bucket in np.flatnonzero(whole[group]).tolist()
             for size in table.split(bucket, int(whole[group, bucket]))
         ]
-        heap = [(0.0, replica) for replica in range(first, first + int(replicas[group]))]
+        heap = [(0.0, replica) for replica in range(start, start + int(replicas[group]))]
         for negative, bucket, size in sorted(batches):
             busy, replica = heap[0]
             assigned[replica, bucket] += size
             heapq.heapreplace(heap, (busy - negative, replica))
-        first += int(replicas[group])
+        start += int(replicas[group])
     return assigned

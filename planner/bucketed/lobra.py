@@ -139,20 +139,20 @@ def _solve(
     limit_s = clock.left_s if clock.limit_s is not None else BILINEAR_LIMIT_S
     start = FluidPlanner(problem, tables).minimum(upper_s=1e6)
     only = start.replicas[None, :]
-    first = best_first(tables, problem.counts, only, Clock(limit_s / 3), progress, by_length)
+    nearest = best_first(tables, problem.counts, only, Clock(limit_s / 3), progress, by_length)
     model = IdenticalModel(
         tables, problem.counts, num_gpus=problem.num_gpus, length_based=by_length
     )
     progress("too many plans to list: solving the bilinear model")
     with Solvers(1) as solvers:
         left_s = max(1.0, limit_s - clock.elapsed_s)
-        running = solvers.submit(lambda: model, left_s, first.objective_s, start.step_time_s)
+        running = solvers.submit(lambda: model, left_s, nearest.objective_s, start.step_time_s)
         found = running.result()
-    bound_s = min(max(found.bound_s, start.step_time_s), first.objective_s)
-    if found.replicas is not None and found.objective_s < first.objective_s:
+    bound_s = min(max(found.bound_s, start.step_time_s), nearest.objective_s)
+    if found.replicas is not None and found.objective_s < nearest.objective_s:
         best = BranchResult(found.replicas, found.objective_s, bound_s, found.proven, 1)
     else:
-        best = BranchResult(first.replicas, first.objective_s, bound_s, found.proven, 1)
+        best = BranchResult(nearest.replicas, nearest.objective_s, bound_s, found.proven, 1)
     return _outcome(problem, best, name, clock, ("too many plans to list: bilinear model",))
 
 

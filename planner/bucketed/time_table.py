@@ -92,12 +92,12 @@ class TimeTable:
         rows = np.arange(len(self.limit))[:, None]
         finite = np.where(np.isfinite(self.time_s), self.time_s, 0.0)
         whole, rest = np.divmod(n, size)
-        packed = whole * finite[rows, size] + finite[rows, rest]
-        micro_batches = np.maximum(-(-n // size), 1)
-        small, larger = np.divmod(n, micro_batches)
+        full = whole * finite[rows, size] + finite[rows, rest]
+        number = np.maximum(-(-n // size), 1)
+        small, larger = np.divmod(n, number)
         upper = np.minimum(small + 1, self.time_s.shape[1] - 1)
-        even = finite[rows, small] * (micro_batches - larger) + finite[rows, upper] * larger
-        work = np.minimum(packed, even)
+        even = finite[rows, small] * (number - larger) + finite[rows, upper] * larger
+        work = np.minimum(full, even)
         work[self.limit == 0, 1:] = np.inf
         return work
 
@@ -118,14 +118,14 @@ class TimeTable:
             return []
         size = int(self.limit[bucket])
         whole, rest = divmod(n, size)
-        packed = [size] * whole + ([rest] if rest else [])
-        small, larger = divmod(n, len(packed))
-        smaller = len(packed) - larger
+        full = [size] * whole + ([rest] if rest else [])
+        small, larger = divmod(n, len(full))
+        smaller = len(full) - larger
         times = self.time_s[bucket]
         even_s = times[small] * smaller + (times[small + 1] * larger if larger else 0.0)
         if even_s < times[size] * whole + times[rest]:
             return [small + 1] * larger + [small] * smaller
-        return packed
+        return full
 
 
 def longest_sequence_s(tables: Sequence[TimeTable], counts: np.ndarray) -> float:

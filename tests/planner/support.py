@@ -37,8 +37,8 @@ class LawCostModel:
     meta: dict[str, str] = field(default_factory=dict)
     adapter_elements: float = 0.0
 
-    def has(self, tp: int, memory: str = "keep") -> bool:
-        return tp in self.laws
+    def has(self, layout: Layout) -> bool:
+        return layout.tp in self.laws
 
     def micro_batch_time(
         self,

@@ -113,8 +113,8 @@ def test_each_memory_policy_has_its_own_times(tmp_path: Path) -> None:
     path.write_text("\n".join(["tp,seq_len,mbs,time,memory", *lines]) + "\n")
     model = load_cost_model("tiny", path)
     assert sorted(model.layers) == [1, 2]
-    assert model.has(1, "full")
-    assert not model.has(2, "full")
+    assert model.has(Layout(1, 4, memory="full"))
+    assert not model.has(Layout(2, 4, memory="full"))
     plain, again = (
         float(model.micro_batch_time(Layout(1, 2, memory=memory), *WORK).total_ms)
         for memory in ("keep", "full")

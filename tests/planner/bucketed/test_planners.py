@@ -151,8 +151,8 @@ def test_a_time_limit_is_kept(problem: Problem) -> None:
 class PartlyTimed(LawCostModel):
     """A cost model whose profile has rows of recomputed layers for tp 1 only."""
 
-    def has(self, tp: int, memory: str = "keep") -> bool:
-        return super().has(tp, memory) and (memory == "keep" or tp == 1)
+    def has(self, layout: Layout) -> bool:
+        return super().has(layout) and (layout.memory == "keep" or layout.tp == 1)
 
 
 def test_a_plan_mixes_memory_policies_and_its_file_says_so(tmp_path: Path) -> None:
