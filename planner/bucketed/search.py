@@ -24,10 +24,24 @@ def key_of(replicas: np.ndarray) -> tuple[int, ...]:
 
 @dataclass(eq=False)
 class Search:
-    """The search's knowledge.
+    """A search for the best plan: what it was given, and what it knows so far.
 
-    Of every plan tried: its best time (inf: it cannot be placed), a lower bound on any dispatch
-    over it, how often it was polished.
+    Plans are known by their replicas of each candidate (``key_of``).
+
+    Attributes
+    ----------
+    problem, clock, progress
+        What to plan for, how long, and who is told.
+    bound_s, best_s
+        No plan is faster than the bound; the best plan's time.
+    times
+        The best time of every plan tried; inf where it cannot be placed.
+    bounds
+        A lower bound on any dispatch over a plan.
+    polishes
+        How often a plan was polished.
+    pool
+        Patterns that were useful, to start column generation from.
     """
 
     problem: Problem
@@ -38,16 +52,19 @@ class Search:
     times: dict[tuple[int, ...], float] = field(default_factory=dict)
     bounds: dict[tuple[int, ...], float] = field(default_factory=dict)
     polishes: Counter[tuple[int, ...]] = field(default_factory=Counter)
+    pool: Pool = field(init=False)
 
     def __post_init__(self) -> None:
         self.pool = Pool(len(self.problem.candidates))
 
     @property
     def gap(self) -> float:
+        """How much faster a plan might at most be than the best, relative to it."""
         return 1.0 - self.bound_s / self.best_s
 
     @property
     def proven(self) -> bool:
+        """Whether the gap is small enough to call the best plan proven."""
         return bool(self.gap <= TARGET_GAP * (1 + 1e-9))
 
     @property
@@ -56,6 +73,7 @@ class Search:
         return self.bound_s * (1 + TARGET_GAP)
 
     def note(self, replicas: np.ndarray, time_s: float) -> None:
+        """Take down that a plan was dispatched in a time."""
         key = key_of(replicas)
         if self.times.get(key) == np.inf:
             return  # it cannot be placed
@@ -65,16 +83,19 @@ class Search:
             self.report()
 
     def prove(self, bound_s: float) -> None:
+        """Take down that no plan is faster than a bound."""
         if bound_s > self.bound_s:
             self.bound_s = min(bound_s, self.best_s)
             self.report()
 
     def report(self) -> None:
+        """Tell the best time, the bound and the gap."""
         self.progress(
             f"{self.best_s:.4f} s, bound {self.bound_s:.4f} s, gap {100 * self.gap:.2f} %"
         )
 
     def done(self) -> bool:
+        """Return whether to stop: proven, or out of time."""
         return self.proven or self.clock.left_s <= 0
 
     def try_plan(self, replicas: np.ndarray) -> float:
@@ -148,5 +169,6 @@ class Search:
         return bool((tokens[replicas > 0] >= longest).any())
 
     def best_plans(self, number: int) -> list[np.ndarray]:
+        """Return the replicas of the best plans known, at most so many, the fastest first."""
         order = sorted(self.times, key=lambda key: (self.times[key], key))
         return [np.array(key, dtype=np.int64) for key in order[:number] if self.times[key] < np.inf]
