@@ -191,9 +191,9 @@ def dealt_time_s(
         raise ValueError(f"plan {plan}: of more than one layout")
     (group,) = plan.groups
     table = time_table(group.layout, group.max_tokens, buckets, cost_model, counts)
-    if (counts[table.limit == 0] > 0).any():
-        bucket = buckets[(table.limit == 0) & (counts > 0)][0]
-        raise ConfigError(f"a sequence of {bucket} tokens fits no replica of {plan}")
+    too_long = buckets[(table.limit == 0) & (counts > 0)]
+    if len(too_long):
+        raise ConfigError(f"a sequence of {too_long[0]} tokens fits no replica of {plan}")
     floor, extra = np.divmod(counts, group.replicas)
     shares = floor + (np.arange(group.replicas)[:, None] < extra)
     return np.array([replica_cost_s(table, own) for own in shares])

@@ -176,12 +176,16 @@ def _read_simulation(folder: Path) -> tuple[dict[str, Any], Tables]:
 
 def _trace_rows(trace: Any) -> list[dict[str, str]]:
     events = trace["traceEvents"]
-    names = {e["pid"]: e["args"]["name"].split()[-1] for e in events if e["name"] == "process_name"}
+    layouts = {
+        event["pid"]: event["args"]["name"].split(maxsplit=2)[2]  # "replica 0 <1,2> full"
+        for event in events
+        if event["name"] == "process_name"
+    }
     return [
         {
             "plan_of": "the plan",
             "replica": str(event["pid"]),
-            "layout": names[event["pid"]],
+            "layout": layouts[event["pid"]],
             "start_s": f"{event['ts'] / 1e6:.6f}",
             "end_s": f"{(event['ts'] + event['dur']) / 1e6:.6f}",
             "what": event["name"],
