@@ -16,19 +16,21 @@ import numpy as np
 
 from lobra.layout.layout import Layout
 from lobra.layout.plan import Plan, ReplicaGroup, make_plan
-from lobra.planner.buckets import bucket_index, make_buckets, plan_buckets
+from lobra.planner.bucketed import exact, homogeneous, lobra
+from lobra.planner.bucketed.buckets import bucket_index, make_buckets, plan_buckets
+from lobra.planner.bucketed.columns import Budget, Pool, generate
+from lobra.planner.bucketed.expected_batch import expect
+from lobra.planner.bucketed.fluid_planner import FluidPlanner
+from lobra.planner.bucketed.greedy import lpt_times_s
+from lobra.planner.bucketed.identical import IdenticalModel
+from lobra.planner.bucketed.problem import Problem
+from lobra.planner.bucketed.time_table import plan_tables, time_table
 from lobra.planner.candidates import all_candidates, propose
-from lobra.planner.chunks import ChunkTable, chunk_table
 from lobra.planner.clock import Clock
-from lobra.planner.columns import Budget, Pool, generate
 from lobra.planner.dispatch import dispatch
-from lobra.planner.planners import exact, homogeneous, lobra
-from lobra.planner.planners.base import Problem
-from lobra.planner.planners.identical import IdenticalModel
-from lobra.planner.planners.relaxation import FluidPlanner
-from lobra.planner.simulate import lpt_times_s
-from lobra.planner.workload import Workload, expect, make_workload
-from lobra.profiler.cost_model import CostModel, Kind, fit_cost_model
+from lobra.planner.workload import Workload, make_workload
+from lobra.profiler.cost_model import CostModel, fit_cost_model
+from lobra.profiler.layer_fit import Kind
 from lobra.profiler.profiles import MemoryProfile, load_memory_profile, load_time_profile
 from lobra.tasks.config import load_trainer_config
 from lobra.tasks.lengths import load_lengths
@@ -183,7 +185,7 @@ def bench_ilp(setting: Setting) -> None:
             found = dispatch(lengths, plan, setting.cost_model)
             counts = np.bincount(bucket_index(lengths, found.buckets), minlength=len(found.buckets))
             tables = [
-                chunk_table(r.layout, r.max_tokens, found.buckets, setting.cost_model)
+                time_table(r.layout, r.max_tokens, found.buckets, setting.cost_model)
                 for r in plan.replicas
             ]
             start = time.perf_counter()
@@ -202,10 +204,7 @@ def best_bound_s(
     setting: Setting, plan: Plan, buckets: np.ndarray, counts: np.ndarray, found: object
 ) -> float:
     """Return the best bound on a plan's dispatch: columns, by bisection above its own bound."""
-    tables: list[ChunkTable] = [
-        chunk_table(g.layout, g.max_tokens, buckets, setting.cost_model, counts)
-        for g in plan.groups
-    ]
+    tables = plan_tables(plan, buckets, setting.cost_model, counts)
     budget = Budget.of_plan(np.array([group.replicas for group in plan.groups]))
     layouts, pool = list(range(len(tables))), Pool(len(tables))
     low, high = found.lower_bound_s, found.step_time_s  # type: ignore[attr-defined]

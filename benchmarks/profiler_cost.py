@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lobra.profiler.cost_model import fit_layer
+from lobra.profiler.layer_fit import fit_layer
 from lobra.profiler.profiles import TimeProfile, load_time_profile
 
 COUNTS = (10, 15, 20, 30)

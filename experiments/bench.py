@@ -13,12 +13,14 @@ from lobra.common.errors import ConfigError
 from lobra.layout.layout import Layout
 from lobra.layout.placement import is_placeable
 from lobra.layout.plan import Plan, ReplicaGroup, make_plan
-from lobra.planner.buckets import bucket_index, static_buckets
+from lobra.planner.baselines import FUSED_BUCKETS
+from lobra.planner.bucketed.buckets import bucket_index, static_buckets
+from lobra.planner.bucketed.dispatch import dispatch_counts
+from lobra.planner.bucketed.expected_batch import expect
+from lobra.planner.bucketed.identical import replica_cost_s
+from lobra.planner.bucketed.time_table import time_table
 from lobra.planner.candidates import Candidate, all_candidates
-from lobra.planner.chunks import chunk_table
-from lobra.planner.dispatch import dispatch_counts
-from lobra.planner.simulate import FUSED_BUCKETS
-from lobra.planner.workload import Workload, expect
+from lobra.planner.workload import Workload
 from lobra.profiler.cost_model import CostModel
 from lobra.profiler.profiles import layout_problem_of
 
@@ -176,7 +178,7 @@ def dealt_time_s(
 
     The ``counts`` [R] sequences of every bucket are dealt one by one, beginning at the first
     replica, so that it gets ``ceil(count / replicas)`` of each: the step time LobRA reckons with
-    for replicas of one layout. Full chunks and one remainder per bucket.
+    for replicas of one layout.
 
     Raises
     ------
@@ -188,17 +190,10 @@ def dealt_time_s(
     if len(plan.groups) != 1:
         raise ValueError(f"plan {plan}: of more than one layout")
     (group,) = plan.groups
-    table = chunk_table(group.layout, group.max_tokens, buckets, cost_model, counts)
-    number = group.replicas
-    work, longest = np.zeros(number), np.zeros(number)
-    for bucket in np.flatnonzero(counts).tolist():
-        limit = int(table.limit[bucket])
-        if limit == 0:
-            raise ConfigError(f"a sequence of {buckets[bucket]} tokens fits no replica of {plan}")
-        floor, extra = divmod(int(counts[bucket]), number)
-        shares = np.where(np.arange(number) < extra, floor + 1, floor)
-        whole, rest = np.divmod(shares, limit)
-        times = table.time_s[bucket]
-        work += whole * times[limit] + times[rest]
-        longest = np.maximum(longest, np.where(whole > 0, times[limit], times[rest]))
-    return work + table.bubble_chunks * longest
+    table = time_table(group.layout, group.max_tokens, buckets, cost_model, counts)
+    too_long = buckets[(table.limit == 0) & (counts > 0)]
+    if len(too_long):
+        raise ConfigError(f"a sequence of {too_long[0]} tokens fits no replica of {plan}")
+    floor, extra = np.divmod(counts, group.replicas)
+    shares = floor + (np.arange(group.replicas)[:, None] < extra)
+    return np.array([replica_cost_s(table, own) for own in shares])

@@ -36,7 +36,7 @@ from lobra.cli import guarded
 from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
 from lobra.layout.plan import save_plan
-from lobra.planner.simulate import FUSED_BUCKETS
+from lobra.planner.baselines import FUSED_BUCKETS
 from lobra.planner.workload import read_lengths
 from lobra.profiler.cost_model import load_cost_model
 from lobra.profiler.profiles import default_memory_path, load_memory_profile

@@ -13,10 +13,11 @@ from experiments.cells import Cell, Record, processor_seconds
 from lobra.common.errors import ConfigError
 from lobra.layout.layout import Layout
 from lobra.layout.plan import Plan, ReplicaGroup, make_plan
-from lobra.planner.buckets import bucket_index, static_buckets
+from lobra.planner.baselines import FUSED_BUCKETS
+from lobra.planner.bucketed.buckets import bucket_index, static_buckets
 from lobra.planner.deploy import Options, deploy, plan_entries
-from lobra.planner.planners.base import Outcome
-from lobra.planner.simulate import FUSED_BUCKETS, Simulation, simulate
+from lobra.planner.outcome import Outcome
+from lobra.planner.simulate import Simulation, simulate
 from lobra.planner.workload import Workload
 
 Mode = Literal["balance", "group", "even"]

@@ -29,10 +29,14 @@ from experiments.statistics import mean_interval, reduction_interval
 from lobra.common.errors import ConfigError
 from lobra.layout.layout import Layout
 from lobra.layout.plan import Plan
-from lobra.planner.candidates import PROPOSAL_CHUNKS, Candidate, tokens_per_gpu_second
-from lobra.planner.dispatch import dispatch, dispatch_counts
-from lobra.planner.simulate import FUSED_BUCKETS, chrome_trace
-from lobra.planner.workload import expect
+from lobra.planner.baselines import FUSED_BUCKETS
+from lobra.planner.bucketed.dispatch import dispatch_counts
+from lobra.planner.bucketed.expected_batch import expect
+from lobra.planner.candidates import PROPOSAL_MICRO_BATCHES, Candidate, tokens_per_gpu_second
+from lobra.planner.dispatch import dispatch
+from lobra.planner.step_time import pipeline_time
+from lobra.planner.timeline import timeline
+from lobra.profiler.cost_model import padded_work
 
 Rows = list[dict[str, Any]]
 SEQUENTIAL, FUSED = "Task-Sequential", "Task-Fused"
@@ -436,28 +440,28 @@ def timeline_rows(bench: Bench, plans: Mapping[str, Plan]) -> Rows:
     rows = []
     for owner, plan in plans.items():
         assignment = dispatch(lengths, plan, bench.costs.cost_model, num_buckets=NUM_BUCKETS)
-        layouts = [str(replica.layout) for replica in plan.replicas]
-        for event in chrome_trace(assignment, plan, bench.costs.cost_model)["traceEvents"]:
-            if event["ph"] != "X":
-                continue
-            rows.append(
+        replicas = timeline(assignment, plan, bench.costs.cost_model)
+        for replica, trace in zip(plan.replicas, replicas, strict=True):
+            rows += [
                 {
                     "plan_of": owner,
-                    "replica": event["pid"],
-                    "layout": layouts[event["pid"]],
-                    "start_s": round(event["ts"] / 1e6, 6),
-                    "end_s": round((event["ts"] + event["dur"]) / 1e6, 6),
-                    "what": event["name"],
+                    "replica": replica.index,
+                    "layout": str(replica.layout),
+                    "start_s": round(one.start_s, 6),
+                    "end_s": round(one.start_s + one.length_s, 6),
+                    "what": one.name,
                 }
-            )
+                for one in trace.stages[0]
+            ]
     return rows
 
 
-def homogeneous_step_s(costs: Costs, plan: str, length: int, chunks: int) -> float:
-    """Return the cost model's seconds of a step of ``chunks`` single sequences per replica."""
+def homogeneous_step_s(costs: Costs, plan: str, length: int, number: int) -> float:
+    """Return the cost model's seconds of a step of ``number`` single sequences per replica."""
     ((tp, pp, _),) = parse_plan(plan)
-    chunk_ms = float(np.asarray(costs.cost_model.chunk_time_ms(tp, pp, 1, length)))
-    return chunk_ms * (chunks + pp - 1) / 1000.0
+    work = padded_work(1, length)
+    time_ms = float(costs.cost_model.micro_batch_time(Layout(tp, pp), *work).total_ms)
+    return pipeline_time([time_ms] * number, pp) / 1000.0
 
 
 def throughput(costs: Costs, layout: str, length: int) -> float:
@@ -470,7 +474,11 @@ def throughput(costs: Costs, layout: str, length: int) -> float:
 def no_bubble_throughput(costs: Costs, layout: str, length: int) -> float:
     """Return the same without the pipeline's bubble."""
     ((_, pp, _),) = parse_plan(layout)
-    return throughput(costs, layout, length) * (PROPOSAL_CHUNKS + pp - 1) / PROPOSAL_CHUNKS
+    return (
+        throughput(costs, layout, length)
+        * (PROPOSAL_MICRO_BATCHES + pp - 1)
+        / PROPOSAL_MICRO_BATCHES
+    )
 
 
 def check_steps(records: Mapping[str, Record]) -> None:

@@ -1,1 +1,1 @@
-"""What to deploy and what to dispatch: buckets, planners, the dispatcher, the simulator."""
+"""What to deploy and what to dispatch: candidates, planners, the dispatcher, the simulator."""

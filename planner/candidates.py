@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
 from lobra.common.errors import ConfigError
 from lobra.layout.layout import Layout
-from lobra.profiler.cost_model import CostModel
+from lobra.planner.step_time import pipeline_time
+from lobra.profiler.cost_model import CostModel, padded_work
 from lobra.profiler.profiles import MemoryProfile
 
-PROPOSAL_CHUNKS = 16  # micro-batches per step that LobRA's proposal assumes
+PROPOSAL_MICRO_BATCHES = 16  # micro-batches per step that LobRA's proposal assumes
 
 
 @dataclass(frozen=True, order=True)
@@ -68,7 +67,7 @@ def all_candidates(
         reason = None
         if layout.num_gpus > num_gpus:
             reason = f"needs {layout.num_gpus} GPUs of {num_gpus}"
-        elif not cost_model.has(tp, layout.memory):
+        elif not cost_model.has(layout):
             under = "" if layout.memory == "keep" else f" with memory {layout.memory}"
             times = cost_model.meta.get("path", "")
             reason = f"the time profile {times} has no rows for tp {tp}{under}"
@@ -121,14 +120,10 @@ def propose(candidates: Candidates, cost_model: CostModel) -> Candidates:
 
 
 def tokens_per_gpu_second(candidate: Candidate, cost_model: CostModel, length: int) -> float:
-    """Return tokens/s/GPU of a step of 16 full micro-batches of sequences of ``length`` tokens.
-
-    The pipeline's bubble is paid once per step, so 16 micro-batches cost 16 + pp - 1 of them.
-    """
+    """Return tokens/s/GPU of a step of 16 full micro-batches of sequences of ``length`` tokens."""
     layout = candidate.layout
     size = max(1, candidate.max_tokens // length)
-    time_ms = float(
-        np.asarray(cost_model.chunk_time_ms(layout.tp, layout.pp, size, length, layout.memory))
-    )
-    step_s = time_ms * (PROPOSAL_CHUNKS + layout.pp - 1) / 1000.0
-    return PROPOSAL_CHUNKS * size * length / step_s / layout.num_gpus
+    work = padded_work(size, length)
+    time_ms = float(cost_model.micro_batch_time(layout, *work).total_ms)
+    step_s = pipeline_time([time_ms] * PROPOSAL_MICRO_BATCHES, layout.pp) / 1000.0
+    return PROPOSAL_MICRO_BATCHES * size * length / step_s / layout.num_gpus

@@ -10,14 +10,16 @@ from lobra.common.errors import ConfigError
 from lobra.common.version import installed_version
 from lobra.layout.placement import place
 from lobra.layout.plan import Plan
+from lobra.planner.bucketed import exact, homogeneous, lobra
+from lobra.planner.bucketed.expected_batch import ExpectedBatch, expect
+from lobra.planner.bucketed.fluid_planner import FluidPlanner
+from lobra.planner.bucketed.problem import Problem
 from lobra.planner.candidates import Candidates, all_candidates, propose
 from lobra.planner.clock import Clock
-from lobra.planner.evaluate import sync_time_s
-from lobra.planner.planners import exact, homogeneous, lobra
-from lobra.planner.planners.base import Outcome, Problem, Progress, silent
-from lobra.planner.planners.relaxation import FluidPlanner
+from lobra.planner.outcome import Outcome, Progress, silent
 from lobra.planner.sampling import Sampled, Sampler, compare
-from lobra.planner.workload import ExpectedBatch, Workload, expect
+from lobra.planner.step_time import sync_time_s
+from lobra.planner.workload import Workload
 from lobra.profiler.cost_model import CostModel
 from lobra.profiler.profiles import MemoryProfile
 

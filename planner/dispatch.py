@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
 
 import numpy as np
 
 from lobra.common.errors import ConfigError
-from lobra.layout.layout import Layout
-from lobra.layout.plan import Plan, ReplicaGroup
-from lobra.planner.buckets import bucket_index, checked_lengths, make_buckets
-from lobra.planner.chunks import ChunkTable, chunk_table
-from lobra.planner.evaluate import busy_time_s, sync_time_s
-from lobra.planner.first import chunks_of, greedy_start, start_loads
-from lobra.planner.resplit import balance_groups, descend, shake
-from lobra.planner.search import Loads, improve
-from lobra.profiler.cost_model import CostModel
-
-Mode = Literal["balance", "group"]
-MODES: tuple[Mode, ...] = ("balance", "group")
-GOOD_ENOUGH = 1e-3  # relative distance to the bound at which the search stops
-FAR_OFF = 8e-3  # the same from which on dearer moves are tried
-FAR_OFF_REPLICA = 0.04  # and the part of one replica by which the bound may be too low
-TICKS = 1024
-RESPLITS, SHAKES = 20, 10
-EASY_PARTNERS = 4  # replicas that cheap swaps are tried with
-SLOWDOWN_STEP = 5e-3  # replicas within it count as equally slow
+from lobra.layout.plan import Plan
+from lobra.planner.bucketed.buckets import bucket_index, checked_lengths, make_buckets
+from lobra.planner.bucketed.dispatch import (
+    MODES,
+    CountAssignment,
+    Mode,
+    dispatch_counts,
+    dispatch_slowed,
+)
+from lobra.planner.step_time import pipeline_time, sync_time_s
+from lobra.profiler.cost_model import CostModel, padded_work
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,16 +72,7 @@ class Assignment:
     @property
     def padded_tokens(self) -> int:
         """Tokens computed by all replicas, padding included."""
-        return sum(chunk.padded_tokens for chunks in self.micro_batches for chunk in chunks)
-
-
-@dataclass(frozen=True, eq=False)
-class CountAssignment:
-    """A dispatch at bucket level: ``chunks[replica]`` are pairs (bucket index, sequences)."""
-
-    chunks: tuple[tuple[tuple[int, int], ...], ...]
-    step_time_s: float
-    lower_bound_s: float
+        return sum(batch.padded_tokens for batches in self.micro_batches for batch in batches)
 
 
 def dispatch(
@@ -148,134 +130,8 @@ def dispatch(
     if (factors == 1.0).all():
         result = dispatch_counts(counts, buckets, plan, cost_model, mode=mode)
     else:
-        result = _dispatch_slowed(counts, buckets, plan, cost_model, mode, factors)
+        result = dispatch_slowed(counts, buckets, plan, cost_model, mode, factors)
     return _with_sequences(result, index, buckets, plan, cost_model, factors)
-
-
-def dispatch_counts(
-    counts: np.ndarray,
-    buckets: np.ndarray,
-    plan: Plan,
-    cost_model: CostModel,
-    *,
-    mode: Mode = "balance",
-    slowdown: np.ndarray | None = None,
-    thorough: bool = True,
-) -> CountAssignment:
-    """Assign ``counts`` [R] sequences of the ``buckets`` [R]; the core of ``dispatch``.
-
-    The fluid relaxation says how much of each bucket every group of equal replicas takes; its
-    chunks go to the replicas longest first; local search then moves and swaps sequences, if
-    ``thorough`` with dearer moves too while the result is far from the bound.
-    """
-    counts = np.asarray(counts, dtype=np.int64)
-    tables = plan_tables(plan, buckets, cost_model, counts, mode)
-    if slowdown is not None:
-        tables = [table.slowed(factor) for table, factor in zip(tables, slowdown, strict=True)]
-    replicas = np.array([group.replicas for group in plan.groups])
-    start = start_loads(tables, replicas, counts)
-    search_loads(start.loads, start.bound_s, thorough)
-    chunks, times = chunks_of(start.loads, start.tables)
-    good_s = start.bound_s * (1 + GOOD_ENOUGH)
-    is_far_off = max(times) > start.bound_s * (1 + far_off(len(start.loads.group)))
-    if thorough and max(times) > good_s:  # of few sequences greedy may be nearer
-        other = greedy_start(start, tables, counts)
-        chunks, times = min((chunks, times), chunks_of(other.loads, other.tables), key=_slowest_s)
-        if is_far_off:
-            # what search takes for better need not be: it counts the longest bubble there can be
-            improve(other.loads, good_s, len(other.loads.group))
-            found = chunks_of(other.loads, other.tables)
-            chunks, times = min((chunks, times), found, key=_slowest_s)
-    return CountAssignment(chunks, max(times), min(start.bound_s, max(times)))
-
-
-def _slowest_s(found: tuple[Any, list[float]]) -> float:
-    return max(found[1])
-
-
-def _dispatch_slowed(
-    counts: np.ndarray,
-    buckets: np.ndarray,
-    plan: Plan,
-    cost_model: CostModel,
-    mode: Mode,
-    factors: np.ndarray,
-) -> CountAssignment:
-    """Dispatch over replicas that are slower than modelled; those about as slow form a group.
-
-    Factors are rounded down to steps of 0.5 %, so the bound stays one.
-    """
-    steps = np.floor(np.log(factors) / SLOWDOWN_STEP).astype(np.int64)
-    alike: dict[tuple[Layout, int, int], list[int]] = {}
-    for replica, step in zip(plan.replicas, steps.tolist(), strict=True):
-        key = (replica.layout, replica.max_tokens, step)
-        alike.setdefault(key, []).append(replica.index)
-    groups = tuple(
-        ReplicaGroup(layout, len(members), max_tokens)
-        for (layout, max_tokens, _), members in alike.items()
-    )
-    slowdown = np.exp(SLOWDOWN_STEP * np.array([step for _, _, step in alike]))
-    found = dispatch_counts(counts, buckets, Plan(groups), cost_model, mode=mode, slowdown=slowdown)
-    order = [index for members in alike.values() for index in members]
-    chunks = dict(zip(order, found.chunks, strict=True))
-    return replace(found, chunks=tuple(chunks[index] for index in range(len(order))))
-
-
-def far_off(num_replicas: int) -> float:
-    """Return the relative distance to the bound from which on dearer moves are tried.
-
-    The bound divides what replicas take whole: of few replicas that is a larger part.
-    """
-    return FAR_OFF + FAR_OFF_REPLICA / num_replicas
-
-
-def search_loads(loads: Loads, bound_s: float, thorough: bool = True) -> None:
-    """Shorten the slowest replica's time: cheap moves first, dearer ones while it is far off."""
-    enough_s = bound_s * (1 + far_off(len(loads.group)))
-    target_s = bound_s * (1 + GOOD_ENOUGH)
-    rounds = max(400, 4 * len(loads.group))
-    first = loads.counts.copy()
-    improve(loads, target_s, rounds, max_exchanges=0, swap_partners=EASY_PARTNERS)
-    best, best_s = loads.counts.copy(), loads.time_s.max()
-    if best_s <= enough_s or not thorough:
-        return
-    for balanced in (True, False):
-        loads.restore(first)
-        if balanced:  # of few large sequences balanced groups may leave the moves no way out
-            balance_groups(loads, target_s, TICKS)
-        improve(loads, target_s, rounds)
-        if loads.time_s.max() < best_s:
-            best, best_s = loads.counts.copy(), loads.time_s.max()
-        if best_s <= enough_s:
-            break
-    loads.restore(best)
-    if best_s > enough_s:
-        descend(loads, target_s, TICKS, RESPLITS)
-    if loads.time_s.max() > enough_s:
-        shake(loads, target_s, TICKS, SHAKES, np.random.default_rng(0))
-
-
-def plan_tables(
-    plan: Plan,
-    buckets: np.ndarray,
-    cost_model: CostModel,
-    counts: np.ndarray,
-    mode: Mode = "balance",
-) -> list[ChunkTable]:
-    """Return one chunk table per replica group, with only what ``mode`` lets it take."""
-    tables = [
-        chunk_table(group.layout, group.max_tokens, buckets, cost_model, counts)
-        for group in plan.groups
-    ]
-    if mode == "group":
-        capacity = np.array([group.max_tokens for group in plan.groups])
-        fits = np.where(capacity[:, None] >= buckets[None, :], capacity[:, None], np.iinfo(int).max)
-        smallest = fits.min(axis=0)
-        tables = [
-            table.limited(np.where(allowed, table.limit, 0))
-            for table, allowed in zip(tables, capacity[:, None] == smallest[None, :], strict=True)
-        ]
-    return tables
 
 
 def _check_fits(lengths: np.ndarray, buckets: np.ndarray, plan: Plan) -> None:
@@ -300,44 +156,41 @@ def _with_sequences(
     cost_model: CostModel,
     slowdown: np.ndarray,
 ) -> Assignment:
-    """Fill the chunks with sequences, in order of their index, and order them by cost."""
+    """Fill the micro-batches with sequences, in order of their index, and order them by cost."""
     order = np.argsort(index, kind="stable")
-    starts = np.searchsorted(index[order], np.arange(len(buckets) + 1))
-    taken = starts[:-1].copy()
-    micro_batches, times = [], []
-    costs = _chunk_costs_ms(result, buckets, plan, cost_model)
-    for replica, chunks, cost_ms in zip(plan.replicas, result.chunks, costs, strict=True):
-        batches = []
-        for bucket, size in chunks:
+    taken = np.searchsorted(index[order], np.arange(len(buckets)))
+    micro_batches, times_s = [], []
+    times_ms = _micro_batch_times_ms(result, buckets, plan, cost_model)
+    for replica, batches, own_ms in zip(plan.replicas, result.micro_batches, times_ms, strict=True):
+        rows = []
+        for bucket, size in batches:
             start = taken[bucket]
             taken[bucket] += size
-            batches.append(Rows(int(buckets[bucket]), order[start : start + size]))
-        by_cost = sorted(
-            range(len(batches)), key=lambda at: (-cost_ms[at], -batches[at].padded_length, at)
+            rows.append(Rows(int(buckets[bucket]), order[start : start + size]))
+        costliest = sorted(
+            range(len(rows)), key=lambda at: (-own_ms[at], -rows[at].padded_length, at)
         )
-        micro_batches.append(tuple(batches[at] for at in by_cost))
+        micro_batches.append(tuple(rows[at] for at in costliest))
         factor = float(slowdown[replica.index])
-        times.append(busy_time_s(replica.layout, cost_ms) * factor)
-    step = max(times)
-    bound = min(result.lower_bound_s, step)
+        times_s.append(pipeline_time(own_ms, replica.layout.pp) / 1000.0 * factor)
+    step_s = max(times_s)
+    bound_s = min(result.lower_bound_s, step_s)
     sync_s = sync_time_s(plan, cost_model)
-    return Assignment(tuple(micro_batches), np.array(times), step, bound, buckets, sync_s)
+    return Assignment(tuple(micro_batches), np.array(times_s), step_s, bound_s, buckets, sync_s)
 
 
-def _chunk_costs_ms(
+def _micro_batch_times_ms(
     result: CountAssignment, buckets: np.ndarray, plan: Plan, cost_model: CostModel
 ) -> list[list[float]]:
-    """Return, per replica, the ms of its chunks: one call of the cost model per group."""
-    costs: list[list[float]] = []
+    """Return, per replica, the ms of its micro-batches: one call of the cost model per group."""
+    times_ms: list[list[float]] = []
     for group in plan.groups:
-        members = result.chunks[len(costs) : len(costs) + group.replicas]
-        pairs = np.array([pair for chunks in members for pair in chunks], dtype=np.int64)
+        members = result.micro_batches[len(times_ms) : len(times_ms) + group.replicas]
+        pairs = np.array([pair for batches in members for pair in batches], dtype=np.int64)
         bucket, size = pairs.reshape(-1, 2).T
-        layout = group.layout
-        flat = cost_model.chunk_time_ms(
-            layout.tp, layout.pp, size, buckets[bucket], layout.memory
-        ).tolist()
-        for chunks in members:
-            costs.append(flat[: len(chunks)])
-            flat = flat[len(chunks) :]
-    return costs
+        work = padded_work(size, buckets[bucket])
+        flat = cost_model.micro_batch_time(group.layout, *work).total_ms.tolist()
+        for batches in members:
+            times_ms.append(flat[: len(batches)])
+            flat = flat[len(batches) :]
+    return times_ms

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lobra.layout.plan import Plan
-from lobra.planner.buckets import bucket_index
+from lobra.planner.bucketed import exact
+from lobra.planner.bucketed.buckets import bucket_index
+from lobra.planner.bucketed.problem import Problem
 from lobra.planner.clock import Clock
-from lobra.planner.planners import exact
-from lobra.planner.planners.base import Outcome, Problem, Progress
+from lobra.planner.outcome import Outcome, Progress
 from lobra.planner.simulate import simulate
 from lobra.planner.workload import Workload
 
@@ -103,10 +104,10 @@ def compare(
                 sampled.insert(0, sampled.pop(best))
     if sampled[0].plan == outcome.plan:
         return outcome, tuple(sampled)
-    first = next(entry for entry in sampled if entry.plan == outcome.plan)
+    planned = next(entry for entry in sampled if entry.plan == outcome.plan)
     note = (
-        f"on {len(first.step_time_s)} sampled steps {sampled[0].mean_s:.4g} s on average, against "
-        f"{first.mean_s:.4g} s of {outcome.plan}, best for the batch"
+        f"on {len(planned.step_time_s)} sampled steps {sampled[0].mean_s:.4g} s on average, "
+        f"against {planned.mean_s:.4g} s of {outcome.plan}, best for the batch"
     )
     known = dict(outcome.alternatives)
     plan = sampled[0].plan

@@ -14,7 +14,6 @@ import numpy as np
 from lobra.common.errors import ConfigError, Problems
 from lobra.layout.shapes import resolve_shape
 from lobra.model.folder import tokenizer_folder
-from lobra.planner.buckets import bucket_index, expected_batch, plan_buckets, static_buckets
 from lobra.tasks.config import TaskConfig, TrainerConfig, clip_context
 from lobra.tasks.lengths import load_lengths
 from lobra.tasks.sampling import num_steps, sample_indices, seed_of, split_sequences
@@ -93,15 +92,6 @@ class Workload:
             if not drawn:
                 return
             yield np.concatenate([self.lengths[task][own] for task, own in drawn.items()])
-
-
-@dataclass(frozen=True, eq=False)
-class ExpectedBatch:
-    """The batch a plan is made for: ``counts`` sequences of each of the ``buckets``, int64 [R]."""
-
-    counts: np.ndarray
-    buckets: np.ndarray
-    padding_ratio: float
 
 
 def make_workload(
@@ -258,22 +248,3 @@ def label_share(tasks: Sequence[TaskConfig], datasets: Sequence[TokenizedDataset
             labels += weight * data.num_labels
             tokens += weight * len(data.tokens)
     return labels / tokens if tokens else None
-
-
-def expect(workload: Workload, num_buckets: int, static: bool = False) -> ExpectedBatch:
-    """Return the expected batch over dynamic or static buckets (CONTRACT, "Python CLI")."""
-    if num_buckets < 1:
-        raise ConfigError(f"--num-buckets: {num_buckets}; at least one bucket is needed")
-    if static:
-        buckets = static_buckets(num_buckets, workload.longest)
-    else:
-        buckets = plan_buckets(
-            workload.lengths, workload.batch_sizes, num_buckets, workload.longest
-        )
-    counts = expected_batch(workload.lengths, workload.batch_sizes, buckets, workload.longest)
-    real = padded = 0.0
-    for task, values in workload.lengths.items():
-        share = workload.batch_sizes[task] / len(values)
-        real += share * float(values.sum())
-        padded += share * float(buckets[bucket_index(values, buckets)].sum())
-    return ExpectedBatch(counts, buckets, 1.0 - real / padded)

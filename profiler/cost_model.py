@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from lobra.common.errors import ConfigError
+from lobra.layout.layout import Layout
 from lobra.profiler.collectives import Collectives, default_collectives_path, load_collectives
 from lobra.profiler.head import HeadFit, HeadProfile, fit_heads, load_head_profile
-from lobra.profiler.layer_fit import KINDS, SMALLEST_TIME_MS, Kind, LayerFit, fit_layer
+from lobra.profiler.layer_fit import KINDS, Kind, LayerFit, fit_layer
 from lobra.profiler.profiles import (
     DEFAULT_POLICY,
     TimeProfile,
@@ -24,21 +25,54 @@ from lobra.profiler.profiles import (
 )
 from lobra.profiler.sidecar import read_meta
 
-__all__ = [
-    "KINDS",
-    "SMALLEST_TIME_MS",
-    "CostModel",
-    "Kind",
-    "LayerFit",
-    "fit_cost_model",
-    "fit_layer",
-    "load_cost_model",
-]
+
+@dataclass(frozen=True, eq=False)
+class MicroBatchTime:
+    """How long micro-batches keep the slowest stage of a pipeline busy: float64 arrays, in ms.
+
+    Attributes
+    ----------
+    layers_ms
+        The stage's layers, forward and backward; the forward pass twice if it is computed again.
+    head_ms
+        Embedding and head; 0 where they were not profiled.
+    transfer_ms
+        Hidden states handed on and their gradients back; 0 without a pipeline, or a profile.
+    """
+
+    layers_ms: np.ndarray
+    head_ms: np.ndarray
+    transfer_ms: np.ndarray
+
+    @property
+    def total_ms(self) -> np.ndarray:
+        """The sum of the parts."""
+        return self.layers_ms + self.head_ms + self.transfer_ms
+
+
+def padded_work(
+    num_sequences: np.ndarray | int, length: np.ndarray | int
+) -> tuple[np.ndarray | int, np.ndarray | int]:
+    """Return tokens and squares of micro-batches of so many sequences padded to one length."""
+    tokens = num_sequences * length
+    return tokens, tokens * length
+
+
+def equal_rows(
+    tokens: np.ndarray | int, squares: np.ndarray | int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return b and s, float64: the b sequences of s tokens each with this work.
+
+    The inverse of `padded_work`, exactly, as long as the squares are below 2^53. Of sequences of
+    unequal lengths b and s need not be whole.
+    """
+    length = np.divide(squares, tokens)
+    return np.divide(tokens, length), length
 
 
 @dataclass(frozen=True, eq=False)
 class CostModel:
-    """Times of layers and micro-batches ("chunks") for every profiled tensor-parallel size.
+    """Times of micro-batches and of a step's synchronisation for every tensor-parallel size.
 
     Attributes
     ----------
@@ -72,56 +106,44 @@ class CostModel:
     adapter_elements: float = 0.0
     other_layers: Mapping[str, Mapping[int, LayerFit]] = field(default_factory=dict)
 
-    @property
-    def tps(self) -> tuple[int, ...]:
-        """The tensor-parallel sizes there are times for that keep all, ascending."""
-        return tuple(sorted(self.layers))
-
-    def has(self, tp: int, memory: str = DEFAULT_POLICY) -> bool:
-        """Return whether there are times of this tensor-parallel size under a memory policy."""
-        return tp in self._layers(memory)
+    def has(self, layout: Layout) -> bool:
+        """Return whether there are times of the layout's tp under its memory policy."""
+        return layout.tp in self._layers(layout.memory)
 
     def taking_kept_times(self, memory: str) -> CostModel:
         """Return the cost model with the times of "keep" where those of a policy are missing."""
         other = {**self.other_layers, memory: {**self.layers, **self._layers(memory)}}
         return replace(self, other_layers=other)
 
-    def layer_time_ms(
+    def micro_batch_time(
         self,
-        tp: int,
-        b: np.ndarray | int,
-        s: np.ndarray | int,
-        memory: str = DEFAULT_POLICY,
-    ) -> np.ndarray:
-        """Return ms of one layer, forward + backward, for ``b`` sequences padded to ``s`` tokens.
+        layout: Layout,
+        tokens: np.ndarray | int,
+        squares: np.ndarray | int,
+        labels: np.ndarray | int | None = None,
+    ) -> MicroBatchTime:
+        """Return how long micro-batches keep the slowest stage of a layout busy, part by part.
 
-        ``b`` and ``s`` broadcast. With ``memory`` "full" the forward pass is in it twice. Raises
-        ``ConfigError`` if ``tp`` was not profiled under that policy.
+        The slowest stage has the layers divided by pp, rounded up. The other arguments, which
+        broadcast, are the work of the micro-batches (``layout.sequences.Work``) with the padding
+        that is computed. Without ``labels`` they are `label_share` of the tokens.
+
+        Raises
+        ------
+        ConfigError
+            If the layout's tp was not profiled under its memory policy.
         """
-        return self._fit(tp, memory).time_ms(np.asarray(b), np.asarray(s))
-
-    def chunk_time_ms(
-        self,
-        tp: int,
-        pp: int,
-        b: np.ndarray | int,
-        s: np.ndarray | int,
-        memory: str = DEFAULT_POLICY,
-    ) -> np.ndarray:
-        """Return ms a micro-batch keeps the slowest stage of ``<tp,pp>`` busy.
-
-        Layer time x layers per stage (rounded up where pp does not divide them), plus embedding
-        and head where they were profiled, plus, in a pipeline, the transfer of hidden states and
-        their gradients where that was. ``b`` and ``s`` broadcast.
-        """
-        b, s = np.asarray(b), np.asarray(s)
-        layers = -(-self.num_layers // pp)
-        time_ms = self._fit(tp, memory).time_ms(b, s) * layers
-        if tp in self.head:
-            time_ms = time_ms + self.head[tp].time_ms(b, s, self.label_share)
-        if pp > 1 and self.collectives is not None:
-            time_ms = time_ms + self.collectives.transfer_ms(b * s)
-        return time_ms
+        b, s = equal_rows(tokens, squares)
+        if not self.has(layout):
+            raise ConfigError(self.missing(layout))
+        layers_ms = self._layers(layout.memory)[layout.tp].time_ms(b, s)
+        head_ms = transfer_ms = np.zeros(())
+        if layout.tp in self.head:
+            share = self.label_share if labels is None else labels / np.asarray(tokens)
+            head_ms = self.head[layout.tp].time_ms(b, s, share)
+        if layout.pp > 1 and self.collectives is not None:
+            transfer_ms = self.collectives.transfer_ms(tokens)
+        return MicroBatchTime(layers_ms * -(-self.num_layers // layout.pp), head_ms, transfer_ms)
 
     def sync_time_ms(self, num_ranks: int, layers_share: float = 1.0) -> float:
         """Return ms a step spends on synchronising adapters after the last micro-batch.
@@ -138,8 +160,9 @@ class CostModel:
         """Return the cost model of what is trained: its share of labels, its adapters' size."""
         return replace(self, label_share=label_share, adapter_elements=float(adapter_elements))
 
-    def missing(self, tp: int, memory: str = DEFAULT_POLICY) -> str:
+    def missing(self, layout: Layout) -> str:
         """Return what a person is told who asks for times that were not profiled."""
+        tp, memory = layout.tp, layout.memory
         of_policy = "" if memory == DEFAULT_POLICY else f" with memory {memory}"
         has = [
             f"tp {', '.join(map(str, sorted(fits)))}"
@@ -156,11 +179,6 @@ class CostModel:
 
     def _layers(self, memory: str) -> Mapping[int, LayerFit]:
         return self.layers if memory == DEFAULT_POLICY else self.other_layers.get(memory, {})
-
-    def _fit(self, tp: int, memory: str = DEFAULT_POLICY) -> LayerFit:
-        if not self.has(tp, memory):
-            raise ConfigError(self.missing(tp, memory))
-        return self._layers(memory)[tp]
 
 
 def fit_cost_model(
@@ -261,5 +279,5 @@ def load_cost_model(
             _check_origins(path, beside)
     head = load_head_profile(head_path) if head_path.is_file() else None
     collectives = load_collectives(collectives_path) if collectives_path.is_file() else None
-    first, *others = load_time_profiles(path).values()
-    return fit_cost_model(first, num_layers_of(model), kind, head, collectives, others)
+    profile, *others = load_time_profiles(path).values()
+    return fit_cost_model(profile, num_layers_of(model), kind, head, collectives, others)

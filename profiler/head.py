@@ -46,7 +46,7 @@ class HeadFit:
     labels: LayerFit
     profiled_share: float = PROFILED_SHARE
 
-    def time_ms(self, b: Array, s: Array, label_share: float | None = None) -> Array:
+    def time_ms(self, b: Array, s: Array, label_share: Array | float | None = None) -> Array:
         """Return ms for ``b`` sequences of ``s`` tokens (arrays broadcast).
 
         ``label_share`` of the positions carry a loss; by default as many as were profiled.

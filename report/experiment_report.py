@@ -15,6 +15,7 @@ from rich.table import Table
 
 from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
+from lobra.layout.trace import FIRST_STAGE_ROW, TRACE_FILE
 from lobra.report.experiment_plots import plot_tables
 from lobra.report.intervals import reach_of_mean
 
@@ -167,26 +168,30 @@ def _read_simulation(folder: Path) -> tuple[dict[str, Any], Tables]:
             }
         )
     tables: Tables = {"methods": methods}
-    if (folder / "trace.json").is_file():
-        tables["timeline"] = _trace_rows(_read_json(folder / "trace.json"))
+    if (folder / TRACE_FILE).is_file():
+        tables["timeline"] = _trace_rows(_read_json(folder / TRACE_FILE))
     about = {"kind": "simulation", "steps": runs[0].get("steps"), "command": "lobra simulate"}
     return about, tables
 
 
 def _trace_rows(trace: Any) -> list[dict[str, str]]:
     events = trace["traceEvents"]
-    names = {e["pid"]: e["args"]["name"].split()[-1] for e in events if e["ph"] == "M"}
+    layouts = {
+        event["pid"]: event["args"]["name"].split(maxsplit=2)[2]  # "replica 0 <1,2> full"
+        for event in events
+        if event["name"] == "process_name"
+    }
     return [
         {
             "plan_of": "the plan",
             "replica": str(event["pid"]),
-            "layout": names[event["pid"]],
+            "layout": layouts[event["pid"]],
             "start_s": f"{event['ts'] / 1e6:.6f}",
             "end_s": f"{(event['ts'] + event['dur']) / 1e6:.6f}",
             "what": event["name"],
         }
         for event in events
-        if event["ph"] == "X"
+        if event["ph"] == "X" and event["tid"] == FIRST_STAGE_ROW
     ]
 
 

@@ -1,56 +1,33 @@
-"""A run's timeline as a Chrome trace (chrome://tracing, Perfetto): one row per replica.
+"""A run's timeline as a Chrome trace: every replica's steps, laid end to end.
 
-Each plan the run has had is a process of its own, since replica 0 of one is not that of another.
+After a resume on another plan replica 0 is not what it was: each plan has its own replicas.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lobra.common.files import write_atomic
+from lobra.layout.trace import STEP_DETAILS, TRACE_FILE, ReplicaTrace, Slice, trace_text
 from lobra.report.run_plans import PlanPart
-
-TRACE_FILE = "trace.json"
 
 
 def write_trace(folder: Path, parts: Sequence[PlanPart]) -> Path:
-    """Write `folder`/trace.json: what every replica computed in every step.
-
-    Steps are laid end to end; times are microseconds, as the format wants them.
-    """
-    events: list[dict[str, Any]] = []
+    """Write `folder`/trace.json and return its path."""
+    replicas, start_s = [], 0.0
     for part in parts:
-        name = f"plan {part.number}: {part.plan}, {part.span}"
-        events.append(_meta("process_name", part.number, 0, name))
-        for index, layout in enumerate(part.layouts):
-            name = f"replica {index} {layout}"
-            events.append(_meta("thread_name", part.number, index, name))
-    start_us = 0.0
-    for part, step in ((own, step) for own in parts for step in own.steps):
-        for index, replica in enumerate(step["replicas"]):
-            events.append(
-                {
-                    "name": f"step {step['step']}",
-                    "ph": "X",
-                    "pid": part.number,
-                    "tid": index,
-                    "ts": start_us,
-                    "dur": replica["busy_s"] * 1e6,
-                    "args": {
-                        "micro_batches": replica["micro_batches"],
-                        "padded_tokens": replica["padded_tokens"],
-                        "predicted_s": replica["predicted_s"],
-                    },
-                }
-            )
-        start_us += step["step_time_s"] * 1e6
+        slices: list[list[Slice]] = [[] for _ in part.layouts]
+        for step in part.steps:
+            for own, replica in zip(slices, step["replicas"], strict=True):
+                details = {name: replica[name] for name in STEP_DETAILS}
+                own.append(Slice(f"step {step['step']}", start_s, replica["busy_s"], details))
+            start_s += step["step_time_s"]
+        plan = f"plan {part.number}: {part.plan}, {part.span}: " if len(parts) > 1 else ""
+        replicas += [
+            ReplicaTrace(f"{plan}replica {index} {layout}", own)
+            for index, (layout, own) in enumerate(zip(part.layouts, slices, strict=True))
+        ]
     path = folder / TRACE_FILE
-    write_atomic(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+    write_atomic(path, trace_text(replicas))
     return path
-
-
-def _meta(kind: str, process: int, thread: int, name: str) -> dict[str, Any]:
-    return {"name": kind, "ph": "M", "pid": process, "tid": thread, "args": {"name": name}}

@@ -22,7 +22,7 @@ from lobra.layout.world import World
 from lobra.model.checkpoint import checkpoint_problems
 from lobra.model.fingerprint import MARK, fingerprint
 from lobra.model.folder import resolve_folder
-from lobra.planner.buckets import static_buckets
+from lobra.planner.bucketed.buckets import static_buckets
 from lobra.planner.workload import label_share
 from lobra.profiler.cost_model import CostModel, load_cost_model
 from lobra.profiler.profiles import default_time_path
@@ -444,11 +444,9 @@ def dispatch_costs(request: TrainRequest, plan: Plan) -> CostModel:
         raise ConfigError(problems)
     path = _profile_path(request)
     model = load_cost_model(request.model, request.time_profile, request.cost_model)
-    wanted = {(group.layout.tp, group.layout.memory) for group in plan.groups}
-    for memory in sorted({memory for tp, memory in wanted if memory != "keep"}):
-        unknown = sorted(
-            tp for tp, policy in wanted if policy == memory and not model.has(tp, memory)
-        )
+    wanted = sorted({group.layout for group in plan.groups})
+    for memory in sorted({layout.memory for layout in wanted if layout.memory != "keep"}):
+        unknown = sorted({one.tp for one in wanted if one.memory == memory and not model.has(one)})
         if unknown:
             sizes = ",".join(map(str, unknown))
             log.warning(
@@ -458,11 +456,9 @@ def dispatch_costs(request: TrainRequest, plan: Plan) -> CostModel:
                 path, sizes, memory, sizes, memory,
             )  # fmt: skip
             model = model.taking_kept_times(memory)
-    missing = [
-        model.missing(tp, memory) for tp, memory in sorted(wanted) if not model.has(tp, memory)
-    ]
+    missing = dict.fromkeys(model.missing(layout) for layout in wanted if not model.has(layout))
     if missing:
-        raise ConfigError(missing)
+        raise ConfigError(list(missing))
     return model
 
 

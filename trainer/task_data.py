@@ -9,7 +9,7 @@ from pathlib import Path
 from lobra.common.errors import ConfigError, Problems
 from lobra.layout.plan import Plan
 from lobra.layout.shapes import ModelShape
-from lobra.planner.buckets import ALIGN
+from lobra.planner.bucketed.buckets import ALIGN
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.dataset import TokenizedDataset, load_dataset
 from lobra.tasks.text_processor import TextProcessor

@@ -15,8 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from lobra.cli import guarded
+from lobra.commands.output import write_problem, written
 from lobra.common.errors import ConfigError
 from lobra.layout.plan import plan_path, save_plan
+from lobra.planner.bucketed.roles import roles, saturation
 from lobra.planner.deploy import (
     PATTERNS,
     Deployment,
@@ -25,16 +27,17 @@ from lobra.planner.deploy import (
     deploy,
     plan_with_meta,
 )
-from lobra.planner.explain import compared, roles, saturation
-from lobra.planner.output import write_problem, written
-from lobra.planner.sweep import Point, parse_range, plot, plot_problem, sweep
+from lobra.planner.outcome import compared
+from lobra.planner.sweep import Sizing, parse_range, sweep
 from lobra.planner.workload import Workload, read_workload
 from lobra.profiler.capacity import memory_profile_for
-from lobra.profiler.cost_model import KINDS, load_cost_model
+from lobra.profiler.cost_model import load_cost_model
+from lobra.profiler.layer_fit import KINDS
 from lobra.profiler.profiles import (
     adapter_elements_of,
     layout_problem_of,
 )
+from lobra.report.sweep_plot import plot, plot_problem
 from lobra.tasks.config import load_trainer_config
 
 
@@ -100,26 +103,26 @@ def run(args: argparse.Namespace) -> int:
             progress=lambda message: status.update(f"planning: {message}"),
             refused=refused,
         )
-        points = sweep(workload, memory, cost_model, gpus, options, status.update, refused)
+        sizings = sweep(workload, memory, cost_model, gpus, options, status.update, refused)
     note = saturation(deployment.problem, deployment.outcome)
     if notes := (*memory_notes, *([note] if note else ())):
         outcome = replace(deployment.outcome, notes=(*deployment.outcome.notes, *notes))
         deployment = replace(deployment, outcome=outcome)
     plan = plan_with_meta(deployment, args.model, memory, options.gpus_per_node)
     show(console, deployment, workload)
-    if points:
-        show_sweep(console, points)
+    if sizings:
+        show_sweep(console, sizings)
     if args.dry_run:
         console.print(f"dry run: {plan_path(args.strategy_config)} not written")
     else:
         with written("--strategy-config", plan_path(args.strategy_config)):
             console.print(f"written: {save_plan(plan, args.strategy_config)}")
     if args.json:
-        swept = {"sweep": [point.as_json() for point in points]} if gpus else {}
+        swept = {"sweep": [sizing.as_json() for sizing in sizings]} if gpus else {}
         print(json.dumps({**as_json(deployment), **swept}))
     if args.plot:
         with written("--plot", args.plot):
-            plot(points, args.plot)
+            plot(sizings, args.plot)
         console.print(f"drawn: {args.plot}")
     return 0
 
@@ -240,20 +243,20 @@ def show(console: Console, deployment: Deployment, workload: Workload) -> None:
         console.print(f"left out: {reason}")
 
 
-def show_sweep(console: Console, points: Sequence[Point]) -> None:
+def show_sweep(console: Console, sizings: Sequence[Sizing]) -> None:
     """Print what other numbers of GPUs would give."""
     table = Table(title="other numbers of GPUs")
     for column in ("GPUs", "step s", "gap %", "GPU-seconds", "homogeneous s"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("plan")
-    for point in points:
-        found = point.deployment
+    for sizing in sizings:
+        found = sizing.deployment
         if found is None:
-            table.add_row(str(point.num_gpus), "-", "-", "-", "-", "none, see below")
+            table.add_row(str(sizing.num_gpus), "-", "-", "-", "-", "none, see below")
             continue
         outcome, same = found.outcome, found.homogeneous
         table.add_row(
-            str(point.num_gpus),
+            str(sizing.num_gpus),
             f"{outcome.step_time_s:.3f}",
             f"{100 * outcome.gap:.2f}",
             f"{outcome.gpu_seconds:.1f}",
@@ -261,9 +264,9 @@ def show_sweep(console: Console, points: Sequence[Point]) -> None:
             str(outcome.plan),
         )
     console.print(table)
-    for point in points:
-        if point.deployment is None:
-            console.print(f"{point.num_gpus} GPUs: {point.reason}")
+    for sizing in sizings:
+        if sizing.deployment is None:
+            console.print(f"{sizing.num_gpus} GPUs: {sizing.reason}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

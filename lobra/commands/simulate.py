@@ -12,16 +12,20 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lobra.commands.output import write_problem, written
 from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
 from lobra.layout.plan import load_plan
+from lobra.layout.trace import TRACE_FILE, trace_text
+from lobra.planner.baselines import baselines, ladder
 from lobra.planner.candidates import all_candidates
 from lobra.planner.dispatch import dispatch
-from lobra.planner.output import write_problem, written
-from lobra.planner.simulate import Simulation, baselines, chrome_trace, ladder
+from lobra.planner.simulate import Simulation
+from lobra.planner.timeline import timeline
 from lobra.planner.workload import read_workload
 from lobra.profiler.capacity import memory_profile_for
-from lobra.profiler.cost_model import KINDS, load_cost_model
+from lobra.profiler.cost_model import load_cost_model
+from lobra.profiler.layer_fit import KINDS
 from lobra.profiler.profiles import (
     adapter_elements_of,
     default_memory_path,
@@ -118,12 +122,12 @@ def run(args: argparse.Namespace) -> int:
         first = next(workload.steps(1))
         assignment = dispatch(first, plan, cost_model, num_buckets=args.num_buckets)
         folder = Path(args.output_dir)
-        trace = json.dumps(chrome_trace(assignment, plan, cost_model))
+        trace = trace_text(timeline(assignment, plan, cost_model))
         with written("--output-dir", folder):
             write_atomic(folder / "steps.csv", _csv(runs))
-            write_atomic(folder / "trace.json", trace)
+            write_atomic(folder / TRACE_FILE, trace)
             write_atomic(folder / "simulation.json", json.dumps(summaries, indent=2) + "\n")
-        console.print(f"written: {folder}/simulation.json, steps.csv, trace.json")
+        console.print(f"written: {folder}/simulation.json, steps.csv, {TRACE_FILE}")
     if args.json:
         print(json.dumps({"plan": str(plan), "runs": summaries, "left_out": left_out}))
     return 0

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from lobra.commands.output import write_problem
 from lobra.commands.plan import main
 from lobra.layout.plan import load_plan
-from lobra.planner.output import write_problem
 
 TIMES = "tp,seq_len,mbs,time\n" + "".join(
     f"{tp},{s},{b},{1.0 + b * s / (200 * tp**0.8)}\n"
@@ -240,7 +240,7 @@ def test_the_json_holds_the_sweep(files: Path, capsys: pytest.CaptureFixture[str
 NOTED_PLANNER = """
 import pathlib, sys
 from lobra.commands.plan import main
-from lobra.planner.planners.identical import IdenticalModel
+from lobra.planner.bucketed.identical import IdenticalModel
 solve = IdenticalModel.solve
 def noted(self, *arguments):
     pathlib.Path("solving").touch()

@@ -281,10 +281,13 @@ def test_a_run_goes_on_with_another_plan_and_is_reported(
     events = json.loads(Path("run/trace.json").read_text())["traceEvents"]
     slices = [event for event in events if event["ph"] == "X"]
     assert [(e["pid"], e["tid"], e["name"]) for e in slices] == [
-        (1, 0, "step 0"), (2, 0, "step 1"), (2, 1, "step 1"), (2, 0, "step 2"), (2, 1, "step 2")
+        (0, 0, "step 0"), (1, 0, "step 1"), (1, 0, "step 2"), (2, 0, "step 1"), (2, 0, "step 2")
     ]  # fmt: skip
-    names = {e["args"]["name"] for e in events if e["name"] == "process_name"}
-    assert names == {"plan 1: <1,1>x1, step 1", "plan 2: <1,1>x2, steps 2-3"}
+    assert [e["args"]["name"] for e in events if e["name"] == "process_name"] == [
+        "plan 1: <1,1>x1, step 1: replica 0 <1,1>",
+        "plan 2: <1,1>x2, steps 2-3: replica 0 <1,1>",
+        "plan 2: <1,1>x2, steps 2-3: replica 1 <1,1>",
+    ]
     assert train(place, "--resume", "7") == 2
     assert "has only the steps 1, 3" in capsys.readouterr().err
 

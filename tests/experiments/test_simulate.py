@@ -22,9 +22,9 @@ from lobra.common.errors import ConfigError
 from lobra.layout.layout import Layout
 from lobra.layout.placement import place
 from lobra.layout.plan import ReplicaGroup, make_plan
-from lobra.planner.evaluate import replica_time_s
 from lobra.profiler.cost_model import fit_cost_model
 from lobra.profiler.profiles import TimeProfile
+from tests.planner.support import replica_time_s
 
 LENGTHS = {  # few sequences, all short but some: enough for every method to differ
     name: [64 + 7 * k for k in range(120)] + [1500] * 6 + [longest] * 2
@@ -232,9 +232,9 @@ def test_dealing_gives_every_replica_its_share_of_every_bucket() -> None:
     times = dealt_time_s(counts, buckets, plan, costs)
     dealt = [((2, 1), (2, 1)), ((2, 1), (1,)), ((2,), (1,))]  # 3 3 2 short ones, 2 1 1 long ones
     for own, (short, long) in zip(times, dealt, strict=True):
-        # two short ones make a chunk, a long one is alone; full chunks and one remainder
-        chunks = [(n, 64) for n in short] + [(1, 128)] * (2 if long == (2, 1) else 1)
-        assert own == pytest.approx(replica_time_s(Layout(1, 2), chunks, costs))
+        # two short ones are computed together, a long one alone
+        batches = [(n, 64) for n in short] + [(1, 128)] * (2 if long == (2, 1) else 1)
+        assert own == pytest.approx(replica_time_s(Layout(1, 2), batches, costs))
     assert times[0] == times.max()  # the first replica has the ceiling of every bucket
     mixed = make_plan([ReplicaGroup(Layout(1, 1), 1, 128), ReplicaGroup(Layout(1, 2), 1, 128)])
     with pytest.raises(ValueError, match="more than one layout"):

@@ -7,9 +7,9 @@ import pytest
 
 from lobra.common.errors import ConfigError
 from lobra.layout.layout import Layout
+from lobra.planner.bucketed import exact, homogeneous
+from lobra.planner.bucketed.problem import Problem
 from lobra.planner.candidates import Candidate
-from lobra.planner.planners import exact, homogeneous
-from lobra.planner.planners.base import Problem
 from tests.planner.support import best_dispatch_s, plain_cost_model
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from lobra.layout.layout import Layout
 from lobra.layout.plan import Plan, ReplicaGroup, make_plan
+from lobra.planner.bucketed.problem import Problem
 from lobra.planner.candidates import Candidate
-from lobra.planner.planners.base import Problem
 from tests.planner.support import LawCostModel
 
 LAYOUTS = tuple(Layout(tp, pp) for tp, pp in ((1, 1), (1, 2), (2, 1), (1, 4), (2, 2), (4, 1)))
@@ -78,9 +78,9 @@ def problems(
 ) -> Problem:
     """A problem of at most three buckets whose longest sequence fits some layout."""
     num_gpus = draw(st.integers(1, max_gpus))
-    ends = draw(st.lists(st.integers(1, 29), min_size=1, max_size=3, unique=True))
-    buckets = np.sort(ends) * 64
-    counts = np.array([draw(st.integers(0, max_count)) for _ in ends[1:]] + [1], dtype=np.int64)
+    units = draw(st.lists(st.integers(1, 29), min_size=1, max_size=3, unique=True))
+    buckets = np.sort(units) * 64
+    counts = np.array([draw(st.integers(0, max_count)) for _ in units[1:]] + [1], dtype=np.int64)
     counts[-1] = draw(st.integers(1, max_count))
     usable = [layout for layout in LAYOUTS if layout.num_gpus <= num_gpus]
     chosen = draw(st.lists(st.sampled_from(usable), min_size=1, unique=True))

@@ -8,12 +8,18 @@ from itertools import product
 
 import numpy as np
 
-from lobra.planner.chunks import ChunkTable, chunk_table
-from lobra.planner.planners.base import Problem
-from lobra.planner.planners.identical import replica_cost_s
-from lobra.planner.planners.partitions import maximal
+from lobra.layout.layout import Layout
+from lobra.layout.plan import Plan, ReplicaGroup, make_plan
+from lobra.planner.bucketed.identical import replica_cost_s
+from lobra.planner.bucketed.partitions import maximal
+from lobra.planner.bucketed.problem import Problem
+from lobra.planner.bucketed.time_table import TimeTable, time_table
+from lobra.planner.candidates import Candidate
+from lobra.planner.workload import Workload
+from lobra.profiler.cost_model import CostModel, MicroBatchTime, equal_rows
 
 BEND_TOKENS = 700.0
+MIXED_PLAN = make_plan([ReplicaGroup(Layout(1, 1), 2, 1024), ReplicaGroup(Layout(1, 2), 1, 4096)])
 RECOMPUTING = 1.4  # times as long is a layer that is computed again
 
 
@@ -21,7 +27,8 @@ RECOMPUTING = 1.4  # times as long is a layer that is computed again
 class LawCostModel:
     """A cost model by formula; ``laws[tp]`` are constant, per sequence, per token, quadratic, bend.
 
-    ``bend`` adds to the per-token time from ``BEND_TOKENS`` on; 0 makes chunk times affine in b.
+    ``bend`` adds to the per-token time from ``BEND_TOKENS`` on; 0 makes micro-batch times affine in
+    b.
     """
 
     num_layers: int
@@ -30,27 +37,23 @@ class LawCostModel:
     meta: dict[str, str] = field(default_factory=dict)
     adapter_elements: float = 0.0
 
-    @property
-    def tps(self) -> tuple[int, ...]:
-        return tuple(sorted(self.laws))
+    def has(self, layout: Layout) -> bool:
+        return layout.tp in self.laws
 
-    def has(self, tp: int, memory: str = "keep") -> bool:
-        return tp in self.laws
-
-    def layer_time_ms(
-        self, tp: int, b: np.ndarray, s: np.ndarray, memory: str = "keep"
-    ) -> np.ndarray:
-        constant, per_sequence, per_token, quadratic, bend = self.laws[tp]
-        tokens = np.asarray(b, dtype=float) * np.asarray(s, dtype=float)
-        time_ms = constant + per_sequence * np.asarray(b) + per_token * tokens
-        time_ms = time_ms + quadratic * tokens * np.asarray(s)
+    def micro_batch_time(
+        self,
+        layout: Layout,
+        tokens: np.ndarray,
+        squares: np.ndarray,
+        labels: np.ndarray | None = None,
+    ) -> MicroBatchTime:
+        constant, per_sequence, per_token, quadratic, bend = self.laws[layout.tp]
+        b, _ = equal_rows(tokens, squares)
+        time_ms = constant + per_sequence * b + per_token * tokens + quadratic * squares
         time_ms = time_ms + bend * np.maximum(0.0, tokens - BEND_TOKENS)
-        return time_ms * (RECOMPUTING if memory == "full" else 1.0)
-
-    def chunk_time_ms(
-        self, tp: int, pp: int, b: np.ndarray, s: np.ndarray, memory: str = "keep"
-    ) -> np.ndarray:
-        return self.layer_time_ms(tp, b, s, memory) * -(-self.num_layers // pp)
+        time_ms = time_ms * (RECOMPUTING if layout.memory == "full" else 1.0)
+        nothing = np.zeros(())
+        return MicroBatchTime(time_ms * -(-self.num_layers // layout.pp), nothing, nothing)
 
     def sync_time_ms(self, num_ranks: int, layers_share: float = 1.0) -> float:
         return 0.0
@@ -66,8 +69,37 @@ def plain_cost_model() -> LawCostModel:
     return LawCostModel(8, laws)
 
 
-def least_time_s(table: ChunkTable, counts: tuple[int, ...]) -> float:
-    """The least time of one replica for its sequences over every way to cut them into chunks."""
+def small_problem() -> Problem:
+    candidates = (Candidate(Layout(1, 1), 512), Candidate(Layout(2, 1), 1600))
+    counts, buckets = np.array([2, 0, 1]), np.array([192, 448, 1280])
+    return Problem(counts, buckets, candidates, 4, plain_cost_model(), 4)
+
+
+def two_tasks() -> Workload:
+    """A workload of a task with short sequences and one with sequences up to ten times as long."""
+    rng = np.random.default_rng(0)
+    lengths = {"short": rng.integers(10, 300, 500), "long": rng.integers(10, 3000, 500)}
+    return Workload(lengths, {"short": 20, "long": 10}, {"short": 0, "long": 0})
+
+
+def step_time_s(plan: Plan, batches: list[list[tuple[int, int]]], cost_model: CostModel) -> float:
+    """The slowest replica's time; per replica its micro-batches, (sequences, padded length)."""
+    return max(
+        replica_time_s(replica.layout, own, cost_model)
+        for replica, own in zip(plan.replicas, batches, strict=True)
+    )
+
+
+def replica_time_s(layout: Layout, batches: list[tuple[int, int]], cost_model: CostModel) -> float:
+    """1F1B: the sum of the micro-batches' times, and pp - 1 times the longest."""
+    times_ms = [
+        float(cost_model.micro_batch_time(layout, b * s, b * s * s).total_ms) for b, s in batches
+    ]
+    return (sum(times_ms) + (layout.pp - 1) * max(times_ms, default=0.0)) / 1000
+
+
+def least_time_s(table: TimeTable, counts: tuple[int, ...]) -> float:
+    """The least time of one replica for its sequences, however they are cut."""
     if not any(counts):
         return 0.0
     needed = np.array(counts)
@@ -75,14 +107,14 @@ def least_time_s(table: ChunkTable, counts: tuple[int, ...]) -> float:
         return float("inf")
     caps = np.unique(table.time_s[np.isfinite(table.time_s) & (table.time_s > 0)])
     best = float("inf")
-    for cap in caps if table.bubble_chunks else caps[-1:]:
+    for cap in caps if table.bubbles else caps[-1:]:
         work = table.capped(cap).least_work_s(int(needed.max()))
         total = sum(work[bucket, number] for bucket, number in enumerate(counts) if number)
-        best = min(best, float(total) + table.bubble_chunks * float(cap))
+        best = min(best, float(total) + table.bubbles * float(cap))
     return best
 
 
-def best_dispatch_s(tables: list[ChunkTable], counts: np.ndarray) -> float:
+def best_dispatch_s(tables: list[TimeTable], counts: np.ndarray) -> float:
     """The least step time of a plan's replicas (one table each), by trying every assignment."""
 
     @cache
@@ -107,7 +139,7 @@ def best_dispatch_s(tables: list[ChunkTable], counts: np.ndarray) -> float:
 def best_plan_s(problem: Problem) -> float:
     """The least step time over all plans and all dispatches."""
     tables = [
-        chunk_table(c.layout, c.max_tokens, problem.buckets, problem.cost_model, problem.counts)
+        time_table(c.layout, c.max_tokens, problem.buckets, problem.cost_model, problem.counts)
         for c in problem.candidates
     ]
     times = []
@@ -117,7 +149,7 @@ def best_plan_s(problem: Problem) -> float:
     return min(times)
 
 
-def best_identical_s(tables: list[ChunkTable], counts: np.ndarray, replicas: np.ndarray) -> float:
+def best_identical_s(tables: list[TimeTable], counts: np.ndarray, replicas: np.ndarray) -> float:
     """LobRA's step time of a plan: every replica of a layout takes the same, by brute force."""
     layouts = np.flatnonzero(replicas).tolist()
     options = []
@@ -153,7 +185,7 @@ def best_by_length_s(problem: Problem) -> float:
         ]
         tables = []
         for candidate in problem.candidates:
-            table = chunk_table(
+            table = time_table(
                 candidate.layout, candidate.max_tokens, problem.buckets, problem.cost_model
             )
             home = [

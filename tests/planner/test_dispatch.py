@@ -8,14 +8,15 @@ from hypothesis import strategies as st
 from lobra.common.errors import ConfigError
 from lobra.layout.layout import Layout
 from lobra.layout.plan import Plan, ReplicaGroup, make_plan
-from lobra.planner.chunks import chunk_table
-from lobra.planner.dispatch import GOOD_ENOUGH, MODES, Mode, dispatch, plan_tables
-from lobra.planner.evaluate import step_time_s
-from lobra.planner.first import start_loads
-from lobra.planner.planners.base import Problem
-from lobra.planner.simulate import lpt_times_s
+from lobra.planner.bucketed.dispatch import GOOD_ENOUGH, MODES, Mode
+from lobra.planner.bucketed.greedy import lpt_times_s
+from lobra.planner.bucketed.initial_loads import fluid_loads
+from lobra.planner.bucketed.problem import Problem
+from lobra.planner.bucketed.time_table import plan_tables, time_table
+from lobra.planner.dispatch import dispatch
+from lobra.profiler.cost_model import padded_work
 from tests.planner.strategies import KINDS, cost_models, lengths, problems, replicas_of, steps
-from tests.planner.support import LawCostModel, best_dispatch_s, plain_cost_model
+from tests.planner.support import LawCostModel, best_dispatch_s, plain_cost_model, step_time_s
 from tests.tiers import examples
 
 # The least that ``cost_models`` draws, which a failing case shrinks to.
@@ -24,25 +25,24 @@ LEAST_COSTS = LawCostModel(8, {tp: (0.5, 0.05, 0.002 / tp**0.5, 0.0, 0.0) for tp
 
 @given(steps(120), cost_models(), st.sampled_from(MODES))
 @examples(150, 1500)
-def test_every_sequence_once_no_chunk_too_large_longest_first(
+def test_every_sequence_once_no_micro_batch_too_large_longest_first(
     step: tuple[Plan, list[int]], cost_model: LawCostModel, mode: Mode
 ) -> None:
     plan, values = step[0], np.array(step[1])
     result = dispatch(values, plan, cost_model, num_buckets=6, mode=mode)
-    placed = [chunk.indices for chunks in result.micro_batches for chunk in chunks]
+    placed = [batch.indices for batches in result.micro_batches for batch in batches]
     assert sorted(np.concatenate(placed).tolist()) == list(range(len(values)))
-    for replica, chunks in zip(plan.replicas, result.micro_batches, strict=True):
-        for chunk in chunks:
-            assert chunk.padded_tokens <= replica.max_tokens
-            assert values[chunk.indices].max() <= chunk.padded_length
-            assert chunk.padded_length in result.buckets
-        costs = [
-            float(cost_model.chunk_time_ms(replica.layout.tp, 1, c.num_sequences, c.padded_length))
-            for c in chunks
-        ]
-        assert costs == sorted(costs, reverse=True)
+    for replica, batches in zip(plan.replicas, result.micro_batches, strict=True):
+        for batch in batches:
+            assert batch.padded_tokens <= replica.max_tokens
+            assert values[batch.indices].max() <= batch.padded_length
+            assert batch.padded_length in result.buckets
+        work = [padded_work(batch.num_sequences, batch.padded_length) for batch in batches]
+        times = [float(cost_model.micro_batch_time(replica.layout, *own).total_ms) for own in work]
+        assert times == sorted(times, reverse=True)
     pairs = [
-        [(c.num_sequences, c.padded_length) for c in chunks] for chunks in result.micro_batches
+        [(batch.num_sequences, batch.padded_length) for batch in batches]
+        for batches in result.micro_batches
     ]
     assert result.step_time_s == pytest.approx(step_time_s(plan, pairs, cost_model), rel=1e-12)
     assert result.step_time_s == max(result.replica_time_s)
@@ -56,14 +56,14 @@ def test_the_bound_is_never_above_the_optimum_nor_the_result_below(
 ) -> None:
     plan = problem.plan(data.draw(replicas_of(problem), label="replicas"))
     tables = [
-        chunk_table(r.layout, r.max_tokens, problem.buckets, problem.cost_model, problem.counts)
+        time_table(r.layout, r.max_tokens, problem.buckets, problem.cost_model, problem.counts)
         for r in plan.replicas
     ]
     optimum = best_dispatch_s(tables, problem.counts)
     groups = plan_tables(plan, problem.buckets, problem.cost_model, problem.counts)
     numbers = np.array([group.replicas for group in plan.groups])
     # what is returned is at most the time found, which would hide a bound beyond the optimum
-    assert start_loads(groups, numbers, problem.counts).bound_s <= optimum * (1 + 1e-9)
+    assert fluid_loads(groups, numbers, problem.counts).bound_s <= optimum * (1 + 1e-9)
     found = problem.evaluate(plan)
     assert found.lower_bound_s <= optimum * (1 + 1e-9)
     assert optimum <= found.step_time_s * (1 + 1e-9)
@@ -96,7 +96,7 @@ def test_an_idle_pipeline_does_not_end_the_search() -> None:
     cost_model = plain_cost_model()
     plan = make_plan([ReplicaGroup(Layout(1, 1), 6, 1024), ReplicaGroup(Layout(1, 4), 1, 1024)])
     found = dispatch([777] * 3, plan, cost_model)
-    assert max(len(chunks) for chunks in found.micro_batches) == 1
+    assert max(len(micro_batches) for micro_batches in found.micro_batches) == 1
 
 
 @given(cost_models(KINDS), lengths(900, most=80))
@@ -112,12 +112,12 @@ def test_slower_replicas_get_less_and_the_bound_holds(
     plan = make_plan([ReplicaGroup(Layout(1, 1), 3, 1024), ReplicaGroup(Layout(2, 1), 1, 2048)])
     factors = np.array([1.0, 2.0, 1.002, 0.97])
     found = dispatch(values, plan, cost_model, slowdown=factors)
-    tokens = [sum(c.padded_tokens for c in chunks) for chunks in found.micro_batches]
+    tokens = [sum(c.padded_tokens for c in micro_batches) for micro_batches in found.micro_batches]
     assert tokens[1] < 0.75 * tokens[0]
     assert found.lower_bound_s <= found.step_time_s <= 1.05 * found.lower_bound_s
     assert found.step_time_s == max(found.replica_time_s)
     assert sorted(
-        int(i) for chunks in found.micro_batches for c in chunks for i in c.indices
+        int(i) for micro_batches in found.micro_batches for c in micro_batches for i in c.indices
     ) == list(range(len(values)))
 
 
@@ -150,14 +150,16 @@ def test_group_mode_uses_only_the_least_sufficient_capacity() -> None:
     lengths = np.array([100] * 30 + [900] * 2)
     result = dispatch(lengths, plan, cost_model, mode="group")
     assert {c.padded_length for c in result.micro_batches[2]} == {912}
-    assert all(c.padded_length == 112 for chunks in result.micro_batches[:2] for c in chunks)
+    assert all(
+        c.padded_length == 112 for micro_batches in result.micro_batches[:2] for c in micro_batches
+    )
 
 
 def test_given_buckets_are_kept() -> None:
     cost_model = plain_cost_model()
     plan = make_plan([ReplicaGroup(Layout(1, 1), 2, 2048)])
     result = dispatch([5, 300, 700], plan, cost_model, buckets=np.array([512, 1024, 4096]))
-    used = {c.padded_length for chunks in result.micro_batches for c in chunks}
+    used = {c.padded_length for micro_batches in result.micro_batches for c in micro_batches}
     assert used == {512, 1024}
 
 

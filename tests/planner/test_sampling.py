@@ -3,14 +3,16 @@ from __future__ import annotations
 import numpy as np
 
 from lobra.layout.layout import Layout
-from lobra.planner.buckets import bucket_index
+from lobra.planner.bucketed import exact
+from lobra.planner.bucketed.buckets import bucket_index
+from lobra.planner.bucketed.expected_batch import expect
+from lobra.planner.bucketed.problem import Problem
 from lobra.planner.candidates import Candidate
 from lobra.planner.clock import Clock
-from lobra.planner.planners import exact
-from lobra.planner.planners.base import Problem, silent
+from lobra.planner.outcome import silent
 from lobra.planner.sampling import HEAVY_MARGIN, Sampler, compare, heavier_batches
 from lobra.planner.simulate import simulate
-from lobra.planner.workload import Workload, expect
+from lobra.planner.workload import Workload
 from tests.planner.support import LawCostModel
 
 

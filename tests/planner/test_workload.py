@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from lobra.common.errors import ConfigError
-from lobra.planner.workload import expect, make_workload
+from lobra.planner.bucketed.expected_batch import expect
+from lobra.planner.workload import Workload, make_workload
 from lobra.tasks.config import TaskConfig, TrainerConfig
 
 LENGTHS = {"a": np.arange(1, 11), "b": np.arange(101, 104), "named": np.array([7])}
@@ -59,3 +60,9 @@ def test_a_task_alone_draws_what_it_draws_among_others() -> None:
         assert drawn.keys() == {name for name, end in (("a", 2), ("b", 5)) if step < end}
         for name, indices in drawn.items():
             assert (work.only(name).draw(step)[name] == indices).all()
+
+
+def test_steps_draw_every_sequence_once_per_epoch() -> None:
+    work = Workload({"a": np.arange(1, 13)}, {"a": 4}, {"a": 0})
+    drawn = np.concatenate(list(work.steps(3)))
+    assert sorted(drawn.tolist()) == list(range(1, 13))

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from lobra.common.errors import ConfigError
+from lobra.layout.layout import Layout
 from lobra.layout.shapes import NAMED_SHAPES
 from lobra.profiler.collective_time import open_collectives, sweep_collectives, wanted_rows
 from lobra.profiler.collectives import fit_link, load_collectives
-from lobra.profiler.cost_model import fit_cost_model, load_cost_model
+from lobra.profiler.cost_model import fit_cost_model, load_cost_model, padded_work
 from lobra.profiler.csv_rows import append_row
 from lobra.profiler.profiles import TimeProfile
 from lobra.profiler.sidecar import write_meta
@@ -48,8 +49,10 @@ def test_a_pipelined_micro_batch_pays_for_two_transfers(tmp_path: Path) -> None:
     plain = fit_cost_model(profile(), 8)
     paying = fit_cost_model(profile(), 8, collectives=links)
     b, s = np.array([1, 2])[:, None], np.array([64, 100, 500])[None, :]
-    assert np.array_equal(plain.chunk_time_ms(1, 1, b, s), paying.chunk_time_ms(1, 1, b, s))
-    extra = paying.chunk_time_ms(1, 2, b, s) - plain.chunk_time_ms(1, 2, b, s)
+    work = padded_work(b, s)
+    times = [model.micro_batch_time(Layout(1, 1), *work).total_ms for model in (plain, paying)]
+    assert np.array_equal(*times)
+    extra = paying.micro_batch_time(Layout(1, 2), *work).transfer_ms
     assert extra == pytest.approx(2 * (0.1 + 1e-6 * 512 * b * s))
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from lobra.common.errors import ConfigError
-from lobra.profiler.cost_model import fit_cost_model, load_cost_model
+from lobra.layout.layout import Layout
+from lobra.profiler.cost_model import fit_cost_model, load_cost_model, padded_work
 from lobra.profiler.head import HEAD_COLUMNS, HeadProfile, fit_heads, load_head_profile
 from lobra.profiler.layer_time_rank import row_mixtures
 from lobra.profiler.profiles import TimeProfile
@@ -45,14 +46,17 @@ def test_labels_cost_in_proportion(tmp_path: Path) -> None:
     assert np.array_equal(fit.time_ms(b, s), fit.time_ms(b, s, 0.25)), "as profiled by default"
 
 
-def test_a_chunk_knows_what_is_trained(tmp_path: Path) -> None:
+def test_a_micro_batch_knows_what_is_trained(tmp_path: Path) -> None:
     rows = np.array([(1, s, b) for s in LENGTHS for b in SIZES])
     layers = TimeProfile(*rows.T, 1.0 + 0.01 * rows[:, 1] * rows[:, 2])
     head = load_head_profile(written(tmp_path / "head.csv"))
     model = fit_cost_model(layers, 4, head_profile=head)
     few, many = (model.for_training(share, 0) for share in (0.1, 0.9))
-    extra = float(many.chunk_time_ms(1, 1, 2, 256) - few.chunk_time_ms(1, 1, 2, 256))
-    assert extra == pytest.approx(labels_ms(2, 256, 0.8), rel=1e-3)
+    work = padded_work(2, 256)
+    few_ms, many_ms = (one.micro_batch_time(Layout(1, 1), *work).head_ms for one in (few, many))
+    assert float(many_ms - few_ms) == pytest.approx(labels_ms(2, 256, 0.8), rel=1e-3)
+    counted = few.micro_batch_time(Layout(1, 1), *work, labels=0.9 * 2 * 256)
+    assert float(counted.head_ms) == pytest.approx(float(many_ms))
 
 
 def test_a_file_without_the_base_is_scaled_whole() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from lobra.cli import main
 from lobra.common.errors import ConfigError
+from lobra.layout.trace import TRACE_FILE, ReplicaTrace, Slice, trace_text
 from lobra.report.experiment_report import experiments_in, read_experiment, shown
 
 METHOD = {
@@ -82,16 +83,15 @@ def test_folder_of_a_simulation_has_the_same_tables(tmp_path: Path) -> None:
     (tmp_path / "simulation.json").write_text(json.dumps([run]), encoding="utf-8")
     steps = [{"name": "balanced", "step": k, "gpu_seconds": 3.0 + 2 * k} for k in range(2)]
     write_csv(tmp_path / "steps.csv", steps)  # type: ignore[arg-type]
-    events = [
-        {"ph": "M", "name": "process_name", "pid": 0, "args": {"name": "replica 0 <1,2>"}},
-        {"ph": "X", "name": "1 x 64", "pid": 0, "tid": 0, "ts": 0.0, "dur": 2e6},
-    ]
-    (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": events}), encoding="utf-8")
+    stages = [[Slice("1 x 64", 0.0, 2.0)], [Slice("bubble", 0.0, 2.0)]]
+    replica = ReplicaTrace("replica 0 <1,2>", [Slice("step 0", 0.0, 4.0)], stages)
+    (tmp_path / TRACE_FILE).write_text(trace_text([replica]), encoding="utf-8")
     _, tables = read_experiment(tmp_path)
     (method,) = tables["methods"]
     # two values one from their mean: Student's interval of one degree of freedom
     assert float(method["gpu_seconds_high"]) - 4.0 == pytest.approx(12.7062, abs=1e-3)
-    assert tables["timeline"][0]["layout"] == "<1,2>"
+    (only,) = tables["timeline"]
+    assert (only["layout"], only["what"], float(only["end_s"])) == ("<1,2>", "1 x 64", 2.0)
     assert main(["report", str(tmp_path)]) == 0
     assert (tmp_path / "report" / "timeline.png").is_file()
 

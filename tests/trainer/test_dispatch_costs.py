@@ -11,10 +11,13 @@ import pytest
 from lobra.common.errors import ConfigError
 from lobra.layout.layout import Layout
 from lobra.layout.plan import Plan, ReplicaGroup
+from lobra.profiler.cost_model import padded_work
 from lobra.trainer.prepare import dispatch_costs
 
 SHAPES = [(s, b) for s in (64, 256, 1024) for b in (1, 4)]
 PLAN = Plan((ReplicaGroup(Layout(1, 1), 2, 1024), ReplicaGroup(Layout(2, 1), 1, 4096)))
+
+WORK = padded_work(2, 512)
 
 
 def request(path: Path, **factors: float) -> SimpleNamespace:
@@ -35,7 +38,7 @@ def test_a_plan_made_full_is_predicted_with_the_times_of_full(
     """As `--memory full` does to a plan of layouts that keep all."""
     costs = dispatch_costs(request(tmp_path / "t.csv", keep=0.01, full=0.014), PLAN)  # type: ignore[arg-type]
     kept, again = (
-        float(costs.layer_time_ms(1, 2, 512, group.layout.memory))
+        float(costs.micro_batch_time(group.layout, *WORK).layers_ms)
         for group in (PLAN.groups[0], PLAN.with_memory("full").groups[0])
     )
     assert again > 1.3 * kept
@@ -50,7 +53,8 @@ def test_without_them_it_is_said_that_steps_take_longer(
         costs = dispatch_costs(only_kept, PLAN.with_memory("full"))  # type: ignore[arg-type]
     assert "no times of tp 1,2 with memory full" in caplog.text
     assert "lobra profile time --tp 1,2 --memory full" in caplog.text
-    assert costs.layer_time_ms(1, 2, 512, "full") == costs.layer_time_ms(1, 2, 512)
+    full, kept = (Layout(1, 1, memory=memory) for memory in ("full", "keep"))
+    assert len({float(costs.micro_batch_time(own, *WORK).total_ms) for own in (full, kept)}) == 1
     with pytest.raises(ConfigError, match="no rows for tp 4 with memory full"):
         dispatch_costs(only_kept, Plan((ReplicaGroup(Layout(4, 1, memory="full"), 1, 512),)))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="no rows for tp 1; it has tp 1, 2 full"):

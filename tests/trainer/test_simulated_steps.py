@@ -11,10 +11,12 @@ import pytest
 from experiments.bench import Bench
 from lobra.layout.layout import Layout
 from lobra.layout.plan import ReplicaGroup, make_plan
-from lobra.planner.buckets import STATIC_BUCKETS
+from lobra.planner.baselines import FUSED_BUCKETS
+from lobra.planner.bucketed.buckets import STATIC_BUCKETS
+from lobra.planner.bucketed.expected_batch import expect
 from lobra.planner.dispatch import dispatch
-from lobra.planner.simulate import FUSED_BUCKETS, simulate
-from lobra.planner.workload import Workload, expect, read_workload
+from lobra.planner.simulate import simulate
+from lobra.planner.workload import Workload, read_workload
 from lobra.tasks.config import load_trainer_config
 from lobra.trainer.metrics import read_metrics
 from lobra.trainer.prepare import TrainRequest, prepare

@@ -1,0 +1,75 @@
+"""What a planner returns: a plan with what is known about it, and words of progress before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from lobra.layout.plan import Plan
+
+SAME = 5e-4  # relative: what differs by less is called the same
+Progress = Callable[[str], None]
+
+
+def silent(message: str) -> None:
+    """Take a progress message and show nothing."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A plan and what is known about it.
+
+    Attributes
+    ----------
+    plan
+        The plan.
+    step_time_s
+        The exact evaluator's time of a dispatch of the expected batch over it.
+    lower_bound_s
+        No plan on these candidates and GPUs is faster; 0 where the planner proves nothing.
+    planner
+        The pattern's name.
+    planner_time_s
+        Wall-clock seconds it took.
+    objective_s
+        The planner's own objective, where it has one of its own (LobRA's methods).
+    proven
+        Whether the planner's own search was completed.
+    notes
+        What a person should know, one sentence each.
+    alternatives
+        Plans nearly as good, the best first, each with its step time.
+    """
+
+    plan: Plan
+    step_time_s: float
+    lower_bound_s: float
+    planner: str
+    planner_time_s: float
+    objective_s: float | None = None
+    proven: bool = False
+    notes: tuple[str, ...] = field(default=())
+    alternatives: tuple[tuple[Plan, float], ...] = field(default=())
+
+    @property
+    def gap(self) -> float:
+        """How much faster a plan might at most be, relative to this one's step time."""
+        return max(0.0, 1.0 - self.lower_bound_s / self.step_time_s)
+
+    @property
+    def gpu_seconds(self) -> float:
+        """Step time times the GPUs deployed."""
+        return self.step_time_s * self.plan.num_gpus
+
+
+def compared(outcome: Outcome, same: Outcome) -> str:
+    """Return the best homogeneous plan in words, and what the plan saves against it."""
+    share = outcome.gpu_seconds / same.gpu_seconds - 1.0
+    if abs(share) < SAME:
+        verdict = "the same"
+    else:
+        verdict = f"this plan takes {100 * abs(share):.1f} % {'more' if share > 0 else 'less'}"
+    return (
+        f"{same.plan} on {same.plan.num_gpus} GPUs: {same.step_time_s:.4g} s, "
+        f"{same.gpu_seconds:.4g} GPU-seconds ({verdict})"
+    )

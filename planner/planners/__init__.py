@@ -1,1 +1,0 @@
-"""The planners: each a small module, all behind ``planner.planners.base``."""
