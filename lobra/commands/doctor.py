@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import os
 import shutil
@@ -10,8 +9,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from lobra.common.errors import ConfigError
+from lobra.common.options import FLAT, PositiveInt, option_problems
 from lobra.layout.placement import place
 from lobra.layout.plan import Plan, load_plan
 from lobra.layout.shapes import TINY, layout_problem, resolve_shape
@@ -37,20 +38,42 @@ class Finding:
     text: str
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `lobra doctor`."""
-    parser.add_argument("--model", help="check this base model, and the plan against it")
-    parser.add_argument("--strategy-config", help="check what this plan needs")
-    parser.add_argument("--gpus-per-node", type=int, help="default: the GPUs of this machine, or 8")
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions:
+    """What else is examined besides this machine.
+
+    Parameters
+    ----------
+    model
+        Check this base model, and the plan against it.
+    strategy_config
+        Check what this plan needs.
+    gpus_per_node
+        By default the GPUs of this machine, or 8.
+    """
+
+    model: str | None = None
+    strategy_config: str | None = None
+    gpus_per_node: PositiveInt | None = None
 
 
-def run(args: argparse.Namespace) -> int:
-    """Print the findings; return 1 if something is lacking, else 0."""
+THIS_MACHINE = DoctorOptions()
+
+
+def doctor(*, options: Annotated[DoctorOptions, FLAT] = THIS_MACHINE) -> int:
+    """Say what this machine has and lacks, and what a plan would need; end 1 if it lacks something.
+
+    Raises
+    ------
+    ConfigError
+        If an option is out of bounds, or the plan's file cannot be read.
+    """
+    option_problems(options).raise_if_any()
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    findings = list(examine(args.model, args.strategy_config, args.gpus_per_node))
+    findings = list(examine(options.model, options.strategy_config, options.gpus_per_node))
     table = Table(show_header=False)
     colours = {OK: "green", LACKS: "red", NOTE: "yellow"}
     for finding in findings:

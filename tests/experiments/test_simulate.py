@@ -48,8 +48,8 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 def finished(tmp_path_factory: pytest.TempPathFactory, project_root: Path) -> Path:
     folder = tmp_path_factory.mktemp("experiment")
     (folder / "lengths.json").write_text(json.dumps(LENGTHS), encoding="utf-8")
-    command = [sys.executable, "-m", "experiments.simulate", "7B", "--steps", "4"]
-    command += ["--output", str(folder / "out"), "--time-limit", "1"]
+    command = [sys.executable, "-m", "lobra", "experiment", "simulate", "7B"]
+    command += ["--output", str(folder / "out"), "--steps", "4", "--time-limit", "1"]
     command += ["--lengths", str(folder / "lengths.json")]
     done = subprocess.run(
         command, cwd=project_root, capture_output=True, text=True, timeout=300, check=False
@@ -108,7 +108,7 @@ def test_ablation_changes_one_thing_at_a_time(finished: Path) -> None:
 def test_provenance_says_how_and_from_what(finished: Path) -> None:
     about = json.loads((finished / "provenance.json").read_text(encoding="utf-8"))
     assert about["complete"] is True
-    assert about["command"].startswith("lobra experiment simulate 7B --steps 4 --output ")
+    assert about["command"].startswith("lobra experiment simulate 7B --output ")
     assert set(about["environment"].values()) <= {"set", "not set"}
     assert about["processor_seconds_of_all_cells"] > 0
     (entry,) = rows_of(finished / "runs.csv")
