@@ -49,12 +49,13 @@ def _in_any_case(hint: Any, tokens: Sequence[Token]) -> Any:
 
 #: Of a choice between texts: upper and lower case are the same.
 ANY_CASE = Parameter(converter=_in_any_case)
-#: Of a command's parameter: the fields of its dataclass are the options.
-FLAT = Parameter(name="*")
+#: Of a dataclass: its fields are the options of a command that takes one.
+as_options = Parameter(name="*")
 #: Of a field that is no option.
 NOT_AN_OPTION = Parameter(parse=False)
 
 
+@as_options
 @dataclass(frozen=True, kw_only=True)
 class LauncherOptions:
     """On which machines ranks are started.

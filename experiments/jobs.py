@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from experiments import study
 from experiments.bench import NUM_BUCKETS, Bench
@@ -34,10 +34,10 @@ from lobra.cli import resumable
 from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
 from lobra.common.options import (
-    FLAT,
     THIS_MACHINE,
     LauncherOptions,
     NonNegativeInt,
+    as_options,
     option_problems,
     words_of,
 )
@@ -91,6 +91,7 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
     return steps
 
 
+@as_options
 @dataclass(frozen=True)
 class JobOptions:
     """What is run, and where.
@@ -121,7 +122,7 @@ class JobOptions:
     seed: NonNegativeInt = 0
     data_dir: Path = Path("data")
     dry_run: bool = False
-    launcher: Annotated[LauncherOptions, FLAT] = THIS_MACHINE
+    launcher: LauncherOptions = THIS_MACHINE
 
 
 def profile_jobs(setup: Setup, config: TrainerConfig, options: JobOptions) -> list[Job]:
@@ -291,7 +292,7 @@ def _put_aside(folder: Path) -> None:
         folder.rename(kept)
 
 
-def real(options: Annotated[JobOptions, FLAT]) -> int:
+def real(options: JobOptions) -> int:
     """Run one model's experiments on the GPUs of a cluster: profile, plan, train every method.
 
     What is finished is skipped. Ends with the exit code of the first job that fails.

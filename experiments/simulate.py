@@ -52,10 +52,10 @@ from lobra.cli import resumable
 from lobra.common.checks import integer
 from lobra.common.files import write_atomic
 from lobra.common.options import (
-    FLAT,
     NonNegativeInt,
     PositiveInt,
     PositiveNumber,
+    as_options,
     option_problems,
     words_of,
 )
@@ -74,6 +74,7 @@ WORKERS = min(2, num_cores())
 AtLeastTwo = Annotated[int, integer(2)]  # steps: an interval needs two
 
 
+@as_options
 @dataclass(frozen=True)
 class SimulationOptions:
     """What is simulated, and from what.
@@ -332,7 +333,7 @@ class Experiment:
         }
 
 
-def simulate(options: Annotated[SimulationOptions, FLAT]) -> int:
+def simulate(options: SimulationOptions) -> int:
     """Compute the tables of one model's experiments by simulation, without GPUs.
 
     The same command goes on where it was interrupted.

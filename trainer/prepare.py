@@ -30,6 +30,7 @@ from lobra.common.options import (
     Switch,
     TaskSetName,
     TimeProfile,
+    as_options,
     within_bounds,
 )
 from lobra.common.version import installed_version
@@ -72,6 +73,7 @@ ONE_MACHINE = 1 << 30  # a CPU machine is one node, however many ranks it runs
 ResumeStep = Annotated[tuple[int, ...] | None, Parameter(consume_multiple=(0, 1), metavar="[STEP]")]
 
 
+@as_options
 @dataclass(frozen=True)
 class TrainRequest:
     """What is trained on what, and how: the options of `lobra train`.

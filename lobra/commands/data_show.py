@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -15,13 +15,13 @@ from rich.text import Text
 
 from lobra.common.errors import ConfigError, did_you_mean
 from lobra.common.options import (
-    FLAT,
     DataDir,
     Json,
     ModelName,
     NonNegativeInt,
     PositiveInt,
     TaskSetName,
+    as_options,
     option_problems,
 )
 from lobra.layout.shapes import resolve_shape
@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 SHOWN_CHARACTERS = 3000  # of a row, and of each of its parts, unless all of it is asked for
 
 
+@as_options
 @dataclass(frozen=True, kw_only=True)
 class ShowOptions:
     """Whose rows are shown, and how many.
@@ -63,7 +64,7 @@ class ShowOptions:
     json: Json = False
 
 
-def show(*, options: Annotated[ShowOptions, FLAT]) -> int:
+def show(*, options: ShowOptions) -> int:
     """Print the first rows of every task as the model will see them.
 
     What is learned is green (between {+ and +} where there are no colours), special tokens are

@@ -9,10 +9,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 from lobra.common.errors import ConfigError
-from lobra.common.options import FLAT, PositiveInt, option_problems
 from lobra.layout.placement import place
 from lobra.layout.plan import Plan, load_plan
 from lobra.layout.shapes import TINY, layout_problem, resolve_shape
@@ -38,9 +36,13 @@ class Finding:
     text: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class DoctorOptions:
-    """What else is examined besides this machine.
+def doctor(
+    *,
+    model: str | None = None,
+    strategy_config: str | None = None,
+    gpus_per_node: int | None = None,
+) -> int:
+    """Say what this machine has and lacks, and what a plan would need; end 1 if it lacks something.
 
     Parameters
     ----------
@@ -50,30 +52,17 @@ class DoctorOptions:
         Check what this plan needs.
     gpus_per_node
         By default the GPUs of this machine, or 8.
-    """
-
-    model: str | None = None
-    strategy_config: str | None = None
-    gpus_per_node: PositiveInt | None = None
-
-
-THIS_MACHINE = DoctorOptions()
-
-
-def doctor(*, options: Annotated[DoctorOptions, FLAT] = THIS_MACHINE) -> int:
-    """Say what this machine has and lacks, and what a plan would need; end 1 if it lacks something.
 
     Raises
     ------
     ConfigError
-        If an option is out of bounds, or the plan's file cannot be read.
+        If the plan's file cannot be read.
     """
-    option_problems(options).raise_if_any()
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    findings = list(examine(options.model, options.strategy_config, options.gpus_per_node))
+    findings = list(examine(model, strategy_config, gpus_per_node))
     table = Table(show_header=False)
     colours = {OK: "green", LACKS: "red", NOTE: "yellow"}
     for finding in findings:

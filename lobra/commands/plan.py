@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from cyclopts import Parameter
 from rich.console import Console
@@ -18,16 +18,15 @@ from lobra.commands.planning import PlanningOptions, read_inputs
 from lobra.common.errors import Problems
 from lobra.common.options import (
     ANY_CASE,
-    FLAT,
     PositiveInt,
     PositiveNumber,
     Switch,
+    as_options,
     from_environment,
     option_problems,
 )
 from lobra.layout.plan import plan_path, save_plan
 from lobra.planner.deploy import (
-    PATTERNS,
     Deployment,
     Options,
     as_json,
@@ -41,8 +40,13 @@ from lobra.planner.workload import Workload
 from lobra.profiler.capacity import memory_profile_for
 
 Pattern = Literal["EXACT", "BALANCE", "GROUP", "PRUNE"]
+BucketPlan = Literal["DYNAMIC", "STATIC"]
+PATTERNS: Mapping[str, Pattern] = {name: name for name in get_args(Pattern)}
+PROPOSALS: Mapping[str, Switch] = {"ON": "on", "OFF": "off"}
+BUCKET_PLANS: Mapping[str, BucketPlan] = {name: name for name in get_args(BucketPlan)}
 
 
+@as_options
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions(PlanningOptions):
     """What is planned for, and how.
@@ -71,14 +75,14 @@ class PlanOptions(PlanningOptions):
     num_gpus: PositiveInt
     pattern: Annotated[Pattern | None, ANY_CASE] = None
     proposal: Annotated[Switch | None, ANY_CASE] = None
-    bucket_plan: Annotated[Literal["DYNAMIC", "STATIC"] | None, ANY_CASE] = None
+    bucket_plan: Annotated[BucketPlan | None, ANY_CASE] = None
     time_limit: PositiveNumber | None = None
     sweep_gpus: Annotated[str | None, Parameter(metavar="LOW:HIGH[:STEP]")] = None
     plot: Annotated[str | None, Parameter(metavar="FILE")] = None
     dry_run: bool = False
 
 
-def plan(*, options: Annotated[PlanOptions, FLAT]) -> int:
+def plan(*, options: PlanOptions) -> int:
     """Choose which replicas of which layouts to deploy, and write the plan file.
 
     Raises
@@ -150,18 +154,15 @@ def deploy_options(options: PlanOptions, environment: Mapping[str, str]) -> Opti
     problems = option_problems(options)
     problems += output_problems(options)
 
-    def variable(name: str, values: Iterable[str]) -> str | None:
-        return from_environment(name, {value: value for value in values}, environment, problems)
-
-    pattern = variable("EXPR_DEPLOY_PATTERN", PATTERNS)
-    proposal = variable("EXPR_SCHEME_PROPOSAL", ("ON", "OFF"))
-    bucket_plan = variable("BUCKET_PLAN", ("DYNAMIC", "STATIC"))
+    pattern = from_environment("EXPR_DEPLOY_PATTERN", PATTERNS, environment, problems)
+    proposal = from_environment("EXPR_SCHEME_PROPOSAL", PROPOSALS, environment, problems)
+    bucket_plan = from_environment("BUCKET_PLAN", BUCKET_PLANS, environment, problems)
     problems.raise_if_any()
     pattern = options.pattern or pattern or "EXACT"
-    proposal = options.proposal or proposal
+    proposal = options.proposal or proposal or ("off" if pattern == "EXACT" else "on")
     return Options(
         pattern=pattern,
-        proposal=pattern != "EXACT" if proposal is None else proposal.upper() == "ON",
+        proposal=proposal == "on",
         static_buckets=(options.bucket_plan or bucket_plan) == "STATIC",
         num_buckets=options.num_buckets,
         gpus_per_node=options.gpus_per_node,

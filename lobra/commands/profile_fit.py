@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from lobra.commands.profile_options import make_console
 from lobra.common.errors import ConfigError
-from lobra.common.options import FLAT, Json, NonNegativeInt, option_problems
+from lobra.common.options import Json, NonNegativeInt, as_options, option_problems
 from lobra.layout.shapes import TINY
 from lobra.profiler.layer_fit import KINDS, Kind
 from lobra.profiler.profiles import TimeProfile, default_time_path, load_time_profile
@@ -31,6 +31,7 @@ REFUSED = 1
 Found = dict[Kind, tuple[Validation, ...]]
 
 
+@as_options
 @dataclass(frozen=True, kw_only=True)
 class FitOptions:
     """Which fits of which profile are judged, and how.
@@ -69,7 +70,7 @@ class FitOptions:
 DEFAULTS = FitOptions()
 
 
-def profile_fit(*, options: Annotated[FitOptions, FLAT] = DEFAULTS) -> int:
+def profile_fit(*, options: FitOptions = DEFAULTS) -> int:
     """Say how far the cost model can be trusted.
 
     Its errors on rows and on whole lengths it has not seen, which rows look wrong, and LobRA's six

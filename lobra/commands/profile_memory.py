@@ -20,7 +20,7 @@ from lobra.commands.profile_options import (
     profiler_problems,
     progress_bars,
 )
-from lobra.common.options import FLAT, NumTasks, PositiveInt, TaskSetName
+from lobra.common.options import NumTasks, PositiveInt, TaskSetName, as_options
 from lobra.layout.shapes import resolve_shape
 from lobra.model.folder import resolve_folder
 from lobra.profiler.profiles import MEMORY_COLUMNS, default_memory_path, load_memory_profile
@@ -28,6 +28,7 @@ from lobra.profiler.sweep_file import open_sweep
 from lobra.tasks.config import load_trainer_config
 
 
+@as_options
 @dataclass(frozen=True, kw_only=True)
 class MemoryOptions(ProfilerOptions):
     """What the memory profiler is told.
@@ -50,7 +51,7 @@ class MemoryOptions(ProfilerOptions):
     memory_budget: Annotated[str | None, Parameter(metavar="SIZE")] = None
 
 
-def profile_memory(*, options: Annotated[MemoryOptions, FLAT]) -> int:
+def profile_memory(*, options: MemoryOptions) -> int:
     """Find for every layout <tp,pp> of at most --num-gpus ranks how much a micro-batch may hold.
 
     In steps of 256 tokens. Every trial trains in processes of its own, so running out of memory

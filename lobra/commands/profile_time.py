@@ -23,7 +23,7 @@ from lobra.commands.profile_options import (
 )
 from lobra.common.checks import integer
 from lobra.common.errors import ConfigError
-from lobra.common.options import FLAT, NonNegativeInt, PositiveInt
+from lobra.common.options import NonNegativeInt, PositiveInt, as_options
 from lobra.layout.shapes import ModelShape, layout_problem, resolve_shape
 from lobra.model.folder import resolve_folder
 from lobra.profiler.collectives import ALL_REDUCE, load_collectives
@@ -50,6 +50,7 @@ DEFAULT_MAX_SEQ_LENGTH = {"cpu": 2048, "cuda": 16384}
 LayerTokens = Annotated[int, integer(16)]
 
 
+@as_options
 @dataclass(frozen=True, kw_only=True)
 class TimeOptions(ProfilerOptions):
     """What the time profiler is told.
@@ -104,7 +105,7 @@ class TimeOptions(ProfilerOptions):
     calibrate: Annotated[Path | None, Parameter(metavar="CSV")] = None
 
 
-def profile_time(*, options: Annotated[TimeOptions, FLAT]) -> int:
+def profile_time(*, options: TimeOptions) -> int:
     """Time one transformer layer, forward + backward with LoRA, for a few shapes of each tp.
 
     Also embedding and head; and, with several ranks, their messages. Every row is on disk as soon

@@ -7,7 +7,7 @@ import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -15,7 +15,7 @@ from rich.table import Table
 from lobra.commands.planning import PlanningOptions, read_inputs
 from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
-from lobra.common.options import FLAT, PositiveInt, option_problems
+from lobra.common.options import PositiveInt, as_options, option_problems
 from lobra.layout.plan import load_plan
 from lobra.planner.candidates import all_candidates
 from lobra.planner.dispatch import dispatch
@@ -24,6 +24,7 @@ from lobra.planner.simulate import Simulation, baselines, chrome_trace, ladder
 from lobra.profiler.capacity import memory_profile_for
 
 
+@as_options
 @dataclass(frozen=True, kw_only=True)
 class SimulateOptions(PlanningOptions):
     """What is simulated, and where the result goes.
@@ -43,7 +44,7 @@ class SimulateOptions(PlanningOptions):
     output_dir: Path | None = None
 
 
-def simulate(*, options: Annotated[SimulateOptions, FLAT]) -> int:
+def simulate(*, options: SimulateOptions) -> int:
     """Run steps of a plan under the cost model, without GPUs, and the baselines it is compared to.
 
     Raises

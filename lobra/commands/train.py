@@ -10,11 +10,10 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Literal, NoReturn
 
 from lobra.common.errors import ConfigError, Problems
 from lobra.common.options import (
-    FLAT,
     THIS_MACHINE,
     LauncherOptions,
     Switch,
@@ -44,8 +43,8 @@ DISPATCH_MODES: Mapping[str, Literal["balance", "group"]] = {"BALANCE": "balance
 
 def train(
     *,
-    request: Annotated[TrainRequest, FLAT],
-    launcher: Annotated[LauncherOptions, FLAT] = THIS_MACHINE,
+    request: TrainRequest,
+    launcher: LauncherOptions = THIS_MACHINE,
 ) -> int:
     """Train every task's adapter on a plan.
 
@@ -64,7 +63,7 @@ def train(
     dispatch = from_environment("EXPR_DATA_DISPATCH", DISPATCH_MODES, os.environ, problems)
     if launcher.host_file is not None and not in_launcher():
         problems += option_problems(request)
-        return _through_launcher(launcher.host_file, launcher, request, problems)
+        return _through_launcher(launcher, launcher.host_file, request.strategy_config, problems)
     request = replace(
         request,
         dp_bucket=request.dp_bucket or dp_bucket,
@@ -114,12 +113,12 @@ def _leave(message: str, code: int) -> NoReturn:
 
 
 def _through_launcher(
-    host_file: Path, launcher: LauncherOptions, request: TrainRequest, problems: Problems
+    launcher: LauncherOptions, host_file: Path, plan_name: str, problems: Problems
 ) -> int:
     """Start deepspeed's launcher on the hosts of the host file and return its exit code."""
     command: list[str] = []
     try:
-        plan = load_plan(request.strategy_config)
+        plan = load_plan(plan_name)
         command = launcher_command(
             sys.argv[2:], host_file, plan.num_gpus, launcher.server_addr, launcher.server_port
         )
