@@ -34,7 +34,7 @@ from experiments.published import parse_plan  # noqa: E402
 from lobra.cli import guarded, make_app, run  # noqa: E402
 from lobra.common.checks import integer  # noqa: E402
 from lobra.common.errors import ConfigError  # noqa: E402
-from lobra.common.options import PositiveInt, as_options, option_problems  # noqa: E402
+from lobra.common.options import Int, PositiveInt, as_options, option_problems  # noqa: E402
 from lobra.layout.layout import Layout  # noqa: E402
 from lobra.layout.placement import place  # noqa: E402
 from lobra.layout.plan import Plan, ReplicaGroup  # noqa: E402
@@ -264,8 +264,8 @@ class BaselineOptions:
     """
 
     ranks: PositiveInt = 4
-    steps: Annotated[int, integer(2)] = 6
-    longest: Annotated[int, integer(16)] = 512
+    steps: Annotated[Int, integer(2)] = 6
+    longest: Annotated[Int, integer(16)] = 512
     model: str = "tiny"
     plan: str = "<1,1>x2 <2,1>x1"
     device: Literal["cpu", "cuda"] = "cpu"
@@ -315,9 +315,8 @@ def compare(*, options: BaselineOptions = DEFAULTS) -> int:
         print("ours ...", file=sys.stderr, flush=True)
         rows.append(run_ours(work, plan, Path(name) / "ours", cost_model))
     loads = f"{load_at_start:.1f} before, {os.getloadavg()[0]:.1f} after"
-    print(
-        f"{options.model}, {options.ranks} {options.device} ranks, {num_cores()} cores, load {loads}"
-    )
+    ranks = f"{options.ranks} {options.device} ranks"
+    print(f"{options.model}, {ranks}, {num_cores()} cores, load {loads}")
     print(f"{COLUMNS[0]:<28}" + "".join(f"{column:>14}" for column in COLUMNS[1:]))
     table = [[getattr(row, column) for column in COLUMNS] for row in rows]
     for method, *values in table:

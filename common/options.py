@@ -21,8 +21,19 @@ from lobra.common.errors import Problems
 
 T = TypeVar("T")
 
-PositiveInt = Annotated[int, integer(1)]
-NonNegativeInt = Annotated[int, integer(0)]
+
+def _to_int(hint: Any, tokens: Sequence[Token]) -> int:
+    """Return a whole number; 1.5 is none, and is not rounded."""
+    (token,) = tokens
+    try:
+        return int(token.value)
+    except ValueError:
+        raise ValueError(f"{token.value!r} is not an integer") from None
+
+
+Int = Annotated[int, Parameter(converter=_to_int)]
+PositiveInt = Annotated[Int, integer(1)]
+NonNegativeInt = Annotated[Int, integer(0)]
 PositiveNumber = Annotated[float, number(lambda value: value > 0, "a positive number")]
 Switch = Literal["on", "off"]
 Device = Annotated[Literal["auto", "cpu", "cuda"], Parameter(help="What ranks run on.")]

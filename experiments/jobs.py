@@ -35,6 +35,7 @@ from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
 from lobra.common.options import (
     THIS_MACHINE,
+    Int,
     LauncherOptions,
     NonNegativeInt,
     as_options,
@@ -117,7 +118,7 @@ class JobOptions:
     model: Literal["7B", "32B", "70B"]
     _: KW_ONLY
     output: Path
-    steps: int = 20
+    steps: Int = 20
     warm_up: NonNegativeInt = 1
     seed: NonNegativeInt = 0
     data_dir: Path = Path("data")

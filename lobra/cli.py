@@ -99,7 +99,7 @@ def make_app(**settings: Any) -> App:
     Nothing is an option but what is declared (no ``--no-...``), of an option given twice the last
     counts, and errors are raised, not printed.
     """
-    return App(
+    app = App(
         default_parameter=Parameter(negative=(), allow_repeating=True),
         help_format="plaintext",
         help_formatter=PlainHelp(),
@@ -107,6 +107,9 @@ def make_app(**settings: Any) -> App:
         suppress_keyboard_interrupt=False,
         **settings,
     )
+    for flag in app.help_flags:
+        app[flag].show = False
+    return app
 
 
 def run(app: App, words: Sequence[str]) -> int:

@@ -20,6 +20,7 @@ from lobra.common.options import (
     NOT_AN_OPTION,
     DataDir,
     Device,
+    Int,
     ModelName,
     NonNegativeInt,
     NumBuckets,
@@ -70,7 +71,7 @@ DEFAULT_PERIOD = 10  # steps between evaluations, where a task asks for them
 ONE_MACHINE = 1 << 30  # a CPU machine is one node, however many ranks it runs
 
 #: None: a new run. Empty: the last checkpoint.
-ResumeStep = Annotated[tuple[int, ...] | None, Parameter(consume_multiple=(0, 1), metavar="[STEP]")]
+ResumeStep = Annotated[tuple[Int, ...] | None, Parameter(consume_multiple=(0, 1), metavar="[STEP]")]
 
 
 @as_options

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lobra.common.errors import ConfigError
+from lobra.common.options import Int
 from lobra.layout.placement import place
 from lobra.layout.plan import Plan, load_plan
 from lobra.layout.shapes import TINY, layout_problem, resolve_shape
@@ -40,7 +41,7 @@ def doctor(
     *,
     model: str | None = None,
     strategy_config: str | None = None,
-    gpus_per_node: int | None = None,
+    gpus_per_node: Int | None = None,
 ) -> int:
     """Say what this machine has and lacks, and what a plan would need; end 1 if it lacks something.
 

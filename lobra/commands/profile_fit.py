@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from lobra.commands.profile_options import make_console
 from lobra.common.errors import ConfigError
-from lobra.common.options import Json, NonNegativeInt, as_options, option_problems
+from lobra.common.options import Int, Json, NonNegativeInt, as_options, option_problems
 from lobra.layout.shapes import TINY
 from lobra.profiler.layer_fit import KINDS, Kind
 from lobra.profiler.profiles import TimeProfile, default_time_path, load_time_profile
@@ -60,7 +60,7 @@ class FitOptions:
     time_profile: Path | None = None
     memory: Literal["keep", "full"] = "keep"
     kind: tuple[Kind, ...] = ()
-    folds: int = 5
+    folds: Int = 5
     seed: NonNegativeInt = 0
     worst: NonNegativeInt = 5
     plot: Annotated[Path | None, Parameter(metavar="PNG")] = None

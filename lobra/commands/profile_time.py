@@ -23,7 +23,7 @@ from lobra.commands.profile_options import (
 )
 from lobra.common.checks import integer
 from lobra.common.errors import ConfigError
-from lobra.common.options import NonNegativeInt, PositiveInt, as_options
+from lobra.common.options import Int, NonNegativeInt, PositiveInt, as_options
 from lobra.layout.shapes import ModelShape, layout_problem, resolve_shape
 from lobra.model.folder import resolve_folder
 from lobra.profiler.collectives import ALL_REDUCE, load_collectives
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 CPU = "CPU"  # the name of its links in the table of accelerators
 NUM_TASKS, LORA_RANK = 4, 16  # where neither they nor a trainer config are given
 DEFAULT_MAX_SEQ_LENGTH = {"cpu": 2048, "cuda": 16384}
-LayerTokens = Annotated[int, integer(16)]
+LayerTokens = Annotated[Int, integer(16)]
 
 
 @as_options
@@ -93,7 +93,7 @@ class TimeOptions(ProfilerOptions):
     tp: str
     max_seq_length: LayerTokens | None = None
     max_tokens: LayerTokens | None = None
-    load_ranks: Annotated[NonNegativeInt, Parameter(metavar="N")] = 0
+    load_ranks: Annotated[Int, NonNegativeInt, Parameter(metavar="N")] = 0
     clock: Literal["wall", "processor"] | None = None
     single_device: bool = False
     links: Annotated[Path | None, Parameter(metavar="CSV")] = None

@@ -93,6 +93,7 @@ def test_an_unknown_command_or_option_is_a_users_mistake(capsys: pytest.CaptureF
         (["report", "run", "--no-plots"], "Unknown option: --no-plots"),
         (["report", "run", "other"], "not expected here: other"),
         (["profile", "fit", "--folds", "x"], "--folds"),
+        (["profile", "fit", "--folds", "1.5"], "--folds: '1.5' is not an integer"),
         (["profile", "fit", "--folds"], "--folds"),
         (["plan", "--modle", "7B", "--num-gpus=-3"], "4 problems"),
     ):
