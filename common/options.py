@@ -107,20 +107,6 @@ def within_bounds(options: T) -> tuple[T, Problems]:
     return replace(options, **defaults), Problems(wrong.values())  # type: ignore[type-var]
 
 
-def words_of(options: Any) -> list[str]:
-    """Return a dataclass of options as words of a command line, defaults left out."""
-    words = []
-    for field in fields(options):
-        value = getattr(options, field.name)
-        if is_dataclass(value):
-            words += words_of(value)
-        elif value != field.default:
-            for one in value if isinstance(value, tuple) else (value,):
-                name = [option_name(field)] if field.kw_only else []
-                words += name if one is True else [*name, str(one)]
-    return words
-
-
 def option_name(field: Field[Any]) -> str:
     """Return the option of a dataclass's field."""
     return f"--{field.name.replace('_', '-')}"

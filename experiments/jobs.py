@@ -26,7 +26,7 @@ from experiments.bench import NUM_BUCKETS, Bench
 from experiments.cells import ROOT, Record
 from experiments.inputs import LARGEST_LAYOUT, MAX_SEQ_LENGTH, TPS, Costs, setup_of, workload_of
 from experiments.inputs import Lengths as FoundLengths
-from experiments.provenance import PROVENANCE, git_state
+from experiments.provenance import PROVENANCE, git_state, words_of
 from experiments.published import Setup, parse_plan
 from experiments.runs import together
 from experiments.simulate import tell, to_csv
@@ -40,7 +40,6 @@ from lobra.common.options import (
     NonNegativeInt,
     as_options,
     option_problems,
-    words_of,
 )
 from lobra.layout.plan import save_plan
 from lobra.planner.simulate import FUSED_BUCKETS

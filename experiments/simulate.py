@@ -39,6 +39,7 @@ from experiments.provenance import (
     read_provenance,
     read_rows,
     same_sources,
+    words_of,
 )
 from experiments.published import (
     HOMOGENEOUS_STEPS,
@@ -58,7 +59,6 @@ from lobra.common.options import (
     PositiveNumber,
     as_options,
     option_problems,
-    words_of,
 )
 from lobra.common.version import installed_version
 from lobra.profiler.hardware import num_cores

@@ -95,8 +95,6 @@ class TrainRequest:
         Bucket every step anew; by default DP_BUCKET, else on.
     dispatch
         By default EXPR_DATA_DISPATCH, else balance.
-    memory
-        By default each replica has the plan's.
     feedback
         Let measured replica times correct the dispatcher; by default on for GPUs, off on CPU, where
         a run is then reproducible bit for bit.
@@ -183,8 +181,10 @@ class _Collector:
 def prepare(request: TrainRequest) -> RunSpec:
     """Check the request, tokenise the data into the run's folder and return the RunSpec.
 
-    Raises:
-        ConfigError: with every mistake found; nothing was written then.
+    Raises
+    ------
+    ConfigError
+        With every mistake found; nothing was written then.
     """
     request, problems = within_bounds(request)
     checks = _Collector([*problems, *request.mistakes])
