@@ -103,8 +103,8 @@ def simulate(*, options: SimulateOptions) -> int:
     for reason in left_out:
         console.print(f"left out: {reason}", soft_wrap=True)
     if options.output_dir:
-        first = next(workload.steps(1))
-        assignment = dispatch(first, plan, cost_model, num_buckets=options.num_buckets)
+        drawn = next(workload.steps(1))
+        assignment = dispatch(drawn, plan, cost_model, num_buckets=options.num_buckets)
         folder = options.output_dir
         trace = json.dumps(chrome_trace(assignment, plan, cost_model))
         with written("--output-dir", folder):

@@ -128,6 +128,16 @@ def test_lobra_simulate_writes_its_three_files(
     rows = (files / "sim/steps.csv").read_text().splitlines()
     assert len(rows) == 1 + 3 * len(result["runs"])
     assert json.loads((files / "sim/simulation.json").read_text()) == result["runs"]
+    without = replace(options, memory_profile=None, output_dir=None)
+    assert run_simulation(options=without) == 0
+    (reason,) = json.loads(capsys.readouterr().out)["left_out"]
+    assert "max_tokens_tiny_2tasks.csv: no such profile" in reason
+    found = files / "exp_result/profile/memory/max_tokens_tiny_2tasks.csv"
+    found.parent.mkdir(parents=True)
+    (files / "memory.csv").rename(found)
+    assert run_simulation(options=without) == 0
+    again = json.loads(capsys.readouterr().out)["runs"]
+    assert [run["name"] for run in again] == [run["name"] for run in result["runs"]]
     wrong = replace(options, steps=0, seed=-1, num_buckets=0, output_dir=Path("time.csv/sim"))
     with pytest.raises(ConfigError) as caught:
         run_simulation(options=wrong)
