@@ -28,6 +28,7 @@ setup(
         "pyyaml>=6.0,<7",
         "pyscipopt>=6.0,<7",
         "ortools>=9.12,<10",
+        "cyclopts>=5.5,<6",
         "safetensors>=0.5,<1",
         "rich>=13.7,<16",
         "cyclopts>=5,<6",

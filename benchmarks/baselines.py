@@ -13,7 +13,6 @@ The ranks are processes of this machine, a GPU each.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import os
@@ -22,6 +21,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated, Literal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +31,10 @@ import numpy as np  # noqa: E402
 
 from benchmarks.baselines_ranks import METHODS, Measured, Work  # noqa: E402
 from experiments.published import parse_plan  # noqa: E402
+from lobra.cli import guarded, make_app, run  # noqa: E402
+from lobra.common.checks import integer  # noqa: E402
 from lobra.common.errors import ConfigError  # noqa: E402
+from lobra.common.options import Int, PositiveInt, as_options, option_problems  # noqa: E402
 from lobra.layout.layout import Layout  # noqa: E402
 from lobra.layout.placement import place  # noqa: E402
 from lobra.layout.plan import Plan, ReplicaGroup  # noqa: E402
@@ -235,25 +238,45 @@ def plan_from(text: str, longest: int) -> Plan:
     )
 
 
-def problems_of(args: argparse.Namespace) -> list[str]:
-    """Return what is wrong with the numbers and the device, before anything is started."""
-    problems = []
-    if args.steps < 2:
-        problems.append(f"--steps: {args.steps}; the first step is not timed, so at least 2")
-    if args.ranks < 1:
-        problems.append(f"--ranks: {args.ranks}; a positive number of processes")
-    if args.longest < 16:
-        problems.append(f"--longest: {args.longest}; at least 16 tokens")
-    if args.device == "cuda":
-        import torch
+@as_options
+@dataclass(frozen=True, kw_only=True)
+class BaselineOptions:
+    """What is trained, and on what.
 
-        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if found < args.ranks:
-            problems.append(f"--device cuda: {found} GPUs here, --ranks {args.ranks} wanted")
-    return problems
+    Parameters
+    ----------
+    ranks
+        Processes.
+    steps
+        Of training; the first is not timed.
+    longest
+        Tokens of the longest sequence.
+    model
+        The base model.
+    plan
+        Of ours.
+    device
+        What ranks run on.
+    time_profile
+        For ours; without it, time ~ tokens/tp.
+    output
+        CSV to write.
+    """
+
+    ranks: PositiveInt = 4
+    steps: Annotated[Int, integer(2)] = 6
+    longest: Annotated[Int, integer(16)] = 512
+    model: str = "tiny"
+    plan: str = "<1,1>x2 <2,1>x1"
+    device: Literal["cpu", "cuda"] = "cpu"
+    time_profile: Path | None = None
+    output: Path | None = None
 
 
-def run(args: argparse.Namespace) -> int:
+DEFAULTS = BaselineOptions()
+
+
+def compare(*, options: BaselineOptions = DEFAULTS) -> int:
     """Train with every method, print the table, write it if asked to.
 
     Raises
@@ -261,47 +284,53 @@ def run(args: argparse.Namespace) -> int:
     ConfigError
         For every mistake of the user's.
     """
-    problems = problems_of(args)
-    if problems:
-        raise ConfigError(problems)
-    plan = plan_from(args.plan, args.longest)
-    if plan.num_gpus != args.ranks:
+    problems = option_problems(options)
+    if options.device == "cuda":
+        import torch
+
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if found < options.ranks:
+            problems.add(f"--device cuda: {found} GPUs here, --ranks {options.ranks} wanted")
+    problems.raise_if_any()
+    plan = plan_from(options.plan, options.longest)
+    if plan.num_gpus != options.ranks:
         raise ConfigError(
-            f"--plan: {args.plan} has {plan.num_gpus} ranks, not --ranks {args.ranks}"
+            f"--plan: {options.plan} has {plan.num_gpus} ranks, not --ranks {options.ranks}"
         )
-    num_layers = read_shape(resolve_folder(args.model)).num_layers
+    num_layers = read_shape(resolve_folder(options.model)).num_layers
     cost_model = (
-        fit_cost_model(load_time_profile(args.time_profile), num_layers)
-        if args.time_profile
+        fit_cost_model(load_time_profile(options.time_profile), num_layers)
+        if options.time_profile
         else plain_cost_model(num_layers, plan)
     )
-    if args.device == "cpu":
+    if options.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     load_at_start = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name:
-        work = work_of(Path(name), args.model, args.device, args.steps, args.longest)
+        work = work_of(Path(name), options.model, options.device, options.steps, options.longest)
         rows = []
         for method in METHODS:
             print(f"{method} ...", file=sys.stderr, flush=True)
-            rows.append(run_baseline(method, work, args.ranks))
+            rows.append(run_baseline(method, work, options.ranks))
         print("ours ...", file=sys.stderr, flush=True)
         rows.append(run_ours(work, plan, Path(name) / "ours", cost_model))
     loads = f"{load_at_start:.1f} before, {os.getloadavg()[0]:.1f} after"
-    print(f"{args.model}, {args.ranks} {args.device} ranks, {num_cores()} cores, load {loads}")
+    ranks = f"{options.ranks} {options.device} ranks"
+    print(f"{options.model}, {ranks}, {num_cores()} cores, load {loads}")
     print(f"{COLUMNS[0]:<28}" + "".join(f"{column:>14}" for column in COLUMNS[1:]))
     table = [[getattr(row, column) for column in COLUMNS] for row in rows]
     for method, *values in table:
         print(f"{method:<28}" + "".join(f"{value:>14.6g}" for value in values))
     tokens = {row.tokens for row in rows}
     apart = max(
-        abs(row.losses[k] / rows[0].losses[k] - 1) for row in rows for k in range(args.steps)
+        abs(row.losses[k] / rows[0].losses[k] - 1) for row in rows for k in range(options.steps)
     )
     same = "the same" if len(tokens) == 1 else "DIFFERENT"
     print(f"{same} tokens in every step; losses of all steps and methods within {apart:.1e}")
-    if args.output:
-        about = [args.model, args.device, args.steps, num_cores(), loads, f"{apart:.1e}"]
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        with args.output.open("w", newline="", encoding="utf-8") as file:
+    if options.output:
+        about = [options.model, options.device, options.steps, num_cores(), loads, f"{apart:.1e}"]
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        with options.output.open("w", newline="", encoding="utf-8") as file:
             lines = [[*row, *about] for row in table]
             csv.writer(file, lineterminator="\n").writerows([[*COLUMNS, *ABOUT], *lines])
     return 0
@@ -309,21 +338,8 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code (2 for a mistake of the user's)."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--longest", type=int, default=512, help="tokens of the longest sequence")
-    parser.add_argument("--model", default="tiny")
-    parser.add_argument("--plan", default="<1,1>x2 <2,1>x1", help="of ours")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--time-profile", type=Path, help="for ours; without it, time ~ tokens/tp")
-    parser.add_argument("--output", type=Path, help="CSV to write")
-    args = parser.parse_args(argv)
-    try:
-        return run(args)
-    except ConfigError as error:
-        print(f"baselines: {error}", file=sys.stderr)
-        return 2
+    app = make_app(name="baselines", default_command=compare, version_flags=())
+    return guarded(lambda: run(app, sys.argv[1:] if argv is None else argv), "baselines")
 
 
 if __name__ == "__main__":

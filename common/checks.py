@@ -15,8 +15,8 @@ Check = Callable[[Any], str | None]
 
 
 def integer(least: int) -> Check:
-    """Return a check for integers of 0 or 1 and more; booleans are none."""
-    wanted = {0: "an integer of 0 or more", 1: "a positive integer"}[least]
+    """Return a check for integers of ``least`` and more; booleans are none."""
+    wanted = "a positive integer" if least == 1 else f"an integer of {least} or more"
 
     def check(value: Any) -> str | None:
         good = isinstance(value, int) and not isinstance(value, bool) and value >= least

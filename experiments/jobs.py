@@ -11,30 +11,36 @@ LobRA's even dealing; the real baselines have our dispatcher.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
 import subprocess
-import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from experiments import study
 from experiments.bench import NUM_BUCKETS, Bench
 from experiments.cells import ROOT, Record
 from experiments.inputs import LARGEST_LAYOUT, MAX_SEQ_LENGTH, TPS, Costs, setup_of, workload_of
 from experiments.inputs import Lengths as FoundLengths
-from experiments.provenance import PROVENANCE, git_state
-from experiments.published import SETUPS, Setup, parse_plan
+from experiments.provenance import PROVENANCE, git_state, words_of
+from experiments.published import Setup, parse_plan
 from experiments.runs import together
 from experiments.simulate import tell, to_csv
-from lobra.cli import guarded
+from lobra.cli import resumable
 from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
+from lobra.common.options import (
+    THIS_MACHINE,
+    Int,
+    LauncherOptions,
+    NonNegativeInt,
+    as_options,
+    option_problems,
+)
 from lobra.layout.plan import save_plan
 from lobra.planner.baselines import FUSED_BUCKETS
 from lobra.planner.workload import read_lengths
@@ -85,16 +91,50 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
     return steps
 
 
-def profile_jobs(setup: Setup, config: TrainerConfig, args: argparse.Namespace) -> list[Job]:
+@as_options
+@dataclass(frozen=True)
+class JobOptions:
+    """What is run, and where.
+
+    Parameters
+    ----------
+    model
+        Which experiment.
+    output
+        Folder of plans, runs and tables.
+    steps
+        Training steps per method.
+    warm_up
+        First steps that are not counted.
+    seed
+        Of the training runs.
+    data_dir
+        The data sets.
+    dry_run
+        Show the commands, start nothing.
+    """
+
+    model: Literal["7B", "32B", "70B"]
+    _: KW_ONLY
+    output: Path
+    steps: Int = 20
+    warm_up: NonNegativeInt = 1
+    seed: NonNegativeInt = 0
+    data_dir: Path = Path("data")
+    dry_run: bool = False
+    launcher: LauncherOptions = THIS_MACHINE
+
+
+def profile_jobs(setup: Setup, config: TrainerConfig, options: JobOptions) -> list[Job]:
     """Return the profilers' jobs; both resume by themselves."""
-    hosts = ["", "", str(args.host_file)] if args.host_file else []
+    hosts = ["", "", str(options.launcher.host_file)] if options.launcher.host_file else []
     time_words: list[str] = [
         "bash",
         "scripts/cost_model_benchmark.sh",
-        args.model,
+        options.model,
         TPS[setup.model],
     ]
-    memory_words = ["bash", "scripts/profile_memory.sh", args.model, str(LARGEST_LAYOUT)]
+    memory_words = ["bash", "scripts/profile_memory.sh", options.model, str(LARGEST_LAYOUT)]
     memory_words += [str(len(config.tasks)), str(config.path), str(MAX_SEQ_LENGTH)]
     return [
         Job("time profile", tuple(time_words + hosts)),
@@ -102,35 +142,35 @@ def profile_jobs(setup: Setup, config: TrainerConfig, args: argparse.Namespace) 
     ]
 
 
-def plan_jobs(setup: Setup, config: TrainerConfig, args: argparse.Namespace) -> list[Job]:
+def plan_jobs(setup: Setup, config: TrainerConfig, options: JobOptions) -> list[Job]:
     """Return the planners' jobs: ours, and LobRA's pruning over proposed layouts."""
     jobs = []
     for name, pattern, proposal in (("ours", "EXACT", "OFF"), ("lobra", "PRUNE", "ON")):
-        path = args.output / "plans" / f"{name}.yaml"
-        command = ["bash", "scripts/deploy_strategy_plan.sh", args.model, str(setup.num_gpus)]
+        path = options.output / "plans" / f"{name}.yaml"
+        command = ["bash", "scripts/deploy_strategy_plan.sh", options.model, str(setup.num_gpus)]
         command += [str(NUM_BUCKETS), str(len(config.tasks)), str(MAX_SEQ_LENGTH)]
-        command += [str(config.path), str(path), "--data-dir", str(args.data_dir)]
+        command += [str(config.path), str(path), "--data-dir", str(options.data_dir)]
         switches = {"EXPR_DEPLOY_PATTERN": pattern, "EXPR_SCHEME_PROPOSAL": proposal}
         jobs.append(Job(f"plan {name}", tuple(command), switches, path))
     return jobs
 
 
-def train_jobs(setup: Setup, config: TrainerConfig, args: argparse.Namespace) -> list[Job]:
+def train_jobs(setup: Setup, config: TrainerConfig, options: JobOptions) -> list[Job]:
     """Return the training jobs of all methods and of the ablation."""
     jobs: list[Job] = [
-        _train("fused", "fused", str(config.path), (*STATIC, str(FUSED_BUCKETS)), setup, args)
+        _train("fused", "fused", str(config.path), (*STATIC, str(FUSED_BUCKETS)), setup, options)
     ]
     for task in config.tasks:
-        own = str(args.output / "configs" / f"{task.name}.json")
+        own = str(options.output / "configs" / f"{task.name}.json")
         name = f"sequential/{task.name}"
-        jobs.append(_train(name, name, own, (*STATIC, str(FUSED_BUCKETS)), setup, args))
+        jobs.append(_train(name, name, own, (*STATIC, str(FUSED_BUCKETS)), setup, options))
     for plan in PLANS:
         for rung, (static, mode) in study.RUNGS.items():
             words: tuple[str, ...] = (*STATIC, str(static)) if static else DYNAMIC
             if mode != "balance":
                 words = (*words, "--dispatch", mode)
             name = f"{plan}_{RUNS[rung]}"
-            jobs.append(_train(name, plan, str(config.path), words, setup, args))
+            jobs.append(_train(name, plan, str(config.path), words, setup, options))
     return jobs
 
 
@@ -140,44 +180,42 @@ def _train(
     config: str,
     words: tuple[str, ...],
     setup: Setup,
-    args: argparse.Namespace,
+    options: JobOptions,
 ) -> Job:
-    folder = args.output / "runs" / name
-    command = ["lobra", "train", "--model", args.model, "--trainer-config", config]
-    command += ["--strategy-config", str(args.output / "plans" / f"{plan}.yaml")]
-    command += ["--output-dir", str(folder), "--max-steps", str(args.steps), *words]
-    command += ["--num-gpus", str(setup.num_gpus), "--data-dir", str(args.data_dir)]
-    command += ["--max-seq-length", str(MAX_SEQ_LENGTH), "--seed", str(args.seed)]
-    for option in ("server_addr", "server_port", "host_file", "env_file"):
-        if (value := getattr(args, option)) is not None:
-            command += [f"--{option.replace('_', '-')}", str(value)]
-    return Job(f"train {name}", tuple(command), {}, folder / "metrics.jsonl", args.steps)
+    folder = options.output / "runs" / name
+    command = ["lobra", "train", "--model", options.model, "--trainer-config", config]
+    command += ["--strategy-config", str(options.output / "plans" / f"{plan}.yaml")]
+    command += ["--output-dir", str(folder), "--max-steps", str(options.steps), *words]
+    command += ["--num-gpus", str(setup.num_gpus), "--data-dir", str(options.data_dir)]
+    command += ["--max-seq-length", str(MAX_SEQ_LENGTH), "--seed", str(options.seed)]
+    command += words_of(options.launcher)
+    return Job(f"train {name}", tuple(command), {}, folder / "metrics.jsonl", options.steps)
 
 
-def write_homogeneous(setup: Setup, config: TrainerConfig, args: argparse.Namespace) -> None:
+def write_homogeneous(setup: Setup, config: TrainerConfig, options: JobOptions) -> None:
     """Write the baselines' plans, best by the measured profiles, and a configuration per task."""
-    memory = load_memory_profile(default_memory_path(args.model, len(config.tasks)))
-    costs = Costs(load_cost_model(args.model), memory, "measured", memory.digest)
-    found = FoundLengths(read_lengths(config, args.model, args.data_dir), "data sets")
-    workload = workload_of(config, found, args.seed)
-    bench = Bench(args.model, setup.num_gpus, workload, costs, args.steps)
-    plans = args.output / "plans"
+    memory = load_memory_profile(default_memory_path(options.model, len(config.tasks)))
+    costs = Costs(load_cost_model(options.model), memory, "measured", memory.digest)
+    found = FoundLengths(read_lengths(config, options.model, options.data_dir), "data sets")
+    workload = workload_of(config, found, options.seed)
+    bench = Bench(options.model, setup.num_gpus, workload, costs, options.steps)
+    plans = options.output / "plans"
     save_plan(bench.best_homogeneous(workload), plans / "fused.yaml")
     raw = json.loads(Path(config.path).read_text(encoding="utf-8"))
     for task, entry in zip(config.tasks, raw["task"], strict=True):
         alone = {**raw, "train_task_num": 1, "task": [{"name": task.name, **entry}]}
         text = json.dumps(alone, indent=2) + "\n"
-        write_atomic(args.output / "configs" / f"{task.name}.json", text)
+        write_atomic(options.output / "configs" / f"{task.name}.json", text)
         plan = bench.best_homogeneous(bench.task(task.name))
         save_plan(plan, plans / "sequential" / f"{task.name}.yaml")
 
 
-def record_of(folder: Path, num_gpus: int, args: argparse.Namespace) -> Record:
+def record_of(folder: Path, num_gpus: int, options: JobOptions) -> Record:
     """Return a run's measured steps, those of the warm-up left out, as the tables want them."""
     path = folder / "metrics.jsonl"
-    steps = read_steps(path)[args.warm_up : args.steps]
+    steps = read_steps(path)[options.warm_up : options.steps]
     if not steps:
-        raise ConfigError(f"{path}: no steps after the warm-up of {args.warm_up}")
+        raise ConfigError(f"{path}: no steps after the warm-up of {options.warm_up}")
     layouts = Counter(str(replica["layout"]) for replica in steps[0]["replicas"])
     times = [step["step_time_s"] for step in steps]
     tokens = [step["tokens"] for step in steps]
@@ -200,11 +238,11 @@ def record_of(folder: Path, num_gpus: int, args: argparse.Namespace) -> Record:
     }
 
 
-def collect(setup: Setup, config: TrainerConfig, args: argparse.Namespace) -> list[Path]:
+def collect(setup: Setup, config: TrainerConfig, options: JobOptions) -> list[Path]:
     """Write methods.csv and ablation.csv from the runs' metrics, all measured; return the paths."""
 
     def record(name: str) -> Record:
-        return record_of(args.output / "runs" / name, setup.num_gpus, args)
+        return record_of(options.output / "runs" / name, setup.num_gpus, options)
 
     alone = [record(f"sequential/{task.name}") for task in config.tasks]
     fused = record("fused")
@@ -226,13 +264,17 @@ def collect(setup: Setup, config: TrainerConfig, args: argparse.Namespace) -> li
         "methods": study.method_rows(records, baselines),
         "ablation": study.ablation_table(ablation, baselines),
     }
-    paths = [args.output / f"{name}.csv" for name in tables]
+    paths = [options.output / f"{name}.csv" for name in tables]
     for path, rows in zip(paths, tables.values(), strict=True):
         write_atomic(path, to_csv(rows))
-    about = {"kind": "measured", "model": args.model, "num_gpus": setup.num_gpus, "steps": steps}
-    about |= {"warm_up": args.warm_up, "seed": args.seed, "command": args.words}
+    about = {"kind": "measured", "model": options.model, "num_gpus": setup.num_gpus, "steps": steps}
+    about |= {
+        "warm_up": options.warm_up,
+        "seed": options.seed,
+        "command": shlex.join(["lobra", "experiment", "real", *words_of(options)]),
+    }
     about |= {"accelerator": "see the runs' config.yaml", **git_state(ROOT), "complete": True}
-    write_atomic(args.output / PROVENANCE, json.dumps(about, indent=2) + "\n")
+    write_atomic(options.output / PROVENANCE, json.dumps(about, indent=2) + "\n")
     return paths
 
 
@@ -250,75 +292,49 @@ def _put_aside(folder: Path) -> None:
         folder.rename(kept)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run what is not finished, in order; return the exit code of the first job that fails."""
-    setup, config = setup_of(args.model)
+def real(options: JobOptions) -> int:
+    """Run one model's experiments on the GPUs of a cluster: profile, plan, train every method.
+
+    What is finished is skipped. Ends with the exit code of the first job that fails.
+
+      lobra experiment real 7B --output exp_result/expr_7b_real --dry-run
+
+    Raises
+    ------
+    ConfigError
+        For every mistake of the user's.
+    """
+    option_problems(options).raise_if_any()
+    setup, config = setup_of(options.model)
     fewest = min(
-        (task.steps for task in config.tasks if task.steps is not None), default=args.steps
+        (task.steps for task in config.tasks if task.steps is not None), default=options.steps
     )
-    if args.seed < 0:
-        raise ConfigError(f"--seed: {args.seed}; a whole number, not negative")
-    if args.warm_up < 0:
-        raise ConfigError(f"--warm-up: {args.warm_up}; a number of steps")
-    if not args.warm_up + 2 <= args.steps <= fewest:
+    if not options.warm_up + 2 <= options.steps <= fewest:
         raise ConfigError(
-            f"--steps: {args.steps}; {config.path} allows {args.warm_up + 2} to {fewest}, "
-            f"of which {args.warm_up} are not counted (--warm-up)"
+            f"--steps: {options.steps}; {config.path} allows {options.warm_up + 2} to {fewest}, "
+            f"of which {options.warm_up} are not counted (--warm-up)"
         )
-    before = [*profile_jobs(setup, config, args), *plan_jobs(setup, config, args)]
-    training = train_jobs(setup, config, args)
-    if args.dry_run:
+    before = [*profile_jobs(setup, config, options), *plan_jobs(setup, config, options)]
+    training = train_jobs(setup, config, options)
+    if options.dry_run:
         for job in [*before, *training]:
             print(job)
         return 0
-    (args.output / "plans").mkdir(parents=True, exist_ok=True)
-    for number, job in enumerate([*before, *training]):
-        if number == len(before):
-            write_homogeneous(setup, config, args)
-        if job.is_finished():
-            tell(f"{job.name}: finished before")
-            continue
-        if job.steps and job.finished is not None:
-            _put_aside(job.finished.parent)
-        tell(f"{job.name}: {job}")
-        ended = subprocess.run(job.command, env={**os.environ, **job.environment}, check=False)
-        if ended.returncode:
-            tell(f"{job.name}: exit code {ended.returncode}; the same command continues here")
-            return ended.returncode
-    paths = collect(setup, config, args)
-    tell(f"written: {', '.join(map(str, paths))}; pictures: lobra report {args.output}")
+    (options.output / "plans").mkdir(parents=True, exist_ok=True)
+    with resumable():
+        for number, job in enumerate([*before, *training]):
+            if number == len(before):
+                write_homogeneous(setup, config, options)
+            if job.is_finished():
+                tell(f"{job.name}: finished before")
+                continue
+            if job.steps and job.finished is not None:
+                _put_aside(job.finished.parent)
+            tell(f"{job.name}: {job}")
+            ended = subprocess.run(job.command, env={**os.environ, **job.environment}, check=False)
+            if ended.returncode:
+                tell(f"{job.name}: exit code {ended.returncode}; the same command continues here")
+                return ended.returncode
+    paths = collect(setup, config, options)
+    tell(f"written: {', '.join(map(str, paths))}; pictures: lobra report {options.output}")
     return 0
-
-
-def parser() -> argparse.ArgumentParser:
-    """Return the command's arguments."""
-    result = argparse.ArgumentParser(
-        prog="lobra experiment real",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = result.add_argument
-    add("model", choices=tuple(SETUPS), help="which experiment")
-    add("--output", type=Path, required=True, help="folder of plans, runs and tables")
-    add("--steps", type=int, default=20, help="training steps per method (default 20)")
-    add("--warm-up", type=int, default=1, help="first steps that are not counted (default 1)")
-    add("--seed", type=int, default=0, help="of the training runs (default 0)")
-    add("--data-dir", type=Path, default=Path("data"), help="the data sets (default data)")
-    add("--server-addr", help="address of the first host")
-    add("--server-port", type=int, help="port on the first host")
-    add("--host-file", type=Path, help="DeepSpeed host file")
-    add("--env-file", type=Path, help="sourced on every host")
-    add("--dry-run", action="store_true", help="show the commands, start nothing")
-    return result
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code."""
-    words = sys.argv[1:] if argv is None else list(argv)
-    args = parser().parse_args(words)
-    args.words = shlex.join(["lobra", "experiment", "real", *words])
-    return guarded(lambda: run(args), "experiments", "; the same command continues")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,9 +6,12 @@ import csv
 import json
 import subprocess
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from lobra.common.options import option_name
 
 PROVENANCE = "provenance.json"
 MADE_FROM = ("model", "steps", "seed", "time_limit_s")
@@ -62,3 +65,17 @@ def git_state(root: Path) -> dict[str, Any]:
 def now() -> str:
     """Return the time, in UTC, to the minute."""
     return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def words_of(options: Any) -> list[str]:
+    """Return a dataclass of options as words of a command line, defaults left out."""
+    words = []
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if is_dataclass(value):
+            words += words_of(value)
+        elif value != field.default:
+            for one in value if isinstance(value, tuple) else (value,):
+                name = [option_name(field)] if field.kw_only else []
+                words += name if one is True else [*name, str(one)]
+    return words

@@ -9,22 +9,25 @@ replaced. ``--collect`` first copies the tables of ``exp_result/expr_*``, and th
 
 from __future__ import annotations
 
-import argparse
 import csv
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from experiments.cells import code_digest
 from experiments.page_tables import TABLES, Tables
 from experiments.provenance import PROVENANCE, read_provenance
-from lobra.cli import guarded
 from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
 
 RESULTS = Path("docs/results/2026-11-21-experiments")
 PAGE = Path("docs/reproduction.md")
+Collected = Annotated[
+    Path | None, Parameter(name="--collect", help="Folder of experiments to copy tables from.")
+]
 LEFT_OUT = ("timeline", "steps")  # long; 7B's steps are kept, the others can be made again
 PICTURES = {  # picture of the page -> where `lobra report` writes it
     "gpu_seconds_7b.png": "expr_7b/report/gpu_seconds.png",
@@ -109,30 +112,28 @@ def fill(page: str, tables: Tables) -> str:
     return re.sub(r"<!-- begin (\w+) -->\n.*?<!-- end \1 -->", replaced, page, flags=re.DOTALL)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="lobra experiment page", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--collect", type=Path, help="folder of experiments to copy tables from")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--page", type=Path, default=PAGE)
-    args = parser.parse_args(argv)
-    return guarded(lambda: _make(args.collect, args.results, args.page), "reproduction")
+def page(*, collected: Collected = None, results: Path = RESULTS, page: Path = PAGE) -> int:
+    """Fill the tables of docs/reproduction.md from the experiments' CSVs.
 
+    Parameters
+    ----------
+    results
+        Folder of the tables.
+    page
+        The page to fill.
 
-def _make(collected: Path | None, results: Path, path: Path) -> int:
+    Raises
+    ------
+    ConfigError
+        If there is no such page, or no results.
+    """
     if collected:
         for line in collect(collected, results):
             print(f"left out: {line}", file=sys.stderr)
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such page")
+    if not page.is_file():
+        raise ConfigError(f"{page}: no such page")
     tables = read_results(results)
-    write_atomic(path, fill(path.read_text(encoding="utf-8"), tables))
+    write_atomic(page, fill(page.read_text(encoding="utf-8"), tables))
     for name in made_with_other_code(tables):
         print(f"{name}: made with older code than is here now", file=sys.stderr)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,7 +6,6 @@ calls. Cells that are finished are not computed again unless what they depend on
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import json
@@ -14,9 +13,10 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from experiments import study
 from experiments.bench import Bench
@@ -39,19 +39,27 @@ from experiments.provenance import (
     read_provenance,
     read_rows,
     same_sources,
+    words_of,
 )
 from experiments.published import (
     HOMOGENEOUS_STEPS,
     PLANNING_TIME_S,
     PLANS_70B,
-    SETUPS,
     THROUGHPUT,
 )
 from experiments.published import SCALE_GPUS as PUBLISHED_GPUS
 from experiments.published import SCALE_TASKS as PUBLISHED_TASKS
-from lobra.cli import guarded
-from lobra.common.errors import ConfigError
+from lobra.cli import resumable
+from lobra.common.checks import integer
 from lobra.common.files import write_atomic
+from lobra.common.options import (
+    Int,
+    NonNegativeInt,
+    PositiveInt,
+    PositiveNumber,
+    as_options,
+    option_problems,
+)
 from lobra.common.version import installed_version
 from lobra.profiler.hardware import num_cores
 from lobra.tasks.config import TrainerConfig, load_trainer_config
@@ -63,19 +71,63 @@ SCALE_GPUS = (16, 32, 64, 128, 256)
 # The scalability over tasks is run on copies of the four tasks of the scalability over GPUs.
 SCALE_TASKS = {4: "exp_task4", 8: "exp_task4x2", 12: "exp_task4x3", 16: "exp_task4x4"}
 Rows = list[dict[str, Any]]
+WORKERS = min(2, num_cores())
+AtLeastTwo = Annotated[Int, integer(2)]  # steps: an interval needs two
+
+
+@as_options
+@dataclass(frozen=True)
+class SimulationOptions:
+    """What is simulated, and from what.
+
+    Parameters
+    ----------
+    model
+        Which experiment.
+    output
+        Folder of the tables.
+    steps
+        Sampled steps per method.
+    seed
+        Of the sampled steps.
+    workers
+        Processes; by default at most 2.
+    time_limit
+        Seconds for each of LobRA's planners.
+    reference
+        Folder of the published 7B profile; by default LOBRA_REFERENCE.
+    lengths
+        JSON or folder of .npy with lengths; by default LOBRA_LENGTHS.
+    data_dir
+        The data sets, if fetched.
+    synthetic
+        Synthetic lengths even if others are there.
+    """
+
+    model: Literal["7B", "32B", "70B"]
+    _: KW_ONLY
+    output: Path
+    steps: AtLeastTwo = 100
+    seed: NonNegativeInt = 0
+    workers: PositiveInt = WORKERS
+    time_limit: PositiveNumber = 20.0
+    reference: Path | None = None
+    lengths: Path | None = None
+    data_dir: Path = Path("data")
+    synthetic: bool = False
 
 
 class Experiment:
     """One model's experiment: its inputs, its cells and the CSVs it has written."""
 
-    def __init__(self, args: argparse.Namespace, sources: Sources, workers: Workers) -> None:
-        self.args = args
+    def __init__(self, options: SimulationOptions, sources: Sources, workers: Workers) -> None:
+        self.options = options
         self.sources = sources
         self.workers = workers
         self.stores: list[CellStore] = []
-        self.folder: Path = args.output
+        self.folder = options.output
         self.started, self.load = now(), round(os.getloadavg()[0], 2)
-        self.setup, self.config = setup_of(args.model)
+        self.setup, self.config = setup_of(options.model)
         self.costs = self._costs(self.config)
         self.lengths = self._lengths(self.config)
         self.planning: Rows = []
@@ -85,7 +137,7 @@ class Experiment:
 
     def _costs(self, config: TrainerConfig) -> Costs:
         return find_costs(
-            self.args.model,
+            self.options.model,
             str(config.path),
             len(config.tasks),
             self.sources,
@@ -94,17 +146,17 @@ class Experiment:
 
     def _lengths(self, config: TrainerConfig) -> Lengths:
         cache = self.folder.parent / "synthetic_lengths"
-        return find_lengths(self.args.model, config, self.sources, self.args.seed, cache)
+        return find_lengths(self.options.model, config, self.sources, self.options.seed, cache)
 
     def _store(self, name: str, costs: Costs, lengths: Lengths, config: TrainerConfig) -> CellStore:
         context = {
-            "model": self.args.model,
+            "model": self.options.model,
             "code": code_digest(),
             "profiles": costs.digest,
             "lengths": lengths.digest,
             "tasks": [[t.name, t.global_batch_size, t.context_length] for t in config.tasks],
-            "steps": self.args.steps,
-            "seed": self.args.seed,
+            "steps": self.options.steps,
+            "seed": self.options.seed,
         }
         self.inputs[name] = {
             "profile": costs.source,
@@ -120,8 +172,8 @@ class Experiment:
 
     def bench(self, num_gpus: int, config: TrainerConfig, costs: Costs, lengths: Lengths) -> Bench:
         """Return the bench of a cluster and a configuration."""
-        workload = workload_of(config, lengths, self.args.seed)
-        return Bench(self.args.model, num_gpus, workload, costs, self.args.steps)
+        workload = workload_of(config, lengths, self.options.seed)
+        return Bench(self.options.model, num_gpus, workload, costs, self.options.steps)
 
     def write(self, name: str, rows: Rows) -> None:
         """Write a table as CSV."""
@@ -142,7 +194,7 @@ class Experiment:
         self.write("buckets", methods.bucket_rows(BUCKETS))
         self.write("timeline", study.timeline_rows(bench, methods.plans))
         self.planning = study.planning_rows(
-            bench, self.store, self.args.time_limit, published_plan=setup.lobra
+            bench, self.store, self.options.time_limit, published_plan=setup.lobra
         )
         self.write("planning_time", self.planning)
 
@@ -204,7 +256,7 @@ class Experiment:
             self.planning += study.planning_rows(
                 self.bench(num_gpus, config, costs, lengths),
                 store,
-                self.args.time_limit,
+                self.options.time_limit,
                 published_s=published,
                 published_plan=PLANS_70B[num_gpus],
             )
@@ -261,17 +313,17 @@ class Experiment:
         self.write("runs", [*read_rows(self.folder / "runs.csv"), entry])
 
     def _about(self) -> dict[str, Any]:
-        args = self.args
+        options = self.options
         return {
             "kind": "simulation",
-            "model": args.model,
+            "model": options.model,
             "num_gpus": self.setup.num_gpus,
             "accelerator": self.setup.accelerator,
-            "steps": args.steps,
-            "seed": args.seed,
-            "time_limit_s": args.time_limit,
+            "steps": options.steps,
+            "seed": options.seed,
+            "time_limit_s": options.time_limit,
             "inputs": self.inputs,
-            "command": args.command,
+            "command": shlex.join(["lobra", "experiment", "simulate", *words_of(options)]),
             "environment": {
                 name: "set" if os.environ.get(name) else "not set"
                 for name in ("LOBRA_REFERENCE", "LOBRA_LENGTHS")
@@ -282,34 +334,36 @@ class Experiment:
         }
 
 
-def run(args: argparse.Namespace, sources: Sources) -> int:
-    """Run the model's experiments and return the exit code.
+def simulate(options: SimulationOptions) -> int:
+    """Compute the tables of one model's experiments by simulation, without GPUs.
+
+    The same command goes on where it was interrupted.
+
+      lobra experiment simulate 7B --output exp_result/expr_7b
 
     Raises
     ------
     ConfigError
         For every mistake of the user's.
     """
-    if args.seed < 0:
-        raise ConfigError(f"--seed: {args.seed}; a whole number, not negative")
-    if args.steps < 2:
-        raise ConfigError(f"--steps: {args.steps}; an interval needs at least 2 steps")
-    if not args.time_limit > 0:
-        raise ConfigError(f"--time-limit: {args.time_limit}; a positive number of seconds")
-    if args.workers < 1:
-        raise ConfigError(f"--workers: {args.workers}; a positive number of processes")
+    option_problems(options).raise_if_any()
+    with resumable():
+        return _simulate(options, sources_of(options, os.environ))
+
+
+def _simulate(options: SimulationOptions, sources: Sources) -> int:
     start = time.perf_counter()
-    with start_workers(args.workers) as workers:
-        experiment = Experiment(args, sources, workers)
-        tell(f"{args.model}: {experiment.costs.source}; {experiment.lengths.source}")
+    with start_workers(options.workers) as workers:
+        experiment = Experiment(options, sources, workers)
+        tell(f"{options.model}: {experiment.costs.source}; {experiment.lengths.source}")
         experiment.begin()
         experiment.main_tables()
-        if args.model == "7B":
+        if options.model == "7B":
             experiment.validation()
-        if args.model == "70B":
+        if options.model == "70B":
             experiment.scalability()
     experiment.finish(time.perf_counter() - start)
-    tell(f"written: {args.output}; pictures and page: lobra report {args.output}")
+    tell(f"written: {options.output}; pictures and page: lobra report {options.output}")
     return 0
 
 
@@ -328,47 +382,13 @@ def tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def sources_of(args: argparse.Namespace, environment: Mapping[str, str]) -> Sources:
+def sources_of(options: SimulationOptions, environment: Mapping[str, str]) -> Sources:
     """Return where inputs are looked for: arguments, then environment."""
-    reference = args.reference or _path(environment.get("LOBRA_REFERENCE"))
-    lengths = args.lengths or _path(environment.get("LOBRA_LENGTHS"))
-    if args.synthetic:
+    reference = options.reference or _path(environment.get("LOBRA_REFERENCE"))
+    lengths = options.lengths or _path(environment.get("LOBRA_LENGTHS"))
+    if options.synthetic:
         return Sources(reference, None, Path(os.devnull))
-    return Sources(reference, lengths, args.data_dir)
-
-
-def parser() -> argparse.ArgumentParser:
-    """Return the command's arguments."""
-    result = argparse.ArgumentParser(prog="lobra experiment simulate", description=__doc__)
-    add = result.add_argument
-    add("model", choices=tuple(SETUPS), help="which experiment")
-    add("--output", type=Path, required=True, help="folder of the tables")
-    add("--steps", type=int, default=100, help="sampled steps per method (default 100)")
-    add("--seed", type=int, default=0, help="of the sampled steps (default 0)")
-    add(
-        "--workers",
-        type=int,
-        default=min(2, num_cores()),
-        help="processes (default at most 2)",
-    )
-    add("--time-limit", type=float, default=20.0, help="seconds for each of LobRA's planners")
-    add("--reference", type=Path, help="folder of the published 7B profile (LOBRA_REFERENCE)")
-    add("--lengths", type=Path, help="JSON or folder of .npy with lengths (LOBRA_LENGTHS)")
-    add("--data-dir", type=Path, default=Path("data"), help="the data sets, if fetched")
-    add("--synthetic", action="store_true", help="synthetic lengths even if others are there")
-    return result
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code (0, 2 for a user's mistake, 130 for Ctrl-C)."""
-    words = sys.argv[1:] if argv is None else list(argv)
-    args = parser().parse_args(words)
-    args.command = shlex.join(["lobra", "experiment", "simulate", *words])
-    return guarded(
-        lambda: run(args, sources_of(args, os.environ)),
-        "experiments",
-        "; the same command continues",
-    )
+    return Sources(reference, lengths, options.data_dir)
 
 
 def _path(text: str | None) -> Path | None:
@@ -396,7 +416,3 @@ def _relative(rows: Rows, column: str, published: Mapping[str, Mapping[int, floa
         }
         for row in rows
     ]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,62 +1,163 @@
-"""The `lobra` command: a thin door to the packages' own command lines.
+"""The `lobra` command: every command is a typed function, imported only when it is asked for.
 
-A subcommand is a module with `add_arguments(parser)` and `run(args) -> exit code`. Only the module
-that is asked for is imported, so that `lobra plan` never pays for importing torch.
+A command's options are its parameters and the fields of the dataclasses it takes
+(`common.options`); their names, types, defaults and docstrings are all that is written of them.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import importlib
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-from lobra.common.errors import ConfigError
+from cyclopts import (
+    App,
+    CycloptsError,
+    MissingArgumentError,
+    Parameter,
+    UnknownCommandError,
+    UnusedCliTokensError,
+)
+
+from lobra.commands.help_format import PlainHelp
+from lobra.common.errors import ConfigError, Problems, did_you_mean
 from lobra.common.version import installed_version
 from lobra.model.launch import RankError
 
 EXIT_OK, EXIT_FAILURE, EXIT_USER_MISTAKE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
-
-@dataclass(frozen=True)
-class Command:
-    """A subcommand: the module that holds it and one line of help."""
-
-    module: str
-    help: str
-
-
+#: Of each command, of one word or two, where its function is and one line of help.
 COMMANDS = {
-    "init": Command("lobra.commands.init", "write a task file with every field explained"),
-    "data": Command(
-        "lobra.commands.data", "look at a task's rows as the model sees them, or fetch data"
+    "init": ("lobra.commands.init:init", "write a task file with every field explained"),
+    "data": (None, "look at a task's rows as the model sees them, or fetch data"),
+    "data show": ("lobra.commands.data_show:show", "rows as the model will see them"),
+    "data fetch": ("lobra.commands.data_fetch:fetch_all", "fetch LobRA's public data sets"),
+    "profile": (None, "measure what layouts cost on this machine"),
+    "profile time": (
+        "lobra.commands.profile_time:profile_time",
+        "time of one layer per tp and micro-batch shape",
     ),
-    "profile": Command("lobra.commands.profile", "measure what layouts cost on this machine"),
-    "plan": Command("lobra.commands.plan", "choose which replicas to deploy"),
-    "simulate": Command("lobra.commands.simulate", "run a plan's steps under the cost model"),
-    "train": Command("lobra.commands.train", "train every task's adapter on a plan"),
-    "report": Command("lobra.commands.report", "tables and plots of a run or a simulation"),
-    "experiment": Command("lobra.commands.experiment", "LobRA's published experiments"),
-    "doctor": Command("lobra.commands.doctor", "what this machine has and lacks"),
+    "profile memory": (
+        "lobra.commands.profile_memory:profile_memory",
+        "tokens a micro-batch may hold per layout",
+    ),
+    "profile fit": (
+        "lobra.commands.profile_fit:profile_fit",
+        "the cost model's error on rows it has not seen",
+    ),
+    "plan": ("lobra.commands.plan:plan", "choose which replicas to deploy"),
+    "simulate": ("lobra.commands.simulate:simulate", "run a plan's steps under the cost model"),
+    "train": ("lobra.commands.train:train", "train every task's adapter on a plan"),
+    "report": ("lobra.commands.report:report", "tables and plots of a run or a simulation"),
+    "experiment": (None, "LobRA's published experiments"),
+    "experiment simulate": ("lobra.commands.experiment:simulate", "by simulation, without GPUs"),
+    "experiment real": ("lobra.commands.experiment:real", "the real jobs, on a cluster's GPUs"),
+    "experiment page": ("lobra.commands.experiment:page", "fill the tables of the page of results"),
+    "doctor": ("lobra.commands.doctor:doctor", "what this machine has and lacks"),
 }
+#: Options that are another spelling of one with a value.
+ALIASES = {"--gradient-checkpointing": "--memory=full"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `lobra <command> ...` and return its exit code (CONTRACT: 0, 1, 2 or 130)."""
     if argv is None:
         _keep_working_folder_out()
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _top_parser()
-    args, rest = parser.parse_known_args(argv[:1])
-    if args.command is None:
-        parser.print_help()
-        return EXIT_USER_MISTAKE
-    return guarded(lambda: _run(args.command, [*rest, *argv[1:]]))
+    words = list(sys.argv[1:] if argv is None else argv)
+    return guarded(lambda: run(_lobra(" ".join(words[:2])), words))
+
+
+def _lobra(asked: str) -> App:
+    """Return the command, with its subcommands by name only; the one asked for tells its help."""
+    top = make_app(
+        name="lobra",
+        help="Multi-tenant LoRA fine-tuning on heterogeneous parallel layouts.\n\n"
+        "`lobra <command> --help` explains each command.",
+        version=f"lobra {installed_version()}",
+    )
+    apps = {"": top}
+    for place, (name, (path, line)) in enumerate(COMMANDS.items()):
+        parent, _, word = name.rpartition(" ")
+        if path is None:
+            apps[name] = make_app(name=word, help=line, version_flags=(), sort_key=place)
+            apps[parent].command(apps[name])
+        else:
+            own = f"{asked} ".startswith(f"{name} ")
+            apps[parent].command(
+                path, name=word, help=None if own else line, sort_key=place, version_flags=()
+            )
+    return top
+
+
+def make_app(**settings: Any) -> App:
+    """Return an application that behaves as every command of ours does.
+
+    Nothing is an option but what is declared (no ``--no-...``), of an option given twice the last
+    counts, and errors are raised, not printed.
+    """
+    app = App(
+        default_parameter=Parameter(negative=(), allow_repeating=True),
+        help_format="plaintext",
+        help_formatter=PlainHelp(),
+        group_parameters="Options",
+        suppress_keyboard_interrupt=False,
+        **settings,
+    )
+    for flag in app.help_flags:
+        app[flag].show = False
+    return app
+
+
+def run(app: App, words: Sequence[str]) -> int:
+    """Run the command that the words of a command line ask for; return its exit code.
+
+    Raises
+    ------
+    ConfigError
+        If they are no command, or its options are not.
+    """
+    words = [ALIASES.get(word, word) for word in words]
+    try:
+        command, given, _ = app.parse_args(words, print_error=False, exit_on_error=False)
+    except CycloptsError as error:
+        raise ConfigError(_explained(error)) from None
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    code = command(*given.args, **given.kwargs)
+    if code is None:  # a text was shown, asked for or instead of a command that is missing
+        return EXIT_OK if {"--help", "-h", "--version"} & set(words) else EXIT_USER_MISTAKE
+    return int(code)
+
+
+def _explained(error: CycloptsError) -> Problems:
+    """Return what is wrong with a command line: one mistake, or all options that are missing."""
+    error.verbose = False
+    if isinstance(error, UnknownCommandError):  # its own message would import every command
+        parents, word = list(error.command_chain or ()), (error.unused_tokens or [""])[0]
+        there = [name.split()[-1] for name in COMMANDS if name.split()[:-1] == parents]
+        return Problems([f"{word}: no such command{did_you_mean(word, there)}; see --help"])
+    if type(error) is UnusedCliTokensError:
+        return Problems([f"not expected here: {' '.join(error.unused_tokens or ())}"])
+    if type(error) is not MissingArgumentError or error.keyword or not error.app:
+        return Problems([str(error)])
+    known = error.app.assemble_argument_collection()
+    words = {word.partition("=")[0] for word in error.root_input_tokens or ()}
+    names = [argument.name for argument in known]
+    problems = Problems(
+        f"{argument.name}: is required"
+        for argument in known
+        if argument.parse
+        and argument.required
+        and not argument.children
+        and argument.name not in words
+    )
+    for word in sorted(words):
+        if word.startswith("--") and word not in names:
+            problems.add(f"{word}: no such option{did_you_mean(word, names)}")
+    return problems
 
 
 def _keep_working_folder_out() -> None:
@@ -70,33 +171,30 @@ def _keep_working_folder_out() -> None:
             os.environ.setdefault("PYTHONSAFEPATH", "1")
 
 
-def _run(name: str, argv: Sequence[str]) -> int:
-    command = COMMANDS[name]
-    module = importlib.import_module(command.module)
-    parser = argparse.ArgumentParser(
-        prog=f"lobra {name}", description=command.help.capitalize() + "."
-    )
-    module.add_arguments(parser)
-    args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    code: int = module.run(args)
-    return code
+@contextlib.contextmanager
+def resumable() -> Iterator[None]:
+    """Have an interruption tell that nothing is lost."""
+    try:
+        yield
+    except KeyboardInterrupt as interruption:
+        interruption.add_note("what is finished is on disk: the same command goes on from there")
+        raise
 
 
-def guarded(run: Callable[[], int], name: str = "lobra", what_next: str = "") -> int:
+def guarded(run: Callable[[], int], name: str = "lobra") -> int:
     """Return `run()`; turn errors into the contract's messages and exit codes.
 
     A user's mistake is printed without a traceback (2), Ctrl-C ends with 130, anything else with
-    its traceback and 1 (a rank's failure with the rank's traceback). Messages begin with `name`;
-    `what_next` is said after an interruption.
+    its traceback and 1 (a rank's failure with the rank's traceback). Messages begin with `name`.
     """
     try:
         return run()
     except ConfigError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return EXIT_USER_MISTAKE
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted{what_next}", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        notes = getattr(interruption, "__notes__", ())
+        print(f"{name}: {'; '.join(['interrupted', *notes])}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # whoever read our output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -107,20 +205,6 @@ def guarded(run: Callable[[], int], name: str = "lobra", what_next: str = "") ->
     except Exception:
         traceback.print_exc()
         return EXIT_FAILURE
-
-
-def _top_parser() -> argparse.ArgumentParser:
-    width = max(map(len, COMMANDS))
-    listing = "\n".join(f"  {name:<{width}}  {entry.help}" for name, entry in COMMANDS.items())
-    parser = argparse.ArgumentParser(
-        prog="lobra",
-        description="Multi-tenant LoRA fine-tuning on heterogeneous parallel layouts.",
-        epilog=f"commands:\n{listing}\n\n`lobra <command> --help` explains each.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"lobra {installed_version()}")
-    parser.add_argument("command", nargs="?", choices=tuple(COMMANDS), metavar="command")
-    return parser
 
 
 if __name__ == "__main__":

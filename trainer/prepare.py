@@ -11,10 +11,31 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
 
 from lobra.common.errors import ConfigError, Problems
+from lobra.common.options import (
+    NOT_AN_OPTION,
+    DataDir,
+    Device,
+    Int,
+    ModelName,
+    NonNegativeInt,
+    NumBuckets,
+    NumTasks,
+    PlanName,
+    PositiveInt,
+    Seed,
+    Switch,
+    TaskSetName,
+    TimeProfile,
+    as_options,
+    within_bounds,
+)
 from lobra.common.version import installed_version
+from lobra.layout.memory_policy import MemoryPolicy
 from lobra.layout.placement import place, placed
 from lobra.layout.plan import Plan, load_plan
 from lobra.layout.shapes import ModelShape, layout_problem, read_shape
@@ -24,7 +45,7 @@ from lobra.model.fingerprint import MARK, fingerprint
 from lobra.model.folder import resolve_folder
 from lobra.planner.bucketed.buckets import static_buckets
 from lobra.planner.workload import label_share
-from lobra.profiler.cost_model import CostModel, load_cost_model
+from lobra.profiler.cost_model import CostModel, Kind, load_cost_model
 from lobra.profiler.profiles import default_time_path
 from lobra.tasks.config import TaskConfig, TrainerConfig, clip_context, load_trainer_config
 from lobra.tasks.data_report import summary_text
@@ -49,40 +70,94 @@ log = logging.getLogger(__name__)
 DEFAULT_PERIOD = 10  # steps between evaluations, where a task asks for them
 ONE_MACHINE = 1 << 30  # a CPU machine is one node, however many ranks it runs
 
+#: None: a new run. Empty: the last checkpoint.
+ResumeStep = Annotated[tuple[Int, ...] | None, Parameter(consume_multiple=(0, 1), metavar="[STEP]")]
 
+
+@as_options
 @dataclass(frozen=True)
 class TrainRequest:
-    """What `lobra train` was asked for (the CLI's arguments, as values)."""
+    """What is trained on what, and how: the options of `lobra train`.
 
-    model: str
-    trainer_config: str
-    strategy_config: str
+    Parameters
+    ----------
+    output_dir
+        The run's folder.
+    num_gpus
+        Refuse a plan with more ranks.
+    max_steps
+        End after N steps even if tasks want more.
+    max_seq_length
+        Cut every task's context_length to N.
+    precision
+        By default fp32 on CPU, bf16 on GPU; fp64, everything included, is for proofs: slow.
+    dp_bucket
+        Bucket every step anew; by default DP_BUCKET, else on.
+    dispatch
+        By default EXPR_DATA_DISPATCH, else balance.
+    feedback
+        Let measured replica times correct the dispatcher; by default on for GPUs, off on CPU, where
+        a run is then reproducible bit for bit.
+    validate_every
+        Steps between validation losses; by default 10 if a task validates or may stop early.
+    save_every
+        Checkpoint every N steps; 0: at the end only.
+    keep_last
+        Checkpoints to keep.
+    resume
+        Go on from a checkpoint of --output-dir (by default the last), on any plan.
+    cost_model
+        Which fit of the time profile.
+    revive
+        With --resume: let this stopped task go on (give it once per task).
+    gpus_per_node
+        By default what the launcher started on a host, else the GPUs of this machine.
+    found_per_node
+        Ranks a launcher has started on every node.
+    launched_world
+        Ranks a launcher has started, None without one.
+    mistakes
+        What is wrong besides, to be reported with all else.
+    """
+
+    model: ModelName
+    trainer_config: TaskSetName
+    strategy_config: PlanName
     output_dir: Path
-    data_dir: Path = Path("data")
-    num_tasks: int | None = None
-    max_steps: int | None = None
-    max_seq_length: int | None = None
-    precision: str | None = None  # fp32, bf16 or fp64; by default fp32 on CPU, bf16 on GPU
-    device: str = "auto"
-    dynamic_buckets: bool = True
-    num_buckets: int = 16
-    dispatch_mode: Literal["balance", "group"] = "balance"
-    seed: int = 0
-    time_profile: Path | None = None
-    cost_model: Literal["fitted", "lobra6"] = "fitted"
-    gpus_per_node: int | None = None  # what is found: by the launcher, else on this machine
-    found_per_node: int | None = None  # ranks a launcher has started on every node
-    memory: str | None = None  # a memory policy for all replicas; by default each has the plan's
-    feedback: bool | None = None  # on for GPUs; off on CPU, where runs are then bit-reproducible
-    validate_every: int | None = None  # a default where a task validates or may stop early
-    save_every: int = 0
-    keep_last: int = 3
-    resume: bool = False
-    resume_step: int | None = None  # the last checkpoint
-    revive: tuple[str, ...] = ()  # stopped tasks that are to go on
-    num_gpus: int | None = None  # the most ranks a plan may have
-    launched_world: int | None = None  # ranks a launcher has started, None without one
-    mistakes: tuple[str, ...] = ()  # found in the arguments, to be reported with all others
+    data_dir: DataDir = Path("data")
+    num_gpus: PositiveInt | None = None
+    num_tasks: NumTasks = None
+    max_steps: PositiveInt | None = None
+    max_seq_length: PositiveInt | None = None
+    precision: Literal["fp32", "bf16", "fp64"] | None = None
+    device: Device = "auto"
+    dp_bucket: Switch | None = None
+    num_buckets: NumBuckets = 16
+    dispatch: Literal["balance", "group"] | None = None
+    seed: Seed = 0
+    memory: MemoryPolicy | None = None
+    feedback: Switch | None = None
+    validate_every: NonNegativeInt | None = None
+    save_every: NonNegativeInt = 0
+    keep_last: PositiveInt = 3
+    resume: ResumeStep = None
+    time_profile: TimeProfile = None
+    cost_model: Kind = "fitted"
+    revive: tuple[str, ...] = ()
+    gpus_per_node: PositiveInt | None = None
+    found_per_node: Annotated[int | None, NOT_AN_OPTION] = None
+    launched_world: Annotated[int | None, NOT_AN_OPTION] = None
+    mistakes: Annotated[tuple[str, ...], NOT_AN_OPTION] = ()
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether a run goes on from a checkpoint."""
+        return self.resume is not None
+
+    @property
+    def resume_step(self) -> int | None:
+        """The step to go on from, None for that of the last checkpoint."""
+        return self.resume[0] if self.resume else None
 
 
 class _Collector:
@@ -106,10 +181,13 @@ class _Collector:
 def prepare(request: TrainRequest) -> RunSpec:
     """Check the request, tokenise the data into the run's folder and return the RunSpec.
 
-    Raises:
-        ConfigError: with every mistake found; nothing was written then.
+    Raises
+    ------
+    ConfigError
+        With every mistake found; nothing was written then.
     """
-    checks = _Collector(request.mistakes)
+    request, problems = within_bounds(request)
+    checks = _Collector([*problems, *request.mistakes])
     config: TrainerConfig | None = checks.attempt(
         load_trainer_config, request.trainer_config, request.num_tasks
     )
@@ -122,16 +200,16 @@ def prepare(request: TrainRequest) -> RunSpec:
         checks.problems += unusable_base
     state: CheckpointState | None = None
     blocked = unusable(request.output_dir)
-    if not request.resume:
+    if not request.is_resumed:
         blocked = blocked or occupied(request.output_dir)
     checks.problems += blocked
-    if request.resume and not blocked:
+    if request.is_resumed and not blocked:
         state = checks.attempt(read_state, request.output_dir, request.resume_step)
         if state is not None:
             checks.problems += revival_problems(state, request.revive)
             gone = checks.attempt(check_metrics, request.output_dir, state.step, state.last_metrics)
             _warn_of_missing_steps(request.output_dir, gone or [])
-    if request.revive and not request.resume:
+    if request.revive and not request.is_resumed:
         checks.problems.add("--revive: only a run that goes on (--resume) has stopped tasks")
     if plan is not None and request.num_gpus is not None and plan.num_gpus > request.num_gpus:
         checks.problems.add(
@@ -162,13 +240,13 @@ def prepare(request: TrainRequest) -> RunSpec:
         cost_model = checks.attempt(dispatch_costs, request, plan)
     datasets: list[TokenizedDataset] = []
     buckets: tuple[int, ...] = ()
-    if blocked or (request.resume and state is None):  # before tokenising for nothing
+    if blocked or (request.is_resumed and state is None):  # before tokenising for nothing
         checks.raise_if_any()
     if config is not None and folder is not None:
         tasks = clip_context(config.tasks, request.max_seq_length)
         for number, task in enumerate(tasks):
             # A run that goes on has its adapters in the checkpoint.
-            if task.resume_from and shape is not None and not request.resume:
+            if task.resume_from and shape is not None and not request.is_resumed:
                 start = Path(task.resume_from)
                 where = f"{config.path}: task[{number}].resume_from"
                 found = check_adapter(start, adapter_spec(task), shape)
@@ -185,7 +263,7 @@ def prepare(request: TrainRequest) -> RunSpec:
         )
         if plan is not None:
             checks.problems += too_long(tasks, datasets, plan, config.path)
-            if not request.dynamic_buckets:
+            if request.dp_bucket == "off":
                 buckets = checks.attempt(fixed_buckets, request.num_buckets, datasets, plan) or ()
         if shape is not None:
             checks.problems += foreign_tokens(tasks, datasets, shape, config.path)
@@ -233,11 +311,11 @@ def prepare(request: TrainRequest) -> RunSpec:
         precision=request.precision or ("bf16" if device == "cuda" else "fp32"),
         device=device,
         num_buckets=request.num_buckets,
-        dynamic_buckets=request.dynamic_buckets,
+        dynamic_buckets=request.dp_bucket != "off",
         buckets=buckets,
-        dispatch_mode=request.dispatch_mode,
+        dispatch_mode=request.dispatch or "balance",
         seed=request.seed,
-        feedback=device == "cuda" if request.feedback is None else request.feedback,
+        feedback=device == "cuda" if request.feedback is None else request.feedback == "on",
         validate_every=_evaluation_period(request, tasks),
         save_every=request.save_every,
         keep_last=request.keep_last,

@@ -1,1 +1,1 @@
-"""The commands: each a module with `add_arguments(parser)` and `run(args) -> exit code`."""
+"""The commands: typed functions, whose parameters and their docstrings are the options."""

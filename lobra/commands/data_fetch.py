@@ -8,30 +8,28 @@ it again.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
+from lobra.common.options import DataDir
 from lobra.tasks.published import DATASETS, HubUnreachable, check_names, fetch, find_revision
 
 SUMS, REVISIONS = "SHA256SUMS", "REVISIONS.json"
+DatasetName = Annotated[str, Parameter(help=f"Of {', '.join(DATASETS)}; by default all twelve.")]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `lobra data fetch`."""
-    parser.description = "Fetch and convert LobRA's public data sets into <data-dir>/<name>.jsonl."
-    parser.epilog = f"data sets: {', '.join(DATASETS)}"
-    parser.add_argument("dataset", nargs="*", metavar="DATASET", help="default: all twelve")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="default: data")
+def fetch_all(*dataset: DatasetName, data_dir: DataDir = Path("data")) -> int:
+    """Fetch and convert LobRA's public data sets into <data-dir>/<name>.jsonl.
 
-
-def run(args: argparse.Namespace) -> int:
-    """Fetch the data sets named, those that are there already left out; 1 if one failed.
+    Those that are there already are left out. Ends 1 if one failed.
 
     Raises
     ------
@@ -40,10 +38,10 @@ def run(args: argparse.Namespace) -> int:
     """
     failures = 0
     unreachable = False
-    names = check_names(args.dataset)
-    check_writable(args.data_dir)
-    for name in names:
-        path = args.data_dir / f"{name}.jsonl"
+    wanted = check_names(dataset)
+    check_writable(data_dir)
+    for name in wanted:
+        path = data_dir / f"{name}.jsonl"
         try:
             if path.is_file():
                 check_sum(path)
@@ -52,10 +50,10 @@ def run(args: argparse.Namespace) -> int:
             if unreachable:
                 failures += 1
                 continue
-            revision = read_revisions(args.data_dir).get(name) or find_revision(name)
-            path, count = fetch(name, args.data_dir, revision)
+            revision = read_revisions(data_dir).get(name) or find_revision(name)
+            path, count = fetch(name, data_dir, revision)
             record_sum(path)
-            record_revision(args.data_dir, name, revision)
+            record_revision(data_dir, name, revision)
         except HubUnreachable as error:
             print(error, file=sys.stderr)
             unreachable = True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import os
 import shutil
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lobra.common.errors import ConfigError
+from lobra.common.options import Int
 from lobra.layout.placement import place
 from lobra.layout.plan import Plan, load_plan
 from lobra.layout.shapes import TINY, layout_problem, resolve_shape
@@ -37,20 +37,33 @@ class Finding:
     text: str
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `lobra doctor`."""
-    parser.add_argument("--model", help="check this base model, and the plan against it")
-    parser.add_argument("--strategy-config", help="check what this plan needs")
-    parser.add_argument("--gpus-per-node", type=int, help="default: the GPUs of this machine, or 8")
+def doctor(
+    *,
+    model: str | None = None,
+    strategy_config: str | None = None,
+    gpus_per_node: Int | None = None,
+) -> int:
+    """Say what this machine has and lacks, and what a plan would need; end 1 if it lacks something.
 
+    Parameters
+    ----------
+    model
+        Check this base model, and the plan against it.
+    strategy_config
+        Check what this plan needs.
+    gpus_per_node
+        By default the GPUs of this machine, or 8.
 
-def run(args: argparse.Namespace) -> int:
-    """Print the findings; return 1 if something is lacking, else 0."""
+    Raises
+    ------
+    ConfigError
+        If the plan's file cannot be read.
+    """
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    findings = list(examine(args.model, args.strategy_config, args.gpus_per_node))
+    findings = list(examine(model, strategy_config, gpus_per_node))
     table = Table(show_header=False)
     colours = {OK: "green", LACKS: "red", NOTE: "yellow"}
     for finding in findings:

@@ -1,46 +1,33 @@
-"""`lobra experiment simulate | real | page`: LobRA's published experiments, of a checkout."""
+"""The commands of `lobra experiment`, which only the project's checkout has."""
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 from pathlib import Path
+from typing import Any
 
 import lobra
 from lobra.common.errors import ConfigError
 
-#: What each runs: a module of the folder experiments/ with ``main(arguments) -> exit code``.
+#: The command's function -> its module of the folder experiments/.
 STUDIES = {
     "simulate": "experiments.simulate",
     "real": "experiments.jobs",
     "page": "experiments.reproduction",
 }
-DESCRIPTION = """\
-simulate  methods, ablation, buckets, planning times by simulation, without GPUs
-real      the real jobs on the GPUs of a cluster: profile, plan, train (--dry-run shows them)
-page      fill the tables of docs/reproduction.md
-
-  lobra experiment simulate 7B --output exp_result/expr_7b
-  lobra experiment simulate --help"""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `lobra experiment`; a study declares its own."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = DESCRIPTION
-    parser.add_argument("study", choices=tuple(STUDIES), metavar="simulate|real|page")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see `STUDY --help`")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Run the study and return its exit code.
+def __getattr__(name: str) -> Any:
+    """Return a study's command.
 
     Raises
     ------
     ConfigError
         If this is an installation without the folder experiments/.
     """
+    if name not in STUDIES:
+        raise AttributeError(name)
     root = Path(lobra.__file__).resolve().parent.parent
     if not (root / "experiments" / "simulate.py").is_file():
         raise ConfigError(
@@ -49,5 +36,4 @@ def run(args: argparse.Namespace) -> int:
         )
     if str(root) not in sys.path:
         sys.path.append(str(root))
-    code: int = importlib.import_module(STUDIES[args.study]).main(args.arguments)
-    return code
+    return getattr(importlib.import_module(STUDIES[name]), name)

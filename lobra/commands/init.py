@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 from pathlib import Path
@@ -26,29 +25,26 @@ Edit it, or try it as it is, on the tiny model and four processes of a CPU:
       --output-dir runs/first"""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments."""
-    parser.add_argument(
-        "path", nargs="?", type=Path, default=DEFAULT_PATH, metavar="PATH",
-        help=f"the YAML file to write (default {DEFAULT_PATH})",
-    )  # fmt: skip
-    parser.add_argument("--force", action="store_true", help="replace a file that is there")
+def init(path: Path = DEFAULT_PATH, /, *, force: bool = False) -> int:
+    """Write a task file with every field explained, and say what to do with it.
 
-
-def run(args: argparse.Namespace) -> int:
-    """Write the task file and say what to do with it.
+    Parameters
+    ----------
+    path
+        The YAML file to write.
+    force
+        Replace a file that is there.
 
     Raises
     ------
     ConfigError
         If there is such a file already, or it cannot be written.
     """
-    path: Path = args.path
     if path.suffix == ".json":
         raise ConfigError(f"{path}: the file is YAML, want a name that ends in .yaml or .yml")
     if path.is_dir():
         raise ConfigError(f"{path}: is a folder, want the name of a file such as {path / 'a.yaml'}")
-    if os.path.lexists(path) and not args.force:
+    if os.path.lexists(path) and not force:
         raise ConfigError(f"{path}: is there already; give another path, or --force to replace it")
     try:
         write_atomic(path, TEMPLATE.read_bytes())

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal, get_args
 
+from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
-from lobra.cli import guarded
+from lobra.cli import guarded, make_app, run
 from lobra.commands.output import write_problem, written
-from lobra.common.errors import ConfigError
+from lobra.commands.planning import PlanningOptions, read_inputs
+from lobra.common.errors import Problems
+from lobra.common.options import (
+    ANY_CASE,
+    PositiveInt,
+    PositiveNumber,
+    Switch,
+    as_options,
+    from_environment,
+    option_problems,
+)
 from lobra.layout.plan import plan_path, save_plan
 from lobra.planner.bucketed.roles import roles, saturation
 from lobra.planner.deploy import (
-    PATTERNS,
     Deployment,
     Options,
     as_json,
@@ -29,166 +37,138 @@ from lobra.planner.deploy import (
 )
 from lobra.planner.outcome import compared
 from lobra.planner.sweep import Sizing, parse_range, sweep
-from lobra.planner.workload import Workload, read_workload
+from lobra.planner.workload import Workload
 from lobra.profiler.capacity import memory_profile_for
-from lobra.profiler.cost_model import load_cost_model
-from lobra.profiler.layer_fit import KINDS
-from lobra.profiler.profiles import (
-    adapter_elements_of,
-    layout_problem_of,
-)
 from lobra.report.sweep_plot import plot, plot_problem
-from lobra.tasks.config import load_trainer_config
+
+Pattern = Literal["EXACT", "BALANCE", "GROUP", "PRUNE"]
+BucketPlan = Literal["DYNAMIC", "STATIC"]
+PATTERNS: Mapping[str, Pattern] = {name: name for name in get_args(Pattern)}
+PROPOSALS: Mapping[str, Switch] = {"ON": "on", "OFF": "off"}
+BUCKET_PLANS: Mapping[str, BucketPlan] = {name: name for name in get_args(BucketPlan)}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments (CONTRACT, "Python CLI")."""
-    add = parser.add_argument
-    add("--model", required=True, help="tiny, 7B, 13B, 32B, 70B or a model folder")
-    add("--num-gpus", type=int, required=True, help="GPUs to plan for")
-    add("--trainer-config", required=True, help="name or path of the tasks' configuration")
-    add("--strategy-config", required=True, help="name or path of the plan file to write")
-    add("--num-tasks", type=int, help="the first so many tasks only (default: all)")
-    add("--num-buckets", type=int, default=16, help="the most buckets (default 16)")
-    add("--max-seq-length", type=int, default=16384, help="tokens; longer sequences are cut")
-    add("--pattern", help="EXACT (default), BALANCE, GROUP or PRUNE; or EXPR_DEPLOY_PATTERN")
-    add("--proposal", help="on or off: only the layouts LobRA would propose")
-    add("--bucket-plan", help="DYNAMIC (default) or STATIC; or BUCKET_PLAN")
-    add("--time-profile", help="CSV tp,seq_len,mbs,time (default: exp_result/profile/...)")
-    add("--memory-profile", help="CSV tp,pp,sp,max_tokens (default: exp_result/profile/...)")
-    add("--lengths", help="JSON or folder of .npy with sequence lengths, instead of data sets")
-    add("--data-dir", default="data", help="where the data sets are (default data)")
-    add("--cost-model", choices=KINDS, default="fitted", help="which fit of the time profile")
-    add("--gpus-per-node", type=int, default=8, help="GPUs of one node (default 8)")
-    add("--time-limit", type=float, help="seconds the planner may take")
-    add("--sweep-gpus", metavar="LOW:HIGH[:STEP]", help="plan for other numbers of GPUs as well")
-    add("--seed", type=int, default=0, help="of the run that is planned for (default 0)")
-    add("--plot", metavar="FILE", help="draw the sweep (.png, .pdf or .svg)")
-    add("--dry-run", action="store_true", help="write no plan file")
-    add("--json", action="store_true", help="print one JSON object on standard output")
+@as_options
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(PlanningOptions):
+    """What is planned for, and how.
+
+    Parameters
+    ----------
+    num_gpus
+        GPUs to plan for.
+    pattern
+        The planner; by default EXPR_DEPLOY_PATTERN, else EXACT.
+    proposal
+        Only the layouts LobRA would propose; by default EXPR_SCHEME_PROPOSAL, else off with EXACT,
+        on with the others.
+    bucket_plan
+        By default BUCKET_PLAN, else DYNAMIC.
+    time_limit
+        Seconds the planner may take.
+    sweep_gpus
+        Plan for other numbers of GPUs as well.
+    plot
+        Draw the sweep (.png, .pdf or .svg).
+    dry_run
+        Write no plan file.
+    """
+
+    num_gpus: PositiveInt
+    pattern: Annotated[Pattern | None, ANY_CASE] = None
+    proposal: Annotated[Switch | None, ANY_CASE] = None
+    bucket_plan: Annotated[BucketPlan | None, ANY_CASE] = None
+    time_limit: PositiveNumber | None = None
+    sweep_gpus: Annotated[str | None, Parameter(metavar="LOW:HIGH[:STEP]")] = None
+    plot: Annotated[str | None, Parameter(metavar="FILE")] = None
+    dry_run: bool = False
 
 
-def run(args: argparse.Namespace) -> int:
-    """Plan, show and write; return the exit code.
+def plan(*, options: PlanOptions) -> int:
+    """Choose which replicas of which layouts to deploy, and write the plan file.
 
     Raises
     ------
     ConfigError
         For every mistake of the user's.
     """
-    console = Console(stderr=args.json)
-    options = read_options(args, os.environ)
-    gpus = parse_range(args.sweep_gpus) if args.sweep_gpus else []
-    check_outputs(args)
-    config = load_trainer_config(args.trainer_config, args.num_tasks)
-    cost_model = load_cost_model(args.model, args.time_profile, args.cost_model)
-    given = None if args.memory_profile is None else Path(args.memory_profile)
-    memory, memory_notes = memory_profile_for(args.model, config.tasks, given)
-    workload, labels = read_workload(
-        config, args.model, args.lengths, args.data_dir, args.max_seq_length, args.seed
-    )
-    adapters = [(task.rank, task.target_modules) for task in config.tasks]
-    cost_model = cost_model.for_training(labels, adapter_elements_of(args.model, adapters))
-
-    def refused(tp: int, pp: int) -> str | None:
-        return layout_problem_of(args.model, tp, pp)
-
+    console = Console(stderr=options.json)
+    how = deploy_options(options, os.environ)
+    gpus = parse_range(options.sweep_gpus) if options.sweep_gpus else []
+    config, workload, cost_model = read_inputs(options)
+    memory, memory_notes = memory_profile_for(options.model, config.tasks, options.memory_profile)
     with console.status("planning ...") as status:
         deployment = deploy(
             workload,
             memory,
             cost_model,
-            args.num_gpus,
-            options,
+            options.num_gpus,
+            how,
             progress=lambda message: status.update(f"planning: {message}"),
-            refused=refused,
+            refused=options.layout_problem,
         )
-        sizings = sweep(workload, memory, cost_model, gpus, options, status.update, refused)
+        sizings = sweep(
+            workload, memory, cost_model, gpus, how, status.update, options.layout_problem
+        )
     note = saturation(deployment.problem, deployment.outcome)
     if notes := (*memory_notes, *([note] if note else ())):
         outcome = replace(deployment.outcome, notes=(*deployment.outcome.notes, *notes))
         deployment = replace(deployment, outcome=outcome)
-    plan = plan_with_meta(deployment, args.model, memory, options.gpus_per_node)
+    chosen = plan_with_meta(deployment, options.model, memory, how.gpus_per_node)
     show(console, deployment, workload)
     if sizings:
         show_sweep(console, sizings)
-    if args.dry_run:
-        console.print(f"dry run: {plan_path(args.strategy_config)} not written")
+    if options.dry_run:
+        console.print(f"dry run: {plan_path(options.strategy_config)} not written")
     else:
-        with written("--strategy-config", plan_path(args.strategy_config)):
-            console.print(f"written: {save_plan(plan, args.strategy_config)}")
-    if args.json:
+        with written("--strategy-config", plan_path(options.strategy_config)):
+            console.print(f"written: {save_plan(chosen, options.strategy_config)}")
+    if options.json:
         swept = {"sweep": [sizing.as_json() for sizing in sizings]} if gpus else {}
         print(json.dumps({**as_json(deployment), **swept}))
-    if args.plot:
-        with written("--plot", args.plot):
-            plot(sizings, args.plot)
-        console.print(f"drawn: {args.plot}")
+    if options.plot:
+        with written("--plot", options.plot):
+            plot(sizings, options.plot)
+        console.print(f"drawn: {options.plot}")
     return 0
 
 
-def check_outputs(args: argparse.Namespace) -> None:
-    """See before the search that what it finds can be written.
-
-    Raises
-    ------
-    ConfigError
-        Naming every option whose file cannot be written, or that lacks another.
-    """
+def output_problems(options: PlanOptions) -> Problems:
+    """Return, before the search, why what it finds could not be written."""
     problems: list[str | None] = []
-    if not args.dry_run:
-        problems.append(write_problem("--strategy-config", plan_path(args.strategy_config)))
-    if args.plot:
-        problems.append(plot_problem(args.plot) or write_problem("--plot", args.plot))
-        if not args.sweep_gpus:
+    if not options.dry_run:
+        problems.append(write_problem("--strategy-config", plan_path(options.strategy_config)))
+    if options.plot:
+        problems.append(plot_problem(options.plot) or write_problem("--plot", options.plot))
+        if not options.sweep_gpus:
             problems.append("--plot: there is nothing to draw without --sweep-gpus")
-    found = [problem for problem in problems if problem]
-    if found:
-        raise ConfigError(found)
+    return Problems(filter(None, problems))
 
 
-def read_options(args: argparse.Namespace, environment: Mapping[str, str]) -> Options:
-    """Return the options from the arguments, else from the environment, else the defaults.
+def deploy_options(options: PlanOptions, environment: Mapping[str, str]) -> Options:
+    """Return how to plan, from the options, else from the environment, else the defaults.
 
     Raises
     ------
     ConfigError
-        Naming every unknown value.
+        Naming every unknown value, what is out of bounds, and outputs that cannot be written.
     """
-    problems: list[str] = []
+    problems = option_problems(options)
+    problems += output_problems(options)
 
-    def choice(flag: str, value: str | None, variable: str, known: Sequence[str]) -> str | None:
-        source, text = (flag, value) if value is not None else (variable, environment.get(variable))
-        if text is None or text == "":
-            return None
-        if text.upper() not in known:
-            problems.append(f"{source}: {text!r} is unknown; known are {', '.join(known)}")
-        return text.upper()
-
-    pattern = choice("--pattern", args.pattern, "EXPR_DEPLOY_PATTERN", tuple(PATTERNS)) or "EXACT"
-    proposal = choice("--proposal", args.proposal, "EXPR_SCHEME_PROPOSAL", ("ON", "OFF"))
-    buckets = choice("--bucket-plan", args.bucket_plan, "BUCKET_PLAN", ("DYNAMIC", "STATIC"))
-    if args.num_gpus < 1:
-        problems.append(f"--num-gpus: {args.num_gpus}; a plan needs at least one GPU")
-    if args.gpus_per_node < 1:
-        problems.append(f"--gpus-per-node: {args.gpus_per_node}; a node has at least one GPU")
-    if args.seed < 0:
-        problems.append(f"--seed: {args.seed}; a number from 0 on is needed")
-    if args.num_buckets < 1:
-        problems.append(f"--num-buckets: {args.num_buckets}; at least one bucket is needed")
-    if args.max_seq_length < 1:
-        problems.append(f"--max-seq-length: {args.max_seq_length}; at least 1 token is needed")
-    if args.time_limit is not None and not (args.time_limit > 0 and math.isfinite(args.time_limit)):
-        problems.append(f"--time-limit: {args.time_limit}; a positive number of seconds is needed")
-    if problems:
-        raise ConfigError(problems)
+    pattern = from_environment("EXPR_DEPLOY_PATTERN", PATTERNS, environment, problems)
+    proposal = from_environment("EXPR_SCHEME_PROPOSAL", PROPOSALS, environment, problems)
+    bucket_plan = from_environment("BUCKET_PLAN", BUCKET_PLANS, environment, problems)
+    problems.raise_if_any()
+    pattern = options.pattern or pattern or "EXACT"
+    proposal = options.proposal or proposal or ("off" if pattern == "EXACT" else "on")
     return Options(
         pattern=pattern,
-        proposal=pattern != "EXACT" if proposal is None else proposal == "ON",
-        static_buckets=buckets == "STATIC",
-        num_buckets=args.num_buckets,
-        gpus_per_node=args.gpus_per_node,
-        time_limit_s=args.time_limit,
+        proposal=proposal == "on",
+        static_buckets=(options.bucket_plan or bucket_plan) == "STATIC",
+        num_buckets=options.num_buckets,
+        gpus_per_node=options.gpus_per_node,
+        time_limit_s=options.time_limit,
     )
 
 
@@ -271,11 +251,8 @@ def show_sweep(console: Console, sizings: Sequence[Sizing]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``deploy_strategy_plan`` and return its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="deploy_strategy_plan", description="Choose which replicas of which layouts to deploy."
-    )
-    add_arguments(parser)
-    return guarded(lambda: run(parser.parse_args(argv)), "deploy_strategy_plan")
+    app = make_app(name="deploy_strategy_plan", default_command=plan, version_flags=())
+    return guarded(lambda: run(app, sys.argv[1:] if argv is None else argv), app.name[0])
 
 
 if __name__ == "__main__":

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from lobra.commands.profile_options import at_least, make_console
+from cyclopts import Parameter
+
+from lobra.commands.profile_options import make_console
 from lobra.common.errors import ConfigError
+from lobra.common.options import Int, Json, NonNegativeInt, as_options, option_problems
 from lobra.layout.shapes import TINY
 from lobra.profiler.layer_fit import KINDS, Kind
 from lobra.profiler.profiles import TimeProfile, default_time_path, load_time_profile
@@ -28,35 +31,70 @@ REFUSED = 1
 Found = dict[Kind, tuple[Validation, ...]]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `fit`."""
-    parser.add_argument("--model", default=TINY, help="whose profile (default tiny)")
-    parser.add_argument("--time-profile", type=Path, help="the CSV (default: the model's)")
-    parser.add_argument(
-        "--memory", choices=("keep", "full"), default="keep", help="whose rows (default keep)"
+@as_options
+@dataclass(frozen=True, kw_only=True)
+class FitOptions:
+    """Which fits of which profile are judged, and how.
+
+    Parameters
+    ----------
+    model
+        Whose profile.
+    time_profile
+        The CSV; by default the model's.
+    memory
+        Rows of which memory policy.
+    kind
+        A kind of cost model (repeatable); by default every kind.
+    folds
+        Of the cross-validation.
+    seed
+        Of the folds.
+    worst
+        Rows predicted worst to list.
+    plot
+        Where to save the plot.
+    """
+
+    model: str = TINY
+    time_profile: Path | None = None
+    memory: Literal["keep", "full"] = "keep"
+    kind: tuple[Kind, ...] = ()
+    folds: Int = 5
+    seed: NonNegativeInt = 0
+    worst: NonNegativeInt = 5
+    plot: Annotated[Path | None, Parameter(metavar="PNG")] = None
+    json: Json = False
+
+
+DEFAULTS = FitOptions()
+
+
+def profile_fit(*, options: FitOptions = DEFAULTS) -> int:
+    """Say how far the cost model can be trusted.
+
+    Its errors on rows and on whole lengths it has not seen, which rows look wrong, and LobRA's six
+    coefficients beside it. Ends 1 if the fit is refused.
+
+    Raises
+    ------
+    ConfigError
+        If an option is out of bounds, or the profile cannot be used.
+    """
+    option_problems(options).raise_if_any()
+    profile = load_time_profile(
+        options.time_profile or default_time_path(options.model), options.memory
     )
-    parser.add_argument("--kind", choices=KINDS, action="append", help="default: every kind")
-    parser.add_argument("--folds", type=int, default=5, help="of the cross-validation (default 5)")
-    parser.add_argument("--seed", type=int, default=0, help="of the folds")
-    parser.add_argument("--worst", type=int, default=5, help="rows predicted worst to list")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="where to save the plot")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Print errors on held-out rows; return 1 if the fit (`fitted`) cannot be trusted."""
-    at_least("--worst", args.worst, 0)
-    profile = load_time_profile(args.time_profile or default_time_path(args.model), args.memory)
-    kinds: tuple[Kind, ...] = tuple(dict.fromkeys(args.kind or KINDS))
+    kinds: tuple[Kind, ...] = tuple(dict.fromkeys(options.kind or KINDS))
     rows: Found = {}
     lengths: Found = {}
     by_length = min(len(set(profile.seq_len[profile.tp == tp])) for tp in profile.tps) > 2
     for kind in kinds:
         try:
-            held_out = cross_validate(profile, kind, args.folds, args.seed)
+            held_out = cross_validate(profile, kind, options.folds, options.seed)
             unseen = cross_validate(profile, kind, by_length=True) if by_length else ()
         except ConfigError as error:
-            if args.kind or not rows:
+            if options.kind or not rows:
                 raise
             make_console().print(f"{kind}: left out of the comparison: {error.problems[0]}")
             continue
@@ -66,21 +104,21 @@ def run(args: argparse.Namespace) -> int:
     judged = rows[kinds[0]]
     suspicious = suspicious_rows(profile, judged)
     refused = refusals(profile, judged)
-    if args.plot is not None:
+    if options.plot is not None:
         from lobra.profiler.plot import plot_fit
 
-        plot_fit(profile, judged, suspicious, args.plot)
-    if args.json:
-        print(json.dumps(_as_json(args, profile, rows, lengths, suspicious, refused)))
+        plot_fit(profile, judged, suspicious, options.plot)
+    if options.json:
+        print(json.dumps(_as_json(options, profile, rows, lengths, suspicious, refused)))
     else:
-        _print_tables(args, profile, rows, lengths, suspicious)
+        _print_tables(options, profile, rows, lengths, suspicious)
     for problem in refused:
         make_console().print(f"refused: {problem}")
     return REFUSED if refused else 0
 
 
 def _as_json(
-    args: argparse.Namespace,
+    options: FitOptions,
     profile: TimeProfile,
     rows: Found,
     lengths: Found,
@@ -103,7 +141,7 @@ def _as_json(
 
     return {
         "profile": str(profile.path),
-        "folds": args.folds,
+        "folds": options.folds,
         "error": errors(rows),
         "error_by_length": errors(lengths),
         "suspicious": [vars(row) for row in suspicious],
@@ -112,7 +150,7 @@ def _as_json(
 
 
 def _print_tables(
-    args: argparse.Namespace,
+    options: FitOptions,
     profile: TimeProfile,
     rows: Found,
     lengths: Found,
@@ -122,7 +160,7 @@ def _print_tables(
 
     console = make_console(error_stream=False)
     table = Table(title=f"{profile.path}: error on held-out rows")
-    columns = ("cost model", "tp", "rows", f"mean ({args.folds} folds)", "max", "length unseen")
+    columns = ("cost model", "tp", "rows", f"mean ({options.folds} folds)", "max", "length unseen")
     for column in (*columns, "spread", "floor"):
         table.add_column(column, justify="left" if column == "cost model" else "right")
     for kind, validations in rows.items():
@@ -144,7 +182,7 @@ def _print_tables(
         "misses one of these rows by, even of those it has seen."
     )
     kind = next(iter(rows))
-    for tp, b, s, time_ms, error in worst_rows(profile, rows[kind], args.worst):
+    for tp, b, s, time_ms, error in worst_rows(profile, rows[kind], options.worst):
         console.print(f"tp {tp}, {b} x {s}: {time_ms:.3f} ms, predicted {100 * error:+.1f} %")
     for row in suspicious:
         console.print(

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
-from lobra.commands.memory_options import add_memory_options, memory_problems
+from cyclopts import Parameter
+
+from lobra.cli import resumable
 from lobra.commands.profile_options import (
     CUDA_MEMORY_SHARE,
-    add_common,
-    at_least,
-    check_estimate_options,
+    ProfilerOptions,
     check_one_machine,
     environment_of,
     make_console,
     precision_of,
+    profiler_problems,
     progress_bars,
 )
-from lobra.common.errors import ConfigError
+from lobra.common.options import NumTasks, PositiveInt, TaskSetName, as_options
 from lobra.layout.shapes import resolve_shape
 from lobra.model.folder import resolve_folder
 from lobra.profiler.profiles import MEMORY_COLUMNS, default_memory_path, load_memory_profile
@@ -27,38 +28,53 @@ from lobra.profiler.sweep_file import open_sweep
 from lobra.tasks.config import load_trainer_config
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the memory profiler."""
-    add_common(parser)
-    parser.add_argument("--num-gpus", type=int, required=True, help="most ranks of a layout")
-    parser.add_argument("--num-tasks", type=int, help="adapters; default: all of the config")
-    parser.add_argument("--trainer-config", required=True, help="a name or a path")
-    parser.add_argument(
-        "--max-seq-length",
-        type=int,
-        default=16384,
-        help="the longest sequence, in tokens, rounded up to a multiple of 256 (default 16384)",
-    )
-    parser.add_argument(
-        "--memory-budget",
-        metavar="SIZE",
-        help="of one rank, such as 600MB (default: this machine's free memory / num-gpus on a "
-        "CPU, 90 %% of the memory on a GPU; a file that is continued keeps its own)",
-    )
-    add_memory_options(parser, "keep", "of every layout (default keep)")
+@as_options
+@dataclass(frozen=True, kw_only=True)
+class MemoryOptions(ProfilerOptions):
+    """What the memory profiler is told.
+
+    Parameters
+    ----------
+    num_gpus
+        Most ranks of a layout.
+    max_seq_length
+        The longest sequence, in tokens, rounded up to a multiple of 256.
+    memory_budget
+        Of one rank, such as 600MB; by default this machine's free memory / num-gpus on a CPU, 90 %
+        of the memory on a GPU (a file that is continued keeps its own).
+    """
+
+    trainer_config: TaskSetName
+    num_gpus: PositiveInt
+    num_tasks: NumTasks = None
+    max_seq_length: PositiveInt = 16384
+    memory_budget: Annotated[str | None, Parameter(metavar="SIZE")] = None
 
 
-def run(args: argparse.Namespace) -> int:
-    """Measure or estimate the memory profile."""
-    check_estimate_options(args)
-    at_least("--num-gpus", args.num_gpus, 1)
-    at_least("--max-seq-length", args.max_seq_length, 1)
-    if problems := memory_problems(args.memory):
-        raise ConfigError(problems)
-    return _estimate(args) if args.estimate else _measure(args)
+def profile_memory(*, options: MemoryOptions) -> int:
+    """Find for every layout <tp,pp> of at most --num-gpus ranks how much a micro-batch may hold.
+
+    In steps of 256 tokens. Every trial trains in processes of its own, so running out of memory
+    ends the trial only. After a crash or Ctrl-C the same command goes on where it was.
+
+      lobra profile memory --model tiny --num-gpus 4 --trainer-config quickstart \\
+          --memory-budget 84MB
+      lobra profile memory --model 70B --num-gpus 64 --trainer-config exp_task12 --estimate \\
+          --accelerator A800-80GB
+
+    Writes exp_result/profile/memory/max_tokens_MODEL_Ntasks.csv and its .meta.json.
+
+    Raises
+    ------
+    ConfigError
+        For every mistake of the user's.
+    """
+    profiler_problems(options).raise_if_any()
+    with resumable():
+        return _estimate(options) if options.estimate else _measure(options)
 
 
-def _measure(args: argparse.Namespace) -> int:
+def _measure(options: MemoryOptions) -> int:
     from lobra.profiler.hardware import num_devices, resolve_device
     from lobra.profiler.memory import (
         LayoutResult,
@@ -68,27 +84,27 @@ def _measure(args: argparse.Namespace) -> int:
         whole_steps,
     )
 
-    check_one_machine(args.host_file, os.environ)
-    tasks = load_trainer_config(args.trainer_config, args.num_tasks).tasks
-    device = resolve_device(args.device)
-    shape = resolve_shape(args.model)
+    check_one_machine(options.host_file, os.environ)
+    tasks = load_trainer_config(options.trainer_config, options.num_tasks).tasks
+    device = resolve_device(options.device)
+    shape = resolve_shape(options.model)
     limit = num_devices(device)
-    layouts = layouts_within(shape, args.num_gpus)
+    layouts = layouts_within(shape, options.num_gpus)
     here = tuple((tp, pp) for tp, pp in layouts if limit is None or tp * pp <= limit)
     sweep = MemorySweep(
-        folder=resolve_folder(args.model),
+        folder=resolve_folder(options.model),
         shape=shape,
         tasks=tasks,
         layouts=here,
-        max_seq_length=whole_steps(args.max_seq_length),
-        budget_bytes=_budget_bytes(args.memory_budget, device, args.num_gpus),
-        precision=precision_of(args.precision, device),
+        max_seq_length=whole_steps(options.max_seq_length),
+        budget_bytes=_budget_bytes(options.memory_budget, device, options.num_gpus),
+        precision=precision_of(options.precision, device),
         device=device,
-        memory=args.memory,
+        memory=options.memory,
     )
-    path = args.output or default_memory_path(args.model, len(tasks))
+    path = options.output or default_memory_path(options.model, len(tasks))
     settings = sweep.settings()
-    if args.memory_budget is None:
+    if options.memory_budget is None:
         # What is free differs a little from run to run: that is not another experiment.
         settings["memory_budget_bytes"] = "default"
     file = open_sweep(
@@ -97,9 +113,9 @@ def _measure(args: argparse.Namespace) -> int:
         3,
         settings,
         kind="measured",
-        restart=args.restart,
+        restart=options.restart,
         environment=environment_of(device) | {"memory_budget_bytes": sweep.budget_bytes},
-        memory=args.memory,
+        memory=options.memory,
     )
     console = make_console()
     if len(here) < len(layouts):
@@ -130,23 +146,24 @@ def _measure(args: argparse.Namespace) -> int:
     return 1 if any(result.max_tokens is None for result in results) else 0
 
 
-def _estimate(args: argparse.Namespace) -> int:
+def _estimate(options: MemoryOptions) -> int:
     from lobra.profiler.accelerators import load_tables
     from lobra.profiler.estimate_memory import Adapters, estimate_memory
     from lobra.profiler.memory import STEP_TOKENS, layouts_within, parse_bytes, whole_steps
     from lobra.profiler.settings import adapter_settings, shape_settings
 
-    tables = load_tables(args.accelerators)
-    accelerator = tables.accelerator(args.accelerator)
-    runtime = tables.runtime(args.runtime)
-    tasks = load_trainer_config(args.trainer_config, args.num_tasks).tasks
-    shape = resolve_shape(args.model)
+    assert options.accelerator is not None, "see profiler_problems"
+    tables = load_tables(options.accelerators)
+    accelerator = tables.accelerator(options.accelerator)
+    runtime = tables.runtime(options.runtime)
+    tasks = load_trainer_config(options.trainer_config, options.num_tasks).tasks
+    shape = resolve_shape(options.model)
     adapters = Adapters.of_tasks(tasks, shape)
-    precision = args.precision or "bf16"
-    largest = whole_steps(args.max_seq_length)
+    precision = options.precision or "bf16"
+    largest = whole_steps(options.max_seq_length)
     budget = CUDA_MEMORY_SHARE * accelerator.memory_bytes
-    if args.memory_budget is not None:
-        budget = parse_bytes(args.memory_budget)
+    if options.memory_budget is not None:
+        budget = parse_bytes(options.memory_budget)
     settings = {
         "model": shape.name,
         "shape": shape_settings(shape),
@@ -158,19 +175,19 @@ def _estimate(args: argparse.Namespace) -> int:
         "accelerator": vars(accelerator),
         "runtime": vars(runtime),
     }
-    path: Path = args.output or default_memory_path(args.model, len(tasks))
+    path: Path = options.output or default_memory_path(options.model, len(tasks))
     file = open_sweep(
         path,
         MEMORY_COLUMNS,
         3,
         settings,
         kind="estimated",
-        restart=args.restart,
+        restart=options.restart,
         environment={},
-        memory=args.memory,
+        memory=options.memory,
     )
-    for tp, pp in layouts_within(shape, args.num_gpus):
-        estimate = estimate_memory(shape, tp, pp, adapters, precision, runtime, args.memory)
+    for tp, pp in layouts_within(shape, options.num_gpus):
+        estimate = estimate_memory(shape, tp, pp, adapters, precision, runtime, options.memory)
         if (tp, pp, 1) not in file.done:
             tokens = estimate.max_tokens(budget, STEP_TOKENS, largest)
             details = {

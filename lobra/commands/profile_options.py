@@ -1,22 +1,22 @@
 """What the profilers' command lines share: options, their checks, the console."""
 
-from __future__ import annotations
+# No postponed annotations here: subclasses in other modules could not resolve them.
 
-import argparse
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from lobra.common.errors import ConfigError
-from lobra.profiler.sweep_file import RESTARTS
+from lobra.common.errors import ConfigError, Problems
+from lobra.common.options import Device, ModelName, option_problems
+from lobra.layout.memory_policy import MemoryPolicy
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-PRECISIONS = ("fp32", "bf16")
 # Options that one way of making a profile knows, the first two also `--single-device`.
 OF_ESTIMATING = ("accelerator", "accelerators", "runtime", "calibrate")
 OF_MEASURING = ("load_ranks", "single_device", "links", "collectives_output")
@@ -24,40 +24,56 @@ OF_MEASURING = ("load_ranks", "single_device", "links", "collectives_output")
 CUDA_MEMORY_SHARE = 0.9
 
 
-def add_common(parser: argparse.ArgumentParser) -> None:
-    """Add the options of both profilers."""
-    parser.add_argument("--model", required=True, help="tiny, 7B, ... or a model folder")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--precision", choices=PRECISIONS, help="default: fp32 on CPU, bf16 on GPU")
-    parser.add_argument("--output", type=Path, help="the CSV (default: under exp_result/profile)")
-    parser.add_argument(
-        "--restart",
-        default="never",
-        choices=RESTARTS,
-        help="what to do with rows of before: continue after them (never; refused if the settings "
-        "differ), set them aside if the settings differ (changed) or anyway (always)",
-    )
-    parser.add_argument(
-        "--host-file",
-        help="naming this host only (taken for the scripts' sake: ranks run on this machine)",
-    )
-    estimate = parser.add_argument_group("estimating without hardware")
-    estimate.add_argument(
-        "--estimate", action="store_true", help="from the model's shapes, without running anything"
-    )
-    estimate.add_argument("--accelerator", help="such as A100-40GB; see profiler/accelerators.yaml")
-    estimate.add_argument("--accelerators", type=Path, help="a file of your own accelerators")
-    estimate.add_argument(
-        "--runtime",
-        help="how activations are kept: deepspeed (this project, default) or hetu (LobRA's)",
-    )
+@dataclass(frozen=True, kw_only=True)
+class ProfilerOptions:
+    """What both profilers are told.
+
+    Parameters
+    ----------
+    precision
+        By default fp32 on CPU, bf16 on GPU.
+    output
+        The CSV; by default one under exp_result/profile.
+    restart
+        What to do with rows of before: continue after them (never; refused if the settings differ),
+        set them aside if the settings differ (changed) or anyway (always).
+    host_file
+        Naming this host only (taken for the scripts' sake: ranks run on this machine).
+    estimate
+        Estimate from the model's shapes, without running anything.
+    accelerator
+        To estimate for, such as A100-40GB; see profiler/accelerators.yaml.
+    accelerators
+        A file of your own accelerators.
+    runtime
+        How activations are kept in an estimate: deepspeed (this project; the default)
+        or hetu (LobRA's).
+    """
+
+    model: ModelName
+    device: Device = "auto"
+    precision: Literal["fp32", "bf16"] | None = None
+    output: Path | None = None
+    restart: Literal["never", "changed", "always"] = "never"
+    memory: MemoryPolicy = "keep"
+    host_file: Path | None = None
+    estimate: bool = False
+    accelerator: str | None = None
+    accelerators: Path | None = None
+    runtime: str | None = None
 
 
-def estimate_problems(args: argparse.Namespace) -> list[str]:
-    """Return what is wrong with how estimating, measuring and their options are combined."""
-    given = {name for name, value in vars(args).items() if value not in (None, False, 0)}
+def profiler_problems(options: ProfilerOptions) -> Problems:
+    """Return what is out of bounds, and what of measuring and estimating does not go together."""
+    problems = option_problems(options)
+    problems += _estimate_problems(options)
+    return problems
+
+
+def _estimate_problems(options: ProfilerOptions) -> list[str]:
+    given = {name for name, value in vars(options).items() if value not in (None, False, 0)}
     problems = []
-    if args.estimate:
+    if options.estimate:
         if "accelerator" not in given:
             problems.append("--estimate needs --accelerator NAME, such as --accelerator A100-40GB")
         problems += [
@@ -82,22 +98,8 @@ def estimate_problems(args: argparse.Namespace) -> list[str]:
     return problems
 
 
-def check_estimate_options(args: argparse.Namespace) -> None:
-    """Raise ConfigError with everything that `estimate_problems` finds."""
-    problems = estimate_problems(args)
-    if problems:
-        raise ConfigError(problems)
-
-
 def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def at_least(option: str, value: int, least: int) -> int:
-    """Return the value; ConfigError if it is less than ``least``."""
-    if value < least:
-        raise ConfigError(f"{option} {value}: at least {least} is needed")
-    return value
 
 
 def precision_of(precision: str | None, device: str) -> str:
@@ -113,7 +115,7 @@ def environment_of(device: str) -> dict[str, Any]:
     return {"hardware": describe_device(device), "versions": versions(), **load}
 
 
-def check_one_machine(host_file: str | None, environment: Mapping[str, str]) -> None:
+def check_one_machine(host_file: Path | None, environment: Mapping[str, str]) -> None:
     """Refuse several hosts and launchers: the profilers start their ranks themselves, on this one.
 
     Raises
@@ -132,7 +134,7 @@ def check_one_machine(host_file: str | None, environment: Mapping[str, str]) -> 
     if host_file is None:
         return
     try:
-        lines = Path(host_file).read_text(encoding="utf-8").splitlines()
+        lines = host_file.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise ConfigError(f"host file {host_file}: not readable ({error})") from error
     hosts = [line.split()[0] for line in lines if line.strip() and not line.startswith("#")]
@@ -146,7 +148,7 @@ def check_one_machine(host_file: str | None, environment: Mapping[str, str]) -> 
         )
 
 
-def make_console(error_stream: bool = True) -> Console:
+def make_console(error_stream: bool = True) -> "Console":
     """Return the console for messages (standard error) or for results (standard output)."""
     from rich.console import Console
 
@@ -154,7 +156,7 @@ def make_console(error_stream: bool = True) -> Console:
 
 
 @contextmanager
-def progress_bars(console: Console) -> Iterator[Progress]:
+def progress_bars(console: "Console") -> Iterator["Progress"]:
     """Show progress bars with the time left."""
     from rich.progress import (
         BarColumn,

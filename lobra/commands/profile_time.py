@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from lobra.commands.memory_options import add_memory_options, memory_problems
+from cyclopts import Parameter
+
+from lobra.cli import resumable
 from lobra.commands.profile_options import (
-    add_common,
-    at_least,
+    ProfilerOptions,
     check_one_machine,
     environment_of,
-    estimate_problems,
     make_console,
     precision_of,
+    profiler_problems,
     progress_bars,
 )
+from lobra.common.checks import integer
 from lobra.common.errors import ConfigError
+from lobra.common.options import Int, NonNegativeInt, PositiveInt, as_options
 from lobra.layout.shapes import ModelShape, layout_problem, resolve_shape
 from lobra.model.folder import resolve_folder
 from lobra.profiler.collectives import ALL_REDUCE, load_collectives
@@ -44,110 +46,122 @@ if TYPE_CHECKING:
 
 NUM_TASKS, LORA_RANK = 4, 16  # where neither they nor a trainer config are given
 DEFAULT_MAX_SEQ_LENGTH = {"cpu": 2048, "cuda": 16384}
+LayerTokens = Annotated[Int, integer(16)]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the time profiler."""
-    add_common(parser)
-    parser.add_argument("--tp", required=True, help="tensor-parallel sizes, such as 1,2,4")
-    parser.add_argument("--max-seq-length", type=int, help="default: 2048 on CPU, 16384 on GPU")
-    parser.add_argument("--max-tokens", type=int, help="of a micro-batch; default: max-seq-length")
-    parser.add_argument(
-        "--load-ranks",
-        type=int,
-        default=0,
-        metavar="N",
-        help="time N/tp replicas at once and take the mean: what a machine with fewer cores than "
-        "ranks will do in training (default: one replica alone)",
-    )
-    parser.add_argument(
-        "--single-device",
-        action="store_true",
-        help="time one shard of each tp on one device and model the collectives (give "
-        "--accelerator for a GPU's links, or --links)",
-    )
-    parser.add_argument(
-        "--links",
-        type=Path,
-        metavar="CSV",
-        help="with --single-device: all-reduces measured before (a profile of collectives), "
-        "instead of those of the accelerator's data sheet",
-    )
-    parser.add_argument(
-        "--num-tasks",
-        type=int,
-        help=f"adapters (default {NUM_TASKS}; of no consequence for an estimate)",
-    )
-    parser.add_argument("--lora-rank", type=int, help=f"of each adapter (default {LORA_RANK})")
-    parser.add_argument(
-        "--trainer-config",
-        help="this config's adapters instead (a name or a path); of ranks that differ, an estimate "
-        "takes the largest for all",
-    )
-    add_memory_options(parser, "keep", "rows of each are told apart in the file (default keep)")
-    parser.add_argument("--head-output", type=Path, help="the CSV of embedding and head")
-    parser.add_argument("--collectives-output", type=Path, help="the CSV of collectives")
-    parser.add_argument(
-        "--calibrate",
-        type=Path,
-        metavar="CSV",
-        help="with --estimate: fit the efficiencies to the rows of tp 1 of this profile",
-    )
+@as_options
+@dataclass(frozen=True, kw_only=True)
+class TimeOptions(ProfilerOptions):
+    """What the time profiler is told.
+
+    Parameters
+    ----------
+    tp
+        Tensor-parallel sizes, such as 1,2,4.
+    max_seq_length
+        The longest sequence, in tokens; by default 2048 on CPU, 16384 on GPU.
+    max_tokens
+        Of a micro-batch; by default max-seq-length.
+    load_ranks
+        Time N/tp replicas at once and take the mean: what a machine with fewer cores than ranks
+        will do in training; by default one replica alone.
+    single_device
+        Time one shard of each tp on one device and model the collectives (give --accelerator for a
+        GPU's links, or --links).
+    links
+        With --single-device: all-reduces measured before (a profile of collectives), instead of
+        those of the accelerator's data sheet.
+    num_tasks
+        Adapters (by default 4; of no consequence for an estimate).
+    lora_rank
+        Of each adapter (by default 16).
+    trainer_config
+        This config's adapters instead (a name or a path); of ranks that differ, an estimate takes
+        the largest for all.
+    head_output
+        The CSV of embedding and head.
+    collectives_output
+        The CSV of collectives.
+    calibrate
+        With --estimate: fit the efficiencies to the rows of tp 1 of this profile.
+    """
+
+    tp: str
+    max_seq_length: LayerTokens | None = None
+    max_tokens: LayerTokens | None = None
+    load_ranks: Annotated[Int, NonNegativeInt, Parameter(metavar="N")] = 0
+    single_device: bool = False
+    links: Annotated[Path | None, Parameter(metavar="CSV")] = None
+    num_tasks: PositiveInt | None = None
+    lora_rank: PositiveInt | None = None
+    trainer_config: str | None = None
+    head_output: Path | None = None
+    collectives_output: Path | None = None
+    calibrate: Annotated[Path | None, Parameter(metavar="CSV")] = None
 
 
-def run(args: argparse.Namespace) -> int:
-    """Measure or estimate the time profile and what goes with it."""
-    problems = estimate_problems(args) + _output_problems(args) + memory_problems(args.memory)
-    if args.trainer_config:
+def profile_time(*, options: TimeOptions) -> int:
+    """Time one transformer layer, forward + backward with LoRA, for a few shapes of each tp.
+
+    Also embedding and head; and, with several ranks, their messages. Every row is on disk as soon
+    as it is measured: after a crash or Ctrl-C the same command goes on where it was.
+
+      lobra profile time --model tiny --tp 1,2 --trainer-config quickstart
+      lobra profile time --model 7B --tp 1,2,4,8 --estimate --accelerator A100-40GB
+
+    Writes exp_result/profile/cost_model/profile_{time,head,collectives}_MODEL.csv and beside each a
+    .meta.json that says how it was made.
+
+    Raises
+    ------
+    ConfigError
+        For every mistake of the user's.
+    """
+    problems = profiler_problems(options)
+    problems += _output_problems(options)
+    if options.trainer_config:
         problems += [
-            f"{option} and --trainer-config, which says so itself: give one of the two"
-            for option, value in (("--num-tasks", args.num_tasks), ("--lora-rank", args.lora_rank))
+            f"{name} and --trainer-config, which says so itself: give one of the two"
+            for name, value in (
+                ("--num-tasks", options.num_tasks),
+                ("--lora-rank", options.lora_rank),
+            )
             if value is not None
         ]
-    if problems:
-        raise ConfigError(problems)
-    at_least("--load-ranks", args.load_ranks, 0)
-    if args.num_tasks is None:
-        args.num_tasks = NUM_TASKS
-    if args.lora_rank is None:
-        args.lora_rank = LORA_RANK
-        if args.trainer_config and args.estimate:
-            tasks = load_trainer_config(args.trainer_config).tasks
-            args.lora_rank = max(task.rank for task in tasks)
-    at_least("--num-tasks", args.num_tasks, 1)
-    at_least("--lora-rank", args.lora_rank, 1)
-    return _estimate(args) if args.estimate else _measure(args)
+    problems.raise_if_any()
+    with resumable():
+        return _estimate(options) if options.estimate else _measure(options)
 
 
-def _measure(args: argparse.Namespace) -> int:
+def _measure(options: TimeOptions) -> int:
     from lobra.profiler.hardware import num_devices, resolve_device
     from lobra.profiler.layer_time import TimeSweep, open_files, sweep_time
 
-    tps = _tp_list(args.tp)
-    check_one_machine(args.host_file, os.environ)
-    device = resolve_device(args.device)
-    length = _length(args, device)
-    shape = resolve_shape(args.model)
-    precision = precision_of(args.precision, device)
+    tps = _tp_list(options.tp)
+    check_one_machine(options.host_file, os.environ)
+    device = resolve_device(options.device)
+    length = _length(options, device)
+    shape = resolve_shape(options.model)
+    precision = precision_of(options.precision, device)
     sweep = TimeSweep(
-        folder=resolve_folder(args.model),
+        folder=resolve_folder(options.model),
         shape=shape,
         tps=tps,
         max_seq_length=length,
-        max_tokens=_max_tokens(args, length),
-        load_ranks=args.load_ranks,
-        num_tasks=args.num_tasks,
-        lora_rank=args.lora_rank,
+        max_tokens=options.max_tokens or length,
+        load_ranks=options.load_ranks,
+        num_tasks=options.num_tasks or NUM_TASKS,
+        lora_rank=options.lora_rank or LORA_RANK,
         precision=precision,
         device=device,
-        single_device=_single_devices(args, shape, precision, device, tps),
-        tasks=load_trainer_config(args.trainer_config).tasks if args.trainer_config else (),
-        links=_links(args),
-        memory=args.memory,
+        single_device=_single_devices(options, shape, precision, device, tps),
+        tasks=load_trainer_config(options.trainer_config).tasks if options.trainer_config else (),
+        links=_links(options),
+        memory=options.memory,
     )
-    layer_path, head_path, collectives_path = _paths(args)
+    layer_path, head_path, collectives_path = _paths(options)
     environment = environment_of(device)
-    files = open_files(sweep, layer_path, head_path, args.restart, environment)
+    files = open_files(sweep, layer_path, head_path, options.restart, environment)
     console = make_console()
     limit = num_devices(device)
     too_many = [tp for tp in tps if limit is not None and sweep.num_ranks(tp) > limit]
@@ -179,36 +193,38 @@ def _measure(args: argparse.Namespace) -> int:
     console.print(f"{len(files[0].done)} rows in {layer_path}, embedding and head in {head_path}")
     for key in sorted(files[0].skipped, key=str):
         console.print(f"tp {key[0]}: {key[2]} x {key[1]} ran out of memory and was left out")
-    counts = [n for n in sorted({*tps, args.load_ranks}) if n > 1 and (limit is None or n <= limit)]
-    if counts and not args.single_device:
+    counts = [
+        n for n in sorted({*tps, options.load_ranks}) if n > 1 and (limit is None or n <= limit)
+    ]
+    if counts and not options.single_device:
         from lobra.profiler.collective_time import open_collectives, sweep_collectives
 
         file = open_collectives(
-            shape, collectives_path, precision, device, args.restart, environment
+            shape, collectives_path, precision, device, options.restart, environment
         )
         file = sweep_collectives(file, counts, device)
         console.print(f"{len(file.done)} rows of collectives in {collectives_path}")
     return 0
 
 
-def _estimate(args: argparse.Namespace) -> int:
+def _estimate(options: TimeOptions) -> int:
     from lobra.profiler.accelerators import load_tables
     from lobra.profiler.estimate_time import base_ms, calibrate, head_ms, layer_error, layer_ms
     from lobra.profiler.grid import time_grid
     from lobra.profiler.settings import shape_settings
 
-    tps = _tp_list(args.tp)
-    shape = resolve_shape(args.model)
+    tps = _tp_list(options.tp)
+    shape = resolve_shape(options.model)
     problems = [problem for tp in tps if (problem := layout_problem(shape, tp, 1))]
     if problems:
         raise ConfigError(problems)
-    tables = load_tables(args.accelerators)
-    precision = args.precision or "bf16"
-    work = _workload(args, tables, shape, precision)
+    tables = load_tables(options.accelerators)
+    precision = options.precision or "bf16"
+    work = _workload(options, tables, shape, precision)
     efficiency = tables.efficiency
     console = make_console()
-    if args.calibrate is not None:
-        measured = load_time_profile(args.calibrate)
+    if options.calibrate is not None:
+        measured = load_time_profile(options.calibrate)
         kept = replace(work, memory="keep")  # as the rows are
         efficiency = calibrate(kept, efficiency, measured)
         console.print(
@@ -216,7 +232,7 @@ def _estimate(args: argparse.Namespace) -> int:
             f"{efficiency.attention:.2f}, start {efficiency.start_ms:.2f} ms; mean error that "
             f"remains {100 * layer_error(kept, efficiency, measured):.1f} %"
         )
-    length = _length(args, "cuda")
+    length = _length(options, "cuda")
     settings = {
         "model": shape.name,
         "shape": shape_settings(shape),
@@ -226,7 +242,7 @@ def _estimate(args: argparse.Namespace) -> int:
         "efficiency": vars(efficiency),
         "sequence_parallel": work.sequence_parallel,
     }
-    layer_path, head_path, _ = _paths(args)
+    layer_path, head_path, _ = _paths(options)
     ends = {"what": "embedding and head with loss, forward + backward, ms"}
     layer = {"what": "one layer, forward + backward, ms"}
     if work.dropout_modules:
@@ -247,12 +263,12 @@ def _estimate(args: argparse.Namespace) -> int:
             3,
             settings | what,
             kind="estimated",
-            restart=args.restart,
+            restart=options.restart,
             environment={},
             memory=memory,
         )
         for size in tps:
-            for b, s in time_grid(length, _max_tokens(args, length)):
+            for b, s in time_grid(length, options.max_tokens or length):
                 if (size, s, b) not in file.done:
                     times = (round(float(f(work, efficiency, size, b, s)), 6) for f in times_of)
                     file.add((size, s, b, *times), {})
@@ -261,34 +277,34 @@ def _estimate(args: argparse.Namespace) -> int:
 
 
 def _single_devices(
-    args: argparse.Namespace, shape: ModelShape, precision: str, device: str, tps: tuple[int, ...]
+    options: TimeOptions, shape: ModelShape, precision: str, device: str, tps: tuple[int, ...]
 ) -> tuple[SingleDevice, ...]:
     """Return what the collectives of each tp would cost, if shards are to be timed alone."""
-    if not args.single_device:
+    if not options.single_device:
         return ()
     from lobra.profiler.accelerators import load_tables
     from lobra.profiler.estimate_memory import element_bytes
     from lobra.profiler.estimate_time import all_reduce_ms, all_reduces
     from lobra.profiler.layer_time_rank import SingleDevice
 
-    per_layer = all_reduces(args.memory)
-    if args.links is not None:
-        links = load_collectives(args.links)
+    per_layer = all_reduces(options.memory)
+    if options.links is not None:
+        links = load_collectives(options.links)
         if max(tps) > 1 and not links.has(ALL_REDUCE):
-            raise ConfigError(f"{args.links}: has no rows of all_reduce; measure with tp 2")
+            raise ConfigError(f"{options.links}: has no rows of all_reduce; measure with tp 2")
         bytes_per_token = element_bytes(precision) * shape.hidden_size
 
         def layer_ms(tp: int, tokens: int) -> float:
             return per_layer * float(links.all_reduce_ms(tp, tokens * bytes_per_token))
 
-    elif device == "cpu" or args.accelerator is None:
+    elif device == "cpu" or options.accelerator is None:
         raise ConfigError(
             "--single-device needs --accelerator NAME, the GPU whose links are modelled, or "
             "--links CSV, measured ones (on a CPU always these)"
         )
     else:
-        tables = load_tables(args.accelerators)
-        work = replace(_workload(args, tables, shape, precision), sequence_parallel=False)
+        tables = load_tables(options.accelerators)
+        work = replace(_workload(options, tables, shape, precision), sequence_parallel=False)
 
         def layer_ms(tp: int, tokens: int) -> float:
             return float(all_reduce_ms(work, tables.efficiency, tp, 1, tokens))
@@ -303,55 +319,61 @@ def _single_devices(
     return tuple(found)
 
 
-def _links(args: argparse.Namespace) -> str:
+def _links(options: TimeOptions) -> str:
     """Return what must agree for collectives modelled with --single-device to be comparable."""
-    if not args.single_device:
+    if not options.single_device:
         return ""
-    if args.links is not None:
-        return f"measured, SHA-256 {hashlib.sha256(args.links.read_bytes()).hexdigest()[:16]}"
+    if options.links is not None:
+        return f"measured, SHA-256 {hashlib.sha256(options.links.read_bytes()).hexdigest()[:16]}"
     from lobra.profiler.accelerators import load_tables
 
-    tables = load_tables(args.accelerators)
-    accelerator = tables.accelerator(args.accelerator)
+    assert options.accelerator is not None, "refused where the links are asked for"
+    tables = load_tables(options.accelerators)
+    accelerator = tables.accelerator(options.accelerator)
     return f"{accelerator}, {tables.efficiency}"
 
 
-def _workload(
-    args: argparse.Namespace, tables: Tables, shape: ModelShape, precision: str
-) -> Workload:
+def _workload(options: TimeOptions, tables: Tables, shape: ModelShape, precision: str) -> Workload:
     from lobra.profiler.estimate_time import Workload
 
+    assert options.accelerator is not None, "see profiler_problems"
     return Workload(
         shape,
-        tables.accelerator(args.accelerator),
+        tables.accelerator(options.accelerator),
         precision,
-        args.lora_rank,
-        sequence_parallel=tables.runtime(args.runtime).sequence_parallel,
-        memory=args.memory,
-        dropout_modules=_dropout_modules(args, shape),
+        options.lora_rank or _largest_rank(options),
+        sequence_parallel=tables.runtime(options.runtime).sequence_parallel,
+        memory=options.memory,
+        dropout_modules=_dropout_modules(options, shape),
     )
 
 
-def _dropout_modules(args: argparse.Namespace, shape: ModelShape) -> tuple[str, ...]:
+def _largest_rank(options: TimeOptions) -> int:
+    if not options.trainer_config:
+        return LORA_RANK
+    return max(task.rank for task in load_trainer_config(options.trainer_config).tasks)
+
+
+def _dropout_modules(options: TimeOptions, shape: ModelShape) -> tuple[str, ...]:
     from lobra.profiler.estimate_memory import Adapters
 
-    if not args.trainer_config:
+    if not options.trainer_config:
         return ()
-    tasks = load_trainer_config(args.trainer_config).tasks
+    tasks = load_trainer_config(options.trainer_config).tasks
     return Adapters.of_tasks(tasks, shape).dropout_modules
 
 
-def _paths(args: argparse.Namespace) -> tuple[Path, Path, Path]:
+def _paths(options: TimeOptions) -> tuple[Path, Path, Path]:
     """Return the CSVs of layers, of embedding and head, and of collectives."""
-    layers = args.output or default_time_path(args.model)
-    ends = paths_beside(args.model, layers)
-    return layers, args.head_output or ends[0], args.collectives_output or ends[1]
+    layers = options.output or default_time_path(options.model)
+    ends = paths_beside(options.model, layers)
+    return layers, options.head_output or ends[0], options.collectives_output or ends[1]
 
 
-def _output_problems(args: argparse.Namespace) -> list[str]:
+def _output_problems(options: TimeOptions) -> list[str]:
     """Return which two of the three profiles would overwrite each other or share a sidecar."""
     names = ("--output", "--head-output", "--collectives-output")
-    paths = dict(zip(names, _paths(args), strict=True))
+    paths = dict(zip(names, _paths(options), strict=True))
     return [
         f"{one} {paths[one]} and {other} {paths[other]}: one file for two profiles"
         for one, other in combinations(names, 2)
@@ -359,14 +381,8 @@ def _output_problems(args: argparse.Namespace) -> list[str]:
     ]
 
 
-def _length(args: argparse.Namespace, device: str) -> int:
-    if args.max_seq_length is None:
-        return DEFAULT_MAX_SEQ_LENGTH[device]
-    return at_least("--max-seq-length", args.max_seq_length, 16)
-
-
-def _max_tokens(args: argparse.Namespace, length: int) -> int:
-    return length if args.max_tokens is None else at_least("--max-tokens", args.max_tokens, 16)
+def _length(options: TimeOptions, device: str) -> int:
+    return options.max_seq_length or DEFAULT_MAX_SEQ_LENGTH[device]
 
 
 def _tp_list(text: str) -> tuple[int, ...]:

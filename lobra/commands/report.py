@@ -1,8 +1,7 @@
-"""`lobra report`: the report of a run, of a simulation or of an experiment."""
+"""`lobra report`: tables and plots of what was run or simulated."""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from lobra.common.errors import ConfigError
@@ -14,35 +13,42 @@ from lobra.report.trace import write_trace
 CONFIG = "config.yaml"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `lobra report`."""
-    parser.add_argument("run", type=Path, help="folder of a run, a simulation or an experiment")
-    parser.add_argument("--plots", action="store_true", help="write pictures under RUN/report")
-    parser.add_argument("--trace", action="store_true", help="write RUN/trace.json (Chrome trace)")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Print the report, write what else was asked for, and return 0.
+def report(run: Path, /, *, plots: bool = False, trace: bool = False) -> int:
+    """Print the report of a run, of a simulation or of an experiment.
 
     Experiments and simulations get their pictures and their page in any case.
+
+    Parameters
+    ----------
+    run
+        Folder of a run, a simulation or an experiment.
+    plots
+        Write pictures under RUN/report.
+    trace
+        Write RUN/trace.json (Chrome trace).
+
+    Raises
+    ------
+    ConfigError
+        If it is none of them.
     """
-    if experiments := experiments_in(args.run):
-        for folder in experiments:
-            for path in report_experiment(folder):
+    if experiments := experiments_in(run):
+        for experiment in experiments:
+            for path in report_experiment(experiment):
                 print(f"written: {path}")
         return 0
-    if not args.run.is_dir():
-        raise ConfigError(f"{args.run}: no such folder")
-    if not (args.run / CONFIG).is_file():
+    if not run.is_dir():
+        raise ConfigError(f"{run}: no such folder")
+    if not (run / CONFIG).is_file():
         raise ConfigError(
-            f"{args.run}: none of {CONFIG} (a run), {SIMULATION} (`lobra simulate`) and {ABOUT} "
+            f"{run}: none of {CONFIG} (a run), {SIMULATION} (`lobra simulate`) and {ABOUT} "
             "(an experiment) is in it, nor in a folder directly below it"
         )
-    print_run_report(args.run)
-    parts = run_parts(args.run)
-    if args.plots:
-        for path in plot_run(args.run, parts):
+    print_run_report(run)
+    parts = run_parts(run)
+    if plots:
+        for path in plot_run(run, parts):
             print(f"written: {path}")
-    if args.trace:
-        print(f"written: {write_trace(args.run, parts)}")
+    if trace:
+        print(f"written: {write_trace(run, parts)}")
     return 0

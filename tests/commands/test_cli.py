@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from lobra.cli import COMMANDS, guarded, main
+from lobra.cli import COMMANDS, guarded, main, make_app
 from lobra.commands import doctor
 from lobra.common.errors import ConfigError
 
@@ -31,12 +32,11 @@ def test_a_users_mistake_an_interruption_and_a_failure(capsys: pytest.CaptureFix
     assert "RuntimeError: broken" in capsys.readouterr().err
 
 
-def test_help_lists_every_command_without_importing_any(project_root: Path) -> None:
+def imported_by(words: list[str], project_root: Path) -> tuple[str, set[str]]:
+    """Return what a command shows, and the modules it imported for that."""
     program = (
-        "import sys\nfrom lobra.cli import main\n"
-        "try:\n    main(['--help'])\nexcept SystemExit as e:\n    assert e.code == 0\n"
-        "heavy = {'torch', 'numpy', 'rich', 'deepspeed', 'lobra.commands.plan'}\n"
-        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        f"import sys\nfrom lobra.cli import main\nassert main({words!r}) == 0\n"
+        "print(*sys.modules, file=sys.stderr)\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", program],
@@ -46,31 +46,69 @@ def test_help_lists_every_command_without_importing_any(project_root: Path) -> N
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    for name, command in COMMANDS.items():
-        assert f"  {name}" in result.stdout
-        assert command.help in result.stdout
+    return result.stdout, set(result.stderr.split())
+
+
+def test_help_lists_every_command_without_importing_any(project_root: Path) -> None:
+    for parent in ("", "data", "profile", "experiment"):
+        shown, imported = imported_by([*parent.split(), "--help"], project_root)
+        assert not {"torch", "numpy", "deepspeed", "lobra.commands.plan"} & imported
+        for name, (_, line) in COMMANDS.items():
+            if name.rpartition(" ")[0] == parent:
+                assert f"  {name.rpartition(' ')[2]} " in shown
+                assert line in " ".join(shown.split())
+
+
+@pytest.mark.parametrize("name", ["plan", "simulate", "init"])
+def test_planning_explains_itself_without_heavy_imports(name: str, project_root: Path) -> None:
+    _, imported = imported_by([name, "--help"], project_root)
+    assert not {"torch", "pandas", "transformers", "deepspeed", "matplotlib"} & imported
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as end:
-        main([name, "--help"])
-    assert end.value.code == 0
-    assert f"usage: lobra {name}" in capsys.readouterr().out
+    assert main([*name.split(), "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert f"usage: lobra {name}" in shown
+    assert "\x1b" not in shown
 
 
-def test_an_unknown_command_is_a_users_mistake(capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as end:
-        main(["trian"])
-    assert end.value.code == 2
-    assert main([]) == 2
+@pytest.mark.parametrize("name", [name for name, (path, _) in COMMANDS.items() if path])
+def test_every_option_of_every_command_has_help(name: str) -> None:
+    module, _, function = (COMMANDS[name][0] or "").partition(":")
+    command = getattr(importlib.import_module(module), function)
+    options = make_app(default_command=command).assemble_argument_collection(parse_docstring=True)
+    named = [option for option in options if option.parse and not option.children]
+    assert named
+    for option in named:
+        assert option.parameter.help, option.name
+        assert not any(text.startswith(("--no-", "--empty-")) for text in option.names[1:])
 
 
-def exit_code(arguments: str) -> int:
-    try:
-        return main(arguments.split())
-    except SystemExit as end:
-        return int(end.code or 0)
+def test_an_unknown_command_or_option_is_a_users_mistake(capsys: pytest.CaptureFixture) -> None:
+    for words, said in (
+        (["trian"], "did you mean 'train'"),
+        (["profile", "tim"], "did you mean 'time'"),
+        (["report", "run", "--plot"], "Did you mean --plots?"),
+        (["report", "run", "--no-plots"], "Unknown option: --no-plots"),
+        (["report", "run", "other"], "not expected here: other"),
+        (["profile", "fit", "--folds", "x"], "--folds"),
+        (["profile", "fit", "--folds", "1.5"], "--folds: '1.5' is not an integer"),
+        (["profile", "fit", "--folds"], "--folds"),
+        (["plan", "--modle", "7B", "--num-gpus=-3"], "4 problems"),
+    ):
+        assert main(words) == 2
+        output = capsys.readouterr()
+        assert output.out == "" and output.err.startswith("lobra: ")
+        assert said in output.err and "Traceback" not in output.err
+
+
+def test_a_command_that_lacks_its_subcommand_shows_help(capsys: pytest.CaptureFixture) -> None:
+    for words in ([], ["data"], ["profile"]):
+        assert main(words) == 2
+        assert "commands:" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("lobra ")
 
 
 @pytest.mark.parametrize(
@@ -98,7 +136,7 @@ def test_mistakes_of_the_profilers(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "trainer_config").symlink_to(project_root / "trainer_config")
-    assert exit_code(arguments) == 2
+    assert main(arguments.split()) == 2
     output = capsys.readouterr().err
     assert message in output
     assert "Traceback" not in output

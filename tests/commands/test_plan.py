@@ -106,12 +106,12 @@ def edit(path: Path, old: str, new: str) -> None:
 @pytest.mark.parametrize(
     ("more", "change", "words"),
     [
-        (["--num-gpus", "0"], None, "at least one GPU"),
+        (["--num-gpus", "0"], None, "--num-gpus 0: want a positive integer"),
         (["--num-gpus", "-3", "--num-buckets", "0"], None, "2 problems"),
-        (["--pattern", "BEST"], None, "known are EXACT"),
+        (["--pattern", "BEST"], None, '"BEST" for --pattern. Choose from: "EXACT"'),
         (["--time-limit", "0"], None, "--time-limit"),
-        (["--time-limit", "inf", "--pattern", "GROUP"], None, "--time-limit: inf"),
-        (["--time-limit", "nan"], None, "--time-limit: nan"),
+        (["--time-limit", "inf", "--pattern", "GROUP"], None, "--time-limit inf"),
+        (["--time-limit", "nan"], None, "--time-limit nan"),
         (["--plot", "a.png"], None, "without --sweep-gpus"),
         (["--plot", "a.xyz", "--sweep-gpus", "1:4"], None, "a .png, .pdf or .svg"),
         (["--strategy-config", "/proc/nope/x.yaml"], None, "/proc/nope/x.yaml cannot be written"),
@@ -179,8 +179,8 @@ def test_the_environment_is_read_and_checked(
     monkeypatch.setenv("BUCKET_PLAN", "SOMETIMES")
     assert main(arguments()) == 2
     text = capsys.readouterr().err
-    assert "EXPR_DEPLOY_PATTERN: 'FAST'" in text
-    assert "BUCKET_PLAN: 'SOMETIMES'" in text
+    assert "EXPR_DEPLOY_PATTERN=FAST" in text
+    assert "BUCKET_PLAN=SOMETIMES" in text
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 
 from lobra.cli import main
-from lobra.commands.profile_time import _single_devices, add_arguments
+from lobra.commands.profile_time import TimeOptions, _single_devices
 from lobra.layout.shapes import NAMED_SHAPES
 from lobra.profiler.profiles import load_memory_profile, load_time_profile
 from lobra.profiler.sidecar import read_meta, write_meta
@@ -53,8 +52,8 @@ def test_both_tables_of_a_large_model_without_weights_or_gpu(tmp_path: Path) -> 
         (["--runtime", "hetu", "--accelerators", "none.yaml"], "2 problems"),
         (["--estimate", "--accelerator", "B9000"], "known are A100-40GB"),
         ([*ESTIMATE[:3], "--runtime", "abacus"], "known are deepspeed, hetu"),
-        ([*ESTIMATE, "--num-gpus", "0"], "at least 1"),
-        ([*ESTIMATE, "--memory", "lean"], "--memory: 'lean' is not built yet; want keep or full"),
+        ([*ESTIMATE, "--num-gpus", "0"], "--num-gpus 0: want a positive integer"),
+        ([*ESTIMATE, "--memory", "lean"], "--memory lean: want keep or full, lean is not"),
     ],
 )
 def test_mistakes_end_2_and_leave_nothing(
@@ -235,12 +234,8 @@ def test_measured_links_go_with_a_single_device_and_need_all_reduces(
 
 def test_measured_links_may_be_of_another_model(tmp_path: Path) -> None:
     links = tmp_path / "links.csv"
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    args = parser.parse_args(
-        ["--model", "7B", "--tp", "2", "--single-device", "--links", str(links)]
-    )
+    options = TimeOptions(model="7B", tp="2", single_device=True, links=links)
     for bytes_per_token in (512, 8192):
         written_links(links, bytes_per_token)
-        (found,) = _single_devices(args, NAMED_SHAPES["7B"], "bf16", "cpu", (2,))
+        (found,) = _single_devices(options, NAMED_SHAPES["7B"], "bf16", "cpu", (2,))
         assert found.layer_ms == pytest.approx((4 * 0.1, 4 * 1e-6 * 2 * 4096))

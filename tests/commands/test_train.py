@@ -81,7 +81,7 @@ def test_mistakes_in_arguments_environment_and_files_come_together(
     wrong = ("--num-buckets", "0", "--keep-last", "-1", "--revive", "small", "--memory", "lean")
     assert train(place, *wrong) == 2
     refused(
-        capsys, "--num-buckets 0", "--memory: 'lean' is not built yet; want keep or full",
+        capsys, "--num-buckets 0", "--memory lean: want keep or full",
         "--keep-last -1", "DP_BUCKET=yes", "task[0].rank", "dp",
         "--revive: only a run that goes on",
     )  # fmt: skip

@@ -130,7 +130,7 @@ def test_micro_batches_hold_every_sequence_once_within_the_limit() -> None:
         (["--plan", "<1,1>x3"], "has 3 ranks, not --ranks 4"),
         (["--model", "/nope"], "/nope"),
         (["--time-profile", "/nope"], "/nope"),
-        (["--steps", "1"], "at least 2"),
+        (["--steps", "1"], "--steps 1: want an integer of 2 or more"),
         (["--device", "cuda", "--ranks", "999"], "999 wanted"),
     ],
 )

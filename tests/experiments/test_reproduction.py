@@ -16,7 +16,7 @@ from experiments.reproduction import (
     collect,
     fill,
     made_with_other_code,
-    main,
+    page,
     read_results,
 )
 from lobra.common.errors import ConfigError
@@ -47,9 +47,7 @@ def test_the_committed_tables_cover_what_was_published(project_root: Path) -> No
     assert {int(row["num_gpus"]) for row in planning} >= set(PLANNING_TIME_S)
 
 
-def test_tables_are_collected_and_a_missing_one_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tables_are_collected_and_a_missing_one_is_named(tmp_path: Path) -> None:
     source = tmp_path / "exp_result" / "expr_7b"
     source.mkdir(parents=True)
     (source / "profile").mkdir()
@@ -78,5 +76,5 @@ def test_tables_are_collected_and_a_missing_one_is_named(
     assert found["provenance"][0]["code"] == "abc"
     with pytest.raises(ConfigError, match="table nonsense: unknown"):
         fill("<!-- begin nonsense -->\n<!-- end nonsense -->", {})
-    assert main(["--results", str(tmp_path / "none"), "--page", str(tmp_path / "p.md")]) == 2
-    assert "no such page" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="no such page"):
+        page(results=tmp_path / "none", page=tmp_path / "p.md")

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from experiments.cells import Cell, CellStore, Workers, start_workers
 from experiments.inputs import Lengths, Sources, find_costs, find_lengths, setup_of, workload_of
 from experiments.provenance import read_provenance
 from experiments.study import DYNAMIC, FUSED
+from lobra.cli import main
 from lobra.common.errors import ConfigError
 from lobra.layout.layout import Layout
 from lobra.layout.placement import place
@@ -48,8 +50,8 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 def finished(tmp_path_factory: pytest.TempPathFactory, project_root: Path) -> Path:
     folder = tmp_path_factory.mktemp("experiment")
     (folder / "lengths.json").write_text(json.dumps(LENGTHS), encoding="utf-8")
-    command = [sys.executable, "-m", "experiments.simulate", "7B", "--steps", "4"]
-    command += ["--output", str(folder / "out"), "--time-limit", "1"]
+    command = [sys.executable, "-m", "lobra", "experiment", "simulate", "7B"]
+    command += ["--output", str(folder / "out"), "--steps", "4", "--time-limit", "1"]
     command += ["--lengths", str(folder / "lengths.json")]
     done = subprocess.run(
         command, cwd=project_root, capture_output=True, text=True, timeout=300, check=False
@@ -108,7 +110,7 @@ def test_ablation_changes_one_thing_at_a_time(finished: Path) -> None:
 def test_provenance_says_how_and_from_what(finished: Path) -> None:
     about = json.loads((finished / "provenance.json").read_text(encoding="utf-8"))
     assert about["complete"] is True
-    assert about["command"].startswith("lobra experiment simulate 7B --steps 4 --output ")
+    assert about["command"].startswith("lobra experiment simulate 7B --output ")
     assert set(about["environment"].values()) <= {"set", "not set"}
     assert about["processor_seconds_of_all_cells"] > 0
     (entry,) = rows_of(finished / "runs.csv")
@@ -127,15 +129,13 @@ def test_planning_rows_have_both_objectives(finished: Path) -> None:
 
 def test_other_sources_leave_no_older_tables(tmp_path: Path) -> None:
     """A run with another seed that is interrupted leaves nothing of the run before."""
-    args = simulate.parser().parse_args(["7B", "--output", str(tmp_path), "--steps", "2"])
-    args.command = "test"
+    options = simulate.SimulationOptions("7B", output=tmp_path, steps=2)
     path = tmp_path / "lengths.json"
     path.write_text(json.dumps(LENGTHS), encoding="utf-8")
     sources = Sources(lengths=path)
 
     def begun(seed: int) -> dict[str, object]:
-        args.seed = seed
-        simulate.Experiment(args, sources, Workers(1)).begin()
+        simulate.Experiment(replace(options, seed=seed), sources, Workers(1)).begin()
         return dict(read_provenance(tmp_path))
 
     begun(0)
@@ -160,7 +160,7 @@ def test_plans_are_kept_when_only_the_steps_change(tmp_path: Path) -> None:
 def test_wrong_numbers_are_a_users_mistake(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert simulate.main(["7B", "--output", str(tmp_path), *words]) == 2
+    assert main(["experiment", "simulate", "7B", "--output", str(tmp_path), *words]) == 2
     assert words[0] in capsys.readouterr().err
 
 
@@ -268,34 +268,35 @@ def test_wrong_folders_are_a_users_mistake(tmp_path: Path) -> None:
 
 
 def test_environment_names_the_sources(tmp_path: Path) -> None:
-    args = simulate.parser().parse_args(["7B", "--output", str(tmp_path)])
-    found = simulate.sources_of(args, {"LOBRA_REFERENCE": "a", "LOBRA_LENGTHS": "b"})
+    options = simulate.SimulationOptions("7B", output=tmp_path)
+    found = simulate.sources_of(options, {"LOBRA_REFERENCE": "a", "LOBRA_LENGTHS": "b"})
     assert (found.reference, found.lengths) == (Path("a"), Path("b"))
-    args = simulate.parser().parse_args(["7B", "--output", "x", "--synthetic"])
-    assert simulate.sources_of(args, {"LOBRA_LENGTHS": "b"}).lengths is None
+    assert (
+        simulate.sources_of(replace(options, synthetic=True), {"LOBRA_LENGTHS": "b"}).lengths
+        is None
+    )
 
 
 def test_real_jobs_cover_every_method(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert jobs.main(["7B", "--output", str(tmp_path / "real"), "--dry-run"]) == 0
+    options = jobs.JobOptions("7B", output=tmp_path / "real", dry_run=True)
+    assert jobs.real(options) == 0
     lines = capsys.readouterr().out.splitlines()
     trained = [line for line in lines if line.startswith("lobra train")]
     assert len(trained) == 1 + 6 + 2 * 3
     assert sum("--num-buckets 7" in line for line in trained) == 7
     assert any(line.startswith("EXPR_DEPLOY_PATTERN=PRUNE") for line in lines)
     assert not (tmp_path / "real").exists()
-    seeded = ["7B", "--output", str(tmp_path / "real"), "--dry-run", "--seed", "7"]
-    assert jobs.main(seeded) == 0
+    assert jobs.real(replace(options, seed=7)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert all("--seed 7" in line for line in lines if line.startswith("lobra train"))
-    assert jobs.main(["7B", "--output", "x", "--dry-run", "--steps", "22"]) == 2
+    with pytest.raises(ConfigError, match="--steps: 22"):
+        jobs.real(replace(options, steps=22))
 
 
 def test_every_real_run_is_in_a_table(tmp_path: Path) -> None:
     setup, config = setup_of("7B")
-    words = ["7B", "--output", str(tmp_path), "--steps", "4"]
-    args = jobs.parser().parse_args(words)
-    args.words = " ".join(words)
-    names = [job.name.removeprefix("train ") for job in jobs.train_jobs(setup, config, args)]
+    options = jobs.JobOptions("7B", output=tmp_path, steps=4)
+    names = [job.name.removeprefix("train ") for job in jobs.train_jobs(setup, config, options)]
     for number, name in enumerate(names):
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
@@ -312,7 +313,7 @@ def test_every_real_run_is_in_a_table(tmp_path: Path) -> None:
         ]
         text = "".join(json.dumps(step) + "\n" for step in steps)
         (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
-    jobs.collect(setup, config, args)
+    jobs.collect(setup, config, options)
     methods = {row["method"]: row for row in rows_of(tmp_path / "methods.csv")}
     assert list(methods) == ["Task-Sequential", "Task-Fused", "LobRA's plan", "our plan"]
     # the first step, a hundred seconds, is not counted
@@ -362,4 +363,4 @@ def test_scripts_hand_on_their_arguments(name: str, project_root: Path) -> None:
         check=False,
     )
     assert done.returncode == 2
-    assert "--steps: 1; an interval needs at least 2 steps" in done.stderr
+    assert "--steps 1: want an integer of 2 or more" in done.stderr

@@ -63,7 +63,7 @@ def test_held_out_rows_and_lengths(profile: TimeProfile) -> None:
 
 def test_never_decreases(profile: TimeProfile) -> None:
     model = fit_cost_model(profile, 32)
-    assert [num_decreasing(model.layers[tp], 32768, 64) for tp in sorted(model.layers)] == [0, 0, 0, 0]
+    assert [num_decreasing(fit, 32768, 64) for fit in model.layers.values()] == [0, 0, 0, 0]
 
 
 def test_the_rows_contradict_each_other(profile: TimeProfile) -> None:

@@ -123,7 +123,7 @@ def test_fixed_buckets_are_the_same_in_training_simulator_plans_and_tables(place
         for seed in range(4):  # each holds out others, the longest among them
             request = TrainRequest(
                 str(place), "tasks.json", "plan.yaml", Path(f"run{number}{seed}"), device="cpu",
-                time_profile=Path("time.csv"), seed=seed, dynamic_buckets=False,
+                time_profile=Path("time.csv"), seed=seed, dp_bucket="off",
                 num_buckets=number,
             )  # fmt: skip
             run = prepare(request)

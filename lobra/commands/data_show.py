@@ -1,11 +1,11 @@
-"""`lobra data show | fetch`: rows as the model will see them; the published data sets."""
+"""`lobra data show`: rows as the model will see them."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,17 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from lobra.commands import data_fetch as published_cli
-from lobra.common.errors import ConfigError, Problems, did_you_mean
+from lobra.common.errors import ConfigError, did_you_mean
+from lobra.common.options import (
+    DataDir,
+    Json,
+    ModelName,
+    NonNegativeInt,
+    PositiveInt,
+    TaskSetName,
+    as_options,
+    option_problems,
+)
 from lobra.layout.shapes import resolve_shape
 from lobra.model.folder import tokenizer_folder
 from lobra.tasks.config import TaskConfig, clip_context, load_trainer_config
@@ -26,80 +35,74 @@ from lobra.tasks.text_rows import MASKED
 log = logging.getLogger(__name__)
 
 SHOWN_CHARACTERS = 3000  # of a row, and of each of its parts, unless all of it is asked for
-SHOW = """\
-Prints the first rows of every task as the model will see them: what is learned is green (between {+
-and +} where there are no colours), special tokens are between ⟦ and ⟧. Before that a table: rows,
-tokens, the learned share, lengths, what was cut and dropped; after it which fields were ignored.
-
-  lobra data show --model tiny --trainer-config quickstart --rows 1"""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `lobra data`."""
-    commands = parser.add_subparsers(dest="data", required=True, metavar="show|fetch")
-    show = commands.add_parser(
-        "show",
-        help="rows as the model will see them",
-        description=SHOW,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    show.add_argument("--model", required=True, help="tiny, 7B, ... or a Hugging Face folder")
-    show.add_argument("--trainer-config", required=True, help="name or path of the task set")
-    show.add_argument("--task", action="append", metavar="NAME", help="this task only (repeatable)")
-    show.add_argument("--rows", type=int, default=3, help="rows to print of each task (3)")
-    show.add_argument("--full", action="store_true", help="print long rows whole")
-    show.add_argument("--data-dir", type=Path, default=Path("data"), help="where data sets lie")
-    show.add_argument("--max-seq-length", type=int, help="cut every task's context_length to N")
-    show.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    published_cli.add_arguments(
-        commands.add_parser("fetch", help="fetch LobRA's public data sets (needs network)")
-    )
+@as_options
+@dataclass(frozen=True, kw_only=True)
+class ShowOptions:
+    """Whose rows are shown, and how many.
+
+    Parameters
+    ----------
+    task
+        This task only (repeatable).
+    rows
+        Rows to print of each task.
+    full
+        Print long rows whole.
+    max_seq_length
+        Cut every task's context_length to N.
+    """
+
+    model: ModelName
+    trainer_config: TaskSetName
+    task: tuple[str, ...] = ()
+    rows: NonNegativeInt = 3
+    full: bool = False
+    data_dir: DataDir = Path("data")
+    max_seq_length: PositiveInt | None = None
+    json: Json = False
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run the chosen subcommand and return the exit code."""
-    if args.data == "fetch":
-        return published_cli.run(args)
-    return show(args)
+def show(*, options: ShowOptions) -> int:
+    """Print the first rows of every task as the model will see them.
 
+    What is learned is green (between {+ and +} where there are no colours), special tokens are
+    between ⟦ and ⟧. Before that a table: rows, tokens, the learned share, lengths, what was cut and
+    dropped; after it which fields were ignored.
 
-def show(args: argparse.Namespace) -> int:
-    """Print tasks' data and return the exit code.
+      lobra data show --model tiny --trainer-config quickstart --rows 1
 
     Raises
     ------
     ConfigError
-        With every mistake of the arguments and the data.
+        With every mistake of the options and the data.
     """
-    problems = Problems()
-    if args.rows < 0:
-        problems.add(f"--rows {args.rows}: must not be negative")
-    if args.max_seq_length is not None and args.max_seq_length < 1:
-        problems.add(f"--max-seq-length {args.max_seq_length}: must be at least 1")
+    problems = option_problems(options)
     tasks: Sequence[TaskConfig] = ()
     try:
-        tasks = load_trainer_config(args.trainer_config).tasks
+        tasks = load_trainer_config(options.trainer_config).tasks
     except ConfigError as error:
         problems += error.problems
     names = [task.name for task in tasks]
-    for name in args.task or ():
+    for name in options.task:
         if tasks and name not in names:
             problems.add(
                 f"--task {name}: no such task{did_you_mean(name, names)}: there are {names}"
             )
     problems.raise_if_any()
-    if args.task:
-        tasks = [task for task in tasks if task.name in args.task]
-    processor = TextProcessor.of_folder(lambda: tokenizer_folder(args.model))
+    if options.task:
+        tasks = [task for task in tasks if task.name in options.task]
+    processor = TextProcessor.of_folder(lambda: tokenizer_folder(options.model))
     vocab_size = None
     try:
-        vocab_size = resolve_shape(args.model).vocab_size
+        vocab_size = resolve_shape(options.model).vocab_size
     except ConfigError as error:
         problems += error.problems
     datasets = []
-    for task in clip_context(tasks, args.max_seq_length):
+    for task in clip_context(tasks, options.max_seq_length):
         try:
-            datasets.append(load_dataset(task, processor, args.data_dir, vocab_size))
+            datasets.append(load_dataset(task, processor, options.data_dir, vocab_size))
         except ConfigError as error:
             problems += error.problems.prefixed(f"task {task.name}: ")
     problems.raise_if_any()
@@ -107,13 +110,13 @@ def show(args: argparse.Namespace) -> int:
         processor.tokenizer  # noqa: B018 (loaded now, if it was not needed so far)
     except ConfigError as error:
         log.warning("texts are shown as token ids: %s", error)
-    if args.json:
+    if options.json:
         shown = zip(summary(datasets), datasets, strict=True)
         print(
             json.dumps(
                 {
                     "tasks": [
-                        {**entry, "examples": list(_as_json(data, processor, args.rows))}
+                        {**entry, "examples": list(_as_json(data, processor, options.rows))}
                         for entry, data in shown
                     ]
                 },
@@ -124,7 +127,7 @@ def show(args: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True)
     print(summary_text(datasets))
     for data in datasets:
-        _print_task(console, data, processor, args.rows, args.full)
+        _print_task(console, data, processor, options.rows, options.full)
     return 0
 
 
