@@ -21,8 +21,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lobra.common.checks import show
-from lobra.common.errors import did_you_mean
+from lobra.common.errors import did_you_mean, show
 from lobra.tasks.chat import ChatTemplate
 from lobra.tasks.chat_reading import left_out, quotes_arguments
 from lobra.tasks.conversations import (
