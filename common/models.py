@@ -20,6 +20,7 @@ from pydantic import (
     ValidationError,
     WrapValidator,
 )
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
 
 from lobra.common.errors import Problems, did_you_mean, show
@@ -28,6 +29,8 @@ T = TypeVar("T")
 Place = tuple[int | str, ...]  # of a value in a document: names of fields and numbers in lists
 
 _ABSENT = object()
+_NULL = {"type": "null"}
+_ABOUT = {"description", "default"}  # of a field in a JSON Schema
 _CONTAINERS = {
     "list_type": "a list",
     "tuple_type": "a list",
@@ -176,8 +179,26 @@ def read_as(model: type[T], document: Any, problems: Problems) -> T | None:
 
 def json_schema(model: type) -> dict[str, Any]:
     """Return the JSON Schema (draft 2020-12) of the files that a model describes."""
-    schema = _adapter(model).json_schema()
+    schema = _adapter(model).json_schema(schema_generator=_SchemaWriter)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+class _SchemaWriter(GenerateJsonSchema):
+    """Lets the fields of a `FileModel` be null, and makes no titles of their names."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+    def dataclass_schema(self, schema: core_schema.DataclassSchema) -> JsonSchemaValue:
+        written = super().dataclass_schema(schema)
+        fields = written["properties"]
+        for name in fields.keys() - set(written.get("required", ())):
+            about = {key: fields[name].pop(key) for key in _ABOUT & fields[name].keys()}
+            choices = fields[name].get("anyOf", [fields[name]])
+            if _NULL not in choices:
+                choices = [*choices, _NULL]
+            fields[name] = {"anyOf": choices, **about}
+        return written
 
 
 def place_name(place: Place) -> str:
@@ -207,6 +228,8 @@ def _problem(found: ErrorDetails) -> str:
         choices = found.get("ctx", {}).get("choices", ())
         hint = did_you_mean(value, choices) if isinstance(value, str) else ""
         text = f"want {text}{hint}"
+    if found["type"] == "value_error":  # of a check, whose text tells the value itself
+        return f"{place_name(found['loc'])}: {found['ctx']['error']}"
     if value is _ABSENT:
         return f"{place_name(found['loc'])}: is missing, {text}"
     return _sentence(found["loc"], value, text)

@@ -33,6 +33,7 @@ class Command:
 
 COMMANDS = {
     "init": Command("lobra.commands.init", "write a task file with every field explained"),
+    "schema": Command("lobra.commands.schema", "the JSON Schema of task files or plans"),
     "data": Command(
         "lobra.commands.data", "look at a task's rows as the model sees them, or fetch data"
     ),

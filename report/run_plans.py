@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from lobra.layout.plan import Plan, group_of
+from lobra.layout.plan import Plan, PlanEntry
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def plan_parts(config: Mapping[str, Any], steps: Sequence[dict[str, Any]]) -> li
 
 def describe_plan(groups: Sequence[Mapping[str, Any]]) -> str:
     """Return the groups of a plan, as config.yaml has them, in LobRA's notation."""
-    return str(Plan(tuple(group_of(group) for group in groups)))
+    return str(Plan(tuple(PlanEntry(**group).group() for group in groups)))
 
 
 def _counted(layouts: Sequence[str]) -> str:

@@ -35,7 +35,7 @@ from lobra.common.models import (
     wanted,
 )
 from lobra.tasks.foreign_names import foreign_field
-from lobra.tasks.prompts import template_problem
+from lobra.tasks.prompts import NAMES, template_problem
 
 CONFIG_FOLDER = Path("trainer_config")
 #: The same of the installation: the task sets that come with the project.
@@ -93,9 +93,11 @@ def _checked_prompt(value: str) -> str:
     return value
 
 
+_Module = Annotated[str, OneOf(_MODULES)]
+_Several = Annotated[list[_Module], Field(min_length=1)]
 _Modules = Annotated[
-    tuple[Annotated[str, OneOf(_MODULES)], ...],
-    BeforeValidator(_listed),
+    tuple[_Module, ...],
+    BeforeValidator(_listed, json_schema_input_type=_Module | _Several),
     AfterValidator(resolve_target_modules),
 ]
 _Names = Annotated[
@@ -103,7 +105,12 @@ _Names = Annotated[
     AfterValidator(lambda names: names[0] if len(names) == 1 else names),
     Wanted("a text that is not empty, or a list of such texts"),
 ]
-_Prompt = Annotated[str, Field(strict=True), Wanted("a text"), AfterValidator(_checked_prompt)]
+_Prompt = Annotated[
+    str,
+    Field(strict=True, examples=list(NAMES)),
+    Wanted("a text"),
+    AfterValidator(_checked_prompt),
+]
 _Scheduler = Annotated[str, OneOf(LR_SCHEDULERS)]
 
 
@@ -122,55 +129,54 @@ class TaskConfig(FileModel):
     )
 
     name: FolderName
-    """Unique in its file; the adapter's folder. Default: from dataset_name."""
+    """The adapter's folder; the task in metrics and reports."""
     rank: PositiveInt
     """Rank of the adapter, LoRA's r."""
     lora_alpha: Positive
     """The adapter is scaled by lora_alpha / rank."""
     target_modules: _Modules
-    """The linears with an adapter: one of them, or a list."""
+    """all-linear, or a list of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj."""
     global_batch_size: PositiveInt
     """Sequences of this task in every step, over all devices."""
     dataset_name: _Names
-    """A file <data-dir>/<name>.jsonl, a path, a hub name, or an embedded task; of several, the rows
-    one after another."""
+    """<data-dir>/<name>.jsonl, a path, an embedded task, or owner/name of the Hugging Face hub; of
+    several, the rows one after another."""
     context_length: PositiveInt
     """Most tokens of a sequence; longer ones are cut."""
     json_key: Text = "text"
-    """The field that holds the text of a row, in data without instructions."""
+    """The field of a row that holds its text, in data without instructions."""
     max_samples: PositiveInt | None = None
-    """At most this many rows of each of its data sets, the first ones."""
+    """At most so many rows of each of its data sets, the first ones."""
     steps: PositiveInt | None = None
-    """Steps of this task; without, it runs for its epochs."""
+    """Steps of this task; steps or epochs must be given."""
     epochs: PositiveInt = 1
     """Passes over its data, where steps is not given."""
     learning_rate: Positive = 1e-4
-    """Of AdamW."""
+    """Of AdamW, whose betas are 0.9 and 0.999."""
     weight_decay: NotNegative = 0.0
-    """Of AdamW."""
+    """AdamW's."""
     lr_scheduler: _Scheduler = "constant"
-    """How the learning rate goes over the task's own steps."""
+    """Over the task's own steps, as in transformers."""
     warmup_steps: Count = 0
     """Steps in which the learning rate rises from 0."""
     max_grad_norm: Annotated[NotNegative, Wanted("a number of 0 or more (0: no clipping)")] = 1.0
-    """The norm the task's gradient is clipped to; 0: no clipping."""
+    """The norm the task's gradient is clipped to; 0: never."""
     lora_dropout: Share = 0.0
     """Dropout before the adapter, in training."""
     seed: Count = 0
-    """Of the adapter's first values and of the order of the sequences."""
+    """Of the adapter's first values and the order of the sequences."""
     prompt: _Prompt = "auto"
-    """How a row becomes text: auto (by the data's fields), alpaca, chat, plain, or a template."""
+    """How a row becomes text; a template is such as "Q: {instruction} {input}\\nA: {output}"."""
     train_on_inputs: Flag = False
-    """Learn the prompt's tokens too."""
+    """Learn the prompt's tokens too, not only the answer's."""
     validation_split: Share = 0.0
-    """Share of the sequences held out from training."""
+    """Share of the sequences held out to measure their loss."""
     early_stopping_patience: Count = 0
-    """End the task after this many evaluation periods in a row without a better loss (that of
-    validation where there is one); 0: never."""
+    """End after so many evaluation periods without a better loss; 0: never."""
     early_stopping_min_delta: NotNegative = 0.0
     """By how much a loss must fall to be better."""
     resume_from: Text | None = None
-    """PEFT adapter folder to start from."""
+    """A plain LoRA adapter in PEFT's format to start from."""
 
     @property
     def dataset_names(self) -> tuple[str, ...]:
@@ -245,7 +251,7 @@ class TaskFile(FileModel):
     train_task_num: PositiveInt | None = None
     """Only the first so many of the tasks."""
     variant: Annotated[str, OneOf(VARIANTS)] = VARIANTS[0]
-    """LobRA's: whether query, key and value were one module (fused). Both mean the same here."""
+    """LobRA's files have it; both mean the same here."""
 
     @classmethod
     def stranger(cls, name: str) -> tuple[str | None, str]:
