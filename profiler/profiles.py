@@ -7,14 +7,17 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from lobra.common.errors import ConfigError
+from lobra.common.documents import read_document
+from lobra.common.errors import ConfigError, Problems
 from lobra.common.files import write_atomic
+from lobra.common.models import read_as
 from lobra.layout.layout import Layout
 from lobra.profiler.csv_rows import finite_ms, read_rows, whole_numbers
+from lobra.profiler.sidecar import Sidecar
 
 TIME_COLUMNS = ("tp", "seq_len", "mbs", "time")
 MEMORY_COLUMNS = ("tp", "pp", "sp", "max_tokens")
@@ -162,20 +165,20 @@ def read_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises
     ------
     ConfigError
-        If the sidecar is not a JSON object.
+        With every mistake of the sidecar.
     """
     sidecar = meta_path(path)
     if not sidecar.is_file():
         return {}
+    problems = Problems()
     try:
-        meta = json.loads(sidecar.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{sidecar}: not readable as JSON ({error}); restore it, or remove it with its CSV"
-        ) from error
-    if not isinstance(meta, dict):
-        raise ConfigError(f"{sidecar}: a JSON object is expected, not {type(meta).__name__}")
-    return meta
+        document = read_document(sidecar)
+        read_as(Sidecar, document, problems)
+        problems.prefixed(f"{sidecar}: ").raise_if_any()
+    except ConfigError as error:
+        remedy = "; restore it, or remove it with its CSV"
+        raise ConfigError(error.problems.changed(lambda problem: problem + remedy)) from None
+    return cast(dict[str, Any], document)  # as it is written
 
 
 def write_meta(path: str | os.PathLike[str], meta: dict[str, Any]) -> None:
@@ -254,8 +257,7 @@ def load_memory_profile(path: str | os.PathLike[str]) -> MemoryProfile:
     path = Path(path)
     rows, digest = read_rows(path, MEMORY_COLUMNS, "lobra profile memory", (POLICY_COLUMN,))
     meta = read_meta(path)
-    settings = meta.get("settings")
-    recomputed = isinstance(settings, dict) and settings.get("gradient_checkpointing") is True
+    recomputed = meta.get("settings", {}).get("gradient_checkpointing", False)
     default = "full" if recomputed else DEFAULT_POLICY
     problems: list[str] = []
     table: list[MemoryRow] = []

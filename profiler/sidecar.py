@@ -1,0 +1,60 @@
+"""The sidecar of a profile, ``<name>.meta.json``: how its rows were made.
+
+Only what is read of it has a type here; what else a sidecar notes is kept as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
+
+from lobra.common.models import Flag, NotNegative, Positive, PositiveInt, Share, Text, Wanted
+
+
+class Settings(TypedDict, total=False):
+    """Under what the rows were made; a sweep goes on only under the same.
+
+    ``adapters`` are (rank, target modules) of the tasks, ``lora_dropout`` their dropout where one
+    has any; ``label_share`` is the share of positions that carried a loss.
+    """
+
+    adapters: list[Annotated[tuple[PositiveInt, list[Text]], Field(strict=False)]]
+    bytes_per_token: Positive
+    gradient_checkpointing: Flag
+    label_share: Annotated[
+        float, Field(strict=True, gt=0, le=1), Wanted("a number above 0, at most 1")
+    ]
+    lora_dropout: list[Share]
+    max_seq_length: PositiveInt
+    memory_budget_bytes: Annotated[
+        Positive | Literal["default"], Wanted("a positive number, or default")
+    ]
+
+
+class Environment(TypedDict, total=False):
+    """The machine."""
+
+    hardware: dict[str, Any]
+    memory_budget_bytes: Positive
+    versions: dict[str, Any]
+
+
+class RowDetails(TypedDict, total=False):
+    """How a row was made: the relative spread of its repeats, or what its memory consists of."""
+
+    parts: dict[str, NotNegative]
+    spread: NotNegative
+
+
+class Sidecar(TypedDict, total=False):
+    """A sidecar; ``rows`` and ``skipped`` by the rows' keys, joined by commas."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    kind: Text
+    settings: Settings
+    environment: Environment
+    rows: dict[str, RowDetails]
+    skipped: dict[str, str]
