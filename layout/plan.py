@@ -144,10 +144,19 @@ class PlanEntry(FileModel):
     memory: Annotated[str, OneOf(MEMORY_POLICIES), _built("memory")] = MEMORY_POLICIES[0]
     """What a replica keeps of a layer for the backward pass."""
 
+    @classmethod
+    def of(cls, group: ReplicaGroup) -> PlanEntry:
+        """Return the entry of a group."""
+        layout = group.layout
+        return cls(group.replicas, layout.tp, layout.pp, group.max_tokens, layout.cp, layout.memory)
+
     def group(self) -> ReplicaGroup:
         """Return the replicas."""
         layout = Layout(self.tp, self.pp, self.cp, self.memory)
         return ReplicaGroup(layout, self.dp, self.max_tokens)
+
+
+RankMap = list[list[list[Count]]]
 
 
 class ProfileFile(TypedDict, total=False):
@@ -165,7 +174,7 @@ class PlanMeta(TypedDict, total=False):
     model: Text
     num_gpus: PositiveInt
     gpus_per_node: PositiveInt
-    ranks: list[list[list[Count]]]
+    ranks: RankMap
     """Of each replica, of each of its stages, the ranks."""
     buckets: list[PositiveInt]
     """Padded lengths, in tokens."""
@@ -189,7 +198,7 @@ class PlanFile(FileModel):
 
     strategy_config: Annotated[list[PlanEntry], Field(min_length=1)]
     """The replicas, one entry for each layout."""
-    meta: PlanMeta = field(default_factory=lambda: PlanMeta())
+    meta: PlanMeta = field(default_factory=PlanMeta)
     """How it was made; may be left out."""
 
 
