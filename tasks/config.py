@@ -143,8 +143,9 @@ class TaskConfig(FileModel):
     several, the rows one after another."""
     context_length: PositiveInt
     """Most tokens of a sequence; longer ones are cut."""
-    json_key: Text = "text"
-    """The field of a row that holds its text, in data without instructions."""
+    json_key: Text | None = None
+    """The field of a row that holds its text, in data without instructions; text needs no naming.
+    """
     max_samples: PositiveInt | None = None
     """At most so many rows of each of its data sets, the first ones."""
     steps: PositiveInt | None = None
