@@ -26,7 +26,7 @@ setup(
         "pandas>=2.2,<4",
         "scipy>=1.13,<2",
         "pyyaml>=6.0,<7",
-        "pydantic>=2.9,<3",
+        "pydantic>=2.11,<3",
         "pyscipopt>=6.0,<7",
         "ortools>=9.12,<10",
         "safetensors>=0.5,<1",

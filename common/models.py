@@ -31,11 +31,12 @@ Place = tuple[int | str, ...]  # of a value in a document: names of fields and n
 _ABSENT = object()
 _NULL = {"type": "null"}
 _ABOUT = {"description", "default"}  # of a field in a JSON Schema
-_CONTAINERS = {
+_PLAIN_TYPES = {
     "list_type": "a list",
     "tuple_type": "a list",
     "too_short": "a list that is not empty",
     "dict_type": "an object",
+    "string_type": "a text",
 }
 
 
@@ -201,7 +202,7 @@ class _SchemaWriter(GenerateJsonSchema):
         return written
 
 
-def place_name(place: Place) -> str:
+def _place_name(place: Place) -> str:
     """Return a value's place as people write it: ``task[0].rank``."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
     return text.removeprefix(".")
@@ -223,15 +224,15 @@ def _required(model: Any) -> tuple[str, ...]:
 
 def _problem(found: ErrorDetails) -> str:
     value, text = found["input"], found["msg"]
-    text = _CONTAINERS.get(found["type"], text)
-    if found["type"] == "wanted" or found["type"] in _CONTAINERS:
+    text = _PLAIN_TYPES.get(found["type"], text)
+    if found["type"] == "wanted" or found["type"] in _PLAIN_TYPES:
         choices = found.get("ctx", {}).get("choices", ())
         hint = did_you_mean(value, choices) if isinstance(value, str) else ""
         text = f"want {text}{hint}"
     if found["type"] == "value_error":  # of a check, whose text tells the value itself
-        return f"{place_name(found['loc'])}: {found['ctx']['error']}"
+        return f"{_place_name(found['loc'])}: {found['ctx']['error']}"
     if value is _ABSENT:
-        return f"{place_name(found['loc'])}: is missing, {text}"
+        return f"{_place_name(found['loc'])}: is missing, {text}"
     return _sentence(found["loc"], value, text)
 
 
@@ -239,4 +240,4 @@ def _sentence(place: Place, value: Any, text: str) -> str:
     if not place:
         return f"holds {show(value)}, {text}"
     shown = "" if value is _ABSENT else f" = {show(value)}"
-    return f"{place_name(place)}{shown}: {text}"
+    return f"{_place_name(place)}{shown}: {text}"

@@ -29,7 +29,7 @@ from torch import Tensor
 from lobra.common.documents import read_document
 from lobra.common.errors import ConfigError, Problems
 from lobra.common.files import new_draft, remove_folder, replace_folder, write_atomic
-from lobra.common.models import Count, FileModel, Positive, Text, read_as
+from lobra.common.models import Count, FileModel, Positive, read_as
 from lobra.model.lora import AdapterBank
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.dataset import TokenizedDataset
@@ -78,11 +78,11 @@ class CheckpointState(FileModel):
     lives: list[dict[str, Any]]
     speed_factors: list[Positive]
     speed_counts: list[Count]
-    plan: Text
-    base_model: Text
+    plan: str
+    base_model: str
     last_metrics: dict[str, Any] | None = None
     data_day: Annotated[str, AfterValidator(_is_day)] | None = None
-    precision: Text | None = None
+    precision: str | None = None
 
 
 def step_folder(run: Path, step: int) -> Path:

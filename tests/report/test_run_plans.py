@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
-from lobra.common.errors import Problems
+from lobra.common.errors import ConfigError, Problems
 from lobra.common.models import read_as
 from lobra.layout.plan import PlanEntry
 from lobra.report.run_plans import plan_parts
-from lobra.trainer.run_config import PlanPeriod, RunConfig, plan_history
+from lobra.trainer.run_config import PlanPeriod, RunConfig, plan_history, read_run_config
 
 ONE = [{"dp": 1, "tp": 1, "pp": 1, "max_tokens": 64}]
 TWO = [{"dp": 2, "tp": 1, "pp": 1, "max_tokens": 64}]
@@ -78,6 +78,19 @@ def test_a_folder_of_an_older_version_or_without_a_config(
     (tmp_path / "config.yaml").write_text("[")
     assert froms(plan_history(tmp_path, now(7, ONE))) == [(7, ONE)]
     assert "what plans the run has had so far is not known" in caplog.text
+
+
+def test_a_config_that_is_none_of_a_run_is_refused(tmp_path: Path) -> None:
+    wrong = [{"dp": 1, "tp": 0, "pp": 1, "max_tokens": 64}]
+    for content, problem in (
+        ({**config(ONE), "plan": wrong}, "plan[0].tp = 0: want a positive integer"),
+        ({**config(ONE), "device": None}, "device: is missing, want a text that is not empty"),
+        ([], "holds [], want an object with the fields versions, "),
+    ):
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+        with pytest.raises(ConfigError) as caught:
+            read_run_config(tmp_path)
+        assert str(caught.value).startswith(f"{tmp_path / 'config.yaml'}: {problem}")
 
 
 def test_steps_belong_to_the_plan_they_ran_under() -> None:
