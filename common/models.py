@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import (
@@ -23,6 +24,7 @@ from pydantic import (
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
 
+from lobra.common.documents import read_document
 from lobra.common.errors import Problems, did_you_mean, show
 
 T = TypeVar("T")
@@ -176,6 +178,20 @@ def read_as(model: type[T], document: Any, problems: Problems) -> T | None:
                 said.add(value.once)
                 problems.add(_sentence(found["loc"], value.value, value.text + once))
         return None
+
+
+def load_as(model: type[T], path: Path) -> T:
+    """Return the value that a JSON or YAML file describes.
+
+    Raises
+    ------
+    ConfigError
+        With every mistake of the file.
+    """
+    problems = Problems()
+    value = read_as(model, read_document(path), problems)
+    problems.prefixed(f"{path}: ").raise_if_any()
+    return cast(T, value)
 
 
 def json_schema(model: type) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,10 +13,9 @@ import yaml
 from pydantic import AfterValidator, ConfigDict, Field
 from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
-from lobra.common.documents import read_document
-from lobra.common.errors import ConfigError, Problems
+from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
-from lobra.common.models import Count, FileModel, NotNegative, OneOf, PositiveInt, Text, read_as
+from lobra.common.models import Count, FileModel, NotNegative, OneOf, PositiveInt, Text, load_as
 from lobra.layout.layout import MEMORY_POLICIES, Layout
 
 PLAN_DIR = Path("strategy_config")
@@ -91,17 +90,7 @@ class Plan:
 
     def entries(self) -> list[dict[str, Any]]:
         """Return the groups as a plan's file has them; cp and memory only where they say more."""
-        return [
-            {
-                "dp": group.replicas,
-                "tp": group.layout.tp,
-                "pp": group.layout.pp,
-                **({"cp": group.layout.cp} if group.layout.cp > 1 else {}),
-                **({"memory": group.layout.memory} if group.layout.memory != "keep" else {}),
-                "max_tokens": group.max_tokens,
-            }
-            for group in self.groups
-        ]
+        return [PlanEntry.of(group).as_plain() for group in self.groups]
 
     def with_memory(self, policy: str) -> Plan:
         """Return the plan with every replica under this memory policy."""
@@ -154,6 +143,11 @@ class PlanEntry(FileModel):
         """Return the replicas."""
         layout = Layout(self.tp, self.pp, self.cp, self.memory)
         return ReplicaGroup(layout, self.dp, self.max_tokens)
+
+    def as_plain(self) -> dict[str, Any]:
+        """Return the entry as a file has it, without what is the default."""
+        values = ((field, getattr(self, field.name)) for field in fields(self))
+        return {field.name: value for field, value in values if value != field.default}
 
 
 RankMap = list[list[list[Count]]]
@@ -239,10 +233,7 @@ def load_plan(name_or_path: str | os.PathLike[str]) -> Plan:
         raise ConfigError(
             f"{path}: no such plan; make it with deploy_strategy_plan or give its path"
         )
-    problems = Problems()
-    file = read_as(PlanFile, read_document(path), problems)
-    problems.prefixed(f"{path}: ").raise_if_any()
-    assert file is not None
+    file = load_as(PlanFile, path)
     return Plan(tuple(entry.group() for entry in file.strategy_config), dict(file.meta))
 
 

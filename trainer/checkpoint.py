@@ -55,12 +55,6 @@ def _is_day(text: str) -> str:
     return text
 
 
-def _is_named(record: dict[str, Any]) -> dict[str, Any]:
-    if not isinstance(record.get("name"), str):
-        raise ValueError("a task's record has no name")
-    return record
-
-
 @dataclass(frozen=True)
 class CheckpointState(FileModel):
     """The part of a checkpoint that is not tensors.
@@ -74,7 +68,7 @@ class CheckpointState(FileModel):
 
     step: Count
     seed: Count
-    tasks: list[Annotated[dict[str, Any], AfterValidator(_is_named)]]
+    tasks: list[dict[str, Any]]
     lives: list[dict[str, Any]]
     speed_factors: list[Positive]
     speed_counts: list[Count]
@@ -182,11 +176,11 @@ def _read(folder: Path) -> CheckpointState:
         problems.raise_if_any()
         assert state is not None
         lives_from_json(state.lives)
+        names = [record["name"] for record in state.tasks]
     except ConfigError as error:
         raise _Broken(f"{STATE_FILE} is not usable ({'; '.join(error.problems)})") from error
     except (KeyError, TypeError) as error:
-        raise _Broken(f"{STATE_FILE} is not usable (lives: {error!r})") from error
-    names = [record["name"] for record in state.tasks]
+        raise _Broken(f"{STATE_FILE} is not usable ({error!r})") from error
     for name in names:
         if not (folder / "adapters" / name / CONFIG_FILE).is_file():
             raise _Broken(f"adapters/{name}/{CONFIG_FILE} is missing")

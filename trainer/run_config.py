@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import ConfigDict, Field
 
-from lobra.common.documents import read_document
-from lobra.common.errors import ConfigError, Problems
-from lobra.common.models import Count, FileModel, PositiveInt, Text, read_as
+from lobra.common.errors import ConfigError
+from lobra.common.models import Count, FileModel, PositiveInt, Text, load_as
 from lobra.common.version import installed_version
 from lobra.layout.plan import Plan, PlanEntry, PlanMeta, RankMap
 from lobra.trainer.run_spec import CONFIG_FILE, RunSpec
@@ -53,7 +52,7 @@ class PlanPeriod(_Noted):
 
     def as_plain(self) -> dict[str, Any]:
         """Return the entry of `plans` in config.yaml."""
-        return {**asdict(self), "plan": self.as_plan().entries()}
+        return {**asdict(self), "plan": [entry.as_plain() for entry in self.plan]}
 
 
 @dataclass(frozen=True)
@@ -98,12 +97,7 @@ def read_run_config(folder: Path) -> RunConfig:
     ConfigError
         If there is no config.yaml, or it is none of a run.
     """
-    path = folder / CONFIG_FILE
-    problems = Problems()
-    config = read_as(RunConfig, read_document(path), problems)
-    problems.prefixed(f"{path}: ").raise_if_any()
-    assert config is not None
-    return config
+    return load_as(RunConfig, folder / CONFIG_FILE)
 
 
 def plan_history(folder: Path, present: PlanPeriod) -> list[PlanPeriod]:
