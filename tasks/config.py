@@ -102,7 +102,7 @@ _Modules = Annotated[
 ]
 _Names = Annotated[
     Text | Annotated[tuple[Text, ...], Field(min_length=1)],
-    AfterValidator(lambda names: names[0] if len(names) == 1 else names),
+    AfterValidator(lambda names: names if isinstance(names, str) or names[1:] else names[0]),
     Wanted("a text that is not empty, or a list of such texts"),
 ]
 _Prompt = Annotated[
@@ -144,8 +144,7 @@ class TaskConfig(FileModel):
     context_length: PositiveInt
     """Most tokens of a sequence; longer ones are cut."""
     json_key: Text | None = None
-    """The field of a row that holds its text, in data without instructions; text needs no naming.
-    """
+    """The field that holds the text of a row without instructions, if not text."""
     max_samples: PositiveInt | None = None
     """At most so many rows of each of its data sets, the first ones."""
     steps: PositiveInt | None = None
@@ -196,7 +195,7 @@ class TaskConfig(FileModel):
         steps, warmup = given.get("steps"), given.get("warmup_steps")
         if isinstance(steps, int) and isinstance(warmup, int) and warmup > steps > 0:
             return {"warmup_steps": Mistake(f"want at most the task's steps, {steps}", warmup)}
-        meant = {cls.stranger(name)[0] for name in given}
+        meant = {found[0] for name in given if (found := foreign_field(name))}
         if not {"steps", "epochs"} & (given.keys() | meant):
             return {"steps": Mistake("neither steps nor epochs is given, want at least one")}
         return {}
