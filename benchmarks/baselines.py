@@ -32,9 +32,9 @@ import numpy as np  # noqa: E402
 from benchmarks.baselines_ranks import METHODS, Measured, Work  # noqa: E402
 from experiments.published import parse_plan  # noqa: E402
 from lobra.cli import guarded, make_app, run  # noqa: E402
-from lobra.common.checks import integer  # noqa: E402
 from lobra.common.errors import ConfigError  # noqa: E402
-from lobra.common.options import Int, PositiveInt, as_options, option_problems  # noqa: E402
+from lobra.common.models import at_least  # noqa: E402
+from lobra.common.options import Int, PositiveInt, Within, as_options, option_problems  # noqa: E402
 from lobra.layout.layout import Layout  # noqa: E402
 from lobra.layout.placement import place  # noqa: E402
 from lobra.layout.plan import Plan, ReplicaGroup  # noqa: E402
@@ -264,8 +264,8 @@ class BaselineOptions:
     """
 
     ranks: PositiveInt = 4
-    steps: Annotated[Int, integer(2)] = 6
-    longest: Annotated[Int, integer(16)] = 512
+    steps: Annotated[Int, Within(at_least(2))] = 6
+    longest: Annotated[Int, Within(at_least(16))] = 512
     model: str = "tiny"
     plan: str = "<1,1>x2 <2,1>x1"
     device: Literal["cpu", "cuda"] = "cpu"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -160,7 +161,7 @@ class ConfigError(ValueError):
 _VALUES = re.compile(
     r"""
       "(?:[^"\\]|\\.)*"               # a text as JSON has it
-    | "[^"]*?\.\.\.(?=:\s|$)          # or as `common.checks.show` cuts it
+    | "[^"]*?\.\.\.(?=:\s|$)          # or as `show` cuts it
     | (?<!\w)'(?:[^'\\]|\\.)*'(?!\w)  # or as Python has it; no apostrophe
     | (?<=\s=\s).+?(?=:\s[a-z]|$)     # another value of a field
     """,
@@ -182,3 +183,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     choices = {choice.casefold(): choice for choice in known}
     near = difflib.get_close_matches(word.casefold(), choices, n=1, cutoff=0.6)
     return f" (did you mean {choices[near[0]]!r}?)" if near else ""
+
+
+def show(value: Any) -> str:
+    """Return a value as a file spells it, cut to a line's length."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):
+        text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

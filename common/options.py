@@ -1,8 +1,8 @@
 """Options of commands: their types, bounds and shared help, written once for every command.
 
 An option is a field of a frozen dataclass or a parameter of a command. Its help is its entry in the
-docstring there or, where several commands have the option, that of its type here. A bound is a
-check (`common.checks`) in the type. Values out of bounds are no errors of parsing: a command asks
+docstring there or, where several commands have the option, that of its type here. Bounds are
+those of files (`common.models`). Values out of bounds are no errors of parsing: a command asks
 `option_problems` for them, and reports them together with what is wrong with its files.
 """
 
@@ -11,12 +11,11 @@ check (`common.checks`) in the type. Values out of bounds are no errors of parsi
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from types import FunctionType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 from cyclopts import Parameter, Token, convert
 
-from lobra.common.checks import Check, integer, number
+from lobra.common import models
 from lobra.common.errors import Problems
 
 T = TypeVar("T")
@@ -31,10 +30,17 @@ def _to_int(hint: Any, tokens: Sequence[Token]) -> int:
         raise ValueError(f"{token.value!r} is not an integer") from None
 
 
+@dataclass(frozen=True)
+class Within:
+    """Part of an option's type: its values are those of a type of `common.models`."""
+
+    kind: Any
+
+
 Int = Annotated[int, Parameter(converter=_to_int)]
-PositiveInt = Annotated[Int, integer(1)]
-NonNegativeInt = Annotated[Int, integer(0)]
-PositiveNumber = Annotated[float, number(lambda value: value > 0, "a positive number")]
+PositiveInt = Annotated[Int, Within(models.PositiveInt)]
+NonNegativeInt = Annotated[Int, Within(models.Count)]
+PositiveNumber = Annotated[float, Within(models.Positive)]
 Switch = Literal["on", "off"]
 Device = Annotated[Literal["auto", "cpu", "cuda"], Parameter(help="What ranks run on.")]
 
@@ -132,15 +138,15 @@ def _out_of_bounds(options: Any) -> Iterator[tuple[Field[Any], str]]:
         if is_dataclass(value):
             yield from _out_of_bounds(value)
         for one in value if isinstance(value, tuple) else (value,):
-            for check in _checks(hints[field.name]) if one is not None else ():
-                if wanted := check(one):
+            for kind in _bounded(hints[field.name]) if one is not None else ():
+                if wanted := models.refusal(kind, one):
                     yield field, f"{option_name(field)} {one}: want {wanted}"
 
 
-def _checks(hint: Any) -> Iterator[Check]:
-    """Yield the checks anywhere in a type."""
+def _bounded(hint: Any) -> Iterator[Any]:
+    """Yield what values are to be within, anywhere in an option's type."""
     for part in get_args(hint):
-        if isinstance(part, FunctionType):
-            yield part
+        if isinstance(part, Within):
+            yield part.kind
         else:
-            yield from _checks(part)
+            yield from _bounded(part)

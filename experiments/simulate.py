@@ -50,13 +50,14 @@ from experiments.published import (
 from experiments.published import SCALE_GPUS as PUBLISHED_GPUS
 from experiments.published import SCALE_TASKS as PUBLISHED_TASKS
 from lobra.cli import resumable
-from lobra.common.checks import integer
 from lobra.common.files import write_atomic
+from lobra.common.models import at_least
 from lobra.common.options import (
     Int,
     NonNegativeInt,
     PositiveInt,
     PositiveNumber,
+    Within,
     as_options,
     option_problems,
 )
@@ -72,7 +73,7 @@ SCALE_GPUS = (16, 32, 64, 128, 256)
 SCALE_TASKS = {4: "exp_task4", 8: "exp_task4x2", 12: "exp_task4x3", 16: "exp_task4x4"}
 Rows = list[dict[str, Any]]
 WORKERS = min(2, num_cores())
-AtLeastTwo = Annotated[Int, integer(2)]  # steps: an interval needs two
+AtLeastTwo = Annotated[Int, Within(at_least(2))]  # steps: an interval needs two
 
 
 @as_options

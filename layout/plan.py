@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import AfterValidator, ConfigDict, Field
+from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
-from lobra.common.documents import read_document
 from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
-from lobra.layout.layout import Layout
+from lobra.common.models import Count, FileModel, NotNegative, OneOf, PositiveInt, Text, load_as
+from lobra.layout.layout import MEMORY_POLICIES, Layout
 
 PLAN_DIR = Path("strategy_config")
-FIELDS = ("dp", "tp", "pp", "cp", "memory", "max_tokens")  # of a group of replicas in a file
 
 
 @dataclass(frozen=True, order=True)
@@ -89,17 +90,7 @@ class Plan:
 
     def entries(self) -> list[dict[str, Any]]:
         """Return the groups as a plan's file has them; cp and memory only where they say more."""
-        return [
-            {
-                "dp": group.replicas,
-                "tp": group.layout.tp,
-                "pp": group.layout.pp,
-                **({"cp": group.layout.cp} if group.layout.cp > 1 else {}),
-                **({"memory": group.layout.memory} if group.layout.memory != "keep" else {}),
-                "max_tokens": group.max_tokens,
-            }
-            for group in self.groups
-        ]
+        return [PlanEntry.of(group).as_plain() for group in self.groups]
 
     def with_memory(self, policy: str) -> Plan:
         """Return the plan with every replica under this memory policy."""
@@ -110,6 +101,99 @@ class Plan:
 
     def __str__(self) -> str:
         return " ".join(str(group) for group in self.groups)
+
+
+def _built(name: str) -> AfterValidator:
+    """Return a check that there are layouts with such a value of a field."""
+
+    def check(value: Any) -> Any:
+        try:
+            Layout(**{"tp": 1, "pp": 1, name: value})
+        except ConfigError as error:
+            raise ValueError(error.problems[0].removeprefix(f"layout: {name}: ")) from None
+        return value
+
+    return AfterValidator(check)
+
+
+@dataclass(frozen=True)
+class PlanEntry(FileModel):
+    """Replicas of one layout."""
+
+    dp: PositiveInt
+    """How many replicas."""
+    tp: PositiveInt
+    """Tensor-parallel size: GPUs that share one layer."""
+    pp: PositiveInt
+    """Pipeline size: stages the layers are divided into."""
+    max_tokens: PositiveInt
+    """Most tokens of a micro-batch."""
+    cp: Annotated[PositiveInt, _built("cp")] = 1
+    """Context-parallel size: GPUs that share one sequence."""
+    memory: Annotated[str, OneOf(MEMORY_POLICIES), _built("memory")] = MEMORY_POLICIES[0]
+    """What a replica keeps of a layer for the backward pass."""
+
+    @classmethod
+    def of(cls, group: ReplicaGroup) -> PlanEntry:
+        """Return the entry of a group."""
+        layout = group.layout
+        return cls(group.replicas, layout.tp, layout.pp, group.max_tokens, layout.cp, layout.memory)
+
+    def group(self) -> ReplicaGroup:
+        """Return the replicas."""
+        layout = Layout(self.tp, self.pp, self.cp, self.memory)
+        return ReplicaGroup(layout, self.dp, self.max_tokens)
+
+    def as_plain(self) -> dict[str, Any]:
+        """Return the entry as a file has it, without what is the default."""
+        values = ((field, getattr(self, field.name)) for field in fields(self))
+        return {field.name: value for field, value in values if value != field.default}
+
+
+RankMap = list[list[list[Count]]]
+
+
+class ProfileFile(TypedDict, total=False):
+    """A profile that a plan was made with."""
+
+    file: str
+    digest: str
+
+
+class PlanMeta(TypedDict, total=False):
+    """How a plan was made. Other fields are allowed: versions differ in what they note."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", use_attribute_docstrings=True)  # type: ignore[misc]
+
+    model: Text
+    num_gpus: PositiveInt
+    gpus_per_node: PositiveInt
+    ranks: RankMap
+    """Of each replica, of each of its stages, the ranks."""
+    buckets: list[PositiveInt]
+    """Padded lengths, in tokens."""
+    expected_batch: list[Count]
+    """Sequences in each bucket."""
+    step_time_s: NotNegative
+    sync_time_s: NotNegative
+    lower_bound_s: NotNegative
+    gap: NotNegative
+    """How much faster a plan might at most be, relative to this one's step time."""
+    planner: Text
+    cost_model: Text
+    time_profile: ProfileFile
+    memory_profile: ProfileFile
+    version: Text
+
+
+@dataclass(frozen=True)
+class PlanFile(FileModel):
+    """A plan: how many replicas of which layouts."""
+
+    strategy_config: Annotated[list[PlanEntry], Field(min_length=1)]
+    """The replicas, one entry for each layout."""
+    meta: PlanMeta = field(default_factory=PlanMeta)
+    """How it was made; may be left out."""
 
 
 def make_plan(groups: Sequence[ReplicaGroup], meta: dict[str, Any] | None = None) -> Plan:
@@ -134,18 +218,6 @@ def plan_path(name_or_path: str | os.PathLike[str]) -> Path:
     return PLAN_DIR / f"{text}.yaml"
 
 
-def group_of(entry: Mapping[str, Any]) -> ReplicaGroup:
-    """Return the replicas that an entry of `Plan.entries` stands for.
-
-    Raises
-    ------
-    ConfigError
-        If there is no such layout.
-    """
-    layout = Layout(entry["tp"], entry["pp"], entry.get("cp", 1), entry.get("memory", "keep"))
-    return ReplicaGroup(layout, entry["dp"], entry["max_tokens"])
-
-
 def load_plan(name_or_path: str | os.PathLike[str]) -> Plan:
     """Read a plan file: ``strategy_config: [{dp, tp, pp, max_tokens}]`` and, if there, ``meta``.
 
@@ -161,38 +233,8 @@ def load_plan(name_or_path: str | os.PathLike[str]) -> Plan:
         raise ConfigError(
             f"{path}: no such plan; make it with deploy_strategy_plan or give its path"
         )
-    data = read_document(path)
-    entries = data.get("strategy_config") if isinstance(data, dict) else None
-    if not isinstance(entries, list) or not entries:
-        raise ConfigError(
-            f"{path}: strategy_config: a list of {{dp, tp, pp, max_tokens}} is expected"
-        )
-    meta = data.get("meta") or {}
-    problems = [] if isinstance(meta, dict) else [f"{path}: meta: {meta!r} is not a map"]
-    groups = []
-    for index, entry in enumerate(entries):
-        where = f"{path}: strategy_config[{index}]"
-        if not isinstance(entry, dict):
-            problems.append(f"{where}: {entry!r} is not a map of dp, tp, pp, max_tokens")
-            continue
-        wrong = [
-            f"{where}.{name}: {entry.get(name)!r} is not a positive integer"
-            for name in ("dp", "tp", "pp", "max_tokens")
-            if not isinstance(entry.get(name), int)
-            or isinstance(entry[name], bool)
-            or entry[name] < 1
-        ]
-        unknown = sorted(set(entry) - set(FIELDS), key=str)
-        wrong += [f"{where}.{name}: unknown field" for name in unknown]
-        if not wrong:
-            try:
-                groups.append(group_of(entry))
-            except ConfigError as error:
-                wrong += [f"{where}.{p.removeprefix('layout: ')}" for p in error.problems]
-        problems += wrong
-    if problems:
-        raise ConfigError(problems)
-    return Plan(tuple(groups), meta)
+    file = load_as(PlanFile, path)
+    return Plan(tuple(entry.group() for entry in file.strategy_config), dict(file.meta))
 
 
 def save_plan(plan: Plan, name_or_path: str | os.PathLike[str]) -> Path:

@@ -33,6 +33,7 @@ EXIT_OK, EXIT_FAILURE, EXIT_USER_MISTAKE, EXIT_INTERRUPTED = 0, 1, 2, 130
 #: Of each command, of one word or two, where its function is and one line of help.
 COMMANDS = {
     "init": ("lobra.commands.init:init", "write a task file with every field explained"),
+    "schema": ("lobra.commands.schema:schema", "the JSON Schema of task files or plans"),
     "data": (None, "look at a task's rows as the model sees them, or fetch data"),
     "data show": ("lobra.commands.data_show:show", "rows as the model will see them"),
     "data fetch": ("lobra.commands.data_fetch:fetch_all", "fetch LobRA's public data sets"),

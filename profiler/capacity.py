@@ -91,15 +91,9 @@ def parts_of(meta: Mapping[str, Any], row: MemoryRow) -> Parts | None:
     """Return the parts that a profile's sidecar has of a row, None if it has none."""
     policy = () if row.memory == DEFAULT_POLICY else (row.memory,)
     name = ",".join(map(str, (row.tp, row.pp, row.sp, *policy)))
-    rows = meta.get("rows")
-    details = rows.get(name) if isinstance(rows, dict) else None
-    found = details.get("parts") if isinstance(details, dict) else None
-    names = [field.name for field in fields(Parts)]
-    if not isinstance(found, dict) or not all(
-        isinstance(found.get(name), int | float) for name in names
-    ):
-        return None
-    return Parts(**{name: found[name] for name in names})
+    found = meta.get("rows", {}).get(name, {}).get("parts", {})
+    names = {field.name for field in fields(Parts)}
+    return Parts(**{name: found[name] for name in names}) if names <= found.keys() else None
 
 
 def memory_profile_for(
@@ -126,10 +120,9 @@ def fitted_to(
     profile: MemoryProfile, tasks: Sequence[TaskConfig], shape: ModelShape
 ) -> tuple[MemoryProfile, tuple[str, ...]]:
     """Return the profile for the adapters of these tasks, and notes on how that was found."""
-    settings = profile.meta.get("settings")
-    settings = settings if isinstance(settings, dict) else {}
+    settings = profile.meta.get("settings", {})
     measured = settings.get("adapters")
-    if not isinstance(measured, list):
+    if measured is None:
         number = OF_TASKS.search(profile.path.stem) if profile.path else None
         if number is None or int(number[1]) == len(tasks):
             return profile, ()
@@ -145,13 +138,13 @@ def fitted_to(
     if _kinds(measured) == _kinds(wanted):
         return profile, ()
     budget = settings.get("memory_budget_bytes")
-    if not isinstance(budget, int | float):
+    if budget in (None, "default"):
         budget = profile.meta.get("environment", {}).get("memory_budget_bytes")
     largest = settings.get("max_seq_length")
     parts = [parts_of(profile.meta, row) for row in profile.rows]
-    if not (isinstance(budget, int | float) and isinstance(largest, int) and any(parts)):
+    if budget is None or largest is None or not any(parts):
         return profile, (_as_it_is(profile, len(measured), len(tasks)),)
-    before = sum(shape.adapter_elements(int(rank), tuple(modules)) for rank, modules in measured)
+    before = sum(shape.adapter_elements(rank, tuple(modules)) for rank, modules in measured)
     now = sum(shape.adapter_elements(task.rank, task.target_modules) for task in tasks)
     rows = tuple(
         replace(row, max_tokens=part.max_tokens(budget, now / before, largest))
@@ -177,7 +170,7 @@ def _as_it_is(profile: MemoryProfile, measured: int, wanted: int) -> str:
 
 
 def _kinds(adapters: Sequence[Any]) -> Counter[tuple[int, tuple[str, ...]]]:
-    return Counter((int(rank), tuple(sorted(modules))) for rank, modules in adapters)
+    return Counter((rank, tuple(sorted(modules))) for rank, modules in adapters)
 
 
 def _nearest(path: Path, model: str, num_tasks: int) -> Path | None:

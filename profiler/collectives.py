@@ -118,8 +118,8 @@ def load_collectives(path: str | os.PathLike[str]) -> Collectives:
             continue
         measured.setdefault((kind, ranks), []).append((num_bytes, time_ms))
     meta = read_meta(path)
-    bytes_per_token = meta.get("settings", {}).get("bytes_per_token", 0)
-    if not isinstance(bytes_per_token, int | float) or bytes_per_token <= 0:
+    bytes_per_token = meta.get("settings", {}).get("bytes_per_token")
+    if bytes_per_token is None:
         problems.append(f"{path}: its sidecar lacks settings.bytes_per_token; measure it again")
     if problems:
         raise ConfigError(problems)

@@ -248,10 +248,9 @@ def _check_origins(time_path: Path, other_path: Path) -> None:
 
 def _origin(meta: Mapping[str, Any]) -> tuple[str, str]:
     """Return "estimated" or "measured", and the name of the hardware ("" if not recorded)."""
-    kind = "estimated" if str(meta.get("kind", "")).startswith("estimated") else "measured"
-    environment = meta.get("environment")
-    hardware = environment.get("hardware") if isinstance(environment, dict) else None
-    return kind, str(hardware.get("name") or "") if isinstance(hardware, dict) else ""
+    kind = "estimated" if meta.get("kind", "").startswith("estimated") else "measured"
+    hardware = meta.get("environment", {}).get("hardware", {})
+    return kind, str(hardware.get("name") or "")
 
 
 def load_cost_model(

@@ -76,8 +76,7 @@ def load_head_profile(path: str | os.PathLike[str]) -> HeadProfile:
     Raises
     ------
     ConfigError
-        With every mistake of the file, see ``load_time_profile``; also when the sidecar's share of
-        labels is not within (0, 1].
+        With every mistake of the file, see ``load_time_profile``.
     """
     path = Path(path)
     rows = load_time_profile(path)
@@ -93,16 +92,9 @@ def load_head_profile(path: str | os.PathLike[str]) -> HeadProfile:
             if value is not None and value <= 0
         ]
         base = np.array([value or 0.0 for value in values])
-    profile = HeadProfile(rows, base)
-    try:
-        share_is_good = 0.0 < profile.profiled_share <= 1.0
-    except (AttributeError, TypeError, ValueError):
-        share_is_good = False
-    if not share_is_good:
-        problems.append(f"{path}: its sidecar's settings.label_share is not within (0, 1]")
     if problems:
         raise ConfigError(problems)
-    return profile
+    return HeadProfile(rows, base)
 
 
 def fit_heads(profile: HeadProfile) -> Mapping[int, HeadFit]:

@@ -221,8 +221,7 @@ def load_memory_profile(path: str | os.PathLike[str]) -> MemoryProfile:
     path = Path(path)
     rows, digest = read_rows(path, MEMORY_COLUMNS, "lobra profile memory", (POLICY_COLUMN,))
     meta = read_meta(path)
-    settings = meta.get("settings")
-    recomputed = isinstance(settings, dict) and settings.get("gradient_checkpointing") is True
+    recomputed = meta.get("settings", {}).get("gradient_checkpointing", False)
     default = "full" if recomputed else DEFAULT_POLICY
     problems: list[str] = []
     table: list[MemoryRow] = []

@@ -65,12 +65,14 @@ def open_sweep(
         sweep is writing to it, or it cannot be written.
     """
     _hold(path, restart)
+    if path.is_file() and restart == "always":
+        _set_aside(path)
     if path.is_file():
         meta = read_meta(path)
         problem = _settings_problem(path, meta, settings) or _hardware_problem(
             path, meta, environment or {}
         )
-        if restart == "always" or (problem and restart == "changed"):
+        if problem and restart == "changed":
             _set_aside(path)
         elif problem:
             raise ConfigError(problem)
@@ -109,13 +111,8 @@ def _settings_problem(
     """Return why the rows of `path` cannot be continued under `settings`, None if they can."""
     if not meta:
         return _not_ours(path)
-    wrong = [
-        name
-        for name in ("settings", "environment", "rows", "skipped")
-        if not isinstance(meta.get(name, None if name == "settings" else {}), dict)
-    ]
-    if wrong:
-        return f"{meta_path(path)}: {', '.join(wrong)}: a JSON object is expected; {REMEDY}"
+    if "settings" not in meta:
+        return f"{meta_path(path)}: settings: is missing, want an object; {REMEDY}"
     before = meta["settings"]
     differences = [
         f"{name} was {before.get(name)!r}, is now {settings.get(name)!r}"
@@ -133,8 +130,7 @@ def _hardware_problem(
     """Return what says that the rows were measured on another kind of machine, or None."""
     for part, name in SAME_MACHINE:
         before, now = (
-            entry[part].get(name) if isinstance(entry.get(part), dict) else None
-            for entry in (meta.get("environment", {}), environment)
+            entry.get(part, {}).get(name) for entry in (meta.get("environment", {}), environment)
         )
         if before is not None and now is not None and before != now:
             what = "" if name == "name" else f"{name} "

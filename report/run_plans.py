@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from lobra.layout.plan import Plan, group_of
+from lobra.trainer.run_config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,14 @@ class PlanPart:
         return f"step {first}" if first == last else f"steps {first}-{last}"
 
 
-def plan_parts(config: Mapping[str, Any], steps: Sequence[dict[str, Any]]) -> list[PlanPart]:
+def plan_parts(config: RunConfig, steps: Sequence[dict[str, Any]]) -> list[PlanPart]:
     """Return the steps divided by the plan they ran under.
 
     A step's line names the entry of `plans` in config.yaml by its first step. Lines of older
     versions do not: they belong to the entry whose steps they are, and to another plan where the
     replicas' layouts change.
     """
-    plans = {entry["from_step"]: entry["plan"] for entry in config.get("plans") or ()}
-    if not plans and config.get("plan"):
-        plans = {config.get("resumed_at") or 0: config["plan"]}
+    plans = {period.from_step: period.as_plan() for period in config.periods}
 
     def key(step: dict[str, Any]) -> tuple[int | None, tuple[str, ...]]:
         known = [start for start in plans if start <= step["step"]]
@@ -55,18 +53,13 @@ def plan_parts(config: Mapping[str, Any], steps: Sequence[dict[str, Any]]) -> li
     parts: list[PlanPart] = []
     for (start, layouts), own in groupby(steps, key):
         text = _counted(layouts)
-        groups = plans.get(start) if start is not None else None
+        plan = plans.get(start) if start is not None else None
         # What was measured has the last word: a line may be older than the entry.
-        if groups and sum(group["dp"] for group in groups) == len(layouts):
-            text = describe_plan(groups)
+        if plan and len(plan.replicas) == len(layouts):
+            text = str(plan)
         num_gpus = sum(_num_gpus(layout) for layout in layouts)
         parts.append(PlanPart(len(parts) + 1, text, num_gpus, tuple(own)))
     return parts
-
-
-def describe_plan(groups: Sequence[Mapping[str, Any]]) -> str:
-    """Return the groups of a plan, as config.yaml has them, in LobRA's notation."""
-    return str(Plan(tuple(group_of(group) for group in groups)))
 
 
 def _counted(layouts: Sequence[str]) -> str:

@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -16,6 +15,7 @@ from lobra.common.errors import ConfigError
 from lobra.report.run_plans import PlanPart, plan_parts
 from lobra.trainer.checkpoint import list_checkpoints, step_folder
 from lobra.trainer.metrics import METRICS_FILE, read_metrics
+from lobra.trainer.run_config import RunConfig, read_run_config
 from lobra.trainer.run_spec import ADAPTER_FOLDER, CONFIG_FILE
 
 WARM_UP_STEPS = 1  # the first step also pays for lazy initialisation; left out of the medians
@@ -108,12 +108,12 @@ def run_parts(folder: Path) -> list[PlanPart]:
     return _read(folder)[1]
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], list[PlanPart]]:
+def _read(folder: Path) -> tuple[RunConfig, list[PlanPart]]:
     """Return a run's config.yaml and its steps."""
     for name in (CONFIG_FILE, METRICS_FILE):
         if not (folder / name).is_file():
             raise ConfigError(f"{folder}: no {name} in it; give the folder of a run")
-    config = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    config = read_run_config(folder)
     steps = read_metrics(folder)
     if not steps:
         raise ConfigError(f"{folder / METRICS_FILE}: the run has not finished a step yet")
@@ -134,7 +134,7 @@ def summarise(folder: Path) -> RunSummary:
     return RunSummary(
         plans=tuple(_plan_summary(part) for part in parts),
         num_gpus=parts[-1].num_gpus,
-        device=config["device"],
+        device=config.device,
         steps=len(steps),
         step_time_s=median(step["step_time_s"] for step in timed),
         predicted_step_time_s=median(step["predicted_step_time_s"] for step in timed),
@@ -144,10 +144,8 @@ def summarise(folder: Path) -> RunSummary:
         other_gpu_seconds=sum(_between_steps(step) for step in steps),
         padding_ratio=1
         - sum(step["tokens"] for step in steps) / sum(step["padded_tokens"] for step in steps),
-        tasks=tuple(
-            _task_summary(task["name"], steps, task.get("num_steps")) for task in config["tasks"]
-        ),
-        planned=config.get("plan_meta") or {},
+        tasks=tuple(_task_summary(task.name, steps, task.num_steps) for task in config.tasks),
+        planned=dict(config.plan_meta or {}),
         adapters=_find_adapters(folder),
     )
 

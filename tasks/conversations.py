@@ -12,8 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lobra.common.checks import show
-from lobra.common.errors import did_you_mean
+from lobra.common.errors import did_you_mean, show
 from lobra.tasks.prompts import ROLES
 
 Message = Mapping[str, Any]

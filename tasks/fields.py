@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from lobra.common.checks import show
+from lobra.common.errors import show
 
 #: Names of the three fields of an instruction row in published data sets, the usual name first.
 INSTRUCTION = ("instruction", "question", "query", "problem", "prompt")

@@ -10,7 +10,8 @@ instruction    ``instruction``, ``output`` and perhaps ``input``, or their other
 text           the field ``json_key`` (``text``): all of it is learned
 =============  ====================================================================
 
-A ``json_key`` other than ``text`` that the first row has makes the format ``text``. Fields are a
+A ``json_key`` other than ``text`` that the first row has makes the format ``text``. ``text``
+does not, as LobRA's files give it whatever the data; rows with both are refused. Fields are a
 closed list: those of the format are obeyed, those known to change training are refused
 (`tasks.fields`), all others are named once and ignored.
 """
@@ -21,8 +22,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lobra.common.checks import show
-from lobra.common.errors import did_you_mean
+from lobra.common.errors import did_you_mean, show
 from lobra.tasks.chat import ChatTemplate
 from lobra.tasks.chat_reading import left_out, quotes_arguments
 from lobra.tasks.conversations import (
@@ -63,7 +63,7 @@ class Reading:
     """
 
     prompt: str
-    json_key: str
+    json_key: str | None
     train_on_inputs: bool
     max_rows: int | None
     vocab_size: int | None
@@ -258,11 +258,17 @@ _EMPTY = TextRow("", ())
 
 def format_of(fields: Mapping[str, Any], reading: Reading) -> RowFormat:
     """Return the parser of a file whose first row has these fields."""
-    kind, column = _kind_of(fields, reading.json_key)
-    if reading.json_key not in ("text", *fields):
+    json_key = reading.json_key or "text"
+    kind, column = _kind_of(fields, json_key)
+    if json_key not in ("text", *fields):
         raise SettingError(
-            f"json_key = {show(reading.json_key)}: the first row has no such field"
-            f"{did_you_mean(reading.json_key, fields)}; its fields are {', '.join(fields)}"
+            f"json_key = {show(json_key)}: the first row has no such field"
+            f"{did_you_mean(json_key, fields)}; its fields are {', '.join(fields)}"
+        )
+    if reading.json_key == "text" and "text" in fields and kind != "text":
+        raise SettingError(
+            f'json_key = "text": the first row has this field, but {column}, too, by which it is '
+            f"of the format {kind!r}: remove json_key, or the fields that are not to be read"
         )
     if kind == "completion" and isinstance(fields[column], list):
         kind = "chat"

@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lobra.common.checks import show
-from lobra.common.errors import ConfigError
+from lobra.common.errors import ConfigError, show
 from lobra.tasks.fields import TOKEN_FIELDS
 
 Fields = Mapping[str, Any]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lobra.common.checks import show
+from lobra.common.errors import show
 from lobra.tasks.conversations import FieldError
 from lobra.tasks.fields import MASKS
 from lobra.tasks.text_rows import MASKED, TokenRow

@@ -13,8 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lobra.common.checks import show
-from lobra.common.errors import ConfigError, Problems
+from lobra.common.errors import ConfigError, Problems, show
 from lobra.common.files import new_draft, replace_folder, write_atomic
 from lobra.layout.shapes import ModelShape
 from lobra.layout.world import World

@@ -18,15 +18,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import AfterValidator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lobra.common.errors import ConfigError
+from lobra.common.documents import read_document
+from lobra.common.errors import ConfigError, Problems
 from lobra.common.files import new_draft, remove_folder, replace_folder, write_atomic
+from lobra.common.models import Count, FileModel, Positive, read_as
 from lobra.model.lora import AdapterBank
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.dataset import TokenizedDataset
@@ -47,8 +50,13 @@ DATA_FIELDS = (
 )
 
 
+def _is_day(text: str) -> str:
+    date.fromisoformat(text)
+    return text
+
+
 @dataclass(frozen=True)
-class CheckpointState:
+class CheckpointState(FileModel):
     """The part of a checkpoint that is not tensors.
 
     `base_model` is the base model's fingerprint (`model.fingerprint`).
@@ -58,16 +66,16 @@ class CheckpointState:
     versions that did not note it.
     """
 
-    step: int
-    seed: int
+    step: Count
+    seed: Count
     tasks: list[dict[str, Any]]
     lives: list[dict[str, Any]]
-    speed_factors: list[float]
-    speed_counts: list[int]
+    speed_factors: list[Positive]
+    speed_counts: list[Count]
     plan: str
     base_model: str
     last_metrics: dict[str, Any] | None = None
-    data_day: str | None = None
+    data_day: Annotated[str, AfterValidator(_is_day)] | None = None
     precision: str | None = None
 
 
@@ -93,6 +101,7 @@ def task_record(task: TaskConfig, data: TokenizedDataset) -> dict[str, Any]:
     record = {name: getattr(task, name) for name in (*FIXED_FIELDS, *DATA_FIELDS)}
     record["target_modules"] = list(task.target_modules)
     record["dataset_name"] = list(task.dataset_names)
+    record["json_key"] = task.json_key or "text"  # as versions noted it that had this default
     record["num_sequences"] = len(data)
     digest = hashlib.sha256()
     for array in (data.tokens, data.labels, data.offsets):
@@ -153,20 +162,24 @@ def _read(folder: Path) -> CheckpointState:
     Raises:
         _Broken: something is missing, damaged or does not fit the rest.
     """
+    problems = Problems()
     try:
-        content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        if (written := content.pop("format")) != FORMAT:
+        content = read_document(folder / STATE_FILE)
+        written = content.pop("format", None) if isinstance(content, dict) else None
+        if written not in (None, FORMAT):
             raise _Broken(
                 f"{STATE_FILE} is of format {written}, this version reads {FORMAT}: go on with the "
                 f"version that wrote it (config.yaml names it), or begin a new run whose tasks "
                 f"start from its adapters (resume_from)"
             )
-        state = CheckpointState(**content)
+        state = read_as(CheckpointState, content, problems)
+        problems.raise_if_any()
+        assert state is not None
         lives_from_json(state.lives)
-        if state.data_day is not None:
-            date.fromisoformat(state.data_day)
         names = [record["name"] for record in state.tasks]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except ConfigError as error:
+        raise _Broken(f"{STATE_FILE} is not usable ({'; '.join(error.problems)})") from error
+    except (KeyError, TypeError) as error:
         raise _Broken(f"{STATE_FILE} is not usable ({error!r})") from error
     for name in names:
         if not (folder / "adapters" / name / CONFIG_FILE).is_file():

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lobra.common.checks import show
+from lobra.common.errors import show
 
 #: Returns why a value of a field, in this configuration, is refused; None for one that is not.
 FieldCheck = Callable[[Any, Mapping[str, Any]], str | None]

@@ -6,9 +6,8 @@ All mistakes are collected and reported at once; nothing is written until there 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,7 +33,6 @@ from lobra.common.options import (
     as_options,
     within_bounds,
 )
-from lobra.common.version import installed_version
 from lobra.layout.memory_policy import MemoryPolicy
 from lobra.layout.placement import place, placed
 from lobra.layout.plan import Plan, load_plan
@@ -61,7 +59,8 @@ from lobra.trainer.checkpoint import (
     task_record,
 )
 from lobra.trainer.metrics import METRICS_FILE, check_metrics
-from lobra.trainer.run_folder import occupied, plan_history, unusable, write_run_folder
+from lobra.trainer.run_config import PlanPeriod, plan_history, resolved_config
+from lobra.trainer.run_folder import occupied, unusable, write_run_folder
 from lobra.trainer.run_spec import RunSpec
 from lobra.trainer.task_data import foreign_tokens, load_datasets, too_long
 
@@ -331,10 +330,10 @@ def prepare(request: TrainRequest) -> RunSpec:
         )  # fmt: skip
     log.info("the tasks' data:\n%s", summary_text(datasets))
     _warn_of_long_contexts(tasks, training, shape)
-    resolved = resolved_config(run, request)
-    plans = plan_history(run.output_dir, resolved, run.resume_step or 0)
-    run = replace(run, plan_from=plans[-1]["from_step"])
-    write_run_folder(run, {**resolved, "plans": plans}, training, validation)
+    plans = plan_history(run.output_dir, PlanPeriod.of(run))
+    run = replace(run, plan_from=plans[-1].from_step)
+    nodes = node_size(request, device) if device == "cuda" else None
+    write_run_folder(run, resolved_config(run, request, nodes, plans), training, validation)
     return run
 
 
@@ -538,50 +537,3 @@ def dispatch_costs(request: TrainRequest, plan: Plan) -> CostModel:
     if missing:
         raise ConfigError(list(missing))
     return model
-
-
-def resolved_config(run: RunSpec, request: TrainRequest) -> dict[str, Any]:
-    """Return everything the run was made of, as plain values."""
-    return {
-        "model": request.model,
-        "trainer_config": request.trainer_config,
-        "strategy_config": request.strategy_config,
-        "data_dir": os.fspath(request.data_dir),
-        "num_tasks": request.num_tasks,
-        "max_seq_length": request.max_seq_length,
-        "gpus_per_node": node_size(request, run.device) if run.device == "cuda" else None,
-        "time_profile": run.cost_model.meta,
-        "model_folder": os.fspath(run.model_folder),
-        "precision": run.precision,
-        "device": run.device,
-        "seed": run.seed,
-        "last_step": run.last_step,
-        "dp_bucket": run.dynamic_buckets,
-        "num_buckets": run.num_buckets,
-        "buckets": None if run.dynamic_buckets else list(run.buckets),
-        "dispatch": run.dispatch_mode,
-        "cost_model": request.cost_model,
-        "feedback": run.feedback,
-        "validate_every": run.validate_every,
-        "save_every": run.save_every,
-        "keep_last": run.keep_last,
-        "resumed_at": run.resume_step,
-        "data_day": run.data_day,
-        "tasks": [
-            {**_plain(asdict(task)), "num_steps": steps}
-            for task, steps in zip(run.tasks, run.num_steps, strict=True)
-        ],
-        "plan": run.plan.entries(),
-        "plan_meta": _plain(run.plan.meta),
-        "rank_map": run.world.as_lists(),
-        "versions": {name: installed_version(name) for name in ("lobra", "torch", "deepspeed")},
-    }
-
-
-def _plain(value: Any) -> Any:
-    """Return value with tuples as lists and paths as text, so that YAML stays plain."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return os.fspath(value) if isinstance(value, os.PathLike) else value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from lobra.common.lock import hold
 from lobra.tasks.dataset import TokenizedDataset
 from lobra.trainer.checkpoint import list_checkpoints, read_state
 from lobra.trainer.metrics import METRICS_FILE
+from lobra.trainer.run_config import read_run_config
 from lobra.trainer.run_spec import (
     ADAPTER_FOLDER,
     CONFIG_FILE,
@@ -25,9 +25,6 @@ from lobra.trainer.run_spec import (
 )
 
 LOCK_FILE = ".lock"
-PLAN_FIELDS = ("plan", "rank_map", "device", "precision")
-
-log = logging.getLogger(__name__)
 
 
 def hold_folder(folder: Path) -> None:
@@ -60,7 +57,7 @@ def occupied(folder: Path) -> list[str]:
             f"--output-dir {folder}: holds a run that ended before its first checkpoint; choose "
             f"another folder, or remove this one"
         ]
-    if not _is_ours(folder / CONFIG_FILE):  # it is the first file a run writes
+    if not _is_ours(folder):  # it is the first file a run writes
         for name in (CONFIG_FILE, DATA_FOLDER, VALIDATION_FOLDER):
             if (folder / name).exists():
                 return [
@@ -70,42 +67,12 @@ def occupied(folder: Path) -> list[str]:
     return []
 
 
-def _is_ours(path: Path) -> bool:
-    """Return whether a run has written this config.yaml."""
+def _is_ours(folder: Path) -> bool:
+    """Return whether a run has written the folder's config.yaml."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        return "lobra" in read_run_config(folder).versions
+    except ConfigError:
         return False
-    versions = content.get("versions") if isinstance(content, dict) else None
-    return isinstance(versions, dict) and "lobra" in versions
-
-
-def plan_history(folder: Path, config: Mapping[str, Any], step: int) -> list[dict[str, Any]]:
-    """Return the plans of a run that goes on after `step` steps, the present one last.
-
-    Each is an entry of `plans` in config.yaml: the step (0-based) from which on the run has had it,
-    and the fields of `config`, the run as it is now, that say where it runs. A plan that stays the
-    same keeps its entry. What is known of earlier plans is in the folder's config.yaml.
-    """
-    present = {"from_step": step, **{name: config.get(name) for name in PLAN_FIELDS}}
-    earlier = [] if step == 0 else _known_plans(folder / CONFIG_FILE)
-    history = [entry for entry in earlier if entry["from_step"] < step]
-    if history and all(history[-1].get(name) == present[name] for name in PLAN_FIELDS):
-        return history
-    return [*history, present]
-
-
-def _known_plans(path: Path) -> list[dict[str, Any]]:
-    """Return the plans that a config.yaml names; older versions knew the last one only."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if "plans" in content:
-            return [{**entry, "from_step": int(entry["from_step"])} for entry in content["plans"]]
-        first = {"from_step": int(content.get("resumed_at") or 0)}
-        return [{**first, **{name: content.get(name) for name in PLAN_FIELDS}}]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
-        log.warning("%s: does not say what plans the run has had so far (%r)", path, error)
-        return []
 
 
 def write_run_folder(

@@ -21,9 +21,9 @@ from lobra.commands.profile_options import (
     profiler_problems,
     progress_bars,
 )
-from lobra.common.checks import integer
 from lobra.common.errors import ConfigError
-from lobra.common.options import Int, NonNegativeInt, PositiveInt, as_options
+from lobra.common.models import at_least
+from lobra.common.options import Int, NonNegativeInt, PositiveInt, Within, as_options
 from lobra.layout.shapes import ModelShape, layout_problem, resolve_shape
 from lobra.model.folder import resolve_folder
 from lobra.profiler.collectives import ALL_REDUCE, load_collectives
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 NUM_TASKS, LORA_RANK = 4, 16  # where neither they nor a trainer config are given
 DEFAULT_MAX_SEQ_LENGTH = {"cpu": 2048, "cuda": 16384}
-LayerTokens = Annotated[Int, integer(16)]
+LayerTokens = Annotated[Int, Within(at_least(16))]
 
 
 @as_options

@@ -12,17 +12,20 @@ import yaml
 from lobra.cli import main
 from lobra.commands.init import DEFAULT_PATH, TEMPLATE
 from lobra.common.documents import read_document
-from lobra.tasks.config import TaskConfig, load_trainer_config
+from lobra.common.models import json_schema
+from lobra.tasks.config import TaskConfig, TaskFile, load_trainer_config
 
 #: # type (default): what it does, perhaps over two lines, and the field, perhaps commented out
 FIELD = re.compile(
-    r"^ *# [^(\n]+ \((?:default:? )?([^)]+)\): .+\n(?: *# .+\n)?[ -]*(#?)(\w+): (.+)$", re.MULTILINE
+    r"^ *# [^(\n]+ \((?:default:? )?([^)]+)\): (.+\n(?: *# .+\n)?)[ -]*(#?)(\w+): (.+)$",
+    re.MULTILINE,
 )
 
 
 @dataclass(frozen=True)
 class Explained:
     default: str
+    what: str
     commented: bool
     value: str
 
@@ -30,8 +33,8 @@ class Explained:
 def explained() -> dict[str, Explained]:
     """Return every field that the file explains."""
     return {
-        name: Explained(default, bool(mark), value)
-        for default, mark, name, value in FIELD.findall(TEMPLATE.read_text())
+        name: Explained(default, re.sub(r"\s+(# )?", " ", what).strip(), bool(mark), value)
+        for default, what, mark, name, value in FIELD.findall(TEMPLATE.read_text())
     }
 
 
@@ -51,6 +54,14 @@ def test_every_field_is_explained_with_its_default() -> None:
             assert yaml.safe_load(default) == field.default
             if found[name].commented:
                 assert yaml.safe_load(found[name].value) == field.default
+
+
+def test_the_explanations_are_those_of_the_schema() -> None:
+    schema = json_schema(TaskFile)
+    properties = {**schema["properties"], **schema["$defs"]["TaskConfig"]["properties"]}
+    for name, field in explained().items():
+        said = " ".join(properties[name]["description"].split())
+        assert said.casefold() == f"{field.what}.".casefold(), name
 
 
 def test_every_field_that_is_commented_out_can_be_switched_on(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ MEASURED = {"kind": "measured", "environment": {"hardware": {"name": "one"}}}
         ({"kind": "measured"}, None),
         (MEASURED, None),
         ({**MEASURED, "kind": "measured on a single device"}, None),
-        ({**MEASURED, "environment": None}, None),
+        ({**MEASURED, "environment": {}}, None),
         ({**MEASURED, "environment": {"hardware": {"name": "two"}}}, "measured on two, but"),
         ({"kind": "estimated", "environment": {}}, "time.csv is estimated, but"),
     ],

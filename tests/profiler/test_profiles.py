@@ -99,7 +99,9 @@ def test_the_sidecar_goes_with_the_profile(tmp_path: Path) -> None:
     append_row(path, TIME_COLUMNS, (1, 128, 1, 3.5))
     assert load_time_profile(path).meta == {"hardware": "CPU", "measured": True}
     (tmp_path / "profile.meta.json").write_text("[1]")
-    with pytest.raises(ConfigError, match="JSON object"):
+    with pytest.raises(
+        ConfigError, match=r"profile\.meta\.json: holds \[1\], want an object; restore"
+    ):
         read_meta(path)
 
 

@@ -183,7 +183,7 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
 def test_a_sidecar_of_other_types_is_refused(tmp_path: Path, part: str) -> None:
     path = written(tmp_path / "t.csv")
     write_meta(path, read_meta(path) | {part: None})
-    with pytest.raises(ConfigError, match=f"{part}: a JSON object is expected"):
+    with pytest.raises(ConfigError, match=f"{part} = null: want an object"):
         opened(path)
 
 

@@ -31,7 +31,7 @@ SPECIALS = SpecialTokens(
 def reading(**settings: Any) -> Reading:
     values: dict[str, Any] = {
         "prompt": "auto",
-        "json_key": "text",
+        "json_key": None,
         "train_on_inputs": False,
         "max_rows": None,
         "vocab_size": 300,
@@ -205,6 +205,7 @@ def test_plain_text(tmp_path: Path) -> None:
     other = ALPACA_ROW | {"content": "abc"}
     assert read(tmp_path, other, json_key="content") == [row]
     assert read(tmp_path, ALPACA_ROW | {"text": "all"}) == read(tmp_path, ALPACA_ROW)
+    assert read(tmp_path, ALPACA_ROW, json_key="text") == read(tmp_path, ALPACA_ROW)
 
 
 @pytest.mark.parametrize(
@@ -549,6 +550,9 @@ def test_nulls_are_not_there(tmp_path: Path) -> None:
 def test_a_setting_that_does_not_apply_is_refused(tmp_path: Path) -> None:
     (problem,) = problems_of(tmp_path, ALPACA_ROW, json_key="boddy")
     assert problem.startswith("json_key = ")
+    both = ALPACA_ROW | {"text": "all"}
+    (problem,) = problems_of(tmp_path, both, json_key="text")
+    assert "this field, but instruction, too" in problem and "remove json_key" in problem
     messages = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
     row = dict(zip(("prompt", "completion"), messages, strict=True))
     (problem,) = problems_of(tmp_path, row, prompt="alpaca")

@@ -296,6 +296,21 @@ def test_a_damaged_checkpoint_names_the_last_whole_one(three_steps: Path, name: 
     assert read_state(three_steps, 2).step == 2
 
 
+def test_what_is_wrong_with_a_state_is_said(three_steps: Path) -> None:
+    path = step_folder(three_steps, 6) / "state.json"
+    changes = {"step": "six", "speed_factors": [0.0], "data_day": "today", "spped_counts": []}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ConfigError) as caught:
+        read_state(three_steps, None)
+    for part in (
+        'step = "six": want an integer of 0 or more',
+        "speed_factors[0] = 0.0: want a positive number",
+        "data_day: Invalid isoformat string",
+        "spped_counts: is no field here (did you mean 'speed_counts'?)",
+    ):
+        assert part in str(caught.value)
+
+
 def test_moments_that_do_not_fit_the_adapter_are_refused(three_steps: Path) -> None:
     moments = step_folder(three_steps, 6) / "moments" / f"{TASKS[2].name}.safetensors"
     whole = load_file(moments)

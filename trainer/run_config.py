@@ -1,0 +1,168 @@
+"""A run's config.yaml: everything the run was made of, and the plans it has had."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import ConfigDict, Field
+
+from lobra.common.errors import ConfigError
+from lobra.common.models import Count, FileModel, PositiveInt, Text, load_as
+from lobra.common.version import installed_version
+from lobra.layout.plan import Plan, PlanEntry, PlanMeta, RankMap
+from lobra.trainer.run_spec import CONFIG_FILE, RunSpec
+
+if TYPE_CHECKING:
+    from lobra.trainer.prepare import TrainRequest
+
+log = logging.getLogger(__name__)
+
+
+class _Noted(FileModel):
+    """What is read again of an object in config.yaml; what else versions note there is ignored."""
+
+    __pydantic_config__ = ConfigDict(extra="ignore")
+
+
+@dataclass(frozen=True)
+class PlanPeriod(_Noted):
+    """Where a run ran from a step (0-based) on: a plan, its ranks, a device and a precision."""
+
+    from_step: Count
+    plan: Annotated[list[PlanEntry], Field(min_length=1)]
+    rank_map: RankMap | None = None
+    device: Text | None = None
+    precision: Text | None = None
+
+    @classmethod
+    def of(cls, run: RunSpec) -> PlanPeriod:
+        """Return where a run is to run from the step on that it starts at."""
+        plan = [PlanEntry.of(group) for group in run.plan.groups]
+        step = run.resume_step or 0
+        return cls(step, plan, run.world.as_lists(), run.device, run.precision)
+
+    def as_plan(self) -> Plan:
+        """Return the plan."""
+        return Plan(tuple(entry.group() for entry in self.plan))
+
+    def as_plain(self) -> dict[str, Any]:
+        """Return the entry of `plans` in config.yaml."""
+        return {**asdict(self), "plan": [entry.as_plain() for entry in self.plan]}
+
+
+@dataclass(frozen=True)
+class RunTask(_Noted):
+    """A task of a run, and the steps it was to train."""
+
+    name: Text
+    num_steps: PositiveInt | None = None
+
+
+@dataclass(frozen=True)
+class RunConfig(_Noted):
+    """What is read again of a run's config.yaml.
+
+    ``plan`` and what is beside it are of the last plan; ``plans`` are all the run has had, which
+    older versions did not note.
+    """
+
+    versions: dict[str, str]
+    tasks: list[RunTask]
+    device: Text
+    plan: Annotated[list[PlanEntry], Field(min_length=1)]
+    rank_map: RankMap | None = None
+    precision: Text | None = None
+    resumed_at: Count | None = None
+    plan_meta: PlanMeta | None = None
+    plans: tuple[PlanPeriod, ...] = ()
+
+    @property
+    def periods(self) -> tuple[PlanPeriod, ...]:
+        """The plans the run has had, the last one last."""
+        first = self.resumed_at or 0
+        last = PlanPeriod(first, self.plan, self.rank_map, self.device, self.precision)
+        return self.plans or (last,)
+
+
+def read_run_config(folder: Path) -> RunConfig:
+    """Return what a run's folder says of it.
+
+    Raises
+    ------
+    ConfigError
+        If there is no config.yaml, or it is none of a run.
+    """
+    return load_as(RunConfig, folder / CONFIG_FILE)
+
+
+def plan_history(folder: Path, present: PlanPeriod) -> list[PlanPeriod]:
+    """Return the plans of a run that starts or goes on, the present one last.
+
+    A plan that stays the same keeps its entry. What is known of earlier ones is in the folder's
+    config.yaml.
+    """
+    earlier: Sequence[PlanPeriod] = ()
+    if present.from_step > 0:
+        try:
+            earlier = read_run_config(folder).periods
+        except ConfigError as error:
+            log.warning("what plans the run has had so far is not known: %s", error)
+    history = [period for period in earlier if period.from_step < present.from_step]
+    if history and replace(history[-1], from_step=present.from_step) == present:
+        return history
+    return [*history, present]
+
+
+def resolved_config(
+    run: RunSpec, request: TrainRequest, gpus_per_node: int | None, plans: Sequence[PlanPeriod]
+) -> dict[str, Any]:
+    """Return everything the run was made of, as plain values."""
+    return {
+        "model": request.model,
+        "trainer_config": request.trainer_config,
+        "strategy_config": request.strategy_config,
+        "data_dir": os.fspath(request.data_dir),
+        "num_tasks": request.num_tasks,
+        "max_seq_length": request.max_seq_length,
+        "gpus_per_node": gpus_per_node,
+        "time_profile": run.cost_model.meta,
+        "model_folder": os.fspath(run.model_folder),
+        "precision": run.precision,
+        "device": run.device,
+        "seed": run.seed,
+        "last_step": run.last_step,
+        "dp_bucket": run.dynamic_buckets,
+        "num_buckets": run.num_buckets,
+        "buckets": None if run.dynamic_buckets else list(run.buckets),
+        "dispatch": run.dispatch_mode,
+        "cost_model": request.cost_model,
+        "feedback": run.feedback,
+        "validate_every": run.validate_every,
+        "save_every": run.save_every,
+        "keep_last": run.keep_last,
+        "resumed_at": run.resume_step,
+        "data_day": run.data_day,
+        "tasks": [
+            {**_plain(asdict(task)), "num_steps": steps}
+            for task, steps in zip(run.tasks, run.num_steps, strict=True)
+        ],
+        "plan": run.plan.entries(),
+        "plan_meta": _plain(run.plan.meta),
+        "rank_map": run.world.as_lists(),
+        "versions": {name: installed_version(name) for name in ("lobra", "torch", "deepspeed")},
+        "plans": [period.as_plain() for period in plans],
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Return value with tuples as lists and paths as text, so that YAML stays plain."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
