@@ -142,22 +142,24 @@ def _explained(error: CycloptsError) -> Problems:
         return Problems([f"{word}: no such command{did_you_mean(word, there)}; see --help"])
     if type(error) is UnusedCliTokensError:
         return Problems([f"not expected here: {' '.join(error.unused_tokens or ())}"])
-    if type(error) is not MissingArgumentError or error.keyword or not error.app:
-        return Problems([str(error)])
-    known = error.app.assemble_argument_collection()
-    words = {word.partition("=")[0] for word in error.root_input_tokens or ()}
-    names = [argument.name for argument in known]
-    problems = Problems(
-        f"{argument.name}: is required"
-        for argument in known
-        if argument.parse
-        and argument.required
-        and not argument.children
-        and argument.name not in words
-    )
-    for word in sorted(words):
-        if word.startswith("--") and word not in names:
-            problems.add(f"{word}: no such option{did_you_mean(word, names)}")
+    if type(error) is MissingArgumentError and not error.keyword and error.app:
+        words = {word.partition("=")[0] for word in error.root_input_tokens or ()}
+        if missing := _missing(error.app, words):
+            return missing
+    return Problems([str(error)])
+
+
+def _missing(app: App, words: set[str]) -> Problems:
+    """Return which options of a command are missing among the words, and which are none."""
+    options = app.assemble_argument_collection()
+    known = [option.name for option in options]
+    required = [o.name for o in options if o.parse and o.required and not o.children]
+    problems = Problems(f"{name}: is required" for name in required if name not in words)
+    problems += [
+        f"{word}: no such option{did_you_mean(word, known)}"
+        for word in sorted(words)
+        if word.startswith("--") and word not in known
+    ]
     return problems
 
 
