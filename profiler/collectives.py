@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.optimize import nnls
 
 from lobra.common.errors import ConfigError
 from lobra.profiler.csv_rows import read_rows
@@ -129,6 +128,8 @@ def load_collectives(path: str | os.PathLike[str]) -> Collectives:
 
 def fit_link(num_bytes: np.ndarray, time_ms: np.ndarray) -> Link:
     """Return latency and rate (both non-negative) with the least squared relative error."""
+    from scipy.optimize import nnls  # slow to import, and few need it
+
     scale = num_bytes.max()
     terms = np.stack([np.ones_like(time_ms), num_bytes / scale], axis=1) / time_ms[:, None]
     latency_ms, rate = nnls(terms, np.ones(len(time_ms)))[0]

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.optimize import nnls
 
 from lobra.common.errors import ConfigError
 from lobra.layout.shapes import ModelShape
@@ -171,6 +170,8 @@ def calibrate(
         If the profile has fewer than four rows of that tp, or the mean error that remains on them
         is above 25 %: they were not measured on this accelerator.
     """
+    from scipy.optimize import nnls  # slow to import, and few need it
+
     rows = profile.tp == tp
     if int(rows.sum()) < 4:
         raise ConfigError(f"{profile.path}: at least 4 rows of tp {tp} are needed to calibrate")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.optimize import nnls
 
 Array = np.ndarray
 
@@ -49,6 +48,8 @@ def roughness_rows(tokens: Array, time_ms: Array, knots: Array, weight: float) -
 
 def robust_nnls(matrix: Array, target: Array, num_rows: int) -> Array:
     """Solve non-negative least squares, the first rows' errors weighed after Huber (IRLS)."""
+    from scipy.optimize import nnls  # slow to import, and few need it
+
     scale = np.abs(matrix).max(axis=0)
     scale[scale == 0.0] = 1.0
     scaled, weights = matrix / scale, np.ones(len(target))

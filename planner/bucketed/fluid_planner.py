@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import LinearConstraint, milp
 
 from lobra.planner.bucketed.fluid import amounts
 from lobra.planner.bucketed.problem import Problem
@@ -59,6 +58,8 @@ class FluidPlanner:
 
         If the solver stops undecided the answer is no replicas (zeros): nothing is proven.
         """
+        from scipy.optimize import LinearConstraint, milp  # slow to import, and few need it
+
         problem, counts = self._problem, self._problem.counts[self._used]
         reach = np.stack([amounts(table, step_time_s) for table in self._tables])[:, self._used]
         candidate, bucket = np.nonzero(reach > 0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.optimize import LinearConstraint, milp
 
 from lobra.planner.bucketed.columns import Budget, Columns, Generated
 from lobra.planner.bucketed.loads import Loads, micro_batches_of
@@ -53,6 +52,8 @@ def choose(
 
     An integer program over the columns; None if the solver found nothing in time.
     """
+    from scipy.optimize import LinearConstraint, milp  # slow to import, and few need it
+
     matrix = columns.matrix()
     used = np.flatnonzero(counts > 0)
     number = len(matrix)
