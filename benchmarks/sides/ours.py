@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks.sides.job import MAX_GRAD_NORM, MODULES, fresh_adapter, task_name
 from benchmarks.sides.side import Clock, Setting, Step, Trained
@@ -13,7 +17,7 @@ from lobra.layout.sequences import StepOrder
 from lobra.layout.world import one_replica
 from lobra.model.groups import build_groups
 from lobra.model.pipeline import run_replica
-from lobra.model.stage import build_stage
+from lobra.model.stage import MicroBatchTensors, build_stage
 from lobra.planner.dispatch import dispatch
 from lobra.profiler.cost_model import fit_cost_model
 from lobra.profiler.profiles import TimeProfile
@@ -28,19 +32,19 @@ ALONE = Layout(1, 1)
 
 
 class Ours:
-    """All tasks together on one replica ``<1,1>``.
+    """All tasks together on one replica of one rank.
 
     A step's order is made before the clock starts: in training a thread makes it while the step
     before is computed.
     """
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Setting, layout: Layout = ALONE) -> None:
         start_deepspeed(setting.device)
         self.setting = setting
         self.device = torch.device(setting.device)
         names = (task_name(task) for task in range(setting.num_tasks))
         self.tasks = tuple(_task(name, setting.rank) for name in names)
-        world = one_replica(ALONE)
+        world = one_replica(layout)
         self.stage = build_stage(
             setting.folder,
             build_groups(world),
@@ -62,7 +66,7 @@ class Ours:
         labels = [work.labels for work in order.task_work(len(self.tasks))]
         shares = torch.tensor([1 / max(1, count) for count in labels])
         weights = to_device([shares], self.device)[0]
-        batches = [micro_batch_tensors(b, weights, self.device, 0) for b in order.replicas[0]]
+        batches = self._tensors(order, weights)
         losses = run_replica(self.stage, batches, len(self.tasks))
         compute_s = clock.seconds()
         rate = self.setting.job.learning_rate
@@ -73,6 +77,14 @@ class Ours:
         time_s = clock.seconds()
         means = tuple((losses * weights).tolist())
         return Trained(time_s, compute_s, means, len(batches), order.padded_tokens)
+
+    def layers_of(self, step: Step) -> tuple[int, Callable[[], Tensor]]:
+        """Return the tokens of a step's first micro-batch, and what runs all layers over it."""
+        batch = self._tensors(self._order(step), torch.zeros(len(self.tasks)))[0]
+        return batch.tokens_BS.numel(), partial(self.stage.hidden, batch, None)
+
+    def _tensors(self, order: StepOrder, weights: Tensor) -> list[MicroBatchTensors]:
+        return [micro_batch_tensors(batch, weights, self.device, 0) for batch in order.replicas[0]]
 
     def _order(self, step: Step) -> StepOrder:
         lengths = [len(sequence.tokens) for sequence in step]
