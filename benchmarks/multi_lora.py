@@ -9,7 +9,7 @@ numbers of tasks, too, every one trains the same sequences. Sides:
     base           the frozen base alone, packed, no adapter and no update: the limit
     ours           the trainer's step on one rank
     peft-switching one task after the other, 4 rows a micro-batch as a Trainer does
-    peft-sorted    the same with rows of like length, up to the most tokens
+    peft-sorted    the same with rows of like length, up to the most tokens, attention without mask
     peft-1-row, peft-8-rows
 
 Experiments: `adapters` varies the number of tasks, `ranks` their rank, `batching` how micro-batches
@@ -28,7 +28,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +42,7 @@ from benchmarks.sides.job import JOBS, save_model  # noqa: E402
 from benchmarks.sides.lengths import find_lengths  # noqa: E402
 from benchmarks.sides.operators import write_operators  # noqa: E402
 from benchmarks.sides.side import Setting, Side, weights_dtype  # noqa: E402
-from benchmarks.sides.switching import Switching, rows_by_length, switching  # noqa: E402
+from benchmarks.sides.switching import sorted_switching, switching  # noqa: E402
 from benchmarks.sides.table import summaries, table  # noqa: E402
 from lobra.common.errors import ConfigError  # noqa: E402
 from lobra.common.files import write_atomic  # noqa: E402
@@ -61,7 +60,7 @@ SIDES: Mapping[str, Callable[[Setting], Side]] = {
     "base": PackedBase,
     "ours": _ours,
     "peft-switching": switching(4),
-    "peft-sorted": partial(Switching, rows_by_length),
+    "peft-sorted": sorted_switching,
     "peft-1-row": switching(1),
     "peft-8-rows": switching(8),
 }

@@ -72,11 +72,18 @@ class Bench:
                     tokens, flops = num_tokens(step), step_flops(self.job.model, step)
                     result.steps.append(TimedStep(number, tokens, flops, trained))
                     result.step_bytes = max(taken_bytes, result.step_bytes or 0)
-        step = self.job.step(self.lengths, 0, setting.num_tasks)
-        batch = sorted(first_fit_decreasing(step, self.job.max_tokens)[-1], key=lambda s: s.index)
+        batch = self._mixed_batch(setting.num_tasks)
         for side, result in entries:
             if result.failure is None:
-                self._count(side, result, batch)
+                with self._memory_may_end(result):
+                    self._count(side, result, batch)
+
+    def _mixed_batch(self, num_tasks: int) -> Step:
+        """Return the sequences of a packed micro-batch with as many tasks as any, by task."""
+        step = self.job.step(self.lengths, 0, num_tasks)
+        batches = first_fit_decreasing(step, self.job.max_tokens)
+        mixed = max(batches, key=lambda batch: len({sequence.task for sequence in batch}))
+        return sorted(mixed, key=lambda sequence: sequence.index)
 
     @contextmanager
     def _memory_may_end(self, result: Result) -> Iterator[None]:

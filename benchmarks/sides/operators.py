@@ -12,6 +12,8 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
+from lobra.common.files import atomic_path
+
 OPERATOR, KERNEL, RUNTIME = "cpu_op", "kernel", "cuda_runtime"  # categories of a trace
 TORCH = "aten::"  # of its own operators, not of its autograd engine
 
@@ -84,7 +86,7 @@ def _operators(events: Iterable[dict]) -> list[Launch]:
 
 def write_operators(path: Path, launches: Iterable[tuple[str, Launch]]) -> None:
     """Write launches, each with its side, as CSV."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with atomic_path(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["side", *(field.name for field in fields(Launch))])
         writer.writerows((side, *astuple(launch)) for side, launch in launches)

@@ -33,15 +33,20 @@ def rows_by_length(batch: Batch, max_tokens: int) -> list[Batch]:
 
 
 class Switching:
-    """All tasks' adapters in one PEFT model, trained in turn, each with its own AdamW."""
+    """All tasks' adapters in one PEFT model, trained in turn, each with its own AdamW.
 
-    def __init__(self, batching: Batching, setting: Setting) -> None:
+    Padding is on the right, where causal attention never sees it. So `with_mask` changes nothing
+    but the time: a Trainer gives the mask, without it torch has faster kernels.
+    """
+
+    def __init__(self, batching: Batching, with_mask: bool, setting: Setting) -> None:
         from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
         from transformers import AutoModelForCausalLM
 
         # of names that PEFT and transformers will change
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         self.batching = batching
+        self.with_mask = with_mask
         self.setting = setting
         self.device = torch.device(setting.device)
         base = AutoModelForCausalLM.from_pretrained(setting.folder, dtype=setting.dtype)
@@ -80,7 +85,10 @@ class Switching:
                 ids, labels, mask = self._padded(batch)
                 with torch.autocast("cuda", torch.bfloat16, self.setting.device == "cuda"):
                     loss = self.model(
-                        input_ids=ids, attention_mask=mask, labels=labels, use_cache=False
+                        input_ids=ids,
+                        attention_mask=mask if self.with_mask else None,
+                        labels=labels,
+                        use_cache=False,
                     ).loss
                 share = loss * (num_labels(batch) / num_labels(own))
                 share.backward()
@@ -110,5 +118,10 @@ class Switching:
 
 
 def switching(num_rows: int) -> Callable[[Setting], Switching]:
-    """Return what builds a side that takes `num_rows` sequences as they come."""
-    return partial(Switching, partial(rows_in_turn, num_rows))
+    """Return what builds a side that takes `num_rows` sequences as they come, as a Trainer does."""
+    return partial(Switching, partial(rows_in_turn, num_rows), True)
+
+
+def sorted_switching(setting: Setting) -> Switching:
+    """Return a side that does what it can: rows of like length, attention without a mask."""
+    return Switching(rows_by_length, False, setting)
