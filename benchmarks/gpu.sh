@@ -36,25 +36,27 @@ part() {
 
 share_gpu() {
     [[ $device == cuda ]] || return 0
-    export NCCL_MULTI_RANK_GPU_ENABLE=1 CUDA_MPS_PIPE_DIRECTORY=$out/mps CUDA_MPS_LOG_DIRECTORY=$out/mps
+    mps=$(mktemp -d) # a socket's path must be short
+    export NCCL_MULTI_RANK_GPU_ENABLE=1 CUDA_MPS_PIPE_DIRECTORY=$mps CUDA_MPS_LOG_DIRECTORY=$mps
     [[ -n ${NCCL_LIBRARY:-} ]] && export LD_PRELOAD=$NCCL_LIBRARY
-    mkdir -p "$out/mps" && nvidia-cuda-mps-control -d
+    nvidia-cuda-mps-control -d
 }
 
 own_gpu() {
     [[ $device == cuda ]] || return 0
     echo quit | nvidia-cuda-mps-control
+    rm -rf "$mps"
     unset NCCL_MULTI_RANK_GPU_ENABLE CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY LD_PRELOAD
 }
 
 equality=("$python" benchmarks/equality.py --device "$device" --families llama)
 part tests 60 "$python" -m pytest -q -p no:cacheprovider -m gpu
 part equality 75 "${equality[@]}" --precision fp64,fp32,bf16 --plans "one <1,1>" --output "$out/equality.json"
-part multi_lora 110 "$python" benchmarks/multi_lora.py --device "$device" --job "$job" "${bench[@]}" \
+part multi_lora 140 "$python" benchmarks/multi_lora.py --device "$device" --job "$job" "${bench[@]}" \
     --output "$out/multi_lora.json" --operators "$out/operators.csv"
 part activations 30 "$python" benchmarks/activation_bytes.py --device "$device" --job "$job" --output "$out/activations.json"
-part training 110 "$python" benchmarks/training_run.py "$out/training" --device "$device" --job "$job" --steps "$steps"
+part training 100 "$python" benchmarks/training_run.py "$out/training" --device "$device" --job "$job" --steps "$steps"
 share_gpu
-part ranks 90 "${equality[@]}" --precision fp64,fp32 --plans "<1,1> <2,2>;<1,1>x2 <2,1> <1,2>" --output "$out/ranks.json"
+part ranks 75 "${equality[@]}" --precision fp64,fp32 --plans "<1,1> <2,2>;<1,1>x2 <2,1> <1,2>" --output "$out/ranks.json"
 own_gpu
 ! awk -F'\t' '$2 != 0' "$out/parts.tsv" | grep -q .

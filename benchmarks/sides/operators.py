@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lobra.common.files import atomic_path
 
-OPERATOR, KERNEL, RUNTIME = "cpu_op", "kernel", "cuda_runtime"  # categories of a trace
+OPERATOR, KERNEL, CALLS = "cpu_op", "kernel", ("cuda_runtime", "cuda_driver")  # of a trace
 TORCH = "aten::"  # of its own operators, not of its autograd engine
 
 
@@ -42,7 +42,7 @@ def launches_of(run: Callable[[], Any], device: str) -> list[Launch]:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    found = _kernels(events) if device == "cuda" else _operators(events)
+    found = kernels_of(events) if device == "cuda" else operators_of(events)
     found.sort(key=lambda launch: launch.launch_us)
     start_us = found[0].launch_us if found else 0.0
     return [
@@ -51,13 +51,13 @@ def launches_of(run: Callable[[], Any], device: str) -> list[Launch]:
     ]
 
 
-def _kernels(events: Iterable[dict]) -> list[Launch]:
+def kernels_of(events: Iterable[dict]) -> list[Launch]:
     """Return the kernels, each with the call that launched it."""
     events = [event for event in events if event.get("ph") == "X"]
     launched_us = {
         event["args"]["correlation"]: event["ts"]
         for event in events
-        if event.get("cat") == RUNTIME and "correlation" in event.get("args", {})
+        if event.get("cat") in CALLS and "correlation" in event.get("args", {})
     }
     return [
         Launch(
@@ -71,7 +71,7 @@ def _kernels(events: Iterable[dict]) -> list[Launch]:
     ]
 
 
-def _operators(events: Iterable[dict]) -> list[Launch]:
+def operators_of(events: Iterable[dict]) -> list[Launch]:
     """Return the calls of torch's operators that are not made by another of them."""
     calls = [e for e in events if e.get("cat") == OPERATOR and e["name"].startswith(TORCH)]
     calls.sort(key=lambda event: (event["tid"], event["ts"], -event["dur"]))

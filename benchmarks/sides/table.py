@@ -63,9 +63,9 @@ class Result:
                 "tflops": median(step.flops / step.trained.time_s for step in self.steps) / 1e12,
                 "step_s": median(step.time_s for step in trained),
                 "micro_batches": median(step.micro_batches for step in trained),
+                "micro_batch_ms": 1e3 * median(s.time_s / s.micro_batches for s in trained),
                 "padded_per_real": sum(step.padded_tokens for step in trained) / tokens,
             }
-            found["micro_batch_ms"] = 1e3 * median(s.time_s / s.micro_batches for s in trained)
         if self.steps and limit is not None and limit.steps:
             found |= self._shares(limit)
         if self.held_bytes is not None and self.step_bytes is not None:
@@ -121,14 +121,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """Return summaries as lines of aligned columns; a dash where nothing was measured."""
     columns = [key for key in COLUMNS if key != "failure" or any(key in row for row in rows)]
     cells = [[COLUMNS[key][0] for key in columns]]
-    for row in rows:
-        missing = {"failure": ""}
-        cells.append(
-            [
-                COLUMNS[key][1].format(row[key]) if key in row else missing.get(key, "-")
-                for key in columns
-            ]
-        )
+    cells += [
+        [COLUMNS[key][1].format(row[key]) if key in row else "-" for key in columns] for row in rows
+    ]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip()

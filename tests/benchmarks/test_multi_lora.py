@@ -19,6 +19,7 @@ from torch.nn import functional
 from benchmarks.sides.base import PackedAttention, first_fit_decreasing
 from benchmarks.sides.job import JOBS, ModelSizes, step_flops
 from benchmarks.sides.lengths import find_lengths
+from benchmarks.sides.operators import Launch, kernels_of, operators_of
 from benchmarks.sides.side import Trained
 from benchmarks.sides.switching import rows_by_length, rows_in_turn
 from benchmarks.sides.table import Result, TimedStep, summaries, table
@@ -153,6 +154,33 @@ def test_operations_of_a_step() -> None:
         step_flops(sizes, sequences_of([3, 4]))
         == 4 * (weights * tokens + 2 * 5 * labels) + attention
     )
+
+
+def test_a_kernel_is_launched_by_the_call_of_its_correlation() -> None:
+    def event(cat: str, name: str, ts: float, **args: int) -> dict:
+        return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": 2.0, "tid": 1, "args": args}
+
+    events = [
+        event("cpu_op", "aten::mm", 0.0),
+        event("cuda_runtime", "cudaLaunchKernel", 1.0, correlation=7),
+        event("cuda_driver", "cuLaunchKernelEx", 4.0, correlation=8),
+        event("kernel", "gemm", 10.0, correlation=7),
+        event("kernel", "fused", 12.5, correlation=8),
+        event("gpu_memcpy", "copy", 20.0, correlation=9),
+        {"ph": "M", "name": "process_name"},
+    ]
+    assert kernels_of(events) == [Launch("gemm", 1.0, 10.0, 12.0), Launch("fused", 4.0, 12.5, 14.5)]
+
+
+def test_operators_that_others_call_are_not_counted() -> None:
+    spans = [("aten::linear", 0, 9), ("aten::addmm", 1, 8), ("aten::mm", 9, 3), ("autograd", 0, 20)]
+    events = [
+        {"cat": "cpu_op", "name": name, "ts": ts, "dur": dur, "tid": thread}
+        for thread in (1, 2)
+        for name, ts, dur in spans
+    ]
+    found = operators_of(events)
+    assert [launch.event for launch in found] == ["aten::linear", "aten::mm"] * 2
 
 
 def test_the_table_divides_by_the_limit_of_the_same_steps_and_tasks() -> None:
