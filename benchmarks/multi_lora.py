@@ -15,8 +15,8 @@ numbers of tasks, too, every one trains the same sequences. Sides:
 Experiments: `adapters` varies the number of tasks, `ranks` their rank, `batching` how micro-batches
 are made. Printed are medians over the steps. TFLOP/s count the frozen model's operations alone; "of
 limit" is the speed of whole steps over the base's, "fwd+bwd" without updates (PEFT's include them);
-launches, of kernels on a GPU and operators on a CPU, are those of one micro-batch's sequences, and
-`--operators` writes them. Ctrl-C ends it and keeps what there is.
+launches, of kernels on a GPU and operators on a CPU, are those of one micro-batch's sequences,
+updates left out, and `--operators` writes them. Ctrl-C ends it and keeps what there is.
 """
 
 from __future__ import annotations

@@ -10,11 +10,13 @@ import inspect
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.profiler import record_function
 
-from benchmarks.sides.side import Batch, Clock, Setting, Step, Trained, num_labels
+from benchmarks.sides.side import COMPUTE, Batch, Clock, Setting, Step, Trained, num_labels, sent
 
 ATTENTION = "benchmark_packed"
 
@@ -35,8 +37,7 @@ class PackedAttention:
         """Set the lengths of the sequences in the row."""
         self.lengths = lengths
         if device.type == "cuda":
-            ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-            self.bounds = ends.pin_memory().to(device, non_blocking=True)
+            self.bounds = sent(device, torch.tensor([0, *lengths]).cumsum(0).to(torch.int32))[0]
 
     def __call__(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, **_: Any
@@ -102,28 +103,31 @@ class PackedBase:
         return Trained(time_s, time_s, means, len(batches), tokens)
 
     def _add_losses(self, batch: Batch, losses: Tensor, total_labels: int) -> None:
-        lengths = [len(sequence.tokens) for sequence in batch]
-        self.attention.pack(lengths, self.device)
-        positions = torch.cat([torch.arange(length) for length in lengths])
-        tokens = torch.cat([torch.from_numpy(sequence.tokens) for sequence in batch]).long()
-        starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
-        learned = torch.cat(
-            [torch.from_numpy(s.targets) + start for s, start in zip(batch, starts, strict=False)]
-        ).long()
-        tasks = torch.tensor([s.task for s in batch]).repeat_interleave(
-            torch.tensor([len(s.targets) for s in batch])
-        )
-        positions, tokens, learned, tasks = (
-            x.to(self.device) for x in (positions, tokens, learned, tasks)
-        )
-        embedded = self.model.model.embed_tokens(tokens[None]).detach().requires_grad_()
-        hidden = self.model.model(
-            inputs_embeds=embedded, position_ids=positions[None], use_cache=False
-        ).last_hidden_state[0]
-        logits = self.model.lm_head(hidden.index_select(0, learned - 1)).float()
-        found = functional.cross_entropy(logits, tokens.index_select(0, learned), reduction="none")
-        (found.sum() / total_labels).backward()
-        losses.index_add_(0, tasks, found.detach())
+        self.attention.pack([len(sequence.tokens) for sequence in batch], self.device)
+        tokens, positions, learned, tasks = sent(self.device, *laid_out(batch))
+        with record_function(COMPUTE):
+            embedded = self.model.model.embed_tokens(tokens[None]).detach().requires_grad_()
+            hidden = self.model.model(
+                inputs_embeds=embedded, position_ids=positions[None], use_cache=False
+            ).last_hidden_state[0]
+            logits = self.model.lm_head(hidden.index_select(0, learned - 1)).float()
+            targets = tokens.index_select(0, learned)
+            found = functional.cross_entropy(logits, targets, reduction="none")
+            (found.sum() / total_labels).backward()
+            losses.index_add_(0, tasks, found.detach())
+
+
+def laid_out(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return a packed row: tokens, their positions, the places that are learned, whose they are."""
+    lengths = [len(sequence.tokens) for sequence in batch]
+    starts = np.cumsum([0, *lengths[:-1]])
+    learned = [s.targets + start for s, start in zip(batch, starts, strict=True)]
+    return (
+        torch.from_numpy(np.concatenate([sequence.tokens for sequence in batch])).long(),
+        torch.cat([torch.arange(length) for length in lengths]),
+        torch.from_numpy(np.concatenate(learned)),
+        torch.cat([torch.full(s.targets.shape, s.task) for s in batch]),
+    )
 
 
 def first_fit_decreasing(step: Step, max_tokens: int) -> list[Batch]:

@@ -12,9 +12,11 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.sides.side import COMPUTE
 from lobra.common.files import atomic_path
 
 OPERATOR, KERNEL, CALLS = "cpu_op", "kernel", ("cuda_runtime", "cuda_driver")  # of a trace
+ANNOTATION = "user_annotation"
 TORCH = "aten::"  # of its own operators, not of its autograd engine
 
 
@@ -32,7 +34,7 @@ class Launch:
 
 
 def launches_of(run: Callable[[], Any], device: str) -> list[Launch]:
-    """Run a function and return what it launched, in order."""
+    """Run a side's step and return what its forward and backward passes launched, in order."""
     activities = [ProfilerActivity.CPU]
     if device == "cuda":
         activities.append(ProfilerActivity.CUDA)
@@ -42,13 +44,23 @@ def launches_of(run: Callable[[], Any], device: str) -> list[Launch]:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    found = kernels_of(events) if device == "cuda" else operators_of(events)
-    found.sort(key=lambda launch: launch.launch_us)
+    launched = kernels_of(events) if device == "cuda" else operators_of(events)
+    found = sorted(during_passes(launched, events), key=lambda launch: launch.launch_us)
     start_us = found[0].launch_us if found else 0.0
     return [
         Launch(launch.event, *(time_us - start_us for time_us in astuple(launch)[1:]))
         for launch in found
     ]
+
+
+def during_passes(launches: Iterable[Launch], events: Iterable[dict]) -> list[Launch]:
+    """Return what was launched while a forward and backward pass was running."""
+    passes = [
+        (event["ts"], event["ts"] + event["dur"])
+        for event in events
+        if event.get("cat") == ANNOTATION and event["name"] == COMPUTE
+    ]
+    return [launch for launch in launches if any(a <= launch.launch_us < b for a, b in passes)]
 
 
 def kernels_of(events: Iterable[dict]) -> list[Launch]:

@@ -8,9 +8,10 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from benchmarks.sides.job import MAX_GRAD_NORM, MODULES, fresh_adapter, task_name
-from benchmarks.sides.side import Clock, Setting, Step, Trained
+from benchmarks.sides.side import COMPUTE, Clock, Setting, Step, Trained
 from lobra.layout.layout import Layout
 from lobra.layout.plan import Plan, ReplicaGroup
 from lobra.layout.sequences import StepOrder
@@ -67,7 +68,8 @@ class Ours:
         shares = torch.tensor([1 / max(1, count) for count in labels])
         weights = to_device([shares], self.device)[0]
         batches = self._tensors(order, weights)
-        losses = run_replica(self.stage, batches, len(self.tasks))
+        with record_function(COMPUTE):
+            losses = run_replica(self.stage, batches, len(self.tasks))
         compute_s = clock.seconds()
         rate = self.setting.job.learning_rate
         norms = self.optimizer.reduce([True] * len(self.tasks)).sqrt().tolist()

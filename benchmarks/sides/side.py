@@ -13,6 +13,8 @@ import torch
 from benchmarks.sides.job import Job
 from lobra.layout import sequences
 
+COMPUTE = "forward and backward"  # what sides call it, so that its launches can be told apart
+
 Batch = list[sequences.Sequence]
 Step = Sequence[sequences.Sequence]
 
@@ -95,6 +97,13 @@ class Clock:
 def weights_dtype(device: str) -> torch.dtype:
     """Return what frozen weights are in: bf16 on a GPU, fp32 on a CPU."""
     return torch.bfloat16 if device == "cuda" else torch.float32
+
+
+def sent(device: torch.device, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Return CPU tensors on the device; the host does not wait for a GPU to have them."""
+    if device.type == "cpu":
+        return list(tensors)
+    return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
 
 
 def by_task(step: Step, num_tasks: int) -> list[Batch]:

@@ -8,9 +8,20 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from benchmarks.sides.job import MAX_GRAD_NORM, MODULES, fresh_adapter, task_name
-from benchmarks.sides.side import Batch, Clock, Setting, Step, Trained, by_task, num_labels
+from benchmarks.sides.side import (
+    COMPUTE,
+    Batch,
+    Clock,
+    Setting,
+    Step,
+    Trained,
+    by_task,
+    num_labels,
+    sent,
+)
 
 IGNORED = -100  # the label of what is not learned
 
@@ -83,16 +94,17 @@ class Switching:
             mean = torch.zeros((), device=self.device)
             for batch in self.batching(own, self.setting.job.max_tokens):
                 ids, labels, mask = self._padded(batch)
-                with torch.autocast("cuda", torch.bfloat16, self.setting.device == "cuda"):
-                    loss = self.model(
-                        input_ids=ids,
-                        attention_mask=mask if self.with_mask else None,
-                        labels=labels,
-                        use_cache=False,
-                    ).loss
-                share = loss * (num_labels(batch) / num_labels(own))
-                share.backward()
-                mean += share.detach()
+                with record_function(COMPUTE):
+                    with torch.autocast("cuda", torch.bfloat16, self.setting.device == "cuda"):
+                        loss = self.model(
+                            input_ids=ids,
+                            attention_mask=mask if self.with_mask else None,
+                            labels=labels,
+                            use_cache=False,
+                        ).loss
+                    share = loss * (num_labels(batch) / num_labels(own))
+                    share.backward()
+                    mean += share.detach()
                 micro_batches += 1
                 padded_tokens += ids.numel()
             torch.nn.utils.clip_grad_norm_(self.parameters[task], MAX_GRAD_NORM)
@@ -103,7 +115,7 @@ class Switching:
         means = tuple(torch.stack(losses).tolist())
         return Trained(time_s, time_s, means, micro_batches, padded_tokens)
 
-    def _padded(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def _padded(self, batch: Batch) -> list[Tensor]:
         """Return ids, labels and mask, int64 [rows, longest]."""
         shape = len(batch), max(len(sequence.tokens) for sequence in batch)
         ids, mask = torch.zeros(2, *shape, dtype=torch.int64)
@@ -114,7 +126,7 @@ class Switching:
             ids[row, : len(tokens)] = tokens
             mask[row, : len(tokens)] = 1
             labels[row, targets] = tokens[targets]
-        return ids.to(self.device), labels.to(self.device), mask.to(self.device)
+        return sent(self.device, ids, labels, mask)
 
 
 def switching(num_rows: int) -> Callable[[Setting], Switching]:

@@ -36,8 +36,7 @@ class Result:
     step_bytes
         The most that a step took beyond that.
     launches
-        Of one micro-batch's sequences, forward and backward and update: kernels on a GPU,
-        operators on a CPU.
+        Of one micro-batch's sequences, forward and backward: kernels on a GPU, operators on a CPU.
     failure
         Why it could not go on.
     """

@@ -19,8 +19,8 @@ from torch.nn import functional
 from benchmarks.sides.base import PackedAttention, first_fit_decreasing
 from benchmarks.sides.job import JOBS, ModelSizes, step_flops
 from benchmarks.sides.lengths import find_lengths
-from benchmarks.sides.operators import Launch, kernels_of, operators_of
-from benchmarks.sides.side import Trained
+from benchmarks.sides.operators import Launch, during_passes, kernels_of, operators_of
+from benchmarks.sides.side import COMPUTE, Trained
 from benchmarks.sides.switching import rows_by_length, rows_in_turn
 from benchmarks.sides.table import Result, TimedStep, summaries, table
 from lobra.common.errors import ConfigError
@@ -170,6 +170,16 @@ def test_a_kernel_is_launched_by_the_call_of_its_correlation() -> None:
         {"ph": "M", "name": "process_name"},
     ]
     assert kernels_of(events) == [Launch("gemm", 1.0, 10.0, 12.0), Launch("fused", 4.0, 12.5, 14.5)]
+
+
+def test_what_is_launched_between_the_passes_is_not_counted() -> None:
+    passes = [
+        {"cat": "user_annotation", "name": COMPUTE, "ts": ts, "dur": 10.0} for ts in (5.0, 30.0)
+    ]
+    other = {"cat": "user_annotation", "name": "other", "ts": 0.0, "dur": 90.0}
+    launches = [Launch("mm", float(at), float(at), at + 1.0) for at in (4, 5, 14, 15, 31)]
+    inside = during_passes(launches, [*passes, other])
+    assert [launch.launch_us for launch in inside] == [5.0, 14.0, 31.0]
 
 
 def test_operators_that_others_call_are_not_counted() -> None:
