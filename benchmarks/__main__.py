@@ -18,7 +18,9 @@ from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
+from benchmarks.failed import Failed
 from lobra.common.errors import ConfigError
+from lobra.common.files import write_atomic
 from lobra.profiler.hardware import cpu_name, num_cores
 
 # Before torch is imported. One thread, unless the environment says otherwise: the ranks of the
@@ -40,7 +42,7 @@ Row = Mapping[str, Any]
 
 
 def main(words: Sequence[str]) -> int:
-    """Run the subject that the words of a command line ask for; return 0, or 2 for a mistake."""
+    """Run the subject that the words of a command line ask for; return 0, 1 or 2."""
     app = App(
         name="python -m benchmarks",
         help="The measurements behind the dated pages of docs/results.",
@@ -65,17 +67,22 @@ def main(words: Sequence[str]) -> int:
         """
         driver, given, _ = app.parse_args(subject)
         about = {"command": " ".join(subject), **machine()}
-        rows = list(printed(driver(*given.args, **given.kwargs) or ()))
-        about["load_after"] = round(os.getloadavg()[0], 1)
+        rows = []
+        for row in printed(driver(*given.args, **given.kwargs) or ()):
+            rows.append(row)
+            about["load_after"] = round(os.getloadavg()[0], 1)
+            if json_file is not None:  # after every row: whatever ends the measurement
+                write_atomic(json_file, json.dumps(about | {"rows": rows}, indent=2) + "\n")
         print("\n" + ", ".join(f"{name} {value}" for name, value in about.items()))
-        if json_file is not None:
-            json_file.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n", "utf-8")
 
     try:
         app.meta(words, result_action="return_value")
     except ConfigError as error:
         print(f"{words[0]}: {error}", file=sys.stderr)
         return 2
+    except Failed as failure:
+        print(f"{words[0]}: {failure}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -2,7 +2,9 @@
 
 Importing torch, transformers and deepspeed costs about ten seconds of CPU time a process, so CPU
 ranks are forked from one server that has imported them already. CUDA ranks are spawned, because
-a CUDA context does not survive a fork.
+a CUDA context does not survive a fork. Each has a GPU of its own, unless the environment tells NCCL
+that several may share one: then they take the machine's in turn, so that a plan of many ranks can
+be checked (not timed) on a single GPU.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LOST = 2  # how a lost connection ranks among failures, see `_blame`
 SIGNS_OF_LOSS = ("Connection closed by peer", "Connection reset", "Broken pipe", "remote process")
 GRACE_S = 2.0
+SHARED_GPUS = "NCCL_MULTI_RANK_GPU_ENABLE"  # NCCL's own switch, from version 2.30 on
 DEFAULT_PRELOAD = ("torch", "transformers", "lobra.model.preload")
 
 
@@ -52,9 +55,10 @@ class Interrupted(RuntimeError):
 
 @dataclass(frozen=True)
 class RankEnv:
-    """What a rank process needs to join its world."""
+    """What a rank process needs to join its world; `local_rank` is its CUDA device."""
 
     rank: int
+    local_rank: int
     world_size: int
     device: str
     init_method: str
@@ -75,6 +79,15 @@ def default_threads(world_size: int) -> int:
     return max(1, (cores or 1) // world_size)
 
 
+def local_rank(rank: int, device: str) -> int:
+    """Return the CUDA device of a rank: its own, or one of those that ranks may share."""
+    if device == "cuda" and os.environ.get(SHARED_GPUS) == "1":
+        import torch
+
+        return rank % max(1, torch.cuda.device_count())
+    return rank
+
+
 def init_rank(env: RankEnv) -> None:
     """Join torch.distributed as rank `env.rank` and set the device and the thread count."""
     import torch
@@ -82,7 +95,7 @@ def init_rank(env: RankEnv) -> None:
 
     torch.set_num_threads(env.threads)
     if env.device == "cuda":
-        torch.cuda.set_device(env.rank)
+        torch.cuda.set_device(env.local_rank)
     dist.init_process_group(
         backend="nccl" if env.device == "cuda" else "gloo",
         init_method=env.init_method,
@@ -117,7 +130,9 @@ def _rank_main(env: RankEnv, target: str, kwargs: dict[str, Any], pipe: Connecti
     except (EOFError, ConnectionResetError):
         os._exit(1)
     os.environ.update(env.environment)
-    os.environ.update(RANK=str(env.rank), LOCAL_RANK=str(env.rank), WORLD_SIZE=str(env.world_size))
+    os.environ.update(
+        RANK=str(env.rank), LOCAL_RANK=str(env.local_rank), WORLD_SIZE=str(env.world_size)
+    )
     try:
         import torch.distributed as dist
 
@@ -185,7 +200,7 @@ def run_ranks(
     kwargs
         keyword arguments, the same for every rank (picklable).
     device
-        "cpu" or "cuda" (rank i uses CUDA device i).
+        "cpu" or "cuda" (rank i uses CUDA device i, or `local_rank`'s).
     timeout_s
         seconds after which all ranks are ended and RankError is raised.
     threads
@@ -222,6 +237,7 @@ def run_ranks(
             for rank in range(world_size):
                 env = RankEnv(
                     rank=rank,
+                    local_rank=local_rank(rank, device),
                     world_size=world_size,
                     device=device,
                     init_method=f"file://{folder}/store",

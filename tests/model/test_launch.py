@@ -10,7 +10,13 @@ from multiprocessing import forkserver
 
 import pytest
 
-from lobra.model.launch import RankError, _forwarded_signals, run_ranks
+from lobra.model.launch import (
+    SHARED_GPUS,
+    RankError,
+    _forwarded_signals,
+    local_rank,
+    run_ranks,
+)
 from tests.model.support import is_alive
 
 END_S = 60.0  # far less than the five minutes torch waits for a lost rendezvous
@@ -75,3 +81,14 @@ def test_an_interrupt_that_was_ignored_from_the_start_stays_ignored() -> None:
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def test_ranks_have_a_gpu_each_unless_nccl_is_told_that_they_share(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv(SHARED_GPUS, raising=False)
+    assert [local_rank(rank, "cuda") for rank in range(5)] == [0, 1, 2, 3, 4]
+    monkeypatch.setenv(SHARED_GPUS, "1")
+    assert [local_rank(rank, "cuda") for rank in range(5)] == [0, 1, 0, 1, 0]
+    assert [local_rank(rank, "cpu") for rank in range(3)] == [0, 1, 2]

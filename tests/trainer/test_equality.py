@@ -82,12 +82,16 @@ def reference(
 
 
 def train_jointly(
-    reference: Reference, layouts: list[tuple[int, int]], folder: Path, precision: str
+    reference: Reference,
+    layouts: list[tuple[int, int]],
+    folder: Path,
+    precision: str,
+    device: str = "cpu",
 ) -> tuple[RunSpec, list]:
     """Train all tasks together with us; in fp64 watch that it is fp64 everywhere."""
     run = make_run(
         folder, reference.base, tasks_from(reference.starts), make_datasets(),
-        make_plan(layouts, max_tokens=128), STEPS, precision=precision,
+        make_plan(layouts, max_tokens=128), STEPS, precision=precision, device=device,
     )  # fmt: skip
     if precision == "fp64":
         return run, run_local(run, "tests.trainer.double:train_in_double")

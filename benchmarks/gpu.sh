@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Every check that needs a GPU, on one GPU, in under 8 minutes.
+#
+#   bash benchmarks/gpu.sh OUT
+#
+# OUT/gpu.json has all results, OUT/log.txt all output. A part that fails or takes too long does not
+# end the others, and what it had found is kept. Exits with 1 if a part failed.
+#
+#   DEVICE=cpu          tries it all without a GPU, on a tiny job, with ten times the time
+#   PARTS="a b"         only these
+#   NCCL_LIBRARY=FILE   an NCCL from 2.30 on, where torch's own is older: it lets several ranks share
+#                       the GPU, side by side under MPS
+set -uo pipefail
+if [[ $# != 1 ]]; then
+    sed -n '2,14s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+fi
+mkdir -p "$1" && out=$(cd "$1" && pwd) && cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+device=${DEVICE:-cuda} python=${PYTHON:-python3}
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+job=$device bench=(--tasks 4,16 --steps 2 --sequences 64) steps=8 patience=1
+[[ $device == cpu ]] && job=tiny bench=(--tasks 2,4 --steps 1) steps=4 patience=10
+: >"$out/log.txt" && : >"$out/parts.tsv"
+
+# part NAME LIMIT_S COMMAND ...: runs it, notes how it ended, and brings OUT/gpu.json up to date.
+part() {
+    local name=$1 limit_s=$(($2 * patience)) start=$SECONDS status
+    shift 2
+    [[ " ${PARTS:-$name} " == *" $name "* ]] || return 0
+    printf '== %s (at most %s s): %s\n' "$name" "$limit_s" "$*" | tee -a "$out/log.txt"
+    timeout --signal=INT --kill-after=10 "$limit_s" "$@" 2>&1 | tee -a "$out/log.txt"
+    status=${PIPESTATUS[0]}
+    printf '%s\t%s\t%s\n' "$name" "$status" $((SECONDS - start)) >>"$out/parts.tsv"
+    "$python" benchmarks/gpu_report.py "$out"
+}
+
+share_gpu() {
+    [[ $device == cuda ]] || return 0
+    mps=$(mktemp -d) # a socket's path must be short
+    export NCCL_MULTI_RANK_GPU_ENABLE=1 CUDA_MPS_PIPE_DIRECTORY=$mps CUDA_MPS_LOG_DIRECTORY=$mps
+    [[ -n ${NCCL_LIBRARY:-} ]] && export LD_PRELOAD=$NCCL_LIBRARY
+    nvidia-cuda-mps-control -d
+}
+
+own_gpu() {
+    [[ $device == cuda ]] || return 0
+    echo quit | nvidia-cuda-mps-control
+    rm -rf "$mps"
+    unset NCCL_MULTI_RANK_GPU_ENABLE CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY LD_PRELOAD
+}
+
+equality=("$python" -m benchmarks equality --device "$device" --families llama)
+part tests 60 "$python" -m pytest -q -p no:cacheprovider -m gpu
+part equality 75 "${equality[@]}" --precision fp64 --precision fp32 --precision bf16 --plans "one <1,1>" --json "$out/equality.json"
+part multi_lora 140 "$python" benchmarks/multi_lora.py --device "$device" --job "$job" "${bench[@]}" \
+    --output "$out/multi_lora.json" --operators "$out/operators.csv"
+part activations 30 "$python" benchmarks/activation_bytes.py --device "$device" --job "$job" --output "$out/activations.json"
+part training 100 "$python" benchmarks/training_run.py "$out/training" --device "$device" --job "$job" --steps "$steps"
+share_gpu
+part ranks 75 "${equality[@]}" --precision fp64 --precision fp32 --plans "<1,1> <2,2>;<1,1>x2 <2,1> <1,2>" --json "$out/ranks.json"
+own_gpu
+! awk -F'\t' '$2 != 0' "$out/parts.tsv" | grep -q .

@@ -1,0 +1,105 @@
+"""Ours: what one rank does in a step of training, from the step's order to the updated adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from benchmarks.sides.job import MAX_GRAD_NORM, MODULES, fresh_adapter, task_name
+from benchmarks.sides.side import COMPUTE, Clock, Setting, Step, Trained
+from lobra.layout.layout import Layout
+from lobra.layout.plan import Plan, ReplicaGroup
+from lobra.layout.sequences import StepOrder
+from lobra.layout.world import one_replica
+from lobra.model.groups import build_groups
+from lobra.model.pipeline import run_replica
+from lobra.model.stage import MicroBatchTensors, build_stage
+from lobra.planner.dispatch import dispatch
+from lobra.profiler.cost_model import fit_cost_model
+from lobra.profiler.profiles import TimeProfile
+from lobra.tasks.config import TaskConfig
+from lobra.trainer.adapters import adapter_spec
+from lobra.trainer.batches import micro_batch_tensors, to_device
+from lobra.trainer.dispatcher import make_order
+from lobra.trainer.engines import AdapterOptimizer, TaskUpdate, start_deepspeed
+from lobra.trainer.optimizer import clip_coefficient
+
+ALONE = Layout(1, 1)
+
+
+class Ours:
+    """All tasks together on one replica of one rank.
+
+    A step's order is made before the clock starts: in training a thread makes it while the step
+    before is computed.
+    """
+
+    def __init__(self, setting: Setting, layout: Layout = ALONE) -> None:
+        start_deepspeed(setting.device)
+        self.setting = setting
+        self.device = torch.device(setting.device)
+        names = (task_name(task) for task in range(setting.num_tasks))
+        self.tasks = tuple(_task(name, setting.rank) for name in names)
+        world = one_replica(layout)
+        self.stage = build_stage(
+            setting.folder,
+            build_groups(world),
+            [adapter_spec(task) for task in self.tasks],
+            dtype=setting.dtype,
+            device=self.device,
+        )
+        for task in range(setting.num_tasks):
+            self.stage.bank.load(task, fresh_adapter(setting.job.model, task, setting.rank))
+        layers = setting.job.model.layers
+        self.optimizer = AdapterOptimizer(self.tasks, self.stage.bank, world, layers)
+        self.plan = Plan((ReplicaGroup(ALONE, 1, setting.job.max_tokens),))
+        self.cost_model = fit_cost_model(_plain_times(setting.job.max_tokens), layers)
+
+    def train(self, step: Step) -> Trained:
+        """Train all tasks' sequences together, then update every task."""
+        order = self._order(step)
+        clock = Clock(self.setting.device)
+        labels = [work.labels for work in order.task_work(len(self.tasks))]
+        shares = torch.tensor([1 / max(1, count) for count in labels])
+        weights = to_device([shares], self.device)[0]
+        batches = self._tensors(order, weights)
+        with record_function(COMPUTE):
+            losses = run_replica(self.stage, batches, len(self.tasks))
+        compute_s = clock.seconds()
+        rate = self.setting.job.learning_rate
+        norms = self.optimizer.reduce([True] * len(self.tasks)).sqrt().tolist()
+        self.optimizer.update(
+            [TaskUpdate(True, rate, clip_coefficient(n, MAX_GRAD_NORM)) for n in norms]
+        )
+        time_s = clock.seconds()
+        means = tuple((losses * weights).tolist())
+        return Trained(time_s, compute_s, means, len(batches), order.padded_tokens)
+
+    def layers_of(self, step: Step) -> tuple[int, Callable[[], Tensor]]:
+        """Return the tokens of a step's first micro-batch, and what runs all layers over it."""
+        batch = self._tensors(self._order(step), torch.zeros(len(self.tasks)))[0]
+        return batch.tokens_BS.numel(), partial(self.stage.hidden, batch, None)
+
+    def _tensors(self, order: StepOrder, weights: Tensor) -> list[MicroBatchTensors]:
+        return [micro_batch_tensors(batch, weights, self.device, 0) for batch in order.replicas[0]]
+
+    def _order(self, step: Step) -> StepOrder:
+        lengths = [len(sequence.tokens) for sequence in step]
+        return make_order(0, step, dispatch(lengths, self.plan, self.cost_model), (1.0,), 0.0)
+
+
+def _task(name: str, rank: int) -> TaskConfig:
+    return TaskConfig(name, rank, rank, MODULES, 1, name, 1, max_grad_norm=MAX_GRAD_NORM)
+
+
+def _plain_times(max_tokens: int) -> TimeProfile:
+    """Return times that follow the tokens. On one replica only the order depends on them."""
+    sizes = [2**n for n in range(4, max_tokens.bit_length() + 1)]
+    rows = [(1, s, b) for s in sizes for b in (1, 2, 4)]
+    tp, s, b = (np.asarray(column) for column in zip(*rows, strict=True))
+    return TimeProfile(tp, s, b, 1 + b * s / 100)

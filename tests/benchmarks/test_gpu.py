@@ -1,0 +1,90 @@
+"""The command that runs every check of a GPU: what it keeps, and what it makes of the parts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu_report import read_parts
+from benchmarks.sides.job import JOBS
+from benchmarks.sides.lengths import find_lengths
+from benchmarks.training_run import step_medians, write_tasks
+from lobra.tasks.config import load_trainer_config
+
+
+def test_every_part_says_how_it_ended_and_keeps_what_it_found(tmp_path: Path) -> None:
+    (tmp_path / "parts.tsv").write_text(
+        "tests\t5\t7\nequality\t0\t31\nmulti_lora\t124\t110\ntraining\t1\t12\n"
+    )
+    (tmp_path / "equality.json").write_text('{"rows": [1]}')
+    (tmp_path / "multi_lora.json").write_text('{"rows": [2]}')
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "training_run.json").write_text('{"layer_time_ms": []}')
+    assert read_parts(tmp_path) == {
+        "tests": {"ended": "there was nothing to test", "seconds": 7, "found": None},
+        "equality": {"ended": "ok", "seconds": 31, "found": {"rows": [1]}},
+        "multi_lora": {"ended": "out of time", "seconds": 110, "found": {"rows": [2]}},
+        "training": {"ended": "failed with 1", "seconds": 12, "found": {"layer_time_ms": []}},
+    }
+
+
+@pytest.mark.parametrize(("python", "ended", "status"), [("true", "ok", 0), ("false", "1", 1)])
+def test_a_part_that_fails_is_noted_and_ends_nothing(
+    python: str, ended: str, status: int, project_root: Path, tmp_path: Path
+) -> None:
+    """With `true` or `false` in place of Python all parts run at once, and the report is ours."""
+    done = subprocess.run(
+        ["bash", "benchmarks/gpu.sh", tmp_path],
+        cwd=project_root, env={**os.environ, "DEVICE": "cpu", "PYTHON": python},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == status, done.stdout + done.stderr
+    parts = read_parts(tmp_path)
+    assert list(parts) == ["tests", "equality", "multi_lora", "activations", "training", "ranks"]
+    assert {part["ended"].split()[-1] for part in parts.values()} == {ended}
+
+
+def test_the_command_without_a_folder_says_how_it_is_used(project_root: Path) -> None:
+    done = subprocess.run(
+        ["bash", "benchmarks/gpu.sh"],
+        cwd=project_root, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "bash benchmarks/gpu.sh OUT" in done.stderr
+
+
+def test_the_tasks_of_a_training_run_are_the_sequences_of_the_benchmark(tmp_path: Path) -> None:
+    job = JOBS["tiny"]
+    lengths = find_lengths(job.datasets)
+    write_tasks(job, lengths, tmp_path, 2)
+    config = load_trainer_config(str(tmp_path / "tasks.json"))
+    assert [task.name for task in config.tasks] == list(job.datasets)
+    assert {task.global_batch_size for task in config.tasks} == {4}
+    step = [s for number in range(2) for s in job.step(lengths, number, 4) if s.task == 1]
+    lines = (tmp_path / "data" / f"{job.datasets[1]}.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["input_ids"] for row in rows] == [s.tokens.tolist() for s in step]
+    learned = [[n for n, label in enumerate(row["labels"]) if label != -100] for row in rows]
+    assert learned == [s.targets.tolist() for s in step]
+
+
+def test_predicted_and_measured_steps(tmp_path: Path) -> None:
+    """The first two steps warm up."""
+    same = {"padded_tokens": 60, "prepare_time_s": 0.1, "optimizer_time_s": 0.2}
+    steps = [
+        {"tokens": 40, "step_time_s": time_s, "predicted_step_time_s": 1.0, "memory_bytes": n}
+        | same
+        for n, time_s in enumerate((90.0, 90.0, 2.0, 1.0, 0.8))
+    ]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(step) + "\n" for step in steps))
+    found = step_medians(path)
+    assert found["steps"] == 3
+    assert found["tokens_per_s"] == 40.0
+    assert found["padded_per_real"] == 1.5
+    assert found["median_error"] == pytest.approx(0.25)
+    assert found["memory_bytes"] == 4
