@@ -30,9 +30,9 @@ from lobra.layout.layout import Layout  # noqa: E402
 from lobra.layout.plan import Plan, ReplicaGroup  # noqa: E402
 from lobra.layout.shapes import read_shape  # noqa: E402
 from lobra.layout.world import one_replica  # noqa: E402
+from lobra.model.adapter import AdapterSpec  # noqa: E402
 from lobra.model.folder import resolve_folder  # noqa: E402
 from lobra.model.groups import build_groups  # noqa: E402
-from lobra.model.lora import AdapterSpec  # noqa: E402
 from lobra.model.pipeline import run_replica  # noqa: E402
 from lobra.model.stage import Stage, build_stage  # noqa: E402
 from lobra.planner.dispatch import dispatch  # noqa: E402
@@ -118,7 +118,7 @@ def main() -> None:
     data = [load_dataset(task, tokenizer, args.data_dir) for task in tasks]
     specs = tuple(AdapterSpec(t.name, t.rank, t.lora_alpha, t.target_modules) for t in tasks)
     groups = build_groups(one_replica(Layout(1, 1)))
-    stage = build_stage(folder, groups, specs)
+    stage = build_stage(folder, groups, dict(enumerate(specs)))
     layers, ends = _build_probes(folder, groups, specs, torch.float32, CPU)
     weights = [float(task.global_batch_size) for task in tasks]
     depth = read_shape(folder).num_layers

@@ -17,8 +17,8 @@ from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
 from lobra.layout.layout import Layout
 from lobra.layout.shapes import ModelShape, layout_problem
+from lobra.model.adapter import AdapterSpec
 from lobra.model.launch import DEFAULT_PRELOAD, RankError, run_ranks
-from lobra.model.lora import AdapterSpec
 from lobra.profiler.capacity import STEP_TOKENS, Parts, slope
 from lobra.profiler.exchange import most_exchange_bytes
 from lobra.profiler.memory_rank import ADAPTER_BYTES, OPTIMIZER_BYTES, RankMemory

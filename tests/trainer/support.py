@@ -128,9 +128,10 @@ def logits_on_rank(
     row_tasks: tuple[int, ...],
 ) -> np.ndarray:
     """Return this rank's slice of our model's logits [rows, positions, v] (tp only)."""
-    stage = build_stage(model_folder, build_groups(world), [adapter_spec(task) for task in tasks])
+    specs = {number: adapter_spec(task) for number, task in enumerate(tasks)}
+    stage = build_stage(model_folder, build_groups(world), specs)
     for number, folder in enumerate(adapters):
-        load_adapter(folder, stage.bank, number)
+        load_adapter(folder, stage, number)
     batch = micro_batch(
         torch.from_numpy(tokens), torch.from_numpy(tokens), row_tasks, torch.ones(len(tasks))
     )

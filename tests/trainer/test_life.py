@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from lobra.layout.shapes import read_shape
+from lobra.model.adapter import FlatTensors
 from lobra.model.launch import RankError
 from lobra.report.run_report import _task_summary
 from lobra.tasks.config import TARGET_MODULES, TaskConfig
-from lobra.trainer.adapters import adapter_spec, save_adapter, tensor_shapes
+from lobra.trainer.adapters import adapter_spec, save_adapter
 from lobra.trainer.checkpoint import list_checkpoints
 from lobra.trainer.feedback import SpeedFeedback
 from lobra.trainer.life import MAX_SKIPPED_IN_ROW, TaskLife, lives_from_json, lives_to_json
@@ -125,8 +126,8 @@ def test_a_stopped_task_is_seen_at_the_end(base: Path, tmp_path: Path) -> None:
     """The steps of a NaN adapter are skipped, and one without a limit is stopped for it."""
     start = tmp_path / "start"
     spec = adapter_spec(TASKS[1])
-    shapes = tensor_shapes(spec, read_shape(base), range(4))
-    save_adapter(start, spec, {n: torch.full(s, float("nan")) for n, s in shapes.items()}, "base")
+    tensors = FlatTensors.of_layers(spec, read_shape(base), range(4)).tensors
+    save_adapter(start, spec, {t.name: torch.full(t.shape, math.nan) for t in tensors}, "base")
     tasks = (TASKS[0], replace(TASKS[1], resume_from=str(start)))
     data = [random_dataset(15, 6, 50, 256, seed) for seed in range(2)]
     run = make_run(tmp_path / "run", base, tasks, data, make_plan([(1, 1)], 64), 7)

@@ -1,0 +1,145 @@
+"""A stack that computes all tasks at once: few launches, whatever the number of tasks.
+
+The way on a GPU, which would wait for launches. All A of the stack are one matrix, and all B of a
+linear; what is of another task than the token's is multiplied by zero. Tasks that a micro-batch
+lacks are left out of the matrices. As zero times infinity is not zero, a task whose numbers are not
+finite spoils those of all in its micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from lobra.model.slot import Slot
+from lobra.model.stack import Adapter, Factors, Outputs, Part, Stack, TokenTasks
+
+
+@dataclass(frozen=True)
+class _Present:
+    """The rows of A and of each linear's B that a micro-batch needs; the same in every layer.
+
+    `rows_A` and `rows_B` are None where all are needed. `columns` are each linear's of x A^T, and
+    `scaling_NR` is what that is multiplied by.
+    """
+
+    scaling_NR: Tensor
+    columns: tuple[slice, ...]
+    rows_A: Tensor | None
+    rows_B: tuple[Tensor | None, ...]
+
+
+class JointStack(Stack):
+    """All tokens of a micro-batch are one part."""
+
+    def arrange(self, slots: Mapping[int, Slot]) -> None:
+        """Compute with the adapters in these slots from now on."""
+        self.forget_copies()
+        self.adapters: list[list[Adapter]] = [[] for _ in self.bases]
+        for number in sorted(slots):
+            for adapter in self.adapters_of(slots[number]):
+                self.adapters[adapter.linear].append(adapter)
+        self.A_Ri = self._joined([one.A_ri for own in self.adapters for one in own])
+        self.B_Ro = [self._joined([one.B_ro for one in own]) for own in self.adapters]
+        self.refresh()
+
+    def _joined(self, weights: Sequence[Tensor]) -> Tensor:
+        """Return a copy of weights, one below the other, that `refresh` renews."""
+        rows, num_columns = [len(one) for one in weights], weights[0].shape[1] if weights else 0
+        joined = torch.empty(sum(rows), num_columns, dtype=self.dtype, device=self.device)
+        for copy, one in zip(joined.split(rows), weights, strict=True):
+            self.copy_on_refresh(copy, one)
+        return joined
+
+    def parts(self, tasks: TokenTasks) -> list[Part]:
+        """Return one part, or none where no task of the micro-batch has an adapter here."""
+        own = [
+            [one for one in adapters if one.number in tasks.numbers] for adapters in self.adapters
+        ]
+        if not any(own):
+            return []
+        modules = tuple(site.module for site in self.sites)
+        if modules not in tasks.shared:
+            tasks.shared[modules] = self._present(tasks)
+        present: _Present = tasks.shared[modules]
+        outputs = tuple(
+            Outputs(
+                linear,
+                present.columns[linear],
+                _taken(self.B_Ro[linear], present.rows_B[linear]),
+                tuple(one.gradient_B for one in adapters),
+            )
+            for linear, adapters in enumerate(own)
+            if adapters
+        )
+        factors = Factors(
+            _taken(self.A_Ri, present.rows_A),
+            tuple(one.gradient_A for adapters in own for one in adapters),
+            outputs,
+        )
+        draw = None
+        if tasks.drops(one.spec for adapters in own for one in adapters):
+            draw = partial(self._keep_factors, tasks, [own[output.linear] for output in outputs])
+        return [Part(slice(0, tasks.num_tokens), factors, present.scaling_NR, draw)]
+
+    def _present(self, tasks: TokenTasks) -> _Present:
+        of_token = torch.full((tasks.num_tokens,), -1)
+        for segment in tasks.segments:
+            of_token[segment.start : segment.stop] = segment.number
+        of_row: list[int] = []
+        scaling: list[float] = []
+        rows_A: list[int] = []
+        rows_B: list[list[int]] = []
+        num_rows = 0
+        for adapters in self.adapters:
+            taken: list[int] = []
+            row = 0
+            for one in adapters:
+                rank = len(one.A_ri)
+                if one.number in tasks.numbers:
+                    taken += range(row, row + rank)
+                    of_row += [one.number] * rank
+                    scaling += [one.spec.scaling] * rank
+                row += rank
+            rows_A += [num_rows + row for row in taken]
+            rows_B.append(taken)
+            num_rows += row
+        stops = list(accumulate(map(len, rows_B)))
+        whole = len(rows_A) == num_rows
+        scaling_R = self._sent(torch.tensor(scaling, dtype=self.dtype))
+        of_row_R = self._sent(torch.tensor(of_row))
+        return _Present(
+            scaling_NR=(self._sent(of_token).unsqueeze(1) == of_row_R) * scaling_R,
+            columns=tuple(map(slice, [0, *stops], stops)),
+            rows_A=None if whole else self._sent(torch.tensor(rows_A)),
+            rows_B=tuple(None if whole else self._sent(torch.tensor(rows)) for rows in rows_B),
+        )
+
+    def _sent(self, values: Tensor) -> Tensor:
+        """Return values of the host on the device, without waiting for it."""
+        if self.device.type == "cpu":
+            return values
+        return values.pin_memory().to(self.device, non_blocking=True)
+
+    def _keep_factors(self, tasks: TokenTasks, own: Sequence[Sequence[Adapter]]) -> list[Tensor]:
+        """Return each linear's factors of all tokens: 1 where a token's task drops nothing out."""
+        drawn = []
+        for adapters in own:
+            size = (tasks.num_tokens, self.A_Ri.shape[1])
+            factors_Ni = torch.ones(size, dtype=self.dtype, device=self.device)
+            of_task = {one.number: one for one in adapters if one.spec.dropout > 0.0}
+            for segment in tasks.segments:
+                if segment.number in of_task:
+                    part_ni = self.keep_factors(of_task[segment.number], segment, tasks)
+                    factors_Ni[segment.start : segment.stop] = part_ni
+            drawn.append(factors_Ni)
+        return drawn
+
+
+def _taken(matrix_Rf: Tensor, rows: Tensor | None) -> Tensor:
+    return matrix_Rf if rows is None else matrix_Rf.index_select(0, rows)
