@@ -206,20 +206,16 @@ class Stack(ABC):
             torch._foreach_copy_(self._copies, self._copied)
 
     def keep_factors(self, adapter: Adapter, segment: Segment, tasks: TokenTasks) -> Tensor:
-        """Return what dropout multiplies the adapter's input by, [n, i].
-
-        They are drawn for the unsharded input, so that they do not depend on the layout.
-        """
-        shard = self.shards[adapter.linear]
+        """Return what dropout multiplies the adapter's input by, [n, i]."""
         assert tasks.noise_seed is not None
-        factors_nI = keep_factors(
+        return keep_factors(
             adapter.spec.dropout,
             (tasks.noise_seed * 0x9E3779B1 + adapter.key) & 0x7FFFFFFFFFFFFFFF,
-            (segment.stop - segment.start, shard.in_features),
+            segment.stop - segment.start,
+            self.shards[adapter.linear],
             self.dtype,
             self.device,
         )
-        return factors_nI[:, shard.inputs.start : shard.inputs.stop]
 
     def output(self, x: Tensor, linear: int) -> Tensor:
         """Return a linear's [..., o] of x [..., i], before any reduction.
@@ -347,12 +343,17 @@ def _cut(rows_Rf: Tensor, gradients: Sequence[Tensor]) -> list[tuple[Tensor, Ten
 
 
 def keep_factors(
-    dropout: float, seed: int, size: tuple[int, int], dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """Return what LoRA dropout multiplies an unsharded input by, [n, I]: 0 or 1 / (1 - dropout)."""
+    dropout: float, seed: int, num_tokens: int, shard: Shard, dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:  # fmt: skip
+    """Return what LoRA dropout multiplies an input by, [num_tokens, i]: 0 or 1 / (1 - dropout).
+
+    They are drawn for the unsharded input, so that they do not depend on the layout.
+    """
     generator = torch.Generator(device).manual_seed(seed)
-    drawn_nI = torch.rand(size, generator=generator, device=device)
-    return (drawn_nI >= dropout).to(dtype) / (1.0 - dropout)
+    drawn_NI = torch.rand(num_tokens, shard.in_features, generator=generator, device=device)
+    kept_Ni = drawn_NI[:, shard.inputs.start : shard.inputs.stop] >= dropout
+    return kept_Ni.to(dtype) / (1.0 - dropout)
 
 
 class AdaptedLinear(nn.Module):
