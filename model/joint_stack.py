@@ -3,12 +3,12 @@
 The way on a GPU, which would wait for launches. All A of the stack are one matrix, and all B of a
 linear; what is of another task than the token's is multiplied by zero. Tasks that a micro-batch
 lacks are left out of the matrices. As zero times infinity is not zero, a task whose numbers are not
-finite spoils those of all in its micro-batch.
+finite spoils those of all in its micro-batch; such a step is computed again with tasks apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lobra.model.slot import Slot
-from lobra.model.stack import Adapter, Factors, Outputs, Part, Stack, TokenTasks
+from lobra.model.stack import Adapter, Factors, Outputs, Part, Segment, Stack, TokenTasks
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class _Present:
 
 
 class JointStack(Stack):
-    """All tokens of a micro-batch are one part."""
+    """All tokens of a micro-batch are one part; a segment's tokens where tasks are apart."""
 
     def arrange(self, slots: Mapping[int, Slot]) -> None:
         """Compute with the adapters in these slots from now on."""
@@ -57,16 +57,21 @@ class JointStack(Stack):
         return joined
 
     def parts(self, tasks: TokenTasks) -> list[Part]:
-        """Return one part, or none where no task of the micro-batch has an adapter here."""
-        own = [
-            [one for one in adapters if one.number in tasks.numbers] for adapters in self.adapters
-        ]
+        """Return a part for all tokens, or for each segment if tasks are to be computed apart."""
+        together = [(one,) for one in tasks.segments] if tasks.apart else [tasks.segments]
+        parts = (self._part(segments, tasks) for segments in together)
+        return [part for part in parts if part is not None]
+
+    def _part(self, segments: Sequence[Segment], tasks: TokenTasks) -> Part | None:
+        """Return the part of consecutive segments, or None where none has an adapter here."""
+        numbers = {segment.number for segment in segments}
+        own = [[one for one in adapters if one.number in numbers] for adapters in self.adapters]
         if not any(own):
-            return []
-        modules = tuple(site.module for site in self.sites)
-        if modules not in tasks.shared:
-            tasks.shared[modules] = self._present(tasks)
-        present: _Present = tasks.shared[modules]
+            return None
+        key = (*(site.module for site in self.sites), segments)
+        if key not in tasks.shared:
+            tasks.shared[key] = self._present(segments, numbers)
+        present: _Present = tasks.shared[key]
         outputs = tuple(
             Outputs(
                 linear,
@@ -84,13 +89,13 @@ class JointStack(Stack):
         )
         draw = None
         if tasks.drops(one.spec for adapters in own for one in adapters):
-            draw = partial(self._keep_factors, tasks, [own[output.linear] for output in outputs])
-        return [Part(slice(0, tasks.num_tokens), factors, present.scaling_NR, draw)]
+            dropping = [own[output.linear] for output in outputs]
+            draw = partial(self._keep_factors, segments, tasks, dropping)
+        tokens = slice(segments[0].start, segments[-1].stop)
+        return Part(tokens, factors, present.scaling_NR, draw)
 
-    def _present(self, tasks: TokenTasks) -> _Present:
-        of_token = torch.full((tasks.num_tokens,), -1)
-        for segment in tasks.segments:
-            of_token[segment.start : segment.stop] = segment.number
+    def _present(self, segments: Sequence[Segment], numbers: Set[int]) -> _Present:
+        of_token = torch.cat([torch.full((s.stop - s.start,), s.number) for s in segments])
         of_row: list[int] = []
         scaling: list[float] = []
         rows_A: list[int] = []
@@ -101,7 +106,7 @@ class JointStack(Stack):
             row = 0
             for one in adapters:
                 rank = len(one.A_ri)
-                if one.number in tasks.numbers:
+                if one.number in numbers:
                     taken += range(row, row + rank)
                     of_row += [one.number] * rank
                     scaling += [one.spec.scaling] * rank
@@ -126,17 +131,21 @@ class JointStack(Stack):
             return values
         return values.pin_memory().to(self.device, non_blocking=True)
 
-    def _keep_factors(self, tasks: TokenTasks, own: Sequence[Sequence[Adapter]]) -> list[Tensor]:
-        """Return each linear's factors of all tokens: 1 where a token's task drops nothing out."""
+    def _keep_factors(
+        self, segments: Sequence[Segment], tasks: TokenTasks, own: Sequence[Sequence[Adapter]]
+    ) -> list[Tensor]:
+        """Return of each linear the factors of all tokens: 1 where its task drops nothing out."""
         drawn = []
         for adapters in own:
-            size = (tasks.num_tokens, self.A_Ri.shape[1])
-            factors_Ni = torch.ones(size, dtype=self.dtype, device=self.device)
             of_task = {one.number: one for one in adapters if one.spec.dropout > 0.0}
-            for segment in tasks.segments:
-                if segment.number in of_task:
-                    part_ni = self.keep_factors(of_task[segment.number], segment, tasks)
-                    factors_Ni[segment.start : segment.stop] = part_ni
+            factors_Ni = torch.cat(
+                [
+                    self.keep_factors(of_task[segment.number], segment, tasks)
+                    if segment.number in of_task
+                    else self.A_Ri.new_ones(segment.stop - segment.start, self.A_Ri.shape[1])
+                    for segment in segments
+                ]
+            )
             drawn.append(factors_Ni)
         return drawn
 

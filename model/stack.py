@@ -16,7 +16,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,22 +51,14 @@ def row_segments(row_tasks: Iterable[int], row_length: int) -> tuple[Segment, ..
 class TokenTasks:
     """Whose the tokens of a micro-batch are; `noise_seed` seeds LoRA dropout (None: off).
 
-    `shared` is what stacks work out of it once for all layers.
+    `apart` has each task computed by itself, whatever the stack. `shared` is what stacks work out
+    of all this once for all layers.
     """
 
     segments: tuple[Segment, ...]
     noise_seed: int | None = None
+    apart: bool = False
     shared: dict[Any, Any] = field(default_factory=dict, init=False, compare=False)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens up to the end of the last segment."""
-        return self.segments[-1].stop
-
-    @cached_property
-    def numbers(self) -> frozenset[int]:
-        """The tasks' numbers."""
-        return frozenset(segment.number for segment in self.segments)
 
     def drops(self, specs: Iterable[AdapterSpec]) -> bool:
         """Return whether something of these adapters' inputs drops out."""
@@ -224,8 +215,9 @@ class Stack(ABC):
         """
         if self._input is not x or self._outputs[linear] is None:
             tasks = self.selection.tasks
-            anchor = self.anchor if self.parts(tasks) else None
-            self._input, self._outputs = x, list(_Products.apply(x, anchor, self, tasks))
+            parts = self.parts(tasks)
+            anchor = self.anchor if parts else None
+            self._input, self._outputs = x, list(_Products.apply(x, anchor, self, tasks, parts))
         output, self._outputs[linear] = self._outputs[linear], None
         if not any(waiting is not None for waiting in self._outputs):
             self._input = None
@@ -238,13 +230,13 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, _anchor: Tensor | None, stack: Stack, tasks: TokenTasks
+        ctx: Any, x: Tensor, _: Tensor | None, stack: Stack, tasks: TokenTasks, parts: list[Part]
     ) -> tuple[Tensor, ...]:
         ctx.stack, ctx.tasks = stack, tasks
         outputs = tuple(base(x) for base in stack.bases)
         x_Ni, ys_No = _by_token(x), [_by_token(y) for y in outputs]
         saved = []
-        for part in stack.parts(tasks):
+        for part in parts:
             factors = part.draw_keep_factors() if part.draw_keep_factors else []
             ys_no = [y_No[part.tokens] for y_No in ys_No]
             saved += [_add_updates(part, x_Ni[part.tokens], ys_no, factors), *factors]
@@ -259,7 +251,7 @@ class _Products(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             for base, dy_No in zip(stack.bases, dys_No, strict=True):
                 dx_Ni = base.input_gradient(dy_No, dx_Ni)
-        parts = stack.parts(ctx.tasks)
+        parts = stack.parts(ctx.tasks)  # anew, since what is gathered for them may be large
         if parts:
             x, *rest = ctx.saved_tensors
             x_Ni, saved = _by_token(x), iter(rest)
@@ -270,7 +262,7 @@ class _Products(torch.autograd.Function):
             dx_ni = None if dx_Ni is None else dx_Ni[n]
             _add_gradients(part, x_Ni[n], h_nR, [dy_No[n] for dy_No in dys_No], factors, dx_ni)
         dx = None if dx_Ni is None else dx_Ni.view(*gradients[0].shape[:-1], -1)
-        return dx, None, None, None
+        return dx, None, None, None, None
 
 
 def _by_token(x: Tensor) -> Tensor:

@@ -76,7 +76,10 @@ class MicroBatchTensors:
 
 
 class Stage(nn.Module):
-    """A rank's share of the base model with its adapters."""
+    """A rank's share of the base model with its adapters.
+
+    While `apart` is set, no task's numbers are in a sum with another's.
+    """
 
     def __init__(
         self,
@@ -96,6 +99,7 @@ class Stage(nn.Module):
         self.stacks = stacks
         self.selection = selection
         self.slots: dict[int, Slot] = {}
+        self.apart = False
         self.layers = layers
         self.loaded_bytes = 0
 
@@ -143,12 +147,22 @@ class Stage(nn.Module):
         for stack in self.stacks:
             stack.refresh()
 
+    @property
+    def joins_tasks(self) -> bool:
+        """Whether tasks' numbers now meet in sums, so that those of one can spoil another's."""
+        return not self.apart and any(isinstance(stack, JointStack) for stack in self.stacks)
+
+    def forget_gradients(self) -> None:
+        """Set every slot's gradient to zero."""
+        if self.slots:
+            torch._foreach_zero_([slot.gradient for slot in self.slots.values()])
+
     def select(self, batch: MicroBatchTensors) -> None:
         """Make `batch` the one whose tokens' tasks the linears look up.
 
         Under the memory policy full the backward pass computes layers again, so it selects too.
         """
-        self.selection.tasks = TokenTasks(batch.segments, batch.noise_seed)
+        self.selection.tasks = TokenTasks(batch.segments, batch.noise_seed, self.apart)
 
     def hidden(self, batch: MicroBatchTensors, received_BSD: Tensor | None) -> Tensor:
         """Return the hidden states [B, S, D] this stage passes on (normed on the last stage).

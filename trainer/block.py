@@ -46,7 +46,8 @@ class BlockOptimizer:
 
     def remove(self, number: int) -> None:
         """Forget a task, its moments included."""
-        del self.weights[number], self.gradients[number], self.partitions[number]
+        del self.weights[number], self.gradients[number]
+        self.partitions.pop(number).close()
 
     @torch.no_grad()
     def reduce(self, numbers: Sequence[int]) -> Tensor:

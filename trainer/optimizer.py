@@ -72,7 +72,6 @@ class AdapterOptimizer:
             return torch.zeros(0, dtype=torch.float64, device=self.stage.device)
         return torch.stack([block.reduce(numbers) for block in self.blocks]).sum(dim=0)
 
-    @torch.no_grad()
     def update(self, updates: Mapping[int, TaskUpdate]) -> None:
         """Apply updates to the reduced gradients and forget all gradients. Collective."""
         applied = {number: update for number, update in updates.items() if update.apply}
@@ -80,7 +79,7 @@ class AdapterOptimizer:
         clips = {number: update.clip for number, update in applied.items()}
         for block in self.blocks:
             block.update(rates, clips)
-        torch._foreach_zero_([slot.gradient for slot in self.stage.slots.values()])
+        self.stage.forget_gradients()
         self.stage.refresh()
 
     def moments(self, number: int) -> dict[str, dict[range, Tensor]]:

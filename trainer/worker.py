@@ -301,12 +301,32 @@ class Worker:
         works = order.task_work(len(run.tasks))
         weights = self._task_weights(step, works)
         batches = self._tensors(order, weights, run.seed * 1_000_003 + step)
-        mark = time.perf_counter()
-        clock.prepare_s = mark - begin
+        clock.prepare_s = time.perf_counter() - begin
         try:
-            losses = run_replica(self.stage, batches, len(run.tasks))
+            figures = self._compute(batches, running, clock, begin)
+            if self.stage.joins_tasks and not all(map(math.isfinite, figures.grad_norms)):
+                self.stage.forget_gradients()
+                self.stage.apart = True
+                figures = self._compute(batches, running, clock, begin)
         except torch.OutOfMemoryError as error:
             raise RuntimeError(self._too_large(step, order)) from error
+        finally:
+            self.stage.apart = False
+        self.stop_requested = figures.stop  # also when another rank was told
+        self.peak_memory_bytes = max(self.peak_memory_bytes, figures.memory_bytes[self.rank])
+        updates = self._decide(step, works, figures)
+        mark = time.perf_counter()
+        self.optimizer.update(dict(enumerate(updates)))
+        self._synchronize()
+        clock.optimizer_s = time.perf_counter() - mark
+        return self._conclude(step, order, works, figures, updates, clock)
+
+    def _compute(
+        self, batches: list[MicroBatchTensors], running: Running, clock: _Clock, begin: float
+    ) -> StepFigures:
+        """Compute this replica's losses and gradients and sum them over the world. Collective."""
+        mark = time.perf_counter()
+        losses = run_replica(self.stage, batches, len(running))
         self._synchronize()
         clock.compute_s = time.perf_counter() - mark
 
@@ -319,17 +339,9 @@ class Worker:
         clock.reduce_s = time.perf_counter() - mark
         if not self.place.owns_loss:
             losses = torch.zeros_like(losses)  # its TP peers computed the same
-        figures = exchange_figures(
+        return exchange_figures(
             losses, squared, clock.compute_s, clock.arrival_s, self.control, self.stop_requested
         )
-        self.stop_requested = figures.stop  # also when another rank was told
-        self.peak_memory_bytes = max(self.peak_memory_bytes, figures.memory_bytes[self.rank])
-        updates = self._decide(step, works, figures)
-        mark = time.perf_counter()
-        self.optimizer.update(dict(enumerate(updates)))
-        self._synchronize()
-        clock.optimizer_s = time.perf_counter() - mark
-        return self._conclude(step, order, works, figures, updates, clock)
 
     def _too_large(self, step: int, order: StepOrder) -> str:
         """Return what to do when a micro-batch does not fit into the GPU."""

@@ -84,14 +84,14 @@ class Partition:
             module.parameters(), lr=task.learning_rate, betas=ADAM_BETAS, eps=ADAM_EPS,
             weight_decay=task.weight_decay,
         )  # fmt: skip
-        engine, *_ = deepspeed.initialize(
+        self.engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=adam,
             config=dict(ENGINE_CONFIG),
             mpu=HolderGroup(group),
             dist_init_required=False,
         )
-        zero = engine.optimizer
+        zero = self.engine.optimizer
         self.adam = zero.optimizer
         (self.master_p,) = zero.single_partition_of_fp32_groups
         if weights.dtype == torch.float64:  # ZeRO's masters are fp32 beside any weights
@@ -104,6 +104,15 @@ class Partition:
         zero.parallel_partitioned_bit16_groups.clear()
         self.moments = {moment: torch.zeros_like(self.master_p) for moment in MOMENTS}
         self.adam.state[self.master_p] = {"step": torch.zeros(()), **self.moments}
+
+    def close(self) -> None:
+        """Release DeepSpeed's engine.
+
+        It imports modules when it is destroyed, which must not be left to the garbage collector:
+        that may run inside another import. Without a module it finds nothing more to do.
+        """
+        self.engine.destroy()
+        self.engine.module = None
 
     @property
     def size(self) -> int:

@@ -112,13 +112,14 @@ def make_stack(
     return stack, shards
 
 
-def ours(case: Case, way: type[Stack]) -> tuple[dict[str, Tensor], Tensor | None]:
+def ours(case: Case, way: type[Stack], apart: bool) -> tuple[dict[str, Tensor], Tensor | None]:
     """Return outputs and gradients by name, added up over the shards, and the input's gradient."""
     found: dict[str, Tensor] = Counter()  # type: ignore[assignment]
     x, dx = inputs(case), torch.zeros_like(inputs(case))
     for tp_index in range(case.tp):
         slots = {number: case.slot(number) for number in case.specs}
         stack, shards = make_stack(case, way, tp_index, slots)
+        stack.selection.tasks = TokenTasks(case.segments, apart=apart)
         part = x[..., shards[0].inputs.start : shards[0].inputs.stop].clone()
         part.requires_grad_(case.input_needs_gradient)
         loss = torch.zeros((), dtype=DOUBLE)
@@ -192,10 +193,10 @@ def peft(case: Case) -> tuple[dict[str, Tensor], Tensor]:
 
 
 @ways
-@given(case=cases())
-def test_a_stack_equals_a_loop_of_peft(way: type[Stack], case: Case) -> None:
+@given(case=cases(), apart=st.booleans())
+def test_a_stack_equals_a_loop_of_peft(way: type[Stack], case: Case, apart: bool) -> None:
     expected, expected_dx = peft(case)
-    found, dx = ours(case, way)
+    found, dx = ours(case, way, apart)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12, msg=name)
@@ -259,10 +260,12 @@ def test_gradients_are_added_once_when_layers_are_computed_again(way: type[Stack
         assert torch.equal(kept, computed)
 
 
-def test_a_broken_adapter_harms_no_other_task() -> None:
+@ways
+def test_a_broken_adapter_harms_no_other_task_that_is_apart(way: type[Stack]) -> None:
     slots = {number: MIXED.slot(number) for number in MIXED.specs}
     slots[0].weights.fill_(float("nan"))
-    stack, _ = make_stack(MIXED, SegmentStack, 0, slots)
+    stack, _ = make_stack(MIXED, way, 0, slots)
+    stack.selection.tasks = replace(stack.selection.tasks, apart=True)
     x = inputs(MIXED).requires_grad_(True)
     y = AdaptedLinear(stack, 0)(x)
     y.sum().backward()

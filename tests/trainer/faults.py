@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import time
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from lobra.model.joint_stack import JointStack
 from lobra.model.stage import MicroBatchTensors, Stage
 from lobra.model.tensor_parallel import VocabParallelEmbedding
 from lobra.trainer import evaluation, figures, worker
@@ -62,6 +64,12 @@ def train_with_bad_data(run: RunSpec) -> RankResult:
     Stage.hidden = hidden  # type: ignore[method-assign]
     VocabParallelEmbedding.forward = embed  # type: ignore[method-assign]
     return train_rank(run)
+
+
+def train_joined_with_bad_data(run: RunSpec) -> RankResult:
+    """Do the same with all tasks of a micro-batch computed at once, as on a GPU."""
+    worker.build_stage = partial(worker.build_stage, stack_type=JointStack)
+    return train_with_bad_data(run)
 
 
 def train_without_task(run: RunSpec) -> RankResult:

@@ -72,6 +72,19 @@ def test_bad_data_touches_no_other_task(base: Path, tmp_path: Path) -> None:
     assert FAULT_TASK == 1
 
 
+def test_bad_data_touches_no_other_task_that_it_is_joined_with(base: Path, tmp_path: Path) -> None:
+    layouts = [(1, 1), (2, 1), (1, 2)]
+    bad = new_run(tmp_path / "bad", base, layouts, precision="fp64")
+    absent = new_run(tmp_path / "absent", base, layouts, precision="fp64")
+    run_local(bad, "tests.trainer.faults:train_joined_with_bad_data")
+    run_local(absent, "tests.trainer.faults:train_without_task")
+    for number in range(2):
+        ours = load_file(bad.adapter_folder(number) / "adapter_model.safetensors")
+        theirs = load_file(absent.adapter_folder(number) / "adapter_model.safetensors")
+        for name, value in theirs.items():
+            torch.testing.assert_close(ours[name], value, rtol=1e-8, atol=1e-10, msg=name)
+
+
 def test_a_stop_request_saves_and_reports(base: Path, tmp_path: Path) -> None:
     run = new_run(tmp_path / "run", base, [(1, 1), (1, 1)], steps=50)
     ranks = run_local(run, "tests.trainer.faults:train_and_signal")
