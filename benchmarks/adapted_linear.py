@@ -27,9 +27,10 @@ from lobra.model.adapter import AdapterSpec, Site
 from lobra.model.base_linear import DenseLinear
 from lobra.model.joint_stack import JointStack
 from lobra.model.segment_stack import SegmentStack
+from lobra.model.sharded_layer import linear_shards
 from lobra.model.slot import Slot
-from lobra.model.stack import AdaptedLinear, Selection, TokenTasks, row_segments
-from lobra.model.stage import linear_shards
+from lobra.model.stack import AdaptedLinear
+from lobra.model.token_tasks import Selection, TokenTasks, row_segments
 
 MODULES = ("gate_proj", "up_proj")
 SIZES = ((12, 4, 16, 16, 4), (24, 128, 512, 512, 16), (24, 128, 512, 1376, 16))  # B, S, I, O, rank

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from lobra.model.slot import Slot
-from lobra.model.stack import Adapter, Factors, Outputs, Part, Segment, Stack, TokenTasks
+from lobra.model.stack import Adapter, Factors, Outputs, Part, Stack
+from lobra.model.token_tasks import Segment, TokenTasks
 
 
 @dataclass(frozen=True)

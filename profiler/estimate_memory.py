@@ -21,7 +21,7 @@ from lobra.tasks.config import TaskConfig
 ADAPTER_BYTES, OPTIMIZER_BYTES = 8, 12
 # Logits the loss holds at once, as `model.tensor_parallel` has it (a test compares them).
 LOGITS_AT_ONCE = 1 << 25
-ROW_PARALLEL = ("o_proj", "down_proj")  # whose input is split by tp, as `model.stage` has it
+ROW_PARALLEL = ("o_proj", "down_proj")  # split by their input, as `model.sharded_layer` has it
 
 
 @dataclass(frozen=True)

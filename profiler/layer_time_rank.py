@@ -20,8 +20,8 @@ from lobra.layout.world import World
 from lobra.model.adapter import AdapterSpec
 from lobra.model.groups import ReplicaGroups, build_groups
 from lobra.model.precision import DTYPES
-from lobra.model.stack import row_segments
 from lobra.model.stage import MicroBatchTensors, Stage, build_stage
+from lobra.model.token_tasks import row_segments
 from lobra.profiler.head import PROFILED_SHARE
 from lobra.profiler.memory_rank import synthetic_batch, torch_device
 from lobra.profiler.outliers import MAX_ATTEMPTS, doubtful_points

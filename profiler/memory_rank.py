@@ -19,8 +19,8 @@ from lobra.model.adapter import AdapterSpec
 from lobra.model.groups import build_groups
 from lobra.model.pipeline import evaluate_replica, run_replica
 from lobra.model.precision import DTYPES
-from lobra.model.stack import row_segments
 from lobra.model.stage import MicroBatchTensors, Stage, Targets, build_stage
+from lobra.model.token_tasks import row_segments
 from lobra.profiler.exchange import most_exchange_bytes
 from lobra.profiler.peak_memory import peak_bytes_of, settle_allocator, status_bytes
 

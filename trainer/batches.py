@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from lobra.layout.sequences import IntArray, MicroBatch, Sequence
-from lobra.model.stack import row_segments
 from lobra.model.stage import MicroBatchTensors, Targets
+from lobra.model.token_tasks import row_segments
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.dataset import MASKED, TokenizedDataset
 from lobra.tasks.sampling import sample_indices, task_seed

@@ -26,9 +26,9 @@ from lobra.model import tensor_parallel
 from lobra.model.adapter import AdapterSpec, FlatTensors
 from lobra.model.groups import build_groups, new_group
 from lobra.model.pipeline import run_replica
-from lobra.model.stack import row_segments
 from lobra.model.stage import MicroBatchTensors, Targets, build_stage
 from lobra.model.tensor_parallel import VocabParallelHead
+from lobra.model.token_tasks import row_segments
 
 SPECS = (
     AdapterSpec("first", 4, 8.0, ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj"), seed=1),

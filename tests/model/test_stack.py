@@ -20,9 +20,10 @@ from lobra.model.adapter import SHARED_INPUTS, AdapterSpec, Site, peft_name
 from lobra.model.base_linear import DenseLinear, Shard
 from lobra.model.joint_stack import JointStack
 from lobra.model.segment_stack import SegmentStack
+from lobra.model.sharded_layer import linear_shards
 from lobra.model.slot import Slot
-from lobra.model.stack import AdaptedLinear, Segment, Selection, Stack, TokenTasks
-from lobra.model.stage import linear_shards
+from lobra.model.stack import AdaptedLinear, Stack
+from lobra.model.token_tasks import Segment, Selection, TokenTasks
 
 SHAPE = ModelShape("small", 1, 8, 12, 4, 2, 2, 16)
 MODULES = tuple(SHAPE.linear_sizes())
