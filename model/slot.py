@@ -46,14 +46,6 @@ class Slot:
         for tensor in self.layout.tensors:
             self.layout.rows(self.weights, tensor).copy_(tensor.start())
 
-    def named_weights(self) -> dict[str, Tensor]:
-        """Return views of the weights, with PEFT's names and shapes."""
-        return self.layout.named(self.weights)
-
-    def named_gradients(self) -> dict[str, Tensor]:
-        """Return views of the gradient, with PEFT's names and shapes."""
-        return self.layout.named(self.gradient)
-
     def load(self, named: Mapping[str, Tensor]) -> None:
         """Take weights over (PEFT's names and shapes); KeyError or ValueError if they do not fit.
 

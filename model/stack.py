@@ -137,6 +137,11 @@ class Stack(ABC):
                 found.append(Adapter(linear, slot.number, slot.spec, key, *views))
         return found
 
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of the copies it computes with."""
+        return sum(copy.nbytes for copy in self._copies)
+
     def forget_copies(self) -> None:
         """Have `refresh` copy nothing any more."""
         self._copies, self._copied = [], []

@@ -47,7 +47,8 @@ class RankMemory:
     optimizer_bytes
         The optimiser's state (computed, not run): master copy and moments, shared by the tp ranks.
     activation_bytes
-        The most that training or evaluation took beyond those, measured.
+        The most that training or evaluation took beyond those, measured, and the adapters' copies
+        in the activations' dtype.
     exchange_bytes
         The most that exchanging gradients and weights takes beyond the first three (computed, see
         `exchange`); activations are not alive then.
@@ -117,7 +118,7 @@ def memory_of_rank(
         weight_bytes=_weight_bytes(stage),
         adapter_bytes=ADAPTER_BYTES * elements,
         optimizer_bytes=OPTIMIZER_BYTES * elements // layout.tp,
-        activation_bytes=activation_bytes,
+        activation_bytes=activation_bytes + sum(stack.copied_bytes for stack in stage.stacks),
         exchange_bytes=most_exchange_bytes(elements, layout.tp),
     )
 

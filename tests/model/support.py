@@ -132,7 +132,7 @@ def gradients_on_rank(folder: Path, world: World, num: int, dropout: float = 0.0
     gradients = {
         f"{task}.{name}": gradient.numpy()
         for task, slot in stage.slots.items()
-        for name, gradient in slot.named_gradients().items()
+        for name, gradient in slot.layout.named(slot.gradient).items()
     }
     elements = sum(p.numel() for p in stage.decoder.parameters())
     elements += sum(p.numel() for p in stage.head.parameters()) if stage.head else 0

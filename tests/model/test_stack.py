@@ -136,7 +136,7 @@ def ours(case: Case, way: type[Stack], apart: bool) -> tuple[dict[str, Tensor], 
         if part.grad is not None:
             dx[..., shards[0].inputs.start : shards[0].inputs.stop] += part.grad
         for number, slot in slots.items():
-            for name, gradient in slot.named_gradients().items():
+            for name, gradient in slot.layout.named(slot.gradient).items():
                 found[f"{number} {name}"] = found[f"{number} {name}"] + gradient
     return found, dx if case.input_needs_gradient else None
 
@@ -166,7 +166,8 @@ def peft(case: Case) -> tuple[dict[str, Tensor], Tensor]:
     models, parameters = {NOBODY: linears()}, {}
     for number, own in case.specs.items():
         models[number] = linears()
-        named = case.slot(number).named_weights()
+        slot = case.slot(number)
+        named = slot.layout.named(slot.weights)
         targets = [module for module in case.modules if module in own.target_modules]
         if targets:
             config = LoraConfig(r=own.rank, lora_alpha=own.alpha, target_modules=targets)  # type: ignore[arg-type]
