@@ -312,11 +312,12 @@ def test_bf16_computes_with_copies_and_sums_in_fp32(way: type[Stack]) -> None:
     assert torch.equal(before[0, :2], after[0, :2])
 
 
-def test_operations_of_a_joint_stack_do_not_grow_with_the_tasks() -> None:
+@pytest.mark.parametrize("num_absent", [0, 3])
+def test_operations_of_a_joint_stack_do_not_grow_with_the_tasks(num_absent: int) -> None:
     counts = []
     for num_tasks in (1, 2, 4, 16):
-        specs = {number: spec(number, 2) for number in range(num_tasks)}
-        case = Case(specs, [(number, 2) for number in specs])
+        specs = {number: spec(number, 2) for number in range(num_tasks + num_absent)}
+        case = Case(specs, [(number, 2) for number in range(num_tasks)])
         slots = {number: case.slot(number) for number in specs}
         stack, _ = make_stack(case, JointStack, 0, slots)
         x = inputs(case).requires_grad_(True)

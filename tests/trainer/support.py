@@ -36,6 +36,15 @@ def plain_cost_model(num_layers: int, tps: tuple[int, ...] = (1, 2, 4, 8)) -> Co
     return fit_cost_model(TimeProfile(tp, s, b, time_ms), num_layers)
 
 
+def small_task(**fields: object) -> TaskConfig:
+    """Return a task of one target module, with these fields."""
+    values = dict(
+        name="t", rank=2, lora_alpha=2.0, target_modules=("q_proj",), global_batch_size=1,
+        dataset_name="d", context_length=8, learning_rate=0.3,
+    )  # fmt: skip
+    return TaskConfig(**{**values, **fields})  # type: ignore[arg-type]
+
+
 def make_plan(layouts: list[tuple[int, int]], max_tokens: int) -> Plan:
     """Return a plan with one replica per <tp,pp>; larger layouts hold more tokens."""
     groups = [ReplicaGroup(Layout(tp, pp), 1, max_tokens * tp * pp) for tp, pp in layouts]

@@ -15,19 +15,11 @@ from lobra.layout.world import consecutive
 from lobra.model.groups import build_groups
 from lobra.model.launch import run_ranks
 from lobra.model.stage import build_stage
-from lobra.tasks.config import TaskConfig
 from lobra.trainer.adapters import adapter_spec
 from lobra.trainer.optimizer import AdapterOptimizer, TaskUpdate
 from lobra.trainer.zero import start_deepspeed
 from tests.model.support import save_llama
-
-
-def task(**fields: object) -> TaskConfig:
-    values = dict(
-        name="t", rank=2, lora_alpha=2.0, target_modules=("q_proj",), global_batch_size=1,
-        dataset_name="d", context_length=8, learning_rate=0.3,
-    )  # fmt: skip
-    return TaskConfig(**{**values, **fields})  # type: ignore[arg-type]
+from tests.trainer.support import small_task
 
 
 @pytest.mark.ranks
@@ -49,12 +41,12 @@ def alone_and_among_others(folder: Path) -> tuple[list[dict], list[dict]]:
     """Return a task's weights and moments after each step, when others come, go and break."""
     start_deepspeed("cpu")
     world = consecutive([Layout(1, 1)] * dist.get_world_size())
-    kept, others = 7, {2: task(name="early"), 9: task(name="late", weight_decay=0.1)}
+    kept, others = 7, {2: small_task(name="early"), 9: small_task(name="late", weight_decay=0.1)}
     results = []
     for lively in (False, True):
-        stage = build_stage(folder, build_groups(world), {kept: adapter_spec(task())})
+        stage = build_stage(folder, build_groups(world), {kept: adapter_spec(small_task())})
         optimizer = AdapterOptimizer(stage, world)
-        optimizer.install(kept, task())
+        optimizer.install(kept, small_task())
         result = []
         for step in range(4):
             if lively and step in (1, 2):

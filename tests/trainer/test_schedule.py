@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import get_scheduler
 
 from lobra.trainer.schedule import clip_coefficient, learning_rate
-from tests.trainer.test_optimizer import task
+from tests.trainer.support import small_task
 
 
 @given(st.sampled_from(["constant", "linear", "cosine"]), st.integers(0, 12), st.integers(1, 30))
@@ -21,7 +21,7 @@ def test_schedules_equal_transformers(name: str, warm_up: int, steps: int) -> No
         num_warmup_steps=warm_up,
         num_training_steps=steps,
     )
-    config = task(lr_scheduler=name, warmup_steps=warm_up)
+    config = small_task(lr_scheduler=name, warmup_steps=warm_up)
     for step in range(steps):
         expected = optimizer.param_groups[0]["lr"]
         assert learning_rate(config, step, steps) == pytest.approx(expected, abs=1e-12)
