@@ -97,7 +97,9 @@ class JointStack(Stack):
         return Part(tokens, factors, present.scaling_NR, draw)
 
     def _present(self, segments: Sequence[Segment], numbers: Set[int]) -> _Present:
-        of_token = torch.cat([torch.full((s.stop - s.start,), s.number) for s in segments])
+        lengths = torch.tensor([segment.stop - segment.start for segment in segments])
+        of_segment = torch.tensor([segment.number for segment in segments])
+        of_token = of_segment.repeat_interleave(lengths)
         of_row: list[int] = []
         scaling: list[float] = []
         rows_A: list[int] = []
