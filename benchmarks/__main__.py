@@ -28,7 +28,7 @@ from lobra.profiler.hardware import cpu_name, num_cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SUBJECTS = {
-    "adapted_linear": "one linear layer with the adapters of several tasks, against plain torch",
+    "adapted_linear": "linears with the adapters of several tasks: both stacks against plain torch",
     "equality": "adapters trained jointly by us, against PEFT's trained alone",
     "loss_memory": "peak memory and time of the loss, whole and in chunks",
     "planning": "the planners' times and certified gaps",

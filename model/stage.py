@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -25,24 +25,19 @@ from transformers import AutoConfig, AutoModel, masking_utils
 
 from lobra.common.errors import ConfigError
 from lobra.layout.shapes import ModelShape, layout_problem, read_shape
-from lobra.layout.world import kv_head_range, shard_range
+from lobra.layout.world import shard_range
+from lobra.model.adapter import AdapterSpec
 from lobra.model.checkpoint import CheckpointReader, as_slice
 from lobra.model.groups import ReplicaGroups
-from lobra.model.lora import (
-    Adapter,
-    AdapterBank,
-    AdapterSpec,
-    MultiAdapterLinear,
-    RowTasks,
-    Shard,
-    adapter_key,
-    init_adapter,
-    row_segments,
-)
+from lobra.model.joint_stack import JointStack
 from lobra.model.precision import NothingBelowDouble, in_double, kept_dtype
-from lobra.model.tensor_parallel import VocabParallelEmbedding, VocabParallelHead, copy_to_group
+from lobra.model.segment_stack import SegmentStack
+from lobra.model.sharded_layer import shard_layer
+from lobra.model.slot import Slot
+from lobra.model.stack import Stack
+from lobra.model.tensor_parallel import VocabParallelEmbedding, VocabParallelHead
+from lobra.model.token_tasks import Segment, Selection, TokenTasks
 
-ROW_PARALLEL = ("o_proj", "down_proj")
 EMBEDDING_SCALE = "scalar_embed_scale"  # of the embedding of Gemma in transformers
 PACKED_CHECK = "find_packed_sequence_indices"  # of transformers.masking_utils
 
@@ -68,20 +63,23 @@ class MicroBatchTensors:
     """One micro-batch on a rank.
 
     tokens [B, S] are padded on the right; `targets` say what is learned, so that a GPU need not
-    look for it, for which the host would wait; `row_tasks` gives each row's task index, rows of a
-    task adjacent; `task_weights[t]` multiplies the summed loss of task t (1 / its target tokens in
-    the global batch); `noise_seed` seeds LoRA dropout (None: off).
+    look for it, for which the host would wait; `segments` say whose the flattened tokens are, all
+    of them, in order; `task_weights[t]` multiplies the summed loss of task t (1 / its target tokens
+    in the global batch); `noise_seed` seeds LoRA dropout (None: off).
     """
 
     tokens_BS: Tensor
     targets: Targets
-    row_tasks: tuple[int, ...]
+    segments: tuple[Segment, ...]
     task_weights: Tensor
     noise_seed: int | None = None
 
 
 class Stage(nn.Module):
-    """A rank's share of the base model with its adapters."""
+    """A rank's share of the base model with its adapters.
+
+    While `apart` is set, no task's numbers are in a sum with another's.
+    """
 
     def __init__(
         self,
@@ -89,8 +87,8 @@ class Stage(nn.Module):
         groups: ReplicaGroups,
         decoder: Any,
         head: VocabParallelHead | None,
-        bank: AdapterBank,
-        row_tasks: RowTasks,
+        stacks: list[Stack],
+        selection: Selection,
         layers: range,
     ) -> None:
         super().__init__()
@@ -98,8 +96,10 @@ class Stage(nn.Module):
         self.groups = groups
         self.decoder = decoder
         self.head = head
-        self.bank = bank
-        self.row_tasks = row_tasks
+        self.stacks = stacks
+        self.selection = selection
+        self.slots: dict[int, Slot] = {}
+        self.apart = False
         self.layers = layers
         self.loaded_bytes = 0
 
@@ -113,13 +113,56 @@ class Stage(nn.Module):
         """Return the device of this stage."""
         return next(self.decoder.parameters()).device
 
+    def install(self, specs: Mapping[int, AdapterSpec]) -> None:
+        """Add fresh adapters of tasks, by the tasks' numbers. Those of others stay as they are.
+
+        Raises
+        ------
+        ConfigError
+            If a target module is unknown.
+        """
+        _check_targets(specs.values(), self.shape)
+        kept = kept_dtype(self.dtype)
+        for number, spec in specs.items():
+            assert number not in self.slots, "a task's number is its own"
+            self.slots[number] = Slot(number, spec, self.shape, self.layers, kept, self.device)
+        self._arrange()
+
+    def remove(self, number: int) -> None:
+        """Drop a task's adapter. Those of others stay as they are."""
+        del self.slots[number]
+        self._arrange()
+
+    def _arrange(self) -> None:
+        for stack in self.stacks:
+            stack.arrange(self.slots)
+
+    def load(self, number: int, named: Mapping[str, Tensor]) -> None:
+        """Take a task's weights over (PEFT's names); KeyError or ValueError if they do not fit."""
+        self.slots[number].load(named)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Compute with the slots' weights as they are now."""
+        for stack in self.stacks:
+            stack.refresh()
+
+    @property
+    def joins_tasks(self) -> bool:
+        """Whether tasks' numbers now meet in sums, so that those of one can spoil another's."""
+        return not self.apart and any(isinstance(stack, JointStack) for stack in self.stacks)
+
+    def forget_gradients(self) -> None:
+        """Set every slot's gradient to zero."""
+        if self.slots:
+            torch._foreach_zero_([slot.gradient for slot in self.slots.values()])
+
     def select(self, batch: MicroBatchTensors) -> None:
-        """Make `batch` the one whose rows' tasks the linears look up.
+        """Make `batch` the one whose tokens' tasks the linears look up.
 
         Under the memory policy full the backward pass computes layers again, so it selects too.
         """
-        self.row_tasks.segments = row_segments(batch.row_tasks)
-        self.row_tasks.noise_seed = batch.noise_seed
+        self.selection.tasks = TokenTasks(batch.segments, batch.noise_seed, self.apart)
 
     def hidden(self, batch: MicroBatchTensors, received_BSD: Tensor | None) -> Tensor:
         """Return the hidden states [B, S, D] this stage passes on (normed on the last stage).
@@ -177,41 +220,56 @@ def _rows_are_not_packed() -> Iterator[None]:
 def build_stage(
     folder: Path,
     groups: ReplicaGroups,
-    specs: Sequence[AdapterSpec],
+    specs: Mapping[int, AdapterSpec],
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     attention: str = "sdpa",
+    stack_type: type[Stack] | None = None,
 ) -> Stage:
-    """Build this rank's stage: its layers' shards from `folder`, fresh adapters for `specs`.
+    """Build this rank's stage: its layers' shards from a folder, with fresh adapters.
 
-    Args:
-        folder: a Hugging Face model folder with safetensors weights.
-        groups: this rank's place and process groups; the memory policy is its layout's.
-        specs: one adapter per task, in task order.
-        dtype: of the frozen weights and activations; adapters are fp32, in fp64 fp64.
-        device: where everything lives.
-        attention: transformers' attention implementation.
+    Parameters
+    ----------
+    folder
+        A Hugging Face model folder with safetensors weights.
+    groups
+        This rank's place and process groups; the memory policy is its layout's.
+    specs
+        The tasks' adapters, by the tasks' numbers.
+    dtype
+        Of the frozen weights and activations; adapters are fp32, in fp64 fp64.
+    device
+        Where everything lives.
+    attention
+        transformers' attention implementation.
+    stack_type
+        How adapters are computed; by default what is faster on the device.
 
-    Raises:
-        ConfigError: the model cannot be run under this layout, or a target module is unknown.
+    Raises
+    ------
+    ConfigError
+        If the model cannot be run under this layout, or a target module is unknown.
     """
     layout = groups.place.layout
     shape = read_shape(folder)
     problem = layout_problem(shape, layout.tp, layout.pp)
     if problem:
         raise ConfigError(f"{folder}: {problem}")
-    _check_targets(specs, shape)
+    _check_targets(specs.values(), shape)
     device = torch.device(device)
     layers = groups.place.layers(shape.num_layers)
     reader = CheckpointReader(folder, dtype, device)
     config = _stage_config(folder, layers, attention)
     with torch.device("meta"):
         decoder = AutoModel.from_config(config)
-    row_tasks = RowTasks()
-    bank = AdapterBank(tuple(specs), [{} for _ in specs])
+    selection = Selection()
+    stack_type = stack_type or (JointStack if device.type == "cuda" else SegmentStack)
+    stacks: list[Stack] = []
     for local, layer in enumerate(layers):
-        _shard_layer(decoder.layers[local], layer, shape, groups, reader, row_tasks, bank)
+        stacks += shard_layer(
+            decoder.layers[local], layer, shape, groups, reader, stack_type, selection
+        )
     head = _place_ends(decoder, shape, groups, reader)
     _load_rest(decoder, layers, reader)
     # Non-persistent buffers were made on the meta device: build the module anew where it runs.
@@ -223,8 +281,9 @@ def build_stage(
             in_double(module)
     if layout.memory == "full":
         _checkpoint_layers(decoder)
-    stage = Stage(shape, groups, decoder, head, bank, row_tasks, layers)
+    stage = Stage(shape, groups, decoder, head, stacks, selection, layers)
     stage.loaded_bytes = reader.loaded_bytes
+    stage.install(specs)
     return stage
 
 
@@ -242,7 +301,7 @@ def _checkpoint_layers(decoder: nn.Module) -> None:
             module._gradient_checkpointing_func = again  # type: ignore[assignment]
 
 
-def _check_targets(specs: Sequence[AdapterSpec], shape: ModelShape) -> None:
+def _check_targets(specs: Iterable[AdapterSpec], shape: ModelShape) -> None:
     known = shape.linear_sizes()
     problems = [
         f"task {spec.name}: target module {module!r} is not one of {', '.join(known)}"
@@ -264,95 +323,6 @@ def _stage_config(folder: Path, layers: range, attention: str) -> Any:
     config.use_cache = False
     config.attention_dropout = 0.0  # the base is frozen; LoRA dropout is the tasks' own
     return config
-
-
-def linear_shards(shape: ModelShape, tp_size: int, tp_index: int) -> dict[str, Shard]:
-    """Return this rank's shard of each linear: heads and ffn columns split, o and down by rows."""
-    queries = shard_range(shape.num_heads, tp_size, tp_index)
-    keys = kv_head_range(shape.num_kv_heads, tp_size, tp_index)
-    ffn = shard_range(shape.intermediate_size, tp_size, tp_index)
-    scale = shape.head_dim
-    query_columns = range(queries.start * scale, queries.stop * scale)
-    key_columns = range(keys.start * scale, keys.stop * scale)
-    split = {"q_proj": query_columns, "k_proj": key_columns, "v_proj": key_columns}
-    split |= {"gate_proj": ffn, "up_proj": ffn, "o_proj": query_columns, "down_proj": ffn}
-    shards = {}
-    for module, (inputs, outputs) in shape.linear_sizes().items():
-        if module in ROW_PARALLEL:
-            shards[module] = Shard(split[module], range(outputs), inputs, outputs)
-        else:
-            shards[module] = Shard(range(inputs), split[module], inputs, outputs)
-    return shards
-
-
-def _shard_layer(
-    layer_module: Any,
-    layer: int,
-    shape: ModelShape,
-    groups: ReplicaGroups,
-    reader: CheckpointReader,
-    row_tasks: RowTasks,
-    bank: AdapterBank,
-) -> None:
-    """Replace the layer's linears by their shards with adapters and adjust its head counts."""
-    place = groups.place
-    shards = linear_shards(shape, place.layout.tp, place.tp_index)
-    for parent_name in ("self_attn", "mlp"):
-        parent = getattr(layer_module, parent_name)
-        for module in [name for name in shards if hasattr(parent, name)]:
-            shard = shards[module]
-            prefix = f"model.layers.{layer}.{parent_name}.{module}"
-            rows, columns = as_slice(shard.outputs), as_slice(shard.inputs)
-            bias = None
-            if getattr(parent, module).bias is not None:
-                bias = reader.read(f"{prefix}.bias", rows)
-            linear = MultiAdapterLinear(
-                reader.read(f"{prefix}.weight", rows, columns),
-                bias,
-                shard,
-                groups.tp_group,
-                row_tasks,
-            )
-            setattr(parent, module, linear)
-            _add_adapters(linear, layer, module, bank, reader)
-        if groups.tp_group is not None:
-            _sum_input_gradient(parent, groups)
-    attention = layer_module.self_attn
-    local_queries = len(shards["q_proj"].outputs) // shape.head_dim
-    local_keys = len(shards["k_proj"].outputs) // shape.head_dim
-    attention.num_key_value_groups = local_queries // local_keys
-
-
-def _add_adapters(
-    linear: MultiAdapterLinear, layer: int, module: str, bank: AdapterBank, reader: CheckpointReader
-) -> None:
-    shard = linear.shard
-    kept = kept_dtype(reader.dtype)
-    for task, spec in enumerate(bank.specs):
-        if module not in spec.target_modules:
-            continue
-        A_rI, B_Or = init_adapter(spec, layer, module, shard.in_features, shard.out_features)
-        adapter = Adapter(
-            A=nn.Parameter(A_rI.to(reader.device, kept)),
-            B=nn.Parameter(B_Or.to(reader.device, kept)),
-            scaling=spec.scaling,
-            dropout=spec.dropout,
-            key=adapter_key(spec, layer, module),
-        )
-        linear.adapters[task] = adapter
-        bank.adapters[task].setdefault(layer, {})[module] = adapter
-
-
-def _sum_input_gradient(parent: nn.Module, groups: ReplicaGroups) -> None:
-    """Sum the input's gradient over the TP group once for all column-parallel linears below."""
-
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args:
-            return (copy_to_group(args[0], groups.tp_group), *args[1:]), kwargs
-        hidden = copy_to_group(kwargs["hidden_states"], groups.tp_group)
-        return args, {**kwargs, "hidden_states": hidden}
-
-    parent.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def _place_ends(

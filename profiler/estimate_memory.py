@@ -21,7 +21,7 @@ from lobra.tasks.config import TaskConfig
 ADAPTER_BYTES, OPTIMIZER_BYTES = 8, 12
 # Logits the loss holds at once, as `model.tensor_parallel` has it (a test compares them).
 LOGITS_AT_ONCE = 1 << 25
-ROW_PARALLEL = ("o_proj", "down_proj")  # whose input is split by tp, as `model.stage` has it
+ROW_PARALLEL = ("o_proj", "down_proj")  # split by their input, as `model.sharded_layer` has it
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def saved_bytes_per_token(
     Whole on every rank of a tp group (unless sequence parallel): the inputs of both norms in fp32
     and their outputs. Split by tp: q, k, v, the attention's output and its log-sum-exp, gate, up,
     silu(gate) and their product. LoRA: x A' of each linear. Dropout: each linear of
-    ``dropout_modules`` keeps its factors and what they leave of its input, instead of the input.
+    ``dropout_modules`` keeps its factors.
     """
     e, h = element_bytes(precision), shape.hidden_size
     query, key = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
@@ -145,14 +145,9 @@ def saved_bytes_per_token(
     for module in dropout_modules:
         inputs = shape.linear_sizes()[module][0]
         if module in ROW_PARALLEL:
-            split += 2 * e * inputs
+            split += e * inputs
         else:
-            whole += 2 * e * inputs
-    for modules, size in (("q_proj", "k_proj", "v_proj"), h), (("gate_proj", "up_proj"), h):
-        if set(modules) <= set(dropout_modules):  # nobody else keeps the norm's output
-            whole -= e * size
-    if "down_proj" in dropout_modules:
-        split -= e * shape.intermediate_size
+            whole += e * inputs
     return whole / (tp if sequence_parallel else 1) + split / tp + lora
 
 

@@ -18,8 +18,8 @@ from lobra.common.errors import ConfigError
 from lobra.layout.layout import Layout
 from lobra.layout.shapes import ModelShape, layout_problem
 from lobra.layout.world import consecutive
+from lobra.model.adapter import AdapterSpec
 from lobra.model.launch import DEFAULT_PRELOAD, RankError, default_threads, run_ranks
-from lobra.model.lora import AdapterSpec
 from lobra.profiler.grid import time_grid
 from lobra.profiler.head import HEAD_COLUMNS, PROFILED_SHARE
 from lobra.profiler.layer_time_rank import SingleDevice

@@ -15,10 +15,11 @@ import torch.distributed as dist
 
 from lobra.layout.shapes import read_shape
 from lobra.layout.world import World
+from lobra.model.adapter import AdapterSpec
 from lobra.model.groups import ReplicaGroups, build_groups
-from lobra.model.lora import AdapterSpec
 from lobra.model.precision import DTYPES
 from lobra.model.stage import MicroBatchTensors, Stage, build_stage
+from lobra.model.token_tasks import row_segments
 from lobra.profiler.head import PROFILED_SHARE
 from lobra.profiler.memory_rank import synthetic_batch, torch_device
 from lobra.profiler.outliers import MAX_ATTEMPTS, doubtful_shapes, record_attempt
@@ -92,7 +93,9 @@ def time_shapes_on_rank(
     def time_layer(b: int, s: int, batch: MicroBatchTensors, received_BSD: torch.Tensor) -> None:
         gradient_BSD = torch.randn_like(received_BSD)
         runs = [
-            _layer_run(layers, replace(batch, row_tasks=tasks), received_BSD, gradient_BSD)
+            _layer_run(
+                layers, replace(batch, segments=row_segments(tasks, s)), received_BSD, gradient_BSD
+            )
             for tasks in row_mixtures(b, weights, mixtures_wanted)
         ]
         timing = measured_timing(runs, where)
@@ -189,7 +192,9 @@ def _build_probes(
     def stage(index: int, count: int) -> Stage:
         layout = replace(groups.place.layout, pp=count)
         place = replace(groups.place, stage=index, layout=layout)
-        return build_stage(folder, replace(groups, place=place), specs, dtype=dtype, device=device)
+        numbered = dict(enumerate(specs))
+        own = replace(groups, place=place)
+        return build_stage(folder, own, numbered, dtype=dtype, device=device)
 
     if num_stages == 1:
         whole = stage(0, 1)

@@ -15,11 +15,12 @@ import torch
 from lobra.layout.layout import Layout
 from lobra.layout.shapes import ModelShape
 from lobra.layout.world import one_replica
+from lobra.model.adapter import AdapterSpec
 from lobra.model.groups import build_groups
-from lobra.model.lora import AdapterSpec
 from lobra.model.pipeline import evaluate_replica, run_replica
 from lobra.model.precision import DTYPES
 from lobra.model.stage import MicroBatchTensors, Stage, Targets, build_stage
+from lobra.model.token_tasks import row_segments
 from lobra.profiler.exchange import most_exchange_bytes
 from lobra.profiler.peak_memory import peak_bytes_of, settle_allocator, status_bytes
 
@@ -46,7 +47,8 @@ class RankMemory:
     optimizer_bytes
         The optimiser's state (computed, not run): master copy and moments, shared by the tp ranks.
     activation_bytes
-        The most that training or evaluation took beyond those, measured.
+        The most that training or evaluation took beyond those, measured, and the adapters' copies
+        in the activations' dtype.
     exchange_bytes
         The most that exchanging gradients and weights takes beyond the first three (computed, see
         `exchange`); activations are not alive then.
@@ -100,15 +102,11 @@ def memory_of_rank(
     stage = build_stage(
         folder,
         groups,
-        specs,
+        dict(enumerate(specs)),
         dtype=DTYPES[precision],
         device=torch_device(device),
     )
-    elements = 0
-    for task in range(len(specs)):
-        for parameter in stage.bank.parameters(task, stage.layers):
-            parameter.grad = torch.zeros_like(parameter)
-            elements += parameter.numel()
+    elements = sum(slot.weights.numel() for slot in stage.slots.values())
     for run in (_train, _evaluate):  # libraries load and buffers are made on first use
         run(stage, WARM_UP_SHAPE)
     activation_bytes = max(
@@ -120,28 +118,29 @@ def memory_of_rank(
         weight_bytes=_weight_bytes(stage),
         adapter_bytes=ADAPTER_BYTES * elements,
         optimizer_bytes=OPTIMIZER_BYTES * elements // layout.tp,
-        activation_bytes=activation_bytes,
+        activation_bytes=activation_bytes + sum(stack.copied_bytes for stack in stage.stacks),
         exchange_bytes=most_exchange_bytes(elements, layout.tp),
     )
 
 
 def _train(stage: Stage, shape: tuple[int, int]) -> None:
     """Forward and backward of one micro-batch of `shape` per pipeline stage."""
-    run_replica(stage, _batches(stage, shape), len(stage.bank.specs))
+    run_replica(stage, _batches(stage, shape), len(stage.slots))
 
 
 def _evaluate(stage: Stage, shape: tuple[int, int]) -> None:
     """Forward only of one micro-batch of `shape` per pipeline stage."""
-    evaluate_replica(stage, _batches(stage, shape), len(stage.bank.specs))
+    evaluate_replica(stage, _batches(stage, shape), len(stage.slots))
 
 
 def _batches(stage: Stage, shape: tuple[int, int]) -> list[MicroBatchTensors]:
     """Return a micro-batch per stage; fewer rows than tasks are of those that keep most."""
-    specs = stage.bank.specs
+    specs = [slot.spec for slot in stage.slots.values()]
     batch = synthetic_batch(shape, stage.shape, len(specs), stage.device)
     if shape[0] < len(specs):
         order = sorted(range(len(specs)), key=lambda task: -_kept_size(specs[task], stage.shape))
-        batch = replace(batch, row_tasks=tuple(sorted(order[: shape[0]])))
+        tasks = sorted(order[: shape[0]])
+        batch = replace(batch, segments=row_segments(tasks, shape[1]))
     return [replace(batch, noise_seed=TRIAL_NOISE)] * stage.groups.place.layout.pp
 
 
@@ -176,7 +175,7 @@ def synthetic_batch(
     return MicroBatchTensors(
         tokens_BS=tokens_BS.to(device),
         targets=Targets(*(tensor.to(device) for tensor in targets)),
-        row_tasks=tuple(row_tasks),
+        segments=row_segments(row_tasks, length),
         task_weights=torch.full((num_tasks,), 1.0 / (num_rows * length), device=device),
     )
 

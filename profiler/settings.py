@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lobra.layout.shapes import ModelShape
-from lobra.model.lora import AdapterSpec
+from lobra.model.adapter import AdapterSpec
 from lobra.tasks.config import TaskConfig
 
 

@@ -17,7 +17,8 @@ from lobra.common.errors import ConfigError, Problems, show
 from lobra.common.files import new_draft, replace_folder, write_atomic
 from lobra.layout.shapes import ModelShape
 from lobra.layout.world import World
-from lobra.model.lora import AdapterBank, AdapterSpec, peft_name
+from lobra.model.adapter import AdapterSpec, FlatTensors
+from lobra.model.stage import Stage
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.sampling import task_seed
 from lobra.trainer.peft_config import config_problems
@@ -38,34 +39,19 @@ def adapter_spec(task: TaskConfig, run_seed: int = 0) -> AdapterSpec:
     )
 
 
-def tensor_shapes(
-    spec: AdapterSpec, shape: ModelShape, layers: range
-) -> dict[str, tuple[int, int]]:
-    """Return PEFT's names and the shapes of an adapter's tensors in these layers."""
-    sizes = shape.linear_sizes()
-    shapes = {}
-    for layer in layers:
-        for module in spec.target_modules:
-            inputs, outputs = sizes[module]
-            name = peft_name(layer, module)
-            shapes[f"{name}.lora_A.weight"] = (spec.rank, inputs)
-            shapes[f"{name}.lora_B.weight"] = (outputs, spec.rank)
-    return shapes
-
-
 def gather_tensors(
-    own: Mapping[str, Tensor],
+    own: Mapping[range, Tensor],
     spec: AdapterSpec,
     shape: ModelShape,
     world: World,
     group: dist.ProcessGroup,
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """Return a task's tensors of all layers on rank 0 (CPU), {} elsewhere. Collective.
+    """Return a task's tensors of all layers on rank 0 (CPU, PEFT's), {} elsewhere. Collective.
 
-    `own` holds, under PEFT's names, at least the layers of the blocks this rank is the first
-    holder of (weights, or moments of the same shapes). Each block goes to rank 0 in one piece,
-    over a CPU group, in `dtype`, which is theirs.
+    ``own`` has, by its layers, the flat tensor of each block that this rank is the first holder of
+    (weights, or moments). Each block goes to rank 0 in one piece, over a CPU group, in ``dtype``,
+    which is theirs.
     """
     rank = dist.get_rank()
     gathered: dict[str, Tensor] = {}
@@ -73,20 +59,17 @@ def gather_tensors(
         owner = block.holders[0]
         if rank not in (0, owner):
             continue
-        shapes = tensor_shapes(spec, shape, block.layers)
+        layout = FlatTensors.of_layers(spec, shape, block.layers)
         if rank == owner:
-            flat = torch.cat([own[name].flatten() for name in shapes]).to("cpu", dtype)
+            flat = own[block.layers].to("cpu", dtype)
         else:
-            num_elements = sum(rows * columns for rows, columns in shapes.values())
-            flat = torch.empty(num_elements, dtype=dtype)
+            flat = torch.empty(layout.numel, dtype=dtype)
         if rank != 0:
             dist.send(flat, 0, group=group)
             continue
         if owner != 0:
             dist.recv(flat, owner, group=group)
-        parts = flat.split([rows * columns for rows, columns in shapes.values()])
-        for (name, size), part in zip(shapes.items(), parts, strict=True):
-            gathered[name] = part.view(size)
+        gathered |= {name: value.contiguous() for name, value in layout.named(flat).items()}
     return gathered
 
 
@@ -167,7 +150,8 @@ def check_adapter(folder: Path, spec: AdapterSpec, shape: ModelShape) -> Problem
         )
     if problems:
         return problems
-    wanted_shapes = tensor_shapes(spec, shape, range(shape.num_layers))
+    wanted = FlatTensors.of_layers(spec, shape, range(shape.num_layers)).tensors
+    wanted_shapes = {tensor.name: tensor.shape for tensor in wanted}
     problems += [
         f"task {spec.name}: resume_from: {weights_path}: {name} is {found.get(name, 'missing')}, "
         f"the model and the task need {size}"
@@ -192,16 +176,18 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     return [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]
 
 
-def load_adapter(folder: Path, bank: AdapterBank, task: int) -> None:
+def load_adapter(folder: Path, stage: Stage, number: int) -> None:
     """Load a PEFT adapter folder into this rank's layers of the task.
 
-    Raises:
-        ConfigError: a tensor is missing or has another shape.
+    Raises
+    ------
+    ConfigError
+        If a tensor is missing or has another shape.
     """
     try:
-        bank.load(task, load_file(folder / WEIGHTS_FILE))
+        stage.load(number, load_file(folder / WEIGHTS_FILE))
     except (KeyError, ValueError) as error:
-        name = bank.specs[task].name
+        name = stage.slots[number].spec.name
         raise ConfigError(
             f"task {name}: resume_from: {folder / WEIGHTS_FILE} does not fit: {error}"
         ) from error

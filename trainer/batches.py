@@ -10,6 +10,7 @@ import torch
 
 from lobra.layout.sequences import IntArray, MicroBatch, Sequence
 from lobra.model.stage import MicroBatchTensors, Targets
+from lobra.model.token_tasks import row_segments
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.dataset import MASKED, TokenizedDataset
 from lobra.tasks.sampling import sample_indices, task_seed
@@ -71,18 +72,18 @@ def micro_batch_tensors(
         tokens_BS[row, : len(sequence.tokens)] = sequence.tokens
         positions.append(sequence.targets.astype(np.int64) + (row * length - 1))
         predicted.append(sequence.tokens[sequence.targets])
-    row_tasks = np.array([sequence.task for sequence in rows], dtype=np.int64)
+    tasks = np.array([sequence.task for sequence in rows], dtype=np.int64)
     tensors = [
         tokens_BS,
         np.concatenate(positions),
         np.concatenate(predicted, dtype=np.int64),
-        np.repeat(row_tasks, [len(sequence.targets) for sequence in rows]),
+        np.repeat(tasks, [len(sequence.targets) for sequence in rows]),
     ]
     tokens, *targets = to_device([torch.from_numpy(values) for values in tensors], device)
     return MicroBatchTensors(
         tokens_BS=tokens,
         targets=Targets(*targets),
-        row_tasks=tuple(row_tasks.tolist()),
+        segments=row_segments(tasks.tolist(), length),
         task_weights=task_weights,
         noise_seed=_noise_seed(seed, rows),
     )

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -30,12 +30,13 @@ from lobra.common.documents import read_document
 from lobra.common.errors import ConfigError, Problems
 from lobra.common.files import new_draft, remove_folder, replace_folder, write_atomic
 from lobra.common.models import Count, FileModel, Positive, read_as
-from lobra.model.lora import AdapterBank
+from lobra.model.stage import Stage
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.dataset import TokenizedDataset
 from lobra.trainer.adapters import CONFIG_FILE, WEIGHTS_FILE, save_adapter
-from lobra.trainer.engines import MOMENTS, AdapterOptimizer
 from lobra.trainer.life import lives_from_json
+from lobra.trainer.optimizer import AdapterOptimizer
+from lobra.trainer.zero import MOMENTS
 
 FOLDER = "checkpoints"
 STATE_FILE = "state.json"
@@ -312,24 +313,23 @@ def revival_problems(state: CheckpointState, revived: Sequence[str]) -> list[str
     return problems
 
 
-def load_weights(run: Path, step: int, bank: AdapterBank) -> None:
-    """Load every task's adapter of a checkpoint into this rank's layers (before the engines)."""
-    for task, spec in enumerate(bank.specs):
-        path = step_folder(run, step) / "adapters" / spec.name / WEIGHTS_FILE
+def load_weights(run: Path, step: int, stage: Stage) -> None:
+    """Load every task's adapter of a checkpoint into this rank's layers (before the optimiser)."""
+    for number, slot in stage.slots.items():
+        path = step_folder(run, step) / "adapters" / slot.spec.name / WEIGHTS_FILE
         with safe_open(path, framework="pt") as file:
-            bank.load(task, {name: file.get_tensor(name) for name in bank.named_parameters(task)})
+            stage.load(number, {name: file.get_tensor(name) for name in slot.layout.places})
 
 
 def load_moments(
-    run: Path, step: int, bank: AdapterBank, optimizer: AdapterOptimizer, updates: Sequence[int]
+    run: Path, step: int, optimizer: AdapterOptimizer, updates: Mapping[int, int]
 ) -> None:
-    """Load every task's moments of a checkpoint into this rank's engines."""
-    for task, spec in enumerate(bank.specs):
-        path = step_folder(run, step) / "moments" / f"{spec.name}.safetensors"
-        names = list(bank.named_parameters(task))
+    """Load every task's moments of a checkpoint; ``updates`` have its number of updates."""
+    for number, slot in optimizer.stage.slots.items():
+        path = step_folder(run, step) / "moments" / f"{slot.spec.name}.safetensors"
         with safe_open(path, framework="pt") as file:
             moments = {
-                kind: {name: file.get_tensor(f"{kind}/{name}") for name in names}
+                kind: {name: file.get_tensor(f"{kind}/{name}") for name in slot.layout.places}
                 for kind in MOMENTS
             }
-        optimizer.load_moments(task, moments, updates[task])
+        optimizer.load_moments(number, moments, updates[number])

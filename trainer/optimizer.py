@@ -1,78 +1,108 @@
-"""The adapters' optimiser: AdamW with one parameter group per task, any of which may sit out."""
+"""The adapters' optimiser: every task's AdamW, its state shared by the holders of each block.
+
+A block is the layers with the same holders; its data-parallel group is those holders, in the
+tensor-parallel group and across replicas alike, since canonical adapters make the gradient a
+plain sum over holders (docs/architecture.md).
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from lobra.layout.world import World
+from lobra.model.groups import new_group
+from lobra.model.stage import Stage
 from lobra.tasks.config import TaskConfig
+from lobra.trainer.block import BlockOptimizer
+from lobra.trainer.zero import MOMENTS
 
-ADAM_BETAS = (0.9, 0.999)
-ADAM_EPS = 1e-8
 
+@dataclass(frozen=True)
+class TaskUpdate:
+    """What one step does to a task: whether its update is applied, the rate, the clipping factor.
 
-class TaskAdamW(torch.optim.AdamW):
-    """torch's AdamW in which a group with `skip` set is left exactly as it is.
-
-    A task that is finished, absent from the step or whose gradient is not finite must keep its
-    weights and its moments; a zero gradient or a zero learning rate would still change them.
+    A task that is not applied keeps its weights and its moments exactly.
     """
 
-    def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """Update every group that is not skipped."""
-        for group in self.param_groups:
-            if group.get("skip", False):
-                for parameter in group["params"]:
-                    parameter.grad = None
-        return super().step(closure)
+    apply: bool
+    learning_rate: float = 0.0
+    clip: float = 1.0
 
 
-def task_optimizer(
-    tasks: Sequence[TaskConfig], parameters: Sequence[Sequence[torch.nn.Parameter]]
-) -> TaskAdamW:
-    """Return the optimiser of one layer block; `parameters[t]` are the block's of task t."""
-    groups = [
-        {
-            "params": list(own),
-            "lr": task.learning_rate,
-            "weight_decay": task.weight_decay,
-            "skip": False,
-        }
-        for task, own in zip(tasks, parameters, strict=True)
-    ]
-    return TaskAdamW(groups, betas=ADAM_BETAS, eps=ADAM_EPS)
+class AdapterOptimizer:
+    """The blocks this rank holds, walked in the same order on every rank."""
 
+    def __init__(self, stage: Stage, world: World) -> None:
+        """Optimise the adapters of a stage. Collective: every rank of the world calls it."""
+        self.stage = stage
+        self.blocks: list[BlockOptimizer] = []
+        for block in world.blocks(stage.shape.num_layers):
+            group = new_group(block.holders)
+            if group is not None:
+                self.blocks.append(BlockOptimizer(block, group))
 
-def learning_rate(task: TaskConfig, step: int, num_steps: int) -> float:
-    """Return the task's learning rate at its step (0-based), as transformers' schedulers do.
+    def install(self, number: int, task: TaskConfig) -> None:
+        """Begin to optimise the adapter in a slot, as it is now. Collective.
 
-    `constant`, `linear` (to zero at `num_steps`) and `cosine` (half a period), each after a
-    linear warm-up over `warmup_steps`.
+        Nothing of another task is touched, neither weights nor moments.
+        """
+        for block in self.blocks:
+            block.install(self.stage.slots[number], task)
 
-    Raises:
-        ValueError: the scheduler is unknown.
-    """
-    if step < task.warmup_steps:
-        return task.learning_rate * step / max(1, task.warmup_steps)
-    if task.lr_scheduler == "constant":
-        return task.learning_rate
-    left = max(1, num_steps - task.warmup_steps)
-    if task.lr_scheduler == "linear":
-        return task.learning_rate * max(0.0, (num_steps - step) / left)
-    if task.lr_scheduler == "cosine":
-        progress = (step - task.warmup_steps) / left
-        return task.learning_rate * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
-    raise ValueError(f"unknown lr_scheduler {task.lr_scheduler!r}")
+    def remove(self, number: int) -> None:
+        """Forget a task's optimiser state."""
+        for block in self.blocks:
+            block.remove(number)
 
+    def reduce(self, numbers: Sequence[int]) -> Tensor:
+        """Sum these tasks' gradients over each block's holders. Collective.
 
-def clip_coefficient(norm: float, max_norm: float) -> float:
-    """Return the factor `torch.nn.utils.clip_grad_norm_` applies; 1 when max_norm is 0.
+        Returns
+        -------
+        Tensor
+            This rank's part of each task's squared gradient norm, fp64 [tasks], on the device. A
+            rank owns one ZeRO partition of each block it holds and partitions are disjoint, so the
+            sum over the world is the squared norm.
+        """
+        if not numbers:
+            return torch.zeros(0, dtype=torch.float64, device=self.stage.device)
+        return torch.stack([block.reduce(numbers) for block in self.blocks]).sum(dim=0)
 
-    Also 1 for a norm that is not finite: such an update is skipped, not scaled.
-    """
-    if max_norm <= 0 or not math.isfinite(norm):
-        return 1.0
-    return min(1.0, max_norm / (norm + 1e-6))
+    def update(self, updates: Mapping[int, TaskUpdate]) -> None:
+        """Apply updates to the reduced gradients and forget all gradients. Collective."""
+        applied = {number: update for number, update in updates.items() if update.apply}
+        rates = {number: update.learning_rate for number, update in applied.items()}
+        clips = {number: update.clip for number, update in applied.items()}
+        for block in self.blocks:
+            block.update(rates, clips)
+        self.stage.forget_gradients()
+        self.stage.refresh()
+
+    def moments(self, number: int) -> dict[str, dict[range, Tensor]]:
+        """Return a task's Adam moments, flat, by the layers of a block, on the CPU. Collective.
+
+        They are of the blocks this rank is the first holder of.
+        """
+        found: dict[str, dict[range, Tensor]] = {moment: {} for moment in MOMENTS}
+        for block in self.blocks:
+            for moment, flat in block.moments(number).items():
+                found[moment][block.block.layers] = flat
+        return found
+
+    def load_moments(
+        self, number: int, moments: Mapping[str, Mapping[str, Tensor]], updates: int
+    ) -> None:
+        """Set the task's Adam moments (PEFT's names) and its count of applied updates."""
+        slot = self.stage.slots[number]
+        flats = {}
+        for moment, named in moments.items():
+            flats[moment] = torch.empty_like(slot.weights, device="cpu")
+            slot.layout.fill(flats[moment], named)
+        for block in self.blocks:
+            span = slot.layout.span(block.block.layers)
+            own = {moment: flat[span] for moment, flat in flats.items()}
+            block.load_moments(number, own, updates)

@@ -42,8 +42,8 @@ from lobra.trainer.checkpoint import (
     read_state,
 )
 from lobra.trainer.dispatcher import AheadDispatcher, Running, make_order
-from lobra.trainer.engines import AdapterOptimizer, TaskUpdate, start_deepspeed
 from lobra.trainer.evaluation import Evaluation, Evaluator
+from lobra.trainer.exporter import AdapterExporter
 from lobra.trainer.feedback import SpeedFeedback
 from lobra.trainer.figures import StepFigures, exchange_figures
 from lobra.trainer.life import TaskLife, lives_from_json, lives_to_json
@@ -55,11 +55,12 @@ from lobra.trainer.metrics import (
     as_json,
     restore_metrics,
 )
-from lobra.trainer.optimizer import clip_coefficient, learning_rate
+from lobra.trainer.optimizer import AdapterOptimizer, TaskUpdate
 from lobra.trainer.progress import Progress
 from lobra.trainer.run_spec import RunSpec
+from lobra.trainer.schedule import clip_coefficient, learning_rate
 from lobra.trainer.signals import StopRequest
-from lobra.trainer.store import AdapterStore
+from lobra.trainer.zero import start_deepspeed
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ def train_rank(run: RunSpec) -> RankResult:
 
 
 class Worker:
-    """The state of one rank: stage, engines, dispatcher, the tasks' lives; on rank 0 their data."""
+    """The state of one rank: stage, optimiser, dispatcher, tasks' lives; on rank 0 their data."""
 
     def __init__(self, run: RunSpec) -> None:
         """Build everything this rank needs. Collective."""
@@ -118,7 +119,7 @@ class Worker:
         self.stage = build_stage(
             run.model_folder,
             groups,
-            [adapter_spec(task, run.seed) for task in run.tasks],
+            {n: adapter_spec(task, run.seed) for n, task in enumerate(run.tasks)},
             dtype=DTYPES[run.precision],
             device=self.device,
         )
@@ -127,12 +128,10 @@ class Worker:
         self.lives = [TaskLife(steps) for steps in run.num_steps]
         self.feedback = SpeedFeedback([1.0] * len(run.world.replicas))
         self._load_weights()
-        self.optimizer = AdapterOptimizer(
-            run.tasks, self.stage.bank, run.world, self.stage.shape.num_layers
-        )
-        self.store = AdapterStore(
-            run, self.stage.bank, self.stage.shape, self.optimizer, self.control
-        )
+        self.optimizer = AdapterOptimizer(self.stage, run.world)
+        for number, task in enumerate(run.tasks):
+            self.optimizer.install(number, task)
+        self.exporter = AdapterExporter(run, self.stage, self.optimizer, self.control)
         self.last_metrics: StepMetrics | None = None
         self.first_step = self._restore()
         self.dispatcher = AheadDispatcher(self._solver, self._running, self.control)
@@ -155,13 +154,13 @@ class Worker:
 
     def _load_weights(self) -> None:
         """Load the adapters of a checkpoint, or those that tasks start from."""
-        run, bank = self.run, self.stage.bank
+        run = self.run
         if run.resume_step is not None:
-            load_weights(run.output_dir, run.resume_step, bank)
+            load_weights(run.output_dir, run.resume_step, self.stage)
             return
         for number, task in enumerate(run.tasks):
             if task.resume_from:
-                load_adapter(Path(task.resume_from), bank, number)
+                load_adapter(Path(task.resume_from), self.stage, number)
 
     def _restore(self) -> int:
         """Restore moments, lives and factors from the checkpoint; return the first step."""
@@ -173,8 +172,8 @@ class Worker:
             replace(life, num_steps=steps)
             for life, steps in zip(lives_from_json(state.lives), run.num_steps, strict=True)
         ]
-        updates = [life.updates for life in self.lives]
-        load_moments(run.output_dir, run.resume_step, self.stage.bank, self.optimizer, updates)
+        updates = {number: life.updates for number, life in enumerate(self.lives)}
+        load_moments(run.output_dir, run.resume_step, self.optimizer, updates)
         if run.feedback and state.plan == str(run.plan):
             self.feedback = SpeedFeedback(list(state.speed_factors), list(state.speed_counts))
         for life, task in zip(self.lives, run.tasks, strict=True):
@@ -272,7 +271,7 @@ class Worker:
                 try:
                     if ends or (run.save_every and step % run.save_every == 0):
                         mark = time.perf_counter()
-                        self.store.save_checkpoint(self._state(step))
+                        self.exporter.save_checkpoint(self._state(step))
                         took_s = time.perf_counter() - mark
                         saved, metrics = step, replace(metrics, checkpoint_time_s=took_s)
                 finally:  # the step was trained, whatever became of its checkpoint
@@ -281,9 +280,9 @@ class Worker:
                         progress.update(metrics)
             finished = not any(self._running(step))
             if saved != step:
-                self.store.save_checkpoint(self._state(step))
+                self.exporter.save_checkpoint(self._state(step))
             if finished:
-                self.store.export_adapters()
+                self.exporter.export_adapters()
             else:
                 self.result.stopped_at = step
                 self.result.stop_signal = stop.received or signal.SIGTERM
@@ -302,33 +301,47 @@ class Worker:
         works = order.task_work(len(run.tasks))
         weights = self._task_weights(step, works)
         batches = self._tensors(order, weights, run.seed * 1_000_003 + step)
-        mark = time.perf_counter()
-        clock.prepare_s = mark - begin
+        clock.prepare_s = time.perf_counter() - begin
         try:
-            losses = run_replica(self.stage, batches, len(run.tasks))
+            figures = self._compute(batches, running, clock, begin)
+            if self.stage.joins_tasks and not all(map(math.isfinite, figures.grad_norms)):
+                self.stage.forget_gradients()
+                self.stage.apart = True
+                figures = self._compute(batches, running, clock, begin)
         except torch.OutOfMemoryError as error:
             raise RuntimeError(self._too_large(step, order)) from error
+        finally:
+            self.stage.apart = False
+        self.stop_requested = figures.stop  # also when another rank was told
+        self.peak_memory_bytes = max(self.peak_memory_bytes, figures.memory_bytes[self.rank])
+        updates = self._decide(step, works, figures)
+        mark = time.perf_counter()
+        self.optimizer.update(dict(enumerate(updates)))
+        self._synchronize()
+        clock.optimizer_s = time.perf_counter() - mark
+        return self._conclude(step, order, works, figures, updates, clock)
+
+    def _compute(
+        self, batches: list[MicroBatchTensors], running: Running, clock: _Clock, begin: float
+    ) -> StepFigures:
+        """Compute this replica's losses and gradients and sum them over the world. Collective."""
+        mark = time.perf_counter()
+        losses = run_replica(self.stage, batches, len(running))
         self._synchronize()
         clock.compute_s = time.perf_counter() - mark
 
         mark = time.perf_counter()
         clock.arrival_s = mark - begin
-        squared = self.optimizer.reduce(running)
+        takes_part = [number for number, runs in enumerate(running) if runs]
+        squared = torch.zeros(len(running), dtype=torch.float64, device=self.device)
+        squared[takes_part] = self.optimizer.reduce(takes_part)
         self._synchronize()
         clock.reduce_s = time.perf_counter() - mark
         if not self.place.owns_loss:
             losses = torch.zeros_like(losses)  # its TP peers computed the same
-        figures = exchange_figures(
+        return exchange_figures(
             losses, squared, clock.compute_s, clock.arrival_s, self.control, self.stop_requested
         )
-        self.stop_requested = figures.stop  # also when another rank was told
-        self.peak_memory_bytes = max(self.peak_memory_bytes, figures.memory_bytes[self.rank])
-        updates = self._decide(step, works, figures)
-        mark = time.perf_counter()
-        self.optimizer.update(updates)
-        self._synchronize()
-        clock.optimizer_s = time.perf_counter() - mark
-        return self._conclude(step, order, works, figures, updates, clock)
 
     def _too_large(self, step: int, order: StepOrder) -> str:
         """Return what to do when a micro-batch does not fit into the GPU."""

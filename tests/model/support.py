@@ -23,11 +23,12 @@ from transformers import (
 from lobra.layout.shapes import ModelShape
 from lobra.layout.world import World, shard_range
 from lobra.model import tensor_parallel
+from lobra.model.adapter import AdapterSpec, FlatTensors
 from lobra.model.groups import build_groups, new_group
-from lobra.model.lora import AdapterSpec, peft_name
 from lobra.model.pipeline import run_replica
 from lobra.model.stage import MicroBatchTensors, Targets, build_stage
 from lobra.model.tensor_parallel import VocabParallelHead
+from lobra.model.token_tasks import row_segments
 
 SPECS = (
     AdapterSpec("first", 4, 8.0, ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj"), seed=1),
@@ -104,48 +105,35 @@ def micro_batch(
         tokens_T=labels[rows, columns + 1],
         tasks_T=torch.tensor(row_tasks)[rows],
     )
-    return MicroBatchTensors(tokens, targets, row_tasks, task_weights, noise_seed)
+    segments = row_segments(row_tasks, tokens.shape[1])
+    return MicroBatchTensors(tokens, targets, segments, task_weights, noise_seed)
 
 
 def random_adapter(shape: ModelShape, task: int) -> dict[str, torch.Tensor]:
     """Return random A and B of every layer under PEFT's names (a fresh B is zero: no gradient)."""
     generator = torch.Generator().manual_seed(task)
-    tensors = {}
-    for layer in range(shape.num_layers):
-        for module in SPECS[task].target_modules:
-            inputs, outputs = shape.linear_sizes()[module]
-            for part, size in (
-                ("A", (SPECS[task].rank, inputs)),
-                ("B", (outputs, SPECS[task].rank)),
-            ):
-                name = f"{peft_name(layer, module)}.lora_{part}.weight"
-                tensors[name] = torch.randn(size, generator=generator) * 0.1
-    return tensors
+    tensors = FlatTensors.of_layers(SPECS[task], shape, range(shape.num_layers)).tensors
+    return {t.name: torch.randn(t.shape, generator=generator) * 0.1 for t in tensors}
 
 
 def gradients_on_rank(folder: Path, world: World, num: int, dropout: float = 0.0) -> dict[str, Any]:
     """Run one replica's forward and backward; return gradients, losses and what was loaded."""
     groups = build_groups(world)
-    specs = [replace(spec, dropout=dropout) for spec in SPECS]
+    specs = {task: replace(spec, dropout=dropout) for task, spec in enumerate(SPECS)}
     stage = build_stage(folder, groups, specs)
-    for task in range(len(SPECS)):
-        stage.bank.load(task, random_adapter(stage.shape, task))
+    for task in specs:
+        stage.load(task, random_adapter(stage.shape, task))
     weights = torch.tensor([0.5, 0.25])
     batches = [
         micro_batch(tokens, labels, rows, weights, seed if dropout else None)
         for seed, (tokens, labels, rows) in enumerate(random_batches(num))
     ]
     losses = run_replica(stage, batches, len(SPECS))
-    gradients = {}
-    for task in range(len(SPECS)):
-        for layer, modules in stage.bank.adapters[task].items():
-            for module, adapter in modules.items():
-                for part in ("A", "B"):
-                    parameter = getattr(adapter, part)
-                    value = (
-                        torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                    )
-                    gradients[f"{task}.{layer}.{module}.{part}"] = value.numpy()
+    gradients = {
+        f"{task}.{name}": gradient.numpy()
+        for task, slot in stage.slots.items()
+        for name, gradient in slot.layout.named(slot.gradient).items()
+    }
     elements = sum(p.numel() for p in stage.decoder.parameters())
     elements += sum(p.numel() for p in stage.head.parameters()) if stage.head else 0
     return {
@@ -208,10 +196,10 @@ def fail_on_rank_one() -> None:
 def loading_peak_bytes(folder: Path, world: World) -> tuple[int, int]:
     """Return (bytes of this rank's weights, how much the peak of resident memory rose)."""
     groups = build_groups(world)
-    build_stage(folder.parent / "small", groups, ())  # everything lazy is imported and allocated
+    build_stage(folder.parent / "small", groups, {})  # everything lazy is imported and allocated
     Path("/proc/self/clear_refs").write_text("5")
     before = peak_resident_bytes()
-    stage = build_stage(folder, groups, ())
+    stage = build_stage(folder, groups, {})
     return stage.loaded_bytes, peak_resident_bytes() - before
 
 

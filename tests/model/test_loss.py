@@ -99,9 +99,10 @@ class _Recorder(TorchDispatchMode):
 
 def stage_of(folder: Path):
     place = one_replica(Layout(1, 1)).place(0)
-    stage = build_stage(folder, ReplicaGroups(place, None, (0,), None, (0,)), SPECS)
+    groups = ReplicaGroups(place, None, (0,), None, (0,))
+    stage = build_stage(folder, groups, dict(enumerate(SPECS)))
     for task in range(len(SPECS)):
-        stage.bank.load(task, random_adapter(stage.shape, task))
+        stage.load(task, random_adapter(stage.shape, task))
     return stage
 
 

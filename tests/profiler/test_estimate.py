@@ -15,9 +15,9 @@ from lobra.layout.layout import Layout
 from lobra.layout.shapes import NAMED_SHAPES, read_shape
 from lobra.layout.world import one_replica
 from lobra.model import tensor_parallel
+from lobra.model.adapter import AdapterSpec
 from lobra.model.groups import build_groups
 from lobra.model.launch import run_ranks
-from lobra.model.lora import AdapterSpec
 from lobra.model.precision import DTYPES
 from lobra.model.stage import build_stage
 from lobra.profiler.accelerators import load_tables
@@ -42,7 +42,7 @@ ADAPTERS = Adapters(((16, TARGET_MODULES),) * 6)
 def saved_on_rank(folder: Path, precision: str, rank: int, dropout: float) -> int:
     """Bytes that autograd keeps of the decoder layers for a micro-batch of 4 x 64 tokens."""
     groups = build_groups(one_replica(Layout(dist.get_world_size(), 1)))
-    specs = (AdapterSpec("one", rank, rank, TARGET_MODULES, dropout),)
+    specs = {0: AdapterSpec("one", rank, rank, TARGET_MODULES, dropout)}
     stage = build_stage(folder, groups, specs, dtype=DTYPES[precision])
     batch = synthetic_batch((4, 64), stage.shape, 1, torch.device("cpu"))
     batch = replace(batch, noise_seed=1)

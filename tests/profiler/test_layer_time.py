@@ -13,7 +13,7 @@ from lobra.layout.layout import Layout
 from lobra.layout.shapes import read_shape
 from lobra.layout.world import one_replica
 from lobra.model.launch import RankError, run_ranks
-from lobra.model.lora import MultiAdapterLinear
+from lobra.model.stack import AdaptedLinear, Stack
 from lobra.profiler import layer_time
 from lobra.profiler.layer_time import TimeSweep, missing_shapes, open_files, sweep_time
 from lobra.profiler.layer_time_rank import SingleDevice, time_shapes_on_rank
@@ -122,13 +122,13 @@ def test_another_failure_is_raised(
 def dropouts_on_rank(sweep: TimeSweep, files: Files) -> int:
     """Return how often dropout factors are drawn while a shape is timed."""
     drawn: list[int] = []
-    plain = MultiAdapterLinear._kept
+    plain = Stack.keep_factors
 
-    def counted(self: Any, adapter: Any, x: Any, noise_seed: int) -> Any:
-        drawn.append(noise_seed)
-        return plain(self, adapter, x, noise_seed)
+    def counted(self: Any, *args: Any) -> Any:
+        drawn.append(1)
+        return plain(self, *args)
 
-    MultiAdapterLinear._kept = counted  # type: ignore[method-assign]
+    Stack.keep_factors = counted  # type: ignore[method-assign]
     time_shapes_on_rank(
         sweep.folder,
         one_replica(Layout(1, 1)),
@@ -161,13 +161,13 @@ def test_layers_are_timed_with_their_dropout(sweep: TimeSweep, tmp_path: Path) -
 def forwards_on_rank(sweep: TimeSweep, files: Files) -> int:
     """Return how often a linear of a layer runs forward while a shape is timed."""
     calls: list[int] = []
-    plain = MultiAdapterLinear.forward
+    plain = AdaptedLinear.forward
 
     def counted(self: Any, x: Any) -> Any:
         calls.append(1)
         return plain(self, x)
 
-    MultiAdapterLinear.forward = counted  # type: ignore[method-assign]
+    AdaptedLinear.forward = counted  # type: ignore[method-assign]
     world = one_replica(Layout(1, 1, memory=sweep.memory))
     time_shapes_on_rank(sweep.folder, world, sweep.specs, sweep.grid, "fp32", "cpu", *files)
     return len(calls)

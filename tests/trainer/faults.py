@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import signal
 import time
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from lobra.model.joint_stack import JointStack
 from lobra.model.stage import MicroBatchTensors, Stage
 from lobra.model.tensor_parallel import VocabParallelEmbedding
 from lobra.trainer import evaluation, figures, worker
 from lobra.trainer.checkpoint import CheckpointWriter
-from lobra.trainer.engines import AdapterOptimizer, TaskUpdate
+from lobra.trainer.optimizer import AdapterOptimizer, TaskUpdate
 from lobra.trainer.run_spec import RunSpec
 from lobra.trainer.signals import StopRequest
 from lobra.trainer.worker import RankResult, Worker, train_rank
@@ -48,19 +50,26 @@ def train_with_bad_data(run: RunSpec) -> RankResult:
     def hidden(
         self: Stage, batch: MicroBatchTensors, received: torch.Tensor | None
     ) -> torch.Tensor:
-        now["rows"] = [row for row, task in enumerate(batch.row_tasks) if task == FAULT_TASK]
+        now["tokens"] = [own for own in batch.segments if own.number == FAULT_TASK]
         return plain_hidden(self, batch, received)
 
     def embed(self: VocabParallelEmbedding, tokens: torch.Tensor) -> torch.Tensor:
         embedded = plain_embed(self, tokens)
         if now["bad"]:
-            embedded[now["rows"]] = float("nan")
+            for own in now["tokens"]:
+                embedded.flatten(0, 1)[own.start : own.stop] = float("nan")
         return embedded
 
     Worker._step = step  # type: ignore[method-assign, assignment]
     Stage.hidden = hidden  # type: ignore[method-assign]
     VocabParallelEmbedding.forward = embed  # type: ignore[method-assign]
     return train_rank(run)
+
+
+def train_joined_with_bad_data(run: RunSpec) -> RankResult:
+    """Do the same with all tasks of a micro-batch computed at once, as on a GPU."""
+    worker.build_stage = partial(worker.build_stage, stack_type=JointStack)
+    return train_with_bad_data(run)
 
 
 def train_without_task(run: RunSpec) -> RankResult:
@@ -99,11 +108,11 @@ def train_asleep(run: RunSpec) -> RankResult:
 
     plain = AdapterOptimizer.reduce
 
-    def meet(self: AdapterOptimizer, takes_part: Any) -> torch.Tensor:
+    def meet(self: AdapterOptimizer, numbers: Any) -> torch.Tensor:
         latest = torch.tensor(now, dtype=torch.float64)
         dist.all_reduce(latest, op=dist.ReduceOp.MAX)
         now[0] = float(latest)
-        return plain(self, takes_part)
+        return plain(self, numbers)
 
     worker.time = SimpleNamespace(perf_counter=lambda: now[0])  # type: ignore[assignment]
     worker.run_replica = sleep  # type: ignore[assignment]
@@ -182,14 +191,14 @@ def train_and_count_collectives(run: RunSpec) -> dict[str, list[int]]:
     worker = Worker(run)
     for sizes in calls.values():
         sizes.clear()  # what deepspeed did when it started
-    save = worker.store.save_checkpoint
+    save = worker.exporter.save_checkpoint
     kept: dict[str, list[int]] = {}
 
     def saved(state: object) -> None:
         kept.update({name: list(sizes) for name, sizes in calls.items()})
         save(state)  # type: ignore[arg-type]
 
-    worker.store.save_checkpoint = saved  # type: ignore[method-assign, assignment]
+    worker.exporter.save_checkpoint = saved  # type: ignore[method-assign, assignment]
     with StopRequest() as stop:
         worker.train(stop)
     return kept
@@ -211,9 +220,9 @@ def save_slowly(run: RunSpec) -> dict[str, list[float]]:
         add_task(self, *args)
         times["written"].append(time.monotonic())
 
-    def noted(self: AdapterOptimizer, task: int) -> dict[str, dict[str, torch.Tensor]]:
+    def noted(self: AdapterOptimizer, number: int) -> dict[str, dict[range, torch.Tensor]]:
         times["gather"].append(time.monotonic())
-        return moments(self, task)
+        return moments(self, number)
 
     CheckpointWriter.add_task = add_slowly  # type: ignore[method-assign]
     AdapterOptimizer.moments = noted  # type: ignore[method-assign]

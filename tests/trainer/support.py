@@ -36,6 +36,15 @@ def plain_cost_model(num_layers: int, tps: tuple[int, ...] = (1, 2, 4, 8)) -> Co
     return fit_cost_model(TimeProfile(tp, s, b, time_ms), num_layers)
 
 
+def small_task(**fields: object) -> TaskConfig:
+    """Return a task of one target module, with these fields."""
+    values = dict(
+        name="t", rank=2, lora_alpha=2.0, target_modules=("q_proj",), global_batch_size=1,
+        dataset_name="d", context_length=8, learning_rate=0.3,
+    )  # fmt: skip
+    return TaskConfig(**{**values, **fields})  # type: ignore[arg-type]
+
+
 def make_plan(layouts: list[tuple[int, int]], max_tokens: int) -> Plan:
     """Return a plan with one replica per <tp,pp>; larger layouts hold more tokens."""
     groups = [ReplicaGroup(Layout(tp, pp), 1, max_tokens * tp * pp) for tp, pp in layouts]
@@ -128,9 +137,10 @@ def logits_on_rank(
     row_tasks: tuple[int, ...],
 ) -> np.ndarray:
     """Return this rank's slice of our model's logits [rows, positions, v] (tp only)."""
-    stage = build_stage(model_folder, build_groups(world), [adapter_spec(task) for task in tasks])
+    specs = {number: adapter_spec(task) for number, task in enumerate(tasks)}
+    stage = build_stage(model_folder, build_groups(world), specs)
     for number, folder in enumerate(adapters):
-        load_adapter(folder, stage.bank, number)
+        load_adapter(folder, stage, number)
     batch = micro_batch(
         torch.from_numpy(tokens), torch.from_numpy(tokens), row_tasks, torch.ones(len(tasks))
     )

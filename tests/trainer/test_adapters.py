@@ -21,8 +21,8 @@ from lobra.layout.world import one_replica
 from lobra.model.launch import run_ranks
 from lobra.tasks.config import TARGET_MODULES, TaskConfig
 from lobra.trainer.adapters import adapter_spec, check_adapter, save_adapter
+from lobra.trainer.exporter import AdapterExporter
 from lobra.trainer.run import run_local
-from lobra.trainer.store import AdapterStore
 from tests.model.support import save_llama
 from tests.trainer.support import make_plan, make_run, random_dataset
 
@@ -125,13 +125,14 @@ def test_an_exported_adapter_that_is_not_finite_is_warned_of(
 ) -> None:
     specs = [adapter_spec(task) for task in TASKS]
     exported = [{"x": torch.ones(2)}, {"x": torch.ones(2), "y": torch.tensor([1.0, math.nan])}]
-    store = AdapterStore.__new__(AdapterStore)
-    store.is_writer, store.control = True, None  # type: ignore[assignment]
-    store.run = SimpleNamespace(base_model="base", adapter_folder=lambda t: tmp_path / str(t))
-    store.bank = SimpleNamespace(specs=specs, named_tensors=lambda task: exported[task])
-    store._gather = lambda task, own: own  # type: ignore[method-assign, assignment]
-    monkeypatch.setattr("lobra.trainer.store.dist.barrier", lambda group: None)
-    store.export_adapters()
+    exporter = AdapterExporter.__new__(AdapterExporter)
+    exporter.is_writer, exporter.control = True, None  # type: ignore[assignment]
+    exporter.run = SimpleNamespace(base_model="base", adapter_folder=lambda t: tmp_path / str(t))
+    slots = {number: SimpleNamespace(spec=spec, number=number) for number, spec in enumerate(specs)}
+    exporter.stage = SimpleNamespace(slots=slots)
+    exporter._weights = lambda slot: exported[slot.number]  # type: ignore[method-assign, assignment]
+    monkeypatch.setattr("lobra.trainer.exporter.dist.barrier", lambda group: None)
+    exporter.export_adapters()
     (record,) = caplog.records
     assert "adapter of task narrow" in record.getMessage()
     assert "(y and 0 more)" in record.getMessage()

@@ -48,7 +48,7 @@ def test_tensors_are_those_that_padded_labels_stand_for(sequences: list[list[boo
     expected = micro_batch(tokens, labels, tuple(s.task for s in drawn), weights)
     found = micro_batch_tensors(MicroBatch(tuple(drawn), 7), weights, torch.device("cpu"), 0)
     assert torch.equal(found.tokens_BS, expected.tokens_BS)
-    assert found.row_tasks == expected.row_tasks
+    assert found.segments == expected.segments
     for name in ("positions_T", "tokens_T", "tasks_T"):
         ours, theirs = getattr(found.targets, name), getattr(expected.targets, name)
         assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lobra.layout.layout import Layout
-from lobra.layout.shapes import read_shape
 from lobra.layout.world import consecutive
 from lobra.model.groups import build_groups
 from lobra.model.launch import run_ranks
@@ -20,7 +19,8 @@ from lobra.model.stage import build_stage
 from lobra.profiler.exchange import exchange_bytes
 from lobra.tasks.config import TARGET_MODULES, TaskConfig
 from lobra.trainer.adapters import adapter_spec
-from lobra.trainer.engines import AdapterOptimizer, TaskUpdate, start_deepspeed
+from lobra.trainer.optimizer import AdapterOptimizer, TaskUpdate
+from lobra.trainer.zero import start_deepspeed
 from tests.model.support import save_llama
 
 TASKS = tuple(TaskConfig(f"task{r}", r, 2.0 * r, TARGET_MODULES, 4, "none", 512) for r in (8, 24))
@@ -52,19 +52,23 @@ def exchanged_on_rank(folder: Path) -> tuple[int, int, int]:
     # Sums are of no interest here, and gloo's own buffers for them would be counted.
     dist.reduce_scatter_tensor = lambda *args, **kwargs: None
     world = consecutive([Layout(1, 1)] * dist.get_world_size())
-    specs = tuple(adapter_spec(task) for task in TASKS)
+    specs = {number: adapter_spec(task) for number, task in enumerate(TASKS)}
     stage = build_stage(folder, build_groups(world), specs)
-    optimizer = AdapterOptimizer(TASKS, stage.bank, world, read_shape(folder).num_layers)
+    optimizer = AdapterOptimizer(stage, world)
+    for number, task in enumerate(TASKS):
+        optimizer.install(number, task)
     (block,) = optimizer.blocks
-    moments = [value for state in block.adam.state.values() for value in state.values()]
-    known = [block.gradients, *block.weights_Wp, *block.masters_p, *moments]
-    block.gradients.fill_(1e-3)
+    known = [tensor for slot in stage.slots.values() for tensor in (slot.weights, slot.gradient)]
+    for partition in block.partitions.values():
+        known += [partition.master_p, *partition.moments.values()]
+    for slot in stage.slots.values():
+        slot.gradient.fill_(1e-3)
     with LiveBytes(known) as reducing:
-        optimizer.reduce([True] * len(TASKS))
+        optimizer.reduce(range(len(TASKS)))
     known += block.reduced_p.values()
     held = sum(part.nbytes for part in block.reduced_p.values()) * (world.num_ranks > 1)
     with LiveBytes(known) as updating:
-        optimizer.update([TaskUpdate(True, 1e-3)] * len(TASKS))
+        optimizer.update({number: TaskUpdate(True, 1e-3) for number in specs})
     elements = sum(stage.shape.adapter_elements(t.rank, t.target_modules) for t in TASKS)
     return elements, reducing.peak, held + updating.peak
 

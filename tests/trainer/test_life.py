@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from lobra.layout.shapes import read_shape
+from lobra.model.adapter import FlatTensors
 from lobra.model.launch import RankError
 from lobra.report.run_report import _task_summary
 from lobra.tasks.config import TARGET_MODULES, TaskConfig
-from lobra.trainer.adapters import adapter_spec, save_adapter, tensor_shapes
+from lobra.trainer.adapters import adapter_spec, save_adapter
 from lobra.trainer.checkpoint import list_checkpoints
 from lobra.trainer.feedback import SpeedFeedback
 from lobra.trainer.life import MAX_SKIPPED_IN_ROW, TaskLife, lives_from_json, lives_to_json
@@ -69,6 +70,19 @@ def test_bad_data_touches_no_other_task(base: Path, tmp_path: Path) -> None:
         assert step.tasks["broken"].applied == (step.step not in FAULT_STEPS)
         assert math.isnan(step.tasks["broken"].grad_norm) == (step.step in FAULT_STEPS)
     assert FAULT_TASK == 1
+
+
+def test_bad_data_touches_no_other_task_that_it_is_joined_with(base: Path, tmp_path: Path) -> None:
+    layouts = [(1, 1), (2, 1), (1, 2)]
+    bad = new_run(tmp_path / "bad", base, layouts, precision="fp64")
+    absent = new_run(tmp_path / "absent", base, layouts, precision="fp64")
+    run_local(bad, "tests.trainer.faults:train_joined_with_bad_data")
+    run_local(absent, "tests.trainer.faults:train_without_task")
+    for number in range(2):
+        ours = load_file(bad.adapter_folder(number) / "adapter_model.safetensors")
+        theirs = load_file(absent.adapter_folder(number) / "adapter_model.safetensors")
+        for name, value in theirs.items():
+            torch.testing.assert_close(ours[name], value, rtol=1e-8, atol=1e-10, msg=name)
 
 
 def test_a_stop_request_saves_and_reports(base: Path, tmp_path: Path) -> None:
@@ -125,8 +139,8 @@ def test_a_stopped_task_is_seen_at_the_end(base: Path, tmp_path: Path) -> None:
     """The steps of a NaN adapter are skipped, and one without a limit is stopped for it."""
     start = tmp_path / "start"
     spec = adapter_spec(TASKS[1])
-    shapes = tensor_shapes(spec, read_shape(base), range(4))
-    save_adapter(start, spec, {n: torch.full(s, float("nan")) for n, s in shapes.items()}, "base")
+    tensors = FlatTensors.of_layers(spec, read_shape(base), range(4)).tensors
+    save_adapter(start, spec, {t.name: torch.full(t.shape, math.nan) for t in tensors}, "base")
     tasks = (TASKS[0], replace(TASKS[1], resume_from=str(start)))
     data = [random_dataset(15, 6, 50, 256, seed) for seed in range(2)]
     run = make_run(tmp_path / "run", base, tasks, data, make_plan([(1, 1)], 64), 7)

@@ -1,73 +1,82 @@
-"""Schedules are transformers', clipping is torch's, and a skipped task is left exactly alone."""
+"""A task's update touches its own adapter and moments, and nothing of another task."""
 
 from __future__ import annotations
 
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from transformers import get_scheduler
+import torch.distributed as dist
 
-from lobra.tasks.config import TaskConfig
-from lobra.trainer.optimizer import clip_coefficient, learning_rate, task_optimizer
-
-
-def task(**fields: object) -> TaskConfig:
-    values = dict(
-        name="t", rank=2, lora_alpha=2.0, target_modules=("q_proj",), global_batch_size=1,
-        dataset_name="d", context_length=8, learning_rate=0.3,
-    )  # fmt: skip
-    return TaskConfig(**{**values, **fields})  # type: ignore[arg-type]
+from lobra.layout.layout import Layout
+from lobra.layout.world import consecutive
+from lobra.model.groups import build_groups
+from lobra.model.launch import run_ranks
+from lobra.model.stage import build_stage
+from lobra.trainer.adapters import adapter_spec
+from lobra.trainer.optimizer import AdapterOptimizer, TaskUpdate
+from lobra.trainer.zero import start_deepspeed
+from tests.model.support import save_llama
+from tests.trainer.support import small_task
 
 
-@given(st.sampled_from(["constant", "linear", "cosine"]), st.integers(0, 12), st.integers(1, 30))
-def test_schedules_equal_transformers(name: str, warm_up: int, steps: int) -> None:
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
-    theirs = get_scheduler(
-        "constant_with_warmup" if name == "constant" else name,
-        optimizer,
-        num_warmup_steps=warm_up,
-        num_training_steps=steps,
-    )
-    config = task(lr_scheduler=name, warmup_steps=warm_up)
-    for step in range(steps):
-        expected = optimizer.param_groups[0]["lr"]
-        assert learning_rate(config, step, steps) == pytest.approx(expected, abs=1e-12)
-        optimizer.step()
-        theirs.step()
+@pytest.mark.ranks
+@pytest.mark.parametrize("num_holders", [1, 2])
+def test_tasks_come_and_go_and_sit_out(tmp_path: Path, num_holders: int) -> None:
+    """Another task's weights and moments stay as they are, bit for bit, and so does its future."""
+    folder = save_llama(tmp_path / "llama", num_hidden_layers=1)
+    target = "tests.trainer.test_optimizer:alone_and_among_others"
+    for alone, among_others in run_ranks(target, num_holders, {"folder": folder}):
+        for step, (expected, found) in enumerate(zip(alone, among_others, strict=True)):
+            for name, value in expected.items():
+                assert np.array_equal(found[name], value), (step, name)
+        assert all(
+            (after["weights"] != before["weights"]).any() for before, after in pairwise(alone)
+        )
 
 
-@given(st.floats(0.01, 100), st.floats(0.01, 10))
-def test_clipping_equals_torch(scale: float, max_norm: float) -> None:
-    parameter = torch.zeros(5, requires_grad=True)
-    parameter.grad = torch.linspace(-1, 2, 5) * scale
-    gradient = parameter.grad.clone()
-    norm = float(gradient.norm())
-    torch.nn.utils.clip_grad_norm_([parameter], max_norm)
-    torch.testing.assert_close(gradient * clip_coefficient(norm, max_norm), parameter.grad)
+def alone_and_among_others(folder: Path) -> tuple[list[dict], list[dict]]:
+    """Return a task's weights and moments after each step, when others come, go and break."""
+    start_deepspeed("cpu")
+    world = consecutive([Layout(1, 1)] * dist.get_world_size())
+    kept, others = 7, {2: small_task(name="early"), 9: small_task(name="late", weight_decay=0.1)}
+    results = []
+    for lively in (False, True):
+        stage = build_stage(folder, build_groups(world), {kept: adapter_spec(small_task())})
+        optimizer = AdapterOptimizer(stage, world)
+        optimizer.install(kept, small_task())
+        result = []
+        for step in range(4):
+            if lively and step in (1, 2):
+                number = (0, 2, 9)[step]
+                stage.install({number: adapter_spec(others[number])})
+                optimizer.install(number, others[number])
+            if lively and step == 3:
+                stage.remove(2)
+                optimizer.remove(2)
+            for number, slot in stage.slots.items():
+                generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
+                slot.gradient.copy_(torch.randn(len(slot.gradient), generator=generator))
+                if number == 9:  # what it holds does not matter: its update is not applied
+                    slot.gradient[3] = float("nan")
+            optimizer.reduce(sorted(stage.slots))
+            before = {number: state_of(optimizer, number) for number in stage.slots}
+            optimizer.update({number: TaskUpdate(number != 9, 0.1, 0.5) for number in stage.slots})
+            assert not any(slot.gradient.any() for slot in stage.slots.values())
+            if 9 in before:
+                for name, value in state_of(optimizer, 9).items():
+                    assert np.array_equal(value, before[9][name]), name
+            result.append(state_of(optimizer, kept))
+        results.append(result)
+    return results[0], results[1]
 
 
-def test_no_clipping_at_zero() -> None:
-    assert clip_coefficient(1e9, 0.0) == 1.0
-
-
-def test_a_skipped_task_keeps_weights_and_moments() -> None:
-    torch.manual_seed(0)
-    both = [[torch.nn.Parameter(torch.randn(4))] for _ in range(2)]
-    optimizer = task_optimizer([task(weight_decay=0.1), task(weight_decay=0.1)], both)
-    for _ in range(2):
-        for (parameter,) in both:
-            parameter.grad = torch.randn(4)
-        optimizer.step()
-    kept = both[1][0].detach().clone()
-    moments = {key: value.clone() for key, value in optimizer.state[both[1][0]].items()}
-    optimizer.param_groups[1]["skip"] = True
-    for (parameter,) in both:
-        parameter.grad = torch.full((4,), float("nan") if parameter is both[1][0] else 1.0)
-    before = both[0][0].detach().clone()
-    optimizer.step()
-    assert torch.equal(both[1][0], kept)
-    for key, value in moments.items():
-        assert torch.equal(optimizer.state[both[1][0]][key], value), key
-    assert not torch.equal(both[0][0], before)
-    assert torch.isfinite(both[0][0]).all()
+def state_of(optimizer: AdapterOptimizer, number: int) -> dict[str, np.ndarray]:
+    """Return a task's weights, and this rank's part of its moments with their count of updates."""
+    (block,) = optimizer.blocks
+    partition = block.partitions[number]
+    values = {"weights": optimizer.stage.slots[number].weights, **partition.moments}
+    values["updates"] = partition.adam.state[partition.master_p]["step"]
+    return {name: value.clone().numpy() for name, value in values.items()}

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from lobra.layout.shapes import read_shape
-from lobra.model.lora import AdapterSpec
+from lobra.model.adapter import AdapterSpec
 from lobra.trainer.adapters import check_adapter
 from lobra.trainer.peft_config import FIELDS, FREE, config_problems
 from tests.model.support import save_llama

@@ -30,12 +30,12 @@ from lobra.trainer.checkpoint import (
     step_folder,
     task_record,
 )
-from lobra.trainer.engines import MOMENTS
 from lobra.trainer.life import TaskLife, lives_to_json
 from lobra.trainer.metrics import read_metrics, restore_metrics
 from lobra.trainer.prepare import revivals_in_vain
 from lobra.trainer.run import run_local
 from lobra.trainer.run_spec import RunSpec
+from lobra.trainer.zero import MOMENTS
 from tests.model.support import save_llama
 from tests.trainer.support import make_plan, make_run, random_dataset, train_steps
 

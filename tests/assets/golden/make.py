@@ -33,7 +33,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from lobra.cli import main as lobra
 from lobra.common.version import installed_version
 from lobra.layout.shapes import ModelShape, read_shape
-from lobra.model.lora import peft_name
+from lobra.model.adapter import peft_name
 from lobra.tasks.config import load_trainer_config
 from lobra.trainer.adapters import adapter_spec, save_adapter
 

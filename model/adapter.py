@@ -1,0 +1,214 @@
+"""One task's adapter: which tensors it has at a linear layer, and how they lie in memory.
+
+Everything that is known of an adapter's tensors is said here, in `AdapterSpec.tensors`. A tensor is
+kept as *rows*, one for each of its ranks: A as [r, I] like PEFT, B as [r, O], the transpose of
+PEFT's. Rows of several tasks, one below the other, are then one matrix, and so are those of several
+linears.
+
+Shape suffixes: I input features, O output features, f either, r LoRA rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lobra.layout.shapes import ModelShape, module_path
+from lobra.model.base_linear import Shard
+
+# The linears of a decoder layer by the input they have in common.
+SHARED_INPUTS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("o_proj",),
+    ("gate_proj", "up_proj"),
+    ("down_proj",),
+)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A linear layer of the base model, where adapters may be."""
+
+    layer: int
+    module: str
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
+class AdapterTensor:
+    """One of an adapter's tensors.
+
+    Attributes
+    ----------
+    name
+        PEFT's name.
+    site
+        The linear layer it is at.
+    side
+        Whether it has a column for each of the site's inputs (A) or outputs (B).
+    rank
+        Its rows.
+    bound
+        At the start its elements are uniform in [-bound, bound].
+    seed
+        Of that draw.
+    """
+
+    name: str
+    site: Site
+    side: Literal["inputs", "outputs"]
+    rank: int
+    bound: float
+    seed: int
+
+    @property
+    def num_columns(self) -> int:
+        """Columns of the unsharded tensor."""
+        return self.site.in_features if self.side == "inputs" else self.site.out_features
+
+    @property
+    def numel(self) -> int:
+        """Elements of the unsharded tensor."""
+        return self.rank * self.num_columns
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """PEFT's shape: A [r, I], B [O, r]."""
+        if self.side == "inputs":
+            return self.rank, self.num_columns
+        return self.num_columns, self.rank
+
+    def as_peft(self, rows_rf: Tensor) -> Tensor:
+        """Return a view of rows as PEFT has them."""
+        return rows_rf if self.side == "inputs" else rows_rf.t()
+
+    def cut(self, rows_rf: Tensor, shard: Shard) -> Tensor:
+        """Return a view of the columns that belong to a shard of the linear."""
+        columns = shard.inputs if self.side == "inputs" else shard.outputs
+        return rows_rf[:, columns.start : columns.stop]
+
+    def start(self) -> Tensor:
+        """Return the rows that training starts from: fp32, on the CPU, the same on every rank."""
+        generator = torch.Generator().manual_seed(self.seed)
+        rows_rf = torch.empty(self.rank, self.num_columns)
+        return rows_rf.uniform_(-self.bound, self.bound, generator=generator)
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """One task's adapter: what PEFT's LoraConfig says, reduced to what we support."""
+
+    name: str
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+    dropout: float = 0.0
+    seed: int = 0
+
+    @property
+    def scaling(self) -> float:
+        """Return alpha / rank, the factor of the low-rank update (LoRA, arXiv 2106.09685)."""
+        return self.alpha / self.rank
+
+    def key(self, site: Site) -> int:
+        """Return a 63-bit number unique to the adapter's seed and name and the site."""
+        text = f"{self.seed}/{self.name}/{site.layer}/{site.module}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+    def tensors(self, site: Site) -> tuple[AdapterTensor, ...]:
+        """Return the adapter's tensors at a site: A and B, or none where it is no target.
+
+        A starts as PEFT's `kaiming_uniform_(a=sqrt(5))`, that is uniform within
+        1 / sqrt(in_features); B starts at zero.
+        """
+        if site.module not in self.target_modules:
+            return ()
+        name, seed = peft_name(site.layer, site.module), self.key(site)
+        bound = 1.0 / math.sqrt(site.in_features)
+        return (
+            AdapterTensor(f"{name}.lora_A.weight", site, "inputs", self.rank, bound, seed),
+            AdapterTensor(f"{name}.lora_B.weight", site, "outputs", self.rank, 0.0, seed),
+        )
+
+
+def peft_name(layer: int, module: str) -> str:
+    """Return the name PEFT gives the adapter of a module (without `.lora_A.weight`)."""
+    return f"base_model.model.model.layers.{layer}.{module_path(module)}"
+
+
+@dataclass(frozen=True)
+class FlatTensors:
+    """An adapter's tensors in consecutive layers, end to end in one flat tensor.
+
+    Layer by layer; in a layer, those of linears that share an input lie together, A before B.
+    """
+
+    tensors: tuple[AdapterTensor, ...]
+
+    @classmethod
+    def of_layers(cls, spec: AdapterSpec, shape: ModelShape, layers: range) -> FlatTensors:
+        """Return the tensors of these layers of a model."""
+        return cls(tuple(_in_order(spec, shape, layers)))
+
+    @cached_property
+    def places(self) -> dict[str, slice]:
+        """Where each tensor lies, by its name."""
+        places, start = {}, 0
+        for tensor in self.tensors:
+            places[tensor.name] = slice(start, start + tensor.numel)
+            start += tensor.numel
+        return places
+
+    @property
+    def numel(self) -> int:
+        """Elements of all tensors."""
+        return sum(tensor.numel for tensor in self.tensors)
+
+    def span(self, layers: range) -> slice:
+        """Return where the tensors of some of the layers lie: in one piece."""
+        before = sum(t.numel for t in self.tensors if t.site.layer < layers.start)
+        own = sum(t.numel for t in self.tensors if t.site.layer in layers)
+        return slice(before, before + own)
+
+    def rows(self, flat: Tensor, *tensors: AdapterTensor) -> Tensor:
+        """Return a view of tensors that lie one after another, as rows [sum of r, f]."""
+        start, stop = self.places[tensors[0].name].start, self.places[tensors[-1].name].stop
+        return flat[start:stop].view(-1, tensors[0].num_columns)
+
+    def named(self, flat: Tensor) -> dict[str, Tensor]:
+        """Return views of all tensors, with PEFT's names and shapes."""
+        return {t.name: t.as_peft(self.rows(flat, t)) for t in self.tensors}
+
+    @torch.no_grad()
+    def fill(self, flat: Tensor, named: Mapping[str, Tensor]) -> None:
+        """Copy tensors with PEFT's names and shapes into their places.
+
+        Raises
+        ------
+        KeyError
+            If one is missing.
+        ValueError
+            If one has another shape.
+        """
+        for name, view in self.named(flat).items():
+            value = named[name]
+            if value.shape != view.shape:
+                raise ValueError(f"{name}: {tuple(value.shape)} instead of {tuple(view.shape)}")
+            view.copy_(value)
+
+
+def _in_order(spec: AdapterSpec, shape: ModelShape, layers: range) -> Iterator[AdapterTensor]:
+    sizes = shape.linear_sizes()
+    for layer in layers:
+        for modules in SHARED_INPUTS:
+            sites = [Site(layer, module, *sizes[module]) for module in modules]
+            tensors = [tensor for site in sites for tensor in spec.tensors(site)]
+            yield from sorted(tensors, key=lambda tensor: tensor.side)  # a stable sort

@@ -1,0 +1,68 @@
+"""The frozen product of a linear layer's shard, which adapters only add to.
+
+Shape suffixes: N tokens, i input features and o output features of this rank's shard.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lobra.model.checkpoint import CheckpointReader, as_slice
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's part of a linear layer: contiguous input and output features."""
+
+    inputs: range
+    outputs: range
+    in_features: int
+    out_features: int
+
+    @property
+    def is_row_parallel(self) -> bool:
+        """Return whether the input features are split (the output is then summed)."""
+        return len(self.inputs) < self.in_features
+
+
+class BaseLinear(nn.Module, ABC):
+    """A frozen linear layer: its product, and the gradient that goes back to its input.
+
+    Neither is recorded by autograd: both are called inside one function that is.
+    """
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a new tensor [..., o] for [..., i]."""
+
+    @abstractmethod
+    def input_gradient(self, dy_No: Tensor, dx_Ni: Tensor | None) -> Tensor:
+        """Return the gradient [N, i] of the input, added to ``dx_Ni`` in place if there is one."""
+
+
+class DenseLinear(BaseLinear):
+    """A weight [o, i] in the dtype of the activations."""
+
+    def __init__(self, weight_oi: Tensor, bias_o: Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight_oi, requires_grad=False)
+        self.bias = None if bias_o is None else nn.Parameter(bias_o, requires_grad=False)
+
+    @classmethod
+    def read(cls, reader: CheckpointReader, name: str, shard: Shard, has_bias: bool) -> DenseLinear:
+        """Read the shard of the linear called ``name`` in the checkpoint."""
+        rows = as_slice(shard.outputs)
+        weight_oi = reader.read(f"{name}.weight", rows, as_slice(shard.inputs))
+        return cls(weight_oi, reader.read(f"{name}.bias", rows) if has_bias else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x W^T + b, [..., o] for [..., i]."""
+        return functional.linear(x, self.weight, self.bias)
+
+    def input_gradient(self, dy_No: Tensor, dx_Ni: Tensor | None) -> Tensor:
+        """Return dy W, [N, i], added to ``dx_Ni`` in place if there is one."""
+        return dy_No @ self.weight if dx_Ni is None else dx_Ni.addmm_(dy_No, self.weight)

@@ -1,0 +1,159 @@
+"""A stack that computes all tasks at once: few launches, whatever the number of tasks.
+
+The way on a GPU, which would wait for launches. All A of the stack are one matrix, and all B of a
+linear; what is of another task than the token's is multiplied by zero. Tasks that a micro-batch
+lacks are left out of the matrices. As zero times infinity is not zero, a task whose numbers are not
+finite spoils those of all in its micro-batch; such a step is computed again with tasks apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from lobra.model.precision import kept_dtype
+from lobra.model.slot import Slot
+from lobra.model.stack import Adapter, Factors, Outputs, Part, Stack
+from lobra.model.token_tasks import Segment, TokenTasks
+
+
+@dataclass(frozen=True)
+class _Present:
+    """The rows of A and of each linear's B that a micro-batch needs; the same in every layer.
+
+    `rows_A` and `rows_B` are None where all are needed. `columns` are each linear's of x A^T, and
+    `scaling_NR` is what that is multiplied by.
+    """
+
+    scaling_NR: Tensor
+    columns: tuple[slice, ...]
+    rows_A: Tensor | None
+    rows_B: tuple[Tensor | None, ...]
+
+
+class JointStack(Stack):
+    """All tokens of a micro-batch are one part; a segment's tokens where tasks are apart."""
+
+    def arrange(self, slots: Mapping[int, Slot]) -> None:
+        """Compute with the adapters in these slots from now on."""
+        self.forget_copies()
+        self.adapters: list[list[Adapter]] = [[] for _ in self.bases]
+        for number in sorted(slots):
+            for adapter in self.adapters_of(slots[number]):
+                self.adapters[adapter.linear].append(adapter)
+        self.A_Ri = self._joined([one.A_ri for own in self.adapters for one in own])
+        self.B_Ro = [self._joined([one.B_ro for one in own]) for own in self.adapters]
+        self.refresh()
+
+    def _joined(self, weights: Sequence[Tensor]) -> Tensor:
+        """Return a copy of weights, one below the other, that `refresh` renews."""
+        rows, num_columns = [len(one) for one in weights], weights[0].shape[1] if weights else 0
+        joined = torch.empty(sum(rows), num_columns, dtype=self.dtype, device=self.device)
+        for copy, one in zip(joined.split(rows), weights, strict=True):
+            self.copy_on_refresh(copy, one)
+        return joined
+
+    def parts(self, tasks: TokenTasks) -> list[Part]:
+        """Return a part for all tokens, or for each segment if tasks are to be computed apart."""
+        together = [(one,) for one in tasks.segments] if tasks.apart else [tasks.segments]
+        parts = (self._part(segments, tasks) for segments in together)
+        return [part for part in parts if part is not None]
+
+    def _part(self, segments: Sequence[Segment], tasks: TokenTasks) -> Part | None:
+        """Return the part of consecutive segments, or None where none has an adapter here."""
+        numbers = {segment.number for segment in segments}
+        own = [[one for one in adapters if one.number in numbers] for adapters in self.adapters]
+        if not any(own):
+            return None
+        key = (*(site.module for site in self.sites), segments)
+        if key not in tasks.shared:
+            tasks.shared[key] = self._present(segments, numbers)
+        present: _Present = tasks.shared[key]
+        outputs = tuple(
+            Outputs(
+                linear,
+                present.columns[linear],
+                _taken(self.B_Ro[linear], present.rows_B[linear]),
+                tuple(one.gradient_B for one in adapters),
+            )
+            for linear, adapters in enumerate(own)
+            if adapters
+        )
+        factors = Factors(
+            _taken(self.A_Ri, present.rows_A),
+            tuple(one.gradient_A for adapters in own for one in adapters),
+            outputs,
+        )
+        draw = None
+        if tasks.drops(one.spec for adapters in own for one in adapters):
+            dropping = [own[output.linear] for output in outputs]
+            draw = partial(self._keep_factors, segments, tasks, dropping)
+        tokens = slice(segments[0].start, segments[-1].stop)
+        return Part(tokens, factors, present.scaling_NR, draw)
+
+    def _present(self, segments: Sequence[Segment], numbers: Set[int]) -> _Present:
+        lengths = torch.tensor([segment.stop - segment.start for segment in segments])
+        of_segment = torch.tensor([segment.number for segment in segments])
+        of_token = of_segment.repeat_interleave(lengths)
+        of_row: list[int] = []
+        scaling: list[float] = []
+        rows_A: list[int] = []
+        rows_B: list[list[int]] = []
+        num_rows = 0
+        for adapters in self.adapters:
+            taken: list[int] = []
+            row = 0
+            for one in adapters:
+                rank = len(one.A_ri)
+                if one.number in numbers:
+                    taken += range(row, row + rank)
+                    of_row += [one.number] * rank
+                    scaling += [one.spec.scaling] * rank
+                row += rank
+            rows_A += [num_rows + row for row in taken]
+            rows_B.append(taken)
+            num_rows += row
+        stops = list(accumulate(map(len, rows_B)))
+        whole = len(rows_A) == num_rows
+        # Not in the activations' dtype: bf16 would round a scaling such as 4/3 by 0.3 %.
+        scaling_R = self._sent(torch.tensor(scaling, dtype=kept_dtype(self.dtype)))
+        of_row_R = self._sent(torch.tensor(of_row))
+        return _Present(
+            scaling_NR=(self._sent(of_token).unsqueeze(1) == of_row_R) * scaling_R,
+            columns=tuple(map(slice, [0, *stops], stops)),
+            rows_A=None if whole else self._sent(torch.tensor(rows_A)),
+            rows_B=tuple(None if whole else self._sent(torch.tensor(rows)) for rows in rows_B),
+        )
+
+    def _sent(self, values: Tensor) -> Tensor:
+        """Return values of the host on the device, without waiting for it."""
+        if self.device.type == "cpu":
+            return values
+        return values.pin_memory().to(self.device, non_blocking=True)
+
+    def _keep_factors(
+        self, segments: Sequence[Segment], tasks: TokenTasks, own: Sequence[Sequence[Adapter]]
+    ) -> list[Tensor]:
+        """Return of each linear the factors of all tokens: 1 where its task drops nothing out."""
+        drawn = []
+        for adapters in own:
+            of_task = {one.number: one for one in adapters if one.spec.dropout > 0.0}
+            factors_Ni = torch.cat(
+                [
+                    self.keep_factors(of_task[segment.number], segment, tasks)
+                    if segment.number in of_task
+                    else self.A_Ri.new_ones(segment.stop - segment.start, self.A_Ri.shape[1])
+                    for segment in segments
+                ]
+            )
+            drawn.append(factors_Ni)
+        return drawn
+
+
+def _taken(matrix_Rf: Tensor, rows: Tensor | None) -> Tensor:
+    return matrix_Rf if rows is None else matrix_Rf.index_select(0, rows)

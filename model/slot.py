@@ -1,0 +1,54 @@
+"""A task's place on a rank: its adapter's canonical weights and their gradient, each flat."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lobra.layout.shapes import ModelShape
+from lobra.model.adapter import AdapterSpec, FlatTensors
+
+
+class Slot:
+    """The adapter of one task in the layers of one stage.
+
+    `weights` and `gradient` are flat and never move. They are canonical: unsharded, whatever the
+    layout, in fp32 (in fp64 beside an fp64 model). The backward pass adds into `gradient`, and what
+    did not run is zero without anyone filling it in.
+
+    Attributes
+    ----------
+    number
+        The task's, unique in the run.
+    spec
+        What is trained.
+    layout
+        Where each tensor lies in `weights` and in `gradient`.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        spec: AdapterSpec,
+        shape: ModelShape,
+        layers: range,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Make a fresh adapter."""
+        self.number = number
+        self.spec = spec
+        self.layout = FlatTensors.of_layers(spec, shape, layers)
+        self.weights = torch.empty(self.layout.numel, dtype=dtype, device=device)
+        self.gradient = torch.zeros_like(self.weights)
+        for tensor in self.layout.tensors:
+            self.layout.rows(self.weights, tensor).copy_(tensor.start())
+
+    def load(self, named: Mapping[str, Tensor]) -> None:
+        """Take weights over (PEFT's names and shapes); KeyError or ValueError if they do not fit.
+
+        What a stage has copied of them is not renewed: that is `Stage.load`.
+        """
+        self.layout.fill(self.weights, named)

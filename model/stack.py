@@ -1,0 +1,319 @@
+"""The adapters of all tasks on the linears that share an input: one autograd function an input.
+
+    y = x W^T + s (x A^T) B^T    for each linear and token, with A, B and s of the token's task
+
+The function adds the updates into the base products and, in the backward pass, the gradients of A
+and B into their slots: autograd knows of neither. Column-parallel linears compute with B's columns
+of their shard, row-parallel ones with A's; one reduction then serves base and adapters, since both
+are linear.
+
+Shape suffixes: N tokens, n those of a part, i and o input and output features of this rank's shard,
+R rows of A or B: a task's ranks, or those of several tasks and linears, one below the other.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lobra.model.adapter import AdapterSpec, Site
+from lobra.model.base_linear import BaseLinear, Shard
+from lobra.model.slot import Slot
+from lobra.model.tensor_parallel import Group, reduce_from_group
+from lobra.model.token_tasks import Segment, Selection, TokenTasks, keep_factors
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A task's A and B on one linear of a stack, cut to the shard: views into its slot.
+
+    `key` is unique to the adapter, the layer and the linear.
+    """
+
+    linear: int
+    number: int
+    spec: AdapterSpec
+    key: int
+    A_ri: Tensor
+    B_ro: Tensor
+    gradient_A: Tensor
+    gradient_B: Tensor
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The way from x A^T to one linear of a stack: its `columns`, times `B_Ro`.
+
+    `gradients` are views into slots; one below the other they are as `B_Ro`.
+    """
+
+    linear: int
+    columns: slice
+    B_Ro: Tensor
+    gradients: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A and B of one task or several in a stack, cut to the shard, in the activations' dtype.
+
+    `gradients` are views into slots; one below the other they are as `A_Ri`.
+    """
+
+    A_Ri: Tensor
+    gradients: tuple[Tensor, ...]
+    outputs: tuple[Outputs, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive tokens of a micro-batch, and the factors all of them go through.
+
+    Attributes
+    ----------
+    tokens
+        Which tokens.
+    factors
+        Of all tasks that these are of.
+    scaling
+        What x A^T is multiplied by: a number, or [n, R], 0 where a row is not of a token's task.
+    draw_keep_factors
+        Returns for each of the factors' outputs what dropout multiplies x by, [n, i]; None where
+        nothing drops out.
+    """
+
+    tokens: slice
+    factors: Factors
+    scaling: float | Tensor
+    draw_keep_factors: Callable[[], list[Tensor]] | None = None
+
+
+class Stack(ABC):
+    """The adapters of all tasks on the linears of one layer that share an input.
+
+    Weights and gradients are in the slots. What a stack computes with are views of the weights
+    where these are in the activations' dtype and laid out as it needs them, else copies.
+    """
+
+    def __init__(
+        self, sites: Sequence[Site], shards: Sequence[Shard], bases: Sequence[BaseLinear],
+        selection: Selection, dtype: torch.dtype, device: torch.device,
+    ) -> None:  # fmt: skip
+        """Make a stack without adapters, of activations of this dtype."""
+        self.sites, self.shards, self.bases = tuple(sites), tuple(shards), tuple(bases)
+        self.selection = selection
+        self.dtype, self.device = dtype, device
+        # Autograd is to call the function's backward also where the input needs no gradient.
+        self.anchor = torch.zeros((), requires_grad=True)
+        self._input: Tensor | None = None
+        self._outputs: list[Tensor | None] = []
+        self._copies: list[Tensor] = []
+        self._copied: list[Tensor] = []
+
+    @abstractmethod
+    def arrange(self, slots: Mapping[int, Slot]) -> None:
+        """Compute with the adapters in these slots from now on."""
+
+    @abstractmethod
+    def parts(self, tasks: TokenTasks) -> list[Part]:
+        """Return the parts of a micro-batch whose tasks have adapters here, without overlap."""
+
+    def adapters_of(self, slot: Slot) -> list[Adapter]:
+        """Return a task's adapters on the linears of the stack, in their order."""
+        found = []
+        for linear, (site, shard) in enumerate(zip(self.sites, self.shards, strict=True)):
+            if tensors := slot.spec.tensors(site):
+                views = (
+                    tensor.cut(slot.layout.rows(flat, tensor), shard)
+                    for flat in (slot.weights, slot.gradient)
+                    for tensor in tensors
+                )
+                key = slot.spec.key(site)
+                found.append(Adapter(linear, slot.number, slot.spec, key, *views))
+        return found
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of the copies it computes with."""
+        return sum(copy.nbytes for copy in self._copies)
+
+    def forget_copies(self) -> None:
+        """Have `refresh` copy nothing any more."""
+        self._copies, self._copied = [], []
+
+    def copy_on_refresh(self, copy: Tensor, weights: Tensor) -> None:
+        """Have `refresh` copy these weights."""
+        self._copies.append(copy)
+        self._copied.append(weights)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copy the weights anew, after they have changed."""
+        if self._copies:
+            torch._foreach_copy_(self._copies, self._copied)
+
+    def keep_factors(self, adapter: Adapter, segment: Segment, tasks: TokenTasks) -> Tensor:
+        """Return what dropout multiplies the adapter's input by, [n, i]."""
+        assert tasks.noise_seed is not None
+        return keep_factors(
+            adapter.spec.dropout,
+            (tasks.noise_seed * 0x9E3779B1 + adapter.key) & 0x7FFFFFFFFFFFFFFF,
+            segment.stop - segment.start,
+            self.shards[adapter.linear],
+            self.dtype,
+            self.device,
+        )
+
+    def output(self, x: Tensor, linear: int) -> Tensor:
+        """Return a linear's [..., o] of x [..., i], before any reduction.
+
+        The first linear that is asked for an input computes all of them.
+        """
+        if self._input is not x or self._outputs[linear] is None:
+            tasks = self.selection.tasks
+            parts = self.parts(tasks)
+            anchor = self.anchor if parts else None
+            self._input, self._outputs = x, list(_Products.apply(x, anchor, self, tasks, parts))
+        output, self._outputs[linear] = self._outputs[linear], None
+        if not any(waiting is not None for waiting in self._outputs):
+            self._input = None
+        assert output is not None
+        return output
+
+
+class _Products(torch.autograd.Function):
+    """Base products and updates of all linears of a stack."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, _: Tensor | None, stack: Stack, tasks: TokenTasks, parts: list[Part]
+    ) -> tuple[Tensor, ...]:
+        ctx.stack, ctx.tasks = stack, tasks
+        outputs = tuple(base(x) for base in stack.bases)
+        x_Ni, ys_No = _by_token(x), [_by_token(y) for y in outputs]
+        saved = []
+        for part in parts:
+            factors = part.draw_keep_factors() if part.draw_keep_factors else []
+            ys_no = [y_No[part.tokens] for y_No in ys_No]
+            saved += [_add_updates(part, x_Ni[part.tokens], ys_no, factors), *factors]
+        ctx.save_for_backward(*([x, *saved] if saved else []))
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        stack: Stack = ctx.stack
+        dys_No = [_by_token(gradient) for gradient in gradients]
+        dx_Ni = None
+        if ctx.needs_input_grad[0]:
+            for base, dy_No in zip(stack.bases, dys_No, strict=True):
+                dx_Ni = base.input_gradient(dy_No, dx_Ni)
+        parts = stack.parts(ctx.tasks)  # anew, since what is gathered for them may be large
+        if parts:
+            x, *rest = ctx.saved_tensors
+            x_Ni, saved = _by_token(x), iter(rest)
+        for part in parts:
+            n = part.tokens
+            h_nR = next(saved)
+            factors = [next(saved) for _ in part.factors.outputs if part.draw_keep_factors]
+            dx_ni = None if dx_Ni is None else dx_Ni[n]
+            _add_gradients(part, x_Ni[n], h_nR, [dy_No[n] for dy_No in dys_No], factors, dx_ni)
+        dx = None if dx_Ni is None else dx_Ni.view(*gradients[0].shape[:-1], -1)
+        return dx, None, None, None, None
+
+
+def _by_token(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _add_updates(
+    part: Part, x_ni: Tensor, ys_no: Sequence[Tensor], keep_factors: Sequence[Tensor]
+) -> Tensor:
+    """Add the part's updates to the outputs; return the scaled x A^T, [n, R]."""
+    A_Ri, outputs = part.factors.A_Ri, part.factors.outputs
+    if keep_factors:
+        h_nR = x_ni.new_empty(len(x_ni), len(A_Ri))
+        for output, keep_ni in zip(outputs, keep_factors, strict=True):
+            torch.mm(x_ni * keep_ni, A_Ri[output.columns].t(), out=h_nR[:, output.columns])
+    else:
+        h_nR = x_ni @ A_Ri.t()
+    h_nR.mul_(part.scaling)
+    for output in outputs:
+        ys_no[output.linear].addmm_(h_nR[:, output.columns], output.B_Ro)
+    return h_nR
+
+
+def _add_gradients(
+    part: Part, x_ni: Tensor, h_nR: Tensor, dys_no: Sequence[Tensor],
+    keep_factors: Sequence[Tensor], dx_ni: Tensor | None,
+) -> None:  # fmt: skip
+    """Add the gradients of A and B into the slots and, if it is wanted, x's to `dx_ni`."""
+    A_Ri, outputs = part.factors.A_Ri, part.factors.outputs
+    dh_nR = torch.empty_like(h_nR)
+    for output in outputs:
+        torch.mm(dys_no[output.linear], output.B_Ro.t(), out=dh_nR[:, output.columns])
+    dh_nR.mul_(part.scaling)
+    owed: list[tuple[Tensor, Tensor]] = []
+    for output in outputs:
+        owed += _add_product(output.gradients, h_nR[:, output.columns], dys_no[output.linear])
+    if not keep_factors:
+        owed += _add_product(part.factors.gradients, dh_nR, x_ni)
+        if dx_ni is not None:
+            dx_ni.addmm_(dh_nR, A_Ri)
+    else:
+        dA = []
+        for output, keep_ni in zip(outputs, keep_factors, strict=True):
+            dh_nr = dh_nR[:, output.columns]
+            dA.append(dh_nr.t() @ (x_ni * keep_ni))
+            if dx_ni is not None:
+                dx_ni.addcmul_(dh_nr @ A_Ri[output.columns], keep_ni)
+        owed += _cut(torch.cat(dA), part.factors.gradients)
+    if owed:
+        torch._foreach_add_(*map(list, zip(*owed, strict=True)))
+
+
+def _add_product(
+    gradients: Sequence[Tensor], left_nR: Tensor, right_nf: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """Add left^T right to the gradients, or return what is to be added to which."""
+    left_Rn, kept = left_nR.t(), gradients[0].dtype
+    if len(gradients) == 1 and kept == left_nR.dtype:
+        gradients[0].addmm_(left_Rn, right_nf)
+        return []
+    if kept != left_nR.dtype and left_nR.is_cuda:
+        return _cut(torch.mm(left_Rn, right_nf, out_dtype=kept), gradients)
+    return _cut(left_Rn @ right_nf, gradients)
+
+
+def _cut(rows_Rf: Tensor, gradients: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return the gradients, each with the rows that are its own."""
+    rows = rows_Rf.split([len(gradient) for gradient in gradients])
+    return list(zip(gradients, rows, strict=True))
+
+
+class AdaptedLinear(nn.Module):
+    """A linear layer's place in the model: its base and, in the stack, its adapters.
+
+    Column-parallel it returns this rank's slice of the output; row-parallel the whole, summed over
+    the group before the bias is added.
+    """
+
+    def __init__(
+        self, stack: Stack, linear: int, group: Group = None, bias_O: Tensor | None = None
+    ) -> None:
+        """Be linear number ``linear`` of the stack; its output is summed over ``group``."""
+        super().__init__()
+        self.base = stack.bases[linear]
+        self.bias = None if bias_O is None else nn.Parameter(bias_O, requires_grad=False)
+        self.stack = stack
+        self.linear = linear
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., o] (column-parallel) or [..., O] (row-parallel) of x [..., i]."""
+        y = reduce_from_group(self.stack.output(x, self.linear), self.group)
+        return y if self.bias is None else y + self.bias
