@@ -53,7 +53,7 @@ from lobra.tasks.config import load_trainer_config  # noqa: E402
 from lobra.tasks.dataset import load_dataset  # noqa: E402
 from lobra.tasks.tokenizer import load_tokenizer  # noqa: E402
 from lobra.trainer.batches import draw_sequences, micro_batch_tensors  # noqa: E402
-from lobra.trainer.dispatcher import make_order  # noqa: E402
+from lobra.trainer.orders import order_of  # noqa: E402
 
 MAX_TOKENS = 2048
 CPU = torch.device("cpu")
@@ -129,13 +129,17 @@ def main() -> None:
     plan = Plan((ReplicaGroup(Layout(1, 1), 1, MAX_TOKENS),))
     steps = []
     for step in range(args.steps):
-        drawn = draw_sequences(tasks, data, [True] * len(tasks), 0, step)
+        drawn = [
+            sequence
+            for number, (task, own) in enumerate(zip(tasks, data, strict=True))
+            for sequence in draw_sequences(number, task, own, 0, step)
+        ]
         assignment = dispatch([len(sequence.tokens) for sequence in drawn], plan, even)
-        micro_batches = make_order(step, drawn, assignment, (1.0,), 0.0).replicas[0]
+        micro_batches = order_of(step, drawn, (), assignment).replicas[0]
         scale = torch.full((len(tasks),), 1e-3)
         measured_ms, shapes = 0.0, []
         for micro_batch in micro_batches:
-            tensors = micro_batch_tensors(micro_batch, scale, CPU, 0)
+            tensors = micro_batch_tensors(micro_batch, scale, CPU)
             measured_ms += processor_ms([lambda t=tensors: run_replica(stage, [t], len(tasks))])
             shapes.append((len(micro_batch.sequences), micro_batch.padded_length))
         steps.append((measured_ms, np.array(shapes)))

@@ -4,9 +4,10 @@
 
 - `adapters/<task>/`: the adapter in PEFT's format, loadable as it is;
 - `moments/<task>.safetensors`: Adam's moments, `<moment>/<PEFT's name>`;
-- `state.json`: steps, every task's life, what the data was, the replicas' speed factors.
+- `state.json`: steps, every task's progress by its name, what the data was, the replicas' speed
+  factors.
 
-Sampling and dropout are pure functions of the step, so there is no random state to keep.
+Sampling and dropout are pure functions of a task's own steps, so there is no random state to keep.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -32,11 +33,11 @@ from lobra.tasks.config import TaskConfig
 from lobra.tasks.dataset import TokenizedDataset
 from lobra.trainer.adapters import CONFIG_FILE, WEIGHTS_FILE, save_adapter
 from lobra.trainer.engines import MOMENTS, AdapterOptimizer
-from lobra.trainer.life import lives_from_json
+from lobra.trainer.task_progress import TaskProgress
 
 FOLDER = "checkpoints"
 STATE_FILE = "state.json"
-FORMAT = 1
+FORMAT = 2
 
 # What must be the same for a task to go on; the rest may be changed between runs.
 FIXED_FIELDS = ("name", "rank", "lora_alpha", "target_modules", "global_batch_size", "seed")
@@ -61,7 +62,7 @@ class CheckpointState:
     step: int
     seed: int
     tasks: list[dict[str, Any]]
-    lives: list[dict[str, Any]]
+    progress: Mapping[str, TaskProgress]
     speed_factors: list[float]
     speed_counts: list[int]
     plan: str
@@ -136,7 +137,8 @@ class CheckpointWriter:
 
     def finish(self, state: CheckpointState, keep_last: int) -> None:
         """Make the checkpoint visible and remove all but the last `keep_last`."""
-        content = {"format": FORMAT, **state.__dict__}
+        progress = {name: own.as_json() for name, own in state.progress.items()}
+        content = {"format": FORMAT, **state.__dict__, "progress": progress}
         write_atomic(self.draft / STATE_FILE, json.dumps(content, indent=1) + "\n")
         replace_folder(self.draft, self.target)
         for old in list_checkpoints(self.run)[:-keep_last]:
@@ -155,17 +157,20 @@ def _read(folder: Path) -> CheckpointState:
     """
     try:
         content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        if (written := content.pop("format")) != FORMAT:
+        if (written := content.pop("format")) not in (1, FORMAT):
             raise _Broken(
-                f"{STATE_FILE} is of format {written}, this version reads {FORMAT}: go on with the "
-                f"version that wrote it (config.yaml names it), or begin a new run whose tasks "
-                f"start from its adapters (resume_from)"
+                f"{STATE_FILE} is of format {written}, this version reads 1 and {FORMAT}: go on "
+                f"with the version that wrote it (config.yaml names it), or begin a new run whose "
+                f"tasks start from its adapters (resume_from)"
             )
-        state = CheckpointState(**content)
-        lives_from_json(state.lives)
+        entries = _progress_of_format_1(content) if written == 1 else content.pop("progress")
+        progress = {name: TaskProgress.from_json(entry) for name, entry in entries.items()}
+        state = CheckpointState(**content, progress=progress)
         if state.data_day is not None:
             date.fromisoformat(state.data_day)
         names = [record["name"] for record in state.tasks]
+        if set(names) != progress.keys():
+            raise _Broken(f"{STATE_FILE} tells the progress of other tasks than its own")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _Broken(f"{STATE_FILE} is not usable ({error!r})") from error
     for name in names:
@@ -176,6 +181,21 @@ def _read(folder: Path) -> CheckpointState:
         if moments != {f"{kind}/{key}": size for kind in MOMENTS for key, size in weights.items()}:
             raise _Broken(f"moments/{name}.safetensors does not fit the task's adapter")
     return state
+
+
+def _progress_of_format_1(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Take what became of each task out of a state of format 1 and return it by name.
+
+    There it is listed in the order of the tasks, and a task's own steps were those of the run for
+    as long as it took part.
+    """
+    entries = {}
+    for record, entry in zip(content["tasks"], content.pop("lives"), strict=True):
+        steps = min(content["step"], entry["num_steps"])
+        if entry["stopped"] is not None:
+            steps = entry["updates"] + entry["skipped"]
+        entries[record["name"]] = {**entry, "steps": steps}
+    return entries
 
 
 def _tensors(folder: Path, name: str) -> dict[str, tuple[int, ...]]:
@@ -228,7 +248,6 @@ def read_state(run: Path, step: int | None) -> CheckpointState:
 def resume_problems(
     state: CheckpointState,
     tasks: Sequence[dict[str, Any]],
-    num_steps: Sequence[int],
     seed: int,
     base_model: str,
     source: str,
@@ -239,12 +258,13 @@ def resume_problems(
         problems.append(f"--resume: the checkpoint was made with --seed {state.seed}, not {seed}")
     if state.base_model != base_model:
         problems.append("--resume: --model is not the base model the checkpoint was trained on")
-    before = [record["name"] for record in state.tasks]
+    before = {record["name"]: record for record in state.tasks}
     now = [record["name"] for record in tasks]
-    if before != now:
-        problems.append(f"--resume: {source} has the tasks {now}, the checkpoint {before}")
+    if set(now) != before.keys():
+        problems.append(f"--resume: {source} has the tasks {now}, the checkpoint {list(before)}")
         return problems
-    for old, new in zip(state.tasks, tasks, strict=True):
+    for new in tasks:
+        old = before[new["name"]]
         changed = [field for field in FIXED_FIELDS if new[field] != old.get(field)]
         if new["data_sha256"] != old.get("data_sha256"):
             why = [f for f in DATA_FIELDS if f in old and new[f] != old[f]]
@@ -256,12 +276,6 @@ def resume_problems(
             f"in the checkpoint {old.get(field)!r}"
             for field in changed
         ]
-    problems += [
-        f"--resume: task {record['name']} had ended after {life['num_steps']} steps, before the "
-        f"checkpoint at {state.step}; it cannot go on to {steps}"
-        for record, life, steps in zip(tasks, state.lives, num_steps, strict=True)
-        if life["num_steps"] < state.step < steps
-    ]
     return problems
 
 
@@ -282,10 +296,7 @@ def _changed_data(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 def revival_problems(state: CheckpointState, revived: Sequence[str]) -> list[str]:
     """Return why the tasks named to be revived cannot be (empty: they can)."""
-    stopped = {
-        record["name"]: life["stopped"]
-        for record, life in zip(state.tasks, state.lives, strict=True)
-    }
+    stopped = {name: own.stopped for name, own in state.progress.items()}
     waiting = [name for name, why in stopped.items() if why is not None]
     problems = []
     for name in revived:

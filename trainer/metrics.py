@@ -21,7 +21,8 @@ REMEDY = "restore the file, or move it away: the run then goes on without its ea
 class TaskMetrics:
     """One task's step: mean loss per target token, target tokens, sequences, norm, rate.
 
-    `applied`: whether the update was made; `validation_loss`: where an evaluation period ended;
+    `applied`: whether the update was made; `own_step`: how many steps the task had made before;
+    `validation_loss`: where an evaluation period ended;
     `stopped`: why this step was the task's last before its steps were over.
     """
 
@@ -31,6 +32,7 @@ class TaskMetrics:
     grad_norm: float
     lr: float
     applied: bool
+    own_step: int
     validation_loss: float | None = None
     stopped: str | None = None
 

@@ -20,8 +20,8 @@ from typing import Any
 from lobra.common.errors import ConfigError
 from lobra.model.launch import DEFAULT_PRELOAD, run_ranks
 from lobra.trainer.prepare import TrainRequest, prepare
+from lobra.trainer.rank import RankResult
 from lobra.trainer.run_spec import RunSpec
-from lobra.trainer.worker import RankResult
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def train(request: TrainRequest) -> tuple[RunSpec, list[RankResult]]:
     return run, run_local(run)
 
 
-def run_local(run: RunSpec, target: str = "lobra.trainer.worker:train_rank") -> list[RankResult]:
+def run_local(run: RunSpec, target: str = "lobra.trainer.rank:train_rank") -> list[RankResult]:
     """Run a prepared run on this machine, one process a rank.
 
     The first Ctrl-C or SIGTERM lets every rank finish its step and save a checkpoint; rank 0's
@@ -125,7 +125,7 @@ def train_in_launcher(request: TrainRequest) -> tuple[RunSpec, RankResult]:
         dist.destroy_process_group()
         raise outcome[0]
     check_shared(outcome[0])
-    from lobra.trainer.worker import train_rank
+    from lobra.trainer.rank import train_rank
 
     # No clean-up if this fails: it would wait for ranks that wait for this one. The launcher ends
     # them when this process has ended.

@@ -22,7 +22,7 @@ class RunSpec:
     """A run as every rank sees it.
 
     `fingerprint` and `task_records` identify the base model and the tasks in checkpoints;
-    `num_steps[t]` is how many steps task t trains, `last_step` where the run ends;
+    `num_steps[t]` is how many own steps task t makes, `last_step` where the run ends;
     `world` is the plan on its ranks; `buckets` are the fixed padded lengths when
     `dynamic_buckets` is off (else none). `feedback`: measured replica times correct the dispatcher.
     `precision` is a key of `model.precision.DTYPES`.
