@@ -24,17 +24,14 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 
 from lobra.layout.layout import Layout  # noqa: E402
-from lobra.layout.placement import place  # noqa: E402
 from lobra.layout.plan import Plan, ReplicaGroup  # noqa: E402
 from lobra.layout.shapes import read_shape  # noqa: E402
 from lobra.model.folder import resolve_folder  # noqa: E402
-from lobra.profiler.cost_model import fit_cost_model  # noqa: E402
-from lobra.profiler.profiles import TimeProfile  # noqa: E402
 from lobra.tasks.config import TARGET_MODULES, TaskConfig  # noqa: E402
 from lobra.tasks.dataset import TokenizedDataset  # noqa: E402
 from lobra.trainer.metrics import read_metrics  # noqa: E402
 from lobra.trainer.run import run_local  # noqa: E402
-from lobra.trainer.run_spec import RunSpec  # noqa: E402
+from tests.trainer.support import make_run  # noqa: E402
 
 SEQUENCES_PER_TASK = 6
 LENGTHS = (24, 200)
@@ -64,30 +61,8 @@ def measure(folder: Path, num_tasks: int, num_ranks: int, steps: int) -> dict[st
         for n in range(num_tasks)
     )
     groups = tuple(ReplicaGroup(Layout(tp, pp), 1, 1024) for tp, pp in PLANS[num_ranks])
-    plan = Plan(groups)
-    run = RunSpec(
-        model_folder=base,
-        base_model=str(base),
-        fingerprint="",
-        task_records=(),
-        tasks=tasks,
-        num_steps=(steps,) * num_tasks,
-        last_step=steps,
-        plan=plan,
-        world=place(plan, num_ranks),
-        cost_model=plain_cost_model(shape.num_layers),
-        output_dir=folder,
-        precision="fp32",
-        device="cpu",
-        num_buckets=16,
-        dynamic_buckets=True,
-        buckets=(),
-        dispatch_mode="balance",
-        seed=0,
-    )
-    for number in range(num_tasks):
-        random_dataset(number, shape.vocab_size).save(run.data_folder(number))
-    run_local(run)
+    data = [random_dataset(number, shape.vocab_size) for number in range(num_tasks)]
+    run_local(make_run(folder, base, tasks, data, Plan(groups), steps, num_buckets=16))
     timed = read_metrics(folder)[2:]
     total_s = sum(step["step_time_s"] for step in timed)
     shares = {part: sum(step[field] for step in timed) / total_s for part, field in PARTS.items()}
@@ -98,13 +73,6 @@ def measure(folder: Path, num_tasks: int, num_ranks: int, steps: int) -> dict[st
         **shares,
         "solve_ms": 1e3 * sum(step["dispatch_time_s"] for step in timed) / len(timed),
     }
-
-
-def plain_cost_model(num_layers: int):
-    """Return a cost model of the tiny model's rough proportions; only the balance depends on it."""
-    points = [(tp, s, b) for tp in (1, 2) for s in (32, 64, 128, 256) for b in (1, 2, 4)]
-    tp, s, b = (np.asarray(column) for column in zip(*points, strict=True))
-    return fit_cost_model(TimeProfile(tp, s, b, 1 + b * s / 100 / tp), num_layers)
 
 
 def random_dataset(seed: int, vocab_size: int) -> TokenizedDataset:

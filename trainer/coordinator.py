@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, abc
+from collections import abc
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
 from lobra.layout.order import StepOrder, Update
-from lobra.layout.sequences import Sequence, total_work
+from lobra.layout.sequences import Sequence
 from lobra.planner.dispatch import dispatch
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.dataset import TokenizedDataset
@@ -27,20 +26,13 @@ from lobra.trainer.checkpoint import CheckpointState, drop_later
 from lobra.trainer.engine import Engine
 from lobra.trainer.evaluation import Evaluation, HeldOut
 from lobra.trainer.feedback import SpeedFeedback
-from lobra.trainer.metrics import (
-    MetricsWriter,
-    ReplicaMetrics,
-    StepMetrics,
-    TaskMetrics,
-    as_json,
-    restore_metrics,
-)
+from lobra.trainer.metrics import StepMetrics, as_json, restore_metrics
 from lobra.trainer.optimizer import learning_rate
 from lobra.trainer.orders import Attendance, DispatchedStep, OrdersAhead, order_of
-from lobra.trainer.progress import Progress
+from lobra.trainer.records import open_records
 from lobra.trainer.run_spec import RunSpec
-from lobra.trainer.step_report import StepReport
 from lobra.trainer.task_progress import TaskProgress
+from lobra.trainer.trained_step import TrainedStep
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +86,7 @@ class Coordinator:
                 continue
             if name in run.revive:
                 task.progress.revive()
-                log.warning("task %s goes on from step %d", name, state.step + 1)
+                log.warning("task %s goes on from its step %d", name, task.progress.steps + 1)
             else:
                 log.warning(
                     "task %s stays stopped: %s (--revive %s lets it go on)",
@@ -110,10 +102,8 @@ class Coordinator:
     def train(self) -> StepOrder:
         """Run the steps, then write the adapters and a last checkpoint; return the last order."""
         run = self.run
-        with ExitStack() as stack:
-            stack.enter_context(self.ahead)  # its thread ends however the run does
-            writer = stack.enter_context(MetricsWriter(run.output_dir, self.step))
-            progress = stack.enter_context(Progress(run, self.step))
+        records = open_records(run.output_dir, self.step, run.last_step)
+        with self.ahead, records as record:  # its thread ends however the run does
             while (attendance := self._attendance()).own_steps and not self._told_to_stop():
                 metrics = self._train_step(attendance)
                 self.last_metrics = metrics
@@ -122,8 +112,7 @@ class Coordinator:
                     if over or (run.save_every and self.step % run.save_every == 0):
                         metrics = replace(metrics, checkpoint_time_s=self._save())
                 finally:  # the step was trained, whatever became of its checkpoint
-                    writer.write(metrics)
-                    progress.update(metrics)
+                    record(metrics)
             if self.saved_at != self.step:
                 self._save()
             last = StepOrder(self.step, export=not self._attendance().own_steps, stop=True)
@@ -207,6 +196,36 @@ class Coordinator:
 
     def _train_step(self, attendance: Attendance) -> StepMetrics:
         """Run one step, and the evaluation that follows if a period ends; learn from both."""
+        trained = self._run_step(attendance)
+        self.step += 1
+        self.stop_requested |= trained.report.stop
+        if self.run.feedback:
+            self.feedback.update(trained.plain_time_s, trained.busy_s(self.run.world))
+        for number in trained.own_steps:
+            loss = trained.losses.get(number)
+            self._record(number, loss, applied=trained.report.is_finite(number))
+        mark = time.perf_counter()
+        evaluation = self._end_periods(list(trained.own_steps))
+        validation_time_s = time.perf_counter() - mark
+        names = {number: task.config.name for number, task in self.tasks.items()}
+        metrics = trained.metrics(self.run.world, names, self.run.plan_from)
+        tasks = {
+            names[number]: replace(
+                metrics.tasks[names[number]],
+                validation_loss=evaluation.losses.get(number),
+                stopped=self.tasks[number].progress.stopped,
+            )
+            for number in trained.losses
+        }
+        return replace(
+            metrics,
+            tasks=tasks,
+            memory_bytes=max((metrics.memory_bytes, *evaluation.memory_bytes)),
+            validation_time_s=validation_time_s,
+        )
+
+    def _run_step(self, attendance: Attendance) -> TrainedStep:
+        """Have all engines train a step, and the next one's order made meanwhile."""
         start = time.perf_counter()
         dispatched = self.ahead.take(attendance, self._make(attendance))
         dispatch_wait_s = time.perf_counter() - start
@@ -217,25 +236,9 @@ class Coordinator:
         report = self.engine.carry_out(dispatched.order)
         assert report is not None, "tasks that attend have sequences"
         step_time_s = time.perf_counter() - start
-        self.step += 1
-        self.stop_requested |= report.stop
-        busy_s = [
-            max(report.busy_s[rank] for rank in self.run.world.ranks(item.index))
-            for item in self.run.plan.replicas
-        ]
-        if self.run.feedback:
-            plain_s = np.divide(dispatched.replica_time_s, dispatched.speed_factors)
-            self.feedback.update(plain_s.tolist(), busy_s)
-        losses = mean_losses(dispatched.order, report)
-        for number, _ in attendance.own_steps:
-            self._record(number, losses.get(number), report.is_finite(number))
-        mark = time.perf_counter()
-        evaluation = self._end_periods([number for number, _ in attendance.own_steps])
-        validation_time_s = time.perf_counter() - mark
-        return self._metrics(
-            attendance, dispatched, report, losses, busy_s, evaluation,
-            step_time_s, dispatch_wait_s, validation_time_s,
-        )  # fmt: skip
+        return TrainedStep(
+            dict(attendance.own_steps), dispatched, report, dispatch_wait_s, step_time_s
+        )
 
     def _record(self, number: int, loss: float | None, applied: bool) -> None:
         """Note a task's step; steps count from 1 on a screen."""
@@ -278,68 +281,6 @@ class Coordinator:
         }
         return Evaluation(losses, report.memory_bytes)
 
-    def _metrics(
-        self,
-        attendance: Attendance,
-        dispatched: DispatchedStep,
-        report: StepReport,
-        losses: dict[int, float],
-        busy_s: list[float],
-        evaluation: Evaluation,
-        step_time_s: float,
-        dispatch_wait_s: float,
-        validation_time_s: float,
-    ) -> StepMetrics:
-        """Return what is written of a step."""
-        run, order = self.run, dispatched.order
-        # Ready before the slowest rank was, this one waited for it inside the reduction.
-        waited_s = max(0.0, min(report.reduce_s, max(report.arrival_s) - report.arrival_s[0]))
-        num_sequences = Counter(sequence.task for sequence in order.sequences)
-        updates = {update.task: update for update in order.updates}
-        return StepMetrics(
-            step=order.step,
-            step_time_s=step_time_s,
-            predicted_step_time_s=dispatched.predicted_step_time_s,
-            dispatch_time_s=dispatched.solve_time_s,
-            dispatch_wait_s=dispatch_wait_s,
-            prepare_time_s=report.prepare_s,
-            replica_wait_s=waited_s,
-            reduce_time_s=report.reduce_s - waited_s,
-            optimizer_time_s=report.optimizer_s,
-            tokens=total_work(order.work.values()).tokens,
-            padded_tokens=order.padded_tokens,
-            gpu_seconds=step_time_s * run.world_size,
-            memory_bytes=max(report.memory_bytes + evaluation.memory_bytes),
-            tasks={
-                self.tasks[number].config.name: TaskMetrics(
-                    loss=losses[number],
-                    tokens=order.work[number].labels,
-                    sequences=num_sequences[number],
-                    grad_norm=report.grad_norms[number],
-                    lr=updates[number].learning_rate,
-                    applied=report.is_finite(number),
-                    own_step=own_step,
-                    validation_loss=evaluation.losses.get(number),
-                    stopped=self.tasks[number].progress.stopped,
-                )
-                for number, own_step in attendance.own_steps
-                if number in losses
-            },
-            replicas=[
-                ReplicaMetrics(
-                    layout=str(item.layout),
-                    busy_s=busy_s[item.index],
-                    predicted_s=dispatched.replica_time_s[item.index],
-                    speed_factor=dispatched.speed_factors[item.index],
-                    micro_batches=len(order.replicas[item.index]),
-                    padded_tokens=sum(b.padded_tokens for b in order.replicas[item.index]),
-                )
-                for item in run.plan.replicas
-            ],
-            validation_time_s=validation_time_s,
-            plan_from=run.plan_from,
-        )
-
     # -- what is left behind --------------------------------------------------------------------
 
     def _save(self) -> float:
@@ -365,12 +306,3 @@ class Coordinator:
             data_day=run.data_day,
             precision=run.precision,
         )
-
-
-def mean_losses(order: StepOrder, report: StepReport) -> dict[int, float]:
-    """Return the mean loss per target token of every task that has any in the order."""
-    return {
-        number: report.losses[number] / work.labels
-        for number, work in order.work.items()
-        if work.labels
-    }

@@ -7,8 +7,9 @@ the gradients of all ranks that hold it, so that training jointly on any plan eq
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lobra.layout.order import StepOrder
+from lobra.layout.order import StepOrder, Update
 from lobra.model.groups import build_groups
 from lobra.model.pipeline import evaluate_replica, run_replica
 from lobra.model.precision import DTYPES, kept_dtype
@@ -54,6 +55,7 @@ class Engine:
         """Build all, with the adapters of a checkpoint, or those that tasks start from."""
         start_deepspeed(run.device)
         self.run = run
+        self.num_tasks = len(run.tasks)
         self.rank = dist.get_rank()
         self.told_to_stop = told_to_stop
         self.device = (
@@ -158,7 +160,7 @@ class Engine:
         reduced = time.perf_counter()
         report = self._exchange(order, losses, squared_norms, computed - prepared, computed - start)
         exchanged = time.perf_counter()
-        self.step(order, report)
+        self.step(order.updates, report.grad_norms)
         self._synchronize()
         return replace(
             report,
@@ -168,7 +170,7 @@ class Engine:
         )
 
     def _evaluate(self, order: StepOrder) -> StepReport:
-        losses = evaluate_replica(self.stage, self._tensors(order), len(self.run.tasks))
+        losses = evaluate_replica(self.stage, self._tensors(order), self.num_tasks)
         return self._exchange(order, losses, torch.zeros(len(losses)), 0.0, 0.0)
 
     # -- a step ---------------------------------------------------------------------------------
@@ -181,7 +183,7 @@ class Engine:
         Tensor
             [num_tasks] the summed token loss of each task, non-zero only on the last stage.
         """
-        return run_replica(self.stage, batches, len(self.run.tasks))
+        return run_replica(self.stage, batches, self.num_tasks)
 
     def reduce(self, tasks: Sequence[int]) -> Tensor:
         """Sum these tasks' gradients over all ranks that hold them.
@@ -191,26 +193,27 @@ class Engine:
         Tensor
             [num_tasks] this rank's part of each task's squared gradient norm.
         """
-        return self.optimizer.reduce([task in tasks for task in range(len(self.run.tasks))])
+        return self.optimizer.reduce([task in tasks for task in range(self.num_tasks)])
 
-    def step(self, order: StepOrder, report: StepReport) -> None:
-        """Update the adapters with the reduced gradients, each clipped by its own norm.
+    def step(self, updates: Sequence[Update], grad_norms: Mapping[int, float]) -> None:
+        """Update adapters with the reduced gradients, each clipped by its own norm.
 
-        A task whose gradient is not finite keeps its weights and moments, as does one that is not
-        in the order. The norms are the same on every rank, and so are the decisions.
+        A task whose gradient is not finite keeps its weights and moments, as one without an update
+        does. The norms are the same on every rank, and so are the decisions.
         """
-        updates = [TaskUpdate(apply=False)] * len(self.run.tasks)
-        for update in order.updates:
-            updates[update.task] = TaskUpdate(
-                report.is_finite(update.task),
+        todo = [TaskUpdate(apply=False)] * self.num_tasks
+        for update in updates:
+            norm = grad_norms[update.task]
+            todo[update.task] = TaskUpdate(
+                math.isfinite(norm),
                 update.learning_rate,
-                clip_coefficient(report.grad_norms[update.task], update.max_grad_norm),
+                clip_coefficient(norm, update.max_grad_norm),
             )
-        self.optimizer.update(updates)
+        self.optimizer.update(todo)
 
     def _tensors(self, order: StepOrder) -> list[MicroBatchTensors]:
         """Return the tensors of this replica's micro-batches; losses are means over targets."""
-        weights = torch.zeros(len(self.run.tasks), dtype=kept_dtype(self.stage.dtype))
+        weights = torch.zeros(self.num_tasks, dtype=kept_dtype(self.stage.dtype))
         for update in order.updates:
             weights[update.task] = 1.0 / order.work[update.task].labels
         weights = to_device([weights], self.device)[0]

@@ -211,6 +211,9 @@ def test_a_latecomer_and_another_order_of_tasks_change_no_adapter(
     assert [sorted(step.tasks) for step in steps] == [
         ["steady"], ["steady"], ["broken", "steady"], ["broken", "steady"], ["broken"], ["broken"]
     ]  # fmt: skip
+    lines = [as_json(step) for step in steps]
+    assert _task_summary(LATECOMER, lines, 4).ended == "done"
+    assert _task_summary(LATECOMER, lines, 5).ended == "step 4 of 5"
     for task, own in zip(tasks, data, strict=True):
         alone = make_run(tmp_path / task.name, base, (task,), [own], single, 4, precision="fp64")
         before = [step.tasks[task.name] for step in train_steps(alone)]
