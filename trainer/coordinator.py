@@ -9,16 +9,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import abc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-import numpy as np
-
 from lobra.layout.order import StepOrder, Update
-from lobra.layout.sequences import Sequence
-from lobra.planner.dispatch import dispatch
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.dataset import TokenizedDataset
 from lobra.trainer.batches import draw_sequences
@@ -28,11 +23,12 @@ from lobra.trainer.evaluation import Evaluation, HeldOut
 from lobra.trainer.feedback import SpeedFeedback
 from lobra.trainer.metrics import StepMetrics, as_json, restore_metrics
 from lobra.trainer.optimizer import learning_rate
-from lobra.trainer.orders import Attendance, DispatchedStep, OrdersAhead, order_of
+from lobra.trainer.orders import Attendance, DispatchedStep, OrdersAhead, dispatch_step
 from lobra.trainer.records import open_records
 from lobra.trainer.run_spec import RunSpec
+from lobra.trainer.step_report import StepReport
 from lobra.trainer.task_progress import TaskProgress
-from lobra.trainer.trained_step import TrainedStep
+from lobra.trainer.trained_step import TrainedStep, mean_losses
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +65,7 @@ class Coordinator:
                 for number in self.tasks
                 if (folder := run.validation_folder(number)).is_dir()
             },
-            lambda sequences: self._dispatch(0, sequences, (), self._slowdown()).order,
+            lambda sequences: dispatch_step(run, 0, sequences, (), self._slowdown()).order,
         )
         if resumed is not None:
             self._resume(resumed)
@@ -103,7 +99,7 @@ class Coordinator:
         """Run the steps, then write the adapters and a last checkpoint; return the last order."""
         run = self.run
         records = open_records(run.output_dir, self.step, run.last_step)
-        with self.ahead, records as record:  # its thread ends however the run does
+        with self.ahead, records as record:  # the thread of `ahead` ends however the run does
             while (attendance := self._attendance()).own_steps and not self._told_to_stop():
                 metrics = self._train_step(attendance)
                 self.last_metrics = metrics
@@ -122,9 +118,11 @@ class Coordinator:
     def _told_to_stop(self) -> bool:
         return self.stop_requested or self.engine.told_to_stop()
 
-    def _carry_out(self, order: StepOrder, state: CheckpointState | None = None) -> None:
+    def _carry_out(
+        self, order: StepOrder, state: CheckpointState | None = None
+    ) -> StepReport | None:
         self.engine.control.send(order)
-        self.engine.carry_out(order, state)
+        return self.engine.carry_out(order, state)
 
     def _attendance(self, after: Attendance | None = None) -> Attendance:
         """Return who takes part in the next step; or, if none is stopped in it, in that `after`."""
@@ -161,36 +159,9 @@ class Coordinator:
             if any(len(sequence.targets) for sequence in drawn):
                 rate = learning_rate(task.config, own_step, task.progress.num_steps)
                 updates.append(Update(number, rate, task.config.max_grad_norm))
-        dispatched = self._dispatch(attendance.step, sequences, updates, slowdown)
+        dispatched = dispatch_step(self.run, attendance.step, sequences, updates, slowdown)
         _ = dispatched.order.encoded  # here, so that nobody waits for it
         return dispatched
-
-    def _dispatch(
-        self,
-        step: int,
-        sequences: list[Sequence],
-        updates: abc.Sequence[Update],
-        slowdown: tuple[float, ...],
-    ) -> DispatchedStep:
-        run = self.run
-        start = time.perf_counter()
-        assignment = dispatch(
-            [len(sequence.tokens) for sequence in sequences],
-            run.plan,
-            run.cost_model,
-            buckets=None if run.dynamic_buckets else np.asarray(run.buckets, dtype=np.int64),
-            num_buckets=run.num_buckets,
-            mode=run.dispatch_mode,
-            slowdown=slowdown,
-        )
-        solve_time_s = time.perf_counter() - start
-        return DispatchedStep(
-            order_of(step, sequences, updates, assignment),
-            replica_time_s=tuple(assignment.replica_time_s.tolist()),
-            speed_factors=slowdown,
-            sync_time_s=assignment.sync_time_s,
-            solve_time_s=solve_time_s,
-        )
 
     # -- a step ---------------------------------------------------------------------------------
 
@@ -273,13 +244,9 @@ class Coordinator:
         order = self.held_out.order(tuple(numbers))
         if order is None:
             return Evaluation()
-        self.engine.control.send(order)
-        report = self.engine.carry_out(order)
-        assert report is not None
-        losses = {
-            n: report.losses[n] / work.labels for n, work in order.work.items() if work.labels
-        }
-        return Evaluation(losses, report.memory_bytes)
+        report = self._carry_out(order)
+        assert report is not None, "what is held out has sequences"
+        return Evaluation(mean_losses(order, report), report.memory_bytes)
 
     # -- what is left behind --------------------------------------------------------------------
 

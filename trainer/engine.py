@@ -50,7 +50,7 @@ class Engine:
         self,
         run: RunSpec,
         resumed: CheckpointState | None,
-        told_to_stop: Callable[[], bool] = lambda: False,
+        told_to_stop: Callable[[], bool],
     ) -> None:
         """Build all, with the adapters of a checkpoint, or those that tasks start from."""
         start_deepspeed(run.device)

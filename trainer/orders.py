@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import abc
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,7 +13,8 @@ import numpy as np
 
 from lobra.layout.order import StepOrder, Update
 from lobra.layout.sequences import MicroBatch, Sequence
-from lobra.planner.dispatch import Assignment
+from lobra.planner.dispatch import Assignment, dispatch
+from lobra.trainer.run_spec import RunSpec
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,34 @@ def order_of(
             for replica in assignment.micro_batches
         ),
         tuple(updates),
+    )
+
+
+def dispatch_step(
+    run: RunSpec,
+    step: int,
+    sequences: abc.Sequence[Sequence],
+    updates: abc.Sequence[Update],
+    speed_factors: tuple[float, ...],
+) -> DispatchedStep:
+    """Return the order that computes sequences (ordered by task) on the run's replicas."""
+    start = time.perf_counter()
+    assignment = dispatch(
+        [len(sequence.tokens) for sequence in sequences],
+        run.plan,
+        run.cost_model,
+        buckets=None if run.dynamic_buckets else np.asarray(run.buckets, dtype=np.int64),
+        num_buckets=run.num_buckets,
+        mode=run.dispatch_mode,
+        slowdown=speed_factors,
+    )
+    solve_time_s = time.perf_counter() - start
+    return DispatchedStep(
+        order_of(step, sequences, updates, assignment),
+        tuple(assignment.replica_time_s.tolist()),
+        speed_factors,
+        assignment.sync_time_s,
+        solve_time_s,
     )
 
 
