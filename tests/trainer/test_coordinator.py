@@ -114,6 +114,14 @@ def test_a_rank_without_memory_says_what_to_do(base: Path, tmp_path: Path) -> No
     assert len(lines) == 1, "the step before is in the metrics"
 
 
+def test_a_step_is_recorded_though_its_checkpoint_finds_no_room(base: Path, tmp_path: Path) -> None:
+    run = new_run(tmp_path / "run", base, [(1, 1)], steps=3, save_every=2)
+    with pytest.raises(RankError, match="No space left on device"):
+        run_local(run, "tests.trainer.faults:run_out_of_disk")
+    assert [step.step for step in steps_of(run)] == [0, 1]
+    assert list_checkpoints(run.output_dir) == []
+
+
 def test_steps_count_from_one_on_a_screen(caplog: pytest.LogCaptureFixture) -> None:
     coordinator = Coordinator.__new__(Coordinator)
     bad = TaskProgress(num_steps=9, skipped_in_row=MAX_SKIPPED_IN_ROW - 1)
