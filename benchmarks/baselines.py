@@ -48,7 +48,7 @@ from lobra.tasks.config import TARGET_MODULES, TaskConfig  # noqa: E402
 from lobra.tasks.dataset import TokenizedDataset  # noqa: E402
 from lobra.tasks.sampling import task_seed  # noqa: E402
 from lobra.trainer.run import PRELOAD, run_local  # noqa: E402
-from lobra.trainer.run_spec import RunSpec  # noqa: E402
+from tests.trainer.support import make_run  # noqa: E402
 
 LEARNING_RATE, LORA_RANK = 1e-3, 16
 HOURS_S = 4 * 3600.0  # after which a method that hangs is given up
@@ -148,28 +148,11 @@ def task_of(work: Work) -> TaskConfig:
 
 def run_ours(work: Work, plan: Plan, folder: Path, cost_model: CostModel) -> Row:
     """Train with our trainer on a plan, from the same adapter, data and settings."""
-    task, base = task_of(work), work.model_folder
-    run = RunSpec(
-        model_folder=base,
-        base_model=str(base),
-        fingerprint="",
-        task_records=(),
-        tasks=(task,),
-        num_steps=(work.steps,),
-        last_step=work.steps,
-        plan=plan,
-        world=place(plan, max(8, plan.num_gpus)),
-        cost_model=cost_model,
-        output_dir=folder,
-        precision=work.precision,
-        device=work.device,
-        num_buckets=16,
-        dynamic_buckets=True,
-        buckets=(),
-        dispatch_mode="balance",
-        seed=0,
-    )
-    TokenizedDataset.load(work.data_folder).save(run.data_folder(0))
+    run = make_run(
+        folder, work.model_folder, (task_of(work),), [TokenizedDataset.load(work.data_folder)],
+        plan, work.steps, world=place(plan, max(8, plan.num_gpus)), cost_model=cost_model,
+        precision=work.precision, device=work.device, num_buckets=16,
+    )  # fmt: skip
     run_local(run)
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [json.loads(line) for line in lines]

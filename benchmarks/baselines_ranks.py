@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lobra.tasks.dataset import TokenizedDataset
 from lobra.tasks.sampling import sample_indices
-from lobra.trainer.figures import step_memory_bytes
+from lobra.trainer.step_report import step_memory_bytes
 
 IGNORED = -100
 COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")

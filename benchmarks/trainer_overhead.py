@@ -15,9 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.baselines import plain_cost_model
 from lobra.layout.layout import Layout
-from lobra.layout.placement import place
 from lobra.layout.plan import Plan, ReplicaGroup
 from lobra.layout.shapes import read_shape
 from lobra.model.folder import resolve_folder
@@ -25,7 +23,7 @@ from lobra.tasks.config import TARGET_MODULES, TaskConfig
 from lobra.tasks.dataset import TokenizedDataset
 from lobra.trainer.metrics import read_metrics
 from lobra.trainer.run import run_local
-from lobra.trainer.run_spec import RunSpec
+from tests.trainer.support import make_run
 
 SEQUENCES_PER_TASK = 6
 LENGTHS = (24, 200)
@@ -54,30 +52,8 @@ def measure(folder: Path, num_tasks: int, num_ranks: int, steps: int) -> dict[st
         for n in range(num_tasks)
     )
     groups = tuple(ReplicaGroup(Layout(tp, pp), 1, 1024) for tp, pp in PLANS[num_ranks])
-    plan = Plan(groups)
-    run = RunSpec(
-        model_folder=base,
-        base_model=str(base),
-        fingerprint="",
-        task_records=(),
-        tasks=tasks,
-        num_steps=(steps,) * num_tasks,
-        last_step=steps,
-        plan=plan,
-        world=place(plan, num_ranks),
-        cost_model=plain_cost_model(shape.num_layers, plan),
-        output_dir=folder,
-        precision="fp32",
-        device="cpu",
-        num_buckets=16,
-        dynamic_buckets=True,
-        buckets=(),
-        dispatch_mode="balance",
-        seed=0,
-    )
-    for number in range(num_tasks):
-        random_dataset(number, shape.vocab_size).save(run.data_folder(number))
-    run_local(run)
+    data = [random_dataset(number, shape.vocab_size) for number in range(num_tasks)]
+    run_local(make_run(folder, base, tasks, data, Plan(groups), steps, num_buckets=16))
     timed = read_metrics(folder)[2:]
     total_s = sum(step["step_time_s"] for step in timed)
     shares = {part: sum(step[field] for step in timed) / total_s for part, field in PARTS.items()}

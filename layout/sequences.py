@@ -1,11 +1,9 @@
-"""What a step trains: sequences, the micro-batches they make, and the order that carries both."""
+"""What a step trains: sequences, and the micro-batches they make."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,12 +57,16 @@ class Sequence:
     targets
         int32 [T]: which tokens are to be predicted, each from those before it: places in
         ``tokens``, ascending, from 1 on, since nothing precedes the first.
+    noise_seed
+        What its LoRA dropout is drawn from: of the task's seed, its own step and the sequence's
+        place in the step's batch, so that it is the same whatever else is trained.
     """
 
     task: int
     index: int
     tokens: TokenArray
     targets: TokenArray
+    noise_seed: int = 0
 
     @property
     def work(self) -> Work:
@@ -76,7 +78,7 @@ class Sequence:
         if not isinstance(other, Sequence):
             return NotImplemented
         return (
-            (self.task, self.index) == (other.task, other.index)
+            (self.task, self.index, self.noise_seed) == (other.task, other.index, other.noise_seed)
             and np.array_equal(self.tokens, other.tokens)
             and np.array_equal(self.targets, other.targets)
         )
@@ -110,149 +112,3 @@ class MicroBatch:
     def padded_tokens(self) -> int:
         """Tokens computed, padding included."""
         return self.padded_length * len(self.sequences)
-
-
-@dataclass(frozen=True)
-class StepOrder:
-    """What every rank is told of a step: the only message from rank 0.
-
-    Attributes
-    ----------
-    step
-        The step, counted from 0.
-    replicas
-        Of every replica its micro-batches, in the order they are run.
-    replica_time_s
-        Of every replica the predicted seconds, its speed factor included.
-    speed_factors
-        Of every replica its measured time over the cost model's.
-    sync_time_s
-        What synchronising the adapters is predicted to take after the slowest replica.
-    solve_time_s
-        What dispatching the step took.
-    stop
-        Whether the run ends before this step.
-    """
-
-    step: int
-    replicas: tuple[tuple[MicroBatch, ...], ...] = ()
-    replica_time_s: tuple[float, ...] = ()
-    speed_factors: tuple[float, ...] = ()
-    sync_time_s: float = 0.0
-    solve_time_s: float = 0.0
-    stop: bool = False
-
-    @cached_property
-    def sequences(self) -> tuple[Sequence, ...]:
-        """All sequences, replica by replica, micro-batch by micro-batch."""
-        return tuple(
-            sequence
-            for micro_batches in self.replicas
-            for micro_batch in micro_batches
-            for sequence in micro_batch.sequences
-        )
-
-    @property
-    def predicted_step_time_s(self) -> float:
-        """The slowest replica's predicted time and the synchronisation's."""
-        return max(self.replica_time_s) + self.sync_time_s
-
-    @property
-    def padded_tokens(self) -> int:
-        """Tokens computed in the step, padding included."""
-        return sum(batch.padded_tokens for replica in self.replicas for batch in replica)
-
-    def task_work(self, num_tasks: int) -> tuple[Work, ...]:
-        """Return each task's work; a task without a sequence has none."""
-        works = [Work()] * num_tasks
-        for sequence in self.sequences:
-            works[sequence.task] += sequence.work
-        return tuple(works)
-
-    def encode(self) -> IntArray:
-        """Return the order as one array, exactly: int64; times by their bits, tokens two a word."""
-        micro_batches = [batch for replica in self.replicas for batch in replica]
-        sequences = self.sequences
-        times_s = [self.sync_time_s, self.solve_time_s, *self.replica_time_s, *self.speed_factors]
-        return np.concatenate(
-            [
-                _integers([self.step, self.stop, len(self.replicas)]),
-                _integers([len(micro_batches), len(sequences)]),
-                np.array(times_s, dtype=np.float64).view(np.int64),
-                _integers(len(replica) for replica in self.replicas),
-                _integers(batch.padded_length for batch in micro_batches),
-                _integers(len(batch.sequences) for batch in micro_batches),
-                _integers(sequence.task for sequence in sequences),
-                _integers(sequence.index for sequence in sequences),
-                _integers(len(sequence.tokens) for sequence in sequences),
-                _integers(len(sequence.targets) for sequence in sequences),
-                _in_words([sequence.tokens for sequence in sequences]),
-                _in_words([sequence.targets for sequence in sequences]),
-            ]
-        )
-
-    @classmethod
-    def decode(cls, flat: IntArray) -> StepOrder:
-        """Return the order that `encode` made ``flat`` of; its tokens are views of it."""
-        reader = _Reader(flat)
-        step, stop, num_replicas, num_batches, num_sequences = reader.integers(5)
-        sync_s, solve_s, *times_s = reader.take(2 + 2 * num_replicas).view(np.float64).tolist()
-        batches_of_replica = reader.integers(num_replicas)
-        padded_lengths = reader.integers(num_batches)
-        rows_of_batch = reader.integers(num_batches)
-        tasks, indices = reader.integers(num_sequences), reader.integers(num_sequences)
-        num_tokens, num_targets = reader.integers(num_sequences), reader.integers(num_sequences)
-        tokens, targets = reader.parts(num_tokens), reader.parts(num_targets)
-        sequences = map(Sequence, tasks, indices, tokens, targets)
-        micro_batches = [
-            MicroBatch(tuple(islice(sequences, rows)), padded_length)
-            for rows, padded_length in zip(rows_of_batch, padded_lengths, strict=True)
-        ]
-        rest = iter(micro_batches)
-        return cls(
-            step,
-            tuple(tuple(islice(rest, count)) for count in batches_of_replica),
-            replica_time_s=tuple(times_s[:num_replicas]),
-            speed_factors=tuple(times_s[num_replicas:]),
-            sync_time_s=sync_s,
-            solve_time_s=solve_s,
-            stop=bool(stop),
-        )
-
-
-def _integers(values: Iterable[int]) -> IntArray:
-    return np.fromiter(values, dtype=np.int64)
-
-
-def _in_words(parts: list[TokenArray]) -> IntArray:
-    """Return int32 arrays end to end, two values an int64."""
-    total = sum(map(len, parts))
-    whole = np.zeros(total + total % 2, dtype=np.int32)
-    if parts:
-        np.concatenate(parts, out=whole[:total])
-    return whole.view(np.int64)
-
-
-class _Reader:
-    """Reads an array from its start on."""
-
-    def __init__(self, flat: IntArray) -> None:
-        self.flat = flat
-        self.place = 0
-
-    def take(self, size: int) -> IntArray:
-        """Return the next values."""
-        self.place += size
-        return self.flat[self.place - size : self.place]
-
-    def integers(self, size: int) -> list[int]:
-        """Return the next values as Python's."""
-        values: list[int] = self.take(size).tolist()
-        return values
-
-    def parts(self, sizes: list[int]) -> list[TokenArray]:
-        """Return int32 arrays of these sizes that `_in_words` laid end to end."""
-        total = sum(sizes)
-        whole = self.take((total + 1) // 2).view(np.int32)
-        stops = np.cumsum(sizes, dtype=np.int64).tolist()
-        return [whole[stop - size : stop] for size, stop in zip(sizes, stops, strict=True)]

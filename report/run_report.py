@@ -218,9 +218,10 @@ def _how_it_ended(name: str, steps: list[dict[str, Any]], num_steps: int | None)
     stopped = last["tasks"][name].get("stopped")
     if stopped:
         return f"stopped at step {last['step'] + 1}: {stopped.partition(';')[0]}"
-    if num_steps is None or last["step"] + 1 >= num_steps:
+    own_steps = last["tasks"][name].get("own_step", last["step"]) + 1
+    if num_steps is None or own_steps >= num_steps:
         return "done"
-    return f"step {last['step'] + 1} of {num_steps}"
+    return f"step {own_steps} of {num_steps}"
 
 
 def print_run_report(folder: Path, console: Console | None = None) -> None:

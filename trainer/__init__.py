@@ -1,1 +1,1 @@
-"""Running it: launch, placement, step loop, adapter optimisation, checkpoints, metrics."""
+"""Running it: launch, coordinator and engines, adapter optimisation, checkpoints, records."""

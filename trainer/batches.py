@@ -17,53 +17,39 @@ from lobra.tasks.sampling import sample_indices, task_seed
 
 
 def draw_sequences(
-    tasks: abc.Sequence[TaskConfig],
-    datasets: abc.Sequence[TokenizedDataset],
-    running: abc.Sequence[bool],
-    seed: int,
-    step: int,
+    number: int, task: TaskConfig, data: TokenizedDataset, run_seed: int, own_step: int
 ) -> list[Sequence]:
-    """Return the sequences of `step` (0-based) of all running tasks, ordered by task.
+    """Return the sequences of a task's own step (0-based): a pure function of (seed, task, step).
 
-    What a task contributes is a pure function of (seed, task, step).
+    ``number`` is the task's in the run and has no part in what is drawn.
     """
-    drawn: list[Sequence] = []
-    for number, (task, dataset) in enumerate(zip(tasks, datasets, strict=True)):
-        if running[number]:
-            indices = sample_indices(
-                len(dataset), task.global_batch_size, task_seed(task, seed), step
-            )
-            drawn += _sequences(number, dataset, indices.tolist())
-    return drawn
-
-
-def all_sequences(datasets: abc.Sequence[TokenizedDataset | None]) -> list[Sequence]:
-    """Return every sequence of the tasks' data (None: there is none), ordered by task."""
+    seed = task_seed(task, run_seed)
+    indices = sample_indices(len(data), task.global_batch_size, seed, own_step)
     return [
-        sequence
-        for number, data in enumerate(datasets)
-        if data is not None
-        for sequence in _sequences(number, data, range(len(data)))
+        _sequence(number, data, index, _noise_seed(seed, own_step, place))
+        for place, index in enumerate(indices.tolist())
     ]
 
 
-def _sequences(
-    task: int, data: TokenizedDataset, indices: abc.Iterable[int]
-) -> abc.Iterator[Sequence]:
-    """Yield sequences of a task's data. A first token is never predicted, whatever its label."""
-    for index in indices:
-        tokens, labels = map(np.asarray, data.sequence(index))  # a mapped file's views are slow
-        targets = np.flatnonzero(labels[1:] != MASKED).astype(np.int32) + np.int32(1)
-        yield Sequence(task, index, tokens, targets)
+def all_sequences(number: int, data: TokenizedDataset) -> list[Sequence]:
+    """Return every sequence of a task's data, to be evaluated."""
+    return [_sequence(number, data, index) for index in range(len(data))]
+
+
+def _sequence(number: int, data: TokenizedDataset, index: int, noise_seed: int = 0) -> Sequence:
+    """Return a sequence of a task's data. A first token is never predicted, whatever its label."""
+    tokens, labels = map(np.asarray, data.sequence(index))  # a mapped file's views are slow
+    targets = np.flatnonzero(labels[1:] != MASKED).astype(np.int32) + np.int32(1)
+    return Sequence(number, index, tokens, targets, noise_seed)
 
 
 def micro_batch_tensors(
-    micro_batch: MicroBatch, task_weights: torch.Tensor, device: torch.device, seed: int
+    micro_batch: MicroBatch, task_weights: torch.Tensor, device: torch.device
 ) -> MicroBatchTensors:
     """Return the tensors of a micro-batch, padded on the right.
 
-    The seed of LoRA dropout comes from `seed` and the sequences in the micro-batch. Everything
-    goes to the device in one copy, which the host does not wait for.
+    The seed of LoRA dropout comes from those of the sequences. Everything goes to the device in one
+    copy, which the host does not wait for.
     """
     rows, length = micro_batch.sequences, micro_batch.padded_length
     tokens_BS = np.zeros((len(rows), length), dtype=np.int64)
@@ -85,7 +71,7 @@ def micro_batch_tensors(
         targets=Targets(*targets),
         segments=row_segments(tasks.tolist(), length),
         task_weights=task_weights,
-        noise_seed=_noise_seed(seed, rows),
+        noise_seed=_noise_seed(*(sequence.noise_seed for sequence in rows)),
     )
 
 
@@ -98,7 +84,7 @@ def to_device(tensors: abc.Sequence[torch.Tensor], device: torch.device) -> list
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def _noise_seed(seed: int, rows: abc.Sequence[Sequence]) -> int:
-    values = [seed, *(row.task for row in rows), *(row.index for row in rows)]
+def _noise_seed(*values: int) -> int:
+    """Return a number below 2**56 that depends on all of these, and on their order."""
     content: IntArray = np.array(values, dtype="<i8")
     return int.from_bytes(hashlib.sha256(content.tobytes()).digest()[:7], "little")

@@ -4,9 +4,10 @@
 
 - `adapters/<task>/`: the adapter in PEFT's format, loadable as it is;
 - `moments/<task>.safetensors`: Adam's moments, `<moment>/<PEFT's name>`;
-- `state.json`: steps, every task's life, what the data was, the replicas' speed factors.
+- `state.json`: steps, every task's progress by its name, what the data was, the replicas' speed
+  factors.
 
-Sampling and dropout are pure functions of the step, so there is no random state to keep.
+Sampling and dropout are pure functions of a task's own steps, so there is no random state to keep.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ from lobra.model.stage import Stage
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.dataset import TokenizedDataset
 from lobra.trainer.adapters import CONFIG_FILE, WEIGHTS_FILE, save_adapter
-from lobra.trainer.life import lives_from_json
 from lobra.trainer.optimizer import AdapterOptimizer
+from lobra.trainer.task_progress import TaskProgress
 from lobra.trainer.zero import MOMENTS
 
 FOLDER = "checkpoints"
 STATE_FILE = "state.json"
-FORMAT = 1
+FORMAT = 2
 
 # What must be the same for a task to go on; the rest may be changed between runs.
 FIXED_FIELDS = ("name", "rank", "lora_alpha", "target_modules", "global_batch_size", "seed")
@@ -70,7 +71,7 @@ class CheckpointState(FileModel):
     step: Count
     seed: Count
     tasks: list[dict[str, Any]]
-    lives: list[dict[str, Any]]
+    progress: dict[str, TaskProgress]
     speed_factors: list[Positive]
     speed_counts: list[Count]
     plan: str
@@ -146,7 +147,8 @@ class CheckpointWriter:
 
     def finish(self, state: CheckpointState, keep_last: int) -> None:
         """Make the checkpoint visible and remove all but the last `keep_last`."""
-        content = {"format": FORMAT, **state.__dict__}
+        progress = {name: own.as_json() for name, own in state.progress.items()}
+        content = {"format": FORMAT, **state.__dict__, "progress": progress}
         write_atomic(self.draft / STATE_FILE, json.dumps(content, indent=1) + "\n")
         replace_folder(self.draft, self.target)
         for old in list_checkpoints(self.run)[:-keep_last]:
@@ -167,20 +169,23 @@ def _read(folder: Path) -> CheckpointState:
     try:
         content = read_document(folder / STATE_FILE)
         written = content.pop("format", None) if isinstance(content, dict) else None
-        if written not in (None, FORMAT):
+        if written not in (None, 1, FORMAT):
             raise _Broken(
-                f"{STATE_FILE} is of format {written}, this version reads {FORMAT}: go on with the "
-                f"version that wrote it (config.yaml names it), or begin a new run whose tasks "
-                f"start from its adapters (resume_from)"
+                f"{STATE_FILE} is of format {written}, this version reads 1 and {FORMAT}: go on "
+                f"with the version that wrote it (config.yaml names it), or begin a new run whose "
+                f"tasks start from its adapters (resume_from)"
             )
+        if written == 1:
+            content["progress"] = _progress_of_format_1(content)
         state = read_as(CheckpointState, content, problems)
         problems.raise_if_any()
         assert state is not None
-        lives_from_json(state.lives)
         names = [record["name"] for record in state.tasks]
+        if set(names) != state.progress.keys():
+            raise _Broken(f"{STATE_FILE} tells the progress of other tasks than its own")
     except ConfigError as error:
         raise _Broken(f"{STATE_FILE} is not usable ({'; '.join(error.problems)})") from error
-    except (KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _Broken(f"{STATE_FILE} is not usable ({error!r})") from error
     for name in names:
         if not (folder / "adapters" / name / CONFIG_FILE).is_file():
@@ -190,6 +195,21 @@ def _read(folder: Path) -> CheckpointState:
         if moments != {f"{kind}/{key}": size for kind in MOMENTS for key, size in weights.items()}:
             raise _Broken(f"moments/{name}.safetensors does not fit the task's adapter")
     return state
+
+
+def _progress_of_format_1(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Take what became of each task out of a state of format 1 and return it by name.
+
+    There it is listed in the order of the tasks, and a task's own steps were those of the run for
+    as long as it took part.
+    """
+    entries = {}
+    for record, entry in zip(content["tasks"], content.pop("lives"), strict=True):
+        steps = min(content["step"], entry["num_steps"])
+        if entry["stopped"] is not None:
+            steps = entry["updates"] + entry["skipped"]
+        entries[record["name"]] = {**entry, "steps": steps}
+    return entries
 
 
 def _tensors(folder: Path, name: str) -> dict[str, tuple[int, ...]]:
@@ -242,7 +262,6 @@ def read_state(run: Path, step: int | None) -> CheckpointState:
 def resume_problems(
     state: CheckpointState,
     tasks: Sequence[dict[str, Any]],
-    num_steps: Sequence[int],
     seed: int,
     base_model: str,
     source: str,
@@ -253,12 +272,13 @@ def resume_problems(
         problems.append(f"--resume: the checkpoint was made with --seed {state.seed}, not {seed}")
     if state.base_model != base_model:
         problems.append("--resume: --model is not the base model the checkpoint was trained on")
-    before = [record["name"] for record in state.tasks]
+    before = {record["name"]: record for record in state.tasks}
     now = [record["name"] for record in tasks]
-    if before != now:
-        problems.append(f"--resume: {source} has the tasks {now}, the checkpoint {before}")
+    if set(now) != before.keys():
+        problems.append(f"--resume: {source} has the tasks {now}, the checkpoint {list(before)}")
         return problems
-    for old, new in zip(state.tasks, tasks, strict=True):
+    for new in tasks:
+        old = before[new["name"]]
         changed = [field for field in FIXED_FIELDS if new[field] != old.get(field)]
         if new["data_sha256"] != old.get("data_sha256"):
             why = [f for f in DATA_FIELDS if f in old and new[f] != old[f]]
@@ -270,12 +290,6 @@ def resume_problems(
             f"in the checkpoint {old.get(field)!r}"
             for field in changed
         ]
-    problems += [
-        f"--resume: task {record['name']} had ended after {life['num_steps']} steps, before the "
-        f"checkpoint at {state.step}; it cannot go on to {steps}"
-        for record, life, steps in zip(tasks, state.lives, num_steps, strict=True)
-        if life["num_steps"] < state.step < steps
-    ]
     return problems
 
 
@@ -296,10 +310,7 @@ def _changed_data(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 def revival_problems(state: CheckpointState, revived: Sequence[str]) -> list[str]:
     """Return why the tasks named to be revived cannot be (empty: they can)."""
-    stopped = {
-        record["name"]: life["stopped"]
-        for record, life in zip(state.tasks, state.lives, strict=True)
-    }
+    stopped = {name: own.stopped for name, own in state.progress.items()}
     waiting = [name for name, why in stopped.items() if why is not None]
     problems = []
     for name in revived:

@@ -45,14 +45,14 @@ class AdapterExporter:
         layers = [block.block.layers for block in self.optimizer.blocks]
         return self._gather(slot, {own: slot.weights[slot.layout.span(own)] for own in layers})
 
-    def save_checkpoint(self, state: CheckpointState) -> None:
-        """Write the checkpoint of `state.step`: every task's weights and moments.
+    def save_checkpoint(self, state: CheckpointState | None) -> None:
+        """Write the checkpoint of `state` (None but on rank 0): every task's weights and moments.
 
         Moments are gathered on the devices, where a rank may wait for others only as long as NCCL
         is patient. So before each task's, all wait on the control group, whose patience is long,
         until rank 0 has written the task before.
         """
-        writer = CheckpointWriter(self.run.output_dir, state.step) if self.is_writer else None
+        writer = None if state is None else CheckpointWriter(self.run.output_dir, state.step)
         for number, slot in self.stage.slots.items():
             weights = self._weights(slot)
             if self.moments_are_split:
@@ -63,7 +63,7 @@ class AdapterExporter:
             }
             if writer is not None:
                 writer.add_task(slot.spec, weights, moments, self.run.base_model)
-        if writer is not None:
+        if writer is not None and state is not None:
             writer.finish(state, self.run.keep_last)
         dist.barrier(group=self.control)
 

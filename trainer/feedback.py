@@ -19,9 +19,16 @@ APPROACH = 0.1  # share of the distance an idle replica's factor moves in a step
 
 @dataclass
 class SpeedFeedback:
-    """The factor of each replica; 1 until it has been measured.
+    """What is known of the replicas' speed.
 
-    `counts[r]` is how many measurements replica r's factor rests on.
+    Attributes
+    ----------
+    factors
+        Of every replica its measured time over the predicted; 1 until it has been measured.
+    counts
+        Of every replica how many measurements its factor rests on.
+    warm
+        Whether a step has been seen: the first of a run is not learned from.
     """
 
     factors: list[float]
@@ -34,9 +41,12 @@ class SpeedFeedback:
     def update(self, predicted_s: Sequence[float], busy_s: Sequence[float]) -> None:
         """Learn from one step.
 
-        Args:
-            predicted_s: seconds predicted for each replica *without* its factor.
-            busy_s: seconds each replica really computed.
+        Parameters
+        ----------
+        predicted_s
+            Seconds predicted for each replica *without* its factor.
+        busy_s
+            Seconds each replica really computed.
         """
         if not self.warm:
             self.warm = True

@@ -1,4 +1,4 @@
-"""What a run leaves behind while it runs: metrics.jsonl and TensorBoard events."""
+"""What is measured of a step, and metrics.jsonl, which has a line of it for every step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
 from lobra.common.errors import ConfigError
@@ -19,10 +18,28 @@ REMEDY = "restore the file, or move it away: the run then goes on without its ea
 
 @dataclass(frozen=True)
 class TaskMetrics:
-    """One task's step: mean loss per target token, target tokens, sequences, norm, rate.
+    """One task's step.
 
-    `applied`: whether the update was made; `validation_loss`: where an evaluation period ended;
-    `stopped`: why this step was the task's last before its steps were over.
+    Attributes
+    ----------
+    loss
+        Mean loss per target token.
+    tokens
+        Target tokens.
+    sequences
+        Sequences of the task's batch.
+    grad_norm
+        Of the gradient before it was clipped.
+    lr
+        The learning rate.
+    applied
+        Whether the update was made.
+    own_step
+        How many steps the task had taken part in before.
+    validation_loss
+        The held-out sequences' mean loss, where an evaluation period ended.
+    stopped
+        Why this step was the task's last before its steps were over.
     """
 
     loss: float
@@ -31,13 +48,28 @@ class TaskMetrics:
     grad_norm: float
     lr: float
     applied: bool
+    own_step: int
     validation_loss: float | None = None
     stopped: str | None = None
 
 
 @dataclass(frozen=True)
 class ReplicaMetrics:
-    """One replica's step: seconds it computed, and predicted with its speed factor."""
+    """One replica's step.
+
+    Attributes
+    ----------
+    layout
+        As in a plan's text.
+    busy_s
+        Seconds its busiest rank computed.
+    predicted_s
+        Seconds predicted, with its speed factor.
+    speed_factor
+        Its measured time over the cost model's, as far as it was known.
+    micro_batches, padded_tokens
+        What it was given.
+    """
 
     layout: str
     busy_s: float
@@ -49,15 +81,38 @@ class ReplicaMetrics:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One step (0-based). Times in seconds, tokens over all tasks.
+    """One step; the parts of its time are rank 0's.
 
-    The parts are rank 0's: `dispatch_wait_s` for the order, `prepare_time_s` building its tensors,
-    `replica_wait_s` ready but waiting for the slowest rank,
-    `reduce_time_s` summing the gradients, `optimizer_time_s` updating and exchanging the adapters.
-    `step_time_s` and `gpu_seconds` are without `validation_time_s` and `checkpoint_time_s`, which
-    came after the step. `memory_bytes` is the most any rank has had in use, in an
-    evaluation after the step too. `plan_from`: the step from
-    which on the run has had its plan, as an entry of `plans` in config.yaml says.
+    Attributes
+    ----------
+    step
+        Counted from 0.
+    step_time_s, gpu_seconds
+        Without `validation_time_s` and `checkpoint_time_s`, which came after the step.
+    predicted_step_time_s
+        By the cost model, with the replicas' speed factors.
+    dispatch_time_s
+        What dispatching took, while the step before was training.
+    dispatch_wait_s
+        What the step waited for its order.
+    prepare_time_s
+        Making the order's tensors.
+    replica_wait_s
+        Ready, but waiting for the slowest rank.
+    reduce_time_s
+        Summing the gradients.
+    optimizer_time_s
+        Updating and exchanging the adapters.
+    tokens, padded_tokens
+        Over all tasks.
+    memory_bytes
+        The most any rank has had in use, in an evaluation after the step too.
+    tasks
+        By name, those with targets in the step.
+    replicas
+        In the plan's order.
+    plan_from
+        The step from which on the run has had its plan, as an entry of `plans` in config.yaml says.
     """
 
     step: int
@@ -85,70 +140,27 @@ class StepMetrics:
         return self.tokens / self.step_time_s
 
 
-class MetricsWriter:
-    """Appends a line a step to metrics.jsonl and mirrors it to TensorBoard.
+class MetricsFile:
+    """Appends a line a step to metrics.jsonl.
 
-    The files appear with the first step: a run that fails before leaves none.
+    The file appears with the first step: a run that fails before leaves none.
     """
 
-    def __init__(self, folder: Path, first_step: int = 0) -> None:
-        self.folder = folder
-        self.first_step = first_step  # later curves of an earlier attempt are hidden
-        self.file: TextIO | None = None
-        self.board: Any = None
-
-    def _open(self) -> TextIO:
-        if self.file is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.file = (self.folder / METRICS_FILE).open("a", encoding="utf-8")
-            self.board = SummaryWriter(  # type: ignore[no-untyped-call]
-                str(self.folder / "tensorboard"), purge_step=self.first_step
-            )
-        return self.file
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / METRICS_FILE
+        self._file: TextIO | None = None
 
     def write(self, metrics: StepMetrics) -> None:
-        """Write one step and flush it, so that a crash loses nothing already printed."""
-        file = self._open()
-        file.write(json.dumps(as_json(metrics)) + "\n")
-        file.flush()
-        for name, value in _scalars(metrics).items():
-            self.board.add_scalar(name, value, metrics.step)
+        """Write one step and flush it, so that a crash loses nothing already seen."""
+        if self._file is None:
+            self._file = self._path.open("a", encoding="utf-8")
+        self._file.write(json.dumps(as_json(metrics)) + "\n")
+        self._file.flush()
 
-    def __enter__(self) -> MetricsWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self.file is not None:
-            self.file.close()
-            self.board.close()
-
-
-def _scalars(metrics: StepMetrics) -> dict[str, float]:
-    scalars = {
-        "step/time_s": metrics.step_time_s,
-        "step/predicted_time_s": metrics.predicted_step_time_s,
-        "step/dispatch_wait_s": metrics.dispatch_wait_s,
-        "step/prepare_time_s": metrics.prepare_time_s,
-        "step/replica_wait_s": metrics.replica_wait_s,
-        "step/reduce_time_s": metrics.reduce_time_s,
-        "step/tokens_per_second": metrics.tokens_per_second,
-        "step/padding_ratio": 1 - metrics.tokens / max(1, metrics.padded_tokens),
-    }
-    for name, task in metrics.tasks.items():
-        scalars[f"loss/{name}"] = task.loss
-        scalars[f"grad_norm/{name}"] = task.grad_norm
-        scalars[f"lr/{name}"] = task.lr
-        if task.validation_loss is not None:
-            scalars[f"validation_loss/{name}"] = task.validation_loss
-    for index, replica in enumerate(metrics.replicas):
-        scalars[f"replica_busy_s/{index}_{replica.layout}"] = replica.busy_s
-    return scalars
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
 
 
 def as_json(metrics: StepMetrics) -> dict[str, Any]:
@@ -169,12 +181,16 @@ def _finite(value: Any) -> Any:
 def check_metrics(folder: Path, step: int, last: dict[str, Any] | None) -> list[int]:
     """Check what a run that goes on after `step` steps keeps of metrics.jsonl; change nothing.
 
-    Returns:
+    Returns
+    -------
+    list of int
         The steps before `step` that it lacks (0-based): they will be missing from reports.
 
-    Raises:
-        ConfigError: a line is not a step's, steps are not in order, or the step before is another
-            than `last`, the one that the checkpoint holds.
+    Raises
+    ------
+    ConfigError
+        A line is not a step's, steps are not in order, or the step before is another
+        than `last`, the one that the checkpoint holds.
     """
     path = folder / METRICS_FILE
     try:
@@ -216,8 +232,10 @@ def restore_metrics(folder: Path, step: int, last: dict[str, Any] | None) -> Non
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Return the steps of a run; a last line cut short by a crash is left out.
 
-    Raises:
-        ConfigError: the file cannot be read, or a line before the last is not a step's.
+    Raises
+    ------
+    ConfigError
+        The file cannot be read, or a line before the last is not a step's.
     """
     path = folder / METRICS_FILE
     try:

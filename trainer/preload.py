@@ -14,4 +14,4 @@ import deepspeed.runtime.zero.stage_1_and_2  # noqa: E402
 with contextlib.suppress(ImportError):
     import deepspeed.runtime.zero.muon.muon_optimizer
 
-import lobra.trainer.worker  # noqa: E402, F401
+import lobra.trainer.rank  # noqa: E402, F401

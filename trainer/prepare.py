@@ -275,18 +275,16 @@ def prepare(request: TrainRequest) -> RunSpec:
         validation = [part[1] for part in parts]
         pairs = list(zip(tasks, training, strict=True))
         records = [task_record(task, data) for task, data in pairs]
-        steps = tuple(num_steps(task, len(data)) for task, data in pairs)
+        steps = {task.name: num_steps(task, len(data)) for task, data in pairs}
     if state is not None and training and folder is not None:
         base = state.base_model
         if shape is not None and not unusable_base:
             base = checks.attempt(fingerprint, folder, shape, like=state.base_model) or base
             _warn_of_old_fingerprint(state)
         checks.problems += resume_problems(
-            state, records, steps, request.seed, base, request.trainer_config
+            state, records, request.seed, base, request.trainer_config
         )
-        checks.problems += revivals_in_vain(
-            state, request.revive, {task.name: n for task, n in zip(tasks, steps, strict=True)}
-        )
+        checks.problems += revivals_in_vain(state, request.revive, steps)
     checks.raise_if_any()
     assert config and plan and folder and shape and world and cost_model and device
     cost_model = cost_model.for_training(
@@ -294,15 +292,14 @@ def prepare(request: TrainRequest) -> RunSpec:
         sum(shape.adapter_elements(task.rank, task.target_modules) for task in tasks),
     )
 
-    last_step = max(steps) if request.max_steps is None else min(max(steps), request.max_steps)
     run = RunSpec(
         model_folder=folder,
         base_model=str(folder.resolve()),
         fingerprint=fingerprint(folder, shape),
         task_records=tuple(records),
         tasks=tasks,
-        num_steps=steps,
-        last_step=last_step,
+        num_steps=tuple(steps.values()),
+        last_step=last_step(state, request.revive, steps, request.max_steps),
         plan=plan,
         world=world,
         cost_model=cost_model,
@@ -403,19 +400,31 @@ def revivals_in_vain(
 
     `num_steps` are the steps each task is to run now, by its name.
     """
-    problems = []
-    for record, life in zip(state.tasks, state.lives, strict=True):
-        name = record["name"]
-        steps = num_steps.get(name)
-        if name not in revived or life["stopped"] is None or steps is None or steps > state.step:
-            continue
-        # A task that had ended before the checkpoint cannot be given more (`resume_problems`).
-        remedy = "it cannot go on" if life["num_steps"] < state.step else "raise its steps"
-        problems.append(
-            f"--revive {name}: its {steps} steps are over at the checkpoint's step {state.step}; "
-            f"{remedy}"
-        )
-    return problems
+    return [
+        f"--revive {name}: its {num_steps[name]} steps are over; raise its steps"
+        for name, progress in state.progress.items()
+        if name in revived and progress.stopped is not None
+        if name in num_steps and num_steps[name] <= progress.steps
+    ]
+
+
+def last_step(
+    state: CheckpointState | None,
+    revived: Sequence[str],
+    num_steps: Mapping[str, int],
+    max_steps: int | None,
+) -> int:
+    """Return the run's step by which every task has made its own steps; at most `max_steps`."""
+    begun, left = 0, list(num_steps.values())
+    if state is not None:
+        begun = state.step
+        left = [
+            max(0, num_steps[name] - progress.steps)
+            for name, progress in state.progress.items()
+            if progress.stopped is None or name in revived
+        ]
+    end = begun + max(left, default=0)
+    return end if max_steps is None else min(end, max_steps)
 
 
 def node_size(request: TrainRequest, device: str | None) -> int:

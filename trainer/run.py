@@ -20,8 +20,8 @@ from typing import Any
 from lobra.common.errors import ConfigError
 from lobra.model.launch import DEFAULT_PRELOAD, run_ranks
 from lobra.trainer.prepare import TrainRequest, prepare
+from lobra.trainer.rank import RankResult
 from lobra.trainer.run_spec import RunSpec
-from lobra.trainer.worker import RankResult
 
 log = logging.getLogger(__name__)
 
@@ -37,15 +37,18 @@ class Refusal(ConfigError):
 def train(request: TrainRequest) -> tuple[RunSpec, list[RankResult]]:
     """Train on this machine, one process a rank of the plan; return every rank's result.
 
-    Raises:
-        ConfigError: the request cannot be run; nothing was written.
-        RankError: a rank failed.
+    Raises
+    ------
+    ConfigError
+        The request cannot be run; nothing was written.
+    RankError
+        A rank failed.
     """
     run = prepare(request)
     return run, run_local(run)
 
 
-def run_local(run: RunSpec, target: str = "lobra.trainer.worker:train_rank") -> list[RankResult]:
+def run_local(run: RunSpec, target: str = "lobra.trainer.rank:train_rank") -> list[RankResult]:
     """Run a prepared run on this machine, one process a rank.
 
     The first Ctrl-C or SIGTERM lets every rank finish its step and save a checkpoint; rank 0's
@@ -84,10 +87,14 @@ def in_launcher() -> bool:
 def train_in_launcher(request: TrainRequest) -> tuple[RunSpec, RankResult]:
     """Train as one rank of the world a launcher made; rank 0 prepares for all. Collective.
 
-    Raises:
-        Refusal: on every rank, when rank 0 found a mistake or the world does not fit.
-        ConfigError: on this rank alone, when it cannot use the run's folder.
-        RuntimeError: on every rank, when rank 0 could not prepare for another reason.
+    Raises
+    ------
+    Refusal
+        On every rank, when rank 0 found a mistake or the world does not fit.
+    ConfigError
+        On this rank alone, when it cannot use the run's folder.
+    RuntimeError
+        On every rank, when rank 0 could not prepare for another reason.
     """
     import torch
     import torch.distributed as dist
@@ -125,7 +132,7 @@ def train_in_launcher(request: TrainRequest) -> tuple[RunSpec, RankResult]:
         dist.destroy_process_group()
         raise outcome[0]
     check_shared(outcome[0])
-    from lobra.trainer.worker import train_rank
+    from lobra.trainer.rank import train_rank
 
     # No clean-up if this fails: it would wait for ranks that wait for this one. The launcher ends
     # them when this process has ended.
@@ -137,8 +144,10 @@ def train_in_launcher(request: TrainRequest) -> tuple[RunSpec, RankResult]:
 def check_shared(run: RunSpec) -> None:
     """Check that what rank 0 has written for this run is to be seen from this host too.
 
-    Raises:
-        ConfigError: it is not.
+    Raises
+    ------
+    ConfigError
+        It is not.
     """
     folders = [run.output_dir, *(run.data_folder(task) for task in range(len(run.tasks)))]
     missing = next((folder for folder in folders if not folder.is_dir()), None)
@@ -169,8 +178,10 @@ def launcher_command(
 ) -> list[str]:
     """Return the deepspeed launcher's command that runs `lobra train arguments` on all hosts.
 
-    Raises:
-        ConfigError: the host file is unreadable or has fewer slots than the plan has ranks.
+    Raises
+    ------
+    ConfigError
+        The host file is unreadable or has fewer slots than the plan has ranks.
     """
     slots = read_host_file(host_file)
     if sum(slots.values()) < num_gpus:
@@ -225,8 +236,10 @@ def is_this_host(name: str) -> bool:
 def read_host_file(path: Path) -> dict[str, int]:
     """Return {host: slots} of a DeepSpeed host file (`name slots=8`).
 
-    Raises:
-        ConfigError: with every line that is not of that form.
+    Raises
+    ------
+    ConfigError
+        With every line that is not of that form.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -255,8 +268,10 @@ def read_host_file(path: Path) -> dict[str, int]:
 def sourced_environment(env_file: Path) -> dict[str, str]:
     """Return this process's environment after sourcing `env_file` with bash.
 
-    Raises:
-        ConfigError: the file is missing or fails.
+    Raises
+    ------
+    ConfigError
+        The file is missing or fails.
     """
     if not env_file.is_file():
         raise ConfigError(f"--env-file {env_file}: no such file")

@@ -21,15 +21,46 @@ ADAPTER_FOLDER = "adapters"
 class RunSpec:
     """A run as every rank sees it.
 
-    `fingerprint` and `task_records` identify the base model and the tasks in checkpoints;
-    `num_steps[t]` is how many steps task t trains, `last_step` where the run ends;
-    `world` is the plan on its ranks; `buckets` are the fixed padded lengths when
-    `dynamic_buckets` is off (else none). `feedback`: measured replica times correct the dispatcher.
-    `precision` is a key of `model.precision.DTYPES`.
-    `data_day` is the date (ISO) that chat templates with a date were told.
-    `revive`: names of stopped tasks that are to go on.
-    `plan_from`: the step (0-based) from which on the run has had this plan.
-    `validate_every` and `save_every`: steps between evaluation periods and checkpoints (0: none).
+    Attributes
+    ----------
+    model_folder, base_model, fingerprint
+        The base model: its folder, what adapters call it, what checkpoints know it by.
+    task_records
+        What checkpoints know the tasks by.
+    tasks, num_steps
+        The tasks, each known by its place here as its number, and how many own steps each makes.
+    last_step
+        The step of the run with which it ends, whatever steps its tasks have left.
+    plan, world
+        The plan, and the plan on its ranks.
+    cost_model
+        What dispatching balances.
+    output_dir
+        The run's folder.
+    precision
+        A key of `model.precision.DTYPES`.
+    device
+        "cuda" or "cpu".
+    num_buckets, dynamic_buckets, buckets
+        How many padded lengths there are, whether chosen for every step; if not, which they are.
+    dispatch_mode
+        Which replicas a sequence may go to.
+    seed
+        Of the run; every task's own seed is beside it.
+    feedback
+        Whether measured replica times correct the dispatcher.
+    validate_every, save_every
+        Steps between evaluation periods and checkpoints; 0: none.
+    keep_last
+        Checkpoints that are kept.
+    resume_step
+        The checkpoint to go on from, None for a new run.
+    revive
+        Names of stopped tasks that are to go on.
+    data_day
+        The date (ISO) that chat templates with a date were told.
+    plan_from
+        The step (0-based) from which on the run has had this plan.
     """
 
     model_folder: Path
@@ -61,7 +92,7 @@ class RunSpec:
 
     @property
     def world_size(self) -> int:
-        """Return the number of ranks of the plan."""
+        """The number of ranks of the plan."""
         return self.plan.num_gpus
 
     def data_folder(self, task: int) -> Path:

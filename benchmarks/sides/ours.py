@@ -13,8 +13,8 @@ from torch.profiler import record_function
 from benchmarks.sides.job import MAX_GRAD_NORM, MODULES, fresh_adapter, task_name
 from benchmarks.sides.side import COMPUTE, Clock, Setting, Step, Trained
 from lobra.layout.layout import Layout
+from lobra.layout.order import StepOrder
 from lobra.layout.plan import Plan, ReplicaGroup
-from lobra.layout.sequences import StepOrder
 from lobra.layout.world import one_replica
 from lobra.model.groups import build_groups
 from lobra.model.pipeline import run_replica
@@ -25,9 +25,10 @@ from lobra.profiler.profiles import TimeProfile
 from lobra.tasks.config import TaskConfig
 from lobra.trainer.adapters import adapter_spec
 from lobra.trainer.batches import micro_batch_tensors, to_device
-from lobra.trainer.dispatcher import make_order
-from lobra.trainer.engines import AdapterOptimizer, TaskUpdate, start_deepspeed
-from lobra.trainer.optimizer import clip_coefficient
+from lobra.trainer.optimizer import AdapterOptimizer, TaskUpdate
+from lobra.trainer.orders import order_of
+from lobra.trainer.schedule import clip_coefficient
+from lobra.trainer.zero import start_deepspeed
 
 ALONE = Layout(1, 1)
 
@@ -49,14 +50,16 @@ class Ours:
         self.stage = build_stage(
             setting.folder,
             build_groups(world),
-            [adapter_spec(task) for task in self.tasks],
+            {number: adapter_spec(task) for number, task in enumerate(self.tasks)},
             dtype=setting.dtype,
             device=self.device,
         )
         for task in range(setting.num_tasks):
-            self.stage.bank.load(task, fresh_adapter(setting.job.model, task, setting.rank))
+            self.stage.load(task, fresh_adapter(setting.job.model, task, setting.rank))
         layers = setting.job.model.layers
-        self.optimizer = AdapterOptimizer(self.tasks, self.stage.bank, world, layers)
+        self.optimizer = AdapterOptimizer(self.stage, world)
+        for number, task in enumerate(self.tasks):
+            self.optimizer.install(number, task)
         self.plan = Plan((ReplicaGroup(ALONE, 1, setting.job.max_tokens),))
         self.cost_model = fit_cost_model(_plain_times(setting.job.max_tokens), layers)
 
@@ -64,18 +67,17 @@ class Ours:
         """Train all tasks' sequences together, then update every task."""
         order = self._order(step)
         clock = Clock(self.setting.device)
-        labels = [work.labels for work in order.task_work(len(self.tasks))]
-        shares = torch.tensor([1 / max(1, count) for count in labels])
+        numbers = range(len(self.tasks))
+        shares = torch.tensor([1 / order.work[number].labels for number in numbers])
         weights = to_device([shares], self.device)[0]
         batches = self._tensors(order, weights)
         with record_function(COMPUTE):
             losses = run_replica(self.stage, batches, len(self.tasks))
         compute_s = clock.seconds()
         rate = self.setting.job.learning_rate
-        norms = self.optimizer.reduce([True] * len(self.tasks)).sqrt().tolist()
-        self.optimizer.update(
-            [TaskUpdate(True, rate, clip_coefficient(n, MAX_GRAD_NORM)) for n in norms]
-        )
+        norms = self.optimizer.reduce(numbers).sqrt().tolist()
+        clips = [clip_coefficient(norm, MAX_GRAD_NORM) for norm in norms]
+        self.optimizer.update({n: TaskUpdate(True, rate, clips[n]) for n in numbers})
         time_s = clock.seconds()
         means = tuple((losses * weights).tolist())
         return Trained(time_s, compute_s, means, len(batches), order.padded_tokens)
@@ -86,11 +88,11 @@ class Ours:
         return batch.tokens_BS.numel(), partial(self.stage.hidden, batch, None)
 
     def _tensors(self, order: StepOrder, weights: Tensor) -> list[MicroBatchTensors]:
-        return [micro_batch_tensors(batch, weights, self.device, 0) for batch in order.replicas[0]]
+        return [micro_batch_tensors(batch, weights, self.device) for batch in order.replicas[0]]
 
     def _order(self, step: Step) -> StepOrder:
         lengths = [len(sequence.tokens) for sequence in step]
-        return make_order(0, step, dispatch(lengths, self.plan, self.cost_model), (1.0,), 0.0)
+        return order_of(0, step, (), dispatch(lengths, self.plan, self.cost_model))
 
 
 def _task(name: str, rank: int) -> TaskConfig:

@@ -1,64 +1,14 @@
-"""What an order carries arrives as it was sent, and work adds up."""
+"""Work adds up."""
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lobra.layout.sequences import MicroBatch, Sequence, StepOrder, Work, total_work
+from lobra.layout.sequences import Work, total_work
 
-NUM_TASKS = 3
 count = st.integers(0, 2**40)
-seconds = st.floats(allow_nan=False)
 works = st.builds(Work, count, count, count)
-
-
-@st.composite
-def sequences(draw: st.DrawFn) -> Sequence:
-    ids = draw(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=9))
-    targets = draw(st.sets(st.integers(1, len(ids) - 1))) if len(ids) > 1 else set()
-    return Sequence(
-        draw(st.integers(0, NUM_TASKS - 1)),
-        draw(st.integers(0, 2**62)),
-        np.array(ids, dtype=np.int32),
-        np.array(sorted(targets), dtype=np.int32),
-    )
-
-
-@st.composite
-def micro_batches(draw: st.DrawFn) -> MicroBatch:
-    rows = draw(st.lists(sequences(), min_size=1, max_size=4))
-    longest = max(len(row.tokens) for row in rows)
-    return MicroBatch(tuple(rows), longest + draw(st.integers(0, 16)))
-
-
-@st.composite
-def orders(draw: st.DrawFn) -> StepOrder:
-    replicas = draw(st.lists(st.lists(micro_batches(), max_size=3).map(tuple), max_size=3))
-    times = st.tuples(*[seconds] * len(replicas))
-    return StepOrder(
-        draw(st.integers(0, 2**40)),
-        tuple(replicas),
-        draw(times),
-        draw(times),
-        sync_time_s=draw(seconds),
-        solve_time_s=draw(seconds),
-        stop=draw(st.booleans()),
-    )
-
-
-@given(orders())
-def test_what_is_sent_arrives(order: StepOrder) -> None:
-    flat = order.encode()
-    assert (flat.dtype, flat.ndim) == (np.int64, 1)
-    arrived = StepOrder.decode(flat)
-    assert arrived == order
-    for sequence in arrived.sequences:
-        assert (sequence.tokens.dtype, sequence.targets.dtype) == (np.int32, np.int32)
-    np.testing.assert_array_equal(arrived.encode(), flat)
 
 
 @given(st.lists(works))
@@ -67,16 +17,3 @@ def test_work_adds(parts: list[Work]) -> None:
     assert whole == total_work(reversed(parts))
     for name in ("tokens", "squares", "labels"):
         assert getattr(whole, name) == sum(getattr(part, name) for part in parts)
-
-
-@given(orders())
-def test_the_work_of_an_order_is_that_of_its_parts(order: StepOrder) -> None:
-    by_batch = total_work(batch.work for replica in order.replicas for batch in replica)
-    by_task = order.task_work(NUM_TASKS)
-    assert by_batch == total_work(by_task)
-    assert by_batch.squares == math.fsum(len(s.tokens) ** 2 for s in order.sequences)
-    for task, work in enumerate(by_task):
-        own = [s for s in order.sequences if s.task == task]
-        assert work.tokens == sum(len(s.tokens) for s in own)
-        assert work.labels == sum(len(s.targets) for s in own)
-    assert by_batch.tokens <= order.padded_tokens

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lobra.trainer import worker
+from lobra.trainer import engine
 from lobra.trainer.run_spec import RunSpec
 from tests.trainer.recording import RecordedResult, train_recorded
 
@@ -29,11 +29,11 @@ class NoSinglePrecision(TorchDispatchMode):
 
 def train_in_double(run: RunSpec) -> RecordedResult:
     """Train on one rank and record it; every forward and backward pass is watched."""
-    plain = worker.run_replica
+    plain = engine.run_replica
 
     def watched(*args: Any) -> Tensor:
         with NoSinglePrecision():
             return plain(*args)
 
-    worker.run_replica = watched  # type: ignore[assignment]
+    engine.run_replica = watched  # type: ignore[assignment]
     return train_recorded(run)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -12,15 +15,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lobra.layout.order import StepOrder
 from lobra.model.joint_stack import JointStack
 from lobra.model.stage import MicroBatchTensors, Stage
 from lobra.model.tensor_parallel import VocabParallelEmbedding
-from lobra.trainer import evaluation, figures, worker
+from lobra.trainer import control, coordinator, engine, rank
 from lobra.trainer.checkpoint import CheckpointWriter
-from lobra.trainer.optimizer import AdapterOptimizer, TaskUpdate
+from lobra.trainer.engine import Engine
+from lobra.trainer.optimizer import AdapterOptimizer
+from lobra.trainer.rank import RankResult, train_rank
 from lobra.trainer.run_spec import RunSpec
-from lobra.trainer.signals import StopRequest
-from lobra.trainer.worker import RankResult, Worker, train_rank
 
 FAULT_TASK = 1
 FAULT_STEPS = (1, 2)
@@ -36,16 +40,12 @@ def train_with_bad_data(run: RunSpec) -> RankResult:
     Tokens are whole numbers, so this is as near to the data as a NaN can be: where they become
     vectors. The task's rows lie in micro-batches together with other tasks' rows.
     """
-    plain_step, plain_hidden, plain_embed = (
-        Worker._step,
-        Stage.hidden,
-        VocabParallelEmbedding.forward,
-    )
+    plain_hidden, plain_embed = Stage.hidden, VocabParallelEmbedding.forward
     now: dict[str, Any] = {}
 
-    def step(self: Worker, number: int, stop: bool) -> object:
-        now["bad"] = number in FAULT_STEPS
-        return plain_step(self, number, stop)
+    def begin(order: StepOrder) -> StepOrder:
+        now["bad"] = order.step in FAULT_STEPS
+        return order
 
     def hidden(
         self: Stage, batch: MicroBatchTensors, received: torch.Tensor | None
@@ -60,7 +60,7 @@ def train_with_bad_data(run: RunSpec) -> RankResult:
                 embedded.flatten(0, 1)[own.start : own.stop] = float("nan")
         return embedded
 
-    Worker._step = step  # type: ignore[method-assign, assignment]
+    change_orders(begin)
     Stage.hidden = hidden  # type: ignore[method-assign]
     VocabParallelEmbedding.forward = embed  # type: ignore[method-assign]
     return train_rank(run)
@@ -68,29 +68,30 @@ def train_with_bad_data(run: RunSpec) -> RankResult:
 
 def train_joined_with_bad_data(run: RunSpec) -> RankResult:
     """Do the same with all tasks of a micro-batch computed at once, as on a GPU."""
-    worker.build_stage = partial(worker.build_stage, stack_type=JointStack)
+    engine.build_stage = partial(engine.build_stage, stack_type=JointStack)
     return train_with_bad_data(run)
 
 
 def train_without_task(run: RunSpec) -> RankResult:
     """Train while the same task takes no part in the same steps (its sequences weigh nothing)."""
-    plain_weights, plain_decide = Worker._task_weights, Worker._decide
 
-    def weights(self: Worker, step: int, works: object) -> torch.Tensor:
-        values = plain_weights(self, step, works)  # type: ignore[arg-type]
-        if step in FAULT_STEPS:
-            values[FAULT_TASK] = 0.0
-        return values
+    def without(order: StepOrder) -> StepOrder:
+        if order.step not in FAULT_STEPS:
+            return order
+        return replace(order, updates=tuple(u for u in order.updates if u.task != FAULT_TASK))
 
-    def decide(self: Worker, step: int, works: object, figures: object) -> list[TaskUpdate]:
-        updates = plain_decide(self, step, works, figures)  # type: ignore[arg-type]
-        if step in FAULT_STEPS:
-            updates[FAULT_TASK] = TaskUpdate(apply=False)
-        return updates
-
-    Worker._task_weights = weights  # type: ignore[method-assign]
-    Worker._decide = decide  # type: ignore[method-assign]
+    change_orders(without)
     return train_rank(run)
+
+
+def change_orders(change: Callable[[StepOrder], StepOrder]) -> None:
+    """Have this rank's engine carry out what a function makes of its orders."""
+    plain = Engine.carry_out
+
+    def carry_out(self: Engine, order: StepOrder, state: Any = None) -> Any:
+        return plain(self, change(order), state)
+
+    Engine.carry_out = carry_out  # type: ignore[method-assign]
 
 
 def train_asleep(run: RunSpec) -> RankResult:
@@ -114,17 +115,17 @@ def train_asleep(run: RunSpec) -> RankResult:
         now[0] = float(latest)
         return plain(self, numbers)
 
-    worker.time = SimpleNamespace(perf_counter=lambda: now[0])  # type: ignore[assignment]
-    worker.run_replica = sleep  # type: ignore[assignment]
+    clock: Any = SimpleNamespace(perf_counter=lambda: now[0])
+    engine.time = coordinator.time = clock
+    engine.run_replica = sleep  # type: ignore[assignment]
     AdapterOptimizer.reduce = meet  # type: ignore[method-assign]
     return train_rank(run)
 
 
-def train_with_a_counter(run: RunSpec) -> tuple[RankResult, int]:
+def train_with_a_counter(run: RunSpec) -> RankResult:
     """Train with a counter of memory as GPUs have it: the peak since it was last read.
 
-    A step takes `STEP_BYTES`, an evaluation `EVALUATION_BYTES`, on rank 1 twice that. Returns the
-    peak that the rank knows of, too.
+    A step takes `STEP_BYTES`, an evaluation `EVALUATION_BYTES`, on rank 1 twice that.
     """
     peak = [0]
 
@@ -139,20 +140,28 @@ def train_with_a_counter(run: RunSpec) -> tuple[RankResult, int]:
         found, peak[0] = peak[0], 0
         return found
 
-    figures.step_memory_bytes = read
-    worker.run_replica = taken(STEP_BYTES, worker.run_replica)  # type: ignore[assignment]
-    evaluation.evaluate_replica = taken(  # type: ignore[assignment]
-        EVALUATION_BYTES, evaluation.evaluate_replica
+    control.step_memory_bytes = read
+    rank._peak_memory_bytes = lambda engine: engine.peak_memory_bytes
+    engine.run_replica = taken(STEP_BYTES, engine.run_replica)  # type: ignore[assignment]
+    engine.evaluate_replica = taken(  # type: ignore[assignment]
+        EVALUATION_BYTES, engine.evaluate_replica
     )
-    own = Worker(run)
-    with StopRequest() as stop:
-        result = own.train(stop)
-    return result, own.peak_memory_bytes
+    return train_rank(run)
+
+
+def run_out_of_disk(run: RunSpec) -> RankResult:
+    """Train until there is no room for a checkpoint."""
+
+    def full(self: CheckpointWriter, *args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    CheckpointWriter.finish = full  # type: ignore[method-assign]
+    return train_rank(run)
 
 
 def run_out_of_memory(run: RunSpec) -> RankResult:
     """Train until rank 1 has no memory left for its second step."""
-    plain = worker.run_replica
+    plain = engine.run_replica
     calls = []
 
     def full(stage: Any, batches: list, num_tasks: int) -> torch.Tensor:
@@ -161,7 +170,7 @@ def run_out_of_memory(run: RunSpec) -> RankResult:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return plain(stage, batches, num_tasks)
 
-    worker.run_replica = full  # type: ignore[assignment]
+    engine.run_replica = full  # type: ignore[assignment]
     return train_rank(run)
 
 
@@ -172,7 +181,7 @@ def train_without_data(run: RunSpec) -> RankResult:
         raise OSError(f"{folder}: not here")
 
     if dist.get_rank():
-        worker.TokenizedDataset.load = fail  # type: ignore[method-assign, assignment]
+        coordinator.TokenizedDataset.load = fail  # type: ignore[method-assign, assignment]
     return train_rank(run)
 
 
@@ -188,19 +197,18 @@ def train_and_count_collectives(run: RunSpec) -> dict[str, list[int]]:
             return _plain(out, part, *args, **kwargs)
 
         setattr(dist, name, counted)
-    worker = Worker(run)
-    for sizes in calls.values():
-        sizes.clear()  # what deepspeed did when it started
-    save = worker.exporter.save_checkpoint
     kept: dict[str, list[int]] = {}
 
-    def saved(state: object) -> None:
-        kept.update({name: list(sizes) for name, sizes in calls.items()})
-        save(state)  # type: ignore[arg-type]
+    def note(order: StepOrder) -> StepOrder:
+        if order.step == 0:
+            for sizes in calls.values():
+                sizes.clear()  # what deepspeed did when it started
+        if order.save:
+            kept.update({name: list(sizes) for name, sizes in calls.items()})
+        return order
 
-    worker.exporter.save_checkpoint = saved  # type: ignore[method-assign, assignment]
-    with StopRequest() as stop:
-        worker.train(stop)
+    change_orders(note)
+    train_rank(run)
     return kept
 
 
@@ -226,21 +234,19 @@ def save_slowly(run: RunSpec) -> dict[str, list[float]]:
 
     CheckpointWriter.add_task = add_slowly  # type: ignore[method-assign]
     AdapterOptimizer.moments = noted  # type: ignore[method-assign]
-    worker = Worker(run)
-    with StopRequest() as stop:
-        worker.train(stop)
+    train_rank(run)
     return times
 
 
 def train_and_signal(run: RunSpec) -> RankResult:
     """Train; rank 0 sends its parent's signal to itself after the third step."""
-    plain = Worker._step
+    plain = Engine.carry_out
 
-    def step(self: Worker, number: int, stop: bool) -> object:
-        metrics = plain(self, number, stop)
-        if number == 2 and dist.get_rank() == 0:
+    def carry_out(self: Engine, order: StepOrder, state: Any = None) -> Any:
+        report = plain(self, order, state)
+        if order.updates and order.step == 2 and dist.get_rank() == 0:
             os.kill(os.getpid(), signal.SIGTERM)
-        return metrics
+        return report
 
-    Worker._step = step  # type: ignore[method-assign, assignment]
+    Engine.carry_out = carry_out  # type: ignore[method-assign]
     return train_rank(run)

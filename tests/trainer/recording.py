@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from lobra.layout.sequences import StepOrder
+from lobra.layout.order import StepOrder
 from lobra.model.stage import MicroBatchTensors
+from lobra.trainer.engine import Engine
+from lobra.trainer.rank import RankResult, train_rank
 from lobra.trainer.run_spec import RunSpec
-from lobra.trainer.worker import RankResult, Worker, train_rank
 
 
 @dataclass(frozen=True)
@@ -29,20 +28,18 @@ class RecordedResult(RankResult):
 
 
 def train_recorded(run: RunSpec) -> RecordedResult:
-    """Train and record. Of a run without validation: its sequences would be noted too."""
-    assert not run.validate_every
-    plain = Worker._tensors
+    """Train and record."""
+    plain = Engine._tensors
     trained: list[TrainedMicroBatch] = []
 
-    def noted(
-        self: Worker, order: StepOrder, weights: torch.Tensor, noise: int
-    ) -> list[MicroBatchTensors]:
+    def noted(self: Engine, order: StepOrder) -> list[MicroBatchTensors]:
         place = self.place
-        for batch in order.replicas[place.replica] if place.owns_loss else ():
-            rows = tuple((sequence.task, sequence.index) for sequence in batch.sequences)
-            trained.append(TrainedMicroBatch(order.step, place.replica, rows))
-        return plain(self, order, weights, noise)
+        if order.updates and place.owns_loss:
+            for batch in order.replicas[place.replica]:
+                rows = tuple((sequence.task, sequence.index) for sequence in batch.sequences)
+                trained.append(TrainedMicroBatch(order.step, place.replica, rows))
+        return plain(self, order)
 
-    Worker._tensors = noted  # type: ignore[method-assign]
+    Engine._tensors = noted  # type: ignore[method-assign]
     result = train_rank(run)
     return RecordedResult(**vars(result), trained=tuple(trained))

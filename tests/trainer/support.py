@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def make_run(
     cost_model = plain_cost_model(shape.num_layers)
     for policy in {group.layout.memory for group in plan.groups} - {"keep"}:
         cost_model = cost_model.taking_kept_times(policy)
-    values: dict = dict(
+    run = RunSpec(
         model_folder=model_folder,
         base_model=str(model_folder),
         fingerprint="",
@@ -99,7 +100,7 @@ def make_run(
         dispatch_mode="balance",
         seed=0,
     )
-    run = RunSpec(**{**values, **changes})
+    run = replace(run, **changes)  # type: ignore[arg-type]
     for task, data in enumerate(datasets):
         data.save(run.data_folder(task))
     return run

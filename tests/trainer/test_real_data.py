@@ -53,10 +53,14 @@ def train_recorded(request: TrainRequest) -> tuple[RunSpec, list[Any]]:
 
 
 def check_every_sequence_once(run: RunSpec, ranks: list[RecordedResult], num_steps: int) -> None:
-    datasets = [TokenizedDataset.load(run.data_folder(task)) for task in range(len(run.tasks))]
+    datasets = [TokenizedDataset.load(run.data_folder(number)) for number in range(len(run.tasks))]
     trained = [batch for rank in ranks for batch in rank.trained]
     for step in range(num_steps):
-        drawn = draw_sequences(run.tasks, datasets, (True,) * len(run.tasks), run.seed, step)
+        drawn = [
+            sequence
+            for number, (task, data) in enumerate(zip(run.tasks, datasets, strict=True))
+            for sequence in draw_sequences(number, task, data, run.seed, step)
+        ]
         done = [sequence for part in trained if part.step == step for sequence in part.sequences]
         assert sorted(done) == sorted((sequence.task, sequence.index) for sequence in drawn)
 

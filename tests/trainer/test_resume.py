@@ -30,11 +30,11 @@ from lobra.trainer.checkpoint import (
     step_folder,
     task_record,
 )
-from lobra.trainer.life import TaskLife, lives_to_json
 from lobra.trainer.metrics import read_metrics, restore_metrics
-from lobra.trainer.prepare import revivals_in_vain
+from lobra.trainer.prepare import last_step, revivals_in_vain
 from lobra.trainer.run import run_local
 from lobra.trainer.run_spec import RunSpec
+from lobra.trainer.task_progress import TaskProgress
 from lobra.trainer.zero import MOMENTS
 from tests.model.support import save_llama
 from tests.trainer.support import make_plan, make_run, random_dataset, train_steps
@@ -162,17 +162,50 @@ def test_a_stopped_task_is_revived_when_asked(base: Path, tmp_path: Path) -> Non
 
 
 def test_a_task_whose_steps_are_over_is_not_revived() -> None:
-    saved = replace(
-        state(8), tasks=[{"name": "one"}, {"name": "short"}],
-        lives=lives_to_json([TaskLife(12), TaskLife(8, stopped="a plateau")]),
-    )  # fmt: skip
-    over = "--revive short: its 8 steps are over at the checkpoint's step 8; "
-    assert revivals_in_vain(saved, ["short"], {"one": 12, "short": 8}) == [over + "raise its steps"]
-    assert revivals_in_vain(saved, ["short"], {"one": 12, "short": 9}) == []
-    assert revivals_in_vain(saved, [], {"one": 12, "short": 8}) == []
-    saved = replace(saved, lives=lives_to_json([TaskLife(12), TaskLife(7, stopped="a plateau")]))
-    problems = revivals_in_vain(saved, ["short"], {"one": 12, "short": 8})
-    assert problems == [over + "it cannot go on"]
+    progress = {"one": TaskProgress(12, steps=8), "short": TaskProgress(5, 5, stopped="a plateau")}
+    saved = replace(state(8), progress=progress)
+    over = "--revive short: its 5 steps are over; raise its steps"
+    assert revivals_in_vain(saved, ["short"], {"one": 12, "short": 5}) == [over]
+    assert revivals_in_vain(saved, ["short"], {"one": 12, "short": 6}) == []
+    assert revivals_in_vain(saved, [], {"one": 12, "short": 5}) == []
+
+
+def test_a_run_ends_when_every_task_has_made_its_own_steps() -> None:
+    steps = {"one": 12, "late": 9, "short": 9}
+    assert last_step(None, (), steps, None) == 12
+    assert last_step(None, (), steps, 7) == 7
+    progress = {
+        "one": TaskProgress(12, steps=11), "late": TaskProgress(9, steps=6),
+        "short": TaskProgress(9, steps=4, stopped="a plateau"),
+    }  # fmt: skip
+    saved = replace(state(11), progress=progress)
+    assert last_step(saved, (), steps, None) == 11 + 3
+    assert last_step(saved, ("short",), steps, None) == 11 + 5
+    assert last_step(saved, (), dict.fromkeys(steps, 4), None) == 11, "all have made theirs"
+
+
+def test_resume_with_the_tasks_in_another_order_and_one_given_more_steps(
+    base: Path, half: RunSpec, straight: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """Tasks are known by name; one that had ended goes on from its own last step."""
+    longer = replace(TASKS[2], steps=9)
+    data = [random_dataset(15, 6, 50, 256, seed) for seed in range(3)]
+    alone = make_run(
+        tmp_path / "alone", base, (longer,), data[2:], make_plan([(1, 1)], 64), 9, precision="fp64"
+    )
+    run_local(alone)
+    expected = {key: v for key, v in straight.items() if not key.startswith("short.")}
+    expected |= adapters(alone)
+    run = replace(
+        half, tasks=(longer, *TASKS[:2]), num_steps=(9, 10, 10), last_step=10, resume_step=5
+    )
+    steps = train_steps(run)
+    assert [step.tasks["short"].own_step for step in steps] == [4, 5, 6, 7, 8]
+    resumed = adapters(run)
+    assert resumed.keys() == expected.keys()
+    for key, value in expected.items():
+        error = float((resumed[key] - value).norm() / value.norm())
+        assert error < 1e-9, f"{key}: relative error {error:.1e}"
 
 
 def test_resume_with_feedback(base: Path, tmp_path: Path) -> None:
@@ -213,7 +246,12 @@ def test_a_checkpoint_is_a_set_of_peft_adapters(half: RunSpec) -> None:
 
 
 def state(step: int) -> CheckpointState:
-    return CheckpointState(step, 0, [], [], [], [], "plan", "base")
+    return CheckpointState(step, 0, [], {}, [], [], "plan", "base")
+
+
+def state_of(step: int, *names: str) -> CheckpointState:
+    progress = {name: TaskProgress(step, step) for name in names}
+    return replace(state(step), tasks=[{"name": name} for name in names], progress=progress)
 
 
 def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
@@ -245,7 +283,7 @@ def three_steps(tmp_path: Path) -> Path:
         writer = CheckpointWriter(tmp_path, step)
         moments = {kind: {"w": torch.ones(2)} for kind in MOMENTS}
         writer.add_task(spec, {"w": torch.ones(2)}, moments, "base")
-        writer.finish(replace(state(step), tasks=[{"name": spec.name}]), keep_last=3)
+        writer.finish(state_of(step, spec.name), keep_last=3)
     return tmp_path
 
 
@@ -338,24 +376,21 @@ def test_the_step_before_a_checkpoint_is_never_lost(base: Path, tmp_path: Path) 
 def test_what_may_not_change_is_named() -> None:
     data = random_dataset(5, 6, 20, 256, 0)
     before = [task_record(task, data) for task in TASKS]
-    lives = lives_to_json([TaskLife(4), TaskLife(10), TaskLife(10)])
-    saved = CheckpointState(5, 0, before, lives, [], [], "plan", "base")
-    assert resume_problems(saved, before, (4, 10, 20), 0, "base", "tasks.json") == []
+    saved = replace(state_of(5, *(task.name for task in TASKS)), tasks=before)
+    assert resume_problems(saved, before, 0, "base", "tasks.json") == []
+    assert resume_problems(saved, before[::-1], 0, "base", "tasks.json") == []
     other = random_dataset(5, 6, 20, 256, 1)
     changed = [task_record(replace(TASKS[0], rank=8), other), *before[1:]]
-    problems = "\n".join(resume_problems(saved, changed, (9, 10, 10), 0, "x", "tasks.json"))
+    problems = "\n".join(resume_problems(saved, changed, 0, "x", "tasks.json"))
     for part in (
         "not the base model",
-        "had ended after 4 steps",
         "task one: rank is 8",
         "task one: its data set 'random' is not what the checkpoint was trained on",
     ):
         assert part in problems
-    (seed,) = resume_problems(saved, before, (4, 10, 10), 3, "base", "tasks.json")
+    (seed,) = resume_problems(saved, before, 3, "base", "tasks.json")
     assert "--seed 0, not 3" in seed
-    assert (
-        "has the tasks" in resume_problems(saved, before[:2], (4, 10), 0, "base", "tasks.json")[0]
-    )
+    assert "has the tasks" in resume_problems(saved, before[:2], 0, "base", "tasks.json")[0]
 
 
 def test_saving_over_a_half_written_adapter(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from lobra.layout.shapes import read_shape
@@ -71,6 +72,21 @@ def test_the_adapter_a_task_started_from_is_not_needed_again(run: Path, accepted
     write_config(steps=3, resume_from="adapters/gone")
     assert train(run, "--resume") == 1
     assert train(run, "--output-dir", "new") == 2
+
+
+def test_tasks_listed_in_another_order_go_on(place: Path) -> None:
+    write_config(steps=3)
+    content = json.loads(Path("tasks.json").read_text())
+    tasks = [{**content["task"][0], "name": name, "steps": n} for name, n in (("a", 1), ("b", 3))]
+    for listed, more in ((tasks, ["--max-steps", "2"]), (tasks[::-1], ["--resume"])):
+        Path("tasks.json").write_text(json.dumps({**content, "train_task_num": 2, "task": listed}))
+        assert train(place, *more) == 0
+    lines = map(json.loads, Path("run/metrics.jsonl").read_text().splitlines())
+    made = [{name: task["own_step"] for name, task in line["tasks"].items()} for line in lines]
+    assert made == [{"a": 0, "b": 0}, {"b": 1}, {"b": 2}]
+    moments = load_file("run/checkpoints/step_3/moments/a.safetensors")
+    before = load_file("run/checkpoints/step_2/moments/a.safetensors")
+    assert all(torch.equal(before[key], value) for key, value in moments.items())
 
 
 def test_metrics_are_checked_before_anything_is_removed(

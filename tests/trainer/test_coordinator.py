@@ -16,14 +16,15 @@ from lobra.model.adapter import FlatTensors
 from lobra.model.launch import RankError
 from lobra.report.run_report import _task_summary
 from lobra.tasks.config import TARGET_MODULES, TaskConfig
+from lobra.trainer import rank as one_rank
 from lobra.trainer.adapters import adapter_spec, save_adapter
 from lobra.trainer.checkpoint import list_checkpoints
-from lobra.trainer.feedback import SpeedFeedback
-from lobra.trainer.life import MAX_SKIPPED_IN_ROW, TaskLife, lives_from_json, lives_to_json
+from lobra.trainer.coordinator import Coordinator, RunTask
 from lobra.trainer.metrics import as_json
+from lobra.trainer.orders import Attendance
 from lobra.trainer.run import run_local
 from lobra.trainer.run_spec import RunSpec
-from lobra.trainer.worker import Worker
+from lobra.trainer.task_progress import MAX_SKIPPED_IN_ROW, TaskProgress
 from tests.model.support import save_llama
 from tests.trainer.faults import (
     EVALUATION_BYTES,
@@ -127,12 +128,22 @@ def test_a_rank_without_memory_says_what_to_do(base: Path, tmp_path: Path) -> No
     assert len(lines) == 1, "the step before is in the metrics"
 
 
+def test_a_step_is_recorded_though_its_checkpoint_finds_no_room(base: Path, tmp_path: Path) -> None:
+    run = new_run(tmp_path / "run", base, [(1, 1)], steps=3, save_every=2)
+    with pytest.raises(RankError, match="No space left on device"):
+        run_local(run, "tests.trainer.faults:run_out_of_disk")
+    assert [step.step for step in steps_of(run)] == [0, 1]
+    assert list_checkpoints(run.output_dir) == []
+
+
 def test_steps_count_from_one_on_a_screen(caplog: pytest.LogCaptureFixture) -> None:
-    worker = Worker.__new__(Worker)
-    worker.rank = 0
-    worker._tell(4, "b", False, "gradient not finite")
-    assert "step 5: the gradient of task b" in caplog.text
-    assert "step 5: task b is stopped: gradient not finite" in caplog.text
+    coordinator = Coordinator.__new__(Coordinator)
+    bad = TaskProgress(num_steps=9, skipped_in_row=MAX_SKIPPED_IN_ROW - 1)
+    coordinator.tasks = {3: RunTask(TASKS[1], None, bad)}  # type: ignore[arg-type]
+    coordinator.step = 5  # steps made
+    coordinator._record(3, 1.0, applied=False)
+    assert "step 5: the gradient of task broken" in caplog.text
+    assert "step 5: task broken is stopped: gradient not finite" in caplog.text
 
 
 def test_a_stopped_task_is_seen_at_the_end(base: Path, tmp_path: Path) -> None:
@@ -189,67 +200,53 @@ def test_no_rank_waits_in_a_gather_of_moments_for_files(base: Path, tmp_path: Pa
         assert times["gather"][1] >= first["written"][0]
 
 
-def test_feedback_finds_the_factors_and_ignores_the_first_step() -> None:
-    feedback = SpeedFeedback([1.0, 1.0, 1.0])
-    feedback.update([1.0, 1.0, 1.0], [50.0, 50.0, 50.0])
-    assert feedback.factors == [1.0, 1.0, 1.0]
-    for _ in range(60):
-        feedback.update([1.0, 2.0, 0.0], [3.0, 1.0, 0.0])
-    # The third had no work: it approaches the middle of the others.
-    assert feedback.factors == pytest.approx([3.0, 0.5, 1.5**0.5], rel=1e-2)
+LATECOMER, JOINS_AT = "broken", 2
 
 
-def test_one_hiccup_does_not_starve_a_replica() -> None:
-    feedback = SpeedFeedback([1.0, 1.0], warm=True)
-    feedback.update([1.0, 1.0], [60.0, 1.0])
-    assert feedback.factors == pytest.approx([2.0, 1.0])
-    feedback.factors[0] = 60.0
-    for _ in range(80):
-        feedback.update([0.0, 1.0], [0.0, 1.0])
-    assert feedback.factors[0] < 1.1, "an idle replica is never tried again"
+def train_with_a_latecomer(run: RunSpec) -> one_rank.RankResult:
+    """Train; one task takes part from a later step of the run on."""
+
+    class Late(Coordinator):
+        def _attendance(self, after: Attendance | None = None) -> Attendance:
+            whole = super()._attendance(after)
+            late = {n for n, task in self.tasks.items() if task.config.name == LATECOMER}
+            if whole.step >= JOINS_AT:
+                return whole
+            return Attendance(whole.step, tuple(p for p in whole.own_steps if p[0] not in late))
+
+    one_rank.Coordinator = Late  # type: ignore[misc]
+    return one_rank.train_rank(run)
 
 
-def test_a_task_is_stopped_after_bad_gradients_in_a_row() -> None:
-    life = TaskLife(num_steps=100)
-    for _ in range(MAX_SKIPPED_IN_ROW - 1):
-        assert life.record(False, math.nan) is None
-    assert life.record(True, 1.0) is None, "one good step starts the count anew"
-    for _ in range(MAX_SKIPPED_IN_ROW - 1):
-        assert life.record(False, math.nan) is None
-    message = life.record(False, math.nan)
-    assert message is not None and "not finite" in message
-    assert not life.runs_at(20)
-    assert (life.updates, life.skipped) == (1, 2 * MAX_SKIPPED_IN_ROW - 1)
-
-
-def test_a_revived_task_starts_its_counts_anew() -> None:
-    life = TaskLife(num_steps=100, best_loss=1.0)
-    for _ in range(MAX_SKIPPED_IN_ROW):
-        life.record(False, math.nan)
-    assert not life.runs_at(50)
-    life.revive()
-    assert life.runs_at(50)
-    assert not life.runs_at(100)
-    for _ in range(MAX_SKIPPED_IN_ROW - 1):
-        assert life.record(False, math.nan) is None
-    assert life.skipped == 2 * MAX_SKIPPED_IN_ROW - 1, "the total is kept"
-    assert life.record(False, math.nan) is not None
-
-
-def test_early_stopping_on_a_plateau() -> None:
-    task = replace(TASKS[0], early_stopping_patience=2, early_stopping_min_delta=0.1)
-    life = TaskLife(num_steps=100)
-    for loss in (3.0, 2.5, 2.45):  # the last improves by less than the minimum
-        life.record(True, loss)
-        assert life.end_period(task, None) is None
-    life.record(True, 2.44)
-    message = life.end_period(task, None)
-    assert message is not None and "training loss" in message
-    assert lives_from_json(lives_to_json([life, TaskLife(3)])) == [life, TaskLife(3)]
-    patient = TaskLife(num_steps=100)
-    for _ in range(50):
-        patient.record(True, 1.0)
-        assert patient.end_period(TASKS[0], 1.0) is None, "patience 0 never stops"
+def test_a_latecomer_and_another_order_of_tasks_change_no_adapter(
+    base: Path, tmp_path: Path
+) -> None:
+    """Sequences, rates and clipping follow a task's own steps and name, and nothing else."""
+    varied = dict(lr_scheduler="cosine", warmup_steps=2, steps=4)
+    tasks = (replace(TASKS[0], max_grad_norm=0.1, **varied), replace(TASKS[1], **varied))
+    data = [random_dataset(15, 6, 50, 256, seed) for seed in range(2)]
+    plan, single = make_plan([(1, 1), (2, 1)], 64), make_plan([(1, 1)], 64)
+    joint = make_run(
+        tmp_path / "joint", base, tasks[::-1], data[::-1], plan, 4 + JOINS_AT, precision="fp64"
+    )
+    steps = train_steps(joint, "tests.trainer.test_coordinator:train_with_a_latecomer")
+    assert [sorted(step.tasks) for step in steps] == [
+        ["steady"], ["steady"], ["broken", "steady"], ["broken", "steady"], ["broken"], ["broken"]
+    ]  # fmt: skip
+    lines = [as_json(step) for step in steps]
+    assert _task_summary(LATECOMER, lines, 4).ended == "done"
+    assert _task_summary(LATECOMER, lines, 5).ended == "step 4 of 5"
+    for task, own in zip(tasks, data, strict=True):
+        alone = make_run(tmp_path / task.name, base, (task,), [own], single, 4, precision="fp64")
+        before = [step.tasks[task.name] for step in train_steps(alone)]
+        ours = [step.tasks[task.name] for step in steps if task.name in step.tasks]
+        assert [step.own_step for step in ours] == [0, 1, 2, 3]
+        assert [step.lr for step in ours] == [step.lr for step in before]
+        name = "adapter_model.safetensors"
+        found = load_file(tmp_path / "joint" / "adapters" / task.name / name)
+        for key, expected in load_file(alone.adapter_folder(0) / name).items():
+            error = float((found[key] - expected).norm() / expected.norm())
+            assert error < 1e-10, f"{task.name} {key}: relative error {error:.1e}"
 
 
 def test_a_task_is_stopped_where_it_would_be_alone(base: Path, tmp_path: Path) -> None:
@@ -305,4 +302,4 @@ def test_the_memory_of_an_evaluation_counts(base: Path, tmp_path: Path) -> None:
     ranks = run_local(run, "tests.trainer.faults:train_with_a_counter")
     memory = [step.memory_bytes for step in steps_of(run)]
     assert memory == [2 * STEP_BYTES, 2 * EVALUATION_BYTES, 2 * EVALUATION_BYTES]
-    assert [peak for _, peak in ranks] == [EVALUATION_BYTES, 2 * EVALUATION_BYTES]
+    assert [rank.peak_memory_bytes for rank in ranks] == [EVALUATION_BYTES, 2 * EVALUATION_BYTES]

@@ -9,26 +9,25 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
+    Progress,
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.progress import Progress as RichProgress
 
 from lobra.trainer.metrics import StepMetrics
-from lobra.trainer.run_spec import RunSpec
 
 
-class Progress:
-    """Shows each step on standard error."""
+class Screen:
+    """Shows the steps from ``begin`` to ``end`` of a run on standard error."""
 
-    def __init__(self, run: RunSpec, first_step: int = 0) -> None:
-        self.total = run.last_step
+    def __init__(self, begin: int, end: int) -> None:
+        self.end = end
         self.console = Console(file=sys.stderr)
-        self.bar: RichProgress | None = None
+        self.bar: Progress | None = None
         if self.console.is_terminal:
-            self.bar = RichProgress(
+            self.bar = Progress(
                 SpinnerColumn(),
                 TextColumn("step"),
                 BarColumn(),
@@ -36,23 +35,21 @@ class Progress:
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[state]}"),
+                TextColumn("{task.fields[latest]}"),
                 console=self.console,
             )
-            self.bar_task = self.bar.add_task(
-                "train", total=self.total, completed=first_step, state=""
-            )
+            self.bar_task = self.bar.add_task("train", total=end, completed=begin, latest="")
 
-    def update(self, metrics: StepMetrics) -> None:
+    def write(self, metrics: StepMetrics) -> None:
         """Show one finished step."""
-        state = describe(metrics)
+        latest = describe(metrics)
         if self.bar is not None:
-            self.bar.update(self.bar_task, advance=1, state=state)
+            self.bar.update(self.bar_task, advance=1, latest=latest)
         else:
-            line = f"step {metrics.step + 1}/{self.total}  {state}"
+            line = f"step {metrics.step + 1}/{self.end}  {latest}"
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Screen:
         if self.bar is not None:
             self.bar.start()
         return self

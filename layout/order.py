@@ -1,0 +1,181 @@
+"""The one message to the ranks: what to compute, what to update, and what to do then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+
+import numpy as np
+
+from lobra.layout.sequences import IntArray, MicroBatch, Sequence, TokenArray, Work
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a step does to a task's adapter; every rank leaves it out if the gradient is not finite.
+
+    Attributes
+    ----------
+    task
+        The number of the task.
+    learning_rate
+        The rate of this update.
+    max_grad_norm
+        The norm that a larger gradient is scaled down to; 0: none is.
+    """
+
+    task: int
+    learning_rate: float
+    max_grad_norm: float
+
+
+@dataclass(frozen=True)
+class StepOrder:
+    """What every rank is told to do: the only message from rank 0.
+
+    Sequences of a task that is updated are trained on, for the mean loss over their targets; of
+    other tasks only the losses are found. Without any update there is no backward pass: so an
+    evaluation is ordered. What is to be saved, exported or ended is so after that.
+
+    Attributes
+    ----------
+    step
+        The step, counted from 0; without sequences, the steps made so far.
+    replicas
+        Of every replica its micro-batches, in the order they are run.
+    updates
+        The tasks that are updated; each has targets in the order's sequences.
+    save
+        Whether a checkpoint is written.
+    export
+        Whether the adapters are written.
+    stop
+        Whether this is the last order.
+    """
+
+    step: int
+    replicas: tuple[tuple[MicroBatch, ...], ...] = ()
+    updates: tuple[Update, ...] = ()
+    save: bool = False
+    export: bool = False
+    stop: bool = False
+
+    @cached_property
+    def sequences(self) -> tuple[Sequence, ...]:
+        """All sequences, replica by replica, micro-batch by micro-batch."""
+        return tuple(
+            sequence
+            for micro_batches in self.replicas
+            for micro_batch in micro_batches
+            for sequence in micro_batch.sequences
+        )
+
+    @cached_property
+    def work(self) -> Mapping[int, Work]:
+        """The work of every task that has a sequence in the order, by number, ascending."""
+        works: dict[int, Work] = {}
+        for sequence in self.sequences:
+            works[sequence.task] = works.get(sequence.task, Work()) + sequence.work
+        return dict(sorted(works.items()))
+
+    @property
+    def padded_tokens(self) -> int:
+        """Tokens computed, padding included."""
+        return sum(batch.padded_tokens for replica in self.replicas for batch in replica)
+
+    @cached_property
+    def encoded(self) -> IntArray:
+        """The order as one array, exactly: int64; rates by their bits, tokens two a word."""
+        micro_batches = [batch for replica in self.replicas for batch in replica]
+        sequences = self.sequences
+        rates = [(update.learning_rate, update.max_grad_norm) for update in self.updates]
+        return np.concatenate(
+            [
+                _integers([self.step, self.save, self.export, self.stop]),
+                _integers([len(self.updates), len(self.replicas)]),
+                _integers([len(micro_batches), len(sequences)]),
+                _integers(update.task for update in self.updates),
+                np.array(rates, dtype=np.float64).flatten().view(np.int64),
+                _integers(len(replica) for replica in self.replicas),
+                _integers(batch.padded_length for batch in micro_batches),
+                _integers(len(batch.sequences) for batch in micro_batches),
+                _integers(sequence.task for sequence in sequences),
+                _integers(sequence.index for sequence in sequences),
+                _integers(sequence.noise_seed for sequence in sequences),
+                _integers(len(sequence.tokens) for sequence in sequences),
+                _integers(len(sequence.targets) for sequence in sequences),
+                _in_words([sequence.tokens for sequence in sequences]),
+                _in_words([sequence.targets for sequence in sequences]),
+            ]
+        )
+
+    @classmethod
+    def decode(cls, flat: IntArray) -> StepOrder:
+        """Return the order that `encoded` is ``flat``; its tokens are views of it."""
+        reader = _Reader(flat)
+        step, save, export, stop, num_updates, num_replicas = reader.integers(6)
+        num_batches, num_sequences = reader.integers(2)
+        updated = reader.integers(num_updates)
+        rates = reader.take(2 * num_updates).view(np.float64).reshape(-1, 2).tolist()
+        batches_of_replica = reader.integers(num_replicas)
+        padded_lengths = reader.integers(num_batches)
+        rows_of_batch = reader.integers(num_batches)
+        tasks, indices = reader.integers(num_sequences), reader.integers(num_sequences)
+        noise_seeds = reader.integers(num_sequences)
+        num_tokens, num_targets = reader.integers(num_sequences), reader.integers(num_sequences)
+        tokens, targets = reader.parts(num_tokens), reader.parts(num_targets)
+        sequences = map(Sequence, tasks, indices, tokens, targets, noise_seeds)
+        micro_batches = iter(
+            [
+                MicroBatch(tuple(islice(sequences, rows)), padded_length)
+                for rows, padded_length in zip(rows_of_batch, padded_lengths, strict=True)
+            ]
+        )
+        return cls(
+            step,
+            tuple(tuple(islice(micro_batches, count)) for count in batches_of_replica),
+            tuple(Update(task, *pair) for task, pair in zip(updated, rates, strict=True)),
+            save=bool(save),
+            export=bool(export),
+            stop=bool(stop),
+        )
+
+
+def _integers(values: Iterable[int]) -> IntArray:
+    return np.fromiter(values, dtype=np.int64)
+
+
+def _in_words(parts: list[TokenArray]) -> IntArray:
+    """Return int32 arrays end to end, two values an int64."""
+    total = sum(map(len, parts))
+    whole = np.zeros(total + total % 2, dtype=np.int32)
+    if parts:
+        np.concatenate(parts, out=whole[:total])
+    return whole.view(np.int64)
+
+
+class _Reader:
+    """Reads an array from its start on."""
+
+    def __init__(self, flat: IntArray) -> None:
+        self.flat = flat
+        self.place = 0
+
+    def take(self, size: int) -> IntArray:
+        """Return the next values."""
+        self.place += size
+        return self.flat[self.place - size : self.place]
+
+    def integers(self, size: int) -> list[int]:
+        """Return the next values as Python's."""
+        values: list[int] = self.take(size).tolist()
+        return values
+
+    def parts(self, sizes: list[int]) -> list[TokenArray]:
+        """Return int32 arrays of these sizes that `_in_words` laid end to end."""
+        total = sum(sizes)
+        whole = self.take((total + 1) // 2).view(np.int32)
+        ends = np.cumsum(sizes, dtype=np.int64).tolist()
+        return [whole[end - size : end] for size, end in zip(sizes, ends, strict=True)]

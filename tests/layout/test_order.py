@@ -1,0 +1,75 @@
+"""What an order carries arrives as it was sent, and its work is that of its parts."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lobra.layout.order import StepOrder, Update
+from lobra.layout.sequences import MicroBatch, Sequence, total_work
+
+TASKS = (0, 1, 7)
+number = st.integers(0, 2**62)
+
+
+@st.composite
+def sequences(draw: st.DrawFn) -> Sequence:
+    ids = draw(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=9))
+    targets = draw(st.sets(st.integers(1, len(ids) - 1))) if len(ids) > 1 else set()
+    return Sequence(
+        draw(st.sampled_from(TASKS)),
+        draw(number),
+        np.array(ids, dtype=np.int32),
+        np.array(sorted(targets), dtype=np.int32),
+        draw(number),
+    )
+
+
+@st.composite
+def micro_batches(draw: st.DrawFn) -> MicroBatch:
+    rows = draw(st.lists(sequences(), min_size=1, max_size=4))
+    longest = max(len(row.tokens) for row in rows)
+    return MicroBatch(tuple(rows), longest + draw(st.integers(0, 16)))
+
+
+updates = st.builds(Update, number, *[st.floats(allow_nan=False)] * 2)
+
+
+@st.composite
+def orders(draw: st.DrawFn) -> StepOrder:
+    replicas = draw(st.lists(st.lists(micro_batches(), max_size=3).map(tuple), max_size=3))
+    return StepOrder(
+        draw(st.integers(0, 2**40)),
+        tuple(replicas),
+        tuple(draw(st.lists(updates, max_size=3))),
+        save=draw(st.booleans()),
+        export=draw(st.booleans()),
+        stop=draw(st.booleans()),
+    )
+
+
+@given(orders())
+def test_what_is_sent_arrives(order: StepOrder) -> None:
+    flat = order.encoded
+    assert (flat.dtype, flat.ndim) == (np.int64, 1)
+    arrived = StepOrder.decode(flat)
+    assert arrived == order
+    for sequence in arrived.sequences:
+        assert (sequence.tokens.dtype, sequence.targets.dtype) == (np.int32, np.int32)
+    np.testing.assert_array_equal(arrived.encoded, flat)
+
+
+@given(orders())
+def test_the_work_of_an_order_is_that_of_its_parts(order: StepOrder) -> None:
+    by_batch = total_work(batch.work for replica in order.replicas for batch in replica)
+    assert by_batch == total_work(order.work.values())
+    assert by_batch.squares == math.fsum(len(s.tokens) ** 2 for s in order.sequences)
+    assert list(order.work) == sorted({sequence.task for sequence in order.sequences})
+    for task, work in order.work.items():
+        own = [s for s in order.sequences if s.task == task]
+        assert work.tokens == sum(len(s.tokens) for s in own)
+        assert work.labels == sum(len(s.targets) for s in own)
+    assert by_batch.tokens <= order.padded_tokens

@@ -1,0 +1,275 @@
+"""The coordinator of a training run: on rank 0 it knows tasks, data, plan and time.
+
+It draws every step's sequences from the tasks' data sets, dispatches them, sends the order to all
+ranks' engines, and learns from what they report: which task ends, what is evaluated and saved, how
+fast each replica is. The step after is dispatched while a step trains.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+from lobra.layout.order import StepOrder, Update
+from lobra.tasks.config import TaskConfig
+from lobra.tasks.dataset import TokenizedDataset
+from lobra.trainer.batches import draw_sequences
+from lobra.trainer.checkpoint import CheckpointState, drop_later
+from lobra.trainer.engine import Engine
+from lobra.trainer.evaluation import Evaluation, HeldOut
+from lobra.trainer.feedback import SpeedFeedback
+from lobra.trainer.metrics import StepMetrics, as_json, restore_metrics
+from lobra.trainer.orders import Attendance, DispatchedStep, OrdersAhead, dispatch_step
+from lobra.trainer.records import open_records
+from lobra.trainer.run_spec import RunSpec
+from lobra.trainer.schedule import learning_rate
+from lobra.trainer.step_report import StepReport
+from lobra.trainer.task_progress import TaskProgress
+from lobra.trainer.trained_step import TrainedStep, mean_losses
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class RunTask:
+    """A task of the run: what it is, its data, and how far it has come."""
+
+    config: TaskConfig
+    data: TokenizedDataset
+    progress: TaskProgress
+
+
+class Coordinator:
+    """Rank 0's part of a run; every method that sends an order is answered by all engines."""
+
+    def __init__(self, run: RunSpec, engine: Engine, resumed: CheckpointState | None) -> None:
+        """Load the tasks' data; of a run that goes on, take over what it knew and drop the rest."""
+        self.run = run
+        self.engine = engine
+        self.step = 0
+        self.tasks = {
+            number: RunTask(task, TokenizedDataset.load(run.data_folder(number)), TaskProgress(n))
+            for number, (task, n) in enumerate(zip(run.tasks, run.num_steps, strict=True))
+        }
+        self.feedback = SpeedFeedback([1.0] * len(run.world.replicas))
+        self.saved_at: int | None = None
+        self.last_metrics: StepMetrics | None = None
+        self.stop_requested = False
+        self.ahead = OrdersAhead()
+        self.held_out = HeldOut(
+            {
+                number: TokenizedDataset.load(folder)
+                for number in self.tasks
+                if (folder := run.validation_folder(number)).is_dir()
+            },
+            lambda sequences: dispatch_step(run, 0, sequences, (), self._slowdown()).order,
+        )
+        if resumed is not None:
+            self._resume(resumed)
+
+    def _resume(self, state: CheckpointState) -> None:
+        run = self.run
+        self.step = state.step
+        self.saved_at = state.step
+        for task in self.tasks.values():
+            name = task.config.name
+            num_steps = task.progress.num_steps
+            task.progress = replace(state.progress[name], num_steps=num_steps)
+            if task.progress.stopped is None:
+                continue
+            if name in run.revive:
+                task.progress.revive()
+                log.warning("task %s goes on from its step %d", name, task.progress.steps + 1)
+            else:
+                log.warning(
+                    "task %s stays stopped: %s (--revive %s lets it go on)",
+                    name, task.progress.stopped, name,
+                )  # fmt: skip
+        if run.feedback and state.plan == str(run.plan):
+            self.feedback = SpeedFeedback(list(state.speed_factors), list(state.speed_counts))
+        drop_later(run.output_dir, state.step)
+        restore_metrics(run.output_dir, state.step, state.last_metrics)
+
+    # -- the run --------------------------------------------------------------------------------
+
+    def train(self) -> StepOrder:
+        """Run the steps, then write the adapters and a last checkpoint; return the last order."""
+        run = self.run
+        records = open_records(run.output_dir, self.step, run.last_step)
+        with self.ahead, records as record:  # the thread of `ahead` ends however the run does
+            while (attendance := self._attendance()).own_steps and not self._told_to_stop():
+                metrics = self._train_step(attendance)
+                self.last_metrics = metrics
+                try:
+                    over = not self._attendance().own_steps
+                    if over or (run.save_every and self.step % run.save_every == 0):
+                        metrics = replace(metrics, checkpoint_time_s=self._save())
+                finally:  # the step was trained, whatever became of its checkpoint
+                    record(metrics)
+            if self.saved_at != self.step:
+                self._save()
+            last = StepOrder(self.step, export=not self._attendance().own_steps, stop=True)
+            self._carry_out(last)
+        return last
+
+    def _told_to_stop(self) -> bool:
+        return self.stop_requested or self.engine.told_to_stop()
+
+    def _carry_out(
+        self, order: StepOrder, state: CheckpointState | None = None
+    ) -> StepReport | None:
+        self.engine.control.send(order)
+        return self.engine.carry_out(order, state)
+
+    def _attendance(self, after: Attendance | None = None) -> Attendance:
+        """Return who takes part in the next step; or, if none is stopped in it, in that `after`."""
+        step = self.step if after is None else after.step + 1
+        made = () if after is None else dict(after.own_steps)
+        if step >= self.run.last_step:
+            return Attendance(step)
+        own_steps = [
+            (number, task.progress.steps + (number in made))
+            for number, task in self.tasks.items()
+            if task.progress.steps_left > (number in made)
+        ]
+        return Attendance(step, tuple(own_steps))
+
+    # -- dispatch -------------------------------------------------------------------------------
+
+    def _slowdown(self) -> tuple[float, ...]:
+        """Return every replica's speed factor, as it is now."""
+        return tuple(
+            self.feedback.factors if self.run.feedback else [1.0] * len(self.feedback.factors)
+        )
+
+    def _make(self, attendance: Attendance) -> Callable[[], DispatchedStep]:
+        """Return what makes a step's order on any thread, with the speed factors of this moment."""
+        return partial(self._draw, attendance, self._slowdown())
+
+    def _draw(self, attendance: Attendance, slowdown: tuple[float, ...]) -> DispatchedStep:
+        """Draw and dispatch a step's sequences; reads nothing that changes."""
+        sequences, updates = [], []
+        for number, own_step in attendance.own_steps:
+            task = self.tasks[number]
+            drawn = draw_sequences(number, task.config, task.data, self.run.seed, own_step)
+            sequences += drawn
+            if any(len(sequence.targets) for sequence in drawn):
+                rate = learning_rate(task.config, own_step, task.progress.num_steps)
+                updates.append(Update(number, rate, task.config.max_grad_norm))
+        dispatched = dispatch_step(self.run, attendance.step, sequences, updates, slowdown)
+        _ = dispatched.order.encoded  # here, so that nobody waits for it
+        return dispatched
+
+    # -- a step ---------------------------------------------------------------------------------
+
+    def _train_step(self, attendance: Attendance) -> StepMetrics:
+        """Run one step, and the evaluation that follows if a period ends; learn from both."""
+        trained = self._run_step(attendance)
+        self.step += 1
+        self.stop_requested |= trained.report.stop
+        if self.run.feedback:
+            self.feedback.update(trained.plain_time_s, trained.busy_s(self.run.world))
+        for number in trained.own_steps:
+            loss = trained.losses.get(number)
+            self._record(number, loss, applied=trained.report.is_finite(number))
+        mark = time.perf_counter()
+        evaluation = self._end_periods(list(trained.own_steps))
+        validation_time_s = time.perf_counter() - mark
+        names = {number: task.config.name for number, task in self.tasks.items()}
+        metrics = trained.metrics(self.run.world, names, self.run.plan_from)
+        tasks = {
+            names[number]: replace(
+                metrics.tasks[names[number]],
+                validation_loss=evaluation.losses.get(number),
+                stopped=self.tasks[number].progress.stopped,
+            )
+            for number in trained.losses
+        }
+        return replace(
+            metrics,
+            tasks=tasks,
+            memory_bytes=max((metrics.memory_bytes, *evaluation.memory_bytes)),
+            validation_time_s=validation_time_s,
+        )
+
+    def _run_step(self, attendance: Attendance) -> TrainedStep:
+        """Have all engines train a step, and the next one's order made meanwhile."""
+        start = time.perf_counter()
+        dispatched = self.ahead.take(attendance, self._make(attendance))
+        dispatch_wait_s = time.perf_counter() - start
+        self.engine.control.send(dispatched.order)
+        following = self._attendance(after=attendance)
+        if following.own_steps:
+            self.ahead.start(following, self._make(following))
+        report = self.engine.carry_out(dispatched.order)
+        assert report is not None, "tasks that attend have sequences"
+        step_time_s = time.perf_counter() - start
+        return TrainedStep(
+            dict(attendance.own_steps), dispatched, report, dispatch_wait_s, step_time_s
+        )
+
+    def _record(self, number: int, loss: float | None, applied: bool) -> None:
+        """Note a task's step; steps count from 1 on a screen."""
+        task = self.tasks[number]
+        if loss is not None and not applied:
+            log.warning(
+                "step %d: the gradient of task %s is not finite, its update is skipped",
+                self.step, task.config.name,
+            )  # fmt: skip
+        self._tell_if_stopped(number, task.progress.record(loss, applied))
+
+    def _tell_if_stopped(self, number: int, why: str | None) -> None:
+        if why is not None:
+            name = self.tasks[number].config.name
+            log.warning("step %d: task %s is stopped: %s", self.step, name, why)
+
+    def _end_periods(self, attended: list[int]) -> Evaluation:
+        """Evaluate and close the periods that end with this step; all are evaluated at the end."""
+        every = self.run.validate_every
+        if not every:
+            return Evaluation()
+        going_on = [n for n in attended if self.tasks[n].progress.stopped is None]
+        ending = [n for n in going_on if self.tasks[n].progress.ends_period(every)]
+        evaluation = self._evaluate(going_on if self.step == self.run.last_step else ending)
+        for number in ending:
+            task = self.tasks[number]
+            stopped = task.progress.end_period(task.config, evaluation.losses.get(number))
+            self._tell_if_stopped(number, stopped)
+        return evaluation
+
+    def _evaluate(self, numbers: list[int]) -> Evaluation:
+        order = self.held_out.order(tuple(numbers))
+        if order is None:
+            return Evaluation()
+        report = self._carry_out(order)
+        assert report is not None, "what is held out has sequences"
+        return Evaluation(mean_losses(order, report), report.memory_bytes)
+
+    # -- what is left behind --------------------------------------------------------------------
+
+    def _save(self) -> float:
+        """Save a checkpoint; return the seconds it took."""
+        start = time.perf_counter()
+        self._carry_out(StepOrder(self.step, save=True), self._state())
+        self.saved_at = self.step
+        return time.perf_counter() - start
+
+    def _state(self) -> CheckpointState:
+        """Return the part of a checkpoint that is not tensors."""
+        run = self.run
+        return CheckpointState(
+            step=self.step,
+            seed=run.seed,
+            tasks=list(run.task_records),
+            progress={task.config.name: task.progress for task in self.tasks.values()},
+            speed_factors=list(self.feedback.factors),
+            speed_counts=list(self.feedback.counts),
+            plan=str(run.plan),
+            base_model=run.fingerprint,
+            last_metrics=None if self.last_metrics is None else as_json(self.last_metrics),
+            data_day=run.data_day,
+            precision=run.precision,
+        )

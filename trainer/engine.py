@@ -1,0 +1,255 @@
+"""The engine: what every rank holds of a run's model and adapters, and does with them when ordered.
+
+It runs this rank's replica over its micro-batches and updates every task's adapter with the sum of
+the gradients of all ranks that hold it, so that training jointly on any plan equals training alone
+(docs/architecture.md). It knows tasks by number, no data and no time: those are the coordinator's.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lobra.layout.order import StepOrder, Update
+from lobra.model.groups import build_groups
+from lobra.model.pipeline import evaluate_replica, run_replica
+from lobra.model.precision import DTYPES, kept_dtype
+from lobra.model.stage import MicroBatchTensors, build_stage
+from lobra.trainer.adapters import adapter_spec, load_adapter
+from lobra.trainer.batches import micro_batch_tensors, to_device
+from lobra.trainer.checkpoint import CheckpointState, load_moments, load_weights
+from lobra.trainer.control import Control
+from lobra.trainer.exporter import AdapterExporter
+from lobra.trainer.optimizer import AdapterOptimizer, TaskUpdate
+from lobra.trainer.run_spec import RunSpec
+from lobra.trainer.schedule import clip_coefficient
+from lobra.trainer.step_report import StepReport
+from lobra.trainer.zero import start_deepspeed
+
+
+class Engine:
+    """One rank's stage, its adapters and their optimiser. Its methods are collective.
+
+    Attributes
+    ----------
+    rank
+        This rank's number in the world.
+    told_to_stop
+        Says whether this rank was told to stop; what all ranks were told is in a step's report.
+    peak_memory_bytes
+        The most memory this rank has reported.
+    """
+
+    def __init__(
+        self,
+        run: RunSpec,
+        resumed: CheckpointState | None,
+        told_to_stop: Callable[[], bool],
+    ) -> None:
+        """Build all, with the adapters of a checkpoint, or those that tasks start from."""
+        start_deepspeed(run.device)
+        self.run = run
+        self.num_tasks = len(run.tasks)
+        self.rank = dist.get_rank()
+        self.told_to_stop = told_to_stop
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device())
+            if run.device == "cuda"
+            else torch.device("cpu")
+        )
+        self.control = Control()
+        groups = build_groups(run.world)
+        self.place = groups.place
+        self.stage = build_stage(
+            run.model_folder,
+            groups,
+            {number: adapter_spec(task, run.seed) for number, task in enumerate(run.tasks)},
+            dtype=DTYPES[run.precision],
+            device=self.device,
+        )
+        # Loading may take a rank much longer than another; NCCL's own patience is short.
+        self.control.wait()
+        self._load_weights(resumed)
+        self.optimizer = AdapterOptimizer(self.stage, run.world)
+        for number, task in enumerate(run.tasks):
+            self.optimizer.install(number, task)
+        self.exporter = AdapterExporter(run, self.stage, self.optimizer, self.control.group)
+        if resumed is not None:
+            updates = {n: resumed.progress[task.name].updates for n, task in enumerate(run.tasks)}
+            load_moments(run.output_dir, resumed.step, self.optimizer, updates)
+            # Only when every rank has read what it needs is anything later removed.
+            self.control.wait()
+        self.peak_memory_bytes = 0
+
+    def _load_weights(self, resumed: CheckpointState | None) -> None:
+        if resumed is not None:
+            load_weights(self.run.output_dir, resumed.step, self.stage)
+            return
+        for number, task in enumerate(self.run.tasks):
+            if task.resume_from:
+                load_adapter(Path(task.resume_from), self.stage, number)
+
+    @property
+    def held_bytes(self) -> int:
+        """What this rank keeps of the frozen base model."""
+        frozen = list(self.stage.decoder.parameters())
+        if self.stage.head is not None:
+            frozen += list(self.stage.head.parameters())
+        storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in frozen}
+        return sum(storages.values())
+
+    # -- orders ---------------------------------------------------------------------------------
+
+    def follow(self) -> StepOrder:
+        """Carry out rank 0's orders (every other rank) and return the last one."""
+        while True:
+            order = self.control.receive()
+            self.carry_out(order)
+            if order.stop:
+                return order
+
+    def carry_out(
+        self, order: StepOrder, state: CheckpointState | None = None
+    ) -> StepReport | None:
+        """Do what an order says, which all other ranks have been sent.
+
+        Parameters
+        ----------
+        order
+            The order.
+        state
+            On rank 0, what a checkpoint holds beside tensors.
+
+        Returns
+        -------
+        StepReport or None
+            What became of the order's sequences, if it has any.
+        """
+        report = None
+        if order.updates:
+            report = self._train(order)
+        elif order.sequences:
+            report = self._evaluate(order)
+        if order.save:
+            self.exporter.save_checkpoint(state)
+        if order.export:
+            self.exporter.export_adapters()
+        return report
+
+    def _train(self, order: StepOrder) -> StepReport:
+        start = time.perf_counter()
+        batches = self._tensors(order)
+        prepare_s = time.perf_counter() - start
+        try:
+            report = self._compute(order, batches, start)
+            if self.stage.joins_tasks and not all(map(math.isfinite, report.grad_norms.values())):
+                # Where tasks are computed at once, one that is not finite may spoil the others.
+                self.stage.forget_gradients()
+                self.stage.apart = True
+                report = self._compute(order, batches, start)
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError(self._too_large(order)) from error
+        finally:
+            self.stage.apart = False
+        exchanged = time.perf_counter()
+        self.step(order.updates, report.grad_norms)
+        self._synchronize()
+        return replace(report, prepare_s=prepare_s, optimizer_s=time.perf_counter() - exchanged)
+
+    def _compute(
+        self, order: StepOrder, batches: Sequence[MicroBatchTensors], start: float
+    ) -> StepReport:
+        """Find losses and gradients and sum them over the world; the order came at ``start``."""
+        begin = time.perf_counter()
+        losses = self.forward_backward(batches)
+        self._synchronize()
+        computed = time.perf_counter()
+        numbers = [update.task for update in order.updates]
+        squared_norms = torch.zeros(self.num_tasks, dtype=torch.float64)
+        squared_norms[numbers] = self.optimizer.reduce(numbers).cpu()
+        reduced = time.perf_counter()
+        report = self._exchange(order, losses, squared_norms, computed - begin, computed - start)
+        return replace(report, reduce_s=reduced - computed)
+
+    def _evaluate(self, order: StepOrder) -> StepReport:
+        losses = evaluate_replica(self.stage, self._tensors(order), self.num_tasks)
+        return self._exchange(order, losses, torch.zeros(len(losses)), 0.0, 0.0)
+
+    # -- a step ---------------------------------------------------------------------------------
+
+    def forward_backward(self, batches: Sequence[MicroBatchTensors]) -> Tensor:
+        """Run this rank's replica; gradients add up in the adapters.
+
+        Returns
+        -------
+        Tensor
+            [num_tasks] the summed token loss of each task, non-zero only on the last stage.
+        """
+        return run_replica(self.stage, batches, self.num_tasks)
+
+    def step(self, updates: Sequence[Update], grad_norms: Mapping[int, float]) -> None:
+        """Update adapters with the reduced gradients, each clipped by its own norm.
+
+        A task whose gradient is not finite keeps its weights and moments, as one without an update
+        does. The norms are the same on every rank, and so are the decisions.
+        """
+        todo = {}
+        for update in updates:
+            norm = grad_norms[update.task]
+            clip = clip_coefficient(norm, update.max_grad_norm)
+            todo[update.task] = TaskUpdate(math.isfinite(norm), update.learning_rate, clip)
+        self.optimizer.update(todo)
+
+    def _tensors(self, order: StepOrder) -> list[MicroBatchTensors]:
+        """Return the tensors of this replica's micro-batches; losses are means over targets."""
+        weights = torch.zeros(self.num_tasks, dtype=kept_dtype(self.stage.dtype))
+        for update in order.updates:
+            weights[update.task] = 1.0 / order.work[update.task].labels
+        weights = to_device([weights], self.device)[0]
+        return [
+            micro_batch_tensors(micro_batch, weights, self.device)
+            for micro_batch in order.replicas[self.place.replica]
+        ]
+
+    def _exchange(
+        self,
+        order: StepOrder,
+        losses: Tensor,
+        squared_norms: Tensor,
+        busy_s: float,
+        arrival_s: float,
+    ) -> StepReport:
+        tasks = list(order.work)
+        losses = losses.cpu()[tasks]
+        if not self.place.owns_loss:
+            losses = torch.zeros_like(losses)  # its TP peers computed the same
+        report = self.control.exchange(
+            tasks, losses, squared_norms[tasks], busy_s, arrival_s, self.told_to_stop()
+        )
+        self.peak_memory_bytes = max(self.peak_memory_bytes, report.memory_bytes[self.rank])
+        return report
+
+    def _too_large(self, order: StepOrder) -> str:
+        """Return what to do when a micro-batch does not fit into the GPU."""
+        replica = self.run.plan.replicas[self.place.replica]
+        largest = max(item.padded_tokens for item in order.replicas[self.place.replica])
+        profile_again = "profile memory again with this number of tasks"
+        keeps = replica.layout.memory != "full"
+        return (
+            f"step {order.step + 1}: out of GPU memory on replica {self.place.replica} "
+            f"{replica.layout}, whose largest micro-batch holds {largest} tokens; lower its "
+            f"max_tokens ({replica.max_tokens}) in the plan"
+            + (f", {profile_again}, or give --memory full" if keeps else f", or {profile_again}")
+            + "; then go on with --resume"
+        )
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()

@@ -1,0 +1,66 @@
+"""One rank of a training run: rank 0 coordinates, the others follow."""
+
+from __future__ import annotations
+
+import resource
+import signal
+from dataclasses import dataclass
+
+import torch
+
+from lobra.trainer.checkpoint import read_state
+from lobra.trainer.coordinator import Coordinator
+from lobra.trainer.engine import Engine
+from lobra.trainer.run_spec import RunSpec
+from lobra.trainer.signals import StopRequest
+
+
+@dataclass
+class RankResult:
+    """What a rank reports at the end.
+
+    Attributes
+    ----------
+    rank
+        Its number in the world.
+    loaded_bytes, held_bytes
+        What it read of the base model, and what it keeps of it.
+    peak_memory_bytes
+        The most memory it has had in use.
+    stopped_at
+        The steps made by a run that was ended early; None if it came to its end.
+    stop_signal
+        What ended it early.
+    """
+
+    rank: int
+    loaded_bytes: int
+    held_bytes: int
+    peak_memory_bytes: int
+    stopped_at: int | None = None
+    stop_signal: int | None = None
+
+
+def train_rank(run: RunSpec) -> RankResult:
+    """Train `run` as this rank of an initialised world and return what it did. Collective."""
+    with StopRequest() as stop:
+        resumed = None
+        if run.resume_step is not None:
+            resumed = read_state(run.output_dir, run.resume_step)
+        engine = Engine(run, resumed, lambda: stop.received is not None)
+        coordinates = engine.rank == 0
+        last = Coordinator(run, engine, resumed).train() if coordinates else engine.follow()
+        return RankResult(
+            engine.rank,
+            engine.stage.loaded_bytes,
+            engine.held_bytes,
+            _peak_memory_bytes(engine),
+            stopped_at=None if last.export else last.step,
+            stop_signal=None if last.export else stop.received or signal.SIGTERM,
+        )
+
+
+def _peak_memory_bytes(engine: Engine) -> int:
+    if engine.device.type == "cuda":  # its counter starts anew with every report
+        return max(engine.peak_memory_bytes, torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

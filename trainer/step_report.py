@@ -1,0 +1,58 @@
+"""What the ranks report of a step, summed over the world and the same on every rank."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What became of an order.
+
+    Attributes
+    ----------
+    losses, grad_norms
+        Of every task in the order, by number: its summed token loss and its gradient's norm.
+    busy_s, arrival_s, memory_bytes
+        Of every rank: seconds it computed; seconds from the order's arrival until it was ready to
+        reduce; the most memory it has had in use since its last report.
+    stop
+        Whether some rank was told to stop.
+    prepare_s, reduce_s, optimizer_s
+        Of this rank alone: seconds it made tensors, reduced gradients (waiting for other ranks
+        included), and updated and exchanged adapters.
+    """
+
+    losses: Mapping[int, float]
+    grad_norms: Mapping[int, float]
+    busy_s: tuple[float, ...]
+    arrival_s: tuple[float, ...]
+    memory_bytes: tuple[int, ...]
+    stop: bool
+    prepare_s: float = 0.0
+    reduce_s: float = 0.0
+    optimizer_s: float = 0.0
+
+    def is_finite(self, task: int) -> bool:
+        """Return whether the task's gradient was finite: its update was applied."""
+        return math.isfinite(self.grad_norms[task])
+
+
+def step_memory_bytes() -> int:
+    """Return this rank's peak of GPU memory since the last call, or its resident memory on CPU."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * PAGE_BYTES
+    except OSError:  # not Linux
+        return 0

@@ -1,0 +1,126 @@
+"""How far a task of a run has come: its own steps, what was skipped, and whether it has ended.
+
+Everything a task does is a function of its own steps, those it has taken part in: a task that joins
+a run late does what it would have done from the run's start on.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lobra.common.models import Count, FileModel
+from lobra.tasks.config import TaskConfig
+
+MAX_SKIPPED_IN_ROW = 5
+
+
+@dataclass
+class TaskProgress(FileModel):
+    """What a task has done so far.
+
+    Attributes
+    ----------
+    num_steps
+        Steps the task was asked to run.
+    steps
+        Steps it has taken part in.
+    updates
+        Optimiser steps applied (Adam's step count).
+    skipped, skipped_in_row
+        Updates left out because the gradient was not finite.
+    best_loss, bad_periods
+        Early stopping: the best loss of an evaluation period, and how many periods since brought
+        nothing better.
+    period_loss, period_steps
+        Training losses summed over the running period.
+    stopped
+        Why the task ended before its steps were over (briefly, a semicolon, and more), or None.
+    """
+
+    num_steps: Count
+    steps: Count = 0
+    updates: Count = 0
+    skipped: Count = 0
+    skipped_in_row: Count = 0
+    best_loss: float = math.inf
+    bad_periods: Count = 0
+    period_loss: float = 0.0
+    period_steps: Count = 0
+    stopped: str | None = None
+
+    @property
+    def steps_left(self) -> int:
+        """Steps the task is still to take part in."""
+        return 0 if self.stopped is not None else max(0, self.num_steps - self.steps)
+
+    def revive(self) -> None:
+        """Let a stopped task go on: its counts of bad steps and periods start anew."""
+        self.stopped = None
+        self.skipped_in_row = 0
+        self.bad_periods = 0
+        self.best_loss = math.inf
+        self.period_loss, self.period_steps = 0.0, 0
+
+    def record(self, loss: float | None, applied: bool) -> str | None:
+        """Note one step the task took part in; return a message when that ends the task.
+
+        Parameters
+        ----------
+        loss
+            Its mean loss; None if nothing of its batch was to be learned.
+        applied
+            Whether its adapter was updated.
+        """
+        self.steps += 1
+        if loss is None:
+            return None
+        if applied:
+            self.updates += 1
+            self.skipped_in_row = 0
+        else:
+            self.skipped += 1
+            self.skipped_in_row += 1
+        if math.isfinite(loss):
+            self.period_loss += loss
+            self.period_steps += 1
+        if self.skipped_in_row >= MAX_SKIPPED_IN_ROW:
+            self.stopped = (
+                f"gradient not finite in {self.skipped_in_row} steps in a row; look at its data, "
+                f"or lower its learning rate"
+            )
+        return self.stopped
+
+    def ends_period(self, every: int) -> bool:
+        """Return whether an evaluation period of ``every`` steps ends with the step just made.
+
+        A task's periods are of its own steps, and the last ends with its steps: what other tasks do
+        and where the run ends must not matter to it.
+        """
+        return self.steps % every == 0 or self.steps == self.num_steps
+
+    def end_period(self, task: TaskConfig, validation_loss: float | None) -> str | None:
+        """Close an evaluation period; return a message when the task is stopped on a plateau."""
+        if validation_loss is None and self.period_steps == 0:
+            return None
+        loss = validation_loss
+        if loss is None:
+            loss = self.period_loss / self.period_steps
+        self.period_loss, self.period_steps = 0.0, 0
+        if loss < self.best_loss - task.early_stopping_min_delta:
+            self.best_loss, self.bad_periods = loss, 0
+            return None
+        self.bad_periods += 1
+        if 0 < task.early_stopping_patience <= self.bad_periods:
+            kind = "training" if validation_loss is None else "validation"
+            self.stopped = (
+                f"plateau of its {kind} loss; not below {self.best_loss:.4f} by more than "
+                f"{task.early_stopping_min_delta:g} for {self.bad_periods} periods"
+            )
+        return self.stopped
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain values; a best loss of infinity as None, which reads as not given."""
+        entry = asdict(self)
+        return {**entry, "best_loss": self.best_loss if math.isfinite(self.best_loss) else None}

@@ -1,0 +1,128 @@
+"""A step that was trained: what was ordered and expected, and what the ranks reported."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from lobra.layout.order import StepOrder
+from lobra.layout.sequences import total_work
+from lobra.layout.world import World
+from lobra.trainer.metrics import ReplicaMetrics, StepMetrics, TaskMetrics
+from lobra.trainer.orders import DispatchedStep
+from lobra.trainer.step_report import StepReport
+
+
+@dataclass(frozen=True)
+class TrainedStep:
+    """A step after it was trained.
+
+    Attributes
+    ----------
+    own_steps
+        By the number of every task that took part its own step, counted from 0.
+    dispatched
+        The order, and what was expected of it.
+    report
+        What the ranks reported.
+    dispatch_wait_s
+        What rank 0 waited for the order.
+    step_time_s
+        What the whole step took on rank 0.
+    """
+
+    own_steps: Mapping[int, int]
+    dispatched: DispatchedStep
+    report: StepReport
+    dispatch_wait_s: float
+    step_time_s: float
+
+    @cached_property
+    def losses(self) -> dict[int, float]:
+        """The mean loss of every task with targets (`mean_losses`)."""
+        return mean_losses(self.dispatched.order, self.report)
+
+    def busy_s(self, world: World) -> list[float]:
+        """Return the seconds that each replica computed: its busiest rank's."""
+        return [
+            max(self.report.busy_s[rank] for rank in world.ranks(replica))
+            for replica in range(len(world.replicas))
+        ]
+
+    @property
+    def plain_time_s(self) -> list[float]:
+        """Of every replica the predicted seconds without its speed factor."""
+        known = self.dispatched
+        plain_s: list[float] = np.divide(known.replica_time_s, known.speed_factors).tolist()
+        return plain_s
+
+    def metrics(self, world: World, names: Mapping[int, str], plan_from: int) -> StepMetrics:
+        """Return what is written of the step, without what follows from it or comes after it."""
+        report, order = self.report, self.dispatched.order
+        # Ready before the slowest rank was, rank 0 waited for it inside the reduction.
+        waited_s = max(0.0, min(report.reduce_s, max(report.arrival_s) - report.arrival_s[0]))
+        return StepMetrics(
+            step=order.step,
+            step_time_s=self.step_time_s,
+            predicted_step_time_s=self.dispatched.predicted_step_time_s,
+            dispatch_time_s=self.dispatched.solve_time_s,
+            dispatch_wait_s=self.dispatch_wait_s,
+            prepare_time_s=report.prepare_s,
+            replica_wait_s=waited_s,
+            reduce_time_s=report.reduce_s - waited_s,
+            optimizer_time_s=report.optimizer_s,
+            tokens=total_work(order.work.values()).tokens,
+            padded_tokens=order.padded_tokens,
+            gpu_seconds=self.step_time_s * world.num_ranks,
+            memory_bytes=max(report.memory_bytes),
+            tasks={names[number]: task for number, task in self._task_metrics().items()},
+            replicas=self._replica_metrics(world),
+            plan_from=plan_from,
+        )
+
+    def _task_metrics(self) -> dict[int, TaskMetrics]:
+        order = self.dispatched.order
+        num_sequences = Counter(sequence.task for sequence in order.sequences)
+        return {
+            update.task: TaskMetrics(
+                loss=self.losses[update.task],
+                tokens=order.work[update.task].labels,
+                sequences=num_sequences[update.task],
+                grad_norm=self.report.grad_norms[update.task],
+                lr=update.learning_rate,
+                applied=self.report.is_finite(update.task),
+                own_step=self.own_steps[update.task],
+            )
+            for update in order.updates
+        }
+
+    def _replica_metrics(self, world: World) -> list[ReplicaMetrics]:
+        known = self.dispatched
+        values = zip(
+            world.layouts, self.busy_s(world), known.replica_time_s, known.speed_factors,
+            known.order.replicas, strict=True,
+        )  # fmt: skip
+        return [
+            ReplicaMetrics(
+                layout=str(layout),
+                busy_s=busy_s,
+                predicted_s=predicted_s,
+                speed_factor=speed_factor,
+                micro_batches=len(micro_batches),
+                padded_tokens=sum(batch.padded_tokens for batch in micro_batches),
+            )
+            for layout, busy_s, predicted_s, speed_factor, micro_batches in values
+        ]
+
+
+def mean_losses(order: StepOrder, report: StepReport) -> dict[int, float]:
+    """Return the mean loss per target token of every task that has any in the order."""
+    return {
+        number: report.losses[number] / work.labels
+        for number, work in order.work.items()
+        if work.labels
+    }
