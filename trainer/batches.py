@@ -65,6 +65,7 @@ def micro_batch_tensors(
     goes to the device in one copy, which the host does not wait for.
     """
     rows, length = micro_batch.sequences, micro_batch.padded_length
+    assert length is not None, "a packed micro-batch"
     tokens_BS = np.zeros((len(rows), length), dtype=np.int64)
     positions, predicted = [], []
     for row, sequence in enumerate(rows):

@@ -8,7 +8,14 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lobra.layout.sequences import MicroBatch, Sequence, StepOrder, Work, total_work
+from lobra.layout.sequences import (
+    PACKED_MULTIPLE,
+    MicroBatch,
+    Sequence,
+    StepOrder,
+    Work,
+    total_work,
+)
 
 NUM_TASKS = 3
 count = st.integers(0, 2**40)
@@ -32,7 +39,8 @@ def sequences(draw: st.DrawFn) -> Sequence:
 def micro_batches(draw: st.DrawFn) -> MicroBatch:
     rows = draw(st.lists(sequences(), min_size=1, max_size=4))
     longest = max(len(row.tokens) for row in rows)
-    return MicroBatch(tuple(rows), longest + draw(st.integers(0, 16)))
+    padded_lengths = st.one_of(st.none(), st.integers(longest, longest + 16))
+    return MicroBatch(tuple(rows), draw(padded_lengths))
 
 
 @st.composite
@@ -59,6 +67,14 @@ def test_what_is_sent_arrives(order: StepOrder) -> None:
     for sequence in arrived.sequences:
         assert (sequence.tokens.dtype, sequence.targets.dtype) == (np.int32, np.int32)
     np.testing.assert_array_equal(arrived.encode(), flat)
+
+
+@given(micro_batches())
+def test_packing_pads_less_than_one_multiple(batch: MicroBatch) -> None:
+    packed = MicroBatch(batch.sequences)
+    assert packed.work == batch.work
+    assert 0 <= packed.padded_tokens - packed.work.tokens < PACKED_MULTIPLE
+    assert packed.padded_tokens % PACKED_MULTIPLE == 0
 
 
 @given(st.lists(works))
