@@ -6,12 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 IntArray = NDArray[np.int64]
 TokenArray = NDArray[np.int32]
+Tokens = TypeVar("Tokens", int, IntArray)
 
 PACKED_MULTIPLE = 16  # tensor cores take tokens in groups of it; below 1 % of padding from 1,600 on
 
@@ -88,6 +90,11 @@ class Sequence:
         return hash((self.task, self.index))
 
 
+def packed_tokens(tokens: Tokens) -> Tokens:
+    """Return how many tokens are computed where so many lie end to end."""
+    return -(-tokens // PACKED_MULTIPLE) * PACKED_MULTIPLE
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """Sequences computed together, those of a task adjacent.
@@ -112,8 +119,7 @@ class MicroBatch:
     def padded_tokens(self) -> int:
         """Tokens computed, padding included."""
         if self.padded_length is None:
-            tokens = sum(len(sequence.tokens) for sequence in self.sequences)
-            return -(-tokens // PACKED_MULTIPLE) * PACKED_MULTIPLE
+            return packed_tokens(sum(len(sequence.tokens) for sequence in self.sequences))
         return self.padded_length * len(self.sequences)
 
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from lobra.layout.sequences import IntArray, MicroBatch, Sequence, StepOrder
 from lobra.planner.dispatch import Assignment
+from lobra.planner.packed.dispatch import PackedAssignment
 
 Running = tuple[bool, ...]
 
@@ -25,7 +26,7 @@ Running = tuple[bool, ...]
 def make_order(
     step: int,
     sequences: abc.Sequence[Sequence],
-    assignment: Assignment,
+    assignment: Assignment | PackedAssignment,
     speed_factors: tuple[float, ...],
     solve_time_s: float,
 ) -> StepOrder:
@@ -44,7 +45,7 @@ def make_order(
             tuple(
                 MicroBatch(  # in the order drawn, so that a task's rows are adjacent
                     tuple(sequences[row] for row in sorted(batch.indices.tolist())),
-                    int(batch.padded_length),
+                    batch.padded_length,
                 )
                 for batch in replica
             )
