@@ -9,9 +9,10 @@ without a collective. Code that is dear says so by `kept`, or by `keeping_attent
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
+from functools import wraps
 from typing import Any, Self, TypeVar
 
 import torch
@@ -75,7 +76,9 @@ def _detached(output: Any) -> Any:
 
 
 def _nothing_like(output: Any) -> Any:
-    """Return a tensor of the same shape that takes no memory; NaN, should it be used after all."""
+    """Return tensors of the same shapes that take no memory; NaN, should they be used after all."""
+    if isinstance(output, tuple):
+        return tuple(map(_nothing_like, output))
     return output.new_full((), torch.nan).expand_as(output)
 
 
@@ -116,33 +119,31 @@ def keeping_attention() -> AbstractContextManager[object]:
     return nullcontext() if _current.get() is None else _AttentionKept()
 
 
-def apply_policy(decoder: nn.Module, policy: str) -> None:
-    """Have every layer of a transformers decoder keep what the policy says.
+def apply_policy(layers: Iterable[nn.Module], policy: str) -> None:
+    """Have each layer keep what the policy says.
 
-    It is what transformers' own switch for gradient checkpointing does to the layers. The switch
-    itself warns, with names that change between versions, of embeddings that need no gradient here
-    and that later stages lack.
+    transformers' own switch for gradient checkpointing would leave out of what is computed again
+    what was wrapped around a layer's forward pass, such as the precision it runs in.
     """
-    decoder.train()
-    for module in decoder.modules():
-        if hasattr(module, "gradient_checkpointing"):
-            module.gradient_checkpointing = True  # type: ignore[assignment]
-            module._gradient_checkpointing_func = under_policy(policy)  # type: ignore[assignment]
+    for layer in layers:
+        layer.forward = under_policy(layer.forward, policy)  # type: ignore[method-assign]
 
 
-def under_policy(policy: str) -> Callable[..., Any]:
-    """Return what calls a function (first argument) so that it keeps what the policy says."""
+def under_policy(forward: Callable[..., Any], policy: str) -> Callable[..., Any]:
+    """Return a layer's forward pass such that it keeps what the policy says."""
+    computed_again = COMPUTED_AGAIN[policy]
 
-    def call(function: Callable[..., Any], *args: Any) -> Any:
+    @wraps(forward)
+    def keeping(*args: Any, **kwargs: Any) -> Any:
         outputs: list[Any] = []
-        forward = _Pass(COMPUTED_AGAIN[policy], outputs, is_first=True)
-        backward = _Pass(COMPUTED_AGAIN[policy], outputs, is_first=False)
+        passes = (_Pass(computed_again, outputs, True), _Pass(computed_again, outputs, False))
         return checkpoint(
-            function,
+            forward,
             *args,
             use_reentrant=False,
             preserve_rng_state=False,  # nothing in a layer draws numbers from a generator
-            context_fn=lambda: (forward, backward),
+            context_fn=lambda: passes,
+            **kwargs,
         )
 
-    return call
+    return keeping

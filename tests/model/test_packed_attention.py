@@ -9,12 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoModel
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from lobra.model import packed_attention as module
 from lobra.model.packed_attention import Packing, packed_attention, register
 from lobra.model.precision import NothingBelowDouble
+from tests.model.decoders import HIDDEN_SIZE, small_decoder
 from tests.model.support import FAMILIES
 
 HEAD_DIM = 8
@@ -118,47 +118,26 @@ def test_one_kernel_is_asked_for_the_same(
     assert_same(ours, alone(heads, lengths, 0.3, window), heads, 1e-12)
 
 
-def small_decoder(family: str, attention: str, overrides: dict[str, Any]) -> Any:
-    """Return a random decoder of two layers in fp64; of a family always the same weights."""
-    torch.manual_seed(0)
-    config, own = FAMILIES[family]
-    sizes = dict(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=64,
-        initializer_range=0.2,
-    )
-    with NothingBelowDouble():
-        model = AutoModel.from_config(
-            config(**{**sizes, **own, **overrides}), attn_implementation=attention
-        )
-    return model.double()
-
-
 @pytest.mark.parametrize(("family", "overrides"), MODELS)
 def test_a_packed_model_is_the_model_of_each_sequence(
     family: str, overrides: dict[str, Any]
 ) -> None:
     lengths = [9, 1, 14, 2]
     generator = torch.Generator().manual_seed(0)
-    embedded = torch.randn(1, sum(lengths), 32, generator=generator, dtype=torch.float64)
+    embedded = torch.randn(1, sum(lengths), HIDDEN_SIZE, generator=generator, dtype=torch.float64)
     embedded.requires_grad_()
     options = {"attention_mask": None, "use_cache": False}
-    with NothingBelowDouble():
-        ours = small_decoder(family, register(), overrides)(
-            inputs_embeds=embedded,
-            position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
-            packing=Packing.of_lengths(lengths),
-            **options,
-        ).last_hidden_state
-        model = small_decoder(family, "eager", overrides)
-        expected = [
-            model(inputs_embeds=part, **options).last_hidden_state
-            for part in embedded.split(lengths, dim=1)
-        ]
+    ours = small_decoder(family, register(), **overrides)(
+        inputs_embeds=embedded,
+        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+        packing=Packing.of_lengths(lengths),
+        **options,
+    ).last_hidden_state
+    model = small_decoder(family, "eager", **overrides)
+    expected = [
+        model(inputs_embeds=part, **options).last_hidden_state
+        for part in embedded.split(lengths, dim=1)
+    ]
     assert_same(ours, torch.cat(expected, dim=1), [embedded], 1e-10)
 
 
