@@ -63,6 +63,10 @@ class TokenNoise:
         scales_T = 1.0 / (1.0 - dropout_T.double())
         return cls(keys_T, limits_T.to(torch.int16)[:, None], scales_T.to(dtype)[:, None])
 
+    def part(self, tokens: slice) -> TokenNoise:
+        """Return what dropout needs of some of the tokens."""
+        return TokenNoise(self.keys_T[tokens], self.limits_T1[tokens], self.scales_T1[tokens])
+
     def factors(self, features_W: Tensor, features: range) -> Tensor:
         """Return [T, i]: 0 or 1 / (1 - p), for some features of a linear's input.
 
