@@ -99,7 +99,7 @@ class StepOrder:
                 _integers(update.task for update in self.updates),
                 np.array(rates, dtype=np.float64).flatten().view(np.int64),
                 _integers(len(replica) for replica in self.replicas),
-                _integers(batch.padded_length for batch in micro_batches),
+                _integers(batch.padded_length or 0 for batch in micro_batches),
                 _integers(len(batch.sequences) for batch in micro_batches),
                 _integers(sequence.task for sequence in sequences),
                 _integers(sequence.index for sequence in sequences),
@@ -129,7 +129,7 @@ class StepOrder:
         sequences = map(Sequence, tasks, indices, tokens, targets, noise_seeds)
         micro_batches = iter(
             [
-                MicroBatch(tuple(islice(sequences, rows)), padded_length)
+                MicroBatch(tuple(islice(sequences, rows)), padded_length or None)
                 for rows, padded_length in zip(rows_of_batch, padded_lengths, strict=True)
             ]
         )

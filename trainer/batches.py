@@ -52,6 +52,7 @@ def micro_batch_tensors(
     copy, which the host does not wait for.
     """
     rows, length = micro_batch.sequences, micro_batch.padded_length
+    assert length is not None, "a packed micro-batch"
     tokens_BS = np.zeros((len(rows), length), dtype=np.int64)
     positions, predicted = [], []
     for row, sequence in enumerate(rows):

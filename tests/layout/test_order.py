@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lobra.layout.order import StepOrder, Update
-from lobra.layout.sequences import MicroBatch, Sequence, total_work
+from lobra.layout.sequences import PACKED_MULTIPLE, MicroBatch, Sequence, total_work
 
 TASKS = (0, 1, 7)
 number = st.integers(0, 2**62)
@@ -32,7 +32,8 @@ def sequences(draw: st.DrawFn) -> Sequence:
 def micro_batches(draw: st.DrawFn) -> MicroBatch:
     rows = draw(st.lists(sequences(), min_size=1, max_size=4))
     longest = max(len(row.tokens) for row in rows)
-    return MicroBatch(tuple(rows), longest + draw(st.integers(0, 16)))
+    padded_lengths = st.one_of(st.none(), st.integers(longest, longest + 16))
+    return MicroBatch(tuple(rows), draw(padded_lengths))
 
 
 updates = st.builds(Update, number, *[st.floats(allow_nan=False)] * 2)
@@ -73,3 +74,11 @@ def test_the_work_of_an_order_is_that_of_its_parts(order: StepOrder) -> None:
         assert work.tokens == sum(len(s.tokens) for s in own)
         assert work.labels == sum(len(s.targets) for s in own)
     assert by_batch.tokens <= order.padded_tokens
+
+
+@given(micro_batches())
+def test_packing_pads_less_than_one_multiple(batch: MicroBatch) -> None:
+    packed = MicroBatch(batch.sequences)
+    assert packed.work == batch.work
+    assert 0 <= packed.padded_tokens - packed.work.tokens < PACKED_MULTIPLE
+    assert packed.padded_tokens % PACKED_MULTIPLE == 0

@@ -1,0 +1,118 @@
+"""What packed attention and LoRA dropout take, each beside what it replaces.
+
+    python benchmarks/packed_parts.py LENGTHS [--device cuda] [--max-tokens 8192]
+
+LENGTHS is a JSON file of lists of lengths. Attention, forward and backward, of one micro-batch of
+them, packed and in rows padded to the longest. Dropout: the factors of a linear's input, by hashing
+keys and as torch draws them. The least of several alternating runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.nn import functional  # noqa: E402
+
+from lobra.model.dropout import TokenNoise, feature_keys, token_keys  # noqa: E402
+from lobra.model.packed_attention import Packing, packed_attention, register  # noqa: E402
+
+CONTEXTS = (512, 4096)  # where sequences are cut
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128  # of Llama 3.1 8B; of these, on CPU an eighth
+FEATURES = 14336
+DROPOUT = 0.1
+RUNS = 7
+
+
+def main() -> None:
+    """Measure and print a line for each way."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("lengths", type=Path)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--max-tokens", type=int, default=8192)
+    args = parser.parse_args()
+    register()
+    device = torch.device(args.device)
+    known = [length for drawn in json.loads(args.lengths.read_text()).values() for length in drawn]
+    for context in CONTEXTS:
+        lengths = micro_batch_lengths(known, min(context, args.max_tokens), args.max_tokens)
+        report(f"attention, cut at {context}", sum(lengths), attention_ways(lengths, device))
+    report("dropout", args.max_tokens, dropout_ways(args.max_tokens, device))
+
+
+def micro_batch_lengths(known: list[int], context: int, max_tokens: int) -> list[int]:
+    """Return the lengths of sequences that just fill a micro-batch."""
+    drawn = random.Random(0)
+    lengths = [min(drawn.choice(known), context)]
+    while sum(lengths) + (length := min(drawn.choice(known), context)) <= max_tokens:
+        lengths.append(length)
+    return lengths
+
+
+def attention_ways(lengths: list[int], device: torch.device) -> dict[str, Callable[[], object]]:
+    """Return what runs attention forward and backward, by the way it goes."""
+    share = 8 if device.type == "cpu" else 1
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    packing = Packing.of_lengths(lengths, device)
+
+    def heads(rows: int, length: int) -> list[Tensor]:
+        return [
+            torch.randn(rows, length, number // share, HEAD_DIM, device=device, dtype=dtype)
+            .transpose(1, 2)
+            .requires_grad_()
+            for number in (HEADS, KV_HEADS, KV_HEADS)
+        ]
+
+    packed, padded = heads(1, sum(lengths)), heads(len(lengths), packing.longest)
+    return {
+        "packed": lambda: (
+            packed_attention(None, *packed, None, packing=packing)[0].sum().backward()
+        ),
+        "padded": lambda: (
+            functional.scaled_dot_product_attention(*padded, is_causal=True, enable_gqa=True)
+            .sum()
+            .backward()
+        ),
+    }
+
+
+def dropout_ways(num_tokens: int, device: torch.device) -> dict[str, Callable[[], object]]:
+    """Return what makes the factors of a linear's input, by the way it goes."""
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    keys_T = torch.from_numpy(token_keys([1], [1], [1], [num_tokens])).to(device)
+    dropout_T = torch.full((num_tokens,), DROPOUT, device=device)
+    noise = TokenNoise.of_tokens(keys_T, dropout_T, dtype)
+    features_W = feature_keys(0, "down_proj", FEATURES).to(device)
+    size = (num_tokens, FEATURES)
+    return {
+        "hashed": lambda: noise.factors(features_W, range(FEATURES)),
+        "drawn": lambda: (torch.rand(size, device=device) >= DROPOUT).to(dtype) / (1 - DROPOUT),
+    }
+
+
+def report(subject: str, num_tokens: int, ways: Mapping[str, Callable[[], object]]) -> None:
+    """Run the ways in turn and print the least time of each."""
+    least_s = dict.fromkeys(ways, float("inf"))
+    for _ in range(RUNS):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            least_s[name] = min(least_s[name], time.perf_counter() - start)
+    for name, seconds in least_s.items():
+        print(f"{subject:24} {name:8} {num_tokens:7} tokens {1000 * seconds:9.2f} ms")
+
+
+if __name__ == "__main__":
+    main()
