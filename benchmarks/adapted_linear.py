@@ -24,7 +24,7 @@ from lobra.model.segment_stack import SegmentStack
 from lobra.model.sharded_layer import linear_shards
 from lobra.model.slot import Slot
 from lobra.model.stack import AdaptedLinear
-from lobra.model.token_tasks import Selection, TokenTasks, row_segments
+from lobra.model.token_tasks import Segment, Selection, TokenTasks
 
 MODULES = ("gate_proj", "up_proj")
 SIZES = ((12, 4, 16, 16, 4), (24, 128, 512, 512, 16), (24, 128, 512, 1376, 16))  # B, S, I, O, rank
@@ -34,7 +34,8 @@ def make(size: tuple[int, ...], num_tasks: int, device: torch.device) -> list[Ca
     """Return a forward and backward pass of the segment stack, of the joint stack, and of plain."""
     num_rows, length, inputs, outputs, rank = size
     shape = ModelShape("one", 1, inputs, outputs, 1, 1, inputs, 1)
-    segments = row_segments([row * num_tasks // num_rows for row in range(num_rows)], length)
+    tokens = num_rows * length // num_tasks
+    segments = tuple(Segment(task, task * tokens, (task + 1) * tokens) for task in range(num_tasks))
     specs = [AdapterSpec(str(task), rank, rank, MODULES) for task in range(num_tasks)]
     slots = {
         task: Slot(task, spec, shape, range(1), torch.float32, device)

@@ -89,7 +89,7 @@ def attention_ways(lengths: list[int], device: torch.device) -> dict[str, Callab
 def dropout_ways(num_tokens: int, device: torch.device) -> dict[str, Callable[[], object]]:
     """Return what makes the factors of a linear's input, by the way it goes."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    keys_T = torch.from_numpy(token_keys([1], [1], [1], [num_tokens])).to(device)
+    keys_T = torch.from_numpy(token_keys([1], [num_tokens])).to(device)
     dropout_T = torch.full((num_tokens,), DROPOUT, device=device)
     noise = TokenNoise.of_tokens(keys_T, dropout_T, dtype)
     features_W = feature_keys(0, "down_proj", FEATURES).to(device)

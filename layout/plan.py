@@ -17,6 +17,7 @@ from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
 from lobra.common.models import Count, FileModel, NotNegative, OneOf, PositiveInt, Text, load_as
 from lobra.layout.layout import MEMORY_POLICIES, Layout
+from lobra.layout.sequences import BATCHINGS
 
 PLAN_DIR = Path("strategy_config")
 
@@ -168,6 +169,8 @@ class PlanMeta(TypedDict, total=False):
     model: Text
     num_gpus: PositiveInt
     gpus_per_node: PositiveInt
+    batching: Annotated[str, OneOf(BATCHINGS)]
+    """How training is to fill micro-batches, unless it is told otherwise."""
     ranks: RankMap
     """Of each replica, of each of its stages, the ranks."""
     buckets: list[PositiveInt]

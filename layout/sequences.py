@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,10 @@ from numpy.typing import NDArray
 IntArray = NDArray[np.int64]
 TokenArray = NDArray[np.int32]
 Tokens = TypeVar("Tokens", int, IntArray)
+
+#: How a micro-batch holds its sequences: end to end, or each padded to the length of a bucket.
+Batching = Literal["packed", "bucketed"]
+BATCHINGS: tuple[Batching, ...] = get_args(Batching)
 
 PACKED_MULTIPLE = 16  # tensor cores take tokens in groups of it; below 1 % of padding from 1,600 on
 
@@ -62,7 +66,7 @@ class Sequence:
         int32 [T]: which tokens are to be predicted, each from those before it: places in
         ``tokens``, ascending, from 1 on, since nothing precedes the first.
     noise_seed
-        What its LoRA dropout is drawn from: of the task's seed, its own step and the sequence's
+        What its LoRA dropout follows from: of the task's seed, its own step and the sequence's
         place in the step's batch, so that it is the same whatever else is trained.
     """
 
@@ -93,7 +97,7 @@ class Sequence:
 
 
 def packed_tokens(tokens: Tokens) -> Tokens:
-    """Return how many tokens are computed where so many lie end to end."""
+    """Return how many tokens are computed where so many, of several sequences, lie end to end."""
     return -(-tokens // PACKED_MULTIPLE) * PACKED_MULTIPLE
 
 
@@ -120,6 +124,8 @@ class MicroBatch:
     @property
     def padded_tokens(self) -> int:
         """Tokens computed, padding included."""
-        if self.padded_length is None:
-            return packed_tokens(sum(len(sequence.tokens) for sequence in self.sequences))
-        return self.padded_length * len(self.sequences)
+        if self.padded_length is not None:
+            return self.padded_length * len(self.sequences)
+        tokens = sum(len(sequence.tokens) for sequence in self.sequences)
+        # One alone may be as long as fits into memory: nothing is added to it.
+        return packed_tokens(tokens) if len(self.sequences) > 1 else tokens

@@ -1,6 +1,6 @@
 """LoRA dropout as a function of what is dropped: the same on every layout, device and packing.
 
-Whether a feature of a token is kept follows from a key of the token (seed, task, step, sequence,
+Whether a feature of a token is kept follows from a key of the token (its sequence's noise seed, its
 position), a key of the feature (layer, module, feature) and a hash of both; no generator is asked,
 so no order of computing matters. A key of 64 bits serves four neighbouring features, 16 bits each.
 
@@ -27,15 +27,6 @@ STRIDE = 0x9E3779B97F4A7C15  # of a counter, odd and without pattern (SplitMix64
 # An odd factor that mixes well in three xors of the upper with the lower half and two products.
 FACTOR = 0xD6E8FEB86659FD93
 SIGNED_FACTOR = FACTOR - (1 << 64)  # the same bits as an int64
-
-
-@dataclass(frozen=True)
-class TaskNoise:
-    """What dropout needs of a task in a step: the task's seed, its own step, its probability."""
-
-    seed: int
-    step: int
-    dropout: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,23 +82,18 @@ class TokenNoise:
 
 
 def token_keys(
-    task_seeds_N: Sequence[int] | UintArray,
-    steps_N: Sequence[int] | UintArray,
-    indices_N: Sequence[int] | UintArray,
-    lengths_N: Sequence[int] | NDArray[np.int64],
+    noise_seeds_N: Sequence[int], lengths_N: Sequence[int] | NDArray[np.int64]
 ) -> NDArray[np.int64]:
     """Return int64 [T]: a key for every token of sequences laid end to end.
 
     Parameters
     ----------
-    task_seeds_N, steps_N, indices_N
-        Of every sequence its task's seed, its task's own step, and its place in the task's data.
+    noise_seeds_N
+        The sequences' own.
     lengths_N
         The sequences' tokens.
     """
-    key_N = np.zeros(len(lengths_N), dtype=np.uint64)
-    for values_N in (task_seeds_N, steps_N, indices_N):
-        key_N = _mixed(key_N + np.asarray(values_N, dtype=np.uint64) * np.uint64(STRIDE))
+    key_N = _mixed(np.array(noise_seeds_N, dtype=np.uint64) * np.uint64(STRIDE))
     lengths = np.asarray(lengths_N, dtype=np.int64)
     ends_N = np.cumsum(lengths)
     positions_T = np.arange(lengths.sum()) - np.repeat(ends_N - lengths, lengths)

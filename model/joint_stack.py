@@ -89,11 +89,11 @@ class JointStack(Stack):
             tuple(one.gradient_A for adapters in own for one in adapters),
             outputs,
         )
+        tokens = slice(segments[0].start, segments[-1].stop)
         draw = None
         if tasks.drops(one.spec for adapters in own for one in adapters):
-            dropping = [own[output.linear] for output in outputs]
-            draw = partial(self._keep_factors, segments, tasks, dropping)
-        tokens = slice(segments[0].start, segments[-1].stop)
+            linears = [output.linear for output in outputs]
+            draw = partial(self.keep_factors, linears, tokens, tasks)
         return Part(tokens, factors, present.scaling_NR, draw)
 
     def _present(self, segments: Sequence[Segment], numbers: Set[int]) -> _Present:
@@ -135,24 +135,6 @@ class JointStack(Stack):
         if self.device.type == "cpu":
             return values
         return values.pin_memory().to(self.device, non_blocking=True)
-
-    def _keep_factors(
-        self, segments: Sequence[Segment], tasks: TokenTasks, own: Sequence[Sequence[Adapter]]
-    ) -> list[Tensor]:
-        """Return of each linear the factors of all tokens: 1 where its task drops nothing out."""
-        drawn = []
-        for adapters in own:
-            of_task = {one.number: one for one in adapters if one.spec.dropout > 0.0}
-            factors_Ni = torch.cat(
-                [
-                    self.keep_factors(of_task[segment.number], segment, tasks)
-                    if segment.number in of_task
-                    else self.A_Ri.new_ones(segment.stop - segment.start, self.A_Ri.shape[1])
-                    for segment in segments
-                ]
-            )
-            drawn.append(factors_Ni)
-        return drawn
 
 
 def _taken(matrix_Rf: Tensor, rows: Tensor | None) -> Tensor:

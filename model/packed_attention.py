@@ -1,4 +1,4 @@
-"""Attention over a packed micro-batch: whole sequences end to end, none of which sees another.
+"""Causal attention of each sequence of a micro-batch; packed, none sees another in its row.
 
 transformers calls `packed_attention` for every layer of a model whose configuration says
 ``_attn_implementation = "packed"``, once `register` has entered it under that name; the decoder
@@ -74,36 +74,39 @@ def register() -> str:
 
 def packed_attention(
     module: torch.nn.Module | None,
-    query_1HTd: Tensor,
-    key_1KTd: Tensor,
-    value_1KTd: Tensor,
+    query_BHTd: Tensor,
+    key_BKTd: Tensor,
+    value_BKTd: Tensor,
     attention_mask: Tensor | None,
     *,
-    packing: Packing,
+    packing: Packing | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Return the causal attention [1, T, H, d] of every sequence alone, and no weights.
+    """Return the causal attention [B, T, H, d] of every sequence alone, and no weights.
 
     Parameters
     ----------
     module, attention_mask
         As transformers' attention functions take them; neither is used.
-    query_1HTd, key_1KTd, value_1KTd
+    query_BHTd, key_BKTd, value_BKTd
         H is a multiple of K.
     packing
-        Where the sequences lie.
+        Where the sequences of the only row lie; without it every row is one, padded on its right.
     scaling
         What scores are multiplied by; without it 1 / sqrt(d).
     sliding_window
         How many tokens a token sees, itself included; without it all before it.
     """
     assert softcap is None, "no supported model caps its scores"
-    attend = _varlen if _is_fast(query_1HTd) else _one_by_one
+    heads = query_BHTd, key_BKTd, value_BKTd
     with keeping_attention():
-        return attend(query_1HTd, key_1KTd, value_1KTd, packing, scaling, sliding_window), None
+        if packing is None:
+            return _of_rows(*heads, scaling, sliding_window), None
+        attend = _varlen if _is_fast(query_BHTd) else _one_by_one
+        return attend(*heads, packing, scaling, sliding_window), None
 
 
 def _is_fast(query: Tensor) -> bool:
@@ -170,23 +173,39 @@ def _one_by_one(
     On CPU nothing was faster: neither sequences of equal or similar lengths computed together, for
     which they must be gathered, nor a function of its own that spares the copies of the parts.
     """
-    repeats = query_1HTd.shape[1] // key_1KTd.shape[1]
-    grouped = repeats > 1 and not query_1HTd.is_cuda
-    if repeats > 1 and not grouped:  # grouped heads would have CUDA store all scores
-        key_1KTd, value_1KTd = (x.repeat_interleave(repeats, dim=1) for x in (key_1KTd, value_1KTd))
-    attended = []
-    for query, key, value in zip(
+    of_sequences = zip(
         *(x.split(packing.lengths, dim=2) for x in (query_1HTd, key_1KTd, value_1KTd)), strict=True
-    ):
-        length = query.shape[2]
-        mask = None
-        if sliding_window is not None and length > sliding_window:
-            mask = _window_mask(length, sliding_window, query.device)
-        attended_1Hsd = functional.scaled_dot_product_attention(
-            query, key, value, mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
-        )
-        attended.append(attended_1Hsd.transpose(1, 2))
-    return torch.cat(attended, dim=1)
+    )
+    return torch.cat(
+        [
+            _of_rows(query, key, value, scaling, sliding_window)
+            for query, key, value in of_sequences
+        ],
+        dim=1,
+    )
+
+
+def _of_rows(
+    query_BHTd: Tensor,
+    key_BKTd: Tensor,
+    value_BKTd: Tensor,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> Tensor:
+    """Return the attention [B, T, H, d], each row one sequence."""
+    length = query_BHTd.shape[2]
+    repeats = query_BHTd.shape[1] // key_BKTd.shape[1]
+    grouped = repeats > 1 and not query_BHTd.is_cuda
+    if repeats > 1 and not grouped:  # grouped heads would have CUDA store all scores
+        key_BKTd, value_BKTd = (x.repeat_interleave(repeats, dim=1) for x in (key_BKTd, value_BKTd))
+    mask = None
+    if sliding_window is not None and length > sliding_window:
+        mask = _window_mask(length, sliding_window, query_BHTd.device)
+    attended_BHTd = functional.scaled_dot_product_attention(
+        query_BHTd, key_BKTd, value_BKTd, mask, is_causal=mask is None, scale=scaling,
+        enable_gqa=grouped,
+    )  # fmt: skip
+    return attended_BHTd.transpose(1, 2)
 
 
 def _window_mask(length: int, sliding_window: int, device: torch.device) -> Tensor:

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lobra.model.groups import ReplicaGroups
+from lobra.model.micro_batch import MicroBatchTensors
 from lobra.model.precision import kept_dtype
-from lobra.model.stage import MicroBatchTensors, Stage
+from lobra.model.stage import Stage
 
 
 def run_replica(stage: Stage, batches: Sequence[MicroBatchTensors], num_tasks: int) -> Tensor:
@@ -48,7 +49,7 @@ def evaluate_replica(stage: Stage, batches: Sequence[MicroBatchTensors], num_tas
     links = _Links(stage.groups)
     place = stage.groups.place
     for batch in batches:
-        batch = replace(batch, noise_seed=None)
+        batch = replace(batch, noise=None)
         received = None
         if not place.is_first_stage:
             received = links.exchange(receive_previous=hidden_like(stage, batch))[0]

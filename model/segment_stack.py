@@ -67,9 +67,7 @@ class SegmentStack(Stack):
     def _part(self, segment: Segment, tasks: TokenTasks) -> Part:
         adapters = self.adapters[segment.number]
         spec = adapters[0].spec
-        draw = partial(self._keep_factors, segment, tasks) if tasks.drops([spec]) else None
         tokens = slice(segment.start, segment.stop)
+        linears = [one.linear for one in adapters]
+        draw = partial(self.keep_factors, linears, tokens, tasks) if tasks.drops([spec]) else None
         return Part(tokens, self.factors[segment.number], spec.scaling, draw)
-
-    def _keep_factors(self, segment: Segment, tasks: TokenTasks) -> list[Tensor]:
-        return [self.keep_factors(one, segment, tasks) for one in self.adapters[segment.number]]

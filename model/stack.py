@@ -23,22 +23,19 @@ from torch import Tensor, nn
 
 from lobra.model.adapter import AdapterSpec, Site
 from lobra.model.base_linear import BaseLinear, Shard
+from lobra.model.dropout import feature_keys
 from lobra.model.slot import Slot
 from lobra.model.tensor_parallel import Group, reduce_from_group
-from lobra.model.token_tasks import Segment, Selection, TokenTasks, keep_factors
+from lobra.model.token_tasks import Selection, TokenTasks
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A task's A and B on one linear of a stack, cut to the shard: views into its slot.
-
-    `key` is unique to the adapter, the layer and the linear.
-    """
+    """A task's A and B on one linear of a stack, cut to the shard: views into its slot."""
 
     linear: int
     number: int
     spec: AdapterSpec
-    key: int
     A_ri: Tensor
     B_ro: Tensor
     gradient_A: Tensor
@@ -108,6 +105,9 @@ class Stack(ABC):
         self.sites, self.shards, self.bases = tuple(sites), tuple(shards), tuple(bases)
         self.selection = selection
         self.dtype, self.device = dtype, device
+        self.feature_keys = [
+            feature_keys(site.layer, site.module, site.in_features).to(device) for site in sites
+        ]
         # Autograd is to call the function's backward also where the input needs no gradient.
         self.anchor = torch.zeros((), requires_grad=True)
         self._input: Tensor | None = None
@@ -133,8 +133,7 @@ class Stack(ABC):
                     for flat in (slot.weights, slot.gradient)
                     for tensor in tensors
                 )
-                key = slot.spec.key(site)
-                found.append(Adapter(linear, slot.number, slot.spec, key, *views))
+                found.append(Adapter(linear, slot.number, slot.spec, *views))
         return found
 
     @property
@@ -157,17 +156,19 @@ class Stack(ABC):
         if self._copies:
             torch._foreach_copy_(self._copies, self._copied)
 
-    def keep_factors(self, adapter: Adapter, segment: Segment, tasks: TokenTasks) -> Tensor:
-        """Return what dropout multiplies the adapter's input by, [n, i]."""
-        assert tasks.noise_seed is not None
-        return keep_factors(
-            adapter.spec.dropout,
-            (tasks.noise_seed * 0x9E3779B1 + adapter.key) & 0x7FFFFFFFFFFFFFFF,
-            segment.stop - segment.start,
-            self.shards[adapter.linear],
-            self.dtype,
-            self.device,
-        )
+    def keep_factors(
+        self, linears: Sequence[int], tokens: slice, tasks: TokenTasks
+    ) -> list[Tensor]:
+        """Return of linears what dropout multiplies their inputs by, [n, i].
+
+        It is 1 for tokens of a task without dropout.
+        """
+        assert tasks.noise is not None
+        noise = tasks.noise.part(tokens)
+        return [
+            noise.factors(self.feature_keys[linear], self.shards[linear].inputs)
+            for linear in linears
+        ]
 
     def output(self, x: Tensor, linear: int) -> Tensor:
         """Return a linear's [..., o] of x [..., i], before any reduction.
@@ -200,7 +201,7 @@ class _Products(torch.autograd.Function):
         for part in parts:
             factors = part.draw_keep_factors() if part.draw_keep_factors else []
             ys_no = [y_No[part.tokens] for y_No in ys_No]
-            saved += [_add_updates(part, x_Ni[part.tokens], ys_no, factors), *factors]
+            saved.append(_add_updates(part, x_Ni[part.tokens], ys_no, factors))
         ctx.save_for_backward(*([x, *saved] if saved else []))
         return outputs
 
@@ -208,18 +209,17 @@ class _Products(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         stack: Stack = ctx.stack
         dys_No = [_by_token(gradient) for gradient in gradients]
-        dx_Ni = None
+        dx_Ni, saved = None, []
         if ctx.needs_input_grad[0]:
             for base, dy_No in zip(stack.bases, dys_No, strict=True):
                 dx_Ni = base.input_gradient(dy_No, dx_Ni)
         parts = stack.parts(ctx.tasks)  # anew, since what is gathered for them may be large
         if parts:
-            x, *rest = ctx.saved_tensors
-            x_Ni, saved = _by_token(x), iter(rest)
-        for part in parts:
+            x, *saved = ctx.saved_tensors
+            x_Ni = _by_token(x)
+        for part, h_nR in zip(parts, saved, strict=True):
             n = part.tokens
-            h_nR = next(saved)
-            factors = [next(saved) for _ in part.factors.outputs if part.draw_keep_factors]
+            factors = part.draw_keep_factors() if part.draw_keep_factors else []
             dx_ni = None if dx_Ni is None else dx_Ni[n]
             _add_gradients(part, x_Ni[n], h_nR, [dy_No[n] for dy_No in dys_No], factors, dx_ni)
         dx = None if dx_Ni is None else dx_Ni.view(*gradients[0].shape[:-1], -1)

@@ -4,16 +4,15 @@ The layers are built by transformers from a configuration cut down to this stage
 device; every linear is then replaced by its shard with adapters, read straight from the
 checkpoint. New model families with Llama's module names therefore need no code here.
 
-Shape suffixes: B rows, S positions, T target tokens, D hidden.
+Shape suffixes: B rows, S their tokens, P tokens to be predicted, D hidden.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,58 +20,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModel, masking_utils
+from transformers import AutoConfig, AutoModel
 
 from lobra.common.errors import ConfigError
 from lobra.layout.shapes import ModelShape, layout_problem, read_shape
 from lobra.layout.world import shard_range
+from lobra.model import packed_attention
 from lobra.model.adapter import AdapterSpec
 from lobra.model.checkpoint import CheckpointReader, as_slice
 from lobra.model.groups import ReplicaGroups
 from lobra.model.joint_stack import JointStack
+from lobra.model.micro_batch import MicroBatchTensors
 from lobra.model.precision import NothingBelowDouble, in_double, kept_dtype
 from lobra.model.segment_stack import SegmentStack
 from lobra.model.sharded_layer import shard_layer
 from lobra.model.slot import Slot
 from lobra.model.stack import Stack
 from lobra.model.tensor_parallel import VocabParallelEmbedding, VocabParallelHead
-from lobra.model.token_tasks import Segment, Selection, TokenTasks
+from lobra.model.token_tasks import Selection, TokenTasks
 
 EMBEDDING_SCALE = "scalar_embed_scale"  # of the embedding of Gemma in transformers
-PACKED_CHECK = "find_packed_sequence_indices"  # of transformers.masking_utils
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What a micro-batch is to predict, T tokens: int64 [T] each.
-
-    `positions` are places in the flattened [B, S] whose *next* token is `tokens` of task `tasks`.
-    """
-
-    positions_T: Tensor
-    tokens_T: Tensor
-    tasks_T: Tensor
-
-    def none(self) -> Targets:
-        """Return no targets, on the same device."""
-        return Targets(self.positions_T[:0], self.tokens_T[:0], self.tasks_T[:0])
-
-
-@dataclass(frozen=True)
-class MicroBatchTensors:
-    """One micro-batch on a rank.
-
-    tokens [B, S] are padded on the right; `targets` say what is learned, so that a GPU need not
-    look for it, for which the host would wait; `segments` say whose the flattened tokens are, all
-    of them, in order; `task_weights[t]` multiplies the summed loss of task t (1 / its target tokens
-    in the global batch); `noise_seed` seeds LoRA dropout (None: off).
-    """
-
-    tokens_BS: Tensor
-    targets: Targets
-    segments: tuple[Segment, ...]
-    task_weights: Tensor
-    noise_seed: int | None = None
 
 
 class Stage(nn.Module):
@@ -112,6 +79,11 @@ class Stage(nn.Module):
     def device(self) -> torch.device:
         """Return the device of this stage."""
         return next(self.decoder.parameters()).device
+
+    @property
+    def dropouts(self) -> dict[int, float]:
+        """Return the probability of each task's LoRA dropout, by the task's number."""
+        return {number: slot.spec.dropout for number, slot in self.slots.items()}
 
     def install(self, specs: Mapping[int, AdapterSpec]) -> None:
         """Add fresh adapters of tasks, by the tasks' numbers. Those of others stay as they are.
@@ -162,19 +134,25 @@ class Stage(nn.Module):
 
         Under the memory policy full the backward pass computes layers again, so it selects too.
         """
-        self.selection.tasks = TokenTasks(batch.segments, batch.noise_seed, self.apart)
+        self.selection.tasks = TokenTasks(batch.segments, batch.noise, self.apart)
 
     def hidden(self, batch: MicroBatchTensors, received_BSD: Tensor | None) -> Tensor:
         """Return the hidden states [B, S, D] this stage passes on (normed on the last stage).
 
-        `received_BSD` is the previous stage's output, None on the first stage. Padding is on the
-        right and attention is causal, so no real token ever sees a padded one.
+        `received_BSD` is the previous stage's output, None on the first stage. No real token sees a
+        padded one: in a row of its own padding is on the right, where causal attention does not
+        look; packed, it is apart.
         """
         self.select(batch)
         if received_BSD is None:
             received_BSD = self.decoder.embed_tokens(batch.tokens_BS)
-        with _rows_are_not_packed():
-            output = self.decoder(inputs_embeds=received_BSD, attention_mask=None, use_cache=False)
+        output = self.decoder(
+            inputs_embeds=received_BSD,
+            attention_mask=None,
+            position_ids=batch.positions_1S,
+            use_cache=False,
+            packing=batch.packing,
+        )
         hidden_BSD: Tensor = output.last_hidden_state
         return hidden_BSD
 
@@ -186,11 +164,11 @@ class Stage(nn.Module):
         """
         assert self.head is not None, "only the last stage has the head"
         targets = batch.targets
-        hidden_TD = hidden_BSD.flatten(0, 1).index_select(0, targets.positions_T)
-        factors_T = batch.task_weights.index_select(0, targets.tasks_T)
+        hidden_PD = hidden_BSD.flatten(0, 1).index_select(0, targets.positions_P)
+        factors_P = batch.task_weights.index_select(0, targets.tasks_P)
         # A sum over zero tokens still depends on the hidden states: every rank runs backward.
-        weighted, losses_T = self.head.loss(hidden_TD, targets.tokens_T, factors_T)
-        per_task = torch.zeros_like(batch.task_weights).index_add(0, targets.tasks_T, losses_T)
+        weighted, losses_P = self.head.loss(hidden_PD, targets.tokens_P, factors_P)
+        per_task = torch.zeros_like(batch.task_weights).index_add(0, targets.tasks_P, losses_P)
         return weighted, per_task
 
     def logits(self, batch: MicroBatchTensors, received_BSD: Tensor | None = None) -> Tensor:
@@ -200,23 +178,6 @@ class Stage(nn.Module):
             return self.head.logits(self.hidden(batch, received_BSD))
 
 
-@contextmanager
-def _rows_are_not_packed() -> Iterator[None]:
-    """Spare transformers the question whether several sequences share a row: none ever do here.
-
-    It asks by reading a tensor, for which the host would wait until the GPU has done all its work.
-    """
-    asked = getattr(masking_utils, PACKED_CHECK, None)
-    if asked is None:  # a version of transformers that does not ask
-        yield
-        return
-    setattr(masking_utils, PACKED_CHECK, lambda position_ids: None)
-    try:
-        yield
-    finally:
-        setattr(masking_utils, PACKED_CHECK, asked)
-
-
 def build_stage(
     folder: Path,
     groups: ReplicaGroups,
@@ -224,7 +185,6 @@ def build_stage(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    attention: str = "sdpa",
     stack_type: type[Stack] | None = None,
 ) -> Stage:
     """Build this rank's stage: its layers' shards from a folder, with fresh adapters.
@@ -241,8 +201,6 @@ def build_stage(
         Of the frozen weights and activations; adapters are fp32, in fp64 fp64.
     device
         Where everything lives.
-    attention
-        transformers' attention implementation.
     stack_type
         How adapters are computed; by default what is faster on the device.
 
@@ -260,7 +218,7 @@ def build_stage(
     device = torch.device(device)
     layers = groups.place.layers(shape.num_layers)
     reader = CheckpointReader(folder, dtype, device)
-    config = _stage_config(folder, layers, attention)
+    config = _stage_config(folder, layers)
     with torch.device("meta"):
         decoder = AutoModel.from_config(config)
     selection = Selection()
@@ -313,13 +271,13 @@ def _check_targets(specs: Iterable[AdapterSpec], shape: ModelShape) -> None:
         raise ConfigError(problems)
 
 
-def _stage_config(folder: Path, layers: range, attention: str) -> Any:
+def _stage_config(folder: Path, layers: range) -> Any:
     """Return the model's configuration cut down to this stage's layers."""
     config = copy.deepcopy(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[layers.start : layers.stop]
     config.num_hidden_layers = len(layers)
-    config._attn_implementation = attention
+    config._attn_implementation = packed_attention.register()
     config.use_cache = False
     config.attention_dropout = 0.0  # the base is frozen; LoRA dropout is the tasks' own
     return config

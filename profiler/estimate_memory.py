@@ -126,14 +126,12 @@ def saved_bytes_per_token(
     precision: str,
     lora_rank: int,
     sequence_parallel: bool = False,
-    dropout_modules: tuple[str, ...] = (),
 ) -> float:
     """Return what autograd keeps of one layer for the backward pass, per token and rank.
 
     Whole on every rank of a tp group (unless sequence parallel): the inputs of both norms in fp32
     and their outputs. Split by tp: q, k, v, the attention's output and its log-sum-exp, gate, up,
-    silu(gate) and their product. LoRA: x A' of each linear. Dropout: each linear of
-    ``dropout_modules`` keeps its factors.
+    silu(gate) and their product. LoRA: x A' of each linear. Dropout's factors are computed again.
     """
     e, h = element_bytes(precision), shape.hidden_size
     query, key = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
@@ -142,12 +140,6 @@ def saved_bytes_per_token(
     split = e * (2 * query + 2 * key + 4 * shape.intermediate_size)
     split += FLOAT_BYTES * shape.num_heads
     lora = e * lora_rank * len(shape.linear_sizes())
-    for module in dropout_modules:
-        inputs = shape.linear_sizes()[module][0]
-        if module in ROW_PARALLEL:
-            split += e * inputs
-        else:
-            whole += e * inputs
     return whole / (tp if sequence_parallel else 1) + split / tp + lora
 
 
@@ -156,19 +148,15 @@ def checkpointed_bytes_per_token(shape: ModelShape, precision: str) -> float:
     return float(element_bytes(precision) * shape.hidden_size)
 
 
-def dropout_transient_bytes(
+def dropout_factor_bytes(
     shape: ModelShape, tp: int, precision: str, dropout_modules: tuple[str, ...]
-) -> float:
-    """Return what drawing a linear's dropout factors takes per token, where it takes most.
-
-    The draw is fp32 and of the unsharded input; its comparison and the factors are of the shard.
-    """
-    largest = 0.0
-    for module in dropout_modules:
-        inputs = shape.linear_sizes()[module][0]
-        own = inputs / tp if module in ROW_PARALLEL else inputs
-        largest = max(largest, FLOAT_BYTES * inputs + (1 + element_bytes(precision)) * own)
-    return largest
+) -> list[float]:
+    """Return the bytes per token of each linear's dropout factors; none are kept."""
+    return [
+        element_bytes(precision) * inputs / (tp if module in ROW_PARALLEL else 1)
+        for module in dropout_modules
+        for inputs in [shape.linear_sizes()[module][0]]
+    ]
 
 
 def logits_bytes_per_token(shape: ModelShape, tp: int, precision: str, in_chunks: bool) -> float:
@@ -237,7 +225,7 @@ def _stage_memory(
     }
     dropped = adapters.dropout_modules
     saved = saved_bytes_per_token(
-        shape, tp, precision, adapters.largest_rank, runtime.sequence_parallel, dropped
+        shape, tp, precision, adapters.largest_rank, runtime.sequence_parallel
     )
     in_flight = pp - stage
     if memory == "full":
@@ -245,10 +233,11 @@ def _stage_memory(
         per_token = in_flight * layers * kept + saved
     else:
         per_token = in_flight * layers * saved
-    # One layer's gradients while the backward pass is in it; before it, the last linear's dropout.
+    # One layer's gradients while the backward pass is in it, or a linear's dropout: its bits
+    # (int16), the factors and the input times them.
     per_token += max(
         e * (2 * shape.hidden_size + 3 * shape.intermediate_size / tp),
-        dropout_transient_bytes(shape, tp, precision, dropped),
+        (2 + 2 / e) * max(dropout_factor_bytes(shape, tp, precision, dropped), default=0.0),
     )
     per_token *= runtime.activation_factor
     if stage < pp - 1:

@@ -14,7 +14,12 @@ import numpy as np
 from lobra.common.errors import ConfigError
 from lobra.layout.shapes import ModelShape
 from lobra.profiler.accelerators import Accelerator, Efficiency
-from lobra.profiler.estimate_memory import element_bytes, layer_weights, saved_bytes_per_token
+from lobra.profiler.estimate_memory import (
+    dropout_factor_bytes,
+    element_bytes,
+    layer_weights,
+    saved_bytes_per_token,
+)
 from lobra.profiler.head import PROFILED_SHARE
 from lobra.profiler.profiles import TimeProfile
 
@@ -85,13 +90,9 @@ def attention_ms(work: Workload, tp: int, b: Sizes, s: Sizes) -> Array:
 def memory_ms(work: Workload, tp: int, b: Sizes, s: Sizes) -> Array:
     """Return ms of moving activations through memory at the device's bandwidth."""
     kept = saved_bytes_per_token(
-        work.shape,
-        tp,
-        work.precision,
-        work.lora_rank,
-        work.sequence_parallel,
-        work.dropout_modules,
+        work.shape, tp, work.precision, work.lora_rank, work.sequence_parallel
     )
+    kept += sum(dropout_factor_bytes(work.shape, tp, work.precision, work.dropout_modules))
     passes = MEMORY_PASSES * (1 + work.again / 2)
     moved = passes * kept * np.asarray(b) * np.asarray(s)
     return moved / _bytes_per_ms(work.accelerator.memory_gb_s)

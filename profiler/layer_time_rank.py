@@ -17,9 +17,9 @@ from lobra.layout.shapes import read_shape
 from lobra.layout.world import World
 from lobra.model.adapter import AdapterSpec
 from lobra.model.groups import ReplicaGroups, build_groups
+from lobra.model.micro_batch import MicroBatchTensors
 from lobra.model.precision import DTYPES
-from lobra.model.stage import MicroBatchTensors, Stage, build_stage
-from lobra.model.token_tasks import row_segments
+from lobra.model.stage import Stage, build_stage
 from lobra.profiler.head import PROFILED_SHARE
 from lobra.profiler.memory_rank import synthetic_batch, torch_device
 from lobra.profiler.outliers import MAX_ATTEMPTS, doubtful_shapes, record_attempt
@@ -90,12 +90,10 @@ def time_shapes_on_rank(
     mixtures_wanted = NUM_MIXTURES if _adapters_differ(specs) else 1
     weights = task_weights or [1.0] * len(specs)
 
-    def time_layer(b: int, s: int, batch: MicroBatchTensors, received_BSD: torch.Tensor) -> None:
+    def time_layer(b: int, s: int, received_BSD: torch.Tensor) -> None:
         gradient_BSD = torch.randn_like(received_BSD)
         runs = [
-            _layer_run(
-                layers, replace(batch, segments=row_segments(tasks, s)), received_BSD, gradient_BSD
-            )
+            _layer_run(layers, synthetic_batch((b, s), layers, tasks), received_BSD, gradient_BSD)
             for tasks in row_mixtures(b, weights, mixtures_wanted)
         ]
         timing = measured_timing(runs, where)
@@ -117,13 +115,12 @@ def time_shapes_on_rank(
             record_attempt(head_file, (tp, s, b), (base_ms,), time_ms, timing.details(modelled_ms))
 
     def time_shape(b: int, s: int, layer_too: bool, head_too: bool) -> None:
-        batch = synthetic_batch((b, s), layers.shape, len(specs), where, PROFILED_SHARE)
-        batch = replace(batch, noise_seed=b * s)  # adapters with dropout drop out, as in training
+        batch = synthetic_batch((b, s), layers, target_fraction=PROFILED_SHARE)
         if single_device is not None:  # the other shards' rows of the embedding are not here
             batch = replace(batch, tokens_BS=batch.tokens_BS % len(_embedding_rows(layers)))
         received_BSD = torch.randn(b, s, layers.shape.hidden_size, device=where).to(layers.dtype)
         if layer_too:
-            time_layer(b, s, batch, received_BSD)
+            time_layer(b, s, received_BSD)
         if head_too:
             time_head(b, s, batch, received_BSD)
 

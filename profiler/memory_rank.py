@@ -6,26 +6,28 @@ Shape suffixes: B rows, S positions.
 from __future__ import annotations
 
 import resource
-from dataclasses import dataclass, replace
+from collections import abc
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from lobra.layout.layout import Layout
+from lobra.layout.sequences import MicroBatch, Sequence
 from lobra.layout.shapes import ModelShape
 from lobra.layout.world import one_replica
 from lobra.model.adapter import AdapterSpec
 from lobra.model.groups import build_groups
+from lobra.model.micro_batch import MicroBatchTensors, micro_batch_tensors
 from lobra.model.pipeline import evaluate_replica, run_replica
 from lobra.model.precision import DTYPES
-from lobra.model.stage import MicroBatchTensors, Stage, Targets, build_stage
-from lobra.model.token_tasks import row_segments
+from lobra.model.stage import Stage, build_stage
 from lobra.profiler.exchange import most_exchange_bytes
 from lobra.profiler.peak_memory import peak_bytes_of, settle_allocator, status_bytes
 
 WARM_UP_SHAPE = (1, 16)
-TRIAL_NOISE = 1  # seeds the dropout of trials
 # Of an adapter's parameter: fp32 value and gradient on every rank that holds it, and fp32 master
 # copy and two AdamW moments shared by the holders (ZeRO stage 1).
 ADAPTER_BYTES, OPTIMIZER_BYTES = 8, 12
@@ -136,48 +138,54 @@ def _evaluate(stage: Stage, shape: tuple[int, int]) -> None:
 def _batches(stage: Stage, shape: tuple[int, int]) -> list[MicroBatchTensors]:
     """Return a micro-batch per stage; fewer rows than tasks are of those that keep most."""
     specs = [slot.spec for slot in stage.slots.values()]
-    batch = synthetic_batch(shape, stage.shape, len(specs), stage.device)
+    row_tasks = None
     if shape[0] < len(specs):
         order = sorted(range(len(specs)), key=lambda task: -_kept_size(specs[task], stage.shape))
-        tasks = sorted(order[: shape[0]])
-        batch = replace(batch, segments=row_segments(tasks, shape[1]))
-    return [replace(batch, noise_seed=TRIAL_NOISE)] * stage.groups.place.layout.pp
+        row_tasks = sorted(order[: shape[0]])
+    return [synthetic_batch(shape, stage, row_tasks)] * stage.groups.place.layout.pp
 
 
 def _kept_size(spec: AdapterSpec, shape: ModelShape) -> int:
     """Return about how many numbers a layer keeps of a token for an adapter."""
     inputs = sum(shape.linear_sizes()[module][0] for module in spec.target_modules)
-    return spec.rank * len(spec.target_modules) + (2 * inputs if spec.dropout > 0.0 else inputs)
+    return spec.rank * len(spec.target_modules) + inputs
 
 
 def synthetic_batch(
     shape: tuple[int, int],
-    model: ModelShape,
-    num_tasks: int,
-    device: torch.device,
+    stage: Stage,
+    row_tasks: abc.Sequence[int] | None = None,
     target_fraction: float = 1.0,
 ) -> MicroBatchTensors:
-    """Return a micro-batch of random tokens, its rows shared out to the tasks.
+    """Return a micro-batch of random tokens, dropout included.
 
-    The last ``target_fraction`` of each row's positions carry a loss.
+    Parameters
+    ----------
+    shape
+        (B, S).
+    stage
+        What it is for; the tasks of its adapters count from 0.
+    row_tasks
+        Whose each row is; by default rows are shared out to the tasks.
+    target_fraction
+        Of each row's positions the last that carry a loss.
     """
     num_rows, length = shape
-    generator = torch.Generator().manual_seed(num_rows * 1_000_003 + length)
-    tokens_BS = torch.randint(0, model.vocab_size, shape, generator=generator)
-    row_tasks = [row * num_tasks // max(num_rows, num_tasks) for row in range(num_rows)]
+    num_tasks = len(stage.slots)
+    if row_tasks is None:
+        row_tasks = [row * num_tasks // max(num_rows, num_tasks) for row in range(num_rows)]
+    generator = np.random.default_rng(num_rows * 1_000_003 + length)
+    tokens_BS = generator.integers(0, stage.shape.vocab_size, shape, dtype=np.int32)
     first = max(1, length - max(1, round(target_fraction * length)))  # nothing precedes a row's 0
-    places_BT = torch.arange(first, length) + length * torch.arange(num_rows)[:, None]
-    targets = (
-        places_BT.flatten() - 1,
-        tokens_BS.flatten()[places_BT.flatten()],
-        torch.tensor(row_tasks).repeat_interleave(length - first),
+    targets = np.arange(first, length, dtype=np.int32)
+    rows = tuple(
+        Sequence(task, row, tokens_BS[row], targets, noise_seed=row)
+        for row, task in enumerate(row_tasks)
     )
-    return MicroBatchTensors(
-        tokens_BS=tokens_BS.to(device),
-        targets=Targets(*(tensor.to(device) for tensor in targets)),
-        segments=row_segments(row_tasks, length),
-        task_weights=torch.full((num_tasks,), 1.0 / (num_rows * length), device=device),
-    )
+    weights = np.full(num_tasks, 1.0 / (num_rows * length))
+    return micro_batch_tensors(
+        [MicroBatch(rows, length)], weights, stage.device, stage.dtype, stage.dropouts
+    )[0]
 
 
 def _weight_bytes(stage: Stage) -> int:

@@ -30,7 +30,8 @@ from torch import Tensor
 from lobra.common.documents import read_document
 from lobra.common.errors import ConfigError, Problems
 from lobra.common.files import new_draft, remove_folder, replace_folder, write_atomic
-from lobra.common.models import Count, FileModel, Positive, read_as
+from lobra.common.models import Count, FileModel, OneOf, Positive, read_as
+from lobra.layout.sequences import BATCHINGS
 from lobra.model.stage import Stage
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.dataset import TokenizedDataset
@@ -65,7 +66,7 @@ class CheckpointState(FileModel):
     `data_day` is the date that chat templates with a date were told (ISO; None: that of the day).
     `last_metrics` is the line of the step before it in metrics.jsonl, which is written later: a
     run that is killed in between gets it back from here. `precision` is None in checkpoints of
-    versions that did not note it.
+    versions that did not note it; those without `batching` are of versions that had no other.
     """
 
     step: Count
@@ -79,6 +80,7 @@ class CheckpointState(FileModel):
     last_metrics: dict[str, Any] | None = None
     data_day: Annotated[str, AfterValidator(_is_day)] | None = None
     precision: str | None = None
+    batching: Annotated[str, OneOf(BATCHINGS)] = "bucketed"
 
 
 def step_folder(run: Path, step: int) -> Path:

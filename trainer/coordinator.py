@@ -272,4 +272,5 @@ class Coordinator:
             last_metrics=None if self.last_metrics is None else as_json(self.last_metrics),
             data_day=run.data_day,
             precision=run.precision,
+            batching=run.batching,
         )

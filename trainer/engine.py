@@ -13,17 +13,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lobra.layout.order import StepOrder, Update
 from lobra.model.groups import build_groups
+from lobra.model.micro_batch import MicroBatchTensors, micro_batch_tensors
 from lobra.model.pipeline import evaluate_replica, run_replica
-from lobra.model.precision import DTYPES, kept_dtype
-from lobra.model.stage import MicroBatchTensors, build_stage
+from lobra.model.precision import DTYPES
+from lobra.model.stage import build_stage
 from lobra.trainer.adapters import adapter_spec, load_adapter
-from lobra.trainer.batches import micro_batch_tensors, to_device
 from lobra.trainer.checkpoint import CheckpointState, load_moments, load_weights
 from lobra.trainer.control import Control
 from lobra.trainer.exporter import AdapterExporter
@@ -209,14 +210,13 @@ class Engine:
 
     def _tensors(self, order: StepOrder) -> list[MicroBatchTensors]:
         """Return the tensors of this replica's micro-batches; losses are means over targets."""
-        weights = torch.zeros(self.num_tasks, dtype=kept_dtype(self.stage.dtype))
+        weights = np.zeros(self.num_tasks)
         for update in order.updates:
             weights[update.task] = 1.0 / order.work[update.task].labels
-        weights = to_device([weights], self.device)[0]
-        return [
-            micro_batch_tensors(micro_batch, weights, self.device)
-            for micro_batch in order.replicas[self.place.replica]
-        ]
+        return micro_batch_tensors(
+            order.replicas[self.place.replica], weights, self.device, self.stage.dtype,
+            self.stage.dropouts if order.updates else None,
+        )  # fmt: skip
 
     def _exchange(
         self,

@@ -14,6 +14,8 @@ import numpy as np
 from lobra.layout.order import StepOrder, Update
 from lobra.layout.sequences import MicroBatch, Sequence
 from lobra.planner.dispatch import Assignment, dispatch
+from lobra.planner.packed.dispatch import PackedAssignment, dispatch_packed, packed_costs
+from lobra.planner.step_time import sync_time_s
 from lobra.trainer.run_spec import RunSpec
 
 
@@ -67,7 +69,7 @@ def order_of(
     step: int,
     sequences: abc.Sequence[Sequence],
     updates: abc.Sequence[Update],
-    assignment: Assignment,
+    assignment: Assignment | PackedAssignment,
 ) -> StepOrder:
     """Return the order that computes sequences (ordered by task) as they were assigned.
 
@@ -86,7 +88,7 @@ def order_of(
             tuple(
                 MicroBatch(  # in the order drawn, so that a task's rows are adjacent
                     tuple(sequences[row] for row in sorted(batch.indices.tolist())),
-                    int(batch.padded_length),
+                    batch.padded_length,
                 )
                 for batch in replica
             )
@@ -105,15 +107,7 @@ def dispatch_step(
 ) -> DispatchedStep:
     """Return the order that computes sequences (ordered by task) on the run's replicas."""
     start = time.perf_counter()
-    assignment = dispatch(
-        [len(sequence.tokens) for sequence in sequences],
-        run.plan,
-        run.cost_model,
-        buckets=None if run.dynamic_buckets else np.asarray(run.buckets, dtype=np.int64),
-        num_buckets=run.num_buckets,
-        mode=run.dispatch_mode,
-        slowdown=speed_factors,
-    )
+    assignment = _assignment(run, [len(sequence.tokens) for sequence in sequences], speed_factors)
     solve_time_s = time.perf_counter() - start
     return DispatchedStep(
         order_of(step, sequences, updates, assignment),
@@ -121,6 +115,29 @@ def dispatch_step(
         speed_factors,
         assignment.sync_time_s,
         solve_time_s,
+    )
+
+
+def _assignment(
+    run: RunSpec, lengths: abc.Sequence[int], speed_factors: abc.Sequence[float]
+) -> Assignment | PackedAssignment:
+    """Return which replica computes which sequences, and in which micro-batches."""
+    if run.batching == "packed":
+        return dispatch_packed(
+            lengths,
+            run.plan,
+            packed_costs(run.plan, run.cost_model),
+            slowdown=speed_factors,
+            sync_time_s=sync_time_s(run.plan, run.cost_model),
+        )
+    return dispatch(
+        lengths,
+        run.plan,
+        run.cost_model,
+        buckets=None if run.dynamic_buckets else np.asarray(run.buckets, dtype=np.int64),
+        num_buckets=run.num_buckets,
+        mode=run.dispatch_mode,
+        slowdown=speed_factors,
     )
 
 

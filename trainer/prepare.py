@@ -36,6 +36,7 @@ from lobra.common.options import (
 from lobra.layout.memory_policy import MemoryPolicy
 from lobra.layout.placement import place, placed
 from lobra.layout.plan import Plan, load_plan
+from lobra.layout.sequences import Batching
 from lobra.layout.shapes import ModelShape, layout_problem, read_shape
 from lobra.layout.world import World
 from lobra.model.checkpoint import checkpoint_problems
@@ -90,10 +91,14 @@ class TrainRequest:
         Cut every task's context_length to N.
     precision
         By default fp32 on CPU, bf16 on GPU; fp64, everything included, is for proofs: slow.
+    batching
+        Micro-batches of whole sequences end to end, or of sequences padded to buckets; by default
+        bucketed where --dp-bucket or --dispatch is given, else what the plan says, else packed.
     dp_bucket
-        Bucket every step anew; by default DP_BUCKET, else on.
+        Bucketed: choose the buckets of every step anew; by default DP_BUCKET, else on.
     dispatch
-        By default EXPR_DATA_DISPATCH, else balance.
+        Bucketed: balance all replicas, or go by length; by default EXPR_DATA_DISPATCH, else
+        balance.
     feedback
         Let measured replica times correct the dispatcher; by default on for GPUs, off on CPU, where
         a run is then reproducible bit for bit.
@@ -130,6 +135,7 @@ class TrainRequest:
     max_seq_length: PositiveInt | None = None
     precision: Literal["fp32", "bf16", "fp64"] | None = None
     device: Device = "auto"
+    batching: Batching | None = None
     dp_bucket: Switch | None = None
     num_buckets: NumBuckets = 16
     dispatch: Literal["balance", "group"] | None = None
@@ -222,6 +228,7 @@ def prepare(request: TrainRequest) -> RunSpec:
             f"started {launched}; start one process per rank"
         )
     device = checks.attempt(_choose_device, request, plan)
+    batching = checks.attempt(chosen_batching, request, plan)
     world: World | None = None
     if plan is not None:
         world = checks.attempt(place_plan, plan, request, device)
@@ -262,7 +269,7 @@ def prepare(request: TrainRequest) -> RunSpec:
         )
         if plan is not None:
             checks.problems += too_long(tasks, datasets, plan, config.path)
-            if request.dp_bucket == "off":
+            if batching == "bucketed" and request.dp_bucket == "off":
                 buckets = checks.attempt(fixed_buckets, request.num_buckets, datasets, plan) or ()
         if shape is not None:
             checks.problems += foreign_tokens(tasks, datasets, shape, config.path)
@@ -286,7 +293,7 @@ def prepare(request: TrainRequest) -> RunSpec:
         )
         checks.problems += revivals_in_vain(state, request.revive, steps)
     checks.raise_if_any()
-    assert config and plan and folder and shape and world and cost_model and device
+    assert config and plan and folder and shape and world and cost_model and device and batching
     cost_model = cost_model.for_training(
         label_share(tasks, training),
         sum(shape.adapter_elements(task.rank, task.target_modules) for task in tasks),
@@ -311,6 +318,7 @@ def prepare(request: TrainRequest) -> RunSpec:
         buckets=buckets,
         dispatch_mode=request.dispatch or "balance",
         seed=request.seed,
+        batching=batching,
         feedback=device == "cuda" if request.feedback is None else request.feedback == "on",
         validate_every=_evaluation_period(request, tasks),
         save_every=request.save_every,
@@ -325,6 +333,12 @@ def prepare(request: TrainRequest) -> RunSpec:
             "it, and the result is of neither precision (--precision %s keeps to it)",
             run.precision, state.precision, state.precision,
         )  # fmt: skip
+    if state is not None and state.batching != run.batching:
+        log.warning(
+            "the run goes on with %s micro-batches, so far they were %s: what is computed is the "
+            "same but for rounding",
+            run.batching, state.batching,
+        )  # fmt: skip
     log.info("the tasks' data:\n%s", summary_text(datasets))
     _warn_of_long_contexts(tasks, training, shape)
     plans = plan_history(run.output_dir, PlanPeriod.of(run))
@@ -332,6 +346,28 @@ def prepare(request: TrainRequest) -> RunSpec:
     nodes = node_size(request, device) if device == "cuda" else None
     write_run_folder(run, resolved_config(run, request, nodes, plans), training, validation)
     return run
+
+
+def chosen_batching(request: TrainRequest, plan: Plan | None) -> Batching:
+    """Return how micro-batches hold sequences: as asked for, else as the plan says, else packed.
+
+    Raises
+    ------
+    ConfigError
+        If packed micro-batches are asked for, and something that only bucketed ones have.
+    """
+    of_buckets = {"--dp-bucket": request.dp_bucket, "--dispatch": request.dispatch}
+    given = [f"{option} {value}" for option, value in of_buckets.items() if value is not None]
+    if request.batching == "packed" and given:
+        raise ConfigError(
+            f"{' and '.join(given)}: only bucketed micro-batches have that; leave it out, or give "
+            f"--batching bucketed"
+        )
+    asked: Batching | None = request.batching or ("bucketed" if given else None)
+    planned: Batching = plan.meta.get("batching", "packed") if plan is not None else "packed"
+    if given and request.batching is None and planned == "packed":
+        log.warning("micro-batches are bucketed, as %s asks for", " and ".join(given))
+    return asked or planned
 
 
 def fixed_buckets(

@@ -136,6 +136,7 @@ def resolved_config(
         "device": run.device,
         "seed": run.seed,
         "last_step": run.last_step,
+        "batching": run.batching,
         "dp_bucket": run.dynamic_buckets,
         "num_buckets": run.num_buckets,
         "buckets": None if run.dynamic_buckets else list(run.buckets),

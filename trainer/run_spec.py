@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lobra.layout.plan import Plan
+from lobra.layout.sequences import Batching
 from lobra.layout.world import World
 from lobra.profiler.cost_model import CostModel
 from lobra.tasks.config import TaskConfig
@@ -42,11 +43,14 @@ class RunSpec:
     device
         "cuda" or "cpu".
     num_buckets, dynamic_buckets, buckets
-        How many padded lengths there are, whether chosen for every step; if not, which they are.
+        Bucketed, how many padded lengths there are, whether chosen for every step; if not, which
+        they are.
     dispatch_mode
-        Which replicas a sequence may go to.
+        Bucketed, which replicas a sequence may go to.
     seed
         Of the run; every task's own seed is beside it.
+    batching
+        How micro-batches hold sequences.
     feedback
         Whether measured replica times correct the dispatcher.
     validate_every, save_every
@@ -81,6 +85,7 @@ class RunSpec:
     buckets: tuple[int, ...]
     dispatch_mode: Literal["balance", "group"]
     seed: int
+    batching: Batching = "packed"
     feedback: bool = False
     validate_every: int = 0
     save_every: int = 0

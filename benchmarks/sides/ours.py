@@ -17,14 +17,14 @@ from lobra.layout.order import StepOrder
 from lobra.layout.plan import Plan, ReplicaGroup
 from lobra.layout.world import one_replica
 from lobra.model.groups import build_groups
+from lobra.model.micro_batch import MicroBatchTensors, micro_batch_tensors
 from lobra.model.pipeline import run_replica
-from lobra.model.stage import MicroBatchTensors, build_stage
-from lobra.planner.dispatch import dispatch
+from lobra.model.stage import build_stage
+from lobra.planner.packed.dispatch import dispatch_packed, packed_costs
 from lobra.profiler.cost_model import fit_cost_model
 from lobra.profiler.profiles import TimeProfile
 from lobra.tasks.config import TaskConfig
 from lobra.trainer.adapters import adapter_spec
-from lobra.trainer.batches import micro_batch_tensors, to_device
 from lobra.trainer.optimizer import AdapterOptimizer, TaskUpdate
 from lobra.trainer.orders import order_of
 from lobra.trainer.schedule import clip_coefficient
@@ -68,9 +68,8 @@ class Ours:
         order = self._order(step)
         clock = Clock(self.setting.device)
         numbers = range(len(self.tasks))
-        shares = torch.tensor([1 / order.work[number].labels for number in numbers])
-        weights = to_device([shares], self.device)[0]
-        batches = self._tensors(order, weights)
+        shares = np.array([1 / order.work[number].labels for number in numbers])
+        batches = self._tensors(order, shares)
         with record_function(COMPUTE):
             losses = run_replica(self.stage, batches, len(self.tasks))
         compute_s = clock.seconds()
@@ -79,20 +78,21 @@ class Ours:
         clips = [clip_coefficient(norm, MAX_GRAD_NORM) for norm in norms]
         self.optimizer.update({n: TaskUpdate(True, rate, clips[n]) for n in numbers})
         time_s = clock.seconds()
-        means = tuple((losses * weights).tolist())
+        means = tuple((losses.cpu() * torch.from_numpy(shares)).tolist())
         return Trained(time_s, compute_s, means, len(batches), order.padded_tokens)
 
     def layers_of(self, step: Step) -> tuple[int, Callable[[], Tensor]]:
         """Return the tokens of a step's first micro-batch, and what runs all layers over it."""
-        batch = self._tensors(self._order(step), torch.zeros(len(self.tasks)))[0]
+        batch = self._tensors(self._order(step), np.zeros(len(self.tasks)))[0]
         return batch.tokens_BS.numel(), partial(self.stage.hidden, batch, None)
 
-    def _tensors(self, order: StepOrder, weights: Tensor) -> list[MicroBatchTensors]:
-        return [micro_batch_tensors(batch, weights, self.device) for batch in order.replicas[0]]
+    def _tensors(self, order: StepOrder, weights: np.ndarray) -> list[MicroBatchTensors]:
+        return micro_batch_tensors(order.replicas[0], weights, self.device, self.setting.dtype)
 
     def _order(self, step: Step) -> StepOrder:
         lengths = [len(sequence.tokens) for sequence in step]
-        return order_of(0, step, (), dispatch(lengths, self.plan, self.cost_model))
+        costs = packed_costs(self.plan, self.cost_model)
+        return order_of(0, step, (), dispatch_packed(lengths, self.plan, costs))
 
 
 def _task(name: str, rank: int) -> TaskConfig:

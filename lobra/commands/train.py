@@ -37,6 +37,8 @@ from lobra.trainer.run import (
 from lobra.trainer.run import train as train_here
 from lobra.trainer.signals import EXIT_CODES
 
+log = logging.getLogger(__name__)
+
 DYNAMIC_BUCKETS: Mapping[str, Switch] = {"TRUE": "on", "FALSE": "off"}
 DISPATCH_MODES: Mapping[str, Literal["balance", "group"]] = {"BALANCE": "balance", "GROUP": "group"}
 
@@ -64,6 +66,9 @@ def train(
     if launcher.host_file is not None and not in_launcher():
         problems += option_problems(request)
         return _through_launcher(launcher, launcher.host_file, request.strategy_config, problems)
+    if request.batching == "packed" and (dp_bucket or dispatch):
+        log.warning("DP_BUCKET and EXPR_DATA_DISPATCH are for bucketed micro-batches: no effect")
+        dp_bucket = dispatch = None
     request = replace(
         request,
         dp_bucket=request.dp_bucket or dp_bucket,

@@ -15,9 +15,11 @@ from itertools import islice
 import numpy as np
 
 from lobra.common.errors import ConfigError
+from lobra.layout.layout import Layout
 from lobra.layout.plan import Plan
-from lobra.layout.sequences import IntArray, packed_tokens
+from lobra.layout.sequences import PACKED_MULTIPLE, IntArray, packed_tokens
 from lobra.planner.step_time import pipeline_time
+from lobra.profiler.cost_model import CostModel
 
 #: Milliseconds of micro-batches, float64 [k], from their tokens and squares of lengths, int64 [k]
 #: each; monotone in both.
@@ -78,6 +80,15 @@ class PackedAssignment:
         return sum(batch.padded_tokens for batches in self.micro_batches for batch in batches)
 
 
+def packed_costs(plan: Plan, cost_model: CostModel) -> list[Cost]:
+    """Return what a packed micro-batch takes on each group of a plan."""
+
+    def cost_on(layout: Layout) -> Cost:
+        return lambda tokens, squares: cost_model.micro_batch_time(layout, tokens, squares).total_ms
+
+    return [cost_on(group.layout) for group in plan.groups]
+
+
 def dispatch_packed(
     lengths: Sequence[int] | IntArray,
     plan: Plan,
@@ -103,8 +114,8 @@ def dispatch_packed(
 
     Returns
     -------
-    Every sequence exactly once, no more than ``max_tokens`` tokens in a micro-batch before it is
-    padded to a multiple. The result is a function of the arguments alone, bit for bit.
+    Every sequence exactly once, no more than ``max_tokens`` tokens in a micro-batch, padding
+    included. The result is a function of the arguments alone, bit for bit.
 
     Raises
     ------
@@ -190,7 +201,7 @@ def _alike_replicas(
     alike, start = [], 0
     for group, cost in zip(plan.groups, costs, strict=True):
         sizes = np.maximum(group.max_tokens // distinct, 1)
-        part_ms = cost(packed_tokens(sizes * distinct), sizes * distinct**2) / sizes
+        part_ms = cost(sizes * distinct, sizes * distinct**2) / sizes
         part_ms = np.where(distinct <= group.max_tokens, part_ms, np.inf)
         full = np.array([[group.max_tokens], [int(group.max_tokens * mean_length)]])
         full_ms = float(cost(*full)[0])
@@ -205,7 +216,11 @@ def _alike_replicas(
 
 
 def _first_fit(sequences: list[int], lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Return micro-batches of the sequences, each in the first it fits into; longest first."""
+    """Return micro-batches of the sequences, each in the first it fits into; longest first.
+
+    Several sequences are padded to a multiple, which must fit too; one alone is not.
+    """
+    max_tokens -= max_tokens % PACKED_MULTIPLE
     batches: list[list[int]] = []
     free: list[int] = []
     for index in sequences:
@@ -224,7 +239,8 @@ def _work(batches: list[list[int]], lengths: IntArray) -> tuple[IntArray, IntArr
     """Return the tokens, padding included, and the squares of lengths of micro-batches."""
     tokens = np.array([lengths[batch].sum() for batch in batches], dtype=np.int64)
     squares = np.array([(lengths[batch] ** 2).sum() for batch in batches], dtype=np.int64)
-    return packed_tokens(tokens), squares
+    is_padded = np.array([len(batch) > 1 for batch in batches], dtype=bool)
+    return np.where(is_padded, packed_tokens(tokens), tokens), squares
 
 
 def _longest_alone_s(
@@ -236,7 +252,7 @@ def _longest_alone_s(
     start = 0
     for group, cost in zip(plan.groups, costs, strict=True):
         factor = factors[start : start + group.replicas].min()
-        alone_ms = cost(packed_tokens(distinct), distinct**2) * group.layout.pp * factor
+        alone_ms = cost(distinct, distinct**2) * group.layout.pp * factor
         fits = distinct <= group.max_tokens
         least_s = np.where(fits, np.minimum(least_s, alone_ms / 1000.0), least_s)
         start += group.replicas

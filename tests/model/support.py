@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import abc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
@@ -20,15 +22,16 @@ from transformers import (
     Qwen3Config,
 )
 
+from lobra.layout.sequences import MicroBatch, Sequence
 from lobra.layout.shapes import ModelShape
 from lobra.layout.world import World, shard_range
 from lobra.model import tensor_parallel
 from lobra.model.adapter import AdapterSpec, FlatTensors
 from lobra.model.groups import build_groups, new_group
+from lobra.model.micro_batch import MicroBatchTensors, micro_batch_tensors
 from lobra.model.pipeline import run_replica
-from lobra.model.stage import MicroBatchTensors, Targets, build_stage
+from lobra.model.stage import Stage, build_stage
 from lobra.model.tensor_parallel import VocabParallelHead
-from lobra.model.token_tasks import row_segments
 
 SPECS = (
     AdapterSpec("first", 4, 8.0, ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj"), seed=1),
@@ -95,18 +98,33 @@ def micro_batch(
     tokens: torch.Tensor,
     labels: torch.Tensor,
     row_tasks: tuple[int, ...],
-    task_weights: torch.Tensor,
-    noise_seed: int | None = None,
-) -> MicroBatchTensors:
-    """Return a micro-batch that learns each token with a label that is not -100."""
-    rows, columns = (labels[:, 1:] != -100).nonzero(as_tuple=True)
-    targets = Targets(
-        positions_T=rows * labels.shape[1] + columns,
-        tokens_T=labels[rows, columns + 1],
-        tasks_T=torch.tensor(row_tasks)[rows],
+    noise_seed: int = 0,
+    packed: bool = False,
+) -> MicroBatch:
+    """Return a micro-batch that learns each token with a label that is not -100.
+
+    Packed, the rows lie end to end, whole.
+    """
+    sequences = tuple(
+        Sequence(
+            task,
+            row,
+            tokens[row].numpy().astype(np.int32),
+            1 + np.flatnonzero(labels[row, 1:].numpy() != -100).astype(np.int32),
+            100 * noise_seed + row,
+        )
+        for row, task in enumerate(row_tasks)
     )
-    segments = row_segments(row_tasks, tokens.shape[1])
-    return MicroBatchTensors(tokens, targets, segments, task_weights, noise_seed)
+    return MicroBatch(sequences, None if packed else tokens.shape[1])
+
+
+def tensors_of(
+    stage: Stage, batches: abc.Sequence[MicroBatch], task_weights: abc.Sequence[float]
+) -> list[MicroBatchTensors]:
+    """Return micro-batches' tensors for a stage, its adapters' dropout included."""
+    return micro_batch_tensors(
+        batches, np.array(task_weights), stage.device, stage.dtype, stage.dropouts
+    )
 
 
 def random_adapter(shape: ModelShape, task: int) -> dict[str, torch.Tensor]:
@@ -116,19 +134,20 @@ def random_adapter(shape: ModelShape, task: int) -> dict[str, torch.Tensor]:
     return {t.name: torch.randn(t.shape, generator=generator) * 0.1 for t in tensors}
 
 
-def gradients_on_rank(folder: Path, world: World, num: int, dropout: float = 0.0) -> dict[str, Any]:
+def gradients_on_rank(
+    folder: Path, world: World, num: int, dropout: float = 0.0, packed: bool = False
+) -> dict[str, Any]:
     """Run one replica's forward and backward; return gradients, losses and what was loaded."""
     groups = build_groups(world)
     specs = {task: replace(spec, dropout=dropout) for task, spec in enumerate(SPECS)}
     stage = build_stage(folder, groups, specs)
     for task in specs:
         stage.load(task, random_adapter(stage.shape, task))
-    weights = torch.tensor([0.5, 0.25])
     batches = [
-        micro_batch(tokens, labels, rows, weights, seed if dropout else None)
+        micro_batch(tokens, labels, rows, seed, packed)
         for seed, (tokens, labels, rows) in enumerate(random_batches(num))
     ]
-    losses = run_replica(stage, batches, len(SPECS))
+    losses = run_replica(stage, tensors_of(stage, batches, [0.5, 0.25]), len(SPECS))
     gradients = {
         f"{task}.{name}": gradient.numpy()
         for task, slot in stage.slots.items()

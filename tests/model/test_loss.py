@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lobra.layout.layout import Layout
 from lobra.layout.world import one_replica
+from lobra.model.adapter import AdapterSpec
 from lobra.model.groups import ReplicaGroups
 from lobra.model.launch import run_ranks
 from lobra.model.pipeline import run_replica
@@ -25,6 +27,7 @@ from tests.model.support import (
     random_adapter,
     random_batches,
     save_family,
+    tensors_of,
 )
 
 VOCAB, HIDDEN, TOKENS = 50, 16, 23
@@ -97,10 +100,10 @@ class _Recorder(TorchDispatchMode):
         return result
 
 
-def stage_of(folder: Path):
+def stage_of(folder: Path, specs: dict[int, AdapterSpec] | None = None):
     place = one_replica(Layout(1, 1)).place(0)
     groups = ReplicaGroups(place, None, (0,), None, (0,))
-    stage = build_stage(folder, groups, dict(enumerate(SPECS)))
+    stage = build_stage(folder, groups, specs or dict(enumerate(SPECS)))
     for task in range(len(SPECS)):
         stage.load(task, random_adapter(stage.shape, task))
     return stage
@@ -110,16 +113,15 @@ def stage_of(folder: Path):
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique"}
 
 
-def test_a_micro_batch_never_waits_for_the_device(tmp_path: Path) -> None:
-    stage = stage_of(save_family("mistral", tmp_path / "base", sliding_window=8))
-    weights = torch.tensor([0.5, 0.25])
-    batches = [
-        micro_batch(tokens, labels, rows, weights, 7) for tokens, labels, rows in random_batches(3)
-    ]
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_micro_batch_never_waits_for_the_device(tmp_path: Path, packed: bool) -> None:
+    specs = {task: replace(spec, dropout=0.1 * task) for task, spec in enumerate(SPECS)}
+    stage = stage_of(save_family("mistral", tmp_path / "base", sliding_window=8), specs)
+    batches = [micro_batch(*batch, noise_seed=7, packed=packed) for batch in random_batches(3)]
     with _Recorder() as seen:
-        run_replica(stage, batches, 2)
+        run_replica(stage, tensors_of(stage, batches, [0.5, 0.25]), 2)
     assert not seen.names & WAITS, seen.names & WAITS
     assert "mm" in seen.names or "addmm" in seen.names
     with _Recorder() as seen:  # the check itself: looking for targets would wait
-        micro_batch(*random_batches(1)[0], weights)
+        torch.ones(2).nonzero()
     assert "nonzero" in seen.names

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from lobra.layout.shapes import ModelShape
 from lobra.model.adapter import SHARED_INPUTS, AdapterSpec, Site, peft_name
 from lobra.model.base_linear import DenseLinear, Shard
+from lobra.model.dropout import TokenNoise, token_keys
 from lobra.model.joint_stack import JointStack
 from lobra.model.segment_stack import SegmentStack
 from lobra.model.sharded_layer import linear_shards
@@ -209,6 +210,16 @@ def test_a_stack_equals_a_loop_of_peft(way: type[Stack], case: Case, apart: bool
 MIXED = Case({2: spec(2, 2), 0: spec(0, 3, ("q_proj", "v_proj"))}, [(0, 2), (2, 3), (0, 1)])
 
 
+def noise_of(case: Case) -> TokenNoise:
+    """Return the noise of a micro-batch whose segments are sequences."""
+    lengths = torch.tensor([tokens for _, tokens in case.lengths])
+    dropouts = [case.specs[number].dropout for number, _ in case.lengths]
+    keys = token_keys(range(len(lengths)), lengths.numpy())
+    return TokenNoise.of_tokens(
+        torch.from_numpy(keys), torch.tensor(dropouts).repeat_interleave(lengths), DOUBLE
+    )
+
+
 @ways
 @pytest.mark.parametrize("modules", SHARED_INPUTS)
 def test_dropout_is_scaled_out_of_the_input(way: type[Stack], modules: tuple[str, ...]) -> None:
@@ -218,7 +229,7 @@ def test_dropout_is_scaled_out_of_the_input(way: type[Stack], modules: tuple[str
     case = replace(case, lengths=[*case.lengths, (5, 2)])
     slots = {number: case.slot(number) for number in case.specs}
     stack, _ = make_stack(case, way, 0, slots)
-    stack.selection.tasks = replace(stack.selection.tasks, noise_seed=11)
+    stack.selection.tasks = replace(stack.selection.tasks, noise=noise_of(case))
     x = inputs(case).requires_grad_(True)
 
     def loss(x: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from tests.model.support import (
     random_batches,
     save_family,
     save_llama,
+    tensors_of,
 )
 
 FUNCTION = "tests.model.support:gradients_on_rank"
@@ -74,11 +75,17 @@ def gradients_by_peft(llama: Path) -> tuple[dict, list[float]]:
     return gradients, losses
 
 
+LAYOUTS = [Layout(1, 1), Layout(2, 1), Layout(1, 2), Layout(2, 2), Layout(4, 1), Layout(1, 3)]
+
+
 @pytest.mark.parametrize(
-    "layout", [Layout(1, 1), Layout(2, 1), Layout(1, 2), Layout(2, 2), Layout(4, 1), Layout(1, 3)]
+    ("layout", "packed"),
+    [*((one, True) for one in LAYOUTS), *((one, False) for one in LAYOUTS[:4])],
 )
-def test_gradients_and_losses_equal_peft(llama, peft_gradients, layout: Layout) -> None:
-    check_gradients(llama, layout, *peft_gradients)
+def test_gradients_and_losses_equal_peft(
+    llama, peft_gradients, layout: Layout, packed: bool
+) -> None:
+    check_gradients(llama, layout, packed, *peft_gradients)
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2"])
@@ -90,16 +97,20 @@ def test_a_window_shorter_than_the_sequences(family: str, tmp_path: Path) -> Non
         window |= dict(use_sliding_window=True, max_window_layers=2)
     base = save_family(family, tmp_path / "base", **window)
     expected = gradients_by_peft(base)
-    check_gradients(base, Layout(1, 2), *expected)
+    for packed in (True, False):
+        check_gradients(base, Layout(1, 2), packed, *expected)
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "sliding_window": 500}))
     assert gradients_by_peft(base)[1] != pytest.approx(expected[1], rel=1e-4), "no window at all"
 
 
-def check_gradients(base: Path, layout: Layout, expected: dict, losses: list[float]) -> None:
+def check_gradients(
+    base: Path, layout: Layout, packed: bool, expected: dict, losses: list[float]
+) -> None:
     """Check the gradients and losses of one replica against PEFT's."""
     world = one_replica(layout)
-    ranks = run_ranks(FUNCTION, world.num_ranks, dict(folder=base, world=world, num=NUM_BATCHES))
+    arguments = dict(folder=base, world=world, num=NUM_BATCHES, packed=packed)
+    ranks = run_ranks(FUNCTION, world.num_ranks, arguments)
     summed: dict[str, np.ndarray] = {}
     for result in ranks:
         for name, gradient in result["gradients"].items():
@@ -141,7 +152,6 @@ def test_gradient_checkpointing_says_nothing_and_computes_layers_again(
     place = one_replica(Layout(1, 2, memory="full")).place(stage)
     groups = ReplicaGroups(place, None, (stage,), None, (0, 1))
     tokens = torch.arange(3, 11).unsqueeze(0)
-    batch = micro_batch(tokens, tokens, (0,), torch.ones(2))
     computed: list[int] = []
     transformers.utils.logging.enable_propagation()
     try:
@@ -149,6 +159,7 @@ def test_gradient_checkpointing_says_nothing_and_computes_layers_again(
             warnings.simplefilter("error")
             built = build_stage(llama, groups, dict(enumerate(SPECS)))
             built.decoder.layers[0].mlp.register_forward_pre_hook(lambda *_args: computed.append(1))
+            (batch,) = tensors_of(built, [micro_batch(tokens, tokens, (0,))], [1.0, 1.0])
             built.hidden(batch, torch.randn(1, 8, 64) if stage else None).sum().backward()
     finally:
         transformers.utils.logging.disable_propagation()
@@ -168,18 +179,18 @@ def test_a_rank_reads_and_holds_only_its_own_weights(llama, layout: Layout) -> N
         assert result["held_bytes"] < share + 9 * 64 * 4 + 4 * 2 * 16 * 64 * 4
 
 
-def test_dropout_is_the_same_on_every_layout(llama) -> None:
-    """One mask per micro-batch, task and layer: shared by a TP group, the same for any layout."""
+def test_dropout_is_the_same_on_every_layout_packed_and_padded(llama) -> None:
     summed = []
-    for (tp, pp), dropout in [((1, 1), 0.5), ((2, 1), 0.5), ((1, 2), 0.5), ((1, 1), 0.0)]:
+    for tp, pp, dropout, packed in (
+        (1, 1, 0.5, True), (1, 1, 0.5, False), (2, 1, 0.5, True), (1, 2, 0.5, False),
+        (1, 1, 0.0, True),
+    ):  # fmt: skip
         layout = Layout(tp, pp)
-        ranks = run_ranks(
-            FUNCTION,
-            layout.num_gpus,
-            dict(folder=llama, world=one_replica(layout), num=3, dropout=dropout),
+        arguments = dict(
+            folder=llama, world=one_replica(layout), num=3, dropout=dropout, packed=packed
         )
         total: dict[str, np.ndarray] = {}
-        for result in ranks:
+        for result in run_ranks(FUNCTION, layout.num_gpus, arguments):
             for name, gradient in result["gradients"].items():
                 total[name] = total.get(name, 0) + gradient
         summed.append(total)

@@ -124,9 +124,9 @@ def dropouts_on_rank(sweep: TimeSweep, files: Files) -> int:
     drawn: list[int] = []
     plain = Stack.keep_factors
 
-    def counted(self: Any, *args: Any) -> Any:
-        drawn.append(1)
-        return plain(self, *args)
+    def counted(self: Any, linears: Any, *args: Any) -> Any:
+        drawn.extend(linears)
+        return plain(self, linears, *args)
 
     Stack.keep_factors = counted  # type: ignore[method-assign]
     time_shapes_on_rank(
@@ -153,7 +153,8 @@ def test_layers_are_timed_with_their_dropout(sweep: TimeSweep, tmp_path: Path) -
         counts += run_ranks("tests.profiler.test_layer_time:dropouts_on_rank", 1, arguments)
     assert counts[0] == 0
     repeats = read_meta(tmp_path / "0.1/t.csv")["rows"]["1,64,1"]["repeats"]
-    assert counts[1] == 4 * 2 * (repeats + 1), "layers x linears x (repeats and a warm-up)"
+    passes = 2 * (repeats + 1)  # forward and backward of each repeat and of a warm-up
+    assert counts[1] == 4 * 2 * passes, "layers x linears x passes"
     with pytest.raises(ConfigError, match="lora_dropout was None, is now"):
         opened(dropping, tmp_path / "0.0")
 

@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 from lobra.layout.order import StepOrder
 from lobra.model.joint_stack import JointStack
-from lobra.model.stage import MicroBatchTensors, Stage
+from lobra.model.micro_batch import MicroBatchTensors
+from lobra.model.stage import Stage
 from lobra.model.tensor_parallel import VocabParallelEmbedding
 from lobra.trainer import control, coordinator, engine, rank
 from lobra.trainer.checkpoint import CheckpointWriter

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lobra.layout.order import StepOrder
-from lobra.model.stage import MicroBatchTensors
+from lobra.model.micro_batch import MicroBatchTensors
 from lobra.trainer.engine import Engine
 from lobra.trainer.rank import RankResult, train_rank
 from lobra.trainer.run_spec import RunSpec

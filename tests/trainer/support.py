@@ -26,7 +26,7 @@ from lobra.trainer.checkpoint import task_record
 from lobra.trainer.metrics import ReplicaMetrics, StepMetrics, TaskMetrics, read_metrics
 from lobra.trainer.run import run_local
 from lobra.trainer.run_spec import RunSpec
-from tests.model.support import micro_batch
+from tests.model.support import micro_batch, tensors_of
 
 
 def plain_cost_model(num_layers: int, tps: tuple[int, ...] = (1, 2, 4, 8)) -> CostModel:
@@ -142,7 +142,6 @@ def logits_on_rank(
     stage = build_stage(model_folder, build_groups(world), specs)
     for number, folder in enumerate(adapters):
         load_adapter(folder, stage, number)
-    batch = micro_batch(
-        torch.from_numpy(tokens), torch.from_numpy(tokens), row_tasks, torch.ones(len(tasks))
-    )
-    return stage.logits(batch).numpy()
+    ids = torch.from_numpy(tokens)
+    batches = tensors_of(stage, [micro_batch(ids, ids, row_tasks)], [1.0] * len(tasks))
+    return stage.logits(batches[0]).numpy()

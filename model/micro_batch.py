@@ -1,0 +1,193 @@
+"""The tensors of a rank's micro-batches, padded or packed, made and sent to the device all at once.
+
+Packed, a micro-batch is one row: its sequences end to end, then padding.
+
+Shape suffixes: B rows, S their tokens, padding included, T all tokens of a micro-batch, P tokens to
+be predicted, N spans: each the tokens of a sequence or, packed, the padding at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lobra.layout.sequences import IntArray, MicroBatch
+from lobra.model.dropout import TokenNoise, token_keys
+from lobra.model.packed_attention import Packing
+from lobra.model.precision import kept_dtype
+from lobra.model.token_tasks import Segment
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """What a micro-batch is to predict: int64 [P] each.
+
+    `positions_P` are places in the flattened [B, S] whose *next* token is `tokens_P`, of task
+    `tasks_P`.
+    """
+
+    positions_P: Tensor
+    tokens_P: Tensor
+    tasks_P: Tensor
+
+    def none(self) -> Targets:
+        """Return no targets, on the same device."""
+        return Targets(self.positions_P[:0], self.tokens_P[:0], self.tasks_P[:0])
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatchTensors:
+    """One micro-batch on a rank.
+
+    Attributes
+    ----------
+    tokens_BS
+        int64 [B, S]; packed, B is 1.
+    positions_1S
+        int64 [1, S]: each token's place in its sequence, the same in all rows.
+    targets
+        What is to be predicted, so that a GPU need not look for it, for which the host would wait.
+    segments
+        Whose the flattened tokens are, all of them; padding is of the sequence before it.
+    task_weights
+        [tasks], what the summed loss of each task is multiplied by.
+    packing
+        Where the sequences lie; the padding counts as one, so that nothing attends to it. None:
+        every row is a sequence.
+    noise
+        What LoRA dropout needs; None: nothing drops out.
+    """
+
+    tokens_BS: Tensor
+    positions_1S: Tensor
+    targets: Targets
+    segments: tuple[Segment, ...]
+    task_weights: Tensor
+    packing: Packing | None = None
+    noise: TokenNoise | None = None
+
+
+def micro_batch_tensors(
+    micro_batches: Sequence[MicroBatch],
+    task_weights: NDArray[np.float64],
+    device: torch.device,
+    dtype: torch.dtype,
+    dropouts: Mapping[int, float] | None = None,
+) -> list[MicroBatchTensors]:
+    """Return the tensors of micro-batches, all sent in one copy the host does not wait for.
+
+    Parameters
+    ----------
+    micro_batches
+        As a rank runs them.
+    task_weights
+        [tasks], what the summed loss of each task is multiplied by.
+    dtype
+        Of the activations.
+    dropouts
+        The probability with which a task's features drop out, by its number; None: none do.
+    """
+    drops = dropouts if dropouts and any(dropouts.values()) else None
+    arrays = [_arrays(micro_batch, drops) for micro_batch in micro_batches]
+    flat = [array for own in arrays for array in own]
+    weights, *sent = _sent([task_weights.view(np.int64), *flat], device)
+    weights = weights.view(torch.float64).to(kept_dtype(dtype))
+    of_batch = iter(sent)
+    return [
+        _tensors(micro_batch, [next(of_batch) for _ in own], weights, dtype)
+        for micro_batch, own in zip(micro_batches, arrays, strict=True)
+    ]
+
+
+def _arrays(micro_batch: MicroBatch, dropouts: Mapping[int, float] | None) -> list[IntArray]:
+    """Return tokens, positions, the spans' offsets, targets' three; keys and odds of dropout.
+
+    All int64.
+    """
+    sequences = micro_batch.sequences
+    spans_N = _spans(micro_batch)
+    ends_N = np.cumsum(spans_N)
+    starts_N = ends_N - spans_N
+    lengths_N = np.zeros_like(spans_N)
+    lengths_N[: len(sequences)] = [len(sequence.tokens) for sequence in sequences]
+    places_T = np.arange(ends_N[-1]) - np.repeat(starts_N, spans_N)
+    tokens_T = np.zeros(ends_N[-1], dtype=np.int64)
+    is_real_T = places_T < np.repeat(lengths_N, spans_N)
+    tokens_T[is_real_T] = np.concatenate([sequence.tokens for sequence in sequences])
+    num_targets = [len(sequence.targets) for sequence in sequences]
+    predicted_P = np.concatenate([sequence.targets for sequence in sequences], dtype=np.int64)
+    predicted_P += np.repeat(starts_N[: len(sequences)], num_targets)
+    arrays = [
+        tokens_T,
+        places_T[: micro_batch.padded_length],
+        np.append(0, ends_N),
+        predicted_P - 1,
+        tokens_T[predicted_P],
+        np.repeat([sequence.task for sequence in sequences], num_targets),
+    ]
+    if dropouts is not None:
+        padding = [0] * (len(spans_N) - len(sequences))
+        seeds_N = [sequence.noise_seed for sequence in sequences] + padding
+        odds_N = [float(dropouts[sequence.task]) for sequence in sequences] + padding
+        arrays += [
+            token_keys(seeds_N, spans_N),
+            np.repeat(np.array(odds_N, dtype=np.float64), spans_N).view(np.int64),
+        ]
+    return arrays
+
+
+def _spans(micro_batch: MicroBatch) -> IntArray:
+    """Return int64 [N]: the tokens of every span."""
+    length = micro_batch.padded_length
+    spans = [length or len(sequence.tokens) for sequence in micro_batch.sequences]
+    padding = micro_batch.padded_tokens - sum(spans)
+    return np.array([*spans, padding] if padding else spans, dtype=np.int64)
+
+
+def _sent(arrays: Sequence[IntArray], device: torch.device) -> list[Tensor]:
+    """Return the arrays on the device, as parts of one tensor."""
+    whole = torch.from_numpy(np.concatenate(arrays))
+    if device.type == "cuda":
+        whole = whole.pin_memory()
+    return list(whole.to(device, non_blocking=True).split([len(array) for array in arrays]))
+
+
+def _tensors(
+    micro_batch: MicroBatch, sent: Sequence[Tensor], task_weights: Tensor, dtype: torch.dtype
+) -> MicroBatchTensors:
+    """Return a micro-batch's tensors, of what `_arrays` made and was sent."""
+    tokens_T, positions_S, offsets_N, *rest = sent
+    targets, keys_and_odds = rest[:3], rest[3:]
+    packing = noise = None
+    if micro_batch.padded_length is None:
+        packing = Packing(tuple(_spans(micro_batch).tolist()), offsets_N.to(torch.int32))
+    if keys_and_odds:
+        keys_T, odds_T = keys_and_odds
+        noise = TokenNoise.of_tokens(keys_T, odds_T.view(torch.float64), dtype)
+    return MicroBatchTensors(
+        tokens_T.view(-1, len(positions_S)),
+        positions_S[None],
+        Targets(*targets),
+        _segments(micro_batch),
+        task_weights,
+        packing,
+        noise,
+    )
+
+
+def _segments(micro_batch: MicroBatch) -> tuple[Segment, ...]:
+    """Return the runs of tokens of one task."""
+    segments: list[Segment] = []
+    spans = iter(_spans(micro_batch).tolist())
+    stop = 0
+    for number, own in groupby(sequence.task for sequence in micro_batch.sequences):
+        start, stop = stop, stop + sum(next(spans) for _ in own)
+        segments.append(Segment(number, start, stop))
+    segments[-1] = Segment(segments[-1].number, segments[-1].start, stop + sum(spans))
+    return tuple(segments)
