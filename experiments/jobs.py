@@ -48,8 +48,8 @@ from lobra.profiler.cost_model import load_cost_model
 from lobra.profiler.profiles import default_memory_path, load_memory_profile
 from lobra.tasks.config import TrainerConfig
 
-STATIC = ("--dp-bucket", "off", "--num-buckets")
-DYNAMIC = ("--dp-bucket", "on", "--num-buckets", str(NUM_BUCKETS))
+STATIC = ("--batching", "bucketed", "--dp-bucket", "off", "--num-buckets")
+DYNAMIC = ("--batching", "bucketed", "--dp-bucket", "on", "--num-buckets", str(NUM_BUCKETS))
 PLANS = {"lobra": "LobRA", "ours": "ours"}  # a plan's file -> its owner in the tables
 RUNS = dict(zip(study.RUNGS, ("group", "balance", "dynamic"), strict=True))  # rung -> run's name
 

@@ -21,13 +21,15 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, get_scheduler
 
+from lobra.model.dropout import TokenNoise, feature_keys, token_keys
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.dataset import TokenizedDataset
 from lobra.tasks.sampling import sample_indices, task_seed
+from lobra.trainer.batches import draw_sequences
 from tests.trainer.double import NoSinglePrecision
 from tests.trainer.support import random_dataset
 
@@ -72,14 +74,14 @@ TASKS = (
 LENGTHS = ((8, 40), (6, 60), (70, 90))
 
 
-def task_config(task: dict, **fields: str) -> TaskConfig:
+def task_config(task: dict, **fields: Any) -> TaskConfig:
     return TaskConfig(dataset_name="random", context_length=128, **task, **fields)
 
 
-def tasks_from(starts: list[Path]) -> tuple[TaskConfig, ...]:
+def tasks_from(starts: list[Path], **fields: Any) -> tuple[TaskConfig, ...]:
     """Return the tasks, each with the adapter it starts from."""
     pairs = zip(TASKS, starts, strict=True)
-    return tuple(task_config(task, resume_from=str(start)) for task, start in pairs)
+    return tuple(task_config(task, resume_from=str(start), **fields) for task, start in pairs)
 
 
 def make_datasets() -> list[TokenizedDataset]:
@@ -116,15 +118,18 @@ def train_alone(
     starts: list[Path],
     dtype: torch.dtype,
     order: int = 0,
+    dropout: float = 0.0,
 ) -> list[dict]:
     """What PEFT gets on one process, each task on its own: final tensors and losses per step.
 
-    Another `order` shuffles each batch's rows: in exact arithmetic it would change nothing.
+    Another `order` shuffles each batch's rows: in exact arithmetic it would change nothing. With
+    `dropout` PEFT is given our masks.
     """
     results = []
     for number, task in enumerate(TASKS):
         plain = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
         model = PeftModel.from_pretrained(plain, starts[number], is_trainable=True)
+        masks = _Masks(model, dropout) if dropout else None
         watched: contextlib.AbstractContextManager = contextlib.nullcontext()
         if dtype == torch.float64:
             lift_to_double(plain)
@@ -149,6 +154,9 @@ def train_alone(
             if order:
                 indices = np.random.default_rng((order, step)).permutation(indices)
             tokens, labels, mask = padded(datasets[number], indices)
+            if masks is not None:
+                drawn = draw_sequences(number, task_config(task), datasets[number], 0, step)
+                masks.draw([sequence.noise_seed for sequence in drawn], tokens.shape[1])
             optimizer.zero_grad()
             with watched:
                 loss = model(input_ids=tokens, attention_mask=mask, labels=labels).loss
@@ -157,12 +165,44 @@ def train_alone(
             optimizer.step()
             scheduler.step()
             losses.append(loss.item())
-        folder = starts[number].with_name(f"alone-{task['name']}-{dtype}-{order}")
+        folder = starts[number].with_name(f"alone-{task['name']}-{dtype}-{order}-{dropout}")
         model.save_pretrained(folder)
         results.append(
             {"tensors": load_file(folder / "adapter_model.safetensors"), "losses": losses}
         )
     return results
+
+
+class _Masks:
+    """Has every LoRA layer of a PEFT model drop out what we would."""
+
+    def __init__(self, model: Any, dropout: float) -> None:
+        self.dropout = dropout
+        self.noise: TokenNoise | None = None
+        for name, module in model.named_modules():
+            if hasattr(module, "lora_dropout"):
+                parts = name.split(".")
+                layer = int(parts[parts.index("layers") + 1])
+                keys = feature_keys(layer, parts[-1], module.in_features)
+                module.lora_dropout["default"] = _Mask(self, keys)
+
+    def draw(self, noise_seeds: list[int], length: int) -> None:
+        """Draw for the next batch, of rows of this length."""
+        keys = torch.from_numpy(token_keys(noise_seeds, [length] * len(noise_seeds)))
+        odds = torch.full(keys.shape, self.dropout, dtype=torch.float64)
+        self.noise = TokenNoise.of_tokens(keys, odds, torch.float64)
+
+
+class _Mask(nn.Module):
+    """What stands in the place of PEFT's dropout."""
+
+    def __init__(self, masks: _Masks, keys: Tensor) -> None:
+        super().__init__()
+        self.masks, self.keys = masks, keys
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.masks.noise is not None
+        return x * self.masks.noise.factors(self.keys, range(x.shape[-1])).view(x.shape)
 
 
 def padded(dataset: TokenizedDataset, indices: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,13 +56,13 @@ class Reference:
 
     base: Path
     starts: list[Path]
-    runs: dict[tuple[torch.dtype, int], list[dict]] = field(default_factory=dict)
+    runs: dict[tuple[Any, ...], list[dict]] = field(default_factory=dict)
 
-    def alone(self, dtype: torch.dtype, order: int = 0) -> list[dict]:
+    def alone(self, dtype: torch.dtype, order: int = 0, dropout: float = 0.0) -> list[dict]:
         """Return what PEFT gets for each task, trained once an order of the rows."""
-        key = (dtype, order)
+        key = (dtype, order, dropout)
         if key not in self.runs:
-            self.runs[key] = train_alone(self.base, make_datasets(), self.starts, dtype, order)
+            self.runs[key] = train_alone(self.base, make_datasets(), self.starts, *key)
         return self.runs[key]
 
 
@@ -87,11 +88,14 @@ def train_jointly(
     folder: Path,
     precision: str,
     device: str = "cpu",
+    batching: str = "packed",
+    dropout: float = 0.0,
 ) -> tuple[RunSpec, list]:
     """Train all tasks together with us; in fp64 watch that it is fp64 everywhere."""
     run = make_run(
-        folder, reference.base, tasks_from(reference.starts), make_datasets(),
-        make_plan(layouts, max_tokens=128), STEPS, precision=precision, device=device,
+        folder, reference.base, tasks_from(reference.starts, lora_dropout=dropout),
+        make_datasets(), make_plan(layouts, max_tokens=128), STEPS, precision=precision,
+        device=device, batching=batching,
     )  # fmt: skip
     if precision == "fp64":
         return run, run_local(run, "tests.trainer.double:train_in_double")
@@ -106,19 +110,41 @@ def losses_of(run: RunSpec, task: str) -> list[float]:
     return [step.tasks[task].loss for step in steps_of(run) if task in step.tasks]
 
 
+def case(family: str, plan: str, batching: str) -> Any:
+    return pytest.param(family, plan, batching, id=f"{family}-{plan}-{batching}")
+
+
 @pytest.mark.parametrize(
-    ("family", "plan"),
+    ("family", "plan", "batching"),
     [
-        pytest.param(family, plan, id=f"{family}-{plan}")
-        for family in FAMILIES
-        for plan in (PLANS if family == "llama" else EVERY_FAMILY)
-        if (family, plan) != ("mistral", "<4,1> <1,1>")  # here Mistral is Llama by another name
+        *(
+            case(family, plan, "packed")
+            for family in FAMILIES
+            for plan in (PLANS if family == "llama" else EVERY_FAMILY)
+            if (family, plan) != ("mistral", "<4,1> <1,1>")  # here Mistral is Llama by another name
+        ),
+        *(case("llama", plan, "bucketed") for plan in FP32_PLANS),
+        case("qwen3", "<1,2> <2,2>", "bucketed"),
     ],
 )
-def test_joint_equals_alone(family: str, plan: str, reference: Reference, tmp_path: Path) -> None:
+def test_joint_equals_alone(
+    family: str, plan: str, batching: str, reference: Reference, tmp_path: Path
+) -> None:
     layouts = PLANS[plan]
-    alone = reference.alone(torch.float64)
-    run, ranks = train_jointly(reference, layouts, tmp_path / "run", "fp64")
+    run, ranks = train_jointly(reference, layouts, tmp_path / "run", "fp64", batching=batching)
+    assert_same(run, reference.alone(torch.float64))
+    steps_on_replica = {
+        (number, batch.replica, batch.step)
+        for rank in ranks
+        for batch in rank.trained
+        for number, _ in batch.sequences
+    }
+    everywhere = len(run.tasks) * len(layouts) * STEPS
+    assert len(layouts) == 1 or len(steps_on_replica) < everywhere, "no task was ever absent"
+
+
+def assert_same(run: RunSpec, alone: list[dict]) -> None:
+    """Assert that an fp64 run gave every task the losses and the adapter it gets alone."""
     for number, task in enumerate(run.tasks):
         joint = final_tensors(run, number)
         assert {value.dtype for value in joint.values()} == {torch.float64}
@@ -128,14 +154,24 @@ def test_joint_equals_alone(family: str, plan: str, reference: Reference, tmp_pa
             losses_of(run, task.name), alone[number]["losses"], rtol=BAR, atol=0
         )
 
-    steps_on_replica = {
-        (number, batch.replica, batch.step)
-        for rank in ranks
-        for batch in rank.trained
-        for number, _ in batch.sequences
-    }
-    everywhere = len(run.tasks) * len(layouts) * STEPS
-    assert len(layouts) == 1 or len(steps_on_replica) < everywhere, "no task was ever absent"
+
+@pytest.mark.parametrize("family", ["llama"])
+@pytest.mark.parametrize(
+    ("plan", "batching"), [("<1,1>x2 <2,1> <1,2>", "packed"), ("<1,1> <2,2>", "bucketed")]
+)
+def test_dropout_is_peft_s_with_our_masks(
+    family: str, plan: str, batching: str, reference: Reference, tmp_path: Path
+) -> None:
+    dropout = 0.2
+    alone = reference.alone(torch.float64, dropout=dropout)
+    run, _ = train_jointly(
+        reference, PLANS[plan], tmp_path / "run", "fp64", batching=batching, dropout=dropout
+    )
+    assert_same(run, alone)
+    plain = reference.alone(torch.float64)
+    for with_dropout, without in zip(alone, plain, strict=True):
+        errors = relative_errors(with_dropout["tensors"], without["tensors"])
+        assert min(errors.values()) > 1e-3, "nothing dropped out"
 
 
 @pytest.mark.parametrize("plan", FP32_PLANS)

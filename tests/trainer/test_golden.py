@@ -24,12 +24,17 @@ PLANS = {"one": "<1,1>x1", "mixed": "<1,1>x2 <2,1>x1 <1,2>x1", "stages": "<1,2>x
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("name", PLANS)
-def test_golden_adapters(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "batching"), [*((name, "packed") for name in PLANS), ("mixed", "bucketed")]
+)
+def test_golden_adapters(
+    name: str, batching: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(HERE)
     plan = Path("plans") / f"{name}.yaml"
     assert str(load_plan(plan)) == PLANS[name]
-    assert main(training_arguments(plan, tmp_path / "run")) == 0
+    arguments = [*training_arguments(plan, tmp_path / "run"), "--batching", batching]
+    assert main(arguments) == 0
 
     golden = sorted(Path("adapters").glob("*.safetensors"))
     assert [path.stem for path in golden] == ["everything", "few"]

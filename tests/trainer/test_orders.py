@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from lobra.layout.order import StepOrder, Update
 from lobra.layout.sequences import Sequence
-from lobra.planner.dispatch import dispatch
+from lobra.planner.dispatch import Assignment, dispatch
+from lobra.planner.packed.dispatch import PackedAssignment, dispatch_packed, packed_costs
 from lobra.trainer.coordinator import Coordinator
 from lobra.trainer.feedback import SpeedFeedback
 from lobra.trainer.orders import Attendance, DispatchedStep, OrdersAhead, order_of
@@ -36,11 +37,16 @@ def sequences_of(lengths: list[int]) -> list[Sequence]:
     ]
 
 
-@given(st.lists(st.integers(1, 512), min_size=1, max_size=60))
+@pytest.mark.parametrize("packed", [True, False])
+@given(lengths=st.lists(st.integers(1, 512), min_size=1, max_size=60))
 @settings(deadline=None, max_examples=60)
-def test_an_order_is_the_assignment(lengths: list[int]) -> None:
+def test_an_order_is_the_assignment(packed: bool, lengths: list[int]) -> None:
     sequences = sequences_of(lengths)
-    assignment = dispatch(lengths, PLAN, COST, num_buckets=6)
+    assignment: Assignment | PackedAssignment = (
+        dispatch_packed(lengths, PLAN, packed_costs(PLAN, COST))
+        if packed
+        else dispatch(lengths, PLAN, COST, num_buckets=6)
+    )
     updates = [Update(1, 1e-3, 0.5)]
     order = StepOrder.decode(order_of(7, sequences, updates, assignment).encoded)
     assert (order.step, order.updates) == (7, tuple(updates))
@@ -49,12 +55,16 @@ def test_an_order_is_the_assignment(lengths: list[int]) -> None:
     for mine, theirs in zip(order.replicas, assignment.micro_batches, strict=True):
         for ours, given_batch in zip(mine, theirs, strict=True):
             assert ours.padded_length == given_batch.padded_length
+            assert ours.padded_tokens == given_batch.padded_tokens
             assert [s.index for s in ours.sequences] == sorted(given_batch.indices)
             assert [s.task for s in ours.sequences] == sorted(s.task for s in ours.sequences)
             assert all(s == sequences[s.index] for s in ours.sequences)
     for replica, batches in zip(PLAN.replicas, order.replicas, strict=True):
         assert all(batch.padded_tokens <= replica.max_tokens for batch in batches)
-        assert all(len(s.tokens) <= b.padded_length for b in batches for s in b.sequences)
+        if packed:
+            assert all(batch.padded_length is None for batch in batches)
+        else:
+            assert all(len(s.tokens) <= b.padded_length for b in batches for s in b.sequences)
 
 
 def test_a_lost_or_doubled_sequence_is_noticed() -> None:

@@ -93,6 +93,19 @@ PLANS = {
 }
 
 
+def test_a_bucketed_run_goes_on_packed(
+    base: Path, straight: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    half = replace(new_run(tmp_path / "run", base, 5), batching="bucketed")
+    run_local(half)
+    assert read_state(half.output_dir, 5).batching == "bucketed"
+    run = replace(half, batching="packed", last_step=10, resume_step=5)
+    run_local(run)
+    for key, value in adapters(run).items():
+        error = float((value - straight[key]).norm() / straight[key].norm())
+        assert error < 1e-9, f"{key}: relative error {error:.1e}"
+
+
 @pytest.mark.parametrize("name", PLANS)
 def test_resume(
     name: str, base: Path, half: RunSpec, straight: dict[str, torch.Tensor], tmp_path: Path
