@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from lobra.common.errors import ConfigError
 
-#: What a replica keeps of a layer for the backward pass: all of it; without what is cheap to
-#: compute again; its input only (gradient checkpointing).
+#: What a replica keeps of a layer for the backward pass: all products; all but the largest, gate
+#: and up; its input only (gradient checkpointing). The rest is computed again.
 MEMORY_POLICIES = ("keep", "lean", "full")
 
 
@@ -29,7 +29,7 @@ class Layout:
     Raises
     ------
     ConfigError
-        If a size is not a positive integer, the policy is unknown, or either is not built yet.
+        If a size is not a positive integer, the policy is unknown, or cp is more than 1.
     """
 
     tp: int
@@ -48,8 +48,6 @@ class Layout:
             raise ConfigError(
                 f"layout: cp: {self.cp}: context parallelism is not built yet; want 1"
             )
-        if self.memory == "lean":
-            raise ConfigError("layout: memory: 'lean' is not built yet; want keep or full")
 
     @property
     def num_gpus(self) -> int:

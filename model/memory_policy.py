@@ -120,6 +120,15 @@ def keeping_attention() -> AbstractContextManager[object]:
     return nullcontext() if _current.get() is None else _AttentionKept()
 
 
+def is_autograds_own(policy: str, device: torch.device) -> bool:
+    """Return whether a policy is to be left to autograd, which keeps all that layers compute.
+
+    On a CPU "keep" is: computing again what is elementwise, which on a GPU is next to nothing, took
+    1 to 4 % of the time of layers of hidden size 512 and 256 there, and half of that of 64.
+    """
+    return policy == "keep" and device.type == "cpu"
+
+
 def apply_policy(layers: Iterable[nn.Module], policy: str) -> None:
     """Have each layer keep what the policy says.
 
@@ -136,6 +145,8 @@ def under_policy(forward: Callable[..., Any], policy: str) -> Callable[..., Any]
 
     @wraps(forward)
     def keeping(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
         outputs: list[Any] = []
         passes = (_Pass(computed_again, outputs, True), _Pass(computed_again, outputs, False))
         return checkpoint(

@@ -17,6 +17,7 @@ from lobra.model.groups import ReplicaGroups
 from lobra.model.micro_batch import MicroBatchTensors
 from lobra.model.precision import kept_dtype
 from lobra.model.stage import Stage
+from lobra.model.token_tasks import TokenTasks
 
 
 def run_replica(stage: Stage, batches: Sequence[MicroBatchTensors], num_tasks: int) -> Tensor:
@@ -75,8 +76,8 @@ class _OneForwardOneBackward:
         self.batches = batches
         self.losses = losses
         self.links = _Links(stage.groups)
-        # (received, output or loss) of the micro-batches whose backward is still to come.
-        self.in_flight: list[tuple[Tensor | None, Tensor]] = []
+        # (received, output or loss, tasks) of the micro-batches whose backward is still to come.
+        self.in_flight: list[tuple[Tensor | None, Tensor, TokenTasks]] = []
         self.num_backward = 0
 
     def run(self) -> None:
@@ -116,12 +117,12 @@ class _OneForwardOneBackward:
         if self.stage.groups.place.is_last_stage:
             output, per_task = self.stage.loss(output, batch)
             self.losses += per_task
-        self.in_flight.append((received, output))
+        self.in_flight.append((received, output, self.stage.selection.tasks))
         return output
 
     def _backward(self, gradient: Tensor | None) -> Tensor | None:
-        received, output = self.in_flight.pop(0)
-        self.stage.select(self.batches[self.num_backward])
+        received, output, tasks = self.in_flight.pop(0)
+        self.stage.selection.tasks = tasks  # layers that are computed again look them up again
         self.num_backward += 1
         if output.requires_grad:
             torch.autograd.backward(output, gradient)

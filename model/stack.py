@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lobra.model.adapter import AdapterSpec, Site
 from lobra.model.base_linear import BaseLinear, Shard
 from lobra.model.dropout import feature_keys
+from lobra.model.memory_policy import kept
 from lobra.model.slot import Slot
 from lobra.model.tensor_parallel import Group, reduce_from_group
 from lobra.model.token_tasks import Selection, TokenTasks
@@ -195,15 +196,23 @@ class _Products(torch.autograd.Function):
         ctx: Any, x: Tensor, _: Tensor | None, stack: Stack, tasks: TokenTasks, parts: list[Part]
     ) -> tuple[Tensor, ...]:
         ctx.stack, ctx.tasks = stack, tasks
-        outputs = tuple(base(x) for base in stack.bases)
-        x_Ni, ys_No = _by_token(x), [_by_token(y) for y in outputs]
-        saved = []
+        x_Ni = _by_token(x)
+        hidden, saved = [], []
         for part in parts:
             factors = part.draw_keep_factors() if part.draw_keep_factors else []
-            ys_no = [y_No[part.tokens] for y_No in ys_No]
-            saved.append(_add_updates(part, x_Ni[part.tokens], ys_no, factors))
+            hidden.append(_down(part, x_Ni[part.tokens], factors))
+            saved.append(hidden[-1])
         ctx.save_for_backward(*([x, *saved] if saved else []))
-        return outputs
+
+        def products() -> tuple[Tensor, ...]:
+            ys = tuple(base(x) for base in stack.bases)
+            for part, h_nR in zip(parts, hidden, strict=True):
+                for output in part.factors.outputs:
+                    y_no = _by_token(ys[output.linear])[part.tokens]
+                    y_no.addmm_(h_nR[:, output.columns], output.B_Ro)
+            return ys
+
+        return kept(stack.sites[0].module, products)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -230,10 +239,8 @@ def _by_token(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _add_updates(
-    part: Part, x_ni: Tensor, ys_no: Sequence[Tensor], keep_factors: Sequence[Tensor]
-) -> Tensor:
-    """Add the part's updates to the outputs; return the scaled x A^T, [n, R]."""
+def _down(part: Part, x_ni: Tensor, keep_factors: Sequence[Tensor]) -> Tensor:
+    """Return the part's scaled x A^T, [n, R]."""
     A_Ri, outputs = part.factors.A_Ri, part.factors.outputs
     if keep_factors:
         h_nR = x_ni.new_empty(len(x_ni), len(A_Ri))
@@ -241,10 +248,7 @@ def _add_updates(
             torch.mm(x_ni * keep_ni, A_Ri[output.columns].t(), out=h_nR[:, output.columns])
     else:
         h_nR = x_ni @ A_Ri.t()
-    h_nR.mul_(part.scaling)
-    for output in outputs:
-        ys_no[output.linear].addmm_(h_nR[:, output.columns], output.B_Ro)
-    return h_nR
+    return h_nR.mul_(part.scaling)
 
 
 def _add_gradients(
@@ -315,5 +319,6 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., o] (column-parallel) or [..., O] (row-parallel) of x [..., i]."""
-        y = reduce_from_group(self.stack.output(x, self.linear), self.group)
+        name = self.stack.sites[self.linear].module
+        y = reduce_from_group(self.stack.output(x, self.linear), self.group, name)
         return y if self.bias is None else y + self.bias

@@ -13,13 +13,11 @@ import copy
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel
 
 from lobra.common.errors import ConfigError
@@ -30,6 +28,7 @@ from lobra.model.adapter import AdapterSpec
 from lobra.model.checkpoint import CheckpointReader, as_slice
 from lobra.model.groups import ReplicaGroups
 from lobra.model.joint_stack import JointStack
+from lobra.model.memory_policy import apply_policy, is_autograds_own
 from lobra.model.micro_batch import MicroBatchTensors
 from lobra.model.precision import NothingBelowDouble, in_double, kept_dtype
 from lobra.model.segment_stack import SegmentStack
@@ -129,13 +128,6 @@ class Stage(nn.Module):
         if self.slots:
             torch._foreach_zero_([slot.gradient for slot in self.slots.values()])
 
-    def select(self, batch: MicroBatchTensors) -> None:
-        """Make `batch` the one whose tokens' tasks the linears look up.
-
-        Under the memory policy full the backward pass computes layers again, so it selects too.
-        """
-        self.selection.tasks = TokenTasks(batch.segments, batch.noise, self.apart)
-
     def hidden(self, batch: MicroBatchTensors, received_BSD: Tensor | None) -> Tensor:
         """Return the hidden states [B, S, D] this stage passes on (normed on the last stage).
 
@@ -143,7 +135,7 @@ class Stage(nn.Module):
         padded one: in a row of its own padding is on the right, where causal attention does not
         look; packed, it is apart.
         """
-        self.select(batch)
+        self.selection.tasks = TokenTasks(batch.segments, batch.noise, self.apart)
         if received_BSD is None:
             received_BSD = self.decoder.embed_tokens(batch.tokens_BS)
         output = self.decoder(
@@ -237,26 +229,12 @@ def build_stage(
     if dtype == torch.float64:
         for module in (*decoder.layers, decoder.norm, decoder.rotary_emb):
             in_double(module)
-    if layout.memory == "full":
-        _checkpoint_layers(decoder)
+    if not is_autograds_own(layout.memory, device):
+        apply_policy(decoder.layers, layout.memory)  # the last: also what is above is run again
     stage = Stage(shape, groups, decoder, head, stacks, selection, layers)
     stage.loaded_bytes = reader.loaded_bytes
     stage.install(specs)
     return stage
-
-
-def _checkpoint_layers(decoder: nn.Module) -> None:
-    """Have each layer keep its input only and be computed again in the backward pass.
-
-    What transformers' own switch does to the layers. The switch itself warns, with names that
-    change between versions, of embeddings that need no gradient here and that later stages lack.
-    """
-    decoder.train()
-    again = partial(checkpoint, use_reentrant=False)
-    for module in decoder.modules():
-        if hasattr(module, "gradient_checkpointing"):
-            module.gradient_checkpointing = True  # type: ignore[assignment]
-            module._gradient_checkpointing_func = again  # type: ignore[assignment]
 
 
 def _check_targets(specs: Iterable[AdapterSpec], shape: ModelShape) -> None:

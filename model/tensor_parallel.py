@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lobra.model.memory_policy import kept
 from lobra.model.precision import kept_dtype
 
 Group = dist.ProcessGroup | None
@@ -41,15 +42,20 @@ class _ReduceFromGroup(torch.autograd.Function):
     """Sum over the group forward, identity backward (Megatron's operator g)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        x = x.contiguous()
-        dist.all_reduce(x, group=group)
-        ctx.mark_dirty(x)
-        return x
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, name: str) -> Tensor:
+        def summed() -> Tensor:
+            total = x.contiguous()
+            dist.all_reduce(total, group=group)
+            return total
+
+        total = kept(name, summed)
+        if total is x:
+            ctx.mark_dirty(x)
+        return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return grad, None, None
 
 
 def copy_to_group(x: Tensor, group: Group) -> Tensor:
@@ -60,11 +66,14 @@ def copy_to_group(x: Tensor, group: Group) -> Tensor:
     return copied
 
 
-def reduce_from_group(x: Tensor, group: Group) -> Tensor:
-    """Return the sum of x over the tensor-parallel group (x itself is overwritten)."""
+def reduce_from_group(x: Tensor, group: Group, name: str) -> Tensor:
+    """Return the sum of x over the tensor-parallel group (x itself is overwritten).
+
+    ``name`` is that of the module x is of: memory policies go by it.
+    """
     if group is None:
         return x
-    reduced: Tensor = _ReduceFromGroup.apply(x, group)
+    reduced: Tensor = _ReduceFromGroup.apply(x, group, name)
     return reduced
 
 
@@ -95,7 +104,7 @@ class VocabParallelEmbedding(nn.Module):
         outside_BS = (local_BS < 0) | (local_BS >= len(self.rows))
         embedded_BSD = functional.embedding(local_BS.masked_fill(outside_BS, 0), self.weight)
         embedded_BSD = embedded_BSD.masked_fill(outside_BS.unsqueeze(-1), 0.0)
-        return reduce_from_group(embedded_BSD, self.group)
+        return reduce_from_group(embedded_BSD, self.group, "embed_tokens")
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):

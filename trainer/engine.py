@@ -240,14 +240,12 @@ class Engine:
         """Return what to do when a micro-batch does not fit into the GPU."""
         replica = self.run.plan.replicas[self.place.replica]
         largest = max(item.padded_tokens for item in order.replicas[self.place.replica])
-        profile_again = "profile memory again with this number of tasks"
-        keeps = replica.layout.memory != "full"
+        leaner = {"keep": ", or give --memory lean or full", "lean": ", or give --memory full"}
         return (
             f"step {order.step + 1}: out of GPU memory on replica {self.place.replica} "
             f"{replica.layout}, whose largest micro-batch holds {largest} tokens; lower its "
-            f"max_tokens ({replica.max_tokens}) in the plan"
-            + (f", {profile_again}, or give --memory full" if keeps else f", or {profile_again}")
-            + "; then go on with --resume"
+            f"max_tokens ({replica.max_tokens}) in the plan or profile memory again with this "
+            f"number of tasks{leaner.get(replica.layout.memory, '')}; then go on with --resume"
         )
 
     def _synchronize(self) -> None:

@@ -53,7 +53,6 @@ def test_both_tables_of_a_large_model_without_weights_or_gpu(tmp_path: Path) -> 
         (["--estimate", "--accelerator", "B9000"], "known are A100-40GB"),
         ([*ESTIMATE[:3], "--runtime", "abacus"], "known are deepspeed, hetu"),
         ([*ESTIMATE, "--num-gpus", "0"], "--num-gpus 0: want a positive integer"),
-        ([*ESTIMATE, "--memory", "lean"], "--memory lean: want keep or full, lean is not"),
     ],
 )
 def test_mistakes_end_2_and_leave_nothing(

@@ -78,11 +78,10 @@ def test_mistakes_in_arguments_environment_and_files_come_together(
     monkeypatch.setenv("DP_BUCKET", "yes")
     write_config(rank=0)
     write_plan({"dp": 0, "tp": 1, "pp": 1, "max_tokens": 64})
-    wrong = ("--num-buckets", "0", "--keep-last", "-1", "--revive", "small", "--memory", "lean")
+    wrong = ("--num-buckets", "0", "--keep-last", "-1", "--revive", "small")
     assert train(place, *wrong) == 2
     refused(
-        capsys, "--num-buckets 0", "--memory lean: want keep or full",
-        "--keep-last -1", "DP_BUCKET=yes", "task[0].rank", "dp",
+        capsys, "--num-buckets 0", "--keep-last -1", "DP_BUCKET=yes", "task[0].rank", "dp",
         "--revive: only a run that goes on",
     )  # fmt: skip
 
@@ -292,16 +291,19 @@ def test_a_run_goes_on_with_another_plan_and_is_reported(
     assert "has only the steps 1, 3" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", [("--memory", "full"), ("--gradient-checkpointing",)])
+@pytest.mark.parametrize(
+    ("option", "memory"),
+    [(("--memory", "lean"), "lean"), (("--gradient-checkpointing",), "full")],
+)
 def test_a_memory_policy_for_the_whole_run(
-    place: Path, capsys: pytest.CaptureFixture[str], option: tuple[str, ...]
+    place: Path, capsys: pytest.CaptureFixture[str], option: tuple[str, ...], memory: str
 ) -> None:
     write_config(steps=2)
     assert train(place, *option, "--max-steps", "1") == 0
     config = yaml.safe_load(Path("run/config.yaml").read_text())
-    assert config["plan"] == [{"dp": 1, "tp": 1, "pp": 1, "memory": "full", "max_tokens": 64}]
+    assert config["plan"] == [{"dp": 1, "tp": 1, "pp": 1, "memory": memory, "max_tokens": 64}]
     assert main(["report", "run"]) == 0
-    assert "<1,1>x1 full on 1 CPU ranks" in capsys.readouterr().out
+    assert f"<1,1>x1 {memory} on 1 CPU ranks" in capsys.readouterr().out
     assert train(place, "--resume") == 0
     config = yaml.safe_load(Path("run/config.yaml").read_text())
     assert config["plan"] == [{"dp": 1, "tp": 1, "pp": 1, "max_tokens": 64}]

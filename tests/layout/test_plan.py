@@ -75,7 +75,6 @@ def test_cp_and_memory_are_written_only_where_they_say_more(tmp_path: Path) -> N
     [
         ("cp: 2", "cp: 2: context parallelism is not built yet; want 1"),
         ("cp: two", 'cp = "two": want a positive integer'),
-        ("memory: lean", "memory: 'lean' is not built yet; want keep or full"),
         (
             "memory: ful",
             "memory = \"ful\": want one of keep, lean, full (did you mean 'full'?)",

@@ -22,14 +22,18 @@ from transformers import (
     Qwen3Config,
 )
 
+from lobra.layout.layout import MEMORY_POLICIES
 from lobra.layout.sequences import MicroBatch, Sequence
 from lobra.layout.shapes import ModelShape
 from lobra.layout.world import World, shard_range
 from lobra.model import tensor_parallel
 from lobra.model.adapter import AdapterSpec, FlatTensors
 from lobra.model.groups import build_groups, new_group
+from lobra.model.joint_stack import JointStack
+from lobra.model.memory_policy import apply_policy
 from lobra.model.micro_batch import MicroBatchTensors, micro_batch_tensors
 from lobra.model.pipeline import run_replica
+from lobra.model.segment_stack import SegmentStack
 from lobra.model.stage import Stage, build_stage
 from lobra.model.tensor_parallel import VocabParallelHead
 
@@ -162,6 +166,37 @@ def gradients_on_rank(
         "held_bytes": 4 * elements,
         "place": groups.place,
     }
+
+
+def unlike_plain_autograd(folder: Path, world: World) -> list[str]:
+    """Return what a memory policy makes differ in a replica's losses and gradients, in fp64."""
+    groups = build_groups(world)
+    specs = {0: replace(SPECS[0], dropout=0.3), 1: SPECS[1]}
+    different = []
+    for stack_type, apart in ((SegmentStack, False), (JointStack, False), (JointStack, True)):
+        expected: dict[str, torch.Tensor] = {}
+        for policy in (None, *MEMORY_POLICIES):
+            stage = build_stage(folder, groups, specs, dtype=torch.float64, stack_type=stack_type)
+            stage.apart = apart
+            if policy is not None:
+                apply_policy(stage.decoder.layers, policy)
+            for task in specs:
+                stage.load(task, random_adapter(stage.shape, task))
+            batches = [
+                micro_batch(tokens, labels, rows, seed, packed=seed % 2 == 1)
+                for seed, (tokens, labels, rows) in enumerate(random_batches(3))
+            ]
+            losses = run_replica(stage, tensors_of(stage, batches, [0.5, 0.25]), len(specs))
+            found = {"losses": losses}
+            found |= {f"gradient of task {n}": slot.gradient for n, slot in stage.slots.items()}
+            expected = expected or found
+            different += [
+                f"{stack_type.__name__}, apart {apart}, {policy}: {name}"
+                for name, value in found.items()
+                if not torch.equal(value, expected[name])
+            ]
+            assert all(value.any() for name, value in found.items() if name != "losses")
+    return different
 
 
 def gradients_few_logits_at_once(

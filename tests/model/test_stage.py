@@ -145,11 +145,20 @@ def test_a_vocabulary_that_the_ranks_cannot_share_evenly(tmp_path: Path) -> None
         assert error < 1e-5, f"{name}: relative error {error:.1e}"
 
 
+@pytest.mark.parametrize("layout", [Layout(1, 1), Layout(2, 1), Layout(1, 2), Layout(2, 2)])
+def test_every_memory_policy_computes_what_plain_autograd_does(llama, layout: Layout) -> None:
+    """To the bit, dropout included; what is computed again adds no gradient again."""
+    function = "tests.model.support:unlike_plain_autograd"
+    arguments = dict(folder=llama, world=one_replica(layout))
+    assert run_ranks(function, layout.num_gpus, arguments) == [[]] * layout.num_gpus
+
+
 @pytest.mark.parametrize("stage", [0, 1])
-def test_gradient_checkpointing_says_nothing_and_computes_layers_again(
-    llama, stage: int, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("memory", "passes"), [("keep", 1), ("lean", 2), ("full", 2)])
+def test_a_stage_follows_the_policy_of_its_layout_and_says_nothing(
+    llama, memory: str, passes: int, stage: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    place = one_replica(Layout(1, 2, memory="full")).place(stage)
+    place = one_replica(Layout(1, 2, memory=memory)).place(stage)
     groups = ReplicaGroups(place, None, (stage,), None, (0, 1))
     tokens = torch.arange(3, 11).unsqueeze(0)
     computed: list[int] = []
@@ -164,7 +173,7 @@ def test_gradient_checkpointing_says_nothing_and_computes_layers_again(
     finally:
         transformers.utils.logging.disable_propagation()
     assert not caplog.records
-    assert len(computed) == 2
+    assert len(computed) == passes, "on a CPU keep is plain autograd"
 
 
 @pytest.mark.parametrize("layout", [Layout(2, 2), Layout(4, 1)])

@@ -158,11 +158,10 @@ def test_a_file_of_before_the_column_says_it_in_its_settings(tmp_path: Path) -> 
     assert load_memory_profile(path).layouts == (Layout(1, 1),)
     write_meta(path, {"settings": {"gradient_checkpointing": True}})
     assert load_memory_profile(path).layouts == (Layout(1, 1, memory="full"),)
-    path.write_text("tp,pp,sp,max_tokens,memory\n1,1,1,4096,lean\n1,1,1,2048,most\n")
+    path.write_text("tp,pp,sp,max_tokens,memory\n1,1,1,4096,\n1,1,1,2048,most\n")
     with pytest.raises(ConfigError) as error:
         load_memory_profile(path)
     assert [problem.partition("line ")[2] for problem in error.value.problems] == [
-        "2: memory: 'lean' is not built yet; want keep or full",
         "3: memory: 'most' is not one of keep, lean, full",
         "3: <1,1> sp 1 is already on line 2; keep one",
     ]

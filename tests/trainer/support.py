@@ -46,9 +46,15 @@ def small_task(**fields: object) -> TaskConfig:
     return TaskConfig(**{**values, **fields})  # type: ignore[arg-type]
 
 
-def make_plan(layouts: list[tuple[int, int]], max_tokens: int) -> Plan:
-    """Return a plan with one replica per <tp,pp>; larger layouts hold more tokens."""
-    groups = [ReplicaGroup(Layout(tp, pp), 1, max_tokens * tp * pp) for tp, pp in layouts]
+def make_plan(layouts: list[tuple[Any, ...]], max_tokens: int) -> Plan:
+    """Return a plan with one replica per (tp, pp) or (tp, pp, memory policy).
+
+    Larger layouts hold more tokens.
+    """
+    groups = [
+        ReplicaGroup(Layout(tp, pp, 1, *memory), 1, max_tokens * tp * pp)
+        for tp, pp, *memory in layouts
+    ]
     return Plan(tuple(groups))
 
 
