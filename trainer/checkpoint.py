@@ -162,8 +162,10 @@ class _Broken(Exception):
 def _read(folder: Path) -> CheckpointState:
     """Return a checkpoint's state after checking all its files; of tensors only the headers.
 
-    Raises:
-        _Broken: something is missing, damaged or does not fit the rest.
+    Raises
+    ------
+    _Broken
+        Something is missing, damaged or does not fit the rest.
     """
     problems = Problems()
     try:
@@ -215,8 +217,10 @@ def _progress_of_format_1(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def _tensors(folder: Path, name: str) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a checkpoint's tensors by name; opening also finds a file cut short.
 
-    Raises:
-        _Broken: the file is missing or damaged.
+    Raises
+    ------
+    _Broken
+        The file is missing or damaged.
     """
     if not (folder / name).is_file():
         raise _Broken(f"{name} is missing")
@@ -239,9 +243,11 @@ def _is_whole(folder: Path) -> bool:
 def read_state(run: Path, step: int | None) -> CheckpointState:
     """Return the state of a run's checkpoint; of the last one when `step` is None.
 
-    Raises:
-        ConfigError: there is no such checkpoint, or some file of it is missing or damaged; the
-            message then names the last step that is whole.
+    Raises
+    ------
+    ConfigError
+        There is no such checkpoint, or some file of it is missing or damaged; the message then
+        names the last step that is whole.
     """
     steps = list_checkpoints(run)
     if not steps:
