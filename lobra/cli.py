@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from cyclopts import (
@@ -121,16 +122,21 @@ def run(app: App, words: Sequence[str]) -> int:
     ConfigError
         If they are no command, or its options are not.
     """
-    words = [ALIASES.get(word, word) for word in words]
+    command = parsed(app, [ALIASES.get(word, word) for word in words])
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    code = command()
+    if code is None:  # a text was shown, asked for or instead of a command that is missing
+        return EXIT_OK if {"--help", "-h", "--version"} & set(words) else EXIT_USER_MISTAKE
+    return int(code)
+
+
+def parsed(app: App, words: Sequence[str]) -> Callable[[], Any]:
+    """Return the command that words ask for, with the arguments they give; `run` says the rest."""
     try:
         command, given, _ = app.parse_args(words, print_error=False, exit_on_error=False)
     except CycloptsError as error:
         raise ConfigError(_explained(error)) from None
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    code = command(*given.args, **given.kwargs)
-    if code is None:  # a text was shown, asked for or instead of a command that is missing
-        return EXIT_OK if {"--help", "-h", "--version"} & set(words) else EXIT_USER_MISTAKE
-    return int(code)
+    return partial(command, *given.args, **given.kwargs)
 
 
 def _explained(error: CycloptsError) -> Problems:
