@@ -51,14 +51,9 @@ from lobra.tasks.dataset import TokenizedDataset, split
 from lobra.tasks.sampling import num_steps
 from lobra.tasks.text_processor import TextProcessor
 from lobra.trainer.adapters import adapter_spec, check_adapter
-from lobra.trainer.checkpoint import (
-    CheckpointState,
-    read_state,
-    resume_problems,
-    revival_problems,
-    task_record,
-)
+from lobra.trainer.checkpoint import CheckpointState, read_state
 from lobra.trainer.metrics import METRICS_FILE, check_metrics
+from lobra.trainer.resume_checks import resume_problems, revival_problems, task_record
 from lobra.trainer.run_config import PlanPeriod, plan_history, resolved_config
 from lobra.trainer.run_folder import occupied, unusable, write_run_folder
 from lobra.trainer.run_spec import RunSpec
