@@ -51,9 +51,10 @@ COLUMNS = ("method", "ranks", "tokens_per_s", "step_s", "memory_mib", "first_los
 
 @dataclass(frozen=True)
 class Row:
-    """A method's figures; losses are means over target tokens, memory is of the largest rank.
+    """What was measured of a method; memory is of the largest rank.
 
-    ``losses`` and ``tokens`` have an entry per step, the others leave the first step out.
+    Losses are means over target tokens. ``losses`` and ``tokens`` have an entry per step, the
+    others leave the first step out.
     """
 
     method: str

@@ -66,7 +66,7 @@ class PlanSummary:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """The figures of a run's report. Times in seconds; shares are of rank 0's step time.
+    """A run in numbers. Times in seconds; shares are of rank 0's step time.
 
     `plans` are all the run has had, in order; times, shares and `num_gpus` are of the last one.
     `step_gpu_seconds` is what the steps took on all GPUs; `other_gpu_seconds` what validation and
