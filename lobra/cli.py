@@ -66,7 +66,7 @@ ALIASES = {"--gradient-checkpointing": "--memory=full"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `lobra <command> ...` and return its exit code (CONTRACT: 0, 1, 2 or 130)."""
+    """Run `lobra <command> ...` and return its exit code (0, 1, 2 or 130)."""
     if argv is None:
         _keep_working_folder_out()
     words = list(sys.argv[1:] if argv is None else argv)
@@ -191,7 +191,7 @@ def resumable() -> Iterator[None]:
 
 
 def guarded(run: Callable[[], int], name: str = "lobra") -> int:
-    """Return `run()`; turn errors into the contract's messages and exit codes.
+    """Return `run()`; turn errors into messages and exit codes.
 
     A user's mistake is printed without a traceback (2), Ctrl-C ends with 130, anything else with
     its traceback and 1 (a rank's failure with the rank's traceback). Messages begin with `name`.

@@ -98,7 +98,7 @@ def _overview(summary: RunSummary, folder: Path) -> Table:
 
 
 def describe_groups(groups: list[dict[str, Any]]) -> str:
-    """Return a plan given as the contract's JSON list in LobRA's notation."""
+    """Return a plan, given as `lobra plan --json` lists it, in LobRA's notation."""
     return " ".join(f"<{g['tp']},{g['pp']}>x{g['replicas']}" for g in groups) or "unknown"
 
 

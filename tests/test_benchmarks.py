@@ -21,6 +21,7 @@ def test_every_module_is_a_subject_with_a_documented_driver(project_root: Path) 
         body = ast.parse(modules[subject].read_text(encoding="utf-8")).body
         drivers = [f for f in body if isinstance(f, ast.FunctionDef) and f.name == subject]
         assert [bool(ast.get_docstring(driver)) for driver in drivers] == [True], subject
+        assert ast.unparse(drivers[0].returns).startswith("Iterator["), "it yields rows"
 
 
 def test_rows_are_printed_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
