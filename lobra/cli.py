@@ -115,13 +115,7 @@ def make_app(**settings: Any) -> App:
 
 
 def run(app: App, words: Sequence[str]) -> int:
-    """Run the command that the words of a command line ask for; return its exit code.
-
-    Raises
-    ------
-    ConfigError
-        If they are no command, or its options are not.
-    """
+    """Run the command that the words of a command line ask for (`parsed`); return its exit code."""
     command = parsed(app, [ALIASES.get(word, word) for word in words])
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     code = command()
@@ -131,7 +125,13 @@ def run(app: App, words: Sequence[str]) -> int:
 
 
 def parsed(app: App, words: Sequence[str]) -> Callable[[], Any]:
-    """Return the command that words ask for, with the arguments they give; `run` says the rest."""
+    """Return the command that the words of a command line ask for, with the arguments they give.
+
+    Raises
+    ------
+    ConfigError
+        If they are no command, or its options are not.
+    """
     try:
         command, given, _ = app.parse_args(words, print_error=False, exit_on_error=False)
     except CycloptsError as error:
