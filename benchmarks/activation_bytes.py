@@ -1,37 +1,59 @@
 """Bytes a token and layer that the forward pass keeps for the backward pass.
 
-    python benchmarks/activation_bytes.py [--device cuda] [--job cuda] [--tasks 4] [--output FILE]
-
-One micro-batch of the job of benchmarks/multi_lora.py through the layers of one replica ``<1,1>``,
-under each memory policy. Counted are the storages of the tensors that autograd saves, and on a GPU
-what the allocator has more of after the forward pass than before: by how much they are more for a
-full micro-batch than for half of one, so that what does not grow with the tokens (weights, copies
-of adapters) is left out.
+One micro-batch of the job of `multi_lora` through the layers of one replica ``<1,1>``, under each
+memory policy. Counted are the storages of the tensors that autograd saves, and on a GPU what the
+allocator has more of after the forward pass than before: by how much they are more for a full
+micro-batch than for half of one, so that what does not grow with the tokens (weights, copies of
+adapters) is left out.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import torch
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
+from benchmarks.sides.base import first_fit_decreasing
+from benchmarks.sides.job import JOBS, JobName, save_model
+from benchmarks.sides.lengths import find_lengths
+from benchmarks.sides.side import Setting, alone_on, weights_dtype
+from lobra.common.options import Device
+from lobra.layout.layout import Layout
+from lobra.profiler.hardware import resolve_device
 
-from benchmarks.sides.base import first_fit_decreasing  # noqa: E402
-from benchmarks.sides.job import JOBS, save_model  # noqa: E402
-from benchmarks.sides.lengths import find_lengths  # noqa: E402
-from benchmarks.sides.side import Setting, weights_dtype  # noqa: E402
-from lobra.common.files import write_atomic  # noqa: E402
-from lobra.layout.layout import Layout  # noqa: E402
-from lobra.profiler.hardware import describe_device, resolve_device, versions  # noqa: E402
+
+def activation_bytes(
+    *,
+    device: Device = "auto",
+    job: JobName | None = None,
+    tasks: int = 4,
+    rank: int = 16,
+    memory: tuple[str, ...] = ("keep", "lean", "full"),
+) -> Iterator[dict[str, Any]]:
+    """Run a micro-batch's forward pass under memory policies and count what it keeps.
+
+    Parameters
+    ----------
+    job
+        Sizes of the model and of the micro-batch; by default the device's.
+    tasks
+        Number of adapters.
+    rank
+        Of the adapters.
+    memory
+        The policies.
+    """
+    device = resolve_device(device)
+    sizes = JOBS[job or device]
+    with tempfile.TemporaryDirectory() as name, alone_on(device):
+        folder = Path(name) / "model"
+        save_model(sizes.model, folder, weights_dtype(device), device)
+        for policy in memory:
+            setting = Setting(folder, sizes, tasks, rank, device)
+            yield {"device": device, "memory": policy, **measure(setting, policy)}
 
 
 def measure(setting: Setting, memory: str) -> dict[str, float]:
@@ -69,40 +91,3 @@ def kept_bytes(num_tokens: int, run_layers: Callable[[], torch.Tensor]) -> dict[
     if output.is_cuda:
         found["allocated_bytes"] = torch.cuda.memory_allocated() - before
     return found
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure every policy and print a line each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--job", choices=tuple(JOBS), help="default: the device's")
-    parser.add_argument("--tasks", type=int, default=4)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--memory", default="keep,full", help="memory policies")
-    parser.add_argument("--output", type=Path, help="JSON to write")
-    args = parser.parse_args(argv)
-    device = resolve_device(args.device)
-    os.environ.setdefault("LOCAL_RANK", "0")  # deepspeed asks for it
-    if device == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    job = JOBS[args.job or device]
-    found = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "model"
-        save_model(job.model, folder, weights_dtype(device), device)
-        store = dist.FileStore(f"{name}/store", 1)
-        backend = "nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
-        for memory in args.memory.split(","):
-            found[memory] = measure(Setting(folder, job, args.tasks, args.rank, device), memory)
-            words = (f"{key} {value:,.0f}" for key, value in found[memory].items())
-            print(f"{memory}: {', '.join(words)}", flush=True)
-        dist.destroy_process_group()
-    if args.output:
-        about = {"device": describe_device(device), "versions": versions(), "tasks": args.tasks}
-        write_atomic(args.output, json.dumps({**about, "policies": found}, indent=1) + "\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

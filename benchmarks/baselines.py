@@ -1,10 +1,7 @@
 """Plain tensor parallel, FSDP2 + PEFT, a GPipe-like pipeline and ours, on the same model and data.
 
-    python benchmarks/baselines.py [--ranks 4] [--steps 6] [--device cpu] [--model tiny]
-        [--plan "<1,1>x2 <2,1>x1"] [--time-profile CSV] [--output FILE.csv]
-
 Trains one LoRA adapter on random sequences of heavy-tailed lengths, every method from the same
-adapter on the same sequences, and prints tokens/s, step time (mean without the first step), the
+adapter on the same sequences. A row has tokens/s, step time (mean without the first step), the
 largest rank's memory and the losses. A step's time is from drawing its sequences to the optimiser's
 end. Memory is the peak of the steps on GPUs, what is resident after the backward pass on CPUs.
 On CPU ranks it shows that the methods agree and what their overheads are, not what GPUs would do.
@@ -16,39 +13,35 @@ from __future__ import annotations
 import csv
 import json
 import os
-import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import numpy as np
 
-import numpy as np  # noqa: E402
-
-from benchmarks.baselines_ranks import METHODS, Measured, Work  # noqa: E402
-from experiments.published import parse_plan  # noqa: E402
-from lobra.cli import guarded, make_app, run  # noqa: E402
-from lobra.common.errors import ConfigError  # noqa: E402
-from lobra.common.models import at_least  # noqa: E402
-from lobra.common.options import Int, PositiveInt, Within, as_options, option_problems  # noqa: E402
-from lobra.layout.layout import Layout  # noqa: E402
-from lobra.layout.placement import place  # noqa: E402
-from lobra.layout.plan import Plan, ReplicaGroup  # noqa: E402
-from lobra.layout.shapes import read_shape  # noqa: E402
-from lobra.model.folder import resolve_folder  # noqa: E402
-from lobra.model.launch import run_ranks  # noqa: E402
-from lobra.profiler.cost_model import CostModel, fit_cost_model  # noqa: E402
-from lobra.profiler.hardware import num_cores  # noqa: E402
-from lobra.profiler.profiles import TimeProfile, load_time_profile  # noqa: E402
-from lobra.tasks.config import TARGET_MODULES, TaskConfig  # noqa: E402
-from lobra.tasks.dataset import TokenizedDataset  # noqa: E402
-from lobra.tasks.sampling import task_seed  # noqa: E402
-from lobra.trainer.run import PRELOAD, run_local  # noqa: E402
-from tests.trainer.support import make_run  # noqa: E402
+from benchmarks.baselines_ranks import METHODS, Measured, Work
+from benchmarks.sides.lengths import ROOT
+from experiments.published import parse_plan
+from lobra.common.errors import ConfigError
+from lobra.common.models import at_least
+from lobra.common.options import Int, PositiveInt, Within, as_options, option_problems
+from lobra.layout.layout import Layout
+from lobra.layout.placement import place
+from lobra.layout.plan import Plan, ReplicaGroup
+from lobra.layout.shapes import read_shape
+from lobra.model.folder import resolve_folder
+from lobra.model.launch import run_ranks
+from lobra.profiler.cost_model import CostModel, fit_cost_model
+from lobra.profiler.hardware import num_cores
+from lobra.profiler.profiles import TimeProfile, load_time_profile
+from lobra.tasks.config import TaskConfig
+from lobra.tasks.dataset import TokenizedDataset
+from lobra.tasks.sampling import task_seed
+from lobra.tasks.target_modules import TARGET_MODULES
+from lobra.trainer.run import PRELOAD, run_local
+from tests.trainer.support import make_run
 
 LEARNING_RATE, LORA_RANK = 1e-3, 16
 HOURS_S = 4 * 3600.0  # after which a method that hangs is given up
@@ -58,9 +51,10 @@ COLUMNS = ("method", "ranks", "tokens_per_s", "step_s", "memory_mib", "first_los
 
 @dataclass(frozen=True)
 class Row:
-    """A method's figures; losses are means over target tokens, memory is of the largest rank.
+    """What was measured of a method; memory is of the largest rank.
 
-    ``losses`` and ``tokens`` have an entry per step, the others leave the first step out.
+    Losses are means over target tokens. ``losses`` and ``tokens`` have an entry per step, the
+    others leave the first step out.
     """
 
     method: str
@@ -259,8 +253,8 @@ class BaselineOptions:
 DEFAULTS = BaselineOptions()
 
 
-def compare(*, options: BaselineOptions = DEFAULTS) -> int:
-    """Train with every method, print the table, write it if asked to.
+def baselines(*, options: BaselineOptions = DEFAULTS) -> Iterator[dict[str, Any]]:
+    """Train one adapter with every method, and check that all train the same.
 
     Raises
     ------
@@ -289,41 +283,26 @@ def compare(*, options: BaselineOptions = DEFAULTS) -> int:
     if options.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     load_at_start = os.getloadavg()[0]
+    rows = []
     with tempfile.TemporaryDirectory() as name:
         work = work_of(Path(name), options.model, options.device, options.steps, options.longest)
-        rows = []
         for method in METHODS:
-            print(f"{method} ...", file=sys.stderr, flush=True)
             rows.append(run_baseline(method, work, options.ranks))
-        print("ours ...", file=sys.stderr, flush=True)
+            yield _shown(rows[-1])
         rows.append(run_ours(work, plan, Path(name) / "ours", cost_model))
-    loads = f"{load_at_start:.1f} before, {os.getloadavg()[0]:.1f} after"
-    ranks = f"{options.ranks} {options.device} ranks"
-    print(f"{options.model}, {ranks}, {num_cores()} cores, load {loads}")
-    print(f"{COLUMNS[0]:<28}" + "".join(f"{column:>14}" for column in COLUMNS[1:]))
-    table = [[getattr(row, column) for column in COLUMNS] for row in rows]
-    for method, *values in table:
-        print(f"{method:<28}" + "".join(f"{value:>14.6g}" for value in values))
-    tokens = {row.tokens for row in rows}
+        yield _shown(rows[-1])
     apart = max(
         abs(row.losses[k] / rows[0].losses[k] - 1) for row in rows for k in range(options.steps)
     )
-    same = "the same" if len(tokens) == 1 else "DIFFERENT"
-    print(f"{same} tokens in every step; losses of all steps and methods within {apart:.1e}")
+    yield {"same tokens": len({row.tokens for row in rows}) == 1, "losses apart": f"{apart:.1e}"}
     if options.output:
+        loads = f"{load_at_start:.1f} before, {os.getloadavg()[0]:.1f} after"
         about = [options.model, options.device, options.steps, num_cores(), loads, f"{apart:.1e}"]
         options.output.parent.mkdir(parents=True, exist_ok=True)
         with options.output.open("w", newline="", encoding="utf-8") as file:
-            lines = [[*row, *about] for row in table]
+            lines = [[*_shown(row).values(), *about] for row in rows]
             csv.writer(file, lineterminator="\n").writerows([[*COLUMNS, *ABOUT], *lines])
-    return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code (2 for a mistake of the user's)."""
-    app = make_app(name="baselines", default_command=compare, version_flags=())
-    return guarded(lambda: run(app, sys.argv[1:] if argv is None else argv), "baselines")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def _shown(row: Row) -> dict[str, Any]:
+    return {column: getattr(row, column) for column in COLUMNS}

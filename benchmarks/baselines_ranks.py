@@ -55,7 +55,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Measured:
-    """One rank's figures: per step seconds, mean loss, tokens of the sequences, memory in bytes.
+    """What was measured on a rank, step by step: seconds, mean loss, tokens, memory in bytes.
 
     Memory is the peak within the step on a GPU, what is resident after the backward pass on a CPU.
     """

@@ -18,8 +18,8 @@ fi
 mkdir -p "$1" && out=$(cd "$1" && pwd) && cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 device=${DEVICE:-cuda} python=${PYTHON:-python3}
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-job=$device bench=(--tasks 4,16 --steps 2 --sequences 64) steps=8 patience=1
-[[ $device == cpu ]] && job=tiny bench=(--tasks 2,4 --steps 1) steps=4 patience=10
+job=$device sizes=(--tasks 4 --tasks 16 --steps 2 --sequences 64) steps=8 patience=1
+[[ $device == cpu ]] && job=tiny sizes=(--tasks 2 --tasks 4 --steps 1) steps=4 patience=10
 : >"$out/log.txt" && : >"$out/parts.tsv"
 
 # part NAME LIMIT_S COMMAND ...: runs it, notes how it ended, and brings OUT/gpu.json up to date.
@@ -31,7 +31,7 @@ part() {
     timeout --signal=INT --kill-after=10 "$limit_s" "$@" 2>&1 | tee -a "$out/log.txt"
     status=${PIPESTATUS[0]}
     printf '%s\t%s\t%s\n' "$name" "$status" $((SECONDS - start)) >>"$out/parts.tsv"
-    "$python" benchmarks/gpu_report.py "$out"
+    "$python" -m benchmarks.gpu_report "$out"
 }
 
 share_gpu() {
@@ -49,14 +49,17 @@ own_gpu() {
     unset NCCL_MULTI_RANK_GPU_ENABLE CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY LD_PRELOAD
 }
 
-equality=("$python" -m benchmarks equality --device "$device" --families llama)
+# bench NAME LIMIT_S SUBJECT ...: the part is a benchmark on the device, its rows in OUT/NAME.json.
+bench() {
+    part "$1" "$2" "$python" -m benchmarks "${@:3}" --device "$device" --json "$out/$1.json"
+}
+
 part tests 60 "$python" -m pytest -q -p no:cacheprovider -m gpu
-part equality 75 "${equality[@]}" --precision fp64 --precision fp32 --precision bf16 --plans "one <1,1>" --json "$out/equality.json"
-part multi_lora 140 "$python" benchmarks/multi_lora.py --device "$device" --job "$job" "${bench[@]}" \
-    --output "$out/multi_lora.json" --operators "$out/operators.csv"
-part activations 30 "$python" benchmarks/activation_bytes.py --device "$device" --job "$job" --output "$out/activations.json"
-part training 100 "$python" benchmarks/training_run.py "$out/training" --device "$device" --job "$job" --steps "$steps"
+bench equality 75 equality --families llama --precision fp64 --precision fp32 --precision bf16 --plans "one <1,1>"
+bench multi_lora 140 multi_lora --job "$job" "${sizes[@]}" --operators "$out/operators.csv"
+bench activations 30 activation_bytes --job "$job"
+bench training 100 training_run "$out/training" --job "$job" --steps "$steps"
 share_gpu
-part ranks 75 "${equality[@]}" --precision fp64 --precision fp32 --plans "<1,1> <2,2>;<1,1>x2 <2,1> <1,2>" --json "$out/ranks.json"
+bench ranks 75 equality --families llama --precision fp64 --precision fp32 --plans "<1,1> <2,2>;<1,1>x2 <2,1> <1,2>"
 own_gpu
 ! awk -F'\t' '$2 != 0' "$out/parts.tsv" | grep -q .

@@ -1,8 +1,8 @@
 """One JSON of what the parts of benchmarks/gpu.sh have found so far.
 
-    python benchmarks/gpu_report.py OUT
+    python -m benchmarks.gpu_report OUT
 
-Reads OUT/parts.tsv (name, exit status, seconds) and each part's JSON, writes OUT/gpu.json and
+Reads OUT/parts.tsv (name, exit status, seconds) and each part's NAME.json, writes OUT/gpu.json and
 prints a line about the last part.
 """
 
@@ -13,11 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from lobra.common.files import write_atomic
 
-RESULTS = {"training": "training/training_run.json"}  # of other parts: NAME.json
 NOTHING_TO_TEST = 5  # pytest's status
 TOO_LATE = (124, 137)  # timeout's
 
@@ -27,7 +24,7 @@ def read_parts(folder: Path) -> dict[str, dict[str, Any]]:
     parts = {}
     for line in (folder / "parts.tsv").read_text(encoding="utf-8").splitlines():
         name, status, seconds = line.split("\t")
-        path = folder / RESULTS.get(name, f"{name}.json")
+        path = folder / f"{name}.json"
         parts[name] = {
             "ended": how_it_ended(int(status)),
             "seconds": int(seconds),

@@ -1,9 +1,9 @@
 """Peak memory and time of the loss: all tokens' logits at once against a few tokens at a time.
 
 Both compute the cross-entropy of random hidden states under a frozen head and its gradient with
-respect to them: torch's own on the whole logits, and the trainer's, in chunks. Each runs in a
-process of its own; the peak is what the process's resident memory rose by (CPU), or what the
-allocator had at most (GPU).
+respect to them: torch's own on the whole logits, and the trainer's, some tokens after others. Each
+runs in a process of its own; the peak is what the process's resident memory rose by (CPU), or what
+the allocator had at most (GPU).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def loss_memory(
     device: Literal["cpu", "cuda"] = "cpu",
 ) -> Iterator[dict[str, Any]]:
     """Measure the loss of random hidden states [tokens, hidden] under a head of ``vocab`` rows."""
-    for logits in ("whole", "in chunks"):
+    for logits in ("whole", "in parts"):
         with ProcessPoolExecutor(1, get_context("spawn")) as alone:
             row = alone.submit(measured, logits, tokens, hidden, vocab, precision, device)
             yield row.result()
@@ -49,7 +49,7 @@ def measured(
     weight = (0.02 * torch.randn(vocab, hidden, generator=generator)).to(device, dtype)
     targets = torch.randint(0, vocab, (tokens,), generator=generator).to(device)
     states.requires_grad_(True)
-    compute = {"whole": _whole, "in chunks": _in_chunks}[logits]
+    compute = {"whole": _whole, "in parts": _in_parts}[logits]
     compute(states[:16], weight, targets[:16]).backward()  # libraries load on first use
     states.grad = None
     begin = time.perf_counter()
@@ -67,7 +67,7 @@ def _whole(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) ->
     return functional.cross_entropy(logits, targets, reduction="mean")
 
 
-def _in_chunks(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _in_parts(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     factors = torch.full((len(targets),), 1.0 / len(targets), device=hidden.device)
     head = VocabParallelHead(weight, range(len(weight)), None, len(weight))
     return head.loss(hidden, targets, factors)[0]

@@ -1,31 +1,27 @@
 """What packed attention and LoRA dropout take, each beside what it replaces.
 
-    python benchmarks/packed_parts.py LENGTHS [--device cuda] [--max-tokens 8192]
-
-LENGTHS is a JSON file of lists of lengths. Attention, forward and backward, of one micro-batch of
-them, packed and in rows padded to the longest. Dropout: the factors of a linear's input, by hashing
-keys and as torch draws them. The least of several alternating runs.
+Attention, forward and backward, of one micro-batch of real lengths, packed and in rows padded to
+the longest. Dropout: the factors of a linear's input, by hashing keys and as torch draws them. The
+least of several alternating runs.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, Literal
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-from torch.nn import functional  # noqa: E402
-
-from lobra.model.dropout import TokenNoise, feature_keys, token_keys  # noqa: E402
-from lobra.model.packed_attention import Packing, packed_attention, register  # noqa: E402
+from benchmarks.sides.job import JOBS
+from benchmarks.sides.lengths import find_lengths
+from lobra.model.dropout import TokenNoise, feature_keys, token_keys
+from lobra.model.packed_attention import Packing, packed_attention, register
 
 CONTEXTS = (512, 4096)  # where sequences are cut
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128  # of Llama 3.1 8B; of these, on CPU an eighth
@@ -34,20 +30,28 @@ DROPOUT = 0.1
 RUNS = 7
 
 
-def main() -> None:
-    """Measure and print a line for each way."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("lengths", type=Path)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--max-tokens", type=int, default=8192)
-    args = parser.parse_args()
+def packed_parts(
+    *,
+    lengths: Path | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
+    max_tokens: int = 8192,
+) -> Iterator[dict[str, Any]]:
+    """Time attention and dropout of a micro-batch, each beside what it replaces.
+
+    Parameters
+    ----------
+    lengths
+        JSON of lengths by data set.
+    max_tokens
+        Of the micro-batch.
+    """
     register()
-    device = torch.device(args.device)
-    known = [length for drawn in json.loads(args.lengths.read_text()).values() for length in drawn]
+    place = torch.device(device)
+    known = np.concatenate(list(find_lengths(JOBS["cpu"].datasets, lengths).of.values())).tolist()
     for context in CONTEXTS:
-        lengths = micro_batch_lengths(known, min(context, args.max_tokens), args.max_tokens)
-        report(f"attention, cut at {context}", sum(lengths), attention_ways(lengths, device))
-    report("dropout", args.max_tokens, dropout_ways(args.max_tokens, device))
+        drawn = micro_batch_lengths(known, min(context, max_tokens), max_tokens)
+        yield from timed(f"attention, cut at {context}", sum(drawn), attention_ways(drawn, place))
+    yield from timed("dropout", max_tokens, dropout_ways(max_tokens, place))
 
 
 def micro_batch_lengths(known: list[int], context: int, max_tokens: int) -> list[int]:
@@ -100,8 +104,10 @@ def dropout_ways(num_tokens: int, device: torch.device) -> dict[str, Callable[[]
     }
 
 
-def report(subject: str, num_tokens: int, ways: Mapping[str, Callable[[], object]]) -> None:
-    """Run the ways in turn and print the least time of each."""
+def timed(
+    part: str, num_tokens: int, ways: Mapping[str, Callable[[], object]]
+) -> Iterator[dict[str, Any]]:
+    """Run the ways in turn and yield the least time of each."""
     least_s = dict.fromkeys(ways, float("inf"))
     for _ in range(RUNS):
         for name, way in ways.items():
@@ -111,8 +117,4 @@ def report(subject: str, num_tokens: int, ways: Mapping[str, Callable[[], object
                 torch.cuda.synchronize()
             least_s[name] = min(least_s[name], time.perf_counter() - start)
     for name, seconds in least_s.items():
-        print(f"{subject:24} {name:8} {num_tokens:7} tokens {1000 * seconds:9.2f} ms")
-
-
-if __name__ == "__main__":
-    main()
+        yield {"part": part, "way": name, "tokens": num_tokens, "ms": 1000 * seconds}

@@ -1,16 +1,13 @@
-"""Benchmarks of the planner: subject x instance x size; prints a Markdown table per subject.
-
-On LobRA's published profile and lengths.
-"""
+"""Benchmarks of the planner by subject, instance and size, on LobRA's published measurements."""
 
 from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -35,6 +32,7 @@ from lobra.profiler.profiles import MemoryProfile, load_memory_profile, load_tim
 from lobra.tasks.config import load_trainer_config
 from lobra.tasks.lengths import load_lengths
 
+Row = dict[str, Any]
 INSTANCES = {
     "6tasks": ("exp_task6", "lobra_like_6tasks.json"),
     "12tasks": ("exp_task12", "lobra_like_12tasks.json"),
@@ -69,12 +67,8 @@ def scaled(workload: Workload, factor: int) -> Workload:
     return replace(workload, batch_sizes=sizes)
 
 
-def bench_exact(setting: Setting) -> None:
+def bench_exact(setting: Setting) -> Iterator[Row]:
     """Gap, step time and seconds of EXACT at every size, and what homogeneous plans take."""
-    print(
-        "| GPUs | plan | step s | bound s | gap % | seconds | 1 % after | homogeneous s | ratio |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
     for num_gpus in setting.gpus:
         problem = setting.problem(num_gpus)
         start, reached = time.perf_counter(), []
@@ -85,25 +79,23 @@ def bench_exact(setting: Setting) -> None:
 
         found = exact.solve(problem, None, progress)
         same = homogeneous.find(problem)
-        text = (
-            f"{same.step_time_s:.3f} | {same.step_time_s / found.step_time_s:.2f}"
-            if same
-            else "- | -"
-        )
-        first = f"{reached[0]:.2f}" if reached else "-"
-        print(
-            f"| {num_gpus} | {found.plan} | {found.step_time_s:.4f} | {found.lower_bound_s:.4f} | "
-            f"{100 * found.gap:.3f} | {found.planner_time_s:.2f} | {first} | {text} |",
-            flush=True,
-        )
+        yield {
+            "GPUs": num_gpus,
+            "plan": str(found.plan),
+            "step s": found.step_time_s,
+            "bound s": found.lower_bound_s,
+            "gap %": 100 * found.gap,
+            "seconds": found.planner_time_s,
+            "1 % after": reached[0] if reached else None,
+            "homogeneous s": same.step_time_s if same else None,
+            "ratio": same.step_time_s / found.step_time_s if same else None,
+        }
 
 
-def bench_lobra(setting: Setting) -> None:
-    """LobRA's methods on 16 GPUs, with its own batch rounding beside the contract's."""
-    print("| batch | pattern | layouts | plan | own objective s | exact s | proven | seconds |")
-    print("|---|---|---|---|---|---|---|---|")
+def bench_lobra(setting: Setting) -> Iterator[Row]:
+    """LobRA's methods on 16 GPUs, with its own rounding of the batch beside ours."""
     problem = setting.problem(16)
-    for name, counts in (("contract", problem.counts), ("LobRA", rounded_counts(setting))):
+    for name, counts in (("ours", problem.counts), ("LobRA", rounded_counts(setting))):
         for proposal in (True, False):
             found = all_candidates(
                 setting.memory, setting.cost_model, 16, int(problem.buckets[-1]), 8
@@ -113,12 +105,16 @@ def bench_lobra(setting: Setting) -> None:
             case = replace(problem, counts=counts, candidates=found.chosen)
             for pattern in (lobra.balance, lobra.group, lobra.prune):
                 result = pattern(case, 300.0)
-                print(
-                    f"| {name} | {result.planner} | {'proposed' if proposal else 'all'} | "
-                    f"{result.plan} | {result.objective_s:.4f} | {result.step_time_s:.4f} | "
-                    f"{result.proven} | {result.planner_time_s:.1f} |",
-                    flush=True,
-                )
+                yield {
+                    "batch": name,
+                    "pattern": result.planner,
+                    "layouts": "proposed" if proposal else "all",
+                    "plan": str(result.plan),
+                    "own objective s": result.objective_s,
+                    "exact s": result.step_time_s,
+                    "proven": result.proven,
+                    "seconds": result.planner_time_s,
+                }
 
 
 def rounded_counts(setting: Setting) -> np.ndarray:
@@ -133,20 +129,10 @@ def rounded_counts(setting: Setting) -> np.ndarray:
     return total
 
 
-def bench_dispatch(setting: Setting) -> None:
-    """The dispatcher on sampled steps: seconds, distance to the best bound, LPT and ILP beside."""
-    print(
-        "| plan | sequences | steps | median ms | max ms | mean gap % | max gap % | within 1 % | "
-        "LPT mean gap % | LPT within 1 % |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    memory = setting.memory
-    published = make_plan(
-        [group_of(memory, 1, 1, 6), group_of(memory, 2, 1, 1), group_of(memory, 8, 1, 1)]
-    )
-    best = make_plan([group_of(memory, 8, 1, 1), group_of(memory, 1, 8, 1)])
-    cases = [(published, 1, 832), (best, 1, 832), (many_replicas(setting), 5, 4000)]
-    for plan, factor, number in cases:
+def bench_dispatch(setting: Setting) -> Iterator[Row]:
+    """The dispatcher on sampled steps: its time, its distance to the best bound, LPT's beside."""
+    cases = [(plan, 1, 832) for plan in (published_plan(setting), best_plan(setting))]
+    for plan, factor, number in [*cases, (many_replicas(setting), 5, 4000)]:
         rng = np.random.default_rng(7)
         milliseconds, gaps, lpt_gaps = [], [], []
         for every in scaled(setting.workload, factor).steps(setting.steps):
@@ -160,27 +146,23 @@ def bench_dispatch(setting: Setting) -> None:
             greedy = lpt_times_s(lengths, found.buckets, plan, setting.cost_model).max()
             lpt_gaps.append(100 * (greedy / bound_s - 1))
         gap, lpt = np.array(gaps), np.array(lpt_gaps)
-        good, lpt_good = 100 * (gap <= 1).mean(), 100 * (lpt <= 1).mean()
-        print(
-            f"| {plan} | {number} | {setting.steps} | {np.median(milliseconds):.1f} | "
-            f"{max(milliseconds):.1f} | {gap.mean():.2f} | {gap.max():.2f} | "
-            f"{good:.1f} % | {lpt.mean():.2f} | {lpt_good:.1f} % |",
-            flush=True,
-        )
+        yield {
+            "plan": str(plan),
+            "sequences": number,
+            "steps": setting.steps,
+            "median ms": float(np.median(milliseconds)),
+            "max ms": max(milliseconds),
+            "mean gap %": float(gap.mean()),
+            "max gap %": float(gap.max()),
+            "within 1 %, %": float(100 * (gap <= 1).mean()),
+            "LPT mean gap %": float(lpt.mean()),
+            "LPT within 1 %, %": float(100 * (lpt <= 1).mean()),
+        }
 
 
-def bench_ilp(setting: Setting) -> None:
+def bench_ilp(setting: Setting) -> Iterator[Row]:
     """Some steps against the replica-level integer program in SCIP (20 s each)."""
-    print("| plan | step | dispatcher s | ILP s | ILP bound s | ILP seconds | dispatcher / bound |")
-    print("|---|---|---|---|---|---|---|")
-    memory = setting.memory
-    plans = [
-        make_plan(
-            [group_of(memory, 1, 1, 6), group_of(memory, 2, 1, 1), group_of(memory, 8, 1, 1)]
-        ),
-        make_plan([group_of(memory, 8, 1, 1), group_of(memory, 1, 8, 1)]),
-    ]
-    for plan in plans:
+    for plan in (published_plan(setting), best_plan(setting)):
         for step, lengths in enumerate(setting.workload.steps(min(setting.steps, 5))):
             found = dispatch(lengths, plan, setting.cost_model)
             counts = np.bincount(bucket_index(lengths, found.buckets), minlength=len(found.buckets))
@@ -191,13 +173,26 @@ def bench_ilp(setting: Setting) -> None:
             start = time.perf_counter()
             model = IdenticalModel(tables, counts, replicas=np.ones(len(tables), dtype=int))
             result = model.solve(20.0, None, 0.0)
-            seconds = time.perf_counter() - start
-            print(
-                f"| {plan} | {step} | {found.step_time_s:.4f} | {result.objective_s:.4f} | "
-                f"{result.bound_s:.4f} | {seconds:.1f} | "
-                f"{found.step_time_s / result.bound_s:.4f} |",
-                flush=True,
-            )
+            yield {
+                "plan": str(plan),
+                "step": step,
+                "dispatcher s": found.step_time_s,
+                "ILP s": result.objective_s,
+                "ILP bound s": result.bound_s,
+                "ILP seconds": time.perf_counter() - start,
+                "dispatcher / bound": found.step_time_s / result.bound_s,
+            }
+
+
+def published_plan(setting: Setting) -> Plan:
+    """Return the plan LobRA published for 7B, six tasks and 16 GPUs."""
+    sizes = ((1, 1, 6), (2, 1, 1), (8, 1, 1))
+    return make_plan([group_of(setting.memory, *size) for size in sizes])
+
+
+def best_plan(setting: Setting) -> Plan:
+    """Return the plan that EXACT found for the same."""
+    return make_plan([group_of(setting.memory, *size) for size in ((8, 1, 1), (1, 8, 1))])
 
 
 def best_bound_s(
@@ -250,10 +245,8 @@ def group_of(memory: MemoryProfile, tp: int, pp: int, replicas: int) -> ReplicaG
     return ReplicaGroup(Layout(tp, pp), replicas, memory.max_tokens(tp, pp))
 
 
-def bench_buckets(setting: Setting) -> None:
+def bench_buckets(setting: Setting) -> Iterator[Row]:
     """The exact bucketing of 83,304 sequences and of one step."""
-    print("| sequences | buckets | median ms of 20 |")
-    print("|---|---|---|")
     rng = np.random.default_rng(0)
     every = np.concatenate(list(setting.workload.lengths.values()))
     for number in (832, 83_304):
@@ -263,10 +256,11 @@ def bench_buckets(setting: Setting) -> None:
             start = time.perf_counter()
             make_buckets(lengths, 16)
             seconds.append(time.perf_counter() - start)
-        print(f"| {number} | 16 | {1000 * np.median(seconds):.2f} |", flush=True)
+        median_ms = 1000 * float(np.median(seconds))
+        yield {"sequences": number, "buckets": 16, "median ms of 20": median_ms}
 
 
-SUBJECTS: dict[str, Callable[[Setting], None]] = {
+SUBJECTS: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "exact": bench_exact,
     "lobra": bench_lobra,
     "dispatch": bench_dispatch,
@@ -284,8 +278,8 @@ def planning(
     cost_model: Kind = "lobra6",
     gpus: tuple[int, ...] = SIZES,
     steps: int = 200,
-) -> None:
-    """Measure the planner, subject by subject; each prints its table.
+) -> Iterator[Row]:
+    """Measure the planner, subject by subject; each has its own columns.
 
     Parameters
     ----------
@@ -312,6 +306,6 @@ def planning(
         steps,
     )
     for name in subject:
-        print(f"\n## {name}\n")
-        SUBJECTS[name](setting)
-    print(f"\npeak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+        for row in SUBJECTS[name](setting):
+            yield {"subject": name, **row}
+    yield {"peak memory MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}

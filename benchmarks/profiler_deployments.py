@@ -14,7 +14,7 @@ from lobra.commands.profile_options import CUDA_MEMORY_SHARE
 from lobra.layout.shapes import NAMED_SHAPES
 from lobra.profiler.accelerators import load_tables
 from lobra.profiler.estimate_memory import Adapters, estimate_memory
-from lobra.tasks.config import TARGET_MODULES
+from lobra.tasks.target_modules import TARGET_MODULES
 
 STEP, LARGEST = 256, 1 << 20
 # (model, tasks trained together, tokens that must fit, layout): Task-Fused and LobRA's layout for

@@ -19,8 +19,9 @@ from lobra.layout.layout import Layout
 from lobra.layout.plan import Plan, ReplicaGroup
 from lobra.layout.shapes import read_shape
 from lobra.model.folder import resolve_folder
-from lobra.tasks.config import TARGET_MODULES, TaskConfig
+from lobra.tasks.config import TaskConfig
 from lobra.tasks.dataset import TokenizedDataset
+from lobra.tasks.target_modules import TARGET_MODULES
 from lobra.trainer.metrics import read_metrics
 from lobra.trainer.run import run_local
 from tests.trainer.support import make_run

@@ -1,36 +1,32 @@
 """A training run end to end: tokens/s, predicted against measured steps, time and memory profile.
 
-    python benchmarks/training_run.py FOLDER [--device cuda] [--job cuda] [--steps 8]
-
-Makes the job of benchmarks/multi_lora.py in FOLDER (a model with random weights, tokenised data),
-profiles time and memory of one rank, trains on one replica ``<1,1>`` with `lobra`'s own commands,
-and writes what was found to FOLDER/training_run.json. The first two steps are left out.
+Makes the job of `multi_lora` in a folder (a model with random weights, tokenised data), profiles
+time and memory of one rank, and trains on one replica ``<1,1>``, with `lobra`'s own commands. The
+first two steps are left out.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import numpy as np
 
-import numpy as np  # noqa: E402
-
-from benchmarks.sides.job import JOBS, MODULES, Job, save_model  # noqa: E402
-from benchmarks.sides.lengths import Lengths, find_lengths  # noqa: E402
-from benchmarks.sides.side import weights_dtype  # noqa: E402
-from lobra.common.files import write_atomic  # noqa: E402
-from lobra.profiler.hardware import describe_device, resolve_device, versions  # noqa: E402
+from benchmarks.sides.job import JOBS, MODULES, Job, JobName, save_model
+from benchmarks.sides.lengths import ROOT, Lengths, find_lengths
+from benchmarks.sides.side import weights_dtype
+from lobra.common.errors import ConfigError
+from lobra.common.files import write_atomic
+from lobra.common.options import Device
+from lobra.profiler.hardware import describe_device, resolve_device
 
 WARM_UP_STEPS = 2
 RANK = 16
@@ -111,48 +107,51 @@ def step_medians(metrics: Path) -> dict[str, float]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Make the job, profile, train; what there is is written after each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--job", choices=tuple(JOBS), help="default: the device's")
-    parser.add_argument("--steps", type=int, default=8)
-    args = parser.parse_args(argv)
-    if args.steps <= WARM_UP_STEPS:
-        parser.error(f"--steps: {args.steps}; more than the {WARM_UP_STEPS} that warm up")
-    device, folder = resolve_device(args.device), args.folder.resolve()
-    job = JOBS[args.job or device]
-    found: dict[str, Any] = {"device": describe_device(device), "versions": versions()}
+def training_run(
+    folder: Path, *, device: Device = "auto", job: JobName | None = None, steps: int = 8
+) -> Iterator[dict[str, Any]]:
+    """Make a job, profile time, train, profile memory.
 
-    def keep(**parts: Any) -> None:
-        found.update(parts)
-        write_atomic(folder / "training_run.json", json.dumps(found, indent=1) + "\n")
+    Parameters
+    ----------
+    folder
+        Where all of it lies afterwards.
+    job
+        Sizes of the model and of a step; by default the device's.
+    steps
+        To train, those that warm up included.
 
-    lengths = find_lengths(job.datasets)
-    save_model(job.model, folder / "model", weights_dtype(device), device)
-    write_tokenizer(folder / "model", job.model.vocabulary)
-    write_tasks(job, lengths, folder, args.steps)
-    keep(lengths=lengths.source)
-    plan = f"strategy_config:\n- {{dp: 1, tp: 1, pp: 1, max_tokens: {job.max_tokens}}}\n"
+    Raises
+    ------
+    ConfigError
+        If no step would be left.
+    """
+    if steps <= WARM_UP_STEPS:
+        raise ConfigError(f"--steps: {steps}; more than the {WARM_UP_STEPS} that warm up")
+    device, folder = resolve_device(device), folder.resolve()
+    sizes = JOBS[job or device]
+    lengths = find_lengths(sizes.datasets)
+    save_model(sizes.model, folder / "model", weights_dtype(device), device)
+    write_tokenizer(folder / "model", sizes.model.vocabulary)
+    write_tasks(sizes, lengths, folder, steps)
+    plan = f"strategy_config:\n- {{dp: 1, tp: 1, pp: 1, max_tokens: {sizes.max_tokens}}}\n"
     write_atomic(folder / "plan.yaml", plan)
+    yield {**describe_device(device), "lengths": lengths.source}
     common = ("--model", folder / "model", "--device", device)
     tasks = ("--trainer-config", folder / "tasks.json")
-    profile = (*common, *tasks, "--max-seq-length", job.max_tokens, "--output")
+    profile = (*common, *tasks, "--max-seq-length", sizes.max_tokens, "--output")
     time_csv, memory_csv = folder / "time.csv", folder / "memory.csv"
     took_s = run_lobra("profile", "time", *profile, time_csv, "--tp", 1)
-    keep(layer_time_ms=read_rows(time_csv), profile_time_s=took_s)
+    yield {"command": "profile time", "took_s": took_s, "rows": read_rows(time_csv)}
     took_s = run_lobra(
         *("train", *common, *tasks, "--strategy-config", folder / "plan.yaml"),
         *("--data-dir", folder / "data", "--output-dir", folder / "run"),
-        *("--time-profile", time_csv, "--max-steps", args.steps),
+        *("--time-profile", time_csv, "--max-steps", steps),
     )
-    keep(training=step_medians(folder / "run" / "metrics.jsonl"), training_s=took_s)
+    yield {
+        "command": "train",
+        "took_s": took_s,
+        **step_medians(folder / "run" / "metrics.jsonl"),
+    }
     took_s = run_lobra("profile", "memory", *profile, memory_csv, "--num-gpus", 1)
-    keep(capacity=read_rows(memory_csv), profile_memory_s=took_s)
-    print(json.dumps(found["training"], indent=1))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    yield {"command": "profile memory", "took_s": took_s, "rows": read_rows(memory_csv)}

@@ -21,11 +21,22 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments import study
 from experiments.bench import NUM_BUCKETS, Bench
 from experiments.cells import ROOT, Record
 from experiments.inputs import LARGEST_LAYOUT, MAX_SEQ_LENGTH, TPS, Costs, setup_of, workload_of
 from experiments.inputs import Lengths as FoundLengths
+from experiments.methods import (
+    DYNAMIC_RUNG,
+    FUSED,
+    HOMOGENEOUS,
+    LOBRA,
+    MEASURED_FUSED,
+    OURS,
+    RUNGS,
+    SEQUENTIAL,
+    ablation_table,
+    method_rows,
+)
 from experiments.provenance import PROVENANCE, git_state, words_of
 from experiments.published import Setup, parse_plan
 from experiments.runs import together
@@ -51,7 +62,7 @@ from lobra.tasks.config import TrainerConfig
 STATIC = ("--batching", "bucketed", "--dp-bucket", "off", "--num-buckets")
 DYNAMIC = ("--batching", "bucketed", "--dp-bucket", "on", "--num-buckets", str(NUM_BUCKETS))
 PLANS = {"lobra": "LobRA", "ours": "ours"}  # a plan's file -> its owner in the tables
-RUNS = dict(zip(study.RUNGS, ("group", "balance", "dynamic"), strict=True))  # rung -> run's name
+RUNS = dict(zip(RUNGS, ("group", "balance", "dynamic"), strict=True))  # rung -> run's name
 
 
 @dataclass(frozen=True)
@@ -165,7 +176,7 @@ def train_jobs(setup: Setup, config: TrainerConfig, options: JobOptions) -> list
         name = f"sequential/{task.name}"
         jobs.append(_train(name, name, own, (*STATIC, str(FUSED_BUCKETS)), setup, options))
     for plan in PLANS:
-        for rung, (static, mode) in study.RUNGS.items():
+        for rung, (static, mode) in RUNGS.items():
             words: tuple[str, ...] = (*STATIC, str(static)) if static else DYNAMIC
             if mode != "balance":
                 words = (*words, "--dispatch", mode)
@@ -246,23 +257,23 @@ def collect(setup: Setup, config: TrainerConfig, options: JobOptions) -> list[Pa
 
     alone = [record(f"sequential/{task.name}") for task in config.tasks]
     fused = record("fused")
-    rungs = {(plan, rung): record(f"{plan}_{RUNS[rung]}") for plan in PLANS for rung in study.RUNGS}
+    rungs = {(plan, rung): record(f"{plan}_{RUNS[rung]}") for plan in PLANS for rung in RUNGS}
     steps = min(len(r["step_time_s"]) for r in (*alone, fused, *rungs.values()))
     for one in (*alone, fused, *rungs.values()):
         for key in ("step_time_s", "tokens", "padded_tokens"):
             one[key] = one[key][:steps]
     records = {
-        study.SEQUENTIAL: together(alone, setup.num_gpus),
-        study.FUSED: fused,
-        study.LOBRA: rungs["lobra", study.DYNAMIC_RUNG],
-        study.OURS: rungs["ours", study.DYNAMIC_RUNG],
+        SEQUENTIAL: together(alone, setup.num_gpus),
+        FUSED: fused,
+        LOBRA: rungs["lobra", DYNAMIC_RUNG],
+        OURS: rungs["ours", DYNAMIC_RUNG],
     }
-    baselines = {"sequential": records[study.SEQUENTIAL], "fused": fused}
-    ablation = {(study.HOMOGENEOUS, study.MEASURED_FUSED): fused}
+    baselines = {"sequential": records[SEQUENTIAL], "fused": fused}
+    ablation = {(HOMOGENEOUS, MEASURED_FUSED): fused}
     ablation |= {(PLANS[plan], rung): found for (plan, rung), found in rungs.items()}
     tables = {
-        "methods": study.method_rows(records, baselines),
-        "ablation": study.ablation_table(ablation, baselines),
+        "methods": method_rows(records, baselines),
+        "ablation": ablation_table(ablation, baselines),
     }
     paths = [options.output / f"{name}.csv" for name in tables]
     for path, rows in zip(paths, tables.values(), strict=True):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from experiments.methods import DYNAMIC, FUSED, LOBRA, OURS, OURS_POWERS, SEQUENTIAL
 from experiments.published import REDUCTION, SETUPS
-from experiments.study import DYNAMIC, FUSED, LOBRA, OURS, OURS_POWERS, SEQUENTIAL
 
 Row = Mapping[str, str]
 Tables = Mapping[str, Mapping[str, Sequence[Row]]]  # experiment -> table -> rows

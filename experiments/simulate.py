@@ -31,6 +31,7 @@ from experiments.inputs import (
     setup_of,
     workload_of,
 )
+from experiments.methods import FUSED, LOBRA, OURS, Methods
 from experiments.provenance import (
     PROVENANCE,
     TABLES,
@@ -187,7 +188,7 @@ class Experiment:
         setup = self.setup
         bench = self.bench(setup.num_gpus, self.config, self.costs, self.lengths)
         self.write("lengths", moments_table(self.lengths))
-        methods = study.Methods(bench, self.store, setup)
+        methods = Methods(bench, self.store, setup)
         self.write("methods", methods.rows())
         self.write("steps", methods.step_rows())
         self.write("sequential", methods.sequential_rows())
@@ -404,8 +405,8 @@ def _relative(rows: Rows, column: str, published: Mapping[str, Mapping[int, floa
     own: dict[str, float] = {}
     for row in rows:
         own.setdefault(row["method"], row["gpu_seconds"])
-    first = own[study.FUSED]
-    names = {study.FUSED: "Task-Fused", study.LOBRA: "LobRA", study.OURS: "LobRA"}
+    first = own[FUSED]
+    names = {FUSED: "Task-Fused", LOBRA: "LobRA", OURS: "LobRA"}
     return [
         {
             **row,

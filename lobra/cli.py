@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from cyclopts import (
@@ -65,7 +66,7 @@ ALIASES = {"--gradient-checkpointing": "--memory=full"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `lobra <command> ...` and return its exit code (CONTRACT: 0, 1, 2 or 130)."""
+    """Run `lobra <command> ...` and return its exit code (0, 1, 2 or 130)."""
     if argv is None:
         _keep_working_folder_out()
     words = list(sys.argv[1:] if argv is None else argv)
@@ -114,23 +115,28 @@ def make_app(**settings: Any) -> App:
 
 
 def run(app: App, words: Sequence[str]) -> int:
-    """Run the command that the words of a command line ask for; return its exit code.
+    """Run the command that the words of a command line ask for (`parsed`); return its exit code."""
+    command = parsed(app, [ALIASES.get(word, word) for word in words])
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    code = command()
+    if code is None:  # a text was shown, asked for or instead of a command that is missing
+        return EXIT_OK if {"--help", "-h", "--version"} & set(words) else EXIT_USER_MISTAKE
+    return int(code)
+
+
+def parsed(app: App, words: Sequence[str]) -> Callable[[], Any]:
+    """Return the command that the words of a command line ask for, with the arguments they give.
 
     Raises
     ------
     ConfigError
         If they are no command, or its options are not.
     """
-    words = [ALIASES.get(word, word) for word in words]
     try:
         command, given, _ = app.parse_args(words, print_error=False, exit_on_error=False)
     except CycloptsError as error:
         raise ConfigError(_explained(error)) from None
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    code = command(*given.args, **given.kwargs)
-    if code is None:  # a text was shown, asked for or instead of a command that is missing
-        return EXIT_OK if {"--help", "-h", "--version"} & set(words) else EXIT_USER_MISTAKE
-    return int(code)
+    return partial(command, *given.args, **given.kwargs)
 
 
 def _explained(error: CycloptsError) -> Problems:
@@ -185,7 +191,7 @@ def resumable() -> Iterator[None]:
 
 
 def guarded(run: Callable[[], int], name: str = "lobra") -> int:
-    """Return `run()`; turn errors into the contract's messages and exit codes.
+    """Return `run()`; turn errors into messages and exit codes.
 
     A user's mistake is printed without a traceback (2), Ctrl-C ends with 130, anything else with
     its traceback and 1 (a rank's failure with the rank's traceback). Messages begin with `name`.

@@ -10,7 +10,6 @@ be checked (not timed) on a single GPU.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
 import multiprocessing
 import os
@@ -18,14 +17,14 @@ import signal
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from lobra.model.rank_process import RankEnv, rank_main
 
 log = logging.getLogger(__name__)
 
@@ -53,20 +52,6 @@ class Interrupted(RuntimeError):
         self.signal = number
 
 
-@dataclass(frozen=True)
-class RankEnv:
-    """What a rank process needs to join its world; `local_rank` is its CUDA device."""
-
-    rank: int
-    local_rank: int
-    world_size: int
-    device: str
-    init_method: str
-    threads: int
-    environment: dict[str, str]
-    graceful: bool = False
-
-
 def default_threads(world_size: int) -> int:
     """Return the CPU threads a rank should use when `world_size` ranks share this machine.
 
@@ -86,79 +71,6 @@ def local_rank(rank: int, device: str) -> int:
 
         return rank % max(1, torch.cuda.device_count())
     return rank
-
-
-def init_rank(env: RankEnv) -> None:
-    """Join torch.distributed as rank `env.rank` and set the device and the thread count."""
-    import torch
-    import torch.distributed as dist
-
-    torch.set_num_threads(env.threads)
-    if env.device == "cuda":
-        torch.cuda.set_device(env.local_rank)
-    dist.init_process_group(
-        backend="nccl" if env.device == "cuda" else "gloo",
-        init_method=env.init_method,
-        rank=env.rank,
-        world_size=env.world_size,
-    )
-
-
-def resolve_target(target: str) -> Callable[..., Any]:
-    """Return the function named "package.module:function"."""
-    module, _, function = target.partition(":")
-    resolved: Callable[..., Any] = getattr(importlib.import_module(module), function)
-    return resolved
-
-
-# Stop signals that reached this rank before its target installed a handler of its own.
-early_stop: list[int] = []
-
-
-def _rank_main(env: RankEnv, target: str, kwargs: dict[str, Any], pipe: Connection) -> None:
-    """Run `target` on one rank and send ("ok", result) or ("error", traceback) back.
-
-    Does nothing before the parent's word: a parent that was interrupted while it started this
-    process does not know it, so nobody would end it.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
-    if env.graceful:
-        signal.signal(signal.SIGTERM, lambda number, _frame: early_stop.append(number))
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    try:
-        pipe.recv()
-    except (EOFError, ConnectionResetError):
-        os._exit(1)
-    os.environ.update(env.environment)
-    os.environ.update(
-        RANK=str(env.rank), LOCAL_RANK=str(env.local_rank), WORLD_SIZE=str(env.world_size)
-    )
-    try:
-        import torch.distributed as dist
-
-        init_rank(env)
-        result = resolve_target(target)(**kwargs)
-        pipe.send(("ok", result))
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    except BaseException as error:  # reported to the parent, which raises it
-        pipe.send(("error", error if _is_user_error(error) else traceback.format_exc()))
-        # Leave at once: peers blocked in a collective with us must not keep us alive.
-        os._exit(1)
-
-
-def _end_with_parent() -> None:
-    """End this process as soon as the one that started it is gone, killed ones included."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-
-def _is_user_error(error: BaseException) -> bool:
-    from lobra.common.errors import ConfigError
-
-    return isinstance(error, ConfigError)
 
 
 def _context(device: str, preload: Sequence[str]) -> multiprocessing.context.BaseContext:
@@ -248,7 +160,7 @@ def run_ranks(
                 pipe, rank_pipe = context.Pipe()
                 pipes.append(pipe)
                 process = context.Process(  # type: ignore[attr-defined]
-                    target=_rank_main, args=(env, target, kwargs or {}, rank_pipe), daemon=False
+                    target=rank_main, args=(env, target, kwargs or {}, rank_pipe), daemon=False
                 )
                 process.start()
                 processes.append(process)

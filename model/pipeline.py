@@ -23,9 +23,10 @@ from lobra.model.token_tasks import TokenTasks
 def run_replica(stage: Stage, batches: Sequence[MicroBatchTensors], num_tasks: int) -> Tensor:
     """Run forward and backward of all micro-batches; gradients add up in the adapters.
 
-    Returns:
-        The summed token loss of each task [num_tasks], non-zero only on the last stage; fp32 (in
-        fp64: fp64).
+    Returns
+    -------
+    The summed token loss of each task [num_tasks], non-zero only on the last stage; fp32 (in
+    fp64: fp64).
     """
     losses = torch.zeros(num_tasks, dtype=kept_dtype(stage.dtype), device=stage.device)
     if stage.groups.place.layout.pp == 1:
@@ -42,9 +43,10 @@ def run_replica(stage: Stage, batches: Sequence[MicroBatchTensors], num_tasks: i
 def evaluate_replica(stage: Stage, batches: Sequence[MicroBatchTensors], num_tasks: int) -> Tensor:
     """Run forward only over all micro-batches, without LoRA dropout.
 
-    Returns:
-        The summed token loss of each task [num_tasks], non-zero only on the last stage; fp32 (in
-        fp64: fp64).
+    Returns
+    -------
+    The summed token loss of each task [num_tasks], non-zero only on the last stage; fp32 (in
+    fp64: fp64).
     """
     losses = torch.zeros(num_tasks, dtype=kept_dtype(stage.dtype), device=stage.device)
     links = _Links(stage.groups)

@@ -122,7 +122,7 @@ def deploy(
 
 
 def plan_entries(plan: Plan) -> list[dict[str, Any]]:
-    """Return the plan as the contract's JSON lists it; memory only where it is not keep."""
+    """Return the plan as `lobra plan --json` lists it; memory only where it is not keep."""
     return [
         {
             "tp": group.layout.tp,
@@ -136,7 +136,7 @@ def plan_entries(plan: Plan) -> list[dict[str, Any]]:
 
 
 def as_json(deployment: Deployment) -> dict[str, Any]:
-    """Return the contract's JSON object."""
+    """Return the object that `lobra plan --json` prints."""
     outcome = deployment.outcome
     return {
         "plan": plan_entries(outcome.plan),
@@ -169,7 +169,7 @@ def as_json(deployment: Deployment) -> dict[str, Any]:
 
 
 def homogeneous_entry(deployment: Deployment) -> dict[str, Any] | None:
-    """Return the best homogeneous plan as the contract's JSON has it, None if there is none."""
+    """Return the best homogeneous plan and its step time for `as_json`, None if there is none."""
     same = deployment.homogeneous
     if same is None:
         return None

@@ -260,7 +260,7 @@ def load_cost_model(
 ) -> CostModel:
     """Return the cost model of a model (``tiny``, ``7B``, ... or a folder) from its profiles.
 
-    Without ``time_path`` the profile at the contract's path is read. The profiles of embedding and
+    Without ``time_path`` the profile at the model's own path is read. The profiles of embedding and
     head and of collectives are taken from where `lobra profile time` writes them beside that one
     (``profile_head_<model>.csv``, or ``head_<name>`` for an ``--output`` of one's own), where there
     are any.

@@ -29,7 +29,8 @@ from lobra.profiler.profiles import DEFAULT_POLICY, TIME_COLUMNS
 from lobra.profiler.settings import adapter_settings, adapter_specs, shape_settings
 from lobra.profiler.sweep_file import Restart, open_sweep
 from lobra.profiler.sweep_rows import SweepFile
-from lobra.tasks.config import TARGET_MODULES, TaskConfig
+from lobra.tasks.config import TaskConfig
+from lobra.tasks.target_modules import TARGET_MODULES
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,6 @@ from lobra.profiler.sweep_rows import SweepFile, read_sweep
 log = logging.getLogger(__name__)
 
 Restart = Literal["never", "changed", "always"]
-RESTARTS: tuple[Restart, ...] = ("never", "changed", "always")
 # What of a sidecar's environment must agree for rows to be of one machine.
 SAME_MACHINE = (("hardware", "name"), ("hardware", "num_cores"), ("versions", "torch"))
 REMEDY = "--restart changed sets it aside and measures anew, --output takes another file"

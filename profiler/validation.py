@@ -76,14 +76,14 @@ class SuspiciousRow:
 def fold_of_row(profile: TimeProfile, num_folds: int, seed: int = 0) -> Array:
     """Return int64 [rows]: each row's fold, the sizes of a tp's folds differing by at most one.
 
-    Rows that repeat a point (tp, b, s) go to the same fold, so that no held-out point was seen.
+    Rows that repeat a shape (tp, b, s) go to the same fold, so that no held-out shape was seen.
     """
     folds = np.zeros(len(profile), dtype=np.int64)
     generator = np.random.default_rng(seed)
     for tp in profile.tps:
         rows = np.flatnonzero(profile.tp == tp)
-        points = np.stack([profile.seq_len[rows], profile.mbs[rows]], axis=1)
-        unique, inverse = np.unique(points, axis=0, return_inverse=True)
+        shapes = np.stack([profile.seq_len[rows], profile.mbs[rows]], axis=1)
+        unique, inverse = np.unique(shapes, axis=0, return_inverse=True)
         order = generator.permutation(len(unique)) % num_folds
         folds[rows] = order[inverse.reshape(-1)]
     return folds

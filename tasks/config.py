@@ -36,6 +36,7 @@ from lobra.common.models import (
 )
 from lobra.tasks.foreign_names import foreign_field
 from lobra.tasks.prompts import NAMES, template_problem
+from lobra.tasks.target_modules import MODULE_ALIASES, TARGET_MODULES, resolve_target_modules
 
 CONFIG_FOLDER = Path("trainer_config")
 #: The same of the installation: the task sets that come with the project.
@@ -43,37 +44,6 @@ SHIPPED_FOLDER = Path(__file__).parent.with_name("trainer_config")
 SUFFIXES = (".json", ".yaml", ".yml")
 VARIANTS = ("canonical", "fused")
 LR_SCHEDULERS = ("constant", "linear", "cosine")
-
-#: The linear projections of a Llama layer, in the order adapters are listed.
-TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-#: Names of other systems for one or several of them: LobRA's are Megatron's, PEFT's `all-linear`.
-MODULE_ALIASES: Mapping[str, tuple[str, ...]] = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "dense": ("o_proj",),
-    "dense_h_to_4h": ("gate_proj", "up_proj"),
-    "dense_4h_to_h": ("down_proj",),
-    "all-linear": TARGET_MODULES,
-}
-
-
-def resolve_target_modules(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the Hugging Face names of target modules, each once, in the order of the layer.
-
-    Raises
-    ------
-    ValueError
-        For a name that is neither in `TARGET_MODULES` nor in `MODULE_ALIASES`.
-    """
-    chosen: set[str] = set()
-    for name in names:
-        if name in TARGET_MODULES:
-            chosen.add(name)
-        elif name in MODULE_ALIASES:
-            chosen.update(MODULE_ALIASES[name])
-        else:
-            raise ValueError(f"unknown target module {name!r}")
-    return tuple(name for name in TARGET_MODULES if name in chosen)
-
 
 _MODULES = (*TARGET_MODULES, *MODULE_ALIASES)
 

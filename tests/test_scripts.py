@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-# Fewest positional arguments of each (CONTRACT, "Scripts").
+# Fewest and most positional arguments of each, as LobRA has them.
 POSITIONAL = {
     "profile_memory.sh": (5, 9),
     "cost_model_benchmark.sh": (2, 6),

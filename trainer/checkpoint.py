@@ -12,16 +12,14 @@ Sampling and dropout are pure functions of a task's own steps, so there is no ra
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 from pydantic import AfterValidator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -33,8 +31,6 @@ from lobra.common.files import new_draft, remove_folder, replace_folder, write_a
 from lobra.common.models import Count, FileModel, OneOf, Positive, read_as
 from lobra.layout.sequences import BATCHINGS
 from lobra.model.stage import Stage
-from lobra.tasks.config import TaskConfig
-from lobra.tasks.dataset import TokenizedDataset
 from lobra.trainer.adapters import CONFIG_FILE, WEIGHTS_FILE, save_adapter
 from lobra.trainer.optimizer import AdapterOptimizer
 from lobra.trainer.task_progress import TaskProgress
@@ -43,14 +39,6 @@ from lobra.trainer.zero import MOMENTS
 FOLDER = "checkpoints"
 STATE_FILE = "state.json"
 FORMAT = 2
-
-# What must be the same for a task to go on; the rest may be changed between runs.
-FIXED_FIELDS = ("name", "rank", "lora_alpha", "target_modules", "global_batch_size", "seed")
-# What decides which sequences there are: named if they are others and this is why.
-DATA_FIELDS = (
-    *("dataset_name", "json_key", "max_samples", "prompt", "train_on_inputs"),
-    *("context_length", "validation_split"),
-)
 
 
 def _is_day(text: str) -> str:
@@ -95,23 +83,6 @@ def list_checkpoints(run: Path) -> list[int]:
     matches = [re.fullmatch(r"step_(\d+)", path.name) for path in (run / FOLDER).iterdir()]
     steps = sorted(int(match[1]) for match in matches if match)
     return [step for step in steps if (step_folder(run, step) / STATE_FILE).is_file()]
-
-
-def task_record(task: TaskConfig, data: TokenizedDataset) -> dict[str, Any]:
-    """Return what identifies a task and its data, to be compared when a run goes on.
-
-    `data` is what the task trains on, without what is held out.
-    """
-    record = {name: getattr(task, name) for name in (*FIXED_FIELDS, *DATA_FIELDS)}
-    record["target_modules"] = list(task.target_modules)
-    record["dataset_name"] = list(task.dataset_names)
-    record["json_key"] = task.json_key or "text"  # as versions noted it that had this default
-    record["num_sequences"] = len(data)
-    digest = hashlib.sha256()
-    for array in (data.tokens, data.labels, data.offsets):
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
-    record["data_sha256"] = digest.hexdigest()[:16]
-    return record
 
 
 def drop_later(run: Path, step: int) -> None:
@@ -164,8 +135,10 @@ class _Broken(Exception):
 def _read(folder: Path) -> CheckpointState:
     """Return a checkpoint's state after checking all its files; of tensors only the headers.
 
-    Raises:
-        _Broken: something is missing, damaged or does not fit the rest.
+    Raises
+    ------
+    _Broken
+        Something is missing, damaged or does not fit the rest.
     """
     problems = Problems()
     try:
@@ -217,8 +190,10 @@ def _progress_of_format_1(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def _tensors(folder: Path, name: str) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a checkpoint's tensors by name; opening also finds a file cut short.
 
-    Raises:
-        _Broken: the file is missing or damaged.
+    Raises
+    ------
+    _Broken
+        The file is missing or damaged.
     """
     if not (folder / name).is_file():
         raise _Broken(f"{name} is missing")
@@ -241,9 +216,11 @@ def _is_whole(folder: Path) -> bool:
 def read_state(run: Path, step: int | None) -> CheckpointState:
     """Return the state of a run's checkpoint; of the last one when `step` is None.
 
-    Raises:
-        ConfigError: there is no such checkpoint, or some file of it is missing or damaged; the
-            message then names the last step that is whole.
+    Raises
+    ------
+    ConfigError
+        There is no such checkpoint, or some file of it is missing or damaged; the message then
+        names the last step that is whole.
     """
     steps = list_checkpoints(run)
     if not steps:
@@ -259,71 +236,6 @@ def read_state(run: Path, step: int | None) -> CheckpointState:
         whole = [number for number in steps if _is_whole(step_folder(run, number))]
         remedy = f"the last complete one is --resume {whole[-1]}" if whole else "none is complete"
         raise ConfigError(f"{folder}: not a usable checkpoint: {error}; {remedy}") from error
-
-
-def resume_problems(
-    state: CheckpointState,
-    tasks: Sequence[dict[str, Any]],
-    seed: int,
-    base_model: str,
-    source: str,
-) -> list[str]:
-    """Return why a run with these task records cannot go on from a checkpoint (empty: it can)."""
-    problems = []
-    if state.seed != seed:
-        problems.append(f"--resume: the checkpoint was made with --seed {state.seed}, not {seed}")
-    if state.base_model != base_model:
-        problems.append("--resume: --model is not the base model the checkpoint was trained on")
-    before = {record["name"]: record for record in state.tasks}
-    now = [record["name"] for record in tasks]
-    if set(now) != before.keys():
-        problems.append(f"--resume: {source} has the tasks {now}, the checkpoint {list(before)}")
-        return problems
-    for new in tasks:
-        old = before[new["name"]]
-        changed = [field for field in FIXED_FIELDS if new[field] != old.get(field)]
-        if new["data_sha256"] != old.get("data_sha256"):
-            why = [f for f in DATA_FIELDS if f in old and new[f] != old[f]]
-            if not why and "seed" not in changed and state.seed == seed:
-                problems.append(_changed_data(old, new))
-            changed += why
-        problems += [
-            f"--resume: task {new['name']}: {field} is {new[field]!r}, "
-            f"in the checkpoint {old.get(field)!r}"
-            for field in changed
-        ]
-    return problems
-
-
-def _changed_data(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Return what to do about data that are others than before, though asked for alike.
-
-    Checkpoints of older versions do not say how their data were asked for.
-    """
-    names = ", ".join(map(repr, new["dataset_name"]))
-    counts = f"{old.get('num_sequences')} sequences to train on then, {new['num_sequences']} now"
-    fields = "" if DATA_FIELDS[0] in old else f", or the task's {', '.join(DATA_FIELDS)},"
-    return (
-        f"--resume: task {new['name']}: its data set {names} is not what the checkpoint was "
-        f"trained on ({counts}); restore its files{fields} and the model's tokenizer as they were, "
-        f"or start a new run in another --output-dir"
-    )
-
-
-def revival_problems(state: CheckpointState, revived: Sequence[str]) -> list[str]:
-    """Return why the tasks named to be revived cannot be (empty: they can)."""
-    stopped = {name: own.stopped for name, own in state.progress.items()}
-    waiting = [name for name, why in stopped.items() if why is not None]
-    problems = []
-    for name in revived:
-        if name not in stopped:
-            problems.append(
-                f"--revive {name}: the checkpoint has no such task; it has {', '.join(stopped)}"
-            )
-        elif stopped[name] is None:
-            known = f"stopped are {', '.join(waiting)}" if waiting else "no task is"
-            problems.append(f"--revive {name}: this task is not stopped; {known}")
-    return problems
 
 
 def load_weights(run: Path, step: int, stage: Stage) -> None:

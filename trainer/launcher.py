@@ -25,9 +25,10 @@ def run_launcher(command: Sequence[str]) -> int:
     The first SIGINT or SIGTERM is passed on to the launcher, and to its children if it ends without
     them; another one after `SAME_REQUEST_S` kills all of them.
 
-    Returns:
-        128 + the first signal received (130, 143), else the launcher's exit code (128 + n if
-        signal n killed it).
+    Returns
+    -------
+    128 + the first signal received (130, 143), else the launcher's exit code (128 + n if
+    signal n killed it).
     """
     received: list[tuple[int, float]] = []
     launcher: subprocess.Popen[bytes] | None = None

@@ -52,14 +52,9 @@ from lobra.tasks.dataset import TokenizedDataset, split
 from lobra.tasks.sampling import num_steps
 from lobra.tasks.text_processor import TextProcessor
 from lobra.trainer.adapters import adapter_spec, check_adapter
-from lobra.trainer.checkpoint import (
-    CheckpointState,
-    read_state,
-    resume_problems,
-    revival_problems,
-    task_record,
-)
+from lobra.trainer.checkpoint import CheckpointState, read_state
 from lobra.trainer.metrics import METRICS_FILE, check_metrics
+from lobra.trainer.resume_checks import resume_problems, revival_problems, task_record
 from lobra.trainer.run_config import PlanPeriod, plan_history, resolved_config
 from lobra.trainer.run_folder import occupied, unusable, write_run_folder
 from lobra.trainer.run_spec import RunSpec
@@ -375,9 +370,10 @@ def fixed_buckets(
 ) -> tuple[int, ...]:
     """Return the buckets of ``--dp-bucket off``: those that plans and simulator call fixed, too.
 
-    Raises:
-        ConfigError: there is no such set, or the plan cannot take the bucket of the longest
-            sequence.
+    Raises
+    ------
+    ConfigError
+        There is no such set, or the plan cannot take the bucket of the longest sequence.
     """
     longest = max((int(data.lengths.max()) for data in datasets), default=0)
     if longest == 0:
@@ -480,8 +476,10 @@ def node_size(request: TrainRequest, device: str | None) -> int:
 def requested_plan(request: TrainRequest) -> Plan:
     """Return the plan, under the memory policy that was asked for.
 
-    Raises:
-        ConfigError: the plan's file is not usable, or there is no such policy.
+    Raises
+    ------
+    ConfigError
+        The plan's file is not usable, or there is no such policy.
     """
     plan = load_plan(request.strategy_config)
     return plan if request.memory is None else plan.with_memory(request.memory)
@@ -490,8 +488,10 @@ def requested_plan(request: TrainRequest) -> Plan:
 def place_plan(plan: Plan, request: TrainRequest, device: str | None) -> World:
     """Return the plan on the ranks its file says, else on those of this cluster's nodes.
 
-    Raises:
-        ConfigError: the file's ranks do not fit the plan, or it cannot be placed.
+    Raises
+    ------
+    ConfigError
+        The file's ranks do not fit the plan, or it cannot be placed.
     """
     size = node_size(request, device)
     try:
@@ -559,8 +559,10 @@ def _missing_profile(request: TrainRequest) -> list[str]:
 def dispatch_costs(request: TrainRequest, plan: Plan) -> CostModel:
     """Return the cost model the dispatcher balances with.
 
-    Raises:
-        ConfigError: there is no time profile, or it lacks a tensor-parallel degree of the plan.
+    Raises
+    ------
+    ConfigError
+        There is no time profile, or it lacks a tensor-parallel degree of the plan.
     """
     if problems := _missing_profile(request):
         raise ConfigError(problems)

@@ -83,9 +83,10 @@ def write_run_folder(
 ) -> None:
     """Take the folder of a checked run; write config.yaml and the tokenised data.
 
-    Raises:
-        ConfigError: another run has the folder or has used it since it was checked, or it cannot
-            be written.
+    Raises
+    ------
+    ConfigError
+        Another run has the folder or has used it since it was checked, or it cannot be written.
     """
     folder = run.output_dir
     try:

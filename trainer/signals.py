@@ -9,7 +9,7 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-from lobra.model.launch import early_stop
+from lobra.model.rank_process import early_stop
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SAME_REQUEST_S = 2.0  # a launcher repeats within milliseconds what the terminal sent to all

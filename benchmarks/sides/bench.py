@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,15 +18,15 @@ from benchmarks.sides.base import first_fit_decreasing
 from benchmarks.sides.job import Job, step_flops
 from benchmarks.sides.lengths import Lengths
 from benchmarks.sides.operators import Launch, launches_of
+from benchmarks.sides.result import Result, TimedStep, rows_of
 from benchmarks.sides.side import Setting, Side, Step, Trained
-from benchmarks.sides.table import Result, TimedStep
 from lobra.profiler.peak_memory import peak_bytes_of, status_bytes
 
 Builders = Mapping[str, Callable[[Setting], Side]]
 
 
 class Bench:
-    """Measures sides on a device and keeps what was found, however it ends."""
+    """Measures sides on a device."""
 
     def __init__(
         self, builders: Builders, job: Job, lengths: Lengths, device: str, num_steps: int
@@ -35,13 +36,17 @@ class Bench:
         self.lengths = lengths
         self.device = device
         self.num_steps = num_steps
-        self.results: list[Result] = []
         self.launches: list[tuple[str, Launch]] = []
         self.begin_s = time.perf_counter()
         self.num_done = self.num_turns = 0
 
-    def run(self, folder: Path, numbers_of_tasks: Sequence[int], ranks: Sequence[int]) -> None:
-        """Measure every side on the model in the folder with every number of tasks and rank."""
+    def run(
+        self, folder: Path, numbers_of_tasks: Sequence[int], ranks: Sequence[int]
+    ) -> Iterator[dict[str, Any]]:
+        """Yield a row of every side on the model in the folder, for every number of tasks and rank.
+
+        Whatever ends it, Ctrl-C too, is raised after the rows of what was measured.
+        """
         settings = [
             Setting(folder, self.job, num_tasks, rank, self.device)
             for num_tasks, rank in product(numbers_of_tasks, ranks)
@@ -49,14 +54,21 @@ class Bench:
         # of every side: the first step, which warms up, the timed ones, and one under the profiler
         self.num_turns = len(settings) * len(self.builders) * (self.num_steps + 2)
         for setting in settings:
-            self._measure(setting)
+            results: list[Result] = []
+            try:
+                self._measure(setting, results)
+            except (Exception, KeyboardInterrupt):
+                yield from rows_of(results)
+                raise
+            yield from rows_of(results)
             gc.collect()
 
-    def _measure(self, setting: Setting) -> None:
+    def _measure(self, setting: Setting, results: list[Result]) -> None:
+        """Measure every side in a setting; results are there from the beginning."""
         entries: list[tuple[Side, Result]] = []
         for name, build in self.builders.items():
             result = Result(name, setting.num_tasks, setting.rank)
-            self.results.append(result)
+            results.append(result)
             with self._memory_may_end(result):
                 before = self._resident_bytes()
                 side = build(setting)

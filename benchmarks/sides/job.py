@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -96,6 +97,7 @@ class Job:
 _LLAMA_8B_LAYERS = ModelSizes(4096, 14336, 8, 32, 8, 32_000)
 _FOUR = ("dolly_3k", "evol_instruct_code", "xsum", "us_bills_115_all")
 _EIGHT = (*_FOUR, "cnn_dailymail", "pubmedqa", "math_cot_adapters", "metamath_backward")
+JobName = Literal["cpu", "cuda", "tiny"]
 JOBS: Mapping[str, Job] = {
     # The head is as small a part of the model as it is of an 8B one.
     "cpu": Job(ModelSizes(512, 1376, 8, 8, 8, 2048), _EIGHT, 64, 512, 4096),

@@ -67,8 +67,9 @@ class Ours:
         """Train all tasks' sequences together, then update every task."""
         order = self._order(step)
         clock = Clock(self.setting.device)
-        numbers = range(len(self.tasks))
-        shares = np.array([1 / order.work[number].labels for number in numbers])
+        numbers = sorted(order.work)
+        shares = np.zeros(len(self.tasks))
+        shares[numbers] = [1 / order.work[number].labels for number in numbers]
         batches = self._tensors(order, shares)
         with record_function(COMPUTE):
             losses = run_replica(self.stage, batches, len(self.tasks))
@@ -76,7 +77,8 @@ class Ours:
         rate = self.setting.job.learning_rate
         norms = self.optimizer.reduce(numbers).sqrt().tolist()
         clips = [clip_coefficient(norm, MAX_GRAD_NORM) for norm in norms]
-        self.optimizer.update({n: TaskUpdate(True, rate, clips[n]) for n in numbers})
+        updates = {n: TaskUpdate(True, rate, clip) for n, clip in zip(numbers, clips, strict=True)}
+        self.optimizer.update(updates)
         time_s = clock.seconds()
         means = tuple((losses.cpu() * torch.from_numpy(shares)).tolist())
         return Trained(time_s, compute_s, means, len(batches), order.padded_tokens)

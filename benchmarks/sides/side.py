@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 
 from benchmarks.sides.job import Job
 from lobra.layout import sequences
@@ -92,6 +95,24 @@ class Clock:
         if self.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
+
+
+@contextmanager
+def alone_on(device: str) -> Iterator[None]:
+    """Make this process the only rank of a world on the device, as long as the context lasts."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("LOCAL_RANK", "0")  # deepspeed asks for it
+    if device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    else:
+        torch.cuda.set_device(0)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for every new shape, slowly
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def weights_dtype(device: str) -> torch.dtype:

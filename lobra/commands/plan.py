@@ -191,28 +191,28 @@ def show(console: Console, deployment: Deployment, workload: Workload) -> None:
             role.reason,
         )
     console.print(table)
-    figures = Table(show_header=False)
-    figures.add_row("GPUs used", f"{outcome.plan.num_gpus} of {deployment.problem.num_gpus}")
-    figures.add_row("predicted step time", f"{outcome.step_time_s:.4g} s")
+    summary = Table(show_header=False)
+    summary.add_row("GPUs used", f"{outcome.plan.num_gpus} of {deployment.problem.num_gpus}")
+    summary.add_row("predicted step time", f"{outcome.step_time_s:.4g} s")
     if deployment.sync_time_s:
-        figures.add_row("adapter synchronisation", f"{deployment.sync_time_s:.4g} s after that")
-    figures.add_row("GPU-seconds per step", f"{outcome.gpu_seconds:.4g}")
+        summary.add_row("adapter synchronisation", f"{deployment.sync_time_s:.4g} s after that")
+    summary.add_row("GPU-seconds per step", f"{outcome.gpu_seconds:.4g}")
     if outcome.lower_bound_s > 0:
-        figures.add_row("certified lower bound", f"{outcome.lower_bound_s:.4g} s")
-        figures.add_row("gap", f"{100 * outcome.gap:.2f} %")
+        summary.add_row("certified lower bound", f"{outcome.lower_bound_s:.4g} s")
+        summary.add_row("gap", f"{100 * outcome.gap:.2f} %")
     if outcome.objective_s is not None:
-        figures.add_row("its own objective", f"{outcome.objective_s:.4g} s")
+        summary.add_row("its own objective", f"{outcome.objective_s:.4g} s")
     if same is not None:
-        figures.add_row("best homogeneous plan", compared(outcome, same))
+        summary.add_row("best homogeneous plan", compared(outcome, same))
     for entry in deployment.sampled:
-        figures.add_row(
+        summary.add_row(
             f"{len(entry.step_time_s)} sampled steps",
             f"mean {entry.mean_s:.4g} s, p50 {entry.percentile_s(50):.4g} s, "
             f"p99 {entry.percentile_s(99):.4g} s: {entry.plan}",
         )
-    figures.add_row("buckets", " ".join(str(bucket) for bucket in deployment.batch.buckets))
-    figures.add_row("padding", f"{100 * deployment.batch.padding_ratio:.2f} % of padded tokens")
-    console.print(figures)
+    summary.add_row("buckets", " ".join(str(bucket) for bucket in deployment.batch.buckets))
+    summary.add_row("padding", f"{100 * deployment.batch.padding_ratio:.2f} % of padded tokens")
+    console.print(summary)
     for note in outcome.notes:
         console.print(f"note: {note}")
     for task, number in workload.clipped.items():

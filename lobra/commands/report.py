@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from lobra.common.errors import ConfigError
-from lobra.report.experiment_report import ABOUT, SIMULATION, experiments_in, report_experiment
+from lobra.report.experiment_report import report_experiment
+from lobra.report.experiment_tables import ABOUT, SIMULATION, experiments_in
 from lobra.report.run_plots import plot_run
-from lobra.report.run_report import print_run_report, run_parts
+from lobra.report.run_report import print_run_report
+from lobra.report.run_summary import run_parts
 from lobra.report.trace import write_trace
 
 CONFIG = "config.yaml"

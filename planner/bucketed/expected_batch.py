@@ -27,7 +27,7 @@ class ExpectedBatch:
 
 
 def expect(workload: Workload, num_buckets: int, static: bool = False) -> ExpectedBatch:
-    """Return the expected batch over dynamic or static buckets (CONTRACT, "Python CLI")."""
+    """Return the expected batch over dynamic or static buckets."""
     if num_buckets < 1:
         raise ConfigError(f"--num-buckets: {num_buckets}; at least one bucket is needed")
     if static:

@@ -1,4 +1,4 @@
-"""The fluid relaxation over all plans: whole replicas, divisible work (DESIGN, "Planning")."""
+"""The fluid relaxation over all plans: whole replicas, divisible work (docs/planning.md)."""
 
 from __future__ import annotations
 

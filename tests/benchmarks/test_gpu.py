@@ -22,13 +22,12 @@ def test_every_part_says_how_it_ended_and_keeps_what_it_found(tmp_path: Path) ->
     )
     (tmp_path / "equality.json").write_text('{"rows": [1]}')
     (tmp_path / "multi_lora.json").write_text('{"rows": [2]}')
-    (tmp_path / "training").mkdir()
-    (tmp_path / "training" / "training_run.json").write_text('{"layer_time_ms": []}')
+    (tmp_path / "training.json").write_text('{"rows": [3]}')
     assert read_parts(tmp_path) == {
         "tests": {"ended": "there was nothing to test", "seconds": 7, "found": None},
         "equality": {"ended": "ok", "seconds": 31, "found": {"rows": [1]}},
         "multi_lora": {"ended": "out of time", "seconds": 110, "found": {"rows": [2]}},
-        "training": {"ended": "failed with 1", "seconds": 12, "found": {"layer_time_ms": []}},
+        "training": {"ended": "failed with 1", "seconds": 12, "found": {"rows": [3]}},
     }
 
 

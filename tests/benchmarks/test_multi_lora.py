@@ -1,10 +1,9 @@
-"""All sides of the comparison compute the same losses, and the table's arithmetic is right."""
+"""All sides of the comparison compute the same losses, and the rows' arithmetic is right."""
 
 from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -20,14 +19,14 @@ from benchmarks.sides.base import PackedAttention, first_fit_decreasing
 from benchmarks.sides.job import JOBS, ModelSizes, step_flops
 from benchmarks.sides.lengths import find_lengths
 from benchmarks.sides.operators import Launch, during_passes, kernels_of, operators_of
+from benchmarks.sides.result import Result, TimedStep, rows_of
 from benchmarks.sides.side import COMPUTE, Trained
 from benchmarks.sides.switching import rows_by_length, rows_in_turn
-from benchmarks.sides.table import Result, TimedStep, summaries, table
 from lobra.common.errors import ConfigError
 from lobra.layout.sequences import Sequence
 
-COMMAND = [sys.executable, "benchmarks/multi_lora.py", "--device", "cpu", "--job", "tiny"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+COMMAND = [sys.executable, "-m", "benchmarks", "multi_lora", "--device", "cpu", "--job", "tiny"]
+COMMAND += ["--threads", "1"]
 
 
 def sequences_of(lengths: list[int]) -> list[Sequence]:
@@ -41,19 +40,19 @@ def test_all_sides_compute_the_same_losses(project_root: Path, tmp_path: Path) -
     """Fresh adapters change nothing; after updates ours has PEFT's losses, the base its own."""
     output, operators = tmp_path / "out.json", tmp_path / "operators.csv"
     subprocess.run(
-        [*COMMAND, "--tasks", "3", "--steps", "2", "--output", output, "--operators", operators],
-        cwd=project_root, env=ENVIRONMENT, check=True, timeout=300,
+        [*COMMAND, "--tasks", "3", "--steps", "2", "--json", output, "--operators", operators],
+        cwd=project_root, check=True, timeout=300,
     )  # fmt: skip
     found = json.loads(output.read_text())
-    sides = {result["side"]: result for result in found["results"]}
-    assert set(sides) == {"base", "ours", "peft-switching", "peft-sorted"}
+    rows = {row["side"]: row for row in found["rows"][1:]}
+    assert set(rows) == {"base", "ours", "peft-switching", "peft-sorted"}
     losses = {
-        side: np.array([step["trained"]["losses"] for step in result["steps"]])
-        for side, result in sides.items()
+        side: np.array([step["trained"]["losses"] for step in row["steps"]])
+        for side, row in rows.items()
     }
-    for side in sides:
+    for side in rows:
         np.testing.assert_allclose(
-            sides[side]["first_losses"], sides["base"]["first_losses"], rtol=1e-5
+            rows[side]["first_losses"], rows["base"]["first_losses"], rtol=1e-5
         )
         assert losses[side].shape == (2, 3)
     for side in ("peft-switching", "peft-sorted"):
@@ -61,7 +60,6 @@ def test_all_sides_compute_the_same_losses(project_root: Path, tmp_path: Path) -
     trained_by = np.abs(losses["ours"] - losses["base"])[-1]
     assert trained_by.max() > 20 * np.abs(losses["ours"] - losses["peft-sorted"]).max()
 
-    rows = {row["side"]: row for row in found["rows"]}
     assert rows["base"]["share"] == rows["base"]["padded_per_real"] == 1.0
     with operators.open(encoding="utf-8") as file:
         launches = list(csv.DictReader(file))
@@ -74,10 +72,10 @@ def test_all_sides_compute_the_same_losses(project_root: Path, tmp_path: Path) -
 
 def test_an_interrupted_run_keeps_what_there_is(project_root: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.json"
-    arguments = ["--sides", "base", "--tasks", "4", "--steps", "1000", "--output", str(output)]
+    arguments = ["--sides", "base", "--tasks", "4", "--steps", "1000", "--json", str(output)]
     process = subprocess.Popen(
         [*COMMAND, *arguments],
-        cwd=project_root, env=ENVIRONMENT,
+        cwd=project_root,
         stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stderr is not None
@@ -87,18 +85,18 @@ def test_an_interrupted_run_keeps_what_there_is(project_root: Path, tmp_path: Pa
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "tokens/s" in printed
-    assert json.loads(output.read_text())["rows"][0]["tokens_per_s"] > 0
+    assert "tokens_per_s" in printed
+    assert json.loads(output.read_text())["rows"][1]["tokens_per_s"] > 0
 
 
 def test_all_mistakes_at_once(project_root: Path) -> None:
-    wrong = ["--tasks", "1,x", "--rank", "0", "--sides", "ours,theirs", "--steps", "0"]
+    wrong = ["--tasks", "1", "--tasks", "0", "--rank", "-3", "--sides", "theirs", "--steps", "0"]
     done = subprocess.run(
         [*COMMAND, *wrong, "--sequences", "6", "--cap", "1"],
-        cwd=project_root, env=ENVIRONMENT, capture_output=True, text=True, check=False,
+        cwd=project_root, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2
-    for word in ("'x'", "'0'", "'theirs'", "--steps: 0", "--sequences: 6", "--cap 1"):
+    for word in ("--tasks 0", "--rank -3", "'theirs'", "--steps 0", "--sequences: 6", "--cap 1"):
         assert word in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -193,7 +191,7 @@ def test_operators_that_others_call_are_not_counted() -> None:
     assert [launch.event for launch in found] == ["aten::linear", "aten::mm"] * 2
 
 
-def test_the_table_divides_by_the_limit_of_the_same_steps_and_tasks() -> None:
+def test_a_row_divides_by_the_limit_of_the_same_steps_and_tasks() -> None:
     def result(side: str, num_tasks: int, times_s: dict[int, float], padded: int) -> Result:
         steps = [
             TimedStep(number, 100, 4e12, Trained(time_s, time_s / 2, (1.0,), 4, padded))
@@ -207,7 +205,7 @@ def test_the_table_divides_by_the_limit_of_the_same_steps_and_tasks() -> None:
     lost = result("peft-sorted", 4, {}, 0)
     lost.failure = "out of memory"
     other = result("ours", 8, {1: 2.0}, 100)
-    rows = {(r["side"], r["tasks"]): r for r in summaries([ours, base, lost, other])}
+    rows = {(r["side"], r["tasks"]): r for r in rows_of([ours, base, lost, other])}
     row = rows["ours", 4]
     assert row["tokens_per_s"] == pytest.approx((50 + 20) / 2)
     assert row["tflops"] == pytest.approx((2.0 + 0.8) / 2)
@@ -216,7 +214,6 @@ def test_the_table_divides_by_the_limit_of_the_same_steps_and_tasks() -> None:
     assert row["padded_per_real"] == 1.25
     assert row["peak_mib"] == 5.0
     assert row["micro_batch_ms"] == pytest.approx(1e3 * (0.5 + 1.25) / 2)
-    assert "share" not in rows["ours", 8], "no limit was measured with 8 tasks"
-    printed = table(list(rows.values())).splitlines()
-    assert len(printed) == 5
-    assert printed[3].endswith("out of memory")
+    assert rows["ours", 8]["share"] is None, "no limit was measured with 8 tasks"
+    lost_row = rows["peft-sorted", 4]
+    assert (lost_row["failure"], lost_row["tokens_per_s"]) == ("out of memory", None)

@@ -1,4 +1,4 @@
-"""The `lobra` command: exit codes of the contract, mistakes in one message without a traceback."""
+"""The `lobra` command: exit codes, mistakes in one message without a traceback."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from lobra.common.errors import ConfigError
 from lobra.layout.layout import Layout
 from lobra.layout.plan import Plan, ReplicaGroup
 from lobra.report.run_plots import losses, replicas, step_times
-from lobra.report.run_report import run_parts
+from lobra.report.run_summary import run_parts
 from lobra.trainer.metrics import read_metrics
 from lobra.trainer.prepare import TrainRequest, node_size, place_plan
 from lobra.trainer.run import (

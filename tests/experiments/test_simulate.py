@@ -17,8 +17,8 @@ from experiments import jobs, simulate
 from experiments.bench import Bench, dealt_time_s
 from experiments.cells import Cell, CellStore, Workers, start_workers
 from experiments.inputs import Lengths, Sources, find_costs, find_lengths, setup_of, workload_of
+from experiments.methods import DYNAMIC, FUSED
 from experiments.provenance import read_provenance
-from experiments.study import DYNAMIC, FUSED
 from lobra.cli import main
 from lobra.common.errors import ConfigError
 from lobra.layout.layout import Layout

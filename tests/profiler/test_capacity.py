@@ -16,7 +16,8 @@ from lobra.profiler.memory import MemorySweep, sweep_memory
 from lobra.profiler.memory_rank import ADAPTER_BYTES, OPTIMIZER_BYTES, RankMemory
 from lobra.profiler.profiles import MEMORY_COLUMNS, load_memory_profile
 from lobra.profiler.sweep_file import open_sweep
-from lobra.tasks.config import TARGET_MODULES, TaskConfig
+from lobra.tasks.config import TaskConfig
+from lobra.tasks.target_modules import TARGET_MODULES
 
 SHAPE = NAMED_SHAPES["7B"]
 LAYOUTS = ((1, 1), (1, 2), (2, 1), (4, 1))

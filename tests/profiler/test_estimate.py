@@ -31,7 +31,7 @@ from lobra.profiler.estimate_time import Workload, calibrate, layer_ms
 from lobra.profiler.memory import layouts_within
 from lobra.profiler.memory_rank import synthetic_batch
 from lobra.profiler.profiles import TimeProfile
-from lobra.tasks.config import TARGET_MODULES
+from lobra.tasks.target_modules import TARGET_MODULES
 from tests.model.support import save_llama
 
 TABLES = load_tables()

@@ -31,7 +31,8 @@ from lobra.profiler.profiles import MEMORY_COLUMNS, load_memory_profile
 from lobra.profiler.sidecar import read_meta, write_meta
 from lobra.profiler.sweep_file import open_sweep
 from lobra.profiler.sweep_rows import SweepFile
-from lobra.tasks.config import TARGET_MODULES, TaskConfig
+from lobra.tasks.config import TaskConfig
+from lobra.tasks.target_modules import TARGET_MODULES
 from tests.model.support import save_llama
 
 TINY = NAMED_SHAPES["tiny"]

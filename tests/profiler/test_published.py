@@ -22,7 +22,7 @@ from lobra.profiler.validation import (
     refusals,
     suspicious_rows,
 )
-from lobra.tasks.config import TARGET_MODULES
+from lobra.tasks.target_modules import TARGET_MODULES
 from tests.profiler.support import num_decreasing
 
 # (layout, sequence length, micro-batches, seconds a step): LobRA's homogeneous throughput table.

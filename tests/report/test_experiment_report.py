@@ -12,7 +12,8 @@ import pytest
 from lobra.cli import main
 from lobra.common.errors import ConfigError
 from lobra.layout.trace import TRACE_FILE, ReplicaTrace, Slice, trace_text
-from lobra.report.experiment_report import experiments_in, read_experiment, shown
+from lobra.report.experiment_report import shown
+from lobra.report.experiment_tables import experiments_in, read_experiment
 
 METHOD = {
     "plan": "<2,1>x2",

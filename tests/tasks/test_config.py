@@ -15,14 +15,9 @@ from hypothesis import strategies as st
 
 from lobra.common.errors import ConfigError
 from lobra.tasks import foreign_names
-from lobra.tasks.config import (
-    MODULE_ALIASES,
-    TARGET_MODULES,
-    TaskConfig,
-    load_trainer_config,
-    resolve_target_modules,
-)
+from lobra.tasks.config import TaskConfig, load_trainer_config
 from lobra.tasks.lengths import load_lengths
+from lobra.tasks.target_modules import MODULE_ALIASES, TARGET_MODULES, resolve_target_modules
 
 LOBRA_TASK = {
     "rank": 16,
@@ -388,20 +383,6 @@ def test_task_names_are_those_of_the_shared_lengths(
     tasks = load_trainer_config(project_root / "trainer_config" / f"{config}.json").tasks
     keys = load_lengths(shared / "lengths" / f"{lengths}.json").keys()
     assert {task.name for task in tasks} == set(keys)
-
-
-@given(st.lists(st.sampled_from([*TARGET_MODULES, *MODULE_ALIASES]), min_size=1))
-def test_target_modules_are_each_once_and_in_order(names: list[str]) -> None:
-    modules = resolve_target_modules(names)
-    expected = {m for name in names for m in MODULE_ALIASES.get(name, (name,))}
-    assert set(modules) == expected and len(modules) == len(expected)
-    assert list(modules) == sorted(modules, key=TARGET_MODULES.index)
-    assert resolve_target_modules(names[::-1]) == modules
-
-
-def test_unknown_target_modules_are_refused() -> None:
-    with pytest.raises(ValueError, match="lm_head"):
-        resolve_target_modules(["lm_head"])
 
 
 values = st.recursive(

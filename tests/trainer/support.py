@@ -22,8 +22,8 @@ from lobra.profiler.profiles import TimeProfile
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.dataset import TokenizedDataset
 from lobra.trainer.adapters import adapter_spec, load_adapter
-from lobra.trainer.checkpoint import task_record
 from lobra.trainer.metrics import ReplicaMetrics, StepMetrics, TaskMetrics, read_metrics
+from lobra.trainer.resume_checks import task_record
 from lobra.trainer.run import run_local
 from lobra.trainer.run_spec import RunSpec
 from tests.model.support import micro_batch, tensors_of

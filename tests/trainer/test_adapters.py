@@ -19,7 +19,8 @@ from lobra.layout.layout import Layout
 from lobra.layout.shapes import ModelShape
 from lobra.layout.world import one_replica
 from lobra.model.launch import run_ranks
-from lobra.tasks.config import TARGET_MODULES, TaskConfig
+from lobra.tasks.config import TaskConfig
+from lobra.tasks.target_modules import TARGET_MODULES
 from lobra.trainer.adapters import adapter_spec, check_adapter, save_adapter
 from lobra.trainer.exporter import AdapterExporter
 from lobra.trainer.run import run_local

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from lobra.layout.shapes import read_shape
 from lobra.model.adapter import FlatTensors
 from lobra.model.launch import RankError
-from lobra.report.run_report import _task_summary
-from lobra.tasks.config import TARGET_MODULES, TaskConfig
+from lobra.report.run_summary import task_summary
+from lobra.tasks.config import TaskConfig
+from lobra.tasks.target_modules import TARGET_MODULES
 from lobra.trainer import rank as one_rank
 from lobra.trainer.adapters import adapter_spec, save_adapter
 from lobra.trainer.checkpoint import list_checkpoints
@@ -161,9 +162,9 @@ def test_a_stopped_task_is_seen_at_the_end(base: Path, tmp_path: Path) -> None:
     reason = lines[4]["tasks"]["broken"]["stopped"]
     assert "not finite" in reason
     assert all(line["tasks"]["steady"]["stopped"] is None for line in lines)
-    assert _task_summary("steady", lines, 7).ended == "done"
-    assert _task_summary("steady", lines, 9).ended == "step 7 of 9"
-    ended = _task_summary("broken", lines, 7).ended
+    assert task_summary("steady", lines, 7).ended == "done"
+    assert task_summary("steady", lines, 9).ended == "step 7 of 9"
+    ended = task_summary("broken", lines, 7).ended
     assert ended == "stopped at step 5: gradient not finite in 5 steps in a row"
 
 
@@ -234,8 +235,8 @@ def test_a_latecomer_and_another_order_of_tasks_change_no_adapter(
         ["steady"], ["steady"], ["broken", "steady"], ["broken", "steady"], ["broken"], ["broken"]
     ]  # fmt: skip
     lines = [as_json(step) for step in steps]
-    assert _task_summary(LATECOMER, lines, 4).ended == "done"
-    assert _task_summary(LATECOMER, lines, 5).ended == "step 4 of 5"
+    assert task_summary(LATECOMER, lines, 4).ended == "done"
+    assert task_summary(LATECOMER, lines, 5).ended == "step 4 of 5"
     for task, own in zip(tasks, data, strict=True):
         alone = make_run(tmp_path / task.name, base, (task,), [own], single, 4, precision="fp64")
         before = [step.tasks[task.name] for step in train_steps(alone)]

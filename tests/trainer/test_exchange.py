@@ -17,7 +17,8 @@ from lobra.model.groups import build_groups
 from lobra.model.launch import run_ranks
 from lobra.model.stage import build_stage
 from lobra.profiler.exchange import exchange_bytes
-from lobra.tasks.config import TARGET_MODULES, TaskConfig
+from lobra.tasks.config import TaskConfig
+from lobra.tasks.target_modules import TARGET_MODULES
 from lobra.trainer.adapters import adapter_spec
 from lobra.trainer.optimizer import AdapterOptimizer, TaskUpdate
 from lobra.trainer.zero import start_deepspeed

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from lobra.common.errors import ConfigError
 from lobra.layout.placement import place
 from lobra.layout.plan import Plan
-from lobra.tasks.config import TARGET_MODULES, TaskConfig
+from lobra.tasks.config import TaskConfig
+from lobra.tasks.target_modules import TARGET_MODULES
 from lobra.trainer.adapters import adapter_spec, save_adapter
 from lobra.trainer.checkpoint import (
     CheckpointState,
@@ -25,13 +26,11 @@ from lobra.trainer.checkpoint import (
     drop_later,
     list_checkpoints,
     read_state,
-    resume_problems,
-    revival_problems,
     step_folder,
-    task_record,
 )
 from lobra.trainer.metrics import read_metrics, restore_metrics
 from lobra.trainer.prepare import last_step, revivals_in_vain
+from lobra.trainer.resume_checks import resume_problems, revival_problems, task_record
 from lobra.trainer.run import run_local
 from lobra.trainer.run_spec import RunSpec
 from lobra.trainer.task_progress import TaskProgress

@@ -1,4 +1,4 @@
-"""What was measured of each side, and the table made of it."""
+"""What was measured of each side, and the row made of it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,17 @@ from benchmarks.sides.side import Trained
 
 LIMIT = "base"  # the side that the others' shares are of
 MIB = 1 << 20
+MEASURED = (
+    "tokens_per_s",
+    "tflops",
+    "share",
+    "compute_share",
+    "step_s",
+    "micro_batch_ms",
+    "padded_per_real",
+    "peak_mib",
+    "step_mib",
+)
 
 
 @dataclass(frozen=True)
@@ -51,30 +62,28 @@ class Result:
     launches: int | None = None
     failure: str | None = None
 
-    def summary(self, limit: Result | None = None) -> dict[str, Any]:
+    def row(self, limit: Result | None = None) -> dict[str, Any]:
         """Return medians over the steps; shares are of the limit's speed in the same steps."""
-        found: dict[str, Any] = {"tasks": self.num_tasks, "rank": self.rank, "side": self.side}
+        row: dict[str, Any] = {"tasks": self.num_tasks, "rank": self.rank, "side": self.side}
+        row |= dict.fromkeys(MEASURED)
+        row |= {"launches": self.launches, "failure": self.failure}
         if self.steps:
             trained = [step.trained for step in self.steps]
             tokens = sum(step.tokens for step in self.steps)
-            found |= {
+            row |= {
                 "tokens_per_s": median(step.tokens / step.trained.time_s for step in self.steps),
                 "tflops": median(step.flops / step.trained.time_s for step in self.steps) / 1e12,
                 "step_s": median(step.time_s for step in trained),
-                "micro_batches": median(step.micro_batches for step in trained),
                 "micro_batch_ms": 1e3 * median(s.time_s / s.micro_batches for s in trained),
                 "padded_per_real": sum(step.padded_tokens for step in trained) / tokens,
             }
-        if self.steps and limit is not None and limit.steps:
-            found |= self._shares(limit)
+        if limit is not None:
+            row |= self._shares(limit)
         if self.held_bytes is not None and self.step_bytes is not None:
-            found["peak_mib"] = (self.held_bytes + self.step_bytes) / MIB
-            found["step_mib"] = self.step_bytes / MIB
-        if self.launches is not None:
-            found["launches"] = self.launches
-        if self.failure is not None:
-            found["failure"] = self.failure
-        return found
+            row["peak_mib"] = (self.held_bytes + self.step_bytes) / MIB
+            row["step_mib"] = self.step_bytes / MIB
+        steps = [asdict(step) for step in self.steps]
+        return row | {"first_losses": self.first_losses, "steps": steps}
 
     def _shares(self, limit: Result) -> dict[str, float]:
         """Return whole steps' speed, and that of forward and backward passes, over the limit's."""
@@ -87,44 +96,8 @@ class Result:
             "compute_share": median(time_s / trained.compute_s for time_s, trained in pairs),
         }
 
-    def as_json(self) -> dict[str, Any]:
-        """Return every field."""
-        return asdict(self)
 
-
-COLUMNS = {
-    "tasks": ("tasks", "{}"),
-    "rank": ("rank", "{}"),
-    "side": ("side", "{}"),
-    "tokens_per_s": ("tokens/s", "{:,.0f}"),
-    "tflops": ("TFLOP/s", "{:.3g}"),
-    "share": ("of limit", "{:.1%}"),
-    "compute_share": ("fwd+bwd", "{:.1%}"),
-    "step_s": ("step s", "{:.2f}"),
-    "micro_batch_ms": ("micro-b. ms", "{:.1f}"),
-    "padded_per_real": ("padded/real", "{:.3f}"),
-    "peak_mib": ("peak MiB", "{:,.0f}"),
-    "step_mib": ("step MiB", "{:,.0f}"),
-    "launches": ("launches", "{:,}"),
-    "failure": ("", "{}"),
-}
-
-
-def summaries(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """Return every result's summary, with shares of the limit measured beside it."""
+def rows_of(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Return every result's row, with shares of the limit measured beside it."""
     limits = {(r.num_tasks, r.rank): r for r in results if r.side == LIMIT}
-    return [result.summary(limits.get((result.num_tasks, result.rank))) for result in results]
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return summaries as lines of aligned columns; a dash where nothing was measured."""
-    columns = [key for key in COLUMNS if key != "failure" or any(key in row for row in rows)]
-    cells = [[COLUMNS[key][0] for key in columns]]
-    cells += [
-        [COLUMNS[key][1].format(row[key]) if key in row else "-" for key in columns] for row in rows
-    ]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in cells
-    )
+    return [result.row(limits.get((result.num_tasks, result.rank))) for result in results]

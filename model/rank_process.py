@@ -1,0 +1,96 @@
+"""The process of one rank: it joins its world, runs its target and sends back what that returns."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from lobra.common.errors import ConfigError
+
+# Stop signals that reached this rank before its target installed a handler of its own.
+early_stop: list[int] = []
+
+
+@dataclass(frozen=True)
+class RankEnv:
+    """What a rank process needs to join its world; `local_rank` is its CUDA device."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: str
+    init_method: str
+    threads: int
+    environment: dict[str, str]
+    graceful: bool = False
+
+
+def init_rank(env: RankEnv) -> None:
+    """Join torch.distributed as rank `env.rank` and set the device and the thread count."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(env.threads)
+    if env.device == "cuda":
+        torch.cuda.set_device(env.local_rank)
+    dist.init_process_group(
+        backend="nccl" if env.device == "cuda" else "gloo",
+        init_method=env.init_method,
+        rank=env.rank,
+        world_size=env.world_size,
+    )
+
+
+def resolve_target(target: str) -> Callable[..., Any]:
+    """Return the function named "package.module:function"."""
+    module, _, function = target.partition(":")
+    resolved: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return resolved
+
+
+def rank_main(env: RankEnv, target: str, kwargs: dict[str, Any], pipe: Connection) -> None:
+    """Run `target` on one rank and send ("ok", result) or ("error", traceback) back.
+
+    Does nothing before the parent's word: a parent that was interrupted while it started this
+    process does not know it, so nobody would end it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
+    if env.graceful:
+        signal.signal(signal.SIGTERM, lambda number, _frame: early_stop.append(number))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        pipe.recv()
+    except (EOFError, ConnectionResetError):
+        os._exit(1)
+    os.environ.update(env.environment)
+    os.environ.update(
+        RANK=str(env.rank), LOCAL_RANK=str(env.local_rank), WORLD_SIZE=str(env.world_size)
+    )
+    try:
+        import torch.distributed as dist
+
+        init_rank(env)
+        result = resolve_target(target)(**kwargs)
+        pipe.send(("ok", result))
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except BaseException as error:  # reported to the parent, which raises it
+        pipe.send(("error", error if isinstance(error, ConfigError) else traceback.format_exc()))
+        # Leave at once: peers blocked in a collective with us must not keep us alive.
+        os._exit(1)
+
+
+def _end_with_parent() -> None:
+    """End this process as soon as the one that started it is gone, killed ones included."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)

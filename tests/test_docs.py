@@ -1,0 +1,62 @@
+"""What the pages of docs name is there: files, packages' modules, commands, benchmarks."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.__main__ import SUBJECTS
+from lobra.cli import COMMANDS
+from tests.test_chain import CHAIN
+
+FOLDERS = "|".join(
+    (*CHAIN, "benchmarks", "docs", "experiments", "lobra", "scripts", "tests", "trainer_config")
+)
+PATH = re.compile(
+    rf"\b(?:{FOLDERS})/[\w./-]*\w\.(?:py|sh|md|json|yaml|csv)\b|\b(?:{FOLDERS})/[\w/]+/(?=`)"
+)
+MODULE = re.compile(rf"`(?:lobra\.)?({'|'.join(CHAIN)})\.(?!md\b|py\b)([a-z_]+)\b")
+COMMAND = re.compile(r"\blobra ((?:data|experiment|profile) [a-z]+|[a-z]+)\b(?![ ]*=)")
+BENCHMARK = re.compile(r"python -m benchmarks ([a-z]\w*)")
+
+
+@pytest.fixture(scope="module")
+def pages(project_root: Path) -> dict[str, str]:
+    """The text of README and of every page that is kept up to date (results are dated)."""
+    paths = [project_root / "README.md", *sorted((project_root / "docs").glob("*.md"))]
+    return {path.name: path.read_text(encoding="utf-8") for path in paths}
+
+
+def test_paths_exist(pages: dict[str, str], project_root: Path) -> None:
+    named = {(page, path) for page, text in pages.items() for path in PATH.findall(text)}
+    assert len(named) > 60
+    assert {(page, path) for page, path in named if not (project_root / path).exists()} == set()
+
+
+def test_modules_exist(pages: dict[str, str], project_root: Path) -> None:
+    named = {(page, *parts) for page, text in pages.items() for parts in MODULE.findall(text)}
+    assert len(named) > 5
+    assert {name for name in named if not is_module(project_root / name[1] / name[2])} == set()
+
+
+def test_the_table_of_packages_names_modules(pages: dict[str, str], project_root: Path) -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", pages["architecture.md"], re.MULTILINE))
+    assert list(rows) == list(CHAIN)
+    named = [
+        (package, name) for package in CHAIN for name in re.findall(r"`([a-z_]+)/?`", rows[package])
+    ]
+    assert [pair for pair in named if not is_module(project_root / pair[0] / pair[1])] == []
+
+
+def test_commands_exist(pages: dict[str, str]) -> None:
+    code = [text for page in pages.values() for text in re.findall(r"`+([^`]*)`+", page)]
+    named = {words for text in code for words in COMMAND.findall(text)}
+    assert len(named) > 10 and named <= set(COMMANDS)
+    subjects = {subject for page in pages.values() for subject in BENCHMARK.findall(page)}
+    assert subjects and subjects <= set(SUBJECTS)
+
+
+def is_module(path: Path) -> bool:
+    return path.is_dir() or path.with_suffix(".py").is_file()

@@ -1,0 +1,103 @@
+"""Whether a run may go on from a checkpoint: its tasks, data, base model, and whom to revive."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lobra.tasks.config import TaskConfig
+from lobra.tasks.dataset import TokenizedDataset
+from lobra.trainer.checkpoint import CheckpointState
+
+# What must be the same for a task to go on; the rest may be changed between runs.
+FIXED_FIELDS = ("name", "rank", "lora_alpha", "target_modules", "global_batch_size", "seed")
+# What decides which sequences there are: named if they are others and this is why.
+DATA_FIELDS = (
+    *("dataset_name", "json_key", "max_samples", "prompt", "train_on_inputs"),
+    *("context_length", "validation_split"),
+)
+
+
+def task_record(task: TaskConfig, data: TokenizedDataset) -> dict[str, Any]:
+    """Return what identifies a task and its data, to be compared when a run goes on.
+
+    `data` is what the task trains on, without what is held out.
+    """
+    record = {name: getattr(task, name) for name in (*FIXED_FIELDS, *DATA_FIELDS)}
+    record["target_modules"] = list(task.target_modules)
+    record["dataset_name"] = list(task.dataset_names)
+    record["json_key"] = task.json_key or "text"  # as versions noted it that had this default
+    record["num_sequences"] = len(data)
+    digest = hashlib.sha256()
+    for array in (data.tokens, data.labels, data.offsets):
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+    record["data_sha256"] = digest.hexdigest()[:16]
+    return record
+
+
+def resume_problems(
+    state: CheckpointState,
+    tasks: Sequence[dict[str, Any]],
+    seed: int,
+    base_model: str,
+    source: str,
+) -> list[str]:
+    """Return why a run with these task records cannot go on from a checkpoint (empty: it can)."""
+    problems = []
+    if state.seed != seed:
+        problems.append(f"--resume: the checkpoint was made with --seed {state.seed}, not {seed}")
+    if state.base_model != base_model:
+        problems.append("--resume: --model is not the base model the checkpoint was trained on")
+    before = {record["name"]: record for record in state.tasks}
+    now = [record["name"] for record in tasks]
+    if set(now) != before.keys():
+        problems.append(f"--resume: {source} has the tasks {now}, the checkpoint {list(before)}")
+        return problems
+    for new in tasks:
+        old = before[new["name"]]
+        changed = [field for field in FIXED_FIELDS if new[field] != old.get(field)]
+        if new["data_sha256"] != old.get("data_sha256"):
+            why = [f for f in DATA_FIELDS if f in old and new[f] != old[f]]
+            if not why and "seed" not in changed and state.seed == seed:
+                problems.append(_changed_data(old, new))
+            changed += why
+        problems += [
+            f"--resume: task {new['name']}: {field} is {new[field]!r}, "
+            f"in the checkpoint {old.get(field)!r}"
+            for field in changed
+        ]
+    return problems
+
+
+def _changed_data(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Return what to do about data that are others than before, though asked for alike.
+
+    Checkpoints of older versions do not say how their data were asked for.
+    """
+    names = ", ".join(map(repr, new["dataset_name"]))
+    counts = f"{old.get('num_sequences')} sequences to train on then, {new['num_sequences']} now"
+    fields = "" if DATA_FIELDS[0] in old else f", or the task's {', '.join(DATA_FIELDS)},"
+    return (
+        f"--resume: task {new['name']}: its data set {names} is not what the checkpoint was "
+        f"trained on ({counts}); restore its files{fields} and the model's tokenizer as they were, "
+        f"or start a new run in another --output-dir"
+    )
+
+
+def revival_problems(state: CheckpointState, revived: Sequence[str]) -> list[str]:
+    """Return why the tasks named to be revived cannot be (empty: they can)."""
+    stopped = {name: own.stopped for name, own in state.progress.items()}
+    waiting = [name for name, why in stopped.items() if why is not None]
+    problems = []
+    for name in revived:
+        if name not in stopped:
+            problems.append(
+                f"--revive {name}: the checkpoint has no such task; it has {', '.join(stopped)}"
+            )
+        elif stopped[name] is None:
+            known = f"stopped are {', '.join(waiting)}" if waiting else "no task is"
+            problems.append(f"--revive {name}: this task is not stopped; {known}")
+    return problems
