@@ -366,7 +366,7 @@ def chosen_batching(request: TrainRequest, plan: Plan | None) -> Batching:
     asked: Batching | None = request.batching or ("bucketed" if given else None)
     planned: Batching = plan.meta.get("batching", "packed") if plan is not None else "packed"
     if given and request.batching is None and planned == "packed":
-        log.warning("micro-batches are bucketed, as %s asks for", " and ".join(given))
+        log.warning("micro-batches are bucketed because of %s", " and ".join(given))
     return asked or planned
 
 
