@@ -213,10 +213,9 @@ class Engine:
         weights = np.zeros(self.num_tasks)
         for update in order.updates:
             weights[update.task] = 1.0 / order.work[update.task].labels
-        return micro_batch_tensors(
-            order.replicas[self.place.replica], weights, self.device, self.stage.dtype,
-            self.stage.dropouts if order.updates else None,
-        )  # fmt: skip
+        own = order.replicas[self.place.replica]
+        dropouts = self.stage.dropouts
+        return micro_batch_tensors(own, weights, self.device, self.stage.dtype, dropouts)
 
     def _exchange(
         self,

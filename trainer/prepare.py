@@ -42,7 +42,6 @@ from lobra.layout.world import World
 from lobra.model.checkpoint import checkpoint_problems
 from lobra.model.fingerprint import MARK, fingerprint
 from lobra.model.folder import resolve_folder
-from lobra.planner.bucketed.buckets import static_buckets
 from lobra.planner.workload import label_share
 from lobra.profiler.cost_model import CostModel, Kind, load_cost_model
 from lobra.profiler.profiles import default_time_path
@@ -52,6 +51,7 @@ from lobra.tasks.dataset import TokenizedDataset, split
 from lobra.tasks.sampling import num_steps
 from lobra.tasks.text_processor import TextProcessor
 from lobra.trainer.adapters import adapter_spec, check_adapter
+from lobra.trainer.batching import chosen_batching, fixed_buckets
 from lobra.trainer.checkpoint import CheckpointState, read_state
 from lobra.trainer.metrics import METRICS_FILE, check_metrics
 from lobra.trainer.resume_checks import resume_problems, revival_problems, task_record
@@ -223,7 +223,9 @@ def prepare(request: TrainRequest) -> RunSpec:
             f"started {launched}; start one process per rank"
         )
     device = checks.attempt(_choose_device, request, plan)
-    batching = checks.attempt(chosen_batching, request, plan)
+    batching = checks.attempt(
+        chosen_batching, request.batching, request.dp_bucket, request.dispatch, plan
+    )
     world: World | None = None
     if plan is not None:
         world = checks.attempt(place_plan, plan, request, device)
@@ -341,51 +343,6 @@ def prepare(request: TrainRequest) -> RunSpec:
     nodes = node_size(request, device) if device == "cuda" else None
     write_run_folder(run, resolved_config(run, request, nodes, plans), training, validation)
     return run
-
-
-def chosen_batching(request: TrainRequest, plan: Plan | None) -> Batching:
-    """Return how micro-batches hold sequences: as asked for, else as the plan says, else packed.
-
-    Raises
-    ------
-    ConfigError
-        If packed micro-batches are asked for, and something that only bucketed ones have.
-    """
-    of_buckets = {"--dp-bucket": request.dp_bucket, "--dispatch": request.dispatch}
-    given = [f"{option} {value}" for option, value in of_buckets.items() if value is not None]
-    if request.batching == "packed" and given:
-        raise ConfigError(
-            f"{' and '.join(given)}: only bucketed micro-batches have that; leave it out, or give "
-            f"--batching bucketed"
-        )
-    asked: Batching | None = request.batching or ("bucketed" if given else None)
-    planned: Batching = plan.meta.get("batching", "packed") if plan is not None else "packed"
-    if given and request.batching is None and planned == "packed":
-        log.warning("micro-batches are bucketed, as %s asks for", " and ".join(given))
-    return asked or planned
-
-
-def fixed_buckets(
-    num_buckets: int, datasets: Sequence[TokenizedDataset], plan: Plan
-) -> tuple[int, ...]:
-    """Return the buckets of ``--dp-bucket off``: those that plans and simulator call fixed, too.
-
-    Raises
-    ------
-    ConfigError
-        There is no such set, or the plan cannot take the bucket of the longest sequence.
-    """
-    longest = max((int(data.lengths.max()) for data in datasets), default=0)
-    if longest == 0:
-        return ()
-    buckets = tuple(static_buckets(num_buckets, longest).tolist())
-    if buckets[-1] > plan.max_tokens >= longest:
-        raise ConfigError(
-            f"--dp-bucket off: the longest sequence ({longest} tokens) is padded to the fixed "
-            f"bucket of {buckets[-1]}, but the largest max_tokens of {plan} is {plan.max_tokens}; "
-            f"use --dp-bucket on, or plan with fixed buckets"
-        )
-    return buckets
 
 
 def _warn_of_old_fingerprint(state: CheckpointState) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +13,8 @@ from lobra.commands import train as command
 from lobra.common.errors import ConfigError
 from lobra.layout.layout import Layout
 from lobra.layout.plan import ReplicaGroup, make_plan
-from lobra.trainer.prepare import TrainRequest, chosen_batching, prepare
+from lobra.trainer.batching import chosen_batching
+from lobra.trainer.prepare import TrainRequest, prepare
 from tests.trainer.command import refused, train
 
 
@@ -35,10 +35,8 @@ def test_the_user_is_obeyed_then_the_plan(
 ) -> None:
     meta = {} if planned is None else {"batching": planned}
     plan = make_plan([ReplicaGroup(Layout(1, 1), 1, 64)], meta)
-    request: Any = SimpleNamespace(
-        **{"batching": None, "dp_bucket": None, "dispatch": None} | given
-    )
-    assert chosen_batching(request, plan) == expected
+    request: Any = dict.fromkeys(("batching", "dp_bucket", "dispatch")) | given
+    assert chosen_batching(**request, plan=plan) == expected
     told = "batching" not in given and bool(given)
     assert bool(caplog.records) == told, "what was not asked for by name is said"
 
