@@ -6,9 +6,19 @@ from dataclasses import dataclass
 
 from lobra.common.errors import ConfigError
 
-#: What a replica keeps of a layer for the backward pass: all products; all but the largest, gate
-#: and up; its input only (gradient checkpointing). The rest is computed again.
-MEMORY_POLICIES = ("keep", "lean", "full")
+ATTENTION = "attention"
+#: A layer keeps for the backward pass, by its replica's memory policy, its input and what its
+#: products and attention gave, without those named here. The backward pass computes them again, and
+#: always what is elementwise; never the last product, down_proj, whose output nothing needs.
+#: All have inputs of the same width, so a byte of any product takes as long to compute again; of an
+#: 8B layer gate and up are three fifths of what is kept. A byte of attention takes the longer the
+#: longer sequences are.
+COMPUTED_AGAIN: dict[str, frozenset[str]] = {
+    "keep": frozenset(),
+    "lean": frozenset({"gate_proj", "up_proj"}),
+    "full": frozenset({"q_proj", "k_proj", "v_proj", ATTENTION, "o_proj", "gate_proj", "up_proj"}),
+}
+MEMORY_POLICIES = tuple(COMPUTED_AGAIN)
 
 
 @dataclass(frozen=True, order=True)

@@ -20,20 +20,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from lobra.layout.layout import ATTENTION, COMPUTED_AGAIN
+
 Output = TypeVar("Output")  # a tensor, or a tuple of what an operation returns
 
-ATTENTION = "attention"
-PRODUCTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")
 #: Nothing after the last product of a layer needs what it gave.
 LAST_PRODUCT = "down_proj"
-#: What each policy computes again. All products but the last have inputs of the same width, so a
-#: byte of any of them takes as long to compute again; of an 8B layer gate and up are three fifths
-#: of what is kept. A byte of attention takes the longer the longer sequences are.
-COMPUTED_AGAIN: dict[str, frozenset[str]] = {
-    "keep": frozenset(),
-    "lean": frozenset({"gate_proj", "up_proj"}),
-    "full": frozenset({ATTENTION, *PRODUCTS}),
-}
 
 
 class _Pass:

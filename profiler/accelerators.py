@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lobra.common.documents import read_document
 from lobra.common.errors import ConfigError
 
-FLAGS = ("sequence_parallel", "adapters_sharded", "loss_in_chunks")
+FLAGS = ("sequence_parallel", "adapters_sharded", "loss_in_chunks", "keeps_elementwise")
 SHARES = ("matmul", "attention", "memory", "link", "network")
 DEFAULT_RUNTIME = "deepspeed"
 BUILT_IN = Path(__file__).with_name("accelerators.yaml")
@@ -61,6 +61,7 @@ class Runtime:
     adapters_sharded: bool
     loss_in_chunks: bool
     activation_factor: float
+    keeps_elementwise: bool = False
     name: str = ""
 
 
@@ -150,6 +151,8 @@ def _build(
     if not isinstance(values, dict):
         problems.append(f"{where}: a mapping of {', '.join(wanted)} is expected")
         return None
+    defaults = {key: field.default for key, field in wanted.items() if field.default != MISSING}
+    values = {**defaults, **values}
     before = len(problems)
     problems += [
         f"{where}.{key}: unknown; known are {', '.join(wanted)}"

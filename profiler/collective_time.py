@@ -13,7 +13,7 @@ import torch.distributed as dist
 from lobra.layout.shapes import ModelShape
 from lobra.model.launch import DEFAULT_PRELOAD, run_ranks
 from lobra.profiler.collectives import ALL_REDUCE, COLLECTIVE_COLUMNS, SYNC, TRANSFER
-from lobra.profiler.estimate_memory import element_bytes
+from lobra.profiler.layer_memory import element_bytes
 from lobra.profiler.memory_rank import torch_device
 from lobra.profiler.settings import shape_settings
 from lobra.profiler.sweep_file import Restart, open_sweep

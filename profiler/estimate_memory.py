@@ -1,7 +1,6 @@
 """Memory of a rank from a model's shapes alone: which micro-batches fit a layout, without hardware.
 
-What autograd keeps of a layer is counted tensor by tensor as `model.stage` runs it; a test compares
-the count with the tensors really saved. Bytes; e is the size of an activation's element.
+Bytes; e is the size of an activation's element.
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ from lobra.layout.world import stage_layers
 from lobra.profiler.accelerators import Runtime
 from lobra.profiler.capacity import Parts
 from lobra.profiler.exchange import FLOAT_BYTES, most_exchange_bytes
+from lobra.profiler.layer_memory import ROW_PARALLEL, LayerMemory, element_bytes
 from lobra.tasks.config import TaskConfig
 
 # Of an adapter's parameter, as `profiler.memory_rank` counts them.
 ADAPTER_BYTES, OPTIMIZER_BYTES = 8, 12
 # Logits the loss holds at once, as `model.tensor_parallel` has it (a test compares them).
 LOGITS_AT_ONCE = 1 << 25
-ROW_PARALLEL = ("o_proj", "down_proj")  # split by their input, as `model.sharded_layer` has it
 
 
 @dataclass(frozen=True)
@@ -110,42 +109,9 @@ def _inputs(shape: ModelShape, modules: Iterable[str]) -> int:
     return sum(shape.linear_sizes()[module][0] for module in modules)
 
 
-def element_bytes(precision: str) -> int:
-    """Return the bytes of an activation's element."""
-    return 2 if precision == "bf16" else FLOAT_BYTES
-
-
 def layer_weights(shape: ModelShape) -> int:
     """Return the parameters of one layer's linears."""
     return sum(inputs * outputs for inputs, outputs in shape.linear_sizes().values())
-
-
-def saved_bytes_per_token(
-    shape: ModelShape,
-    tp: int,
-    precision: str,
-    lora_rank: int,
-    sequence_parallel: bool = False,
-) -> float:
-    """Return what autograd keeps of one layer for the backward pass, per token and rank.
-
-    Whole on every rank of a tp group (unless sequence parallel): the inputs of both norms in fp32
-    and their outputs. Split by tp: q, k, v, the attention's output and its log-sum-exp, gate, up,
-    silu(gate) and their product. LoRA: x A' of each linear. Dropout's factors are computed again.
-    """
-    e, h = element_bytes(precision), shape.hidden_size
-    query, key = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    key = max(key, shape.head_dim * tp)  # a rank holds at least one key/value head
-    whole = 2 * FLOAT_BYTES * (h + 1) + 2 * e * h
-    split = e * (2 * query + 2 * key + 4 * shape.intermediate_size)
-    split += FLOAT_BYTES * shape.num_heads
-    lora = e * lora_rank * len(shape.linear_sizes())
-    return whole / (tp if sequence_parallel else 1) + split / tp + lora
-
-
-def checkpointed_bytes_per_token(shape: ModelShape, precision: str) -> float:
-    """Return what is kept of a layer per token with gradient checkpointing: its input."""
-    return float(element_bytes(precision) * shape.hidden_size)
 
 
 def dropout_factor_bytes(
@@ -224,15 +190,17 @@ def _stage_memory(
         "bytes_per_element": per_element,
     }
     dropped = adapters.dropout_modules
-    saved = saved_bytes_per_token(
-        shape, tp, precision, adapters.largest_rank, runtime.sequence_parallel
+    layer = LayerMemory(
+        shape,
+        tp,
+        precision,
+        adapters.largest_rank,
+        memory,
+        runtime.sequence_parallel,
+        runtime.keeps_elementwise,
     )
     in_flight = pp - stage
-    if memory == "full":
-        kept = checkpointed_bytes_per_token(shape, precision)
-        per_token = in_flight * layers * kept + saved
-    else:
-        per_token = in_flight * layers * saved
+    per_token = in_flight * layers * layer.kept_bytes + layer.computed_again_bytes
     # One layer's gradients while the backward pass is in it, or a linear's dropout: its bits
     # (int16), the factors and the input times them.
     per_token += max(

@@ -12,15 +12,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lobra.common.errors import ConfigError
+from lobra.layout.layout import ATTENTION, COMPUTED_AGAIN
 from lobra.layout.shapes import ModelShape
 from lobra.profiler.accelerators import Accelerator, Efficiency
-from lobra.profiler.estimate_memory import (
-    dropout_factor_bytes,
-    element_bytes,
-    layer_weights,
-    saved_bytes_per_token,
-)
+from lobra.profiler.estimate_memory import dropout_factor_bytes
 from lobra.profiler.head import PROFILED_SHARE
+from lobra.profiler.layer_memory import LayerMemory, element_bytes
 from lobra.profiler.profiles import TimeProfile
 
 Array = np.ndarray
@@ -31,8 +28,8 @@ PASSES = 2
 # Flash attention (Dao, 2023): the backward pass has 2.5 times the products of the forward one;
 # half of the s x s positions are masked.
 ATTENTION_BACKWARD = 2.5
-# What is kept is written and read back; as much again is written and read but not kept. Half of it
-# is the forward pass's.
+# What autograd needs is written and read back; as much again is written and read but not kept. Half
+# of it is the forward pass's.
 MEMORY_PASSES = 4
 ALL_REDUCES = 4  # of a layer: after attention and after the mlp, forward and backward
 START_FORWARD = 1 / 3  # the forward pass's share of what a layer takes to start
@@ -44,8 +41,7 @@ LARGEST_ERROR = 0.25  # that calibrating may leave, or the rows are another devi
 class Workload:
     """What is timed: the model, the accelerator's use of it, and the adapters.
 
-    Under the memory policy "full" each layer's forward pass runs twice. Adapters have dropout on
-    ``dropout_modules``.
+    ``memory`` and what follows are as `LayerMemory` has them.
     """
 
     shape: ModelShape
@@ -53,14 +49,27 @@ class Workload:
     precision: str
     lora_rank: int
     gpus_per_node: int = 8
-    sequence_parallel: bool = False
     memory: str = "keep"
+    sequence_parallel: bool = False
+    keeps_elementwise: bool = False
     dropout_modules: tuple[str, ...] = ()
 
     @property
-    def again(self) -> int:
-        """Return how many forward passes there are besides the first."""
-        return int(self.memory == "full")
+    def starts(self) -> float:
+        """Return how often the layer starts; once is forward and backward."""
+        return 1.0 + (START_FORWARD if self.layer(1).runs_again else 0.0)
+
+    def layer(self, tp: int) -> LayerMemory:
+        """Return what a layer holds on a rank of a tp group."""
+        return LayerMemory(
+            self.shape,
+            tp,
+            self.precision,
+            self.lora_rank,
+            self.memory,
+            self.sequence_parallel,
+            self.keeps_elementwise,
+        )
 
     @property
     def peak(self) -> float:
@@ -71,30 +80,31 @@ class Workload:
 def matmul_ms(work: Workload, tp: int, b: Sizes, s: Sizes) -> Array:
     """Return ms of the frozen linears' and adapters' products at the device's peaks."""
     tokens = np.asarray(b) * np.asarray(s)
-    weights = layer_weights(work.shape) / tp
-    sizes = work.shape.linear_sizes().values()
-    adapters = work.lora_rank * sum(inputs + outputs for inputs, outputs in sizes) / tp
-    passes = PASSES + work.again
-    flops = 2.0 * tokens * (passes * weights + (passes + 1) * adapters)
-    read = passes * element_bytes(work.precision) * weights
+    x_again = int(work.layer(tp).runs_again)  # x A', whatever the policy
+    weights = adapters = 0
+    for module, (inputs, outputs) in work.shape.linear_sizes().items():
+        again = int(module in COMPUTED_AGAIN[work.memory])
+        weights += (PASSES + again) * inputs * outputs
+        adapters += (PASSES + 1 + x_again) * inputs + (PASSES + 1 + again) * outputs
+    flops = 2.0 * tokens * (weights + work.lora_rank * adapters) / tp
+    read = element_bytes(work.precision) * weights / tp
     return np.maximum(flops / work.peak, read / _bytes_per_ms(work.accelerator.memory_gb_s))
 
 
 def attention_ms(work: Workload, tp: int, b: Sizes, s: Sizes) -> Array:
     """Return ms of attention's products at the device's peak."""
     width = work.shape.num_heads * work.shape.head_dim / tp
-    products = (1 + work.again + ATTENTION_BACKWARD) / 2
+    forwards = 2 if ATTENTION in COMPUTED_AGAIN[work.memory] else 1
+    products = (forwards + ATTENTION_BACKWARD) / 2
     return 4.0 * products * np.asarray(b) * np.square(s) * width / work.peak
 
 
 def memory_ms(work: Workload, tp: int, b: Sizes, s: Sizes) -> Array:
     """Return ms of moving activations through memory at the device's bandwidth."""
-    kept = saved_bytes_per_token(
-        work.shape, tp, work.precision, work.lora_rank, work.sequence_parallel
-    )
-    kept += sum(dropout_factor_bytes(work.shape, tp, work.precision, work.dropout_modules))
-    passes = MEMORY_PASSES * (1 + work.again / 2)
-    moved = passes * kept * np.asarray(b) * np.asarray(s)
+    layer = work.layer(tp)
+    dropped = sum(dropout_factor_bytes(work.shape, tp, work.precision, work.dropout_modules))
+    per_token = MEMORY_PASSES * (layer.saved_bytes + dropped + layer.computed_again_bytes / 2)
+    moved = per_token * np.asarray(b) * np.asarray(s)
     return moved / _bytes_per_ms(work.accelerator.memory_gb_s)
 
 
@@ -115,18 +125,18 @@ def all_reduce_ms(work: Workload, efficiency: Efficiency, tp: int, b: Sizes, s: 
     return all_reduces(work.memory) * time_ms
 
 
-def all_reduces(memory: str) -> float:
-    """Return the all-reduces of a layer under a memory policy: half of `ALL_REDUCES` in each pass.
+def all_reduces(memory: str) -> int:
+    """Return the all-reduces of a layer under a memory policy, those computed again included.
 
-    With "full" the layer is passed three times, forward, forward again and backward.
+    What is after the last product is never computed again.
     """
-    return ALL_REDUCES * (1.5 if memory == "full" else 1.0)
+    return ALL_REDUCES + int("o_proj" in COMPUTED_AGAIN[memory])
 
 
 def layer_ms(work: Workload, efficiency: Efficiency, tp: int, b: Sizes, s: Sizes) -> Array:
     """Return ms of one layer, forward + backward with LoRA (arrays broadcast)."""
     return (
-        efficiency.start_ms * (1 + work.again * START_FORWARD)
+        efficiency.start_ms * work.starts
         + matmul_ms(work, tp, b, s) / efficiency.matmul
         + attention_ms(work, tp, b, s) / efficiency.attention
         + memory_ms(work, tp, b, s) / efficiency.memory
@@ -181,7 +191,12 @@ def calibrate(
     known = memory_ms(work, tp, b, s) / efficiency.memory
     known = known + all_reduce_ms(work, efficiency, tp, b, s)
     terms = np.stack(
-        [np.ones_like(time_ms), matmul_ms(work, tp, b, s), attention_ms(work, tp, b, s)], axis=1
+        [
+            np.full_like(time_ms, work.starts),
+            matmul_ms(work, tp, b, s),
+            attention_ms(work, tp, b, s),
+        ],
+        axis=1,
     )
     target = np.maximum(time_ms - known, 0.1 * time_ms)
     start_ms, matmul, attention = nnls(terms / time_ms[:, None], target / time_ms)[0]

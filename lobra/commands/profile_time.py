@@ -241,6 +241,7 @@ def _estimate(options: TimeOptions) -> int:
         "accelerator": vars(work.accelerator),
         "efficiency": vars(efficiency),
         "sequence_parallel": work.sequence_parallel,
+        "keeps_elementwise": work.keeps_elementwise,
     }
     layer_path, head_path, _ = _paths(options)
     ends = {"what": "embedding and head with loss, forward + backward, ms"}
@@ -283,8 +284,8 @@ def _single_devices(
     if not options.single_device:
         return ()
     from lobra.profiler.accelerators import load_tables
-    from lobra.profiler.estimate_memory import element_bytes
     from lobra.profiler.estimate_time import all_reduce_ms, all_reduces
+    from lobra.profiler.layer_memory import element_bytes
     from lobra.profiler.layer_time_rank import SingleDevice
 
     per_layer = all_reduces(options.memory)
@@ -337,13 +338,15 @@ def _workload(options: TimeOptions, tables: Tables, shape: ModelShape, precision
     from lobra.profiler.estimate_time import Workload
 
     assert options.accelerator is not None, "see profiler_problems"
+    runtime = tables.runtime(options.runtime)
     return Workload(
         shape,
         tables.accelerator(options.accelerator),
         precision,
         options.lora_rank or _largest_rank(options),
-        sequence_parallel=tables.runtime(options.runtime).sequence_parallel,
         memory=options.memory,
+        sequence_parallel=runtime.sequence_parallel,
+        keeps_elementwise=runtime.keeps_elementwise,
         dropout_modules=_dropout_modules(options, shape),
     )
 

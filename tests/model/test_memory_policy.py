@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import gc
 from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, LlamaConfig
 
-from lobra.layout.layout import MEMORY_POLICIES
+from lobra.layout.layout import ATTENTION, COMPUTED_AGAIN, MEMORY_POLICIES
 from lobra.model import packed_attention
-from lobra.model.memory_policy import ATTENTION, COMPUTED_AGAIN, LAST_PRODUCT, apply_policy, kept
+from lobra.model.memory_policy import LAST_PRODUCT, apply_policy, kept
 from lobra.model.packed_attention import Packing, register
+from tests.model.alive import Alive
 from tests.model.decoders import HIDDEN_SIZE, small_decoder
 from tests.model.support import FAMILIES
 
@@ -146,29 +145,6 @@ def test_the_same_is_computed_and_no_product_too_often(family: str, policy: str)
         for name, number in once.items()
     }
     assert (once[LAST_PRODUCT], once[ATTENTION]) == (2, 2 * len(LENGTHS))
-
-
-class Alive(TorchDispatchMode):
-    """Knows which memory taken since it began is still in use."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.storages: dict[StorageWeakRef, int] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        given = {StorageWeakRef(x.untyped_storage()) for x in args if isinstance(x, Tensor)}
-        output = func(*args, **(kwargs or {}))
-        for tensor in output if isinstance(output, tuple) else (output,):
-            storage = tensor.untyped_storage()
-            if StorageWeakRef(storage) not in given:  # else a view
-                self.storages[StorageWeakRef(storage)] = storage.nbytes()
-        return output
-
-    def num_bytes(self) -> int:
-        gc.collect()
-        return sum(size for storage, size in self.storages.items() if not storage.expired())
 
 
 @pytest.mark.parametrize(

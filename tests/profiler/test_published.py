@@ -87,7 +87,8 @@ def test_published_steps_are_predicted(profile: TimeProfile) -> None:
 
 def test_time_estimated_from_tp_1_alone(profile: TimeProfile) -> None:
     tables = load_tables()
-    work = Workload(NAMED_SHAPES["7B"], tables.accelerator("A100-40GB"), "bf16", 16)
+    shape, accelerator = NAMED_SHAPES["7B"], tables.accelerator("A100-40GB")
+    work = Workload(shape, accelerator, "bf16", 16, keeps_elementwise=True)
     efficiency = calibrate(work, tables.efficiency, profile)
     error = [
         abs(float(layer_ms(work, efficiency, int(tp), int(b), int(s))) / time_ms - 1.0)

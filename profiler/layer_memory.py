@@ -1,0 +1,103 @@
+"""What a layer holds of a micro-batch, counted tensor by tensor from the model's shapes.
+
+A test compares the counts with the tensors that are really held. Bytes a token and rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lobra.layout.layout import ATTENTION, COMPUTED_AGAIN
+from lobra.layout.shapes import ModelShape
+from lobra.profiler.exchange import FLOAT_BYTES
+
+ROW_PARALLEL = ("o_proj", "down_proj")  # split by their input, as `model.sharded_layer` has it
+#: What of a policy's tensors the backward pass itself needs; of the others it needs what is
+#: computed of them.
+NEEDED = ("v_proj", ATTENTION, "gate_proj", "up_proj")
+
+
+def element_bytes(precision: str) -> int:
+    """Return the bytes of an activation's element."""
+    return 2 if precision == "bf16" else FLOAT_BYTES
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """One layer of a rank of a tp group, and what is kept of it.
+
+    Attributes
+    ----------
+    lora_rank
+        The largest of the adapters', which are on every linear.
+    memory
+        The memory policy.
+    sequence_parallel
+        Whether what tp does not split is split by the sequence.
+    keeps_elementwise
+        Whether "keep" keeps, as autograd does by itself, also what is cheap to compute again.
+    """
+
+    shape: ModelShape
+    tp: int
+    precision: str
+    lora_rank: int
+    memory: str = "keep"
+    sequence_parallel: bool = False
+    keeps_elementwise: bool = False
+
+    @property
+    def runs_again(self) -> bool:
+        """Whether the backward pass computes some of the layer again."""
+        return self.memory != "keep" or not self.keeps_elementwise
+
+    @property
+    def saved_bytes(self) -> float:
+        """What autograd needs of one run of the layer.
+
+        Whole on every rank (unless sequence parallel): the inputs of both norms in fp32 and their
+        outputs. Split by tp: q, k, v, the attention's output and its log-sum-exp, gate, up,
+        silu(gate) and their product. LoRA: x A' of each linear. Dropout's factors are drawn anew.
+        """
+        shape, e = self.shape, element_bytes(self.precision)
+        whole = 2 * FLOAT_BYTES * (shape.hidden_size + 1) + 2 * e * shape.hidden_size
+        split = self._outputs["q_proj"] + 2 * e * shape.intermediate_size / self.tp
+        split += self._outputs["k_proj"] + sum(self._outputs[name] for name in NEEDED)
+        lora = e * self.lora_rank * len(shape.linear_sizes())
+        return self._whole(whole) + split + lora
+
+    @property
+    def kept_bytes(self) -> float:
+        """What stays until the backward pass reaches the layer: its input and what is dear."""
+        if not self.runs_again:
+            return self.saved_bytes
+        whole = element_bytes(self.precision) * self.shape.hidden_size
+        return self._whole(whole) + sum(self._kept_outputs.values())
+
+    @property
+    def computed_again_bytes(self) -> float:
+        """What the backward pass computes again, and holds while it is in the layer."""
+        if not self.runs_again:
+            return 0.0
+        return self.saved_bytes - sum(self._kept_outputs.get(name, 0.0) for name in NEEDED)
+
+    @property
+    def _outputs(self) -> dict[str, float]:
+        """The output of each product but the last, and of attention with its log-sum-exp."""
+        shape, e = self.shape, element_bytes(self.precision)
+        query = shape.num_heads * shape.head_dim / self.tp
+        key = max(shape.num_kv_heads / self.tp, 1) * shape.head_dim  # a rank holds at least one
+        ffn = shape.intermediate_size / self.tp
+        split = {"q_proj": query, "k_proj": key, "v_proj": key, "gate_proj": ffn, "up_proj": ffn}
+        return {name: e * size for name, size in split.items()} | {
+            ATTENTION: e * query + FLOAT_BYTES * shape.num_heads / self.tp,
+            "o_proj": self._whole(e * shape.hidden_size),
+        }
+
+    @property
+    def _kept_outputs(self) -> dict[str, float]:
+        again = COMPUTED_AGAIN[self.memory]
+        return {name: size for name, size in self._outputs.items() if name not in again}
+
+    def _whole(self, size: float) -> float:
+        return size / self.tp if self.sequence_parallel else size

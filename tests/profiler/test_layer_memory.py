@@ -1,0 +1,114 @@
+"""What the shapes say a layer holds is what it holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lobra.layout.layout import MEMORY_POLICIES, Layout
+from lobra.layout.shapes import ModelShape, read_shape
+from lobra.layout.world import one_replica
+from lobra.model import stack
+from lobra.model.adapter import AdapterSpec
+from lobra.model.groups import build_groups
+from lobra.model.launch import run_ranks
+from lobra.model.memory_policy import apply_policy
+from lobra.model.packed_attention import Packing, register
+from lobra.model.precision import DTYPES
+from lobra.model.stage import build_stage
+from lobra.model.token_tasks import Segment, TokenTasks
+from lobra.profiler.layer_memory import LayerMemory
+from lobra.tasks.config import TARGET_MODULES
+from tests.model.alive import Alive
+from tests.model.support import save_llama
+
+LENGTH = 256
+LORA_RANK = 2
+LLAMA_8B = ModelShape("8B", 32, 4096, 14336, 32, 8, 128, 128256)
+AUTOGRAD = "autograd"  # no policy at all
+
+
+def held_by_layers(
+    folder: Path, precision: str, dropout: float, policy: str
+) -> tuple[float, float]:
+    """Return the bytes a token kept of all layers, and added by the backward pass of the last."""
+    groups = build_groups(one_replica(Layout(dist.get_world_size(), 1)))
+    specs = {0: AdapterSpec("one", LORA_RANK, 2.0, TARGET_MODULES, dropout)}
+    attention = "sdpa" if policy == AUTOGRAD else register()
+    built = build_stage(folder, groups, specs, dtype=DTYPES[precision], attention=attention)
+    if policy != AUTOGRAD:
+        apply_policy(built.decoder.layers, policy)
+    built.selection.tasks = TokenTasks((Segment(0, 0, LENGTH),), noise_seed=1)
+    embedded = torch.randn(1, LENGTH, built.shape.hidden_size).to(built.dtype).requires_grad_()
+    in_backward = []
+    add_gradients = stack._add_gradients
+
+    def noted(*args: Any) -> None:
+        in_backward.append(alive.num_bytes())
+        add_gradients(*args)
+
+    stack._add_gradients = noted
+    with Alive() as alive:
+        output = built.decoder(
+            inputs_embeds=embedded,
+            position_ids=torch.arange(LENGTH)[None],
+            attention_mask=None,
+            use_cache=False,
+            packing=Packing.of_lengths([LENGTH]),
+        ).last_hidden_state
+        kept = alive.num_bytes()
+        output.sum().backward()
+    stack._add_gradients = add_gradients
+    return kept / LENGTH, (in_backward[0] - kept) / LENGTH
+
+
+def held_by_policy(
+    folders: tuple[Path, Path], precision: str, dropout: float
+) -> dict[str, tuple[float, float]]:
+    """Return what a layer keeps and computes again under each policy, by models of 1 and 3."""
+    held = {}
+    for policy in (AUTOGRAD, *MEMORY_POLICIES):
+        one, three = (held_by_layers(folder, precision, dropout, policy) for folder in folders)
+        held[policy] = ((three[0] - one[0]) / 2, three[1])
+    own = held[AUTOGRAD][1]  # gradients
+    return {policy: (kept, again - own) for policy, (kept, again) in held.items()}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("precision", "tp", "dropout"), [("fp32", 1, 0.0), ("bf16", 1, 0.1), ("fp32", 2, 0.1)]
+)
+def test_what_a_layer_holds_is_what_the_shapes_say(
+    tmp_path: Path, precision: str, tp: int, dropout: float
+) -> None:
+    folders = tuple(
+        save_llama(
+            tmp_path / f"{num_layers}",
+            hidden_size=128,
+            intermediate_size=320,
+            num_hidden_layers=num_layers,
+        )
+        for num_layers in (1, 3)
+    )
+    arguments = dict(folders=folders, precision=precision, dropout=dropout)
+    held = run_ranks("tests.profiler.test_layer_memory:held_by_policy", tp, arguments)[0]
+    shape = read_shape(folders[0])
+    for policy, (kept_bytes, again_bytes) in held.items():
+        alone = policy == AUTOGRAD
+        memory = "keep" if alone else policy
+        layer = LayerMemory(shape, tp, precision, LORA_RANK, memory, False, alone)
+        assert layer.kept_bytes == pytest.approx(kept_bytes, rel=1e-3), policy
+        assert layer.computed_again_bytes == pytest.approx(again_bytes, rel=0.05), policy
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"), [("keep", 94_000), ("lean", 36_700), ("full", 8_200)]
+)
+def test_bytes_kept_of_an_8b_layer(policy: str, expected: int) -> None:
+    """As `tests.model.test_memory_policy` counts them of living tensors."""
+    layer = LayerMemory(LLAMA_8B, 1, "bf16", 16, policy)
+    assert layer.kept_bytes == pytest.approx(expected, rel=0.01)
