@@ -120,11 +120,19 @@ def _with_fused_rotary(attention: Any) -> Callable[..., Any]:
     return fused_forward
 
 
-def _rotated(rotary: Callable[..., Any], *heads_and_angles: Tensor) -> Any:
-    """Return queries and keys as the rotary embedding turns them by cosines and sines."""
-    for tensor in heads_and_angles:
-        torch._dynamo.mark_static(tensor, tensor.dim() - 1)  # the size of a head
-    return _compiled(rotary)(*heads_and_angles)
+def _rotated(
+    rotary: Callable[..., Any], query: Tensor, key: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, ...]:
+    """Return what the embedding makes of heads [B, H, S, d].
+
+    It is given [B, S, H, d], as the products made them: their gradients then lie as products need
+    them.
+    """
+    tensors = (query.transpose(1, 2), key.transpose(1, 2), cos, sin)
+    for tensor in tensors:
+        torch._dynamo.mark_static(tensor, tensor.dim() - 1)
+    turned = _compiled(rotary)(*tensors, unsqueeze_dim=2)
+    return tuple(heads.transpose(1, 2) for heads in turned)
 
 
 def _product(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:

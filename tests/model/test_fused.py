@@ -40,9 +40,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     called: Counter[str] = Counter()
 
     def uncompiled(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
-        def counted(*args: Any) -> Any:
+        def counted(*args: Any, **options: Any) -> Any:
             called[function.__name__] += 1
-            return function(*args)
+            return function(*args, **options)
 
         return counted
 
@@ -123,7 +123,7 @@ def test_without_a_compiler_one_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def failing(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
-        def compiled(*args: Any) -> Any:
+        def compiled(*_: Any, **__: Any) -> Any:
             raise RuntimeError("Cannot find a working triton installation\nand a long story")
 
         return compiled
