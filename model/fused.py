@@ -64,17 +64,19 @@ def try_out(decoder: Any) -> None:
         return weight.new_ones(size).requires_grad_()
 
     # Sizes that are equal here would be taken for equal always.
-    tokens, queries, keys, features = 5, 4, 3, 7
+    tokens, features = 5, 7
     for module in decoder.modules():
         if _is_norm(module):
-            outputs = (_normed(module, sample(tokens, len(module.weight))),)
+            outputs = [_normed(module, sample(tokens, len(module.weight)))]
         elif (rotary := _rotary_of(module)) is not None:
             angles = weight.new_ones(1, tokens, module.head_dim)
-            heads = [sample(1, tokens, num, module.head_dim) for num in (queries, keys)]
-            outputs = _rotated(rotary, *(x.transpose(1, 2) for x in heads), angles, angles.clone())
+            query, key = (
+                sample(1, tokens, heads, module.head_dim).transpose(1, 2) for heads in (4, 3)
+            )
+            outputs = _rotated(rotary, query, key, angles, angles.clone())
         elif _is_gated(module):
             gate_and_up = sample(1, tokens, features), sample(1, tokens, features)
-            outputs = (_compiled(_product)(module.act_fn, *gate_and_up),)
+            outputs = [_compiled(_product)(module.act_fn, *gate_and_up)]
         else:
             continue
         torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
@@ -122,7 +124,7 @@ def _with_fused_rotary(attention: Any) -> Callable[..., Any]:
 
 def _rotated(
     rotary: Callable[..., Any], query: Tensor, key: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, ...]:
+) -> list[Tensor]:
     """Return what the embedding makes of heads [B, H, S, d].
 
     It is given [B, S, H, d], as the products made them: their gradients then lie as products need
@@ -132,7 +134,7 @@ def _rotated(
     for tensor in tensors:
         torch._dynamo.mark_static(tensor, tensor.dim() - 1)
     turned = _compiled(rotary)(*tensors, unsqueeze_dim=2)
-    return tuple(heads.transpose(1, 2) for heads in turned)
+    return [heads.transpose(1, 2) for heads in turned]
 
 
 def _product(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
