@@ -70,8 +70,11 @@ def try_out(decoder: Any) -> None:
             outputs = [_normed(module, sample(tokens, len(module.weight)))]
         elif (rotary := _rotary_of(module)) is not None:
             angles = weight.new_ones(1, tokens, module.head_dim)
-            query, key = (
-                sample(1, tokens, heads, module.head_dim).transpose(1, 2) for heads in (4, 3)
+            query, key = (  # views, as attentions make them of what products return
+                sample(1, tokens, heads * module.head_dim)
+                .view(1, tokens, heads, module.head_dim)
+                .transpose(1, 2)
+                for heads in (4, 3)
             )
             outputs = _rotated(rotary, query, key, angles, angles.clone())
         elif _is_gated(module):

@@ -23,6 +23,13 @@ from tests.model.support import FAMILIES
 
 LENGTHS = [5, 1, 9]
 families = pytest.mark.parametrize("family", FAMILIES)
+on_both = pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param("cpu", marks=pytest.mark.long),  # compiling takes seconds
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ],
+)
 
 
 @pytest.fixture(autouse=True)
@@ -50,18 +57,20 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return called
 
 
-def gradient_and_output(decoder: Any) -> tuple[Tensor, Tensor]:
+def gradient_and_output(decoder: Any, lengths: list[int] = LENGTHS) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    size = (1, sum(LENGTHS), HIDDEN_SIZE)
-    embedded = torch.randn(size, generator=generator, dtype=torch.float64).requires_grad_()
+    size = (1, sum(lengths), HIDDEN_SIZE)
+    embedded = torch.randn(size, generator=generator, dtype=torch.float64)
+    embedded = embedded.to(decoder.device, decoder.dtype).requires_grad_()
+    positions = torch.cat([torch.arange(length) for length in lengths])
     output = decoder(
         inputs_embeds=embedded,
-        position_ids=torch.cat([torch.arange(length) for length in LENGTHS])[None],
+        position_ids=positions[None].to(decoder.device),
         attention_mask=None,
         use_cache=False,
-        packing=Packing.of_lengths(LENGTHS),
+        packing=Packing.of_lengths(lengths, decoder.device),
     ).last_hidden_state
-    (output * torch.randn(size, generator=generator)).sum().backward()
+    output.backward(torch.randn(size, generator=generator).to(output))
     assert embedded.grad is not None
     return embedded.grad, output
 
@@ -140,20 +149,11 @@ def test_without_a_compiler_one_warning(
     assert not any("forward" in vars(layer.input_layernorm) for layer in decoder.layers)
 
 
-@pytest.mark.parametrize(
-    "device",
-    [
-        pytest.param("cpu", marks=pytest.mark.long),
-        pytest.param("cuda", marks=pytest.mark.gpu),
-    ],
-)
+@on_both
 @pytest.mark.parametrize("family", ["qwen3", "gemma"])  # both kinds of norms and of activations
 def test_compiled_once_it_rounds_as_transformers_does(family: str, device: str) -> None:
     """Outputs and gradients, up to bf16's last bit, of any number of tokens."""
-    decoder = small_decoder(family, register()).to(device, torch.bfloat16)
-    for name, parameter in decoder.named_parameters():
-        if "norm" in name:
-            nn.init.normal_(parameter, mean=1.0, std=0.1)
+    decoder = half_decoder(family, device)
     try_out(decoder)
     tried = counters["stats"]["unique_graphs"]
     pairs = [pair for module in decoder.modules() for pair in own_and_fused(module, decoder)]
@@ -175,6 +175,38 @@ def test_compiled_once_it_rounds_as_transformers_does(family: str, device: str) 
                 torch.testing.assert_close(found, expected, rtol=2**-7, atol=1e-6)
                 assert (found != expected).float().mean() < 1e-2
     assert counters["stats"]["unique_graphs"] == tried, "compiled again"
+
+
+@on_both
+@pytest.mark.parametrize("policy", MEMORY_POLICIES)
+def test_a_decoder_is_compiled_when_it_is_made(policy: str, device: str) -> None:
+    """Steps compile nothing, and what they compute is no further from fp64."""
+    exact = small_decoder("llama", register())
+    plain, ours = half_decoder("llama", device), half_decoder("llama", device)
+    exact.load_state_dict({name: value.double() for name, value in plain.state_dict().items()})
+    try_out(ours)
+    fuse_modules(ours)
+    apply_policy(ours.layers, policy)
+    tried = counters["stats"]["unique_graphs"]
+    for lengths in (LENGTHS, [40], [2, 30]):
+        wanted = gradient_and_output(exact, lengths)
+        errors = [
+            [(x.cpu() - right).norm() for x, right in zip(found, wanted, strict=True)]
+            for found in (gradient_and_output(decoder, lengths) for decoder in (plain, ours))
+        ]
+        assert all(our <= 1.2 * their for their, our in zip(*errors, strict=True)), errors
+        assert counters["stats"]["unique_graphs"] == tried
+
+
+def half_decoder(family: str, device: str) -> Any:
+    """Return a random decoder in bf16, its norms random too."""
+    decoder = small_decoder(family, register()).to(device, torch.bfloat16)
+    for module in (*decoder.layers, decoder.norm, decoder.rotary_emb):
+        del module.forward  # which would compute in fp64
+    for name, parameter in decoder.named_parameters():
+        if "norm" in name:
+            nn.init.normal_(parameter, mean=1.0, std=0.1)
+    return decoder
 
 
 def own_and_fused(
