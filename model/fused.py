@@ -21,6 +21,8 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+# Round where eager code does; no pool of compiling processes in every rank for a few kernels.
+OPTIONS: dict[str, Any] = {"emulate_precision_casts": True, "compile_threads": 1}
 ROTARY = "apply_rotary_pos_emb"  # in the module of every family's attention
 
 
@@ -88,7 +90,7 @@ def try_out(decoder: Any) -> None:
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return the function compiled, for any number of tokens and for all layers together."""
-    return torch.compile(function, dynamic=True, options={"emulate_precision_casts": True})
+    return torch.compile(function, dynamic=True, options=OPTIONS)
 
 
 def _is_norm(module: Any) -> bool:

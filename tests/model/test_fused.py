@@ -230,12 +230,13 @@ def own_and_fused(
             )
 
         def rotated(function: Callable[..., Any], query: Tensor, key: Tensor) -> Any:
-            return function(query.transpose(1, 2), key.transpose(1, 2), *angles(query.shape[1]))
+            heads = [x.view(1, x.shape[1], -1, head).transpose(1, 2) for x in (query, key)]
+            return function(*heads, *angles(query.shape[1]))
 
         yield (
             lambda *heads: rotated(rotary, *heads),
             lambda *heads: rotated(lambda *args: fused._rotated(rotary, *args), *heads),
-            [(4, head), (2, head)],
+            [(4 * head,), (2 * head,)],
         )
     elif fused._is_gated(module):
         act = module.act_fn

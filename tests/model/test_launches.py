@@ -136,23 +136,28 @@ def stage_without_values(folder: Path, policy: str | None, num_tasks: int) -> St
 
 
 def launched(launches: Launches, stage: Stage, num_tasks: int) -> Counter[str]:
-    """Return what a packed micro-batch launches in the layers, with a sequence of each task."""
+    """Return what a packed micro-batch with a sequence of each task launches, both passes."""
     lengths = (LENGTH,) * num_tasks
-    starts = range(0, sum(lengths), LENGTH)
+    num_tokens = sum(lengths)
+    starts = range(0, num_tokens, LENGTH)
     segments = (Segment(number, start, start + LENGTH) for number, start in enumerate(starts))
     stage.selection.tasks = TokenTasks(tuple(segments))
-    embedded = torch.empty(1, sum(lengths), 64, dtype=torch.bfloat16, device="meta")
-    offsets = torch.empty(num_tasks + 1, dtype=torch.int32, device="meta")
+    with torch.device("meta"):
+        tokens = torch.empty(1, num_tokens, dtype=torch.int64)
+        offsets = torch.empty(num_tasks + 1, dtype=torch.int32)
+        factors = torch.empty(num_tokens)
+    assert stage.head is not None
     launches.names.clear()
     with launches:
         output = stage.decoder(
-            inputs_embeds=embedded.requires_grad_(),
-            position_ids=torch.empty(1, sum(lengths), dtype=torch.int64, device="meta"),
+            inputs_embeds=stage.decoder.embed_tokens(tokens),
+            position_ids=tokens,
             attention_mask=None,
             use_cache=False,
             packing=Packing(lengths, offsets),
         ).last_hidden_state
-        output.backward(torch.empty_like(output))
+        loss, _ = stage.head.loss(output[0], tokens[0], factors)
+        loss.backward()
     return launches.names.copy()
 
 
