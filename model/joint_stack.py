@@ -132,8 +132,8 @@ class JointStack(Stack):
 
     def _sent(self, values: Tensor) -> Tensor:
         """Return values of the host on the device, without waiting for it."""
-        if self.device.type == "cpu":
-            return values
+        if self.device.type != "cuda":
+            return values.to(self.device)
         return values.pin_memory().to(self.device, non_blocking=True)
 
 

@@ -135,7 +135,7 @@ def _varlen(
 ) -> Tensor:
     """Return the attention [1, T, H, d] by one kernel for all sequences."""
     query_THd, key_TKd, value_TKd = (
-        heads[0].transpose(0, 1) for heads in (query_1HTd, key_1KTd, value_1KTd)
+        heads.squeeze(0).transpose(0, 1) for heads in (query_1HTd, key_1KTd, value_1KTd)
     )
     options: dict[str, Any] = {}
     repeats = query_THd.shape[1] // key_TKd.shape[1]

@@ -26,6 +26,7 @@ from lobra.layout.world import shard_range
 from lobra.model import packed_attention
 from lobra.model.adapter import AdapterSpec
 from lobra.model.checkpoint import CheckpointReader, as_slice
+from lobra.model.fused import fuse
 from lobra.model.groups import ReplicaGroups
 from lobra.model.joint_stack import JointStack
 from lobra.model.memory_policy import apply_policy, is_autograds_own
@@ -226,6 +227,7 @@ def build_stage(
     with NothingBelowDouble() if dtype == torch.float64 else nullcontext():
         decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(device)
     decoder.requires_grad_(False)
+    fuse(decoder)
     if dtype == torch.float64:
         for module in (*decoder.layers, decoder.norm, decoder.rotary_emb):
             in_double(module)

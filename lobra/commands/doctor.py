@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import shutil
 import sys
@@ -146,6 +147,9 @@ def _gpus() -> Iterator[tuple[Finding, int]]:
         for index in range(torch.cuda.device_count()):
             gpu = torch.cuda.get_device_properties(index)
             yield Finding(OK, f"GPU {index}", f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB"), 1
+        if importlib.util.find_spec("triton") is None:
+            text = "not installed: norms and activations run unfused, as torch cannot compile them"
+            yield Finding(NOTE, "triton", text), 0
     elif shutil.which("nvidia-smi") and torch.version.cuda is None:
         text = "nvidia-smi is there, but torch is a CPU build; install a CUDA build of torch"
         yield Finding(LACKS, "GPU", text), 0

@@ -169,3 +169,11 @@ def test_the_doctor_says_what_a_plan_needs(tmp_path: Path) -> None:
     assert "does not divide" in findings["layout <3,1>"].text
     assert findings["Python"].status == doctor.OK
     assert findings["CPU ranks"].status == doctor.LACKS
+
+
+def test_the_doctor_misses_a_compiler_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    findings = {f.subject: f for f in doctor.examine(None, None, None)}
+    assert findings["triton"].status == doctor.NOTE

@@ -1,0 +1,187 @@
+"""What a layer's forward and backward pass launch on a GPU, counted on tensors without values.
+
+Where nothing has a value, whatever would have the host wait for one fails.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lobra.layout.layout import MEMORY_POLICIES, Layout
+from lobra.layout.world import one_replica
+from lobra.model import fused, packed_attention
+from lobra.model.adapter import AdapterSpec
+from lobra.model.fused import fuse_modules
+from lobra.model.groups import ReplicaGroups
+from lobra.model.joint_stack import JointStack
+from lobra.model.memory_policy import apply_policy
+from lobra.model.packed_attention import Packing, register
+from lobra.model.stage import Stage, build_stage
+from lobra.model.token_tasks import Segment, TokenTasks
+from tests.model.support import save_llama
+
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LENGTH = 6
+MOST_LAUNCHES = 90
+# Of a forward pass, where a memory policy has all of it run again.
+MOST_LAUNCHED_AGAIN = 27
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that are neither views nor mere memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+        self.inside_one = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        returns = func._schema.returns
+        is_view = bool(returns) and all(x.alias_info and not x.alias_info.is_write for x in returns)
+        if not (self.inside_one or is_view or "empty" in name or name == "_unsafe_view"):
+            self.names[name] += 1
+        return func(*args, **(kwargs or {}))
+
+    @contextmanager
+    def as_one(self, name: str) -> Iterator[None]:
+        """Count what runs inside as one launch."""
+        assert not self.inside_one
+        self.names[name] += 1
+        self.inside_one = True
+        try:
+            yield
+        finally:
+            self.inside_one = False
+
+
+class OneKernel(torch.autograd.Function):
+    """Stands for a compiled function: one launch forward, one backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, launches: Launches, name: str, function: Callable[..., Any], *args: Any
+    ) -> Any:
+        ctx.launches, ctx.name, ctx.function = launches, name, function
+        ctx.given = [None if isinstance(x, Tensor) else x for x in args]
+        ctx.save_for_backward(*(x for x in args if isinstance(x, Tensor)))
+        with launches.as_one(name):
+            return function(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        tensors = iter(ctx.saved_tensors)
+        with ctx.launches.as_one(f"{ctx.name} backward"), torch.enable_grad():
+            args = [
+                next(tensors).detach().requires_grad_(needed) if given is None else given
+                for given, needed in zip(ctx.given, ctx.needs_input_grad[3:], strict=True)
+            ]
+            wanted = [x for x in args if isinstance(x, Tensor) and x.requires_grad]
+            outputs = ctx.function(*args)
+            found = iter(torch.autograd.grad(outputs, wanted, gradients))
+        return (
+            None,
+            None,
+            None,
+            *(next(found) if needed else None for needed in ctx.needs_input_grad[3:]),
+        )
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
+    """Return a count of launches, in which every compiled function is one."""
+    counting = Launches()
+
+    def compiled(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+        def one_kernel(*args: Any, **options: Any) -> Any:
+            called = partial(function, **options)
+            return OneKernel.apply(counting, function.__qualname__, called, *args)
+
+        return one_kernel
+
+    fused._compiled.cache_clear()
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(packed_attention, "_is_fast", lambda query: True)
+    yield counting
+    fused._compiled.cache_clear()
+
+
+def stage_without_values(folder: Path, policy: str | None, num_tasks: int) -> Stage:
+    """Return a fused bf16 stage as on a GPU, of tensors that have no values."""
+    place = one_replica(Layout(1, 1)).place(0)
+    groups = ReplicaGroups(place, None, (0,), None, (0,))
+    stage = build_stage(folder, groups, {}, dtype=torch.bfloat16, stack_type=JointStack)
+    stage.decoder.config._attn_implementation = register()
+    stage.to("meta")
+    for stack in stage.stacks:
+        stack.device = stage.device
+    specs = {number: AdapterSpec(f"task {number}", 2, 4.0, MODULES) for number in range(num_tasks)}
+    stage.install(specs)
+    fuse_modules(stage.decoder)
+    if policy is not None:
+        apply_policy(stage.decoder.layers, policy)
+    return stage
+
+
+def launched(launches: Launches, stage: Stage, num_tasks: int) -> Counter[str]:
+    """Return what a packed micro-batch with a sequence of each task launches, both passes."""
+    lengths = (LENGTH,) * num_tasks
+    num_tokens = sum(lengths)
+    starts = range(0, num_tokens, LENGTH)
+    segments = (Segment(number, start, start + LENGTH) for number, start in enumerate(starts))
+    stage.selection.tasks = TokenTasks(tuple(segments))
+    with torch.device("meta"):
+        tokens = torch.empty(1, num_tokens, dtype=torch.int64)
+        offsets = torch.empty(num_tasks + 1, dtype=torch.int32)
+        factors = torch.empty(num_tokens)
+    assert stage.head is not None
+    launches.names.clear()
+    with launches:
+        output = stage.decoder(
+            inputs_embeds=stage.decoder.embed_tokens(tokens),
+            position_ids=tokens,
+            attention_mask=None,
+            use_cache=False,
+            packing=Packing(lengths, offsets),
+        ).last_hidden_state
+        loss, _ = stage.head.loss(output[0], tokens[0], factors)
+        loss.backward()
+    return launches.names.copy()
+
+
+@pytest.mark.parametrize("policy", [None, *MEMORY_POLICIES])
+def test_a_layer_launches_little_and_no_more_for_more_tasks(
+    policy: str | None, tmp_path: Path, launches: Launches
+) -> None:
+    folders = [save_llama(tmp_path / str(n), num_hidden_layers=n) for n in (1, 2)]
+    of_a_layer = []
+    for num_tasks in (1, 4, 16):
+        fewer, more = (
+            launched(launches, stage_without_values(folder, policy, num_tasks), num_tasks)
+            for folder in folders
+        )
+        of_a_layer.append(more - fewer)
+    assert of_a_layer[0] == of_a_layer[1] == of_a_layer[2]
+    most = MOST_LAUNCHES if policy is None else MOST_LAUNCHES + MOST_LAUNCHED_AGAIN
+    assert of_a_layer[0].total() <= most, of_a_layer[0]
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [Tensor.item, Tensor.tolist, Tensor.nonzero, Tensor.cpu, bool, lambda x: x[x > 0]],
+)
+def test_what_waits_for_a_value_fails_without_values(wait: Callable[[Tensor], Any]) -> None:
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        wait(torch.empty(1, device="meta"))
