@@ -89,8 +89,9 @@ def test_an_unknown_command_or_option_is_a_users_mistake(capsys: pytest.CaptureF
     for words, said in (
         (["trian"], "did you mean 'train'"),
         (["profile", "tim"], "did you mean 'time'"),
-        (["report", "run", "--plot"], "Did you mean --plots?"),
-        (["report", "run", "--no-plots"], "Unknown option: --no-plots"),
+        (["report", "run", "--plot"], "--plot: no such option (did you mean '--plots'?)"),
+        (["report", "run", "--no-plots"], "--no-plots: no such option"),
+        (["report", "run", "--bogus", "--tracee"], "2 problems"),
         (["report", "run", "other"], "not expected here: other"),
         (["profile", "fit", "--folds", "x"], "--folds"),
         (["profile", "fit", "--folds", "1.5"], "--folds: '1.5' is not an integer"),
@@ -101,6 +102,20 @@ def test_an_unknown_command_or_option_is_a_users_mistake(capsys: pytest.CaptureF
         output = capsys.readouterr()
         assert output.out == "" and output.err.startswith("lobra: ")
         assert said in output.err and "Traceback" not in output.err
+
+
+def test_an_argument_told_by_its_place_is_missing_only_where_it_is(
+    capsys: pytest.CaptureFixture,
+) -> None:
+    for words, said in (
+        (["experiment", "simulate", "7B"], ["--output: is required"]),
+        (["experiment", "simulate"], ["MODEL: is required", "--output: is required"]),
+        (["report"], ["RUN: is required"]),
+    ):
+        assert main(words) == 2
+        output = capsys.readouterr().err
+        assert all(text in output for text in said)
+        assert output.count("is required") == len(said)
 
 
 def test_a_command_that_lacks_its_subcommand_shows_help(capsys: pytest.CaptureFixture) -> None:
