@@ -184,3 +184,23 @@ def test_the_doctor_says_what_a_plan_needs(tmp_path: Path) -> None:
     assert "does not divide" in findings["layout <3,1>"].text
     assert findings["Python"].status == doctor.OK
     assert findings["CPU ranks"].status == doctor.LACKS
+
+
+def test_the_doctor_says_whether_hosts_have_what_a_plan_needs(tmp_path: Path) -> None:
+    plan, hosts = tmp_path / "plan.yaml", tmp_path / "hosts"
+    plan.write_text("strategy_config: [{dp: 6, tp: 1, pp: 1, max_tokens: 1024}]\n")
+    for text, status, size in (
+        ("localhost slots=8\n", doctor.OK, 8),
+        ("localhost slots=2\n127.0.0.1 slots=4\n", doctor.OK, 2),
+        ("localhost slots=2\n127.0.0.1 slots=2\n", doctor.LACKS, 2),
+    ):
+        hosts.write_text(text)
+        findings = {f.subject: f for f in doctor.examine("tiny", str(plan), None, hosts)}
+        assert findings["host localhost"].status == doctor.OK
+        assert findings["ranks"].status == status
+        assert findings["placement"].text == f"fits nodes of {size} GPUs"
+    assert findings["ranks"].text == "2 slots are missing: 2 hosts have 4"
+    hosts.write_text("localhost\n")
+    with pytest.raises(ConfigError) as caught:
+        list(doctor.examine(None, str(tmp_path / "none.yaml"), None, hosts))
+    assert len(caught.value.problems) == 2

@@ -304,8 +304,6 @@ def test_all_mistakes_are_told_at_once(
         told += ["--num-tasks 0", "'nowhere'", "profile_time_tiny.csv: no such profile"]
         assert all(text in output for text in told), output
         assert f"{len(told)} problems" in output
-    assert (
-        lobra(["data", "show", "--model", "none", "--trainer-config", "nowhere", "--rows", "-1"])
-        == 2
-    )
+    words = ["--model", "none", "--trainer-config", "nowhere", "--rows", "-1"]
+    assert lobra(["data", "show", *words]) == 2
     assert "3 problems" in capsys.readouterr().err
