@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 MOST_LINES = 20  # of mistakes that a command prints
@@ -69,6 +70,14 @@ class Problems(Sequence[str]):
         for kind, count in self._rest.items():
             result._count(kind if kind == OTHER_KINDS else _kind(change(kind)), count)
         return result
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note the mistakes of the `ConfigError` that ends a block, and go on after the block."""
+        try:
+            yield
+        except ConfigError as error:
+            self += error.problems
 
     def raise_if_any(self) -> None:
         """Raise a `ConfigError` of them, if there are any."""

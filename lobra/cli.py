@@ -21,6 +21,7 @@ from cyclopts import (
     MissingArgumentError,
     Parameter,
     UnknownCommandError,
+    UnknownOptionError,
     UnusedCliTokensError,
 )
 
@@ -140,7 +141,7 @@ def parsed(app: App, words: Sequence[str]) -> Callable[[], Any]:
 
 
 def _explained(error: CycloptsError) -> Problems:
-    """Return what is wrong with a command line: one mistake, or all options that are missing."""
+    """Return what is wrong with a command line: one mistake, or all that is missing or unknown."""
     error.verbose = False
     if isinstance(error, UnknownCommandError):  # its own message would import every command
         parents, word = list(error.command_chain or ()), (error.unused_tokens or [""])[0]
@@ -148,19 +149,30 @@ def _explained(error: CycloptsError) -> Problems:
         return Problems([f"{word}: no such command{did_you_mean(word, there)}; see --help"])
     if type(error) is UnusedCliTokensError:
         return Problems([f"not expected here: {' '.join(error.unused_tokens or ())}"])
-    if type(error) is MissingArgumentError and not error.keyword and error.app:
+    is_missing = type(error) is MissingArgumentError and not error.keyword
+    if (is_missing or type(error) is UnknownOptionError) and error.app:
         words = {word.partition("=")[0] for word in error.root_input_tokens or ()}
-        if missing := _missing(error.app, words):
-            return missing
+        missing = error.argument.name if error.argument else None
+        if wrong := _wrong_options(error.app, words, missing):
+            return wrong
     return Problems([str(error)])
 
 
-def _missing(app: App, words: set[str]) -> Problems:
-    """Return which options of a command are missing among the words, and which are none."""
+def _wrong_options(app: App, words: set[str], missing: str | None) -> Problems:
+    """Return which arguments of a command are missing, and which words are no options of it.
+
+    Of those that are told by their place, only the one known to be ``missing`` is said to be.
+    """
     options = app.assemble_argument_collection()
     known = [option.name for option in options]
-    required = [o.name for o in options if o.parse and o.required and not o.children]
-    problems = Problems(f"{name}: is required" for name in required if name not in words)
+    problems = Problems()
+    for option in options:
+        if not option.parse or not option.required or option.children:
+            continue
+        if option.index is None and option.name not in words:
+            problems.add(f"{option.name}: is required")
+        elif option.index is not None and option.name == missing:
+            problems.add(f"{option.name.lstrip('-').upper()}: is required")
     problems += [
         f"{word}: no such option{did_you_mean(word, known)}"
         for word in sorted(words)

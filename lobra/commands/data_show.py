@@ -80,25 +80,22 @@ def show(*, options: ShowOptions) -> int:
     """
     problems = option_problems(options)
     tasks: Sequence[TaskConfig] = ()
-    try:
+    with problems.noted():
         tasks = load_trainer_config(options.trainer_config).tasks
-    except ConfigError as error:
-        problems += error.problems
     names = [task.name for task in tasks]
     for name in options.task:
         if tasks and name not in names:
             problems.add(
                 f"--task {name}: no such task{did_you_mean(name, names)}: there are {names}"
             )
-    problems.raise_if_any()
+    vocab_size, refused = None, bool(problems)
+    with problems.noted():
+        vocab_size = resolve_shape(options.model).vocab_size
+    if refused:  # data are looked at with all that is wrong of them, but not in vain
+        problems.raise_if_any()
     if options.task:
         tasks = [task for task in tasks if task.name in options.task]
     processor = TextProcessor.of_folder(lambda: tokenizer_folder(options.model))
-    vocab_size = None
-    try:
-        vocab_size = resolve_shape(options.model).vocab_size
-    except ConfigError as error:
-        problems += error.problems
     datasets = []
     for task in clip_context(tasks, options.max_seq_length):
         try:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import math
 import os
 import shutil
+import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lobra.common.errors import ConfigError
+from lobra.common.errors import ConfigError, Problems
 from lobra.common.options import Int
 from lobra.layout.placement import place
 from lobra.layout.plan import Plan, load_plan
@@ -43,6 +45,7 @@ def doctor(
     model: str | None = None,
     strategy_config: str | None = None,
     gpus_per_node: Int | None = None,
+    host_file: Path | None = None,
 ) -> int:
     """Say what this machine has and lacks, and what a plan would need; end 1 if it lacks something.
 
@@ -53,18 +56,20 @@ def doctor(
     strategy_config
         Check what this plan needs.
     gpus_per_node
-        By default the GPUs of this machine, or 8.
+        By default what the hosts of the host file have, else the GPUs of this machine, or 8.
+    host_file
+        Check the plan against the hosts of this DeepSpeed host file.
 
     Raises
     ------
     ConfigError
-        If the plan's file cannot be read.
+        If the plan's file or the host file cannot be read.
     """
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    findings = list(examine(model, strategy_config, gpus_per_node))
+    findings = list(examine(model, strategy_config, gpus_per_node, host_file))
     table = Table(show_header=False)
     colours = {OK: "green", LACKS: "red", NOTE: "yellow"}
     for finding in findings:
@@ -75,16 +80,29 @@ def doctor(
 
 
 def examine(
-    model: str | None, plan_name: str | None, gpus_per_node: int | None
+    model: str | None,
+    plan_name: str | None,
+    gpus_per_node: int | None,
+    host_file: Path | None = None,
 ) -> Iterator[Finding]:
-    """Yield what was found, about the machine first, then about the model and the plan.
+    """Yield what was found, about the machine first, then about hosts, the model and the plan.
 
     Raises
     ------
     ConfigError
-        If the plan's file cannot be read.
+        If the plan's file or the host file cannot be read.
     """
-    plan = load_plan(plan_name) if plan_name else None
+    problems = Problems()
+    plan = None
+    slots: Mapping[str, int] = {}
+    with problems.noted():
+        plan = load_plan(plan_name) if plan_name else None
+    if host_file is not None:
+        from lobra.trainer.run import read_host_file
+
+        with problems.noted():
+            slots = read_host_file(host_file)
+    problems.raise_if_any()
     yield from _packages()
     yield Finding(OK, "CPU", f"{cpu_name()}, {num_cores()} cores")
     memory = available_memory_bytes()
@@ -95,10 +113,16 @@ def examine(
     for finding, count in _gpus():
         num_gpus += count
         yield finding
+    yield from _hosts(slots)
     if model:
         yield from _model(model)
     if plan is not None:
-        yield from _plan(plan, model, num_gpus, memory, gpus_per_node or num_gpus or 8)
+        size = gpus_per_node or math.gcd(*slots.values()) or num_gpus or 8
+        yield from _plan(plan, model, size)
+        if slots:
+            yield _slots(plan, slots)
+        else:
+            yield from _ranks(plan, num_gpus, memory)
 
 
 def _packages() -> Iterator[Finding]:
@@ -157,6 +181,28 @@ def _gpus() -> Iterator[tuple[Finding, int]]:
         yield Finding(NOTE, "GPU", "none that torch can use; ranks run as CPU processes"), 0
 
 
+def _hosts(slots: Mapping[str, int]) -> Iterator[Finding]:
+    for host, count in slots.items():
+        try:
+            socket.getaddrinfo(host, None)
+        except OSError:
+            text = f"{count} slots; the name means nothing here, unless ssh's settings know it"
+            yield Finding(NOTE, f"host {host}", text)
+        else:
+            yield Finding(OK, f"host {host}", f"{count} slots")
+    if len(slots) > 1 and shutil.which("pdsh") is None:
+        text = "not installed; deepspeed's launcher starts ranks on several hosts with it"
+        yield Finding(LACKS, "pdsh", text)
+
+
+def _slots(plan: Plan, slots: Mapping[str, int]) -> Finding:
+    total = sum(slots.values())
+    if total >= plan.num_gpus:
+        return Finding(OK, "ranks", f"{plan.num_gpus} of the {total} slots of {len(slots)} hosts")
+    text = f"{plan.num_gpus - total} slots are missing: {len(slots)} hosts have {total}"
+    return Finding(LACKS, "ranks", text)
+
+
 def _model(model: str) -> Iterator[Finding]:
     try:
         shape = resolve_shape(model)
@@ -180,9 +226,7 @@ def _model(model: str) -> Iterator[Finding]:
         yield Finding(NOTE, "time profile", text)
 
 
-def _plan(
-    plan: Plan, model: str | None, num_gpus: int, memory: int, gpus_per_node: int
-) -> Iterator[Finding]:
+def _plan(plan: Plan, model: str | None, gpus_per_node: int) -> Iterator[Finding]:
     yield Finding(OK, "plan", f"{plan}: {plan.num_gpus} ranks, up to {plan.max_tokens} tokens")
     try:
         place(plan, gpus_per_node)
@@ -200,6 +244,9 @@ def _plan(
             problem = layout_problem(shape, layout.tp, layout.pp)
             if problem:
                 yield Finding(LACKS, f"layout {layout}", problem)
+
+
+def _ranks(plan: Plan, num_gpus: int, memory: int) -> Iterator[Finding]:
     if num_gpus >= plan.num_gpus:
         yield Finding(OK, "ranks", f"{plan.num_gpus} of the {num_gpus} GPUs here")
         return

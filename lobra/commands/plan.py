@@ -24,7 +24,7 @@ from lobra.common.options import (
     Switch,
     as_options,
     from_environment,
-    option_problems,
+    within_bounds,
 )
 from lobra.layout.plan import plan_path, save_plan
 from lobra.planner.bucketed.roles import roles, saturation
@@ -93,9 +93,12 @@ def plan(*, options: PlanOptions) -> int:
         For every mistake of the user's.
     """
     console = Console(stderr=options.json)
-    how = deploy_options(options, os.environ)
-    gpus = parse_range(options.sweep_gpus) if options.sweep_gpus else []
-    config, workload, cost_model = read_inputs(options)
+    options, problems = within_bounds(options)
+    how = deploy_options(options, os.environ, problems)
+    gpus: Sequence[int] = []
+    with problems.noted():
+        gpus = parse_range(options.sweep_gpus) if options.sweep_gpus else []
+    config, workload, cost_model = read_inputs(options, problems)
     memory, memory_notes = memory_profile_for(options.model, config.tasks, options.memory_profile)
     with console.status("planning ...") as status:
         deployment = deploy(
@@ -145,21 +148,17 @@ def output_problems(options: PlanOptions) -> Problems:
     return Problems(filter(None, problems))
 
 
-def deploy_options(options: PlanOptions, environment: Mapping[str, str]) -> Options:
+def deploy_options(
+    options: PlanOptions, environment: Mapping[str, str], problems: Problems
+) -> Options:
     """Return how to plan, from the options, else from the environment, else the defaults.
 
-    Raises
-    ------
-    ConfigError
-        Naming every unknown value, what is out of bounds, and outputs that cannot be written.
+    Unknown values and outputs that cannot be written are added to ``problems``.
     """
-    problems = option_problems(options)
     problems += output_problems(options)
-
     pattern = from_environment("EXPR_DEPLOY_PATTERN", PATTERNS, environment, problems)
     proposal = from_environment("EXPR_SCHEME_PROPOSAL", PROPOSALS, environment, problems)
     bucket_plan = from_environment("BUCKET_PLAN", BUCKET_PLANS, environment, problems)
-    problems.raise_if_any()
     pattern = options.pattern or pattern or "EXACT"
     proposal = options.proposal or proposal or ("off" if pattern == "EXACT" else "on")
     return Options(

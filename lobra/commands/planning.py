@@ -8,6 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from lobra.common.errors import Problems
 from lobra.common.options import (
     DataDir,
     Json,
@@ -64,16 +65,23 @@ class PlanningOptions:
         return layout_problem_of(self.model, tp, pp)
 
 
-def read_inputs(options: PlanningOptions) -> tuple[TrainerConfig, Workload, CostModel]:
+def read_inputs(
+    options: PlanningOptions, problems: Problems
+) -> tuple[TrainerConfig, Workload, CostModel]:
     """Return the tasks, their workload, and the cost model of training them.
 
     Raises
     ------
     ConfigError
-        If a file is missing or has mistakes.
+        If a file is missing or has mistakes, or there are other ``problems``: all at once.
     """
-    config = load_trainer_config(options.trainer_config, options.num_tasks)
-    cost_model = load_cost_model(options.model, options.time_profile, options.cost_model)
+    config = cost_model = None
+    with problems.noted():
+        config = load_trainer_config(options.trainer_config, options.num_tasks)
+    with problems.noted():
+        cost_model = load_cost_model(options.model, options.time_profile, options.cost_model)
+    problems.raise_if_any()
+    assert config and cost_model
     workload, labels = read_workload(
         config, options.model, options.lengths, options.data_dir, options.max_seq_length,
         options.seed,

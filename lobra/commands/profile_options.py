@@ -133,11 +133,9 @@ def check_one_machine(host_file: Path | None, environment: Mapping[str, str]) ->
         )
     if host_file is None:
         return
-    try:
-        lines = host_file.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ConfigError(f"host file {host_file}: not readable ({error})") from error
-    hosts = [line.split()[0] for line in lines if line.strip() and not line.startswith("#")]
+    from lobra.trainer.run import read_host_file
+
+    hosts = read_host_file(host_file)
     if len(hosts) > 1:
         raise ConfigError(
             f"host file {host_file}: names {len(hosts)} hosts; the profilers measure on one "

@@ -16,7 +16,7 @@ from lobra.commands.output import write_problem, written
 from lobra.commands.planning import PlanningOptions, read_inputs
 from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
-from lobra.common.options import PositiveInt, as_options, option_problems
+from lobra.common.options import PositiveInt, as_options, within_bounds
 from lobra.layout.plan import load_plan
 from lobra.layout.trace import TRACE_FILE, trace_text
 from lobra.planner.baselines import baselines, ladder
@@ -55,14 +55,16 @@ def simulate(*, options: SimulateOptions) -> int:
     ConfigError
         For every mistake of the user's.
     """
-    problems = option_problems(options)
+    options, problems = within_bounds(options)
     if options.output_dir:
         problem = write_problem("--output-dir", options.output_dir / "simulation.json")
         problems += [problem] if problem else []
-    problems.raise_if_any()
     console = Console(stderr=options.json)
-    plan = load_plan(options.strategy_config)
-    config, workload, cost_model = read_inputs(options)
+    plan = None
+    with problems.noted():
+        plan = load_plan(options.strategy_config)
+    config, workload, cost_model = read_inputs(options, problems)
+    assert plan
     with console.status("simulating ..."):
         runs: list[Simulation] = []
         left_out: list[str] = []

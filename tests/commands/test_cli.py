@@ -89,8 +89,9 @@ def test_an_unknown_command_or_option_is_a_users_mistake(capsys: pytest.CaptureF
     for words, said in (
         (["trian"], "did you mean 'train'"),
         (["profile", "tim"], "did you mean 'time'"),
-        (["report", "run", "--plot"], "Did you mean --plots?"),
-        (["report", "run", "--no-plots"], "Unknown option: --no-plots"),
+        (["report", "run", "--plot"], "--plot: no such option (did you mean '--plots'?)"),
+        (["report", "run", "--no-plots"], "--no-plots: no such option"),
+        (["report", "run", "--bogus", "--tracee"], "2 problems"),
         (["report", "run", "other"], "not expected here: other"),
         (["profile", "fit", "--folds", "x"], "--folds"),
         (["profile", "fit", "--folds", "1.5"], "--folds: '1.5' is not an integer"),
@@ -101,6 +102,20 @@ def test_an_unknown_command_or_option_is_a_users_mistake(capsys: pytest.CaptureF
         output = capsys.readouterr()
         assert output.out == "" and output.err.startswith("lobra: ")
         assert said in output.err and "Traceback" not in output.err
+
+
+def test_an_argument_told_by_its_place_is_missing_only_where_it_is(
+    capsys: pytest.CaptureFixture,
+) -> None:
+    for words, said in (
+        (["experiment", "simulate", "7B"], ["--output: is required"]),
+        (["experiment", "simulate"], ["MODEL: is required", "--output: is required"]),
+        (["report"], ["RUN: is required"]),
+    ):
+        assert main(words) == 2
+        output = capsys.readouterr().err
+        assert all(text in output for text in said)
+        assert output.count("is required") == len(said)
 
 
 def test_a_command_that_lacks_its_subcommand_shows_help(capsys: pytest.CaptureFixture) -> None:
@@ -177,3 +192,23 @@ def test_the_doctor_misses_a_compiler_of_kernels(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     findings = {f.subject: f for f in doctor.examine(None, None, None)}
     assert findings["triton"].status == doctor.NOTE
+
+
+def test_the_doctor_says_whether_hosts_have_what_a_plan_needs(tmp_path: Path) -> None:
+    plan, hosts = tmp_path / "plan.yaml", tmp_path / "hosts"
+    plan.write_text("strategy_config: [{dp: 6, tp: 1, pp: 1, max_tokens: 1024}]\n")
+    for text, status, size in (
+        ("localhost slots=8\n", doctor.OK, 8),
+        ("localhost slots=2\n127.0.0.1 slots=4\n", doctor.OK, 2),
+        ("localhost slots=2\n127.0.0.1 slots=2\n", doctor.LACKS, 2),
+    ):
+        hosts.write_text(text)
+        findings = {f.subject: f for f in doctor.examine("tiny", str(plan), None, hosts)}
+        assert findings["host localhost"].status == doctor.OK
+        assert findings["ranks"].status == status
+        assert findings["placement"].text == f"fits nodes of {size} GPUs"
+    assert findings["ranks"].text == "2 slots are missing: 2 hosts have 4"
+    hosts.write_text("localhost\n")
+    with pytest.raises(ConfigError) as caught:
+        list(doctor.examine(None, str(tmp_path / "none.yaml"), None, hosts))
+    assert len(caught.value.problems) == 2

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lobra.cli import main as lobra
 from lobra.commands.output import write_problem
 from lobra.commands.plan import main
 from lobra.layout.plan import load_plan
@@ -286,3 +287,23 @@ def test_ctrl_c_ends_the_planners_soon_with_130(files: Path, pattern: str) -> No
     assert usage.ru_utime + usage.ru_stime - used_s < 10.0
     assert "interrupted" in errors and "Traceback" not in errors
     assert not (files / "plan.yaml").exists()
+
+
+def test_all_mistakes_are_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BUCKET_PLAN", "odd")
+    files = "--model tiny --trainer-config nowhere --strategy-config nothing --num-tasks 0"
+    for command, told in (
+        (f"plan {files} --num-gpus 0 --sweep-gpus x", ["--num-gpus 0", "BUCKET_PLAN=odd", "'x'"]),
+        (f"simulate {files} --steps -1", ["--steps -1", "nothing.yaml: no such plan"]),
+    ):
+        assert lobra(command.split()) == 2
+        output = capsys.readouterr().err
+        told += ["--num-tasks 0", "'nowhere'", "profile_time_tiny.csv: no such profile"]
+        assert all(text in output for text in told), output
+        assert f"{len(told)} problems" in output
+    words = ["--model", "none", "--trainer-config", "nowhere", "--rows", "-1"]
+    assert lobra(["data", "show", *words]) == 2
+    assert "3 problems" in capsys.readouterr().err

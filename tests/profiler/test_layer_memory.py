@@ -14,10 +14,11 @@ from lobra.layout.shapes import ModelShape, read_shape
 from lobra.layout.world import one_replica
 from lobra.model import stack
 from lobra.model.adapter import AdapterSpec
+from lobra.model.dropout import TokenNoise
 from lobra.model.groups import build_groups
 from lobra.model.launch import run_ranks
 from lobra.model.memory_policy import apply_policy
-from lobra.model.packed_attention import Packing, register
+from lobra.model.packed_attention import Packing
 from lobra.model.precision import DTYPES
 from lobra.model.stage import build_stage
 from lobra.model.token_tasks import Segment, TokenTasks
@@ -38,11 +39,12 @@ def held_by_layers(
     """Return the bytes a token kept of all layers, and added by the backward pass of the last."""
     groups = build_groups(one_replica(Layout(dist.get_world_size(), 1)))
     specs = {0: AdapterSpec("one", LORA_RANK, 2.0, TARGET_MODULES, dropout)}
-    attention = "sdpa" if policy == AUTOGRAD else register()
-    built = build_stage(folder, groups, specs, dtype=DTYPES[precision], attention=attention)
+    built = build_stage(folder, groups, specs, dtype=DTYPES[precision])
     if policy != AUTOGRAD:
         apply_policy(built.decoder.layers, policy)
-    built.selection.tasks = TokenTasks((Segment(0, 0, LENGTH),), noise_seed=1)
+    dropouts = torch.full((LENGTH,), dropout)
+    noise = TokenNoise.of_tokens(torch.arange(LENGTH), dropouts, built.dtype) if dropout else None
+    built.selection.tasks = TokenTasks((Segment(0, 0, LENGTH),), noise)
     embedded = torch.randn(1, LENGTH, built.shape.hidden_size).to(built.dtype).requires_grad_()
     in_backward = []
     add_gradients = stack._add_gradients
@@ -58,7 +60,7 @@ def held_by_layers(
             position_ids=torch.arange(LENGTH)[None],
             attention_mask=None,
             use_cache=False,
-            packing=Packing.of_lengths([LENGTH]),
+            packing=None if policy == AUTOGRAD else Packing.of_lengths([LENGTH]),
         ).last_hidden_state
         kept = alive.num_bytes()
         output.sum().backward()

@@ -6,6 +6,8 @@ import json
 import math
 from dataclasses import replace
 
+from lobra.common.errors import Problems
+from lobra.common.models import read_as
 from lobra.tasks.config import TaskConfig
 from lobra.trainer.task_progress import MAX_SKIPPED_IN_ROW, TaskProgress
 
@@ -77,7 +79,9 @@ def test_early_stopping_on_a_plateau() -> None:
     message = progress.end_period(task, None)
     assert message is not None and "training loss" in message
     for known in (progress, TaskProgress(3)):
-        assert TaskProgress.from_json(json.loads(json.dumps(known.as_json()))) == known
+        problems = Problems()
+        assert read_as(TaskProgress, json.loads(json.dumps(known.as_json())), problems) == known
+        assert not problems
     patient = TaskProgress(num_steps=100)
     for _ in range(50):
         patient.record(1.0, applied=True)
