@@ -67,8 +67,9 @@ class Ours:
         """Train all tasks' sequences together, then update every task."""
         order = self._order(step)
         clock = Clock(self.setting.device)
-        numbers = range(len(self.tasks))
-        shares = torch.tensor([1 / order.work[number].labels for number in numbers])
+        numbers = list(order.work)  # one micro-batch's sequences need not be of all tasks
+        shares = torch.zeros(len(self.tasks))
+        shares[numbers] = torch.tensor([1 / work.labels for work in order.work.values()])
         weights = to_device([shares], self.device)[0]
         batches = self._tensors(order, weights)
         with record_function(COMPUTE):
@@ -77,7 +78,8 @@ class Ours:
         rate = self.setting.job.learning_rate
         norms = self.optimizer.reduce(numbers).sqrt().tolist()
         clips = [clip_coefficient(norm, MAX_GRAD_NORM) for norm in norms]
-        self.optimizer.update({n: TaskUpdate(True, rate, clips[n]) for n in numbers})
+        updates = {n: TaskUpdate(True, rate, clip) for n, clip in zip(numbers, clips, strict=True)}
+        self.optimizer.update(updates)
         time_s = clock.seconds()
         means = tuple((losses * weights).tolist())
         return Trained(time_s, compute_s, means, len(batches), order.padded_tokens)
