@@ -67,15 +67,18 @@ class Ours:
         """Train all tasks' sequences together, then update every task."""
         order = self._order(step)
         clock = Clock(self.setting.device)
-        numbers = range(len(self.tasks))
-        shares = np.array([1 / order.work[number].labels for number in numbers])
+        numbers = list(order.work)
+        shares = np.zeros(len(self.tasks))
+        shares[numbers] = [1 / work.labels for work in order.work.values()]
         batches = self._tensors(order, shares)
         with record_function(COMPUTE):
             losses = run_replica(self.stage, batches, len(self.tasks))
         compute_s = clock.seconds()
         rate = self.setting.job.learning_rate
         norms = self.optimizer.reduce(numbers).sqrt().tolist()
-        clips = [clip_coefficient(norm, MAX_GRAD_NORM) for norm in norms]
+        clips = {
+            n: clip_coefficient(norm, MAX_GRAD_NORM) for n, norm in zip(numbers, norms, strict=True)
+        }
         self.optimizer.update({n: TaskUpdate(True, rate, clips[n]) for n in numbers})
         time_s = clock.seconds()
         means = tuple((losses.cpu() * torch.from_numpy(shares)).tolist())
