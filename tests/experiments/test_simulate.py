@@ -284,6 +284,7 @@ def test_real_jobs_cover_every_method(capsys: pytest.CaptureFixture[str], tmp_pa
     trained = [line for line in lines if line.startswith("lobra train")]
     assert len(trained) == 1 + 6 + 2 * 3
     assert sum("--num-buckets 7" in line for line in trained) == 7
+    assert all("--batching bucketed" in line for line in trained)
     assert any(line.startswith("EXPR_DEPLOY_PATTERN=PRUNE") for line in lines)
     assert not (tmp_path / "real").exists()
     assert jobs.real(replace(options, seed=7)) == 0

@@ -223,14 +223,18 @@ def noise_of(case: Case) -> TokenNoise:
 @ways
 @pytest.mark.parametrize("modules", SHARED_INPUTS)
 def test_dropout_is_scaled_out_of_the_input(way: type[Stack], modules: tuple[str, ...]) -> None:
-    """Finite differences of the factors too: the same factors are drawn for the same seed."""
+    """Finite differences of A and B too: the backward pass draws the factors that were used."""
     specs = {number: replace(own, dropout=0.4) for number, own in MIXED.specs.items()}
     case = replace(MIXED, specs={**specs, 5: spec(5, 1)}, modules=modules)
     case = replace(case, lengths=[*case.lengths, (5, 2)])
     slots = {number: case.slot(number) for number in case.specs}
-    stack, _ = make_stack(case, way, 0, slots)
-    stack.selection.tasks = replace(stack.selection.tasks, noise=noise_of(case))
+    stack, segment_stack = (make_stack(case, one, 0, slots)[0] for one in (way, SegmentStack))
+    for one in (stack, segment_stack):
+        one.selection.tasks = replace(one.selection.tasks, noise=noise_of(case))
     x = inputs(case).requires_grad_(True)
+    for linear in range(len(modules)):
+        ys = [AdaptedLinear(one, linear)(x) for one in (stack, segment_stack)]
+        torch.testing.assert_close(ys[0], ys[1], rtol=1e-12, atol=1e-12)
 
     def loss(x: Tensor) -> Tensor:
         return sum(  # type: ignore[return-value]

@@ -345,7 +345,7 @@ def test_a_rank_takes_activations_or_the_exchange() -> None:
 
 @pytest.mark.ranks
 def test_a_trial_drops_out_as_its_tasks_do(tmp_path: Path) -> None:
-    """What dropout adds to a trial is what the estimate says, one task of two having it."""
+    """Factors are not kept, and those of a linear take less than a layer's gradients."""
     folder = save_llama(
         tmp_path / "llama", hidden_size=128, num_hidden_layers=8, max_position_embeddings=2048
     )
@@ -359,10 +359,9 @@ def test_a_trial_drops_out_as_its_tasks_do(tmp_path: Path) -> None:
         )
         for sweep in (plain, dropping)
     ]
+    assert estimates[0].bytes_per_token == estimates[1].bytes_per_token
     added = with_dropout.activation_bytes - without.activation_bytes
-    expected = 2048 * (estimates[1].bytes_per_token - estimates[0].bytes_per_token)
-    assert added == pytest.approx(expected, rel=0.15)
-    assert added > 0.3 * without.activation_bytes
+    assert abs(added) < 0.02 * without.activation_bytes
     assert with_dropout.exchange_bytes == without.exchange_bytes == with_dropout.adapter_bytes
     assert plain.settings() != dropping.settings(), "never mixed with rows of the other kind"
 
