@@ -3,10 +3,10 @@
     python benchmarks/activation_bytes.py [--device cuda] [--job cuda] [--tasks 4] [--output FILE]
 
 One micro-batch of the job of benchmarks/multi_lora.py through the layers of one replica ``<1,1>``,
-under each memory policy. Counted are the storages of the tensors that autograd saves, and on a GPU
-what the allocator has more of after the forward pass than before: by how much they are more for a
-full micro-batch than for half of one, so that what does not grow with the tokens (weights, copies
-of adapters) is left out.
+under each memory policy. Counted is, on a GPU, what the allocator has more of after the forward
+pass than before; on a CPU, where the policy keep is autograd's own, the storages that came to be
+and still live. By how much it is more for a full micro-batch than for half of one: what does not
+grow with the tokens (weights, copies of adapters) is left out.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from benchmarks.sides.job import JOBS, save_model  # noqa: E402
 from benchmarks.sides.lengths import find_lengths  # noqa: E402
 from benchmarks.sides.side import Setting, weights_dtype  # noqa: E402
 from lobra.common.files import write_atomic  # noqa: E402
-from lobra.layout.layout import Layout  # noqa: E402
+from lobra.layout.layout import MEMORY_POLICIES, Layout  # noqa: E402
 from lobra.profiler.hardware import describe_device, resolve_device, versions  # noqa: E402
+from tests.model.alive import Alive  # noqa: E402
 
 
 def measure(setting: Setting, memory: str) -> dict[str, float]:
@@ -45,30 +46,26 @@ def measure(setting: Setting, memory: str) -> dict[str, float]:
     for max_tokens in (job.max_tokens // 2, job.max_tokens):
         batch = first_fit_decreasing(step, max_tokens)[0]
         batch.sort(key=lambda sequence: sequence.index)
-        side.train(batch)  # what is made on first use is made
-        kept.append(kept_bytes(*side.layers_of(batch)))
-    small, large = kept
-    places = (large["tokens"] - small["tokens"]) * job.model.layers
-    slopes = {key: (large[key] - small[key]) / places for key in large if key != "tokens"}
-    return {"tokens": large["tokens"], **slopes}
+        num_tokens, run_layers = side.layers_of(batch)
+        run_layers()  # what is made on first use is made
+        kept.append((num_tokens, kept_bytes(run_layers)))
+    (fewer, less), (num_tokens, more) = kept
+    return {
+        "tokens": num_tokens,
+        "kept_bytes": (more - less) / (num_tokens - fewer) / job.model.layers,
+    }
 
 
-def kept_bytes(num_tokens: int, run_layers: Callable[[], torch.Tensor]) -> dict[str, float]:
-    """Run the layers and return the tokens and the bytes kept until the backward pass."""
-    saved: dict[int, int] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+def kept_bytes(run_layers: Callable[[], torch.Tensor]) -> int:
+    """Run the layers and return the bytes kept until the backward pass."""
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
         output = run_layers()
-    found = {"tokens": num_tokens, "saved_bytes": sum(saved.values())}
-    if output.is_cuda:
-        found["allocated_bytes"] = torch.cuda.memory_allocated() - before
-    return found
+        return torch.cuda.memory_allocated() - before
+    with Alive() as alive:
+        output = run_layers()
+        assert output.requires_grad
+        return alive.num_bytes()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--job", choices=tuple(JOBS), help="default: the device's")
     parser.add_argument("--tasks", type=int, default=4)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--memory", default="keep,full", help="memory policies")
+    parser.add_argument("--memory", default=",".join(MEMORY_POLICIES), help="memory policies")
     parser.add_argument("--output", type=Path, help="JSON to write")
     args = parser.parse_args(argv)
     device = resolve_device(args.device)
