@@ -1,10 +1,10 @@
 """Bytes a token and layer that the forward pass keeps for the backward pass.
 
 One micro-batch of the job of `multi_lora` through the layers of one replica ``<1,1>``, under each
-memory policy. Counted are the storages of the tensors that autograd saves, and on a GPU what the
-allocator has more of after the forward pass than before: by how much they are more for a full
-micro-batch than for half of one, so that what does not grow with the tokens (weights, copies of
-adapters) is left out.
+memory policy. Counted is, on a GPU, what the allocator has more of after the forward pass than
+before; on a CPU, where the policy keep is autograd's own, the storages that came to be and still
+live. By how much it is more for a full micro-batch than for half of one: what does not grow with
+the tokens (weights, copies of adapters) is left out.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from benchmarks.sides.job import JOBS, JobName, save_model
 from benchmarks.sides.lengths import find_lengths
 from benchmarks.sides.side import Setting, alone_on, weights_dtype
 from lobra.common.options import Device
-from lobra.layout.layout import Layout
+from lobra.layout.layout import MEMORY_POLICIES, Layout
 from lobra.profiler.hardware import resolve_device
+from tests.model.alive import Alive
 
 
 def activation_bytes(
@@ -31,7 +32,7 @@ def activation_bytes(
     job: JobName | None = None,
     tasks: int = 4,
     rank: int = 16,
-    memory: tuple[str, ...] = ("keep", "lean", "full"),
+    memory: tuple[str, ...] = MEMORY_POLICIES,
 ) -> Iterator[dict[str, Any]]:
     """Run a micro-batch's forward pass under memory policies and count what it keeps.
 
@@ -67,27 +68,23 @@ def measure(setting: Setting, memory: str) -> dict[str, float]:
     for max_tokens in (job.max_tokens // 2, job.max_tokens):
         batch = first_fit_decreasing(step, max_tokens)[0]
         batch.sort(key=lambda sequence: sequence.index)
-        side.train(batch)  # what is made on first use is made
-        kept.append(kept_bytes(*side.layers_of(batch)))
-    small, large = kept
-    places = (large["tokens"] - small["tokens"]) * job.model.layers
-    slopes = {key: (large[key] - small[key]) / places for key in large if key != "tokens"}
-    return {"tokens": large["tokens"], **slopes}
+        num_tokens, run_layers = side.layers_of(batch)
+        run_layers()  # what is made on first use is made
+        kept.append((num_tokens, kept_bytes(run_layers)))
+    (fewer, less), (num_tokens, more) = kept
+    return {
+        "tokens": num_tokens,
+        "kept_bytes": (more - less) / (num_tokens - fewer) / job.model.layers,
+    }
 
 
-def kept_bytes(num_tokens: int, run_layers: Callable[[], torch.Tensor]) -> dict[str, float]:
-    """Run the layers and return the tokens and the bytes kept until the backward pass."""
-    saved: dict[int, int] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+def kept_bytes(run_layers: Callable[[], torch.Tensor]) -> int:
+    """Run the layers and return the bytes kept until the backward pass."""
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
         output = run_layers()
-    found = {"tokens": num_tokens, "saved_bytes": sum(saved.values())}
-    if output.is_cuda:
-        found["allocated_bytes"] = torch.cuda.memory_allocated() - before
-    return found
+        return torch.cuda.memory_allocated() - before
+    with Alive() as alive:
+        output = run_layers()
+        assert output.requires_grad
+        return alive.num_bytes()

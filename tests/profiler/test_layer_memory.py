@@ -50,7 +50,8 @@ def held_by_layers(
     add_gradients = stack._add_gradients
 
     def noted(*args: Any) -> None:
-        in_backward.append(alive.num_bytes())
+        if not in_backward:
+            in_backward.append(alive.num_bytes())
         add_gradients(*args)
 
     stack._add_gradients = noted
