@@ -199,7 +199,7 @@ class _Products(torch.autograd.Function):
         hidden, saved = [], []
         for part in parts:
             factors = part.draw_keep_factors() if part.draw_keep_factors else []
-            hidden.append(_down(part, x_Ni[part.tokens], factors))
+            hidden.append(_hidden(part, x_Ni[part.tokens], factors))
             saved += [hidden[-1], *factors]
         ctx.save_for_backward(*([x, *saved] if saved else []))
 
@@ -239,7 +239,7 @@ def _by_token(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _down(part: Part, x_ni: Tensor, keep_factors: Sequence[Tensor]) -> Tensor:
+def _hidden(part: Part, x_ni: Tensor, keep_factors: Sequence[Tensor]) -> Tensor:
     """Return the part's scaled x A^T, [n, R]."""
     A_Ri, outputs = part.factors.A_Ri, part.factors.outputs
     if keep_factors:
