@@ -197,12 +197,11 @@ class _Products(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.stack, ctx.tasks = stack, tasks
         x_Ni = _by_token(x)
-        hidden, saved = [], []
+        hidden = []
         for part in parts:
             factors = part.draw_keep_factors() if part.draw_keep_factors else []
-            hidden.append(_down(part, x_Ni[part.tokens], factors))
-            saved.append(hidden[-1])
-        ctx.save_for_backward(*([x, *saved] if saved else []))
+            hidden.append(_hidden(part, x_Ni[part.tokens], factors))
+        ctx.save_for_backward(*([x, *hidden] if hidden else []))
 
         def products() -> tuple[Tensor, ...]:
             ys = tuple(base(x) for base in stack.bases)
@@ -239,7 +238,7 @@ def _by_token(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _down(part: Part, x_ni: Tensor, keep_factors: Sequence[Tensor]) -> Tensor:
+def _hidden(part: Part, x_ni: Tensor, keep_factors: Sequence[Tensor]) -> Tensor:
     """Return the part's scaled x A^T, [n, R]."""
     A_Ri, outputs = part.factors.A_Ri, part.factors.outputs
     if keep_factors:

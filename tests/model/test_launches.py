@@ -32,9 +32,9 @@ from tests.model.support import save_llama
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LENGTH = 6
-MOST_LAUNCHES = 90
-# Of a forward pass, where a memory policy has all of it run again.
-MOST_LAUNCHED_AGAIN = 27
+# Of a layer of Llama, forward and backward, by memory policy (None: autograd's own). What a policy
+# computes again it launches again.
+MOST_LAUNCHES = {None: 90, "keep": 90, "lean": 93, "full": 102}
 
 
 class Launches(TorchDispatchMode):
@@ -174,8 +174,7 @@ def test_a_layer_launches_little_and_no_more_for_more_tasks(
         )
         of_a_layer.append(more - fewer)
     assert of_a_layer[0] == of_a_layer[1] == of_a_layer[2]
-    most = MOST_LAUNCHES if policy is None else MOST_LAUNCHES + MOST_LAUNCHED_AGAIN
-    assert of_a_layer[0].total() <= most, of_a_layer[0]
+    assert of_a_layer[0].total() <= MOST_LAUNCHES[policy], of_a_layer[0]
 
 
 @pytest.mark.parametrize(
