@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -238,23 +237,23 @@ def read_state(run: Path, step: int | None) -> CheckpointState:
         raise ConfigError(f"{folder}: not a usable checkpoint: {error}; {remedy}") from error
 
 
-def load_weights(run: Path, step: int, stage: Stage) -> None:
-    """Load every task's adapter of a checkpoint into this rank's layers (before the optimiser)."""
-    for number, slot in stage.slots.items():
-        path = step_folder(run, step) / "adapters" / slot.spec.name / WEIGHTS_FILE
-        with safe_open(path, framework="pt") as file:
-            stage.load(number, {name: file.get_tensor(name) for name in slot.layout.places})
+def load_weights(run: Path, step: int, stage: Stage, number: int) -> None:
+    """Load a task's adapter of a checkpoint into this rank's layers (before the optimiser)."""
+    slot = stage.slots[number]
+    path = step_folder(run, step) / "adapters" / slot.spec.name / WEIGHTS_FILE
+    with safe_open(path, framework="pt") as file:
+        stage.load(number, {name: file.get_tensor(name) for name in slot.layout.places})
 
 
 def load_moments(
-    run: Path, step: int, optimizer: AdapterOptimizer, updates: Mapping[int, int]
+    run: Path, step: int, optimizer: AdapterOptimizer, number: int, updates: int
 ) -> None:
-    """Load every task's moments of a checkpoint; ``updates`` have its number of updates."""
-    for number, slot in optimizer.stage.slots.items():
-        path = step_folder(run, step) / "moments" / f"{slot.spec.name}.safetensors"
-        with safe_open(path, framework="pt") as file:
-            moments = {
-                kind: {name: file.get_tensor(f"{kind}/{name}") for name in slot.layout.places}
-                for kind in MOMENTS
-            }
-        optimizer.load_moments(number, moments, updates[number])
+    """Load a task's moments of a checkpoint; ``updates`` are those it has had."""
+    slot = optimizer.stage.slots[number]
+    path = step_folder(run, step) / "moments" / f"{slot.spec.name}.safetensors"
+    with safe_open(path, framework="pt") as file:
+        moments = {
+            kind: {name: file.get_tensor(f"{kind}/{name}") for name in slot.layout.places}
+            for kind in MOMENTS
+        }
+    optimizer.load_moments(number, moments, updates)

@@ -24,6 +24,7 @@ from lobra.model.micro_batch import MicroBatchTensors, micro_batch_tensors
 from lobra.model.pipeline import evaluate_replica, run_replica
 from lobra.model.precision import DTYPES
 from lobra.model.stage import build_stage
+from lobra.tasks.config import TaskConfig
 from lobra.trainer.adapters import adapter_spec, load_adapter
 from lobra.trainer.checkpoint import CheckpointState, load_moments, load_weights
 from lobra.trainer.control import Control
@@ -57,7 +58,6 @@ class Engine:
         """Build all, with the adapters of a checkpoint, or those that tasks start from."""
         start_deepspeed(run.device)
         self.run = run
-        self.num_tasks = len(run.tasks)
         self.rank = dist.get_rank()
         self.told_to_stop = told_to_stop
         self.device = (
@@ -69,33 +69,44 @@ class Engine:
         groups = build_groups(run.world)
         self.place = groups.place
         self.stage = build_stage(
-            run.model_folder,
-            groups,
-            {number: adapter_spec(task, run.seed) for number, task in enumerate(run.tasks)},
-            dtype=DTYPES[run.precision],
-            device=self.device,
+            run.model_folder, groups, {}, dtype=DTYPES[run.precision], device=self.device
         )
         # Loading may take a rank much longer than another; NCCL's own patience is short.
         self.control.wait()
-        self._load_weights(resumed)
         self.optimizer = AdapterOptimizer(self.stage, run.world)
-        for number, task in enumerate(run.tasks):
-            self.optimizer.install(number, task)
         self.exporter = AdapterExporter(run, self.stage, self.optimizer, self.control.group)
-        if resumed is not None:
-            updates = {n: resumed.progress[task.name].updates for n, task in enumerate(run.tasks)}
-            load_moments(run.output_dir, resumed.step, self.optimizer, updates)
-            # Only when every rank has read what it needs is anything later removed.
+        self.install(dict(enumerate(run.tasks)), resumed)
+        if resumed is not None:  # only when all have read what they need is anything later removed
             self.control.wait()
         self.peak_memory_bytes = 0
 
-    def _load_weights(self, resumed: CheckpointState | None) -> None:
-        if resumed is not None:
-            load_weights(self.run.output_dir, resumed.step, self.stage)
-            return
-        for number, task in enumerate(self.run.tasks):
-            if task.resume_from:
+    def install(
+        self, tasks: Mapping[int, TaskConfig], resumed: CheckpointState | None = None
+    ) -> None:
+        """Give tasks a slot each, by their numbers: as they start, or as a checkpoint has them.
+
+        What other tasks have learned stays as it is, bit for bit.
+        """
+        self.stage.install({n: adapter_spec(task, self.run.seed) for n, task in tasks.items()})
+        for number, task in tasks.items():
+            if resumed is not None:
+                load_weights(self.run.output_dir, resumed.step, self.stage, number)
+            elif task.resume_from:
                 load_adapter(Path(task.resume_from), self.stage, number)
+            self.optimizer.install(number, task)
+            if resumed is not None:
+                updates = resumed.progress[task.name].updates
+                load_moments(self.run.output_dir, resumed.step, self.optimizer, number, updates)
+
+    def remove(self, number: int) -> None:
+        """Take a task's slot away; what others have learned stays as it is."""
+        self.optimizer.remove(number)
+        self.stage.remove(number)
+
+    @property
+    def num_tasks(self) -> int:
+        """How long a vector is that has an element for every task number."""
+        return 1 + max(self.stage.slots, default=-1)
 
     @property
     def held_bytes(self) -> int:

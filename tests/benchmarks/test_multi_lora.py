@@ -36,6 +36,7 @@ def sequences_of(lengths: list[int]) -> list[Sequence]:
     ]
 
 
+@pytest.mark.long
 def test_all_sides_compute_the_same_losses(project_root: Path, tmp_path: Path) -> None:
     """Fresh adapters change nothing; after updates ours has PEFT's losses, the base its own."""
     output, operators = tmp_path / "out.json", tmp_path / "operators.csv"
@@ -70,6 +71,7 @@ def test_all_sides_compute_the_same_losses(project_root: Path, tmp_path: Path) -
         assert {"aten::linear", "aten::mm"} <= {launch["event"] for launch in own}
 
 
+@pytest.mark.long
 def test_an_interrupted_run_keeps_what_there_is(project_root: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.json"
     arguments = ["--sides", "base", "--tasks", "4", "--steps", "1000", "--json", str(output)]

@@ -83,6 +83,7 @@ def test_baselines_and_ours_train_what_peft_trains(work: Work, tmp_path: Path) -
         assert row.memory_mib > 0 and row.step_s > 0
 
 
+@pytest.mark.long
 @pytest.mark.ranks
 def test_fsdp_shards_every_weight_and_keeps_adapters_apart(work: Work) -> None:
     """bf16 weights beside fp32 adapters too, as on GPUs."""

@@ -14,6 +14,7 @@ from lobra.profiler.profiles import load_time_profile
 from tests.model.support import is_alive, save_llama
 
 
+@pytest.mark.long
 @pytest.mark.ranks
 def test_a_killed_time_profile_is_continued(tmp_path: Path, project_root: Path) -> None:
     folder = save_llama(tmp_path / "llama")

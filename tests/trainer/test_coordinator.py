@@ -6,11 +6,13 @@ import math
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from lobra.layout.order import StepOrder
 from lobra.layout.shapes import read_shape
 from lobra.model.adapter import FlatTensors
 from lobra.model.launch import RankError
@@ -19,12 +21,14 @@ from lobra.tasks.config import TaskConfig
 from lobra.tasks.target_modules import TARGET_MODULES
 from lobra.trainer import rank as one_rank
 from lobra.trainer.adapters import adapter_spec, save_adapter
-from lobra.trainer.checkpoint import list_checkpoints
+from lobra.trainer.checkpoint import CheckpointState, list_checkpoints
 from lobra.trainer.coordinator import Coordinator, RunTask
+from lobra.trainer.engine import Engine
 from lobra.trainer.metrics import as_json
 from lobra.trainer.orders import Attendance
 from lobra.trainer.run import run_local
 from lobra.trainer.run_spec import RunSpec
+from lobra.trainer.step_report import StepReport
 from lobra.trainer.task_progress import MAX_SKIPPED_IN_ROW, TaskProgress
 from tests.model.support import save_llama
 from tests.trainer.faults import (
@@ -205,17 +209,30 @@ LATECOMER, JOINS_AT = "broken", 2
 
 
 def train_with_a_latecomer(run: RunSpec) -> one_rank.RankResult:
-    """Train; one task takes part from a later step of the run on."""
+    """Train; one task takes part from a later step of the run on, and has no slot before."""
+    (latecomer,) = ((n, task) for n, task in enumerate(run.tasks) if task.name == LATECOMER)
+
+    class Growing(Engine):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.remove(latecomer[0])
+
+        def carry_out(
+            self, order: StepOrder, state: CheckpointState | None = None
+        ) -> StepReport | None:
+            if order.updates and order.step == JOINS_AT:
+                self.install(dict([latecomer]))
+            return super().carry_out(order, state)
 
     class Late(Coordinator):
         def _attendance(self, after: Attendance | None = None) -> Attendance:
             whole = super()._attendance(after)
-            late = {n for n, task in self.tasks.items() if task.config.name == LATECOMER}
             if whole.step >= JOINS_AT:
                 return whole
-            return Attendance(whole.step, tuple(p for p in whole.own_steps if p[0] not in late))
+            own_steps = (pair for pair in whole.own_steps if pair[0] != latecomer[0])
+            return Attendance(whole.step, tuple(own_steps))
 
-    one_rank.Coordinator = Late  # type: ignore[misc]
+    one_rank.Engine, one_rank.Coordinator = Growing, Late  # type: ignore[misc]
     return one_rank.train_rank(run)
 
 

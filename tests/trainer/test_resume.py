@@ -144,6 +144,7 @@ def eventful_run(
     return run
 
 
+@pytest.mark.long
 def test_resume_in_the_middle_of_events(base: Path, tmp_path: Path) -> None:
     """Three steps are in the middle of a period; the plateau is seen after the resume. In fp32."""
     straight = eventful_run(tmp_path / "straight", base, 8)
@@ -220,6 +221,7 @@ def test_resume_with_the_tasks_in_another_order_and_one_given_more_steps(
         assert error < 1e-9, f"{key}: relative error {error:.1e}"
 
 
+@pytest.mark.long
 def test_resume_with_feedback(base: Path, tmp_path: Path) -> None:
     """Timings decide who computes what, so sums round differently; the factors go on."""
     plan = make_plan([(1, 1), (1, 1)], 64)
