@@ -343,6 +343,7 @@ def test_a_rank_takes_activations_or_the_exchange() -> None:
     assert RankMemory(100, 10, 5, 40, 60).total_bytes == 175
 
 
+@pytest.mark.long
 @pytest.mark.ranks
 def test_a_trial_drops_out_as_its_tasks_do(tmp_path: Path) -> None:
     """Factors are not kept, and those of a linear take less than a layer's gradients."""
@@ -366,6 +367,7 @@ def test_a_trial_drops_out_as_its_tasks_do(tmp_path: Path) -> None:
     assert plain.settings() != dropping.settings(), "never mixed with rows of the other kind"
 
 
+@pytest.mark.long
 @pytest.mark.ranks
 def test_leaner_policies_on_real_ranks_take_less(tmp_path: Path) -> None:
     """Under full little but one layer's activations is left, the more layers the less."""

@@ -59,6 +59,7 @@ def new_run(folder: Path, base: Path, layouts: list, steps: int = 4, **changes: 
     return make_run(folder, base, TASKS, data, make_plan(layouts, 64), steps, **changes)
 
 
+@pytest.mark.long
 def test_bad_data_touches_no_other_task(base: Path, tmp_path: Path) -> None:
     layouts = [(1, 1), (2, 1), (1, 2)]
     bad = new_run(tmp_path / "bad", base, layouts)

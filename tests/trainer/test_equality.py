@@ -111,8 +111,8 @@ def losses_of(run: RunSpec, task: str) -> list[float]:
     return [step.tasks[task].loss for step in steps_of(run) if task in step.tasks]
 
 
-def case(family: str, plan: str, batching: str) -> Any:
-    return pytest.param(family, plan, batching, id=f"{family}-{plan}-{batching}")
+def case(family: str, plan: str, batching: str, *marks: Any) -> Any:
+    return pytest.param(family, plan, batching, id=f"{family}-{plan}-{batching}", marks=marks)
 
 
 @pytest.mark.parametrize(
@@ -124,8 +124,10 @@ def case(family: str, plan: str, batching: str) -> Any:
             for plan in (PLANS if family == "llama" else EVERY_FAMILY)
             if (family, plan) != ("mistral", "<4,1> <1,1>")  # here Mistral is Llama by another name
         ),
-        *(case("llama", plan, "bucketed") for plan in FP32_PLANS),
-        case("qwen3", "<1,2> <2,2>", "bucketed"),
+        case("llama", "<1,1>x2 <2,1> <1,2>", "bucketed"),
+        case("llama", "one <1,1>", "bucketed", pytest.mark.long),
+        case("llama", "<4,1> <1,1>", "bucketed", pytest.mark.long),
+        case("qwen3", "<1,2> <2,2>", "bucketed", pytest.mark.long),
     ],
 )
 def test_joint_equals_alone(
@@ -208,7 +210,14 @@ def test_fp32_as_near_to_fp64_as_peft_in_fp32(
         )
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mistral"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama",
+        "qwen3",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("qwen2", "gemma")),
+    ],
+)
 def test_bf16_as_near_to_fp64_as_peft_in_bf16(
     family: str, reference: Reference, tmp_path: Path
 ) -> None:
