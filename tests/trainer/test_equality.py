@@ -213,9 +213,9 @@ def test_fp32_as_near_to_fp64_as_peft_in_fp32(
 @pytest.mark.parametrize(
     "family",
     [
-        "llama",
-        "qwen3",
-        *(pytest.param(name, marks=pytest.mark.long) for name in ("qwen2", "gemma")),
+        pytest.param(name, marks=() if name in ("llama", "qwen3") else pytest.mark.long)
+        for name in FAMILIES
+        if name != "mistral"
     ],
 )
 def test_bf16_as_near_to_fp64_as_peft_in_bf16(
