@@ -19,6 +19,7 @@ from torch import Tensor
 from lobra.model.precision import kept_dtype
 from lobra.model.slot import Slot
 from lobra.model.stack import Adapter, Factors, Outputs, Part, Stack
+from lobra.model.to_device import to_device
 from lobra.model.token_tasks import Segment, TokenTasks
 
 
@@ -120,21 +121,16 @@ class JointStack(Stack):
             num_rows += row
         stops = list(accumulate(map(len, rows_B)))
         whole = len(rows_A) == num_rows
+        send = partial(to_device, device=self.device)
         # Not in the activations' dtype: bf16 would round a scaling such as 4/3 by 0.3 %.
-        scaling_R = self._sent(torch.tensor(scaling, dtype=kept_dtype(self.dtype)))
-        of_row_R = self._sent(torch.tensor(of_row))
+        scaling_R = send(torch.tensor(scaling, dtype=kept_dtype(self.dtype)))
+        of_row_R = send(torch.tensor(of_row))
         return _Present(
-            scaling_NR=(self._sent(of_token).unsqueeze(1) == of_row_R) * scaling_R,
+            scaling_NR=(send(of_token).unsqueeze(1) == of_row_R) * scaling_R,
             columns=tuple(map(slice, [0, *stops], stops)),
-            rows_A=None if whole else self._sent(torch.tensor(rows_A)),
-            rows_B=tuple(None if whole else self._sent(torch.tensor(rows)) for rows in rows_B),
+            rows_A=None if whole else send(torch.tensor(rows_A)),
+            rows_B=tuple(None if whole else send(torch.tensor(rows)) for rows in rows_B),
         )
-
-    def _sent(self, values: Tensor) -> Tensor:
-        """Return values of the host on the device, without waiting for it."""
-        if self.device.type != "cuda":
-            return values.to(self.device)
-        return values.pin_memory().to(self.device, non_blocking=True)
 
 
 def _taken(matrix_Rf: Tensor, rows: Tensor | None) -> Tensor:

@@ -21,6 +21,7 @@ from lobra.layout.sequences import IntArray, MicroBatch
 from lobra.model.dropout import TokenNoise, token_keys
 from lobra.model.packed_attention import Packing
 from lobra.model.precision import kept_dtype
+from lobra.model.to_device import to_device
 from lobra.model.token_tasks import Segment
 
 
@@ -152,10 +153,8 @@ def _spans(micro_batch: MicroBatch) -> IntArray:
 
 def _sent(arrays: Sequence[IntArray], device: torch.device) -> list[Tensor]:
     """Return the arrays on the device, as parts of one tensor."""
-    whole = torch.from_numpy(np.concatenate(arrays))
-    if device.type == "cuda":
-        whole = whole.pin_memory()
-    return list(whole.to(device, non_blocking=True).split([len(array) for array in arrays]))
+    whole = to_device(torch.from_numpy(np.concatenate(arrays)), device)
+    return list(whole.split([len(array) for array in arrays]))
 
 
 def _tensors(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from lobra.common.errors import ConfigError
 from lobra.layout.plan import Plan
+from lobra.planner.assignment import Assignment, Rows
 from lobra.planner.bucketed.buckets import bucket_index, checked_lengths, make_buckets
 from lobra.planner.bucketed.dispatch import (
     MODES,
@@ -22,57 +23,10 @@ from lobra.profiler.cost_model import CostModel, padded_work
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
-    """Which sequences make one micro-batch, all padded to ``padded_length`` tokens.
+class BucketedAssignment(Assignment):
+    """One step's work, padded; ``buckets`` are the padded lengths used, int64 [R]."""
 
-    ``indices`` is int64 [b]: positions in the lengths that were dispatched.
-    """
-
-    padded_length: int
-    indices: np.ndarray
-
-    @property
-    def num_sequences(self) -> int:
-        """Sequences in the micro-batch."""
-        return len(self.indices)
-
-    @property
-    def padded_tokens(self) -> int:
-        """Tokens computed, padding included."""
-        return self.padded_length * len(self.indices)
-
-
-@dataclass(frozen=True, eq=False)
-class Assignment:
-    """One step's work.
-
-    Attributes
-    ----------
-    micro_batches
-        Per replica, in plan order, its micro-batches, the costliest first.
-    replica_time_s
-        float64 [replicas]: predicted busy time, the pipeline's bubble included.
-    step_time_s
-        The slowest replica's time.
-    lower_bound_s
-        No dispatch of these buckets over this plan is faster.
-    buckets
-        int64 [R]: the padded lengths used.
-    sync_time_s
-        What synchronising the adapters adds after the slowest replica, where that was profiled.
-    """
-
-    micro_batches: tuple[tuple[Rows, ...], ...]
-    replica_time_s: np.ndarray
-    step_time_s: float
-    lower_bound_s: float
-    buckets: np.ndarray
-    sync_time_s: float = 0.0
-
-    @property
-    def padded_tokens(self) -> int:
-        """Tokens computed by all replicas, padding included."""
-        return sum(batch.padded_tokens for batches in self.micro_batches for batch in batches)
+    buckets: np.ndarray = field(kw_only=True)
 
 
 def dispatch(
@@ -84,7 +38,7 @@ def dispatch(
     num_buckets: int = 16,
     mode: Mode = "balance",
     slowdown: Sequence[float] | None = None,
-) -> Assignment:
+) -> BucketedAssignment:
     """Assign every sequence to a micro-batch of one replica, the replicas finishing together.
 
     Parameters
@@ -155,7 +109,7 @@ def _with_sequences(
     plan: Plan,
     cost_model: CostModel,
     slowdown: np.ndarray,
-) -> Assignment:
+) -> BucketedAssignment:
     """Fill the micro-batches with sequences, in order of their index, and order them by cost."""
     order = np.argsort(index, kind="stable")
     taken = np.searchsorted(index[order], np.arange(len(buckets)))
@@ -166,17 +120,17 @@ def _with_sequences(
         for bucket, size in batches:
             start = taken[bucket]
             taken[bucket] += size
-            rows.append(Rows(int(buckets[bucket]), order[start : start + size]))
-        costliest = sorted(
-            range(len(rows)), key=lambda at: (-own_ms[at], -rows[at].padded_length, at)
-        )
+            length = int(buckets[bucket])
+            rows.append(Rows(order[start : start + size], length * size, length))
+        costliest = sorted(range(len(rows)), key=lambda at: (-own_ms[at], -batches[at][0], at))
         micro_batches.append(tuple(rows[at] for at in costliest))
         factor = float(slowdown[replica.index])
         times_s.append(pipeline_time(own_ms, replica.layout.pp) / 1000.0 * factor)
-    step_s = max(times_s)
-    bound_s = min(result.lower_bound_s, step_s)
+    bound_s = min(result.lower_bound_s, max(times_s))
     sync_s = sync_time_s(plan, cost_model)
-    return Assignment(tuple(micro_batches), np.array(times_s), step_s, bound_s, buckets, sync_s)
+    return BucketedAssignment(
+        tuple(micro_batches), np.array(times_s), bound_s, sync_s, buckets=buckets
+    )
 
 
 def _micro_batch_times_ms(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from lobra.layout.plan import Plan
 from lobra.layout.trace import STEP_DETAILS, ReplicaTrace, Slice
-from lobra.planner.dispatch import Assignment
+from lobra.planner.dispatch import BucketedAssignment
 from lobra.profiler.cost_model import CostModel, padded_work
 
 
 def timeline(
-    assignment: Assignment, plan: Plan, cost_model: CostModel, step: int = 0
+    assignment: BucketedAssignment, plan: Plan, cost_model: CostModel, step: int = 0
 ) -> list[ReplicaTrace]:
     """Return every replica's timeline, in plan order.
 
@@ -22,6 +22,7 @@ def timeline(
     ):
         slices, end_s = [], 0.0
         for batch in batches:
+            assert batch.padded_length is not None, "bucketed"
             work = padded_work(batch.num_sequences, batch.padded_length)
             length_s = float(cost_model.micro_batch_time(replica.layout, *work).total_ms) / 1000.0
             slices.append(Slice(f"{batch.num_sequences} x {batch.padded_length}", end_s, length_s))

@@ -13,8 +13,9 @@ import numpy as np
 
 from lobra.layout.order import StepOrder, Update
 from lobra.layout.sequences import MicroBatch, Sequence
-from lobra.planner.dispatch import Assignment, dispatch
-from lobra.planner.packed.dispatch import PackedAssignment, dispatch_packed, packed_costs
+from lobra.planner.assignment import Assignment
+from lobra.planner.dispatch import dispatch
+from lobra.planner.packed.dispatch import dispatch_packed, packed_costs
 from lobra.planner.step_time import sync_time_s
 from lobra.trainer.run_spec import RunSpec
 
@@ -69,7 +70,7 @@ def order_of(
     step: int,
     sequences: abc.Sequence[Sequence],
     updates: abc.Sequence[Update],
-    assignment: Assignment | PackedAssignment,
+    assignment: Assignment,
 ) -> StepOrder:
     """Return the order that computes sequences (ordered by task) as they were assigned.
 
@@ -120,7 +121,7 @@ def dispatch_step(
 
 def _assignment(
     run: RunSpec, lengths: abc.Sequence[int], speed_factors: abc.Sequence[float]
-) -> Assignment | PackedAssignment:
+) -> Assignment:
     """Return which replica computes which sequences, and in which micro-batches."""
     if run.batching == "packed":
         return dispatch_packed(

@@ -168,11 +168,9 @@ class _Collector:
 
     def attempt(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         """Return function(...), or None after noting the ConfigError it raised."""
-        try:
+        with self.problems.noted():
             return function(*args, **kwargs)
-        except ConfigError as error:
-            self.problems += error.problems
-            return None
+        return None
 
     def raise_if_any(self) -> None:
         self.problems.raise_if_any()

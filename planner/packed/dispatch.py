@@ -18,66 +18,13 @@ from lobra.common.errors import ConfigError
 from lobra.layout.layout import Layout
 from lobra.layout.plan import Plan
 from lobra.layout.sequences import PACKED_MULTIPLE, IntArray, packed_tokens
+from lobra.planner.assignment import Assignment, Rows
 from lobra.planner.step_time import pipeline_time
 from lobra.profiler.cost_model import CostModel
 
 #: Milliseconds of micro-batches, float64 [k], from their tokens and squares of lengths, int64 [k]
 #: each; monotone in both.
 Cost = Callable[[IntArray, IntArray], np.ndarray]
-
-
-@dataclass(frozen=True, eq=False)
-class PackedRows:
-    """Which sequences make one packed micro-batch.
-
-    Attributes
-    ----------
-    indices
-        int64 [b]: positions in the lengths that were dispatched.
-    padded_tokens
-        Tokens computed, padding included.
-    """
-
-    indices: IntArray
-    padded_tokens: int
-    padded_length: None = None
-
-    @property
-    def num_sequences(self) -> int:
-        """Sequences in the micro-batch."""
-        return len(self.indices)
-
-
-@dataclass(frozen=True, eq=False)
-class PackedAssignment:
-    """One step's work, packed.
-
-    Attributes
-    ----------
-    micro_batches
-        Per replica, in plan order, its micro-batches, the costliest first.
-    replica_time_s
-        float64 [replicas]: predicted busy time, the pipeline's bubble included.
-    lower_bound_s
-        No dispatch over this plan is faster: the time of the sequence that takes longest alone.
-    sync_time_s
-        What synchronising the adapters adds after the slowest replica.
-    """
-
-    micro_batches: tuple[tuple[PackedRows, ...], ...]
-    replica_time_s: np.ndarray
-    lower_bound_s: float
-    sync_time_s: float = 0.0
-
-    @property
-    def step_time_s(self) -> float:
-        """The slowest replica's time."""
-        return float(self.replica_time_s.max())
-
-    @property
-    def padded_tokens(self) -> int:
-        """Tokens computed by all replicas, padding included."""
-        return sum(batch.padded_tokens for batches in self.micro_batches for batch in batches)
 
 
 def packed_costs(plan: Plan, cost_model: CostModel) -> list[Cost]:
@@ -96,7 +43,7 @@ def dispatch_packed(
     *,
     slowdown: Sequence[float] | None = None,
     sync_time_s: float = 0.0,
-) -> PackedAssignment:
+) -> Assignment:
     """Assign every sequence to a packed micro-batch of one replica.
 
     Parameters
@@ -132,7 +79,7 @@ def dispatch_packed(
             f"context length"
         )
     factors = np.ones(len(plan.replicas)) if slowdown is None else np.asarray(slowdown, float)
-    micro_batches: list[tuple[PackedRows, ...]] = []
+    micro_batches: list[tuple[Rows, ...]] = []
     times_s: list[float] = []
     sizes = lengths.tolist()
     taken = iter(_by_replica(lengths, plan, costs, factors))
@@ -143,15 +90,12 @@ def dispatch_packed(
             times_ms = cost(tokens, squares)
             slowest_first = np.argsort(-times_ms, kind="stable").tolist()
             micro_batches.append(
-                tuple(
-                    PackedRows(np.array(batches[batch]), int(tokens[batch]))
-                    for batch in slowest_first
-                )
+                tuple(Rows(np.array(batches[batch]), int(tokens[batch])) for batch in slowest_first)
             )
             factor = float(factors[len(times_s)])
             times_s.append(pipeline_time(times_ms.tolist(), group.layout.pp) * factor / 1000.0)
     bound_s = min(_longest_alone_s(lengths, plan, costs, factors), max(times_s))
-    return PackedAssignment(tuple(micro_batches), np.array(times_s), bound_s, sync_time_s)
+    return Assignment(tuple(micro_batches), np.array(times_s), bound_s, sync_time_s)
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from lobra.layout.order import StepOrder, Update
 from lobra.layout.sequences import Sequence
-from lobra.planner.dispatch import Assignment, dispatch
-from lobra.planner.packed.dispatch import PackedAssignment, dispatch_packed, packed_costs
+from lobra.planner.assignment import Assignment
+from lobra.planner.dispatch import dispatch
+from lobra.planner.packed.dispatch import dispatch_packed, packed_costs
 from lobra.trainer.coordinator import Coordinator
 from lobra.trainer.feedback import SpeedFeedback
 from lobra.trainer.orders import Attendance, DispatchedStep, OrdersAhead, order_of
@@ -42,7 +43,7 @@ def sequences_of(lengths: list[int]) -> list[Sequence]:
 @settings(deadline=None, max_examples=60)
 def test_an_order_is_the_assignment(packed: bool, lengths: list[int]) -> None:
     sequences = sequences_of(lengths)
-    assignment: Assignment | PackedAssignment = (
+    assignment: Assignment = (
         dispatch_packed(lengths, PLAN, packed_costs(PLAN, COST))
         if packed
         else dispatch(lengths, PLAN, COST, num_buckets=6)
