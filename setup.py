@@ -10,32 +10,49 @@ setup(
     description="Multi-tenant LoRA fine-tuning on heterogeneous parallel layouts, on DeepSpeed",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    author="The maintainers of LobRA-on-DeepSpeed",
     license="Apache-2.0",
+    project_urls={"LobRA's paper": "https://arxiv.org/abs/2509.01193"},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     packages=find_packages(include=["lobra", "lobra.*"]),  # follows the links in lobra/
     # Task sets too: a name is looked up there where the working folder has none of it.
     package_data={"": ["*.yaml"], "lobra": ["py.typed", "trainer_config/*.json"]},
+    # Enough to plan, simulate and report; versions that were tested are in constraints.txt.
     install_requires=[
-        # From 2.8 on gloo has reduce_scatter_tensor; the upper bound keeps the newest build from
-        # being fetched by surprise.
-        "torch>=2.8,<=2.13.0",
-        "deepspeed>=0.19,<0.20",
-        "transformers>=5.17,<5.24",
-        "datasets>=4.0,<6",
         "numpy>=2.0,<3",
-        "pandas>=2.2,<4",
         "scipy>=1.13,<2",
         "pyyaml>=6.0,<7",
         "pydantic>=2.11,<3",
         "pyscipopt>=6.0,<7",
         "ortools>=9.12,<10",
         "cyclopts>=5.5,<6",
-        "safetensors>=0.5,<1",
         "rich>=13.7,<16",
-        "tensorboard>=2.16,<3",
         "matplotlib>=3.8,<4",
     ],
     extras_require={
+        "train": [  # to tokenise, measure and train
+            # From 2.8 on gloo has reduce_scatter_tensor; the upper bound keeps the newest build
+            # from being fetched by surprise.
+            "torch>=2.8,<=2.13.0",
+            "deepspeed>=0.19,<0.20",
+            "transformers>=5.17,<5.24",
+            "datasets>=4.0,<6",
+            "safetensors>=0.5,<1",
+            "tensorboard>=2.16,<3",
+        ],
         "dev": [
             "peft>=0.19,<0.22",
             "pytest>=8.0,<10",
@@ -46,7 +63,7 @@ setup(
             "ruff>=0.15,<1",
             "mypy>=1.15,<3",
             "types-PyYAML>=6.0",
-            "pandas-stubs>=2.2",
+            "pandas>=2.2,<4",
         ],
     },
     entry_points={

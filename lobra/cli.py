@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,7 @@ from lobra.model.launch import RankError
 EXIT_OK, EXIT_FAILURE, EXIT_USER_MISTAKE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 #: Of each command, of one word or two, where its function is and one line of help.
-COMMANDS = {
+COMMANDS: dict[str, tuple[str | None, str]] = {
     "init": ("lobra.commands.init:init", "write a task file with every field explained"),
     "schema": ("lobra.commands.schema:schema", "the JSON Schema of task files or plans"),
     "data": (None, "look at a task's rows as the model sees them, or fetch data"),
@@ -62,6 +62,15 @@ COMMANDS = {
     "experiment page": ("lobra.commands.experiment:page", "fill the tables of the page of results"),
     "doctor": ("lobra.commands.doctor:doctor", "what this machine has and lacks"),
 }
+#: What a base installation leaves out (the extra "train" of setup.py), as it is imported.
+TRAIN_PACKAGES = (
+    *("torch", "deepspeed", "transformers", "tokenizers", "datasets", "safetensors"),
+    *("pyarrow", "jinja2", "huggingface_hub", "tensorboard"),
+)
+INSTALL_TRAIN = (
+    "needed to measure, to train and to read data sets: pip install 'lobra[train]' (in a checkout: "
+    "pip install -e '.[train]'); lobra plan --lengths, simulate and report do without"
+)
 #: Options that are another spelling of one with a value.
 ALIASES = {"--gradient-checkpointing": "--memory=full"}
 
@@ -71,10 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         _keep_working_folder_out()
     words = list(sys.argv[1:] if argv is None else argv)
-    return guarded(lambda: run(_lobra(" ".join(words[:2])), words))
+    return guarded(lambda: run(lobra_app(" ".join(words[:2])), words))
 
 
-def _lobra(asked: str) -> App:
+def lobra_app(asked: str = "", commands: Mapping[str, tuple[str | None, str]] = COMMANDS) -> App:
     """Return the command, with its subcommands by name only; the one asked for tells its help."""
     top = make_app(
         name="lobra",
@@ -83,7 +92,7 @@ def _lobra(asked: str) -> App:
         version=f"lobra {installed_version()}",
     )
     apps = {"": top}
-    for place, (name, (path, line)) in enumerate(COMMANDS.items()):
+    for place, (name, (path, line)) in enumerate(commands.items()):
         parent, _, word = name.rpartition(" ")
         if path is None:
             apps[name] = make_app(name=word, help=line, version_flags=(), sort_key=place)
@@ -93,6 +102,13 @@ def _lobra(asked: str) -> App:
             apps[parent].command(
                 path, name=word, help=None if own else line, sort_key=place, version_flags=()
             )
+    top.command(
+        "lobra.commands.completion:install_completion",
+        name="--install-completion",
+        help="have the shell complete commands and options",
+        sort_key=len(COMMANDS),
+        version_flags=(),
+    )
     return top
 
 
@@ -205,8 +221,9 @@ def resumable() -> Iterator[None]:
 def guarded(run: Callable[[], int], name: str = "lobra") -> int:
     """Return `run()`; turn errors into messages and exit codes.
 
-    A user's mistake is printed without a traceback (2), Ctrl-C ends with 130, anything else with
-    its traceback and 1 (a rank's failure with the rank's traceback). Messages begin with `name`.
+    A user's mistake is printed without a traceback (2), so is that training needs packages that a
+    base installation leaves out; Ctrl-C ends with 130, anything else with its traceback and 1 (a
+    rank's failure with the rank's traceback). Messages begin with `name`.
     """
     try:
         return run()
@@ -223,9 +240,22 @@ def guarded(run: Callable[[], int], name: str = "lobra") -> int:
     except RankError as error:  # it carries the rank's own traceback; ours says nothing
         print(f"{name}: {error}", file=sys.stderr)
         return EXIT_FAILURE
-    except Exception:
+    except Exception as error:
+        if missing := missing_package(error):
+            print(f"{name}: {missing} is not installed; {INSTALL_TRAIN}", file=sys.stderr)
+            return EXIT_USER_MISTAKE
         traceback.print_exc()
         return EXIT_FAILURE
+
+
+def missing_package(error: BaseException | None) -> str | None:
+    """Return the package of the extra `train` for want of which this was raised, or None."""
+    while error is not None:
+        package = (getattr(error, "name", None) or "").partition(".")[0]
+        if isinstance(error, ModuleNotFoundError) and package in TRAIN_PACKAGES:
+            return package
+        error = error.__cause__
+    return None
 
 
 if __name__ == "__main__":

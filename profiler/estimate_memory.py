@@ -13,12 +13,15 @@ from lobra.layout.shapes import ModelShape
 from lobra.layout.world import stage_layers
 from lobra.profiler.accelerators import Runtime
 from lobra.profiler.capacity import Parts
-from lobra.profiler.exchange import FLOAT_BYTES, most_exchange_bytes
+from lobra.profiler.exchange import (
+    ADAPTER_BYTES,
+    FLOAT_BYTES,
+    OPTIMIZER_BYTES,
+    most_exchange_bytes,
+)
 from lobra.profiler.layer_memory import ROW_PARALLEL, LayerMemory, element_bytes
 from lobra.tasks.config import TaskConfig
 
-# Of an adapter's parameter, as `profiler.memory_rank` counts them.
-ADAPTER_BYTES, OPTIMIZER_BYTES = 8, 12
 # Logits the loss holds at once, as `model.tensor_parallel` has it (a test compares them).
 LOGITS_AT_ONCE = 1 << 25
 

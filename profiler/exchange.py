@@ -1,8 +1,11 @@
-"""What exchanging gradients and weights takes on a rank, beyond adapters and optimiser state."""
+"""What an adapter's parameters take on a rank, and what exchanging them takes beyond that."""
 
 from __future__ import annotations
 
 FLOAT_BYTES = 4
+# Of an adapter's parameter: fp32 value and gradient on every rank that holds it, and fp32 master
+# copy and two AdamW moments shared by the holders (ZeRO stage 1).
+ADAPTER_BYTES, OPTIMIZER_BYTES = 8, 12
 
 
 def exchange_bytes(elements: int, num_holders: int) -> int:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
@@ -19,13 +19,15 @@ from lobra.layout.layout import Layout
 from lobra.layout.shapes import ModelShape, layout_problem
 from lobra.model.launch import DEFAULT_PRELOAD, RankError, run_ranks
 from lobra.profiler.capacity import STEP_TOKENS, Parts, slope
-from lobra.profiler.exchange import most_exchange_bytes
-from lobra.profiler.memory_rank import ADAPTER_BYTES, OPTIMIZER_BYTES, RankMemory
+from lobra.profiler.exchange import ADAPTER_BYTES, OPTIMIZER_BYTES, most_exchange_bytes
 from lobra.profiler.search import Trial, largest_fitting
 from lobra.profiler.settings import adapter_settings, adapter_specs, shape_settings
 from lobra.profiler.sidecar import write_meta
 from lobra.profiler.sweep_rows import SweepFile
 from lobra.tasks.config import TaskConfig
+
+if TYPE_CHECKING:
+    from lobra.profiler.memory_rank import RankMemory
 
 log = logging.getLogger(__name__)
 

@@ -24,13 +24,10 @@ from lobra.model.micro_batch import MicroBatchTensors, micro_batch_tensors
 from lobra.model.pipeline import evaluate_replica, run_replica
 from lobra.model.precision import DTYPES
 from lobra.model.stage import Stage, build_stage
-from lobra.profiler.exchange import most_exchange_bytes
+from lobra.profiler.exchange import ADAPTER_BYTES, OPTIMIZER_BYTES, most_exchange_bytes
 from lobra.profiler.peak_memory import peak_bytes_of, settle_allocator, status_bytes
 
 WARM_UP_SHAPE = (1, 16)
-# Of an adapter's parameter: fp32 value and gradient on every rank that holds it, and fp32 master
-# copy and two AdamW moments shared by the holders (ZeRO stage 1).
-ADAPTER_BYTES, OPTIMIZER_BYTES = 8, 12
 # A trial that needs more than this multiple of its budget fails to allocate rather than take the
 # machine down with it.
 RUNAWAY_FACTOR, RUNAWAY_EXTRA_BYTES = 3, 512 << 20

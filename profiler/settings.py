@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lobra.layout.shapes import ModelShape
-from lobra.model.adapter import AdapterSpec
 from lobra.tasks.config import TaskConfig
+
+if TYPE_CHECKING:
+    from lobra.model.adapter import AdapterSpec
 
 
 def adapter_specs(tasks: Sequence[TaskConfig]) -> tuple[AdapterSpec, ...]:
     """Return the adapters of tasks."""
+    from lobra.model.adapter import AdapterSpec
+
     return tuple(
         AdapterSpec(
             task.name,

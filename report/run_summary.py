@@ -10,7 +10,7 @@ from typing import Any
 
 from lobra.common.errors import ConfigError
 from lobra.report.run_plans import PlanPart, plan_parts
-from lobra.trainer.checkpoint import list_checkpoints, step_folder
+from lobra.trainer.checkpoint_folder import list_checkpoints, step_folder
 from lobra.trainer.metrics import METRICS_FILE, read_metrics
 from lobra.trainer.run_config import RunConfig, read_run_config
 from lobra.trainer.run_spec import ADAPTER_FOLDER, CONFIG_FILE

@@ -64,16 +64,18 @@ activate_environment() { # makes .venv unless an environment is active, and acti
 }
 
 install_project() { # install_project [EXTRAS]; does nothing when the same was installed before
-    local extras=${1-} prefix stamp wanted
+    local extras="train${1:+,$1}" prefix stamp wanted versions=()
     prefix=$(python -c 'import sys; print(sys.prefix)')
-    stamp="$prefix/.lobra-installed${extras:+-$extras}"
-    wanted="$(cat setup.py pyproject.toml | python -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())') $ROOT"
+    stamp="$prefix/.lobra-installed-$extras"
+    wanted="$(cat setup.py pyproject.toml constraints.txt | python -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())') $ROOT"
     [[ -f $stamp && $(<"$stamp") == "$wanted" ]] && return
     python -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
         die 1 "the active environment has $(python --version); 3.11 or newer is needed"
     say "installing into $prefix"
     install_torch
-    python -m pip install --quiet --editable ".${extras:+[$extras]}"
+    # An environment of our own gets the versions that were tested; another keeps what it has.
+    [[ $prefix == "$ROOT/.venv" ]] && versions=(--constraint constraints.txt)
+    python -m pip install --quiet "${versions[@]}" --editable ".[$extras]"
     printf '%s\n' "$wanted" >"$stamp"
 }
 

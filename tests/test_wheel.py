@@ -15,6 +15,9 @@ import pytest
 import yaml
 
 from tests.assets.golden import HERE as GOLDEN
+from tests.commands.test_plan import files  # noqa: F401 (a fixture)
+from tests.commands.test_without_torch import WORKFLOW, check_workflow
+from tests.report.runs import write_run
 
 # What a user's folder may hold: names of our packages, of libraries, of the standard library.
 IN_THE_WAY = (
@@ -149,3 +152,23 @@ def test_it_plans_and_trains(
     assert json.loads(step)["tasks"].keys() == tasks
     written = place.glob("run/adapters/*/adapter_model.safetensors")
     assert {path.parent.name for path in written} == tasks
+
+
+@pytest.mark.long
+def test_a_base_installation_plans_without_torch(wheel: Path, files: Path) -> None:  # noqa: F811
+    """As a laptop that only plans has it: with the packages the wheel asks for, from the index."""
+    environment = files / "environment"
+    venv.create(environment, symlinks=True)
+    python = environment / "bin" / "python"
+    pip("--python", str(python), "install", "--quiet", str(wheel))
+    packages = run(python, "-c", "import importlib.util as u; print(u.find_spec('torch'))")
+    assert packages.strip() == "None"
+    write_run(files / "run", ["short", "long"], 4)
+    done = [
+        subprocess.run(
+            [str(environment / "bin" / "lobra"), *words],
+            cwd=files, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+        )
+        for words, _ in WORKFLOW
+    ]  # fmt: skip
+    check_workflow(files, ((one.returncode, one.stdout) for one in done))

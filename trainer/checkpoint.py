@@ -13,7 +13,6 @@ Sampling and dropout are pure functions of a task's own steps, so there is no ra
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -31,12 +30,11 @@ from lobra.common.models import Count, FileModel, OneOf, Positive, read_as
 from lobra.layout.sequences import BATCHINGS
 from lobra.model.stage import Stage
 from lobra.trainer.adapters import CONFIG_FILE, WEIGHTS_FILE, save_adapter
+from lobra.trainer.checkpoint_folder import FOLDER, STATE_FILE, list_checkpoints, step_folder
 from lobra.trainer.optimizer import AdapterOptimizer
 from lobra.trainer.task_progress import TaskProgress
 from lobra.trainer.zero import MOMENTS
 
-FOLDER = "checkpoints"
-STATE_FILE = "state.json"
 FORMAT = 2
 
 
@@ -68,20 +66,6 @@ class CheckpointState(FileModel):
     data_day: Annotated[str, AfterValidator(_is_day)] | None = None
     precision: str | None = None
     batching: Annotated[str, OneOf(BATCHINGS)] = "bucketed"
-
-
-def step_folder(run: Path, step: int) -> Path:
-    """Return the folder of the checkpoint after `step` steps."""
-    return run / FOLDER / f"step_{step}"
-
-
-def list_checkpoints(run: Path) -> list[int]:
-    """Return the steps of the complete checkpoints of a run, ascending."""
-    if not (run / FOLDER).is_dir():
-        return []
-    matches = [re.fullmatch(r"step_(\d+)", path.name) for path in (run / FOLDER).iterdir()]
-    steps = sorted(int(match[1]) for match in matches if match)
-    return [step for step in steps if (step_folder(run, step) / STATE_FILE).is_file()]
 
 
 def drop_later(run: Path, step: int) -> None:

@@ -13,7 +13,8 @@ from lobra.common.errors import ConfigError
 from lobra.common.files import remove_folder, write_atomic
 from lobra.common.lock import hold
 from lobra.tasks.dataset import TokenizedDataset
-from lobra.trainer.checkpoint import list_checkpoints, read_state
+from lobra.trainer.checkpoint import read_state
+from lobra.trainer.checkpoint_folder import list_checkpoints
 from lobra.trainer.metrics import METRICS_FILE
 from lobra.trainer.run_config import read_run_config
 from lobra.trainer.run_spec import (

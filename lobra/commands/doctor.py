@@ -13,8 +13,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from lobra.cli import INSTALL_TRAIN
 from lobra.common.errors import ConfigError, Problems
 from lobra.common.options import Int
+from lobra.common.version import NOT_INSTALLED, installed_version
 from lobra.layout.placement import place
 from lobra.layout.plan import Plan, load_plan
 from lobra.layout.shapes import TINY, layout_problem, resolve_shape
@@ -25,7 +27,8 @@ from lobra.profiler.profiles import default_time_path
 OK, LACKS, NOTE = "ok", "lacks", "note"
 DISTRIBUTION = "lobra"
 # When the project runs from a checkout without being installed, what it imports.
-ESSENTIAL = ("torch", "deepspeed", "transformers", "numpy", "scipy", "pyscipopt", "ortools")
+ESSENTIAL = ("numpy", "scipy", "pyscipopt", "ortools")
+TRAINING = ("torch", "deepspeed", "transformers")
 GIB = 1 << 30
 # Importing torch, transformers and deepspeed, per rank process; forked ranks share most of it.
 RANK_OVERHEAD_BYTES = GIB // 4
@@ -131,19 +134,24 @@ def _packages() -> Iterator[Finding]:
     try:
         required = importlib.metadata.requires(DISTRIBUTION) or []
         names = [r for r in required if "extra ==" not in r]
+        training = [r for r in required if r.endswith(("extra == 'train'", 'extra == "train"'))]
     except importlib.metadata.PackageNotFoundError:
         yield Finding(NOTE, DISTRIBUTION, "not installed; bash scripts/quickstart.sh installs it")
-        names = list(ESSENTIAL)
-    for requirement in sorted(names):
+        names, training = list(ESSENTIAL), list(TRAINING)
+    missing = []
+    for requirement in sorted([*names, *training], key=str.casefold):
         name, wanted = _split_requirement(requirement)
-        try:
-            found = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
+        found = installed_version(name)
+        if found == NOT_INSTALLED and requirement in training:
+            missing.append(name)
+        elif found == NOT_INSTALLED:
             yield Finding(LACKS, name, f"not installed; wanted {wanted or 'any version'}")
-            continue
-        fits = _fits(found, wanted)
-        text = found if fits else f"{found}; checked with {wanted}"
-        yield Finding(OK if fits else NOTE, name, text)
+        elif _fits(found, wanted):
+            yield Finding(OK, name, found)
+        else:
+            yield Finding(NOTE, name, f"{found}; checked with {wanted}")
+    if missing:
+        yield Finding(NOTE, ", ".join(missing), f"not installed; {INSTALL_TRAIN}")
 
 
 def _split_requirement(requirement: str) -> tuple[str, str]:
@@ -166,7 +174,7 @@ def _gpus() -> Iterator[tuple[Finding, int]]:
     try:
         import torch
     except ImportError:
-        return  # already reported as a lacking package
+        return  # already reported
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             gpu = torch.cuda.get_device_properties(index)

@@ -23,7 +23,7 @@ from lobra.common.options import (
 from lobra.layout.plan import load_plan
 from lobra.model.launch import Interrupted
 from lobra.report.run_report import print_run_report
-from lobra.trainer.checkpoint import step_folder
+from lobra.trainer.checkpoint_folder import step_folder
 from lobra.trainer.launcher import run_launcher
 from lobra.trainer.metrics import METRICS_FILE
 from lobra.trainer.prepare import TrainRequest

@@ -21,7 +21,8 @@ from lobra.tasks.config import TaskConfig
 from lobra.tasks.target_modules import TARGET_MODULES
 from lobra.trainer import rank as one_rank
 from lobra.trainer.adapters import adapter_spec, save_adapter
-from lobra.trainer.checkpoint import CheckpointState, list_checkpoints
+from lobra.trainer.checkpoint import CheckpointState
+from lobra.trainer.checkpoint_folder import list_checkpoints
 from lobra.trainer.coordinator import Coordinator, RunTask
 from lobra.trainer.engine import Engine
 from lobra.trainer.metrics import as_json

@@ -20,14 +20,8 @@ from lobra.layout.plan import Plan
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.target_modules import TARGET_MODULES
 from lobra.trainer.adapters import adapter_spec, save_adapter
-from lobra.trainer.checkpoint import (
-    CheckpointState,
-    CheckpointWriter,
-    drop_later,
-    list_checkpoints,
-    read_state,
-    step_folder,
-)
+from lobra.trainer.checkpoint import CheckpointState, CheckpointWriter, drop_later, read_state
+from lobra.trainer.checkpoint_folder import list_checkpoints, step_folder
 from lobra.trainer.metrics import read_metrics, restore_metrics
 from lobra.trainer.prepare import last_step, revivals_in_vain
 from lobra.trainer.resume_checks import resume_problems, revival_problems, task_record

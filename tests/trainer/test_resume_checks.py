@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from lobra.layout.shapes import read_shape
 from lobra.model.fingerprint import fingerprint
 from lobra.model.launch import RankError
-from lobra.trainer.checkpoint import list_checkpoints
+from lobra.trainer.checkpoint_folder import list_checkpoints
 from lobra.trainer.resume_checks import DATA_FIELDS
 from tests.trainer.command import train, write_config
 
