@@ -35,6 +35,11 @@ class PlanPart:
         first, last = self.steps[0]["step"] + 1, self.steps[-1]["step"] + 1
         return f"step {first}" if first == last else f"steps {first}-{last}"
 
+    @property
+    def title(self) -> str:
+        """Return which plan this is, and of which steps."""
+        return f"plan {self.number}, {self.span}: {self.plan}"
+
 
 def plan_parts(config: RunConfig, steps: Sequence[dict[str, Any]]) -> list[PlanPart]:
     """Return the steps divided by the plan they ran under.

@@ -1,52 +1,50 @@
-"""Pictures of a run: losses, step times, what the replicas did. Readable without colour."""
+"""Pictures of a run: losses, step times, what the replicas did."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import cycle
+from math import ceil, sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lobra.common.files import atomic_path
 from lobra.report.run_plans import PlanPart
+from lobra.report.style import (
+    GROUND,
+    OURS,
+    VERMILLION,
+    draw,
+    lie_down,
+    make_axes,
+    make_figure,
+    shortened,
+    whole_numbers,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LINES = ("-", "--", "-.", ":")
-SHADES = ("0.0", "0.45", "0.7")
-SMOOTHING = 0.8  # of the loss curves; single steps are drawn faintly behind
 FOLDER = "report"
+SMOOTHING = 0.8  # of the loss curves; single steps are drawn faintly behind
+MOST_COLUMNS = 4  # of panels beside each other
+MOST_ROWS_NAMED = 24  # of replicas
+LONGEST_NAME = 28  # above a panel
+ROOM_FOR_SHARE = 7  # per cent: what a bar must be long to have its number in it
+RESUMED: dict[str, Any] = {"color": "0.45", "linewidth": 0.9, "linestyle": ":"}
+PLAN_CHANGED: dict[str, Any] = {"color": "0.25", "linewidth": 0.9, "linestyle": "--"}
 
 
-def plot_run(folder: Path, parts: Sequence[PlanPart]) -> list[Path]:
-    """Write losses.png, step_time.png and replicas.png under `folder`/report; return them."""
-    import matplotlib
+def plot_run(folder: Path, parts: Sequence[PlanPart], resumes: Sequence[int] = ()) -> list[Path]:
+    """Write losses.png, step_time.png and replicas.png under `folder`/report; return them.
 
-    matplotlib.use("Agg")
+    `resumes` are the steps (0-based) at which the run went on after it had stopped.
+    """
+    out = folder / FOLDER
     return [
-        _save(folder / FOLDER / "losses.png", losses(parts)),
-        _save(folder / FOLDER / "step_time.png", step_times(parts)),
-        _save(folder / FOLDER / "replicas.png", replicas(parts)),
+        draw(out / "losses.png", lambda: losses(parts, resumes)),
+        draw(out / "step_time.png", lambda: step_times(parts, resumes)),
+        draw(out / "replicas.png", lambda: replicas(parts)),
     ]
-
-
-def _save(path: Path, figure: Figure) -> Path:
-    with atomic_path(path) as draft:
-        figure.savefig(draft, dpi=150, format="png")
-    return path
-
-
-def _figure(width: float = 8.0, height: float = 4.5) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.add_subplot()
-
-
-def _styles() -> cycle[dict[str, str]]:
-    return cycle([{"linestyle": line, "color": shade} for shade in SHADES for line in LINES])
 
 
 def smoothed(values: Sequence[float], weight: float = SMOOTHING) -> list[float]:
@@ -59,93 +57,122 @@ def smoothed(values: Sequence[float], weight: float = SMOOTHING) -> list[float]:
     return result
 
 
-def _mark_plans(axes: Axes, parts: Sequence[PlanPart]) -> None:
-    """Draw a line where the run went on with another plan, and name the plans."""
-    if len(parts) < 2:
-        return
-    for part in parts:
-        first = part.steps[0]["step"] + 1
-        if part.number > 1:
-            axes.axvline(first - 0.5, color="0.6", linewidth=0.8, linestyle=":")
-        axes.annotate(
-            f"plan {part.number}: {part.plan}",
-            (first - 0.4, 1.0),
-            xycoords=("data", "axes fraction"),
-            rotation=90,
-            va="top",
-            fontsize="x-small",
-            color="0.3",
-        )
-
-
-def losses(parts: Sequence[PlanPart]) -> Figure:
-    """Return every task's loss over the steps."""
-    figure, axes = _figure()
+def losses(parts: Sequence[PlanPart], resumes: Sequence[int] = ()) -> Figure:
+    """Return every task's losses over the steps, each task in a panel of its own."""
     steps = [step for part in parts for step in part.steps]
-    names = sorted({name for step in steps for name in step["tasks"]})
-    for name, style in zip(names, _styles(), strict=False):
-        own = [step for step in steps if (step["tasks"].get(name) or {}).get("loss") is not None]
-        at = [step["step"] + 1 for step in own]
-        values = [step["tasks"][name]["loss"] for step in own]
-        axes.plot(at, values, color="0.85", linewidth=0.8, zorder=1)
-        axes.plot(at, smoothed(values), label=name, zorder=2, **style)  # type: ignore[arg-type]
-        checked = [s for s in own if s["tasks"][name].get("validation_loss") is not None]
-        if checked:
-            axes.plot(
-                [s["step"] + 1 for s in checked],
-                [s["tasks"][name]["validation_loss"] for s in checked],
-                linestyle="none",
-                marker="x",
-                color=style["color"],
-                label=f"{name}, validation",
-            )
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per target token)")
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small")
-    _mark_plans(axes, parts)
+    names = list(dict.fromkeys(name for step in steps for name in step["tasks"]))
+    columns = min(MOST_COLUMNS, ceil(sqrt(len(names))))
+    rows = ceil(len(names) / columns)
+    figure = make_figure(max(7.0, 2.7 * columns), max(3.5, 1.8 * rows) + 0.6)
+    panels = list(figure.subplots(rows, columns, squeeze=False, sharex=True).flat)
+    for axes, name in zip(panels, names, strict=False):
+        at, training = _values(steps, name, "loss")
+        axes.plot(at, training, color=OURS, alpha=0.3, linewidth=0.8, label="training")
+        axes.plot(
+            at,
+            smoothed(training),
+            color=OURS,
+            label=f"training, smoothed (exponential average, {SMOOTHING} of the past)",
+        )
+        at, validation = _values(steps, name, "validation_loss")
+        if at:
+            looks = {"color": VERMILLION, "marker": "o", "linestyle": "--", "linewidth": 0.9}
+            axes.plot(at, validation, label="validation", **looks)
+        _mark_starts(axes, parts, resumes)
+        axes.set_title(shortened(name, LONGEST_NAME))
+        whole_numbers(axes)
+    for axes in panels[len(names) :]:
+        axes.set_axis_off()
+    for axes in panels[max(0, len(names) - columns) : len(names)]:
+        axes.tick_params(labelbottom=True)
+    figure.supxlabel("step", fontsize="medium")
+    figure.supylabel("loss (nats per target token)", fontsize="medium")
+    _legend(figure)
     return figure
 
 
-def step_times(parts: Sequence[PlanPart]) -> Figure:
-    """Return measured and predicted step times."""
-    figure, axes = _figure()
+def _values(
+    steps: Sequence[dict[str, Any]], name: str, field: str
+) -> tuple[list[int], list[float]]:
+    """Return the steps, counted from 1, at which a task has a value, and the values."""
+    found = {step["step"] + 1: (step["tasks"].get(name) or {}).get(field) for step in steps}
+    known = {step: value for step, value in found.items() if value is not None}
+    return list(known), list(known.values())
+
+
+def _mark_starts(axes: Axes, parts: Sequence[PlanPart], resumes: Sequence[int]) -> None:
+    """Draw a line where the run went on: with another plan, or the same."""
+    changes = {part.steps[0]["step"] for part in parts[1:]}
+    for label, looks, steps in (
+        ("went on with another plan", PLAN_CHANGED, changes),
+        ("resumed", RESUMED, set(resumes) - changes - {0}),
+    ):
+        for number, step in enumerate(sorted(steps)):
+            axes.axvline(step + 0.5, label=None if number else label, zorder=0.5, **looks)
+
+
+def _legend(figure: Figure) -> None:
+    """Explain above the figure what its first panel shows, and what others do beside that."""
+    known = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            known.setdefault(label, handle)
+    figure.legend(
+        list(known.values()), list(known), loc="outside upper left", ncols=3, fontsize="small"
+    )
+
+
+def step_times(parts: Sequence[PlanPart], resumes: Sequence[int] = ()) -> Figure:
+    """Return measured and predicted step times; under them, which steps ran on which plan."""
+    figure, axes = make_axes()
     steps = [step for part in parts for step in part.steps]
     at = [step["step"] + 1 for step in steps]
-    axes.plot(at, [s["step_time_s"] for s in steps], "-", color="0.0", label="measured")
-    axes.plot(at, [s["predicted_step_time_s"] for s in steps], "--", color="0.5", label="predicted")
+    axes.plot(at, [s["step_time_s"] for s in steps], color=OURS, label="measured")
+    predicted = [s["predicted_step_time_s"] for s in steps]
+    axes.plot(at, predicted, color=VERMILLION, linestyle="--", label="predicted")
+    _mark_starts(axes, parts, resumes)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("step")
+    whole_numbers(axes)
+    if len(parts) > 1:
+        for part in parts:
+            place = (part.steps[0]["step"] + 0.7, 1.0)
+            axes.annotate(str(part.number), place, xycoords=("data", "axes fraction"), va="bottom")
+    plans = [part.title for part in parts] if len(parts) > 1 else []
+    axes.set_xlabel("\n".join(["step", *plans]))
     axes.set_ylabel("step time (s)")
-    axes.legend()
-    _mark_plans(axes, parts)
+    _legend(figure)
     return figure
 
 
 def replicas(parts: Sequence[PlanPart]) -> Figure:
-    """Return what part of a plan's steps each of its replicas computed, plan by plan."""
-    number = sum(len(part.layouts) for part in parts)
-    figure, axes = _figure(height=max(2.5, 0.35 * number + 1.5))
-    labels, busy = [], []
-    for part in parts:
+    """Return what part of a plan's steps each of its replicas computed, each plan in a panel."""
+    from matplotlib.patches import Patch
+
+    heights = [0.25 * min(len(part.layouts), 2 * MOST_ROWS_NAMED) + 0.15 for part in parts]
+    figure = make_figure(8.0, sum(heights) + 0.45 * len(parts) + 0.9)
+    panels = figure.subplots(len(parts), 1, squeeze=False, sharex=True, height_ratios=heights)
+    for axes, part in zip(panels.flat, parts, strict=True):
         total_s = sum(step["step_time_s"] for step in part.steps)
-        of_plan = f"plan {part.number} ({part.span}): " if len(parts) > 1 else ""
-        for index, layout in enumerate(part.layouts):
-            labels.append(f"{of_plan}{index} {layout}")
-            own = sum(step["replicas"][index]["busy_s"] for step in part.steps)
-            busy.append(100 * own / total_s)
-    axes.barh(labels, busy, color="0.45", edgecolor="0.0", label="computing")
-    axes.barh(
-        labels,
-        [100 - share for share in busy],
-        left=busy,
-        color="white",
-        edgecolor="0.0",
-        hatch="//",
-        label="idle, reduction, optimiser",
-    )
-    axes.invert_yaxis()
-    axes.set_xlim(0, 100)
+        busy = [
+            100 * sum(step["replicas"][index]["busy_s"] for step in part.steps) / total_s
+            for index in range(len(part.layouts))
+        ]
+        rows = range(len(busy))
+        axes.barh(rows, [100] * len(busy), color=GROUND)
+        axes.barh(rows, busy, color=OURS)
+        lie_down(axes, [f"{index} {layout}" for index, layout in enumerate(part.layouts)])
+        every = ceil(len(busy) / MOST_ROWS_NAMED)
+        axes.set_yticks(rows[::every], axes.get_yticklabels()[::every])
+        for row in rows[::every]:
+            inside = busy[row] > ROOM_FOR_SHARE
+            looks = {"color": "white", "ha": "right"} if inside else {"ha": "left"}
+            place = busy[row] + (-0.7 if inside else 0.7)
+            axes.text(place, row, f"{busy[row]:.0f} %", va="center", **looks)
+        axes.set_xlim(0, 100)
+        axes.set_title(part.title)
     axes.set_xlabel("share of the steps' time (%)")
-    axes.set_ylabel("replica")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+    figure.supylabel("replica", fontsize="medium")
+    handles = [Patch(color=OURS), Patch(color=GROUND)]
+    labels = ["computing", "waiting, gradient reduction, optimiser"]
+    figure.legend(handles, labels, loc="outside upper left", ncols=2, fontsize="small")
     return figure

@@ -67,8 +67,8 @@ class RunTask(_Noted):
 class RunConfig(_Noted):
     """What is read again of a run's config.yaml.
 
-    ``plan`` and what is beside it are of the last plan; ``plans`` are all the run has had, which
-    older versions did not note.
+    ``plan`` and what is beside it are of the last plan; ``plans`` are all the run has had, and
+    ``resumes`` all steps (0-based) it went on from, which older versions did not note.
     """
 
     versions: dict[str, str]
@@ -80,6 +80,12 @@ class RunConfig(_Noted):
     resumed_at: Count | None = None
     plan_meta: PlanMeta | None = None
     plans: tuple[PlanPeriod, ...] = ()
+    resumes: tuple[Count, ...] = ()
+
+    @property
+    def known_resumes(self) -> tuple[int, ...]:
+        """The steps from which the run went on after it had stopped, ascending."""
+        return self.resumes or ((self.resumed_at,) if self.resumed_at else ())
 
     @property
     def periods(self) -> tuple[PlanPeriod, ...]:
@@ -118,6 +124,17 @@ def plan_history(folder: Path, present: PlanPeriod) -> list[PlanPeriod]:
     return [*history, present]
 
 
+def resume_history(folder: Path, step: int | None) -> list[int]:
+    """Return the steps from which a run went on, the present one last; none for a new run."""
+    if not step:
+        return []
+    try:
+        earlier = read_run_config(folder).known_resumes
+    except ConfigError:  # `plan_history` has warned
+        earlier = ()
+    return [*(before for before in earlier if before < step), step]
+
+
 def resolved_config(
     run: RunSpec, request: TrainRequest, gpus_per_node: int | None, plans: Sequence[PlanPeriod]
 ) -> dict[str, Any]:
@@ -147,6 +164,7 @@ def resolved_config(
         "save_every": run.save_every,
         "keep_last": run.keep_last,
         "resumed_at": run.resume_step,
+        "resumes": resume_history(run.output_dir, run.resume_step),
         "data_day": run.data_day,
         "tasks": [
             {**_plain(asdict(task)), "num_steps": steps}

@@ -11,6 +11,7 @@ from lobra.report.run_plots import plot_run
 from lobra.report.run_report import print_run_report
 from lobra.report.run_summary import run_parts
 from lobra.report.trace import write_trace
+from lobra.trainer.run_config import read_run_config
 
 CONFIG = "config.yaml"
 
@@ -49,7 +50,7 @@ def report(run: Path, /, *, plots: bool = False, trace: bool = False) -> int:
     print_run_report(run)
     parts = run_parts(run)
     if plots:
-        for path in plot_run(run, parts):
+        for path in plot_run(run, parts, read_run_config(run).known_resumes):
             print(f"written: {path}")
     if trace:
         print(f"written: {write_trace(run, parts)}")

@@ -46,6 +46,7 @@ def write_run(
         "device": "cuda",
         "plan": periods[-1]["plan"],
         "plans": periods,
+        "resumes": list(resumed),
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     file = MetricsFile(folder)
