@@ -25,13 +25,15 @@ CAPTIONS = {
     "dynamic buckets as well they lack heterogeneous replicas alone. All GPUs there are count.",
     "ablation": "One thing is changed at a time: the number of buckets, dispatch by length, "
     "balanced dispatch, each step's own (dynamic) buckets.",
-    "timeline": "Alternating greys are consecutive micro-batches, the costliest first.",
+    "timeline": "Each bar is a micro-batch, the costliest first: sequences times the length they "
+    "are padded to; the darker, the longer.",
     "buckets": "Dynamic buckets; the plan is the one made for 16.",
-    "scale_gpus": "Open markers: published values. All GPUs there are are counted.",
+    "scale_gpus": "Open markers: published values. All GPUs that there are count.",
     "scale_tasks": "Open markers: published values.",
-    "planning_time": "A search that was stopped took its limit; see the table for its bound.",
+    "planning_time": "Open markers: published values. A search that was stopped took its limit; "
+    "see the table for its bound.",
     "predicted_measured": "Measured: published, on 16 A100-40GB.",
-    "lengths": "Circles: published; crosses: the lengths these tables were made with.",
+    "lengths": "Squares: published; dots: the lengths these tables were made with.",
 }
 SHOWN = {  # the columns of the terminal's tables; the page and the CSVs have all
     "methods": (

@@ -80,6 +80,7 @@ def _read_simulation(folder: Path) -> tuple[dict[str, Any], Tables]:
         methods.append(
             {
                 "method": str(run["name"]),
+                "of_plan": str(run.get("of_plan", "")),
                 "plan": str(run["plan"]),
                 "num_gpus": str(run["num_gpus"]),
                 "steps": str(run["steps"]),

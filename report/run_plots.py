@@ -13,6 +13,7 @@ from lobra.report.style import (
     OURS,
     VERMILLION,
     draw,
+    explain,
     lie_down,
     make_axes,
     make_figure,
@@ -87,7 +88,7 @@ def losses(parts: Sequence[PlanPart], resumes: Sequence[int] = ()) -> Figure:
         axes.tick_params(labelbottom=True)
     figure.supxlabel("step", fontsize="medium")
     figure.supylabel("loss (nats per target token)", fontsize="medium")
-    _legend(figure)
+    explain(figure)
     return figure
 
 
@@ -111,17 +112,6 @@ def _mark_starts(axes: Axes, parts: Sequence[PlanPart], resumes: Sequence[int]) 
             axes.axvline(step + 0.5, label=None if number else label, zorder=0.5, **looks)
 
 
-def _legend(figure: Figure) -> None:
-    """Explain above the figure what its first panel shows, and what others do beside that."""
-    known = {}
-    for axes in figure.axes:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            known.setdefault(label, handle)
-    figure.legend(
-        list(known.values()), list(known), loc="outside upper left", ncols=3, fontsize="small"
-    )
-
-
 def step_times(parts: Sequence[PlanPart], resumes: Sequence[int] = ()) -> Figure:
     """Return measured and predicted step times; under them, which steps ran on which plan."""
     figure, axes = make_axes()
@@ -140,7 +130,7 @@ def step_times(parts: Sequence[PlanPart], resumes: Sequence[int] = ()) -> Figure
     plans = [part.title for part in parts] if len(parts) > 1 else []
     axes.set_xlabel("\n".join(["step", *plans]))
     axes.set_ylabel("step time (s)")
-    _legend(figure)
+    explain(figure)
     return figure
 
 
@@ -174,5 +164,5 @@ def replicas(parts: Sequence[PlanPart]) -> Figure:
     figure.supylabel("replica", fontsize="medium")
     handles = [Patch(color=OURS), Patch(color=GROUND)]
     labels = ["computing", "waiting, gradient reduction, optimiser"]
-    figure.legend(handles, labels, loc="outside upper left", ncols=2, fontsize="small")
+    figure.legend(handles, labels, loc="outside upper left", ncols=2)
     return figure

@@ -19,14 +19,14 @@ BLUE, VERMILLION, GREEN = "#0072B2", "#D55E00", "#009E73"
 PURPLE, ORANGE, SKY, BLACK = "#CC79A7", "#E69F00", "#56B4E9", "#000000"
 COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # a curve has its own as well as its own colour
-#: What is ours or measured, what it is compared with, what others have published.
-OURS, COMPARED, PUBLISHED = BLUE, "#9A9A9A", VERMILLION
+#: What is ours or measured, and what that is compared with.
+OURS, COMPARED = BLUE, "#8C8C8C"
 #: A bar's or panel's ground: time in which nothing is computed.
 GROUND = "#E8E8E8"
 #: From light (little) to dark (much), as dark to the colour-blind: matplotlib's cividis, reversed.
 SCALE = "cividis_r"
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.size": 9.0,
     "axes.titlesize": 9.0,
     "axes.titlelocation": "left",
@@ -46,12 +46,12 @@ STYLE: dict[str, Any] = {
 }
 
 
-def draw(path: Path, picture: Callable[[], Figure]) -> Path:
-    """Make a picture in this style and write it in the format of the file's suffix; return it."""
+def draw(path: Path, picture: Callable[[], Figure], format: str | None = None) -> Path:
+    """Make a picture in this style, write it in the format, by default of the suffix; return it."""
     import matplotlib
 
     with matplotlib.rc_context(STYLE), atomic_path(path) as draft:
-        picture().savefig(draft, format=path.suffix.removeprefix(".") or "png")
+        picture().savefig(draft, format=format or path.suffix[1:])
     return path
 
 
@@ -74,6 +74,15 @@ def curve(number: int) -> dict[str, Any]:
         "color": COLOURS[number % len(COLOURS)],
         "marker": MARKERS[(number + number // len(COLOURS)) % len(MARKERS)],
     }
+
+
+def explain(figure: Figure) -> None:
+    """Explain above a figure, once, what its panels show."""
+    shown: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            shown.setdefault(label, handle)
+    figure.legend(list(shown.values()), list(shown), loc="outside upper left", ncols=3)
 
 
 def lie_down(axes: Axes, names: Sequence[str]) -> None:

@@ -218,8 +218,17 @@ def show(console: Console, deployment: Deployment, workload: Workload) -> None:
         if number:
             total = len(workload.lengths[task]) + len(workload.held_out[task])
             console.print(f"note: task {task}: {number} of {total} sequences are cut to its limit")
-    for reason in deployment.candidates.dropped:
-        console.print(f"left out: {reason}")
+    if dropped := deployment.candidates.dropped:
+        console.print(f"left out: {by_reason(dropped)}", soft_wrap=True, highlight=False)
+
+
+def by_reason(dropped: Sequence[str]) -> str:
+    """Return in one line why layouts were left out, each reason once: given "layout: reason"."""
+    layouts: dict[str, list[str]] = {}
+    for entry in dropped:
+        layout, _, reason = entry.partition(": ")
+        layouts.setdefault(reason, []).append(layout)
+    return "; ".join(f"{' '.join(own)} ({reason})" for reason, own in layouts.items())
 
 
 def show_sweep(console: Console, sizings: Sequence[Sizing]) -> None:

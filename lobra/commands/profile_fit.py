@@ -105,7 +105,7 @@ def profile_fit(*, options: FitOptions = DEFAULTS) -> int:
     suspicious = suspicious_rows(profile, judged)
     refused = refusals(profile, judged)
     if options.plot is not None:
-        from lobra.profiler.plot import plot_fit
+        from lobra.report.fit_plot import plot_fit
 
         plot_fit(profile, judged, suspicious, options.plot)
     if options.json:

@@ -99,12 +99,15 @@ def simulate(*, options: SimulateOptions) -> int:
         rungs, others = ladder(
             plan, workload, cost_model, options.steps, num_buckets=options.num_buckets
         )
+        compared = len(runs)
         runs += rungs[-1:] if options.no_baselines else rungs
         left_out += [] if options.no_baselines else others
-    summaries = [run.summary() for run in runs]
+    summaries = [{**run.summary(), "of_plan": place >= compared} for place, run in enumerate(runs)]
     console.print(_table(summaries))
+    console.print(f"your plan: {plan}")
     for entry in summaries:
-        console.print(f"{entry['name']}: {entry['plan']}")
+        if not entry["of_plan"]:
+            console.print(f"{entry['name']}: {entry['plan']}")
     for reason in left_out:
         console.print(f"left out: {reason}", soft_wrap=True)
     if options.output_dir:
@@ -129,7 +132,7 @@ def _table(summaries: list[dict[str, Any]]) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     for entry in summaries:
         table.add_row(
-            entry["name"],
+            f"your plan: {entry['name']}" if entry["of_plan"] else entry["name"],
             *(f"{entry[key]:.2f}" for key in ("mean_s", "p50_s", "p99_s")),
             f"{entry['gpu_seconds']:.1f}",
             *(f"{100 * entry[key]:.1f}" for key in ("idle", "padding")),

@@ -12,7 +12,7 @@ import pytest
 
 from lobra.cli import main as lobra
 from lobra.commands.output import write_problem
-from lobra.commands.plan import main
+from lobra.commands.plan import by_reason, main
 from lobra.layout.plan import load_plan
 
 TIMES = "tp,seq_len,mbs,time\n" + "".join(
@@ -287,6 +287,11 @@ def test_ctrl_c_ends_the_planners_soon_with_130(files: Path, pattern: str) -> No
     assert usage.ru_utime + usage.ru_stime - used_s < 10.0
     assert "interrupted" in errors and "Traceback" not in errors
     assert not (files / "plan.yaml").exists()
+
+
+def test_layouts_left_out_for_the_same_reason_are_told_together() -> None:
+    dropped = ["<16,1>: no rows", "<1,32>: needs 32 GPUs: of 16", "<16,2>: no rows"]
+    assert by_reason(dropped) == "<16,1> <16,2> (no rows); <1,32> (needs 32 GPUs: of 16)"
 
 
 def test_all_mistakes_are_told_at_once(

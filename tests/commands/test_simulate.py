@@ -32,6 +32,8 @@ def test_lobra_simulate_writes_its_three_files(
     rows = (files / "sim/steps.csv").read_text().splitlines()
     assert len(rows) == 1 + 3 * len(result["runs"])
     assert json.loads((files / "sim/simulation.json").read_text()) == result["runs"]
+    whose = {run["name"]: run["of_plan"] for run in result["runs"]}
+    assert not whose["Task-Fused, 7 fixed buckets"] and whose["balanced, dynamic buckets"]
     without = replace(options, memory_profile=None, output_dir=None)
     assert run_simulation(options=without) == 0
     (reason,) = json.loads(capsys.readouterr().out)["left_out"]

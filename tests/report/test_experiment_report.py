@@ -8,12 +8,15 @@ import re
 from pathlib import Path
 
 import pytest
+from matplotlib.colors import to_rgba
 
 from lobra.cli import main
 from lobra.common.errors import ConfigError
 from lobra.layout.trace import TRACE_FILE, ReplicaTrace, Slice, trace_text
+from lobra.report.experiment_plots import PICTURES
 from lobra.report.experiment_report import shown
 from lobra.report.experiment_tables import experiments_in, read_experiment
+from lobra.report.style import COMPARED, GROUND, OURS
 
 METHOD = {
     "plan": "<2,1>x2",
@@ -25,6 +28,7 @@ METHOD = {
     "gpu_seconds_high": 11,
     "less_than_fused": 0.25,
 }
+TEXTS = {name: str(value) for name, value in METHOD.items()}
 
 
 def write_csv(path: Path, rows: list[dict[str, object]]) -> None:
@@ -115,6 +119,48 @@ def test_what_is_missing_is_named(
     assert "no table yet; to go on where it stopped: bash expr.sh" in " ".join(
         capsys.readouterr().err.split()
     )
+
+
+def test_no_bar_stands_on_a_logarithmic_axis(project_root: Path) -> None:
+    """Its foot would be anywhere: a length says nothing there."""
+    results = project_root / "docs" / "results" / "2026-11-21-experiments"
+    seen = set()
+    for name in ("expr_7b", "expr_70b"):
+        _, tables = read_experiment(results / name)
+        for picture, (needs, draw) in PICTURES.items():
+            for axes in draw(tables[needs]).axes if needs in tables else ():
+                assert not axes.patches or "log" not in (axes.get_xscale(), axes.get_yscale())
+                seen.add(picture)
+    assert seen == PICTURES.keys() - {"timeline"}
+
+
+def test_your_plan_has_a_colour_of_its_own() -> None:
+    rows = [
+        {"method": "Task-Fused", "of_plan": "False", **TEXTS},
+        {"method": "balanced", "of_plan": "True", **TEXTS},
+    ]
+    figure = PICTURES["gpu_seconds"][1](rows)
+    assert [bar.get_facecolor() for bar in figure.axes[0].patches] == [
+        to_rgba(COMPARED), to_rgba(OURS)
+    ]  # fmt: skip
+    assert [text.get_text() for text in figure.legends[0].texts] == [
+        "your plan",
+        "compared with it",
+    ]
+
+
+def test_the_timeline_shows_lengths() -> None:
+    events = [("4 x 512", 0, 6), ("1 x 8192", 6, 6.5), ("bubble", 6.5, 8)]
+    rows = [
+        {"plan_of": "ours", "replica": "0", "layout": "<1,2>", "what": what,
+         "start_s": str(start), "end_s": str(end)}
+        for what, start, end in events
+    ]  # fmt: skip
+    axes, scale = PICTURES["timeline"][1](rows).axes
+    assert [text.get_text() for text in axes.texts] == ["4×512", "8192"]
+    short, long, bubble = (bar.get_facecolor() for bar in axes.patches)
+    assert sum(short[:3]) > sum(long[:3]) and bubble == to_rgba(GROUND)
+    assert "padded length" in scale.get_ylabel()
 
 
 def test_an_interval_is_one_cell_of_the_page(experiment: Path) -> None:

@@ -12,7 +12,13 @@ from lobra.common.errors import ConfigError, Problems
 from lobra.common.models import read_as
 from lobra.layout.plan import PlanEntry
 from lobra.report.run_plans import plan_parts
-from lobra.trainer.run_config import PlanPeriod, RunConfig, plan_history, read_run_config
+from lobra.trainer.run_config import (
+    PlanPeriod,
+    RunConfig,
+    plan_history,
+    read_run_config,
+    resume_history,
+)
 
 ONE = [{"dp": 1, "tp": 1, "pp": 1, "max_tokens": 64}]
 TWO = [{"dp": 2, "tp": 1, "pp": 1, "max_tokens": 64}]
@@ -67,6 +73,19 @@ def test_a_run_s_plans_are_remembered(tmp_path: Path) -> None:
     write(tmp_path, MIXED, plans)
     other = plan_history(tmp_path, now(9, MIXED, "fp64"))
     assert [period.precision for period in other] == ["fp32", "fp32", "fp64"]
+
+
+def test_a_run_s_resumes_are_remembered(tmp_path: Path) -> None:
+    assert resume_history(tmp_path, None) == []
+    for earlier, step, expected in (
+        ({"resumed_at": 3}, 7, [3, 7]),  # of an older version
+        ({"resumes": [3, 7]}, 7, [3, 7]),
+        ({"resumes": [3, 7]}, 5, [3, 5]),  # steps that are made again
+    ):
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config(ONE, **earlier)))
+        assert resume_history(tmp_path, step) == expected
+    (tmp_path / "config.yaml").unlink()
+    assert resume_history(tmp_path, 7) == [7]
 
 
 def test_a_folder_of_an_older_version_or_without_a_config(
