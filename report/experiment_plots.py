@@ -9,6 +9,7 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lobra.report.experiment_tables import YOURS, Tables
 from lobra.report.style import (
     BLACK,
     COMPARED,
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = Mapping[str, str]
-Tables = Mapping[str, Sequence[Row]]
 HOLLOW: dict[str, Any] = {"markerfacecolor": "white", "markeredgewidth": 1.3}  # of published values
 INTERVAL: dict[str, Any] = {"ecolor": "0.15", "elinewidth": 1.0, "capsize": 2.5}
 # The looks of methods and plans, the same in every picture, drawn in this order, ours on top.
@@ -99,14 +99,14 @@ def _cost_bars(rows: Sequence[Row], names: Sequence[str], colours: Sequence[str]
 def _methods(rows: Sequence[Row]) -> Figure:
     from matplotlib.patches import Patch
 
-    ours = [row.get("of_plan") == "True" or row["method"].startswith("our") for row in rows]
+    whose = YOURS if any(row["method"].startswith(YOURS) for row in rows) else "our plan"
+    ours = [row["method"].startswith(whose) for row in rows]
     colours = [OURS if own else COMPARED for own in ours]
     figure = _cost_bars(rows, [row["method"] for row in rows], colours)
     (axes,) = figure.axes
     for place, row in enumerate(rows):
         end = float(row["gpu_seconds_high"])
         axes.text(end, place, f"  {float(row['gpu_seconds']):,.0f}", va="center")
-    whose = "your plan" if any(row.get("of_plan") for row in rows) else "our plan"
     if any(ours) and not all(ours):
         handles = [Patch(color=OURS, label=whose), Patch(color=COMPARED, label="compared with it")]
         figure.legend(handles=handles, loc="outside upper left", ncols=2)

@@ -11,6 +11,7 @@ from lobra.common.errors import ConfigError
 from lobra.layout.trace import FIRST_STAGE_ROW, TRACE_FILE
 from lobra.report.intervals import reach_of_mean
 
+YOURS = "your plan"  # begins the names of what was simulated on the plan itself
 ABOUT, SIMULATION = "provenance.json", "simulation.json"
 Tables = dict[str, list[dict[str, str]]]
 
@@ -79,8 +80,7 @@ def _read_simulation(folder: Path) -> tuple[dict[str, Any], Tables]:
         mean = float(run["gpu_seconds"])
         methods.append(
             {
-                "method": str(run["name"]),
-                "of_plan": str(run.get("of_plan", "")),
+                "method": f"{YOURS}: {run['name']}" if run.get("of_plan") else str(run["name"]),
                 "plan": str(run["plan"]),
                 "num_gpus": str(run["num_gpus"]),
                 "steps": str(run["steps"]),

@@ -25,6 +25,7 @@ from lobra.planner.dispatch import dispatch
 from lobra.planner.simulate import Simulation
 from lobra.planner.timeline import timeline
 from lobra.profiler.capacity import memory_profile_for
+from lobra.report.experiment_tables import YOURS
 
 
 @as_options
@@ -104,7 +105,7 @@ def simulate(*, options: SimulateOptions) -> int:
         left_out += [] if options.no_baselines else others
     summaries = [{**run.summary(), "of_plan": place >= compared} for place, run in enumerate(runs)]
     console.print(_table(summaries))
-    console.print(f"your plan: {plan}")
+    console.print(f"{YOURS}: {plan}")
     for entry in summaries:
         if not entry["of_plan"]:
             console.print(f"{entry['name']}: {entry['plan']}")
@@ -132,7 +133,7 @@ def _table(summaries: list[dict[str, Any]]) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     for entry in summaries:
         table.add_row(
-            f"your plan: {entry['name']}" if entry["of_plan"] else entry["name"],
+            f"{YOURS}: {entry['name']}" if entry["of_plan"] else entry["name"],
             *(f"{entry[key]:.2f}" for key in ("mean_s", "p50_s", "p99_s")),
             f"{entry['gpu_seconds']:.1f}",
             *(f"{100 * entry[key]:.1f}" for key in ("idle", "padding")),

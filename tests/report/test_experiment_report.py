@@ -84,7 +84,7 @@ def test_folder_of_experiments_reports_each(experiment: Path) -> None:
 
 def test_folder_of_a_simulation_has_the_same_tables(tmp_path: Path) -> None:
     run = {"name": "balanced", "plan": "<1,2>x1", "num_gpus": 2, "steps": 2, "mean_s": 2.0}
-    run |= {"gpu_seconds": 4.0, "idle": 0.1, "padding": 0.2}
+    run |= {"gpu_seconds": 4.0, "idle": 0.1, "padding": 0.2, "of_plan": True}
     (tmp_path / "simulation.json").write_text(json.dumps([run]), encoding="utf-8")
     steps = [{"name": "balanced", "step": k, "gpu_seconds": 3.0 + 2 * k} for k in range(2)]
     write_csv(tmp_path / "steps.csv", steps)  # type: ignore[arg-type]
@@ -93,6 +93,7 @@ def test_folder_of_a_simulation_has_the_same_tables(tmp_path: Path) -> None:
     (tmp_path / TRACE_FILE).write_text(trace_text([replica]), encoding="utf-8")
     _, tables = read_experiment(tmp_path)
     (method,) = tables["methods"]
+    assert method["method"] == "your plan: balanced"
     # two values one from their mean: Student's interval of one degree of freedom
     assert float(method["gpu_seconds_high"]) - 4.0 == pytest.approx(12.7062, abs=1e-3)
     (only,) = tables["timeline"]
@@ -136,8 +137,8 @@ def test_no_bar_stands_on_a_logarithmic_axis(project_root: Path) -> None:
 
 def test_your_plan_has_a_colour_of_its_own() -> None:
     rows = [
-        {"method": "Task-Fused", "of_plan": "False", **TEXTS},
-        {"method": "balanced", "of_plan": "True", **TEXTS},
+        {"method": "Task-Fused", **TEXTS},
+        {"method": "your plan: balanced", **TEXTS},
     ]
     figure = PICTURES["gpu_seconds"][1](rows)
     assert [bar.get_facecolor() for bar in figure.axes[0].patches] == [
