@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from math import ceil, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ FOLDER = "report"
 SMOOTHING = 0.8  # of the loss curves; single steps are drawn faintly behind
 MOST_COLUMNS = 4  # of panels beside each other
 MOST_ROWS_NAMED = 24  # of replicas
+STEPS_SHOWN = 12  # by the timeline
 LONGEST_NAME = 28  # above a panel
 ROOM_FOR_SHARE = 7  # per cent: what a bar must be long to have its number in it
 RESUMED: dict[str, Any] = {"color": "0.45", "linewidth": 0.9, "linestyle": ":"}
@@ -36,7 +38,7 @@ PLAN_CHANGED: dict[str, Any] = {"color": "0.25", "linewidth": 0.9, "linestyle": 
 
 
 def plot_run(folder: Path, parts: Sequence[PlanPart], resumes: Sequence[int] = ()) -> list[Path]:
-    """Write losses.png, step_time.png and replicas.png under `folder`/report; return them.
+    """Write a run's pictures under `folder`/report; return them.
 
     `resumes` are the steps (0-based) at which the run went on after it had stopped.
     """
@@ -45,6 +47,7 @@ def plot_run(folder: Path, parts: Sequence[PlanPart], resumes: Sequence[int] = (
         draw(out / "losses.png", lambda: losses(parts, resumes)),
         draw(out / "step_time.png", lambda: step_times(parts, resumes)),
         draw(out / "replicas.png", lambda: replicas(parts)),
+        draw(out / "timeline.png", lambda: timeline(parts[-1])),
     ]
 
 
@@ -136,9 +139,7 @@ def step_times(parts: Sequence[PlanPart], resumes: Sequence[int] = ()) -> Figure
 
 def replicas(parts: Sequence[PlanPart]) -> Figure:
     """Return what part of a plan's steps each of its replicas computed, each plan in a panel."""
-    from matplotlib.patches import Patch
-
-    heights = [0.25 * min(len(part.layouts), 2 * MOST_ROWS_NAMED) + 0.15 for part in parts]
+    heights = [_height_in(part) for part in parts]
     figure = make_figure(8.0, sum(heights) + 0.45 * len(parts) + 0.9)
     panels = figure.subplots(len(parts), 1, squeeze=False, sharex=True, height_ratios=heights)
     for axes, part in zip(panels.flat, parts, strict=True):
@@ -150,10 +151,7 @@ def replicas(parts: Sequence[PlanPart]) -> Figure:
         rows = range(len(busy))
         axes.barh(rows, [100] * len(busy), color=GROUND)
         axes.barh(rows, busy, color=OURS)
-        lie_down(axes, [f"{index} {layout}" for index, layout in enumerate(part.layouts)])
-        every = ceil(len(busy) / MOST_ROWS_NAMED)
-        axes.set_yticks(rows[::every], axes.get_yticklabels()[::every])
-        for row in rows[::every]:
+        for row in _name_replicas(axes, part):
             inside = busy[row] > ROOM_FOR_SHARE
             looks = {"color": "white", "ha": "right"} if inside else {"ha": "left"}
             place = busy[row] + (-0.7 if inside else 0.7)
@@ -162,7 +160,53 @@ def replicas(parts: Sequence[PlanPart]) -> Figure:
         axes.set_title(part.title)
     axes.set_xlabel("share of the steps' time (%)")
     figure.supylabel("replica", fontsize="medium")
+    _explain_bars(figure)
+    return figure
+
+
+def timeline(part: PlanPart) -> Figure:
+    """Return what each replica did in a plan's last steps: computed, then waited for the others."""
+    steps = part.steps[-STEPS_SHOWN:]
+    ends_s = list(accumulate(step["step_time_s"] for step in steps))
+    starts_s = [0.0, *ends_s[:-1]]
+    figure = make_figure(9.5, _height_in(part) + 1.3)
+    axes = figure.add_subplot()
+    rows = range(len(part.layouts))
+    axes.barh(rows, [ends_s[-1]] * len(rows), color=GROUND)
+    for step, start_s, end_s in zip(steps, starts_s, ends_s, strict=True):
+        busy_s = [replica["busy_s"] for replica in step["replicas"]]
+        axes.barh(rows, busy_s, left=start_s, color=OURS)
+        axes.axvline(end_s, color="white", linewidth=1.5)
+        place = ((start_s + end_s) / 2, 1.0)
+        axes.annotate(
+            str(step["step"] + 1), place, xycoords=("data", "axes fraction"), ha="center",
+            va="bottom", fontsize="small",
+        )  # fmt: skip
+    _name_replicas(axes, part)
+    axes.set_xlim(0, ends_s[-1])
+    axes.set_xlabel(f"time of the last {len(steps)} steps, numbered above (s)\n{part.plan}")
+    axes.set_ylabel("replica")
+    _explain_bars(figure)
+    return figure
+
+
+def _height_in(part: PlanPart) -> float:
+    """Return the height of a panel with a row for every replica of a plan."""
+    return 0.25 * min(len(part.layouts), 2 * MOST_ROWS_NAMED) + 0.15
+
+
+def _name_replicas(axes: Axes, part: PlanPart) -> range:
+    """Name the rows of a plan's replicas, if they are many only some; return which."""
+    names = [f"{index} {layout}" for index, layout in enumerate(part.layouts)]
+    lie_down(axes, names)
+    named = range(0, len(names), ceil(len(names) / MOST_ROWS_NAMED))
+    axes.set_yticks(named, names[:: named.step])
+    return named
+
+
+def _explain_bars(figure: Figure) -> None:
+    from matplotlib.patches import Patch
+
     handles = [Patch(color=OURS), Patch(color=GROUND)]
     labels = ["computing", "waiting, gradient reduction, optimiser"]
     figure.legend(handles, labels, loc="outside upper left", ncols=2)
-    return figure

@@ -19,6 +19,7 @@ from lobra.report.run_plots import (
     replicas,
     smoothed,
     step_times,
+    timeline,
 )
 from lobra.report.run_summary import run_parts
 from lobra.report.style import STYLE
@@ -88,9 +89,22 @@ def test_each_plan_has_a_panel_of_its_replicas(parts: list[PlanPart]) -> None:
     assert len(replicas(many).axes) == 1
 
 
+def test_the_time_line_has_the_last_steps_as_they_were(parts: list[PlanPart]) -> None:
+    part = parts[1]
+    (axes,) = timeline(part).axes
+    assert [text.get_text() for text in axes.texts] == [str(step) for step in range(69, 81)]
+    bars = axes.patches[len(part.layouts) :: len(part.layouts)]  # of replica 0
+    end_s = 0.0
+    for bar, step in zip(bars, part.steps[-12:], strict=True):
+        assert bar.get_x() == pytest.approx(end_s)
+        assert bar.get_width() == pytest.approx(step["replicas"][0]["busy_s"])
+        end_s += step["step_time_s"]
+    assert axes.get_xlim() == pytest.approx((0, end_s))
+
+
 def test_nothing_of_a_picture_is_cut_off(parts: list[PlanPart]) -> None:
     """Every text lies within the picture, every point of a curve within its panel."""
-    for figure in (losses(parts, [20]), step_times(parts), replicas(parts)):
+    for figure in (losses(parts, [20]), step_times(parts), replicas(parts), timeline(parts[1])):
         figure.draw_without_rendering()
         width, height = figure.canvas.get_width_height()
         for axes in figure.axes:
@@ -108,7 +122,8 @@ def test_nothing_of_a_picture_is_cut_off(parts: list[PlanPart]) -> None:
 def test_a_run_of_few_steps_has_pictures_too(tmp_path: Path, steps: int) -> None:
     folder = write_run(tmp_path / "run", ["only"], steps)
     written = plot_run(folder, run_parts(folder), read_run_config(folder).known_resumes)
-    assert [path.name for path in written] == ["losses.png", "step_time.png", "replicas.png"]
+    names = ["losses.png", "step_time.png", "replicas.png", "timeline.png"]
+    assert [path.name for path in written] == names
     assert all(path.stat().st_size > 1000 for path in written)
 
 
