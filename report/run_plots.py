@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 from math import ceil, sqrt
 from pathlib import Path
@@ -76,7 +77,7 @@ def losses(parts: Sequence[PlanPart], resumes: Sequence[int] = ()) -> Figure:
             at,
             smoothed(training),
             color=OURS,
-            label=f"training, smoothed (exponential average, {SMOOTHING} of the past)",
+            label=f"smoothed (exponential average, {SMOOTHING})",
         )
         at, validation = _values(steps, name, "validation_loss")
         if at:
@@ -128,8 +129,11 @@ def step_times(parts: Sequence[PlanPart], resumes: Sequence[int] = ()) -> Figure
     whole_numbers(axes)
     if len(parts) > 1:
         for part in parts:
-            place = (part.steps[0]["step"] + 0.7, 1.0)
-            axes.annotate(str(part.number), place, xycoords=("data", "axes fraction"), va="bottom")
+            begin = max(part.steps[0]["step"] + 0.5, axes.get_xlim()[0])
+            axes.annotate(
+                str(part.number), (begin, 1.0), xycoords=("data", "axes fraction"),
+                xytext=(2, 0), textcoords="offset points", va="bottom",
+            )  # fmt: skip
     plans = [part.title for part in parts] if len(parts) > 1 else []
     axes.set_xlabel("\n".join(["step", *plans]))
     axes.set_ylabel("step time (s)")
@@ -166,14 +170,14 @@ def replicas(parts: Sequence[PlanPart]) -> Figure:
 
 def timeline(part: PlanPart) -> Figure:
     """Return what each replica did in a plan's last steps: computed, then waited for the others."""
-    steps = part.steps[-STEPS_SHOWN:]
-    ends_s = list(accumulate(step["step_time_s"] for step in steps))
+    part = replace(part, steps=part.steps[-STEPS_SHOWN:])
+    ends_s = list(accumulate(step["step_time_s"] for step in part.steps))
     starts_s = [0.0, *ends_s[:-1]]
     figure = make_figure(9.5, _height_in(part) + 1.3)
     axes = figure.add_subplot()
     rows = range(len(part.layouts))
     axes.barh(rows, [ends_s[-1]] * len(rows), color=GROUND)
-    for step, start_s, end_s in zip(steps, starts_s, ends_s, strict=True):
+    for step, start_s, end_s in zip(part.steps, starts_s, ends_s, strict=True):
         busy_s = [replica["busy_s"] for replica in step["replicas"]]
         axes.barh(rows, busy_s, left=start_s, color=OURS)
         axes.axvline(end_s, color="white", linewidth=1.5)
@@ -184,7 +188,7 @@ def timeline(part: PlanPart) -> Figure:
         )  # fmt: skip
     _name_replicas(axes, part)
     axes.set_xlim(0, ends_s[-1])
-    axes.set_xlabel(f"time of the last {len(steps)} steps, numbered above (s)\n{part.plan}")
+    axes.set_xlabel(f"time (s)\n{part.title}")
     axes.set_ylabel("replica")
     _explain_bars(figure)
     return figure

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from matplotlib import rc_context
@@ -44,6 +46,10 @@ def style() -> Iterator[None]:
         yield
 
 
+def only_two_tasks(step: dict[str, Any]) -> dict[str, Any]:
+    return {**step, "tasks": {name: step["tasks"][name] for name in ("task_0", "task_1")}}
+
+
 def panels(figure: Figure) -> dict[str, list[str]]:
     """Return which curves there are in every panel, by its title."""
     return {
@@ -57,9 +63,7 @@ def test_each_task_has_a_panel_with_its_validation(parts: list[PlanPart]) -> Non
     shown = panels(figure)
     assert len(shown) == 12 and "a_customer_s_v…2026_11_26_v7" in shown
     for axes, curves in zip(figure.axes, shown.values(), strict=True):
-        assert (
-            curves[0] == "training" and f"smoothed (exponential average, {SMOOTHING}" in curves[1]
-        )
+        assert curves[:2] == ["training", f"smoothed (exponential average, {SMOOTHING})"]
         assert curves[2] == "validation"
         training, _, validation = axes.lines[:3]
         assert len(training.get_xdata()) == 80
@@ -104,13 +108,18 @@ def test_the_time_line_has_the_last_steps_as_they_were(parts: list[PlanPart]) ->
 
 def test_nothing_of_a_picture_is_cut_off(parts: list[PlanPart]) -> None:
     """Every text lies within the picture, every point of a curve within its panel."""
-    for figure in (losses(parts, [20]), step_times(parts), replicas(parts), timeline(parts[1])):
+    two = [replace(part, steps=tuple(map(only_two_tasks, part.steps))) for part in parts]
+    for figure in (
+        *(losses(parts, [20]), losses(two, [20]), step_times(parts, [20])),
+        *(replicas(parts), timeline(parts[1])),
+    ):
         figure.draw_without_rendering()
         width, height = figure.canvas.get_width_height()
-        for axes in figure.axes:
+        for axes in (*figure.legends, *figure.axes):
             box = axes.get_tightbbox()
             assert box is not None
             assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width + 1 and box.y1 <= height + 1
+        for axes in figure.axes:
             (low, high), (left, right) = sorted(axes.get_ylim()), sorted(axes.get_xlim())
             for line in axes.lines:
                 if line.get_transform() == axes.transData:
