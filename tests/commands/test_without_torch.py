@@ -35,7 +35,6 @@ WORKFLOW: tuple[tuple[tuple[str, ...], int], ...] = (
     (("--install-completion", "--shell", "bash", "--output", "completion"), 0),
     (("train", "--help"), 2),
     (("profile", "time", "--model", "tiny", "--tp", "1", "--device", "cpu"), 2),
-    (("data", "show", "--model", "tiny", "--trainer-config", "quickstart"), 2),
 )  # fmt: skip
 
 
