@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lobra.layout.layout import ADAPTER_HIDDEN
 from lobra.model.adapter import AdapterSpec, Site
 from lobra.model.base_linear import BaseLinear, Shard
 from lobra.model.dropout import feature_keys
@@ -196,11 +197,12 @@ class _Products(torch.autograd.Function):
         ctx: Any, x: Tensor, _: Tensor | None, stack: Stack, tasks: TokenTasks, parts: list[Part]
     ) -> tuple[Tensor, ...]:
         ctx.stack, ctx.tasks = stack, tasks
-        x_Ni = _by_token(x)
-        hidden = []
-        for part in parts:
-            factors = part.draw_keep_factors() if part.draw_keep_factors else []
-            hidden.append(_hidden(part, x_Ni[part.tokens], factors))
+
+        def all_hidden() -> tuple[Tensor, ...]:
+            x_Ni = _by_token(x)
+            return tuple(_hidden(part, x_Ni[part.tokens]) for part in parts)
+
+        hidden = kept(ADAPTER_HIDDEN, all_hidden)
         ctx.save_for_backward(*([x, *hidden] if hidden else []))
 
         def products() -> tuple[Tensor, ...]:
@@ -227,9 +229,8 @@ class _Products(torch.autograd.Function):
             x_Ni = _by_token(x)
         for part, h_nR in zip(parts, saved, strict=True):
             n = part.tokens
-            factors = part.draw_keep_factors() if part.draw_keep_factors else []
             dx_ni = None if dx_Ni is None else dx_Ni[n]
-            _add_gradients(part, x_Ni[n], h_nR, [dy_No[n] for dy_No in dys_No], factors, dx_ni)
+            _add_gradients(part, x_Ni[n], h_nR, [dy_No[n] for dy_No in dys_No], dx_ni)
         dx = None if dx_Ni is None else dx_Ni.view(*gradients[0].shape[:-1], -1)
         return dx, None, None, None, None
 
@@ -238,12 +239,12 @@ def _by_token(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _hidden(part: Part, x_ni: Tensor, keep_factors: Sequence[Tensor]) -> Tensor:
+def _hidden(part: Part, x_ni: Tensor) -> Tensor:
     """Return the part's scaled x A^T, [n, R]."""
     A_Ri, outputs = part.factors.A_Ri, part.factors.outputs
-    if keep_factors:
+    if part.draw_keep_factors:
         h_nR = x_ni.new_empty(len(x_ni), len(A_Ri))
-        for output, keep_ni in zip(outputs, keep_factors, strict=True):
+        for output, keep_ni in zip(outputs, part.draw_keep_factors(), strict=True):
             torch.mm(x_ni * keep_ni, A_Ri[output.columns].t(), out=h_nR[:, output.columns])
     else:
         h_nR = x_ni @ A_Ri.t()
@@ -251,9 +252,8 @@ def _hidden(part: Part, x_ni: Tensor, keep_factors: Sequence[Tensor]) -> Tensor:
 
 
 def _add_gradients(
-    part: Part, x_ni: Tensor, h_nR: Tensor, dys_no: Sequence[Tensor],
-    keep_factors: Sequence[Tensor], dx_ni: Tensor | None,
-) -> None:  # fmt: skip
+    part: Part, x_ni: Tensor, h_nR: Tensor, dys_no: Sequence[Tensor], dx_ni: Tensor | None
+) -> None:
     """Add the gradients of A and B into the slots and, if it is wanted, x's to `dx_ni`."""
     A_Ri, outputs = part.factors.A_Ri, part.factors.outputs
     dh_nR = torch.empty_like(h_nR)
@@ -263,13 +263,13 @@ def _add_gradients(
     owed: list[tuple[Tensor, Tensor]] = []
     for output in outputs:
         owed += _add_product(output.gradients, h_nR[:, output.columns], dys_no[output.linear])
-    if not keep_factors:
+    if not part.draw_keep_factors:
         owed += _add_product(part.factors.gradients, dh_nR, x_ni)
         if dx_ni is not None:
             dx_ni.addmm_(dh_nR, A_Ri)
     else:
         dA = []
-        for output, keep_ni in zip(outputs, keep_factors, strict=True):
+        for output, keep_ni in zip(outputs, part.draw_keep_factors(), strict=True):
             dh_nr = dh_nR[:, output.columns]
             dA.append(dh_nr.t() @ (x_ni * keep_ni))
             if dx_ni is not None:
