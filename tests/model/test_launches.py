@@ -128,7 +128,7 @@ def stage_without_values(folder: Path, policy: str | None, num_tasks: int) -> St
     stage.to("meta")
     for stack in stage.stacks:
         stack.device = stage.device
-    specs = {number: AdapterSpec(f"task {number}", 2, 4.0, MODULES) for number in range(num_tasks)}
+    specs = {number: AdapterSpec(f"task {number}", 16, 4.0, MODULES) for number in range(num_tasks)}
     stage.install(specs)
     fuse_modules(stage.decoder)
     if policy is not None:
