@@ -29,7 +29,7 @@ class LayerMemory:
     Attributes
     ----------
     lora_rank
-        The largest of the adapters', which are on every linear.
+        Of the adapters a token goes through, which are on every linear.
     memory
         The memory policy.
     sequence_parallel
