@@ -1,10 +1,9 @@
 """A stack that computes all tasks at once: few launches, whatever the number of tasks.
 
 The way on a GPU, which would wait for launches. All A of the stack are one matrix, and all B of a
-linear; what is of another task than the token's is multiplied by zero. Tasks that a
-large micro-batch lacks are left out of the matrices, and where there are many, a few at a time are
-computed together.
-As zero times infinity is not zero, a task whose numbers are not finite spoils those of all in its
+linear; what is of another task than the token's is multiplied by zero. Tasks that a large
+micro-batch lacks are left out of the matrices, and of many tasks a few at a time are computed. As
+zero times infinity is not zero, a task whose numbers are not finite spoils those of all in its
 micro-batch; such a step is computed again with tasks apart.
 """
 
