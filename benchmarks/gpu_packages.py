@@ -16,10 +16,10 @@ from pathlib import Path
 
 SETUP = Path(__file__).resolve().parent.parent / "setup.py"
 
-# Importable names; of what deepspeed and ortools need themselves, what is rarely there already.
+# Importable names of what the parts import themselves.
 MODEL = ("numpy", "scipy", "torch", "transformers", "safetensors", "yaml")
 MODEL += ("cyclopts", "pydantic", "rich")
-TRAINER = (*MODEL, "deepspeed", "hjson", "ortools", "immutabledict")
+TRAINER = (*MODEL, "deepspeed", "ortools")
 TESTS = (*TRAINER, "tokenizers", "peft", "pytest")
 NEEDED = {
     "tests": (*TESTS, "hypothesis"),
@@ -61,9 +61,9 @@ def message(parts: dict[str, list[str]]) -> str:
     return (
         f"This Python, {platform.python_version()}, lacks {', '.join(requirements(modules))}.\n"
         f"Left out for that: {', '.join(parts)}.\n"
-        f"Where there is a network, install these for it into a folder, with what they need but "
-        f"without torch\n(pip install --no-deps --target FOLDER ...), and run again with "
-        f"PYTHONPATH=FOLDER."
+        f"Where there is a network and the same Python: pip install --target FOLDER ..., and\n"
+        f"delete torch, triton and nvidia from FOLDER, or they hide the GPU machine's own.\n"
+        f"There, run again with PYTHONPATH=FOLDER."
     )
 
 
