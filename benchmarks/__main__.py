@@ -30,7 +30,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 HELP = "The measurements behind the dated pages of docs/results."
 SUBJECTS = {
     "activation_bytes": "what a token and layer keeps for the backward pass, by memory policy",
-    "adapted_linear": "linears with the adapters of several tasks: both stacks against plain torch",
+    "adapted_linear": "linears with the adapters of several tasks, by every way to compute them",
     "baselines": "ours, tensor parallel, FSDP2 and a pipeline as real trainers of one adapter",
     "equality": "adapters trained jointly by us, against PEFT's trained alone",
     "loss_memory": "peak memory and time of the loss, whole and in parts",

@@ -1,9 +1,17 @@
-"""The linears of one input with the adapters of several tasks: both stacks against plain torch.
+"""The linears of one input with the adapters of several tasks, by every way to compute them.
 
 Forward and backward of two frozen linears that share an input (such as gate and up), on a
-micro-batch whose rows are of 1, 4 or 12 tasks, each with an adapter. "Plain" slices each task's
-rows, adds the low-rank update and joins the parts, and leaves the rest to autograd. All are run in
-turn; the rows are medians and their ratios. Rows of four tokens show what a call costs by itself.
+micro-batch whose rows are of several tasks, each with an adapter. Ways:
+
+    base      the frozen linears alone
+    segments  task by task, the way on a CPU
+    joint     all tasks at once, at most 256 ranks, the way on a GPU
+    whole     the same, however many ranks they have
+    grouped   torch's grouped products, the rest left to autograd
+    plain     each task's rows sliced, updated and joined, the rest left to autograd
+
+All are run in turn; rows are medians in ms. Rows of four tokens show what a call costs by itself.
+On a GPU the sizes are those of an 8B model, in bf16.
 """
 
 from __future__ import annotations
@@ -14,6 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from lobra.layout.shapes import ModelShape
@@ -23,16 +32,33 @@ from lobra.model.joint_stack import JointStack
 from lobra.model.segment_stack import SegmentStack
 from lobra.model.sharded_layer import linear_shards
 from lobra.model.slot import Slot
-from lobra.model.stack import AdaptedLinear
+from lobra.model.stack import AdaptedLinear, Stack
 from lobra.model.token_tasks import Segment, Selection, TokenTasks
 
 MODULES = ("gate_proj", "up_proj")
-SIZES = ((12, 4, 16, 16, 4), (24, 128, 512, 512, 16), (24, 128, 512, 1376, 16))  # B, S, I, O, rank
+# B, S, I, O, rank
+SIZES = {
+    "cpu": ((12, 4, 16, 16, 4), (24, 128, 512, 512, 16), (24, 128, 512, 1376, 16)),
+    "cuda": ((64, 128, 4096, 14336, 16),),
+}
+TASKS = {"cpu": (1, 4, 12), "cuda": (1, 4, 16, 32, 64)}
+
+Run = Callable[[], None]
 
 
-def make(size: tuple[int, ...], num_tasks: int, device: torch.device) -> list[Callable[[], None]]:
-    """Return a forward and backward pass of the segment stack, of the joint stack, and of plain."""
+class WholeStack(JointStack):
+    """Computes any number of ranks at once."""
+
+    most_ranks = 1 << 30
+
+
+STACKS = {"segments": SegmentStack, "joint": JointStack, "whole": WholeStack}
+
+
+def make(size: tuple[int, ...], num_tasks: int, device: torch.device) -> dict[str, Run]:
+    """Return a forward and backward pass by every way."""
     num_rows, length, inputs, outputs, rank = size
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     shape = ModelShape("one", 1, inputs, outputs, 1, 1, inputs, 1)
     tokens = num_rows * length // num_tasks
     segments = tuple(Segment(task, task * tokens, (task + 1) * tokens) for task in range(num_tasks))
@@ -41,48 +67,63 @@ def make(size: tuple[int, ...], num_tasks: int, device: torch.device) -> list[Ca
         task: Slot(task, spec, shape, range(1), torch.float32, device)
         for task, spec in enumerate(specs)
     }
-    weights = [torch.randn(outputs, inputs, device=device) for _ in MODULES]
-    x_BSi = torch.randn(num_rows, length, inputs, device=device, requires_grad=True)
-    dy_BSo = torch.randn(num_rows, length, outputs, device=device)
+    like = {"device": device, "dtype": dtype}
+    weights = [torch.randn(outputs, inputs, **like) for _ in MODULES]
+    x_BSi = torch.randn(num_rows, length, inputs, **like, requires_grad=True)
+    dy_BSo = torch.randn(num_rows, length, outputs, **like)
+    ends = torch.tensor([segment.stop for segment in segments], dtype=torch.int32, device=device)
+    # Of each linear [tasks, r, i] and [tasks, r, o]: rows A of both linears, then B of both.
+    A, B = (
+        [
+            torch.stack([slot.layout.rows(slot.weights, tensors[place]) for slot in slots.values()])
+            .to(dtype)
+            .requires_grad_()
+            for place in places
+        ]
+        for tensors in [slots[0].layout.tensors]
+        for places in ((0, 1), (2, 3))
+    )
 
-    def stacked(way: type[SegmentStack | JointStack]) -> Callable[[], None]:
+    def stacked(way: type[Stack]) -> Run:
         shards = [linear_shards(shape, 1, 0)[module] for module in MODULES]
         stack = way(
             [Site(0, module, inputs, outputs) for module in MODULES], shards,
             [DenseLinear(weight, None) for weight in weights],
-            Selection(TokenTasks(segments)), torch.float32, device,
+            Selection(TokenTasks(segments)), dtype, device,
         )  # fmt: skip
         stack.arrange(slots)
-        linears = [AdaptedLinear(stack, linear) for linear in range(len(MODULES))]
+        return passes(lambda linear: AdaptedLinear(stack, linear)(x_BSi))
 
-        def run() -> None:
-            torch.autograd.backward([linear(x_BSi) for linear in linears], [dy_BSo] * 2)
+    def passes(output: Callable[[int], Tensor]) -> Run:
+        return lambda: torch.autograd.backward(
+            [output(linear).view_as(dy_BSo) for linear in range(len(MODULES))],
+            [dy_BSo] * len(MODULES),
+        )
 
-        return run
+    def base(linear: int) -> Tensor:
+        return functional.linear(x_BSi, weights[linear])
 
-    factors = {
-        task: [
-            slot.layout.rows(slot.weights.clone(), tensor).detach().requires_grad_(True)
-            for tensor in slot.layout.tensors
-        ]
-        for task, slot in slots.items()
+    def grouped(linear: int) -> Tensor:
+        h_Nr = functional.grouped_mm(x_BSi.flatten(0, 1), A[linear].transpose(1, 2), offs=ends)
+        return base(linear).flatten(0, 1) + functional.grouped_mm(h_Nr, B[linear], offs=ends)
+
+    def plain(linear: int) -> Tensor:
+        x_Ni, y_No, parts = x_BSi.flatten(0, 1), base(linear).flatten(0, 1), []
+        for segment in segments:
+            rows = slice(segment.start, segment.stop)
+            update = x_Ni[rows] @ A[linear][segment.number].t() @ B[linear][segment.number]
+            parts.append(y_No[rows] + update)
+        return torch.cat(parts)
+
+    return {
+        "base": passes(base),
+        **{name: stacked(way) for name, way in STACKS.items()},
+        "grouped": passes(grouped),
+        "plain": passes(plain),
     }
 
-    def plain() -> None:
-        x_Ni, ys = x_BSi.flatten(0, 1), []
-        for linear, weight in enumerate(weights):
-            y_No, parts = functional.linear(x_Ni, weight), []
-            for segment in segments:
-                rows = slice(segment.start, segment.stop)
-                A_ri, B_ro = (factors[segment.number][place] for place in (linear, 2 + linear))
-                parts.append(y_No[rows] + x_Ni[rows] @ A_ri.t() @ B_ro)
-            ys.append(torch.cat(parts).view_as(dy_BSo))
-        torch.autograd.backward(ys, [dy_BSo] * 2)
 
-    return [stacked(SegmentStack), stacked(JointStack), plain]
-
-
-def seconds(run: Callable[[], None], device: torch.device) -> float:
+def seconds(run: Run, device: torch.device) -> float:
     """Return what one run takes."""
     begin = time.perf_counter()
     run()
@@ -103,18 +144,13 @@ def adapted_linear(
     repeats
         Of forward and backward; ten times as many of the smallest size.
     """
-    for size in SIZES:
-        for num_tasks in (1, 4, 12):
+    for size in SIZES[device]:
+        for num_tasks in TASKS[device]:
             runs = make(size, num_tasks, torch.device(device))
             count = repeats * (10 if size[1] < 16 else 1)
-            times = [[seconds(run, torch.device(device)) for run in runs] for _ in range(count)]
-            segments_ms, joint_ms, plain_ms = (1e3 * np.median(times, axis=0)).tolist()
+            times = [
+                [seconds(run, torch.device(device)) for run in runs.values()] for _ in range(count)
+            ]
+            medians_ms = (1e3 * np.median(times, axis=0)).tolist()
             shape = dict(zip(("B", "S", "I", "O", "rank"), size, strict=True))
-            yield shape | {
-                "tasks": num_tasks,
-                "segments ms": segments_ms,
-                "joint ms": joint_ms,
-                "plain ms": plain_ms,
-                "segments / plain": segments_ms / plain_ms,
-                "joint / plain": joint_ms / plain_ms,
-            }
+            yield shape | {"tasks": num_tasks} | dict(zip(runs, medians_ms, strict=True))

@@ -16,6 +16,7 @@ from typing import Any
 from lobra.common.files import write_atomic
 
 NOTHING_TO_TEST = 5  # pytest's status
+LEFT_OUT = 127  # gpu.sh's
 TOO_LATE = (124, 137)  # timeout's
 
 
@@ -39,6 +40,8 @@ def how_it_ended(status: int) -> str:
         return "ok"
     if status == NOTHING_TO_TEST:
         return "there was nothing to test"
+    if status == LEFT_OUT:
+        return "left out, as packages are missing"
     return "out of time" if status in TOO_LATE else f"failed with {status}"
 
 

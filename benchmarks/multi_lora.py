@@ -19,7 +19,7 @@ keeps what there is.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.sides.base import PackedBase
-from benchmarks.sides.bench import Bench
+from benchmarks.sides.bench import Bench, Builders
 from benchmarks.sides.job import JOBS, Job, JobName, save_model
 from benchmarks.sides.lengths import find_lengths
 from benchmarks.sides.operators import write_operators
@@ -44,7 +44,7 @@ def _ours(setting: Setting) -> Side:
     return Ours(setting)
 
 
-SIDES: Mapping[str, Callable[[Setting], Side]] = {
+SIDES: Builders = {
     "base": PackedBase,
     "ours": _ours,
     "peft-switching": switching(4),
@@ -52,6 +52,7 @@ SIDES: Mapping[str, Callable[[Setting], Side]] = {
     "peft-1-row": switching(1),
     "peft-8-rows": switching(8),
 }
+PEFT = "peft-"  # so its sides' names begin
 USUAL = ("base", "ours", "peft-switching", "peft-sorted")
 
 
@@ -86,6 +87,8 @@ class Comparison:
         Numbers of tasks, instead of the experiment's.
     rank
         Ranks of the adapters, instead of the experiment's.
+    peft_tasks
+        With which of the numbers of tasks PEFT's sides are measured, too; by default with all.
     sides
         Of those above, instead of the experiment's.
     steps
@@ -108,6 +111,7 @@ class Comparison:
     job: JobName | None = None
     experiment: Literal["adapters", "ranks", "batching"] = "adapters"
     tasks: tuple[PositiveInt, ...] = ()
+    peft_tasks: tuple[PositiveInt, ...] = ()
     rank: tuple[PositiveInt, ...] = ()
     sides: tuple[str, ...] = ()
     steps: PositiveInt = 3
@@ -136,7 +140,8 @@ def multi_lora(*, options: Comparison = USUAL_COMPARISON) -> Iterator[dict[str, 
         options.tasks or usual.tasks, options.rank or usual.ranks, options.sides or usual.sides
     )
     job = _sized(JOBS[options.job or device], options)
-    if problems := [*option_problems(options), *_problems(job, varied)]:
+    peft_tasks = options.peft_tasks or varied.tasks
+    if problems := [*option_problems(options), *_problems(job, varied, peft_tasks)]:
         raise ConfigError(problems)
     lengths = find_lengths(job.datasets, options.lengths)
     threads = options.threads or num_cores()
@@ -147,7 +152,12 @@ def multi_lora(*, options: Comparison = USUAL_COMPARISON) -> Iterator[dict[str, 
         "job": asdict(job),
     }
     torch.set_num_threads(threads)
-    bench = Bench({n: SIDES[n] for n in varied.sides}, job, lengths, device, options.steps)
+
+    def builders(num_tasks: int) -> Builders:
+        is_too = num_tasks in peft_tasks
+        return {n: SIDES[n] for n in varied.sides if is_too or not n.startswith(PEFT)}
+
+    bench = Bench(builders, job, lengths, device, options.steps)
     with tempfile.TemporaryDirectory() as name, alone_on(device):
         folder = Path(name) / "model"
         save_model(job.model, folder, weights_dtype(device), device)
@@ -168,11 +178,14 @@ def _sized(job: Job, options: Comparison) -> Job:
     )
 
 
-def _problems(job: Job, varied: Experiment) -> Iterator[str]:
+def _problems(job: Job, varied: Experiment, peft_tasks: Sequence[int]) -> Iterator[str]:
     """Yield what cannot be compared."""
     for name in varied.sides:
         if name not in SIDES:
             yield f"--sides: {name!r} is not one of {', '.join(SIDES)}"
+    for number in peft_tasks:
+        if number not in varied.tasks:
+            yield f"--peft-tasks: {number} is not one of {', '.join(map(str, varied.tasks))}"
     if job.cap < 2 or job.max_tokens < job.cap:
         yield (
             f"--cap {job.cap}, --max-tokens {job.max_tokens}: sequences of at least 2 tokens, "

@@ -1,8 +1,9 @@
 """What packed attention and LoRA dropout take, each beside what it replaces.
 
-Attention, forward and backward, of one micro-batch of real lengths, packed and in rows padded to
-the longest. Dropout: the factors of a linear's input, by hashing keys and as torch draws them. The
-least of several alternating runs.
+Attention, forward and backward, of one micro-batch of real lengths: packed, by FlexAttention (on a
+CPU forward only, uncompiled: it has no more there), whose mask is made once a micro-batch, and in
+rows padded to the longest. Dropout: the factors of a linear's input, by hashing keys and as torch
+draws them. The least of several alternating runs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from benchmarks.sides.job import JOBS
 from benchmarks.sides.lengths import find_lengths
@@ -34,7 +35,7 @@ def packed_parts(
     *,
     lengths: Path | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
-    max_tokens: int = 8192,
+    max_tokens: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Time attention and dropout of a micro-batch, each beside what it replaces.
 
@@ -43,8 +44,9 @@ def packed_parts(
     lengths
         JSON of lengths by data set.
     max_tokens
-        Of the micro-batch.
+        Of the micro-batch; by default 8,192, on a CPU 1,024.
     """
+    max_tokens = max_tokens or (8192 if device == "cuda" else 1024)
     register()
     place = torch.device(device)
     known = np.concatenate(list(find_lengths(JOBS["cpu"].datasets, lengths).of.values())).tolist()
@@ -78,16 +80,35 @@ def attention_ways(lengths: list[int], device: torch.device) -> dict[str, Callab
         ]
 
     packed, padded = heads(1, sum(lengths)), heads(len(lengths), packing.longest)
+    sequence_of_T = torch.repeat_interleave(torch.tensor(lengths)).to(device)
+
+    def sees(_row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (sequence_of_T[query] == sequence_of_T[key]) & (query >= key)
+
+    def flex_mask() -> BlockMask:
+        num_tokens = len(sequence_of_T)
+        return create_block_mask(sees, None, None, num_tokens, num_tokens, device=device.type)
+
+    mask = flex_mask()
+    compiled = torch.compile(flex_attention, dynamic=True)
+
+    def flex() -> None:
+        if device.type == "cpu":
+            flex_attention(*(x.detach() for x in packed), block_mask=mask, enable_gqa=True)
+        else:
+            backward(compiled(*packed, block_mask=mask, enable_gqa=True))
+
     return {
-        "packed": lambda: (
-            packed_attention(None, *packed, None, packing=packing)[0].sum().backward()
-        ),
-        "padded": lambda: (
-            functional.scaled_dot_product_attention(*padded, is_causal=True, enable_gqa=True)
-            .sum()
-            .backward()
-        ),
+        "packed": lambda: backward(packed_attention(None, *packed, None, packing=packing)[0]),
+        "flex": flex,
+        "flex's mask": flex_mask,
+        "padded": lambda: backward(packed_attention(None, *padded, None)[0]),
     }
+
+
+def backward(output: Tensor) -> None:
+    """Run the backward pass."""
+    output.backward(torch.ones_like(output))
 
 
 def dropout_ways(num_tokens: int, device: torch.device) -> dict[str, Callable[[], object]]:

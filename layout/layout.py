@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from lobra.common.errors import ConfigError
 
 ATTENTION = "attention"
+ADAPTER_HIDDEN = "adapter hidden"  # x A^T of all adapters on an input
 #: A layer keeps for the backward pass, by its replica's memory policy, its input and what its
 #: products and attention gave, without those named here. The backward pass computes them again, and
 #: always what is elementwise; never the last product, down_proj, whose output nothing needs.
@@ -16,7 +17,9 @@ ATTENTION = "attention"
 COMPUTED_AGAIN: dict[str, frozenset[str]] = {
     "keep": frozenset(),
     "lean": frozenset({"gate_proj", "up_proj"}),
-    "full": frozenset({"q_proj", "k_proj", "v_proj", ATTENTION, "o_proj", "gate_proj", "up_proj"}),
+    "full": frozenset(
+        {"q_proj", "k_proj", "v_proj", ATTENTION, "o_proj", "gate_proj", "up_proj", ADAPTER_HIDDEN}
+    ),
 }
 MEMORY_POLICIES = tuple(COMPUTED_AGAIN)
 

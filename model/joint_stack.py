@@ -1,14 +1,15 @@
 """A stack that computes all tasks at once: few launches, whatever the number of tasks.
 
 The way on a GPU, which would wait for launches. All A of the stack are one matrix, and all B of a
-linear; what is of another task than the token's is multiplied by zero. Tasks that a micro-batch
-lacks are left out of the matrices. As zero times infinity is not zero, a task whose numbers are not
-finite spoils those of all in its micro-batch; such a step is computed again with tasks apart.
+linear; what is of another task than the token's is multiplied by zero. Tasks that a large
+micro-batch lacks are left out of the matrices, and of many tasks a few at a time are computed. As
+zero times infinity is not zero, a task whose numbers are not finite spoils those of all in its
+micro-batch; such a step is computed again with tasks apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from lobra.model.precision import kept_dtype
 from lobra.model.slot import Slot
-from lobra.model.stack import Adapter, Factors, Outputs, Part, Stack
+from lobra.model.stack import Adapter, Factors, Outputs, Part, Rows, Stack
 from lobra.model.to_device import to_device
 from lobra.model.token_tasks import Segment, TokenTasks
 
@@ -38,11 +39,24 @@ class _Present:
 
 
 class JointStack(Stack):
-    """All tokens of a micro-batch are one part; a segment's tokens where tasks are apart."""
+    """All tokens of a micro-batch are one part; a segment's tokens where tasks are apart.
+
+    A part's tasks have at most `most_ranks` together, or there is one task only. Every token goes
+    through all of them: a rank is 0.056 % of the operations of the frozen products of an 8B layer
+    (7 linears, 3 products with A and B each beside 2 with the weight), so 256 are 14 %. Less would
+    be more launches for 16 tasks than for one.
+
+    Tasks without tokens are left out where that spares more than `least_spared` ranks x tokens. It
+    takes 22 launches to gather the others' rows, in which an H100 computes about as many.
+    """
+
+    most_ranks = 256
+    least_spared = 1 << 17
 
     def arrange(self, slots: Mapping[int, Slot]) -> None:
         """Compute with the adapters in these slots from now on."""
         self.forget_copies()
+        self.ranks = {number: slot.spec.rank for number, slot in slots.items()}
         self.adapters: list[list[Adapter]] = [[] for _ in self.bases]
         for number in sorted(slots):
             for adapter in self.adapters_of(slots[number]):
@@ -60,14 +74,29 @@ class JointStack(Stack):
         return joined
 
     def parts(self, tasks: TokenTasks) -> list[Part]:
-        """Return a part for all tokens, or for each segment if tasks are to be computed apart."""
-        together = [(one,) for one in tasks.segments] if tasks.apart else [tasks.segments]
-        parts = (self._part(segments, tasks) for segments in together)
+        """Return the parts: as few as may be, or one for each segment if tasks are to be apart."""
+        most_ranks = 0 if tasks.apart else self.most_ranks
+        parts = (self._part(together, tasks) for together in self._together(tasks, most_ranks))
         return [part for part in parts if part is not None]
+
+    def _together(self, tasks: TokenTasks, most_ranks: int) -> Iterator[tuple[Segment, ...]]:
+        """Yield consecutive segments whose tasks have at most so many ranks, else one segment.
+
+        A task's ranks count whether or not it has an adapter here: all stacks divide alike.
+        """
+        start, ranks = 0, {}
+        for place, segment in enumerate(tasks.segments):
+            ranks[segment.number] = self.ranks.get(segment.number, 0)
+            if place > start and sum(ranks.values()) > most_ranks:
+                yield tasks.segments[start:place]
+                start, ranks = place, {segment.number: ranks[segment.number]}
+        yield tasks.segments[start:]
 
     def _part(self, segments: Sequence[Segment], tasks: TokenTasks) -> Part | None:
         """Return the part of consecutive segments, or None where none has an adapter here."""
-        numbers = {segment.number for segment in segments}
+        numbers: Set[int] = {segment.number for segment in segments}
+        if not tasks.apart and self._may_all_be_there(numbers, segments):
+            numbers = self.ranks.keys()
         own = [[one for one in adapters if one.number in numbers] for adapters in self.adapters]
         if not any(own):
             return None
@@ -79,23 +108,30 @@ class JointStack(Stack):
             Outputs(
                 linear,
                 present.columns[linear],
-                _taken(self.B_Ro[linear], present.rows_B[linear]),
-                tuple(one.gradient_B for one in adapters),
+                Rows(
+                    self.B_Ro[linear],
+                    tuple(one.gradient_B for one in adapters),
+                    present.rows_B[linear],
+                ),
             )
             for linear, adapters in enumerate(own)
             if adapters
         )
-        factors = Factors(
-            _taken(self.A_Ri, present.rows_A),
-            tuple(one.gradient_A for adapters in own for one in adapters),
-            outputs,
-        )
+        gradients_A = tuple(one.gradient_A for adapters in own for one in adapters)
+        factors = Factors(Rows(self.A_Ri, gradients_A, present.rows_A), outputs)
         tokens = slice(segments[0].start, segments[-1].stop)
         draw = None
         if tasks.drops(one.spec for adapters in own for one in adapters):
             linears = [output.linear for output in outputs]
             draw = partial(self.keep_factors, linears, tokens, tasks)
         return Part(tokens, factors, present.scaling_NR, draw)
+
+    def _may_all_be_there(self, numbers: Set[int], segments: Sequence[Segment]) -> bool:
+        """Return whether tasks without tokens cost too little to leave them out."""
+        total = sum(self.ranks.values())
+        absent = total - sum(self.ranks.get(number, 0) for number in numbers)
+        num_tokens = segments[-1].stop - segments[0].start
+        return total <= self.most_ranks and absent * num_tokens <= self.least_spared
 
     def _present(self, segments: Sequence[Segment], numbers: Set[int]) -> _Present:
         lengths = torch.tensor([segment.stop - segment.start for segment in segments])
@@ -131,7 +167,3 @@ class JointStack(Stack):
             rows_A=None if whole else send(torch.tensor(rows_A)),
             rows_B=tuple(None if whole else send(torch.tensor(rows)) for rows in rows_B),
         )
-
-
-def _taken(matrix_Rf: Tensor, rows: Tensor | None) -> Tensor:
-    return matrix_Rf if rows is None else matrix_Rf.index_select(0, rows)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, Self, TypeVar
 
 import torch
@@ -72,7 +72,12 @@ def _nothing_like(output: Any) -> Any:
     """Return tensors of the same shapes that take no memory; NaN, should they be used after all."""
     if isinstance(output, tuple):
         return tuple(map(_nothing_like, output))
-    return output.new_full((), torch.nan).expand_as(output)
+    return _nan(output.dtype, output.device).expand_as(output)
+
+
+@cache
+def _nan(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((), torch.nan, dtype=dtype, device=device)
 
 
 def kept(name: str, compute: Callable[[], Output]) -> Output:
@@ -81,7 +86,7 @@ def kept(name: str, compute: Callable[[], Output]) -> Output:
     Parameters
     ----------
     name
-        The linear's name, or `ATTENTION`: what the policies go by.
+        The linear's name, `ATTENTION` or `ADAPTER_HIDDEN`: what the policies go by.
     compute
         Makes tensors without history: called in the forward pass of an autograd function, or below
         autograd. The function itself runs again, and must save the same tensors again.

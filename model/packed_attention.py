@@ -31,7 +31,7 @@ except ImportError:  # before torch 2.10
 
 PACKED = "packed"
 AMPERE = (8, 0)  # compute capability; flash attention is not built for older cards
-WIDEST_FLASH_HEAD = 256
+WIDEST_FLASH_HEAD, FLASH_HEAD_STEP = 256, 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +115,8 @@ def _is_fast(query: Tensor) -> bool:
         query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.shape[-1] <= WIDEST_FLASH_HEAD
-        and "window_size" in VARLEN_OPTIONS
+        and query.shape[-1] % FLASH_HEAD_STEP == 0
+        and {"scale", "window_size"} <= VARLEN_OPTIONS  # not in its first version
         and _capability(query.device) >= AMPERE
     )
 

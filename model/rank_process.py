@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from lobra.common.errors import ConfigError
+from lobra.model.host_memory import keep_freed_memory
 
 # Stop signals that reached this rank before its target installed a handler of its own.
 early_stop: list[int] = []
@@ -41,6 +42,8 @@ def init_rank(env: RankEnv) -> None:
     torch.set_num_threads(env.threads)
     if env.device == "cuda":
         torch.cuda.set_device(env.local_rank)
+    else:
+        keep_freed_memory()
     dist.init_process_group(
         backend="nccl" if env.device == "cuda" else "gloo",
         init_method=env.init_method,

@@ -11,7 +11,7 @@ from functools import partial
 from torch import Tensor
 
 from lobra.model.slot import Slot
-from lobra.model.stack import Adapter, Factors, Outputs, Part, Stack
+from lobra.model.stack import Adapter, Factors, Outputs, Part, Rows, Stack
 from lobra.model.token_tasks import Segment, TokenTasks
 
 
@@ -41,12 +41,11 @@ class SegmentStack(Stack):
             Outputs(
                 one.linear,
                 slice(place * rank, (place + 1) * rank),
-                self._computed(one.B_ro),
-                (one.gradient_B,),
+                Rows(self._computed(one.B_ro), (one.gradient_B,)),
             )
             for place, one in enumerate(adapters)
         )
-        return Factors(self._computed(weights), (gradient,), outputs)
+        return Factors(Rows(self._computed(weights), (gradient,)), outputs)
 
     def _computed(self, weights: Tensor) -> Tensor:
         """Return the weights themselves or, for activations of another dtype, a copy."""

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lobra.layout.layout import ADAPTER_HIDDEN
 from lobra.model.adapter import AdapterSpec, Site
 from lobra.model.base_linear import BaseLinear, Shard
 from lobra.model.dropout import feature_keys
@@ -44,27 +45,36 @@ class Adapter:
 
 
 @dataclass(frozen=True)
-class Outputs:
-    """The way from x A^T to one linear of a stack: its `columns`, times `B_Ro`.
+class Rows:
+    """A, or a linear's B, of one task or several, cut to the shard, in the activations' dtype.
 
-    `gradients` are views into slots; one below the other they are as `B_Ro`.
+    It is the rows `taken` of `matrix_Rf`; None: all of them. `gradients` are views into slots, one
+    below the other like those rows.
     """
+
+    matrix_Rf: Tensor
+    gradients: tuple[Tensor, ...]
+    taken: Tensor | None = None
+
+    def weights_Rf(self) -> Tensor:
+        """Return the rows. Where they must be gathered, they are only as long as one needs them."""
+        return self.matrix_Rf if self.taken is None else self.matrix_Rf.index_select(0, self.taken)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The way from x A^T to one linear of a stack: its `columns`, times B."""
 
     linear: int
     columns: slice
-    B_Ro: Tensor
-    gradients: tuple[Tensor, ...]
+    B: Rows
 
 
 @dataclass(frozen=True)
 class Factors:
-    """A and B of one task or several in a stack, cut to the shard, in the activations' dtype.
+    """A of all linears of a stack, one below the other, and each one's B."""
 
-    `gradients` are views into slots; one below the other they are as `A_Ri`.
-    """
-
-    A_Ri: Tensor
-    gradients: tuple[Tensor, ...]
+    A: Rows
     outputs: tuple[Outputs, ...]
 
 
@@ -177,10 +187,9 @@ class Stack(ABC):
         The first linear that is asked for an input computes all of them.
         """
         if self._input is not x or self._outputs[linear] is None:
-            tasks = self.selection.tasks
-            parts = self.parts(tasks)
+            parts = self.parts(self.selection.tasks)
             anchor = self.anchor if parts else None
-            self._input, self._outputs = x, list(_Products.apply(x, anchor, self, tasks, parts))
+            self._input, self._outputs = x, list(_Products.apply(x, anchor, self, parts))
         output, self._outputs[linear] = self._outputs[linear], None
         if not any(waiting is not None for waiting in self._outputs):
             self._input = None
@@ -193,14 +202,15 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, _: Tensor | None, stack: Stack, tasks: TokenTasks, parts: list[Part]
+        ctx: Any, x: Tensor, _: Tensor | None, stack: Stack, parts: list[Part]
     ) -> tuple[Tensor, ...]:
-        ctx.stack, ctx.tasks = stack, tasks
-        x_Ni = _by_token(x)
-        hidden = []
-        for part in parts:
-            factors = part.draw_keep_factors() if part.draw_keep_factors else []
-            hidden.append(_hidden(part, x_Ni[part.tokens], factors))
+        ctx.stack, ctx.parts = stack, parts
+
+        def all_hidden() -> tuple[Tensor, ...]:
+            x_Ni = _by_token(x)
+            return tuple(_hidden(part, x_Ni[part.tokens]) for part in parts)
+
+        hidden = kept(ADAPTER_HIDDEN, all_hidden)
         ctx.save_for_backward(*([x, *hidden] if hidden else []))
 
         def products() -> tuple[Tensor, ...]:
@@ -208,7 +218,7 @@ class _Products(torch.autograd.Function):
             for part, h_nR in zip(parts, hidden, strict=True):
                 for output in part.factors.outputs:
                     y_no = _by_token(ys[output.linear])[part.tokens]
-                    y_no.addmm_(h_nR[:, output.columns], output.B_Ro)
+                    y_no.addmm_(h_nR[:, output.columns], output.B.weights_Rf())
             return ys
 
         return kept(stack.sites[0].module, products)
@@ -221,29 +231,27 @@ class _Products(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             for base, dy_No in zip(stack.bases, dys_No, strict=True):
                 dx_Ni = base.input_gradient(dy_No, dx_Ni)
-        parts = stack.parts(ctx.tasks)  # anew, since what is gathered for them may be large
-        if parts:
+        if ctx.parts:
             x, *saved = ctx.saved_tensors
             x_Ni = _by_token(x)
-        for part, h_nR in zip(parts, saved, strict=True):
+        for part, h_nR in zip(ctx.parts, saved, strict=True):
             n = part.tokens
-            factors = part.draw_keep_factors() if part.draw_keep_factors else []
             dx_ni = None if dx_Ni is None else dx_Ni[n]
-            _add_gradients(part, x_Ni[n], h_nR, [dy_No[n] for dy_No in dys_No], factors, dx_ni)
+            _add_gradients(part, x_Ni[n], h_nR, [dy_No[n] for dy_No in dys_No], dx_ni)
         dx = None if dx_Ni is None else dx_Ni.view(*gradients[0].shape[:-1], -1)
-        return dx, None, None, None, None
+        return dx, None, None, None
 
 
 def _by_token(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _hidden(part: Part, x_ni: Tensor, keep_factors: Sequence[Tensor]) -> Tensor:
+def _hidden(part: Part, x_ni: Tensor) -> Tensor:
     """Return the part's scaled x A^T, [n, R]."""
-    A_Ri, outputs = part.factors.A_Ri, part.factors.outputs
-    if keep_factors:
+    A_Ri, outputs = part.factors.A.weights_Rf(), part.factors.outputs
+    if part.draw_keep_factors:
         h_nR = x_ni.new_empty(len(x_ni), len(A_Ri))
-        for output, keep_ni in zip(outputs, keep_factors, strict=True):
+        for output, keep_ni in zip(outputs, part.draw_keep_factors(), strict=True):
             torch.mm(x_ni * keep_ni, A_Ri[output.columns].t(), out=h_nR[:, output.columns])
     else:
         h_nR = x_ni @ A_Ri.t()
@@ -251,30 +259,30 @@ def _hidden(part: Part, x_ni: Tensor, keep_factors: Sequence[Tensor]) -> Tensor:
 
 
 def _add_gradients(
-    part: Part, x_ni: Tensor, h_nR: Tensor, dys_no: Sequence[Tensor],
-    keep_factors: Sequence[Tensor], dx_ni: Tensor | None,
-) -> None:  # fmt: skip
+    part: Part, x_ni: Tensor, h_nR: Tensor, dys_no: Sequence[Tensor], dx_ni: Tensor | None
+) -> None:
     """Add the gradients of A and B into the slots and, if it is wanted, x's to `dx_ni`."""
-    A_Ri, outputs = part.factors.A_Ri, part.factors.outputs
+    A, outputs = part.factors.A, part.factors.outputs
     dh_nR = torch.empty_like(h_nR)
     for output in outputs:
-        torch.mm(dys_no[output.linear], output.B_Ro.t(), out=dh_nR[:, output.columns])
+        B_Ro = output.B.weights_Rf()
+        torch.mm(dys_no[output.linear], B_Ro.t(), out=dh_nR[:, output.columns])
     dh_nR.mul_(part.scaling)
     owed: list[tuple[Tensor, Tensor]] = []
     for output in outputs:
-        owed += _add_product(output.gradients, h_nR[:, output.columns], dys_no[output.linear])
-    if not keep_factors:
-        owed += _add_product(part.factors.gradients, dh_nR, x_ni)
+        owed += _add_product(output.B.gradients, h_nR[:, output.columns], dys_no[output.linear])
+    if not part.draw_keep_factors:
+        owed += _add_product(A.gradients, dh_nR, x_ni)
         if dx_ni is not None:
-            dx_ni.addmm_(dh_nR, A_Ri)
+            dx_ni.addmm_(dh_nR, A.weights_Rf())
     else:
-        dA = []
-        for output, keep_ni in zip(outputs, keep_factors, strict=True):
+        A_Ri, dA = A.weights_Rf(), []
+        for output, keep_ni in zip(outputs, part.draw_keep_factors(), strict=True):
             dh_nr = dh_nR[:, output.columns]
             dA.append(dh_nr.t() @ (x_ni * keep_ni))
             if dx_ni is not None:
                 dx_ni.addcmul_(dh_nr @ A_Ri[output.columns], keep_ni)
-        owed += _cut(torch.cat(dA), part.factors.gradients)
+        owed += _cut(torch.cat(dA), A.gradients)
     if owed:
         torch._foreach_add_(*map(list, zip(*owed, strict=True)))
 

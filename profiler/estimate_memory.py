@@ -24,6 +24,8 @@ from lobra.tasks.config import TaskConfig
 
 # Logits the loss holds at once, as `model.tensor_parallel` has it (a test compares them).
 LOGITS_AT_ONCE = 1 << 25
+# Ranks of several tasks computed at once, as `model.joint_stack` has it (a test compares them).
+MOST_RANKS = 256
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,11 @@ class Adapters:
     def largest_rank(self) -> int:
         """Return the largest LoRA rank."""
         return max((rank for rank, _ in self.specs), default=0)
+
+    @property
+    def joint_rank(self) -> int:
+        """Return the most ranks a token goes through where tasks are computed at once."""
+        return max(self.largest_rank, min(MOST_RANKS, sum(rank for rank, _ in self.specs)))
 
 
 @dataclass(frozen=True)
@@ -197,7 +204,7 @@ def _stage_memory(
         shape,
         tp,
         precision,
-        adapters.largest_rank,
+        adapters.largest_rank if runtime.adapters_sharded else adapters.joint_rank,
         memory,
         runtime.sequence_parallel,
         runtime.keeps_elementwise,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lobra.common.errors import ConfigError
-from lobra.layout.layout import ATTENTION, COMPUTED_AGAIN
+from lobra.layout.layout import ADAPTER_HIDDEN, ATTENTION, COMPUTED_AGAIN
 from lobra.layout.shapes import ModelShape
 from lobra.profiler.accelerators import Accelerator, Efficiency
 from lobra.profiler.estimate_memory import dropout_factor_bytes
@@ -80,7 +80,7 @@ class Workload:
 def matmul_ms(work: Workload, tp: int, b: Sizes, s: Sizes) -> Array:
     """Return ms of the frozen linears' and adapters' products at the device's peaks."""
     tokens = np.asarray(b) * np.asarray(s)
-    x_again = int(work.layer(tp).runs_again)  # x A', whatever the policy
+    x_again = int(ADAPTER_HIDDEN in COMPUTED_AGAIN[work.memory])
     weights = adapters = 0
     for module, (inputs, outputs) in work.shape.linear_sizes().items():
         again = int(module in COMPUTED_AGAIN[work.memory])

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lobra.layout.layout import ATTENTION, COMPUTED_AGAIN
+from lobra.layout.layout import ADAPTER_HIDDEN, ATTENTION, COMPUTED_AGAIN
 from lobra.layout.shapes import ModelShape
 from lobra.profiler.exchange import FLOAT_BYTES
 
 ROW_PARALLEL = ("o_proj", "down_proj")  # split by their input, as `model.sharded_layer` has it
 #: What of a policy's tensors the backward pass itself needs; of the others it needs what is
 #: computed of them.
-NEEDED = ("v_proj", ATTENTION, "gate_proj", "up_proj")
+NEEDED = ("v_proj", ATTENTION, "gate_proj", "up_proj", ADAPTER_HIDDEN)
 
 
 def element_bytes(precision: str) -> int:
@@ -29,7 +29,7 @@ class LayerMemory:
     Attributes
     ----------
     lora_rank
-        The largest of the adapters', which are on every linear.
+        Of the adapters a token goes through, which are on every linear.
     memory
         The memory policy.
     sequence_parallel
@@ -57,14 +57,13 @@ class LayerMemory:
 
         Whole on every rank (unless sequence parallel): the inputs of both norms in fp32 and their
         outputs. Split by tp: q, k, v, the attention's output and its log-sum-exp, gate, up,
-        silu(gate) and their product. LoRA: x A' of each linear. Dropout's factors are drawn anew.
+        silu(gate) and their product. x A' of each linear. Dropout's factors are drawn anew.
         """
         shape, e = self.shape, element_bytes(self.precision)
         whole = 2 * FLOAT_BYTES * (shape.hidden_size + 1) + 2 * e * shape.hidden_size
         split = self._outputs["q_proj"] + 2 * e * shape.intermediate_size / self.tp
         split += self._outputs["k_proj"] + sum(self._outputs[name] for name in NEEDED)
-        lora = e * self.lora_rank * len(shape.linear_sizes())
-        return self._whole(whole) + split + lora
+        return self._whole(whole) + split
 
     @property
     def kept_bytes(self) -> float:
@@ -83,7 +82,7 @@ class LayerMemory:
 
     @property
     def _outputs(self) -> dict[str, float]:
-        """The output of each product but the last, and of attention with its log-sum-exp."""
+        """The output of each product but the last, of attention with its log-sum-exp, and x A'."""
         shape, e = self.shape, element_bytes(self.precision)
         query = shape.num_heads * shape.head_dim / self.tp
         key = max(shape.num_kv_heads / self.tp, 1) * shape.head_dim  # a rank holds at least one
@@ -92,6 +91,7 @@ class LayerMemory:
         return {name: e * size for name, size in split.items()} | {
             ATTENTION: e * query + FLOAT_BYTES * shape.num_heads / self.tp,
             "o_proj": self._whole(e * shape.hidden_size),
+            ADAPTER_HIDDEN: e * self.lora_rank * len(shape.linear_sizes()),
         }
 
     @property

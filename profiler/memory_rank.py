@@ -20,12 +20,13 @@ from lobra.layout.shapes import ModelShape
 from lobra.layout.world import one_replica
 from lobra.model.adapter import AdapterSpec
 from lobra.model.groups import build_groups
+from lobra.model.host_memory import return_freed_memory
 from lobra.model.micro_batch import MicroBatchTensors, micro_batch_tensors
 from lobra.model.pipeline import evaluate_replica, run_replica
 from lobra.model.precision import DTYPES
 from lobra.model.stage import Stage, build_stage
 from lobra.profiler.exchange import ADAPTER_BYTES, OPTIMIZER_BYTES, most_exchange_bytes
-from lobra.profiler.peak_memory import peak_bytes_of, settle_allocator, status_bytes
+from lobra.profiler.peak_memory import peak_bytes_of, status_bytes
 
 WARM_UP_SHAPE = (1, 16)
 # A trial that needs more than this multiple of its budget fails to allocate rather than take the
@@ -95,7 +96,7 @@ def memory_of_rank(
         On a CPU, a rank that would need far more than this fails to allocate.
     """
     if device == "cpu":
-        settle_allocator()
+        return_freed_memory()
         _limit_memory(budget_bytes)
     groups = build_groups(one_replica(layout))
     stage = build_stage(

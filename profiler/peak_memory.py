@@ -7,7 +7,6 @@ allowed, a thread looks every millisecond.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import threading
 from collections.abc import Callable
@@ -18,19 +17,7 @@ import torch
 CLEAR_REFS = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
 RESET_HIGH_WATER_MARK = "5"  # proc(5), clear_refs
-M_MMAP_THRESHOLD = -3  # mallopt(3)
 SAMPLE_INTERVAL_S = 0.001
-
-
-def settle_allocator() -> None:
-    """Make glibc return freed tensors to the system at once, so that a peak is what was in use.
-
-    Blocks of 64 KiB and more are then mapped one by one; without it, freed memory kept for reuse
-    would count. Does nothing on other C libraries.
-    """
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):
-        library.mallopt(M_MMAP_THRESHOLD, 64 * 1024)
 
 
 def peak_bytes_of(run: Callable[[], None], device: str) -> int:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lobra.common.errors import ConfigError
+from lobra.model.host_memory import keep_freed_memory
 from lobra.model.launch import DEFAULT_PRELOAD, run_ranks
 from lobra.trainer.prepare import TrainRequest, prepare
 from lobra.trainer.rank import RankResult
@@ -106,6 +107,7 @@ def train_in_launcher(request: TrainRequest) -> tuple[RunSpec, RankResult]:
     else:
         os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        keep_freed_memory()
     dist.init_process_group("nccl" if on_gpu else "gloo")  # no device: `model.groups.new_group`
     # Tokenising may take much longer than NCCL waits, so the others wait on a CPU group.
     waiting = dist.new_group(backend="gloo", timeout=PREPARING)

@@ -26,10 +26,15 @@ Builders = Mapping[str, Callable[[Setting], Side]]
 
 
 class Bench:
-    """Measures sides on a device."""
+    """Measures on a device the sides that `builders` returns for a number of tasks."""
 
     def __init__(
-        self, builders: Builders, job: Job, lengths: Lengths, device: str, num_steps: int
+        self,
+        builders: Callable[[int], Builders],
+        job: Job,
+        lengths: Lengths,
+        device: str,
+        num_steps: int,
     ) -> None:
         self.builders = builders
         self.job = job
@@ -52,7 +57,8 @@ class Bench:
             for num_tasks, rank in product(numbers_of_tasks, ranks)
         ]
         # of every side: the first step, which warms up, the timed ones, and one under the profiler
-        self.num_turns = len(settings) * len(self.builders) * (self.num_steps + 2)
+        num_sides = sum(len(self.builders(setting.num_tasks)) for setting in settings)
+        self.num_turns = num_sides * (self.num_steps + 2)
         for setting in settings:
             results: list[Result] = []
             try:
@@ -66,7 +72,7 @@ class Bench:
     def _measure(self, setting: Setting, results: list[Result]) -> None:
         """Measure every side in a setting; results are there from the beginning."""
         entries: list[tuple[Side, Result]] = []
-        for name, build in self.builders.items():
+        for name, build in self.builders(setting.num_tasks).items():
             result = Result(name, setting.num_tasks, setting.rank)
             results.append(result)
             with self._memory_may_end(result):

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from benchmarks.sides.job import Job
 from lobra.layout import sequences
+from lobra.model.host_memory import keep_freed_memory
 
 COMPUTE = "forward and backward"  # what sides call it, so that its launches can be told apart
 
@@ -104,6 +105,7 @@ def alone_on(device: str) -> Iterator[None]:
     os.environ.setdefault("LOCAL_RANK", "0")  # deepspeed asks for it
     if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        keep_freed_memory()
     else:
         torch.cuda.set_device(0)
         torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for every new shape, slowly

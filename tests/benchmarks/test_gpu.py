@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu_packages import NEEDED, lacking, message
 from benchmarks.gpu_report import read_parts
 from benchmarks.sides.job import JOBS
 from benchmarks.sides.lengths import find_lengths
@@ -43,8 +44,34 @@ def test_a_part_that_fails_is_noted_and_ends_nothing(
     )  # fmt: skip
     assert done.returncode == status, done.stdout + done.stderr
     parts = read_parts(tmp_path)
-    assert list(parts) == ["tests", "equality", "multi_lora", "activations", "training", "ranks"]
+    assert set(parts) == set(NEEDED)
     assert {part["ended"].split()[-1] for part in parts.values()} == {ended}
+
+
+def test_parts_that_need_what_is_missing_are_left_out(project_root: Path, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\ncase $1 in *gpu_packages.py) echo training ranks;; esac\n")
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["bash", "benchmarks/gpu.sh", tmp_path],
+        cwd=project_root, env={**os.environ, "DEVICE": "cpu", "PYTHON": str(python)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr
+    ended = {name: part["ended"] for name, part in read_parts(tmp_path).items()}
+    left_out = "left out, as packages are missing"
+    assert {name for name, how in ended.items() if how == left_out} == {"training", "ranks"}
+    assert set(ended.values()) == {"ok", left_out}
+
+
+def test_what_is_missing_is_told_at_once() -> None:
+    assert lacking(lambda module: True) == {}
+    missing = ("yaml", "deepspeed", "peft")
+    parts = lacking(lambda module: module not in missing)
+    assert parts["activations"] == ["yaml", "deepspeed"]
+    assert parts["linears"] == ["yaml"]
+    told = message(parts)
+    assert "pyyaml>=6.0,<7" in told and "deepspeed>=0.19,<0.20" in told and "peft>=0.19" in told
 
 
 def test_the_command_without_a_folder_says_how_it_is_used(project_root: Path) -> None:

@@ -93,12 +93,21 @@ def test_an_interrupted_run_keeps_what_there_is(project_root: Path, tmp_path: Pa
 
 def test_all_mistakes_at_once(project_root: Path) -> None:
     wrong = ["--tasks", "1", "--tasks", "0", "--rank", "-3", "--sides", "theirs", "--steps", "0"]
+    wrong += ["--peft-tasks", "7"]
     done = subprocess.run(
         [*COMMAND, *wrong, "--sequences", "6", "--cap", "1"],
         cwd=project_root, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2
-    for word in ("--tasks 0", "--rank -3", "'theirs'", "--steps 0", "--sequences: 6", "--cap 1"):
+    for word in (
+        "--tasks 0",
+        "--rank -3",
+        "'theirs'",
+        "--peft-tasks: 7",
+        "--steps 0",
+        "--sequences: 6",
+        "--cap 1",
+    ):
         assert word in done.stderr
     assert "Traceback" not in done.stderr
 

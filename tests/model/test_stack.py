@@ -30,7 +30,16 @@ SHAPE = ModelShape("small", 1, 8, 12, 4, 2, 2, 16)
 MODULES = tuple(SHAPE.linear_sizes())
 NOBODY = 100  # a task without an adapter
 CPU, DOUBLE = torch.device("cpu"), torch.float64
-ways = pytest.mark.parametrize("way", [SegmentStack, JointStack])
+
+
+class FewRanksStack(JointStack):
+    """Has micro-batches of several tasks in several parts, absent tasks in none."""
+
+    most_ranks = 4
+    least_spared = 0
+
+
+ways = pytest.mark.parametrize("way", [SegmentStack, JointStack, FewRanksStack])
 
 
 def spec(number: int, rank: int, modules: tuple[str, ...] = MODULES, **fields: Any) -> AdapterSpec:
@@ -325,6 +334,27 @@ def test_bf16_computes_with_copies_and_sums_in_fp32(way: type[Stack]) -> None:
     after = AdaptedLinear(stack, 0)(x.clone())
     assert not torch.equal(before[0, 2:5], after[0, 2:5]), "copies are renewed on refresh"
     assert torch.equal(before[0, :2], after[0, :2])
+
+
+def test_a_joint_stack_computes_few_ranks_at_a_time() -> None:
+    specs = {number: spec(number, 16) for number in range(40)} | {40: spec(40, 300)}
+    case = Case(specs, [(number, 2) for number in specs])
+    stack, _ = make_stack(case, JointStack, 0, {number: case.slot(number) for number in specs})
+    parts = stack.parts(stack.selection.tasks)
+    rows = [len(part.factors.A.weights_Rf()) for part in parts]
+    assert rows == [3 * ranks for ranks in (16 * 16, 16 * 16, 8 * 16, 300)]
+    assert [part.tokens for part in parts] == [*map(slice, (0, 32, 64, 80), (32, 64, 80, 82))]
+
+
+@pytest.mark.parametrize(("num_tokens", "num_present"), [(100, 16), (20_000, 15)])
+def test_absent_tasks_are_left_out_where_that_spares_much(
+    num_tokens: int, num_present: int
+) -> None:
+    specs = {number: spec(number, 16) for number in range(16)}
+    case = Case(specs, [(number, num_tokens // 15) for number in range(15)])
+    stack, _ = make_stack(case, JointStack, 0, {number: case.slot(number) for number in specs})
+    (part,) = stack.parts(stack.selection.tasks)
+    assert len(part.factors.A.weights_Rf()) == 3 * 16 * num_present
 
 
 @pytest.mark.parametrize("num_absent", [0, 3])

@@ -12,9 +12,11 @@ from lobra.common.errors import ConfigError
 from lobra.layout.layout import MEMORY_POLICIES
 from lobra.layout.shapes import NAMED_SHAPES
 from lobra.model import tensor_parallel
+from lobra.model.joint_stack import JointStack
 from lobra.profiler.accelerators import Runtime, load_tables
 from lobra.profiler.estimate_memory import (
     LOGITS_AT_ONCE,
+    MOST_RANKS,
     Adapters,
     estimate_memory,
 )
@@ -48,6 +50,7 @@ def test_more_memory_holds_more_and_more_shards_hold_more(model: str, runtime: s
 
 def test_the_loss_holds_no_more_logits_than_it_says() -> None:
     assert LOGITS_AT_ONCE == tensor_parallel.LOGITS_AT_ONCE
+    assert JointStack.most_ranks == MOST_RANKS
     shape = NAMED_SHAPES["7B"]
     estimate = estimate_memory(shape, 1, 1, ADAPTERS, "bf16", OURS)
     assert estimate.logits_tokens == LOGITS_AT_ONCE / shape.vocab_size

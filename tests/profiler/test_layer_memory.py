@@ -115,5 +115,5 @@ def test_what_a_layer_holds_is_what_the_shapes_say(
 )
 def test_bytes_kept_of_an_8b_layer(policy: str, expected: int) -> None:
     """As `tests.model.test_memory_policy` counts them of living tensors."""
-    layer = LayerMemory(LLAMA_8B, 1, "bf16", 16, policy)
+    layer = LayerMemory(LLAMA_8B, 1, "bf16", LORA_RANK, policy)
     assert layer.kept_bytes == pytest.approx(expected, rel=0.01)
