@@ -145,7 +145,8 @@ def resolved_config(
         "feedback": run.feedback,
         "validate_every": run.validate_every,
         "save_every": run.save_every,
-        "keep_last": run.keep_last,
+        "keep_checkpoints": run.keep_checkpoints,
+        "report_to": list(run.report_to),
         "resumed_at": run.resume_step,
         "data_day": run.data_day,
         "tasks": [

@@ -78,10 +78,10 @@ def test_mistakes_in_arguments_environment_and_files_come_together(
     monkeypatch.setenv("DP_BUCKET", "yes")
     write_config(rank=0)
     write_plan({"dp": 0, "tp": 1, "pp": 1, "max_tokens": 64})
-    wrong = ("--num-buckets", "0", "--keep-last", "-1", "--revive", "small")
+    wrong = ("--num-buckets", "0", "--keep-checkpoints", "-1", "--revive", "small")
     assert train(place, *wrong) == 2
     refused(
-        capsys, "--num-buckets 0", "--keep-last -1", "DP_BUCKET=yes", "task[0].rank", "dp",
+        capsys, "--num-buckets 0", "--keep-checkpoints -1", "DP_BUCKET=yes", "task[0].rank", "dp",
         "--revive: only a run that goes on",
     )  # fmt: skip
 

@@ -274,7 +274,7 @@ def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
         writer = CheckpointWriter(tmp_path, step)
         writer.add_task(spec, {"w": torch.ones(2)}, {"exp_avg": {"w": torch.ones(2)}}, "base")
         assert step not in list_checkpoints(tmp_path), "visible before it is complete"
-        writer.finish(state(step), keep_last=2)
+        writer.finish(state(step), num_kept=2)
     assert list_checkpoints(tmp_path) == [6, 10]
     assert read_state(tmp_path, None).step == 10
     assert read_state(tmp_path, 6).step == 6
@@ -297,7 +297,7 @@ def three_steps(tmp_path: Path) -> Path:
         writer = CheckpointWriter(tmp_path, step)
         moments = {kind: {"w": torch.ones(2)} for kind in MOMENTS}
         writer.add_task(spec, {"w": torch.ones(2)}, moments, "base")
-        writer.finish(state_of(step, spec.name), keep_last=3)
+        writer.finish(state_of(step, spec.name), num_kept=3)
     return tmp_path
 
 
@@ -314,7 +314,7 @@ def test_an_interrupted_removal_leaves_whole_checkpoints(
     assert list_checkpoints(three_steps) == [2, 4]
     assert read_state(three_steps, None).step == 4
     drop_later(three_steps, 2)
-    CheckpointWriter(three_steps, 4).finish(state(4), keep_last=1)
+    CheckpointWriter(three_steps, 4).finish(state(4), num_kept=1)
     assert [path.name for path in (three_steps / "checkpoints").iterdir()] == ["step_4"]
 
 
