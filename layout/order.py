@@ -51,7 +51,9 @@ class StepOrder:
     keep
         The tasks whose adapters, as they are now, are kept as the best of theirs.
     export
-        The tasks whose adapters are written: the best where one is kept, else as they are now.
+        The tasks whose adapters are written as they are now.
+    export_best
+        The tasks of which the adapter that is kept is written.
     save
         Whether a checkpoint is written.
     stop
@@ -65,6 +67,7 @@ class StepOrder:
     updates: tuple[Update, ...] = ()
     keep: tuple[int, ...] = ()
     export: tuple[int, ...] = ()
+    export_best: tuple[int, ...] = ()
     save: bool = False
     stop: bool = False
     finished: bool = False
@@ -101,10 +104,10 @@ class StepOrder:
         return np.concatenate(
             [
                 _integers([self.step, self.save, self.stop, self.finished]),
-                _integers([len(self.keep), len(self.export)]),
+                _integers([len(self.keep), len(self.export), len(self.export_best)]),
                 _integers([len(self.updates), len(self.replicas)]),
                 _integers([len(micro_batches), len(sequences)]),
-                _integers([*self.keep, *self.export]),
+                _integers([*self.keep, *self.export, *self.export_best]),
                 _integers(update.task for update in self.updates),
                 np.array(rates, dtype=np.float64).flatten().view(np.int64),
                 _integers(len(replica) for replica in self.replicas),
@@ -124,9 +127,10 @@ class StepOrder:
     def decode(cls, flat: IntArray) -> StepOrder:
         """Return the order that `encoded` is ``flat``; its tokens are views of it."""
         reader = _Reader(flat)
-        step, save, stop, finished, num_kept, num_exported = reader.integers(6)
+        step, save, stop, finished = reader.integers(4)
+        num_tasks = reader.integers(3)
         num_updates, num_replicas, num_batches, num_sequences = reader.integers(4)
-        keep, export = reader.integers(num_kept), reader.integers(num_exported)
+        keep, export, export_best = (tuple(reader.integers(num)) for num in num_tasks)
         updated = reader.integers(num_updates)
         rates = reader.take(2 * num_updates).view(np.float64).reshape(-1, 2).tolist()
         batches_of_replica = reader.integers(num_replicas)
@@ -147,8 +151,9 @@ class StepOrder:
             step,
             tuple(tuple(islice(micro_batches, count)) for count in batches_of_replica),
             tuple(Update(task, *pair) for task, pair in zip(updated, rates, strict=True)),
-            keep=tuple(keep),
-            export=tuple(export),
+            keep=keep,
+            export=export,
+            export_best=export_best,
             save=bool(save),
             stop=bool(stop),
             finished=bool(finished),

@@ -8,6 +8,7 @@ fast each replica is. The step after is dispatched while a step trains.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -62,7 +63,8 @@ class Coordinator:
         self.forecast = Forecast()
         device = describe_device(run.device)["name"]
         self.peak_flops_per_s = load_tables().peak_flops_per_s(device, run.precision)
-        self.best: list[int] = []  # tasks whose adapters of this step are to be kept
+        self.evaluation = Evaluation()  # of the last step
+        self.best: list[int] = []  # whose adapters of the last step are to be kept
         self.save_times = SaveTimes(run.save_every, run.resume_step)
         self.last_metrics: StepMetrics | None = None
         self.stop_requested = False
@@ -186,7 +188,7 @@ class Coordinator:
             loss = trained.losses.get(number)
             self._record(number, loss, applied=trained.report.is_finite(number))
         mark = time.perf_counter()
-        evaluation = self._end_periods(list(trained.own_steps))
+        self.evaluation = evaluation = self._end_periods(list(trained.own_steps))
         validation_time_s = time.perf_counter() - mark
         names = {number: task.config.name for number, task in self.tasks.items()}
         metrics = trained.metrics(
@@ -291,7 +293,13 @@ class Coordinator:
         ]
         export = [number for number in ended if not self._is_exported(number)]
         save = self.save_times.is_due(self.step, over or is_end)
-        order = StepOrder(self.step, keep=tuple(self.best), export=tuple(export), save=save)
+        order = StepOrder(
+            self.step,
+            keep=tuple(self.best),
+            export=tuple(number for number in export if not self._is_best_kept(number)),
+            export_best=tuple(filter(self._is_best_kept, export)),
+            save=save,
+        )
         if order != StepOrder(self.step):
             for number in export:
                 self.tasks[number].progress.exported_step = self.tasks[number].progress.steps
@@ -304,13 +312,24 @@ class Coordinator:
 
     def _tell_exports(self, records: Records, numbers: list[int]) -> None:
         for number in numbers:
-            task = self.tasks[number]
-            records.tell_export(task.config.name, task.progress, self.run.adapter_folder(number))
+            task, folder = self.tasks[number], self.run.adapter_folder(number)
+            is_best = self._is_best_kept(number)
+            records.tell_export(task.config.name, task.progress, folder, is_best)
 
     def _is_exported(self, number: int) -> bool:
         progress = self.tasks[number].progress
         there = self.run.adapter_folder(number).is_dir()
         return there and progress.exported_step == progress.steps
+
+    def _is_best_kept(self, number: int) -> bool:
+        """Return whether the adapter that is kept is better than the present one.
+
+        That a run ends is no end of a task's period: what is found then is not kept, so that the
+        task does the same whether its run is interrupted or not.
+        """
+        progress = self.tasks[number].progress
+        present_loss = self.evaluation.losses.get(number, math.inf)
+        return progress.lowest_step is not None and progress.lowest_loss <= present_loss
 
     def _standing(self) -> dict[str, tuple[int, int]]:
         """Return by name of every task the steps it has made and those left to it in this run."""

@@ -158,7 +158,7 @@ class Engine:
         elif order.sequences:
             report = self._evaluate(order)
         self.exporter.keep(order.keep)
-        self.exporter.export(order.export)
+        self.exporter.export(order.export, order.export_best)
         if order.save:
             self.exporter.save_checkpoint(state)
         return report

@@ -90,11 +90,11 @@ class AdapterExporter:
             best = load_best(self.run.output_dir, step, slot.spec.name)
             self.kept[number] = {name: value.to(slot.weights.dtype) for name, value in best.items()}
 
-    def export(self, numbers: Sequence[int]) -> None:
-        """Write the adapter folders of these tasks: the best adapter where one is kept."""
-        for number in numbers:
+    def export(self, present: Sequence[int], best: Sequence[int]) -> None:
+        """Write adapter folders: of some tasks as their adapters are now, of others those kept."""
+        for number in (*present, *best):
             slot = self.stage.slots[number]
-            tensors = self.kept[number] if number in self.kept else self._weights(slot)
+            tensors = self.kept[number] if number in best else self._weights(slot)
             if self.is_writer:
                 if bad := not_finite(tensors):
                     log.warning(
@@ -104,5 +104,5 @@ class AdapterExporter:
                     )  # fmt: skip
                 folder = self.run.adapter_folder(number)
                 save_adapter(folder, slot.spec, tensors, self.run.base_model)
-        if numbers:
+        if present or best:
             dist.barrier(group=self.control)

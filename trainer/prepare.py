@@ -33,6 +33,7 @@ from lobra.common.options import (
     as_options,
     within_bounds,
 )
+from lobra.common.words import counted
 from lobra.layout.memory_policy import MemoryPolicy
 from lobra.layout.placement import place, placed
 from lobra.layout.plan import Plan, load_plan
@@ -223,7 +224,7 @@ def prepare(request: TrainRequest) -> RunSpec:
     if plan is not None and request.num_gpus is not None and plan.num_gpus > request.num_gpus:
         checks.problems.add(
             f"{request.strategy_config}: the plan {plan} needs {plan.num_gpus} ranks, but only "
-            f"{request.num_gpus} GPUs were given; plan for that number"
+            f"{counted(request.num_gpus, 'GPU')} may be used; plan for that number"
         )
     launched = request.launched_world
     if plan is not None and launched is not None and plan.num_gpus != launched:
@@ -506,8 +507,8 @@ def _choose_device(request: TrainRequest, plan: Plan | None) -> str:
         and plan.num_gpus > found
     ):
         raise ConfigError(
-            f"{request.strategy_config}: the plan {plan} needs {plan.num_gpus} GPUs, this machine "
-            f"has {found}: {plan.num_gpus - found} missing; give --host-file for several "
+            f"{request.strategy_config}: the plan {plan} needs {counted(plan.num_gpus, 'GPU')}, this "
+            f"machine has {found}: {plan.num_gpus - found} missing; give --host-file for several "
             f"machines, or --device cpu to run every rank as a CPU process"
         )
     return device

@@ -31,11 +31,11 @@ class Records:
             tracker.write(metrics)
         self._screen.write(metrics, outlook)
 
-    def tell_export(self, name: str, progress: TaskProgress, folder: Path) -> None:
-        """Say that a task's adapter was written, and which of its adapters it is."""
+    def tell_export(self, name: str, progress: TaskProgress, folder: Path, is_best: bool) -> None:
+        """Say that a task's adapter was written, and whether it is the best or the last one."""
         what = "stopped after" if progress.stopped else "made"
         best = ""
-        if progress.lowest_step is not None:
+        if is_best:
             best = (
                 f", the best of its evaluations: after step {progress.lowest_step}, "
                 f"validation loss {progress.lowest_loss:.3f}"

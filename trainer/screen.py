@@ -92,7 +92,7 @@ def describe_tasks(metrics: StepMetrics, outlook: Outlook) -> str:
     for name, task in metrics.tasks.items():
         own = outlook.tasks[name]
         left = f"{counted(own.steps_left, 'step')}, {clock(own.time_left_s)} left"
-        parts.append(f"{name} {losses(task)} ({left if own.steps_left else 'done'})")
+        parts.append(f"{name} {losses(task)} ({left if own.steps_left else 'its last step'})")
     return "; ".join(parts)
 
 

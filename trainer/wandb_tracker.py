@@ -35,6 +35,7 @@ class Wandb:
             resume="allow",
             dir=folder,
             config=config,
+            settings={"console": "off", "quiet": True},  # the screen is the run's
         )
         asked = os.environ.get("WANDB_MODE") or None
         if asked is None and not wandb.setup().settings.api_key:

@@ -352,7 +352,7 @@ def test_a_plan_for_more_gpus_than_were_given(
 ) -> None:
     write_plan({"dp": 4, "tp": 1, "pp": 1, "max_tokens": 64})
     assert train(place, "--num-gpus", "2") == 2
-    refused(capsys, "needs 4 ranks, but only 2 GPUs were given")
+    refused(capsys, "needs 4 ranks, but only 2 GPUs may be used")
 
 
 def test_report_of_a_folder_without_a_run(

@@ -49,6 +49,7 @@ def orders(draw: st.DrawFn) -> StepOrder:
         tuple(draw(st.lists(updates, max_size=3))),
         keep=draw(tasks),
         export=draw(tasks),
+        export_best=draw(tasks),
         save=draw(st.booleans()),
         stop=draw(st.booleans()),
         finished=draw(st.booleans()),
