@@ -36,6 +36,8 @@ setup(
         "matplotlib>=3.8,<4",
     ],
     extras_require={
+        "wandb": ["wandb>=0.20,<1"],
+        "mlflow": ["mlflow-skinny>=3.0,<4"],
         "dev": [
             "peft>=0.19,<0.22",
             "pytest>=8.0,<10",

@@ -28,8 +28,12 @@ def print_run_report(folder: Path, console: Console | None = None) -> None:
         console.print(_replica_table(plan, len(summary.plans) > 1))
     if warning := _poor_prediction(summary):
         console.print(warning, style="yellow", soft_wrap=True)
-    where = summary.adapters or "none saved yet"
-    console.print(f"adapters (PEFT format): {where}", soft_wrap=True)
+    if summary.adapters or not summary.unfinished:
+        where = summary.adapters or "none saved yet"
+        console.print(f"adapters (PEFT format): {where}", soft_wrap=True)
+    if summary.unfinished:
+        text = f"adapters of tasks that are not over, as last saved: {summary.unfinished}"
+        console.print(text, soft_wrap=True)
 
 
 def _poor_prediction(summary: RunSummary) -> str | None:

@@ -75,7 +75,8 @@ class RunSummary:
     `plans` are all the run has had, in order; times, shares and `num_gpus` are of the last one.
     `step_gpu_seconds` is what the steps took on all GPUs; `other_gpu_seconds` what validation and
     checkpoints took in between (not: starting, loading the model). `flops_per_s` are of one GPU,
-    `mfu` is their share of its peak; None where metrics do not say.
+    `mfu` is their share of its peak; None where metrics do not say. `adapters` is where adapters of
+    tasks that are over lie, `unfinished` where those of the others do, in the last checkpoint.
     """
 
     plans: tuple[PlanSummary, ...]
@@ -99,6 +100,7 @@ class RunSummary:
     tasks: tuple[TaskSummary, ...]
     planned: dict[str, Any]
     adapters: Path | None
+    unfinished: Path | None
 
 
 def run_parts(folder: Path) -> list[PlanPart]:
@@ -135,6 +137,8 @@ def summarise(folder: Path) -> RunSummary:
     config, parts = _read(folder)
     steps = [step for part in parts for step in part.steps]
     timed = _timed(parts[-1])
+    exported, saved = folder / ADAPTER_FOLDER, _last_saved(folder)
+    missing = [task.name for task in config.tasks if not (exported / task.name).is_dir()]
     return RunSummary(
         plans=tuple(_plan_summary(part) for part in parts),
         num_gpus=parts[-1].num_gpus,
@@ -153,7 +157,8 @@ def summarise(folder: Path) -> RunSummary:
         - sum(step["tokens"] for step in steps) / sum(step["padded_tokens"] for step in steps),
         tasks=tuple(task_summary(task.name, steps, task.num_steps) for task in config.tasks),
         planned=dict(config.plan_meta or {}),
-        adapters=_find_adapters(folder),
+        adapters=exported if exported.is_dir() else None,
+        unfinished=saved if saved is not None and missing else None,
     )
 
 
@@ -206,10 +211,8 @@ def _between_steps(step: dict[str, Any]) -> float:
     return float(seconds * step["gpu_seconds"] / step["step_time_s"])
 
 
-def _find_adapters(folder: Path) -> Path | None:
-    """Return where the run's adapters lie: of the finished run, else of its last checkpoint."""
-    if (folder / ADAPTER_FOLDER).is_dir():
-        return folder / ADAPTER_FOLDER
+def _last_saved(folder: Path) -> Path | None:
+    """Return where the adapters of the last checkpoint lie."""
     saved = list_checkpoints(folder)
     return step_folder(folder, saved[-1]) / ADAPTER_FOLDER if saved else None
 

@@ -107,4 +107,4 @@ class Forecast:
             for name, steps_left in left.items()
             if self.steps[name]
         )
-        return ahead / max(1.0, self.total_flops)
+        return ahead / self.total_flops if ahead else 0.0

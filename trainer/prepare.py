@@ -279,7 +279,7 @@ def prepare(request: TrainRequest) -> RunSpec:
             shape.vocab_size if shape else None,
         )
         if plan is not None:
-            checks.problems += too_long(tasks, datasets, plan, config.path)
+            checks.problems += too_long(tasks, datasets, plan, batching, config.path)
             if batching == "bucketed" and request.dp_bucket == "off":
                 buckets = checks.attempt(fixed_buckets, request.num_buckets, datasets, plan) or ()
         if shape is not None:
@@ -294,6 +294,11 @@ def prepare(request: TrainRequest) -> RunSpec:
         pairs = list(zip(tasks, training, strict=True))
         records = [task_record(task, data) for task, data in pairs]
         steps = {task.name: num_steps(task, len(data)) for task, data in pairs}
+        end = last_step(state, request.revive, steps, request.max_steps)
+        if max(profiled_steps, default=0) > end:
+            checks.problems.add(
+                f"--torch-profiler {request.torch_profiler}: the run ends with step {end}"
+            )
     if state is not None and training and folder is not None:
         base = state.base_model
         if shape is not None and not unusable_base:
@@ -317,7 +322,7 @@ def prepare(request: TrainRequest) -> RunSpec:
         task_records=tuple(records),
         tasks=tasks,
         num_steps=tuple(steps.values()),
-        last_step=last_step(state, request.revive, steps, request.max_steps),
+        last_step=end,
         plan=plan,
         world=world,
         cost_model=cost_model,
@@ -507,9 +512,9 @@ def _choose_device(request: TrainRequest, plan: Plan | None) -> str:
         and plan.num_gpus > found
     ):
         raise ConfigError(
-            f"{request.strategy_config}: the plan {plan} needs {counted(plan.num_gpus, 'GPU')}, this "
-            f"machine has {found}: {plan.num_gpus - found} missing; give --host-file for several "
-            f"machines, or --device cpu to run every rank as a CPU process"
+            f"{request.strategy_config}: the plan {plan} needs {counted(plan.num_gpus, 'GPU')}, "
+            f"this machine has {found}: {plan.num_gpus - found} missing; give --host-file for "
+            f"several machines, or --device cpu to run every rank as a CPU process"
         )
     return device
 

@@ -324,7 +324,7 @@ def test_a_run_that_died_before_its_first_checkpoint(
     Path("run").mkdir()
     Path("run/metrics.jsonl").write_text('{"step": 0}\n')
     assert train(place) == 2
-    assert "ended before its first checkpoint" in capsys.readouterr().err
+    assert "holds a run without a checkpoint" in capsys.readouterr().err
     Path("run/metrics.jsonl").write_text("")
     Path("run/checkpoints/.step_1.partial").mkdir(parents=True)
     assert train(place) == 0

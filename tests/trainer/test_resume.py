@@ -404,7 +404,10 @@ def test_what_may_not_change_is_named() -> None:
         assert part in problems
     (seed,) = resume_problems(saved, before, 3, "base", "tasks.json")
     assert "--seed 0, not 3" in seed
-    assert "has the tasks" in resume_problems(saved, before[:2], 0, "base", "tasks.json")[0]
+    (problem,) = resume_problems(
+        saved, [{**before[0], "name": "new"}, *before[1:]], 1, "x", "f.json"
+    )
+    assert "f.json has other tasks than the checkpoint: it lacks one and has besides new" in problem
 
 
 def test_saving_over_a_half_written_adapter(tmp_path: Path) -> None:
