@@ -80,7 +80,8 @@ class AdapterExporter:
     def keep(self, numbers: Sequence[int]) -> None:
         """Keep these tasks' adapters, as they are now, as the best of theirs."""
         for number in numbers:
-            self.kept[number] = self._weights(self.stage.slots[number])
+            now = self._weights(self.stage.slots[number])
+            self.kept[number] = {name: value.clone() for name, value in now.items()}  # not views
 
     def load_kept(self, step: int, number: int) -> None:
         """Keep the adapter that the checkpoint after ``step`` steps has as the task's best."""
