@@ -59,9 +59,9 @@ class Mlflow:
             part = metrics[start : start + MOST_METRICS]
             self._client.log_batch(self._run_id, metrics=part)
 
-    def close(self) -> None:
-        """Say that no more will come."""
-        self._client.set_terminated(self._run_id)
+    def close(self, failed: bool) -> None:
+        """Say that no more will come, and whether the run failed."""
+        self._client.set_terminated(self._run_id, "FAILED" if failed else "FINISHED")
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:

@@ -45,8 +45,6 @@ class Records:
 
     def __enter__(self) -> Records:
         self._open.enter_context(closing(self._file))
-        for tracker in self._trackers:
-            self._open.enter_context(closing(tracker))
         self._open.enter_context(self._screen)
         return self
 
@@ -57,3 +55,5 @@ class Records:
         trace: TracebackType | None,
     ) -> None:
         self._open.close()
+        for tracker in self._trackers:
+            tracker.close(failed=kind is not None)

@@ -28,6 +28,6 @@ class TensorBoard:
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        """Write what is still in memory."""
+    def close(self, failed: bool) -> None:
+        """Write what is still in memory; events do not say how a run ended."""
         self._events.close()

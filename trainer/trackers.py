@@ -37,8 +37,8 @@ class Tracker(Protocol):
     def write(self, values: dict[str, float], step: int) -> None:
         """Write the curves' values of a step, counted from 0."""
 
-    def close(self) -> None:
-        """Write what is still in memory."""
+    def close(self, failed: bool) -> None:
+        """Write what is still in memory, and whether the run failed."""
 
 
 class OwnThread:
@@ -48,7 +48,7 @@ class OwnThread:
         """Have ``make`` make the tracker when the first step comes."""
         self._name = name
         self._make = make
-        self._steps: queue.SimpleQueue[StepMetrics | None] = queue.SimpleQueue()
+        self._steps: queue.SimpleQueue[StepMetrics | bool] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def write(self, metrics: StepMetrics) -> None:
@@ -58,11 +58,11 @@ class OwnThread:
             self._thread.start()
         self._steps.put(metrics)
 
-    def close(self) -> None:
-        """Wait until all is written, but not for ever."""
+    def close(self, failed: bool = False) -> None:
+        """Wait until all is written, but not for ever; say whether the run failed."""
         if self._thread is None:
             return
-        self._steps.put(None)
+        self._steps.put(failed)
         self._thread.join(PATIENCE_S)
         if self._thread.is_alive():
             log.warning("%s: not all could be written within %.0f s", self._name, PATIENCE_S)
@@ -70,9 +70,9 @@ class OwnThread:
     def _work(self) -> None:
         try:
             tracker = self._make()
-            while (metrics := self._steps.get()) is not None:
-                tracker.write(curves(metrics), metrics.step)
-            tracker.close()
+            while not isinstance(item := self._steps.get(), bool):
+                tracker.write(curves(item), item.step)
+            tracker.close(failed=item)
         except Exception as error:  # of any library, of any kind: the run goes on
             log.warning(
                 "%s: the run goes on without it, since it failed: %s: %s",

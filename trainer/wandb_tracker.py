@@ -53,6 +53,6 @@ class Wandb:
         """Write the curves' values of a step."""
         self._run.log({"step": step, **values})
 
-    def close(self) -> None:
-        """Write what is still in memory."""
-        self._run.finish()
+    def close(self, failed: bool) -> None:
+        """Write what is still in memory, and whether the run failed."""
+        self._run.finish(exit_code=int(failed))

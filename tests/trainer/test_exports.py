@@ -36,7 +36,7 @@ def weights(folder: Path) -> bytes:
 
 def test_an_adapter_is_written_as_its_task_ends(base: Path, tmp_path: Path) -> None:
     data = [random_dataset(15, 6, 50, 256, seed) for seed in range(2)]
-    plan = make_plan([(1, 1), (1, 2)], 64)
+    plan = make_plan([(1, 2)], 64)
     run = make_run(tmp_path / "run", base, (SHORT, STEADY), data, plan, 50)
     run_local(run, "tests.trainer.faults:train_and_signal")  # after three steps
     short, steady = run.adapter_folder(0), run.adapter_folder(1)

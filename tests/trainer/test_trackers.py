@@ -38,7 +38,7 @@ def write_two_runs(name: str, run: Any) -> None:
         tracker = open_tracker(name, run, begin)
         for number in range(begin, end):
             tracker.write(replace(step({"a": 1.0}, 2.0), step=number))
-        tracker.close()
+        tracker.close(failed=end == 3)
 
 
 def test_tensorboard_has_curves_and_configuration(run: Any) -> None:
@@ -59,7 +59,7 @@ def test_mlflow_has_curves_and_configuration(run: Any) -> None:
     client = mlflow.MlflowClient(tracking_uri=(run.output_dir / "mlflow/tracking").as_uri())
     experiment = client.get_experiment_by_name("lobra")
     (found,) = client.search_runs([experiment.experiment_id])
-    assert found.info.run_name == "mine" and found.info.status == "FINISHED"
+    assert found.info.run_name == "mine" and found.info.status == "FAILED"
     assert found.data.params["seed"] == "7"
     assert found.data.params["tasks.0.target_modules.0"] == "q_proj"
     history = client.get_metric_history(found.info.run_id, "loss/a")
@@ -95,8 +95,8 @@ class Recording:
             raise ConnectionError("the network is gone")
         self.written.append(values)
 
-    def close(self) -> None:
-        self.closed = True
+    def close(self, failed: bool) -> None:
+        self.closed = not failed
 
 
 def test_a_tracker_that_fails_or_is_slow_holds_nothing_up(caplog: pytest.LogCaptureFixture) -> None:
