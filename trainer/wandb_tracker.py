@@ -24,7 +24,7 @@ class Wandb:
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], begin: int) -> None:
-        wandb: Any = importlib.import_module("wandb")
+        self._wandb: Any = importlib.import_module("wandb")
         id_path = folder / ID_FILE
         if not id_path.is_file():
             write_atomic(id_path, secrets.token_hex(8))
@@ -38,14 +38,14 @@ class Wandb:
             settings={"console": "off", "quiet": True},  # the screen is the run's
         )
         asked = os.environ.get("WANDB_MODE") or None
-        if asked is None and not wandb.setup().settings.api_key:
+        if asked is None and not self._wandb.setup().settings.api_key:
             log.warning("wandb: no API key; kept in %s for `wandb sync`", folder / "wandb")
             asked = "offline"
         try:
-            self._run: Any = wandb.init(**settings, mode=asked)
-        except wandb.errors.CommError as error:
+            self._run: Any = self._wandb.init(**settings, mode=asked)
+        except self._wandb.errors.CommError as error:
             log.warning("wandb: %s; kept in %s for `wandb sync`", error, folder / "wandb")
-            self._run = wandb.init(**settings, mode="offline")
+            self._run = self._wandb.init(**settings, mode="offline")
         # Of steps that are trained again after a resume, both attempts are kept.
         self._run.define_metric("*", step_metric="step")
 
@@ -56,3 +56,4 @@ class Wandb:
     def close(self, failed: bool) -> None:
         """Write what is still in memory, and whether the run failed."""
         self._run.finish(exit_code=int(failed))
+        self._wandb.teardown()  # waits until its own process has written all
