@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
 
@@ -26,6 +27,7 @@ class Screen:
         self.console = Console(file=sys.stderr)
         self.bars: Progress | None = None
         self.rows: dict[str, TaskID] = {}
+        self.validation: dict[str, float] = {}  # the latest of every task
         if self.console.is_terminal:
             self.bars = Progress(
                 TextColumn("{task.description}"),
@@ -53,8 +55,11 @@ class Screen:
             total = task.steps + task.steps_left
             self.bars.update(row, completed=task.steps, total=total, visible=total > 0)
             if name in metrics.tasks:
-                latest = f"{losses(metrics.tasks[name])}, {clock(task.time_left_s)} left"
-                self.bars.update(row, latest=latest)
+                own = metrics.tasks[name]
+                if own.validation_loss is not None:
+                    self.validation[name] = own.validation_loss
+                shown = losses(replace(own, validation_loss=self.validation.get(name)))
+                self.bars.update(row, latest=f"{shown}, {clock(task.time_left_s)} left")
 
     def tell(self, text: str) -> None:
         """Show a line that stays."""
