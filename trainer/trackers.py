@@ -104,7 +104,8 @@ def trackers_of(text: str) -> tuple[str, ...]:
     """
     problems = Problems()
     found: list[str] = []
-    for name in dict.fromkeys(text.split(",")) if text != "none" else ():
+    names = [] if text.strip() == "none" else [name.strip() for name in text.split(",")]
+    for name in dict.fromkeys(names):
         if name not in TRACKERS:
             problems.add(f"--report-to {name}: want some of {', '.join(TRACKERS)}, or none")
         elif importlib.util.find_spec(TRACKERS[name][0]) is None:

@@ -130,7 +130,7 @@ def test_a_tracker_that_never_answers_is_left(
 
 def test_names_of_trackers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert trackers_of("none") == ()
-    assert trackers_of("tensorboard,tensorboard") == ("tensorboard",)
+    assert trackers_of("tensorboard, tensorboard") == ("tensorboard",)
     monkeypatch.setitem(trackers.TRACKERS, "mlflow", ("no_such_package", "x:Y"))
     with pytest.raises(ConfigError) as caught:
         trackers_of("comet,mlflow,tensorboard")
