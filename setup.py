@@ -53,6 +53,8 @@ setup(
             "safetensors>=0.5,<1",
             "tensorboard>=2.16,<3",
         ],
+        "wandb": ["wandb>=0.20,<1"],
+        "mlflow": ["mlflow-skinny>=3.0,<4"],
         "dev": [
             "peft>=0.19,<0.22",
             "pytest>=8.0,<10",

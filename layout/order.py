@@ -37,7 +37,8 @@ class StepOrder:
 
     Sequences of a task that is updated are trained on, for the mean loss over their targets; of
     other tasks only the losses are found. Without any update there is no backward pass: so an
-    evaluation is ordered. What is to be saved, exported or ended is so after that.
+    evaluation is ordered. What is to be kept, exported, saved or ended is so after that, in this
+    order.
 
     Attributes
     ----------
@@ -47,20 +48,29 @@ class StepOrder:
         Of every replica its micro-batches, in the order they are run.
     updates
         The tasks that are updated; each has targets in the order's sequences.
+    keep
+        The tasks whose adapters, as they are now, are kept as the best of theirs.
+    export
+        The tasks whose adapters are written as they are now.
+    export_best
+        The tasks of which the adapter that is kept is written.
     save
         Whether a checkpoint is written.
-    export
-        Whether the adapters are written.
     stop
         Whether this is the last order.
+    finished
+        With ``stop``: whether all was trained that was asked for.
     """
 
     step: int
     replicas: tuple[tuple[MicroBatch, ...], ...] = ()
     updates: tuple[Update, ...] = ()
+    keep: tuple[int, ...] = ()
+    export: tuple[int, ...] = ()
+    export_best: tuple[int, ...] = ()
     save: bool = False
-    export: bool = False
     stop: bool = False
+    finished: bool = False
 
     @cached_property
     def sequences(self) -> tuple[Sequence, ...]:
@@ -93,9 +103,11 @@ class StepOrder:
         rates = [(update.learning_rate, update.max_grad_norm) for update in self.updates]
         return np.concatenate(
             [
-                _integers([self.step, self.save, self.export, self.stop]),
+                _integers([self.step, self.save, self.stop, self.finished]),
+                _integers([len(self.keep), len(self.export), len(self.export_best)]),
                 _integers([len(self.updates), len(self.replicas)]),
                 _integers([len(micro_batches), len(sequences)]),
+                _integers([*self.keep, *self.export, *self.export_best]),
                 _integers(update.task for update in self.updates),
                 np.array(rates, dtype=np.float64).flatten().view(np.int64),
                 _integers(len(replica) for replica in self.replicas),
@@ -115,8 +127,10 @@ class StepOrder:
     def decode(cls, flat: IntArray) -> StepOrder:
         """Return the order that `encoded` is ``flat``; its tokens are views of it."""
         reader = _Reader(flat)
-        step, save, export, stop, num_updates, num_replicas = reader.integers(6)
-        num_batches, num_sequences = reader.integers(2)
+        step, save, stop, finished = reader.integers(4)
+        num_tasks = reader.integers(3)
+        num_updates, num_replicas, num_batches, num_sequences = reader.integers(4)
+        keep, export, export_best = (tuple(reader.integers(num)) for num in num_tasks)
         updated = reader.integers(num_updates)
         rates = reader.take(2 * num_updates).view(np.float64).reshape(-1, 2).tolist()
         batches_of_replica = reader.integers(num_replicas)
@@ -137,9 +151,12 @@ class StepOrder:
             step,
             tuple(tuple(islice(micro_batches, count)) for count in batches_of_replica),
             tuple(Update(task, *pair) for task, pair in zip(updated, rates, strict=True)),
+            keep=keep,
+            export=export,
+            export_best=export_best,
             save=bool(save),
-            export=bool(export),
             stop=bool(stop),
+            finished=bool(finished),
         )
 
 

@@ -28,6 +28,7 @@ class Accelerator:
     memory_gb_s: float
     link_gb_s: float
     network_gb_s: float
+    devices: tuple[str, ...] = ()
     name: str = ""
 
     @property
@@ -76,6 +77,14 @@ class Tables:
     def accelerator(self, name: str) -> Accelerator:
         """Return an accelerator by name, whatever its case; ConfigError if unknown."""
         return _named(self.accelerators, name, "accelerator")
+
+    def peak_flops_per_s(self, device: str, precision: str) -> float | None:
+        """Return the peak of a GPU by torch's name of it; None where it is not known."""
+        known = (a for a in self.accelerators.values() if device in a.devices)
+        accelerator = next(known, None)
+        if accelerator is None or precision not in ("bf16", "fp32"):
+            return None
+        return 1e3 * accelerator.flops_per_ms(precision)
 
     def runtime(self, name: str | None) -> Runtime:
         """Return a runtime by name (None: this project's); ConfigError if unknown."""
@@ -164,6 +173,10 @@ def _build(
         if key in FLAGS:
             if not isinstance(value, bool):
                 problems.append(f"{where}.{key}: {value!r} is not true or false")
+        elif key == "devices":
+            if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
+                problems.append(f"{where}.{key}: {value!r} is not a list of names")
+            values[key] = tuple(value)
         elif isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             problems.append(f"{where}.{key}: {value!r} is not a positive number")
         elif value == math.inf:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from lobra.report.run_summary import PlanSummary, RunSummary, summarise
+from lobra.common.words import counted
+from lobra.report.run_summary import PlanSummary, RunSummary, TaskSummary, summarise
 
+PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1.0, ""))
 POOR_PREDICTION = 2.0  # measured over predicted step time, or the other way round
 
 
@@ -19,12 +22,18 @@ def print_run_report(folder: Path, console: Console | None = None) -> None:
     console = console or Console()
     console.print(_overview(summary, folder))
     console.print(_task_table(summary))
+    if validated := [task for task in summary.tasks if task.validation]:
+        console.print(_validation_table(validated))
     for plan in summary.plans:
         console.print(_replica_table(plan, len(summary.plans) > 1))
     if warning := _poor_prediction(summary):
         console.print(warning, style="yellow", soft_wrap=True)
-    where = summary.adapters or "none saved yet"
-    console.print(f"adapters (PEFT format): {where}", soft_wrap=True)
+    if summary.adapters or not summary.unfinished:
+        where = summary.adapters or "none saved yet"
+        console.print(f"adapters (PEFT format): {where}", soft_wrap=True)
+    if summary.unfinished:
+        text = f"adapters of tasks that are not over, as last saved: {summary.unfinished}"
+        console.print(text, soft_wrap=True)
 
 
 def _poor_prediction(summary: RunSummary) -> str | None:
@@ -50,7 +59,7 @@ def _overview(summary: RunSummary, folder: Path) -> Table:
     rows = [
         (
             f"plan {number}, {plan.span}" if several else "plan",
-            f"{plan.plan} on {plan.num_gpus} {unit}s"
+            f"{plan.plan} on {counted(plan.num_gpus, unit)}"
             + (f", {plan.step_time_s:.3f} s a step" if several else ""),
         )
         for number, plan in enumerate(summary.plans, start=1)
@@ -62,7 +71,11 @@ def _overview(summary: RunSummary, folder: Path) -> Table:
         ("step time, measured", f"{summary.step_time_s:.3f} s (median)"),
         ("step time, predicted", f"{summary.predicted_step_time_s:.3f} s (median)"),
         (f"{unit}-seconds per step", f"{gpu_seconds:.2f} measured"),
+        ("tokens a second", f"{summary.tokens_per_s:,.0f}, none of padding"),
     ]
+    if summary.flops_per_s is not None:
+        share = "" if summary.mfu is None else f", {summary.mfu:.1%} of its peak (MFU)"
+        rows.append(("model's operations", f"{tera(summary.flops_per_s)}FLOP/s a {unit}{share}"))
     homogeneous = summary.planned.get("homogeneous") or {}
     if planned and homogeneous.get("step_time_s"):
         best = homogeneous["step_time_s"] * sum(
@@ -97,6 +110,12 @@ def _overview(summary: RunSummary, folder: Path) -> Table:
     return table
 
 
+def tera(number: float) -> str:
+    """Return a large number with three digits and the prefix of its unit."""
+    factor, prefix = next(pair for pair in PREFIXES if number >= pair[0] or pair[0] == 1.0)
+    return f"{number / factor:.3g} {prefix}"
+
+
 def describe_groups(groups: list[dict[str, Any]]) -> str:
     """Return a plan, given as `lobra plan --json` lists it, in LobRA's notation."""
     return " ".join(f"<{g['tp']},{g['pp']}>x{g['replicas']}" for g in groups) or "unknown"
@@ -118,6 +137,19 @@ def _task_table(summary: RunSummary) -> Table:
             str(task.skipped),
             task.ended,
         )
+    return table
+
+
+def _validation_table(tasks: Sequence[TaskSummary]) -> Table:
+    table = Table(title="Validation losses", title_justify="left")
+    table.add_column("task", overflow="fold")
+    for column in ("evaluations", "first", "last", "lowest", "after its step"):
+        table.add_column(column, justify="right")
+    for task in tasks:
+        losses = [loss for _, loss in task.validation]
+        step, lowest = min(task.validation, key=lambda pair: pair[1])
+        shown = (f"{loss:.3f}" for loss in (losses[0], losses[-1], lowest))
+        table.add_row(task.name, str(len(losses)), *shown, str(step))
     return table
 
 

@@ -28,7 +28,10 @@ PARTS = {
 
 @dataclass(frozen=True)
 class TaskSummary:
-    """A task's mean loss over its first and last steps, how many it trained, and how it ended."""
+    """A task's mean loss over its first and last steps, how many it trained, and how it ended.
+
+    `validation` are its own steps that were evaluated, counted from 1, with their losses.
+    """
 
     name: str
     steps: int
@@ -37,6 +40,7 @@ class TaskSummary:
     loss_after: float
     skipped: int
     ended: str
+    validation: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,9 @@ class RunSummary:
 
     `plans` are all the run has had, in order; times, shares and `num_gpus` are of the last one.
     `step_gpu_seconds` is what the steps took on all GPUs; `other_gpu_seconds` what validation and
-    checkpoints took in between (not: starting, loading the model).
+    checkpoints took in between (not: starting, loading the model). `flops_per_s` are of one GPU,
+    `mfu` is their share of its peak; None where metrics do not say. `adapters` is where adapters of
+    tasks that are over lie, `unfinished` where those of the others do, in the last checkpoint.
     """
 
     plans: tuple[PlanSummary, ...]
@@ -85,12 +91,16 @@ class RunSummary:
     reduce_share: float
     optimizer_share: float
     memory_bytes: int
+    tokens_per_s: float
+    flops_per_s: float | None
+    mfu: float | None
     step_gpu_seconds: float
     other_gpu_seconds: float
     padding_ratio: float
     tasks: tuple[TaskSummary, ...]
     planned: dict[str, Any]
     adapters: Path | None
+    unfinished: Path | None
 
 
 def run_parts(folder: Path) -> list[PlanPart]:
@@ -127,6 +137,8 @@ def summarise(folder: Path) -> RunSummary:
     config, parts = _read(folder)
     steps = [step for part in parts for step in part.steps]
     timed = _timed(parts[-1])
+    exported, saved = folder / ADAPTER_FOLDER, _last_saved(folder)
+    missing = [task.name for task in config.tasks if not (exported / task.name).is_dir()]
     return RunSummary(
         plans=tuple(_plan_summary(part) for part in parts),
         num_gpus=parts[-1].num_gpus,
@@ -136,13 +148,17 @@ def summarise(folder: Path) -> RunSummary:
         predicted_step_time_s=median(step["predicted_step_time_s"] for step in timed),
         **{f"{part}_share": _share(timed, field) for part, field in PARTS.items()},
         memory_bytes=max(step["memory_bytes"] for step in steps),
+        tokens_per_s=sum(step["tokens"] for step in timed) / sum(s["step_time_s"] for s in timed),
+        flops_per_s=_flops_per_s(timed),
+        mfu=_mean_mfu(timed),
         step_gpu_seconds=sum(step["gpu_seconds"] for step in steps),
         other_gpu_seconds=sum(_between_steps(step) for step in steps),
         padding_ratio=1
         - sum(step["tokens"] for step in steps) / sum(step["padded_tokens"] for step in steps),
         tasks=tuple(task_summary(task.name, steps, task.num_steps) for task in config.tasks),
         planned=dict(config.plan_meta or {}),
-        adapters=_find_adapters(folder),
+        adapters=exported if exported.is_dir() else None,
+        unfinished=saved if saved is not None and missing else None,
     )
 
 
@@ -175,16 +191,28 @@ def _share(steps: Sequence[dict[str, Any]], field: str) -> float:
     return sum(step.get(field, 0.0) for step in steps) / sum(s["step_time_s"] for s in steps)
 
 
+def _flops_per_s(steps: Sequence[dict[str, Any]]) -> float | None:
+    """Return the model's operations a second and GPU (None: metrics of an older version)."""
+    known = [step for step in steps if step.get("flops")]
+    gpu_seconds = sum(step["gpu_seconds"] for step in known)
+    return sum(step["flops"] for step in known) / gpu_seconds if known else None
+
+
+def _mean_mfu(steps: Sequence[dict[str, Any]]) -> float | None:
+    """Return the mean MFU, each step with the weight of its time."""
+    known = [step for step in steps if step.get("mfu") is not None]
+    time_s = sum(step["step_time_s"] for step in known)
+    return sum(step["mfu"] * step["step_time_s"] for step in known) / time_s if known else None
+
+
 def _between_steps(step: dict[str, Any]) -> float:
     """Return the GPU-seconds of the validation and the checkpoint that followed a step."""
     seconds = step.get("validation_time_s", 0.0) + step.get("checkpoint_time_s", 0.0)
     return float(seconds * step["gpu_seconds"] / step["step_time_s"])
 
 
-def _find_adapters(folder: Path) -> Path | None:
-    """Return where the run's adapters lie: of the finished run, else of its last checkpoint."""
-    if (folder / ADAPTER_FOLDER).is_dir():
-        return folder / ADAPTER_FOLDER
+def _last_saved(folder: Path) -> Path | None:
+    """Return where the adapters of the last checkpoint lie."""
     saved = list_checkpoints(folder)
     return step_folder(folder, saved[-1]) / ADAPTER_FOLDER if saved else None
 
@@ -204,6 +232,11 @@ def task_summary(
         loss_after=sum(losses[-edge:]) / edge,
         skipped=sum(not entry["applied"] for entry in own),
         ended=_how_it_ended(name, steps, num_steps),
+        validation=tuple(
+            (entry["own_step"] + 1, entry["validation_loss"])
+            for entry in own
+            if "own_step" in entry and entry.get("validation_loss") is not None
+        ),
     )
 
 

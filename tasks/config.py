@@ -142,7 +142,8 @@ class TaskConfig(FileModel):
     validation_split: Share = 0.0
     """Share of the sequences held out to measure their loss."""
     early_stopping_patience: Count = 0
-    """End after so many evaluation periods without a better loss; 0: never."""
+    """End after so many evaluation periods without a better loss, and export the adapter with the
+    lowest validation loss; 0: never, and export the last."""
     early_stopping_min_delta: NotNegative = 0.0
     """By how much a loss must fall to be better."""
     resume_from: Text | None = None

@@ -79,6 +79,8 @@ _ALMOST: Sequence[tuple[str | None, str, str]] = (
     (None, f"{_RUN} --precision", "bf16 fp16 precision"),
     (None, f"{_RUN} --gradient-checkpointing", "gradient_checkpointing"),
     (None, f"{_RUN} --save-every", "save_steps"),
+    (None, f"{_RUN} --keep-checkpoints", "save_total_limit"),
+    (None, f"{_RUN} --report-to", "report_to"),
     (None, f"{_RUN} --validate-every", "eval_steps"),
 )
 

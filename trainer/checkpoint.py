@@ -3,6 +3,7 @@
 `checkpoints/step_<n>/` holds the state after n steps:
 
 - `adapters/<task>/`: the adapter in PEFT's format, loadable as it is;
+- `best/<task>/`: the same of the lowest validation loss so far, of tasks that may stop early;
 - `moments/<task>.safetensors`: Adam's moments, `<moment>/<PEFT's name>`;
 - `state.json`: steps, every task's progress by its name, what the data was, the replicas' speed
   factors.
@@ -20,7 +21,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lobra.common.documents import read_document
@@ -28,6 +29,7 @@ from lobra.common.errors import ConfigError, Problems
 from lobra.common.files import new_draft, remove_folder, replace_folder, write_atomic
 from lobra.common.models import Count, FileModel, OneOf, Positive, read_as
 from lobra.layout.sequences import BATCHINGS
+from lobra.model.adapter import AdapterSpec
 from lobra.model.stage import Stage
 from lobra.trainer.adapters import CONFIG_FILE, WEIGHTS_FILE, save_adapter
 from lobra.trainer.checkpoint_folder import FOLDER, STATE_FILE, list_checkpoints, step_folder
@@ -35,6 +37,7 @@ from lobra.trainer.optimizer import AdapterOptimizer
 from lobra.trainer.task_progress import TaskProgress
 from lobra.trainer.zero import MOMENTS
 
+BEST_FOLDER = "best"  # in a checkpoint
 FORMAT = 2
 
 
@@ -90,7 +93,7 @@ class CheckpointWriter:
 
     def add_task(
         self,
-        spec: Any,
+        spec: AdapterSpec,
         weights: dict[str, Tensor],
         moments: dict[str, dict[str, Tensor]],
         base_model: str,
@@ -101,13 +104,17 @@ class CheckpointWriter:
         (self.draft / "moments").mkdir(exist_ok=True)
         save_file(flat, self.draft / "moments" / f"{spec.name}.safetensors")
 
-    def finish(self, state: CheckpointState, keep_last: int) -> None:
-        """Make the checkpoint visible and remove all but the last `keep_last`."""
+    def add_best(self, spec: AdapterSpec, weights: dict[str, Tensor], base_model: str) -> None:
+        """Write the best adapter that a task has had so far (PEFT's names)."""
+        save_adapter(self.draft / BEST_FOLDER / spec.name, spec, weights, base_model)
+
+    def finish(self, state: CheckpointState, num_kept: int) -> None:
+        """Make the checkpoint visible, then remove all but the last `num_kept` (at least one)."""
         progress = {name: own.as_json() for name, own in state.progress.items()}
         content = {"format": FORMAT, **state.__dict__, "progress": progress}
         write_atomic(self.draft / STATE_FILE, json.dumps(content, indent=1) + "\n")
         replace_folder(self.draft, self.target)
-        for old in list_checkpoints(self.run)[:-keep_last]:
+        for old in list_checkpoints(self.run)[:-num_kept]:
             remove_folder(step_folder(self.run, old))
 
 
@@ -152,6 +159,10 @@ def _read(folder: Path) -> CheckpointState:
         moments = _tensors(folder, f"moments/{name}.safetensors")
         if moments != {f"{kind}/{key}": size for kind in MOMENTS for key, size in weights.items()}:
             raise _Broken(f"moments/{name}.safetensors does not fit the task's adapter")
+        if state.progress[name].lowest_step is not None:
+            best = f"{BEST_FOLDER}/{name}/{WEIGHTS_FILE}"
+            if _tensors(folder, best) != weights:
+                raise _Broken(f"{best} does not fit the task's adapter")
     return state
 
 
@@ -227,6 +238,11 @@ def load_weights(run: Path, step: int, stage: Stage, number: int) -> None:
     path = step_folder(run, step) / "adapters" / slot.spec.name / WEIGHTS_FILE
     with safe_open(path, framework="pt") as file:
         stage.load(number, {name: file.get_tensor(name) for name in slot.layout.places})
+
+
+def load_best(run: Path, step: int, name: str) -> dict[str, Tensor]:
+    """Return the best adapter that a checkpoint has of a task, by PEFT's names."""
+    return load_file(step_folder(run, step) / BEST_FOLDER / name / WEIGHTS_FILE)
 
 
 def load_moments(

@@ -8,12 +8,15 @@ fast each replica is. The step after is dispatched while a step trains.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
 from lobra.layout.order import StepOrder, Update
+from lobra.profiler.accelerators import load_tables
+from lobra.profiler.hardware import describe_device
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.dataset import TokenizedDataset
 from lobra.trainer.batches import draw_sequences
@@ -21,10 +24,12 @@ from lobra.trainer.checkpoint import CheckpointState, drop_later
 from lobra.trainer.engine import Engine
 from lobra.trainer.evaluation import Evaluation, HeldOut
 from lobra.trainer.feedback import SpeedFeedback
+from lobra.trainer.forecast import Forecast
 from lobra.trainer.metrics import StepMetrics, as_json, restore_metrics
 from lobra.trainer.orders import Attendance, DispatchedStep, OrdersAhead, dispatch_step
-from lobra.trainer.records import open_records
+from lobra.trainer.records import Records
 from lobra.trainer.run_spec import RunSpec
+from lobra.trainer.save_times import SaveTimes
 from lobra.trainer.schedule import learning_rate
 from lobra.trainer.step_report import StepReport
 from lobra.trainer.task_progress import TaskProgress
@@ -55,7 +60,12 @@ class Coordinator:
             for number, (task, n) in enumerate(zip(run.tasks, run.num_steps, strict=True))
         }
         self.feedback = SpeedFeedback([1.0] * len(run.world.replicas))
-        self.saved_at: int | None = None
+        self.forecast = Forecast()
+        device = describe_device(run.device)["name"]
+        self.peak_flops_per_s = load_tables().peak_flops_per_s(device, run.precision)
+        self.evaluation = Evaluation()  # of the last step
+        self.best: list[int] = []  # whose adapters of the last step are to be kept
+        self.save_times = SaveTimes(run.save_every, run.resume_step)
         self.last_metrics: StepMetrics | None = None
         self.stop_requested = False
         self.ahead = OrdersAhead()
@@ -73,7 +83,6 @@ class Coordinator:
     def _resume(self, state: CheckpointState) -> None:
         run = self.run
         self.step = state.step
-        self.saved_at = state.step
         for task in self.tasks.values():
             name = task.config.name
             num_steps = task.progress.num_steps
@@ -96,22 +105,24 @@ class Coordinator:
     # -- the run --------------------------------------------------------------------------------
 
     def train(self) -> StepOrder:
-        """Run the steps, then write the adapters and a last checkpoint; return the last order."""
+        """Run the steps, write adapters and checkpoints; return the last order."""
         run = self.run
-        records = open_records(run.output_dir, self.step, run.last_step)
-        with self.ahead, records as record:  # the thread of `ahead` ends however the run does
+        # The thread of `ahead` ends however the run does.
+        with self.ahead, Records(run, self.step) as records:
             while (attendance := self._attendance()).own_steps and not self._told_to_stop():
                 metrics = self._train_step(attendance)
                 self.last_metrics = metrics
+                exported: list[int] = []
                 try:
-                    over = not self._attendance().own_steps
-                    if over or (run.save_every and self.step % run.save_every == 0):
-                        metrics = replace(metrics, checkpoint_time_s=self._save())
+                    exported, time_s = self._write_down()
+                    metrics = replace(metrics, checkpoint_time_s=time_s)
                 finally:  # the step was trained, whatever became of its checkpoint
-                    record(metrics)
-            if self.saved_at != self.step:
-                self._save()
-            last = StepOrder(self.step, export=not self._attendance().own_steps, stop=True)
+                    self.forecast.add(metrics)
+                    records.write(metrics, self.forecast.outlook(self._standing()))
+                self._tell_exports(records, exported)
+            exported, _ = self._write_down(is_end=True)
+            self._tell_exports(records, exported)
+            last = StepOrder(self.step, stop=True, finished=not self._attendance().own_steps)
             self._carry_out(last)
         return last
 
@@ -167,19 +178,26 @@ class Coordinator:
 
     def _train_step(self, attendance: Attendance) -> StepMetrics:
         """Run one step, and the evaluation that follows if a period ends; learn from both."""
+        run = self.run
         trained = self._run_step(attendance)
         self.step += 1
         self.stop_requested |= trained.report.stop
-        if self.run.feedback:
-            self.feedback.update(trained.plain_time_s, trained.busy_s(self.run.world))
+        if run.feedback:
+            self.feedback.update(trained.plain_time_s, trained.busy_s(run.world))
         for number in trained.own_steps:
             loss = trained.losses.get(number)
             self._record(number, loss, applied=trained.report.is_finite(number))
         mark = time.perf_counter()
-        evaluation = self._end_periods(list(trained.own_steps))
+        self.evaluation = evaluation = self._end_periods(list(trained.own_steps))
         validation_time_s = time.perf_counter() - mark
         names = {number: task.config.name for number, task in self.tasks.items()}
-        metrics = trained.metrics(self.run.world, names, self.run.plan_from)
+        metrics = trained.metrics(
+            run.world,
+            self.engine.stage.shape,
+            {number: task.config for number, task in self.tasks.items()},
+            run.plan_from,
+            self.peak_flops_per_s,
+        )
         tasks = {
             names[number]: replace(
                 metrics.tasks[names[number]],
@@ -236,8 +254,11 @@ class Coordinator:
         evaluation = self._evaluate(going_on if self.step == self.run.last_step else ending)
         for number in ending:
             task = self.tasks[number]
-            stopped = task.progress.end_period(task.config, evaluation.losses.get(number))
-            self._tell_if_stopped(number, stopped)
+            loss = evaluation.losses.get(number)
+            self._tell_if_stopped(number, task.progress.end_period(task.config, loss))
+            may_stop = task.config.early_stopping_patience > 0
+            if may_stop and loss is not None and task.progress.note_validation(loss):
+                self.best.append(number)
         return evaluation
 
     def _evaluate(self, numbers: list[int]) -> Evaluation:
@@ -250,12 +271,73 @@ class Coordinator:
 
     # -- what is left behind --------------------------------------------------------------------
 
-    def _save(self) -> float:
-        """Save a checkpoint; return the seconds it took."""
+    def _write_down(self, is_end: bool = False) -> tuple[list[int], float]:
+        """Keep and export what the last step has finished, and save if it is time to.
+
+        A task that is over, by itself or with the run, is exported before a checkpoint says so.
+
+        Parameters
+        ----------
+        is_end
+            Whether no other step follows.
+
+        Returns
+        -------
+        tuple
+            The tasks that were exported, and the seconds it took.
+        """
         start = time.perf_counter()
-        self._carry_out(StepOrder(self.step, save=True), self._state())
-        self.saved_at = self.step
-        return time.perf_counter() - start
+        over = not self._attendance().own_steps
+        ended = [
+            number for number, task in self.tasks.items() if over or not task.progress.steps_left
+        ]
+        export = [number for number in ended if not self._is_exported(number)]
+        save = self.save_times.is_due(self.step, over or is_end)
+        order = StepOrder(
+            self.step,
+            keep=tuple(self.best),
+            export=tuple(number for number in export if not self._is_best_kept(number)),
+            export_best=tuple(filter(self._is_best_kept, export)),
+            save=save,
+        )
+        if order != StepOrder(self.step):
+            for number in export:
+                self.tasks[number].progress.exported_step = self.tasks[number].progress.steps
+            self._carry_out(order, self._state() if save else None)
+            self.best = []
+        time_s = time.perf_counter() - start
+        if save:
+            self.save_times.saved(self.step, time_s)
+        return export, time_s
+
+    def _tell_exports(self, records: Records, numbers: list[int]) -> None:
+        for number in numbers:
+            task, folder = self.tasks[number], self.run.adapter_folder(number)
+            is_best = self._is_best_kept(number)
+            records.tell_export(task.config.name, task.progress, folder, is_best)
+
+    def _is_exported(self, number: int) -> bool:
+        progress = self.tasks[number].progress
+        there = self.run.adapter_folder(number).is_dir()
+        return there and progress.exported_step == progress.steps
+
+    def _is_best_kept(self, number: int) -> bool:
+        """Return whether the adapter that is kept is better than the present one.
+
+        That a run ends is no end of a task's period: what is found then is not kept, so that the
+        task does the same whether its run is interrupted or not.
+        """
+        progress = self.tasks[number].progress
+        present_loss = self.evaluation.losses.get(number, math.inf)
+        return progress.lowest_step is not None and progress.lowest_loss <= present_loss
+
+    def _standing(self) -> dict[str, tuple[int, int]]:
+        """Return by name of every task the steps it has made and those left to it in this run."""
+        left = self.run.last_step - self.step
+        return {
+            task.config.name: (task.progress.steps, min(task.progress.steps_left, left))
+            for task in self.tasks.values()
+        }
 
     def _state(self) -> CheckpointState:
         """Return the part of a checkpoint that is not tensors."""

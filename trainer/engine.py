@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from lobra.trainer.optimizer import AdapterOptimizer, TaskUpdate
 from lobra.trainer.run_spec import RunSpec
 from lobra.trainer.schedule import clip_coefficient
 from lobra.trainer.step_report import StepReport
+from lobra.trainer.step_trace import traced
 from lobra.trainer.zero import start_deepspeed
 
 
@@ -95,13 +97,18 @@ class Engine:
                 load_adapter(Path(task.resume_from), self.stage, number)
             self.optimizer.install(number, task)
             if resumed is not None:
-                updates = resumed.progress[task.name].updates
-                load_moments(self.run.output_dir, resumed.step, self.optimizer, number, updates)
+                progress = resumed.progress[task.name]
+                load_moments(
+                    self.run.output_dir, resumed.step, self.optimizer, number, progress.updates
+                )
+                if progress.lowest_step is not None:
+                    self.exporter.load_kept(resumed.step, number)
 
     def remove(self, number: int) -> None:
         """Take a task's slot away; what others have learned stays as it is."""
         self.optimizer.remove(number)
         self.stage.remove(number)
+        self.exporter.kept.pop(number, None)
 
     @property
     def num_tasks(self) -> int:
@@ -146,14 +153,20 @@ class Engine:
         """
         report = None
         if order.updates:
-            report = self._train(order)
+            with self._traced(order.step + 1):
+                report = self._train(order)
         elif order.sequences:
             report = self._evaluate(order)
+        self.exporter.keep(order.keep)
+        self.exporter.export(order.export, order.export_best)
         if order.save:
             self.exporter.save_checkpoint(state)
-        if order.export:
-            self.exporter.export_adapters()
         return report
+
+    def _traced(self, step: int) -> AbstractContextManager[None]:
+        if step not in self.run.profiled_steps:
+            return nullcontext()
+        return traced(self.run.output_dir, step, self.rank)
 
     def _train(self, order: StepOrder) -> StepReport:
         start = time.perf_counter()

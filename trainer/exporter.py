@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch.distributed as dist
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from lobra.model.slot import Slot
 from lobra.model.stage import Stage
 from lobra.trainer.adapters import gather_tensors, not_finite, save_adapter
-from lobra.trainer.checkpoint import CheckpointState, CheckpointWriter
+from lobra.trainer.checkpoint import CheckpointState, CheckpointWriter, load_best
 from lobra.trainer.optimizer import AdapterOptimizer
 from lobra.trainer.run_spec import RunSpec
 
@@ -19,7 +19,14 @@ log = logging.getLogger(__name__)
 
 
 class AdapterExporter:
-    """Gathers this rank's adapters to rank 0 and writes them. All methods are collective."""
+    """Gathers this rank's adapters to rank 0 and writes them. All methods are collective.
+
+    Attributes
+    ----------
+    kept
+        Of every task with a best adapter its tensors by PEFT's names; they are on rank 0 alone,
+        elsewhere there are none.
+    """
 
     def __init__(
         self,
@@ -33,6 +40,7 @@ class AdapterExporter:
         self.optimizer = optimizer
         self.control = control_group
         self.is_writer = dist.get_rank() == 0
+        self.kept: dict[int, dict[str, Tensor]] = {}
         blocks = run.world.blocks(stage.shape.num_layers)
         self.moments_are_split = any(len(block.holders) > 1 for block in blocks)
 
@@ -63,14 +71,31 @@ class AdapterExporter:
             }
             if writer is not None:
                 writer.add_task(slot.spec, weights, moments, self.run.base_model)
+                if number in self.kept:
+                    writer.add_best(slot.spec, self.kept[number], self.run.base_model)
         if writer is not None and state is not None:
-            writer.finish(state, self.run.keep_last)
+            writer.finish(state, self.run.keep_checkpoints)
         dist.barrier(group=self.control)
 
-    def export_adapters(self) -> None:
-        """Write every task's adapter folder."""
-        for number, slot in self.stage.slots.items():
-            tensors = self._weights(slot)
+    def keep(self, numbers: Sequence[int]) -> None:
+        """Keep these tasks' adapters, as they are now, as the best of theirs."""
+        for number in numbers:
+            now = self._weights(self.stage.slots[number])
+            self.kept[number] = {name: value.clone() for name, value in now.items()}  # not views
+
+    def load_kept(self, step: int, number: int) -> None:
+        """Keep the adapter that the checkpoint after ``step`` steps has as the task's best."""
+        slot = self.stage.slots[number]
+        self.kept[number] = {}
+        if self.is_writer:
+            best = load_best(self.run.output_dir, step, slot.spec.name)
+            self.kept[number] = {name: value.to(slot.weights.dtype) for name, value in best.items()}
+
+    def export(self, present: Sequence[int], best: Sequence[int]) -> None:
+        """Write adapter folders: of some tasks as their adapters are now, of others those kept."""
+        for number in (*present, *best):
+            slot = self.stage.slots[number]
+            tensors = self.kept[number] if number in best else self._weights(slot)
             if self.is_writer:
                 if bad := not_finite(tensors):
                     log.warning(
@@ -80,4 +105,5 @@ class AdapterExporter:
                     )  # fmt: skip
                 folder = self.run.adapter_folder(number)
                 save_adapter(folder, slot.spec, tensors, self.run.base_model)
-        dist.barrier(group=self.control)
+        if present or best:
+            dist.barrier(group=self.control)

@@ -40,6 +40,8 @@ class TaskMetrics:
         The held-out sequences' mean loss, where an evaluation period ended.
     stopped
         Why this step was the task's last before its steps were over.
+    flops
+        The model's floating-point operations for the task.
     """
 
     loss: float
@@ -51,6 +53,7 @@ class TaskMetrics:
     own_step: int
     validation_loss: float | None = None
     stopped: str | None = None
+    flops: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,8 @@ class StepMetrics:
     step
         Counted from 0.
     step_time_s, gpu_seconds
-        Without `validation_time_s` and `checkpoint_time_s`, which came after the step.
+        Without `validation_time_s` and `checkpoint_time_s` (exports included), which came after the
+        step.
     predicted_step_time_s
         By the cost model, with the replicas' speed factors.
     dispatch_time_s
@@ -113,6 +117,13 @@ class StepMetrics:
         In the plan's order.
     plan_from
         The step from which on the run has had its plan, as an entry of `plans` in config.yaml says.
+    tokens_per_s
+        Of the tokens, none of padding.
+    flops
+        The model's floating-point operations (`profiler.flops`).
+    mfu
+        Their share of what the GPUs could have done in the step's time; None where their peak is
+        not known, and on CPUs.
     """
 
     step: int
@@ -133,11 +144,9 @@ class StepMetrics:
     validation_time_s: float = 0.0
     checkpoint_time_s: float = 0.0
     plan_from: int = 0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Return real (unpadded) tokens a second."""
-        return self.tokens / self.step_time_s
+    tokens_per_s: float = 0.0
+    flops: float = 0.0
+    mfu: float | None = None
 
 
 class MetricsFile:

@@ -33,6 +33,7 @@ from lobra.common.options import (
     as_options,
     within_bounds,
 )
+from lobra.common.words import counted
 from lobra.layout.memory_policy import MemoryPolicy
 from lobra.layout.placement import place, placed
 from lobra.layout.plan import Plan, load_plan
@@ -58,7 +59,9 @@ from lobra.trainer.resume_checks import resume_problems, revival_problems, task_
 from lobra.trainer.run_config import PlanPeriod, plan_history, resolved_config
 from lobra.trainer.run_folder import occupied, unusable, write_run_folder
 from lobra.trainer.run_spec import RunSpec
+from lobra.trainer.step_trace import steps_of
 from lobra.trainer.task_data import foreign_tokens, load_datasets, too_long
+from lobra.trainer.trackers import trackers_of
 
 log = logging.getLogger(__name__)
 
@@ -100,15 +103,20 @@ class TrainRequest:
     validate_every
         Steps between validation losses; by default 10 if a task validates or may stop early.
     save_every
-        Checkpoint every N steps; 0: at the end only.
-    keep_last
-        Checkpoints to keep.
+        Checkpoint every N steps; 0: at the end only; by default every 15 minutes, or less often
+        where that would take more than a twentieth of the time.
+    keep_checkpoints
+        Checkpoints to keep, the last ones.
     resume
         Go on from a checkpoint of --output-dir (by default the last), on any plan.
     cost_model
         Which fit of the time profile.
     revive
         With --resume: let this stopped task go on (give it once per task).
+    report_to
+        Where curves are shown: some of tensorboard, wandb and mlflow, with commas between; or none.
+    torch_profiler
+        Steps to write torch's profiler traces of, such as 3-5 or 3,7.
     gpus_per_node
         By default what the launcher started on a host, else the GPUs of this machine.
     found_per_node
@@ -138,12 +146,16 @@ class TrainRequest:
     memory: MemoryPolicy | None = None
     feedback: Switch | None = None
     validate_every: NonNegativeInt | None = None
-    save_every: NonNegativeInt = 0
-    keep_last: PositiveInt = 3
+    save_every: NonNegativeInt | None = None
+    keep_checkpoints: Annotated[
+        PositiveInt, Parameter(name=("--keep-checkpoints", "--keep-last"))
+    ] = 3
     resume: ResumeStep = None
     time_profile: TimeProfile = None
     cost_model: Kind = "fitted"
     revive: tuple[str, ...] = ()
+    report_to: Annotated[str, Parameter(metavar="NAMES")] = "tensorboard"
+    torch_profiler: Annotated[str | None, Parameter(metavar="STEPS")] = None
     gpus_per_node: PositiveInt | None = None
     found_per_node: Annotated[int | None, NOT_AN_OPTION] = None
     launched_world: Annotated[int | None, NOT_AN_OPTION] = None
@@ -212,7 +224,7 @@ def prepare(request: TrainRequest) -> RunSpec:
     if plan is not None and request.num_gpus is not None and plan.num_gpus > request.num_gpus:
         checks.problems.add(
             f"{request.strategy_config}: the plan {plan} needs {plan.num_gpus} ranks, but only "
-            f"{request.num_gpus} GPUs were given; plan for that number"
+            f"{counted(request.num_gpus, 'GPU')} may be used; plan for that number"
         )
     launched = request.launched_world
     if plan is not None and launched is not None and plan.num_gpus != launched:
@@ -220,6 +232,10 @@ def prepare(request: TrainRequest) -> RunSpec:
             f"{request.strategy_config}: the plan {plan} has {plan.num_gpus} ranks, the launcher "
             f"started {launched}; start one process per rank"
         )
+    report_to: tuple[str, ...] = checks.attempt(trackers_of, request.report_to) or ()
+    profiled_steps: frozenset[int] = frozenset()
+    if request.torch_profiler is not None:
+        profiled_steps = checks.attempt(steps_of, request.torch_profiler) or frozenset()
     device = checks.attempt(_choose_device, request, plan)
     batching = checks.attempt(
         chosen_batching, request.batching, request.dp_bucket, request.dispatch, plan
@@ -263,7 +279,7 @@ def prepare(request: TrainRequest) -> RunSpec:
             shape.vocab_size if shape else None,
         )
         if plan is not None:
-            checks.problems += too_long(tasks, datasets, plan, config.path)
+            checks.problems += too_long(tasks, datasets, plan, batching, config.path)
             if batching == "bucketed" and request.dp_bucket == "off":
                 buckets = checks.attempt(fixed_buckets, request.num_buckets, datasets, plan) or ()
         if shape is not None:
@@ -278,6 +294,11 @@ def prepare(request: TrainRequest) -> RunSpec:
         pairs = list(zip(tasks, training, strict=True))
         records = [task_record(task, data) for task, data in pairs]
         steps = {task.name: num_steps(task, len(data)) for task, data in pairs}
+        end = last_step(state, request.revive, steps, request.max_steps)
+        if max(profiled_steps, default=0) > end:
+            checks.problems.add(
+                f"--torch-profiler {request.torch_profiler}: the run ends with step {end}"
+            )
     if state is not None and training and folder is not None:
         base = state.base_model
         if shape is not None and not unusable_base:
@@ -301,7 +322,7 @@ def prepare(request: TrainRequest) -> RunSpec:
         task_records=tuple(records),
         tasks=tasks,
         num_steps=tuple(steps.values()),
-        last_step=last_step(state, request.revive, steps, request.max_steps),
+        last_step=end,
         plan=plan,
         world=world,
         cost_model=cost_model,
@@ -317,10 +338,12 @@ def prepare(request: TrainRequest) -> RunSpec:
         feedback=device == "cuda" if request.feedback is None else request.feedback == "on",
         validate_every=_evaluation_period(request, tasks),
         save_every=request.save_every,
-        keep_last=request.keep_last,
+        keep_checkpoints=request.keep_checkpoints,
         resume_step=None if state is None else state.step,
         revive=request.revive,
         data_day=processor.day.isoformat(),
+        report_to=report_to,
+        profiled_steps=profiled_steps,
     )
     if state is not None and state.precision not in (None, run.precision):
         log.warning(
@@ -489,9 +512,9 @@ def _choose_device(request: TrainRequest, plan: Plan | None) -> str:
         and plan.num_gpus > found
     ):
         raise ConfigError(
-            f"{request.strategy_config}: the plan {plan} needs {plan.num_gpus} GPUs, this machine "
-            f"has {found}: {plan.num_gpus - found} missing; give --host-file for several "
-            f"machines, or --device cpu to run every rank as a CPU process"
+            f"{request.strategy_config}: the plan {plan} needs {counted(plan.num_gpus, 'GPU')}, "
+            f"this machine has {found}: {plan.num_gpus - found} missing; give --host-file for "
+            f"several machines, or --device cpu to run every rank as a CPU process"
         )
     return device
 

@@ -55,8 +55,8 @@ def train_rank(run: RunSpec) -> RankResult:
             engine.stage.loaded_bytes,
             engine.held_bytes,
             _peak_memory_bytes(engine),
-            stopped_at=None if last.export else last.step,
-            stop_signal=None if last.export else stop.received or signal.SIGTERM,
+            stopped_at=None if last.finished else last.step,
+            stop_signal=None if last.finished else stop.received or signal.SIGTERM,
         )
 
 

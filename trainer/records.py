@@ -1,28 +1,59 @@
-"""The records of a run, written step by step: metrics.jsonl, TensorBoard, the screen."""
+"""The records of a run, written step by step: metrics.jsonl, trackers, the screen."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing
 from pathlib import Path
+from types import TracebackType
 
+from lobra.trainer.forecast import Outlook
 from lobra.trainer.metrics import MetricsFile, StepMetrics
+from lobra.trainer.run_spec import RunSpec
 from lobra.trainer.screen import Screen
-from lobra.trainer.tensorboard import TensorBoard
+from lobra.trainer.task_progress import TaskProgress
+from lobra.trainer.trackers import open_tracker
 
 
-@contextmanager
-def open_records(folder: Path, begin: int, end: int) -> Iterator[Callable[[StepMetrics], None]]:
-    """Give what writes a step to all records of the run that makes the steps from begin to end."""
-    with (
-        closing(MetricsFile(folder)) as file,
-        closing(TensorBoard(folder, begin)) as board,
-        Screen(begin, end) as screen,
-    ):
+class Records:
+    """Writes to all records of a run, while it is entered."""
 
-        def write(metrics: StepMetrics) -> None:
-            file.write(metrics)
-            board.write(metrics)
-            screen.write(metrics)
+    def __init__(self, run: RunSpec, begin: int) -> None:
+        """Write the steps from ``begin`` on."""
+        self._file = MetricsFile(run.output_dir)
+        self._trackers = [open_tracker(name, run, begin) for name in run.report_to]
+        self._screen = Screen(begin, run.last_step, [task.name for task in run.tasks])
+        self._open = ExitStack()
 
-        yield write
+    def write(self, metrics: StepMetrics, outlook: Outlook) -> None:
+        """Write one step, and show what is left."""
+        self._file.write(metrics)
+        for tracker in self._trackers:
+            tracker.write(metrics)
+        self._screen.write(metrics, outlook)
+
+    def tell_export(self, name: str, progress: TaskProgress, folder: Path, is_best: bool) -> None:
+        """Say that a task's adapter was written, and whether it is the best or the last one."""
+        what = "stopped after" if progress.stopped else "made"
+        best = ""
+        if is_best:
+            best = (
+                f", the best of its evaluations: after step {progress.lowest_step}, "
+                f"validation loss {progress.lowest_loss:.3f}"
+            )
+        steps = f"{progress.steps} of {progress.num_steps} steps"
+        self._screen.tell(f"task {name}: {what} {steps}; its adapter is {folder}{best}")
+
+    def __enter__(self) -> Records:
+        self._open.enter_context(closing(self._file))
+        self._open.enter_context(self._screen)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._open.close()
+        for tracker in self._trackers:
+            tracker.close(failed=kind is not None)

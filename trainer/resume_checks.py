@@ -45,17 +45,23 @@ def resume_problems(
     base_model: str,
     source: str,
 ) -> list[str]:
-    """Return why a run with these task records cannot go on from a checkpoint (empty: it can)."""
+    """Return why a run with these task records cannot go on from a checkpoint (empty: it can).
+
+    Where tasks have other names, that is all: it is most likely another run.
+    """
+    before = {record["name"]: record for record in state.tasks}
+    now = {record["name"] for record in tasks}
+    parts = {"lacks": sorted(before.keys() - now), "has besides": sorted(now - before.keys())}
+    if others := [f"{verb} {', '.join(names)}" for verb, names in parts.items() if names]:
+        return [
+            f"--resume: {source} has other tasks than the checkpoint: it {' and '.join(others)}; "
+            f"give the task file of that run, or start a new one in another --output-dir"
+        ]
     problems = []
     if state.seed != seed:
         problems.append(f"--resume: the checkpoint was made with --seed {state.seed}, not {seed}")
     if state.base_model != base_model:
         problems.append("--resume: --model is not the base model the checkpoint was trained on")
-    before = {record["name"]: record for record in state.tasks}
-    now = [record["name"] for record in tasks]
-    if set(now) != before.keys():
-        problems.append(f"--resume: {source} has the tasks {now}, the checkpoint {list(before)}")
-        return problems
     for new in tasks:
         old = before[new["name"]]
         changed = [field for field in FIXED_FIELDS if new[field] != old.get(field)]

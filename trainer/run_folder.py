@@ -47,15 +47,16 @@ def unusable(folder: Path) -> list[str]:
 
 def occupied(folder: Path) -> list[str]:
     """Return why no new run can be started in this folder (empty: one can)."""
-    if list_checkpoints(folder) or (folder / ADAPTER_FOLDER).exists():
+    if list_checkpoints(folder):
         return [
             f"--output-dir {folder}: already holds a run; choose another folder, or go on with it "
             f"by --resume"
         ]
     metrics = folder / METRICS_FILE
-    if metrics.is_file() and metrics.stat().st_size:
+    has_steps = metrics.is_file() and metrics.stat().st_size > 0
+    if has_steps or (folder / ADAPTER_FOLDER).exists():
         return [
-            f"--output-dir {folder}: holds a run that ended before its first checkpoint; choose "
+            f"--output-dir {folder}: holds a run without a checkpoint to go on from; choose "
             f"another folder, or remove this one"
         ]
     if not _is_ours(folder):  # it is the first file a run writes

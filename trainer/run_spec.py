@@ -53,10 +53,12 @@ class RunSpec:
         How micro-batches hold sequences.
     feedback
         Whether measured replica times correct the dispatcher.
-    validate_every, save_every
-        Steps between evaluation periods and checkpoints; 0: none.
-    keep_last
-        Checkpoints that are kept.
+    validate_every
+        Steps of an evaluation period; 0: none.
+    save_every
+        Steps between checkpoints; 0: at the end only; None: by the clock.
+    keep_checkpoints
+        Checkpoints that are kept, the last ones.
     resume_step
         The checkpoint to go on from, None for a new run.
     revive
@@ -65,6 +67,10 @@ class RunSpec:
         The date (ISO) that chat templates with a date were told.
     plan_from
         The step (0-based) from which on the run has had this plan.
+    report_to
+        Trackers that are given the run's curves, keys of `trainer.trackers.TRACKERS`.
+    profiled_steps
+        Steps, counted from 1, of which torch's profiler writes traces.
     """
 
     model_folder: Path
@@ -88,12 +94,14 @@ class RunSpec:
     batching: Batching = "packed"
     feedback: bool = False
     validate_every: int = 0
-    save_every: int = 0
-    keep_last: int = 3
+    save_every: int | None = None
+    keep_checkpoints: int = 3
     resume_step: int | None = None
     revive: tuple[str, ...] = ()
     data_day: str | None = None
     plan_from: int = 0
+    report_to: tuple[str, ...] = ()
+    profiled_steps: frozenset[int] = frozenset()
 
     @property
     def world_size(self) -> int:

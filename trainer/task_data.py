@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lobra.common.errors import ConfigError, Problems
 from lobra.layout.plan import Plan
+from lobra.layout.sequences import Batching
 from lobra.layout.shapes import ModelShape
 from lobra.planner.bucketed.buckets import ALIGN
 from lobra.tasks.config import TaskConfig
@@ -53,26 +54,29 @@ def too_long(
     tasks: Sequence[TaskConfig],
     datasets: Sequence[TokenizedDataset],
     plan: Plan,
-    source: Path | str = "",
+    batching: Batching | None,
+    source: Path,
 ) -> list[str]:
     """Return a problem for every task with a sequence that no replica of the plan can take.
 
-    `source` is the trainer configuration, named in the problems if it is given.
+    Bucketed, a sequence is padded; packed, one that is alone is not. `source` is the trainer
+    configuration.
     """
-    prefix = f"{source}: " if source else ""
     capacity = plan.max_tokens
+    multiple = ALIGN if batching == "bucketed" else 1
     problems = []
     for number, (task, data) in enumerate(zip(tasks, datasets, strict=False)):
         longest = int(data.lengths.max())
-        padded = -(-data.lengths // ALIGN) * ALIGN
+        padded = -(-data.lengths // multiple) * multiple
         if padded.max() > capacity:
             count = int((padded > capacity).sum())
             problems.append(
-                f"{prefix}task[{number}].context_length = {task.context_length}: {count} of "
+                f"{source}: task[{number}].context_length = {task.context_length}: {count} of "
                 f"{len(data)} sequences of task {task.name} are longer than any replica "
-                f"can take (longest {longest} tokens, padded to {int(padded.max())}, "
-                f"largest max_tokens {capacity}); lower context_length to "
-                f"{capacity // ALIGN * ALIGN} or plan for the longer length"
+                f"can take (longest {longest} tokens, computed as {int(padded.max())}, "
+                f"largest max_tokens {capacity}); lower its context_length to "
+                f"{capacity // multiple * multiple}, give --max-seq-length so for every task, or "
+                f"plan for the longer length"
             )
     return problems
 

@@ -35,6 +35,11 @@ class TaskProgress(FileModel):
         nothing better.
     period_loss, period_steps
         Training losses summed over the running period.
+    lowest_loss, lowest_step
+        The lowest validation loss of a period, and after which own step it was found: that of the
+        adapter that is exported. Only of tasks that may stop early.
+    exported_step
+        The own step after which the adapter was last exported.
     stopped
         Why the task ended before its steps were over (briefly, a semicolon, and more), or None.
     """
@@ -48,6 +53,9 @@ class TaskProgress(FileModel):
     bad_periods: Count = 0
     period_loss: float = 0.0
     period_steps: Count = 0
+    lowest_loss: float = math.inf
+    lowest_step: Count | None = None
+    exported_step: Count | None = None
     stopped: str | None = None
 
     @property
@@ -100,6 +108,13 @@ class TaskProgress(FileModel):
         """
         return self.steps % every == 0 or self.steps == self.num_steps
 
+    def note_validation(self, validation_loss: float) -> bool:
+        """Note a period's validation loss; return whether it is the lowest so far."""
+        if not validation_loss < self.lowest_loss:
+            return False
+        self.lowest_loss, self.lowest_step = validation_loss, self.steps
+        return True
+
     def end_period(self, task: TaskConfig, validation_loss: float | None) -> str | None:
         """Close an evaluation period; return a message when the task is stopped on a plateau."""
         if validation_loss is None and self.period_steps == 0:
@@ -121,6 +136,5 @@ class TaskProgress(FileModel):
         return self.stopped
 
     def as_json(self) -> dict[str, Any]:
-        """Return plain values; a best loss of infinity as None, which reads as not given."""
-        entry = asdict(self)
-        return {**entry, "best_loss": self.best_loss if math.isfinite(self.best_loss) else None}
+        """Return plain values; a loss of infinity as None, which reads as not given."""
+        return {name: None if v == math.inf else v for name, v in asdict(self).items()}

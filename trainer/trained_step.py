@@ -11,7 +11,10 @@ import numpy as np
 
 from lobra.layout.order import StepOrder
 from lobra.layout.sequences import total_work
+from lobra.layout.shapes import ModelShape
 from lobra.layout.world import World
+from lobra.profiler.flops import training_flops
+from lobra.tasks.config import TaskConfig
 from lobra.trainer.metrics import ReplicaMetrics, StepMetrics, TaskMetrics
 from lobra.trainer.orders import DispatchedStep
 from lobra.trainer.step_report import StepReport
@@ -60,9 +63,40 @@ class TrainedStep:
         plain_s: list[float] = np.divide(known.replica_time_s, known.speed_factors).tolist()
         return plain_s
 
-    def metrics(self, world: World, names: Mapping[int, str], plan_from: int) -> StepMetrics:
-        """Return what is written of the step, without what follows from it or comes after it."""
+    def metrics(
+        self,
+        world: World,
+        shape: ModelShape,
+        tasks: Mapping[int, TaskConfig],
+        plan_from: int,
+        peak_flops_per_s: float | None,
+    ) -> StepMetrics:
+        """Return what is written of the step, without what follows from it or comes after it.
+
+        Parameters
+        ----------
+        world
+            The plan on its ranks.
+        shape
+            The base model.
+        tasks
+            The tasks by number.
+        plan_from
+            The step from which on the run has had its plan.
+        peak_flops_per_s
+            What one GPU can do in a second, None where that is not known.
+        """
         report, order = self.report, self.dispatched.order
+        tokens = total_work(order.work.values()).tokens
+        gpu_seconds = self.step_time_s * world.num_ranks
+        flops = {
+            number: training_flops(
+                shape, work, shape.adapter_elements(task.rank, task.target_modules)
+            )
+            for number, work in order.work.items()
+            for task in [tasks[number]]
+        }
+        total_flops = sum(flops.values())
         # Ready before the slowest rank was, rank 0 waited for it inside the reduction.
         waited_s = max(0.0, min(report.reduce_s, max(report.arrival_s) - report.arrival_s[0]))
         return StepMetrics(
@@ -75,16 +109,19 @@ class TrainedStep:
             replica_wait_s=waited_s,
             reduce_time_s=report.reduce_s - waited_s,
             optimizer_time_s=report.optimizer_s,
-            tokens=total_work(order.work.values()).tokens,
+            tokens=tokens,
             padded_tokens=order.padded_tokens,
-            gpu_seconds=self.step_time_s * world.num_ranks,
+            gpu_seconds=gpu_seconds,
             memory_bytes=max(report.memory_bytes),
-            tasks={names[number]: task for number, task in self._task_metrics().items()},
+            tasks={tasks[number].name: task for number, task in self._task_metrics(flops).items()},
             replicas=self._replica_metrics(world),
             plan_from=plan_from,
+            tokens_per_s=tokens / self.step_time_s,
+            flops=total_flops,
+            mfu=total_flops / (gpu_seconds * peak_flops_per_s) if peak_flops_per_s else None,
         )
 
-    def _task_metrics(self) -> dict[int, TaskMetrics]:
+    def _task_metrics(self, flops: Mapping[int, float]) -> dict[int, TaskMetrics]:
         order = self.dispatched.order
         num_sequences = Counter(sequence.task for sequence in order.sequences)
         return {
@@ -96,6 +133,7 @@ class TrainedStep:
                 lr=update.learning_rate,
                 applied=self.report.is_finite(update.task),
                 own_step=self.own_steps[update.task],
+                flops=flops[update.task],
             )
             for update in order.updates
         }

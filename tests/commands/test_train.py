@@ -78,12 +78,20 @@ def test_mistakes_in_arguments_environment_and_files_come_together(
     monkeypatch.setenv("DP_BUCKET", "yes")
     write_config(rank=0)
     write_plan({"dp": 0, "tp": 1, "pp": 1, "max_tokens": 64})
-    wrong = ("--num-buckets", "0", "--keep-last", "-1", "--revive", "small")
+    wrong = (
+        "--num-buckets", "0", "--keep-checkpoints", "-1", "--revive", "small",
+        "--report-to", "wandbx", "--torch-profiler", "5-3",
+    )  # fmt: skip
     assert train(place, *wrong) == 2
     refused(
-        capsys, "--num-buckets 0", "--keep-last -1", "DP_BUCKET=yes", "task[0].rank", "dp",
-        "--revive: only a run that goes on",
+        capsys, "--num-buckets 0", "--keep-checkpoints -1", "DP_BUCKET=yes", "task[0].rank", "dp",
+        "--revive: only a run that goes on", "--report-to wandbx", "--torch-profiler 5-3",
     )  # fmt: skip
+
+
+def test_a_step_to_trace_that_never_comes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(place, "--torch-profiler", "1-9") == 2
+    refused(capsys, "--torch-profiler 1-9: the run ends with step 1")
 
 
 def test_a_plan_that_is_no_yaml_is_said_in_one_line(
@@ -125,8 +133,16 @@ def test_a_sequence_longer_than_any_replica_takes(
     assert train(place) == 2
     refused(
         capsys, "tasks.json: task[0].context_length = 64: 1 of 2 sequences of task small",
-        "longest 40", "max_tokens 32",
+        "longest 40", "max_tokens 32", "lower its context_length to 32", "--max-seq-length",
     )  # fmt: skip
+
+
+def test_a_sequence_that_just_fits(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 40 tokens; padded, it has 48."""
+    write_plan({"dp": 1, "tp": 1, "pp": 1, "max_tokens": 40})
+    assert train(place, "--batching", "bucketed") == 2
+    refused(capsys, "longest 40 tokens, computed as 48", "lower its context_length to 32")
+    assert train(place) == 0
 
 
 def test_five_mistakes_are_all_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -262,7 +278,7 @@ def test_a_run_goes_on_with_another_plan_and_is_reported(
     assert main(["report", "run", "--plots", "--trace"]) == 0
     shown = capsys.readouterr().out
     for part in (
-        "plan 1, step 1 ", "<1,1>x1 on 1 CPU ranks", "plan 2, steps 2-3 ", "<1,1>x2 on 2 CPU ranks",
+        "plan 1, step 1 ", "<1,1>x1 on 1 CPU rank", "plan 2, steps 2-3 ", "<1,1>x2 on 2 CPU ranks",
         "Replicas of <1,1>x1, step 1", "Replicas of <1,1>x2, steps 2-3",
     ):  # fmt: skip
         assert part in shown
@@ -303,7 +319,7 @@ def test_a_memory_policy_for_the_whole_run(
     config = yaml.safe_load(Path("run/config.yaml").read_text())
     assert config["plan"] == [{"dp": 1, "tp": 1, "pp": 1, "memory": memory, "max_tokens": 64}]
     assert main(["report", "run"]) == 0
-    assert f"<1,1>x1 {memory} on 1 CPU ranks" in capsys.readouterr().out
+    assert f"<1,1>x1 {memory} on 1 CPU rank" in capsys.readouterr().out
     assert train(place, "--resume") == 0
     config = yaml.safe_load(Path("run/config.yaml").read_text())
     assert config["plan"] == [{"dp": 1, "tp": 1, "pp": 1, "max_tokens": 64}]
@@ -324,7 +340,7 @@ def test_a_run_that_died_before_its_first_checkpoint(
     Path("run").mkdir()
     Path("run/metrics.jsonl").write_text('{"step": 0}\n')
     assert train(place) == 2
-    assert "ended before its first checkpoint" in capsys.readouterr().err
+    assert "holds a run without a checkpoint" in capsys.readouterr().err
     Path("run/metrics.jsonl").write_text("")
     Path("run/checkpoints/.step_1.partial").mkdir(parents=True)
     assert train(place) == 0
@@ -352,7 +368,7 @@ def test_a_plan_for_more_gpus_than_were_given(
 ) -> None:
     write_plan({"dp": 4, "tp": 1, "pp": 1, "max_tokens": 64})
     assert train(place, "--num-gpus", "2") == 2
-    refused(capsys, "needs 4 ranks, but only 2 GPUs were given")
+    refused(capsys, "needs 4 ranks, but only 2 GPUs may be used")
 
 
 def test_report_of_a_folder_without_a_run(

@@ -36,6 +36,7 @@ def micro_batches(draw: st.DrawFn) -> MicroBatch:
     return MicroBatch(tuple(rows), draw(padded_lengths))
 
 
+tasks = st.lists(number, max_size=3).map(tuple)
 updates = st.builds(Update, number, *[st.floats(allow_nan=False)] * 2)
 
 
@@ -46,9 +47,12 @@ def orders(draw: st.DrawFn) -> StepOrder:
         draw(st.integers(0, 2**40)),
         tuple(replicas),
         tuple(draw(st.lists(updates, max_size=3))),
+        keep=draw(tasks),
+        export=draw(tasks),
+        export_best=draw(tasks),
         save=draw(st.booleans()),
-        export=draw(st.booleans()),
         stop=draw(st.booleans()),
+        finished=draw(st.booleans()),
     )
 
 

@@ -133,7 +133,7 @@ def test_an_exported_adapter_that_is_not_finite_is_warned_of(
     exporter.stage = SimpleNamespace(slots=slots)
     exporter._weights = lambda slot: exported[slot.number]  # type: ignore[method-assign, assignment]
     monkeypatch.setattr("lobra.trainer.exporter.dist.barrier", lambda group: None)
-    exporter.export_adapters()
+    exporter.export([0, 1], [])
     (record,) = caplog.records
     assert "adapter of task narrow" in record.getMessage()
     assert "(y and 0 more)" in record.getMessage()

@@ -135,7 +135,9 @@ def test_the_thread_ends_however_the_run_does(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     coordinator = Coordinator.__new__(Coordinator)
-    coordinator.run = SimpleNamespace(output_dir=tmp_path, last_step=3)  # type: ignore[assignment]
+    coordinator.run = SimpleNamespace(  # type: ignore[assignment]
+        output_dir=tmp_path, last_step=3, tasks=(), report_to=()
+    )
     coordinator.engine = SimpleNamespace(told_to_stop=lambda: False)  # type: ignore[assignment]
     coordinator.step, coordinator.stop_requested = 0, False
     coordinator.tasks = {0: SimpleNamespace(progress=TaskProgress(3))}  # type: ignore[dict-item]

@@ -268,7 +268,7 @@ def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
         writer = CheckpointWriter(tmp_path, step)
         writer.add_task(spec, {"w": torch.ones(2)}, {"exp_avg": {"w": torch.ones(2)}}, "base")
         assert step not in list_checkpoints(tmp_path), "visible before it is complete"
-        writer.finish(state(step), keep_last=2)
+        writer.finish(state(step), num_kept=2)
     assert list_checkpoints(tmp_path) == [6, 10]
     assert read_state(tmp_path, None).step == 10
     assert read_state(tmp_path, 6).step == 6
@@ -291,7 +291,7 @@ def three_steps(tmp_path: Path) -> Path:
         writer = CheckpointWriter(tmp_path, step)
         moments = {kind: {"w": torch.ones(2)} for kind in MOMENTS}
         writer.add_task(spec, {"w": torch.ones(2)}, moments, "base")
-        writer.finish(state_of(step, spec.name), keep_last=3)
+        writer.finish(state_of(step, spec.name), num_kept=3)
     return tmp_path
 
 
@@ -308,7 +308,7 @@ def test_an_interrupted_removal_leaves_whole_checkpoints(
     assert list_checkpoints(three_steps) == [2, 4]
     assert read_state(three_steps, None).step == 4
     drop_later(three_steps, 2)
-    CheckpointWriter(three_steps, 4).finish(state(4), keep_last=1)
+    CheckpointWriter(three_steps, 4).finish(state(4), num_kept=1)
     assert [path.name for path in (three_steps / "checkpoints").iterdir()] == ["step_4"]
 
 
@@ -398,7 +398,10 @@ def test_what_may_not_change_is_named() -> None:
         assert part in problems
     (seed,) = resume_problems(saved, before, 3, "base", "tasks.json")
     assert "--seed 0, not 3" in seed
-    assert "has the tasks" in resume_problems(saved, before[:2], 0, "base", "tasks.json")[0]
+    (problem,) = resume_problems(
+        saved, [{**before[0], "name": "new"}, *before[1:]], 1, "x", "f.json"
+    )
+    assert "f.json has other tasks than the checkpoint: it lacks one and has besides new" in problem
 
 
 def test_saving_over_a_half_written_adapter(tmp_path: Path) -> None:

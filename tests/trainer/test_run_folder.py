@@ -93,7 +93,7 @@ def test_a_run_that_ends_just_before_the_lock_is_seen(
     monkeypatch.setattr("lobra.trainer.run_folder.hold_folder", late)
     assert occupied(Path("run")) == []
     assert train(place) == 2
-    assert "already holds a run" in capsys.readouterr().err
+    assert "holds a run without a checkpoint" in capsys.readouterr().err
     assert not Path("run/config.yaml").exists()
 
 

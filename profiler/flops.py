@@ -1,0 +1,41 @@
+"""The arithmetic of a training step, whoever computes it and however: what MFU counts."""
+
+from __future__ import annotations
+
+from lobra.layout.sequences import Work
+from lobra.layout.shapes import ModelShape
+
+# A product with m parameters takes 2 m floating-point operations a token, and so does the gradient
+# of its input. The gradient of its weights, as much again, is for adapters only.
+FROZEN, TRAINED = 4, 6
+# Of a layer, an element of a head and two positions: 4 for scores and weighted sum, twice that
+# in the backward pass; half of it all, as causal attention looks at half of the pairs.
+ATTENTION = 6
+
+
+def training_flops(shape: ModelShape, work: Work, adapter_elements: int) -> float:
+    """Return the floating-point operations that training on sequences once takes.
+
+    They are those of the model (PaLM, Chowdhery et al. 2022, appendix B) for a frozen base: 4 a
+    parameter of the layers and token, 4 a parameter of the head and token to be predicted, 6 an
+    element of the adapter and token, and 6 x heads x head_dim a layer and pair of positions, as
+    causal attention has half of the pairs (PaLM's own count has all). Neither padding nor what is
+    computed again counts; norms, rotary embeddings, softmax and loss are left out as there.
+
+    Parameters
+    ----------
+    shape
+        The base model.
+    work
+        The sequences: their tokens, squared lengths and labels.
+    adapter_elements
+        The parameters of the adapter that is trained.
+    """
+    of_a_layer = sum(inputs * outputs for inputs, outputs in shape.linear_sizes().values())
+    attention = ATTENTION * shape.num_heads * shape.head_dim * work.squares
+    return float(
+        FROZEN * work.tokens * shape.num_layers * of_a_layer
+        + FROZEN * work.labels * shape.hidden_size * shape.vocab_size
+        + TRAINED * work.tokens * adapter_elements
+        + shape.num_layers * attention
+    )
