@@ -38,7 +38,6 @@ from lobra.planner.deploy import (
 from lobra.planner.outcome import compared
 from lobra.planner.sweep import Sizing, parse_range, sweep
 from lobra.planner.workload import Workload
-from lobra.profiler.capacity import memory_profile_for
 from lobra.report.sweep_plot import plot, plot_problem
 
 Pattern = Literal["EXACT", "BALANCE", "GROUP", "PRUNE"]
@@ -98,8 +97,9 @@ def plan(*, options: PlanOptions) -> int:
     gpus: Sequence[int] = []
     with problems.noted():
         gpus = parse_range(options.sweep_gpus) if options.sweep_gpus else []
-    config, workload, cost_model = read_inputs(options, problems)
-    memory, memory_notes = memory_profile_for(options.model, config.tasks, options.memory_profile)
+    inputs = read_inputs(options, problems)
+    workload, cost_model, memory = inputs.workload, inputs.cost_model, inputs.memory
+    assert memory
     with console.status("planning ...") as status:
         deployment = deploy(
             workload,
@@ -114,7 +114,7 @@ def plan(*, options: PlanOptions) -> int:
             workload, memory, cost_model, gpus, how, status.update, options.layout_problem
         )
     note = saturation(deployment.problem, deployment.outcome)
-    if notes := (*memory_notes, *([note] if note else ())):
+    if notes := (*inputs.notes, *([note] if note else ())):
         outcome = replace(deployment.outcome, notes=(*deployment.outcome.notes, *notes))
         deployment = replace(deployment, outcome=outcome)
     chosen = plan_with_meta(deployment, options.model, memory, how.gpus_per_node)
