@@ -3,11 +3,14 @@
 # No postponed annotations here: subclasses in other modules could not resolve them.
 
 import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
+from rich.console import Console
+from rich.status import Status
 
 from lobra.common.errors import ConfigError, Problems
 from lobra.common.options import (
@@ -22,6 +25,7 @@ from lobra.common.options import (
     TaskSetName,
     TimeProfile,
 )
+from lobra.planner.outcome import Progress
 from lobra.planner.workload import Workload, read_workload
 from lobra.profiler import lookup
 from lobra.profiler.capacity import memory_profile_for
@@ -32,6 +36,8 @@ from lobra.tasks.lengths import PUBLISHED_LENGTHS
 from lobra.tasks.sources import PUBLISHED, resolve_dataset
 
 log = logging.getLogger(__name__)
+
+LINE_EVERY_S = 5.0  # of progress, where a search is longer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +102,20 @@ class PlanningInputs:
     cost_model: CostModel
     memory: MemoryProfile | None
     notes: tuple[str, ...]
+
+
+def told(console: Console, status: Status) -> Progress:
+    """Return what shows a search's progress: in the status, or as lines where none can be drawn."""
+    last_s = time.monotonic()
+
+    def tell(message: str) -> None:
+        nonlocal last_s
+        status.update(f"planning: {message}")
+        if not console.is_terminal and time.monotonic() - last_s > LINE_EVERY_S:
+            last_s = time.monotonic()
+            console.print(f"planning: {message}", soft_wrap=True)
+
+    return tell
 
 
 def read_inputs(

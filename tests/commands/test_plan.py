@@ -134,7 +134,7 @@ def edit(path: Path, old: str, new: str) -> None:
         (
             [],
             ("memory.csv", "2,1,1,2048\n1,2,1,1024\n4,1,1,4096\n", "1,2,1,1024\n"),
-            "longest bucket",
+            "--max-seq-length 1024 (longer sequences are cut), more GPUs (--num-gpus), layers",
         ),
     ],
 )
