@@ -32,8 +32,8 @@ if [[ -e $RUN ]]; then
 fi
 
 begin=$SECONDS
-say "1/4 time profile: one layer of the $MODEL model on 1 and 2 $device ranks"
-bash scripts/cost_model_benchmark.sh "$MODEL" 1,2 --device "$device" --restart changed \
+say "1/4 time profile: one layer of the $MODEL model on 1 and 2 $device ranks, a first look (--quick)"
+bash scripts/cost_model_benchmark.sh "$MODEL" 1,2 --quick --device "$device" --restart changed \
     --max-seq-length "$MAX_SEQ_LENGTH" --trainer-config "$CONFIG" "${load[@]}"
 
 say "2/4 memory profile: tokens a micro-batch may hold in $MEMORY_BUDGET a rank"
@@ -48,9 +48,16 @@ say "4/4 training $NUM_TASKS adapters together"
 lobra train --model "$MODEL" --trainer-config "$CONFIG" --strategy-config "$PLAN" \
     --output-dir "$RUN" --device "$device" "${OPTIONS[@]}"
 
+lobra report "$RUN" --plots | grep '^written' || die 1 "$RUN: no pictures were drawn"
+
 say "done in $((SECONDS - begin)) s after installation"
 printf '%s\n' \
     "plan:      strategy_config/$PLAN.yaml" \
-    "profiles:  exp_result/profile/" \
+    "profiles:  exp_result/profile/  (measured quickly; without --quick they are exacter)" \
     "adapters:  $RUN/adapters/  (PEFT's format, one folder a task)" \
-    "report:    lobra report $RUN"
+    "pictures:  $RUN/report/losses.png, $RUN/report/replicas.png; lobra report $RUN prints it all" \
+    "" \
+    "With your own data (docs/my_data.md):" \
+    "  lobra init my_tasks.yaml                      # a task file, every field explained" \
+    "  lobra data show --model MODEL --trainer-config my_tasks.yaml" \
+    "  lobra plan --model MODEL --num-gpus N --trainer-config my_tasks.yaml --strategy-config my_plan"
