@@ -92,13 +92,16 @@ def no_time_profile(model: str, path: Path) -> str:
 
 def no_memory_profile(model: str, num_tasks: int, path: Path) -> str:
     """Return what is told where a model's memory profile is missing: every way to get one."""
-    return _ways(path, f"lobra profile memory --model {model}", "--memory-profile",
-                 published_memory_path(model, num_tasks))  # fmt: skip
+    command = f"lobra profile memory --model {model} --num-gpus N --trainer-config NAME"
+    return _ways(path, command, "--memory-profile", published_memory_path(model, num_tasks))
 
 
 def provenance_note(path: Path) -> str | None:
-    """Return on what hardware a published profile was measured, and by whom; None of others."""
+    """Return for what hardware a profile was estimated or published; None of one's own."""
     meta = read_meta(path)
+    if meta.get("kind") == "estimated":
+        hardware = meta.get("settings", {}).get("accelerator", {}).get("name", "")
+        return f"{path}: ESTIMATED for {hardware}, not measured"
     if meta.get("kind") != PUBLISHED:
         return None
     hardware = meta.get("environment", {}).get("hardware", {}).get("name", "other hardware")

@@ -519,7 +519,7 @@ def dispatch_costs(request: TrainRequest, plan: Plan) -> CostModel:
     path = _profile_path(request)
     model = load_cost_model(request.model, request.time_profile, request.cost_model)
     if origin := provenance_note(path):
-        log.warning("%s: replicas are balanced as they were there", origin)
+        log.warning("replicas are balanced by %s", origin)
     wanted = sorted({group.layout for group in plan.groups})
     for memory in sorted({layout.memory for layout in wanted if layout.memory != "keep"}):
         unknown = sorted({one.tp for one in wanted if one.memory == memory and not model.has(one)})

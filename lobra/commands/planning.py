@@ -146,11 +146,13 @@ def read_inputs(
     if config is not None:
         lengths, note = lengths_for(config, options)
         notes.append(note)
-        with problems.noted():
+        try:
             found = read_workload(
                 config, options.model, lengths, options.data_dir, options.max_seq_length,
                 options.seed,
             )  # fmt: skip
+        except ConfigError as error:
+            problems += error.problems.changed(_or_lengths)
     problems.raise_if_any()
     assert config and cost_model and found
     workload, labels = found
@@ -158,6 +160,12 @@ def read_inputs(
     elements = adapter_elements_of(options.model, adapters)
     cost_model = cost_model.for_training(labels, elements)
     return PlanningInputs(config.tasks, workload, cost_model, memory, tuple(filter(None, notes)))
+
+
+def _or_lengths(problem: str) -> str:
+    """Return the problem, with what planning needs in place of data where they are missing."""
+    hint = "; planning needs lengths only: --lengths FILE, or --lengths published for LobRA's sets"
+    return problem + hint if "no such data set" in problem else problem
 
 
 def lengths_for(config: TrainerConfig, options: PlanningOptions) -> tuple[Path | None, str | None]:

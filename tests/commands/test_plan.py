@@ -160,6 +160,26 @@ def test_an_empty_task_is_refused(files: Path, capsys: pytest.CaptureFixture[str
     assert "short" in capsys.readouterr().err
 
 
+def test_lengths_like_the_published_ones_stand_in_for_lobras_data_alone(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [word for word in arguments("--json", "--time-limit", "1") if "lengths" not in word]
+    config = json.loads((files / "config.json").read_text())
+    for task, name in zip(config["task"], ("dolly", "xsum"), strict=True):
+        task["dataset_name"] = name
+    (files / "config.json").write_text(json.dumps(config))
+    assert main([*words, "--max-seq-length", "2048"]) == 0
+    notes = json.loads(capsys.readouterr().out)["notes"]
+    assert any("data/ has none of dolly, xsum: lengths are SYNTHETIC" in note for note in notes)
+    config["task"][0]["dataset_name"] = "mine"
+    (files / "config.json").write_text(json.dumps(config))
+    assert main(words) == 2
+    message = capsys.readouterr().err
+    assert message.count("no such data set") == message.count("--lengths published") == 2
+    assert main([*words, "--lengths", "published"]) == 2
+    assert "no lengths for it (data set 'mine')" in capsys.readouterr().err
+
+
 def test_a_needed_tp_without_times_is_named(
     files: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,7 @@ from lobra.layout.world import one_replica
 from lobra.model.launch import RankError, run_ranks
 from lobra.model.stack import AdaptedLinear, Stack
 from lobra.profiler import layer_time
+from lobra.profiler.effort import QUICK
 from lobra.profiler.layer_time import TimeSweep, missing_shapes, open_files, sweep_time
 from lobra.profiler.layer_time_rank import SingleDevice, time_shapes_on_rank
 from lobra.profiler.profiles import load_time_profile, load_time_profiles
@@ -59,6 +60,27 @@ def test_real_ranks_fill_both_files_and_continue(sweep: TimeSweep, tmp_path: Pat
     assert reports[0] == (1, 1)
     assert reports[-1] == (2, 0)
     assert missing_shapes(sweep, 1, (layers, head)) == ()
+
+
+@pytest.mark.ranks
+def test_a_quick_sweep_runs_less_and_is_not_mixed_with_a_thorough_one(
+    sweep: TimeSweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = TaskConfig("one", 4, 4.0, ("q_proj",), 4, "none", 512)
+    tasks = (task, replace(task, name="other", rank=8))
+    quick = replace(sweep, tps=(1,), load_ranks=0, tasks=tasks, quick=True, max_seq_length=256)
+    assert quick.grid == ((1, 64), (1, 256)) or set(quick.grid) < set(
+        replace(quick, quick=False).grid
+    )
+    monkeypatch.setattr(layer_time, "doubtful_shapes", lambda *_: pytest.fail("none is doubted"))
+    layers, _ = sweep_time(quick, opened(quick, tmp_path))
+    assert set(layers.done) == {(1, s, b) for b, s in quick.grid}
+    most = QUICK.timed_s * 1000
+    for key, row in layers.done.items():
+        repeats, time_ms = layers.details(key)["repeats"], float(row[-1])
+        assert repeats == 4 or repeats * time_ms * 2 <= 3 * most, "of 4 mixtures once, or 0.2 s"
+    with pytest.raises(ConfigError, match="quick was True, is now None"):
+        opened(replace(quick, quick=False), tmp_path)
 
 
 @pytest.mark.ranks

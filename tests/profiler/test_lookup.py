@@ -101,6 +101,7 @@ def test_nothing_is_ever_written_to_the_published_profile(
         assert "was published by others and is kept as it is" in capsys.readouterr().err
     assert main(command) == 0
     assert time_path("7B") == default_time_path("7B")
+    assert "ESTIMATED for A100-40GB" in str(provenance_note(time_path("7B")))
     assert {path: path.read_bytes() for path in before} == before
 
 
