@@ -8,7 +8,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 usage 0 0 "" "$@"
 MODEL=tiny CONFIG=quickstart PLAN=quickstart RUN=runs/quickstart
-NUM_TASKS=4 NUM_BUCKETS=16 MAX_SEQ_LENGTH=2048 NUM_RANKS=4
+NUM_TASKS=4 NUM_BUCKETS=16 MAX_SEQ_LENGTH=2048 NUM_RANKS=4 LARGEST_LAYOUT=2
 # Of one CPU rank. So that a single rank cannot hold the longest sequences but two together can,
 # as on real accelerators.
 MEMORY_BUDGET=84MB
@@ -37,7 +37,7 @@ bash scripts/cost_model_benchmark.sh "$MODEL" 1,2 --quick --device "$device" --r
     --max-seq-length "$MAX_SEQ_LENGTH" --trainer-config "$CONFIG" "${load[@]}"
 
 say "2/4 memory profile: tokens a micro-batch may hold in $MEMORY_BUDGET a rank"
-bash scripts/profile_memory.sh "$MODEL" "$NUM_RANKS" "$NUM_TASKS" "$CONFIG" "$MAX_SEQ_LENGTH" \
+bash scripts/profile_memory.sh "$MODEL" "$LARGEST_LAYOUT" "$NUM_TASKS" "$CONFIG" "$MAX_SEQ_LENGTH" \
     --device "$device" --restart changed --memory-budget "$MEMORY_BUDGET"
 
 say "3/4 plan for $NUM_RANKS ranks"

@@ -15,7 +15,6 @@ from lobra.layout.world import one_replica
 from lobra.model.launch import RankError, run_ranks
 from lobra.model.stack import AdaptedLinear, Stack
 from lobra.profiler import layer_time
-from lobra.profiler.effort import QUICK
 from lobra.profiler.layer_time import TimeSweep, missing_shapes, open_files, sweep_time
 from lobra.profiler.layer_time_rank import SingleDevice, time_shapes_on_rank
 from lobra.profiler.profiles import load_time_profile, load_time_profiles
@@ -69,16 +68,11 @@ def test_a_quick_sweep_runs_less_and_is_not_mixed_with_a_thorough_one(
     task = TaskConfig("one", 4, 4.0, ("q_proj",), 4, "none", 512)
     tasks = (task, replace(task, name="other", rank=8))
     quick = replace(sweep, tps=(1,), load_ranks=0, tasks=tasks, quick=True, max_seq_length=256)
-    assert quick.grid == ((1, 64), (1, 256)) or set(quick.grid) < set(
-        replace(quick, quick=False).grid
-    )
+    assert len(quick.grid) < len(replace(quick, quick=False).grid)
     monkeypatch.setattr(layer_time, "doubtful_shapes", lambda *_: pytest.fail("none is doubted"))
     layers, _ = sweep_time(quick, opened(quick, tmp_path))
     assert set(layers.done) == {(1, s, b) for b, s in quick.grid}
-    most = QUICK.timed_s * 1000
-    for key, row in layers.done.items():
-        repeats, time_ms = layers.details(key)["repeats"], float(row[-1])
-        assert repeats == 4 or repeats * time_ms * 2 <= 3 * most, "of 4 mixtures once, or 0.2 s"
+    assert all("attempts" not in layers.details(key) for key in layers.done)
     with pytest.raises(ConfigError, match="quick was True, is now None"):
         opened(replace(quick, quick=False), tmp_path)
 
