@@ -112,3 +112,11 @@ def test_memory_estimated(project_root: Path) -> None:
         equal += math.floor(steps) == 0
     assert len(rows) == 14
     assert equal >= 10
+
+
+def test_our_own_runtime_holds_lobras_longest_sequences_where_lobra_does() -> None:
+    tables = load_tables()
+    budget = 0.9 * tables.accelerator("A100-40GB").memory_bytes
+    adapters = Adapters(((16, TARGET_MODULES),) * 6)
+    estimate = estimate_memory(NAMED_SHAPES["7B"], 8, 1, adapters, "bf16", tables.runtime(None))
+    assert estimate.max_tokens(budget, 256, 1 << 20) >= 16384
