@@ -15,7 +15,7 @@ from rich.table import Table
 
 from lobra.cli import guarded, make_app, run
 from lobra.commands.output import write_problem, written
-from lobra.commands.planning import PlanningOptions, read_inputs, told
+from lobra.commands.planning import PlanningOptions, progress_on, read_inputs
 from lobra.common.errors import Problems
 from lobra.common.options import (
     ANY_CASE,
@@ -108,7 +108,7 @@ def plan(*, options: PlanOptions) -> int:
             cost_model,
             options.num_gpus,
             how,
-            progress=told(console, status),
+            progress=progress_on(console, status),
             refused=options.layout_problem,
         )
         sizings = sweep(

@@ -104,7 +104,7 @@ class PlanningInputs:
     notes: tuple[str, ...]
 
 
-def told(console: Console, status: Status) -> Progress:
+def progress_on(console: Console, status: Status) -> Progress:
     """Return what shows a search's progress: in the status, or as lines where none can be drawn."""
     last_s = time.monotonic()
 
@@ -128,21 +128,25 @@ def read_inputs(
     ConfigError
         If a file is missing or has mistakes, or there are other ``problems``: all at once.
     """
-    config = cost_model = memory = found = origin = None
+    config = cost_model = memory = found = None
+    paths: tuple[Path, Path | None] | None = None
     notes: list[str | None] = []
     with problems.noted():
         config = load_trainer_config(options.trainer_config, options.num_tasks)
-    times = options.time_profile or lookup.time_path(options.model)
     with problems.noted():
         if with_memory and config is not None:
-            times, capacities = lookup.planning_paths(
+            paths = lookup.planning_paths(
                 options.model, len(config.tasks), options.time_profile, options.memory_profile
             )
-            origin = lookup.provenance_note(capacities)
-            memory, of_memory = memory_profile_for(options.model, config.tasks, capacities)
-            notes += of_memory
-        cost_model = load_cost_model(options.model, times, options.cost_model)
-        notes.append(lookup.provenance_note(times) or origin)
+        else:
+            paths = options.time_profile or lookup.time_path(options.model), None
+    if paths is not None:
+        with problems.noted():
+            cost_model = load_cost_model(options.model, paths[0], options.cost_model)
+        with problems.noted():
+            if config is not None and paths[1] is not None:
+                memory, of_memory = memory_profile_for(options.model, config.tasks, paths[1])
+                notes += of_memory
     if config is not None:
         lengths, note = lengths_for(config, options)
         notes.append(note)
@@ -154,7 +158,9 @@ def read_inputs(
         except ConfigError as error:
             problems += error.problems.changed(_or_lengths)
     problems.raise_if_any()
-    assert config and cost_model and found
+    assert config and cost_model and found and paths
+    origins = [lookup.provenance_note(path) for path in paths if path is not None]
+    notes.append(next(filter(None, origins), None))  # the same is said once
     workload, labels = found
     adapters = [(task.rank, task.target_modules) for task in config.tasks]
     elements = adapter_elements_of(options.model, adapters)

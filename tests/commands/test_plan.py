@@ -154,6 +154,18 @@ def test_mistakes_end_with_2_and_one_message(
     assert not (files / "plan.yaml").exists()
 
 
+def test_mistakes_of_all_files_are_told_together(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(files / "time.csv", "1,128,1,", "1,128,1,nan")
+    edit(files / "memory.csv", "2,1,1,2048", "2,1,1,512")
+    edit(files / "lengths.json", '"long": [300, ', '"long": [0, ')
+    assert main(arguments("--num-gpus", "0")) == 2
+    message = capsys.readouterr().err
+    for told in ("4 problems", "--num-gpus 0", "time.csv: line 2", "not monotone", "long[0] = 0"):
+        assert told in message
+
+
 def test_an_empty_task_is_refused(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (files / "lengths.json").write_text('{"short": [], "long": [5, 6]}')
     assert main(arguments()) == 2
