@@ -16,8 +16,7 @@ and a page of them. The same command goes on where it was interrupted.
 without it     the real jobs, on the GPUs of a cluster: profile, plan, train methods and ablation
                (the other studies are simulated only); tables in ${2}_real. See --dry-run first.
 
-Environment, with --simulate: LOBRA_REFERENCE, the folder of the published 7B profile;
-LOBRA_LENGTHS, a file or folder of sequence lengths.
+Environment, with --simulate: LOBRA_LENGTHS, a file or folder of sequence lengths.
 
 Options with --simulate:
 END

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from experiments import synthetic
+from experiments.cells import ROOT
 from experiments.published import LENGTHS, SETUPS, Setup
-from experiments.synthetic import moments, synthesize
+from experiments.synthetic import moments
 from lobra.common.errors import ConfigError
-from lobra.common.files import write_atomic
 from lobra.planner.workload import Workload, make_workload, read_lengths
 from lobra.profiler.cost_model import CostModel, fit_cost_model
+from lobra.profiler.lookup import published_memory_path, published_time_path
 from lobra.profiler.profiles import (
     MemoryProfile,
     load_memory_profile,
@@ -25,12 +24,11 @@ from lobra.profiler.profiles import (
 )
 from lobra.tasks.config import TrainerConfig, load_trainer_config
 from lobra.tasks.lengths import load_lengths
+from lobra.tasks.published_lengths import MIXTURES, published_lengths
 
 MAX_SEQ_LENGTH = 16384
 LARGEST_LAYOUT = 16  # GPUs of one replica
 TPS = {"7B": "1,2,4,8", "32B": "1,2,4,8,16", "70B": "1,2,4,8,16"}
-PUBLISHED_FOLDER = "lobra_7b_a100_40gb"
-PUBLISHED_TIME, PUBLISHED_MEMORY = "profile_time_llama_7B.csv", "max_tokens_llama_7B_6tasks.csv"
 RUNTIME = "hetu"  # the estimates are of the runtime LobRA was measured on
 
 
@@ -38,11 +36,11 @@ RUNTIME = "hetu"  # the estimates are of the runtime LobRA was measured on
 class Sources:
     """Where to look, as the command line and the environment say.
 
-    ``reference``: folder with the published profile; ``lengths``: file or folder of lengths;
-    ``data_dir``: the data sets.
+    ``estimate``: no published profile; ``lengths``: file or folder of lengths; ``data_dir``: the
+    data sets.
     """
 
-    reference: Path | None = None
+    estimate: bool = False
     lengths: Path | None = None
     data_dir: Path = Path("data")
 
@@ -75,15 +73,10 @@ class Lengths:
 
 
 def find_costs(model: str, config: str, num_tasks: int, sources: Sources, folder: Path) -> Costs:
-    """Return the published 7B profile where the user has it, else estimates written to ``folder``.
-
-    Raises
-    ------
-    ConfigError
-        If a reference folder was given that lacks the published files.
-    """
-    if model == "7B" and sources.reference is not None:
-        time_path, memory_path = _published_files(sources.reference)
+    """Return the published profile, which there is of 7B, else estimates written to ``folder``."""
+    time_path = ROOT / published_time_path(model)
+    memory_path = ROOT / published_memory_path(model, num_tasks)
+    if time_path.is_file() and not sources.estimate:
         source = "published profile of Llama2-7B on A100-40GB"
     else:
         time_path, memory_path = _estimate(model, config, num_tasks, folder)
@@ -94,13 +87,8 @@ def find_costs(model: str, config: str, num_tasks: int, sources: Sources, folder
     return Costs(cost_model, memory, source, f"{times.digest}-{memory.digest}")
 
 
-def find_lengths(
-    model: str, config: TrainerConfig, sources: Sources, seed: int, cache: Path | None = None
-) -> Lengths:
-    """Return lengths: those given, else of the data sets, else synthetic.
-
-    ``cache``: a folder in which synthetic lengths are kept for the next time.
-    """
+def find_lengths(model: str, config: TrainerConfig, sources: Sources, seed: int) -> Lengths:
+    """Return lengths: those given, else of the data sets, else synthetic."""
     if sources.lengths is not None:
         return Lengths(load_lengths(sources.lengths), f"lengths of {sources.lengths.name}")
     names = list(dict.fromkeys(name for task in config.tasks for name in task.dataset_names))
@@ -115,33 +103,11 @@ def find_lengths(
                     *error.problems,
                 ]
             ) from error
-    limits = {
-        name: max(t.context_length for t in config.tasks if name in t.dataset_names)
-        for name in names
-    }
-    unknown = [name for name in names if name not in LENGTHS]
+    unknown = [name for name in names if name not in MIXTURES]
     if unknown:
         raise ConfigError(f"no lengths and no published moments of: {', '.join(unknown)}")
-    # a data set's own seed, so that it has the same lengths in every experiment
-    order = list(LENGTHS)
-    values = {
-        name: _synthetic(name, limits[name], seed + order.index(name), cache) for name in names
-    }
+    values = {name: published_lengths(name, seed) for name in names}
     return Lengths(values, "synthetic lengths fitted to the published moments")
-
-
-def _synthetic(name: str, longest: int, seed: int, cache: Path | None) -> np.ndarray:
-    """Return synthetic lengths of a data set, from the cache if it has them."""
-    if cache is None:
-        return synthesize(LENGTHS[name], longest, seed).lengths
-    source = Path(synthetic.__file__).read_bytes()
-    key = f"{LENGTHS[name]}{longest}{seed}".encode()
-    path = cache / f"{name}_{hashlib.sha256(source + key).hexdigest()[:12]}.json"
-    if path.is_file():
-        return np.array(json.loads(path.read_text(encoding="utf-8")), dtype=np.int64)
-    lengths = synthesize(LENGTHS[name], longest, seed).lengths
-    write_atomic(path, json.dumps(lengths.tolist()) + "\n")
-    return lengths
 
 
 def moments_table(lengths: Lengths) -> list[dict[str, object]]:
@@ -184,17 +150,6 @@ def setup_of(model: str) -> tuple[Setup, TrainerConfig]:
     """Return a model's published set-up and its trainer configuration."""
     setup = SETUPS[model]
     return setup, load_trainer_config(setup.trainer_config)
-
-
-def _published_files(reference: Path) -> tuple[Path, Path]:
-    for folder in (reference / PUBLISHED_FOLDER, reference):
-        paths = folder / PUBLISHED_TIME, folder / PUBLISHED_MEMORY
-        if all(path.is_file() for path in paths):
-            return paths
-    raise ConfigError(
-        f"{reference}: has no {PUBLISHED_TIME} with {PUBLISHED_MEMORY}; point LOBRA_REFERENCE or "
-        f"--reference at the folder of the published profile, or leave both out for an estimate"
-    )
 
 
 def _estimate(model: str, config: str, num_tasks: int, folder: Path) -> tuple[Path, Path]:

@@ -96,8 +96,8 @@ class SimulationOptions:
         Processes; by default at most 2.
     time_limit
         Seconds for each of LobRA's planners.
-    reference
-        Folder of the published 7B profile; by default LOBRA_REFERENCE.
+    estimate
+        An estimated profile, even of 7B, of which there is a published one.
     lengths
         JSON or folder of .npy with lengths; by default LOBRA_LENGTHS.
     data_dir
@@ -113,7 +113,7 @@ class SimulationOptions:
     seed: NonNegativeInt = 0
     workers: PositiveInt = WORKERS
     time_limit: PositiveNumber = 20.0
-    reference: Path | None = None
+    estimate: bool = False
     lengths: Path | None = None
     data_dir: Path = Path("data")
     synthetic: bool = False
@@ -147,8 +147,7 @@ class Experiment:
         )
 
     def _lengths(self, config: TrainerConfig) -> Lengths:
-        cache = self.folder.parent / "synthetic_lengths"
-        return find_lengths(self.options.model, config, self.sources, self.options.seed, cache)
+        return find_lengths(self.options.model, config, self.sources, self.options.seed)
 
     def _store(self, name: str, costs: Costs, lengths: Lengths, config: TrainerConfig) -> CellStore:
         context = {
@@ -327,8 +326,7 @@ class Experiment:
             "inputs": self.inputs,
             "command": shlex.join(["lobra", "experiment", "simulate", *words_of(options)]),
             "environment": {
-                name: "set" if os.environ.get(name) else "not set"
-                for name in ("LOBRA_REFERENCE", "LOBRA_LENGTHS")
+                name: "set" if os.environ.get(name) else "not set" for name in ("LOBRA_LENGTHS",)
             },
             "started": self.started,
             **git_state(ROOT),
@@ -386,15 +384,11 @@ def tell(line: str) -> None:
 
 def sources_of(options: SimulationOptions, environment: Mapping[str, str]) -> Sources:
     """Return where inputs are looked for: arguments, then environment."""
-    reference = options.reference or _path(environment.get("LOBRA_REFERENCE"))
-    lengths = options.lengths or _path(environment.get("LOBRA_LENGTHS"))
     if options.synthetic:
-        return Sources(reference, None, Path(os.devnull))
-    return Sources(reference, lengths, options.data_dir)
-
-
-def _path(text: str | None) -> Path | None:
-    return Path(text) if text else None
+        return Sources(options.estimate, None, Path(os.devnull))
+    named = environment.get("LOBRA_LENGTHS")
+    lengths = options.lengths or (Path(named) if named else None)
+    return Sources(options.estimate, lengths, options.data_dir)
 
 
 def _relative(rows: Rows, column: str, published: Mapping[str, Mapping[int, float]]) -> Rows:

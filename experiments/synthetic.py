@@ -4,7 +4,8 @@ A mixture of two log-normal distributions, cut at the task's context length: fou
 fitted to the three moments, then taken at evenly spaced quantiles and shuffled. Data sets with the
 same three moments may differ in spread and in their longest sequence, which are not published.
 LobRA's context lengths are powers of two that its homogeneous deployments hold, so the longest is
-asked to lie in the upper half of the task's context.
+asked to lie in the upper half of the task's context. The fits to LobRA's twelve data sets are in
+`tasks.published_lengths`.
 """
 
 from __future__ import annotations
@@ -16,9 +17,8 @@ from scipy.optimize import minimize
 from scipy.special import ndtri
 
 from experiments.published import LengthMoments
+from lobra.tasks.published_lengths import NUM_SEQUENCES, Mixture, scaled
 
-NUM_SEQUENCES = 20000
-SHORTEST = 8  # tokens
 SPREAD, SPREAD_WEIGHT = 0.6, 1e-3  # standard deviation over mean, where nothing else decides it
 REACH, REACH_WEIGHT = 0.52, 1e-2  # longest sequence over the context length, at least
 GOOD_ENOUGH = 1e-4  # squared error below which the sample is as good as the fit
@@ -95,14 +95,10 @@ def _polished(
     The grid knows fractions of a sequence, the sample does not: a data set's kurtosis may hang on
     one sequence.
     """
-    parts = [
-        ndtri((np.arange(count) + 0.5) / max(count, 1)) for count in (number - in_tail, in_tail)
-    ]
 
     def sample(x: np.ndarray) -> np.ndarray:
-        body, tail = np.exp(np.clip(x[:2], -4.0, 0.7))
-        values = np.concatenate([body * parts[0], np.clip(x[2] + tail * parts[1], -20, 20)])
-        return _scaled(np.exp(values), np.ones(number), wanted.mean, longest)
+        body, tail, apart = map(float, x)
+        return Mixture(wanted.mean, longest, in_tail, body, tail, apart).lengths(number)
 
     def loss(x: np.ndarray) -> float:
         values = sample(x)
@@ -158,13 +154,4 @@ def _mixture(
     share, body, tail, apart = _parts(shape)
     values = np.concatenate([np.exp(body * grid), np.exp(np.clip(apart + tail * grid, -20, 20))])
     weights = np.concatenate([(1.0 - share) * mass, share * mass])
-    return _scaled(values, weights, mean, longest), weights
-
-
-def _scaled(values: np.ndarray, weights: np.ndarray, mean: float, longest: int) -> np.ndarray:
-    """Return the values times the factor that gives the mean once they are cut."""
-    scale = mean / float(weights @ values / weights.sum())
-    for _ in range(8):
-        cut = np.clip(values * scale, SHORTEST, longest)
-        scale *= mean / float(weights @ cut / weights.sum())
-    return np.clip(values * scale, SHORTEST, longest)
+    return scaled(values, weights, mean, longest), weights

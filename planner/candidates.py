@@ -87,9 +87,12 @@ def all_candidates(
     reach = max((candidate.max_tokens for candidate in chosen), default=0)
     if reach < longest:
         hint = f"; layouts that would hold it are out: {'; '.join(able)}" if able else ""
+        shorter = f"--max-seq-length {reach} (longer sequences are cut), " if reach else ""
         raise ConfigError(
             f"{where}: no layout within {num_gpus} GPUs holds the longest bucket of {longest} "
-            f"tokens (the largest holds {reach}); lower --max-seq-length or use more GPUs{hint}"
+            f"tokens (the largest holds {reach}). Ways out: {shorter}more GPUs (--num-gpus), "
+            f"layers computed again (profile time and memory with --memory lean or full), fewer "
+            f"tasks at once (--num-tasks), GPUs with more memory{hint}"
         )
     return Candidates(tuple(sorted(chosen)), tuple(dropped))
 

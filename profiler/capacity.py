@@ -7,7 +7,6 @@ tells what fits beside twelve.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -18,19 +17,11 @@ import numpy as np
 
 from lobra.common.errors import ConfigError
 from lobra.layout.shapes import ModelShape, resolve_shape
-from lobra.profiler.profiles import (
-    DEFAULT_POLICY,
-    MemoryProfile,
-    MemoryRow,
-    default_memory_path,
-    load_memory_profile,
-    model_slug,
-)
-from lobra.profiler.sidecar import read_meta
+from lobra.profiler.lookup import OF_TASKS, no_memory_profile, own_memory_path
+from lobra.profiler.profiles import DEFAULT_POLICY, MemoryProfile, MemoryRow, load_memory_profile
 from lobra.tasks.config import TaskConfig
 
 STEP_TOKENS = 256  # capacities are multiples of it
-OF_TASKS = re.compile(r"_(\d+)tasks$")  # the end of a profile's name
 
 
 @dataclass(frozen=True)
@@ -101,18 +92,16 @@ def memory_profile_for(
 ) -> tuple[MemoryProfile, tuple[str, ...]]:
     """Return what fits beside the adapters of these tasks, and what a person should know of it.
 
-    Without ``path``: the profile of so many tasks, else that of the nearest number of tasks whose
-    sidecar tells the parts.
+    Without ``path``: the model's own profile (`lookup.own_memory_path`).
 
     Raises
     ------
     ConfigError
         If there is no profile, it has mistakes, or was measured without the dropout of the tasks.
     """
-    if path is None:
-        path = default_memory_path(model, len(tasks))
-        if not path.is_file():
-            path = _nearest(path, model, len(tasks)) or path
+    path = path or own_memory_path(model, len(tasks))
+    if not path.is_file():
+        raise ConfigError(no_memory_profile(model, len(tasks), path))
     return fitted_to(load_memory_profile(path), tasks, resolve_shape(model))
 
 
@@ -171,14 +160,3 @@ def _as_it_is(profile: MemoryProfile, measured: int, wanted: int) -> str:
 
 def _kinds(adapters: Sequence[Any]) -> Counter[tuple[int, tuple[str, ...]]]:
     return Counter((rank, tuple(sorted(modules))) for rank, modules in adapters)
-
-
-def _nearest(path: Path, model: str, num_tasks: int) -> Path | None:
-    """Return the model's profile in the same folder of the nearest number of tasks, with parts."""
-    found = []
-    for other in sorted(path.parent.glob(f"max_tokens_{model_slug(model)}_*tasks.csv")):
-        number = OF_TASKS.search(other.stem)
-        rows = read_meta(other).get("rows", {})
-        if number and any("parts" in details for details in rows.values()):
-            found.append((abs(int(number[1]) - num_tasks), other))
-    return min(found)[1] if found else None

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from lobra.layout.shapes import ModelShape
 from lobra.model.launch import DEFAULT_PRELOAD, run_ranks
 from lobra.profiler.collectives import ALL_REDUCE, COLLECTIVE_COLUMNS, SYNC, TRANSFER
+from lobra.profiler.effort import QUICK, THOROUGH, Effort
 from lobra.profiler.layer_memory import element_bytes
 from lobra.profiler.memory_rank import torch_device
 from lobra.profiler.settings import shape_settings
@@ -22,6 +23,7 @@ from lobra.profiler.timing import measured_timing
 
 NUM_KEYS = 3
 SIZES = (1 << 14, 1 << 17, 1 << 20, 1 << 23)  # bytes of a message
+QUICK_SIZES = (1 << 14, 1 << 20)
 
 
 def open_collectives(
@@ -31,9 +33,13 @@ def open_collectives(
     device: str,
     restart: Restart,
     environment: dict[str, Any],
+    quick: bool = False,
 ) -> SweepFile:
-    """Open the CSV of collectives, new or to be continued (see `open_sweep`)."""
-    settings = {
+    """Open the CSV of collectives, new or to be continued (see `open_sweep`).
+
+    ``quick``: of fewer sizes, timed for less long.
+    """
+    settings: dict[str, Any] = {
         "model": shape.name,
         "shape": shape_settings(shape),
         "what": "ms of one message, kinds transfer (one way), all_reduce, sync (sum and share)",
@@ -41,6 +47,8 @@ def open_collectives(
         "device": device,
         "bytes_per_token": element_bytes(precision) * shape.hidden_size,
     }
+    if quick:
+        settings["quick"] = True
     return open_sweep(
         path,
         COLLECTIVE_COLUMNS,
@@ -52,29 +60,39 @@ def open_collectives(
     )
 
 
-def wanted_rows(counts: Sequence[int]) -> tuple[tuple[str, int, int], ...]:
+def wanted_rows(counts: Sequence[int], quick: bool = False) -> tuple[tuple[str, int, int], ...]:
     """Return the (kind, ranks, bytes) to measure for these numbers of ranks."""
     sizes = [(TRANSFER, 2)] + [(kind, n) for n in counts for kind in (ALL_REDUCE, SYNC)]
-    return tuple((kind, ranks, size) for kind, ranks in sizes for size in SIZES)
+    return tuple(
+        (kind, ranks, size) for kind, ranks in sizes for size in (QUICK_SIZES if quick else SIZES)
+    )
 
 
 def sweep_collectives(file: SweepFile, counts: Sequence[int], device: str) -> SweepFile:
     """Measure what the file lacks for the numbers of ranks, one process each; return it.
+
+    As quickly as the file's settings say.
 
     Raises
     ------
     RankError
         If a rank failed; what was measured before is kept.
     """
+    quick = bool(file.meta["settings"].get("quick"))
     for ranks in sorted({2, *counts}):
         missing = tuple(
-            row for row in wanted_rows(counts) if row[1] == ranks and row not in file.done
+            row for row in wanted_rows(counts, quick) if row[1] == ranks and row not in file.done
         )
         if missing:
             run_ranks(
                 "lobra.profiler.collective_time:time_on_rank",
                 ranks,
-                {"rows": missing, "file": file, "device": device},
+                {
+                    "rows": missing,
+                    "file": file,
+                    "device": device,
+                    "effort": QUICK if quick else THOROUGH,
+                },
                 device=device,
                 preload=(*DEFAULT_PRELOAD, "lobra.profiler.collective_time"),
             )
@@ -82,11 +100,13 @@ def sweep_collectives(file: SweepFile, counts: Sequence[int], device: str) -> Sw
     return file
 
 
-def time_on_rank(rows: Sequence[tuple[str, int, int]], file: SweepFile, device: str) -> None:
+def time_on_rank(
+    rows: Sequence[tuple[str, int, int]], file: SweepFile, device: str, effort: Effort
+) -> None:
     """Time each (kind, ranks, bytes) and append it (rank 0 writes). Collective."""
     where = torch_device(device)
     for kind, ranks, num_bytes in rows:
-        timing = measured_timing([_message(kind, num_bytes, where)], where)
+        timing = measured_timing([_message(kind, num_bytes, where)], where, effort)
         if dist.get_rank() == 0:
             time_ms = timing.time_ms / (2 if kind == TRANSFER else 1)
             file.add((kind, ranks, num_bytes, round(time_ms, 6)), timing.details())

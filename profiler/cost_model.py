@@ -12,6 +12,7 @@ import numpy as np
 
 from lobra.common.errors import ConfigError
 from lobra.layout.layout import Layout
+from lobra.profiler import lookup
 from lobra.profiler.collectives import Collectives, default_collectives_path, load_collectives
 from lobra.profiler.head import HeadFit, HeadProfile, fit_heads, load_head_profile
 from lobra.profiler.layer_fit import KINDS, Kind, LayerFit, fit_layer
@@ -260,10 +261,10 @@ def load_cost_model(
 ) -> CostModel:
     """Return the cost model of a model (``tiny``, ``7B``, ... or a folder) from its profiles.
 
-    Without ``time_path`` the profile at the model's own path is read. The profiles of embedding and
-    head and of collectives are taken from where `lobra profile time` writes them beside that one
-    (``profile_head_<model>.csv``, or ``head_<name>`` for an ``--output`` of one's own), where there
-    are any.
+    Without ``time_path`` the model's own profile is read, else LobRA's (`lookup.time_path`). The
+    profiles of embedding and head and of collectives are taken from where `lobra profile time`
+    writes them beside that one (``profile_head_<model>.csv``, or ``head_<name>`` for an
+    ``--output`` of one's own), where there are any.
 
     Raises
     ------
@@ -271,7 +272,9 @@ def load_cost_model(
         If the model is unknown, a profile is missing or has mistakes, or one beside the times is
         not of what they are of.
     """
-    path = default_time_path(model) if time_path is None else Path(time_path)
+    path = lookup.time_path(model) if time_path is None else Path(time_path)
+    if not path.is_file():
+        raise ConfigError(lookup.no_time_profile(model, path))
     head_path, collectives_path = paths_beside(model, path)
     for beside in (head_path, collectives_path):
         if beside.is_file():

@@ -7,13 +7,19 @@ SHORTEST = 64
 TOKEN_SHARES = (1 / 16, 1 / 4, 1)
 
 
-def time_grid(max_seq_length: int, max_tokens: int | None = None) -> tuple[tuple[int, int], ...]:
+QUICK_TOKEN_SHARES = (1 / 4, 1)
+
+
+def time_grid(
+    max_seq_length: int, max_tokens: int | None = None, quick: bool = False
+) -> tuple[tuple[int, int], ...]:
     """Return the (b, s) to measure, cheapest first.
 
     Lengths double from 64 up to ``max_seq_length`` (which is always one of them). For each length
     b is 1 and what fills a sixteenth, a quarter and all of ``max_tokens`` (by default as many as
     the longest sequence): a plan fills its micro-batches, and b = 1 separates what depends on the
-    length from what depends on the tokens.
+    length from what depends on the tokens. ``quick``: lengths quartered from the
+    longest down, no sixteenths; six shapes up to 2,048 tokens.
 
     Raises
     ------
@@ -24,10 +30,15 @@ def time_grid(max_seq_length: int, max_tokens: int | None = None) -> tuple[tuple
     if max_seq_length < 1 or max_tokens < 1:
         raise ValueError(f"no micro-batch of at most {max_tokens} tokens of {max_seq_length}")
     lengths = [max_seq_length]
-    length = SHORTEST
-    while length < max_seq_length:
-        lengths.append(length)
-        length *= 2
+    if quick:
+        while lengths[-1] // 4 >= SHORTEST:
+            lengths.append(lengths[-1] // 4)
+    else:
+        length = SHORTEST
+        while length < max_seq_length:
+            lengths.append(length)
+            length *= 2
+    shares = QUICK_TOKEN_SHARES if quick else TOKEN_SHARES
     shapes = {(1, s) for s in lengths}
-    shapes |= {(int(share * max_tokens) // s, s) for s in lengths for share in TOKEN_SHARES}
+    shapes |= {(int(share * max_tokens) // s, s) for s in lengths for share in shares}
     return tuple(sorted(((b, s) for b, s in shapes if b > 0), key=lambda p: (p[0] * p[1], p[1])))

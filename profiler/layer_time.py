@@ -20,6 +20,7 @@ from lobra.layout.shapes import ModelShape, layout_problem
 from lobra.layout.world import consecutive
 from lobra.model.adapter import AdapterSpec
 from lobra.model.launch import DEFAULT_PRELOAD, RankError, default_threads, run_ranks
+from lobra.profiler.effort import QUICK, THOROUGH, Effort
 from lobra.profiler.grid import time_grid
 from lobra.profiler.head import HEAD_COLUMNS, PROFILED_SHARE
 from lobra.profiler.layer_time_rank import SingleDevice
@@ -65,6 +66,8 @@ class TimeSweep:
         With ``single_device``: whose links the collectives are modelled with.
     memory
         The memory policy the layers run under.
+    quick
+        Fewer shapes, each run less often, none measured again.
     """
 
     folder: Path
@@ -81,6 +84,12 @@ class TimeSweep:
     tasks: tuple[TaskConfig, ...] = ()
     links: str = ""
     memory: str = DEFAULT_POLICY
+    quick: bool = False
+
+    @property
+    def effort(self) -> Effort:
+        """How often each shape is run."""
+        return QUICK if self.quick else THOROUGH
 
     @property
     def specs(self) -> tuple[AdapterSpec, ...]:
@@ -95,7 +104,7 @@ class TimeSweep:
     @property
     def grid(self) -> tuple[tuple[int, int], ...]:
         """The micro-batch shapes (b, s) to measure for each tp."""
-        return time_grid(self.max_seq_length, self.max_tokens)
+        return time_grid(self.max_seq_length, self.max_tokens, self.quick)
 
     def num_replicas(self, tp: int) -> int:
         """Return how many groups of ``tp`` ranks are timed at once."""
@@ -117,6 +126,8 @@ class TimeSweep:
             "device": self.device,
             "rows": "of tasks drawn in proportion to their global batch sizes",
         }
+        if self.quick:
+            settings["quick"] = True
         if self.tasks:
             settings |= adapter_settings(self.tasks)
             settings["global_batch_sizes"] = [task.global_batch_size for task in self.tasks]
@@ -239,7 +250,8 @@ def sweep_time(
                 b, s = left[0]  # they are measured in order
                 log.warning("tp %d: %d x %d ran out of memory and is left out", tp, b, s)
                 files[0].skip((tp, s, b), "ran out of memory")
-        if not checked and any(doubtful_shapes(file, tp) for file in files):
+        again = sweep.effort.attempts > 1 and not checked
+        if again and any(doubtful_shapes(file, tp) for file in files):
             _measure(sweep, tp, (), files, report)  # a sweep before this one was ended too early
             files = files[0].reopened(), files[1].reopened()
         report(tp, 0)
@@ -282,6 +294,7 @@ def _measure(
                 "head_file": files[1],
                 "single_device": shards[0] if shards else None,
                 "task_weights": [float(task.global_batch_size) for task in sweep.tasks],
+                "effort": sweep.effort,
             },
             device=sweep.device,
             # A shard timed alone has the share of the cores that it would have in its group.

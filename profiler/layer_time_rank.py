@@ -20,11 +20,12 @@ from lobra.model.groups import ReplicaGroups, build_groups
 from lobra.model.micro_batch import MicroBatchTensors
 from lobra.model.precision import DTYPES
 from lobra.model.stage import Stage, build_stage
+from lobra.profiler.effort import THOROUGH, Effort
 from lobra.profiler.head import PROFILED_SHARE
 from lobra.profiler.memory_rank import synthetic_batch, torch_device
-from lobra.profiler.outliers import MAX_ATTEMPTS, doubtful_shapes, record_attempt
+from lobra.profiler.outliers import doubtful_shapes, record_attempt
 from lobra.profiler.sweep_rows import SweepFile
-from lobra.profiler.timing import TIMED_S, measured_timing
+from lobra.profiler.timing import measured_timing
 
 PROBE_LAYERS = 4  # timed together, so that what a stage does once is shared out as in training
 NUM_MIXTURES = 4  # in so many ways a micro-batch is mixed of tasks whose adapters differ
@@ -58,12 +59,13 @@ def time_shapes_on_rank(
     head_file: SweepFile,
     single_device: SingleDevice | None = None,
     task_weights: Sequence[float] = (),
+    effort: Effort = THOROUGH,
 ) -> None:
     """Time every shape that the files do not hold and append it to them (rank 0 writes).
 
     All replicas of ``world`` run the same shape at the same time, each a tensor-parallel group on
     its own; the mean over them is recorded. Rows that then stick out (`doubtful_shapes`) are timed
-    once or twice more and become the median of their attempts. Collective.
+    again, as often as the effort allows, and become the median of their attempts. Collective.
 
     Parameters
     ----------
@@ -78,6 +80,8 @@ def time_shapes_on_rank(
         Time one shard on this one rank, and add the collectives from a model.
     task_weights
         How often a row is of each task (`row_mixtures`); empty: all alike.
+    effort
+        How often a shape is run.
     """
     tp = world.layouts[0].tp
     groups = build_groups(world)
@@ -96,7 +100,7 @@ def time_shapes_on_rank(
             _layer_run(layers, synthetic_batch((b, s), layers, tasks), received_BSD, gradient_BSD)
             for tasks in row_mixtures(b, weights, mixtures_wanted)
         ]
-        timing = measured_timing(runs, where)
+        timing = measured_timing(runs, where, effort)
         modelled_ms = None if single_device is None else _line(single_device.layer_ms, b * s)
         if dist.get_rank() == 0:
             time_ms = timing.time_ms / len(layers.layers) + (modelled_ms or 0.0)
@@ -105,7 +109,7 @@ def time_shapes_on_rank(
     def time_head(b: int, s: int, batch: MicroBatchTensors, received_BSD: torch.Tensor) -> None:
         nothing = replace(batch, targets=batch.targets.none())
         base, timing = (
-            measured_timing([_head_run(layers, head, one, received_BSD)], where, 0.5 * TIMED_S)
+            measured_timing([_head_run(layers, head, one, received_BSD)], where, effort, 0.5)
             for one in (nothing, batch)
         )
         modelled_ms = None if single_device is None else _line(single_device.head_ms, b * s)
@@ -127,7 +131,7 @@ def time_shapes_on_rank(
     for b, s in shapes:
         key = tp, s, b
         time_shape(b, s, key not in layer_file.done, key not in head_file.done)
-    for _ in range(MAX_ATTEMPTS - 1):
+    for _ in range(effort.attempts - 1):
         doubtful_layers, doubtful_heads = _agreed_doubtful(tp, layer_file, head_file)
         for b, s in sorted(doubtful_layers | doubtful_heads):
             time_shape(b, s, (b, s) in doubtful_layers, (b, s) in doubtful_heads)

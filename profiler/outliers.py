@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from lobra.profiler.effort import THOROUGH
 from lobra.profiler.layer_fit import fit_layer
 from lobra.profiler.sweep_rows import SweepFile
 
-MAX_ATTEMPTS = 3
 FEWEST_ROWS = 6
 # A row sticks out if it differs from what the others say by this share, and by this many of their
 # own standard deviations.
@@ -40,7 +40,7 @@ def doubtful_shapes(file: SweepFile, tp: int) -> set[tuple[int, int]]:
     less[less < DECREASE] = 0.0
     doubt = np.maximum(doubt, np.maximum(less.max(axis=0), less.max(axis=1)))
     attempts = np.array([len(row.get("attempts", (0,))) for row in details])
-    doubt[attempts >= MAX_ATTEMPTS] = 0.0
+    doubt[attempts >= THOROUGH.attempts] = 0.0
     worst = np.argsort(-doubt)[: len(keys) // 2]
     return {(int(b[row]), int(s[row])) for row in worst if doubt[row] > 0}
 

@@ -134,9 +134,8 @@ def layout_problem_of(model: str, tp: int, pp: int) -> str | None:
 
 
 def default_time_path(model: str) -> Path:
-    """Return ``exp_result/profile/cost_model/profile_time_<model>.csv`` (or LobRA's spelling)."""
-    folder = PROFILE_DIR / "cost_model"
-    return _published_spelling(folder, f"profile_time_{model_slug(model)}.csv", model)
+    """Return ``exp_result/profile/cost_model/profile_time_<model>.csv``."""
+    return PROFILE_DIR / "cost_model" / f"profile_time_{model_slug(model)}.csv"
 
 
 def default_head_path(model: str) -> Path:
@@ -146,8 +145,7 @@ def default_head_path(model: str) -> Path:
 
 def default_memory_path(model: str, num_tasks: int) -> Path:
     """Return ``exp_result/profile/memory/max_tokens_<model>_<n>tasks.csv``."""
-    name = f"max_tokens_{model_slug(model)}_{num_tasks}tasks.csv"
-    return _published_spelling(PROFILE_DIR / "memory", name, model)
+    return PROFILE_DIR / "memory" / f"max_tokens_{model_slug(model)}_{num_tasks}tasks.csv"
 
 
 def load_time_profile(path: str | os.PathLike[str], memory: str = DEFAULT_POLICY) -> TimeProfile:
@@ -261,14 +259,6 @@ def _policy(path: Path, line: int, row: dict[str, str], default: str, problems: 
         reason = error.problems[0].removeprefix("layout: memory: ")
         problems.append(f"{path}: line {line}: {POLICY_COLUMN}: {reason}")
         return default
-
-
-def _published_spelling(folder: Path, name: str, model: str) -> Path:
-    """Prefer our name; take LobRA's (``..._llama_7B...``) where only that exists."""
-    path = folder / name
-    slug = model_slug(model)
-    published = folder / name.replace(slug, f"llama_{slug}", 1)
-    return published if published.is_file() and not path.is_file() else path
 
 
 def _not_monotone(path: Path, table: list[MemoryRow]) -> list[str]:

@@ -28,6 +28,8 @@ from lobra.common.models import (
     read_as,
 )
 
+PUBLISHED = "published"  # the kind of a profile that others measured and published
+
 
 class Settings(TypedDict, total=False):
     """Under what the rows were made; a sweep goes on only under the same.

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from lobra.common.errors import ConfigError
 from lobra.common.lock import hold
 from lobra.profiler.profiles import DEFAULT_POLICY
-from lobra.profiler.sidecar import meta_path, read_meta, timestamp, write_meta
+from lobra.profiler.sidecar import PUBLISHED, meta_path, read_meta, timestamp, write_meta
 from lobra.profiler.sweep_rows import SweepFile, read_sweep
 
 log = logging.getLogger(__name__)
@@ -60,9 +60,11 @@ def open_sweep(
     Raises
     ------
     ConfigError
-        If the file has other settings and ``restart`` is "never", a line of it is broken, another
-        sweep is writing to it, or it cannot be written.
+        If the file is one that others published, has other settings and ``restart`` is "never", a
+        line of it is broken, another sweep is writing to it, or it cannot be written.
     """
+    if read_meta(path).get("kind") == PUBLISHED:
+        raise ConfigError(f"{path}: was published by others and is kept as it is; give --output")
     _hold(path, restart)
     if path.is_file() and restart == "always":
         _set_aside(path)

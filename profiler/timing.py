@@ -11,9 +11,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-MIN_REPEATS, MAX_REPEATS = 3, 30
-TIMED_S = 0.8  # of all repeats together, where 3 to 30 repeats allow it
-MIN_REPEATS_OF_MIXTURE = 2  # of each function where there are several
+from lobra.profiler.effort import THOROUGH, Effort
+
+MAX_REPEATS = 30
 APART = 0.1  # two repeats of a function that differ by more ask for a third
 
 
@@ -36,12 +36,14 @@ class Timing:
 def measured_timing(
     runs: Sequence[Callable[[], None]],
     device: torch.device,
-    timed_s: float = TIMED_S,
+    effort: Effort = THOROUGH,
+    share: float = 1.0,
 ) -> Timing:
     """Time collective functions: warm-up, then as many repeats as rank 0 finds worthwhile.
 
     Of each function a rank takes the median of its repeats, of these the mean over functions and
-    over ranks; it is returned everywhere. The repeats take about ``timed_s`` seconds together.
+    over ranks; it is returned everywhere. The repeats take about the effort's seconds together, or
+    a ``share`` of them.
     """
 
     def repeat() -> list[float]:
@@ -53,8 +55,9 @@ def measured_timing(
     _wait(device)
     _meet(device)
     times_ms = [repeat()]
-    least = MIN_REPEATS if len(runs) == 1 else MIN_REPEATS_OF_MIXTURE
+    least = effort.least if len(runs) == 1 else effort.least_of_mixture
     most = max(least, MAX_REPEATS // len(runs))
+    timed_s = share * effort.timed_s
     repeats = int(np.clip(timed_s / max(1e-3 * sum(times_ms[0]), 1e-6), least, most))
     chosen = torch.tensor([repeats], device=device)
     dist.broadcast(chosen, src=0)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Trains every task's adapter on a plan. Without STRATEGY_CONFIG the plan is made first, by pruning.
+# Trains every task's adapter on a plan. Without STRATEGY_CONFIG the plan is made first, by pruning,
+# in a minute at most (--time-limit SECONDS); options of planning are handed to it.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -12,28 +13,30 @@ need_lobra
 name=$(basename "$config")
 for suffix in json yaml yml; do name=${name%."$suffix"}; done
 
-planning=() # the options that planning and training share
-for ((i = 0; i < ${#OPTIONS[@]}; i++)); do
-    case ${OPTIONS[i]} in
-        --data-dir=* | --time-profile=* | --cost-model=* | --gpus-per-node=*)
-            planning+=("${OPTIONS[i]}") ;;
-        --data-dir | --time-profile | --cost-model | --gpus-per-node)
-            planning+=("${OPTIONS[@]:i:2}") ;;
-    esac
-done
-
+planning=() training=("${OPTIONS[@]}")
 if [[ -z $strategy ]]; then
-    strategy="${name}_prune_${num_gpus}gpus"
+    strategy="${name}_prune_${num_gpus}gpus" training=()
+    for ((i = 0; i < ${#OPTIONS[@]}; i++)); do
+        words=("${OPTIONS[i]}")
+        [[ ${words[0]} == *=* || ${OPTIONS[i + 1]---} == --* ]] || words+=("${OPTIONS[++i]}")
+        case ${words[0]%%=*} in
+            --data-dir | --time-profile | --cost-model | --gpus-per-node | --seed) # of both
+                planning+=("${words[@]}") training+=("${words[@]}") ;;
+            --memory-profile | --lengths | --time-limit | --proposal | --bucket-plan)
+                planning+=("${words[@]}") ;;
+            *) training+=("${words[@]}") ;;
+        esac
+    done
     EXPR_DEPLOY_PATTERN=PRUNE deploy_strategy_plan --model "$model" --num-gpus "$num_gpus" \
         --num-buckets "$buckets" --num-tasks "$tasks" --max-seq-length "$length" \
         --trainer-config "$config" --strategy-config "$strategy" "${planning[@]}"
 fi
 output=()
-if [[ " ${OPTIONS[*]-} " != *" --output-dir "* ]]; then
+if [[ " ${training[*]-} " != *" --output-dir"[\ =]* ]]; then
     output=(--output-dir "runs/${name}_$(date +%Y%m%d_%H%M%S)")
 fi
 exec lobra train --model "$model" --trainer-config "$config" --strategy-config "$strategy" \
     --num-gpus "$num_gpus" --num-tasks "$tasks" --num-buckets "$buckets" \
     --max-seq-length "$length" --server-addr "${ARGS[5]}" --server-port "${ARGS[6]}" \
     ${ARGS[9]:+--host-file "${ARGS[9]}"} ${ARGS[10]:+--env-file "${ARGS[10]}"} \
-    "${output[@]}" "${OPTIONS[@]}"
+    "${output[@]}" "${training[@]}"

@@ -8,7 +8,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 usage 0 0 "" "$@"
 MODEL=tiny CONFIG=quickstart PLAN=quickstart RUN=runs/quickstart
-NUM_TASKS=4 NUM_BUCKETS=16 MAX_SEQ_LENGTH=2048 NUM_RANKS=4
+NUM_TASKS=4 NUM_BUCKETS=16 MAX_SEQ_LENGTH=2048 NUM_RANKS=4 LARGEST_LAYOUT=2
 # Of one CPU rank. So that a single rank cannot hold the longest sequences but two together can,
 # as on real accelerators.
 MEMORY_BUDGET=84MB
@@ -32,12 +32,12 @@ if [[ -e $RUN ]]; then
 fi
 
 begin=$SECONDS
-say "1/4 time profile: one layer of the $MODEL model on 1 and 2 $device ranks"
-bash scripts/cost_model_benchmark.sh "$MODEL" 1,2 --device "$device" --restart changed \
+say "1/4 time profile: one layer of the $MODEL model on 1 and 2 $device ranks, a first look (--quick)"
+bash scripts/cost_model_benchmark.sh "$MODEL" 1,2 --quick --device "$device" --restart changed \
     --max-seq-length "$MAX_SEQ_LENGTH" --trainer-config "$CONFIG" "${load[@]}"
 
 say "2/4 memory profile: tokens a micro-batch may hold in $MEMORY_BUDGET a rank"
-bash scripts/profile_memory.sh "$MODEL" "$NUM_RANKS" "$NUM_TASKS" "$CONFIG" "$MAX_SEQ_LENGTH" \
+bash scripts/profile_memory.sh "$MODEL" "$LARGEST_LAYOUT" "$NUM_TASKS" "$CONFIG" "$MAX_SEQ_LENGTH" \
     --device "$device" --restart changed --memory-budget "$MEMORY_BUDGET"
 
 say "3/4 plan for $NUM_RANKS ranks"
@@ -48,9 +48,16 @@ say "4/4 training $NUM_TASKS adapters together"
 lobra train --model "$MODEL" --trainer-config "$CONFIG" --strategy-config "$PLAN" \
     --output-dir "$RUN" --device "$device" "${OPTIONS[@]}"
 
+lobra report "$RUN" --plots | grep '^written' || die 1 "$RUN: no pictures were drawn"
+
 say "done in $((SECONDS - begin)) s after installation"
 printf '%s\n' \
     "plan:      strategy_config/$PLAN.yaml" \
-    "profiles:  exp_result/profile/" \
+    "profiles:  exp_result/profile/  (measured quickly; without --quick they are exacter)" \
     "adapters:  $RUN/adapters/  (PEFT's format, one folder a task)" \
-    "report:    lobra report $RUN"
+    "pictures:  $RUN/report/losses.png, $RUN/report/replicas.png; lobra report $RUN prints it all" \
+    "" \
+    "With your own data (docs/my_data.md):" \
+    "  lobra init my_tasks.yaml                      # a task file, every field explained" \
+    "  lobra data show --model MODEL --trainer-config my_tasks.yaml" \
+    "  lobra plan --model MODEL --num-gpus N --trainer-config my_tasks.yaml --strategy-config my_plan"

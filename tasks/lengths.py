@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from lobra.common.errors import ConfigError
 
 Lengths = NDArray[np.int64]
+#: Instead of a file: lengths like those of LobRA's data sets (`tasks.published_lengths`).
+PUBLISHED_LENGTHS = Path("published")
 
 
 def load_lengths(path: str | Path) -> dict[str, Lengths]:
@@ -20,7 +22,8 @@ def load_lengths(path: str | Path) -> dict[str, Lengths]:
     Parameters
     ----------
     path
-        A JSON file ``{"<task>": [int, ...]}``, or a folder with one ``<task>.npy`` per task.
+        A JSON file ``{"<task>": [int, ...]}``, or a folder with one ``<task>.npy`` per task; or
+        "published", for lengths like those of LobRA's twelve data sets.
 
     Raises
     ------
@@ -28,6 +31,10 @@ def load_lengths(path: str | Path) -> dict[str, Lengths]:
         Naming every task whose lengths are not positive integers.
     """
     path = Path(path)
+    if path == PUBLISHED_LENGTHS and not path.exists():
+        from lobra.tasks.published_lengths import MIXTURES, published_lengths
+
+        return {name: published_lengths(name) for name in MIXTURES}
     if path.is_dir():
         found = _load_folder(path)
     elif path.is_file():
@@ -35,7 +42,8 @@ def load_lengths(path: str | Path) -> dict[str, Lengths]:
     else:
         raise ConfigError(
             f"no lengths at {path}: want a JSON file of lists of integers by task, "
-            "or a folder with one .npy file per task"
+            'or a folder with one .npy file per task, or "published" (lengths '
+            "like those of LobRA's data sets)"
         )
     problems: list[str] = []
     lengths = {name: _check(values, where, problems) for name, (where, values) in found.items()}

@@ -88,6 +88,12 @@ def test_training_without_a_plan_makes_one_by_pruning(project_root: Path, record
     assert train.startswith("lobra train --model 7B --trainer-config exp_task6")
     assert "--server-addr 10.0.0.1 --server-port 23333" in train
 
+    options = "--lengths published --time-limit=9 --data-dir here --max-steps 3 --deterministic"
+    result = bash(script, *arguments, *options.split(), cwd=project_root, **recorded)
+    plan, train = result.stdout.splitlines()
+    assert "--lengths published --time-limit=9 --data-dir here pattern=PRUNE" in plan
+    assert train.endswith("--data-dir here --max-steps 3 --deterministic pattern=")
+
     result = bash(script, *arguments, "my_plan", "hosts", cwd=project_root, **recorded)
     (train,) = result.stdout.splitlines()
     assert "--strategy-config my_plan" in train

@@ -45,7 +45,7 @@ from lobra.model.fingerprint import MARK, fingerprint
 from lobra.model.folder import resolve_folder
 from lobra.planner.workload import label_share
 from lobra.profiler.cost_model import CostModel, Kind, load_cost_model
-from lobra.profiler.profiles import default_time_path
+from lobra.profiler.lookup import no_time_profile, provenance_note, time_path
 from lobra.tasks.config import TaskConfig, TrainerConfig, clip_context, load_trainer_config
 from lobra.tasks.data_report import summary_text
 from lobra.tasks.dataset import TokenizedDataset, split
@@ -520,18 +520,13 @@ def _choose_device(request: TrainRequest, plan: Plan | None) -> str:
 
 
 def _profile_path(request: TrainRequest) -> Path:
-    return Path(request.time_profile or default_time_path(request.model))
+    return Path(request.time_profile or time_path(request.model))
 
 
 def _missing_profile(request: TrainRequest) -> list[str]:
     """Return a problem if there is no time profile."""
     path = _profile_path(request)
-    if path.is_file():
-        return []
-    return [
-        f"{path}: no time profile of {request.model}, which the dispatcher needs; measure it "
-        f"with scripts/cost_model_benchmark.sh or give --time-profile"
-    ]
+    return [] if path.is_file() else [no_time_profile(request.model, path)]
 
 
 def dispatch_costs(request: TrainRequest, plan: Plan) -> CostModel:
@@ -546,6 +541,8 @@ def dispatch_costs(request: TrainRequest, plan: Plan) -> CostModel:
         raise ConfigError(problems)
     path = _profile_path(request)
     model = load_cost_model(request.model, request.time_profile, request.cost_model)
+    if origin := provenance_note(path):
+        log.warning("replicas are balanced by %s", origin)
     wanted = sorted({group.layout for group in plan.groups})
     for memory in sorted({layout.memory for layout in wanted if layout.memory != "keep"}):
         unknown = sorted({one.tp for one in wanted if one.memory == memory and not model.has(one)})

@@ -22,7 +22,7 @@ from lobra.layout.plan import Plan, load_plan
 from lobra.layout.shapes import TINY, layout_problem, resolve_shape
 from lobra.model.folder import resolve_folder
 from lobra.profiler.hardware import available_memory_bytes, cpu_name, num_cores
-from lobra.profiler.profiles import default_time_path
+from lobra.profiler.lookup import provenance_note, time_path
 
 OK, LACKS, NOTE = "ok", "lacks", "note"
 DISTRIBUTION = "lobra"
@@ -226,9 +226,10 @@ def _model(model: str) -> Iterator[Finding]:
             yield Finding(OK, "weights", str(resolve_folder(model)))
         except ConfigError as error:
             yield Finding(NOTE, "weights", f"{error} (planning needs none)")
-    profile = default_time_path(model)
+    profile = time_path(model)
     if profile.is_file():
-        yield Finding(OK, "time profile", str(profile))
+        origin = provenance_note(profile)
+        yield Finding(NOTE if origin else OK, "time profile", origin or str(profile))
     else:
         text = f"no {profile}; measure it with scripts/cost_model_benchmark.sh"
         yield Finding(NOTE, "time profile", text)

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from lobra.cli import guarded, make_app, run
 from lobra.commands.output import write_problem, written
-from lobra.commands.planning import PlanningOptions, read_inputs
+from lobra.commands.planning import PlanningOptions, progress_on, read_inputs
 from lobra.common.errors import Problems
 from lobra.common.options import (
     ANY_CASE,
@@ -38,7 +38,6 @@ from lobra.planner.deploy import (
 from lobra.planner.outcome import compared
 from lobra.planner.sweep import Sizing, parse_range, sweep
 from lobra.planner.workload import Workload
-from lobra.profiler.capacity import memory_profile_for
 from lobra.report.sweep_plot import plot, plot_problem
 
 Pattern = Literal["EXACT", "BALANCE", "GROUP", "PRUNE"]
@@ -65,7 +64,8 @@ class PlanOptions(PlanningOptions):
     bucket_plan
         By default BUCKET_PLAN, else DYNAMIC.
     time_limit
-        Seconds the planner may take.
+        Seconds the planner may take; it then gives its best plan so far. By default 60, EXACT 5 to
+        35 of processor time by the number of GPUs.
     sweep_gpus
         Plan for other numbers of GPUs as well.
     plot
@@ -98,8 +98,9 @@ def plan(*, options: PlanOptions) -> int:
     gpus: Sequence[int] = []
     with problems.noted():
         gpus = parse_range(options.sweep_gpus) if options.sweep_gpus else []
-    config, workload, cost_model = read_inputs(options, problems)
-    memory, memory_notes = memory_profile_for(options.model, config.tasks, options.memory_profile)
+    inputs = read_inputs(options, problems)
+    workload, cost_model, memory = inputs.workload, inputs.cost_model, inputs.memory
+    assert memory
     with console.status("planning ...") as status:
         deployment = deploy(
             workload,
@@ -107,14 +108,14 @@ def plan(*, options: PlanOptions) -> int:
             cost_model,
             options.num_gpus,
             how,
-            progress=lambda message: status.update(f"planning: {message}"),
+            progress=progress_on(console, status),
             refused=options.layout_problem,
         )
         sizings = sweep(
             workload, memory, cost_model, gpus, how, status.update, options.layout_problem
         )
     note = saturation(deployment.problem, deployment.outcome)
-    if notes := (*memory_notes, *([note] if note else ())):
+    if notes := (*inputs.notes, *([note] if note else ())):
         outcome = replace(deployment.outcome, notes=(*deployment.outcome.notes, *notes))
         deployment = replace(deployment, outcome=outcome)
     chosen = plan_with_meta(deployment, options.model, memory, how.gpus_per_node)

@@ -2,13 +2,17 @@
 
 # No postponed annotations here: subclasses in other modules could not resolve them.
 
+import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
+from rich.console import Console
+from rich.status import Status
 
-from lobra.common.errors import Problems
+from lobra.common.errors import ConfigError, Problems
 from lobra.common.options import (
     DataDir,
     Json,
@@ -21,10 +25,19 @@ from lobra.common.options import (
     TaskSetName,
     TimeProfile,
 )
+from lobra.planner.outcome import Progress
 from lobra.planner.workload import Workload, read_workload
+from lobra.profiler import lookup
+from lobra.profiler.capacity import memory_profile_for
 from lobra.profiler.cost_model import CostModel, Kind, load_cost_model
-from lobra.profiler.profiles import adapter_elements_of, layout_problem_of
-from lobra.tasks.config import TrainerConfig, load_trainer_config
+from lobra.profiler.profiles import MemoryProfile, adapter_elements_of, layout_problem_of
+from lobra.tasks.config import TaskConfig, TrainerConfig, load_trainer_config
+from lobra.tasks.lengths import PUBLISHED_LENGTHS
+from lobra.tasks.sources import PUBLISHED, resolve_dataset
+
+log = logging.getLogger(__name__)
+
+LINE_EVERY_S = 5.0  # of progress, where a search is longer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +51,8 @@ class PlanningOptions:
     memory_profile
         CSV tp,pp,sp,max_tokens; by default the model's for so many tasks.
     lengths
-        JSON or folder of .npy with sequence lengths, instead of data sets.
+        JSON or folder of .npy with sequence lengths, instead of data sets; "published": synthetic
+        ones like those of LobRA's data sets.
     cost_model
         Which fit of the time profile.
     gpus_per_node
@@ -65,27 +79,131 @@ class PlanningOptions:
         return layout_problem_of(self.model, tp, pp)
 
 
+@dataclass(frozen=True, eq=False)
+class PlanningInputs:
+    """What a plan is made of.
+
+    Attributes
+    ----------
+    tasks
+        The tasks.
+    workload
+        The tasks' lengths and global batches.
+    cost_model
+        What training these tasks costs.
+    memory
+        What fits beside their adapters; None where it was not asked for.
+    notes
+        What a person should know of all that, one sentence each.
+    """
+
+    tasks: tuple[TaskConfig, ...]
+    workload: Workload
+    cost_model: CostModel
+    memory: MemoryProfile | None
+    notes: tuple[str, ...]
+
+
+def progress_on(console: Console, status: Status) -> Progress:
+    """Return what shows a search's progress: in the status, or as lines where none can be drawn."""
+    last_s = time.monotonic()
+
+    def tell(message: str) -> None:
+        nonlocal last_s
+        status.update(f"planning: {message}")
+        if not console.is_terminal and time.monotonic() - last_s > LINE_EVERY_S:
+            last_s = time.monotonic()
+            console.print(f"planning: {message}", soft_wrap=True)
+
+    return tell
+
+
 def read_inputs(
-    options: PlanningOptions, problems: Problems
-) -> tuple[TrainerConfig, Workload, CostModel]:
-    """Return the tasks, their workload, and the cost model of training them.
+    options: PlanningOptions, problems: Problems, with_memory: bool = True
+) -> PlanningInputs:
+    """Return the tasks' workload and what training them costs.
 
     Raises
     ------
     ConfigError
         If a file is missing or has mistakes, or there are other ``problems``: all at once.
     """
-    config = cost_model = None
+    config = cost_model = memory = found = None
+    paths: tuple[Path, Path | None] | None = None
+    notes: list[str | None] = []
     with problems.noted():
         config = load_trainer_config(options.trainer_config, options.num_tasks)
     with problems.noted():
-        cost_model = load_cost_model(options.model, options.time_profile, options.cost_model)
+        if with_memory and config is not None:
+            paths = lookup.planning_paths(
+                options.model, len(config.tasks), options.time_profile, options.memory_profile
+            )
+        else:
+            paths = options.time_profile or lookup.time_path(options.model), None
+    if paths is not None:
+        with problems.noted():
+            cost_model = load_cost_model(options.model, paths[0], options.cost_model)
+        with problems.noted():
+            if config is not None and paths[1] is not None:
+                memory, of_memory = memory_profile_for(options.model, config.tasks, paths[1])
+                notes += of_memory
+    if config is not None:
+        lengths, note = lengths_for(config, options)
+        notes.append(note)
+        try:
+            found = read_workload(
+                config, options.model, lengths, options.data_dir, options.max_seq_length,
+                options.seed,
+            )  # fmt: skip
+        except ConfigError as error:
+            problems += error.problems.changed(_or_lengths)
     problems.raise_if_any()
-    assert config and cost_model
-    workload, labels = read_workload(
-        config, options.model, options.lengths, options.data_dir, options.max_seq_length,
-        options.seed,
-    )  # fmt: skip
+    assert config and cost_model and found and paths
+    origins = [lookup.provenance_note(path) for path in paths if path is not None]
+    notes.append(next(filter(None, origins), None))  # the same is said once
+    workload, labels = found
     adapters = [(task.rank, task.target_modules) for task in config.tasks]
     elements = adapter_elements_of(options.model, adapters)
-    return config, workload, cost_model.for_training(labels, elements)
+    cost_model = cost_model.for_training(labels, elements)
+    return PlanningInputs(config.tasks, workload, cost_model, memory, tuple(filter(None, notes)))
+
+
+def _or_lengths(problem: str) -> str:
+    """Return the problem, with what planning needs in place of data where they are missing."""
+    hint = "; planning needs lengths only: --lengths FILE, or --lengths published for LobRA's sets"
+    return problem + hint if "no such data set" in problem else problem
+
+
+def lengths_for(config: TrainerConfig, options: PlanningOptions) -> tuple[Path | None, str | None]:
+    """Return the lengths to take, None for those of the data sets, and a note if they are made up.
+
+    Without ``--lengths``, and without any of the data sets where all of them are LobRA's, they are
+    those that have the moments it published.
+    """
+    lengths = options.lengths
+    names = dict.fromkeys(name for task in config.tasks for name in task.dataset_names)
+    if lengths is None and not any(_is_at_hand(name, options.data_dir) for name in names):
+        lengths = PUBLISHED_LENGTHS
+        missing = f"{options.data_dir}/ has none of {', '.join(names)}: "
+    elif lengths == PUBLISHED_LENGTHS:
+        missing = ""
+    else:
+        return lengths, None
+    note = (
+        f"{missing}lengths are SYNTHETIC, with the mean, skewness and kurtosis that LobRA "
+        f"published; your data will differ (scripts/create_finetune_datasets.sh fetches LobRA's, "
+        f"--lengths FILE takes yours)"
+    )
+    log.warning("%s", note)
+    return lengths, note
+
+
+def _is_at_hand(name: str, data_dir: Path) -> bool:
+    """Return whether there is a data set of that name, or one must be: only LobRA's may miss."""
+    if name not in PUBLISHED:
+        return True
+    try:
+        resolve_dataset(name, data_dir)
+    except ConfigError:
+        return False
+    return True

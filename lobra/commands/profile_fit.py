@@ -14,7 +14,8 @@ from lobra.common.errors import ConfigError
 from lobra.common.options import Int, Json, NonNegativeInt, as_options, option_problems
 from lobra.layout.shapes import TINY
 from lobra.profiler.layer_fit import KINDS, Kind
-from lobra.profiler.profiles import TimeProfile, default_time_path, load_time_profile
+from lobra.profiler.lookup import time_path
+from lobra.profiler.profiles import TimeProfile, load_time_profile
 from lobra.profiler.validation import (
     SuspiciousRow,
     Validation,
@@ -82,9 +83,7 @@ def profile_fit(*, options: FitOptions = DEFAULTS) -> int:
         If an option is out of bounds, or the profile cannot be used.
     """
     option_problems(options).raise_if_any()
-    profile = load_time_profile(
-        options.time_profile or default_time_path(options.model), options.memory
-    )
+    profile = load_time_profile(options.time_profile or time_path(options.model), options.memory)
     kinds: tuple[Kind, ...] = tuple(dict.fromkeys(options.kind or KINDS))
     rows: Found = {}
     lengths: Found = {}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Options that one way of making a profile knows, the first two also `--single-device`.
 OF_ESTIMATING = ("accelerator", "accelerators", "runtime", "calibrate")
-OF_MEASURING = ("load_ranks", "single_device", "links", "collectives_output")
+OF_MEASURING = ("quick", "load_ranks", "single_device", "links", "collectives_output")
 # Of a GPU's memory, what training may plan with: the rest is the context and fragmentation.
 CUDA_MEMORY_SHARE = 0.9
 

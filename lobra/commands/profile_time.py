@@ -82,6 +82,8 @@ class TimeOptions(ProfilerOptions):
         The CSV of embedding and head.
     collectives_output
         The CSV of collectives.
+    quick
+        A first look in a fraction of the time: half the shapes, each run a third as often.
     calibrate
         With --estimate: fit the efficiencies to the rows of tp 1 of this profile.
     """
@@ -97,6 +99,7 @@ class TimeOptions(ProfilerOptions):
     trainer_config: str | None = None
     head_output: Path | None = None
     collectives_output: Path | None = None
+    quick: bool = False
     calibrate: Annotated[Path | None, Parameter(metavar="CSV")] = None
 
 
@@ -158,6 +161,7 @@ def _measure(options: TimeOptions) -> int:
         tasks=load_trainer_config(options.trainer_config).tasks if options.trainer_config else (),
         links=_links(options),
         memory=options.memory,
+        quick=options.quick,
     )
     layer_path, head_path, collectives_path = _paths(options)
     environment = environment_of(device)
@@ -178,7 +182,7 @@ def _measure(options: TimeOptions) -> int:
         shown: dict[int, int] = {}
 
         def report(tp: int, left: int) -> None:
-            then = "" if left else ", again those that stick out"
+            then = "" if left or options.quick else ", again those that stick out"
             progress.start_task(bars[tp])
             progress.update(
                 bars[tp], completed=total - left, description=f"tp {tp}: {total} shapes{then}"
@@ -200,7 +204,7 @@ def _measure(options: TimeOptions) -> int:
         from lobra.profiler.collective_time import open_collectives, sweep_collectives
 
         file = open_collectives(
-            shape, collectives_path, precision, device, options.restart, environment
+            shape, collectives_path, precision, device, options.restart, environment, options.quick
         )
         file = sweep_collectives(file, counts, device)
         console.print(f"{len(file.done)} rows of collectives in {collectives_path}")

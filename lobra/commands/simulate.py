@@ -25,6 +25,7 @@ from lobra.planner.dispatch import dispatch
 from lobra.planner.simulate import Simulation
 from lobra.planner.timeline import timeline
 from lobra.profiler.capacity import memory_profile_for
+from lobra.profiler.lookup import planning_paths
 from lobra.report.experiment_tables import YOURS
 
 
@@ -64,16 +65,20 @@ def simulate(*, options: SimulateOptions) -> int:
     plan = None
     with problems.noted():
         plan = load_plan(options.strategy_config)
-    config, workload, cost_model = read_inputs(options, problems)
+    inputs = read_inputs(options, problems, with_memory=False)
+    workload, cost_model = inputs.workload, inputs.cost_model
     assert plan
+    for note in inputs.notes:
+        console.print(f"note: {note}", soft_wrap=True)
     with console.status("simulating ..."):
         runs: list[Simulation] = []
         left_out: list[str] = []
         if not options.no_baselines:
             try:
-                memory, notes = memory_profile_for(
-                    options.model, config.tasks, options.memory_profile
+                _, path = planning_paths(
+                    options.model, len(inputs.tasks), options.time_profile, options.memory_profile
                 )
+                memory, notes = memory_profile_for(options.model, inputs.tasks, path)
             except ConfigError as error:
                 if options.memory_profile is not None:
                     raise

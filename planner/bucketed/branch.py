@@ -12,13 +12,15 @@ import numpy as np
 
 from lobra.common.errors import ConfigError
 from lobra.planner.bucketed.fluid import solve_rates
-from lobra.planner.bucketed.identical import IdenticalModel, IdenticalResult
+from lobra.planner.bucketed.identical import IdenticalModel, IdenticalResult, replica_cost_s
 from lobra.planner.bucketed.solvers import Solvers
 from lobra.planner.bucketed.time_table import TimeTable, by_length
 from lobra.planner.clock import Clock
 from lobra.planner.outcome import Progress, silent
 
 TIES = 1e-9  # relative: a plan this close to the best is not searched further
+SHARE, LEAST_SHARE_S = 0.2, 0.5  # of the time limit, that a plan's first try may take
+TELL_EVERY_S = 2.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +79,12 @@ class PlanBounds:
                 np.maximum(bound_s, best_s, out=bound_s)
             self.bound_s[kind.members] = bound_s
 
-    def tighten(self, index: int) -> None:
-        """Solve the fluid relaxation of one plan and let its prices raise all bounds."""
+    def tighten(self, index: int) -> float:
+        """Solve the fluid relaxation of one plan and let its prices raise all bounds.
+
+        Returns the step time of the plan, by LobRA's definition, with the relaxation's dispatch
+        rounded up: each replica of a layout takes its share of every bucket.
+        """
         plan = self.plans[index]
         used = np.flatnonzero(plan).tolist()
         rates = self._kinds[self._kind_of[index]].rates_s[used]
@@ -95,6 +101,11 @@ class PlanBounds:
             # single precision errs by 1e-6 at most; ten times that is given away
             bound_s = np.nan_to_num(bound.astype(np.float64), nan=0.0, posinf=np.inf) * (1 - 1e-5)
             self.bound_s[kind.members] = np.maximum(self.bound_s[kind.members], bound_s)
+        per_replica = np.ceil(fluid.share / plan[used][:, None] - 1e-9).astype(np.int64)
+        short = np.flatnonzero(plan[used] @ per_replica < self._counts)  # by the tolerances
+        per_replica[fluid.share.argmax(axis=0)[short], short] += 1
+        tables = [self._tables[i] for i in used]
+        return max(replica_cost_s(*pair) for pair in zip(tables, per_replica, strict=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,28 +162,25 @@ def best_first(
     With ``length_based`` a bucket goes only to the plan's layouts of least sufficient capacity.
     Plans are taken in the order of their bounds; SCIP solves their dispatch, only for times below
     the best so far, one per core. It ends when no bound is below the best: then that is proven.
+    Under a time limit a plan that takes long waits until the others have been tried; when the limit
+    ends, the best so far is returned.
 
     Raises
     ------
     ConfigError
         If no plan takes every bucket.
     """
-    bounds = PlanBounds(tables, counts, plans, length_based)
-    if not np.isfinite(bounds.bound_s).any():
-        raise ConfigError("no plan of the candidate layouts takes every bucket")
-    best_s, best_plan = np.inf, None
-    open_plans = np.isfinite(bounds.bound_s)
-    left_open_s = np.inf
-    solved = 0
+    search = _Search(PlanBounds(tables, counts, plans, length_based), progress)
+    search.begin()
+    bounds = search.bounds
     workers = max(1, os.cpu_count() or 1)
     running: dict[Future[IdenticalResult], int] = {}
     with Solvers(workers) as solvers:
         while True:
             while len(running) < workers and clock.left_s > 0:
-                index = _next_plan(bounds, open_plans, best_s, clock)
+                index = search.next_plan(clock)
                 if index is None:
                     break
-                open_plans[index] = False
                 used = np.flatnonzero(bounds.plans[index]).tolist()
                 build = partial(
                     IdenticalModel,
@@ -181,40 +189,94 @@ def best_first(
                     replicas=bounds.plans[index][used],
                     length_based=length_based,
                 )
-                limit_s = None if clock.limit_s is None else max(0.01, clock.left_s)
-                at_most_s = best_s * (1 - TIES) if np.isfinite(best_s) else None
+                limit_s = None if clock.limit_s is None else search.share_s(index, clock)
                 at_least_s = float(bounds.bound_s[index])
-                running[solvers.submit(build, limit_s, at_most_s, at_least_s)] = index
+                running[solvers.submit(build, limit_s, search.wanted_s, at_least_s)] = index
             if not running:
                 break
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            done, _ = wait(running, timeout=TELL_EVERY_S, return_when=FIRST_COMPLETED)
             for future in done:
-                index, result = running.pop(future), future.result()
-                solved += 1
-                if result.replicas is not None and result.objective_s < best_s:
-                    best_s, best_plan = result.objective_s, bounds.plans[index].astype(np.int64)
-                    progress(f"{best_s:.4f} s after {solved} plans")
-                if not result.proven:
-                    left_open_s = min(left_open_s, max(result.bound_s, bounds.bound_s[index]))
-    if open_plans.any():
-        left_open_s = min(left_open_s, float(bounds.bound_s[open_plans].min()))
-    if best_plan is None:
-        raise ConfigError("the time limit ended before any plan was found; allow more time")
-    bound_s = min(best_s, left_open_s)
-    proven = bool(bound_s >= best_s * (1 - 1e-6))
-    return BranchResult(best_plan, best_s, bound_s, proven, solved)
+                search.note(running.pop(future), future.result())
+            search.tell()
+    return search.result()
 
 
-def _next_plan(
-    bounds: PlanBounds, open_plans: np.ndarray, best_s: float, clock: Clock
-) -> int | None:
-    """Return the open plan with the least bound after tightening, or None if none can win."""
-    while clock.left_s > 0:
-        candidates = np.where(open_plans, bounds.bound_s, np.inf)
-        index = int(np.argmin(candidates))
-        if not candidates[index] < best_s * (1 - TIES):
-            return None
-        if bounds.tight[index]:
-            return index
-        bounds.tighten(index)
-    return None
+class _Search:
+    """Plans that are open, how often each was tried, and the best dispatch found so far."""
+
+    def __init__(self, bounds: PlanBounds, progress: Progress) -> None:
+        self.bounds = bounds
+        self._progress = progress
+        self._open = np.isfinite(bounds.bound_s)
+        self._tries = np.zeros(len(bounds.plans), dtype=np.int64)
+        self._best_s, self._best = np.inf, -1
+        self._solved = 0
+
+    def begin(self) -> None:
+        """Find a first dispatch, whatever time there is.
+
+        Raises
+        ------
+        ConfigError
+            If no plan takes every bucket.
+        """
+        if not self._open.any():
+            raise ConfigError("no plan of the candidate layouts takes every bucket")
+        self._tighten(int(np.argmin(self.bounds.bound_s)))
+
+    @property
+    def wanted_s(self) -> float:
+        """Only a step time below it makes a plan the best."""
+        return self._best_s * (1 - TIES)
+
+    def next_plan(self, clock: Clock) -> int | None:
+        """Return the plan to solve next, which is then not open; None if none can win.
+
+        Of those tried least, the one with the least bound, after tightening.
+        """
+        while clock.left_s > 0:
+            able = self._open & (self.bounds.bound_s < self.wanted_s)
+            if not able.any():
+                return None
+            able &= self._tries == self._tries[able].min()
+            index = int(np.argmin(np.where(able, self.bounds.bound_s, np.inf)))
+            if self.bounds.tight[index]:
+                self._open[index] = False
+                return index
+            self._tighten(index)
+        return None
+
+    def share_s(self, index: int, clock: Clock) -> float:
+        """Return the seconds a plan may take: a part of the limit, more with every try."""
+        assert clock.limit_s is not None
+        share_s = max(LEAST_SHARE_S, SHARE * clock.limit_s) * 2.0 ** self._tries[index]
+        return float(max(0.01, min(share_s, clock.left_s)))
+
+    def note(self, index: int, result: IdenticalResult) -> None:
+        """Take over what SCIP found of a plan; it stays open if that was not all."""
+        self._solved += result.proven
+        self._improve(index, result.objective_s)
+        if not result.proven:
+            self._tries[index] += 1
+            self._open[index] = True
+            self.bounds.bound_s[index] = max(self.bounds.bound_s[index], result.bound_s)
+
+    def tell(self) -> None:
+        """Say how far the search is."""
+        left = int((self._open & (self.bounds.bound_s < self.wanted_s)).sum())
+        self._progress(f"{self._best_s:.4g} s so far; {self._solved} plans solved, {left} open")
+
+    def result(self) -> BranchResult:
+        """Return the best plan and what is proven of the others."""
+        left_s = float(self.bounds.bound_s[self._open].min(initial=np.inf))
+        bound_s = min(self._best_s, left_s)
+        proven = bound_s >= self._best_s * (1 - 1e-6)
+        replicas = self.bounds.plans[self._best].astype(np.int64)
+        return BranchResult(replicas, self._best_s, bound_s, proven, self._solved)
+
+    def _tighten(self, index: int) -> None:
+        self._improve(index, self.bounds.tighten(index))
+
+    def _improve(self, index: int, objective_s: float) -> None:
+        if objective_s < self._best_s:
+            self._best_s, self._best = objective_s, index

@@ -134,7 +134,7 @@ def edit(path: Path, old: str, new: str) -> None:
         (
             [],
             ("memory.csv", "2,1,1,2048\n1,2,1,1024\n4,1,1,4096\n", "1,2,1,1024\n"),
-            "longest bucket",
+            "--max-seq-length 1024 (longer sequences are cut), more GPUs (--num-gpus), layers",
         ),
     ],
 )
@@ -154,10 +154,42 @@ def test_mistakes_end_with_2_and_one_message(
     assert not (files / "plan.yaml").exists()
 
 
+def test_mistakes_of_all_files_are_told_together(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(files / "time.csv", "1,128,1,", "1,128,1,nan")
+    edit(files / "memory.csv", "2,1,1,2048", "2,1,1,512")
+    edit(files / "lengths.json", '"long": [300, ', '"long": [0, ')
+    assert main(arguments("--num-gpus", "0")) == 2
+    message = capsys.readouterr().err
+    for told in ("4 problems", "--num-gpus 0", "time.csv: line 2", "not monotone", "long[0] = 0"):
+        assert told in message
+
+
 def test_an_empty_task_is_refused(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (files / "lengths.json").write_text('{"short": [], "long": [5, 6]}')
     assert main(arguments()) == 2
     assert "short" in capsys.readouterr().err
+
+
+def test_lengths_like_the_published_ones_stand_in_for_lobras_data_alone(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [word for word in arguments("--json", "--time-limit", "1") if "lengths" not in word]
+    config = json.loads((files / "config.json").read_text())
+    for task, name in zip(config["task"], ("dolly", "xsum"), strict=True):
+        task["dataset_name"] = name
+    (files / "config.json").write_text(json.dumps(config))
+    assert main([*words, "--max-seq-length", "2048"]) == 0
+    notes = json.loads(capsys.readouterr().out)["notes"]
+    assert any("data/ has none of dolly, xsum: lengths are SYNTHETIC" in note for note in notes)
+    config["task"][0]["dataset_name"] = "mine"
+    (files / "config.json").write_text(json.dumps(config))
+    assert main(words) == 2
+    message = capsys.readouterr().err
+    assert message.count("no such data set") == message.count("--lengths published") == 2
+    assert main([*words, "--lengths", "published"]) == 2
+    assert "no lengths for it (data set 'mine')" in capsys.readouterr().err
 
 
 def test_a_needed_tp_without_times_is_named(

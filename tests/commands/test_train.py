@@ -182,7 +182,7 @@ def test_a_plan_with_more_gpus_than_there_are(
 
 def test_no_time_profile(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(place, "--time-profile", "missing.csv") == 2
-    refused(capsys, "missing.csv: no time profile", "cost_model_benchmark.sh")
+    refused(capsys, "missing.csv: no such profile", "lobra profile time", "--estimate")
 
 
 def test_damaged_weights(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

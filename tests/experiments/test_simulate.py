@@ -259,18 +259,24 @@ def test_estimates_say_so_and_hold_the_published_plans(tmp_path: Path) -> None:
     assert powers.in_powers_of_two() is powers
 
 
+def test_7b_is_simulated_on_the_published_profile(tmp_path: Path) -> None:
+    _, config = setup_of("7B")
+    costs = find_costs("7B", str(config.path), 6, Sources(), tmp_path)
+    assert costs.source == "published profile of Llama2-7B on A100-40GB"
+    assert costs.memory.max_tokens(8, 1) == 16384 and not any(tmp_path.iterdir())
+    costs = find_costs("7B", str(config.path), 6, Sources(estimate=True), tmp_path)
+    assert "ESTIMATE for A100-40GB" in costs.source
+
+
 def test_wrong_folders_are_a_users_mistake(tmp_path: Path) -> None:
     _, config = setup_of("7B")
-    with pytest.raises(ConfigError, match="LOBRA_REFERENCE"):
-        find_costs("7B", str(config.path), 6, Sources(reference=tmp_path), tmp_path)
     with pytest.raises(ConfigError, match="no lengths at"):
         find_lengths("7B", config, Sources(lengths=tmp_path / "none"), 0)
 
 
 def test_environment_names_the_sources(tmp_path: Path) -> None:
     options = simulate.SimulationOptions("7B", output=tmp_path)
-    found = simulate.sources_of(options, {"LOBRA_REFERENCE": "a", "LOBRA_LENGTHS": "b"})
-    assert (found.reference, found.lengths) == (Path("a"), Path("b"))
+    assert simulate.sources_of(options, {"LOBRA_LENGTHS": "b"}).lengths == Path("b")
     assert (
         simulate.sources_of(replace(options, synthetic=True), {"LOBRA_LENGTHS": "b"}).lengths
         is None
@@ -346,7 +352,7 @@ def test_help_of_the_scripts_has_both_modes(project_root: Path) -> None:
         timeout=120,
         check=True,
     )
-    for word in ("--simulate", "--dry-run", "--time-limit", "--warm-up", "LOBRA_REFERENCE"):
+    for word in ("--simulate", "--dry-run", "--time-limit", "--warm-up", "LOBRA_LENGTHS"):
         assert word in done.stdout
 
 

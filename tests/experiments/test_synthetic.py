@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -9,6 +11,10 @@ from scipy import stats
 from experiments.published import LENGTHS, SETUPS, parse_plan
 from experiments.statistics import mean_interval, reduction_interval
 from experiments.synthetic import moments, synthesize
+from lobra.layout.placement import place
+from lobra.layout.plan import load_plan
+from lobra.profiler.lookup import published_memory_path
+from lobra.profiler.profiles import load_memory_profile
 from lobra.tasks.config import load_trainer_config
 
 
@@ -70,6 +76,21 @@ def test_published_plans_fill_their_gpus_and_name_every_task() -> None:
             assert gpus == setup.num_gpus, text
     with pytest.raises(ValueError, match="is not <tp,pp>xN"):
         parse_plan("<1,2>x3 4x2")
+
+
+def test_the_published_deployments_are_plans_to_train_on(project_root: Path) -> None:
+    memory = load_memory_profile(project_root / published_memory_path("7B", 6))
+    for model, setup in SETUPS.items():
+        for kind, text in (("homo", setup.fused), ("hetero", setup.lobra)):
+            plan = load_plan(project_root / "strategy_config" / f"{model}_{kind}_fuse.yaml")
+            groups = [(g.layout.tp, g.layout.pp, g.replicas) for g in plan.groups]
+            assert groups == list(parse_plan(text))
+            assert plan.num_gpus == setup.num_gpus and plan.max_tokens == 16384
+            assert place(plan, plan.meta["gpus_per_node"]).as_lists()
+            if model == "7B":
+                for group in plan.groups:
+                    measured = memory.max_tokens(group.layout.tp, group.layout.pp)
+                    assert group.max_tokens == measured
 
 
 @pytest.mark.parametrize("copies", [2, 3, 4])

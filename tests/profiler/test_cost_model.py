@@ -16,6 +16,7 @@ from lobra.profiler.cost_model import (
     padded_work,
 )
 from lobra.profiler.head import HeadProfile
+from lobra.profiler.lookup import published_time_path
 from lobra.profiler.profiles import TimeProfile, load_time_profile
 from tests.profiler.support import error_of_seen
 from tests.tiers import examples
@@ -30,10 +31,8 @@ def profile_of(times: list[tuple[int, int, int, float]]) -> TimeProfile:
 
 
 @pytest.fixture
-def published(shared: Path) -> TimeProfile:
-    return load_time_profile(
-        shared / "reference" / "lobra_7b_a100_40gb" / "profile_time_llama_7B.csv"
-    )
+def published(project_root: Path) -> TimeProfile:
+    return load_time_profile(project_root / published_time_path("7B"))
 
 
 def test_the_six_coefficients_err_as_lobras_do(published: TimeProfile) -> None:

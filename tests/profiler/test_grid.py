@@ -26,6 +26,8 @@ def test_the_default_of_a_cpu_suffices_for_the_fit_and_is_small() -> None:
 
 
 def test_published_size_needs_far_fewer_rows_than_a_grid() -> None:
+    assert set(time_grid(2048, quick=True)) <= set(time_grid(2048))
+    assert len(time_grid(2048, quick=True)) == 6
     assert len(time_grid(16_384)) <= 250 / 4 / 2
 
 

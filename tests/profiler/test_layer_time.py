@@ -62,6 +62,22 @@ def test_real_ranks_fill_both_files_and_continue(sweep: TimeSweep, tmp_path: Pat
 
 
 @pytest.mark.ranks
+def test_a_quick_sweep_runs_less_and_is_not_mixed_with_a_thorough_one(
+    sweep: TimeSweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = TaskConfig("one", 4, 4.0, ("q_proj",), 4, "none", 512)
+    tasks = (task, replace(task, name="other", rank=8))
+    quick = replace(sweep, tps=(1,), load_ranks=0, tasks=tasks, quick=True, max_seq_length=256)
+    assert len(quick.grid) < len(replace(quick, quick=False).grid)
+    monkeypatch.setattr(layer_time, "doubtful_shapes", lambda *_: pytest.fail("none is doubted"))
+    layers, _ = sweep_time(quick, opened(quick, tmp_path))
+    assert set(layers.done) == {(1, s, b) for b, s in quick.grid}
+    assert all("attempts" not in layers.details(key) for key in layers.done)
+    with pytest.raises(ConfigError, match="quick was True, is now None"):
+        opened(replace(quick, quick=False), tmp_path)
+
+
+@pytest.mark.ranks
 def test_only_what_sticks_out_is_measured_again(sweep: TimeSweep, tmp_path: Path) -> None:
     sweep = replace(sweep, tps=(1,), load_ranks=0, max_seq_length=256, max_tokens=512)
     layers, head = opened(sweep, tmp_path)

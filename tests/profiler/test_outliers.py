@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from lobra.profiler.effort import THOROUGH
 from lobra.profiler.grid import time_grid
-from lobra.profiler.outliers import MAX_ATTEMPTS, doubtful_shapes, record_attempt
+from lobra.profiler.outliers import doubtful_shapes, record_attempt
 from lobra.profiler.profiles import TIME_COLUMNS, load_time_profile
 from lobra.profiler.sidecar import read_meta
 from lobra.profiler.sweep_file import open_sweep
@@ -52,7 +53,7 @@ def test_attempts_end_and_leave_the_median(tmp_path: Path) -> None:
     shape = GRID[len(GRID) // 2]
     b, s = shape
     file = filled(tmp_path / "t.csv", {shape: 2.0})
-    for attempt in range(MAX_ATTEMPTS - 1):
+    for attempt in range(THOROUGH.attempts - 1):
         assert shape in doubtful_shapes(file, 2) or attempt > 0
         record_attempt(file, (2, s, b), (), time_ms(b, s), {"spread": 0.01, "repeats": 5})
         file = opened(file.path)
@@ -61,4 +62,4 @@ def test_attempts_end_and_leave_the_median(tmp_path: Path) -> None:
     row = (profile.mbs == b) & (profile.seq_len == s)
     assert profile.time_ms[row] == pytest.approx(time_ms(b, s), rel=1e-5)
     assert len(profile) == len(GRID)
-    assert len(read_meta(file.path)["rows"][f"2,{s},{b}"]["attempts"]) == MAX_ATTEMPTS
+    assert len(read_meta(file.path)["rows"][f"2,{s},{b}"]["attempts"]) == THOROUGH.attempts

@@ -8,6 +8,7 @@ from lobra.common.errors import ConfigError
 from lobra.layout.layout import Layout
 from lobra.profiler.cost_model import load_cost_model
 from lobra.profiler.csv_rows import append_row
+from lobra.profiler.lookup import published_memory_path, published_time_path
 from lobra.profiler.profiles import (
     MEMORY_COLUMNS,
     TIME_COLUMNS,
@@ -25,12 +26,11 @@ def written(tmp_path: Path, text: str) -> Path:
     return path
 
 
-def test_lobras_files_load_unchanged(shared: Path) -> None:
-    folder = shared / "reference" / "lobra_7b_a100_40gb"
-    times = load_time_profile(folder / "profile_time_llama_7B.csv")
+def test_lobras_files_load_unchanged(project_root: Path) -> None:
+    times = load_time_profile(project_root / published_time_path("7B"))
     assert len(times) == 250
     assert times.tps == (1, 2, 4, 8)
-    memory = load_memory_profile(folder / "max_tokens_llama_7B_6tasks.csv")
+    memory = load_memory_profile(project_root / published_memory_path("7B", 6))
     assert len(memory.layouts) == 14
     assert memory.max_tokens(1, 8) == 4096
     assert memory.max_tokens(16, 1) == 0
@@ -105,16 +105,9 @@ def test_the_sidecar_goes_with_the_profile(tmp_path: Path) -> None:
         read_meta(path)
 
 
-def test_default_paths_are_the_contracts_and_lobras_spelling_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_default_paths_are_the_contracts() -> None:
     assert str(default_time_path("7B")) == "exp_result/profile/cost_model/profile_time_7B.csv"
     assert default_memory_path("models/my", 4).name == "max_tokens_my_4tasks.csv"
-    folder = tmp_path / "exp_result/profile/cost_model"
-    folder.mkdir(parents=True)
-    (folder / "profile_time_llama_7B.csv").touch()
-    assert default_time_path("7B").name == "profile_time_llama_7B.csv"
 
 
 def test_the_committed_profiles_of_a_cpu_load_and_say_how_they_were_made(

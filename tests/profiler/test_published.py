@@ -1,4 +1,4 @@
-"""On LobRA's published 7B profile, where it is there: what docs/results states."""
+"""On LobRA's published 7B profile: what docs/results states."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lobra.profiler.accelerators import load_tables
 from lobra.profiler.cost_model import fit_cost_model, padded_work
 from lobra.profiler.estimate_memory import Adapters, estimate_memory
 from lobra.profiler.estimate_time import Workload, calibrate, layer_ms
+from lobra.profiler.lookup import published_memory_path, published_time_path
 from lobra.profiler.profiles import TimeProfile, load_time_profile
 from lobra.profiler.validation import (
     cross_validate,
@@ -39,13 +40,8 @@ PUBLISHED_STEPS = [
 
 
 @pytest.fixture(scope="module")
-def reference(shared: Path) -> Path:
-    return shared / "reference" / "lobra_7b_a100_40gb"
-
-
-@pytest.fixture(scope="module")
-def profile(reference: Path) -> TimeProfile:
-    return load_time_profile(reference / "profile_time_llama_7B.csv")
+def profile(project_root: Path) -> TimeProfile:
+    return load_time_profile(project_root / published_time_path("7B"))
 
 
 def test_held_out_rows_and_lengths(profile: TimeProfile) -> None:
@@ -100,13 +96,13 @@ def test_time_estimated_from_tp_1_alone(profile: TimeProfile) -> None:
     assert np.mean(error) < 0.15
 
 
-def test_memory_estimated(reference: Path) -> None:
+def test_memory_estimated(project_root: Path) -> None:
     tables = load_tables()
     shape, runtime = NAMED_SHAPES["7B"], tables.runtime("hetu")
     adapters = Adapters(((16, TARGET_MODULES),) * 6)
     budget = 0.9 * tables.accelerator("A100-40GB").memory_bytes
     equal = 0
-    with (reference / "max_tokens_llama_7B_6tasks.csv").open(encoding="utf-8") as file:
+    with (project_root / published_memory_path("7B", 6)).open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
         tp, pp, published = int(row["tp"]), int(row["pp"]), int(row["max_tokens"])
@@ -116,3 +112,11 @@ def test_memory_estimated(reference: Path) -> None:
         equal += math.floor(steps) == 0
     assert len(rows) == 14
     assert equal >= 10
+
+
+def test_our_own_runtime_holds_lobras_longest_sequences_where_lobra_does() -> None:
+    tables = load_tables()
+    budget = 0.9 * tables.accelerator("A100-40GB").memory_bytes
+    adapters = Adapters(((16, TARGET_MODULES),) * 6)
+    estimate = estimate_memory(NAMED_SHAPES["7B"], 8, 1, adapters, "bf16", tables.runtime(None))
+    assert estimate.max_tokens(budget, 256, 1 << 20) >= 16384

@@ -153,4 +153,4 @@ def test_a_missing_profile_is_said_with_all_else(
 ) -> None:
     write_plan({"dp": 0, "tp": 1, "pp": 1, "max_tokens": 64})
     assert train(place, "--time-profile", "missing.csv", "--model", "nothing") == 2
-    refused(capsys, "missing.csv: no time profile", "nothing", "dp")
+    refused(capsys, "missing.csv: no such profile", "nothing", "dp")

@@ -14,6 +14,7 @@ from lobra.common.errors import ConfigError
 from lobra.layout.layout import Layout
 from lobra.layout.plan import load_plan, save_plan
 from lobra.planner.bucketed import exact, homogeneous, lobra
+from lobra.planner.bucketed.branch import PlanBounds
 from lobra.planner.bucketed.identical import IdenticalModel
 from lobra.planner.bucketed.partitions import count_maximal, maximal
 from lobra.planner.bucketed.problem import Problem
@@ -118,6 +119,37 @@ def test_too_many_plans_to_list_are_solved_as_one_model(
         assert found.objective_s == pytest.approx(listed.objective_s)
         with pytest.raises(ConfigError, match=r"choose EXACT or BALANCE"):
             lobra.prune(problem)
+
+
+@pytest.mark.parametrize("solve", [lobra.balance, lobra.group, lobra.prune])
+def test_a_search_that_is_stopped_gives_its_best_plan_so_far(
+    solve: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layouts = (Layout(1, 1), 512), (Layout(2, 1), 1024), (Layout(4, 2), 4096)
+    candidates = tuple(Candidate(*entry) for entry in layouts)
+    counts, buckets = np.array([61, 17, 3]), np.array([256, 768, 3072])
+    problem = Problem(counts, buckets, candidates, 14, plain_cost_model(), 14)
+    best = solve(problem)
+    assert best.proven
+    stopped = solve(problem, 1e-9)
+    assert not stopped.proven
+    assert stopped.plan.num_gpus <= problem.num_gpus
+    assert stopped.objective_s is not None and best.objective_s is not None
+    assert best.objective_s * (1 - 1e-9) <= stopped.objective_s <= 2 * best.objective_s
+    assert any("best plan so far, --time-limit" in note for note in stopped.notes)
+    monkeypatch.setattr(lobra, "DEFAULT_LIMIT_S", 1e-9)
+    assert not solve(problem).proven, "there is a limit if none is given"
+
+
+@given(problems(max_count=3))
+def test_a_rounded_relaxation_takes_every_sequence(problem: Problem) -> None:
+    tables = memory_tables(problem)
+    plans = maximal(problem.sizes, problem.num_gpus)
+    bounds = PlanBounds(tables, problem.counts, plans)
+    for index in np.flatnonzero(np.isfinite(bounds.bound_s))[:5].tolist():
+        rounded_s = bounds.tighten(index)
+        assert best_identical_s(tables, problem.counts, plans[index]) <= rounded_s * (1 + 1e-9)
+        assert bounds.bound_s[index] <= rounded_s
 
 
 def test_time_limits_beyond_what_the_solver_takes() -> None:
