@@ -19,12 +19,14 @@ from pydantic_core import PydanticCustomError
 from lobra.common.documents import read_document
 from lobra.common.errors import ConfigError, Problems, did_you_mean
 from lobra.common.models import (
+    AtMost,
     Count,
     FileModel,
     Flag,
     FolderName,
     Mistake,
     NotNegative,
+    NumTokens,
     OneOf,
     Positive,
     PositiveInt,
@@ -100,34 +102,34 @@ class TaskConfig(FileModel):
 
     name: FolderName
     """The adapter's folder; the task in metrics and reports."""
-    rank: PositiveInt
+    rank: Annotated[PositiveInt, AtMost(2**16, "no linear of a model is wider")]
     """Rank of the adapter, LoRA's r."""
-    lora_alpha: Positive
+    lora_alpha: Annotated[Positive, AtMost(10**6)]
     """The adapter is scaled by lora_alpha / rank."""
     target_modules: _Modules
     """all-linear, or a list of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj."""
-    global_batch_size: PositiveInt
+    global_batch_size: Annotated[PositiveInt, AtMost(2**20)]
     """Sequences of this task in every step, over all devices."""
     dataset_name: _Names
     """<data-dir>/<name>.jsonl, a path, an embedded task, or owner/name of the Hugging Face hub; of
     several, the rows one after another."""
-    context_length: PositiveInt
+    context_length: NumTokens
     """Most tokens of a sequence; longer ones are cut."""
     json_key: Text | None = None
     """The field that holds the text of a row without instructions, if not text."""
     max_samples: PositiveInt | None = None
     """At most so many rows of each of its data sets, the first ones."""
-    steps: PositiveInt | None = None
+    steps: Annotated[PositiveInt, AtMost(10**9)] | None = None
     """Steps of this task; steps or epochs must be given."""
-    epochs: PositiveInt = 1
+    epochs: Annotated[PositiveInt, AtMost(10**6)] = 1
     """Passes over its data, where steps is not given."""
-    learning_rate: Positive = 1e-4
+    learning_rate: Annotated[Positive, AtMost(10, "AdamW moves a weight by it in a step")] = 1e-4
     """Of AdamW, whose betas are 0.9 and 0.999."""
     weight_decay: NotNegative = 0.0
     """AdamW's."""
     lr_scheduler: _Scheduler = "constant"
     """Over the task's own steps, as in transformers."""
-    warmup_steps: Count = 0
+    warmup_steps: Annotated[Count, AtMost(10**9)] = 0
     """Steps in which the learning rate rises from 0."""
     max_grad_norm: Annotated[NotNegative, Wanted("a number of 0 or more (0: no clipping)")] = 1.0
     """The norm the task's gradient is clipped to; 0: never."""
@@ -161,7 +163,13 @@ class TaskConfig(FileModel):
 
     @classmethod
     def contradictions(cls, given: Mapping[str, Any]) -> Mapping[str, Mistake]:
-        """Return what is wrong with the task's steps."""
+        """Return what is wrong with the task's steps, and with its decay."""
+        rate, decay = given.get("learning_rate", cls.learning_rate), given.get("weight_decay")
+        if _is_number(rate) and _is_number(decay) and rate * decay > 1:
+            text = (
+                f"want at most 1 / learning_rate, {1 / rate:g}: a step would turn every weight over"
+            )
+            return {"weight_decay": Mistake(text, decay)}
         steps, warmup = given.get("steps"), given.get("warmup_steps")
         if isinstance(steps, int) and isinstance(warmup, int) and warmup > steps > 0:
             return {"warmup_steps": Mistake(f"want at most the task's steps, {steps}", warmup)}
@@ -169,6 +177,11 @@ class TaskConfig(FileModel):
         if not {"steps", "epochs"} & (given.keys() | meant):
             return {"steps": Mistake("neither steps nor epochs is given, want at least one")}
         return {}
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether a value is a positive number that arithmetic takes."""
+    return type(value) in (int, float) and 0 < value < 1e100
 
 
 def _named(entries: Any) -> Any:

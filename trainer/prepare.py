@@ -53,7 +53,7 @@ from lobra.tasks.text_processor import TextProcessor
 from lobra.trainer.adapters import adapter_spec, check_adapter
 from lobra.trainer.batching import chosen_batching, fixed_buckets
 from lobra.trainer.checkpoint import CheckpointState, read_state
-from lobra.trainer.metrics import METRICS_FILE, check_metrics
+from lobra.trainer.metrics import METRICS_FILE, kept_metrics
 from lobra.trainer.resume_checks import resume_problems, revival_problems, task_record
 from lobra.trainer.run_config import PlanPeriod, plan_history, resolved_config
 from lobra.trainer.run_folder import occupied, unusable, write_run_folder
@@ -205,8 +205,7 @@ def prepare(request: TrainRequest) -> RunSpec:
         state = checks.attempt(read_state, request.output_dir, request.resume_step)
         if state is not None:
             checks.problems += revival_problems(state, request.revive)
-            gone = checks.attempt(check_metrics, request.output_dir, state.step, state.last_metrics)
-            _warn_of_missing_steps(request.output_dir, gone or [])
+            _warn_of_the_log(request.output_dir, state)
     if request.revive and not request.is_resumed:
         checks.problems.add("--revive: only a run that goes on (--resume) has stopped tasks")
     if plan is not None and request.num_gpus is not None and plan.num_gpus > request.num_gpus:
@@ -352,13 +351,17 @@ def _warn_of_old_fingerprint(state: CheckpointState) -> None:
         )
 
 
-def _warn_of_missing_steps(folder: Path, gone: Sequence[int]) -> None:
-    """Warn where metrics.jsonl lacks steps that the run has made."""
-    if gone:
+def _warn_of_the_log(folder: Path, state: CheckpointState) -> None:
+    """Warn where metrics.jsonl is damaged, or lacks steps that the run has made."""
+    path = folder / METRICS_FILE
+    kept = kept_metrics(folder, state.step, state.last_metrics)
+    if kept.damage:
+        log.warning("%s: will be set aside, what is whole of it kept: %s", path, kept.damage)
+    if gone := kept.missing(state.step):
         log.warning(
             "%s: lacks %d of the steps so far, the first of them step %d; reports will not have "
             "them",
-            folder / METRICS_FILE, len(gone), gone[0] + 1,
+            path, len(gone), gone[0] + 1,
         )  # fmt: skip
 
 
