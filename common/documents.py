@@ -7,6 +7,7 @@ it costs more than its limits.
 
 from __future__ import annotations
 
+import csv
 import json
 import stat
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ MOST_LEVELS = 64  # of lists and objects in each other; ours have six
 MOST_DIGITS = 400  # of an integer; a 64-bit one has 19, and floats end at 309
 
 #: What parsers raise beside their own errors: for a date of month 13, an integer of 5,000 digits.
-_PARSING = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, EOFError)
+_PARSING = (ValueError, TypeError, LookupError, ArithmeticError, EOFError, csv.Error)
 
 
 @contextmanager
@@ -39,14 +40,30 @@ def reading(path: Path) -> Iterator[None]:
         If the block fails because of what the file is or holds.
     """
     try:
+        with parsing(path):
+            yield
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+@contextmanager
+def parsing(path: Path) -> Iterator[None]:
+    """Have a block that makes sense of a file raise a `ConfigError` with its path, if it has none.
+
+    Raises
+    ------
+    ConfigError
+        If the block fails because of what the file holds.
+    """
+    try:
         yield
     except ConfigError:
         raise
     except UnicodeDecodeError as error:
         place = f"{error.reason} at byte {error.start}"
         raise ConfigError(f"{path}: not UTF-8 text ({place}): save it as UTF-8") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except KeyError as error:
+        raise ConfigError(f"{path}: damaged: lacks {error}") from None
     except (RecursionError, MemoryError):
         raise ConfigError(f"{path}: nested too deeply, or too large for this machine") from None
     except _PARSING as error:

@@ -136,6 +136,12 @@ Share = Annotated[
 ]
 Flag = Annotated[bool, Field(strict=True), Wanted("true or false")]
 Text = Annotated[str, Field(strict=True, pattern=r"\S"), Wanted("a text that is not empty")]
+#: That no program takes for an option.
+HostName = Annotated[
+    str,
+    Field(strict=True, pattern=r"^[A-Za-z0-9_:][A-Za-z0-9_.:@%-]{0,254}$"),
+    Wanted("a host's name or address"),
+]
 FolderName = Annotated[
     str,
     Field(strict=True, pattern=r"^[A-Za-z0-9_][A-Za-z0-9._+-]{0,99}$"),

@@ -95,7 +95,7 @@ class LauncherOptions:
         Sourced on every host before starting.
     """
 
-    server_addr: str | None = None
+    server_addr: Annotated[str, Within(models.HostName)] | None = None
     server_port: Annotated[Int, Within(models.Port)] | None = None
     host_file: Path | None = None
     env_file: Path | None = None

@@ -22,6 +22,7 @@ from lobra.common.models import (
     NumGpus,
     NumTokens,
     OneOf,
+    Positive,
     PositiveInt,
     Text,
     load_as,
@@ -179,6 +180,23 @@ class ProfileFile(TypedDict, total=False):
     digest: str
 
 
+class HomogeneousGroup(TypedDict):
+    """Replicas of the best plan whose replicas are all alike."""
+
+    tp: NumGpus
+    pp: NumGpus
+    replicas: NumGpus
+
+
+class HomogeneousPlan(TypedDict, total=False):
+    """The best plan whose replicas are all alike, to compare with."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    plan: list[HomogeneousGroup]
+    step_time_s: Positive
+
+
 class PlanMeta(TypedDict, total=False):
     """How a plan was made. Other fields are allowed: versions differ in what they note."""
 
@@ -200,6 +218,7 @@ class PlanMeta(TypedDict, total=False):
     lower_bound_s: NotNegative
     gap: NotNegative
     """How much faster a plan might at most be, relative to this one's step time."""
+    homogeneous: HomogeneousPlan | None
     planner: Text
     cost_model: Text
     time_profile: ProfileFile

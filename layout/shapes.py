@@ -5,6 +5,7 @@ Torch-free, so that planning never pays for importing torch.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -96,7 +97,7 @@ def resolve_shape(model: str) -> ModelShape:
         The name is unknown and no such folder exists, or config.json is unusable.
     """
     for folder in (Path(model), MODELS_DIR / model):
-        if (folder / "config.json").is_file():
+        if os.path.isfile(folder / "config.json"):
             return read_shape(folder)
     if model in NAMED_SHAPES:
         return NAMED_SHAPES[model]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lobra.common.errors import ConfigError
+from lobra.common.errors import ConfigError, Problems
 from lobra.layout.layout import Layout
 from lobra.profiler.collectives import Collectives, default_collectives_path, load_collectives
 from lobra.profiler.head import HeadFit, HeadProfile, fit_heads, load_head_profile
@@ -21,6 +21,7 @@ from lobra.profiler.profiles import (
     default_head_path,
     default_time_path,
     load_time_profiles,
+    no_use,
     num_layers_of,
 )
 from lobra.profiler.sidecar import read_meta
@@ -279,4 +280,5 @@ def load_cost_model(
     head = load_head_profile(head_path) if head_path.is_file() else None
     collectives = load_collectives(collectives_path) if collectives_path.is_file() else None
     profile, *others = load_time_profiles(path).values()
+    Problems(text for own in (profile, *others) for text in no_use(own)).raise_if_any()
     return fit_cost_model(profile, num_layers_of(model), kind, head, collectives, others)

@@ -64,7 +64,7 @@ def _overview(summary: RunSummary, folder: Path) -> Table:
         (f"{unit}-seconds per step", f"{gpu_seconds:.2f} measured"),
     ]
     homogeneous = summary.planned.get("homogeneous") or {}
-    if planned and homogeneous.get("step_time_s"):
+    if planned and homogeneous.get("step_time_s") and homogeneous.get("plan"):
         best = homogeneous["step_time_s"] * sum(
             group["tp"] * group["pp"] * group["replicas"] for group in homogeneous["plan"]
         )

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lobra.common.errors import ConfigError
+from lobra.common.documents import MOST_BYTES, check_regular, read_json, reading
+from lobra.common.errors import ConfigError, Problems, show
 
 Lengths = NDArray[np.int64]
+MOST_TOKENS = 2**40  # of a sequence: what a plan is made for are lengths cut to a context
 
 
 def load_lengths(path: str | Path) -> dict[str, Lengths]:
@@ -28,9 +30,9 @@ def load_lengths(path: str | Path) -> dict[str, Lengths]:
         Naming every task whose lengths are not positive integers.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         found = _load_folder(path)
-    elif path.is_file():
+    elif os.path.isfile(path):
         found = _load_json(path)
     else:
         raise ConfigError(
@@ -45,12 +47,7 @@ def load_lengths(path: str | Path) -> dict[str, Lengths]:
 
 
 def _load_json(path: Path) -> dict[str, tuple[str, Any]]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: line {error.lineno}: not valid JSON: {error.msg}") from None
+    document = read_json(path)
     if not isinstance(document, dict) or not document:
         raise ConfigError(f"{path}: want an object with a list of lengths for each task")
     return {name: (f"{path}: {name}", values) for name, values in document.items()}
@@ -61,14 +58,12 @@ def _load_folder(path: Path) -> dict[str, tuple[str, Any]]:
     if not files:
         raise ConfigError(f"{path}: no .npy file in this folder, want one per task")
     found: dict[str, tuple[str, Any]] = {}
-    problems = []
+    problems = Problems()
     for file in files:
-        try:
+        with problems.noted(), reading(file):
+            check_regular(file, MOST_BYTES)
             found[file.stem] = (str(file), np.load(file, allow_pickle=False))
-        except (ValueError, EOFError) as error:
-            problems.append(f"{file}: not an array of numbers ({error})")
-    if problems:
-        raise ConfigError(problems)
+    problems.raise_if_any()
     return found
 
 
@@ -78,7 +73,7 @@ def _check(values: Any, where: str, problems: list[str]) -> Lengths:
     if isinstance(values, list):
         for index, value in enumerate(values):
             if not isinstance(value, int) or isinstance(value, bool):
-                problems.append(f"{where}[{index}] = {value!r}: want a positive integer")
+                problems.append(f"{where}[{index}] = {show(value)}: want a positive integer")
                 return nothing
         try:
             array = np.array(values, dtype=np.int64)
@@ -97,6 +92,9 @@ def _check(values: Any, where: str, problems: list[str]) -> Lengths:
         return nothing
     if not len(array):
         problems.append(f"{where}: is empty, want at least one length")
+    elif array.max() > MOST_TOKENS:
+        index = int(np.argmax(array > MOST_TOKENS))
+        problems.append(f"{where}[{index}] = {array[index]}: want at most {MOST_TOKENS} tokens")
     elif array.min() < 1:
         index = int(np.argmax(array < 1))
         problems.append(f"{where}[{index}] = {array[index]}: want a positive integer")

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lobra.common.documents import read_document
+from lobra.common.documents import check_regular, read_document
 from lobra.common.errors import ConfigError, Problems
 from lobra.common.files import new_draft, remove_folder, replace_folder, write_atomic
 from lobra.common.models import Count, FileModel, OneOf, Positive, read_as
@@ -79,7 +79,7 @@ def list_checkpoints(run: Path) -> list[int]:
     """Return the steps of the complete checkpoints of a run, ascending."""
     if not (run / FOLDER).is_dir():
         return []
-    matches = [re.fullmatch(r"step_(\d+)", path.name) for path in (run / FOLDER).iterdir()]
+    matches = [re.fullmatch(r"step_([0-9]+)", path.name) for path in (run / FOLDER).iterdir()]
     steps = sorted(int(match[1]) for match in matches if match)
     return [step for step in steps if (step_folder(run, step) / STATE_FILE).is_file()]
 
@@ -197,9 +197,10 @@ def _tensors(folder: Path, name: str) -> dict[str, tuple[int, ...]]:
     if not (folder / name).is_file():
         raise _Broken(f"{name} is missing")
     try:
+        check_regular(folder / name)
         with safe_open(folder / name, framework="pt") as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in list(file.keys())}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ConfigError) as error:
         raise _Broken(f"{name} is damaged ({error})") from error
 
 
