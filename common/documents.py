@@ -24,7 +24,7 @@ T = TypeVar("T")
 #: steps, has about half of it.
 MOST_BYTES = 1 << 28
 MOST_LEVELS = 64  # of lists and objects in each other; ours have six
-MOST_DIGITS = 400  # of an integer; a 64-bit one has 19, and floats end at 309
+MOST_DIGITS = 1000  # of an integer; a 64-bit one has 19, and floats end at 309
 
 #: What parsers raise beside their own errors: for a date of month 13, an integer of 5,000 digits.
 _PARSING = (ValueError, TypeError, LookupError, ArithmeticError, EOFError, csv.Error)
@@ -89,16 +89,16 @@ def check_regular(path: Path, most_bytes: int | None = None) -> None:
         )
 
 
-def read_bytes(path: Path) -> bytes:
-    """Return what a file holds; ConfigError if it is none or has more than `MOST_BYTES`."""
-    check_regular(path, MOST_BYTES)
+def read_bytes(path: Path, most_bytes: int | None = MOST_BYTES) -> bytes:
+    """Return what a file holds; ConfigError if it is none or has more than ``most_bytes``."""
+    check_regular(path, most_bytes)
     with reading(path):
         return path.read_bytes()
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, most_bytes: int | None = MOST_BYTES) -> str:
     """Return a file's text, UTF-8 with or without a byte order mark; ConfigError if it has none."""
-    data = read_bytes(path)
+    data = read_bytes(path, most_bytes)
     with reading(path):
         return data.decode("utf-8-sig")
 
@@ -127,14 +127,15 @@ def _document(path: Path, parse: Callable[[str], T]) -> T:
         return parse(text)
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, takes_doubled_fields: bool = False) -> Any:
     """Return the plain values of a JSON text.
 
     Raises
     ------
     ValueError
-        If it is none, gives a field twice in one object, or has more levels or digits than
-        `MOST_LEVELS` and `MOST_DIGITS`; in our words, with line and column where they are known.
+        If it is none, gives a field twice in one object (unless that is taken: the last counts), or
+        has more levels or digits than `MOST_LEVELS` and `MOST_DIGITS`; in our words, with line and
+        column where they are known.
     """
 
     def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -146,7 +147,8 @@ def parse_json(text: str) -> Any:
         return seen
 
     try:
-        value = json.loads(text, object_pairs_hook=mapping, parse_int=_integer)
+        hook = None if takes_doubled_fields else mapping
+        value = json.loads(text, object_pairs_hook=hook, parse_int=_integer)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise ValueError(f"{place}: not valid JSON: {error.msg}") from None

@@ -199,6 +199,11 @@ def _kind(problem: str) -> str:
     return text if len(text) <= 160 else f"{text[:157]}..."
 
 
+def without_values(problem: str) -> str:
+    """Return a problem without the values it quotes: of another's data nothing is to be told."""
+    return _VALUES.sub("...", problem)
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ``" (did you mean 'rank'?)"`` for the known word nearest to ``word``, or ``""``."""
     import difflib

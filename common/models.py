@@ -122,10 +122,19 @@ def at_least(least: int) -> Any:
 
 PositiveInt = Annotated[int, Field(strict=True, gt=0), Wanted("a positive integer"), _IN_64_BITS]
 Count = Annotated[int, Field(strict=True, ge=0), Wanted("an integer of 0 or more"), _IN_64_BITS]
+
+
+def up_to(most: int) -> Any:
+    """Return the type of integers from 1 to ``most``."""
+    return Annotated[PositiveInt, AtMost(most)]
+
+
 #: Of a plan: planning takes minutes from some thousands on, and nobody has trained on more.
-NumGpus = Annotated[PositiveInt, AtMost(2**16)]
+NumGpus = Annotated[PositiveInt, AtMost(2**14)]
 #: A number of tokens of one sequence or micro-batch: no model has a longer context.
 NumTokens = Annotated[PositiveInt, AtMost(2**24)]
+#: Of an adapter.
+Rank = Annotated[PositiveInt, AtMost(2**16, "no linear of a model is wider")]
 Port = Annotated[PositiveInt, AtMost(2**16 - 1, "ports have 16 bits")]
 Number = Annotated[float, _FINITE, _AS_WRITTEN, Wanted("a number")]
 Positive = Annotated[float, _FINITE, Field(gt=0), _AS_WRITTEN, Wanted("a positive number")]
@@ -302,6 +311,8 @@ def _problem(found: ErrorDetails) -> str:
         choices = found.get("ctx", {}).get("choices", ())
         hint = did_you_mean(value, choices) if isinstance(value, str) else ""
         text = f"want {text}{hint}"
+    if found["type"] == "missing":
+        return f"{_place_name(found['loc'])}: is missing, want a value"
     if found["type"] == "value_error":  # of a check, whose text tells the value itself
         return f"{_place_name(found['loc'])}: {found['ctx']['error']}"
     if value is _ABSENT:

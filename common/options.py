@@ -53,7 +53,7 @@ DataDir = Annotated[Path, Parameter(help="Where data sets lie.")]
 NumTasks = Annotated[PositiveInt | None, Parameter(help="Use the first N tasks only.", metavar="N")]
 NumBuckets = Annotated[
     Int,
-    Within(Annotated[models.PositiveInt, models.AtMost(4096)]),
+    Within(models.up_to(4096)),
     Parameter(help="The most buckets of a step.", metavar="N"),
 ]
 Seed = Annotated[NonNegativeInt, Parameter(help="Of the run: added to every task's own seed.")]

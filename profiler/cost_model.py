@@ -275,10 +275,10 @@ def load_cost_model(
     path = default_time_path(model) if time_path is None else Path(time_path)
     head_path, collectives_path = paths_beside(model, path)
     for beside in (head_path, collectives_path):
-        if beside.is_file():
+        if os.path.isfile(beside):
             _check_origins(path, beside)
-    head = load_head_profile(head_path) if head_path.is_file() else None
-    collectives = load_collectives(collectives_path) if collectives_path.is_file() else None
+    head = load_head_profile(head_path) if os.path.isfile(head_path) else None
+    collectives = load_collectives(collectives_path) if os.path.isfile(collectives_path) else None
     profile, *others = load_time_profiles(path).values()
     Problems(text for own in (profile, *others) for text in no_use(own)).raise_if_any()
     return fit_cost_model(profile, num_layers_of(model), kind, head, collectives, others)

@@ -30,6 +30,7 @@ from lobra.common.models import (
     OneOf,
     Positive,
     PositiveInt,
+    Rank,
     Share,
     Text,
     Wanted,
@@ -102,7 +103,7 @@ class TaskConfig(FileModel):
 
     name: FolderName
     """The adapter's folder; the task in metrics and reports."""
-    rank: Annotated[PositiveInt, AtMost(2**16, "no linear of a model is wider")]
+    rank: Rank
     """Rank of the adapter, LoRA's r."""
     lora_alpha: Annotated[Positive, AtMost(10**6)]
     """The adapter is scaled by lora_alpha / rank."""
@@ -267,13 +268,15 @@ class TrainerConfig:
     """The tasks of one run, and the file they came from.
 
     ``variant`` is LobRA's: whether its query, key and value projections were one module
-    (``fused``) or three (``canonical``). Here both mean the same three.
+    (``fused``) or three (``canonical``). Here both mean the same three. ``numbers`` are the tasks'
+    places in the file, from 0; where bad ones were left out, not all are there.
     """
 
     name: str
     variant: str
     tasks: tuple[TaskConfig, ...]
     path: Path
+    numbers: tuple[int, ...] = ()
 
 
 def clip_context(tasks: Sequence[TaskConfig], max_seq_length: int | None) -> tuple[TaskConfig, ...]:
@@ -286,7 +289,9 @@ def clip_context(tasks: Sequence[TaskConfig], max_seq_length: int | None) -> tup
 
 
 def load_trainer_config(
-    name_or_path: str | os.PathLike[str], num_tasks: int | None = None
+    name_or_path: str | os.PathLike[str],
+    num_tasks: int | None = None,
+    left_out: Problems | None = None,
 ) -> TrainerConfig:
     """Return the trainer configuration of a name (``trainer_config/<name>.json``) or of a path.
 
@@ -297,6 +302,8 @@ def load_trainer_config(
         folder and then among the task sets that are installed with the project.
     num_tasks
         Use the first ``num_tasks`` tasks, whatever ``train_task_num`` says.
+    left_out
+        If it is given, tasks with mistakes are left out, and it gets these.
 
     Raises
     ------
@@ -306,6 +313,10 @@ def load_trainer_config(
     path = _find_config(name_or_path)
     document = read_document(path)
     problems = Problems()
+    numbers: Sequence[int] = ()
+    if left_out is not None:
+        document, numbers = _without_bad_tasks(document, path, num_tasks, left_out)
+        num_tasks = None if numbers else num_tasks
     file = read_as(TaskFile, document, problems)
     entries = document.get("task") if isinstance(document, dict) else None
     listed = len(entries) if isinstance(entries, list) else 0
@@ -319,7 +330,34 @@ def load_trainer_config(
     problems.prefixed(f"{path}: ").raise_if_any()
     assert file is not None
     tasks = tuple(file.task[: num_tasks or file.train_task_num])
-    return TrainerConfig(path.stem, file.variant, tasks, path)
+    return TrainerConfig(path.stem, file.variant, tasks, path, tuple(numbers or range(len(tasks))))
+
+
+def _without_bad_tasks(
+    document: Any, path: Path, num_tasks: int | None, left_out: Problems
+) -> tuple[Any, list[int]]:
+    """Return a task file's content without tasks that have mistakes, and the others' places."""
+    entries = document.get("task") if isinstance(document, dict) else None
+    if not isinstance(entries, list):
+        return document, []
+    asked = num_tasks or document.get("train_task_num") or len(entries)
+    if type(asked) is not int or not 0 < asked <= len(entries):
+        return document, []  # a mistake of the file's own
+    named = _named(entries[:asked])
+    found = Problems()
+    good = []
+    for number, entry in enumerate(named):
+        own = Problems()
+        read_as(TaskFile, {"task": [entry]}, own)
+        place = f"{path}: task[{number}]"
+        found += own.changed(lambda text, place=place: place + text.removeprefix("task[0]"))  # type: ignore[misc]
+        if not own:
+            good.append(number)
+    if not good:
+        return document, []  # all of them are told as without leaving out
+    left_out += found
+    kept = {**document, "task": [named[number] for number in good]}
+    return {name: value for name, value in kept.items() if name != "train_task_num"}, good
 
 
 def _find_config(name_or_path: str | os.PathLike[str]) -> Path:

@@ -95,9 +95,9 @@ def _read_lines(path: Path, report: Report) -> Iterator[tuple[str, Fields]]:
 
 
 def _read_array(path: Path, report: Report) -> Iterator[tuple[str, Fields]]:
-    text = read_text(path)
+    text = read_text(path, most_bytes=None)
     with parsing(path):
-        rows = parse_json(text)
+        rows = parse_json(text, takes_doubled_fields=True)
     for number, row in enumerate(rows, 1):
         if isinstance(row, dict):
             yield f"row {number}", row

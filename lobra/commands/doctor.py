@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lobra.common.errors import ConfigError, Problems
+from lobra.common.models import NumGpus, refusal
 from lobra.common.options import Int
 from lobra.layout.placement import place
 from lobra.layout.plan import Plan, load_plan
@@ -95,6 +96,8 @@ def examine(
     problems = Problems()
     plan = None
     slots: Mapping[str, int] = {}
+    if gpus_per_node is not None and (wanted := refusal(NumGpus, gpus_per_node)):
+        problems.add(f"--gpus-per-node {gpus_per_node}: want {wanted}")
     with problems.noted():
         plan = load_plan(plan_name) if plan_name else None
     if host_file is not None:
