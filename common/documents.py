@@ -13,15 +13,13 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from lobra.common.errors import ConfigError
 from lobra.common.yaml_text import parse_yaml
 
-T = TypeVar("T")
-
-#: Of a file that is read at once, data sets apart; the largest of ours, the log of a run of 100,000
-#: steps, has about half of it.
+#: Of a file that is read at once, data sets and logs of runs apart; the largest in use are lengths
+#: of a million sequences, some megabytes.
 MOST_BYTES = 1 << 28
 MOST_LEVELS = 64  # of lists and objects in each other; ours have six
 MOST_DIGITS = 1000  # of an integer; a 64-bit one has 19, and floats end at 309
@@ -121,7 +119,7 @@ def read_json(path: Path) -> Any:
     return _document(path, parse_json)
 
 
-def _document(path: Path, parse: Callable[[str], T]) -> T:
+def _document(path: Path, parse: Callable[[str], Any]) -> Any:
     text = read_text(path)
     with reading(path):
         return parse(text)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 #: of 1,024 ranks and ten plans has 30,000, and PyYAML takes a second for 10,000.
 MOST_NODES = 100_000
 MOST_LEVELS = 64  # of lists and mappings in each other
+MOST_CHARACTERS = 1 << 22  # comments included, of which a second is enough for a million
 #: What a document may hold. Dates are texts, as they are in JSON.
 _PLAIN = ("null", "bool", "int", "float", "str", "seq", "map", "merge")
 _TAG = "tag:yaml.org,2002:"
@@ -31,6 +32,8 @@ def parse_yaml(text: str) -> Any:
     """
     import yaml
 
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"too large: {len(text)} characters, want at most {MOST_CHARACTERS}")
     try:
         return yaml.load(text, _loader())  # a SafeLoader: builds plain values only
     except yaml.MarkedYAMLError as error:

@@ -85,16 +85,17 @@ LENGTHS: dict[str, tuple[str | bytes, str]] = {
 
 def _cases() -> dict[str, Case]:
     cases = {}
-    for path, table in ((TIME, TIMES), (MEMORY, MEMORIES), (LINKS, LINK_ROWS)):
+    profiles = {"time": (TIME, TIMES), "memory": (MEMORY, MEMORIES), "links": (LINKS, LINK_ROWS)}
+    for kind, (path, table) in profiles.items():
         for name, (content, says) in table.items():
             command = "train" if name == "other-tp" else "plan"
-            cases[f"{path.split('_')[2][:5]}-{name}"] = Case(
+            cases[f"{kind}-{name}"] = Case(
                 (path.rpartition("/")[2], says), {path: content}, command=command
             )
-    for path in (TIME, MEMORY):
+    for kind, path in {"time": TIME, "memory": MEMORY}.items():
         sidecar = path.replace(".csv", ".meta.json")
         for name, (content, says) in SIDECARS.items():
-            cases[f"{path.split('_')[2][:5]}-sidecar-{name}"] = Case(
+            cases[f"{kind}-sidecar-{name}"] = Case(
                 (sidecar, says, "restore it, or remove it with its CSV"),
                 {sidecar: content},
                 command="plan",

@@ -78,12 +78,14 @@ YAML_TEXTS: dict[str, tuple[str, str]] = {
     "digits": ("task: " + "9" * 5000 + "\n", "line 1, column 7"),
     "empty-hex": ("task: 0x_\n", "line 1, column 7"),
     "deep": ("task: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+    "deep-enough": ("task: " + "[" * 70 + "]" * 70, "want at most 64 levels"),
     "list-key": ("? [a, b]\n: 1\n", "line 1"),
     "two": ("task: []\n---\ntask: []\n", "line 2"),
     "tab": ("task:\n\t- a\n", "line 2"),
     "twice": ("task: []\ntask: []\n", "line 2: the field 'task' is given twice"),
     "control": ("task: \x07\n", "U+0007"),
     "anchor": ("task: *nowhere\n", "line 1, column 7"),
+    "long": ("# " + "x" * (1 << 22), "too large"),
     "many": ("task: [" + "1," * 100_001 + "]", "too large"),
 }
 

@@ -58,6 +58,7 @@ def place(set_up: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("lobra.trainer.run.run_local", started)
     monkeypatch.setattr("lobra.commands.train.run_launcher", started)
+    monkeypatch.setattr("lobra.trainer.run.os.execve", started)
 
     def too_slow(number: int, frame: FrameType | None) -> None:
         raise TimeoutError(f"not refused within {MOST_SECONDS} s")
@@ -84,8 +85,8 @@ def content() -> dict[str, tuple[int, int]]:
 
 
 def tiered() -> list[Any]:
-    """Return the cases' names; of a field's wrong values, the second and later ones are long."""
-    late = re.compile(r"-([1-9]|\d\d)$|/yaml-many$")
+    """Return the cases' names; those that another of their kind stands for are long."""
+    late = re.compile(r"-([1-9]|\d\d)$|/yaml-many$|/yaml-long$|/meta-|/memory-sidecar-|/index-l")
     return [pytest.param(n, marks=pytest.mark.long if late.search(n) else ()) for n in ALL]
 
 
