@@ -14,6 +14,9 @@ MOST_LINES = 20  # of mistakes that a command prints
 LINES_IN_FULL = 15
 LINES_OF_KINDS = MOST_LINES - LINES_IN_FULL - 1
 KINDS_COUNTED = 100  # a file of a million different mistakes must not fill the memory
+#: Of one mistake, so that a value or a name of a megabyte is cut wherever a message shows it; two
+#: paths of the longest names systems allow, with values and remedy, have fewer.
+MOST_CHARACTERS = 2000
 OTHER_KINDS = "..."
 
 
@@ -36,7 +39,8 @@ class Problems(Sequence[str]):
         self += problems
 
     def add(self, problem: str) -> None:
-        """Note one more mistake."""
+        """Note one more mistake: a line of printable characters, the middle of a long one cut."""
+        problem = _one_line(problem)
         self._kept.append((_kind(problem), problem))
         self._shorten()
 
@@ -179,10 +183,25 @@ _VALUES = re.compile(
 _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?!\w)")
 
 
+def _one_line(text: str) -> str:
+    """Return a text without what a terminal would obey, and without the middle of a long one."""
+    if len(text) > MOST_CHARACTERS:
+        part = MOST_CHARACTERS // 2
+        text = f"{text[:part]} [...] {text[-part:]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split("\n")))
+
+
 def _kind(problem: str) -> str:
     """Return what a mistake has in common with others of its kind: its text without values."""
     text = _NUMBER.sub("N", _VALUES.sub("...", problem))
     return text if len(text) <= 160 else f"{text[:157]}..."
+
+
+def without_values(problem: str) -> str:
+    """Return a problem without the values it quotes: of another's data nothing is to be told."""
+    return _VALUES.sub("...", problem)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -198,6 +217,6 @@ def show(value: Any) -> str:
     """Return a value as a file spells it, cut to a line's length."""
     try:
         text = json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError):
-        text = repr(value)
+    except (TypeError, ValueError, RecursionError):
+        text = f"a {type(value).__name__}" if isinstance(value, list | dict) else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

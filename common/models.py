@@ -17,6 +17,7 @@ from pydantic import (
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     TypeAdapter,
     ValidationError,
     WrapValidator,
@@ -80,18 +81,62 @@ class OneOf:
         )
 
 
+@dataclass(frozen=True)
+class AtMost:
+    """Part of a type: a number up to ``most``, which arithmetic or a machine still bears."""
+
+    most: int | float
+    why: str = ""
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        """Return the schema of the type, with the bound checked after all of its own."""
+
+        def check(value: Any) -> Any:
+            if value > self.most:
+                raise wanted(f"at most {self.most:,}{f' ({self.why})' if self.why else ''}")
+            return value
+
+        return core_schema.no_info_after_validator_function(check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """Return the type's JSON Schema with the bound, if an editor can hold it exactly."""
+        written = handler(schema)
+        return written if self.most > 2**53 else {**written, "maximum": self.most}
+
+
 # A number is checked as a float, but stays as it is written: 16 does not become 16.0.
 _AS_WRITTEN = WrapValidator(lambda value, check: (check(value), value)[1])
 _FINITE = Field(strict=True, allow_inf_nan=False)
+_IN_64_BITS = AtMost(2**63 - 1, "64 bits")
 
 
 def at_least(least: int) -> Any:
     """Return the type of integers of ``least`` and more."""
-    return Annotated[int, Field(strict=True, ge=least), Wanted(f"an integer of {least} or more")]
+    text = f"an integer of {least} or more"
+    return Annotated[int, Field(strict=True, ge=least), Wanted(text), _IN_64_BITS]
 
 
-PositiveInt = Annotated[int, Field(strict=True, gt=0), Wanted("a positive integer")]
-Count = Annotated[int, Field(strict=True, ge=0), Wanted("an integer of 0 or more")]
+PositiveInt = Annotated[int, Field(strict=True, gt=0), Wanted("a positive integer"), _IN_64_BITS]
+Count = Annotated[int, Field(strict=True, ge=0), Wanted("an integer of 0 or more"), _IN_64_BITS]
+
+
+def up_to(most: int) -> Any:
+    """Return the type of integers from 1 to ``most``."""
+    return Annotated[PositiveInt, AtMost(most)]
+
+
+#: Of a plan: planning takes minutes from some thousands on, and nobody has trained on more.
+NumGpus = Annotated[PositiveInt, AtMost(2**14)]
+#: A number of tokens of one sequence or micro-batch: no model has a longer context.
+NumTokens = Annotated[PositiveInt, AtMost(2**24)]
+#: Of an adapter.
+Rank = Annotated[PositiveInt, AtMost(2**16, "no linear of a model is wider")]
+Port = Annotated[PositiveInt, AtMost(2**16 - 1, "ports have 16 bits")]
+Number = Annotated[float, _FINITE, _AS_WRITTEN, Wanted("a number")]
 Positive = Annotated[float, _FINITE, Field(gt=0), _AS_WRITTEN, Wanted("a positive number")]
 NotNegative = Annotated[float, _FINITE, Field(ge=0), _AS_WRITTEN, Wanted("a number of 0 or more")]
 #: Of a whole, but never all of it.
@@ -100,6 +145,12 @@ Share = Annotated[
 ]
 Flag = Annotated[bool, Field(strict=True), Wanted("true or false")]
 Text = Annotated[str, Field(strict=True, pattern=r"\S"), Wanted("a text that is not empty")]
+#: That no program takes for an option.
+HostName = Annotated[
+    str,
+    Field(strict=True, pattern=r"^[A-Za-z0-9_:][A-Za-z0-9_.:@%-]{0,254}$"),
+    Wanted("a host's name or address"),
+]
 FolderName = Annotated[
     str,
     Field(strict=True, pattern=r"^[A-Za-z0-9_][A-Za-z0-9._+-]{0,99}$"),
@@ -260,6 +311,8 @@ def _problem(found: ErrorDetails) -> str:
         choices = found.get("ctx", {}).get("choices", ())
         hint = did_you_mean(value, choices) if isinstance(value, str) else ""
         text = f"want {text}{hint}"
+    if found["type"] == "missing":
+        return f"{_place_name(found['loc'])}: is missing, want a value"
     if found["type"] == "value_error":  # of a check, whose text tells the value itself
         return f"{_place_name(found['loc'])}: {found['ctx']['error']}"
     if value is _ABSENT:

@@ -39,6 +39,8 @@ class Within:
 
 Int = Annotated[int, Parameter(converter=_to_int)]
 PositiveInt = Annotated[Int, Within(models.PositiveInt)]
+NumGpus = Annotated[Int, Within(models.NumGpus)]
+NumTokens = Annotated[Int, Within(models.NumTokens)]
 NonNegativeInt = Annotated[Int, Within(models.Count)]
 PositiveNumber = Annotated[float, Within(models.Positive)]
 Switch = Literal["on", "off"]
@@ -49,7 +51,11 @@ TaskSetName = Annotated[str, Parameter(help="Name or path of the task set.", met
 PlanName = Annotated[str, Parameter(help="Name or path of the plan.", metavar="NAME")]
 DataDir = Annotated[Path, Parameter(help="Where data sets lie.")]
 NumTasks = Annotated[PositiveInt | None, Parameter(help="Use the first N tasks only.", metavar="N")]
-NumBuckets = Annotated[PositiveInt, Parameter(help="The most buckets of a step.", metavar="N")]
+NumBuckets = Annotated[
+    Int,
+    Within(models.up_to(4096)),
+    Parameter(help="The most buckets of a step.", metavar="N"),
+]
 Seed = Annotated[NonNegativeInt, Parameter(help="Of the run: added to every task's own seed.")]
 TimeProfile = Annotated[
     Path | None, Parameter(help="CSV tp,seq_len,mbs,time; by default the model's.", metavar="CSV")
@@ -89,8 +95,8 @@ class LauncherOptions:
         Sourced on every host before starting.
     """
 
-    server_addr: str | None = None
-    server_port: PositiveInt | None = None
+    server_addr: Annotated[str, Within(models.HostName)] | None = None
+    server_port: Annotated[Int, Within(models.Port)] | None = None
     host_file: Path | None = None
     env_file: Path | None = None
 

@@ -15,7 +15,19 @@ from typing_extensions import TypedDict  # pydantic asks for this one before Pyt
 
 from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
-from lobra.common.models import Count, FileModel, NotNegative, OneOf, PositiveInt, Text, load_as
+from lobra.common.models import (
+    Count,
+    FileModel,
+    NotNegative,
+    NumGpus,
+    NumTokens,
+    OneOf,
+    Positive,
+    PositiveInt,
+    Text,
+    load_as,
+    refusal,
+)
 from lobra.layout.layout import MEMORY_POLICIES, Layout
 from lobra.layout.sequences import BATCHINGS
 
@@ -121,13 +133,13 @@ def _built(name: str) -> AfterValidator:
 class PlanEntry(FileModel):
     """Replicas of one layout."""
 
-    dp: PositiveInt
+    dp: NumGpus
     """How many replicas."""
-    tp: PositiveInt
+    tp: NumGpus
     """Tensor-parallel size: GPUs that share one layer."""
-    pp: PositiveInt
+    pp: NumGpus
     """Pipeline size: stages the layers are divided into."""
-    max_tokens: PositiveInt
+    max_tokens: NumTokens
     """Most tokens of a micro-batch."""
     cp: Annotated[PositiveInt, _built("cp")] = 1
     """Context-parallel size: GPUs that share one sequence."""
@@ -151,6 +163,13 @@ class PlanEntry(FileModel):
         return {field.name: value for field, value in values if value != field.default}
 
 
+def _few_enough_gpus(entries: list[PlanEntry]) -> list[PlanEntry]:
+    total = sum(entry.dp * entry.tp * entry.pp for entry in entries)
+    if found := refusal(NumGpus, total):
+        raise ValueError(f"its replicas need {total:,} GPUs, want {found}")
+    return entries
+
+
 RankMap = list[list[list[Count]]]
 
 
@@ -161,13 +180,30 @@ class ProfileFile(TypedDict, total=False):
     digest: str
 
 
+class HomogeneousGroup(TypedDict):
+    """Replicas of the best plan whose replicas are all alike."""
+
+    tp: NumGpus
+    pp: NumGpus
+    replicas: NumGpus
+
+
+class HomogeneousPlan(TypedDict, total=False):
+    """The best plan whose replicas are all alike, to compare with."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    plan: list[HomogeneousGroup]
+    step_time_s: Positive
+
+
 class PlanMeta(TypedDict, total=False):
     """How a plan was made. Other fields are allowed: versions differ in what they note."""
 
     __pydantic_config__ = ConfigDict(extra="allow", use_attribute_docstrings=True)  # type: ignore[misc]
 
     model: Text
-    num_gpus: PositiveInt
+    num_gpus: NumGpus
     gpus_per_node: PositiveInt
     batching: Annotated[str, OneOf(BATCHINGS)]
     """How training is to fill micro-batches, unless it is told otherwise."""
@@ -182,6 +218,7 @@ class PlanMeta(TypedDict, total=False):
     lower_bound_s: NotNegative
     gap: NotNegative
     """How much faster a plan might at most be, relative to this one's step time."""
+    homogeneous: HomogeneousPlan | None
     planner: Text
     cost_model: Text
     time_profile: ProfileFile
@@ -193,7 +230,9 @@ class PlanMeta(TypedDict, total=False):
 class PlanFile(FileModel):
     """A plan: how many replicas of which layouts."""
 
-    strategy_config: Annotated[list[PlanEntry], Field(min_length=1)]
+    strategy_config: Annotated[
+        list[PlanEntry], Field(min_length=1), AfterValidator(_few_enough_gpus)
+    ]
     """The replicas, one entry for each layout."""
     meta: PlanMeta = field(default_factory=PlanMeta)
     """How it was made; may be left out."""
@@ -216,7 +255,7 @@ def plan_path(name_or_path: str | os.PathLike[str]) -> Path:
     """Return the file of a plan: a path as is, a name as ``strategy_config/<name>.yaml``."""
     text = os.fspath(name_or_path)
     path = Path(text)
-    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1 or path.is_file():
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1 or os.path.isfile(path):
         return path
     return PLAN_DIR / f"{text}.yaml"
 
@@ -232,7 +271,7 @@ def load_plan(name_or_path: str | os.PathLike[str]) -> Plan:
         With every mistake of the file.
     """
     path = plan_path(name_or_path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise ConfigError(
             f"{path}: no such plan; make it with deploy_strategy_plan or give its path"
         )

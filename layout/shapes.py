@@ -5,12 +5,16 @@ Torch-free, so that planning never pays for importing torch.
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from lobra.common.errors import ConfigError
+from pydantic import ConfigDict
+
+from lobra.common.documents import read_json
+from lobra.common.errors import ConfigError, Problems
+from lobra.common.models import AtMost, FileModel, Flag, OneOf, PositiveInt, read_as
 
 TINY = "tiny"
 MODELS_DIR = Path("models")
@@ -93,7 +97,7 @@ def resolve_shape(model: str) -> ModelShape:
         The name is unknown and no such folder exists, or config.json is unusable.
     """
     for folder in (Path(model), MODELS_DIR / model):
-        if (folder / "config.json").is_file():
+        if os.path.isfile(folder / "config.json"):
             return read_shape(folder)
     if model in NAMED_SHAPES:
         return NAMED_SHAPES[model]
@@ -103,55 +107,79 @@ def resolve_shape(model: str) -> ModelShape:
     )
 
 
+_Size = Annotated[PositiveInt, AtMost(2**24)]
+
+
+@dataclass(frozen=True)
+class ModelConfig(FileModel):
+    """What is read of a model's `config.json` here; all else there is transformers' business."""
+
+    __pydantic_config__ = ConfigDict(extra="ignore")
+
+    model_type: Annotated[str, OneOf(SUPPORTED_MODEL_TYPES)]
+    num_hidden_layers: Annotated[PositiveInt, AtMost(1024)]
+    hidden_size: _Size
+    intermediate_size: _Size
+    num_attention_heads: _Size
+    vocab_size: _Size
+    num_key_value_heads: _Size | None = None
+    head_dim: _Size | None = None
+    tie_word_embeddings: Flag | None = None
+    max_position_embeddings: PositiveInt | None = None
+
+    @property
+    def heads_problem(self) -> str | None:
+        """Why the heads cannot be shared out, None if they can."""
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if kv_heads and heads % kv_heads:
+            return f"num_key_value_heads = {kv_heads}: want a divisor of the {heads} heads"
+        family_has = self.head_dim or DEFAULT_HEAD_DIM.get(self.model_type)
+        if not family_has and self.hidden_size % heads:
+            return (
+                f"num_attention_heads = {heads}: want a divisor of hidden_size, "
+                f"{self.hidden_size}, or a head_dim"
+            )
+        return None
+
+
 def read_shape(folder: Path) -> ModelShape:
-    """Read the shape from a Hugging Face `config.json` (all problems reported at once)."""
+    """Read the shape from a Hugging Face `config.json`.
+
+    Raises
+    ------
+    ConfigError
+        With every mistake of the file.
+    """
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path}: holds {config!r:.60}, want an object with the model's sizes")
-    problems = []
-    model_type = config.get("model_type")
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        problems.append(
-            f"{path}: model_type: {model_type!r} is not supported; "
-            f"supported are {', '.join(SUPPORTED_MODEL_TYPES)}"
-        )
-    needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
-    sizes = {}
-    for field in (*needed, "vocab_size"):
-        value = config.get(field)
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            problems.append(f"{path}: {field}: {value!r} is not a positive integer")
-        else:
-            sizes[field] = value
-    if config.get("quantization_config"):
-        problems.append(
-            f"{path}: quantization_config: quantised weights are not read; use the "
-            f"unquantised model"
-        )
-    problems += [f"{path}: {problem}" for problem in _rope_problems(config)]
-    if problems:
-        raise ConfigError(problems)
-    heads = sizes["num_attention_heads"]
+    document = read_json(path)
+    problems = Problems()
+    config = read_as(ModelConfig, document, problems)
+    if config is not None and config.heads_problem:
+        problems.add(config.heads_problem)
+    if isinstance(document, dict):
+        if document.get("quantization_config"):
+            problems.add(
+                "quantization_config: quantised weights are not read; use the unquantised model"
+            )
+        problems += _rope_problems(document)
+    problems.prefixed(f"{path}: ").raise_if_any()
+    assert config is not None
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    is_tied = config.tie_word_embeddings
     return ModelShape(
         name=folder.name,
-        num_layers=sizes["num_hidden_layers"],
-        hidden_size=sizes["hidden_size"],
-        intermediate_size=sizes["intermediate_size"],
+        num_layers=config.num_hidden_layers,
+        hidden_size=hidden,
+        intermediate_size=config.intermediate_size,
         num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=(
-            config.get("head_dim")
-            or DEFAULT_HEAD_DIM.get(str(model_type))
-            or sizes["hidden_size"] // heads
+        num_kv_heads=config.num_key_value_heads or heads,
+        head_dim=config.head_dim or DEFAULT_HEAD_DIM.get(config.model_type) or hidden // heads,
+        vocab_size=config.vocab_size,
+        tied_embeddings=(
+            DEFAULT_TIED.get(config.model_type, False) if is_tied is None else is_tied
         ),
-        vocab_size=sizes["vocab_size"],
-        tied_embeddings=bool(config.get("tie_word_embeddings", DEFAULT_TIED.get(str(model_type)))),
         path=folder,
-        max_positions=config.get("max_position_embeddings"),
+        max_positions=config.max_position_embeddings,
     )
 
 

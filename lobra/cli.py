@@ -7,12 +7,14 @@ A command's options are its parameters and the fields of the dataclasses it take
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 from cyclopts import (
@@ -149,11 +151,24 @@ def parsed(app: App, words: Sequence[str]) -> Callable[[], Any]:
     ConfigError
         If they are no command, or its options are not.
     """
+    _empty_words(words).raise_if_any()
     try:
         command, given, _ = app.parse_args(words, print_error=False, exit_on_error=False)
     except CycloptsError as error:
         raise ConfigError(_explained(error)) from None
     return partial(command, *given.args, **given.kwargs)
+
+
+def _empty_words(words: Sequence[str]) -> Problems:
+    """Return which values of a command line are empty: a path of none would be the folder here."""
+    problems = Problems()
+    for before, word in pairwise(("", *words)):
+        is_option = word.startswith("--") and "=" in word
+        option, _, value = word.partition("=") if is_option else (before, "", word)
+        if not value.strip():
+            name = option if option.startswith("--") else "an argument"
+            problems.add(f"{name}: is empty, want a value, or leave it out")
+    return problems
 
 
 def _explained(error: CycloptsError) -> Problems:
@@ -243,6 +258,8 @@ def guarded(run: Callable[[], int], name: str = "lobra") -> int:
     except Exception as error:
         if missing := missing_package(error):
             print(f"{name}: {missing} is not installed; {INSTALL_TRAIN}", file=sys.stderr)
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # of the user's
+            print(f"{name}: {Problems([f'{error.filename}: {error.strerror}'])}", file=sys.stderr)
             return EXIT_USER_MISTAKE
         traceback.print_exc()
         return EXIT_FAILURE

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lobra.common.documents import check_regular, read_json
 from lobra.common.errors import ConfigError, Problems
 from lobra.layout.shapes import ModelShape
 
@@ -24,6 +25,8 @@ BEYOND = "a layer beyond the last"
 #: Constants that older versions of transformers saved; they are computed from config.json.
 BUFFERS = (".inv_freq", ".cos_cached", ".sin_cached", ".masked_bias")
 ROWS_AT_A_TIME = 4096  # of an embedding: some tens of megabytes
+#: Of a model whose values are looked at before a run: a second's reading. Ranks look at all of it.
+SAMPLED_BYTES = 256 << 20
 PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 
 
@@ -37,10 +40,13 @@ def tensor_files(folder: Path) -> dict[str, str]:
     """
     index = folder / INDEX
     if index.is_file():
-        try:
-            files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"{index}: no usable weight_map ({error!r})") from error
+        document = read_json(index)
+        files = document.get("weight_map") if isinstance(document, dict) else None
+        if not isinstance(files, dict) or not all(map(_is_file_name, files.values())):
+            raise ConfigError(
+                f"{index}: weight_map: want an object with the file of every tensor, which lies "
+                f"beside it"
+            )
         missing = sorted({name for name in files.values() if not (folder / name).is_file()})
         if missing:
             raise ConfigError(
@@ -56,6 +62,10 @@ def tensor_files(folder: Path) -> dict[str, str]:
     return files
 
 
+def _is_file_name(name: Any) -> bool:
+    return isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name
+
+
 def opened(path: Path) -> Any:
     """Return the opened safetensors file.
 
@@ -64,6 +74,7 @@ def opened(path: Path) -> Any:
     ConfigError
         The file is damaged or cut short.
     """
+    check_regular(path)
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -110,7 +121,28 @@ def checkpoint_problems(folder: Path, shape: ModelShape) -> Problems:
             f"{folder}: {HEAD!r} differs from {EMBEDDING!r}, but config.json ties them "
             f"(tie_word_embeddings): say false there if the head is one of its own"
         )
+    if not problems:
+        problems += [_not_finite(folder, name) for name in _spoilt(folder, files, expected)]
     return problems
+
+
+def _not_finite(folder: Path, name: str) -> str:
+    return (
+        f"{folder}: tensor {name!r} holds values that are not finite, so every loss would be none; "
+        f"get the model's weights anew"
+    )
+
+
+def _spoilt(
+    folder: Path, files: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[str]:
+    """Yield the tensors with a NaN or an infinity in their first rows; of a small model, in any."""
+    share = SAMPLED_BYTES // max(1, len(shapes))
+    for name, shape in shapes.items():
+        row_bytes = 4 * math.prod(shape[1:])
+        with opened(folder / files[name]) as file:
+            if not bool(torch.isfinite(file.get_slice(name)[: 1 + share // row_bytes]).all()):
+                yield name
 
 
 def needed_tensors(folder: Path, shape: ModelShape) -> dict[str, tuple[int, ...]]:
@@ -236,6 +268,8 @@ class CheckpointReader:
             part: Tensor = lazy[rows] if columns is None else lazy[rows, columns]
             # A slice may be a view into the file's map; own exactly our share.
             tensor = part.to(dtype=self.dtype, device=self.device, copy=True)
+        if not bool(torch.isfinite(tensor).all()):
+            raise ConfigError(_not_finite(self.folder, name))
         self.loaded_bytes += tensor.numel() * part.element_size()
         return tensor
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lobra.common.documents import read_json
 from lobra.common.errors import ConfigError
 from lobra.layout.shapes import ModelShape
 from lobra.model.checkpoint import needed_tensors, tensor_files
@@ -56,7 +57,7 @@ def fingerprint(folder: Path, shape: ModelShape, like: str = MARK) -> str:
     """
     if not like.startswith(MARK):
         return _of_file_starts(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     counted = {name: value for name, value in config.items() if name not in WITHOUT_EFFECT}
     digest = hashlib.sha256(json.dumps(counted, sort_keys=True).encode())
     files, headers = tensor_files(folder), {}

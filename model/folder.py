@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from lobra.common.errors import ConfigError
@@ -17,7 +18,7 @@ def tokenizer_folder(model: str) -> Path:
         There is no such folder.
     """
     for folder in (Path(model), MODELS_DIR / model):
-        if (folder / "tokenizer.json").is_file():
+        if os.path.isfile(folder / "tokenizer.json"):
             return folder
     return resolve_folder(model)
 
@@ -31,7 +32,7 @@ def resolve_folder(model: str) -> Path:
         There is no such folder, or it holds no safetensors file.
     """
     for folder in (Path(model), MODELS_DIR / model):
-        if (folder / "config.json").is_file():
+        if os.path.isfile(folder / "config.json"):
             if not any(folder.glob("*.safetensors")):
                 raise ConfigError(
                     f"{folder}: no *.safetensors file; only safetensors weights are read "

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lobra.common.errors import ConfigError
+from lobra.common.models import NumGpus, refusal
 from lobra.planner.deploy import Deployment, Options, as_json, deploy
 from lobra.planner.outcome import Progress, silent
 from lobra.planner.workload import Workload
@@ -47,7 +48,8 @@ def parse_range(text: str) -> list[int]:
         numbers = [int(part) for part in parts]
     except ValueError:
         numbers = []
-    if len(numbers) not in (2, 3) or numbers[0] < 1 or numbers[1] < numbers[0] or numbers[-1] < 1:
+    good = len(numbers) in (2, 3) and 1 <= numbers[0] <= numbers[1] and numbers[-1] >= 1
+    if not good or refusal(NumGpus, numbers[1]):
         raise ConfigError(f"--sweep-gpus: {text!r}; write LOW:HIGH or LOW:HIGH:STEP, as in 8:64:8")
     low, high = numbers[:2]
     step = numbers[2] if len(numbers) == 3 else max(1, -(-(high - low) // (MOST_SIZES - 1)))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lobra.common.errors import ConfigError
-from lobra.profiler.csv_rows import read_rows
+from lobra.profiler.csv_rows import MOST, read_rows
 from lobra.profiler.profiles import PROFILE_DIR, model_slug
 from lobra.profiler.sidecar import read_meta
 
@@ -110,7 +110,7 @@ def load_collectives(path: str | os.PathLike[str]) -> Collectives:
             num_bytes, time_ms = float(row["bytes"]), float(row["time"])
             if kind not in COLLECTIVE_KINDS:
                 raise ValueError(f"kind {kind!r} is none of {', '.join(COLLECTIVE_KINDS)}")
-            if ranks < 2 or num_bytes <= 0 or not 0 < time_ms < float("inf"):
+            if not (2 <= ranks <= MOST and 0 < num_bytes <= MOST and 0 < time_ms <= MOST):
                 raise ValueError("ranks is at least 2, bytes and time are positive and finite")
         except ValueError as error:
             problems.append(f"{path}: line {line}: {error}")

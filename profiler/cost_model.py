@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lobra.common.errors import ConfigError
+from lobra.common.errors import ConfigError, Problems
 from lobra.layout.layout import Layout
 from lobra.profiler import lookup
 from lobra.profiler.collectives import Collectives, default_collectives_path, load_collectives
@@ -22,6 +22,7 @@ from lobra.profiler.profiles import (
     default_head_path,
     default_time_path,
     load_time_profiles,
+    no_use,
     num_layers_of,
 )
 from lobra.profiler.sidecar import read_meta
@@ -277,9 +278,10 @@ def load_cost_model(
         raise ConfigError(lookup.no_time_profile(model, path))
     head_path, collectives_path = paths_beside(model, path)
     for beside in (head_path, collectives_path):
-        if beside.is_file():
+        if os.path.isfile(beside):
             _check_origins(path, beside)
-    head = load_head_profile(head_path) if head_path.is_file() else None
-    collectives = load_collectives(collectives_path) if collectives_path.is_file() else None
+    head = load_head_profile(head_path) if os.path.isfile(head_path) else None
+    collectives = load_collectives(collectives_path) if os.path.isfile(collectives_path) else None
     profile, *others = load_time_profiles(path).values()
+    Problems(text for own in (profile, *others) for text in no_use(own)).raise_if_any()
     return fit_cost_model(profile, num_layers_of(model), kind, head, collectives, others)

@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from lobra.common.documents import read_bytes, reading
 from lobra.common.errors import ConfigError
+
+MOST_ROWS = 5000  # of a profile; a sweep takes seconds for each
+#: Of a number in a profile: as a double it is exact, and a thousand of them add up.
+MOST = 10**12
 
 
 def read_rows(
@@ -26,15 +30,22 @@ def read_rows(
     ConfigError
         If the file is missing, not text, lacks a column or has no rows.
     """
-    try:
-        data = path.read_bytes()
-        text = data.decode("utf-8-sig")
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{path}: no such profile; make it with `{command}` or give its path"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as CSV text ({error})") from error
+    if not os.path.exists(path):
+        raise ConfigError(f"{path}: no such profile; make it with `{command}` or give its path")
+    data = read_bytes(path)
+    with reading(path):
+        rows = _rows(path, data.decode("utf-8-sig"), columns, optional)
+    if not rows:
+        raise ConfigError(f"{path}: has no rows; make the profile with `{command}`")
+    if len(rows) > MOST_ROWS:
+        raise ConfigError(f"{path}: has {len(rows)} rows, want at most {MOST_ROWS}")
+    return rows, hashlib.sha256(data).hexdigest()[:16]
+
+
+def _rows(
+    path: Path, text: str, columns: tuple[str, ...], optional: tuple[str, ...]
+) -> list[tuple[int, dict[str, str]]]:
+    """Return (line number, values by column) of every row that is not blank."""
     reader = csv.DictReader(text.splitlines(), skipinitialspace=True)
     header = [(name or "").strip() for name in reader.fieldnames or ()]
     reader.fieldnames = header
@@ -45,14 +56,11 @@ def read_rows(
             f"{','.join(columns)}, it is {','.join(header) or 'empty'}"
         )
     wanted = (*columns, *optional)
-    rows = [
+    return [
         (reader.line_num, {name: (row.get(name) or "").strip() for name in wanted})
         for row in reader
         if any((value or "").strip() for value in row.values() if isinstance(value, str))
     ]
-    if not rows:
-        raise ConfigError(f"{path}: has no rows; make the profile with `{command}`")
-    return rows, hashlib.sha256(data).hexdigest()[:16]
 
 
 def whole_numbers(
@@ -63,10 +71,10 @@ def whole_numbers(
     for name in names:
         try:
             number = float(row[name])
-            if not math.isfinite(number) or number != int(number):
+            if not abs(number) <= MOST or number != int(number):
                 raise ValueError
         except ValueError:
-            problems.append(f"{path}: line {line}: {name}: {row[name]!r} is not a whole number")
+            problems.append(f"{path}: line {line}: {name}: {row[name]!r:.60} is not a whole number")
             continue
         numbers.append(int(number))
     return tuple(numbers) if len(numbers) == len(names) else None
@@ -77,10 +85,13 @@ def finite_ms(path: Path, line: int, text: str, problems: list[str]) -> float | 
     try:
         value = float(text)
     except ValueError:
-        problems.append(f"{path}: line {line}: time: {text!r} is not a number of ms")
+        problems.append(f"{path}: line {line}: time: {text!r:.60} is not a number of ms")
         return None
-    if not math.isfinite(value):
-        problems.append(f"{path}: line {line}: time: {text} is not finite; measure the row again")
+    if not abs(value) <= MOST:
+        problems.append(
+            f"{path}: line {line}: time: {text} is not finite, or longer than any measurement; "
+            f"measure the row again"
+        )
         return None
     return value
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lobra.common.errors import ConfigError
+from lobra.common.models import NumGpus, NumTokens, refusal
 from lobra.layout.layout import Layout
 from lobra.profiler.csv_rows import finite_ms, read_rows, whole_numbers
 from lobra.profiler.sidecar import read_meta
@@ -24,6 +25,7 @@ MONOTONE_SLACK_TOKENS = 256  # a memory profile is bisected in steps of 256 toke
 # What may be lost by noise, and, between numbers of stages, because one of them does not divide the
 # layers: its first stage then keeps up to an eighth more layers' activations in flight.
 MONOTONE_SLACK, STAGES_SLACK = 1 / 32, 1 / 8
+CONTRADICTION = 10  # times a longer sequence's time, which no noise explains
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,6 +205,37 @@ def load_time_profiles(path: str | os.PathLike[str]) -> dict[str, TimeProfile]:
     return profiles
 
 
+def no_use(profile: TimeProfile) -> list[str]:
+    """Return a problem for every tp whose rows say nothing, or contradict each other.
+
+    One shape says nothing of longer or shorter sequences. Noise doubles a time; rows of which a
+    longer sequence takes a tenth of a shorter one's time are of two machines, or two units.
+    """
+    problems = []
+    path = profile.path
+    for tp in profile.tps:
+        rows = np.flatnonzero(profile.tp == tp)
+        shapes = set(zip(profile.seq_len[rows], profile.mbs[rows], strict=True))
+        if len(shapes) < 2:
+            problems.append(
+                f"{path}: tp {tp}: all rows are of one shape, want at least two numbers of tokens; "
+                f"measure more with `lobra profile time`"
+            )
+        for mbs in np.unique(profile.mbs[rows]):
+            own = rows[profile.mbs[rows] == mbs]
+            own = own[np.lexsort((-profile.time_ms[own], profile.seq_len[own]))]
+            longest_ms = np.maximum.accumulate(profile.time_ms[own])
+            less = np.flatnonzero(profile.time_ms[own] * CONTRADICTION < longest_ms)
+            if len(less):
+                row = own[less[0]]
+                problems.append(
+                    f"{path}: tp {tp}: {mbs} sequences of {profile.seq_len[row]} tokens in "
+                    f"{profile.time_ms[row]} ms, but as many no longer ones took "
+                    f"{longest_ms[less[0]]} ms; measure them again"
+                )
+    return problems
+
+
 def load_memory_profile(path: str | os.PathLike[str]) -> MemoryProfile:
     """Read a CSV with columns ``tp,pp,sp,max_tokens`` and, if it has it, ``memory``.
 
@@ -233,6 +266,12 @@ def load_memory_profile(path: str | os.PathLike[str]) -> MemoryProfile:
         entry = MemoryRow(tp, pp, sp, max_tokens, policy)
         if entry.tp < 1 or entry.pp < 1 or entry.sp < 0 or entry.max_tokens < 0:
             problems.append(f"{path}: line {line}: tp and pp are at least 1, max_tokens at least 0")
+            continue
+        if found := max_tokens and refusal(NumTokens, max_tokens):
+            problems.append(f"{path}: line {line}: max_tokens: {max_tokens}, want {found}")
+            continue
+        if found := refusal(NumGpus, tp * pp):
+            problems.append(f"{path}: line {line}: <{tp},{pp}> needs {tp * pp} GPUs, want {found}")
             continue
         key = (entry.tp, entry.pp, entry.sp, policy)
         if key in seen:

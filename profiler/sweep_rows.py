@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lobra.common.documents import read_bytes, reading
 from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
 from lobra.layout.layout import MEMORY_POLICIES
@@ -140,12 +141,11 @@ def read_sweep(
     meta.setdefault("rows", {})
     meta.setdefault("skipped", {})
     sweep = SweepFile(path, columns, num_keys, meta, memory=memory)
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as CSV text ({error})") from error
-    complete = text[: text.rfind("\n") + 1]
-    lines = list(csv.reader(complete.splitlines()))
+    data = read_bytes(path)
+    with reading(path):
+        text = data.decode("utf-8")
+        complete = text[: text.rfind("\n") + 1]
+        lines = list(csv.reader(complete.splitlines()))
     with_policies = (*columns, POLICY_COLUMN)
     sweep.has_policies = tuple(lines[0]) == with_policies if lines else memory != DEFAULT_POLICY
     if lines and tuple(lines[0]) not in (columns, with_policies):

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lobra.common.documents import parsing
 from lobra.common.files import write_atomic
 from lobra.report.experiment_plots import plot_tables
 from lobra.report.experiment_tables import TITLES, Tables, read_experiment
@@ -81,14 +82,15 @@ def report_experiment(folder: Path) -> list[Path]:
     ConfigError
         If a file of the folder is not readable.
     """
-    about, tables = read_experiment(folder)
-    console = Console()
-    console.print(_headline(about))
-    for name, columns in SHOWN.items():
-        if tables.get(name):
-            console.print(_terminal(TITLES[name], tables[name], columns))
     out = folder / FOLDER
-    pictures = plot_tables(tables, out)
+    console = Console()
+    with parsing(folder):
+        about, tables = read_experiment(folder)
+        console.print(_headline(about))
+        for name, columns in SHOWN.items():
+            if tables.get(name):
+                console.print(_terminal(TITLES[name], tables[name], columns))
+        pictures = plot_tables(tables, out)
     copies = []
     for name, rows in tables.items():
         copies.append(out / f"{name}.csv")

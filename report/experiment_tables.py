@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
+from lobra.common.documents import parsing, read_json, read_text, reading
 from lobra.common.errors import ConfigError
 from lobra.layout.trace import FIRST_STAGE_ROW, TRACE_FILE
 from lobra.report.intervals import reach_of_mean
@@ -55,7 +55,8 @@ def read_experiment(folder: Path) -> tuple[dict[str, Any], Tables]:
         If a file is missing or not readable.
     """
     if not (folder / ABOUT).is_file():
-        return _read_simulation(folder)
+        with parsing(folder / SIMULATION):
+            return _read_simulation(folder)
     tables = {path.stem: _read_csv(path) for path in sorted(folder.glob("*.csv"))}
     tables.pop("steps", None)
     ordered = {name: tables[name] for name in TITLES if tables.get(name)}
@@ -121,15 +122,10 @@ def _trace_rows(trace: Any) -> list[dict[str, str]]:
 
 
 def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not readable as JSON ({error})") from error
+    return read_json(path)
 
 
 def _read_csv(path: Path) -> list[dict[str, str]]:
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return [dict(row) for row in csv.DictReader(file)]
-    except (OSError, ValueError, csv.Error) as error:
-        raise ConfigError(f"{path}: not readable as CSV ({error})") from error
+    text = read_text(path)
+    with reading(path):
+        return [dict(row) for row in csv.DictReader(text.splitlines(keepends=True), strict=True)]

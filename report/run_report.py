@@ -77,7 +77,7 @@ def _overview(summary: RunSummary, folder: Path) -> Table:
         share = "" if summary.mfu is None else f", {summary.mfu:.1%} of its peak (MFU)"
         rows.append(("model's operations", f"{tera(summary.flops_per_s)}FLOP/s a {unit}{share}"))
     homogeneous = summary.planned.get("homogeneous") or {}
-    if planned and homogeneous.get("step_time_s"):
+    if planned and homogeneous.get("step_time_s") and homogeneous.get("plan"):
         best = homogeneous["step_time_s"] * sum(
             group["tp"] * group["pp"] * group["replicas"] for group in homogeneous["plan"]
         )

@@ -19,15 +19,18 @@ from pydantic_core import PydanticCustomError
 from lobra.common.documents import read_document
 from lobra.common.errors import ConfigError, Problems, did_you_mean
 from lobra.common.models import (
+    AtMost,
     Count,
     FileModel,
     Flag,
     FolderName,
     Mistake,
     NotNegative,
+    NumTokens,
     OneOf,
     Positive,
     PositiveInt,
+    Rank,
     Share,
     Text,
     Wanted,
@@ -100,34 +103,34 @@ class TaskConfig(FileModel):
 
     name: FolderName
     """The adapter's folder; the task in metrics and reports."""
-    rank: PositiveInt
+    rank: Rank
     """Rank of the adapter, LoRA's r."""
-    lora_alpha: Positive
+    lora_alpha: Annotated[Positive, AtMost(10**6)]
     """The adapter is scaled by lora_alpha / rank."""
     target_modules: _Modules
     """all-linear, or a list of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj."""
-    global_batch_size: PositiveInt
+    global_batch_size: Annotated[PositiveInt, AtMost(2**20)]
     """Sequences of this task in every step, over all devices."""
     dataset_name: _Names
     """<data-dir>/<name>.jsonl, a path, an embedded task, or owner/name of the Hugging Face hub; of
     several, the rows one after another."""
-    context_length: PositiveInt
+    context_length: NumTokens
     """Most tokens of a sequence; longer ones are cut."""
     json_key: Text | None = None
     """The field that holds the text of a row without instructions, if not text."""
     max_samples: PositiveInt | None = None
     """At most so many rows of each of its data sets, the first ones."""
-    steps: PositiveInt | None = None
+    steps: Annotated[PositiveInt, AtMost(10**9)] | None = None
     """Steps of this task; steps or epochs must be given."""
-    epochs: PositiveInt = 1
+    epochs: Annotated[PositiveInt, AtMost(10**6)] = 1
     """Passes over its data, where steps is not given."""
-    learning_rate: Positive = 1e-4
+    learning_rate: Annotated[Positive, AtMost(10, "AdamW moves a weight by it in a step")] = 1e-4
     """Of AdamW, whose betas are 0.9 and 0.999."""
     weight_decay: NotNegative = 0.0
     """AdamW's."""
     lr_scheduler: _Scheduler = "constant"
     """Over the task's own steps, as in transformers."""
-    warmup_steps: Count = 0
+    warmup_steps: Annotated[Count, AtMost(10**9)] = 0
     """Steps in which the learning rate rises from 0."""
     max_grad_norm: Annotated[NotNegative, Wanted("a number of 0 or more (0: no clipping)")] = 1.0
     """The norm the task's gradient is clipped to; 0: never."""
@@ -162,7 +165,13 @@ class TaskConfig(FileModel):
 
     @classmethod
     def contradictions(cls, given: Mapping[str, Any]) -> Mapping[str, Mistake]:
-        """Return what is wrong with the task's steps."""
+        """Return what is wrong with the task's steps, and with its decay."""
+        rate, decay = given.get("learning_rate", cls.learning_rate), given.get("weight_decay")
+        if _is_number(rate) and _is_number(decay) and rate * decay > 1:
+            text = (
+                f"want at most 1 / learning_rate, {1 / rate:g}: a step would turn every weight over"
+            )
+            return {"weight_decay": Mistake(text, decay)}
         steps, warmup = given.get("steps"), given.get("warmup_steps")
         if isinstance(steps, int) and isinstance(warmup, int) and warmup > steps > 0:
             return {"warmup_steps": Mistake(f"want at most the task's steps, {steps}", warmup)}
@@ -170,6 +179,11 @@ class TaskConfig(FileModel):
         if not {"steps", "epochs"} & (given.keys() | meant):
             return {"steps": Mistake("neither steps nor epochs is given, want at least one")}
         return {}
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether a value is a positive number that arithmetic takes."""
+    return type(value) in (int, float) and 0 < value < 1e100
 
 
 def _named(entries: Any) -> Any:
@@ -255,13 +269,15 @@ class TrainerConfig:
     """The tasks of one run, and the file they came from.
 
     ``variant`` is LobRA's: whether its query, key and value projections were one module
-    (``fused``) or three (``canonical``). Here both mean the same three.
+    (``fused``) or three (``canonical``). Here both mean the same three. ``numbers`` are the tasks'
+    places in the file, from 0; where bad ones were left out, not all are there.
     """
 
     name: str
     variant: str
     tasks: tuple[TaskConfig, ...]
     path: Path
+    numbers: tuple[int, ...] = ()
 
 
 def clip_context(tasks: Sequence[TaskConfig], max_seq_length: int | None) -> tuple[TaskConfig, ...]:
@@ -274,7 +290,9 @@ def clip_context(tasks: Sequence[TaskConfig], max_seq_length: int | None) -> tup
 
 
 def load_trainer_config(
-    name_or_path: str | os.PathLike[str], num_tasks: int | None = None
+    name_or_path: str | os.PathLike[str],
+    num_tasks: int | None = None,
+    left_out: Problems | None = None,
 ) -> TrainerConfig:
     """Return the trainer configuration of a name (``trainer_config/<name>.json``) or of a path.
 
@@ -285,6 +303,8 @@ def load_trainer_config(
         folder and then among the task sets that are installed with the project.
     num_tasks
         Use the first ``num_tasks`` tasks, whatever ``train_task_num`` says.
+    left_out
+        If it is given, tasks with mistakes are left out, and it gets these.
 
     Raises
     ------
@@ -294,6 +314,10 @@ def load_trainer_config(
     path = _find_config(name_or_path)
     document = read_document(path)
     problems = Problems()
+    numbers: Sequence[int] = ()
+    if left_out is not None:
+        document, numbers = _without_bad_tasks(document, path, num_tasks, left_out)
+        num_tasks = None if numbers else num_tasks
     file = read_as(TaskFile, document, problems)
     entries = document.get("task") if isinstance(document, dict) else None
     listed = len(entries) if isinstance(entries, list) else 0
@@ -307,7 +331,34 @@ def load_trainer_config(
     problems.prefixed(f"{path}: ").raise_if_any()
     assert file is not None
     tasks = tuple(file.task[: num_tasks or file.train_task_num])
-    return TrainerConfig(path.stem, file.variant, tasks, path)
+    return TrainerConfig(path.stem, file.variant, tasks, path, tuple(numbers or range(len(tasks))))
+
+
+def _without_bad_tasks(
+    document: Any, path: Path, num_tasks: int | None, left_out: Problems
+) -> tuple[Any, list[int]]:
+    """Return a task file's content without tasks that have mistakes, and the others' places."""
+    entries = document.get("task") if isinstance(document, dict) else None
+    if not isinstance(entries, list):
+        return document, []
+    asked = num_tasks or document.get("train_task_num") or len(entries)
+    if type(asked) is not int or not 0 < asked <= len(entries):
+        return document, []  # a mistake of the file's own
+    named = _named(entries[:asked])
+    found = Problems()
+    good = []
+    for number, entry in enumerate(named):
+        own = Problems()
+        read_as(TaskFile, {"task": [entry]}, own)
+        place = f"{path}: task[{number}]"
+        found += own.changed(lambda text, place=place: place + text.removeprefix("task[0]"))  # type: ignore[misc]
+        if not own:
+            good.append(number)
+    if not good:
+        return document, []  # all of them are told as without leaving out
+    left_out += found
+    kept = {**document, "task": [named[number] for number in good]}
+    return {name: value for name, value in kept.items() if name != "train_task_num"}, good
 
 
 def _find_config(name_or_path: str | os.PathLike[str]) -> Path:

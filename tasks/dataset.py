@@ -20,11 +20,11 @@ from lobra.tasks.config import TaskConfig
 from lobra.tasks.data_report import DataReport
 from lobra.tasks.encoding import Ids, Mask, cut
 from lobra.tasks.formats import Reading
-from lobra.tasks.rows import read_rows
+from lobra.tasks.rows import Rows, read_rows
 from lobra.tasks.sampling import split_sequences
 from lobra.tasks.sources import resolve_dataset
 from lobra.tasks.text_processor import TextProcessor
-from lobra.tasks.text_rows import MASKED, TextRow
+from lobra.tasks.text_rows import MASKED, Row, TextRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -33,7 +33,11 @@ __all__ = ["MASKED", "TokenizedDataset", "load_dataset", "resolve_dataset", "spl
 
 #: A task's fields that decide how its rows become tokens.
 _SETTINGS = ("prompt", "json_key", "train_on_inputs", "context_length", "max_samples")
-_BATCH = 2048  # texts per call: bounds the memory of the tokenizer's results
+#: Texts and characters per call: a tokenizer's results take some 200 bytes a character.
+_BATCH, _BATCH_CHARACTERS = 2048, 1 << 20
+#: Of one text. A context holds a few characters a token, so more is cut away in any case; but where
+#: it is cut follows from the lengths of all of it, so it is refused, not cut before.
+_MOST_CHARACTERS, _CHARACTERS_PER_TOKEN = 1 << 20, 64
 _ARRAYS = {"tokens": np.int32, "labels": np.int32, "offsets": np.int64}
 
 
@@ -123,7 +127,7 @@ class TokenizedDataset:
         try:
             for name, dtype in _ARRAYS.items():
                 path = folder / f"{name}.npy"
-                arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
+                arrays[name] = np.lib.format.open_memmap(path, mode="r")
                 if arrays[name].ndim != 1 or arrays[name].dtype != dtype:
                     raise ConfigError(f"{path}: want {np.dtype(dtype)} of one axis")
             counts = json.loads((folder / "counts.json").read_text())
@@ -152,6 +156,7 @@ def load_dataset(
     tokenizer: PreTrainedTokenizerFast | TextProcessor,
     data_dir: str | os.PathLike[str],
     vocab_size: int | None = None,
+    confine: Path | None = None,
 ) -> TokenizedDataset:
     """Return a task's data set, tokenised, its prompts masked, cut to its context length.
 
@@ -168,6 +173,8 @@ def load_dataset(
         Where data sets lie.
     vocab_size
         Ids of tokenised rows must be below it; None: not checked.
+    confine
+        The folder that its files must lie in; None: anywhere.
 
     Raises
     ------
@@ -175,7 +182,7 @@ def load_dataset(
         If a file is missing, has mistakes (all are named), or nothing in it can be learned.
     """
     processor = TextProcessor.of(tokenizer)
-    files = _files(task, Path(data_dir))
+    files = _files(task, Path(data_dir), confine)
     entry = None
     if processor.digest is not None:
         made_from = {
@@ -194,13 +201,13 @@ def load_dataset(
     return data
 
 
-def _files(task: TaskConfig, data_dir: Path) -> list[Path]:
+def _files(task: TaskConfig, data_dir: Path, confine: Path | None) -> list[Path]:
     """Return the files of a task's data sets; mine or fetch what must be."""
     problems = Problems()
     files = []
     for name in task.dataset_names:
         try:
-            files.append(resolve_dataset(name, data_dir))
+            files.append(resolve_dataset(name, data_dir, confine))
         except ConfigError as error:
             problems += error.problems
     problems.raise_if_any()
@@ -278,11 +285,13 @@ def _sequences(
             read.append((path, read_rows(path, reading)))
         except ConfigError as error:
             problems += error.problems
+    for path, rows in read:
+        problems += _endless(path, rows, task.context_length)
     problems.raise_if_any()
     for path, rows in read:
         report.add_file(path, rows)
-        for start in range(0, len(rows.rows), _BATCH):
-            batch = rows.rows[start : start + _BATCH]
+        for start, end in _batches(rows.rows):
+            batch = rows.rows[start:end]
             texts = [row for row in batch if isinstance(row, TextRow)]
             encoded = iter(processor.encoder.encode(texts) if texts else ())
             for place, row in zip(rows.places[start:], batch, strict=False):
@@ -295,6 +304,30 @@ def _sequences(
                 fitted = _fitted(task, f"{path}: {place}", tokens, learned, report)
                 if fitted is not None:
                     yield fitted
+
+
+def _batches(rows: Sequence[Row]) -> Iterator[tuple[int, int]]:
+    """Yield where batches of rows begin and end, each of bounded size unless it is one row."""
+    start = characters = 0
+    for end, row in enumerate(rows):
+        own = len(row.text) if isinstance(row, TextRow) else 0
+        if end - start == _BATCH or (end > start and characters + own > _BATCH_CHARACTERS):
+            yield start, end
+            start, characters = end, 0
+        characters += own
+    if start < len(rows):
+        yield start, len(rows)
+
+
+def _endless(path: Path, rows: Rows, context_length: int) -> Iterator[str]:
+    """Yield a problem for every text that is too long to be tokenised for this context."""
+    most = max(_MOST_CHARACTERS, _CHARACTERS_PER_TOKEN * context_length)
+    for place, row in zip(rows.places, rows.rows, strict=True):
+        if isinstance(row, TextRow) and len(row.text) > most:
+            yield (
+                f"{path}: {place}: its text has {len(row.text)} characters, want at most {most} "
+                f"with context_length {context_length}: cut it, or divide it into rows"
+            )
 
 
 def _fitted(

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lobra.common.errors import ConfigError
+from lobra.common.documents import MOST_BYTES, check_regular, read_json, reading
+from lobra.common.errors import ConfigError, Problems, show
 
 Lengths = NDArray[np.int64]
 #: Instead of a file: lengths like those of LobRA's data sets (`tasks.published_lengths`).
 PUBLISHED_LENGTHS = Path("published")
+MOST_TOKENS = 2**40  # of a sequence: what a plan is made for are lengths cut to a context
 
 
 def load_lengths(path: str | Path) -> dict[str, Lengths]:
@@ -35,9 +37,9 @@ def load_lengths(path: str | Path) -> dict[str, Lengths]:
         from lobra.tasks.published_lengths import MIXTURES, published_lengths
 
         return {name: published_lengths(name) for name in MIXTURES}
-    if path.is_dir():
+    if os.path.isdir(path):
         found = _load_folder(path)
-    elif path.is_file():
+    elif os.path.isfile(path):
         found = _load_json(path)
     else:
         raise ConfigError(
@@ -53,12 +55,7 @@ def load_lengths(path: str | Path) -> dict[str, Lengths]:
 
 
 def _load_json(path: Path) -> dict[str, tuple[str, Any]]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: line {error.lineno}: not valid JSON: {error.msg}") from None
+    document = read_json(path)
     if not isinstance(document, dict) or not document:
         raise ConfigError(f"{path}: want an object with a list of lengths for each task")
     return {name: (f"{path}: {name}", values) for name, values in document.items()}
@@ -69,14 +66,14 @@ def _load_folder(path: Path) -> dict[str, tuple[str, Any]]:
     if not files:
         raise ConfigError(f"{path}: no .npy file in this folder, want one per task")
     found: dict[str, tuple[str, Any]] = {}
-    problems = []
+    problems = Problems()
     for file in files:
-        try:
-            found[file.stem] = (str(file), np.load(file, allow_pickle=False))
-        except (ValueError, EOFError) as error:
-            problems.append(f"{file}: not an array of numbers ({error})")
-    if problems:
-        raise ConfigError(problems)
+        with problems.noted(), reading(file):
+            check_regular(file, MOST_BYTES)
+            with file.open("rb") as content:
+                values = np.lib.format.read_array(content, allow_pickle=False)
+            found[file.stem] = (str(file), values)
+    problems.raise_if_any()
     return found
 
 
@@ -86,7 +83,7 @@ def _check(values: Any, where: str, problems: list[str]) -> Lengths:
     if isinstance(values, list):
         for index, value in enumerate(values):
             if not isinstance(value, int) or isinstance(value, bool):
-                problems.append(f"{where}[{index}] = {value!r}: want a positive integer")
+                problems.append(f"{where}[{index}] = {show(value)}: want a positive integer")
                 return nothing
         try:
             array = np.array(values, dtype=np.int64)
@@ -105,6 +102,9 @@ def _check(values: Any, where: str, problems: list[str]) -> Lengths:
         return nothing
     if not len(array):
         problems.append(f"{where}: is empty, want at least one length")
+    elif array.max() > MOST_TOKENS:
+        index = int(np.argmax(array > MOST_TOKENS))
+        problems.append(f"{where}[{index}] = {array[index]}: want at most {MOST_TOKENS} tokens")
     elif array.min() < 1:
         index = int(np.argmax(array < 1))
         problems.append(f"{where}[{index}] = {array[index]}: want a positive integer")

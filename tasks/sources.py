@@ -10,6 +10,7 @@ from typing import Any
 
 from lobra.common.errors import ConfigError, did_you_mean
 from lobra.common.files import atomic_path
+from lobra.tasks.confinement import is_inside
 from lobra.tasks.tables import SUFFIXES, without_nulls
 
 #: Data sets that scripts/create_finetune_datasets.sh fetches, by the names LobRA's files use.
@@ -28,17 +29,18 @@ PUBLISHED = (
     "meetingbank",
 )
 
+_MOST_CHARACTERS = 1000  # of a name
 _HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([\w.-]+))?")
 
 
-def resolve_dataset(dataset_name: str, data_dir: str | Path) -> Path:
+def resolve_dataset(dataset_name: str, data_dir: str | Path, confine: Path | None = None) -> Path:
     """Return the file of a data set; mine or fetch it first if it must be.
 
     Tried in this order: ``<data_dir>/<dataset_name>.jsonl`` and the other suffixes of
     `tasks.tables.SUFFIXES`; the path ``dataset_name``, from the working folder and from
     ``data_dir``; an embedded task, which is mined into ``data_dir``; a hub
     name ``owner/name`` or ``owner/name:configuration``, whose training split is fetched once into
-    ``data_dir``.
+    ``data_dir``. With ``confine`` only files in that folder are looked at.
 
     Raises
     ------
@@ -47,12 +49,23 @@ def resolve_dataset(dataset_name: str, data_dir: str | Path) -> Path:
     """
     from lobra.tasks.corpus import EMBEDDED, ensure_corpus
 
+    if len(dataset_name) > _MOST_CHARACTERS:
+        raise ConfigError(
+            f"dataset_name = {dataset_name[:60]!r} and more: no such data set: names have at most "
+            f"{_MOST_CHARACTERS} characters"
+        )
     data_dir = Path(data_dir)
     hub_name = _HUB_NAME.fullmatch(dataset_name)
     looked = [data_dir / f"{dataset_name}{suffix}" for suffix in SUFFIXES]
     looked += [Path(dataset_name), data_dir / dataset_name]
     if hub_name:
         looked.append(data_dir / f"{re.sub(r'[/:]', '--', dataset_name)}.jsonl")
+    num_looked = len(looked)
+    looked = [path for path in looked if is_inside(path, confine)]
+    if len(looked) < num_looked and not any(map(os.path.isfile, looked)):
+        raise ConfigError(
+            f"dataset_name = {dataset_name!r}: no such data set in {confine} (--confine)"
+        )
     for path in looked:
         if os.path.isfile(path):  # False, not an error, for names no file can have
             return path

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lobra.common.documents import check_regular, parse_json, parsing, read_text
 from lobra.common.errors import ConfigError, show
 from lobra.tasks.fields import TOKEN_FIELDS
 
@@ -45,6 +46,7 @@ def read_table(path: Path, report: Report) -> Iterator[tuple[str, Fields]]:
     ConfigError
         If the file cannot be read as what its suffix says.
     """
+    check_regular(path)
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return _read_parquet(path)
@@ -93,20 +95,9 @@ def _read_lines(path: Path, report: Report) -> Iterator[tuple[str, Fields]]:
 
 
 def _read_array(path: Path, report: Report) -> Iterator[tuple[str, Fields]]:
-    try:
-        rows = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path}: not UTF-8 text ({error.reason} at byte {error.start})"
-        ) from None
-    except RecursionError:
-        raise ConfigError(f"{path}: nested too deeply") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"{path}: line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
-        ) from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    text = read_text(path, most_bytes=None)
+    with parsing(path):
+        rows = parse_json(text, takes_doubled_fields=True)
     for number, row in enumerate(rows, 1):
         if isinstance(row, dict):
             yield f"row {number}", row

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lobra.common.errors import ConfigError
+from lobra.common.errors import ConfigError, show
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -47,6 +47,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
         raise
     except Exception as error:  # the Rust library raises bare Exception for every malformed file
         raise ConfigError(f"{folder}: the tokenizer cannot be read: {error}") from error
+    if not isinstance(tokenizer.chat_template, str | dict | None):
+        raise ConfigError(f"{folder}: chat_template = {show(tokenizer.chat_template)}: want a text")
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"{folder}: the tokenizer has no end token: name it as eos_token in "

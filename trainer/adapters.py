@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lobra.common.documents import read_json
 from lobra.common.errors import ConfigError, Problems, show
 from lobra.common.files import new_draft, replace_folder, write_atomic
 from lobra.layout.shapes import ModelShape
@@ -115,11 +117,11 @@ def check_adapter(folder: Path, spec: AdapterSpec, shape: ModelShape) -> Problem
     """Return what is wrong with starting a task from this PEFT adapter folder (empty: nothing)."""
     config_path = folder / CONFIG_FILE
     weights_path = folder / WEIGHTS_FILE
-    missing = [str(path) for path in (config_path, weights_path) if not path.is_file()]
+    missing = [str(path) for path in (config_path, weights_path) if not os.path.isfile(path)]
     if missing:
         return Problems([f"task {spec.name}: resume_from: {', '.join(missing)} not found"])
     try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
+        config = read_json(config_path)
         with safe_open(weights_path, framework="pt") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
     except Exception as error:  # any unreadable file is the same mistake

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lobra.common.documents import read_document
+from lobra.common.documents import check_regular, read_document
 from lobra.common.errors import ConfigError, Problems
 from lobra.common.files import new_draft, remove_folder, replace_folder, write_atomic
 from lobra.common.models import Count, FileModel, OneOf, Positive, read_as
@@ -192,9 +192,10 @@ def _tensors(folder: Path, name: str) -> dict[str, tuple[int, ...]]:
     if not (folder / name).is_file():
         raise _Broken(f"{name} is missing")
     try:
+        check_regular(folder / name)
         with safe_open(folder / name, framework="pt") as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in list(file.keys())}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ConfigError) as error:
         raise _Broken(f"{name} is damaged ({error})") from error
 
 

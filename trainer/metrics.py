@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO
 
-from lobra.common.errors import ConfigError
+from lobra.common.documents import check_regular, parse_json, reading
+from lobra.common.errors import Problems
 from lobra.common.files import write_atomic
+from lobra.common.models import read_as
+from lobra.trainer.logged_step import LoggedStep
+
+log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
-REMEDY = "restore the file, or move it away: the run then goes on without its earlier steps"
 
 
 @dataclass(frozen=True)
@@ -187,55 +192,68 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def check_metrics(folder: Path, step: int, last: dict[str, Any] | None) -> list[int]:
-    """Check what a run that goes on after `step` steps keeps of metrics.jsonl; change nothing.
+@dataclass(frozen=True)
+class KeptMetrics:
+    """What a run that goes on keeps of metrics.jsonl, and what is wrong with the rest.
 
-    Returns
-    -------
-    list of int
-        The steps before `step` that it lacks (0-based): they will be missing from reports.
+    Attributes
+    ----------
+    steps
+        Lines of steps before the one it goes on at, ascending.
+    damage
+        Why lines, or all of them, are left out.
+    """
 
-    Raises
-    ------
-    ConfigError
-        A line is not a step's, steps are not in order, or the step before is another
-        than `last`, the one that the checkpoint holds.
+    steps: list[dict[str, Any]]
+    damage: Problems
+
+    def missing(self, step: int) -> list[int]:
+        """Return the steps before ``step`` (0-based) that reports will not have."""
+        return sorted(set(range(step)) - {entry["step"] for entry in self.steps})
+
+
+def kept_metrics(folder: Path, step: int, last: dict[str, Any] | None) -> KeptMetrics:
+    """Return what a run that goes on after ``step`` steps keeps of its log; change nothing.
+
+    ``last``, if it is known, is the line of the step before, which its checkpoint holds: a run that
+    was killed before it had written that gets it back. A log is no reason not to train: lines that
+    are no step's are left out, and all of them if the file is another run's.
     """
     path = folder / METRICS_FILE
-    try:
-        steps = read_metrics(folder) if path.exists() else []
-    except ConfigError as error:
-        raise ConfigError(error.problems.changed(lambda text: f"{text}; {REMEDY}")) from error
-    for number, (one, two) in enumerate(pairwise(steps), start=2):
-        if two["step"] <= one["step"]:
-            raise ConfigError(
-                f"{path}:{number}: step {two['step']} after step {one['step']}, want them "
-                f"ascending; {REMEDY}"
-            )
-    known = {entry["step"]: entry for entry in steps}
+    found, damage = _logged_steps(folder) if os.path.lexists(path) else ([], Problems())
+    steps: list[dict[str, Any]] = []
+    for entry in found:
+        if steps and entry["step"] <= steps[-1]["step"]:
+            damage.add(f"{path}: step {entry['step']} after step {steps[-1]['step']}")
+        else:
+            steps.append(entry)
+    steps = [entry for entry in steps if entry["step"] < step]
     if last is not None:
-        own = known.setdefault(last["step"], last)
-        if own.get("tasks") != last.get("tasks"):
-            raise ConfigError(
+        known = {entry["step"]: entry for entry in steps}
+        if known.setdefault(last["step"], last).get("tasks") != last.get("tasks"):
+            damage.add(
                 f"{path}: step {last['step']} is not the step that the checkpoint was saved after: "
-                f"the file is of another run; {REMEDY}"
+                f"the file is of another run"
             )
-    return sorted(set(range(step)) - known.keys())
+            known = {last["step"]: last}
+        steps = [known[number] for number in sorted(known)]
+    return KeptMetrics(steps, damage)
 
 
 def restore_metrics(folder: Path, step: int, last: dict[str, Any] | None) -> None:
     """Make metrics.jsonl what it was after `step` steps, for a run that goes on from there.
 
-    Steps that will be trained again are removed. The last one before, if a run was killed before
-    it had written that, is `last` (None: not known).
+    Steps that will be trained again are removed. A file of which not all is kept that should be
+    is set aside, as ``metrics.jsonl.damaged``.
     """
-    there = (folder / METRICS_FILE).exists()
-    kept = [entry for entry in read_metrics(folder) if entry["step"] < step] if there else []
-    if last is not None and (not kept or kept[-1]["step"] < last["step"]):
-        kept.append(last)
-    if kept or there:
-        lines = "".join(json.dumps(entry) + "\n" for entry in kept)
-        write_atomic(folder / METRICS_FILE, lines)
+    path = folder / METRICS_FILE
+    kept = kept_metrics(folder, step, last)
+    if kept.damage:
+        aside = path.with_name(f"{path.name}.damaged")
+        log.warning("%s: set aside as %s: %s", path, aside.name, kept.damage)
+        os.replace(path, aside)
+    if kept.steps or path.exists():
+        write_atomic(path, "".join(json.dumps(entry) + "\n" for entry in kept.steps))
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -246,20 +264,29 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     ConfigError
         The file cannot be read, or a line before the last is not a step's.
     """
-    path = folder / METRICS_FILE
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not readable ({error})") from error
-    steps = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise ConfigError(f"{path}:{number}: not a step's line ({error})") from error
-        if not isinstance(entry, dict) or type(entry.get("step")) is not int:
-            raise ConfigError(f"{path}:{number}: not a step's line: {line:.60}")
-        steps.append(entry)
+    steps, problems = _logged_steps(folder)
+    problems.raise_if_any()
     return steps
+
+
+def _logged_steps(folder: Path) -> tuple[list[dict[str, Any]], Problems]:
+    """Return the lines of metrics.jsonl that are a step's, and what is wrong with the others."""
+    path = folder / METRICS_FILE
+    problems = Problems()
+    steps = []
+    with problems.noted():
+        check_regular(path)
+        with reading(path):
+            lines = path.read_bytes().splitlines()
+        for number, line in enumerate(lines, start=1):
+            found = Problems()
+            try:
+                entry = parse_json(line.decode())
+            except ValueError as error:
+                if number < len(lines):
+                    problems.add(f"{path}:{number}: not a step's line ({error})")
+                continue
+            read_as(LoggedStep, entry, found)
+            problems += found.prefixed(f"{path}:{number}: not a step's line: ")
+            steps += [] if found else [entry]
+    return steps, problems

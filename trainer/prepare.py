@@ -6,6 +6,7 @@ All mistakes are collected and reported at once; nothing is written until there 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
@@ -23,7 +24,9 @@ from lobra.common.options import (
     ModelName,
     NonNegativeInt,
     NumBuckets,
+    NumGpus,
     NumTasks,
+    NumTokens,
     PlanName,
     PositiveInt,
     Seed,
@@ -51,21 +54,21 @@ from lobra.tasks.data_report import summary_text
 from lobra.tasks.dataset import TokenizedDataset, split
 from lobra.tasks.sampling import num_steps
 from lobra.tasks.text_processor import TextProcessor
-from lobra.trainer.adapters import adapter_spec, check_adapter
 from lobra.trainer.batching import chosen_batching, fixed_buckets
 from lobra.trainer.checkpoint import CheckpointState, read_state
-from lobra.trainer.metrics import METRICS_FILE, check_metrics
+from lobra.trainer.metrics import METRICS_FILE, kept_metrics
 from lobra.trainer.resume_checks import resume_problems, revival_problems, task_record
 from lobra.trainer.run_config import PlanPeriod, plan_history, resolved_config
 from lobra.trainer.run_folder import occupied, unusable, write_run_folder
 from lobra.trainer.run_spec import RunSpec
 from lobra.trainer.step_trace import steps_of
-from lobra.trainer.task_data import foreign_tokens, load_datasets, too_long
+from lobra.trainer.task_data import TaskChecks, tasks_with_data, warn_of_greedy_tasks
 from lobra.trainer.trackers import trackers_of
 
 log = logging.getLogger(__name__)
 
 DEFAULT_PERIOD = 10  # steps between evaluations, where a task asks for them
+RANK_BYTES = 64 << 20  # of its own, the least that a rank's process takes on a CPU
 ONE_MACHINE = 1 << 30  # a CPU machine is one node, however many ranks it runs
 
 #: None: a new run. Empty: the last checkpoint.
@@ -97,6 +100,11 @@ class TrainRequest:
     dispatch
         Bucketed: balance all replicas, or go by length; by default EXPR_DATA_DISPATCH, else
         balance.
+    confine
+        Refuse tasks whose dataset_name or resume_from lies outside of this folder (links followed),
+        and leave values out of messages on their data.
+    skip_bad_tasks
+        Train the other tasks where some have mistakes.
     feedback
         Let measured replica times correct the dispatcher; by default on for GPUs, off on CPU, where
         a run is then reproducible bit for bit.
@@ -132,10 +140,10 @@ class TrainRequest:
     strategy_config: PlanName
     output_dir: Path
     data_dir: DataDir = Path("data")
-    num_gpus: PositiveInt | None = None
+    num_gpus: NumGpus | None = None
     num_tasks: NumTasks = None
     max_steps: PositiveInt | None = None
-    max_seq_length: PositiveInt | None = None
+    max_seq_length: NumTokens | None = None
     precision: Literal["fp32", "bf16", "fp64"] | None = None
     device: Device = "auto"
     batching: Batching | None = None
@@ -144,6 +152,8 @@ class TrainRequest:
     dispatch: Literal["balance", "group"] | None = None
     seed: Seed = 0
     memory: MemoryPolicy | None = None
+    confine: Path | None = None
+    skip_bad_tasks: bool = False
     feedback: Switch | None = None
     validate_every: NonNegativeInt | None = None
     save_every: NonNegativeInt | None = None
@@ -198,8 +208,12 @@ def prepare(request: TrainRequest) -> RunSpec:
     """
     request, problems = within_bounds(request)
     checks = _Collector([*problems, *request.mistakes])
+    left_out = Problems() if request.skip_bad_tasks else checks.problems
     config: TrainerConfig | None = checks.attempt(
-        load_trainer_config, request.trainer_config, request.num_tasks
+        load_trainer_config,
+        request.trainer_config,
+        request.num_tasks,
+        left_out if request.skip_bad_tasks else None,
     )
     plan: Plan | None = checks.attempt(requested_plan, request)
     folder: Path | None = checks.attempt(resolve_folder, request.model)
@@ -209,7 +223,10 @@ def prepare(request: TrainRequest) -> RunSpec:
         unusable_base = checkpoint_problems(folder, shape)
         checks.problems += unusable_base
     state: CheckpointState | None = None
-    blocked = unusable(request.output_dir)
+    if request.confine is not None and not os.path.isdir(request.confine):
+        checks.problems.add(f"--confine {request.confine}: no such folder")
+    inputs = [request.data_dir, *([folder] if folder else [])]
+    blocked = unusable(request.output_dir, inputs)
     if not request.is_resumed:
         blocked = blocked or occupied(request.output_dir)
     checks.problems += blocked
@@ -217,8 +234,7 @@ def prepare(request: TrainRequest) -> RunSpec:
         state = checks.attempt(read_state, request.output_dir, request.resume_step)
         if state is not None:
             checks.problems += revival_problems(state, request.revive)
-            gone = checks.attempt(check_metrics, request.output_dir, state.step, state.last_metrics)
-            _warn_of_missing_steps(request.output_dir, gone or [])
+            _warn_of_the_log(request.output_dir, state)
     if request.revive and not request.is_resumed:
         checks.problems.add("--revive: only a run that goes on (--resume) has stopped tasks")
     if plan is not None and request.num_gpus is not None and plan.num_gpus > request.num_gpus:
@@ -241,7 +257,7 @@ def prepare(request: TrainRequest) -> RunSpec:
         chosen_batching, request.batching, request.dp_bucket, request.dispatch, plan
     )
     world: World | None = None
-    if plan is not None:
+    if plan is not None and device is not None:
         world = checks.attempt(place_plan, plan, request, device)
     if shape is not None and plan is not None:
         checks.problems += [
@@ -255,35 +271,31 @@ def prepare(request: TrainRequest) -> RunSpec:
     checks.problems += without_profile
     if shape is not None and plan is not None and not without_profile:
         cost_model = checks.attempt(dispatch_costs, request, plan)
-    datasets: list[TokenizedDataset] = []
+    tasks: tuple[TaskConfig, ...] = ()
+    datasets: tuple[TokenizedDataset, ...] = ()
     buckets: tuple[int, ...] = ()
     if blocked or (request.is_resumed and state is None):  # before tokenising for nothing
         checks.raise_if_any()
     if config is not None and folder is not None:
-        tasks = clip_context(config.tasks, request.max_seq_length)
-        for number, task in enumerate(tasks):
-            # A run that goes on has its adapters in the checkpoint.
-            if task.resume_from and shape is not None and not request.is_resumed:
-                start = Path(task.resume_from)
-                where = f"{config.path}: task[{number}].resume_from"
-                found = check_adapter(start, adapter_spec(task), shape)
-                checks.problems += found.prefixed(f"{where}: ")
         model_folder = folder
         processor = TextProcessor.of_folder(lambda: model_folder, _first_day(state))
-        datasets = load_datasets(
-            checks.problems,
-            config.path,
-            tasks,
+        task_checks = TaskChecks(
             processor,
             request.data_dir,
-            shape.vocab_size if shape else None,
+            shape,
+            plan,
+            batching,
+            request.confine,
+            not request.is_resumed,
         )
-        if plan is not None:
-            checks.problems += too_long(tasks, datasets, plan, batching, config.path)
-            if batching == "bucketed" and request.dp_bucket == "off":
+        clipped = clip_context(config.tasks, request.max_seq_length)
+        kept = tasks_with_data(config, clipped, task_checks, left_out)
+        if kept and (request.skip_bad_tasks or len(kept) == len(clipped)):
+            tasks, datasets = zip(*kept, strict=True)
+            if plan is not None and batching == "bucketed" and request.dp_bucket == "off":
                 buckets = checks.attempt(fixed_buckets, request.num_buckets, datasets, plan) or ()
-        if shape is not None:
-            checks.problems += foreign_tokens(tasks, datasets, shape, config.path)
+        elif request.skip_bad_tasks:
+            checks.problems += left_out
     training: list[TokenizedDataset] = []
     if datasets:
         parts = [
@@ -357,6 +369,9 @@ def prepare(request: TrainRequest) -> RunSpec:
             "same but for rounding",
             run.batching, state.batching,
         )  # fmt: skip
+    if left_out:
+        log.warning("left out (--skip-bad-tasks): %s", left_out)
+    warn_of_greedy_tasks(tasks, training)
     log.info("the tasks' data:\n%s", summary_text(datasets))
     _warn_of_long_contexts(tasks, training, shape)
     plans = plan_history(run.output_dir, PlanPeriod.of(run))
@@ -375,13 +390,17 @@ def _warn_of_old_fingerprint(state: CheckpointState) -> None:
         )
 
 
-def _warn_of_missing_steps(folder: Path, gone: Sequence[int]) -> None:
-    """Warn where metrics.jsonl lacks steps that the run has made."""
-    if gone:
+def _warn_of_the_log(folder: Path, state: CheckpointState) -> None:
+    """Warn where metrics.jsonl is damaged, or lacks steps that the run has made."""
+    path = folder / METRICS_FILE
+    kept = kept_metrics(folder, state.step, state.last_metrics)
+    if kept.damage:
+        log.warning("%s: will be set aside, what is whole of it kept: %s", path, kept.damage)
+    if gone := kept.missing(state.step):
         log.warning(
             "%s: lacks %d of the steps so far, the first of them step %d; reports will not have "
             "them",
-            folder / METRICS_FILE, len(gone), gone[0] + 1,
+            path, len(gone), gone[0] + 1,
         )  # fmt: skip
 
 
@@ -516,6 +535,15 @@ def _choose_device(request: TrainRequest, plan: Plan | None) -> str:
             f"this machine has {found}: {plan.num_gpus - found} missing; give --host-file for "
             f"several machines, or --device cpu to run every rank as a CPU process"
         )
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if device == "cpu" and request.launched_world is None and plan is not None:
+        needed = plan.num_gpus * RANK_BYTES
+        if needed > there:
+            raise ConfigError(
+                f"{request.strategy_config}: the plan {plan} needs {plan.num_gpus} ranks, which as "
+                f"CPU processes take {needed / 2**30:.0f} GiB or more, this machine has "
+                f"{there / 2**30:.0f}; plan for fewer"
+            )
     return device
 
 

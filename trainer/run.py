@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import platform
+import re
 import signal
 import socket
 import subprocess
@@ -17,7 +18,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from lobra.common.errors import ConfigError
+from lobra.common.documents import MOST_BYTES, check_regular, read_text
+from lobra.common.errors import ConfigError, Problems, show
+from lobra.common.models import HostName, refusal
 from lobra.model.host_memory import keep_freed_memory
 from lobra.model.launch import DEFAULT_PRELOAD, run_ranks
 from lobra.trainer.prepare import TrainRequest, prepare
@@ -27,8 +30,12 @@ from lobra.trainer.run_spec import RunSpec
 log = logging.getLogger(__name__)
 
 ENV_FILE_MARK = "LOBRA_ENV_FILE"
+ENV_FILE_END = "sourced"  # the last entry of a sourced environment; it is no assignment
 PREPARING = timedelta(days=1)  # the longest rank 0 may tokenise
 PRELOAD = (*DEFAULT_PRELOAD, "lobra.trainer.preload")
+
+
+_SLOTS = re.compile("(?:slots=)?0*([1-9][0-9]{0,3})")
 
 
 class Refusal(ConfigError):
@@ -243,27 +250,24 @@ def read_host_file(path: Path) -> dict[str, int]:
     ConfigError
         With every line that is not of that form.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ConfigError(f"{path}: host file not readable ({error.strerror})") from error
     slots: dict[str, int] = {}
-    problems = []
-    for number, line in enumerate(lines, start=1):
+    problems = Problems()
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         words = line.split("#")[0].split()
         if not words:
             continue
-        count = words[1].removeprefix("slots=") if len(words) == 2 else ""
-        if not count.isdigit() or int(count) == 0:
-            problems.append(f"{path}:{number}: {line!r} is not of the form 'host slots=8'")
-        elif words[0] in slots:
-            problems.append(f"{path}:{number}: host {words[0]!r} is listed twice")
+        host, count = words[0], _SLOTS.fullmatch(words[1]) if len(words) == 2 else None
+        if count is None:
+            problems.add(f"{path}:{number}: {show(line)} is not of the form 'host slots=8'")
+        elif wanted := refusal(HostName, host):
+            problems.add(f"{path}:{number}: {show(host)}: want {wanted}")
+        elif host in slots:
+            problems.add(f"{path}:{number}: host {host!r} is listed twice")
         else:
-            slots[words[0]] = int(count)
+            slots[host] = int(count[1])
     if not slots and not problems:
-        problems.append(f"{path}: no host in it")
-    if problems:
-        raise ConfigError(problems)
+        problems.add(f"{path}: no host in it")
+    problems.raise_if_any()
     return slots
 
 
@@ -275,16 +279,23 @@ def sourced_environment(env_file: Path) -> dict[str, str]:
     ConfigError
         The file is missing or fails.
     """
-    if not env_file.is_file():
+    if not os.path.exists(env_file):
         raise ConfigError(f"--env-file {env_file}: no such file")
+    check_regular(env_file, MOST_BYTES)
+    script = f'set -ea; . "$0" >&2; env -0; printf "{ENV_FILE_END}\\0"'
     done = subprocess.run(
-        ["bash", "-c", 'set -ea; . "$0" >&2; env -0', str(env_file.resolve())],
+        ["bash", "-c", script, str(env_file.resolve())],
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         check=False,
     )
     if done.returncode:
         raise ConfigError(f"--env-file {env_file}: failed with exit code {done.returncode}")
-    entries = done.stdout.decode().split("\0")
+    entries = os.fsdecode(done.stdout).split("\0")
+    if ENV_FILE_END not in entries:
+        raise ConfigError(
+            f"--env-file {env_file}: ends the shell that reads it: want assignments, without exit"
+        )
     return dict(entry.split("=", 1) for entry in entries if "=" in entry)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,14 @@ def hold_folder(folder: Path) -> None:
     hold(folder / LOCK_FILE, f"--output-dir {folder}", "run", "choose another folder")
 
 
-def unusable(folder: Path) -> list[str]:
-    """Return why nothing can be written into this folder, which may not exist yet."""
+def unusable(folder: Path, inputs: Iterable[Path] = ()) -> list[str]:
+    """Return why nothing can be written into this folder, which may not exist yet.
+
+    The working folder, what holds it, and the ``inputs`` of a run are no folders for its output.
+    """
+    whole = folder.resolve()
+    if Path.cwd().is_relative_to(whole) or whole in [path.resolve() for path in inputs]:
+        return [f"--output-dir {folder}: holds other things than a run; choose a folder of its own"]
     nearest = folder
     while not os.path.exists(nearest) and nearest != nearest.parent:
         nearest = nearest.parent

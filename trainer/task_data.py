@@ -1,47 +1,145 @@
-"""The tasks' data of a run: tokenised, checked against plan and model."""
+"""The tasks of a run with their data: tokenised, checked against plan and model, one by one."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from lobra.common.errors import ConfigError, Problems
+from lobra.common.errors import ConfigError, Problems, without_values
 from lobra.layout.plan import Plan
 from lobra.layout.sequences import Batching
 from lobra.layout.shapes import ModelShape
 from lobra.planner.bucketed.buckets import ALIGN
-from lobra.tasks.config import TaskConfig
+from lobra.tasks.config import TaskConfig, TrainerConfig
+from lobra.tasks.confinement import is_inside
 from lobra.tasks.dataset import TokenizedDataset, load_dataset
 from lobra.tasks.text_processor import TextProcessor
+from lobra.trainer.adapters import adapter_spec, check_adapter
+
+log = logging.getLogger(__name__)
+
+#: Times the tokens of all other tasks that a task may have in a step before that is warned of.
+GREEDY = 10
 
 
-def load_datasets(
-    problems: Problems,
-    source: Path,
-    tasks: Sequence[TaskConfig],
-    processor: TextProcessor,
-    data_dir: Path,
-    vocab_size: int | None,
-) -> list[TokenizedDataset]:
-    """Return every task's tokenised data, or [] after adding what is wrong to `problems`."""
-    datasets = []
-    for number, task in enumerate(tasks):
+@dataclass(frozen=True)
+class TaskChecks:
+    """What tasks are checked against.
+
+    Attributes
+    ----------
+    processor
+        The model's, for texts.
+    data_dir
+        Where data sets lie.
+    shape, plan
+        The model and the plan, None where they are of no use themselves.
+    batching
+        How the run's micro-batches are made; None where that is wrong itself.
+    confine
+        The folder that paths of tasks must lie in; None: anywhere.
+    starts
+        Whether tasks begin anew: those of a run that goes on have their adapters in its checkpoint.
+    """
+
+    processor: TextProcessor
+    data_dir: Path
+    shape: ModelShape | None
+    plan: Plan | None
+    batching: Batching | None
+    confine: Path | None = None
+    starts: bool = True
+
+    def data_of(self, task: TaskConfig) -> tuple[TokenizedDataset | None, Problems]:
+        """Return a task's data, None if there are none, and what is wrong with it and them.
+
+        A problem begins with the field of the task that it is about.
+        """
+        problems = Problems()
+        if self.shape is not None:
+            problems += _too_wide(task, self.shape)
+            if task.resume_from and self.starts:
+                problems += self._start_problems(task, Path(task.resume_from), self.shape)
+        vocab_size = self.shape.vocab_size if self.shape else None
+        data = None
         try:
-            datasets.append(load_dataset(task, processor, data_dir, vocab_size))
+            data = load_dataset(task, self.processor, self.data_dir, vocab_size, self.confine)
         except ConfigError as error:
-            where = f"{source}: task[{number}]"
-            problems += error.problems.changed(partial(_at_field, where, task))
-    if len(datasets) < len(tasks):
+            problems += error.problems.changed(partial(_at_field, task))
+        if data is not None and self.plan is not None:
+            problems += too_long(task, data, self.plan, self.batching)
+        if data is not None and self.shape is not None:
+            problems += _foreign_tokens(task, data, self.shape)
+        return data, problems if self.confine is None else problems.changed(without_values)
+
+    def _start_problems(self, task: TaskConfig, start: Path, shape: ModelShape) -> Problems:
+        if not is_inside(start, self.confine):
+            return Problems([f"resume_from = {str(start)!r}: is not in {self.confine} (--confine)"])
+        return check_adapter(start, adapter_spec(task), shape).prefixed("resume_from: ")
+
+
+def tasks_with_data(
+    config: TrainerConfig, tasks: Sequence[TaskConfig], checks: TaskChecks, left_out: Problems
+) -> list[tuple[TaskConfig, TokenizedDataset]]:
+    """Return those tasks of a file that can be trained; ``left_out`` gets what is wrong else."""
+    kept = []
+    for number, task in zip(config.numbers, tasks, strict=True):
+        data, problems = checks.data_of(task)
+        left_out += problems.prefixed(f"{config.path}: task[{number}].")
+        if data is not None and not problems:
+            kept.append((task, data))
+    return kept
+
+
+def warn_of_greedy_tasks(tasks: Sequence[TaskConfig], datasets: Sequence[TokenizedDataset]) -> None:
+    """Warn of a task whose batches make every other task's steps many times as long."""
+    tokens = [
+        task.global_batch_size * float(data.lengths.mean())
+        for task, data in zip(tasks, datasets, strict=True)
+    ]
+    total = sum(tokens)
+    for task, own in zip(tasks, tokens, strict=True):
+        if len(tasks) > 1 and own > GREEDY * (total - own):
+            log.warning(
+                "task %s: with global_batch_size %d it is %.1f %% of a step's tokens: the steps of "
+                "all other tasks take about %.0f times as long as without it",
+                task.name, task.global_batch_size, 100 * own / total, total / (total - own),
+            )  # fmt: skip
+
+
+def too_long(
+    task: TaskConfig, data: TokenizedDataset, plan: Plan, batching: Batching | None
+) -> list[str]:
+    """Return a problem if the task has a sequence that no replica of the plan can take.
+
+    Bucketed, a sequence is padded; packed, one that is alone is not.
+    """
+    capacity = plan.max_tokens
+    multiple = ALIGN if batching == "bucketed" else 1
+    padded = -(-data.lengths // multiple) * multiple
+    if padded.max() <= capacity:
         return []
-    return datasets
+    longest, count = int(data.lengths.max()), int((padded > capacity).sum())
+    whole = capacity // multiple * multiple
+    remedies = (
+        f"lower its context_length to {whole}, give --max-seq-length so for every task, or "
+        if whole
+        else ""
+    )
+    return [
+        f"context_length = {task.context_length}: {count} of {len(data)} sequences of task "
+        f"{task.name} are longer than any replica can take (longest {longest} tokens, computed as "
+        f"{int(padded.max())}, largest max_tokens {capacity}); {remedies}plan for the longer length"
+    ]
 
 
-def _at_field(where: str, task: TaskConfig, problem: str) -> str:
+def _at_field(task: TaskConfig, problem: str) -> str:
     """Return a problem of a task's data with the field of the configuration it is about."""
-    if problem.startswith("dataset_name = "):
-        return f"{where}.{problem}"
-    return f"{where}.{_named_data(task)}: {problem}"
+    is_told = problem.startswith("dataset_name = ")
+    return problem if is_told else f"{_named_data(task)}: {problem}"
 
 
 def _named_data(task: TaskConfig) -> str:
@@ -50,51 +148,21 @@ def _named_data(task: TaskConfig) -> str:
     return f"dataset_name = {names[0] if len(names) == 1 else list(names)!r}"
 
 
-def too_long(
-    tasks: Sequence[TaskConfig],
-    datasets: Sequence[TokenizedDataset],
-    plan: Plan,
-    batching: Batching | None,
-    source: Path,
-) -> list[str]:
-    """Return a problem for every task with a sequence that no replica of the plan can take.
-
-    Bucketed, a sequence is padded; packed, one that is alone is not. `source` is the trainer
-    configuration.
-    """
-    capacity = plan.max_tokens
-    multiple = ALIGN if batching == "bucketed" else 1
-    problems = []
-    for number, (task, data) in enumerate(zip(tasks, datasets, strict=False)):
-        longest = int(data.lengths.max())
-        padded = -(-data.lengths // multiple) * multiple
-        if padded.max() > capacity:
-            count = int((padded > capacity).sum())
-            problems.append(
-                f"{source}: task[{number}].context_length = {task.context_length}: {count} of "
-                f"{len(data)} sequences of task {task.name} are longer than any replica "
-                f"can take (longest {longest} tokens, computed as {int(padded.max())}, "
-                f"largest max_tokens {capacity}); lower its context_length to "
-                f"{capacity // multiple * multiple}, give --max-seq-length so for every task, or "
-                f"plan for the longer length"
-            )
-    return problems
+def _too_wide(task: TaskConfig, shape: ModelShape) -> list[str]:
+    """Return a problem if the adapter's rank is more than any of its linears can use."""
+    sizes = shape.linear_sizes()
+    widest = max(size for module in task.target_modules for size in sizes[module])
+    if task.rank <= widest:
+        return []
+    return [f"rank = {task.rank}: want at most {widest}, the width of the widest linear it is on"]
 
 
-def foreign_tokens(
-    tasks: Sequence[TaskConfig],
-    datasets: Sequence[TokenizedDataset],
-    shape: ModelShape,
-    source: Path,
-) -> list[str]:
-    """Return a problem for every task whose token ids exceed the model's vocabulary."""
-    problems = []
-    for number, (task, data) in enumerate(zip(tasks, datasets, strict=False)):
-        where = f"{source}: task[{number}].{_named_data(task)}"
-        largest = int(data.tokens.max())
-        if largest >= shape.vocab_size:
-            problems.append(
-                f"{where}: token id {largest} is outside the model's vocabulary of "
-                f"{shape.vocab_size}; the data was tokenised for another model"
-            )
-    return problems
+def _foreign_tokens(task: TaskConfig, data: TokenizedDataset, shape: ModelShape) -> list[str]:
+    """Return a problem if token ids of the task exceed the model's vocabulary."""
+    largest = int(data.tokens.max())
+    if largest < shape.vocab_size:
+        return []
+    return [
+        f"{_named_data(task)}: token id {largest} is outside the model's vocabulary of "
+        f"{shape.vocab_size}; the data was tokenised for another model"
+    ]

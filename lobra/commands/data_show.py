@@ -19,7 +19,7 @@ from lobra.common.options import (
     Json,
     ModelName,
     NonNegativeInt,
-    PositiveInt,
+    NumTokens,
     TaskSetName,
     as_options,
     option_problems,
@@ -60,7 +60,7 @@ class ShowOptions:
     rows: NonNegativeInt = 3
     full: bool = False
     data_dir: DataDir = Path("data")
-    max_seq_length: PositiveInt | None = None
+    max_seq_length: NumTokens | None = None
     json: Json = False
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from lobra.cli import INSTALL_TRAIN
 from lobra.common.errors import ConfigError, Problems
+from lobra.common.models import NumGpus, refusal
 from lobra.common.options import Int
 from lobra.common.version import NOT_INSTALLED, installed_version
 from lobra.layout.placement import place
@@ -98,6 +99,8 @@ def examine(
     problems = Problems()
     plan = None
     slots: Mapping[str, int] = {}
+    if gpus_per_node is not None and (wanted := refusal(NumGpus, gpus_per_node)):
+        problems.add(f"--gpus-per-node {gpus_per_node}: want {wanted}")
     with problems.noted():
         plan = load_plan(plan_name) if plan_name else None
     if host_file is not None:

@@ -19,7 +19,7 @@ from lobra.commands.planning import PlanningOptions, progress_on, read_inputs
 from lobra.common.errors import Problems
 from lobra.common.options import (
     ANY_CASE,
-    PositiveInt,
+    NumGpus,
     PositiveNumber,
     Switch,
     as_options,
@@ -74,7 +74,7 @@ class PlanOptions(PlanningOptions):
         Write no plan file.
     """
 
-    num_gpus: PositiveInt
+    num_gpus: NumGpus
     pattern: Annotated[Pattern | None, ANY_CASE] = None
     proposal: Annotated[Switch | None, ANY_CASE] = None
     bucket_plan: Annotated[BucketPlan | None, ANY_CASE] = None

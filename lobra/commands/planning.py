@@ -19,6 +19,7 @@ from lobra.common.options import (
     ModelName,
     NumBuckets,
     NumTasks,
+    NumTokens,
     PlanName,
     PositiveInt,
     Seed,
@@ -64,7 +65,7 @@ class PlanningOptions:
     strategy_config: PlanName
     num_tasks: NumTasks = None
     num_buckets: NumBuckets = 16
-    max_seq_length: PositiveInt = 16384
+    max_seq_length: NumTokens = 16384
     time_profile: TimeProfile = None
     memory_profile: Annotated[Path | None, Parameter(metavar="CSV")] = None
     lengths: Path | None = None

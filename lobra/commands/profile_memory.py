@@ -20,7 +20,7 @@ from lobra.commands.profile_options import (
     profiler_problems,
     progress_bars,
 )
-from lobra.common.options import NumTasks, PositiveInt, TaskSetName, as_options
+from lobra.common.options import NumGpus, NumTasks, NumTokens, TaskSetName, as_options
 from lobra.layout.shapes import resolve_shape
 from lobra.model.folder import resolve_folder
 from lobra.profiler.profiles import MEMORY_COLUMNS, default_memory_path, load_memory_profile
@@ -45,9 +45,9 @@ class MemoryOptions(ProfilerOptions):
     """
 
     trainer_config: TaskSetName
-    num_gpus: PositiveInt
+    num_gpus: NumGpus
     num_tasks: NumTasks = None
-    max_seq_length: PositiveInt = 16384
+    max_seq_length: NumTokens = 16384
     memory_budget: Annotated[str | None, Parameter(metavar="SIZE")] = None
 
 

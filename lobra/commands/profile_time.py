@@ -22,8 +22,8 @@ from lobra.commands.profile_options import (
     progress_bars,
 )
 from lobra.common.errors import ConfigError
-from lobra.common.models import at_least
-from lobra.common.options import Int, NonNegativeInt, PositiveInt, Within, as_options
+from lobra.common.models import NumTokens, Rank, at_least, up_to
+from lobra.common.options import Int, NonNegativeInt, Within, as_options
 from lobra.layout.shapes import ModelShape, layout_problem, resolve_shape
 from lobra.model.folder import resolve_folder
 from lobra.profiler.collectives import ALL_REDUCE, load_collectives
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 NUM_TASKS, LORA_RANK = 4, 16  # where neither they nor a trainer config are given
 DEFAULT_MAX_SEQ_LENGTH = {"cpu": 2048, "cuda": 16384}
-LayerTokens = Annotated[Int, Within(at_least(16))]
+LayerTokens = Annotated[Int, Within(at_least(16)), Within(NumTokens)]
 
 
 @as_options
@@ -94,8 +94,8 @@ class TimeOptions(ProfilerOptions):
     load_ranks: Annotated[Int, NonNegativeInt, Parameter(metavar="N")] = 0
     single_device: bool = False
     links: Annotated[Path | None, Parameter(metavar="CSV")] = None
-    num_tasks: PositiveInt | None = None
-    lora_rank: PositiveInt | None = None
+    num_tasks: Annotated[Int, Within(up_to(10_000))] | None = None
+    lora_rank: Annotated[Int, Within(Rank)] | None = None
     trainer_config: str | None = None
     head_output: Path | None = None
     collectives_output: Path | None = None

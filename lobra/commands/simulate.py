@@ -7,7 +7,7 @@ import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -16,7 +16,8 @@ from lobra.commands.output import write_problem, written
 from lobra.commands.planning import PlanningOptions, read_inputs
 from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
-from lobra.common.options import PositiveInt, as_options, within_bounds
+from lobra.common.models import up_to
+from lobra.common.options import Int, Within, as_options, within_bounds
 from lobra.layout.plan import load_plan
 from lobra.layout.trace import TRACE_FILE, trace_text
 from lobra.planner.baselines import baselines, ladder
@@ -44,7 +45,7 @@ class SimulateOptions(PlanningOptions):
         Write simulation.json, steps.csv and trace.json there.
     """
 
-    steps: PositiveInt = 20
+    steps: Annotated[Int, Within(up_to(100_000))] = 20
     no_baselines: bool = False
     output_dir: Path | None = None
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from lobra.common.errors import (
     KINDS_COUNTED,
     LINES_IN_FULL,
+    MOST_CHARACTERS,
     MOST_LINES,
     ConfigError,
     Problems,
@@ -101,7 +102,10 @@ def test_a_million_different_mistakes_need_little_memory() -> None:
     assert len(found._rest) <= KINDS_COUNTED + 1
 
 
-@given(st.lists(st.lists(st.text(max_size=8), max_size=40), max_size=6))
+PRINTABLE = st.characters(codec="utf-8").filter(str.isprintable)
+
+
+@given(st.lists(st.lists(st.text(PRINTABLE, max_size=8), max_size=40), max_size=6))
 def test_merging_keeps_count_and_bound(parts: list[list[str]]) -> None:
     found = Problems()
     for part in parts:
@@ -111,6 +115,15 @@ def test_merging_keeps_count_and_bound(parts: list[list[str]]) -> None:
     assert len(found) + bool(found.counts) + len(found.counts) <= MOST_LINES
     every = [problem for part in parts for problem in part]
     assert len(every) > MOST_LINES or list(found) == every
+
+
+@given(st.text(min_size=1))
+def test_a_mistake_is_one_line_that_no_terminal_obeys(text: str) -> None:
+    (problem,) = Problems([text])
+    assert problem.isprintable()
+    (problem,) = Problems(["task[0].name = " + text * 5000 + ": want another"])
+    assert len(problem) < 10 * MOST_CHARACTERS
+    assert problem.startswith("task[0].name") and problem.endswith(": want another")
 
 
 def test_raising_only_what_is_there() -> None:

@@ -172,7 +172,7 @@ def test_an_interval_is_one_cell_of_the_page(experiment: Path) -> None:
 
 def test_broken_files_are_a_users_mistake(experiment: Path) -> None:
     (experiment / "provenance.json").write_text("[1", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"provenance\.json: not readable"):
+    with pytest.raises(ConfigError, match=r"provenance\.json: line 1, column 3: not valid JSON"):
         read_experiment(experiment)
     assert main(["report", str(experiment)]) == 2
 

@@ -15,6 +15,7 @@ from lobra.layout.shapes import read_shape
 from lobra.model.fingerprint import fingerprint
 from lobra.model.launch import RankError
 from lobra.trainer.checkpoint_folder import list_checkpoints
+from lobra.trainer.metrics import read_metrics, restore_metrics
 from lobra.trainer.resume_checks import DATA_FIELDS
 from tests.trainer.command import train, write_config
 
@@ -90,28 +91,32 @@ def test_tasks_listed_in_another_order_go_on(place: Path) -> None:
     assert all(torch.equal(before[key], value) for key, value in moments.items())
 
 
-def test_metrics_are_checked_before_anything_is_removed(
-    run: Path, accepted: None, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+def test_a_damaged_log_never_blocks_a_run(
+    run: Path, accepted: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = Path("run/metrics.jsonl")
+    path, aside = Path("run/metrics.jsonl"), Path("run/metrics.jsonl.damaged")
     one, two = path.read_text().splitlines()
-    other = json.loads(one)
+    last = json.loads(Path("run/checkpoints/step_2/state.json").read_text())["last_metrics"]
+    other = json.loads(two)
     other["tasks"]["small"]["loss"] += 1
-    for text, said in (
-        ("{" + one + "\n" + two + "\n", "metrics.jsonl:1: not a step's line"),
-        ("7\n" + two + "\n", "metrics.jsonl:1: not a step's line: 7"),
-        (two + "\n" + one + "\n", "metrics.jsonl:2: step 0 after step 1"),
-        (one + "\n" + one + "\n", "metrics.jsonl:2: step 0 after step 0"),
-        (json.dumps(other) + "\n" + two + "\n", "is of another run"),
+    for text, said, kept in (
+        ("{" + one + "\n" + two + "\n", "metrics.jsonl:1: not a step's line", [1]),
+        ("7\n" + two + "\n", "metrics.jsonl:1: not a step's line: holds 7", [1]),
+        (one + "\n[1]\n" + two + "\n", "metrics.jsonl:2: not a step's line: holds [1]", [0, 1]),
+        (two + "\n" + one + "\n", "step 0 after step 1", [1]),
+        (one + "\n" + one + "\n", "step 0 after step 0", [0, 1]),
+        (one + "\n" + json.dumps(other) + "\n", "is of another run", [1]),
+        ("\udcff\n" + two, "metrics.jsonl:1: not a step's line", [1]),
     ):
-        path.write_text(text)
-        assert train(run, "--resume", "1") == 2
-        message = capsys.readouterr().err
-        assert said in message and "move it away" in message and "Traceback" not in message
+        path.write_text(text, errors="surrogateescape")
+        caplog.clear()
+        assert train(run, "--resume", "2") == 1
+        assert said in caplog.text
         assert list_checkpoints(Path("run")) == [1, 2]
-        assert path.read_text() == text
-    path.write_bytes(b"\xff\n" + two.encode())
-    assert train(run, "--resume", "1") == 2
+        assert path.read_text(errors="surrogateescape") == text
+        restore_metrics(Path("run"), 2, last)
+        assert [step["step"] for step in read_metrics(Path("run"))] == kept
+        assert aside.read_text(errors="surrogateescape") == text
     path.unlink()
     assert train(run, "--resume", "2") == 1
     assert "lacks 1 of the steps so far, the first of them step 1;" in caplog.text

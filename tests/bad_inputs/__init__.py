@@ -1,0 +1,1 @@
+"""What users get wrong, one table a format; and that every loader refuses what it cannot read."""
