@@ -9,13 +9,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, get_args
 
-from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
 from lobra.cli import guarded, make_app, run
 from lobra.commands.output import write_problem, written
-from lobra.commands.planning import PlanningOptions, read_inputs
+from lobra.commands.plan_sweeps import (
+    NO_SWEEP,
+    SweepOptions,
+    Sweeps,
+    read_hardware,
+    show_sweep,
+    sweeps_of,
+)
+from lobra.commands.planning import PlanningOptions
 from lobra.common.errors import Problems
 from lobra.common.options import (
     ANY_CASE,
@@ -36,10 +43,9 @@ from lobra.planner.deploy import (
     plan_with_meta,
 )
 from lobra.planner.outcome import compared
-from lobra.planner.sweep import Sizing, parse_range, sweep
+from lobra.planner.sweep import sweep
 from lobra.planner.workload import Workload
-from lobra.profiler.capacity import memory_profile_for
-from lobra.report.sweep_plot import plot, plot_problem
+from lobra.report.sweep_plot import plot
 
 Pattern = Literal["EXACT", "BALANCE", "GROUP", "PRUNE"]
 BucketPlan = Literal["DYNAMIC", "STATIC"]
@@ -66,10 +72,6 @@ class PlanOptions(PlanningOptions):
         By default BUCKET_PLAN, else DYNAMIC.
     time_limit
         Seconds the planner may take.
-    sweep_gpus
-        Plan for other numbers of GPUs as well.
-    plot
-        Draw the sweep (.png, .pdf or .svg).
     dry_run
         Write no plan file.
     """
@@ -79,12 +81,10 @@ class PlanOptions(PlanningOptions):
     proposal: Annotated[Switch | None, ANY_CASE] = None
     bucket_plan: Annotated[BucketPlan | None, ANY_CASE] = None
     time_limit: PositiveNumber | None = None
-    sweep_gpus: Annotated[str | None, Parameter(metavar="LOW:HIGH[:STEP]")] = None
-    plot: Annotated[str | None, Parameter(metavar="FILE")] = None
     dry_run: bool = False
 
 
-def plan(*, options: PlanOptions) -> int:
+def plan(*, options: PlanOptions, sweeping: SweepOptions = NO_SWEEP) -> int:
     """Choose which replicas of which layouts to deploy, and write the plan file.
 
     Raises
@@ -95,11 +95,11 @@ def plan(*, options: PlanOptions) -> int:
     console = Console(stderr=options.json)
     options, problems = within_bounds(options)
     how = deploy_options(options, os.environ, problems)
-    gpus: Sequence[int] = []
+    sweeps = Sweeps(())
     with problems.noted():
-        gpus = parse_range(options.sweep_gpus) if options.sweep_gpus else []
-    config, workload, cost_model = read_inputs(options, problems)
-    memory, memory_notes = memory_profile_for(options.model, config.tasks, options.memory_profile)
+        sweeps = sweeps_of(sweeping, options, options.num_gpus)
+    workload, own, hardware, notes = read_hardware(sweeps, options, options.num_gpus, problems)
+    memory, cost_model = own.memory, own.cost_model
     with console.status("planning ...") as status:
         deployment = deploy(
             workload,
@@ -110,12 +110,15 @@ def plan(*, options: PlanOptions) -> int:
             progress=lambda message: status.update(f"planning: {message}"),
             refused=options.layout_problem,
         )
-        sizings = sweep(
-            workload, memory, cost_model, gpus, how, status.update, options.layout_problem
-        )
+        sizings = []
+        if sweeps.is_asked:
+            sizings = sweep(
+                workload, hardware, sweeps.gpus, sweeps.contexts, how, status.update,
+                options.layout_problem,
+            )  # fmt: skip
     note = saturation(deployment.problem, deployment.outcome)
-    if notes := (*memory_notes, *([note] if note else ())):
-        outcome = replace(deployment.outcome, notes=(*deployment.outcome.notes, *notes))
+    if more := (*notes, *([note] if note else ())):
+        outcome = replace(deployment.outcome, notes=(*deployment.outcome.notes, *more))
         deployment = replace(deployment, outcome=outcome)
     chosen = plan_with_meta(deployment, options.model, memory, how.gpus_per_node)
     show(console, deployment, workload)
@@ -127,12 +130,12 @@ def plan(*, options: PlanOptions) -> int:
         with written("--strategy-config", plan_path(options.strategy_config)):
             console.print(f"written: {save_plan(chosen, options.strategy_config)}")
     if options.json:
-        swept = {"sweep": [sizing.as_json() for sizing in sizings]} if gpus else {}
+        swept = {"sweep": [sizing.as_json() for sizing in sizings]} if sizings else {}
         print(json.dumps({**as_json(deployment), **swept}))
-    if options.plot:
-        with written("--plot", options.plot):
-            plot(sizings, options.plot)
-        console.print(f"drawn: {options.plot}")
+    if sweeping.plot:
+        with written("--plot", sweeping.plot):
+            plot(sizings, sweeping.plot)
+        console.print(f"drawn: {sweeping.plot}")
     return 0
 
 
@@ -141,10 +144,6 @@ def output_problems(options: PlanOptions) -> Problems:
     problems: list[str | None] = []
     if not options.dry_run:
         problems.append(write_problem("--strategy-config", plan_path(options.strategy_config)))
-    if options.plot:
-        problems.append(plot_problem(options.plot) or write_problem("--plot", options.plot))
-        if not options.sweep_gpus:
-            problems.append("--plot: there is nothing to draw without --sweep-gpus")
     return Problems(filter(None, problems))
 
 
@@ -220,32 +219,6 @@ def show(console: Console, deployment: Deployment, workload: Workload) -> None:
             console.print(f"note: task {task}: {number} of {total} sequences are cut to its limit")
     for reason in deployment.candidates.dropped:
         console.print(f"left out: {reason}")
-
-
-def show_sweep(console: Console, sizings: Sequence[Sizing]) -> None:
-    """Print what other numbers of GPUs would give."""
-    table = Table(title="other numbers of GPUs")
-    for column in ("GPUs", "step s", "gap %", "GPU-seconds", "homogeneous s"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("plan")
-    for sizing in sizings:
-        found = sizing.deployment
-        if found is None:
-            table.add_row(str(sizing.num_gpus), "-", "-", "-", "-", "none, see below")
-            continue
-        outcome, same = found.outcome, found.homogeneous
-        table.add_row(
-            str(sizing.num_gpus),
-            f"{outcome.step_time_s:.3f}",
-            f"{100 * outcome.gap:.2f}",
-            f"{outcome.gpu_seconds:.1f}",
-            f"{same.step_time_s:.3f}" if same else "-",
-            str(outcome.plan),
-        )
-    console.print(table)
-    for sizing in sizings:
-        if sizing.deployment is None:
-            console.print(f"{sizing.num_gpus} GPUs: {sizing.reason}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

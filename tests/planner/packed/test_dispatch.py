@@ -9,7 +9,7 @@ from itertools import combinations, product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lobra.common.errors import ConfigError
@@ -95,7 +95,6 @@ def test_as_near_the_optimum_as_longest_processing_time_is(
     assert found.step_time_s <= optimum_s * (4 / 3 - 1 / (3 * num_replicas)) * (1 + 1e-9)
 
 
-@settings(max_examples=60)
 @given(st.data(), cost_models(), plans(most_replicas=2, most_tokens=1024))
 def test_bound_is_at_most_the_optimum_of_all_dispatches(
     data: st.DataObject, cost_model: LawCostModel, plan: Plan
