@@ -65,3 +65,27 @@ def least_time_s(work: StepWork, prices: np.ndarray) -> float:
         else:
             high = middle
     return low
+
+
+def crowded_s(work: StepWork) -> float:
+    """Return what a step takes since its longest sequences cannot be divided, in seconds.
+
+    Those longer than some capacity go to R replicas, the others' time left out. Of the longest
+    i R + 1 of them some replica has i + 1, and one has their mean. They count with their parts; or,
+    where only one fits a micro-batch, as alone in it, those shorter not at all.
+    """
+    replicas = np.array([len(alike.replicas) for alike in work.alike])
+    half = np.array([[alike.max_tokens / 2] for alike in work.alike])
+    whole_s = np.where(work.lengths > half, work.alone_s, 0.0)
+    fits = np.isfinite(work.parts_s)
+    found_s = work.whole_s
+    for first in np.unique(np.where(fits.all(axis=1), 0, fits.argmin(axis=1))).tolist():
+        number = int(replicas[fits[:, first]].sum())
+        for time_s in (work.parts_s, whole_s):
+            least_s = np.where(fits, time_s, np.inf).min(axis=0)[first:]
+            own_s = np.sort(np.repeat(least_s, work.counts[first:]))[::-1]
+            sums_s = np.concatenate([[0.0], np.cumsum(own_s)])
+            more = np.arange(1, (len(own_s) - 1) // number + 1)
+            on_one_s = sums_s[more * number + 1] - sums_s[more * (number - 1)]
+            found_s = max(found_s, sums_s[-1] / number, float(on_one_s.max(initial=0.0)))
+    return float(found_s)

@@ -18,7 +18,7 @@ from lobra.layout.layout import Layout
 from lobra.layout.plan import Plan
 from lobra.layout.sequences import IntArray
 from lobra.planner.assignment import Assignment, Rows
-from lobra.planner.packed.bound import least_time_s, prices_of
+from lobra.planner.packed.bound import crowded_s, least_time_s, prices_of
 from lobra.planner.packed.filling import Filling, Fleet, filled
 from lobra.planner.packed.local_search import NEAR, improve
 from lobra.planner.packed.longest_first import longest_first
@@ -100,9 +100,9 @@ def _dispatched(
 ) -> tuple[Filling, float]:
     """Return the best filling found, and what no filling is below."""
     typical = work.lengths[0] / work.parts_s[:, 0]
-    usual_s = max(least_time_s(work, typical), work.whole_s)
-    prices = prices_of(work, usual_s)
-    bound_s = max(least_time_s(work, prices), work.whole_s)
+    whole_s = crowded_s(work)
+    prices = prices_of(work, max(least_time_s(work, typical), whole_s))
+    bound_s = max(least_time_s(work, prices), whole_s)
     priced = longest_first(work, length_of, bound_s, prices)
     best = _filling_of(fleet, minorants, lengths, priced)
     if len(work.alike) > 1 and best.step_time_s > bound_s * (1.0 + NEAR):

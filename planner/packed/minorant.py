@@ -16,7 +16,7 @@ import numpy as np
 from lobra.layout.sequences import PACKED_MULTIPLE, IntArray, packed_tokens
 
 #: Milliseconds of micro-batches, float64 [k], from their tokens and squares of lengths, int64 [k]
-#: each. For the same tokens they are convex in the squares, as those of a fitted cost model are.
+#: each. One sequence more never takes less. For the same tokens they are convex in the squares.
 Cost = Callable[[IntArray, IntArray], np.ndarray]
 
 SHORTEST_MEAN = 1 / 8  # of a micro-batch's lengths: two sequences of 1 token, padded to 16

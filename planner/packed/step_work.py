@@ -23,10 +23,10 @@ class Alike:
 
     Attributes
     ----------
-    group
-        The group of the plan that they are of.
     replicas
         int64 [r]: which of the plan's replicas they are.
+    max_tokens
+        The most of a micro-batch.
     minorant
         What their micro-batches take at least.
     bubbles
@@ -35,8 +35,8 @@ class Alike:
         Their measured time over the cost's.
     """
 
-    group: int
     replicas: IntArray
+    max_tokens: int
     minorant: Minorant
     bubbles: int
     factor: float
@@ -138,7 +138,8 @@ def step_work(
         alone = np.where(fits, cost(distinct, distinct**2), np.inf) / 1000.0
         for factor in np.unique(fleet.factors[replicas]).tolist():
             same = replicas[fleet.factors[replicas] == factor]
-            alike.append(Alike(group, same, minorant, own.layout.pp - 1, factor))
+            bubbles = own.layout.pp - 1
+            alike.append(Alike(same, own.max_tokens, minorant, bubbles, factor))
             parts_s.append(part_s * factor)
             alone_s.append(alone * factor)
     work = StepWork(distinct, counts, tuple(alike), np.stack(parts_s), np.stack(alone_s))
