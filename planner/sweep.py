@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lobra.common.errors import ConfigError
-from lobra.planner.deploy import Deployment, Options, as_json, deploy
+from lobra.planner.deploy import deploy
+from lobra.planner.deployment import Deployment, Options, as_json
 from lobra.planner.outcome import Progress, silent
 from lobra.planner.workload import Workload
 from lobra.profiler.cost_model import CostModel
