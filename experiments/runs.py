@@ -15,7 +15,8 @@ from lobra.layout.layout import Layout
 from lobra.layout.plan import Plan, ReplicaGroup, make_plan
 from lobra.planner.baselines import FUSED_BUCKETS
 from lobra.planner.bucketed.buckets import bucket_index, static_buckets
-from lobra.planner.deploy import Options, deploy, plan_entries
+from lobra.planner.deploy import deploy
+from lobra.planner.deployment import Options, plan_entries
 from lobra.planner.outcome import Outcome
 from lobra.planner.simulate import Simulation, simulate
 from lobra.planner.workload import Workload

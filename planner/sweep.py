@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from lobra.common.errors import ConfigError
-from lobra.planner.deploy import Deployment, Options, as_json, deploy
+from lobra.planner.deploy import deploy
+from lobra.planner.deployment import Deployment, Options, as_json
 from lobra.planner.outcome import Progress, silent
 from lobra.planner.workload import Workload
 from lobra.profiler.cost_model import CostModel
@@ -71,19 +72,12 @@ class Sizing:
         return "" if self.hardware is None else self.hardware.name
 
     @property
-    def whole_step_s(self) -> float | None:
-        """Seconds of a step, the adapters' synchronisation included; None without a plan."""
-        found = self.deployment
-        return None if found is None else found.outcome.step_time_s + found.sync_time_s
-
-    @property
     def cost_per_million_tokens(self) -> float | None:
         """The price of training a million tokens, in its currency; None where it is not known."""
         price = None if self.hardware is None else self.hardware.price_per_hour
-        seconds = self.whole_step_s
-        if self.deployment is None or seconds is None or price is None or not self.tokens_per_step:
+        if self.deployment is None or price is None or not self.tokens_per_step:
             return None
-        gpu_hours = seconds * self.deployment.plan.num_gpus / SECONDS_PER_HOUR
+        gpu_hours = self.deployment.sampled.mean_gpu_seconds / SECONDS_PER_HOUR
         return price * gpu_hours / self.tokens_per_step * MILLION
 
     def as_json(self) -> dict[str, Any]:
@@ -97,7 +91,11 @@ class Sizing:
             return {**where, "plan": None, "reason": self.reason}
         entry = as_json(self.deployment)
         found = {**where, **{key: entry[key] for key in IN_JSON}}
-        found["tokens_per_step"] = round(self.tokens_per_step, 1)
+        found |= {
+            "mean_step_time_s": self.deployment.sampled.mean_step_time_s,
+            "mean_gpu_seconds": self.deployment.sampled.mean_gpu_seconds,
+            "tokens_per_step": round(self.tokens_per_step, 1),
+        }
         if self.cost_per_million_tokens is not None:
             found["cost_per_million_tokens"] = self.cost_per_million_tokens
         return found

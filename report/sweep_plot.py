@@ -9,7 +9,7 @@ from typing import Any
 
 from lobra.common.errors import ConfigError
 from lobra.common.files import atomic_path
-from lobra.planner.outcome import Outcome
+from lobra.planner.outcome import SampledMean
 from lobra.planner.sweep import Sizing
 
 SUFFIXES = (".png", ".pdf", ".svg")
@@ -53,11 +53,11 @@ def plot(sizings: Sequence[Sizing], path: str | os.PathLike[str]) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
     for name, own in lines.items():
         places = [place(sizing) for sizing in own]
-        left.plot(places, [_plan(s).step_time_s for s in own], "o-", label=name or "plan")
+        left.plot(places, [_mean(s).mean_step_time_s for s in own], "o-", label=name or "plan")
         if has_prices:
             costs = [s.cost_per_million_tokens for s in own]
         else:
-            costs = [_plan(s).gpu_seconds for s in own]
+            costs = [_mean(s).mean_gpu_seconds for s in own]
         right.plot(places, costs, "o-", label=name or "plan")
     if len(lines) == 1:
         _draw_beside(left, right, [(place(s), s) for s in found], has_prices)
@@ -99,8 +99,8 @@ def _draw_beside(
 ) -> None:
     """Draw what a single line is compared with: its bound, and the best homogeneous plan."""
     places = [place for place, _ in sizings]
-    bounds = [_plan(sizing).lower_bound_s for _, sizing in sizings]
-    times = [_plan(sizing).step_time_s for _, sizing in sizings]
+    bounds = [_mean(sizing).lower_bound_s for _, sizing in sizings]
+    times = [_mean(sizing).mean_step_time_s for _, sizing in sizings]
     left.fill_between(places, bounds, times, alpha=0.3, label="between bound and plan")
     same = [
         (place, sizing.deployment.homogeneous)
@@ -113,6 +113,6 @@ def _draw_beside(
         right.plot(used, [h.gpu_seconds for _, h in same], "s--", label="best homogeneous")
 
 
-def _plan(sizing: Sizing) -> Outcome:
+def _mean(sizing: Sizing) -> SampledMean:
     assert sizing.deployment is not None
-    return sizing.deployment.outcome
+    return sizing.deployment.sampled

@@ -253,15 +253,15 @@ def show_sweep(console: Console, sizings: Sequence[Sizing]) -> None:
             nothing = ["-"] * (len(columns) - len(where))
             table.add_row(*where, *nothing, "none, see below")
             continue
-        outcome, same = found.outcome, found.homogeneous
+        mean, same = found.sampled, found.homogeneous
         table.add_row(
             *where,
-            f"{outcome.step_time_s:.3f}",
-            f"{100 * outcome.gap:.2f}",
-            f"{outcome.gpu_seconds:.1f}",
+            f"{mean.mean_step_time_s:.3f}",
+            f"{100 * mean.gap:.2f}",
+            f"{mean.mean_gpu_seconds:.1f}",
             *([f"{cost:.4g}" if cost is not None else "-"] if has_prices else []),
             f"{same.step_time_s:.3f}" if same else "-",
-            str(outcome.plan),
+            str(found.plan),
         )
     console.print(table)
     for sizing in sizings:

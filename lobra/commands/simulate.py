@@ -18,10 +18,12 @@ from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
 from lobra.common.options import PositiveInt, as_options, within_bounds
 from lobra.layout.plan import load_plan
+from lobra.layout.sequences import Batching
 from lobra.layout.trace import TRACE_FILE, trace_text
 from lobra.planner.baselines import baselines, ladder
 from lobra.planner.candidates import all_candidates
 from lobra.planner.dispatch import dispatch
+from lobra.planner.packed.dispatch import dispatch_packed, packed_costs
 from lobra.planner.simulate import Simulation
 from lobra.planner.timeline import timeline
 from lobra.profiler.capacity import memory_profile_for
@@ -65,6 +67,7 @@ def simulate(*, options: SimulateOptions) -> int:
         plan = load_plan(options.strategy_config)
     config, workload, cost_model = read_inputs(options, problems)
     assert plan
+    batching: Batching = plan.meta.get("batching", "packed")
     with console.status("simulating ..."):
         runs: list[Simulation] = []
         left_out: list[str] = []
@@ -97,7 +100,12 @@ def simulate(*, options: SimulateOptions) -> int:
                     gpus_per_node=options.gpus_per_node,
                 )
         rungs, others = ladder(
-            plan, workload, cost_model, options.steps, num_buckets=options.num_buckets
+            plan,
+            workload,
+            cost_model,
+            options.steps,
+            num_buckets=options.num_buckets,
+            batching=batching,
         )
         runs += rungs[-1:] if options.no_baselines else rungs
         left_out += [] if options.no_baselines else others
@@ -109,9 +117,13 @@ def simulate(*, options: SimulateOptions) -> int:
         console.print(f"left out: {reason}", soft_wrap=True)
     if options.output_dir:
         drawn = next(workload.steps(1))
-        assignment = dispatch(drawn, plan, cost_model, num_buckets=options.num_buckets)
+        if batching == "packed":
+            costs = packed_costs(plan, cost_model)
+            assignment = dispatch_packed(drawn, plan, costs)
+        else:
+            assignment = dispatch(drawn, plan, cost_model, num_buckets=options.num_buckets)
         folder = options.output_dir
-        trace = trace_text(timeline(assignment, plan, cost_model))
+        trace = trace_text(timeline(assignment, drawn, plan, cost_model))
         with written("--output-dir", folder):
             write_atomic(folder / "steps.csv", _csv(runs))
             write_atomic(folder / TRACE_FILE, trace)

@@ -19,7 +19,7 @@ from lobra.layout.plan import Plan
 from lobra.layout.sequences import IntArray
 from lobra.planner.assignment import Assignment, Rows
 from lobra.planner.packed.bound import crowded_s, least_time_s, prices_of
-from lobra.planner.packed.filling import Filling, Fleet, filled
+from lobra.planner.packed.filling import Filling, ReplicaTable, filled
 from lobra.planner.packed.local_search import NEAR, improve
 from lobra.planner.packed.longest_first import longest_first
 from lobra.planner.packed.micro_batches import fewest, for_pipeline
@@ -84,15 +84,15 @@ def dispatch_packed(
             f"context length"
         )
     factors = np.ones(len(plan.replicas)) if slowdown is None else np.asarray(slowdown, float)
-    fleet = Fleet.of(plan, costs, factors)
+    table = ReplicaTable.of(plan, costs, factors)
     minorants = minorants_of(plan, costs, lengths)
-    work, length_of = step_work(fleet, plan, minorants, lengths)
-    filling, bound_s = _dispatched(fleet, minorants, work, lengths, length_of)
-    return Assignment(_rows(fleet, filling), filling.replica_time_s, bound_s, sync_time_s)
+    work, length_of = step_work(table, plan, minorants, lengths)
+    filling, bound_s = _dispatched(table, minorants, work, lengths, length_of)
+    return Assignment(_rows(table, filling), filling.replica_time_s, bound_s, sync_time_s)
 
 
 def _dispatched(
-    fleet: Fleet,
+    table: ReplicaTable,
     minorants: Sequence[Minorant],
     work: StepWork,
     lengths: IntArray,
@@ -104,31 +104,31 @@ def _dispatched(
     prices = prices_of(work, max(least_time_s(work, typical), whole_s))
     bound_s = max(least_time_s(work, prices), whole_s)
     priced = longest_first(work, length_of, bound_s, prices)
-    best = _filling_of(fleet, minorants, lengths, priced)
+    best = _filling_of(table, minorants, lengths, priced)
     if len(work.alike) > 1 and best.step_time_s > bound_s * (1.0 + NEAR):
         plain = longest_first(work, length_of, bound_s, None)
-        other = _filling_of(fleet, minorants, lengths, plain)
+        other = _filling_of(table, minorants, lengths, plain)
         best = min(best, other, key=lambda filling: filling.step_time_s)
-    best = improve(fleet, minorants, lengths, best, bound_s, ROUNDS)
+    best = improve(table, minorants, lengths, best, bound_s, ROUNDS)
     return best, min(bound_s, best.step_time_s)
 
 
 def _filling_of(
-    fleet: Fleet,
+    table: ReplicaTable,
     minorants: Sequence[Minorant],
     lengths: IntArray,
     replicas: IntArray,
 ) -> Filling:
     """Return the micro-batches of sequences on replicas: the fewest, or the best for a pipeline."""
     order = np.lexsort((-lengths, replicas))
-    starts = np.searchsorted(replicas[order], np.arange(len(fleet.group) + 1))
+    starts = np.searchsorted(replicas[order], np.arange(len(table.group) + 1))
     batch_of = np.empty(len(lengths), dtype=np.int64)
     replica_of: list[int] = []
     for replica, (start, end) in enumerate(pairwise(starts.tolist())):
         own = order[start:end]
         if len(own):
-            max_tokens, bubbles = int(fleet.max_tokens[replica]), int(fleet.bubbles[replica])
-            minorant = minorants[fleet.group[replica]]
+            max_tokens, bubbles = int(table.max_tokens[replica]), int(table.bubbles[replica])
+            minorant = minorants[table.group[replica]]
             batches = (
                 for_pipeline(lengths[own], max_tokens, bubbles, minorant)
                 if bubbles
@@ -136,14 +136,14 @@ def _filling_of(
             )
             batch_of[own] = np.asarray(batches) + len(replica_of)
             replica_of += [replica] * (max(batches) + 1)
-    return filled(fleet, lengths, batch_of, np.array(replica_of, dtype=np.int64))
+    return filled(table, lengths, batch_of, np.array(replica_of, dtype=np.int64))
 
 
-def _rows(fleet: Fleet, filling: Filling) -> tuple[tuple[Rows, ...], ...]:
+def _rows(table: ReplicaTable, filling: Filling) -> tuple[tuple[Rows, ...], ...]:
     """Return every replica's micro-batches, the costliest first."""
     order = np.argsort(filling.batch_of, kind="stable")
     starts = np.searchsorted(filling.batch_of[order], np.arange(len(filling.replica_of) + 1))
-    rows: list[list[Rows]] = [[] for _ in fleet.group]
+    rows: list[list[Rows]] = [[] for _ in table.group]
     tokens = filling.tokens.tolist()
     for batch in np.lexsort((np.arange(len(starts) - 1), -filling.times_s)).tolist():
         start, end = starts[batch], starts[batch + 1]

@@ -13,8 +13,8 @@ from lobra.planner.packed.minorant import Cost
 
 
 @dataclass(frozen=True, eq=False)
-class Fleet:
-    """The replicas of a plan: all arrays are [replicas], but ``costs``, one for each group.
+class ReplicaTable:
+    """The replicas of a plan: arrays are [replicas]; of ``costs`` there is one for each group.
 
     ``bubbles`` is how many times more a replica's longest micro-batch counts, ``factors`` its
     measured time over the cost's.
@@ -27,7 +27,7 @@ class Fleet:
     factors: np.ndarray
 
     @classmethod
-    def of(cls, plan: Plan, costs: Sequence[Cost], factors: np.ndarray) -> Fleet:
+    def of(cls, plan: Plan, costs: Sequence[Cost], factors: np.ndarray) -> ReplicaTable:
         """Return the replicas of a plan."""
         group = np.repeat(np.arange(len(plan.groups)), [g.replicas for g in plan.groups])
         max_tokens = np.array([g.max_tokens for g in plan.groups])[group]
@@ -68,7 +68,9 @@ class Filling:
         return float(self.replica_time_s.max())
 
 
-def filled(fleet: Fleet, lengths: IntArray, batch_of: IntArray, replica_of: IntArray) -> Filling:
+def filled(
+    table: ReplicaTable, lengths: IntArray, batch_of: IntArray, replica_of: IntArray
+) -> Filling:
     """Return what micro-batches take when they are filled so."""
     number = len(replica_of)
     sizes = np.bincount(batch_of, minlength=number)
@@ -76,14 +78,14 @@ def filled(fleet: Fleet, lengths: IntArray, batch_of: IntArray, replica_of: IntA
     squares = np.bincount(batch_of, lengths * lengths, number).astype(np.int64)
     tokens = np.where(sizes > 1, packed_tokens(sums), sums)
     times_s = np.zeros(number)
-    groups = fleet.group[replica_of]
-    for group, cost in enumerate(fleet.costs):
+    groups = table.group[replica_of]
+    for group, cost in enumerate(table.costs):
         own = np.flatnonzero((groups == group) & (sizes > 0))
         if len(own):
             times_s[own] = cost(tokens[own], squares[own])
-    times_s *= fleet.factors[replica_of] / 1000.0
-    replicas = len(fleet.group)
+    times_s *= table.factors[replica_of] / 1000.0
+    replicas = len(table.group)
     longest_s = np.zeros(replicas)
     np.maximum.at(longest_s, replica_of, times_s)
-    replica_time_s = np.bincount(replica_of, times_s, replicas) + fleet.bubbles * longest_s
+    replica_time_s = np.bincount(replica_of, times_s, replicas) + table.bubbles * longest_s
     return Filling(batch_of, replica_of, sizes, sums, tokens, times_s, longest_s, replica_time_s)

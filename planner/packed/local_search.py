@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lobra.layout.sequences import IntArray
-from lobra.planner.packed.filling import Filling, Fleet, filled
+from lobra.planner.packed.filling import Filling, ReplicaTable, filled
 from lobra.planner.packed.micro_batches import room_for
 from lobra.planner.packed.minorant import Minorant
 
@@ -18,7 +18,7 @@ NOTHING = -1  # what is given back where a sequence just moves
 
 
 def improve(
-    fleet: Fleet,
+    table: ReplicaTable,
     minorants: Sequence[Minorant],
     lengths: IntArray,
     filling: Filling,
@@ -42,14 +42,14 @@ def improve(
             break
         slow = order[:number]
         fast = order[::-1][(np.arange(number) + shift) % (len(order) - number)]
-        tried = _exchanged(fleet, added_s, minorants, lengths, filling, slow, fast)
-        new = filled(fleet, lengths, *tried)
+        tried = _exchanged(table, added_s, minorants, lengths, filling, slow, fast)
+        new = filled(table, lengths, *tried)
         worse = np.maximum(new.replica_time_s[slow], new.replica_time_s[fast]) >= times_s[slow]
         if worse.any():
             undone = np.zeros(len(order), dtype=bool)
             undone[slow[worse]] = undone[fast[worse]] = True
             back = undone[filling.replica_of[filling.batch_of]]
-            new = filled(fleet, lengths, np.where(back, filling.batch_of, tried[0]), tried[1])
+            new = filled(table, lengths, np.where(back, filling.batch_of, tried[0]), tried[1])
         shift = shift + 1 if worse[0] else 0
         filling = new
     return filling
@@ -71,7 +71,7 @@ class _Side:
 
 
 def _exchanged(
-    fleet: Fleet,
+    table: ReplicaTable,
     added_s: Sequence[np.ndarray],
     minorants: Sequence[Minorant],
     lengths: IntArray,
@@ -82,12 +82,12 @@ def _exchanged(
     """Return micro-batches with the best exchange of each pair done, where one promises."""
     batch_of, replica_of = filling.batch_of.copy(), filling.replica_of
     by_replica = np.argsort(replica_of[batch_of], kind="stable")
-    starts = np.searchsorted(replica_of[batch_of][by_replica], np.arange(len(fleet.group) + 1))
+    starts = np.searchsorted(replica_of[batch_of][by_replica], np.arange(len(table.group) + 1))
     added: list[int] = []
     for giver, taker in zip(slow.tolist(), fast.tolist(), strict=True):
-        give = _side(fleet, lengths, filling, by_replica[starts[giver] : starts[giver + 1]], giver)
-        take = _side(fleet, lengths, filling, by_replica[starts[taker] : starts[taker + 1]], taker)
-        found = _best_exchange(fleet, added_s, minorants, filling, (giver, give), (taker, take))
+        give = _side(table, lengths, filling, by_replica[starts[giver] : starts[giver + 1]], giver)
+        take = _side(table, lengths, filling, by_replica[starts[taker] : starts[taker + 1]], taker)
+        found = _best_exchange(table, added_s, minorants, filling, (giver, give), (taker, take))
         if found is None:
             continue
         sequence, back, batch = found
@@ -101,7 +101,7 @@ def _exchanged(
 
 
 def _side(
-    fleet: Fleet, lengths: IntArray, filling: Filling, indices: IntArray, replica: int
+    table: ReplicaTable, lengths: IntArray, filling: Filling, indices: IntArray, replica: int
 ) -> _Side:
     if len(indices) > MOST_TRIED:
         order = np.argsort(lengths[indices], kind="stable")
@@ -109,14 +109,14 @@ def _side(
         indices = indices[order[every]]
     batches = filling.batch_of[indices]
     own = lengths[indices]
-    rooms = room_for(int(fleet.max_tokens[replica])) - filling.sums[batches] + own
+    rooms = room_for(int(table.max_tokens[replica])) - filling.sums[batches] + own
     is_longest = filling.times_s[batches] >= filling.longest_s[replica]
-    weight = 1.0 + fleet.bubbles[replica] * is_longest
+    weight = 1.0 + table.bubbles[replica] * is_longest
     return _Side(indices, batches, own, rooms, weight)
 
 
 def _best_exchange(
-    fleet: Fleet,
+    table: ReplicaTable,
     added_s: Sequence[np.ndarray],
     minorants: Sequence[Minorant],
     filling: Filling,
@@ -125,13 +125,13 @@ def _best_exchange(
 ) -> tuple[int, int, int] | None:
     """Return a sequence to give, one to take for it or -1, and its micro-batch (-1: a new one)."""
     (giver, give), (taker, take) = giving, taking
-    factor = fleet.factors[giver], fleet.factors[taker]
-    at_giver = added_s[fleet.group[giver]] * factor[0]
-    at_taker = added_s[fleet.group[taker]] * factor[1]
-    most = room_for(int(fleet.max_tokens[taker]))
+    factor = table.factors[giver], table.factors[taker]
+    at_giver = added_s[table.group[giver]] * factor[0]
+    at_taker = added_s[table.group[taker]] * factor[1]
+    most = room_for(int(table.max_tokens[taker]))
     own = np.flatnonzero(filling.replica_of == taker)
     rooms = most - filling.sums[own]
-    start_s = minorants[fleet.group[taker]].start_ms / 1000.0 * factor[1]
+    start_s = minorants[table.group[taker]].start_ms / 1000.0 * factor[1]
     if len(own):
         widest = int(rooms.argmax())
         slots = np.array([own[widest], -1]), np.array([rooms[widest], most])
@@ -142,7 +142,7 @@ def _best_exchange(
     taken = np.concatenate([take.lengths, [0, 0]])
     saved_s = np.concatenate([at_taker[take.indices] * take.weight, [0.0, -start_s]])
     back_s = np.concatenate([at_giver[take.indices], [0.0, 0.0]])
-    weight = np.concatenate([take.weight, [1.0, 1.0 + fleet.bubbles[taker] * (len(own) == 0)]])
+    weight = np.concatenate([take.weight, [1.0, 1.0 + table.bubbles[taker] * (len(own) == 0)]])
     fits = (give.lengths[:, None] <= taker_rooms) & (taken <= give.rooms[:, None])
     given_s = at_giver[give.indices][:, None]
     new_giver = filling.replica_time_s[giver] - (given_s - back_s) * give.weight[:, None]

@@ -9,7 +9,7 @@ import numpy as np
 
 from lobra.layout.plan import Plan
 from lobra.layout.sequences import IntArray
-from lobra.planner.packed.filling import Fleet
+from lobra.planner.packed.filling import ReplicaTable
 from lobra.planner.packed.minorant import Cost, Minorant, minorant_of
 
 # Minorants are made for mean lengths, and micro-batches' tokens, of these ratios: they are few.
@@ -121,23 +121,23 @@ def minorants_of(plan: Plan, costs: Sequence[Cost], lengths: IntArray) -> tuple[
 
 
 def step_work(
-    fleet: Fleet, plan: Plan, minorants: Sequence[Minorant], lengths: IntArray
+    table: ReplicaTable, plan: Plan, minorants: Sequence[Minorant], lengths: IntArray
 ) -> tuple[StepWork, IntArray]:
     """Return the step's work, and which of its lengths each sequence has."""
     distinct, length_of, counts = np.unique(lengths, return_inverse=True, return_counts=True)
     alike, parts_s, alone_s = [], [], []
     for group, (own, minorant, cost) in enumerate(
-        zip(plan.groups, minorants, fleet.costs, strict=True)
+        zip(plan.groups, minorants, table.costs, strict=True)
     ):
-        replicas = np.flatnonzero(fleet.group == group)
+        replicas = np.flatnonzero(table.group == group)
         fits = distinct <= own.max_tokens
         if not fits.any():
             continue
         part_s = np.maximum(minorant.part_ms(distinct), LEAST_MS * distinct) / 1000.0
         part_s = np.where(fits, part_s, np.inf)
         alone = np.where(fits, cost(distinct, distinct**2), np.inf) / 1000.0
-        for factor in np.unique(fleet.factors[replicas]).tolist():
-            same = replicas[fleet.factors[replicas] == factor]
+        for factor in np.unique(table.factors[replicas]).tolist():
+            same = replicas[table.factors[replicas] == factor]
             bubbles = own.layout.pp - 1
             alike.append(Alike(same, own.max_tokens, minorant, bubbles, factor))
             parts_s.append(part_s * factor)

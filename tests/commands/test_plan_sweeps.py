@@ -58,7 +58,7 @@ def test_a_model_of_which_there_is_a_config_alone_is_planned_for_accelerators(
     tokens = sum(12 * np.minimum(values, 2048).mean() for values in lengths)
     for entry, price in ((h100, 2.5), (l40s, 0.8)):
         assert entry["tokens_per_step"] == pytest.approx(tokens, rel=0.01)
-        cost = entry["gpu_seconds"] / 3600 * price / entry["tokens_per_step"] * 1e6
+        cost = entry["mean_gpu_seconds"] / 3600 * price / entry["tokens_per_step"] * 1e6
         assert entry["cost_per_million_tokens"] == pytest.approx(cost, rel=1e-4)
     assert result["plan"] == h100["plan"]  # without a profile, the plan is for the first
     told = " ".join(captured.err.split())

@@ -1,0 +1,210 @@
+"""EXACT for packed steps: the plan best on average over sampled steps, and a certificate.
+
+The certificate's integer programme names the plan that may be best. It is dispatched over a few
+steps; its prices make the certificate exact for it, and the programme names the next, until it
+names one it knows. Then come plans near the best, those with the lowest bound first. The best few
+are dispatched over all steps; what these take on the best of them is the certificate's reference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lobra.common.errors import ConfigError
+from lobra.layout.plan import Plan
+from lobra.planner.certificate import LEAST_S, Certificate
+from lobra.planner.clock import Clock
+from lobra.planner.outcome import Progress, silent
+from lobra.planner.packed.problem import PackedProblem
+
+FEW_STEPS = 8  # that every plan is tried on
+TARGET_GAP = 1e-3
+NAMED, NEAR, FULLY = 0.5, 0.75, 0.9  # of the time, after which the parts of the search end
+PROMISING = 0.01  # a plan is dispatched over all steps if its estimate is within it of the best
+MOST_FULLY = 4
+
+
+def default_limit_s(num_gpus: int) -> float:
+    """Return the seconds the search takes at most when no limit is given."""
+    if num_gpus <= 64:
+        return 3.5
+    return 11.0 if num_gpus <= 256 else 35.0
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """The best plans found over sampled steps, and what no plan takes less than.
+
+    Attributes
+    ----------
+    step_s
+        By plan, the best on average first: float64 [steps] seconds, synchronisation included.
+    homogeneous
+        The best plan of one layout; one of them.
+    lower_bound_s
+        No plan's mean step is shorter.
+    seconds
+        What the search took.
+    complete
+        Whether it ended before its time did.
+    """
+
+    step_s: dict[Plan, np.ndarray]
+    homogeneous: Plan
+    lower_bound_s: float
+    seconds: float
+    complete: bool
+
+
+def solve(
+    problem: PackedProblem, time_limit_s: float | None = None, progress: Progress = silent
+) -> Found:
+    """Return the best plans found and the certificate.
+
+    The default limit is of processor time; one that is given is wall-clock time. The best
+    homogeneous plan and a bound are there however short it is.
+
+    Raises
+    ------
+    ConfigError
+        If no replica that holds the longest sequence can be placed.
+    """
+    fleet = problem.fleet
+    limit_s = default_limit_s(fleet.num_gpus) if time_limit_s is None else time_limit_s
+    search = _Search(problem, Clock(limit_s, processor=time_limit_s is None), progress)
+    same = list(fleet.homogeneous(problem.longest))
+    if not same:
+        raise ConfigError(
+            f"no layout that holds {problem.longest} tokens can be placed on {fleet.num_gpus} GPUs "
+            f"in nodes of {fleet.gpus_per_node}"
+        )
+    for replicas in same:
+        search.try_plan(replicas)
+    homogeneous = search.best()
+    search.certificate.look_at(np.array(homogeneous))
+    search.name_plans(NAMED)
+    search.climb(NEAR)
+    search.run_fully(homogeneous)
+    return search.found(homogeneous)
+
+
+Key = tuple[int, ...]
+
+
+@dataclass(eq=False)
+class _Search:
+    """What is known of plans; each is known by its replicas."""
+
+    problem: PackedProblem
+    clock: Clock
+    progress: Progress
+    certificate: Certificate = field(init=False)
+    few: np.ndarray = field(init=False)
+    few_s: dict[Key, np.ndarray] = field(default_factory=dict)
+    all_s: dict[Key, np.ndarray] = field(default_factory=dict)
+    lower_bound_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        problem = self.problem
+        self.certificate = Certificate(
+            problem.fleet, problem.longest, problem.counts, problem.rates
+        )
+        tokens = np.array([step.sum() for step in problem.steps])
+        every = np.argsort(tokens, kind="stable")
+        places = np.linspace(0, len(every) - 1, min(FEW_STEPS, len(every)))
+        self.few = every[np.rint(places).astype(np.int64)]
+
+    def is_out(self, share: float) -> bool:
+        """Return whether a share of the time is over."""
+        limit_s = self.clock.limit_s
+        return limit_s is not None and self.clock.left_s <= (1.0 - share) * limit_s
+
+    def try_plan(self, replicas: np.ndarray) -> Key | None:
+        """Dispatch a few steps over a plan, or what of it can be placed; return its key."""
+        placed = self.problem.fleet.placed(replicas, self.problem.longest)
+        if placed is None:
+            return None
+        key = tuple(placed.tolist())
+        if key not in self.few_s:
+            plan = self.problem.fleet.plan(placed)
+            self.few_s[key] = self.problem.step_s(plan, self.few.tolist())
+            self.progress(f"{plan}: {self.few_s[key].mean():.4g} s on {len(self.few)} steps")
+        return key
+
+    def estimates(self) -> dict[Key, float]:
+        """Return, by plan, the mean of the few steps and what the bounds of the others differ."""
+        bounds_s = self.certificate.steps_s(np.array(list(self.few_s)))
+        differ_s = bounds_s.mean(axis=1) - bounds_s[:, self.few].mean(axis=1)
+        return {
+            key: float(self.few_s[key].mean() + differ)
+            for key, differ in zip(self.few_s, differ_s.tolist(), strict=True)
+        }
+
+    def best(self) -> Key:
+        """Return the best plan by all steps, else by estimate."""
+        if self.all_s:
+            return min(self.all_s, key=lambda key: (self.all_s[key].mean(), key))
+        estimates = self.estimates()
+        return min(estimates, key=lambda key: (estimates[key], key))
+
+    def name_plans(self, share: float) -> None:
+        """Try the plans that the certificate's programme names, until it names one again."""
+        named: set[Key] = set()
+        while not self.is_out(share) or not self.lower_bound_s:
+            bound_s, replicas = self.certificate.minimum(max(self.clock.left_s, LEAST_S))
+            self.lower_bound_s = max(self.lower_bound_s, bound_s)
+            if replicas is None or (key := tuple(replicas.tolist())) in named:
+                return
+            named.add(key)
+            self.try_plan(self.problem.fleet.filled(replicas))
+            self.certificate.look_at(replicas)
+
+    def climb(self, share: float) -> None:
+        """Go to better neighbours of the best plan while there are any."""
+        fleet = self.problem.fleet
+        centre = None
+        while centre != (centre := self.best()) and not self.is_out(share):
+            best_s = self.estimates()[centre]
+            near = [fleet.filled(replicas) for replicas in fleet.neighbours(np.array(centre))]
+            near = [
+                one for one in near if (fleet.max_tokens[one > 0] >= self.problem.longest).any()
+            ]
+            if not near:
+                return
+            bounds_s = self.certificate.steps_s(np.array(near)).mean(axis=1)
+            for place in np.argsort(bounds_s, kind="stable").tolist():
+                if bounds_s[place] >= best_s * (1 - TARGET_GAP) or self.is_out(share):
+                    break
+                key = self.try_plan(near[place])
+                if key is not None and self.estimates()[key] < best_s * (1 - TARGET_GAP):
+                    break
+
+    def run_fully(self, homogeneous: Key) -> None:
+        """Dispatch all steps over the best plans, and refer the certificate to the best."""
+        estimates = self.estimates()
+        order = sorted(estimates, key=lambda key: (estimates[key], key))
+        within_s = estimates[order[0]] * (1 + PROMISING)
+        good = [key for key in order if estimates[key] <= within_s][:MOST_FULLY]
+        every = range(len(self.problem.steps))
+        for key in dict.fromkeys([good[0], homogeneous, *good]):
+            if len(self.all_s) > 1 and self.is_out(FULLY):
+                break
+            self.all_s[key] = self.problem.step_s(self.problem.fleet.plan(np.array(key)), every)
+        best_s = float(self.all_s[self.best()].mean())
+        if self.lower_bound_s < best_s * (1 - TARGET_GAP):
+            self.certificate.tighten(best_s, np.array(self.best()), self.clock)
+            self.name_plans(1.0)
+
+    def found(self, homogeneous: Key) -> Found:
+        """Return what was found."""
+        fleet = self.problem.fleet
+        order = sorted(self.all_s, key=lambda key: (self.all_s[key].mean(), key))
+        return Found(
+            {fleet.plan(np.array(key)): self.all_s[key] for key in order},
+            fleet.plan(np.array(homogeneous)),
+            min(self.lower_bound_s, float(self.all_s[order[0]].mean())),
+            self.clock.elapsed_s,
+            self.clock.left_s > 0,
+        )
