@@ -94,7 +94,7 @@ def _errors(rows: Sequence[Row], name: str) -> list[list[float]]:
 
 def _methods(rows: Sequence[Row]) -> Figure:
     figure, (axes,) = _figure(height=0.45 * len(rows) + 1.2)
-    shades = ["0.25" if row["method"].startswith("our") else "0.7" for row in rows]
+    shades = ["0.25" if row["method"].startswith(("our", "packed")) else "0.7" for row in rows]
     names = [row["method"] for row in rows]
     axes.barh(
         names,

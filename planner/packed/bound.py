@@ -14,7 +14,7 @@ import numpy as np
 from lobra.planner.packed.step_work import StepWork
 
 ROUNDS = 64  # in which prices are adapted to the loads they lead to
-RATES = 1.0 * (0.002 / 1.0) ** (np.arange(ROUNDS) / (ROUNDS - 1))  # by how much, of the logarithm
+RATES = 0.002 ** (np.arange(ROUNDS) / (ROUNDS - 1))  # by how much, of the logarithm
 SHARPNESS = 200.0  # with which the cheapest kind is preferred meanwhile
 HALVINGS = 12  # of the interval in which the bound of a plan with pipelines is searched
 

@@ -20,14 +20,15 @@ from lobra.layout.sequences import IntArray
 from lobra.planner.assignment import Assignment, Rows
 from lobra.planner.packed.bound import crowded_s, least_time_s, prices_of
 from lobra.planner.packed.filling import Filling, ReplicaTable, filled
-from lobra.planner.packed.local_search import NEAR, improve
+from lobra.planner.packed.local_search import improve
 from lobra.planner.packed.longest_first import longest_first
 from lobra.planner.packed.micro_batches import fewest, for_pipeline
 from lobra.planner.packed.minorant import Cost, Minorant
 from lobra.planner.packed.step_work import StepWork, minorants_of, step_work
 from lobra.profiler.cost_model import CostModel
 
-ROUNDS = 16  # of local search
+ROUNDS = 12  # of local search
+FAR = 0.01  # from the bound: there another start is tried
 
 
 def packed_costs(plan: Plan, cost_model: CostModel) -> list[Cost]:
@@ -105,7 +106,7 @@ def _dispatched(
     bound_s = max(least_time_s(work, prices), whole_s)
     priced = longest_first(work, length_of, bound_s, prices)
     best = _filling_of(table, minorants, lengths, priced)
-    if len(work.alike) > 1 and best.step_time_s > bound_s * (1.0 + NEAR):
+    if len(work.alike) > 1 and best.step_time_s > bound_s * (1.0 + FAR):
         plain = longest_first(work, length_of, bound_s, None)
         other = _filling_of(table, minorants, lengths, plain)
         best = min(best, other, key=lambda filling: filling.step_time_s)

@@ -14,7 +14,6 @@ from lobra.planner.packed.minorant import Minorant
 
 NEAR = 5e-4  # of the bound, or of the mean: nearer is not searched for
 MOST_TRIED = 48  # sequences of a replica that are considered at once
-NOTHING = -1  # what is given back where a sequence just moves
 
 
 def improve(
@@ -153,5 +152,5 @@ def _best_exchange(
     if slower.flat[best] >= filling.replica_time_s[giver]:
         return None
     row, column = divmod(best, slower.shape[1])
-    back = int(take.indices[column]) if column < len(take.indices) else NOTHING
+    back = int(take.indices[column]) if column < len(take.indices) else -1
     return int(give.indices[row]), back, int(batches[column])
