@@ -27,7 +27,7 @@ from lobra.planner.packed.minorant import Cost, Minorant
 from lobra.planner.packed.step_work import StepWork, minorants_of, step_work
 from lobra.profiler.cost_model import CostModel
 
-ROUNDS = 12  # of local search
+ROUNDS = 20  # of local search
 FAR = 0.01  # from the bound: there another start is tried
 
 

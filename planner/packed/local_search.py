@@ -27,12 +27,13 @@ def improve(
     """Return the filling after at most so many rounds of moves and swaps, never a slower one.
 
     In each round the slowest replica meets the fastest, the second slowest the second fastest, and
-    so on. What promises most of a pair is done, and undone if it does not make the slower one of
+    so on; in every other round the fastest of those that hold as much as the slowest come first.
+    What promises most of a pair is done, and undone if it does not make the slower one of
     both faster. ``minorants`` (one for each group) say what sequences add to a micro-batch.
     """
     added_s = [m.marginal_ms(lengths) / 1000.0 for m in minorants]
     shift = 0
-    for _ in range(rounds):
+    for number_of_round in range(rounds):
         times_s = filling.replica_time_s
         enough_s = (1.0 + NEAR) * max(bound_s, float(times_s.mean()))
         order = np.argsort(-times_s, kind="stable")
@@ -40,7 +41,11 @@ def improve(
         if not number or shift >= len(order) - number:
             break
         slow = order[:number]
-        fast = order[::-1][(np.arange(number) + shift) % (len(order) - number)]
+        fast = order[number:][::-1]
+        if number_of_round % 2:
+            too_small = table.max_tokens[fast] < table.max_tokens[slow[0]]
+            fast = fast[np.argsort(too_small, kind="stable")]
+        fast = fast[(np.arange(number) + shift) % len(fast)]
         tried = _exchanged(table, added_s, minorants, lengths, filling, slow, fast)
         new = filled(table, lengths, *tried)
         worse = np.maximum(new.replica_time_s[slow], new.replica_time_s[fast]) >= times_s[slow]

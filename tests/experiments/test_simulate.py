@@ -75,8 +75,9 @@ def test_every_table_is_there_and_adds_up(finished: Path) -> None:
     assert float(ours["less_than_fused"]) == pytest.approx(saved, abs=1e-4)
     assert float(methods["Task-Fused, our dispatch"]["step_time_s"]) <= float(fused["step_time_s"])
     packed = [methods[name] for name in PACKED.values()]
-    needed = [float(row["gpu_seconds"]) for row in (ours, *packed)]
-    assert needed == sorted(needed, reverse=True)  # no padding, then more memory
+    needed = [float(row["gpu_seconds"]) for row in packed]
+    assert max(needed) < float(ours["gpu_seconds"])  # nothing is padded
+    assert needed[-1] < needed[0]  # with four times the memory
     for row in packed:
         assert float(row["padding"]) < float(ours["padding"])
         assert 0 < float(row["lower_bound_s"]) <= float(row["planned_step_time_s"])
