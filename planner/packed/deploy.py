@@ -22,7 +22,7 @@ from lobra.profiler.cost_model import CostModel
 from lobra.profiler.profiles import MemoryProfile
 
 SEQUENCES = 160_000  # of all sampled steps: large steps differ little
-FEWEST_STEPS, MOST_STEPS = 12, 100
+FEWEST_STEPS, MOST_STEPS = 6, 100
 EXPLAINED_STEPS = 8
 FRESH = 0.01  # relative: what further steps may differ by without a note
 
