@@ -74,14 +74,14 @@ def solve(
         If no replica that holds the longest sequence can be placed.
     """
     fleet = problem.fleet
-    limit_s = default_limit_s(fleet.num_gpus) if time_limit_s is None else time_limit_s
-    search = _Search(problem, Clock(limit_s, processor=time_limit_s is None), progress)
     same = list(fleet.homogeneous(problem.longest))
     if not same:
         raise ConfigError(
             f"no layout that holds {problem.longest} tokens can be placed on {fleet.num_gpus} GPUs "
             f"in nodes of {fleet.gpus_per_node}"
         )
+    limit_s = default_limit_s(fleet.num_gpus) if time_limit_s is None else time_limit_s
+    search = _Search(problem, Clock(limit_s, processor=time_limit_s is None), progress)
     homogeneous = search.try_best(same, MOST_HOMOGENEOUS)
     search.certificate.look_at(np.array(homogeneous))
     search.try_best(search.named(NAMED), MOST_NAMED)
