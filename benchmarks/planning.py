@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from benchmarks.packed_planning import bench_packed, hard_workloads
 from lobra.layout.layout import Layout
 from lobra.layout.plan import Plan, ReplicaGroup, make_plan
 from lobra.planner.bucketed import exact, homogeneous, lobra
@@ -306,6 +307,15 @@ def bench_buckets(setting: Setting) -> Iterator[Row]:
         yield {"sequences": number, "buckets": 16, "median ms of 20": median_ms}
 
 
+def bench_packed_plans(setting: Setting) -> Iterator[Row]:
+    """Packed plans: their certified gap, seconds, and what other plans take, run packed."""
+    given = {"the tasks": setting.workload}
+    yield from bench_packed(setting.memory, setting.cost_model, given, setting.gpus)
+    few = [number for number in setting.gpus if number <= 64]
+    yield from bench_packed(setting.memory, setting.cost_model, given, few[:1], (2, 4))
+    yield from bench_packed(setting.memory, setting.cost_model, hard_workloads(), few)
+
+
 SUBJECTS: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "exact": bench_exact,
     "lobra": bench_lobra,
@@ -313,6 +323,7 @@ SUBJECTS: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "packed_dispatch": bench_packed_dispatch,
     "ilp": bench_ilp,
     "buckets": bench_buckets,
+    "packed": bench_packed_plans,
 }
 
 
@@ -321,7 +332,7 @@ def planning(
     profile: Path,
     lengths: Path,
     subject: tuple[
-        Literal["exact", "lobra", "dispatch", "packed_dispatch", "ilp", "buckets"], ...
+        Literal["exact", "lobra", "dispatch", "packed_dispatch", "ilp", "buckets", "packed"], ...
     ] = tuple(SUBJECTS),
     instance: Literal["6tasks", "12tasks", "real12"] = "6tasks",
     cost_model: Kind = "lobra6",

@@ -27,7 +27,7 @@ LEVELS = 1.05  # ratio of step times that rates are told apart for
 TANGENTS = (0.6, 0.75, 0.87, 1.0, 1.15, 1.35, 1.7)  # of prices . n, 1 for the plan of the prices
 MOST_BUBBLE = 0.8  # of the step: replicas with more are counted as if they had no more
 SLACK = 1e-6  # relative: given away for the solver's tolerance
-MIP_GAP = 5e-4
+MIP_GAP = 1e-3
 MIP_LIMIT_S = 5.0
 LEAST_S = 0.5  # for the integer programme, however late it is
 

@@ -228,50 +228,42 @@ def estimates(
 
 def show_sweep(console: Console, sizings: Sequence[Sizing]) -> None:
     """Print what other hardware would give, with the columns in which something differs."""
+    rows = [_cells(sizing) for sizing in sizings]
+    columns = [name for name in rows[0] if any(row[name] for row in rows)]
     table = Table(title="what if")
-    has_names = any(sizing.accelerator for sizing in sizings)
-    has_contexts = any(sizing.context is not None for sizing in sizings)
-    has_prices = any(sizing.cost_per_million_tokens is not None for sizing in sizings)
-    columns = [
-        *(["accelerator"] if has_names else []),
-        *(["context", "cut %"] if has_contexts else []),
-        *("GPUs", "step s", "gap %", "GPU-s"),
-        *(["cost / M"] if has_prices else []),
-        "homog. s",
-    ]
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("plan")
-    for sizing in sizings:
-        where = [
-            *([sizing.accelerator] if has_names else []),
-            *([str(sizing.context), f"{100 * sizing.cut_share:.1f}"] if has_contexts else []),
-            str(sizing.num_gpus),
-        ]
-        found, cost = sizing.deployment, sizing.cost_per_million_tokens
-        if found is None:
-            nothing = ["-"] * (len(columns) - len(where))
-            table.add_row(*where, *nothing, "none, see below")
-            continue
-        mean, same = found.sampled, found.homogeneous
-        table.add_row(
-            *where,
-            f"{mean.mean_step_time_s:.3f}",
-            f"{100 * mean.gap:.2f}",
-            f"{mean.mean_gpu_seconds:.1f}",
-            *([f"{cost:.4g}" if cost is not None else "-"] if has_prices else []),
-            f"{same.step_time_s:.3f}" if same else "-",
-            str(found.plan),
-        )
+    for sizing, row in zip(sizings, rows, strict=True):
+        plan = "none, see below" if sizing.deployment is None else str(sizing.deployment.plan)
+        table.add_row(*(row[name] or "-" for name in columns), plan)
     console.print(table)
     for sizing in sizings:
         if sizing.deployment is None:
             console.print(f"{words_of(sizing)}: {sizing.reason}")
-    if has_names:
+    if any(sizing.accelerator for sizing in sizings):
         console.print(
             "note: accelerators are ESTIMATES from data sheets (profiler/accelerators.yaml), "
             "not measured"
         )
+
+
+def _cells(sizing: Sizing) -> dict[str, str]:
+    """Return what the table says of a sizing, by column; empty: nothing to say."""
+    found, cost = sizing.deployment, sizing.cost_per_million_tokens
+    mean = None if found is None else found.sampled
+    same = None if found is None or cost is not None else found.homogeneous
+    return {
+        "accelerator": sizing.accelerator,
+        "context": "" if sizing.context is None else str(sizing.context),
+        "cut %": "" if sizing.context is None else f"{100 * sizing.cut_share:.1f}",
+        "GPUs": str(sizing.num_gpus),
+        "step s": "" if mean is None else f"{mean.mean_step_time_s:.3f}",
+        "gap %": "" if mean is None else f"{100 * mean.gap:.2f}",
+        "GPU-s": "" if mean is None else f"{mean.mean_gpu_seconds:.1f}",
+        "cost / M": "" if cost is None else f"{cost:.4g}",
+        "homogeneous s": "" if same is None else f"{same.step_time_s:.3f}",
+    }
 
 
 def words_of(sizing: Sizing) -> str:

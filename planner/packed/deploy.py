@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from lobra.layout.plan import Plan
+from lobra.layout.sequences import IntArray
 from lobra.planner.candidates import all_candidates, propose
 from lobra.planner.deployment import Deployment, Options
 from lobra.planner.fleet import Fleet
@@ -22,7 +23,7 @@ from lobra.profiler.cost_model import CostModel
 from lobra.profiler.profiles import MemoryProfile
 
 SEQUENCES = 160_000  # of all sampled steps: large steps differ little
-FEWEST_STEPS, MOST_STEPS = 12, 100
+FEWEST_STEPS, MOST_STEPS = 6, 100
 EXPLAINED_STEPS = 8
 FRESH = 0.01  # relative: what further steps may differ by without a note
 
@@ -46,8 +47,7 @@ def deploy_packed(
     if options.proposal:
         candidates = propose(candidates, cost_model)
     fleet = Fleet(candidates.chosen, num_gpus, options.gpus_per_node)
-    number = SEQUENCES // max(1, sum(workload.batch_sizes.values()))
-    steps = tuple(workload.steps(min(max(number, FEWEST_STEPS), MOST_STEPS)))
+    steps = sampled_steps(workload)
     problem = PackedProblem(steps, workload.longest, fleet, cost_model)
     found = exact.solve(problem, options.time_limit_s, progress)
     mean_s = {plan: float(step_s.mean()) for plan, step_s in found.step_s.items()}
@@ -86,6 +86,12 @@ def deploy_packed(
         problem=problem,
         batching="packed",
     )
+
+
+def sampled_steps(workload: Workload) -> tuple[IntArray, ...]:
+    """Return the lengths of the first steps of a run, int64 [n] each; the fewer, the larger."""
+    number = SEQUENCES // sum(workload.batch_sizes.values())
+    return tuple(workload.steps(min(max(number, FEWEST_STEPS), MOST_STEPS)))
 
 
 def _notes_on(plan: Plan, mean_s: float, problem: PackedProblem, workload: Workload) -> list[str]:

@@ -8,6 +8,7 @@ are dispatched over all steps; what these take on the best of them is the certif
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,11 +20,12 @@ from lobra.planner.clock import Clock
 from lobra.planner.outcome import Progress, silent
 from lobra.planner.packed.problem import PackedProblem
 
-FEW_STEPS = 8  # that every plan is tried on
+FEW_STEPS, FEW_SEQUENCES = 8, 8000  # that every plan is tried on
+MOST_HOMOGENEOUS, MOST_NAMED = 3, 4  # that are tried, those with the lowest bounds
 TARGET_GAP = 1e-3
-NAMED, NEAR, FULLY = 0.5, 0.75, 0.9  # of the time, after which the parts of the search end
-PROMISING = 0.01  # a plan is dispatched over all steps if its estimate is within it of the best
-MOST_FULLY = 4
+NAMED, NEAR, FULLY = 0.4, 0.6, 0.8  # of the time, after which the parts of the search end
+PROMISING = 0.003  # a plan is dispatched over all steps if its estimate is within it of the best
+MOST_FULLY = 3
 
 
 def default_limit_s(num_gpus: int) -> float:
@@ -72,19 +74,17 @@ def solve(
         If no replica that holds the longest sequence can be placed.
     """
     fleet = problem.fleet
-    limit_s = default_limit_s(fleet.num_gpus) if time_limit_s is None else time_limit_s
-    search = _Search(problem, Clock(limit_s, processor=time_limit_s is None), progress)
     same = list(fleet.homogeneous(problem.longest))
     if not same:
         raise ConfigError(
             f"no layout that holds {problem.longest} tokens can be placed on {fleet.num_gpus} GPUs "
             f"in nodes of {fleet.gpus_per_node}"
         )
-    for replicas in same:
-        search.try_plan(replicas)
-    homogeneous = search.best()
+    limit_s = default_limit_s(fleet.num_gpus) if time_limit_s is None else time_limit_s
+    search = _Search(problem, Clock(limit_s, processor=time_limit_s is None), progress)
+    homogeneous = search.try_best(same, MOST_HOMOGENEOUS)
     search.certificate.look_at(np.array(homogeneous))
-    search.name_plans(NAMED)
+    search.try_best(search.named(NAMED), MOST_NAMED)
     search.climb(NEAR)
     search.run_fully(homogeneous)
     return search.found(homogeneous)
@@ -113,7 +113,8 @@ class _Search:
         )
         tokens = np.array([step.sum() for step in problem.steps])
         every = np.argsort(tokens, kind="stable")
-        places = np.linspace(0, len(every) - 1, min(FEW_STEPS, len(every)))
+        number = min(max(FEW_SEQUENCES // len(problem.steps[0]), 2), FEW_STEPS)
+        places = np.linspace(0, len(every) - 1, min(number, len(every)))
         self.few = every[np.rint(places).astype(np.int64)]
 
     def is_out(self, share: float) -> bool:
@@ -149,17 +150,25 @@ class _Search:
         estimates = self.estimates()
         return min(estimates, key=lambda key: (estimates[key], key))
 
-    def name_plans(self, share: float) -> None:
-        """Try the plans that the certificate's programme names, until it names one again."""
-        named: set[Key] = set()
-        while not self.is_out(share) or not self.lower_bound_s:
+    def try_best(self, plans: Sequence[np.ndarray], most: int) -> Key:
+        """Try the plans with the lowest bounds, some of them; return the best plan known."""
+        bounds_s = self.certificate.steps_s(np.array(plans)).mean(axis=1)
+        for place in np.argsort(bounds_s, kind="stable")[:most].tolist():
+            if not self.few_s or not self.is_out(NEAR):
+                self.try_plan(plans[place])
+        return self.best()
+
+    def named(self, share: float) -> list[np.ndarray]:
+        """Return the plans that the certificate's programme names, until it names one again."""
+        found: dict[Key, np.ndarray] = {}
+        while not found or not self.is_out(share):
             bound_s, replicas = self.certificate.minimum(max(self.clock.left_s, LEAST_S))
             self.lower_bound_s = max(self.lower_bound_s, bound_s)
-            if replicas is None or (key := tuple(replicas.tolist())) in named:
-                return
-            named.add(key)
-            self.try_plan(self.problem.fleet.filled(replicas))
+            if replicas is None or (key := tuple(replicas.tolist())) in found:
+                break
+            found[key] = self.problem.fleet.filled(replicas)
             self.certificate.look_at(replicas)
+        return list(found.values())
 
     def climb(self, share: float) -> None:
         """Go to better neighbours of the best plan while there are any."""
@@ -195,7 +204,7 @@ class _Search:
         best_s = float(self.all_s[self.best()].mean())
         if self.lower_bound_s < best_s * (1 - TARGET_GAP):
             self.certificate.tighten(best_s, np.array(self.best()), self.clock)
-            self.name_plans(1.0)
+            self.named(1.0)
 
     def found(self, homogeneous: Key) -> Found:
         """Return what was found."""
