@@ -230,10 +230,10 @@ def show_sweep(console: Console, sizings: Sequence[Sizing]) -> None:
     """Print what other hardware would give, with the columns in which something differs."""
     rows = [_cells(sizing) for sizing in sizings]
     columns = [name for name in rows[0] if any(row[name] for row in rows)]
-    table = Table(title="what if")
+    table = Table(title="what if", box=None, header_style="underline")
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("plan")
+    table.add_column("plan", overflow="fold")
     for sizing, row in zip(sizings, rows, strict=True):
         plan = "none, see below" if sizing.deployment is None else str(sizing.deployment.plan)
         table.add_row(*(row[name] or "-" for name in columns), plan)
