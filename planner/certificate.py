@@ -4,10 +4,10 @@ Of every sequence is known what it costs on each candidate at least (`SequenceRa
 candidate what a step loses to its bubble. With n replicas of the candidates and divisible work a
 step takes, for any prices of the candidates' time, at least ``(value + (prices * bubble) . n) /
 (prices . n)``, the value being what its sequences are worth, each where it is cheapest. Without
-bubbles that is convex in n. So the least mean over all plans comes from an integer programme in
+bubbles that is convex in n. So the least mean over all plans comes from an integer program in
 n. Of every vector of prices it holds tangents of ``1 / (prices . n)``, of every plan that was
 looked at which prices are best for which step. The bubble's part is divided by the most that
-prices . n can be. Prices come from the linear programmes of plans that were looked at; any give a
+prices . n can be. Prices come from the linear programs of plans that were looked at; any give a
 valid bound.
 """
 
@@ -22,14 +22,14 @@ from lobra.planner.clock import Clock
 from lobra.planner.fleet import Fleet
 
 LOOKED_AT = 6  # steps of which a plan's prices are computed
-CLASSES = 64  # of lengths, in the linear programmes that give prices
+CLASSES = 64  # of lengths, in the linear programs that give prices
 LEVELS = 1.05  # ratio of step times that rates are told apart for
 TANGENTS = (0.6, 0.75, 0.87, 1.0, 1.15, 1.35, 1.7)  # of prices . n, 1 for the plan of the prices
 MOST_BUBBLE = 0.8  # of the step: replicas with more are counted as if they had no more
 SLACK = 1e-6  # relative: given away for the solver's tolerance
 MIP_GAP = 1e-3
 MIP_LIMIT_S = 5.0
-LEAST_S = 0.5  # for the integer programme, however late it is
+LEAST_S = 0.5  # for the integer program, however late it is
 
 
 class SequenceRates(Protocol):
@@ -111,7 +111,7 @@ class Certificate:
         self._set_values(self._values_at(self._prices))
 
     def look_at(self, replicas: np.ndarray) -> None:
-        """Add the prices of a plan, and have the integer programme see what it takes at least."""
+        """Add the prices of a plan, and have the integer program see what it takes at least."""
         order = np.argsort(self._least_step_s, kind="stable")
         steps = np.unique(np.linspace(0, len(order) - 1, LOOKED_AT).astype(np.int64))
         prices = np.array([self._prices_of(replicas, step) for step in order[steps].tolist()])
