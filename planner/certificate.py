@@ -134,13 +134,14 @@ class Certificate:
             order = np.argsort(self._rare, kind="stable")
             places = np.linspace(0, len(order) - 1, min(LOOKED_AT, len(order)))
             steps = order[np.rint(places).astype(np.int64)].tolist()
+        self._looked_at.append(replicas)
+        if not steps:
+            return
         prices = np.array([self._prices_of(replicas, step) for step in steps])
-        prices = prices.reshape(-1, len(replicas))
         self._prices = np.concatenate([self._prices, prices])
         most = [self._most_worth_at(price) for price in prices]
         self._most_worth = np.concatenate([self._most_worth, most])
         self._set_values(np.concatenate([self._values, self._values_at(prices)], axis=1))
-        self._looked_at.append(replicas)
 
     def steps_s(self, plans: np.ndarray) -> np.ndarray:
         """Return float64 [plans, K]: what each step takes at least; plans is int64 [plans, C]."""
