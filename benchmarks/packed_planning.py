@@ -91,7 +91,7 @@ def _measured(
         "gap %": 100 * (1 - found.lower_bound_s / mean_s),
         "seconds": seconds,
         "processor s": processor_s,
-        "homogeneous": float(found.step_s[found.homogeneous].mean()) / mean_s,
+        "homogeneous": found.homogeneous_s / mean_s,
         "bucketed, packed": float(other_s.mean()) / mean_s,
     }
 

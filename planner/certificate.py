@@ -4,10 +4,10 @@ Of every sequence is known what it costs on each candidate at least (`SequenceRa
 candidate what a step loses to its bubble. With n replicas of the candidates and divisible work a
 step takes, for any prices of the candidates' time, at least ``(value + (prices * bubble) . n) /
 (prices . n)``, the value being what its sequences are worth, each where it is cheapest. Without
-bubbles that is convex in n. So the least mean over all plans comes from an integer programme in
+bubbles that is convex in n. So the least mean over all plans comes from an integer program in
 n. Of every vector of prices it holds tangents of ``1 / (prices . n)``, of every plan that was
 looked at which prices are best for which step. The bubble's part is divided by the most that
-prices . n can be. Prices come from the linear programmes of plans that were looked at; any give a
+prices . n can be. Prices come from the linear programs of plans that were looked at; any give a
 valid bound.
 """
 
@@ -22,14 +22,25 @@ from lobra.planner.clock import Clock
 from lobra.planner.fleet import Fleet
 
 LOOKED_AT = 6  # steps of which a plan's prices are computed
-CLASSES = 64  # of lengths, in the linear programmes that give prices
+CLASSES = 64  # of lengths, in the linear programs that give prices
 LEVELS = 1.05  # ratio of step times that rates are told apart for
-TANGENTS = (0.6, 0.75, 0.87, 1.0, 1.15, 1.35, 1.7)  # of prices . n, 1 for the plan of the prices
+TANGENTS = (
+    0.1,
+    0.2,
+    0.4,
+    0.6,
+    0.75,
+    0.87,
+    1.0,
+    1.15,
+    1.35,
+    1.7,
+)  # of prices . n, 1 for the plan of the prices
 MOST_BUBBLE = 0.8  # of the step: replicas with more are counted as if they had no more
 SLACK = 1e-6  # relative: given away for the solver's tolerance
 MIP_GAP = 1e-3
 MIP_LIMIT_S = 5.0
-LEAST_S = 0.5  # for the integer programme, however late it is
+LEAST_S = 0.5  # for the integer program, however late it is
 
 
 class SequenceRates(Protocol):
@@ -94,7 +105,9 @@ class Certificate:
         least_s = np.stack([one.least_s for one in rates])  # [C, D]
         alone_s = np.stack([one.alone_s for one in rates]).min(axis=0)
         self._starts = _class_starts(np.isfinite(least_s))
-        self._prices = (fleet.sizes / fleet.num_gpus)[None, :]  # [P, C]
+        # of every GPU, then of those alone that hold more than some others
+        holds = fleet.max_tokens > np.unique([0, *fleet.max_tokens])[:-1, None]
+        self._prices = np.where(holds, fleet.sizes / fleet.num_gpus, 0.0)  # [P, C]
         self._most_worth = np.array([self._most_worth_at(price) for price in self._prices])  # [P]
         self._looked_at: list[np.ndarray] = []
         self._least_step_s = np.maximum(  # [K]: on the plan best for each step alone
@@ -109,17 +122,26 @@ class Certificate:
         self._rate_s = np.array([[rate_s for rate_s, _ in own] for own in after])  # [levels, C, D]
         self._bubble_s = np.array([[bubble_s for _, bubble_s in own] for own in after])
         self._set_values(self._values_at(self._prices))
+        self._rare = self._values[:, -1] / self._values[:, 0]  # [K]
 
-    def look_at(self, replicas: np.ndarray) -> None:
-        """Add the prices of a plan, and have the integer programme see what it takes at least."""
-        order = np.argsort(self._least_step_s, kind="stable")
-        steps = np.unique(np.linspace(0, len(order) - 1, LOOKED_AT).astype(np.int64))
-        prices = np.array([self._prices_of(replicas, step) for step in order[steps].tolist()])
+    def look_at(self, replicas: np.ndarray, steps: Sequence[int] | None = None) -> None:
+        """Add the prices of a plan, and have the integer program see what it takes at least.
+
+        They are computed for the ``steps``, or for some with much and some with little of what few
+        candidates hold.
+        """
+        if steps is None:
+            order = np.argsort(self._rare, kind="stable")
+            places = np.linspace(0, len(order) - 1, min(LOOKED_AT, len(order)))
+            steps = order[np.rint(places).astype(np.int64)].tolist()
+        self._looked_at.append(replicas)
+        if not steps:
+            return
+        prices = np.array([self._prices_of(replicas, step) for step in steps])
         self._prices = np.concatenate([self._prices, prices])
         most = [self._most_worth_at(price) for price in prices]
         self._most_worth = np.concatenate([self._most_worth, most])
         self._set_values(np.concatenate([self._values, self._values_at(prices)], axis=1))
-        self._looked_at.append(replicas)
 
     def steps_s(self, plans: np.ndarray) -> np.ndarray:
         """Return float64 [plans, K]: what each step takes at least; plans is int64 [plans, C]."""
@@ -150,7 +172,8 @@ class Certificate:
 
         Of the prices best for a plan it is looked how much the other plans can be worth.
         """
-        for index in np.unique(self._by_price(replicas).argmax(axis=1)).tolist():
+        best, number = np.unique(self._by_price(replicas).argmax(axis=1), return_counts=True)
+        for index in best[np.argsort(-number, kind="stable")].tolist():
             if clock.left_s <= 0:
                 break
             worth, _ = self._solve(-self._prices[index], at_most_s, clock.left_s)

@@ -55,7 +55,7 @@ def deploy_packed(
     notes = []
     if not found.complete:
         notes.append(f"stopped after {found.seconds:.1f} s; --time-limit gives it more")
-    same = found.homogeneous
+    same, mean_s = found.homogeneous, {found.homogeneous: found.homogeneous_s} | mean_s
     if plan != same and mean_s[same] * (1 - SIMPLER) <= mean_s[plan]:
         gain = 1.0 - mean_s[plan] / mean_s[same]
         notes.append(
