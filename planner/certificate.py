@@ -151,12 +151,17 @@ class Certificate:
     def steps_s(self, plans: np.ndarray) -> np.ndarray:
         """Return float64 [plans, K]: what each step takes at least; plans is int64 [plans, C]."""
         kept = plans @ self._as_kept
-        by_price = np.stack([self._by_price(replicas).max(axis=1) for replicas in kept])
+        by_price = np.stack([self._by_price(plan).max(axis=1) for plan in kept])
         return np.maximum(by_price, self._least_step_s)
 
     def minimum(self, limit_s: float = MIP_LIMIT_S) -> tuple[float, np.ndarray | None]:
         """Return what the mean step of any plan takes at least, and the plan that may take it."""
         bound_s, kept = self._solve(None, np.inf, limit_s)
+        known_s = [self._known_s(plan) for plan in self._looked_at]
+        if bound_s > min(known_s, default=np.inf) * (1 + SLACK):
+            bound_s = (
+                0.0  # numerical trouble of the solver: a plan that is known is below its bound
+            )
         replicas = None
         if kept is not None:
             replicas = np.zeros(len(self._as_kept), dtype=np.int64)
@@ -187,8 +192,11 @@ class Certificate:
         for index in best[np.argsort(-number, kind="stable")].tolist():
             if clock.left_s <= 0:
                 break
-            worth, _ = self._solve(-self._prices[index], at_most_s, clock.left_s)
-            self._most_worth[index] = min(self._most_worth[index], -worth * (1 + SLACK))
+            price = self._prices[index]
+            worth, _ = self._solve(-price, at_most_s, clock.left_s)
+            known = [price @ plan for plan in self._looked_at if self._known_s(plan) <= at_most_s]
+            most = max([-worth * (1 + SLACK), *known])
+            self._most_worth[index] = min(self._most_worth[index], most)
         self._set_values(self._values)
 
     def _solve(
@@ -226,8 +234,10 @@ class Certificate:
             integrality=np.arange(columns) < len(sizes),
             options={"time_limit": limit_s, "mip_rel_gap": MIP_GAP},
         )
-        bound = -np.inf if found.mip_dual_bound is None else float(found.mip_dual_bound)
-        return bound, None if found.x is None else np.rint(found.x[: len(sizes)]).astype(np.int64)
+        if found.x is None:  # stopped before it knew anything
+            return -np.inf, None
+        bound = min(float(found.mip_dual_bound), float(found.fun))
+        return bound, np.rint(found.x[: len(sizes)]).astype(np.int64)
 
     def _tangents(self, used: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return rows that hold 1 / (prices . n) above tangents, and their least values."""
@@ -235,7 +245,7 @@ class Certificate:
         num_candidates = self._prices.shape[1]
         for column, price in enumerate(self._prices[used], start=num_candidates):
             worth = [float(price @ replicas) for replicas in self._looked_at]
-            for at in {*TANGENTS, *filter(None, worth)}:
+            for at in {*TANGENTS, *(round(one, 6) for one in worth if one > TANGENTS[0])}:
                 row = np.zeros(num_candidates + len(used) + 1)
                 row[:num_candidates], row[column] = price / at**2, 1.0
                 rows.append(row)
@@ -258,6 +268,11 @@ class Certificate:
             row[:num_candidates] -= share[above].sum(axis=0)
             least.append(float(self._least_step_s[~above].sum() / num_steps))
         return rows, np.array(least)
+
+    def _known_s(self, plan: np.ndarray) -> float:
+        """Return what the mean step of a plan takes at least."""
+        by_price = self._by_price(plan).max(axis=1)
+        return float(np.maximum(by_price, self._least_step_s).mean())
 
     def _set_values(self, values: np.ndarray) -> None:
         """Take the steps' values, [K, P], and with them what each takes on the plan best for it."""
