@@ -14,6 +14,7 @@ valid bound.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -23,7 +24,7 @@ from lobra.planner.fleet import Fleet
 
 LOOKED_AT = 6  # steps of which a plan's prices are computed
 CLASSES = 64  # of lengths, in the linear programs that give prices
-LEVELS = 1.05  # ratio of step times that rates are told apart for
+LEVELS = 1.03  # ratio of step times that rates are told apart for
 TANGENTS = (
     0.1,
     0.2,
@@ -82,7 +83,8 @@ def affine(
 class Certificate:
     """Lower bounds on the steps of plans, and on the mean step of any plan.
 
-    K steps, D lengths, C candidates, P vectors of prices. Plans are replicas, int64 [C].
+    K steps, D lengths, C candidates, P vectors of prices. Plans are replicas, int64 [C]. Inside, C
+    are the candidates that no others replace.
 
     Parameters
     ----------
@@ -99,28 +101,30 @@ class Certificate:
     def __init__(
         self, fleet: Fleet, longest: int, counts: np.ndarray, rates: Sequence[SequenceRates]
     ) -> None:
-        self._fleet, self._rates = fleet, rates
-        self._holds = fleet.max_tokens >= longest
         self._counts = counts.astype(np.float64)
         least_s = np.stack([one.least_s for one in rates])  # [C, D]
         alone_s = np.stack([one.alone_s for one in rates]).min(axis=0)
-        self._starts = _class_starts(np.isfinite(least_s))
-        # of every GPU, then of those alone that hold more than some others
-        holds = fleet.max_tokens > np.unique([0, *fleet.max_tokens])[:-1, None]
-        self._prices = np.where(holds, fleet.sizes / fleet.num_gpus, 0.0)  # [P, C]
-        self._most_worth = np.array([self._most_worth_at(price) for price in self._prices])  # [P]
-        self._looked_at: list[np.ndarray] = []
+        price = fleet.sizes / fleet.num_gpus
         self._least_step_s = np.maximum(  # [K]: on the plan best for each step alone
             np.where(counts > 0, alone_s, 0.0).max(axis=1),
-            self._counts @ _cheapest(self._prices[0], least_s),
+            self._counts @ _cheapest(price, least_s),
         )
         level = np.floor(np.log(self._least_step_s) / np.log(LEVELS)).astype(np.int64)
         levels, self._level_of = np.unique(level, return_inverse=True)
-        after = [
-            [one.after(LEVELS**exponent) for one in self._rates] for exponent in levels.tolist()
-        ]
-        self._rate_s = np.array([[rate_s for rate_s, _ in own] for own in after])  # [levels, C, D]
-        self._bubble_s = np.array([[bubble_s for _, bubble_s in own] for own in after])
+        after = [[one.after(LEVELS**exponent) for one in rates] for exponent in levels.tolist()]
+        rate_s = np.array([[rate_s for rate_s, _ in own] for own in after])  # [levels, C, D]
+        bubble_s = np.array([[bubble_s for _, bubble_s in own] for own in after])
+        self._kept, self._as_kept = _undominated(fleet, rate_s, bubble_s)
+        self._rate_s, self._bubble_s = rate_s[:, self._kept], bubble_s[:, self._kept]
+        self._fleet = replace(fleet, candidates=tuple(fleet.candidates[i] for i in self._kept))
+        self._holds = self._fleet.max_tokens >= longest
+        self._starts = _class_starts(np.isfinite(least_s[self._kept]))
+        # of every GPU, then of those alone that hold more than some others
+        max_tokens = self._fleet.max_tokens
+        holds = max_tokens > np.unique([0, *max_tokens])[:-1, None]
+        self._prices = np.where(holds, price[self._kept], 0.0)  # [P, C]
+        self._most_worth = np.array([self._most_worth_at(price) for price in self._prices])  # [P]
+        self._looked_at: list[np.ndarray] = []
         self._set_values(self._values_at(self._prices))
         self._rare = self._values[:, -1] / self._values[:, 0]  # [K]
 
@@ -134,6 +138,7 @@ class Certificate:
             order = np.argsort(self._rare, kind="stable")
             places = np.linspace(0, len(order) - 1, min(LOOKED_AT, len(order)))
             steps = order[np.rint(places).astype(np.int64)].tolist()
+        replicas = replicas @ self._as_kept
         self._looked_at.append(replicas)
         if not steps:
             return
@@ -145,12 +150,22 @@ class Certificate:
 
     def steps_s(self, plans: np.ndarray) -> np.ndarray:
         """Return float64 [plans, K]: what each step takes at least; plans is int64 [plans, C]."""
-        by_price = np.stack([self._by_price(replicas).max(axis=1) for replicas in plans])
+        kept = plans @ self._as_kept
+        by_price = np.stack([self._by_price(plan).max(axis=1) for plan in kept])
         return np.maximum(by_price, self._least_step_s)
 
     def minimum(self, limit_s: float = MIP_LIMIT_S) -> tuple[float, np.ndarray | None]:
         """Return what the mean step of any plan takes at least, and the plan that may take it."""
-        bound_s, replicas = self._solve(None, np.inf, limit_s)
+        bound_s, kept = self._solve(None, np.inf, limit_s)
+        known_s = [self._known_s(plan) for plan in self._looked_at]
+        if bound_s > min(known_s, default=np.inf) * (1 + SLACK):
+            bound_s = (
+                0.0  # numerical trouble of the solver: a plan that is known is below its bound
+            )
+        replicas = None
+        if kept is not None:
+            replicas = np.zeros(len(self._as_kept), dtype=np.int64)
+            replicas[self._kept] = kept
         return max(bound_s, float(self._least_step_s.mean())) * (1 - SLACK), replicas
 
     def mean_s(self, replicas: np.ndarray, clock: Clock) -> float:
@@ -172,12 +187,16 @@ class Certificate:
 
         Of the prices best for a plan it is looked how much the other plans can be worth.
         """
-        best, number = np.unique(self._by_price(replicas).argmax(axis=1), return_counts=True)
+        by_price = self._by_price(replicas @ self._as_kept)
+        best, number = np.unique(by_price.argmax(axis=1), return_counts=True)
         for index in best[np.argsort(-number, kind="stable")].tolist():
             if clock.left_s <= 0:
                 break
-            worth, _ = self._solve(-self._prices[index], at_most_s, clock.left_s)
-            self._most_worth[index] = min(self._most_worth[index], -worth * (1 + SLACK))
+            price = self._prices[index]
+            worth, _ = self._solve(-price, at_most_s, clock.left_s)
+            known = [price @ plan for plan in self._looked_at if self._known_s(plan) <= at_most_s]
+            most = max([-worth * (1 + SLACK), *known])
+            self._most_worth[index] = min(self._most_worth[index], most)
         self._set_values(self._values)
 
     def _solve(
@@ -215,8 +234,10 @@ class Certificate:
             integrality=np.arange(columns) < len(sizes),
             options={"time_limit": limit_s, "mip_rel_gap": MIP_GAP},
         )
-        bound = -np.inf if found.mip_dual_bound is None else float(found.mip_dual_bound)
-        return bound, None if found.x is None else np.rint(found.x[: len(sizes)]).astype(np.int64)
+        if found.x is None:  # stopped before it knew anything
+            return -np.inf, None
+        bound = min(float(found.mip_dual_bound), float(found.fun))
+        return bound, np.rint(found.x[: len(sizes)]).astype(np.int64)
 
     def _tangents(self, used: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return rows that hold 1 / (prices . n) above tangents, and their least values."""
@@ -224,7 +245,7 @@ class Certificate:
         num_candidates = self._prices.shape[1]
         for column, price in enumerate(self._prices[used], start=num_candidates):
             worth = [float(price @ replicas) for replicas in self._looked_at]
-            for at in {*TANGENTS, *filter(None, worth)}:
+            for at in {*TANGENTS, *(round(one, 6) for one in worth if one > TANGENTS[0])}:
                 row = np.zeros(num_candidates + len(used) + 1)
                 row[:num_candidates], row[column] = price / at**2, 1.0
                 rows.append(row)
@@ -247,6 +268,11 @@ class Certificate:
             row[:num_candidates] -= share[above].sum(axis=0)
             least.append(float(self._least_step_s[~above].sum() / num_steps))
         return rows, np.array(least)
+
+    def _known_s(self, plan: np.ndarray) -> float:
+        """Return what the mean step of a plan takes at least."""
+        by_price = self._by_price(plan).max(axis=1)
+        return float(np.maximum(by_price, self._least_step_s).mean())
 
     def _set_values(self, values: np.ndarray) -> None:
         """Take the steps' values, [K, P], and with them what each takes on the plan best for it."""
@@ -324,6 +350,35 @@ def _cheapest(prices: np.ndarray, rate_s: np.ndarray) -> np.ndarray:
     """Return float64 [D]: what sequences are worth on the candidates cheapest for each."""
     with np.errstate(invalid="ignore"):  # a price of 0 for what does not fit
         return np.where(np.isfinite(rate_s), prices[:, None] * rate_s, np.inf).min(axis=0)
+
+
+def _undominated(
+    fleet: Fleet, rate_s: np.ndarray, bubble_s: np.ndarray
+) -> tuple[list[int], np.ndarray]:
+    """Return the candidates that no others replace, and plans of all as plans of these.
+
+    As many replicas of another on the same GPUs replace one if by rates [levels, C, D] and bubbles
+    [levels, C] they do no less of any length. The plans are int64 [C, kept], to be multiplied with.
+    """
+    kept: list[int] = []
+    replacement = np.zeros((len(fleet.sizes), len(fleet.sizes)), dtype=np.int64)
+    finite_s = np.where(np.isfinite(rate_s), rate_s, 1e30)
+    for index in np.lexsort((finite_s.sum(axis=(0, 2)), fleet.sizes)).tolist():
+        for other in kept:
+            number, left = divmod(int(fleet.sizes[index]), int(fleet.sizes[other]))
+            if (
+                not left
+                and fleet.max_tokens[other] >= fleet.max_tokens[index]
+                and (bubble_s[:, other] <= bubble_s[:, index]).all()
+                and (rate_s[:, other] <= rate_s[:, index] * number).all()
+            ):
+                replacement[index, other] = number
+                break
+        else:
+            kept.append(index)
+            replacement[index, index] = 1
+    kept.sort()
+    return kept, replacement[:, kept]
 
 
 def _class_starts(held: np.ndarray) -> np.ndarray:

@@ -140,6 +140,8 @@ class _Search:
 
     def estimates(self) -> dict[Key, float]:
         """Return, by plan, the mean of the few steps and what the bounds of the others differ."""
+        if not self.few_s:
+            return {}
         bounds_s = self.certificate.steps_s(np.array(list(self.few_s)))
         differ_s = bounds_s.mean(axis=1) - bounds_s[:, self.few].mean(axis=1)
         return {
@@ -157,8 +159,9 @@ class _Search:
     def try_best(self, plans: Sequence[np.ndarray], most: int) -> Key:
         """Try the plans with the lowest bounds, some of them; return the best plan known."""
         bounds_s = self.certificate.steps_s(np.array(plans)).mean(axis=1)
+        best_s = min(self.estimates().values(), default=np.inf)
         for place in np.argsort(bounds_s, kind="stable")[:most].tolist():
-            if not self.few_s or not self.is_out(NEAR):
+            if not self.few_s or (bounds_s[place] < best_s and not self.is_out(NEAR)):
                 self.try_plan(plans[place])
         return self.best()
 
@@ -179,6 +182,7 @@ class _Search:
         fleet = self.problem.fleet
         centre = None
         while centre != (centre := self.best()) and not self.is_out(share):
+            self.certificate.look_at(np.array(centre))
             best_s = self.estimates()[centre]
             near = [fleet.filled(replicas) for replicas in fleet.neighbours(np.array(centre))]
             near = [

@@ -72,6 +72,10 @@ def test_a_plan_that_takes_less_than_others_tightens_the_certificate() -> None:
     certificate.tighten(float(step_s.mean()), replicas, exact.Clock())
     after_s, _ = certificate.minimum()
     assert before_s * (1 - 1e-3) <= after_s <= step_s.mean()
+    out_of_time = certificate_of(problem)
+    out_of_time.look_at(replicas)
+    out_of_time.tighten(float(step_s.mean()), replicas, exact.Clock(1e-9))
+    assert out_of_time.minimum(1e-9)[0] <= step_s.mean()
 
 
 def test_a_fleet_without_room_for_the_longest_is_refused() -> None:
