@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from benchmarks.packed_planning import bench_packed, hard_workloads
 from lobra.layout.layout import Layout
 from lobra.layout.plan import Plan, ReplicaGroup, make_plan
 from lobra.planner.bucketed import exact, homogeneous, lobra
@@ -25,6 +26,7 @@ from lobra.planner.bucketed.time_table import plan_tables, time_table
 from lobra.planner.candidates import all_candidates, propose
 from lobra.planner.clock import Clock
 from lobra.planner.dispatch import dispatch
+from lobra.planner.packed.dispatch import dispatch_packed, packed_costs
 from lobra.planner.workload import Workload, make_workload
 from lobra.profiler.cost_model import CostModel, fit_cost_model
 from lobra.profiler.layer_fit import Kind
@@ -40,6 +42,18 @@ INSTANCES = {
 }
 NUM_LAYERS_7B = 32
 LONGEST = 16384
+# Of packed steps: times the published capacities (x2: activations take half the memory), the
+# replicas (tp, pp, number), times the global batches.
+PACKED_PLANS = (
+    (1, ((1, 1, 6), (2, 1, 1), (8, 1, 1)), 1),
+    (1, ((8, 1, 1), (1, 8, 1)), 1),
+    (2, ((1, 1, 10), (2, 1, 1), (4, 1, 1)), 1),
+    (4, ((1, 1, 12), (2, 1, 2)), 1),
+    (4, ((1, 1, 8), (1, 8, 1)), 1),
+    (4, ((1, 1, 14), (2, 1, 2)), 1),
+    (4, ((1, 1, 57), (2, 1, 8)), 5),
+)
+MOST_PACKED = 4000  # sequences of a packed step
 SIZES = (16, 24, 32, 48, 64, 256, 1024)
 
 
@@ -160,6 +174,39 @@ def bench_dispatch(setting: Setting) -> Iterator[Row]:
         }
 
 
+def bench_packed_dispatch(setting: Setting) -> Iterator[Row]:
+    """The dispatcher of packed steps: its time, and its distance to its own bound."""
+    for factor, sizes, batches in PACKED_PLANS:
+        groups = [group_of(setting.memory, *size) for size in sizes]
+        plan = make_plan([replace(g, max_tokens=factor * g.max_tokens) for g in groups])
+        costs = packed_costs(plan, setting.cost_model)
+        milliseconds, processor, gaps, number = [], [], [], 0
+        for lengths in scaled(setting.workload, batches).steps(setting.steps):
+            number = min(len(lengths), MOST_PACKED)
+            every = np.random.default_rng(number).permutation(lengths)[:number]
+            start, spent = time.perf_counter(), time.process_time()
+            found = dispatch_packed(every, plan, costs)
+            milliseconds.append(1000 * (time.perf_counter() - start))
+            processor.append(1000 * (time.process_time() - spent))
+            gaps.append(100 * (found.step_time_s / found.lower_bound_s - 1))
+        gap = np.array(gaps)
+        yield {
+            "plan": str(plan),
+            "capacities": f"x{factor}",
+            "sequences": number,
+            "a replica": number // len(plan.replicas),
+            "steps": len(gap),
+            "median ms": float(np.median(milliseconds)),
+            "processor ms": float(np.median(processor)),
+            "least ms": min(milliseconds),
+            "first ms": milliseconds[0],
+            "mean gap %": float(gap.mean()),
+            "95 % of gaps %": float(np.percentile(gap, 95)),
+            "max gap %": float(gap.max()),
+            "within 1 %, %": float(100 * (gap <= 1).mean()),
+        }
+
+
 def bench_ilp(setting: Setting) -> Iterator[Row]:
     """Some steps against the replica-level integer program in SCIP (20 s each)."""
     for plan in (published_plan(setting), best_plan(setting)):
@@ -260,12 +307,23 @@ def bench_buckets(setting: Setting) -> Iterator[Row]:
         yield {"sequences": number, "buckets": 16, "median ms of 20": median_ms}
 
 
+def bench_packed_plans(setting: Setting) -> Iterator[Row]:
+    """Packed plans: their certified gap, seconds, and what other plans take, run packed."""
+    given = {"the tasks": setting.workload}
+    yield from bench_packed(setting.memory, setting.cost_model, given, setting.gpus)
+    few = [number for number in setting.gpus if number <= 64]
+    yield from bench_packed(setting.memory, setting.cost_model, given, few[:1], (2, 4))
+    yield from bench_packed(setting.memory, setting.cost_model, hard_workloads(), few)
+
+
 SUBJECTS: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "exact": bench_exact,
     "lobra": bench_lobra,
     "dispatch": bench_dispatch,
+    "packed_dispatch": bench_packed_dispatch,
     "ilp": bench_ilp,
     "buckets": bench_buckets,
+    "packed": bench_packed_plans,
 }
 
 
@@ -273,7 +331,9 @@ def planning(
     *,
     profile: Path,
     lengths: Path,
-    subject: tuple[Literal["exact", "lobra", "dispatch", "ilp", "buckets"], ...] = tuple(SUBJECTS),
+    subject: tuple[
+        Literal["exact", "lobra", "dispatch", "packed_dispatch", "ilp", "buckets", "packed"], ...
+    ] = tuple(SUBJECTS),
     instance: Literal["6tasks", "12tasks", "real12"] = "6tasks",
     cost_model: Kind = "lobra6",
     gpus: tuple[int, ...] = SIZES,

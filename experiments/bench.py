@@ -150,6 +150,14 @@ class Bench:
             return best, False
         return plan, True
 
+    def with_capacities(self, times: int) -> Bench:
+        """Return the bench with so many times the capacities: activations take less memory."""
+        memory = self.costs.memory
+        rows = tuple(replace(row, max_tokens=times * row.max_tokens) for row in memory.rows)
+        digest = f"{self.costs.digest}-x{times}"
+        costs = replace(self.costs, memory=replace(memory, rows=rows), digest=digest)
+        return replace(self, costs=costs) if times > 1 else self
+
     def in_powers_of_two(self) -> Bench:
         """Return the bench with capacities as LobRA measures them: rounded to powers of two."""
         memory = self.costs.memory

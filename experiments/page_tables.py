@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from experiments.methods import DYNAMIC, FUSED, LOBRA, OURS, OURS_POWERS, SEQUENTIAL
+from experiments.methods import DYNAMIC, FUSED, LOBRA, OURS, OURS_POWERS, PACKED, SEQUENTIAL
 from experiments.published import REDUCTION, SETUPS
 
 Row = Mapping[str, str]
@@ -46,7 +46,7 @@ def _reduction(tables: Tables) -> list[str]:
         if name not in tables:
             continue
         for row in tables[name]["methods"]:
-            if row["method"] in (LOBRA, OURS, OURS_POWERS):
+            if row["method"] in (LOBRA, OURS, OURS_POWERS, *PACKED.values()):
                 shares = [_percent(row, f"less_than_{baseline}") for baseline in BASELINES]
                 rows.append([label, row["method"], published, *shares])
     header = ["experiment", "method", "published", f"against {SEQUENTIAL}", f"against {FUSED}"]

@@ -13,11 +13,13 @@ from experiments.cells import Cell, Record, processor_seconds
 from lobra.common.errors import ConfigError
 from lobra.layout.layout import Layout
 from lobra.layout.plan import Plan, ReplicaGroup, make_plan
+from lobra.layout.sequences import Batching
 from lobra.planner.baselines import FUSED_BUCKETS
 from lobra.planner.bucketed.buckets import bucket_index, static_buckets
-from lobra.planner.deploy import Options, deploy, plan_entries
+from lobra.planner.deploy import deploy
+from lobra.planner.deployment import Options, plan_entries
 from lobra.planner.outcome import Outcome
-from lobra.planner.simulate import Simulation, simulate
+from lobra.planner.simulate import Simulation, simulate, simulate_packed
 from lobra.planner.workload import Workload
 
 Mode = Literal["balance", "group", "even"]
@@ -79,6 +81,10 @@ def run_steps(
             )
     except ConfigError as error:
         return {"plan": str(plan), "failed": str(error)}
+    return _record(bench, plan, run)
+
+
+def _record(bench: Bench, plan: Plan, run: Simulation) -> Record:
     summary = run.summary()
     return {
         "plan": str(plan),
@@ -112,6 +118,18 @@ def _dealt(bench: Bench, plan: Plan, workload: Workload, static: int) -> Simulat
         np.array(padded),
         np.zeros(len(busy)),
     )
+
+
+def packed_cell(label: str, bench: Bench, plan: Plan) -> Cell:
+    """Return the cell of a plan's simulated packed steps."""
+    key = {"num_gpus": bench.num_gpus, "plan": plan_entries(plan), "batching": "packed"}
+    return Cell(label, run_packed, (bench, plan), key)
+
+
+def run_packed(bench: Bench, plan: Plan) -> Record:
+    """Return the record of a plan's simulated packed steps."""
+    cost_model = bench.costs.cost_model
+    return _record(bench, plan, simulate_packed(plan, bench.workload, cost_model, bench.num_steps))
 
 
 def sequential_cells(
@@ -150,10 +168,18 @@ def together(records: list[Record], num_gpus: int) -> Record:
     }
 
 
+def packed_deployment_cell(bench: Bench) -> Cell:
+    """Return the cell of the plan for packed steps."""
+    key = {"num_gpus": bench.num_gpus, "batching": "packed", "profile": bench.costs.digest}
+    words = f"plan by EXACT, packed, on {bench.num_gpus} GPUs"
+    arguments = (bench, "EXACT", False, None, "packed")
+    return Cell(words, make_deployment, arguments, key, free_of=("steps",))
+
+
 def deployment_cell(
     bench: Bench, pattern: str = "EXACT", proposal: bool = False, limit_s: float | None = None
 ) -> Cell:
-    """Return the cell of a planner's plan; ``limit_s`` is for LobRA's patterns alone."""
+    """Return the cell of a planner's bucketed plan; ``limit_s`` is for LobRA's patterns alone."""
     limit_s = None if pattern == "EXACT" else limit_s
     words = f"{pattern}{', proposed layouts' if proposal else ''} on {bench.num_gpus} GPUs"
     key = {
@@ -167,7 +193,13 @@ def deployment_cell(
     return Cell(f"plan by {words}", make_deployment, arguments, key, free_of=("steps", "seed"))
 
 
-def make_deployment(bench: Bench, pattern: str, proposal: bool, limit_s: float | None) -> Record:
+def make_deployment(
+    bench: Bench,
+    pattern: str,
+    proposal: bool,
+    limit_s: float | None,
+    batching: Batching = "bucketed",
+) -> Record:
     """Return a planner's plan with its time, bound and gap, or why there is none.
 
     ``whole_s`` and ``processor_s`` are of the whole call: layouts, search, bound and sampled
@@ -175,6 +207,7 @@ def make_deployment(bench: Bench, pattern: str, proposal: bool, limit_s: float |
     """
     options = Options(
         pattern=pattern,
+        batching=batching,
         proposal=proposal,
         num_buckets=NUM_BUCKETS,
         gpus_per_node=GPUS_PER_NODE,

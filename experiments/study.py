@@ -180,7 +180,7 @@ def timeline_rows(bench: Bench, plans: Mapping[str, Plan]) -> Rows:
     rows = []
     for owner, plan in plans.items():
         assignment = dispatch(lengths, plan, bench.costs.cost_model, num_buckets=NUM_BUCKETS)
-        replicas = timeline(assignment, plan, bench.costs.cost_model)
+        replicas = timeline(assignment, lengths, plan, bench.costs.cost_model)
         for replica, trace in zip(plan.replicas, replicas, strict=True):
             rows += [
                 {

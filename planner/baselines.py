@@ -9,12 +9,13 @@ import numpy as np
 
 from lobra.common.errors import ConfigError
 from lobra.layout.plan import Plan
+from lobra.layout.sequences import Batching
 from lobra.planner.bucketed import homogeneous
 from lobra.planner.bucketed.dispatch import Mode
 from lobra.planner.bucketed.expected_batch import expect
 from lobra.planner.bucketed.problem import Problem
 from lobra.planner.candidates import Candidate
-from lobra.planner.simulate import Simulation, simulate
+from lobra.planner.simulate import Simulation, simulate, simulate_packed
 from lobra.planner.workload import Workload
 from lobra.profiler.cost_model import CostModel
 
@@ -74,10 +75,12 @@ def ladder(
     num_steps: int,
     *,
     num_buckets: int = 16,
+    batching: Batching = "bucketed",
 ) -> tuple[list[Simulation], list[str]]:
-    """Return the plan under ever better dispatch: by length, balanced, dynamic buckets; and LPT.
+    """Return the plan under ever better dispatch, the one it is meant for last.
 
-    A rung whose fixed buckets the plan cannot take is left out; the second list says why.
+    By length, balanced, dynamic buckets, and greedy (LPT); then packed, if it is for that. A rung
+    whose buckets the plan cannot take is left out; the second list says why.
     """
     rungs: list[tuple[str, bool, Mode | None, int]] = [
         ("length-based, 16 fixed buckets", True, "group", 16),
@@ -101,9 +104,11 @@ def ladder(
                 )
             )
         except ConfigError as error:
-            if not static:  # a fixed bucket may be longer than any replica holds; a step may not
+            if not static and batching == "bucketed":  # a step may not be longer than a replica
                 raise
             left_out.append(f"{name}: {error}")
+    if batching == "packed":
+        runs.append(simulate_packed(plan, workload, cost_model, num_steps))
     return runs, left_out
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from lobra.layout.plan import Plan
 
 SAME = 5e-4  # relative: what differs by less is called the same
+SIMPLER = 0.01  # relative: by how much a mixture of layouts must be faster to be worth it
 Progress = Callable[[str], None]
 
 
@@ -60,6 +61,41 @@ class Outcome:
     def gpu_seconds(self) -> float:
         """Step time times the GPUs deployed."""
         return self.step_time_s * self.plan.num_gpus
+
+    def noted(self, *notes: str | None) -> Outcome:
+        """Return the outcome with further notes, those that there are."""
+        return replace(self, notes=(*self.notes, *filter(None, notes)))
+
+
+@dataclass(frozen=True)
+class SampledMean:
+    """What a plan takes on average over sampled steps, and what no plan takes less than.
+
+    Attributes
+    ----------
+    steps
+        How many were sampled.
+    mean_step_time_s
+        The plan's mean, the adapters' synchronisation included.
+    mean_gpu_seconds
+        That times the GPUs deployed.
+    lower_bound_s
+        The mean of no plan on these candidates and GPUs is less.
+    """
+
+    steps: int
+    mean_step_time_s: float
+    mean_gpu_seconds: float
+    lower_bound_s: float
+
+    @property
+    def gap(self) -> float:
+        """How much faster another plan might at most be, relative to this one."""
+        return max(0.0, 1.0 - self.lower_bound_s / self.mean_step_time_s)
+
+    def as_json(self) -> dict[str, float]:
+        """Return what `lobra plan --json` says of it."""
+        return {**asdict(self), "gap": self.gap}
 
 
 def compared(outcome: Outcome, same: Outcome) -> str:

@@ -18,7 +18,7 @@ from lobra.planner.bucketed.buckets import bucket_index
 from lobra.planner.bucketed.problem import Problem
 from lobra.planner.clock import Clock
 from lobra.planner.outcome import Outcome, Progress
-from lobra.planner.simulate import simulate
+from lobra.planner.simulate import buckets_of_step, simulate
 from lobra.planner.workload import Workload
 
 PLANS, STEPS = 4, 20
@@ -72,6 +72,14 @@ class Sampler:
             static=self.static,
         )
         return Sampled(plan, run.step_time_s)
+
+    def step_buckets(self, steps: int) -> list[np.ndarray]:
+        """Return, step by step, int64 [n]: the buckets that its sequences are padded to."""
+        padded = []
+        for lengths in self.workload.steps(steps):
+            buckets = buckets_of_step(lengths, self.num_buckets, self.static, self.workload.longest)
+            padded.append(buckets[bucket_index(lengths, buckets)])
+        return padded
 
 
 def compare(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from lobra.planner.bucketed.buckets import bucket_index, make_buckets, static_bu
 from lobra.planner.bucketed.dispatch import Mode
 from lobra.planner.bucketed.greedy import lpt_times_s
 from lobra.planner.dispatch import dispatch
+from lobra.planner.packed.dispatch import dispatch_packed, packed_costs
 from lobra.planner.step_time import sync_time_s
 from lobra.planner.workload import Workload
 from lobra.profiler.cost_model import CostModel
@@ -87,7 +89,7 @@ def simulate(
     static: bool = False,
     mode: Mode | None = "balance",
 ) -> Simulation:
-    """Return what ``num_steps`` steps of a plan take, from ``first_step`` on.
+    """Return what ``num_steps`` padded steps of a plan take, from ``first_step`` on.
 
     They are steps of the run that `lobra train` makes of the workload: fewer if all its tasks end
     earlier (at least one must be left).
@@ -95,25 +97,49 @@ def simulate(
     ``mode`` None dispatches by greedy LPT (``lpt_times_s``) instead of the dispatcher. ``static``:
     the fixed set of ``num_buckets`` buckets instead of each step's own.
     """
+
+    def run(lengths: np.ndarray) -> tuple[np.ndarray, int]:
+        buckets = buckets_of_step(lengths, num_buckets, static, workload.longest)
+        if mode is None:
+            padded = int(buckets[bucket_index(lengths, buckets)].sum())
+            return lpt_times_s(lengths, buckets, plan, cost_model), padded
+        assignment = dispatch(lengths, plan, cost_model, buckets=buckets, mode=mode)
+        return assignment.replica_time_s, assignment.padded_tokens
+
+    return _simulated(name, plan, cost_model, workload.steps(num_steps, first_step), run)
+
+
+def simulate_packed(
+    plan: Plan, workload: Workload, cost_model: CostModel, num_steps: int, *, name: str = "packed"
+) -> Simulation:
+    """Return what the first ``num_steps`` steps of a run take on a plan, packed; see `simulate`."""
+    costs = packed_costs(plan, cost_model)
+
+    def run(lengths: np.ndarray) -> tuple[np.ndarray, int]:
+        assignment = dispatch_packed(lengths, plan, costs)
+        return assignment.replica_time_s, assignment.padded_tokens
+
+    return _simulated(name, plan, cost_model, workload.steps(num_steps), run)
+
+
+def _simulated(
+    name: str,
+    plan: Plan,
+    cost_model: CostModel,
+    steps: Iterable[np.ndarray],
+    run: Callable[[np.ndarray], tuple[np.ndarray, int]],
+) -> Simulation:
+    """Return the simulation of steps; ``run`` returns replicas' seconds and padded tokens."""
     sync_s = sync_time_s(plan, cost_model)
     times, busy, tokens, padded, dispatch_s = [], [], [], [], []
-    for lengths in workload.steps(num_steps, first_step):
+    for lengths in steps:
         start = time.perf_counter()
-        longest = workload.longest
-        buckets = (
-            static_buckets(num_buckets, longest) if static else make_buckets(lengths, num_buckets)
-        )
-        if mode is None:
-            replica_s = lpt_times_s(lengths, buckets, plan, cost_model)
-            padded.append(int(buckets[bucket_index(lengths, buckets)].sum()))
-        else:
-            assignment = dispatch(lengths, plan, cost_model, buckets=buckets, mode=mode)
-            replica_s = assignment.replica_time_s
-            padded.append(assignment.padded_tokens)
+        replica_s, padded_tokens = run(lengths)
         dispatch_s.append(time.perf_counter() - start)
         times.append(float(replica_s.max()) + sync_s)
         busy.append(replica_s)
         tokens.append(int(lengths.sum()))
+        padded.append(padded_tokens)
     return Simulation(
         name,
         plan,
@@ -124,3 +150,10 @@ def simulate(
         np.array(padded),
         np.array(dispatch_s),
     )
+
+
+def buckets_of_step(
+    lengths: np.ndarray, num_buckets: int, static: bool, longest: int
+) -> np.ndarray:
+    """Return int64 [R]: the fixed set of so many buckets up to ``longest``, or the step's own."""
+    return static_buckets(num_buckets, longest) if static else make_buckets(lengths, num_buckets)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from lobra.layout.plan import Plan
+from lobra.layout.sequences import IntArray
 from lobra.layout.trace import STEP_DETAILS, ReplicaTrace, Slice
-from lobra.planner.dispatch import BucketedAssignment
+from lobra.planner.assignment import Assignment
 from lobra.profiler.cost_model import CostModel, padded_work
 
 
 def timeline(
-    assignment: BucketedAssignment, plan: Plan, cost_model: CostModel, step: int = 0
+    assignment: Assignment,
+    lengths: IntArray,
+    plan: Plan,
+    cost_model: CostModel,
+    step: int = 0,
 ) -> list[ReplicaTrace]:
-    """Return every replica's timeline, in plan order.
+    """Return every replica's timeline, in plan order; ``lengths`` are what was dispatched.
 
     A stage's micro-batches lie end to end. Before them it waits for as many of the longest as there
     are stages before it, after them for as many as there are behind it: the bubble.
@@ -22,10 +29,15 @@ def timeline(
     ):
         slices, end_s = [], 0.0
         for batch in batches:
-            assert batch.padded_length is not None, "bucketed"
-            work = padded_work(batch.num_sequences, batch.padded_length)
+            work: tuple[np.ndarray | int, np.ndarray | int]
+            if batch.padded_length is None:
+                work = batch.padded_tokens, (lengths[batch.indices] ** 2).sum()
+                name = f"{batch.num_sequences} packed into {batch.padded_tokens}"
+            else:
+                work = padded_work(batch.num_sequences, batch.padded_length)
+                name = f"{batch.num_sequences} x {batch.padded_length}"
             length_s = float(cost_model.micro_batch_time(replica.layout, *work).total_ms) / 1000.0
-            slices.append(Slice(f"{batch.num_sequences} x {batch.padded_length}", end_s, length_s))
+            slices.append(Slice(name, end_s, length_s))
             end_s += length_s
         longest_s = max((one.length_s for one in slices), default=0.0)
         padded_tokens = sum(batch.padded_tokens for batch in batches)

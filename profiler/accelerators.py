@@ -75,8 +75,12 @@ class Tables:
     runtimes: Mapping[str, Runtime]
 
     def accelerator(self, name: str) -> Accelerator:
-        """Return an accelerator by name, whatever its case; ConfigError if unknown."""
-        return _named(self.accelerators, name, "accelerator")
+        """Return an accelerator by name, or by the beginning that only its name has.
+
+        Case does not matter. ConfigError if there is none or several.
+        """
+        begun = [known for known in self.accelerators if known.lower().startswith(name.lower())]
+        return _named(self.accelerators, begun[0] if len(begun) == 1 else name, "accelerator")
 
     def peak_flops_per_s(self, device: str, precision: str) -> float | None:
         """Return the peak of a GPU by torch's name of it; None where it is not known."""

@@ -1,16 +1,19 @@
-"""The picture of a sweep over numbers of GPUs."""
+"""The picture of a sweep: over numbers of GPUs, context limits or accelerators."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from lobra.common.errors import ConfigError
 from lobra.common.files import atomic_path
+from lobra.planner.outcome import SampledMean
 from lobra.planner.sweep import Sizing
 
 SUFFIXES = (".png", ".pdf", ".svg")
+GPUS, CONTEXTS, ACCELERATORS = "GPUs", "longest sequence [tokens]", "accelerator"
 
 
 def plot_problem(path: str | os.PathLike[str]) -> str | None:
@@ -21,7 +24,10 @@ def plot_problem(path: str | os.PathLike[str]) -> str | None:
 
 
 def plot(sizings: Sequence[Sizing], path: str | os.PathLike[str]) -> None:
-    """Draw step time and GPU-seconds against GPUs, the best homogeneous plan beside.
+    """Draw step time and what a step costs: the price of a million tokens, else GPU-seconds.
+
+    Over the numbers of GPUs, else over the context limits, else over the accelerators; what else
+    differs are lines of their own. With one line, its bound and the best homogeneous plan beside.
 
     Raises
     ------
@@ -33,29 +39,31 @@ def plot(sizings: Sequence[Sizing], path: str | os.PathLike[str]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    found = [sizing.deployment for sizing in sizings if sizing.deployment is not None]
+    found = [sizing for sizing in sizings if sizing.deployment is not None]
     if not found:
-        raise ConfigError("--plot: no number of GPUs has a plan")
+        raise ConfigError("--plot: there is no plan to draw")
     problem = plot_problem(path)
     if problem:
         raise ConfigError(problem)
-    gpus = [d.problem.num_gpus for d in found]
+    label, place = _axis(found)
+    lines: dict[str, list[Sizing]] = {}
+    for sizing in found:
+        lines.setdefault(_line(sizing, label), []).append(sizing)
+    has_prices = all(sizing.cost_per_million_tokens is not None for sizing in found)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
-    left.fill_between(
-        gpus,
-        [d.outcome.lower_bound_s for d in found],
-        [d.outcome.step_time_s for d in found],
-        alpha=0.3,
-        label="between bound and plan",
-    )
-    left.plot(gpus, [d.outcome.step_time_s for d in found], "o-", label="plan")
-    right.plot(gpus, [d.outcome.gpu_seconds for d in found], "o-", label="plan")
-    same = [d.homogeneous for d in found if d.homogeneous is not None]
-    used = [d.problem.num_gpus for d in found if d.homogeneous is not None]
-    left.plot(used, [h.step_time_s for h in same], "s--", label="best homogeneous")
-    right.plot(used, [h.gpu_seconds for h in same], "s--", label="best homogeneous")
-    for axis, title in ((left, "step time [s]"), (right, "GPU-seconds per step")):
-        axis.set_xlabel("GPUs")
+    for name, own in lines.items():
+        places = [place(sizing) for sizing in own]
+        left.plot(places, [_mean(s).mean_step_time_s for s in own], "o-", label=name or "plan")
+        if has_prices:
+            costs = [s.cost_per_million_tokens for s in own]
+        else:
+            costs = [_mean(s).mean_gpu_seconds for s in own]
+        right.plot(places, costs, "o-", label=name or "plan")
+    if len(lines) == 1:
+        _draw_beside(left, right, [(place(s), s) for s in found], has_prices)
+    titles = "step time [s]", "cost per million tokens" if has_prices else "GPU-seconds per step"
+    for axis, title in zip((left, right), titles, strict=True):
+        axis.set_xlabel(label)
         axis.set_title(title)
         axis.set_ylim(bottom=0)
         axis.legend()
@@ -63,3 +71,48 @@ def plot(sizings: Sequence[Sizing], path: str | os.PathLike[str]) -> None:
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120)
     pyplot.close(figure)
+
+
+def _axis(sizings: Sequence[Sizing]) -> tuple[str, Callable[[Sizing], Any]]:
+    """Return what is drawn along the picture, and where a sizing is."""
+    several_gpus, several_contexts, several_names = (
+        len({getattr(sizing, name) for sizing in sizings}) > 1
+        for name in ("num_gpus", "context", "accelerator")
+    )
+    if several_contexts and not several_gpus:
+        return CONTEXTS, lambda sizing: sizing.context
+    if several_names and not several_gpus:
+        return ACCELERATORS, lambda sizing: sizing.accelerator
+    return GPUS, lambda sizing: sizing.num_gpus
+
+
+def _line(sizing: Sizing, label: str) -> str:
+    """Return what tells a line from others."""
+    names = [sizing.accelerator] if sizing.accelerator and label != ACCELERATORS else []
+    if sizing.context is not None and label != CONTEXTS:
+        names.append(f"{sizing.context} tokens")
+    return ", ".join(names)
+
+
+def _draw_beside(
+    left: Any, right: Any, sizings: Sequence[tuple[Any, Sizing]], has_prices: bool
+) -> None:
+    """Draw what a single line is compared with: its bound, and the best homogeneous plan."""
+    places = [place for place, _ in sizings]
+    bounds = [_mean(sizing).lower_bound_s for _, sizing in sizings]
+    times = [_mean(sizing).mean_step_time_s for _, sizing in sizings]
+    left.fill_between(places, bounds, times, alpha=0.3, label="between bound and plan")
+    same = [
+        (place, sizing.deployment.homogeneous)
+        for place, sizing in sizings
+        if sizing.deployment is not None and sizing.deployment.homogeneous is not None
+    ]
+    used = [place for place, _ in same]
+    left.plot(used, [h.step_time_s for _, h in same], "s--", label="best homogeneous")
+    if not has_prices:
+        right.plot(used, [h.gpu_seconds for _, h in same], "s--", label="best homogeneous")
+
+
+def _mean(sizing: Sizing) -> SampledMean:
+    assert sizing.deployment is not None
+    return sizing.deployment.sampled

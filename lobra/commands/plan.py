@@ -9,13 +9,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, get_args
 
-from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
 from lobra.cli import guarded, make_app, run
 from lobra.commands.output import write_problem, written
-from lobra.commands.planning import PlanningOptions, progress_on, read_inputs
+from lobra.commands.plan_sweeps import (
+    NO_SWEEP,
+    SweepOptions,
+    Sweeps,
+    read_hardware,
+    show_sweep,
+    sweeps_of,
+)
+from lobra.commands.planning import PlanningOptions, progress_on
 from lobra.common.errors import Problems
 from lobra.common.options import (
     ANY_CASE,
@@ -27,18 +34,13 @@ from lobra.common.options import (
     within_bounds,
 )
 from lobra.layout.plan import plan_path, save_plan
-from lobra.planner.bucketed.roles import roles, saturation
-from lobra.planner.deploy import (
-    Deployment,
-    Options,
-    as_json,
-    deploy,
-    plan_with_meta,
-)
+from lobra.layout.sequences import Batching
+from lobra.planner.deploy import deploy
+from lobra.planner.deployment import Deployment, Options, as_json, plan_with_meta
 from lobra.planner.outcome import compared
-from lobra.planner.sweep import Sizing, parse_range, sweep
+from lobra.planner.sweep import sweep
 from lobra.planner.workload import Workload
-from lobra.report.sweep_plot import plot, plot_problem
+from lobra.report.sweep_plot import plot
 
 Pattern = Literal["EXACT", "BALANCE", "GROUP", "PRUNE"]
 BucketPlan = Literal["DYNAMIC", "STATIC"]
@@ -58,6 +60,9 @@ class PlanOptions(PlanningOptions):
         GPUs to plan for.
     pattern
         The planner; by default EXPR_DEPLOY_PATTERN, else EXACT.
+    batching
+        How training is to fill micro-batches; by default packed with EXACT, bucketed with the
+        others, which plan no other.
     proposal
         Only the layouts LobRA would propose; by default EXPR_SCHEME_PROPOSAL, else off with EXACT,
         on with the others.
@@ -66,25 +71,23 @@ class PlanOptions(PlanningOptions):
     time_limit
         Seconds the planner may take; it then gives its best plan so far. By default 60, EXACT 5 to
         35 of processor time by the number of GPUs.
-    sweep_gpus
-        Plan for other numbers of GPUs as well.
-    plot
-        Draw the sweep (.png, .pdf or .svg).
     dry_run
         Write no plan file.
+    verbose
+        Show also the expected batch, the bound, and every plan that was simulated.
     """
 
     num_gpus: NumGpus
     pattern: Annotated[Pattern | None, ANY_CASE] = None
+    batching: Batching | None = None
     proposal: Annotated[Switch | None, ANY_CASE] = None
     bucket_plan: Annotated[BucketPlan | None, ANY_CASE] = None
     time_limit: PositiveNumber | None = None
-    sweep_gpus: Annotated[str | None, Parameter(metavar="LOW:HIGH[:STEP]")] = None
-    plot: Annotated[str | None, Parameter(metavar="FILE")] = None
     dry_run: bool = False
+    verbose: bool = False
 
 
-def plan(*, options: PlanOptions) -> int:
+def plan(*, options: PlanOptions, sweeping: SweepOptions = NO_SWEEP) -> int:
     """Choose which replicas of which layouts to deploy, and write the plan file.
 
     Raises
@@ -95,12 +98,11 @@ def plan(*, options: PlanOptions) -> int:
     console = Console(stderr=options.json)
     options, problems = within_bounds(options)
     how = deploy_options(options, os.environ, problems)
-    gpus: Sequence[int] = []
+    sweeps = Sweeps(())
     with problems.noted():
-        gpus = parse_range(options.sweep_gpus) if options.sweep_gpus else []
-    inputs = read_inputs(options, problems)
-    workload, cost_model, memory = inputs.workload, inputs.cost_model, inputs.memory
-    assert memory
+        sweeps = sweeps_of(sweeping, options, options.num_gpus)
+    workload, own, hardware, notes = read_hardware(sweeps, options, options.num_gpus, problems)
+    memory, cost_model = own.memory, own.cost_model
     with console.status("planning ...") as status:
         deployment = deploy(
             workload,
@@ -111,15 +113,16 @@ def plan(*, options: PlanOptions) -> int:
             progress=progress_on(console, status),
             refused=options.layout_problem,
         )
-        sizings = sweep(
-            workload, memory, cost_model, gpus, how, status.update, options.layout_problem
-        )
-    note = saturation(deployment.problem, deployment.outcome)
-    if notes := (*inputs.notes, *([note] if note else ())):
-        outcome = replace(deployment.outcome, notes=(*deployment.outcome.notes, *notes))
-        deployment = replace(deployment, outcome=outcome)
+        sizings = []
+        if sweeps.is_asked:
+            sizings = sweep(
+                workload, hardware, sweeps.gpus, sweeps.contexts, how, status.update,
+                options.layout_problem,
+            )  # fmt: skip
+    outcome = deployment.outcome.noted(*notes, needless_buckets(options, how))
+    deployment = replace(deployment, outcome=outcome)
     chosen = plan_with_meta(deployment, options.model, memory, how.gpus_per_node)
-    show(console, deployment, workload)
+    show(console, deployment, workload, options.verbose)
     if sizings:
         show_sweep(console, sizings)
     if options.dry_run:
@@ -128,12 +131,12 @@ def plan(*, options: PlanOptions) -> int:
         with written("--strategy-config", plan_path(options.strategy_config)):
             console.print(f"written: {save_plan(chosen, options.strategy_config)}")
     if options.json:
-        swept = {"sweep": [sizing.as_json() for sizing in sizings]} if gpus else {}
+        swept = {"sweep": [sizing.as_json() for sizing in sizings]} if sizings else {}
         print(json.dumps({**as_json(deployment), **swept}))
-    if options.plot:
-        with written("--plot", options.plot):
-            plot(sizings, options.plot)
-        console.print(f"drawn: {options.plot}")
+    if sweeping.plot:
+        with written("--plot", sweeping.plot):
+            plot(sizings, sweeping.plot)
+        console.print(f"drawn: {sweeping.plot}")
     return 0
 
 
@@ -142,10 +145,6 @@ def output_problems(options: PlanOptions) -> Problems:
     problems: list[str | None] = []
     if not options.dry_run:
         problems.append(write_problem("--strategy-config", plan_path(options.strategy_config)))
-    if options.plot:
-        problems.append(plot_problem(options.plot) or write_problem("--plot", options.plot))
-        if not options.sweep_gpus:
-            problems.append("--plot: there is nothing to draw without --sweep-gpus")
     return Problems(filter(None, problems))
 
 
@@ -162,8 +161,14 @@ def deploy_options(
     bucket_plan = from_environment("BUCKET_PLAN", BUCKET_PLANS, environment, problems)
     pattern = options.pattern or pattern or "EXACT"
     proposal = options.proposal or proposal or ("off" if pattern == "EXACT" else "on")
+    if options.batching == "packed" and pattern != "EXACT":
+        problems.add(
+            f"--batching packed: {pattern} plans padded buckets only; leave the option out, or "
+            f"plan with --pattern EXACT"
+        )
     return Options(
         pattern=pattern,
+        batching=options.batching or ("packed" if pattern == "EXACT" else "bucketed"),
         proposal=proposal == "on",
         static_buckets=(options.bucket_plan or bucket_plan) == "STATIC",
         num_buckets=options.num_buckets,
@@ -172,14 +177,30 @@ def deploy_options(
     )
 
 
-def show(console: Console, deployment: Deployment, workload: Workload) -> None:
+def needless_buckets(options: PlanOptions, how: Options) -> str | None:
+    """Return a note on options about buckets that packed micro-batches have no use for."""
+    if how.batching == "bucketed":
+        return None
+    chosen = options.num_buckets != PlanOptions.num_buckets
+    given = [
+        *(["--num-buckets"] if chosen else []),
+        *(["--bucket-plan"] if options.bucket_plan else []),
+    ]
+    if not given:
+        return None
+    return f"{' and '.join(given)}: packed micro-batches have no buckets (--batching bucketed has)"
+
+
+def show(
+    console: Console, deployment: Deployment, workload: Workload, verbose: bool = False
+) -> None:
     """Print the plan for a person."""
-    outcome, same = deployment.outcome, deployment.homogeneous
+    outcome, same, sampled = deployment.outcome, deployment.homogeneous, deployment.sampled
     table = Table(title=f"plan by {outcome.planner} in {outcome.planner_time_s:.2f} s")
     for column in ("layout", "replicas", "GPUs", "max tokens", "takes", "of all"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("why")
-    for role in roles(deployment.problem, outcome.plan):
+    for role in deployment.roles:
         group = role.group
         table.add_row(
             str(group.layout),
@@ -193,25 +214,18 @@ def show(console: Console, deployment: Deployment, workload: Workload) -> None:
     console.print(table)
     summary = Table(show_header=False)
     summary.add_row("GPUs used", f"{outcome.plan.num_gpus} of {deployment.problem.num_gpus}")
-    summary.add_row("predicted step time", f"{outcome.step_time_s:.4g} s")
-    if deployment.sync_time_s:
-        summary.add_row("adapter synchronisation", f"{deployment.sync_time_s:.4g} s after that")
-    summary.add_row("GPU-seconds per step", f"{outcome.gpu_seconds:.4g}")
-    if outcome.lower_bound_s > 0:
-        summary.add_row("certified lower bound", f"{outcome.lower_bound_s:.4g} s")
-        summary.add_row("gap", f"{100 * outcome.gap:.2f} %")
-    if outcome.objective_s is not None:
-        summary.add_row("its own objective", f"{outcome.objective_s:.4g} s")
+    summary.add_row("micro-batches", deployment.batching)
+    summary.add_row(
+        "step time", f"{sampled.mean_step_time_s:.4g} s, mean of {sampled.steps} sampled steps"
+    )
+    summary.add_row("GPU-seconds per step", f"{sampled.mean_gpu_seconds:.4g}")
+    summary.add_row(
+        "any other plan", f"at most {sampled.gap:.1%} faster on average over these steps"
+    )
     if same is not None:
         summary.add_row("best homogeneous plan", compared(outcome, same))
-    for entry in deployment.sampled:
-        summary.add_row(
-            f"{len(entry.step_time_s)} sampled steps",
-            f"mean {entry.mean_s:.4g} s, p50 {entry.percentile_s(50):.4g} s, "
-            f"p99 {entry.percentile_s(99):.4g} s: {entry.plan}",
-        )
-    summary.add_row("buckets", " ".join(str(bucket) for bucket in deployment.batch.buckets))
-    summary.add_row("padding", f"{100 * deployment.batch.padding_ratio:.2f} % of padded tokens")
+    if verbose:
+        _add_details(summary, deployment)
     console.print(summary)
     for note in outcome.notes:
         console.print(f"note: {note}")
@@ -232,30 +246,27 @@ def by_reason(dropped: Sequence[str]) -> str:
     return "; ".join(f"{' '.join(own)} ({reason})" for reason, own in layouts.items())
 
 
-def show_sweep(console: Console, sizings: Sequence[Sizing]) -> None:
-    """Print what other numbers of GPUs would give."""
-    table = Table(title="other numbers of GPUs")
-    for column in ("GPUs", "step s", "gap %", "GPU-seconds", "homogeneous s"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("plan")
-    for sizing in sizings:
-        found = sizing.deployment
-        if found is None:
-            table.add_row(str(sizing.num_gpus), "-", "-", "-", "-", "none, see below")
-            continue
-        outcome, same = found.outcome, found.homogeneous
-        table.add_row(
-            str(sizing.num_gpus),
-            f"{outcome.step_time_s:.3f}",
-            f"{100 * outcome.gap:.2f}",
-            f"{outcome.gpu_seconds:.1f}",
-            f"{same.step_time_s:.3f}" if same else "-",
-            str(outcome.plan),
+def _add_details(summary: Table, deployment: Deployment) -> None:
+    """Add what is known of the expected batch, and of every plan that was simulated."""
+    outcome = deployment.outcome
+    if deployment.batching == "bucketed":
+        summary.add_row("expected batch", f"{outcome.step_time_s:.4g} s")
+        summary.add_row("certified lower bound", f"{outcome.lower_bound_s:.4g} s for that batch")
+        summary.add_row("gap", f"{100 * outcome.gap:.2f} %")
+        summary.add_row("buckets", " ".join(map(str, deployment.buckets)))
+    else:
+        summary.add_row("certified lower bound", f"{outcome.lower_bound_s:.4g} s on average")
+    summary.add_row("padding", f"{100 * deployment.padding_ratio:.2f} % of padded tokens")
+    if deployment.sync_time_s:
+        summary.add_row("adapter synchronisation", f"{deployment.sync_time_s:.4g} s of each step")
+    if outcome.objective_s is not None:
+        summary.add_row("its own objective", f"{outcome.objective_s:.4g} s")
+    for entry in deployment.compared:
+        summary.add_row(
+            f"{len(entry.step_time_s)} sampled steps",
+            f"mean {entry.mean_s:.4g} s, p50 {entry.percentile_s(50):.4g} s, "
+            f"p99 {entry.percentile_s(99):.4g} s: {entry.plan}",
         )
-    console.print(table)
-    for sizing in sizings:
-        if sizing.deployment is None:
-            console.print(f"{sizing.num_gpus} GPUs: {sizing.reason}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

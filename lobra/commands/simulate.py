@@ -19,10 +19,12 @@ from lobra.common.files import write_atomic
 from lobra.common.models import up_to
 from lobra.common.options import Int, Within, as_options, within_bounds
 from lobra.layout.plan import load_plan
+from lobra.layout.sequences import Batching
 from lobra.layout.trace import TRACE_FILE, trace_text
 from lobra.planner.baselines import baselines, ladder
 from lobra.planner.candidates import all_candidates
 from lobra.planner.dispatch import dispatch
+from lobra.planner.packed.dispatch import dispatch_packed, packed_costs
 from lobra.planner.simulate import Simulation
 from lobra.planner.timeline import timeline
 from lobra.profiler.capacity import memory_profile_for
@@ -71,6 +73,7 @@ def simulate(*, options: SimulateOptions) -> int:
     assert plan
     for note in inputs.notes:
         console.print(f"note: {note}", soft_wrap=True)
+    batching: Batching = plan.meta.get("batching", "packed")
     with console.status("simulating ..."):
         runs: list[Simulation] = []
         left_out: list[str] = []
@@ -104,7 +107,12 @@ def simulate(*, options: SimulateOptions) -> int:
                     gpus_per_node=options.gpus_per_node,
                 )
         rungs, others = ladder(
-            plan, workload, cost_model, options.steps, num_buckets=options.num_buckets
+            plan,
+            workload,
+            cost_model,
+            options.steps,
+            num_buckets=options.num_buckets,
+            batching=batching,
         )
         compared = len(runs)
         runs += rungs[-1:] if options.no_baselines else rungs
@@ -119,9 +127,13 @@ def simulate(*, options: SimulateOptions) -> int:
         console.print(f"left out: {reason}", soft_wrap=True)
     if options.output_dir:
         drawn = next(workload.steps(1))
-        assignment = dispatch(drawn, plan, cost_model, num_buckets=options.num_buckets)
+        if batching == "packed":
+            costs = packed_costs(plan, cost_model)
+            assignment = dispatch_packed(drawn, plan, costs)
+        else:
+            assignment = dispatch(drawn, plan, cost_model, num_buckets=options.num_buckets)
         folder = options.output_dir
-        trace = trace_text(timeline(assignment, plan, cost_model))
+        trace = trace_text(timeline(assignment, drawn, plan, cost_model))
         with written("--output-dir", folder):
             write_atomic(folder / "steps.csv", _csv(runs))
             write_atomic(folder / TRACE_FILE, trace)

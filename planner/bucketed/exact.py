@@ -16,13 +16,12 @@ from collections.abc import Callable
 import numpy as np
 
 from lobra.common.errors import ConfigError
-from lobra.layout.plan import Plan
 from lobra.planner.bucketed import homogeneous
 from lobra.planner.bucketed.columns import Budget
 from lobra.planner.bucketed.exclusion import OpenPlans
 from lobra.planner.bucketed.fluid import amounts
 from lobra.planner.bucketed.fluid_planner import CUT_SLACK, Cut, FluidPlanner
-from lobra.planner.bucketed.neighbours import filled, promising
+from lobra.planner.bucketed.neighbours import promising
 from lobra.planner.bucketed.partitions import count_maximal, maximal
 from lobra.planner.bucketed.polish import polish, round_any
 from lobra.planner.bucketed.problem import Problem
@@ -72,15 +71,15 @@ def solve(
     start = homogeneous.find(problem)
     if start is None:  # then no plan has a replica that holds the longest bucket
         raise ConfigError(
-            f"no layout that holds {int(problem.buckets[problem.counts > 0].max())} tokens can be "
+            f"no layout that holds {problem.longest} tokens can be "
             f"placed on {problem.num_gpus} GPUs in nodes of {problem.gpus_per_node}"
         )
-    search.note(_replicas_of(problem, start.plan), start.step_time_s)
+    search.note(problem.fleet.replicas_of(start.plan), start.step_time_s)
     relaxation = FluidPlanner(problem)
     relaxed = relaxation.minimum(search.best_s, RELAXATION_TOLERANCE / effort**2, search.clock)
     search.prove(relaxed.step_time_s)
     if not search.proven and relaxed.replicas.any():  # whatever time is left
-        search.try_plan(filled(problem, relaxed.replicas))
+        search.try_plan(problem.fleet.filled(relaxed.replicas))
     if count_maximal(problem.sizes, problem.num_gpus) <= MOST_LISTED:
         _search_listed(search)
     else:
@@ -124,7 +123,7 @@ def _search_near(search: Search, relaxation: FluidPlanner) -> None:
             return
         replicas = relaxation.gpus(search.bound_s * (1 + slack), min(3.0, search.clock.left_s))
         if replicas is not None and replicas.any():
-            search.try_plan(filled(problem, replicas))
+            search.try_plan(problem.fleet.filled(replicas))
     if problem.num_gpus > FEW_GPUS:
         round_any(search)
     if problem.num_gpus > FEW_GPUS or search.gap > LARGE_GAP:
@@ -267,8 +266,3 @@ def _cut(search: Search, replicas: np.ndarray, reach: np.ndarray, step_s: float)
     values = (found.prices[None, :] * reach).max(axis=1)
     values[layouts] = np.minimum(values[layouts], found.values)
     return Cut(values, float(found.prices @ problem.counts))
-
-
-def _replicas_of(problem: Problem, plan: Plan) -> np.ndarray:
-    groups = {group.layout: group.replicas for group in plan.groups}
-    return np.array([groups.get(c.layout, 0) for c in problem.candidates], dtype=np.int64)

@@ -8,7 +8,6 @@ from lobra.planner.bucketed.columns import Budget
 from lobra.planner.bucketed.dispatch import search_loads
 from lobra.planner.bucketed.initial_loads import fluid_loads
 from lobra.planner.bucketed.loads import micro_batches_of
-from lobra.planner.bucketed.neighbours import filled
 from lobra.planner.bucketed.patterns import Pattern
 from lobra.planner.bucketed.problem import Problem
 from lobra.planner.bucketed.resplit import MOST_SHAKEN, shake
@@ -92,10 +91,10 @@ def round_any(search: Search) -> None:
         step_s *= 1.004
         if not chosen:
             continue
-        replicas = filled(problem, np.bincount([i for i, _ in chosen], minlength=len(layouts)))
+        replicas = problem.fleet.filled(np.bincount([i for i, _ in chosen], minlength=len(layouts)))
         full = _with_idle(problem, chosen, replicas)
         time_s = realise(problem.tables, problem.counts, full, search.target_s, 2 * len(full))
-        if problem.can_place(problem.plan(replicas)):
+        if problem.fleet.can_place(problem.plan(replicas)):
             search.note(replicas, time_s)
 
 

@@ -7,11 +7,11 @@ from functools import cached_property
 
 import numpy as np
 
-from lobra.layout.placement import is_placeable
-from lobra.layout.plan import Plan, ReplicaGroup, make_plan
+from lobra.layout.plan import Plan
 from lobra.planner.bucketed.dispatch import CountAssignment, dispatch_counts
 from lobra.planner.bucketed.time_table import TimeTable, time_table
 from lobra.planner.candidates import Candidate
+from lobra.planner.fleet import Fleet
 from lobra.profiler.cost_model import CostModel
 
 
@@ -47,24 +47,24 @@ class Problem:
         )
 
     @cached_property
+    def fleet(self) -> Fleet:
+        """What there is to deploy, and on what."""
+        return Fleet(self.candidates, self.num_gpus, self.gpus_per_node)
+
+    @property
     def sizes(self) -> np.ndarray:
         """int64 [candidates]: GPUs of one replica of each."""
-        return np.array([c.layout.num_gpus for c in self.candidates])
+        return self.fleet.sizes
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest bucket of the batch."""
+        return int(self.buckets[self.counts > 0].max())
 
     def plan(self, replicas: np.ndarray) -> Plan:
         """Return the plan with so many replicas of each candidate."""
-        return make_plan(
-            [
-                ReplicaGroup(candidate.layout, int(number), candidate.max_tokens)
-                for candidate, number in zip(self.candidates, replicas, strict=True)
-                if number > 0
-            ]
-        )
+        return self.fleet.plan(replicas)
 
     def evaluate(self, plan: Plan, thorough: bool = True) -> CountAssignment:
         """Return the best dispatch found of the expected batch over a plan."""
         return dispatch_counts(self.counts, self.buckets, plan, self.cost_model, thorough=thorough)
-
-    def can_place(self, plan: Plan) -> bool:
-        """Return whether the plan fits the GPUs and the nodes."""
-        return plan.num_gpus <= self.num_gpus and is_placeable(plan, self.gpus_per_node)

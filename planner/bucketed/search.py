@@ -102,7 +102,7 @@ class Search:
         """Dispatch the batch over a plan not tried yet; return its best time."""
         key = key_of(replicas)
         if key not in self.times:
-            placed = self.placed(replicas)
+            placed = self.problem.fleet.placed(replicas, self.problem.longest)
             if placed is None:
                 self.times[key] = np.inf
             elif placed is not replicas:
@@ -116,25 +116,6 @@ class Search:
                     time_s = min(time_s, self.problem.evaluate(plan).step_time_s)
                 self.note(replicas, time_s)
         return self.times[key]
-
-    def placed(self, replicas: np.ndarray) -> np.ndarray | None:
-        """Return the plan, or what is left of it when replicas go until it can be placed.
-
-        Those with the most shards go first; None if what is left does not hold every bucket.
-        """
-        problem = self.problem
-        left = replicas
-        order = np.argsort([-c.layout.tp for c in problem.candidates], kind="stable")
-        while not problem.can_place(problem.plan(left)):
-            for index in order.tolist():
-                fewer = left.copy()
-                fewer[index] -= 1
-                if left[index] and self.holds(fewer):
-                    left = fewer
-                    break
-            else:
-                return None
-        return left
 
     def generate(
         self,
@@ -161,12 +142,6 @@ class Search:
         )
         self.pool.keep(layouts, found)
         return found
-
-    def holds(self, replicas: np.ndarray) -> bool:
-        """Return whether every bucket of the batch fits some replica."""
-        longest = int(self.problem.buckets[self.problem.counts > 0].max())
-        tokens = np.array([candidate.max_tokens for candidate in self.problem.candidates])
-        return bool((tokens[replicas > 0] >= longest).any())
 
     def best_plans(self, number: int) -> list[np.ndarray]:
         """Return the replicas of the best plans known, at most so many, the fastest first."""

@@ -1,1 +1,5 @@
-"""Planning of packed steps: micro-batches of whole sequences end to end, without buckets."""
+"""Planning of packed steps: micro-batches of whole sequences end to end, without buckets.
+
+Plans: ``problem``, ``rates`` (what sequences cost at least), ``exact``, ``roles``, ``deploy``.
+Dispatch: ``dispatch``.
+"""

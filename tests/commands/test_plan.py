@@ -69,18 +69,24 @@ def test_the_json_is_the_contracts_and_the_plan_file_loads(
     result = json.loads(capsys.readouterr().out)
     for key in (
         *("plan", "num_gpus", "step_time_s", "gpu_seconds", "lower_bound_s", "gap", "buckets"),
-        *("padding_ratio", "planner", "planner_time_s", "homogeneous"),
+        *("padding_ratio", "planner", "planner_time_s", "homogeneous", "sampled"),
     ):
         assert key in result
+    assert set(result["sampled"]) == {
+        *("steps", "mean_step_time_s", "mean_gpu_seconds", "lower_bound_s", "gap"),
+    }
+    assert 0 < result["sampled"]["lower_bound_s"] <= result["sampled"]["mean_step_time_s"]
     assert result["planner"] == pattern
     assert 0 < result["lower_bound_s"] <= result["step_time_s"]
     assert result["gap"] == pytest.approx(1 - result["lower_bound_s"] / result["step_time_s"])
     if pattern == "EXACT":
-        assert result["step_time_s"] <= result["homogeneous"]["step_time_s"] * (1 + 1e-9)
+        assert round(result["step_time_s"], 6) <= result["homogeneous"]["step_time_s"]
     assert set(result["plan"][0]) == {"tp", "pp", "replicas", "max_tokens"}
     plan = load_plan("plan.yaml")
     assert plan.num_gpus == result["num_gpus"] <= 4
     assert plan.meta["model"] == "tiny"
+    assert plan.meta["batching"] == ("packed" if pattern == "EXACT" else "bucketed")
+    assert (result["buckets"] == []) == (pattern == "EXACT")
     ranks = [rank for replica in plan.meta["ranks"] for stage in replica for rank in stage]
     assert sorted(ranks) == list(range(plan.num_gpus))
 
@@ -88,8 +94,15 @@ def test_the_json_is_the_contracts_and_the_plan_file_loads(
 def test_the_table_says_what_matters(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments("--max-seq-length", "1500", "--time-limit", "2")) == 0
     text = capsys.readouterr().out
-    for part in ("certified lower bound", "best homogeneous plan", "gap", "are cut to its limit"):
+    for part in ("any other plan", "best homogeneous plan", "are cut to its limit"):
         assert part in text
+    assert "certified lower bound" not in text and "--num-buckets: packed" in text
+    more = ("--batching", "bucketed", "--verbose", "--time-limit", "2")
+    assert main(arguments(*more)) == 0
+    text = capsys.readouterr().out
+    for part in ("any other plan", "certified lower bound", "expected batch", "gap", "padding"):
+        assert part in text
+    assert "packed micro-batches have no buckets" not in text
 
 
 def test_a_dry_run_writes_nothing(files: Path) -> None:
@@ -122,7 +135,8 @@ def edit(path: Path, old: str, new: str) -> None:
             None,
             "2 problems",
         ),
-        (["--bucket-plan", "STATIC"], None, "fixed sets"),
+        (["--bucket-plan", "STATIC", "--batching", "bucketed"], None, "fixed sets"),
+        (["--batching", "packed", "--pattern", "PRUNE"], None, "PRUNE plans padded buckets only"),
         (["--trainer-config", "none"], None, "none"),
         (["--lengths", "none.json"], None, "none.json"),
         (["--model", "600B"], None, "600B"),

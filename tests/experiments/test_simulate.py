@@ -17,7 +17,7 @@ from experiments import jobs, simulate
 from experiments.bench import Bench, dealt_time_s
 from experiments.cells import Cell, CellStore, Workers, start_workers
 from experiments.inputs import Lengths, Sources, find_costs, find_lengths, setup_of, workload_of
-from experiments.methods import DYNAMIC, FUSED
+from experiments.methods import DYNAMIC, FUSED, PACKED
 from experiments.provenance import read_provenance
 from lobra.cli import main
 from lobra.common.errors import ConfigError
@@ -74,6 +74,13 @@ def test_every_table_is_there_and_adds_up(finished: Path) -> None:
     saved = 1 - float(ours["gpu_seconds"]) / float(fused["gpu_seconds"])
     assert float(ours["less_than_fused"]) == pytest.approx(saved, abs=1e-4)
     assert float(methods["Task-Fused, our dispatch"]["step_time_s"]) <= float(fused["step_time_s"])
+    packed = [methods[name] for name in PACKED.values()]
+    needed = [float(row["gpu_seconds"]) for row in packed]
+    assert max(needed) < float(ours["gpu_seconds"])  # nothing is padded
+    assert needed[-1] < needed[0]  # with four times the memory
+    for row in packed:
+        assert float(row["padding"]) < float(ours["padding"])
+        assert 0 < float(row["lower_bound_s"]) <= float(row["planned_step_time_s"])
     for row in rows_of(finished / "sequential.csv"):
         assert row["published_plan_fits"] == "True"
     # all methods were given the same sequences

@@ -31,11 +31,11 @@ def test_homogeneous_takes_as_many_replicas_as_can_be_placed() -> None:
 def test_exact_returns_plans_that_can_be_placed(num_gpus: int, per_node: int) -> None:
     problem = problem_of([(2, 1), (1, 1)], num_gpus, per_node)
     found = exact.solve(problem, 1.0)
-    assert problem.can_place(found.plan)
+    assert problem.fleet.can_place(found.plan)
     assert found.lower_bound_s <= found.step_time_s
     only_two = replace(problem, candidates=problem.candidates[:1])
     found = exact.solve(only_two, 1.0)
-    assert problem.can_place(found.plan)
+    assert problem.fleet.can_place(found.plan)
     number = found.plan.num_gpus // 2
     tables = [only_two.tables[0]] * number
     assert found.step_time_s == pytest.approx(best_dispatch_s(tables, problem.counts), rel=5e-3)

@@ -23,7 +23,7 @@ MIXED_PLAN = make_plan([ReplicaGroup(Layout(1, 1), 2, 1024), ReplicaGroup(Layout
 RECOMPUTING = 1.4  # times as long is a layer that is computed again
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LawCostModel:
     """A cost model by formula; ``laws[tp]`` are constant, per sequence, per token, quadratic, bend.
 

@@ -18,8 +18,9 @@ def test_baselines_and_ladder_run_on_the_same_steps() -> None:
         "Task-Sequential, 7 fixed buckets",
         "Task-Fused, 7 fixed buckets",
     ]
-    rungs, others = ladder(MIXED_PLAN, two_tasks(), cost_model, 3)
+    rungs, others = ladder(MIXED_PLAN, two_tasks(), cost_model, 3, batching="packed")
     assert left_out == others == []
+    assert rungs[-1].name == "packed"
     tokens = {tuple(run.tokens.tolist()) for run in [*same, *rungs]}
     assert len(tokens) == 1
     for found in [*same, *rungs]:

@@ -6,7 +6,8 @@ import pytest
 from lobra.layout.layout import Layout
 from lobra.layout.plan import ReplicaGroup, make_plan
 from lobra.planner.dispatch import dispatch
-from lobra.planner.simulate import simulate
+from lobra.planner.packed.dispatch import dispatch_packed, packed_costs
+from lobra.planner.simulate import simulate, simulate_packed
 from lobra.planner.step_time import sync_time_s
 from lobra.planner.workload import Workload
 from lobra.profiler.collectives import SYNC, Collectives, Link
@@ -27,6 +28,15 @@ def test_a_simulation_is_the_dispatcher_step_by_step() -> None:
     assert 0 <= summary["idle"] < 1
     assert 0 <= summary["padding"] < 1
     assert summary["gpu_seconds"] == pytest.approx(4 * np.mean(expected))
+
+
+def test_a_packed_simulation_is_the_packed_dispatcher_step_by_step() -> None:
+    cost_model = plain_cost_model()
+    found = simulate_packed(MIXED_PLAN, two_tasks(), cost_model, 4)
+    costs = packed_costs(MIXED_PLAN, cost_model)
+    expected = [dispatch_packed(step, MIXED_PLAN, costs) for step in two_tasks().steps(4)]
+    assert found.step_time_s.tolist() == [each.step_time_s for each in expected]
+    assert found.padded_tokens.tolist() == [each.padded_tokens for each in expected]
 
 
 def test_synchronisation_is_added_where_it_was_profiled() -> None:

@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lobra.cli import main
 from lobra.common.errors import ConfigError
-from lobra.layout.layout import MEMORY_POLICIES
-from lobra.layout.shapes import NAMED_SHAPES
+from lobra.layout.layout import MEMORY_POLICIES, Layout
+from lobra.layout.shapes import NAMED_SHAPES, resolve_shape
 from lobra.model import tensor_parallel
 from lobra.model.joint_stack import JointStack
 from lobra.profiler.accelerators import Runtime, load_tables
+from lobra.profiler.cost_model import load_cost_model
+from lobra.profiler.estimate import estimate as estimate_all
 from lobra.profiler.estimate_memory import (
     LOGITS_AT_ONCE,
     MOST_RANKS,
@@ -22,7 +25,8 @@ from lobra.profiler.estimate_memory import (
 )
 from lobra.profiler.estimate_time import Workload, calibrate, layer_ms
 from lobra.profiler.memory import layouts_within
-from lobra.profiler.profiles import TimeProfile
+from lobra.profiler.profiles import TimeProfile, load_memory_profile
+from lobra.tasks.config import load_trainer_config
 from lobra.tasks.target_modules import TARGET_MODULES
 
 TABLES = load_tables()
@@ -146,3 +150,33 @@ def test_what_is_computed_again_takes_time() -> None:
             assert 1.0 < keep < lean < full < 1.5
             assert full > 1.25
             assert s < 32768 or keep < 1.05
+
+
+def test_estimates_in_memory_are_what_the_command_writes(tmp_path: Path) -> None:
+    tasks = load_trainer_config("exp_task4").tasks
+
+    found = estimate_all(
+        resolve_shape("7B"),
+        TABLES.accelerator("A100-80GB"),
+        TABLES,
+        tasks,
+        num_gpus=2,
+        gpus_per_node=8,
+        max_seq_length=512,
+        memory_share=0.9,
+    )
+    times, memory = tmp_path / "times.csv", tmp_path / "memory.csv"
+    for policy in ("keep", "lean"):
+        more = ["--model", "7B", "--estimate", "--accelerator", "A100-80GB", "--memory", policy]
+        more += ["--trainer-config", "exp_task4", "--max-seq-length", "512"]
+        assert main(["profile", "time", *more, "--tp", "1,2", "--output", str(times)]) == 0
+        assert main(["profile", "memory", *more, "--num-gpus", "2", "--output", str(memory)]) == 0
+    written = load_memory_profile(memory)
+    for layout in (Layout(1, 1), Layout(1, 2, memory="lean"), Layout(2, 1)):
+        sizes = layout.tp, layout.pp, layout.memory
+        assert found.memory.max_tokens(*sizes) == written.max_tokens(*sizes) > 0
+        own, theirs = (
+            model.micro_batch_time(layout, 512, 512 * 100).total_ms
+            for model in (found.cost_model, load_cost_model("7B", times))
+        )
+        assert own == pytest.approx(theirs, rel=1e-4)

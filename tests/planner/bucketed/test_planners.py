@@ -20,7 +20,7 @@ from lobra.planner.bucketed.partitions import count_maximal, maximal
 from lobra.planner.bucketed.problem import Problem
 from lobra.planner.bucketed.time_table import TimeTable, time_table
 from lobra.planner.candidates import Candidate, all_candidates
-from lobra.planner.deploy import plan_entries
+from lobra.planner.deployment import plan_entries
 from lobra.planner.outcome import Outcome
 from lobra.profiler.profiles import MemoryProfile, MemoryRow
 from tests.planner.strategies import problems

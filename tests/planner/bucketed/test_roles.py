@@ -8,9 +8,10 @@ import pytest
 from lobra.layout.layout import Layout
 from lobra.planner.bucketed.expected_batch import expect
 from lobra.planner.bucketed.problem import Problem
-from lobra.planner.bucketed.roles import roles, saturation
+from lobra.planner.bucketed.roles import longest_alone, roles
 from lobra.planner.candidates import Candidate
 from lobra.planner.outcome import Outcome, compared
+from lobra.planner.roles import saturation
 from tests.planner.support import MIXED_PLAN, plain_cost_model, two_tasks
 
 LAYOUTS = (
@@ -57,10 +58,11 @@ def test_the_comparison_says_more_or_less(gpu_seconds: float, words: str) -> Non
 
 def test_a_step_as_long_as_its_longest_sequence_is_told() -> None:
     few = problem_of([1, 0, 0, 1])
-    note = saturation(few, outcome_of(few, [1, 0, 1]))
+    note = saturation(outcome_of(few, [1, 0, 1]).step_time_s, *longest_alone(few))
     assert note is not None and "a single sequence of 2048 tokens" in note
     many = problem_of([40, 20, 9, 9])
-    assert saturation(many, outcome_of(many, [1, 0, 1])) is None
+    step_time_s = outcome_of(many, [1, 0, 1]).step_time_s
+    assert saturation(step_time_s, *longest_alone(many)) is None
 
 
 def test_roles_add_up_to_the_batch() -> None:

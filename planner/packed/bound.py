@@ -1,0 +1,91 @@
+"""What a packed step takes at least on a plan, whoever dispatches it.
+
+A replica takes its micro-batches' times and, with pp stages, pp - 1 times the longest. With P the
+sum of its sequences' parts (`planner.packed.minorant`), m micro-batches take at least P, and at
+least m times the start and what of P is not start; the longest takes at least one m-th. So replicas
+can hold so much in a given time, and sequences divided among groups of equal replicas, in fractions
+too, need some time: by weak duality at least what any prices of the groups' time say.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lobra.planner.packed.step_work import StepWork
+
+ROUNDS = 64  # in which prices are adapted to the loads they lead to
+RATES = 0.002 ** (np.arange(ROUNDS) / (ROUNDS - 1))  # by how much, of the logarithm
+SHARPNESS = 200.0  # with which the cheapest kind is preferred meanwhile
+HALVINGS = 12  # of the interval in which the bound of a plan with pipelines is searched
+
+
+def prices_of(work: StepWork, step_time_s: float) -> np.ndarray:
+    """Return float64 [G]: prices of the kinds' time, in a step of that time, that bound it well.
+
+    A sequence costs its part times the price; at the best prices what is cheapest for each of them
+    gives all kinds as much as they can take.
+    """
+    held_s = work.held_s(step_time_s)
+    typical_s = work.parts_s[:, 0] / work.lengths[0]
+    if len(held_s) == 1 or not held_s.all():
+        return 1.0 / typical_s
+    shares = work.parts_s / held_s[:, None]
+    fits = np.isfinite(shares)
+    shares = np.where(fits, shares, 1e30)
+    prices = held_s / typical_s
+    prices /= prices.sum()
+    best, best_value = prices, 0.0
+    for rate in RATES:
+        cost = prices[:, None] * shares
+        least = cost.min(axis=0)
+        value = float(work.counts @ least)
+        if value > best_value:
+            best, best_value = prices, value
+        taken = np.exp(np.maximum(-SHARPNESS * (cost / least - 1.0), -50.0))
+        loads = np.where(fits, taken * shares, 0.0) @ (work.counts / taken.sum(axis=0))
+        loads -= loads.mean()
+        prices = prices * np.exp(rate * loads / (np.abs(loads).max() + 1e-12))
+        prices /= prices.sum()
+    return best / held_s
+
+
+def least_time_s(work: StepWork, prices: np.ndarray) -> float:
+    """Return the time below which these prices (float64 [G], see `prices_of`) allow no step."""
+    value = float(work.counts @ (prices[:, None] * work.parts_s).min(axis=0))
+    low = value / float(prices @ [len(alike.replicas) for alike in work.alike])
+    if not any(alike.bubbles for alike in work.alike):
+        return low
+    high = low
+    while prices @ work.held_s(high) < value:
+        low, high = high, 2.0 * high
+    for _ in range(HALVINGS):
+        middle = 0.5 * (low + high)
+        if prices @ work.held_s(middle) < value:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def crowded_s(work: StepWork) -> float:
+    """Return what a step takes since its longest sequences cannot be divided, in seconds.
+
+    Those longer than some capacity go to R replicas, the others' time left out. Of the longest
+    i R + 1 of them some replica has i + 1, and one has their mean. They count with their parts; or,
+    where only one fits a micro-batch, as alone in it, those shorter not at all.
+    """
+    replicas = np.array([len(alike.replicas) for alike in work.alike])
+    half = np.array([[alike.max_tokens / 2] for alike in work.alike])
+    whole_s = np.where(work.lengths > half, work.alone_s, 0.0)
+    fits = np.isfinite(work.parts_s)
+    found_s = work.whole_s
+    for first in np.unique(np.where(fits.all(axis=1), 0, fits.argmin(axis=1))).tolist():
+        number = int(replicas[fits[:, first]].sum())
+        for time_s in (work.parts_s, whole_s):
+            least_s = np.where(fits, time_s, np.inf).min(axis=0)[first:]
+            own_s = np.sort(np.repeat(least_s, work.counts[first:]))[::-1]
+            sums_s = np.concatenate([[0.0], np.cumsum(own_s)])
+            more = np.arange(1, (len(own_s) - 1) // number + 1)
+            on_one_s = sums_s[more * number + 1] - sums_s[more * (number - 1)]
+            found_s = max(found_s, sums_s[-1] / number, float(on_one_s.max(initial=0.0)))
+    return float(found_s)

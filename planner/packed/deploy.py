@@ -1,0 +1,111 @@
+"""Deployment of packed steps: the plan best on average over sampled ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from lobra.layout.plan import Plan
+from lobra.layout.sequences import IntArray
+from lobra.planner.candidates import all_candidates, propose
+from lobra.planner.deployment import Deployment, Options
+from lobra.planner.fleet import Fleet
+from lobra.planner.outcome import SIMPLER, Outcome, Progress, SampledMean, silent
+from lobra.planner.packed import exact
+from lobra.planner.packed.problem import PackedProblem
+from lobra.planner.packed.roles import longest_alone, roles
+from lobra.planner.roles import saturation
+from lobra.planner.sampling import Sampled
+from lobra.planner.step_time import sync_time_s
+from lobra.planner.workload import Workload
+from lobra.profiler.cost_model import CostModel
+from lobra.profiler.profiles import MemoryProfile
+
+SEQUENCES = 160_000  # of all sampled steps: large steps differ little
+FEWEST_STEPS, MOST_STEPS = 6, 100
+EXPLAINED_STEPS = 8
+FRESH = 0.01  # relative: what further steps may differ by without a note
+
+
+def deploy_packed(
+    workload: Workload,
+    memory: MemoryProfile,
+    cost_model: CostModel,
+    num_gpus: int,
+    options: Options,
+    progress: Progress = silent,
+    refused: Callable[[int, int], str | None] | None = None,
+) -> Deployment:
+    """Return the plan for the steps that training will draw; see ``planner.deploy.deploy``.
+
+    A plan of one layout is taken if no mixture is more than 1 % faster.
+    """
+    candidates = all_candidates(
+        memory, cost_model, num_gpus, workload.longest, options.gpus_per_node, refused
+    )
+    if options.proposal:
+        candidates = propose(candidates, cost_model)
+    fleet = Fleet(candidates.chosen, num_gpus, options.gpus_per_node)
+    steps = sampled_steps(workload)
+    problem = PackedProblem(steps, workload.longest, fleet, cost_model)
+    found = exact.solve(problem, options.time_limit_s, progress)
+    mean_s = {plan: float(step_s.mean()) for plan, step_s in found.step_s.items()}
+    plan = min(mean_s, key=lambda each: mean_s[each])
+    notes = []
+    if not found.complete:
+        notes.append(f"stopped after {found.seconds:.1f} s; --time-limit gives it more")
+    same, mean_s = found.homogeneous, {found.homogeneous: found.homogeneous_s} | mean_s
+    if plan != same and mean_s[same] * (1 - SIMPLER) <= mean_s[plan]:
+        gain = 1.0 - mean_s[plan] / mean_s[same]
+        notes.append(
+            f"one layout alone: the best mixture, {plan}, is {gain:.1%} faster on average, which "
+            f"does not pay for it"
+        )
+        plan = same
+    notes += _notes_on(plan, mean_s[plan], problem, workload)
+    own_roles, padding = roles(problem, plan, range(min(EXPLAINED_STEPS, len(steps))))
+
+    def outcome_of(each: Plan, name: str) -> Outcome:
+        own_s = mean_s[each] - sync_time_s(each, cost_model)
+        bound_s = min(found.lower_bound_s, own_s)
+        proven = bound_s >= own_s * (1 - exact.TARGET_GAP)
+        return Outcome(each, own_s, bound_s, name, found.seconds, proven=proven)
+
+    outcome = outcome_of(plan, "EXACT")
+    return Deployment(
+        outcome=outcome.noted(*notes),
+        homogeneous=outcome_of(same, "HOMOGENEOUS"),
+        sampled=SampledMean(
+            len(steps), mean_s[plan], mean_s[plan] * plan.num_gpus, found.lower_bound_s
+        ),
+        compared=tuple(Sampled(each, step_s) for each, step_s in found.step_s.items()),
+        roles=tuple(own_roles),
+        padding_ratio=padding,
+        candidates=candidates,
+        problem=problem,
+        batching="packed",
+    )
+
+
+def sampled_steps(workload: Workload) -> tuple[IntArray, ...]:
+    """Return the lengths of the first steps of a run, int64 [n] each; the fewer, the larger."""
+    number = SEQUENCES // sum(workload.batch_sizes.values())
+    return tuple(workload.steps(min(max(number, FEWEST_STEPS), MOST_STEPS)))
+
+
+def _notes_on(plan: Plan, mean_s: float, problem: PackedProblem, workload: Workload) -> list[str]:
+    """Return what is to be said of a plan: a sequence that fills steps, steps that differ."""
+    length, alone_s = longest_alone(problem)
+    notes = [saturation(mean_s - sync_time_s(plan, problem.cost_model), length, alone_s)]
+    number = len(problem.steps)
+    fresh = tuple(workload.steps(-(-number // 2), first=number))
+    if fresh:  # none where the run ends before
+        further = PackedProblem(fresh, problem.longest, problem.fleet, problem.cost_model)
+        fresh_s = float(np.mean(further.step_s(plan, range(len(fresh)))))
+        if abs(fresh_s / mean_s - 1.0) > FRESH:
+            notes.append(
+                f"on {len(fresh)} further steps {fresh_s:.4g} s on average, "
+                f"{fresh_s / mean_s - 1.0:+.1%}: steps differ"
+            )
+    return [note for note in notes if note]

@@ -1,0 +1,240 @@
+"""EXACT for packed steps: the plan best on average over sampled steps, and a certificate.
+
+The certificate's integer program names the plan that may be best; its prices make the certificate
+exact for it, and the program names the next, until it names one again. These, the best homogeneous
+plans, and plans near the best are dispatched over a few steps, those with the lowest bounds first;
+then the best over all steps. What the best of them takes tightens the certificate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lobra.common.errors import ConfigError
+from lobra.layout.plan import Plan
+from lobra.planner.certificate import LEAST_S, Certificate
+from lobra.planner.clock import Clock
+from lobra.planner.outcome import Progress, silent
+from lobra.planner.packed.problem import PackedProblem
+
+FEW_STEPS, FEW_SEQUENCES = 4, 8000  # that every plan is tried on: at least two steps
+MOST_HOMOGENEOUS, MOST_NAMED = 3, 4  # that are tried, those with the lowest bounds
+TARGET_GAP = 1e-3
+NAMED, NEAR, FULLY = 0.4, 0.6, 0.8  # of the time, after which the parts of the search end
+PROMISING = 0.003  # a plan is dispatched over all steps if its estimate is within it of the best
+LOOSEST, LOOSE = 30, 0.985  # steps of the best plan of which prices are computed in the end
+COMPARED = 0.03  # so is the best homogeneous one
+MOST_FULLY = 3
+
+
+def default_limit_s(num_gpus: int) -> float:
+    """Return the seconds the search takes at most when no limit is given."""
+    if num_gpus <= 64:
+        return 4.5
+    return 12.0 if num_gpus <= 256 else 35.0
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """The best plans found over sampled steps, and what no plan takes less than.
+
+    Attributes
+    ----------
+    step_s
+        By plan, the best on average first: float64 [steps] seconds, synchronisation included.
+    homogeneous, homogeneous_s
+        The best plan of one layout, and its mean step; estimated, if it is not one of them, since
+        it takes much longer.
+    lower_bound_s
+        No plan's mean step is shorter.
+    seconds
+        What the search took.
+    complete
+        Whether it ended before its time did.
+    """
+
+    step_s: dict[Plan, np.ndarray]
+    homogeneous: Plan
+    homogeneous_s: float
+    lower_bound_s: float
+    seconds: float
+    complete: bool
+
+
+def solve(
+    problem: PackedProblem, time_limit_s: float | None = None, progress: Progress = silent
+) -> Found:
+    """Return the best plans found and the certificate.
+
+    The default limit is of processor time; one that is given is wall-clock time. The best
+    homogeneous plan and a bound are there however short it is.
+
+    Raises
+    ------
+    ConfigError
+        If no replica that holds the longest sequence can be placed.
+    """
+    fleet = problem.fleet
+    same = list(fleet.homogeneous(problem.longest))
+    if not same:
+        raise ConfigError(
+            f"no layout that holds {problem.longest} tokens can be placed on {fleet.num_gpus} GPUs "
+            f"in nodes of {fleet.gpus_per_node}"
+        )
+    limit_s = default_limit_s(fleet.num_gpus) if time_limit_s is None else time_limit_s
+    search = _Search(problem, Clock(limit_s, processor=time_limit_s is None), progress)
+    homogeneous = search.try_best(same, MOST_HOMOGENEOUS)
+    search.certificate.look_at(np.array(homogeneous))
+    search.try_best(search.named(NAMED), MOST_NAMED)
+    search.climb(NEAR)
+    search.run_fully(homogeneous)
+    return search.found(homogeneous)
+
+
+Key = tuple[int, ...]
+
+
+@dataclass(eq=False)
+class _Search:
+    """What is known of plans; each is known by its replicas."""
+
+    problem: PackedProblem
+    clock: Clock
+    progress: Progress
+    certificate: Certificate = field(init=False)
+    few: np.ndarray = field(init=False)
+    few_s: dict[Key, np.ndarray] = field(default_factory=dict)
+    all_s: dict[Key, np.ndarray] = field(default_factory=dict)
+    lower_bound_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        problem = self.problem
+        self.certificate = Certificate(
+            problem.fleet, problem.longest, problem.counts, problem.rates
+        )
+        tokens = np.array([step.sum() for step in problem.steps])
+        every = np.argsort(tokens, kind="stable")
+        number = min(max(FEW_SEQUENCES // len(problem.steps[0]), 2), FEW_STEPS)
+        places = np.linspace(0, len(every) - 1, min(number, len(every)))
+        self.few = every[np.rint(places).astype(np.int64)]
+
+    def is_out(self, share: float) -> bool:
+        """Return whether a share of the time is over."""
+        limit_s = self.clock.limit_s
+        return limit_s is not None and self.clock.left_s <= (1.0 - share) * limit_s
+
+    def try_plan(self, replicas: np.ndarray) -> Key | None:
+        """Dispatch a few steps over a plan, or what of it can be placed; return its key."""
+        placed = self.problem.fleet.placed(replicas, self.problem.longest)
+        if placed is None:
+            return None
+        key = tuple(placed.tolist())
+        if key not in self.few_s:
+            plan = self.problem.fleet.plan(placed)
+            self.few_s[key] = self.problem.step_s(plan, self.few.tolist())
+            self.progress(f"{plan}: {self.few_s[key].mean():.4g} s on {len(self.few)} steps")
+        return key
+
+    def estimates(self) -> dict[Key, float]:
+        """Return, by plan, the mean of the few steps and what the bounds of the others differ."""
+        if not self.few_s:
+            return {}
+        bounds_s = self.certificate.steps_s(np.array(list(self.few_s)))
+        differ_s = bounds_s.mean(axis=1) - bounds_s[:, self.few].mean(axis=1)
+        return {
+            key: float(self.few_s[key].mean() + differ)
+            for key, differ in zip(self.few_s, differ_s.tolist(), strict=True)
+        }
+
+    def best(self) -> Key:
+        """Return the best plan by all steps, else by estimate."""
+        if self.all_s:
+            return min(self.all_s, key=lambda key: (self.all_s[key].mean(), key))
+        estimates = self.estimates()
+        return min(estimates, key=lambda key: (estimates[key], key))
+
+    def try_best(self, plans: Sequence[np.ndarray], most: int) -> Key:
+        """Try the plans with the lowest bounds, some of them; return the best plan known."""
+        bounds_s = self.certificate.steps_s(np.array(plans)).mean(axis=1)
+        best_s = min(self.estimates().values(), default=np.inf)
+        for place in np.argsort(bounds_s, kind="stable")[:most].tolist():
+            if not self.few_s or (bounds_s[place] < best_s and not self.is_out(NEAR)):
+                self.try_plan(plans[place])
+        return self.best()
+
+    def named(self, share: float) -> list[np.ndarray]:
+        """Return the plans that the certificate's program names, until it names one again."""
+        found: dict[Key, np.ndarray] = {}
+        while not found or not self.is_out(share):
+            bound_s, replicas = self.certificate.minimum(max(self.clock.left_s, LEAST_S))
+            self.lower_bound_s = max(self.lower_bound_s, bound_s)
+            if replicas is None or (key := tuple(replicas.tolist())) in found:
+                break
+            found[key] = self.problem.fleet.filled(replicas)
+            self.certificate.look_at(replicas)
+        return list(found.values())
+
+    def climb(self, share: float) -> None:
+        """Go to better neighbours of the best plan while there are any."""
+        fleet = self.problem.fleet
+        centre = None
+        while centre != (centre := self.best()) and not self.is_out(share):
+            self.certificate.look_at(np.array(centre))
+            best_s = self.estimates()[centre]
+            near = [fleet.filled(replicas) for replicas in fleet.neighbours(np.array(centre))]
+            near = [
+                one for one in near if (fleet.max_tokens[one > 0] >= self.problem.longest).any()
+            ]
+            if not near:
+                return
+            bounds_s = self.certificate.steps_s(np.array(near)).mean(axis=1)
+            for place in np.argsort(bounds_s, kind="stable").tolist():
+                if bounds_s[place] >= best_s * (1 - TARGET_GAP) or self.is_out(share):
+                    break
+                key = self.try_plan(near[place])
+                if key is not None and self.estimates()[key] < best_s * (1 - TARGET_GAP):
+                    break
+
+    def run_fully(self, homogeneous: Key) -> None:
+        """Dispatch all steps over the best plans, and refer the certificate to the best."""
+        estimates = self.estimates()
+        order = sorted(estimates, key=lambda key: (estimates[key], key))
+        within_s = estimates[order[0]] * (1 + PROMISING)
+        good = [key for key in order if estimates[key] <= within_s][:MOST_FULLY]
+        near = estimates[homogeneous] <= estimates[order[0]] * (1 + COMPARED)
+        needed = [good[0], homogeneous] if near else good[:1]
+        every = range(len(self.problem.steps))
+        for key in dict.fromkeys([*needed, *good]):
+            if key not in needed and self.is_out(FULLY):
+                break
+            self.all_s[key] = self.problem.step_s(self.problem.fleet.plan(np.array(key)), every)
+        self.certify()
+
+    def certify(self) -> None:
+        """Raise the bound by what the best plan takes: its loosest steps' prices, and its mean."""
+        best = np.array(self.best())
+        step_s = self.all_s[self.best()]
+        ratio = self.certificate.steps_s(best[None])[0] / step_s
+        loose = np.argsort(ratio, kind="stable")[:LOOSEST]
+        self.certificate.look_at(best, [step for step in loose.tolist() if ratio[step] < LOOSE])
+        self.named(1.0)
+        if self.lower_bound_s < step_s.mean() * (1 - TARGET_GAP):
+            self.certificate.tighten(float(step_s.mean()), best, self.clock)
+            self.named(1.0)
+
+    def found(self, homogeneous: Key) -> Found:
+        """Return what was found."""
+        fleet = self.problem.fleet
+        same_s = self.all_s.get(homogeneous)
+        order = sorted(self.all_s, key=lambda key: (self.all_s[key].mean(), key))
+        return Found(
+            {fleet.plan(np.array(key)): self.all_s[key] for key in order},
+            fleet.plan(np.array(homogeneous)),
+            self.estimates()[homogeneous] if same_s is None else float(same_s.mean()),
+            min(self.lower_bound_s, float(self.all_s[order[0]].mean())),
+            self.clock.elapsed_s,
+            self.clock.left_s > 0,
+        )

@@ -1,0 +1,91 @@
+"""Sequences in packed micro-batches of replicas, and what these take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lobra.layout.plan import Plan
+from lobra.layout.sequences import IntArray, packed_tokens
+from lobra.planner.packed.minorant import Cost
+
+
+@dataclass(frozen=True, eq=False)
+class ReplicaTable:
+    """The replicas of a plan: arrays are [replicas]; of ``costs`` there is one for each group.
+
+    ``bubbles`` is how many times more a replica's longest micro-batch counts, ``factors`` its
+    measured time over the cost's.
+    """
+
+    costs: tuple[Cost, ...]
+    group: IntArray
+    max_tokens: IntArray
+    bubbles: IntArray
+    factors: np.ndarray
+
+    @classmethod
+    def of(cls, plan: Plan, costs: Sequence[Cost], factors: np.ndarray) -> ReplicaTable:
+        """Return the replicas of a plan."""
+        group = np.repeat(np.arange(len(plan.groups)), [g.replicas for g in plan.groups])
+        max_tokens = np.array([g.max_tokens for g in plan.groups])[group]
+        bubbles = np.array([g.layout.pp - 1 for g in plan.groups])[group]
+        return cls(tuple(costs), group, max_tokens, bubbles, factors)
+
+
+@dataclass(frozen=True, eq=False)
+class Filling:
+    """A step's sequences in micro-batches.
+
+    Attributes
+    ----------
+    batch_of
+        int64 [n]: the micro-batch of each sequence.
+    replica_of
+        int64 [k]: the replica of each micro-batch; one may be empty.
+    sizes, sums, tokens
+        int64 [k]: sequences, their tokens, and those with padding.
+    times_s
+        float64 [k]: what each micro-batch takes.
+    longest_s, replica_time_s
+        float64 [replicas]: the longest micro-batch, and all of them with bubbles.
+    """
+
+    batch_of: IntArray
+    replica_of: IntArray
+    sizes: IntArray
+    sums: IntArray
+    tokens: IntArray
+    times_s: np.ndarray
+    longest_s: np.ndarray
+    replica_time_s: np.ndarray
+
+    @property
+    def step_time_s(self) -> float:
+        """The slowest replica's time."""
+        return float(self.replica_time_s.max())
+
+
+def filled(
+    table: ReplicaTable, lengths: IntArray, batch_of: IntArray, replica_of: IntArray
+) -> Filling:
+    """Return what micro-batches take when they are filled so."""
+    number = len(replica_of)
+    sizes = np.bincount(batch_of, minlength=number)
+    sums = np.bincount(batch_of, lengths, number).astype(np.int64)
+    squares = np.bincount(batch_of, lengths * lengths, number).astype(np.int64)
+    tokens = np.where(sizes > 1, packed_tokens(sums), sums)
+    times_s = np.zeros(number)
+    groups = table.group[replica_of]
+    for group, cost in enumerate(table.costs):
+        own = np.flatnonzero((groups == group) & (sizes > 0))
+        if len(own):
+            times_s[own] = cost(tokens[own], squares[own])
+    times_s *= table.factors[replica_of] / 1000.0
+    replicas = len(table.group)
+    longest_s = np.zeros(replicas)
+    np.maximum.at(longest_s, replica_of, times_s)
+    replica_time_s = np.bincount(replica_of, times_s, replicas) + table.bubbles * longest_s
+    return Filling(batch_of, replica_of, sizes, sums, tokens, times_s, longest_s, replica_time_s)

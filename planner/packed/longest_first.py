@@ -1,0 +1,105 @@
+"""Which replica takes which sequences: the longest goes first, each to where it ends first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from heapq import heapify, heapreplace
+
+import numpy as np
+
+from lobra.layout.sequences import IntArray
+from lobra.planner.packed.step_work import StepWork
+
+DEARER = 0.003  # than at the cheapest kind of replicas a sequence may be, where there is time left
+
+
+@dataclass(frozen=True, eq=False)
+class _Queue:
+    """Replicas of a kind, as a heap of (seconds of work, replica), the one with the least first.
+
+    ``part_s`` are the seconds of a sequence of each length, its share of bubbles included;
+    ``bubble_s`` those that the longest of a replica adds to them.
+    """
+
+    part_s: list[float]
+    bubble_s: list[float]
+    least: list[tuple[float, int]]
+
+
+def longest_first(
+    work: StepWork, length_of: IntArray, step_time_s: float, prices: np.ndarray | None
+) -> IntArray:
+    """Return the replica of every sequence, int64 [n].
+
+    Parameters
+    ----------
+    work
+        The step's lengths, J of them, and the kinds of replicas.
+    length_of
+        int64 [n]: which of the lengths each sequence has.
+    step_time_s
+        About what the step will take.
+    prices
+        Of the kinds' time: a sequence goes where it is cheapest, as long as the time allows. None:
+        to where it ends first.
+    """
+    queues = _queues(work, step_time_s)
+    every = list(range(len(queues)))
+    chosen = _cheapest(work, prices)
+    replicas = np.empty(len(length_of), dtype=np.int64)
+    for index in np.argsort(-length_of, kind="stable").tolist():
+        length = int(length_of[index])
+        end_s, kind = _first_end(queues, chosen[length], length)
+        if end_s > step_time_s and len(chosen[length]) < len(every):
+            end_s, kind = _first_end(queues, every, length)
+        queue = queues[kind]
+        replica = queue.least[0][1]
+        heapreplace(queue.least, (end_s, replica))
+        replicas[index] = replica
+    return replicas
+
+
+def _first_end(queues: Sequence[_Queue], kinds: Sequence[int], length: int) -> tuple[float, int]:
+    """Return when a sequence of the length ends where it ends first, and the kind."""
+    best_s, best = np.inf, kinds[0]
+    for kind in kinds:
+        queue = queues[kind]
+        end_s = queue.least[0][0]
+        end_s += queue.part_s[length] if end_s else queue.part_s[length] + queue.bubble_s[length]
+        if end_s < best_s:
+            best_s, best = end_s, kind
+    return best_s, best
+
+
+def _queues(work: StepWork, step_time_s: float) -> list[_Queue]:
+    """Return the replicas without work.
+
+    Of a pipeline's time its bubbles take the share that they take of the step's. The longest
+    sequence adds what it takes more than a micro-batch does then.
+    """
+    most = int(work.counts.sum())
+    queues = []
+    for alike, parts_s in zip(work.alike, work.parts_s, strict=True):
+        held_s = alike.held_s(step_time_s, most)
+        stretch = step_time_s / held_s if held_s > 0.0 else 1.0 + alike.bubbles
+        usual_s = (stretch - 1.0) * held_s / max(1, alike.bubbles)  # a micro-batch's time
+        fitting_s = np.where(np.isfinite(parts_s), parts_s, 0.0)
+        start_s = alike.minorant.start_ms / 1000.0 * alike.factor
+        bubble_s = alike.bubbles * np.maximum(0.0, fitting_s + start_s - usual_s)
+        least = [(0.0, replica) for replica in alike.replicas.tolist()]
+        heapify(least)
+        queues.append(_Queue((parts_s * stretch).tolist(), bubble_s.tolist(), least))
+    return queues
+
+
+def _cheapest(work: StepWork, prices: np.ndarray | None) -> list[list[int]]:
+    """Return, by length, the kinds that are about the cheapest for it; of all without prices."""
+    if prices is None or len(prices) == 1:
+        near = np.isfinite(work.parts_s)
+    else:
+        cost = prices[:, None] * work.parts_s
+        near = cost <= (1.0 + DEARER) * cost.min(axis=0)
+    different, which = np.unique(near, axis=1, return_inverse=True)
+    kinds = [np.flatnonzero(column).tolist() for column in different.T]
+    return [kinds[number] for number in which.ravel().tolist()]

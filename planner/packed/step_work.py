@@ -1,0 +1,146 @@
+"""The sequences of a step as kinds of replicas see them: parts of time, and what these hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lobra.layout.plan import Plan
+from lobra.layout.sequences import IntArray
+from lobra.planner.packed.filling import ReplicaTable
+from lobra.planner.packed.minorant import Cost, Minorant, minorant_of
+
+# Minorants are made for mean lengths, and micro-batches' tokens, of these ratios: they are few.
+MEAN_RATIO, TOKENS_RATIO = 1.5, 1.2
+LEAST_MS = 1e-9  # of a token, where a cost does not grow with tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Alike:
+    """Replicas that take as long for the same.
+
+    Attributes
+    ----------
+    replicas
+        int64 [r]: which of the plan's replicas they are.
+    max_tokens
+        The most of a micro-batch.
+    minorant
+        What their micro-batches take at least.
+    bubbles
+        How many times more the longest micro-batch counts: pp - 1.
+    factor
+        Their measured time over the cost's.
+    """
+
+    replicas: IntArray
+    max_tokens: int
+    minorant: Minorant
+    bubbles: int
+    factor: float
+
+    def held_s(self, step_time_s: float, most: int) -> float:
+        """Return the most seconds of parts that one replica can take in a step of that time.
+
+        It has at most ``most`` micro-batches.
+        """
+        if not self.bubbles:
+            return step_time_s
+        start_s = self.minorant.start_ms / 1000.0 * self.factor
+        number = np.arange(1, most + 1)
+        work_s = step_time_s / (1.0 + self.bubbles / number)
+        share = max(self.minorant.marginal_share, 1e-9)
+        return max(0.0, float(np.minimum(work_s, (work_s - start_s * number) / share).max()))
+
+
+@dataclass(frozen=True, eq=False)
+class StepWork:
+    """The sequences of a step as replicas see them.
+
+    Attributes
+    ----------
+    lengths, counts
+        int64 [J]: the different lengths, ascending, and how many sequences have them.
+    alike
+        The G kinds of replicas.
+    parts_s, alone_s
+        float64 [G, J]: a sequence's part of its replica's time, and what a micro-batch of it alone
+        takes; infinite where it does not fit.
+    """
+
+    lengths: IntArray
+    counts: IntArray
+    alike: tuple[Alike, ...]
+    parts_s: np.ndarray
+    alone_s: np.ndarray
+
+    @property
+    def whole_s(self) -> float:
+        """The time of the sequence that takes longest, alone on the best replica."""
+        stages = np.array([[1 + alike.bubbles] for alike in self.alike])
+        return float((self.alone_s * stages).min(axis=0).max())
+
+    def held_s(self, step_time_s: float) -> np.ndarray:
+        """Return float64 [G]: the most seconds of parts that all replicas of a kind can take.
+
+        If only one kind holds the longest sequence, one of these has its bubbles.
+        """
+        most = int(self.counts.sum())
+        held_s = np.array([a.held_s(step_time_s, most) for a in self.alike])
+        of_all_s = held_s * [len(a.replicas) for a in self.alike]
+        holding = np.flatnonzero(np.isfinite(self.alone_s[:, -1]))
+        if len(holding) == 1:
+            kind = int(holding[0])
+            bubbles_s = self.alike[kind].bubbles * float(self.alone_s[kind, -1])
+            of_all_s[kind] -= held_s[kind] - min(held_s[kind], max(0.0, step_time_s - bubbles_s))
+        return of_all_s
+
+
+def minorants_of(plan: Plan, costs: Sequence[Cost], lengths: IntArray) -> tuple[Minorant, ...]:
+    """Return the minorant of each group's cost, near for such micro-batches as it may take.
+
+    These are full, but of pipelines as large as is best for a share of the tokens.
+    """
+    minorants = []
+    for group, cost in zip(plan.groups, costs, strict=True):
+        own = lengths[lengths <= group.max_tokens]
+        mean = float((own**2).sum() / own.sum()) if len(own) else 1.0
+        mean = MEAN_RATIO ** np.round(np.log(mean) / np.log(MEAN_RATIO))
+        tokens = group.max_tokens
+        if group.layout.pp > 1 and len(own):
+            share = own.sum() * group.layout.num_gpus / plan.num_gpus
+            number = np.arange(max(1.0, share // tokens), len(own) + 1)
+            size = np.minimum(share / number, tokens).astype(np.int64) + 1
+            times_ms = (number + group.layout.pp - 1) * cost(size, size * int(mean))
+            less = np.log(min(size[times_ms.argmin()], tokens) / tokens) / np.log(TOKENS_RATIO)
+            tokens = int(tokens * TOKENS_RATIO ** np.round(less))
+        minorants.append(minorant_of(cost, group.max_tokens, max(1, tokens), max(1, int(mean))))
+    return tuple(minorants)
+
+
+def step_work(
+    table: ReplicaTable, plan: Plan, minorants: Sequence[Minorant], lengths: IntArray
+) -> tuple[StepWork, IntArray]:
+    """Return the step's work, and which of its lengths each sequence has."""
+    distinct, length_of, counts = np.unique(lengths, return_inverse=True, return_counts=True)
+    alike, parts_s, alone_s = [], [], []
+    for group, (own, minorant, cost) in enumerate(
+        zip(plan.groups, minorants, table.costs, strict=True)
+    ):
+        replicas = np.flatnonzero(table.group == group)
+        fits = distinct <= own.max_tokens
+        if not fits.any():
+            continue
+        part_s = np.maximum(minorant.part_ms(distinct), LEAST_MS * distinct) / 1000.0
+        part_s = np.where(fits, part_s, np.inf)
+        alone = np.where(fits, cost(distinct, distinct**2), np.inf) / 1000.0
+        for factor in np.unique(table.factors[replicas]).tolist():
+            same = replicas[table.factors[replicas] == factor]
+            bubbles = own.layout.pp - 1
+            alike.append(Alike(same, own.max_tokens, minorant, bubbles, factor))
+            parts_s.append(part_s * factor)
+            alone_s.append(alone * factor)
+    work = StepWork(distinct, counts, tuple(alike), np.stack(parts_s), np.stack(alone_s))
+    return work, length_of

@@ -1,0 +1,85 @@
+"""The certificate is below brute force on every plan; what is found is as good as it says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lobra.common.errors import ConfigError
+from lobra.layout.layout import Layout
+from lobra.planner.candidates import Candidate
+from lobra.planner.certificate import Certificate
+from lobra.planner.fleet import Fleet
+from lobra.planner.packed import exact
+from lobra.planner.packed.problem import PackedProblem
+from tests.planner.packed.support import least_step_s, packed_problems, plans_of
+from tests.planner.support import plain_cost_model
+from tests.tiers import examples
+
+ABOVE = 1 + 1e-6
+
+
+def certificate_of(problem: PackedProblem) -> Certificate:
+    return Certificate(problem.fleet, problem.longest, problem.counts, problem.rates)
+
+
+@given(packed_problems(most=5), st.data())
+@examples(40, 600)
+def test_no_bound_is_above_brute_force(problem: PackedProblem, data: st.DataObject) -> None:
+    plans = plans_of(problem)
+    optima_s = np.array(
+        [[least_step_s(problem, plan, step) for step in problem.steps] for plan in plans]
+    )
+    certificate = certificate_of(problem)
+    looked_at = data.draw(st.lists(st.sampled_from(range(len(plans))), max_size=3, unique=True))
+    for place in looked_at:
+        certificate.look_at(plans[place])
+        assert (certificate.steps_s(np.array(plans)) <= optima_s * ABOVE).all()
+        assert certificate.minimum()[0] <= optima_s.mean(axis=1).min() * ABOVE
+
+
+@given(packed_problems())
+@examples(15, 200)
+def test_what_is_found_is_between_the_bound_and_no_better_than_the_optimum(
+    problem: PackedProblem,
+) -> None:
+    found = exact.solve(problem)
+    optimum_s = min(
+        np.mean([least_step_s(problem, plan, step) for step in problem.steps])
+        for plan in plans_of(problem)
+    )
+    mean_s = min(step_s.mean() for step_s in found.step_s.values())
+    assert found.lower_bound_s <= optimum_s * ABOVE
+    assert optimum_s <= mean_s * ABOVE
+    assert mean_s <= found.homogeneous_s * ABOVE
+
+
+def test_a_plan_that_takes_less_than_others_tightens_the_certificate() -> None:
+    rng = np.random.default_rng(1)
+    steps = tuple(np.minimum(rng.lognormal(5.0, 1.0, 90).astype(int) + 1, 3000) for _ in range(8))
+    layouts = ((1, 1, 600), (1, 2, 1000), (2, 1, 1500), (1, 4, 2000), (4, 1, 3000), (2, 2, 1800))
+    candidates = tuple(sorted(Candidate(Layout(tp, pp), most) for tp, pp, most in layouts))
+    problem = PackedProblem(steps, 3000, Fleet(candidates, 8), plain_cost_model())
+    found = exact.solve(problem)
+    plan, step_s = next(iter(found.step_s.items()))
+    assert found.lower_bound_s >= 0.88 * step_s.mean()  # measured: 0.91
+    certificate = certificate_of(problem)
+    replicas = problem.fleet.replicas_of(plan)
+    certificate.look_at(replicas)
+    before_s, _ = certificate.minimum()
+    certificate.tighten(float(step_s.mean()), replicas, exact.Clock())
+    after_s, _ = certificate.minimum()
+    assert before_s * (1 - 1e-3) <= after_s <= step_s.mean()
+    out_of_time = certificate_of(problem)
+    out_of_time.look_at(replicas)
+    out_of_time.tighten(float(step_s.mean()), replicas, exact.Clock(1e-9))
+    assert out_of_time.minimum(1e-9)[0] <= step_s.mean()
+
+
+def test_a_fleet_without_room_for_the_longest_is_refused() -> None:
+    candidates = (Candidate(Layout(1, 1), 100), Candidate(Layout(4, 1), 400))
+    steps = (np.array([50, 60]),)
+    with pytest.raises(ConfigError, match="no layout that holds 400 tokens can be placed on 2"):
+        exact.solve(PackedProblem(steps, 400, Fleet(candidates, 2, 8), plain_cost_model()))
