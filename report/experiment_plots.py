@@ -100,7 +100,7 @@ def _methods(rows: Sequence[Row]) -> Figure:
     from matplotlib.patches import Patch
 
     whose = YOURS if any(row["method"].startswith(YOURS) for row in rows) else "our plan"
-    ours = [row["method"].startswith(whose) for row in rows]
+    ours = [row["method"].startswith((whose, "packed")) for row in rows]
     colours = [OURS if own else COMPARED for own in ours]
     figure = _cost_bars(rows, [row["method"] for row in rows], colours)
     (axes,) = figure.axes

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lobra.common.errors import ConfigError
-from lobra.common.files import atomic_path
 from lobra.planner.outcome import SampledMean
 from lobra.planner.sweep import Sizing
+from lobra.report.style import COMPARED, OURS, curve, draw, explain, make_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".pdf", ".svg")
 GPUS, CONTEXTS, ACCELERATORS = "GPUs", "longest sequence [tokens]", "accelerator"
@@ -34,43 +38,41 @@ def plot(sizings: Sequence[Sizing], path: str | os.PathLike[str]) -> None:
     ConfigError
         If the file's suffix is not one that can be drawn, or no sizing has a plan.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     found = [sizing for sizing in sizings if sizing.deployment is not None]
     if not found:
         raise ConfigError("--plot: there is no plan to draw")
     problem = plot_problem(path)
     if problem:
         raise ConfigError(problem)
+    draw(Path(path), lambda: _picture(found))
+
+
+def _picture(found: Sequence[Sizing]) -> Figure:
     label, place = _axis(found)
     lines: dict[str, list[Sizing]] = {}
     for sizing in found:
         lines.setdefault(_line(sizing, label), []).append(sizing)
     has_prices = all(sizing.cost_per_million_tokens is not None for sizing in found)
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
-    for name, own in lines.items():
+    figure = make_figure(10.0, 4.0)
+    left, right = figure.subplots(1, 2)
+    for number, (name, own) in enumerate(lines.items()):
         places = [place(sizing) for sizing in own]
-        left.plot(places, [_mean(s).mean_step_time_s for s in own], "o-", label=name or "plan")
+        times = [_mean(sizing).mean_step_time_s for sizing in own]
         if has_prices:
-            costs = [s.cost_per_million_tokens for s in own]
+            costs = [sizing.cost_per_million_tokens for sizing in own]
         else:
-            costs = [_mean(s).mean_gpu_seconds for s in own]
-        right.plot(places, costs, "o-", label=name or "plan")
+            costs = [_mean(sizing).mean_gpu_seconds for sizing in own]
+        left.plot(places, times, **curve(number), label=name or "plan")
+        right.plot(places, costs, **curve(number), label=name or "plan")
     if len(lines) == 1:
-        _draw_beside(left, right, [(place(s), s) for s in found], has_prices)
+        _draw_beside(left, right, [(place(sizing), sizing) for sizing in found], has_prices)
     titles = "step time [s]", "cost per million tokens" if has_prices else "GPU-seconds per step"
-    for axis, title in zip((left, right), titles, strict=True):
-        axis.set_xlabel(label)
-        axis.set_title(title)
-        axis.set_ylim(bottom=0)
-        axis.legend()
-    figure.tight_layout()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120)
-    pyplot.close(figure)
+    for axes, title in zip((left, right), titles, strict=True):
+        axes.set_xlabel(label)
+        axes.set_title(title)
+        axes.set_ylim(bottom=0)
+    explain(figure)
+    return figure
 
 
 def _axis(sizings: Sequence[Sizing]) -> tuple[str, Callable[[Sizing], Any]]:
@@ -95,22 +97,23 @@ def _line(sizing: Sizing, label: str) -> str:
 
 
 def _draw_beside(
-    left: Any, right: Any, sizings: Sequence[tuple[Any, Sizing]], has_prices: bool
+    left: Axes, right: Axes, sizings: Sequence[tuple[Any, Sizing]], has_prices: bool
 ) -> None:
     """Draw what a single line is compared with: its bound, and the best homogeneous plan."""
     places = [place for place, _ in sizings]
     bounds = [_mean(sizing).lower_bound_s for _, sizing in sizings]
     times = [_mean(sizing).mean_step_time_s for _, sizing in sizings]
-    left.fill_between(places, bounds, times, alpha=0.3, label="between bound and plan")
+    left.fill_between(places, bounds, times, color=OURS, alpha=0.3, label="between bound and plan")
     same = [
         (place, sizing.deployment.homogeneous)
         for place, sizing in sizings
         if sizing.deployment is not None and sizing.deployment.homogeneous is not None
     ]
     used = [place for place, _ in same]
-    left.plot(used, [h.step_time_s for _, h in same], "s--", label="best homogeneous")
+    look: Any = {"color": COMPARED, "marker": "s", "linestyle": "--", "label": "best homogeneous"}
+    left.plot(used, [plan.step_time_s for _, plan in same], **look)
     if not has_prices:
-        right.plot(used, [h.gpu_seconds for _, h in same], "s--", label="best homogeneous")
+        right.plot(used, [plan.gpu_seconds for _, plan in same], **look)
 
 
 def _mean(sizing: Sizing) -> SampledMean:
