@@ -11,9 +11,10 @@ import numpy as np
 from lobra.planner.bucketed.fluid import amounts
 from lobra.planner.bucketed.problem import Problem
 from lobra.planner.bucketed.time_table import TimeTable, time_table
-from lobra.planner.certificate import Certificate, affine
+from lobra.planner.certificate import Certificate
 from lobra.planner.clock import Clock
 from lobra.planner.sampling import Sampled
+from lobra.planner.sequence_rates import affine
 
 LIMIT_S = 3.0
 

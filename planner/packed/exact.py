@@ -20,7 +20,7 @@ from lobra.planner.clock import Clock
 from lobra.planner.outcome import Progress, silent
 from lobra.planner.packed.problem import PackedProblem
 
-FEW_STEPS, FEW_SEQUENCES = 4, 8000  # that every plan is tried on: at least two steps
+FEW_STEPS, FEW_SEQUENCES = 12, 4000  # that every plan is tried on: at least two steps
 MOST_HOMOGENEOUS, MOST_NAMED = 3, 4  # that are tried, those with the lowest bounds
 TARGET_GAP = 1e-3
 NAMED, NEAR, FULLY = 0.4, 0.6, 0.8  # of the time, after which the parts of the search end

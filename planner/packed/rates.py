@@ -19,7 +19,7 @@ import numpy as np
 
 from lobra.layout.sequences import PACKED_MULTIPLE, IntArray, packed_tokens
 from lobra.planner.candidates import Candidate
-from lobra.planner.certificate import affine
+from lobra.planner.sequence_rates import affine
 from lobra.profiler.cost_model import CostModel
 
 MEAN_LENGTHS = 12  # of the sequences of a micro-batch, weighted by tokens, that are looked at
