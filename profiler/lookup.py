@@ -7,6 +7,7 @@ never combined with LobRA's capacities unless both are named.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -76,9 +77,9 @@ def planning_paths(
         return published
     found = here[0] or own[0], here[1] or own[1]
     problems = Problems()
-    if not found[0].is_file():
+    if not os.path.exists(found[0]):  # False for names that no file can have
         problems.add(no_time_profile(model, found[0]))
-    if not found[1].is_file():
+    if not os.path.exists(found[1]):
         problems.add(no_memory_profile(model, num_tasks, found[1]))
     problems.raise_if_any()
     return found

@@ -90,7 +90,7 @@ CASES = _cases() | {
         ("plan.yaml: ", "rank"), {"plan.yaml": _plan({**_ENTRY, "dp": 2}, {"ranks": [[[0]]]})}
     ),
     "small-micro-batches": Case(
-        ("task[0].context_length = 64", "largest max_tokens 4", "); plan for the longer length"),
+        ("task[0].context_length = 64", "largest max_tokens 4", "or plan for the longer length"),
         {"plan.yaml": _plan({**_ENTRY, "max_tokens": 4})},
     ),
 }
