@@ -36,6 +36,11 @@ class Accelerator:
         """Return the size of its memory in bytes."""
         return int(self.memory_gib * 2**30)
 
+    @property
+    def figures(self) -> dict[str, Any]:
+        """Return what estimates follow from; not `devices`, by which it is found only."""
+        return {name: value for name, value in vars(self).items() if name != "devices"}
+
     def flops_per_ms(self, precision: str) -> float:
         """Return the peak of "bf16" or "fp32" matrix products."""
         return 1e9 * (self.bf16_tflops if precision == "bf16" else self.fp32_tflops)

@@ -274,7 +274,7 @@ def load_cost_model(
         not of what they are of.
     """
     path = lookup.time_path(model) if time_path is None else Path(time_path)
-    if not path.is_file():
+    if not os.path.exists(path):
         raise ConfigError(lookup.no_time_profile(model, path))
     head_path, collectives_path = paths_beside(model, path)
     for beside in (head_path, collectives_path):

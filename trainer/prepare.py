@@ -554,7 +554,7 @@ def _profile_path(request: TrainRequest) -> Path:
 def _missing_profile(request: TrainRequest) -> list[str]:
     """Return a problem if there is no time profile."""
     path = _profile_path(request)
-    return [] if path.is_file() else [no_time_profile(request.model, path)]
+    return [] if os.path.exists(path) else [no_time_profile(request.model, path)]
 
 
 def dispatch_costs(request: TrainRequest, plan: Plan) -> CostModel:

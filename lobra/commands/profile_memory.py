@@ -172,7 +172,7 @@ def _estimate(options: MemoryOptions) -> int:
         "step_tokens": STEP_TOKENS,
         "memory_budget_bytes": int(budget),
         "precision": precision,
-        "accelerator": vars(accelerator),
+        "accelerator": accelerator.figures,
         "runtime": vars(runtime),
     }
     path: Path = options.output or default_memory_path(options.model, len(tasks))

@@ -242,7 +242,7 @@ def _estimate(options: TimeOptions) -> int:
         "shape": shape_settings(shape),
         "lora_rank": work.lora_rank,
         "precision": precision,
-        "accelerator": vars(work.accelerator),
+        "accelerator": work.accelerator.figures,
         "efficiency": vars(efficiency),
         "sequence_parallel": work.sequence_parallel,
         "keeps_elementwise": work.keeps_elementwise,
