@@ -6,9 +6,9 @@
 # MODEL           tiny, 7B, 13B, 32B, 70B, or the path of a Hugging Face model folder
 # TP_LIST         tensor-parallel sizes with commas between, such as 1,2,4,8; each is measured by as
 #                 many processes or GPUs
-# SERVER_ADDR, SERVER_PORT
-#                 taken for compatibility with LobRA's script and not needed
-# HOST_FILE       the same; may name this machine only, where all is measured
+# SERVER_ADDR     not needed; LobRA's script has it
+# SERVER_PORT     the same
+# HOST_FILE       not needed; may name this machine only, where all is measured
 # ENV_FILE        sourced first: settings of this machine, such as CUDA_VISIBLE_DEVICES=0,1
 #
 # Options are those of `lobra profile time` (--help explains them), such as

@@ -8,9 +8,9 @@
 # TRAIN_TASK_NUM  adapters trained together: the first so many tasks of TRAINER_CONFIG
 # TRAINER_CONFIG  the tasks: a name in trainer_config/, or a path
 # MAX_SEQ_LENGTH  tokens to try up to, rounded up to a multiple of 256
-# SERVER_ADDR, SERVER_PORT
-#                 taken for compatibility with LobRA's script and not needed
-# HOST_FILE       the same; may name this machine only, where all is measured
+# SERVER_ADDR     not needed; LobRA's script has it
+# SERVER_PORT     the same
+# HOST_FILE       not needed; may name this machine only, where all is measured
 # ENV_FILE        sourced first: settings of this machine, such as CUDA_VISIBLE_DEVICES=0,1
 #
 # Options are those of `lobra profile memory` (--help explains them), such as
