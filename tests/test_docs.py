@@ -64,6 +64,23 @@ def is_module(path: Path) -> bool:
     return path.is_dir() or path.with_suffix(".py").is_file()
 
 
+def test_links_lead_to_pages_and_headings(pages: dict[str, str], project_root: Path) -> None:
+    def anchors(text: str) -> set[str]:
+        headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+        return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in headings}
+
+    links = []
+    for name, text in pages.items():
+        folder = project_root if name == "README.md" else project_root / "docs"
+        for target in re.findall(r"\]\((?!http)([^)]+)\)", text):
+            path, _, anchor = target.partition("#")
+            linked = folder / path if path else folder / name
+            links.append(target)
+            assert linked.exists(), (name, target)
+            assert not anchor or anchor in anchors(linked.read_text(encoding="utf-8")), target
+    assert len(links) > 40
+
+
 def test_the_messages_of_troubleshooting_are_the_codes(
     pages: dict[str, str], project_root: Path
 ) -> None:
