@@ -4,7 +4,8 @@
 #
 # MODEL           tiny, 7B, 13B, 32B, 70B, or the path of a Hugging Face model folder
 # NUM_GPUS_LIMIT  GPUs to plan for
-# BUCKET_NUM      the most lengths that sequences of a step are padded to (16)
+# BUCKET_NUM      the most lengths that sequences of a step are padded to (16); of no consequence where
+#                 steps are packed, that is, sequences laid end to end
 # TRAIN_TASK_NUM  the first so many tasks of TRAINER_CONFIG
 # MAX_SEQ_LENGTH  tokens; longer sequences are cut
 # TRAINER_CONFIG  the tasks: a name in trainer_config/, or a path

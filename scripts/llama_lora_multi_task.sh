@@ -4,7 +4,7 @@
 #
 # MODEL           tiny, 7B, 13B, 32B, 70B, or the path of a Hugging Face model folder
 # NUM_GPUS        GPUs there are; a plan that needs more is refused
-# BUCKET_NUM      the most lengths that sequences of a step are padded to (bucketed training; 16)
+# BUCKET_NUM      the most lengths that sequences of a step are padded to (16), if they are
 # TRAIN_TASK_NUM  the first so many tasks of TRAINER_CONFIG
 # MAX_SEQ_LENGTH  tokens; longer sequences are cut
 # SERVER_ADDR     address of the first host (127.0.0.1 on one machine)
