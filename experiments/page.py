@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from experiments import page_tables as tables_of
 from experiments.methods import BALANCED, DYNAMIC, FUSED, LOBRA, OURS, SEQUENTIAL
-from experiments.page_tables import LABELS, SEED, Row, Tables, find, of_model, percent
+from experiments.page_tables import LABELS, Row, Tables, find, of_model, percent
 from experiments.published import REDUCTION, SETUPS
 from lobra.common.errors import ConfigError
 
@@ -129,8 +129,8 @@ def _compared(tables: Tables) -> str:
   buckets and our dispatcher. "Capacities as LobRA measures" rounds memory down to powers of two
   tokens; otherwise it is known to 256 tokens.{_packed(tables)}
 - All methods get the same {steps} sampled steps. Their means are certain within
-  {_interval(tables):.1f} % (95 %), the cost model and the lengths not. Embedding, head and the
-  synchronisation of adapters are left out, as in LobRA's cost model."""
+  {tables_of.largest_interval(tables):.1f} % (95 %), the cost model and the lengths not.
+  Embedding, head and the synchronisation of adapters are left out, as in LobRA's cost model."""
 
 
 def _packed(tables: Tables) -> str:
@@ -144,14 +144,8 @@ def _packed(tables: Tables) -> str:
   (a memory policy takes time too)."""
 
 
-def _interval(tables: Tables) -> float:
-    """Return the largest half of a 95 % interval of GPU-seconds, in percent."""
-    rows = [row for model in SETUPS for row in tables[of_model(model)]["methods"]]
-    return max(100 * (float(r["gpu_seconds_high"]) / float(r["gpu_seconds"]) - 1) for r in rows)
-
-
 def _methods(tables: Tables, folder: str) -> str:
-    changes = [f"{_change(tables, model):+.1f} % ({model})" for model in SETUPS]
+    changes = [f"{tables_of.change(tables, model):+.1f} % ({model})" for model in SETUPS]
     return f"""
 ## GPU-seconds of a step
 
@@ -160,12 +154,6 @@ def _methods(tables: Tables, folder: str) -> str:
 Our plan's steps against those of LobRA's plan: {", ".join(changes)}.
 
 ![GPU-seconds, 7B]({folder}/gpu_seconds_7b.png)"""
-
-
-def _change(tables: Tables, model: str) -> float:
-    own = tables[of_model(model)]["methods"]
-    ours, theirs = (float(find(own, method=name)["gpu_seconds"]) for name in (OURS, LOBRA))
-    return 100 * (ours / theirs - 1)
 
 
 def _savings(tables: Tables) -> str:
@@ -183,42 +171,19 @@ and both baselines. Here:
 
 {tables_of.savings(tables)}
 
-- *LobRA's plan* against {SEQUENTIAL} and {FUSED} is, for 7B, {_beside(tables, "7B")}; for 32B
-  {_beside(tables, "32B")}; for 70B {_beside(tables, "70B")}. There {FUSED}'s `<16,1>` spans two
-  nodes; our estimate of that link may be too poor.
+- *LobRA's plan* against {SEQUENTIAL} and {FUSED} is, for 7B,
+  {tables_of.beside_published(tables, "7B")}; for 32B
+  {tables_of.beside_published(tables, "32B")}; for 70B
+  {tables_of.beside_published(tables, "70B")}. There {FUSED}'s `<16,1>` spans two nodes; our
+  estimate of that link may be too poor.
 - *Mixed layouts alone* are the last column: LobRA's plan and ours save {alone[0]} and {alone[1]}
   % (7B), {alone[2]} and {alone[3]} % (32B), {alone[4]} and {alone[5]} % (70B). The rest of the
   other columns is owed to more and dynamic buckets and to dispatch, which serve plans of one
   layout too.
 - *7B, estimated profile* has our estimate in place of the measurements. It lets `<4,2>` hold
   16,384 tokens where 8,192 were measured, which helps the baselines.
-- Another seed of lengths and steps changes 7B's savings by {_moved(tables):.1f} points at most."""
-
-
-def _moved(tables: Tables) -> float:
-    """Return how far another seed moves a saving, in points of percent."""
-    return max(
-        abs(float(row[column]) - float(find(tables[SEED]["methods"], method=row["method"])[column]))
-        * 100
-        for row in tables["expr_7b"]["methods"]
-        if row["method"] in (LOBRA, OURS)
-        for column in (f"less_than_{name}" for name in tables_of.BASELINES)
-    )
-
-
-def _beside(tables: Tables, model: str) -> str:
-    """Return where LobRA's plan's savings lie beside the published range."""
-    row = find(tables[of_model(model)]["methods"], method=LOBRA)
-    words = []
-    for name in ("sequential", "fused"):
-        saved = float(row[f"less_than_{name}"])
-        low, high = REDUCTION
-        place = "inside the published range"
-        if not low <= saved <= high:
-            points, side = (saved - high, "above") if saved > high else (low - saved, "below")
-            place = f"{100 * points:.2f} points {side} it"
-        words.append(place)
-    return " and ".join(words)
+- Another seed of lengths and steps changes 7B's savings by
+  {tables_of.moved_by_another_seed(tables):.1f} points at most."""
 
 
 def _ablation(tables: Tables) -> str:

@@ -1,11 +1,11 @@
-"""The tables of docs/reproduction.md, made from the experiments' CSVs."""
+"""The tables of docs/reproduction.md, and numbers of its text, made from the experiments' CSVs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from experiments.methods import DYNAMIC, FUSED, LOBRA, OURS, OURS_POWERS, SEQUENTIAL
-from experiments.published import SETUPS
+from experiments.published import REDUCTION, SETUPS
 
 Row = Mapping[str, str]
 Tables = Mapping[str, Mapping[str, Sequence[Row]]]  # experiment -> table -> rows
@@ -203,3 +203,42 @@ def baselines(tables: Tables) -> str:
         for row in tables["baselines"]["baselines"]
     ]
     return markdown(["trainer", "tokens/s", "step, s", "memory, MiB"], rows)
+
+
+def largest_interval(tables: Tables) -> float:
+    """Return the largest half of a 95 % interval of GPU-seconds, in percent."""
+    rows = [row for model in SETUPS for row in tables[of_model(model)]["methods"]]
+    return max(100 * (float(r["gpu_seconds_high"]) / float(r["gpu_seconds"]) - 1) for r in rows)
+
+
+def change(tables: Tables, model: str) -> float:
+    """Return how much longer our plan's steps take than those of LobRA's, in percent."""
+    own = tables[of_model(model)]["methods"]
+    ours, theirs = (float(find(own, method=name)["gpu_seconds"]) for name in (OURS, LOBRA))
+    return 100 * (ours / theirs - 1)
+
+
+def moved_by_another_seed(tables: Tables) -> float:
+    """Return how far another seed moves a saving, in points of percent."""
+    return max(
+        abs(float(row[column]) - float(find(tables[SEED]["methods"], method=row["method"])[column]))
+        * 100
+        for row in tables["expr_7b"]["methods"]
+        if row["method"] in (LOBRA, OURS)
+        for column in (f"less_than_{name}" for name in BASELINES)
+    )
+
+
+def beside_published(tables: Tables, model: str) -> str:
+    """Return where LobRA's plan's savings lie beside the published range."""
+    row = find(tables[of_model(model)]["methods"], method=LOBRA)
+    words = []
+    for name in ("sequential", "fused"):
+        saved = float(row[f"less_than_{name}"])
+        low, high = REDUCTION
+        place = "inside the published range"
+        if not low <= saved <= high:
+            points, side = (saved - high, "above") if saved > high else (low - saved, "below")
+            place = f"{100 * points:.2f} points {side} it"
+        words.append(place)
+    return " and ".join(words)
