@@ -98,12 +98,11 @@ lobra report exp_result/expr_7b                # pictures and all tables of one 
 lobra experiment page --collect exp_result     # this page, from results of your own
 ```
 
-{tables_of.made(tables)}
-
-Other versions of planner and simulator give other numbers; the last command names the
-experiments that were made by other code than is there. `provenance.json` beside the CSVs says
-what they were made from. Without `--simulate` the scripts profile, plan and train on a cluster
-(`--dry-run` shows the jobs); that has not been done."""
+Those of this page were made {tables_of.made(tables)}. Other versions of planner and simulator
+give other numbers; the last command names the experiments that were made by other code than is
+there. `provenance.json` beside the CSVs says what they were made from. Without `--simulate` the
+scripts profile, plan and train on a cluster (`--dry-run` shows the jobs); that has not been
+done."""
 
 
 def _compared(tables: Tables) -> str:
@@ -136,7 +135,7 @@ def _compared(tables: Tables) -> str:
 def _packed(tables: Tables) -> str:
     """Return what packed rows are, if there are any: older tables have none."""
     methods = (row["method"] for model in SETUPS for row in tables[of_model(model)]["methods"])
-    if not any(method.startswith("packed") for method in methods):
+    if tables_of.PACKED not in methods:
         return ""
     return """
 - **Packed** is EXACT's plan for sequences laid end to end instead of padded. "Half the
@@ -323,6 +322,5 @@ and PEFT, with a pipeline, and with this project, on the same sequences: {about[
 
 {tables_of.baselines(tables)}
 
-The losses agree to {about["losses_apart"]}, so all compute the same. On CPU ranks that outnumber
-cores the seconds show overheads, not what GPUs would do: plain tensor parallelism meets in every
-linear, and each meeting waits for a core."""
+The losses agree to {about["losses_apart"]}, so all compute the same. Ranks outnumber cores here,
+so the seconds show overheads, not what GPUs would do."""
