@@ -68,7 +68,7 @@ def made(tables: Tables) -> str:
         when = f"on {about['written'].split()[0]} by commit {about['commit'][:10]}{changed}"
         runs.setdefault(when, []).append(label)
     if len(runs) == 1:
-        return f"all of them {next(iter(runs))}"
+        return next(iter(runs))
     return "; ".join(f'"{label}" {when}' for when, labels in runs.items() for label in labels)
 
 
