@@ -20,10 +20,16 @@ Environment, with --simulate: LOBRA_LENGTHS, a file or folder of sequence length
 
 Options with --simulate:
 END
-    lobra experiment simulate --help | sed -n '/^options:/,$p' | sed 1d
+    experiment_options simulate "$2"
     echo
     echo "Options without:"
-    lobra experiment real --help | sed -n '/^options:/,$p' | sed 1d
+    experiment_options real "${2}_real"
+}
+
+experiment_options() { # experiment_options COMMAND FOLDER: its options but what the script gives
+    lobra experiment "$1" --help |
+        sed -n -e '1,/^options:/d' -e '/^  MODEL /d' \
+            -e "s|^\(  --output PATH .*\) (required)|\1 (default $2)|" -e p
 }
 
 experiment() { # experiment MODEL [--simulate] [--option value ...]

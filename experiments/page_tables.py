@@ -1,321 +1,247 @@
-"""The tables of docs/reproduction.md, made from the experiments' CSVs."""
+"""The tables of docs/reproduction.md, and numbers of its text, made from the experiments' CSVs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from experiments.methods import DYNAMIC, FUSED, LOBRA, OURS, OURS_POWERS, PACKED, SEQUENTIAL
+from experiments.methods import DYNAMIC, FUSED, LOBRA, OURS, SEQUENTIAL
 from experiments.published import REDUCTION, SETUPS
 
 Row = Mapping[str, str]
 Tables = Mapping[str, Mapping[str, Sequence[Row]]]  # experiment -> table -> rows
-MISSING = "(not made yet)"
-BASELINES = (
-    *("sequential", "fused", "sequential_balanced", "fused_balanced"),
-    *("sequential_dynamic", "fused_dynamic"),
-)
+
+#: What an experiment is called on the page.
+LABELS = {
+    "expr_7b": "7B",
+    "expr_7b_seed1": "7B, another seed",
+    "expr_7b_estimate": "7B, estimated profile",
+    "expr_32b": "32B",
+    "expr_70b": "70B",
+}
+SEED = "expr_7b_seed1"
+PACKED = "packed"  # the method that tables made since 26 November 2026 have
+#: What a plan is compared with: a column's name in the CSVs -> in the page's table.
+BASELINES = {
+    "sequential": SEQUENTIAL,
+    "fused": FUSED,
+    "fused_dynamic": f"{FUSED}{DYNAMIC}",
+}
+LOBRA_PLANNERS = ("BALANCE, all layouts", "BALANCE, proposed", "PRUNE, proposed")
+BUCKETS = ("4", "8", "12", "16", "32")
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return [f"| {' | '.join(line)} |" for line in lines]
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table."""
+    first, *others = (f"| {' | '.join(line)} |" for line in [header, *rows])
+    return "\n".join([first, f"|{'---|' * len(header)}", *others])
 
 
-def _models(tables: Tables) -> list[tuple[str, Mapping[str, Sequence[Row]]]]:
-    return [(m, tables[f"expr_{m.lower()}"]) for m in SETUPS if f"expr_{m.lower()}" in tables]
+def of_model(model: str) -> str:
+    """Return the name of a model's experiment."""
+    return f"expr_{model.lower()}"
 
 
-def _percent(row: Row, column: str) -> str:
-    if not row.get(column):
-        return MISSING
-    mean, low, high = (100 * float(row[f"{column}{end}"]) for end in ("", "_low", "_high"))
-    return f"{mean:.1f} % [{low:.1f}, {high:.1f}]"
+def find(rows: Sequence[Row], **wanted: str) -> Row:
+    """Return the row with these values; KeyError if there is none."""
+    found = find_all(rows, **wanted)
+    if not found:
+        raise KeyError(f"no row with {wanted}")
+    return found[0]
 
 
-def _reduction(tables: Tables) -> list[str]:
-    published = f"{100 * REDUCTION[0]:.2f} to {100 * REDUCTION[1]:.2f} %"
+def find_all(rows: Sequence[Row], **wanted: str) -> list[Row]:
+    """Return the rows with these values."""
+    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+
+def percent(value: str | float, digits: int = 0, sign: str = "") -> str:
+    """Return a share in percent, without the sign of it."""
+    return f"{100 * float(value):{sign}.{digits}f}"
+
+
+def made(tables: Tables) -> str:
+    """Return when the experiments were run, and by which commit."""
+    runs: dict[str, list[str]] = {}
+    for name, label in LABELS.items():
+        (about,) = tables[name]["provenance"]
+        changed = " with changes" if about["changed_since_commit"] == "True" else ""
+        when = f"on {about['written'].split()[0]} by commit {about['commit'][:10]}{changed}"
+        runs.setdefault(when, []).append(label)
+    if len(runs) == 1:
+        return next(iter(runs))
+    return "; ".join(f'"{label}" {when}' for when, labels in runs.items() for label in labels)
+
+
+def methods(tables: Tables) -> str:
+    """Return the GPU-seconds a step takes by every method."""
+    names = dict.fromkeys(
+        row["method"] for model in SETUPS for row in tables[of_model(model)]["methods"]
+    )
     rows = []
-    for label, name in (
-        ("7B", "expr_7b"),
-        ("7B, another seed", "expr_7b_seed1"),
-        ("7B, estimated profile", "expr_7b_estimate"),
-        ("32B", "expr_32b"),
-        ("70B", "expr_70b"),
-    ):
-        if name not in tables:
-            continue
-        for row in tables[name]["methods"]:
-            if row["method"] in (LOBRA, OURS, OURS_POWERS, *PACKED.values()):
-                shares = [_percent(row, f"less_than_{baseline}") for baseline in BASELINES]
-                rows.append([label, row["method"], published, *shares])
-    header = ["experiment", "method", "published", f"against {SEQUENTIAL}", f"against {FUSED}"]
-    header += [f"{name}, our dispatch" for name in (SEQUENTIAL, FUSED)]
-    header += [f"{name}{DYNAMIC}" for name in (SEQUENTIAL, FUSED)]
-    return markdown(header, rows)
-
-
-def _methods(tables: Tables) -> list[str]:
-    rows = []
-    for model, own in _models(tables):
-        for row in own["methods"]:
-            reach = (float(row["gpu_seconds_high"]) - float(row["gpu_seconds_low"])) / 2
-            rows.append(
-                [
-                    model,
-                    row["method"],
-                    row["plan"],
-                    f"{float(row['step_time_s']):.2f}",
-                    f"{float(row['gpu_seconds']):.1f} ± {reach:.1f}",
-                    f"{100 * float(row['padding']):.1f} %",
-                    f"{100 * float(row['idle']):.1f} %",
-                ]
-            )
-    header = ["model", "method", "plan", "step s", "GPU-seconds", "padding", "idle"]
-    return markdown(header, rows)
-
-
-def _ablation(tables: Tables) -> list[str]:
-    rows = [
-        [
-            model,
-            {"LobRA": LOBRA, "ours": OURS}.get(row["plan_of"], FUSED),
-            row["rung"],
-            row.get("buckets", MISSING),
-            f"{float(row['gpu_seconds']):.1f}",
-            _percent(row, "less_than_fused"),
-            _percent(row, "less_than_fused_16_fixed"),
-        ]
-        for model, own in _models(tables)
-        for row in own["ablation"]
-    ]
-    header = ["model", "plan", "rung", "buckets", "GPU-seconds", f"less than {FUSED}"]
-    header += ["less than the same with 16 fixed buckets"]
-    return markdown(header, rows)
-
-
-def _deployments(tables: Tables) -> list[str]:
-    rows = []
-    for model, own in _models(tables):
-        for row in own["planning_time"]:
-            if row["pattern"] not in ("PRUNE, proposed", "BALANCE, proposed"):
-                continue
-            theirs, found = row["published_plan_step_s"], row["step_time_s"]
-            ratio = f"{100 * (float(theirs) / float(found) - 1):+.1f} %" if theirs and found else ""
-            end = " (stopped)" if row["stopped"] == "True" else ""
-            rows.append(
-                [
-                    f"{model}, {row['num_gpus']} GPUs, {row['tasks']} tasks",
-                    row["published_plan"],
-                    row["pattern"] + end,
-                    row["plan"] or "none",
-                    row.get("gpus_used") or "",
-                    {"True": "yes", "False": "no"}.get(row["same_plan"], ""),
-                    f"{float(theirs):.2f}" if theirs else "does not fit",
-                    f"{float(found):.2f}" if found else "",
-                    ratio,
-                ]
-            )
-    header = ["experiment", "published plan", "method here", "its plan", "GPUs used", "same"]
-    header += ["published plan, step s", "plan found, step s", "published against found"]
-    return markdown(header, rows)
-
-
-def _sequential(tables: Tables) -> list[str]:
-    rows = []
-    for model, own in _models(tables):
-        for row in own["sequential"]:
-            fits = row["published_plan_fits"] == "True"
-            rows.append(
-                [
-                    model,
-                    row["task"],
-                    row["longest"],
-                    row["published_plan"],
-                    row["our_plan"],
-                    "yes" if row["same"] == "True" else "no",
-                    f"{100 * float(row['difference']):+.1f} %" if fits else "does not fit",
-                ]
-            )
-    header = ["model", "data set", "longest", "published", "best here", "same", "step, best here"]
-    return markdown(header, rows)
-
-
-def _planning(tables: Tables) -> list[str]:
-    rows = []
-    for row in tables["expr_70b"]["planning_time"]:
-        if row["tasks"] != "4":
-            continue
-        end = " (stopped)" if row["stopped"] == "True" else ""
-        refused = row["failed"] and "would have to" in row["failed"]
-        seconds = f"{float(row['seconds']):.1f}{end}"
+    for name in names:
+        own = [find_all(tables[of_model(model)]["methods"], method=name) for model in SETUPS]
         rows.append(
-            [
-                row["num_gpus"],
-                row["pattern"],
-                row["published_s"],
-                "refused" if refused else seconds,
-                _number(row, "processor_s", 1),
-                _number(row, "search_s", 1),
-                row.get("gpus_used") or "",
-                _number(row, "objective_s"),
-                _number(row, "own_bound_s"),
-                _number(row, "step_time_s") or "none",
-                _number(row, "lower_bound_s"),
-                row["plan"],
-            ]
+            [name, *("".join(number(row, "gpu_seconds", 0) for row in found) for found in own)]
         )
-    header = ["GPUs", "planner", "published s", "here s", "processor s", "search alone s"]
-    header += ["GPUs used", "LobRA's objective s", "its bound s", "step s", "bound s", "plan"]
-    return markdown(header, rows)
+    return markdown(["method", *SETUPS], rows)
 
 
-def _number(row: Row, column: str, digits: int = 2) -> str:
-    return f"{float(row[column]):.{digits}f}" if row.get(column) else ""
+def savings(tables: Tables) -> str:
+    """Return by how much less GPU-seconds the plans take than each baseline."""
+    rows = [
+        [label, row["method"], *(percent(row[f"less_than_{name}"], 1) for name in BASELINES)]
+        for experiment, label in LABELS.items()
+        for row in tables[experiment]["methods"]
+        if experiment != SEED and row["method"] in (LOBRA, OURS, PACKED)
+    ]
+    return markdown(["less than, in %", "", *BASELINES.values()], rows)
 
 
-def _scale(column: str) -> Callable[[Tables], list[str]]:
-    def table(tables: Tables) -> list[str]:
-        rows = []
-        for row in tables["expr_70b"][f"scale_{column}"]:
-            own, published = float(row["relative"]), row["published"]
-            rows.append(
-                [
-                    row[column],
-                    row["method"] + (" (inferred)" if row.get("plan_is") == "inferred" else ""),
-                    published,
-                    f"{own:.3f}",
-                    f"{100 * (own / float(published) - 1):+.0f} %" if published else "",
-                    f"{float(row['relative_own']):.3f}",
-                    f"{float(row['step_time_s']):.2f}",
-                    row["plan"],
-                ]
-            )
-        header = [column, "method", "published", "here", "difference", "to its own first"]
-        header += ["step s", "plan"]
-        return markdown(header, rows)
-
-    return table
-
-
-def _buckets(tables: Tables) -> list[str]:
+def ablation(tables: Tables) -> str:
+    """Return by how much less GPU-seconds each rung takes than Task-Fused as published."""
+    whose = {"homogeneous": FUSED, "LobRA": LOBRA, "ours": OURS}
     rows = []
-    for model, own in _models(tables):
-        for owner, name in (("LobRA", LOBRA), ("ours", OURS)):
-            curve = [row for row in own["buckets"] if row["plan_of"] == owner]
-            rows.append(
-                [model, name, *(f"{float(row['step_time_s']):.2f}" for row in curve)],
+    for row in tables[of_model("7B")]["ablation"]:
+        same = {"plan_of": row["plan_of"], "rung": row["rung"]}
+        line = [whose[row["plan_of"]], f"{row['rung']}, {row['buckets']}"]
+        for model in SETUPS:
+            line.append(
+                percent(find(tables[of_model(model)]["ablation"], **same)["less_than_fused"])
             )
-        padding = [f"{100 * float(row['padding']):.1f} %" for row in curve]
-        rows.append([model, "padding", *padding])
-    return markdown(["model", "", *(row["buckets"] for row in curve)], rows)
+        rows.append(line)
+    return markdown(["less, in %", "dispatch and buckets", *SETUPS], rows)
 
 
-def _steps(tables: Tables) -> list[str]:
+def deployments(tables: Tables) -> str:
+    """Return the published plans' steps beside those of the plans that are found here."""
+    rows = []
+    for model in SETUPS:
+        planned = tables[of_model(model)]["planning_time"]
+        sizes = dict.fromkeys((row["num_gpus"], row["tasks"]) for row in planned)
+        for gpus, tasks in sizes:
+            own = [row for row in planned if (row["num_gpus"], row["tasks"]) == (gpus, tasks)]
+            theirs = [row for row in own if row["pattern"].endswith("proposed")]
+            best = min(float(row["step_time_s"]) for row in theirs if row["step_time_s"])
+            same = [row["pattern"] for row in own if row["same_plan"] == "True"]
+            exact = find(own, pattern="EXACT, all layouts")
+            line = [f"{model}, {gpus} GPUs, {tasks} tasks"]
+            line += [number(own[0], "published_plan_step_s"), f"{best:.2f}"]
+            line += [number(exact, "step_time_s"), number(exact, "lower_bound_s")]
+            rows.append([*line, "; ".join(same) or "none"])
+    header = ["step, s", "published plan", "LobRA's methods", "EXACT", "lower bound"]
+    return markdown([*header, "published plan found by"], rows)
+
+
+def number(row: Row, column: str, digits: int = 2) -> str:
+    """Return a number, empty where the row has none."""
+    return f"{float(row[column]):.{digits}f}" if row[column] else ""
+
+
+def planning(tables: Tables) -> str:
+    """Return how long planning 70B with four tasks takes, published and here."""
+    rows = []
+    own = [row for row in tables[of_model("70B")]["planning_time"] if row["tasks"] == "4"]
+    for gpus in dict.fromkeys(row["num_gpus"] for row in own):
+        line = [gpus, number(find(own, num_gpus=gpus, pattern="EXACT, all layouts"), "seconds", 0)]
+        for pattern in LOBRA_PLANNERS:
+            row = find(own, num_gpus=gpus, pattern=pattern)
+            here = ">20" if row["stopped"] == "True" else number(row, "seconds", 0)
+            published = row["published_s"].replace("over ", ">")
+            line += [published, "refused" if row["failed"] else here]
+        rows.append(line)
+    pairs = [cell for pattern in LOBRA_PLANNERS for cell in (f"{pattern}: published", "here")]
+    return markdown(["GPUs", "EXACT", *pairs], rows)
+
+
+def scaling(tables: Tables, column: str) -> str:
+    """Return GPU-seconds over the numbers of GPUs or tasks, Task-Fused's first being 1."""
+    own = tables[of_model("70B")][f"scale_{column}"]
+    rows = []
+    for size in dict.fromkeys(row[column] for row in own):
+        here = {row["method"]: number(row, "relative") for row in find_all(own, **{column: size})}
+        published = [
+            find(own, **{column: size, "method": name})["published"] for name in (FUSED, OURS)
+        ]
+        line = [size, published[0], here[FUSED], published[1], here.get(LOBRA, ""), here[OURS]]
+        rows.append([*line, here[f"{FUSED}{DYNAMIC}"]])
+    header = [column, f"{FUSED}: published", "here", "LobRA: published", f"{LOBRA} here", OURS]
+    return markdown([*header, f"{FUSED}{DYNAMIC}"], rows)
+
+
+def buckets(tables: Tables) -> str:
+    """Return the step times and padding of LobRA's plans over the number of dynamic buckets."""
+    rows = []
+    for model in SETUPS:
+        own = tables[of_model(model)]["buckets"]
+        curve = [find(own, plan_of="LobRA", buckets=count) for count in BUCKETS]
+        rows.append([f"{model}: step, s", *(number(row, "step_time_s", 1) for row in curve)])
+        rows.append([f"{model}: padding, %", *(percent(row["padding"], 1) for row in curve)])
+    return markdown(["buckets", *BUCKETS], rows)
+
+
+def homogeneous_steps(tables: Tables) -> str:
+    """Return the published steps of homogeneous plans beside the predicted ones."""
     rows = [
         [
             row["plan"],
             row["seq_len"],
-            row["chunks"],
             row["measured_lobra_s"],
-            row["measured_nemo_s"],
-            f"{float(row['predicted_s']):.3f}",
-            f"{100 * float(row['difference']):+.1f} %",
+            f"{float(row['predicted_s']):.2f}",
+            percent(row["difference"], 1, "+"),
         ]
         for row in tables["expr_7b"]["homogeneous_steps"]
     ]
-    header = ["plan", "tokens", "chunks", "published, LobRA s", "NeMo s", "predicted s", "to LobRA"]
-    return markdown(header, rows)
+    return markdown(["plan", "tokens", "published, s", "predicted, s", "difference, %"], rows)
 
 
-def _throughput(tables: Tables) -> list[str]:
-    rows = [
-        [
-            row["layout"],
-            row["seq_len"],
-            row["published_ktokens_s_gpu"],
-            f"{float(row['predicted_ktokens_s_gpu']):.2f}",
-            f"{100 * float(row['difference']):+.0f} %",
-            f"{float(row['no_bubble_ktokens_s_gpu']):.2f}",
-            f"{100 * float(row['no_bubble_difference']):+.0f} %",
-        ]
-        for row in tables["expr_7b"]["throughput"]
-    ]
-    header = ["layout", "tokens", "published", "16 chunks", "", "no bubble", ""]
-    return markdown(header, rows)
-
-
-def _lengths(tables: Tables) -> list[str]:
-    rows = [
-        [
-            row["dataset"],
-            *(
-                f"{row[f'{name}_published']} / {float(row[name]):.4g}"
-                for name in ("mean", "skewness", "kurtosis")
-            ),
-            row["longest"],
-        ]
-        for row in tables["expr_70b"]["lengths"]
-    ]
-    header = ["data set", "mean, published / used", "skewness", "kurtosis", "longest used"]
-    return markdown(header, rows)
-
-
-def _baselines(tables: Tables) -> list[str]:
+def baselines(tables: Tables) -> str:
+    """Return what trainers of other kinds take for the same steps."""
     rows = [
         [
             row["method"],
             f"{float(row['tokens_per_s']):,.0f}",
             f"{float(row['step_s']):.2f}",
             f"{float(row['memory_mib']):.0f}",
-            f"{float(row['first_loss']):.6f}",
-            f"{float(row['last_loss']):.6f}",
         ]
         for row in tables["baselines"]["baselines"]
     ]
-    header = ["method", "tokens/s", "step s", "memory MiB", "first loss", "last loss"]
-    return markdown(header, rows)
+    return markdown(["trainer", "tokens/s", "step, s", "memory, MiB"], rows)
 
 
-def _made(tables: Tables) -> list[str]:
-    rows = []
-    for name, own in tables.items():
-        if "provenance" not in own:
-            continue
-        (about,) = own["provenance"]
-        runs = own.get("runs", [])
-        commit = about.get("commit", "")[:10] or MISSING
-        changed = " and changes" if about.get("changed_since_commit") == "True" else ""
-        rows.append(
-            [
-                name,
-                about.get("profile", ""),
-                about.get("lengths", ""),
-                f"{about.get('steps', '')}, seed {about.get('seed', '')}",
-                about.get("written", ""),
-                commit + changed,
-                about.get("code", ""),
-                " + ".join(f"{float(row['seconds']):.0f}" for row in runs) or MISSING,
-                ", ".join(f"{row['computed']} of {row['cells']}" for row in runs) or MISSING,
-            ]
-        )
-    header = ["results", "profile", "lengths", "steps", "written", "commit", "digest of code"]
-    return markdown([*header, "run s", "cells computed in it"], rows)
+def largest_interval(tables: Tables) -> float:
+    """Return the largest half of a 95 % interval of GPU-seconds, in percent."""
+    rows = [row for model in SETUPS for row in tables[of_model(model)]["methods"]]
+    return max(100 * (float(r["gpu_seconds_high"]) / float(r["gpu_seconds"]) - 1) for r in rows)
 
 
-TABLES: dict[str, Callable[[Tables], list[str]]] = {
-    "made": _made,
-    "reduction": _reduction,
-    "methods": _methods,
-    "ablation": _ablation,
-    "deployments": _deployments,
-    "sequential": _sequential,
-    "planning": _planning,
-    "scale_gpus": _scale("gpus"),
-    "scale_tasks": _scale("tasks"),
-    "buckets": _buckets,
-    "steps": _steps,
-    "throughput": _throughput,
-    "lengths": _lengths,
-    "baselines": _baselines,
-}
+def change(tables: Tables, model: str) -> float:
+    """Return how much longer our plan's steps take than those of LobRA's, in percent."""
+    own = tables[of_model(model)]["methods"]
+    ours, theirs = (float(find(own, method=name)["gpu_seconds"]) for name in (OURS, LOBRA))
+    return 100 * (ours / theirs - 1)
+
+
+def moved_by_another_seed(tables: Tables) -> float:
+    """Return how far another seed moves a saving, in points of percent."""
+    return max(
+        abs(float(row[column]) - float(find(tables[SEED]["methods"], method=row["method"])[column]))
+        * 100
+        for row in tables["expr_7b"]["methods"]
+        if row["method"] in (LOBRA, OURS)
+        for column in (f"less_than_{name}" for name in BASELINES)
+    )
+
+
+def beside_published(tables: Tables, model: str) -> str:
+    """Return where LobRA's plan's savings lie beside the published range."""
+    row = find(tables[of_model(model)]["methods"], method=LOBRA)
+    words = []
+    for name in ("sequential", "fused"):
+        saved = float(row[f"less_than_{name}"])
+        low, high = REDUCTION
+        place = "inside the published range"
+        if not low <= saved <= high:
+            points, side = (saved - high, "above") if saved > high else (low - saved, "below")
+            place = f"{100 * points:.2f} points {side} it"
+        words.append(place)
+    return " and ".join(words)

@@ -1,16 +1,15 @@
-"""Fill the tables of docs/reproduction.md from the experiments' CSVs.
+"""Write docs/reproduction.md from the experiments' CSVs.
 
     lobra experiment page [--collect exp_result] [--results FOLDER] [--page FILE]
 
-A table stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``; what is between them is
-replaced. ``--collect`` first copies the tables of ``exp_result/expr_*``, and the pictures that
-`lobra report` made of them, into the results folder.
+``--collect`` first copies the tables of ``exp_result/expr_*``, and the pictures that `lobra report`
+made of them, into the results folder.
 """
 
 from __future__ import annotations
 
 import csv
-import re
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +17,8 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from experiments.cells import code_digest
-from experiments.page_tables import TABLES, Tables
+from experiments.page import write_page
+from experiments.page_tables import Tables
 from experiments.provenance import PROVENANCE, read_provenance
 from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
@@ -93,47 +93,26 @@ def made_with_other_code(tables: Tables) -> list[str]:
     ]
 
 
-def fill(page: str, tables: Tables) -> str:
-    """Return the page with every table made anew.
-
-    Raises
-    ------
-    ConfigError
-        If the page asks for a table that is not known.
-    """
-
-    def replaced(match: re.Match[str]) -> str:
-        name = match[1]
-        if name not in TABLES:
-            raise ConfigError(f"table {name}: unknown; known are {', '.join(TABLES)}")
-        body = "\n".join(TABLES[name](tables))
-        return f"<!-- begin {name} -->\n{body}\n<!-- end {name} -->"
-
-    return re.sub(r"<!-- begin (\w+) -->\n.*?<!-- end \1 -->", replaced, page, flags=re.DOTALL)
-
-
 def page(*, collected: Collected = None, results: Path = RESULTS, page: Path = PAGE) -> int:
-    """Fill the tables of docs/reproduction.md from the experiments' CSVs.
+    """Write docs/reproduction.md from the experiments' CSVs.
 
     Parameters
     ----------
     results
         Folder of the tables.
     page
-        The page to fill.
+        The page to write.
 
     Raises
     ------
     ConfigError
-        If there is no such page, or no results.
+        If there are no results, or not of all experiments.
     """
     if collected:
         for line in collect(collected, results):
             print(f"left out: {line}", file=sys.stderr)
-    if not page.is_file():
-        raise ConfigError(f"{page}: no such page")
     tables = read_results(results)
-    write_atomic(page, fill(page.read_text(encoding="utf-8"), tables))
+    write_atomic(page, write_page(tables, os.path.relpath(results, page.parent)))
     for name in made_with_other_code(tables):
-        print(f"{name}: made with older code than is here now", file=sys.stderr)
+        print(f"{name}: made with other code than is here now", file=sys.stderr)
     return 0

@@ -61,7 +61,7 @@ COMMANDS: dict[str, tuple[str | None, str]] = {
     "experiment": (None, "LobRA's published experiments"),
     "experiment simulate": ("lobra.commands.experiment:simulate", "by simulation, without GPUs"),
     "experiment real": ("lobra.commands.experiment:real", "the real jobs, on a cluster's GPUs"),
-    "experiment page": ("lobra.commands.experiment:page", "fill the tables of the page of results"),
+    "experiment page": ("lobra.commands.experiment:page", "write the page of results"),
     "doctor": ("lobra.commands.doctor:doctor", "what this machine has and lacks"),
 }
 #: What a base installation leaves out (the extra "train" of setup.py), as it is imported.

@@ -16,19 +16,21 @@ say() { printf '\033[1m== %s\033[0m\n' "$*"; }
 
 # usage MIN MAX "ARGUMENTS" "$@": splits the arguments into positional ones (the array ARGS) and,
 # from the first that begins with "--", options handed on to the command (the array OPTIONS).
+# --help prints the arguments and the comment at the script's beginning, which explains them.
 usage() {
     local min=$1 max=$2 text=$3
     shift 3
     ARGS=()
     OPTIONS=()
-    while (($#)) && [[ $1 != --* ]]; do
+    while (($#)) && [[ $1 != --* && $1 != -h ]]; do
         ARGS+=("$1")
         shift
     done
     OPTIONS=("$@")
-    local line="usage: bash scripts/$(basename "$0") $text [--option value ...]"
-    if [[ " ${OPTIONS[*]-} " == *" --help "* ]]; then
-        printf '%s\n' "$line"
+    local line="usage: bash scripts/$(basename "$0") ${text:+$text }[--option value ...]"
+    if [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; then
+        printf '%s\n\n' "$line"
+        sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
         exit 0
     fi
     if ((${#ARGS[@]} < min || ${#ARGS[@]} > max)); then

@@ -1,6 +1,31 @@
 #!/usr/bin/env bash
-# Trains every task's adapter on a plan. Without STRATEGY_CONFIG the plan is made first, by pruning,
-# in a minute at most (--time-limit SECONDS); options of planning are handed to it.
+# Trains every task's adapter on a plan; the adapters are in <run>/adapters/<task>/. Without
+# STRATEGY_CONFIG the plan is made first, by pruning, in a minute at most.
+#
+# MODEL           tiny, 7B, 13B, 32B, 70B, or the path of a Hugging Face model folder
+# NUM_GPUS        GPUs there are; a plan that needs more is refused
+# BUCKET_NUM      the most lengths that sequences of a step are padded to (16), if they are
+# TRAIN_TASK_NUM  the first so many tasks of TRAINER_CONFIG
+# MAX_SEQ_LENGTH  tokens; longer sequences are cut
+# SERVER_ADDR     address of the first host (127.0.0.1 on one machine)
+# SERVER_PORT     a free port there
+# TRAINER_CONFIG  the tasks: a name in trainer_config/, or a path
+# STRATEGY_CONFIG the plan: a name in strategy_config/, or a path
+# HOST_FILE       several machines, in DeepSpeed's format: a line "name slots=8" for each
+# ENV_FILE        sourced on every host before its ranks start
+#
+# Environment:
+#   DP_BUCKET           TRUE: buckets chosen anew in every step; FALSE: LobRA's fixed ones
+#   EXPR_DATA_DISPATCH  BALANCE: all replicas end together; GROUP: by length alone
+# Either makes training bucketed, as --batching bucketed does; packed is the default.
+#
+# Options are those of `lobra train` (--help explains them), such as
+#   --output-dir runs/NAME   the run's folder; by default named after TRAINER_CONFIG and the time
+#   --resume                 go on from the last checkpoint of that folder
+#   --device cpu             one CPU process a rank
+# Where the plan is made first, --lengths, --time-limit, --memory-profile, --proposal and
+# --bucket-plan go to the planner, and --time-profile, --cost-model, --gpus-per-node, --seed and
+# --data-dir to both.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Profile -> plan -> train on this machine, with nothing but Python there to begin with: makes an
-# environment if none is active, installs the project, and runs the embedded default (a small Llama
-# and four tasks mined from the Python standard library).
-# usage: bash scripts/quickstart.sh [train options, such as --max-steps 10]
+# Profile -> plan -> train -> report on this machine, with nothing but Python 3.11 or newer there to
+# begin with: makes an environment (.venv) if none is active, installs the project, and trains four
+# adapters on a small Llama with text mined from the Python standard library. On four GPUs if there
+# are so many, else on the CPU.
+#
+# Options are those of `lobra train`, such as --max-steps 10.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -60,3 +62,45 @@ def test_commands_exist(pages: dict[str, str]) -> None:
 
 def is_module(path: Path) -> bool:
     return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def test_links_lead_to_pages_and_headings(pages: dict[str, str], project_root: Path) -> None:
+    def anchors(text: str) -> set[str]:
+        headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+        return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in headings}
+
+    links = []
+    for name, text in pages.items():
+        folder = project_root if name == "README.md" else project_root / "docs"
+        for target in re.findall(r"\]\((?!http)([^)]+)\)", text):
+            path, _, anchor = target.partition("#")
+            linked = folder / path if path else folder / name
+            links.append(target)
+            assert linked.exists(), (name, target)
+            assert not anchor or anchor in anchors(linked.read_text(encoding="utf-8")), target
+    assert len(links) > 40
+
+
+def test_the_messages_of_troubleshooting_are_the_codes(
+    pages: dict[str, str], project_root: Path
+) -> None:
+    page = pages["troubleshooting.md"]
+    messages = [text.split("\u2026") for text in re.findall(r"^- `([^`]+)`:", page, re.MULTILINE)]
+    messages += [["does not fit this machine"]]
+    said = [text for package in (*CHAIN, "lobra") for text in _texts(project_root / package)]
+    said += [path.read_text() for path in (project_root / "scripts").glob("*.sh")]
+    for parts in messages:
+        wanted = re.compile(".*".join(map(re.escape, parts)), re.DOTALL)
+        assert any(wanted.search(text) for text in said), parts
+    assert len(messages) > 30
+
+
+def _texts(folder: Path) -> Iterator[str]:
+    """Yield every text that a package's modules write, holes of f-strings and of logging empty."""
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = (part.value for part in node.values if isinstance(part, ast.Constant))
+                yield "".join(map(str, parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield re.sub("%[sd]", "", node.value)

@@ -105,9 +105,13 @@ def test_the_page_for_ones_own_data_and_model_works_as_it_stands(
     project_root: Path, tmp_path: Path
 ) -> None:
     build_tiny(tmp_path / "models/my-model")
-    page = (project_root / "docs/my_data.md").read_text(encoding="utf-8")
+    page, further = (
+        (project_root / "docs" / name).read_text(encoding="utf-8")
+        for name in ("my_data.md", "adapters.md")
+    )
     blocks = BLOCK.findall(page)
     assert len(blocks) == page.count("```") / 2
+    blocks += [block for block in BLOCK.findall(further) if block[0] == "python"]
     for language, text in blocks:
         if language == "python":
             (tmp_path / "block.py").write_text(text, encoding="utf-8")

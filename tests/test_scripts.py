@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -14,6 +15,7 @@ POSITIONAL = {
     "cost_model_benchmark.sh": (2, 6),
     "deploy_strategy_plan.sh": (7, 7),
     "llama_lora_multi_task.sh": (8, 11),
+    "create_finetune_datasets.sh": (0, 12),
     "quickstart.sh": (0, 0),
 }
 
@@ -42,7 +44,10 @@ def test_help_and_wrong_numbers_of_arguments(script: str, project_root: Path) ->
     path = str(project_root / "scripts" / script)
     shown = bash(path, "--help", cwd=project_root)
     assert (shown.returncode, shown.stderr) == (0, "")
-    assert shown.stdout.startswith(f"usage: bash scripts/{script}")
+    line, explained = shown.stdout.split("\n", 1)
+    assert line.startswith(f"usage: bash scripts/{script}")
+    for argument in re.findall(r"[A-Z_]{4,}", line):
+        assert re.search(rf"^{argument}\s", explained, re.MULTILINE), argument
     fewest, most = POSITIONAL[script]
     for count in {fewest - 1, most + 1} - {-1}:
         result = bash(path, *["x"] * count, cwd=project_root)

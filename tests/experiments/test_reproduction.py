@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 
 from experiments.cells import code_digest
-from experiments.page_tables import TABLES
+from experiments.page import write_page
 from experiments.published import PLANNING_TIME_S, SETUPS
 from experiments.reproduction import (
     PAGE,
     RESULTS,
     collect,
-    fill,
     made_with_other_code,
     page,
     read_results,
@@ -22,11 +21,31 @@ from experiments.reproduction import (
 from lobra.common.errors import ConfigError
 
 
-def test_every_table_of_the_page_is_made_from_the_committed_tables(project_root: Path) -> None:
-    page = (project_root / PAGE).read_text(encoding="utf-8")
-    assert fill(page, read_results(project_root / RESULTS)) == page
-    for name in TABLES:
-        assert f"<!-- begin {name} -->\n|" in page, name
+def test_the_page_is_what_the_committed_tables_give(project_root: Path, tmp_path: Path) -> None:
+    text = (project_root / PAGE).read_text(encoding="utf-8")
+    tables = read_results(project_root / RESULTS)
+    assert write_page(tables, str(RESULTS.relative_to("docs"))) == text
+    assert len(text.split()) < 2500
+    page(results=project_root / RESULTS, page=tmp_path / "page.md")
+    assert (tmp_path / "page.md").read_text(encoding="utf-8").splitlines()[-8:] == (
+        text.splitlines()[-8:]
+    )
+    del tables["expr_32b"], tables["baselines"]
+    with pytest.raises(ConfigError, match="here: no tables of expr_32b, baselines"):
+        write_page(tables, "here")
+
+
+def test_packed_methods_are_explained_where_there_are_any(project_root: Path) -> None:
+    tables = read_results(project_root / RESULTS)
+    assert "**Packed**" not in write_page(tables, "here")
+    for own in tables.values():
+        if "methods" in own:
+            ours = next(row for row in own["methods"] if row["method"] == "our plan")
+            names = ("packed", "packed, half the activation memory", "packed, a quarter")
+            own["methods"] += [{**ours, "method": name} for name in names]
+    text = write_page(tables, "here")
+    assert "**Packed**" in text and len(text.split()) < 2500
+    assert "| 7B | packed | 50.4 |" in text and "| packed, a quarter | 169 | 1263 |" in text
 
 
 def test_committed_results_were_made_by_one_code(project_root: Path) -> None:
@@ -74,7 +93,5 @@ def test_tables_are_collected_and_a_missing_one_is_named(tmp_path: Path) -> None
     found = read_results(tmp_path / "kept")["expr_7b"]
     assert found["methods"] == [{"a": "1", "b": "2"}]
     assert found["provenance"][0]["code"] == "abc"
-    with pytest.raises(ConfigError, match="table nonsense: unknown"):
-        fill("<!-- begin nonsense -->\n<!-- end nonsense -->", {})
-    with pytest.raises(ConfigError, match="no such page"):
+    with pytest.raises(ConfigError, match="no tables of experiments"):
         page(results=tmp_path / "none", page=tmp_path / "p.md")
