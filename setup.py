@@ -36,6 +36,12 @@ setup(
         "matplotlib>=3.8,<4",
     ],
     extras_require={
+        "serve": [
+            "fastapi>=0.115,<1",
+            "uvicorn>=0.30,<1",
+            "sqlalchemy>=2.0,<3",
+            "protobuf>=5.26,<8",
+        ],
         "dev": [
             "peft>=0.19,<0.22",
             "pytest>=8.0,<10",
