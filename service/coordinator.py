@@ -112,7 +112,8 @@ class Coordinator:
             if not self._carry_out_next():
                 with self._changed:
                     if not (self._submitted or self._stop):
-                        self._changed.wait()
+                        # While models wait for a slot, one becomes free by time alone.
+                        self._changed.wait(1.0 if self.wanted else None)
         for model_id, seat in self.seats.items():
             if not seat.has_gradient and seat.updates > seat.snapshot_updates:
                 self._take_snapshot(model_id)
@@ -246,6 +247,7 @@ class Coordinator:
         self._finish(job, _json(type="load_weights", path=path, model_id=job.model_id))
 
     def _unload_model(self, job: Job) -> None:
+        self.ledger.close_model(job.model_id)  # first: who is answered may make another
         self._finish(job, _json(type="unload_model", model_id=job.model_id))
         self._leave(job.model_id)
         self._close(job.model_id)

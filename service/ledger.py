@@ -256,13 +256,9 @@ class Ledger:
         return [RequestRow(**row) for row in self.rows(query.order_by(requests.c.seq_id))]
 
     def unfinished_models(self) -> list[str]:
-        """Return the names of the open models that have requests to be carried out."""
-        query = (
-            sa.select(models.c.id)
-            .join(requests, requests.c.model_id == models.c.id)
-            .where(requests.c.finished_at.is_(None), models.c.is_open)
-        )
-        return [row["id"] for row in self.rows(query.distinct())]
+        """Return the names of the models that have requests to be carried out."""
+        query = sa.select(requests.c.model_id).where(requests.c.finished_at.is_(None))
+        return [row["model_id"] for row in self.rows(query.distinct())]
 
     def finish(self, request_id: str, result: bytes | None, error: str | None = None) -> None:
         """Note a request's result, or why it has none."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import signal
 import socket
 import tempfile
 import threading
@@ -18,7 +17,7 @@ from lobra.common.errors import ConfigError
 from lobra.model.launch import run_ranks
 from lobra.service.app import make_app
 from lobra.service.coordinator import Coordinator
-from lobra.service.deployment import Deployment, ServeRequest, claim_state_folder
+from lobra.service.deployment import Deployment, claim_state_folder
 from lobra.service.engine_link import EngineLink
 from lobra.service.intake import Intake
 from lobra.service.ledger import Ledger
@@ -31,92 +30,101 @@ log = logging.getLogger(__name__)
 FIRST_TENANT = "default"
 
 
-def serve(
-    request: ServeRequest, deployment: Deployment, announce: Callable[[str, str | None], None]
-) -> int | None:
-    """Serve until a signal comes; return its number.
+class Service:
+    """A deployment, its state folder and where it listens.
 
-    Parameters
+    Attributes
     ----------
-    request
-        Where to listen.
-    deployment
-        What is served.
-    announce
-        Is called when requests are taken, with the service's address and, of a new state folder,
-        the key of its first tenant.
-
-    Raises
-    ------
-    ConfigError
-        The state folder or the port is in use.
-    RankError
-        A rank failed.
+    address
+        Where clients find it.
+    first_key
+        Of a new state folder the key of its first tenant, which nothing else knows.
     """
-    claim_state_folder(deployment)
-    ledger = Ledger(deployment.run.output_dir)
-    listening = _listen(request.host, request.port)
-    address = f"http://{request.host}:{request.port}"
-    key = None if all_tenants(ledger) else add_tenant(ledger, FIRST_TENANT)
-    waiters = Waiters()
-    coordinator = Coordinator(deployment, ledger, waiters.finished)
-    app = make_app(Intake(deployment, ledger, coordinator), waiters)
-    http = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
-    received: list[int] = []
 
-    def stop(number: int) -> None:
-        received.append(number)
-        log.warning("%s: ending after the pass in progress", signal.Signals(number).name)
-        http.should_exit = True
-        coordinator.stop()
+    def __init__(self, deployment: Deployment, host: str, port: int) -> None:
+        """Make the state folder and the port this process's own.
 
-    run = deployment.run
-    environment = {"DS_ACCELERATOR": "cpu"} if run.device == "cpu" else {}
-    os.environ.update(environment)  # the fork server imports deepspeed with this environment
-    authkey = secrets.token_bytes(32)
-    with (
-        tempfile.TemporaryDirectory(prefix="lobra-service-") as folder,
-        Listener(os.path.join(folder, "rank0"), "AF_UNIX", authkey=authkey) as listener,
-    ):
+        Raises
+        ------
+        ConfigError
+            Another process has one of them, or the folder is of another base model.
+        """
+        claim_state_folder(deployment)
+        self.deployment = deployment
+        self.ledger = Ledger(deployment.run.output_dir)
+        self.socket = _bound(host, port)
+        self.address = f"http://{host}:{self.socket.getsockname()[1]}"
+        self.first_key: str | None = None
+        if not all_tenants(self.ledger):
+            self.first_key = add_tenant(self.ledger, FIRST_TENANT)
+        waiters = Waiters()
+        self.coordinator = Coordinator(deployment, self.ledger, waiters.finished)
+        app = make_app(Intake(deployment, self.ledger, self.coordinator), waiters)
+        self.http = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
 
-        def coordinate() -> None:
-            link = EngineLink(listener)
-            threading.Thread(target=http.run, args=([listening],), daemon=True).start()
-            announce(address, key)
+    def run(
+        self, ready: Callable[[], None], on_signal: Callable[[int], None] | None = None
+    ) -> None:
+        """Serve until `stop`; call ``ready`` when requests are taken.
+
+        On the main thread signals are given to ``on_signal`` first, as `run_ranks` does.
+
+        Raises
+        ------
+        RankError
+            A rank failed.
+        """
+        run = self.deployment.run
+        environment = {"DS_ACCELERATOR": "cpu"} if run.device == "cpu" else {}
+        os.environ.update(environment)  # the fork server imports deepspeed with this environment
+        authkey = secrets.token_bytes(32)
+        with (
+            tempfile.TemporaryDirectory(prefix="lobra-service-") as folder,
+            Listener(os.path.join(folder, "rank0"), "AF_UNIX", authkey=authkey) as listener,
+        ):
+            coordinate = threading.Thread(
+                target=self._coordinate, args=(listener, ready), daemon=True
+            )
+            coordinate.start()
             try:
-                coordinator.run(link)
-            except (EOFError, OSError):
-                log.error("the ranks have ended")  # and say why
+                run_ranks(
+                    "lobra.service.engine_link:serve_rank",
+                    run.world_size,
+                    {"run": run, "address": str(listener.address), "authkey": authkey},
+                    device=run.device,
+                    environment=environment,
+                    preload=PRELOAD,
+                    on_signal=on_signal,
+                )
             finally:
-                link.close()
+                self.http.should_exit = True
 
-        threading.Thread(target=coordinate, daemon=True).start()
-        run_ranks(
-            "lobra.service.engine_link:serve_rank",
-            run.world_size,
-            {"run": run, "address": str(listener.address), "authkey": authkey},
-            device=run.device,
-            environment=environment,
-            preload=PRELOAD,
-            on_signal=stop,
-        )
-    return received[0] if received else None
+    def stop(self) -> None:
+        """End after the pass in progress. From any thread."""
+        self.http.should_exit = True
+        self.coordinator.stop()
+
+    def _coordinate(self, listener: Listener, ready: Callable[[], None]) -> None:
+        link = EngineLink(listener)
+        self.socket.listen()  # from here on who connects is heard, as soon as the server is up
+        threading.Thread(target=self.http.run, args=([self.socket],), daemon=True).start()
+        ready()
+        try:
+            self.coordinator.run(link)
+        except (EOFError, OSError):
+            log.error("a rank has ended")  # which one, and why, is raised by `run`
+        finally:
+            link.close()  # without it no rank goes on
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens there.
-
-    Raises
-    ------
-    ConfigError
-        It cannot.
-    """
+def _bound(host: str, port: int) -> socket.socket:
+    """Return a socket that can listen there; ConfigError if none can."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    found = socket.socket(family, socket.SOCK_STREAM)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listening.bind((host, port))
+        found.bind((host, port))
     except OSError as error:
-        listening.close()
+        found.close()
         raise ConfigError(f"--host {host} --port {port}: {error.strerror}") from error
-    return listening
+    return found

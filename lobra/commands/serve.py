@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import signal
 
 from lobra.common.errors import ConfigError
 from lobra.service.deployment import ServeRequest, prepare_deployment
 from lobra.trainer.signals import EXIT_CODES
 
 NEEDED = ("fastapi", "uvicorn", "sqlalchemy", "google.protobuf")
+
+log = logging.getLogger(__name__)
 
 
 def serve(*, request: ServeRequest) -> int:
@@ -26,16 +29,23 @@ def serve(*, request: ServeRequest) -> int:
     missing = [name for name in NEEDED if importlib.util.find_spec(name.split(".")[0]) is None]
     if missing:
         raise ConfigError(f"{', '.join(missing)}: not installed; pip install 'lobra[serve]'")
-    from lobra.service.server import serve as serve_here
+    from lobra.service.server import Service
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deployment = prepare_deployment(request)
+    service = Service(deployment, request.host, request.port)
+    received: list[int] = []
 
-    def announce(address: str, key: str | None) -> None:
-        print(f"serving {deployment.names[0]} on {deployment.run.plan} at {address}")
-        if key is not None:
-            print(f"key of the first tenant, shown once: {key}")
-        print(f"export TINKER_BASE_URL={address}", flush=True)
+    def ready() -> None:
+        print(f"serving {deployment.names[0]} on {deployment.run.plan} at {service.address}")
+        if service.first_key is not None:
+            print(f"key of the first tenant, shown once: {service.first_key}")
+        print(f"export TINKER_BASE_URL={service.address}", flush=True)
 
-    number = serve_here(request, deployment, announce)
-    return EXIT_CODES.get(number or 0, 0)
+    def stop(number: int) -> None:
+        received.append(number)
+        log.warning("%s: ending after the pass in progress", signal.Signals(number).name)
+        service.stop()
+
+    service.run(ready, stop)
+    return EXIT_CODES.get(received[0], 0) if received else 0
