@@ -76,7 +76,7 @@ class ServeRequest:
     strategy_config: Annotated[PlanName | None, Parameter(metavar="NAME")] = None
     host: str = "127.0.0.1"
     port: PositiveInt = 8000
-    state_dir: Path = Path("service")
+    state_dir: Path = Path("runs/service")
     name: str | None = None
     precision: Literal["fp32", "bf16", "fp64"] | None = None
     device: Device = "auto"

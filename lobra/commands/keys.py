@@ -18,7 +18,7 @@ def add(
     name: str,
     /,
     *,
-    state_dir: StateDir = Path("service"),
+    state_dir: StateDir = Path("runs/service"),
     tokens_per_minute: PositiveInt | None = None,
     max_models: PositiveInt = 8,
 ) -> int:
@@ -46,7 +46,7 @@ def add(
     return 0
 
 
-def revoke(name: str, /, *, state_dir: StateDir = Path("service")) -> int:
+def revoke(name: str, /, *, state_dir: StateDir = Path("runs/service")) -> int:
     """Let a tenant's key open nothing any more; what it has trained stays.
 
     Parameters
@@ -62,7 +62,7 @@ def revoke(name: str, /, *, state_dir: StateDir = Path("service")) -> int:
     return 0
 
 
-def show(*, state_dir: StateDir = Path("service")) -> int:
+def show(*, state_dir: StateDir = Path("runs/service")) -> int:
     """List the tenants; their keys are not known."""
     from lobra.service.ledger import Ledger
     from lobra.service.tenants import all_tenants
