@@ -59,7 +59,8 @@ class Service:
             self.first_key = add_tenant(self.ledger, FIRST_TENANT)
         waiters = Waiters()
         self.coordinator = Coordinator(deployment, self.ledger, waiters.finished)
-        app = make_app(Intake(deployment, self.ledger, self.coordinator), waiters)
+        self.intake = Intake(deployment, self.ledger, self.coordinator)
+        app = make_app(self.intake, waiters)
         self.http = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
 
     def run(
