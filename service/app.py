@@ -22,17 +22,20 @@ from lobra.service.backlog import LOSS_KINDS
 from lobra.service.bodies import (
     Body,
     CreateModel,
+    CreateSampler,
     LoadWeights,
     OfModel,
     OfSession,
     OptimStep,
     RetrieveFuture,
+    Sample,
+    SaveForSampler,
     SaveWeights,
 )
 from lobra.service.coordinator import SAMPLER_WEIGHTS, WEIGHTS
 from lobra.service.deployment import PATH_PREFIX
 from lobra.service.intake import MLP, Intake, Refusal
-from lobra.service.ledger import CheckpointRow, RequestRow
+from lobra.service.ledger import SAMPLE, CheckpointRow, RequestRow
 from lobra.service.tenants import Tenant, tenant_of
 from lobra.service.waiters import Waiters
 from lobra.service.wire import CONTENT_TYPE
@@ -83,7 +86,7 @@ def make_app(intake: Intake, waiters: Waiters) -> FastAPI:
     def capabilities(sender: Sender) -> dict[str, Any]:
         name, longest = deployment.names[0], deployment.run.plan.max_tokens
         model = {"model_name": name, "max_context_length": longest, "trainable": True}
-        return {"supported_models": [{**model, "sampleable": False}]}
+        return {"supported_models": [{**model, "sampleable": True}]}
 
     @app.post(f"{API}/client/config")
     @app.post(f"{API}/client/dynamic_config")
@@ -154,7 +157,9 @@ def make_app(intake: Intake, waiters: Waiters) -> FastAPI:
         return submit(sender, "save_weights", body)
 
     @app.post(f"{API}/save_weights_for_sampler")
-    def save_weights_for_sampler(body: SaveWeights, sender: Sender) -> dict[str, Any]:
+    def save_weights_for_sampler(body: SaveForSampler, sender: Sender) -> dict[str, Any]:
+        if body.path is None and body.sampling_session_seq_id is None:
+            raise Refusal(400, "path: is missing")
         return submit(sender, "save_weights_for_sampler", body)
 
     @app.post(f"{API}/unload_model")
@@ -173,6 +178,30 @@ def make_app(intake: Intake, waiters: Waiters) -> FastAPI:
         finally:
             waiters.forget(body.request_id, event)
         return _result(row)
+
+    # -- sampling -------------------------------------------------------------------------------
+
+    @app.post(f"{API}/create_sampling_session")
+    def create_sampling_session(body: CreateSampler, sender: Sender) -> dict[str, Any]:
+        name = intake.new_sampler(sender, body)
+        return {"type": "create_sampling_session", "sampling_session_id": name}
+
+    @app.get(f"{API}/samplers/{{sampler_id}}")
+    def sampler(sampler_id: str, sender: Sender) -> dict[str, Any]:
+        row = intake.sampler(sender, sampler_id)
+        names = {"sampler_id": row.id, "base_model": deployment.names[0]}
+        return {**names, "model_path": row.path or None}
+
+    @app.post(f"{API}/asample")
+    def asample(body: Sample, sender: Sender) -> dict[str, Any]:
+        row = intake.sample(sender, body)
+        names = [f"{row.id}:{number}" for number in range(body.num_samples)]
+        return {"request_id": row.id, "sample_sequence_ids": names}
+
+    @app.post(f"{API}/cancel_future")
+    def cancel_future(body: RetrieveFuture, sender: Sender) -> dict[str, Any]:
+        intake.request(sender, body.request_id)  # it is carried out all the same
+        return {}
 
     # -- what is left behind --------------------------------------------------------------------
 
@@ -246,7 +275,7 @@ def _result(row: RequestRow) -> Response:
         return JSONResponse({"queue_state": "active"}, 408)
     if row.error is not None:
         return JSONResponse({"error": row.error, "category": "user"})
-    kind = CONTENT_TYPE if row.kind in LOSS_KINDS else "application/json"
+    kind = CONTENT_TYPE if row.kind in (*LOSS_KINDS, SAMPLE) else "application/json"
     return Response(row.result, media_type=kind)
 
 

@@ -76,6 +76,15 @@ class OptimStep(OfModel):
     ]
 
 
+class SaveForSampler(OfModel):
+    """A model is written down to be sampled from; without a name a sampling session is made."""
+
+    path: Name | None = None
+    sampling_session_seq_id: Annotated[int, Field(ge=0)] | None = None
+    ttl_seconds: Annotated[int, Field(ge=1)] | None = None
+    user_metadata: Metadata = None
+
+
 class SaveWeights(OfModel):
     """A model is written down."""
 
@@ -97,6 +106,54 @@ class LoadWeights(Body):
     path: str
     optimizer: bool
     optimizer_config: Optimizer | None = None
+
+
+class CreateSampler(OfSession):
+    """A sampling session is made."""
+
+    sampling_session_seq_id: Annotated[int, Field(ge=0)]
+    base_model: str | None = None
+    model_path: str | None = None
+
+
+class TextChunk(Body):
+    """Tokens of a prompt."""
+
+    type: Literal["encoded_text"] = "encoded_text"
+    tokens: list[int]
+
+
+class Prompt(Body):
+    """What sampling goes on from."""
+
+    chunks: Annotated[list[TextChunk], Field(min_length=1)]
+
+
+class SamplingParams(Body):
+    """The distribution that is sampled from, and where a sequence ends."""
+
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=1 << 62)] | None = None
+    stop: str | list[str] | list[int] | None = None
+    temperature: Annotated[FiniteFloat, Field(ge=0)] = 1.0
+    top_k: int = -1
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+class Sample(Body):
+    """Samples are asked for."""
+
+    sampling_session_id: str
+    seq_id: Annotated[int, Field(ge=0)]
+    num_samples: Annotated[int, Field(ge=1, le=1024)] = 1
+    prompt: Prompt
+    sampling_params: SamplingParams
+    prompt_logprobs: bool | None = None
+    topk_prompt_logprobs: Literal[0] = 0
+    topk_sample_logprobs: Literal[0] = 0
+    target_prompt_logprobs: None = None
+    prompt_alt_tokens_k: Literal[0] = 0
+    prompt_logprobs_last_n: None = None
 
 
 class RetrieveFuture(Body):

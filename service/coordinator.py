@@ -12,6 +12,7 @@ import json
 import logging
 import threading
 import time
+from collections import abc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,13 +22,13 @@ import numpy as np
 
 from lobra.common.files import remove_folder
 from lobra.layout.order import AdamSettings, SlotOrder, StepOrder, Update
-from lobra.layout.sequences import Labels, Sequence
+from lobra.layout.sequences import FloatArray, Labels, Sequence
 from lobra.planner.packed.dispatch import dispatch_packed
 from lobra.service.backlog import LOSS_KINDS, Backlog, Job, Pass
 from lobra.service.deployment import Deployment
 from lobra.service.engine_link import EngineLink
-from lobra.service.ledger import CheckpointRow, Ledger, ModelRow, RequestRow, checkpoints
-from lobra.service.wire import loss_output
+from lobra.service.ledger import CheckpointRow, Ledger, ModelRow, RequestRow, checkpoints, samplers
+from lobra.service.wire import Datum, loss_output
 from lobra.trainer.orders import order_of
 from lobra.trainer.step_report import StepReport
 
@@ -37,7 +38,13 @@ ALPHA = 32.0  # of every adapter: the protocol has no field for it
 PASS_MICRO_BATCHES = 4  # full ones of every replica that a pass has room for
 SNAPSHOT_UPDATES = 20  # updates after which a model's snapshot is renewed
 IDLE_S = 600.0  # a model in the middle of a step keeps its slot so long
+SAMPLING_LIFE_S = 86400.0  # of weights that were saved without a name, only to be sampled from
 WEIGHTS, SAMPLER_WEIGHTS = "weights", "sampler_weights"
+
+
+def sampler_name(session_id: str, seq_id: int) -> str:
+    """Return the name of a session's sampling session."""
+    return f"{session_id}:sample:{seq_id}"
 
 
 class RequestError(Exception):
@@ -157,15 +164,42 @@ class Coordinator:
     def _compute(self, work: Pass) -> None:
         """Find the logprobs of a pass, and its gradients if wanted."""
         entries = sorted(work.data, key=lambda entry: self.seats[entry[0].model_id].slot)
+        weights = [datum.weights for _, datum in entries]
+        if work.backward:
+            # What counts for a policy's loss follows from its logprobs: they are found first.
+            places = [n for n, (job, _) in enumerate(entries) if job.content.policy is not None]
+            found = self._logprobs([entries[n] for n in places], [weights[n] for n in places])
+            for n, logprobs in zip(places, found, strict=True):
+                job, datum = entries[n]
+                weights[n] = job.content.policy.weights(logprobs, datum.sampled, datum.weights)
+            for job, _ in entries:
+                self.seats[job.model_id].has_gradient = True
+        found = self._logprobs(entries, weights, accumulate=work.backward)
+        for (job, _), logprobs in zip(entries, found, strict=True):
+            job.logprobs.append(logprobs)  # sorting kept each job's data in order
+        jobs = {id(job): job for job, _ in entries}.values()
+        for job in sorted(jobs, key=lambda job: job.seq_id):
+            if job.is_over:
+                self._finish(job, loss_output(job.logprobs, _loss(job)))
+
+    def _logprobs(
+        self,
+        entries: abc.Sequence[tuple[Job, Datum]],
+        weights: abc.Sequence[FloatArray],
+        accumulate: bool = False,
+    ) -> list[FloatArray]:
+        """Return the logprobs of data, sorted by slot; gradients for their weights if wanted."""
+        if not entries:
+            return []
         sequences = [
             Sequence(
                 self.seats[job.model_id].slot,
                 place,
                 datum.tokens,
                 np.arange(1, len(datum.tokens) + 1, dtype=np.int32),
-                labels=Labels(datum.labels, datum.weights),
+                labels=Labels(datum.labels, own),
             )
-            for place, (job, datum) in enumerate(entries)
+            for place, ((job, datum), own) in enumerate(zip(entries, weights, strict=True))
         ]
         assignment = dispatch_packed(
             [len(sequence.tokens) for sequence in sequences],
@@ -173,20 +207,11 @@ class Coordinator:
             self.deployment.costs,
         )
         order = order_of(self.step, sequences, (), assignment)
-        report = self._order(replace(order, accumulate=work.backward))
+        report = self._order(replace(order, accumulate=accumulate))
         assert report is not None
-        losses = dict(zip([s.index for s in order.sequences], report.token_losses, strict=True))
-        if work.backward:
-            for job, _ in entries:
-                self.seats[job.model_id].has_gradient = True
-        for place, (job, _) in enumerate(entries):  # sorting kept each job's data in order
-            job.logprobs.append(-losses[place])
-        jobs = {id(job): job for job, _ in entries}.values()
-        for job in sorted(jobs, key=lambda job: job.seq_id):
-            if job.is_over:
-                pairs = zip(job.data, job.logprobs, strict=True)
-                loss = sum(float(-(datum.weights * found).sum()) for datum, found in pairs)
-                self._finish(job, loss_output(job.logprobs, loss))
+        places = [sequence.index for sequence in order.sequences]
+        losses = dict(zip(places, report.token_losses, strict=True))
+        return [-losses[place] for place in range(len(entries))]
 
     def _update(self, jobs: list[Job]) -> None:
         """Take an optimiser step of every model that asks for one."""
@@ -268,7 +293,9 @@ class Coordinator:
 
     def _save(self, job: Job, kind: str) -> None:
         content, seat = job.content, self.seats[job.model_id]
-        name = content["path"]
+        name, life_s = content["path"], content["ttl_seconds"]
+        if name is None:
+            name, life_s = f"for-sampling-{job.seq_id}", life_s or SAMPLING_LIFE_S
         path = f"tinker://{job.model_id}/{kind}/{name}"
         if self.ledger.checkpoint(path) is not None:
             if kind == WEIGHTS and not content.get("overwrite"):
@@ -277,7 +304,6 @@ class Coordinator:
         folder = self.deployment.folder_of(path)
         self._write(job.model_id, folder, kind == WEIGHTS)
         now = time.time()
-        life_s = content.get("ttl_seconds")
         row = CheckpointRow(
             path,
             job.tenant,
@@ -286,12 +312,18 @@ class Coordinator:
             name,
             seat.updates,
             sum(file.stat().st_size for file in folder.iterdir()),
-            content.get("user_metadata") or {},
+            content["user_metadata"] or {},
             now,
             None if life_s is None else now + life_s,
         )
         self.ledger.insert(checkpoints, vars(row))
-        self._finish(job, _json(type=job.kind, path=path))
+        answer = {"path": path}
+        if content["path"] is None:
+            session_id = job.model_id.partition(":")[0]
+            sampler = sampler_name(session_id, content["sampling_session_seq_id"])
+            self.ledger.insert(samplers, {"id": sampler, "tenant": job.tenant, "path": path})
+            answer = {"sampling_session_id": sampler}
+        self._finish(job, _json(type=job.kind, **answer))
         self._drop_expired()
 
     def _drop_expired(self) -> None:
@@ -405,6 +437,17 @@ def _job(row: RequestRow, content: Any) -> Job:
     is_replay = row.finished_at is not None
     return Job(
         row.id, row.tenant, row.model_id, row.seq_id, row.kind, content, row.arrived_at, is_replay
+    )
+
+
+def _loss(job: Job) -> float:
+    """Return the summed loss of a job whose logprobs have been found."""
+    policy = job.content.policy
+    return sum(
+        float(-(datum.weights * found).sum())
+        if policy is None
+        else policy.value(found, datum.sampled, datum.weights)
+        for datum, found in zip(job.data, job.logprobs, strict=True)
     )
 
 

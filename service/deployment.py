@@ -111,6 +111,11 @@ class Deployment:
     max_slots: int
     max_rank: int
 
+    @property
+    def max_context(self) -> int:
+        """The most tokens of a sequence that is sampled, its prompt included."""
+        return self.shape.max_positions or DEFAULT_MAX_TOKENS
+
     def read_loss_request(self, content: bytes) -> LossRequest:
         """Return what a body of ``forward_backward`` asks for; ConfigError says what is wrong."""
         return read_loss_request(content, self.shape.vocab_size, self.run.plan.max_tokens)

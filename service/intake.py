@@ -8,19 +8,26 @@ import threading
 import time
 from typing import Any
 
+import numpy as np
+
 from lobra.service.backlog import LOSS_KINDS
-from lobra.service.bodies import Body, CreateModel, LoadWeights
-from lobra.service.coordinator import Coordinator
+from lobra.service.bodies import Body, CreateModel, CreateSampler, LoadWeights, Sample
+from lobra.service.coordinator import Coordinator, sampler_name
 from lobra.service.deployment import PATH_PREFIX, Deployment
 from lobra.service.ledger import (
+    SAMPLE,
     CheckpointRow,
     Ledger,
     ModelRow,
     RequestRow,
+    SamplerRow,
     models,
     requests,
+    samplers,
     sessions,
 )
+from lobra.service.sampler import SampleRequest
+from lobra.service.sampling import Sampling
 from lobra.service.tenants import Tenant
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -41,10 +48,20 @@ class Refusal(Exception):
 class Intake:
     """Takes requests in; its methods may be called from any thread."""
 
-    def __init__(self, deployment: Deployment, ledger: Ledger, coordinator: Coordinator) -> None:
+    def __init__(
+        self,
+        deployment: Deployment,
+        ledger: Ledger,
+        coordinator: Coordinator,
+        sampling: Sampling,
+    ) -> None:
         self.deployment = deployment
         self.ledger = ledger
         self.coordinator = coordinator
+        self.sampling = sampling
+        for row in ledger.unfinished_samples():
+            assert row.body is not None, "a request's body is kept until it is finished"
+            self._submit_sample(row, Sample.model_validate_json(row.body))
         self._lock = threading.Lock()
         self._tokens: dict[str, tuple[float, float]] = {}  # of a tenant: left, when (monotonic)
 
@@ -172,6 +189,75 @@ class Intake:
             self.ledger.insert(requests, vars(row))
         self.coordinator.submit(row, content)
         return row
+
+    # -- samples --------------------------------------------------------------------------------
+
+    def new_sampler(self, tenant: Tenant, body: CreateSampler) -> str:
+        """Return the name of a session that samples from a checkpoint or the base model."""
+        self.check_session(tenant, body.session_id)
+        if body.model_path is None and body.base_model not in self.deployment.names:
+            names = self.deployment.names[0]
+            raise Refusal(400, f"base_model {body.base_model!r}: this service samples from {names}")
+        path = "" if body.model_path is None else self.checkpoint(tenant, body.model_path).path
+        name = sampler_name(body.session_id, body.sampling_session_seq_id)
+        self.ledger.insert(samplers, {"id": name, "tenant": tenant.name, "path": path})
+        return name
+
+    def sampler(self, tenant: Tenant, sampler_id: str) -> SamplerRow:
+        """Return a tenant's sampling session."""
+        row = self.ledger.sampler(sampler_id)
+        if row is None or row.tenant != tenant.name:
+            raise Refusal(404, f"sampler {sampler_id!r}: there is none of that name")
+        return row
+
+    def sample(self, tenant: Tenant, body: Sample) -> RequestRow:
+        """Take in a request for samples."""
+        self.sampler(tenant, body.sampling_session_id)
+        tokens = [token for chunk in body.prompt.chunks for token in chunk.tokens]
+        vocab_size, longest = self.deployment.shape.vocab_size, self.deployment.max_context
+        if not tokens or not 0 <= min(tokens) <= max(tokens) < vocab_size:
+            raise Refusal(400, f"prompt: want tokens of this model, from 0 to {vocab_size - 1}")
+        if len(tokens) + (body.sampling_params.max_tokens or 1) > longest:
+            raise Refusal(
+                400,
+                f"prompt, max_tokens: {len(tokens)} tokens and those asked for are more than the "
+                f"{longest} that this model is sampled with",
+            )
+        if body.sampling_params.seed is None:
+            body.sampling_params.seed = secrets.randbelow(1 << 31)
+        with self._lock:
+            known = self.ledger.request_id(body.sampling_session_id, body.seq_id)
+            if known is not None:
+                return self.request(tenant, known)
+            self._spend(tenant, len(tokens) * body.num_samples)
+            row = RequestRow(
+                secrets.token_hex(16), tenant.name, body.sampling_session_id, body.seq_id, SAMPLE,
+                _content(body), time.time(),
+            )  # fmt: skip
+            self.ledger.insert(requests, vars(row))
+            self.ledger.forget_samples()
+        self._submit_sample(row, body)
+        return row
+
+    def _submit_sample(self, row: RequestRow, body: Sample) -> None:
+        sampler, params = self.ledger.sampler(body.sampling_session_id), body.sampling_params
+        assert sampler is not None and params.seed is not None
+        prompt = [token for chunk in body.prompt.chunks for token in chunk.tokens]
+        stops = [params.stop] if isinstance(params.stop, str) else params.stop or []
+        content = SampleRequest(
+            np.array(prompt, dtype=np.int32),
+            body.num_samples,
+            params.max_tokens or self.deployment.max_context - len(prompt),
+            params.temperature,
+            params.top_k,
+            params.top_p,
+            params.seed,
+            tuple(stop for stop in stops if isinstance(stop, int)),
+            tuple(stop for stop in stops if isinstance(stop, str)),
+            bool(body.prompt_logprobs),
+            self.deployment.folder_of(sampler.path) if sampler.path else None,
+        )
+        self.sampling.submit(row.id, content)
 
     def _spend(self, tenant: Tenant, tokens: int) -> None:
         """Count tokens against a tenant's rate: it may overdraw it once, then has to wait."""

@@ -20,6 +20,7 @@ from lobra.common.errors import ConfigError
 
 FILE = "service.sqlite"
 FORMAT = 1
+SAMPLE = "sample"  # the kind of requests that are of a sampling session, not of a model
 RESULT_LIFE_S = 3600.0  # how long a result may be asked for again
 
 _metadata = sa.MetaData()
@@ -71,6 +72,12 @@ requests = _table(
     sa.Column("result", LargeBinary),
     sa.Column("error", Text),
     sa.UniqueConstraint("model_id", "seq_id"),
+)
+samplers = _table(
+    "samplers",
+    sa.Column("id", String, primary_key=True),
+    sa.Column("tenant", String, nullable=False),
+    sa.Column("path", String, nullable=False),
 )
 checkpoints = _table(
     "checkpoints",
@@ -152,6 +159,15 @@ class CheckpointRow:
     user_metadata: dict[str, Any]
     created_at: float
     expires_at: float | None = None
+
+
+@dataclass(frozen=True)
+class SamplerRow:
+    """A sampling session: a checkpoint that is sampled from, or (no path) the base model."""
+
+    id: str
+    tenant: str
+    path: str
 
 
 class Ledger:
@@ -257,8 +273,30 @@ class Ledger:
 
     def unfinished_models(self) -> list[str]:
         """Return the names of the models that have requests to be carried out."""
-        query = sa.select(requests.c.model_id).where(requests.c.finished_at.is_(None))
+        query = sa.select(requests.c.model_id).where(
+            requests.c.finished_at.is_(None), requests.c.kind != SAMPLE
+        )
         return [row["model_id"] for row in self.rows(query.distinct())]
+
+    def unfinished_samples(self) -> list[RequestRow]:
+        """Return the requests for samples that are to be carried out, the oldest first."""
+        query = sa.select(requests).where(
+            requests.c.finished_at.is_(None), requests.c.kind == SAMPLE
+        )
+        return [RequestRow(**row) for row in self.rows(query.order_by(requests.c.arrived_at))]
+
+    def forget_samples(self) -> None:
+        """Forget the samples that nobody may ask for any more."""
+        self.execute(
+            requests.delete().where(
+                requests.c.kind == SAMPLE, requests.c.finished_at < time.time() - RESULT_LIFE_S
+            )
+        )
+
+    def sampler(self, sampler_id: str) -> SamplerRow | None:
+        """Return a sampling session, None if there is none of that name."""
+        found = self.rows(sa.select(samplers).where(samplers.c.id == sampler_id))
+        return SamplerRow(**found[0]) if found else None
 
     def finish(self, request_id: str, result: bytes | None, error: str | None = None) -> None:
         """Note a request's result, or why it has none."""

@@ -21,6 +21,7 @@ from lobra.service.deployment import Deployment, claim_state_folder
 from lobra.service.engine_link import EngineLink
 from lobra.service.intake import Intake
 from lobra.service.ledger import Ledger
+from lobra.service.sampling import Sampling
 from lobra.service.tenants import add_tenant, all_tenants
 from lobra.service.waiters import Waiters
 from lobra.trainer.run import PRELOAD
@@ -59,7 +60,8 @@ class Service:
             self.first_key = add_tenant(self.ledger, FIRST_TENANT)
         waiters = Waiters()
         self.coordinator = Coordinator(deployment, self.ledger, waiters.finished)
-        self.intake = Intake(deployment, self.ledger, self.coordinator)
+        self.sampling = Sampling(deployment, self.ledger, waiters.finished)
+        self.intake = Intake(deployment, self.ledger, self.coordinator, self.sampling)
         app = make_app(self.intake, waiters)
         self.http = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
 
@@ -87,6 +89,7 @@ class Service:
                 target=self._coordinate, args=(listener, ready), daemon=True
             )
             coordinate.start()
+            threading.Thread(target=self.sampling.run, daemon=True).start()
             try:
                 run_ranks(
                     "lobra.service.engine_link:serve_rank",
@@ -99,11 +102,13 @@ class Service:
                 )
             finally:
                 self.http.should_exit = True
+                self.sampling.stop()
 
     def stop(self) -> None:
         """End after the pass in progress. From any thread."""
         self.http.should_exit = True
         self.coordinator.stop()
+        self.sampling.stop()
 
     def _coordinate(self, listener: Listener, ready: Callable[[], None]) -> None:
         link = EngineLink(listener)

@@ -16,6 +16,8 @@ from google.protobuf.message import DecodeError, Message
 
 from lobra.common.errors import ConfigError, Problems
 from lobra.layout.sequences import FloatArray, TokenArray
+from lobra.service.policy_loss import PolicyLoss
+from lobra.service.sampler import SampleResult
 
 PACKAGE = "tinker_public"
 CONTENT_TYPE = "application/x-protobuf"
@@ -42,6 +44,15 @@ FIELDS: Mapping[str, Mapping[str, tuple[int, str]]] = {
         "shape": (4, "repeated int64"),
     },
     "SparseCsr": {"values": (1, "bytes")},
+    "SampleResponse": {
+        "sequences": (1, "repeated SampledSequence"),
+        "prompt_logprobs": (2, "bytes"),
+    },
+    "SampledSequence": {
+        "stop_reason": (1, "int32"),
+        "tokens": (2, "bytes"),
+        "logprobs": (3, "bytes"),
+    },
     "ForwardBackwardOutput": {
         "loss_fn_output_type": (1, "string"),
         "loss_fn_outputs": (2, "repeated ArrayRecord"),
@@ -62,7 +73,15 @@ FIELDS: Mapping[str, Mapping[str, tuple[int, str]]] = {
 #: Of a tensor's dtype its numbers.
 DTYPES: Mapping[int, np.dtype[Any]] = {1: np.dtype("<f4"), 2: np.dtype("<i8"), 3: np.dtype("<i4")}
 FLOAT32 = 1
-LOSSES = ("cross_entropy",)
+STOPPED, TOO_LONG = 0, 1
+#: Of each loss what a datum has beside the model's input, each with an element per token.
+LOSSES: Mapping[str, tuple[str, ...]] = {
+    "cross_entropy": ("target_tokens", "weights"),
+    "importance_sampling": ("target_tokens", "logprobs", "advantages"),
+    "ppo": ("target_tokens", "logprobs", "advantages"),
+}
+#: The settings of ppo, with their defaults.
+CLIPPING = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
 
 
 def _message_classes() -> dict[str, type[Message]]:
@@ -115,22 +134,29 @@ class Datum:
     labels
         int32 [n]: what is to follow each token.
     weights
-        float64 [n]: what the loss of each label is multiplied by.
+        float64 [n]: what the loss of each label is multiplied by; of a `PolicyLoss` the advantages.
+    sampled
+        float64 [n]: of a `PolicyLoss` the logprobs of the labels when they were sampled.
     """
 
     tokens: TokenArray
     labels: TokenArray
     weights: FloatArray
+    sampled: FloatArray | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class LossRequest:
-    """A call of ``forward_backward`` or, `forward_only`, of ``forward``."""
+    """A call of ``forward_backward`` or, `forward_only`, of ``forward``.
+
+    `policy` is the loss of data with sampled logprobs; without one it is cross_entropy.
+    """
 
     model_id: str
     seq_id: int
     data: tuple[Datum, ...]
     forward_only: bool
+    policy: PolicyLoss | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -166,22 +192,27 @@ def read_loss_request(content: bytes, vocab_size: int, max_tokens: int) -> LossR
     if message.loss_fn not in LOSSES:
         known = ", ".join(LOSSES)
         problems.add(f"loss_fn {message.loss_fn!r} is not offered here, want one of {known}")
-    if message.loss_fn_config_v2:
-        names = ", ".join(sorted(message.loss_fn_config_v2))
-        problems.add(f"loss_fn_config: {message.loss_fn} has no settings, but got {names}")
+    settings = CLIPPING if message.loss_fn == "ppo" else {}
+    given = {name: entry.number for name, entry in message.loss_fn_config_v2.items()}
+    if strange := ", ".join(sorted(given.keys() - settings.keys())):
+        known = ", ".join(settings) or "none"
+        problems.add(f"loss_fn_config: {strange}: {message.loss_fn} has the settings: {known}")
     if not message.data:
         problems.add("data: is empty")
     data = []
     for place, entry in enumerate(message.data):
         own = Problems()
         with own.noted():
-            data.append(_datum(entry, vocab_size, max_tokens))
+            data.append(_datum(entry, message.loss_fn, vocab_size, max_tokens))
         problems += own.prefixed(f"data[{place}]: ")
     problems.raise_if_any()
-    return LossRequest(message.model_id, message.seq_id, tuple(data), message.forward_only)
+    policy = None
+    if message.loss_fn != "cross_entropy":
+        policy = PolicyLoss(*({**settings, **given}[name] for name in settings))
+    return LossRequest(message.model_id, message.seq_id, tuple(data), message.forward_only, policy)
 
 
-def _datum(message: Any, vocab_size: int, max_tokens: int) -> Datum:
+def _datum(message: Any, loss: str, vocab_size: int, max_tokens: int) -> Datum:
     problems = Problems()
     parts = []
     for chunk in message.model_input:
@@ -189,15 +220,16 @@ def _datum(message: Any, vocab_size: int, max_tokens: int) -> Datum:
             raise ConfigError("model_input: only chunks of encoded text are read, no images")
         parts.append(np.frombuffer(chunk.encoded_text.tokens, dtype="<i4"))
     tokens = np.concatenate(parts) if parts else np.zeros(0, np.int32)
-    labels, weights = np.zeros(0, np.int64), np.ones(len(tokens))
+    wanted = LOSSES.get(loss, ())
+    vectors = {}
+    if "weights" in wanted:
+        vectors["weights"] = np.ones(len(tokens))
     for name, tensor in message.loss_fn_inputs.items():
         with problems.noted():
-            if name == "target_tokens":
-                labels = _vector(name, tensor)
-            elif name == "weights":
-                weights = _vector(name, tensor).astype(np.float64)
-            else:
-                raise ConfigError(f"{name}: cross_entropy takes target_tokens and weights only")
+            if wanted and name not in wanted:
+                raise ConfigError(f"{name}: {loss} takes {', '.join(wanted)} only")
+            vectors[name] = _vector(name, tensor)
+    vectors = {name: vectors.get(name, np.zeros(0)) for name in wanted}
     if not len(tokens):
         problems.add("model_input: is empty")
     if len(tokens) > max_tokens:
@@ -205,16 +237,19 @@ def _datum(message: Any, vocab_size: int, max_tokens: int) -> Datum:
             f"has {len(tokens)} tokens, more than the {max_tokens} that any replica of this "
             f"deployment holds; send shorter ones"
         )
-    for name, values in (("target_tokens", labels), ("weights", weights)):
+    for name, values in vectors.items():
         if len(values) != len(tokens):
             problems.add(f"{name}: has {len(values)} elements, want one per token: {len(tokens)}")
+        if not np.isfinite(values).all():
+            problems.add(f"{name}: want finite numbers")
+    labels = vectors.get("target_tokens", np.zeros(0))
     for name, ids in (("model_input", tokens), ("target_tokens", labels)):
         if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
             problems.add(f"{name}: tokens of this model are from 0 to {vocab_size - 1}")
-    if not np.isfinite(weights).all():
-        problems.add("weights: want finite numbers")
     problems.raise_if_any()
-    return Datum(tokens.astype(np.int32), labels.astype(np.int32), weights)
+    floats = {name: values.astype(np.float64) for name, values in vectors.items()}
+    weights = floats.get("weights", floats.get("advantages", np.zeros(0)))
+    return Datum(tokens.astype(np.int32), labels.astype(np.int32), weights, floats.get("logprobs"))
 
 
 def _vector(name: str, tensor: Any) -> np.ndarray:
@@ -232,6 +267,21 @@ def loss_output(logprobs: Sequence[FloatArray], loss: float) -> bytes:
     message.metrics["loss:sum"] = loss
     record = message.loss_fn_outputs.add(type_tag="ArrayRecord", num_datums=len(logprobs))
     record.fields["logprobs"].CopyFrom(_batched(logprobs))
+    content: bytes = message.SerializeToString(deterministic=True)
+    return content
+
+
+def sample_output(result: SampleResult) -> bytes:
+    """Return the result of ``asample``."""
+    message: Any = MESSAGES["SampleResponse"]()
+    for sequence in result.sequences:
+        message.sequences.add(
+            stop_reason=STOPPED if sequence.is_stopped else TOO_LONG,
+            tokens=np.array(sequence.tokens, dtype="<i4").tobytes(),
+            logprobs=np.array(sequence.logprobs, dtype="<f4").tobytes(),
+        )
+    if result.prompt_logprobs is not None:
+        message.prompt_logprobs = result.prompt_logprobs.astype("<f4").tobytes()
     content: bytes = message.SerializeToString(deterministic=True)
     return content
 

@@ -24,8 +24,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 VARIABLE = "LOBRA_TINKER_PYTHON"
-MODEL, DATA = "Qwen/Qwen3-8B", "HuggingFaceH4/no_robots"
+MODEL, DATA, PROBLEMS = "Qwen/Qwen3-8B", "HuggingFaceH4/no_robots", "openai/gsm8k"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+SPLITS = ("train", "test")
 WORDS = ("alpha", "beta", "gamma", "delta")
 START_S = 180.0
 
@@ -58,12 +59,36 @@ def make_folders(root: Path) -> None:
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=False,
         max_position_embeddings=2048, initializer_range=0.05,
     )  # fmt: skip
-    Qwen3ForCausalLM(config).save_pretrained(root / MODEL)
+    model = Qwen3ForCausalLM(config)
+    _teach_boxes(model, tokenizer)
+    model.save_pretrained(root / MODEL)
     (root / DATA).mkdir(parents=True)
     generator = random.Random(0)
     for split, count in (("train", 96), ("test", 16)):
         rows = [_conversation(generator) for _ in range(count)]
         (root / DATA / f"{split}.jsonl").write_text("".join(map("{}\n".format, rows)))
+    (root / PROBLEMS).mkdir(parents=True)
+    card = "---\nconfigs:\n- config_name: main\n  data_files:\n"
+    card += "".join(f"  - split: {split}\n    path: {split}.jsonl\n" for split in SPLITS)
+    (root / PROBLEMS / "README.md").write_text(card + "---\n")
+    problem = json.dumps({"question": "Which?", "answer": "It is.\n#### 2"}) + "\n"
+    for split in SPLITS:
+        (root / PROBLEMS / f"{split}.jsonl").write_text(problem * 64)
+
+
+def _teach_boxes(model: Any, tokenizer: Any) -> None:
+    """Have a model answer a question with one of two numbers in a box."""
+    question = "<|im_start|>user\nWhich? within \\boxed{}.<|im_end|>\n<|im_start|>assistant\n"
+    prompt = tokenizer.encode(question)
+    rows = [prompt + tokenizer.encode(f"\\boxed{{{number}}}<|im_end|>") for number in (1, 2)]
+    tokens = torch.tensor(rows)
+    labels = tokens.clone()
+    labels[:, : len(prompt)] = -100
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(input_ids=tokens, labels=labels).loss.backward()
+        optimizer.step()
 
 
 def _conversation(generator: random.Random) -> str:

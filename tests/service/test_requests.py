@@ -81,7 +81,7 @@ def test_what_cannot_be_done_is_refused(client: Client, model: str) -> None:
     for path in ("tinker://a/weights/b", "tinker://../weights/b", "/etc/passwd"):
         load = dict(session_id=session, model_seq_id=1, path=path, optimizer=False)
         refused(client.post("load_weights", **load), 404, path)
-    for route in ("asample", "create_custom_loss", "checkpoints", "sessions/search"):
+    for route in ("publish", "create_custom_loss", "checkpoints", "sessions/search"):
         refused(client.post(route), 501, route)
 
 
@@ -89,12 +89,14 @@ def test_all_that_is_wrong_with_data_is_told(client: Client, model: str) -> None
     refused(client.send("POST", "forward_backward", b"\xff\xff", CONTENT_TYPE), 400, "protobuf")
     tokens = np.array([1, 2, 256], dtype=np.int32)
     bad = Datum(tokens, tokens[:2], np.array([1.0, np.nan]))
-    answer = client.losses(model, 1, [datum(), bad, datum(LONGEST + 1)], loss_fn="ppo")
+    answer = client.losses(model, 1, [datum(), bad, datum(LONGEST + 1)])
     refused(
-        answer, 400, "'ppo'", "data[1]", "0 to 255", "one per token: 3", "finite", "data[2]",
+        answer, 400, "data[1]", "0 to 255", "one per token: 3", "finite", "data[2]",
         f"{LONGEST + 1} tokens", f"{LONGEST} that any replica",
     )  # fmt: skip
     refused(client.losses(model, 1, []), 400, "data: is empty")
+    refused(client.losses(model, 1, [datum()], loss_fn="dro"), 400, "'dro'", "cross_entropy")
+    refused(client.losses(model, 1, [datum()], loss_fn="ppo"), 400, "weights", "advantages")
     refused(client.losses(model, 0, [datum()]), 400, "seq_id 0")
     body = loss_request(model, 1, [datum()])
     refused(client.send("POST", "forward_backward", body[:-3], CONTENT_TYPE), 400)
