@@ -151,7 +151,7 @@ class _Trainer:
     def __init__(self, service: Service, finished: _Finished, number: int) -> None:
         self.service = service
         self.finished = finished
-        self.tenant = Tenant(f"tenant{number}", 0.0, None, 1)
+        self.tenant = Tenant(f"tenant{number}", 0.0, None, max_models=1)
         self.generator = np.random.default_rng(number)
         session = service.intake.new_session(self.tenant)
         name = service.deployment.names[0]

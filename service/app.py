@@ -6,6 +6,7 @@ What is asked of a model is answered with a name to ask for the result by, once 
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import io
 import tarfile
@@ -16,6 +17,7 @@ from fastapi import Depends, FastAPI, Header, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.middleware.base import RequestResponseEndpoint
 
 from lobra.common.errors import ConfigError
 from lobra.service.backlog import LOSS_KINDS
@@ -36,22 +38,40 @@ from lobra.service.coordinator import SAMPLER_WEIGHTS, WEIGHTS
 from lobra.service.deployment import PATH_PREFIX
 from lobra.service.intake import MLP, Intake, Refusal
 from lobra.service.ledger import SAMPLE, CheckpointRow, RequestRow
+from lobra.service.page import page
+from lobra.service.tally import as_prometheus
 from lobra.service.tenants import Tenant, tenant_of
 from lobra.service.waiters import Waiters
 from lobra.service.wire import CONTENT_TYPE
 
 API = "/api/v1"
+MOST_CHECKPOINTS = 50  # that the page shows
+MOST_BODY_BYTES = 32 << 20  # the client sends 5 MB at most
 POLL_S = 30.0  # how long a question for a result is held
 NO_HEAD = "train_unembed is not done here: no adapter on the head is trained, only the others"
 KINDS = {WEIGHTS: "training", SAMPLER_WEIGHTS: "sampler"}
 
 
-def _sender(request: Request, x_api_key: Annotated[str, Header()] = "") -> Tenant:
-    """Return the tenant who sent a request."""
-    found = tenant_of(request.app.state.ledger, x_api_key)
+def _sender(
+    request: Request,
+    x_api_key: Annotated[str, Header()] = "",
+    authorization: Annotated[str, Header()] = "",
+) -> Tenant:
+    """Return the tenant who sent a request; browsers send the key as a password."""
+    found = tenant_of(request.app.state.ledger, x_api_key or _password(authorization))
     if found is None:
         raise Refusal(401, "X-API-Key: is no key of this service; lobra keys add makes one")
     return found
+
+
+def _password(authorization: str) -> str:
+    """Return the password of HTTP's basic authentication, "" if there is none."""
+    kind, _, coded = authorization.partition(" ")
+    try:
+        plain = base64.b64decode(coded, validate=True).decode() if kind == "Basic" else ""
+    except ValueError:
+        return ""
+    return plain.partition(":")[2]
 
 
 Sender = Annotated[Tenant, Depends(_sender)]
@@ -63,9 +83,19 @@ def make_app(intake: Intake, waiters: Waiters) -> FastAPI:
     app.state.ledger = ledger = intake.ledger
     deployment = intake.deployment
 
+    @app.middleware("http")
+    async def bounded(request: Request, go_on: RequestResponseEndpoint) -> Response:
+        size = request.headers.get("content-length", "0")
+        is_chunked = "transfer-encoding" in request.headers
+        if is_chunked or not size.isdecimal() or int(size) > MOST_BODY_BYTES:
+            text = f"want a body of a known length, at most {MOST_BODY_BYTES:,} bytes"
+            return JSONResponse({"detail": text}, 413)
+        return await go_on(request)
+
     @app.exception_handler(Refusal)
     def refused(request: Request, error: Refusal) -> Response:
-        return JSONResponse({"detail": str(error)}, error.status)
+        asks = {"WWW-Authenticate": "Basic"} if error.status == 401 else None
+        return JSONResponse({"detail": str(error)}, error.status, asks)
 
     @app.exception_handler(ConfigError)
     def mistaken(request: Request, error: ConfigError) -> Response:
@@ -75,6 +105,30 @@ def make_app(intake: Intake, waiters: Waiters) -> FastAPI:
     def malformed(request: Request, error: RequestValidationError) -> Response:
         found = [f"{'.'.join(map(str, e['loc'][1:]))}: {e['msg']}" for e in error.errors()]
         return JSONResponse({"detail": "; ".join(found)}, 400)
+
+    # -- what people and Prometheus see ---------------------------------------------------------
+
+    @app.get("/")
+    def overview(sender: Sender) -> Response:
+        shown = None if sender.is_operator else sender.name
+        coordinator = intake.coordinator
+        content = page(
+            deployment,
+            coordinator.tally,
+            ledger.models_of(shown),
+            ledger.last_checkpoints(shown, MOST_CHECKPOINTS),
+            ledger.waiting(shown) if shown is None else {shown: 0, **ledger.waiting(shown)},
+            frozenset(coordinator.seats),
+        )
+        return Response(content, media_type="text/html")
+
+    @app.get("/metrics")
+    def metrics(sender: Sender) -> Response:
+        if not sender.is_operator:
+            raise Refusal(403, f"tenant {sender.name} is no operator; lobra keys add --operator")
+        coordinator = intake.coordinator
+        text = as_prometheus(coordinator.tally, ledger.waiting(None), len(coordinator.seats))
+        return Response(text, media_type="text/plain; version=0.0.4")
 
     # -- connecting -----------------------------------------------------------------------------
 

@@ -12,24 +12,20 @@ import json
 import logging
 import threading
 import time
-from collections import abc
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lobra.common.files import remove_folder
 from lobra.layout.order import AdamSettings, SlotOrder, StepOrder, Update
-from lobra.layout.sequences import FloatArray, Labels, Sequence
-from lobra.planner.packed.dispatch import dispatch_packed
 from lobra.service.backlog import LOSS_KINDS, Backlog, Job, Pass
 from lobra.service.deployment import Deployment
 from lobra.service.engine_link import EngineLink
 from lobra.service.ledger import CheckpointRow, Ledger, ModelRow, RequestRow, checkpoints, samplers
-from lobra.service.wire import Datum, loss_output
-from lobra.trainer.orders import order_of
+from lobra.service.passes import PassRunner, mean_loss, summed_loss
+from lobra.service.tally import Tally
+from lobra.service.wire import loss_output
 from lobra.trainer.step_report import StepReport
 
 log = logging.getLogger(__name__)
@@ -37,7 +33,7 @@ log = logging.getLogger(__name__)
 ALPHA = 32.0  # of every adapter: the protocol has no field for it
 PASS_MICRO_BATCHES = 4  # full ones of every replica that a pass has room for
 SNAPSHOT_UPDATES = 20  # updates after which a model's snapshot is renewed
-IDLE_S = 600.0  # a model in the middle of a step keeps its slot so long
+IDLE_S = 10.0  # a model in the middle of a step keeps its slot so long
 SAMPLING_LIFE_S = 86400.0  # of weights that were saved without a name, only to be sampled from
 WEIGHTS, SAMPLER_WEIGHTS = "weights", "sampler_weights"
 
@@ -87,7 +83,8 @@ class Coordinator:
         self.backlog = Backlog()
         self.seats: dict[str, Seat] = {}
         self.wanted = dict.fromkeys(ledger.unfinished_models())  # models without a slot, in order
-        self.step = 0
+        self.tally = Tally()
+        self.passes = PassRunner(deployment, self._order, self.tally)
         self.link: EngineLink | None = None
         self._changed = threading.Condition()
         self._submitted: list[Job] = []
@@ -124,7 +121,7 @@ class Coordinator:
         for model_id, seat in self.seats.items():
             if not seat.has_gradient and seat.updates > seat.snapshot_updates:
                 self._take_snapshot(model_id)
-        self._order(stop=True)
+        self._order(StepOrder(self.tally.updates, stop=True))
 
     def _take_submitted(self) -> None:
         with self._changed:
@@ -154,69 +151,31 @@ class Coordinator:
         groups = self.deployment.run.plan.groups
         return PASS_MICRO_BATCHES * sum(group.replicas * group.max_tokens for group in groups)
 
-    def _order(self, order: StepOrder | None = None, **fields: Any) -> StepReport | None:
+    def _order(self, order: StepOrder) -> StepReport | None:
         assert self.link is not None
-        self.step += 1
-        return self.link.carry_out(order or StepOrder(self.step, **fields))
+        return self.link.carry_out(order)
+
+    def _change_slot(self, order: SlotOrder) -> None:
+        self._order(StepOrder(self.tally.updates, slots=(order,)))
 
     # -- losses and updates ---------------------------------------------------------------------
 
     def _compute(self, work: Pass) -> None:
         """Find the logprobs of a pass, and its gradients if wanted."""
-        entries = sorted(work.data, key=lambda entry: self.seats[entry[0].model_id].slot)
-        weights = [datum.weights for _, datum in entries]
-        if work.backward:
-            # What counts for a policy's loss follows from its logprobs: they are found first.
-            places = [n for n, (job, _) in enumerate(entries) if job.content.policy is not None]
-            found = self._logprobs([entries[n] for n in places], [weights[n] for n in places])
-            for n, logprobs in zip(places, found, strict=True):
-                job, datum = entries[n]
-                weights[n] = job.content.policy.weights(logprobs, datum.sampled, datum.weights)
-            for job, _ in entries:
-                self.seats[job.model_id].has_gradient = True
-        found = self._logprobs(entries, weights, accumulate=work.backward)
-        for (job, _), logprobs in zip(entries, found, strict=True):
-            job.logprobs.append(logprobs)  # sorting kept each job's data in order
-        jobs = {id(job): job for job, _ in entries}.values()
-        for job in sorted(jobs, key=lambda job: job.seq_id):
+        jobs = sorted({job for job, _ in work.data}, key=lambda job: job.seq_id)
+        for job in jobs:
+            self.seats[job.model_id].has_gradient |= work.backward
+        self.passes.run(work, {model_id: seat.slot for model_id, seat in self.seats.items()})
+        for job in jobs:
             if job.is_over:
-                self._finish(job, loss_output(job.logprobs, _loss(job)))
-
-    def _logprobs(
-        self,
-        entries: abc.Sequence[tuple[Job, Datum]],
-        weights: abc.Sequence[FloatArray],
-        accumulate: bool = False,
-    ) -> list[FloatArray]:
-        """Return the logprobs of data, sorted by slot; gradients for their weights if wanted."""
-        if not entries:
-            return []
-        sequences = [
-            Sequence(
-                self.seats[job.model_id].slot,
-                place,
-                datum.tokens,
-                np.arange(1, len(datum.tokens) + 1, dtype=np.int32),
-                labels=Labels(datum.labels, own),
-            )
-            for place, ((job, datum), own) in enumerate(zip(entries, weights, strict=True))
-        ]
-        assignment = dispatch_packed(
-            [len(sequence.tokens) for sequence in sequences],
-            self.deployment.run.plan,
-            self.deployment.costs,
-        )
-        order = order_of(self.step, sequences, (), assignment)
-        report = self._order(replace(order, accumulate=accumulate))
-        assert report is not None
-        places = [sequence.index for sequence in order.sequences]
-        losses = dict(zip(places, report.token_losses, strict=True))
-        return [-losses[place] for place in range(len(entries))]
+                loss = summed_loss(job)
+                self.tally.losses[job.model_id].append(mean_loss(job, loss))
+                self._finish(job, loss_output(job.logprobs, loss))
 
     def _update(self, jobs: list[Job]) -> None:
         """Take an optimiser step of every model that asks for one."""
         updates = [_update_of(self.seats[job.model_id].slot, job.content) for job in jobs]
-        report = self._order(updates=tuple(updates))
+        report = self._order(StepOrder(self.tally.updates, updates=tuple(updates)))
         assert report is not None
         for job in jobs:
             seat = self.seats[job.model_id]
@@ -225,6 +184,7 @@ class Coordinator:
                 self._finish(job, error="the gradient is not finite: it was dropped, no update")
                 continue
             seat.updates += 1
+            self.tally.updates += 1
             self._finish(job, _json(metrics={"grad_norm": report.grad_norms[seat.slot]}))
             if seat.updates - seat.snapshot_updates >= SNAPSHOT_UPDATES:
                 self._take_snapshot(job.model_id)
@@ -264,7 +224,7 @@ class Coordinator:
             raise RequestError(f"{path}: is of another rank or of other modules than this model")
         seat = self.seats[job.model_id]
         if job.seq_id:
-            self._order(slots=(SlotOrder("remove", seat.slot),))
+            self._change_slot(SlotOrder("remove", seat.slot))
         seat.updates = found.updates if with_moments else 0
         seat.has_gradient = False
         self._install(job.model_id, self.deployment.folder_of(path), with_moments)
@@ -352,7 +312,11 @@ class Coordinator:
                 self._close(model_id)
 
     def _free_slot(self) -> int | None:
-        """Return a slot that no model has, or that a model nobody asks for had to give away."""
+        """Return a slot that no model has, or that a model nobody asks for had to give away.
+
+        It is that of the model that has rested longest. One in the middle of a step keeps its slot
+        for a while: its gradient would have to be computed again.
+        """
         taken = {seat.slot for seat in self.seats.values()}
         free = set(range(self.deployment.max_slots)) - taken
         if free:
@@ -394,7 +358,7 @@ class Coordinator:
         """Take a model's slot away."""
         seat = self.seats.pop(model_id)
         self.backlog.close(model_id)
-        self._order(slots=(SlotOrder("remove", seat.slot),))
+        self._change_slot(SlotOrder("remove", seat.slot))
 
     def _install(
         self, model_id: str, folder: Path | None = None, with_moments: bool = False
@@ -412,12 +376,12 @@ class Coordinator:
         order = SlotOrder(
             "install", seat.slot, adapter, str(folder or ""), with_moments, seat.updates
         )
-        self._order(slots=(order,))
+        self._change_slot(order)
 
     def _write(self, model_id: str, folder: Path, with_moments: bool) -> None:
         slot = self.seats[model_id].slot
         order = SlotOrder("save", slot, folder=str(folder), moments=with_moments)
-        self._order(slots=(order,))
+        self._change_slot(order)
 
     def _take_snapshot(self, model_id: str, seq_id: int | None = None) -> None:
         """Write a model down as it is after a request, by default the last one carried out."""
@@ -437,17 +401,6 @@ def _job(row: RequestRow, content: Any) -> Job:
     is_replay = row.finished_at is not None
     return Job(
         row.id, row.tenant, row.model_id, row.seq_id, row.kind, content, row.arrived_at, is_replay
-    )
-
-
-def _loss(job: Job) -> float:
-    """Return the summed loss of a job whose logprobs have been found."""
-    policy = job.content.policy
-    return sum(
-        float(-(datum.weights * found).sum())
-        if policy is None
-        else policy.value(found, datum.sampled, datum.weights)
-        for datum, found in zip(job.data, job.logprobs, strict=True)
     )
 
 

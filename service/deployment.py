@@ -6,9 +6,11 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 from cyclopts import Parameter
 
 from lobra.common import lock
@@ -27,6 +29,7 @@ from lobra.layout.layout import Layout
 from lobra.layout.memory_policy import MemoryPolicy
 from lobra.layout.placement import place, placed
 from lobra.layout.plan import Plan, ReplicaGroup, load_plan
+from lobra.layout.sequences import IntArray
 from lobra.layout.shapes import ModelShape, layout_problem, read_shape
 from lobra.layout.world import World
 from lobra.model.checkpoint import checkpoint_problems
@@ -98,8 +101,8 @@ class Deployment:
         The base model's sizes.
     names
         What clients may call it, the first one being what they are told.
-    costs
-        What a micro-batch takes on each group of the plan.
+    costs, has_times
+        What a micro-batch takes on each group of the plan; whether in ms, as profiled.
     max_slots, max_rank
         Models on the ranks at once, and the largest rank of an adapter.
     """
@@ -108,6 +111,7 @@ class Deployment:
     shape: ModelShape
     names: tuple[str, ...]
     costs: Sequence[Cost]
+    has_times: bool
     max_slots: int
     max_rank: int
 
@@ -178,7 +182,7 @@ def prepare_deployment(request: ServeRequest) -> Deployment:
         _run(request, folder, shape, plan, world, device),
         shape,
         tuple(dict.fromkeys((request.name or request.model, request.model, folder.name))),
-        _costs(plan, cost_model, profile),
+        *_costs(plan, cost_model, profile),
         request.max_slots,
         request.max_rank,
     )
@@ -230,19 +234,22 @@ def _device(request: ServeRequest, plan: Plan) -> str:
     return "cuda"
 
 
-def _costs(plan: Plan, cost_model: CostModel | None, profile: Path) -> Sequence[Cost]:
-    """Return what micro-batches take: as profiled, else by their tokens."""
+def _costs(plan: Plan, cost_model: CostModel | None, profile: Path) -> tuple[Sequence[Cost], bool]:
+    """Return what micro-batches take: as profiled, else by their tokens; and which of them."""
     known = cost_model is not None and all(cost_model.has(g.layout) for g in plan.groups)
     if cost_model is not None and known:
-        return packed_costs(plan, cost_model)
+        return packed_costs(plan, cost_model), True
     if len(plan.groups) > 1:
         log.warning(
             "%s: no times of all layouts of the plan %s: work is shared out by tokens and tp; "
             "measure them with lobra profile time",
             profile, plan,
         )  # fmt: skip
-    sizes = [group.layout.num_gpus for group in plan.groups]
-    return [lambda tokens, squares, size=size: tokens / size for size in sizes]  # type: ignore[misc]
+    return [partial(_by_tokens, group.layout.num_gpus) for group in plan.groups], False
+
+
+def _by_tokens(num_gpus: int, tokens: IntArray, squares: IntArray) -> np.ndarray:
+    return tokens / num_gpus
 
 
 def _run(

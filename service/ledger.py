@@ -37,6 +37,7 @@ tenants = _table(
     sa.Column("created_at", Float, nullable=False),
     sa.Column("tokens_per_minute", BigInteger),
     sa.Column("max_models", Integer),
+    sa.Column("is_operator", Boolean, nullable=False),
 )
 sessions = _table(
     "sessions",
@@ -222,6 +223,19 @@ class Ledger:
         found = self.rows(sa.select(models).where(models.c.id == model_id))
         return ModelRow(**found[0]) if found else None
 
+    def models_of(self, tenant: str | None) -> list[ModelRow]:
+        """Return a tenant's open models, the latest first; None: everybody's."""
+        query = sa.select(models).where(models.c.is_open).order_by(models.c.created_at.desc())
+        return [ModelRow(**row) for row in self.rows(_only(query, models, tenant))]
+
+    def waiting(self, tenant: str | None) -> dict[str, int]:
+        """Return how many requests of a tenant have no result yet; None: of everybody."""
+        query = sa.select(requests.c.tenant, sa.func.count().label("count")).where(
+            requests.c.finished_at.is_(None)
+        )
+        rows = self.rows(_only(query, requests, tenant).group_by(requests.c.tenant))
+        return {row["tenant"]: row["count"] for row in rows}
+
     def open_models(self, tenant: str) -> int:
         """Return how many models of a tenant may be trained."""
         query = sa.select(models.c.id).where(models.c.tenant == tenant, models.c.is_open)
@@ -326,6 +340,11 @@ class Ledger:
         query = sa.select(checkpoints).where(checkpoints.c.model_id == model_id)
         return [CheckpointRow(**row) for row in self.rows(query.order_by(checkpoints.c.created_at))]
 
+    def last_checkpoints(self, tenant: str | None, most: int) -> list[CheckpointRow]:
+        """Return a tenant's last checkpoints, the latest first; None: everybody's."""
+        query = sa.select(checkpoints).order_by(checkpoints.c.created_at.desc()).limit(most)
+        return [CheckpointRow(**row) for row in self.rows(_only(query, checkpoints, tenant))]
+
     def expired(self, now: float) -> list[CheckpointRow]:
         """Return the checkpoints whose time is over."""
         query = sa.select(checkpoints).where(checkpoints.c.expires_at < now)
@@ -334,6 +353,10 @@ class Ledger:
     def drop_checkpoint(self, path: str) -> None:
         """Forget a checkpoint."""
         self.execute(checkpoints.delete().where(checkpoints.c.path == path))
+
+
+def _only(query: sa.Select[Any], table: sa.Table, tenant: str | None) -> sa.Select[Any]:
+    return query if tenant is None else query.where(table.c.tenant == tenant)
 
 
 _JSON_COLUMNS = ("target_modules", "user_metadata")

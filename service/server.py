@@ -57,7 +57,7 @@ class Service:
         self.address = f"http://{host}:{self.socket.getsockname()[1]}"
         self.first_key: str | None = None
         if not all_tenants(self.ledger):
-            self.first_key = add_tenant(self.ledger, FIRST_TENANT)
+            self.first_key = add_tenant(self.ledger, FIRST_TENANT, is_operator=True)
         waiters = Waiters()
         self.coordinator = Coordinator(deployment, self.ledger, waiters.finished)
         self.sampling = Sampling(deployment, self.ledger, waiters.finished)

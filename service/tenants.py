@@ -33,12 +33,15 @@ class Tenant:
         Tokens it may send in a minute; None: any number.
     max_models
         Models it may have open at once.
+    is_operator
+        Whether the page shows it everybody's models, not its own only.
     """
 
     name: str
     created_at: float
     tokens_per_minute: int | None
     max_models: int
+    is_operator: bool = False
 
 
 def add_tenant(
@@ -46,6 +49,7 @@ def add_tenant(
     name: str,
     tokens_per_minute: int | None = None,
     max_models: int = DEFAULT_MAX_MODELS,
+    is_operator: bool = False,
 ) -> str:
     """Add a tenant and return its key, which nothing can tell again.
 
@@ -63,6 +67,7 @@ def add_tenant(
         "created_at": time.time(),
         "tokens_per_minute": tokens_per_minute,
         "max_models": max_models,
+        "is_operator": is_operator,
     }
     if not ledger.insert(tenants, row):
         raise ConfigError(f"tenant {name!r}: there is one already; revoke its key first")
@@ -97,4 +102,4 @@ def _hash(key: str) -> str:
 
 
 def _tenant(row: dict[str, Any]) -> Tenant:
-    return Tenant(row["name"], row["created_at"], row["tokens_per_minute"], row["max_models"])
+    return Tenant(**{name: value for name, value in row.items() if name != "key_hash"})

@@ -21,6 +21,7 @@ def add(
     state_dir: StateDir = Path("runs/service"),
     tokens_per_minute: PositiveInt | None = None,
     max_models: PositiveInt = 8,
+    operator: bool = False,
 ) -> int:
     """Add a tenant and print its key, which is not kept: nothing can print it again.
 
@@ -32,6 +33,8 @@ def add(
         Tokens it may send in a minute; by default any number.
     max_models
         Models it may have open at once.
+    operator
+        The page at / shows it everybody's models, and /metrics lets it in.
     """
     from lobra.service.ledger import Ledger
     from lobra.service.tenants import add_tenant
@@ -42,7 +45,7 @@ def add(
         if value is not None and value < 1
     )
     problems.raise_if_any()
-    print(add_tenant(Ledger(state_dir), name, tokens_per_minute, max_models))
+    print(add_tenant(Ledger(state_dir), name, tokens_per_minute, max_models, operator))
     return 0
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lobra.service import coordinator
 from lobra.service.wire import Datum
 from tests.service.peft_alone import Step, train_with_peft
 from tests.service.support import Client, Running, deployment_of, logprobs_of, running
@@ -137,8 +138,11 @@ def check(found: Running, trainer: Trainer, start: str, end: str, folder: Path) 
         np.testing.assert_allclose(mine, theirs, rtol=FLOAT32_BAR, atol=FLOAT32_BAR)
 
 
-def test_tenants_get_what_they_would_get_alone(mixed: Running, tmp_path: Path) -> None:
-    """Four at once, of which two have to wait outside; the longest datum fills a replica."""
+def test_tenants_get_what_they_would_get_alone(
+    mixed: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four at once, of which two have to wait outside, in the middle of a step or not."""
+    monkeypatch.setattr(coordinator, "IDLE_S", 0.0)
 
     def train(number: int) -> tuple[Trainer, str, str]:
         trainer = Trainer(mixed.client(f"tenant{number}"), number)

@@ -94,6 +94,8 @@ def test_all_that_is_wrong_with_data_is_told(client: Client, model: str) -> None
         answer, 400, "data[1]", "0 to 255", "one per token: 3", "finite", "data[2]",
         f"{LONGEST + 1} tokens", f"{LONGEST} that any replica",
     )  # fmt: skip
+    many = b"0" * (33 << 20)
+    refused(client.send("POST", "forward_backward", many, CONTENT_TYPE), 413, "bytes")
     refused(client.losses(model, 1, []), 400, "data: is empty")
     refused(client.losses(model, 1, [datum()], loss_fn="dro"), 400, "'dro'", "cross_entropy")
     refused(client.losses(model, 1, [datum()], loss_fn="ppo"), 400, "weights", "advantages")
