@@ -18,7 +18,7 @@ from sqlalchemy import BigInteger, Boolean, Float, Integer, LargeBinary, String,
 
 from lobra.common.errors import ConfigError
 
-FILE = "service.sqlite"
+FILE = "ledger.sqlite"
 FORMAT = 1
 SAMPLE = "sample"  # the kind of requests that are of a sampling session, not of a model
 RESULT_LIFE_S = 3600.0  # how long a result may be asked for again
