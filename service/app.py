@@ -158,7 +158,7 @@ def make_app(intake: Intake, waiters: Waiters) -> FastAPI:
 
     @app.post(f"{API}/session_heartbeat")
     def heartbeat(body: OfSession, sender: Sender) -> dict[str, Any]:
-        intake.check_session(sender, body.session_id)
+        intake.heartbeat(sender, body.session_id)
         return {"type": "session_heartbeat"}
 
     # -- training -------------------------------------------------------------------------------

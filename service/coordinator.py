@@ -12,17 +12,30 @@ import json
 import logging
 import threading
 import time
+from collections import abc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import sqlalchemy as sa
+
 from lobra.common.files import remove_folder
 from lobra.layout.order import AdamSettings, SlotOrder, StepOrder, Update
 from lobra.service.backlog import LOSS_KINDS, Backlog, Job, Pass
-from lobra.service.deployment import Deployment
+from lobra.service.deployment import PATH_PREFIX, Deployment
 from lobra.service.engine_link import EngineLink
-from lobra.service.ledger import CheckpointRow, Ledger, ModelRow, RequestRow, checkpoints, samplers
+from lobra.service.ledger import (
+    CheckpointRow,
+    Ledger,
+    ModelRow,
+    RequestRow,
+    SamplerRow,
+    checkpoints,
+    samplers,
+    with_row,
+    with_snapshot,
+)
 from lobra.service.passes import PassRunner, mean_loss, summed_loss
 from lobra.service.tally import Tally
 from lobra.service.wire import loss_output
@@ -228,8 +241,12 @@ class Coordinator:
         seat.updates = found.updates if with_moments else 0
         seat.has_gradient = False
         self._install(job.model_id, self.deployment.folder_of(path), with_moments)
-        self._take_snapshot(job.model_id, job.seq_id)  # whatever becomes of the checkpoint
-        self._finish(job, _json(type="load_weights", path=path, model_id=job.model_id))
+        # Whatever becomes of the checkpoint, the model does not depend on it.
+        snapshot = self._snapshot(job.model_id, job.seq_id)
+        answer = _json(type="load_weights", path=path, model_id=job.model_id)
+        self._finish(job, answer, also=snapshot)
+        if own.snapshot:
+            remove_folder(Path(own.snapshot))
 
     def _unload_model(self, job: Job) -> None:
         self.ledger.close_model(job.model_id)  # first: who is answered may make another
@@ -240,6 +257,9 @@ class Coordinator:
     def _close(self, model_id: str) -> None:
         """Train a model no more; requests that still wait get no result."""
         self.ledger.close_model(model_id)
+        model = self.ledger.model(model_id)
+        if model is not None and model.snapshot and Path(model.snapshot).is_dir():
+            remove_folder(Path(model.snapshot))
         for row in self.ledger.requests_after(model_id, -1):
             if row.finished_at is None:
                 self.ledger.finish(row.id, None, f"model {model_id} is closed")
@@ -256,11 +276,10 @@ class Coordinator:
         name, life_s = content["path"], content["ttl_seconds"]
         if name is None:
             name, life_s = f"for-sampling-{job.seq_id}", life_s or SAMPLING_LIFE_S
-        path = f"tinker://{job.model_id}/{kind}/{name}"
-        if self.ledger.checkpoint(path) is not None:
-            if kind == WEIGHTS and not content.get("overwrite"):
-                raise RequestError(f"{path}: there is one already; save it with overwrite=True")
-            self.ledger.drop_checkpoint(path)
+        path = f"{PATH_PREFIX}{job.model_id}/{kind}/{name}"
+        is_new = self.ledger.checkpoint(path) is None
+        if not is_new and kind == WEIGHTS and not content["overwrite"]:
+            raise RequestError(f"{path}: there is one already; save it with overwrite=True")
         folder = self.deployment.folder_of(path)
         self._write(job.model_id, folder, kind == WEIGHTS)
         now = time.time()
@@ -276,24 +295,31 @@ class Coordinator:
             now,
             None if life_s is None else now + life_s,
         )
-        self.ledger.insert(checkpoints, vars(row))
+        noted = [with_row(checkpoints, row)]
         answer = {"path": path}
         if content["path"] is None:
             session_id = job.model_id.partition(":")[0]
             sampler = sampler_name(session_id, content["sampling_session_seq_id"])
-            self.ledger.insert(samplers, {"id": sampler, "tenant": job.tenant, "path": path})
+            noted.append(with_row(samplers, SamplerRow(sampler, job.tenant, path)))
             answer = {"sampling_session_id": sampler}
-        self._finish(job, _json(type=job.kind, **answer))
+        self._finish(job, _json(type=job.kind, **answer), also=noted)
         self._drop_expired()
 
     def _drop_expired(self) -> None:
         for row in self.ledger.expired(time.time()):
             self.deployment.drop_checkpoint(self.ledger, row)
 
-    def _finish(self, job: Job, result: bytes | None = None, error: str | None = None) -> None:
+    def _finish(
+        self,
+        job: Job,
+        result: bytes | None = None,
+        error: str | None = None,
+        also: abc.Iterable[sa.UpdateBase] = (),
+    ) -> None:
+        """Note what became of a job, and with it, as one, what else is to be noted."""
         self.backlog.done(job)
         if not job.is_replay:
-            self.ledger.finish(job.id, result, error)
+            self.ledger.finish(job.id, result, error, also)
             self.finished(job.id)
 
     # -- slots ----------------------------------------------------------------------------------
@@ -383,18 +409,22 @@ class Coordinator:
         order = SlotOrder("save", slot, folder=str(folder), moments=with_moments)
         self._change_slot(order)
 
-    def _take_snapshot(self, model_id: str, seq_id: int | None = None) -> None:
-        """Write a model down as it is after a request, by default the last one carried out."""
-        if seq_id is None:
-            seq_id = self.backlog.queues[model_id].next_seq - 1
-        model, seat = self.ledger.model(model_id), self.seats[model_id]
+    def _take_snapshot(self, model_id: str) -> None:
+        """Write a model down as it is after the last request that was carried out."""
+        model = self.ledger.model(model_id)
         assert model is not None
+        seq_id = self.backlog.queues[model_id].next_seq - 1
+        self.ledger.execute(*self._snapshot(model_id, seq_id))
+        if model.snapshot and seq_id != model.snapshot_seq:
+            remove_folder(Path(model.snapshot))
+
+    def _snapshot(self, model_id: str, seq_id: int) -> tuple[sa.UpdateBase, ...]:
+        """Write a model down as it is after a request; return what notes that."""
+        seat = self.seats[model_id]
         folder = self.deployment.snapshot_folder(model_id, seq_id)
         self._write(model_id, folder, with_moments=True)
-        self.ledger.note_snapshot(model_id, str(folder), seq_id, seat.updates)
         seat.snapshot_updates = seat.updates
-        if model.snapshot and model.snapshot != str(folder):
-            remove_folder(Path(model.snapshot))
+        return with_snapshot(model_id, folder, seq_id, seat.updates)
 
 
 def _job(row: RequestRow, content: Any) -> Job:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lobra.service.backlog import LOSS_KINDS
-from lobra.service.bodies import Body, CreateModel, CreateSampler, LoadWeights, Sample
+from lobra.service.bodies import Body, CreateModel, CreateSampler, LoadWeights, OfModel, Sample
 from lobra.service.coordinator import Coordinator, sampler_name
 from lobra.service.deployment import PATH_PREFIX, Deployment
 from lobra.service.ledger import (
@@ -30,6 +30,7 @@ from lobra.service.sampler import SampleRequest
 from lobra.service.sampling import Sampling
 from lobra.service.tenants import Tenant
 
+SESSION_LIFE_S = 600.0  # without a sign of life; then its models make room for others
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 CHECKPOINT_PATH = re.compile(
@@ -62,7 +63,9 @@ class Intake:
         for row in ledger.unfinished_samples():
             assert row.body is not None, "a request's body is kept until it is finished"
             self._submit_sample(row, Sample.model_validate_json(row.body))
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._started_at = time.monotonic()
+        self._seen_at: dict[str, float] = {}  # of a session since the start (monotonic)
         self._tokens: dict[str, tuple[float, float]] = {}  # of a tenant: left, when (monotonic)
 
     # -- whose it is ----------------------------------------------------------------------------
@@ -70,8 +73,28 @@ class Intake:
     def new_session(self, tenant: Tenant) -> str:
         """Return the name of a new session of a tenant."""
         name = secrets.token_hex(16)
+        self._seen_at[name] = time.monotonic()
         self.ledger.insert(sessions, {"id": name, "tenant": tenant.name, "created_at": time.time()})
         return name
+
+    def heartbeat(self, tenant: Tenant, session_id: str) -> None:
+        """Note that a session goes on."""
+        self.check_session(tenant, session_id)
+        self._seen_at[session_id] = time.monotonic()
+
+    def _live_models(self, tenant: Tenant) -> int:
+        """Return how many models a tenant has open; those of sessions that ended are closed."""
+        live = 0
+        for model in self.ledger.models_of(tenant.name):
+            seen_at = self._seen_at.get(model.session_id, self._started_at)
+            if time.monotonic() - seen_at > SESSION_LIFE_S:
+                body = OfModel(model_id=model.id)
+                self.submit(
+                    tenant, model.id, None, "unload_model", _content(body), body.model_dump()
+                )
+            else:
+                live += 1
+        return live
 
     def check_session(self, tenant: Tenant, session_id: str) -> None:
         """Refuse a session that is not the tenant's."""
@@ -142,7 +165,7 @@ class Intake:
         model_id = f"{body.session_id}:train:{body.model_seq_id}"
         with self._lock:
             if self.ledger.model(model_id) is None:
-                if self.ledger.open_models(tenant.name) >= tenant.max_models:
+                if self._live_models(tenant) >= tenant.max_models:
                     raise Refusal(
                         403,
                         f"tenant {tenant.name} has {tenant.max_models} models open, which is the "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -236,11 +236,6 @@ class Ledger:
         rows = self.rows(_only(query, requests, tenant).group_by(requests.c.tenant))
         return {row["tenant"]: row["count"] for row in rows}
 
-    def open_models(self, tenant: str) -> int:
-        """Return how many models of a tenant may be trained."""
-        query = sa.select(models.c.id).where(models.c.tenant == tenant, models.c.is_open)
-        return len(self.rows(query))
-
     def close_model(self, model_id: str) -> None:
         """Note that a model is trained no more."""
         self.execute(models.update().where(models.c.id == model_id).values(is_open=False))
@@ -312,21 +307,17 @@ class Ledger:
         found = self.rows(sa.select(samplers).where(samplers.c.id == sampler_id))
         return SamplerRow(**found[0]) if found else None
 
-    def finish(self, request_id: str, result: bytes | None, error: str | None = None) -> None:
-        """Note a request's result, or why it has none."""
+    def finish(
+        self,
+        request_id: str,
+        result: bytes | None,
+        error: str | None = None,
+        also: Iterable[sa.UpdateBase] = (),
+    ) -> None:
+        """Note a request's result, or why it has none, and what else became of it, as one."""
         values = {"result": result, "error": error, "finished_at": time.time()}
-        self.execute(requests.update().where(requests.c.id == request_id).values(**values))
-
-    def note_snapshot(self, model_id: str, folder: str, seq_id: int, updates: int) -> None:
-        """Note a model's snapshot; what led to it needs not be remembered."""
-        own = (requests.c.model_id == model_id, requests.c.seq_id <= seq_id)
-        self.execute(
-            models.update()
-            .where(models.c.id == model_id)
-            .values(snapshot=folder, snapshot_seq=seq_id, snapshot_updates=updates),
-            requests.update().where(*own).values(body=None),
-            requests.delete().where(*own, requests.c.finished_at < time.time() - RESULT_LIFE_S),
-        )
+        finished = requests.update().where(requests.c.id == request_id).values(**values)
+        self.execute(finished, *also)
 
     # -- checkpoints ----------------------------------------------------------------------------
 
@@ -353,6 +344,28 @@ class Ledger:
     def drop_checkpoint(self, path: str) -> None:
         """Forget a checkpoint."""
         self.execute(checkpoints.delete().where(checkpoints.c.path == path))
+
+
+# What else may become of a request (`Ledger.finish`).
+
+
+def with_row(table: sa.Table, row: Any) -> sa.UpdateBase:
+    """Return what adds a row, a dataclass, in the place of one with its key."""
+    return table.insert().prefix_with("OR REPLACE").values(**_as_columns(vars(row)))
+
+
+def with_snapshot(
+    model_id: str, folder: Path, seq_id: int, updates: int
+) -> tuple[sa.UpdateBase, ...]:
+    """Return what notes a model's snapshot; what led to it needs not be remembered."""
+    own = (requests.c.model_id == model_id, requests.c.seq_id <= seq_id)
+    return (
+        models.update()
+        .where(models.c.id == model_id)
+        .values(snapshot=str(folder), snapshot_seq=seq_id, snapshot_updates=updates),
+        requests.update().where(*own).values(body=None),
+        requests.delete().where(*own, requests.c.finished_at < time.time() - RESULT_LIFE_S),
+    )
 
 
 def _only(query: sa.Select[Any], table: sa.Table, tenant: str | None) -> sa.Select[Any]:

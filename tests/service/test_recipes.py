@@ -93,7 +93,7 @@ def test_a_recipe_that_is_killed_goes_on(server: Server, module: str, extra: dic
 
 def test_rl_loop_is_rewarded_more(server: Server) -> None:
     log = server.root / "rl"
-    options = dict(batch_size=4, group_size=8, learning_rate=0.02, lora_rank=4, max_tokens=12)
+    options = dict(batch_size=8, group_size=8, learning_rate=0.001, lora_rank=4, max_tokens=12)
     recipe = server.recipe("rl_loop", str(log), max_steps=8, save_every=0, **options)
     output = recipe.communicate()[0]
     assert recipe.returncode == 0, output

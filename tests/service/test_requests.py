@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lobra.service import intake
 from lobra.service.wire import CONTENT_TYPE, Datum
 from tests.service.support import Client, Running, logprobs_of, loss_request
 
@@ -152,7 +153,7 @@ def test_a_gradient_that_is_not_finite_is_its_tenants_alone(mixed: Running) -> N
     assert means[0] < means[1] < means[2]
 
 
-def test_quotas_are_kept(mixed: Running) -> None:
+def test_quotas_are_kept(mixed: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     client = mixed.client("small", tokens_per_minute=10, max_models=1)
     session = client.new_session()
     model = client.new_model(session, 0, rank=1)
@@ -163,6 +164,9 @@ def test_quotas_are_kept(mixed: Running) -> None:
     client.result(client.asked("unload_model", model_id=model))
     assert client.new_model(session, 1, rank=1) == f"{session}:train:1"
     refused(client.post("optim_step", model_id=model, adam_params={}), 400, "closed")
+    monkeypatch.setattr(intake, "SESSION_LIFE_S", 0.0)  # a session that ended is not counted
+    assert client.new_model(client.new_session(), 0, rank=1)
+    refused(client.post("optim_step", model_id=f"{session}:train:1", adam_params={}), 400, "closed")
 
 
 def test_checkpoints_are_listed_fetched_and_deleted(client: Client, model: str) -> None:
