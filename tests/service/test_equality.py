@@ -5,6 +5,8 @@ In fp64, as `tests.trainer.test_equality` explains.
 
 from __future__ import annotations
 
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -180,20 +182,57 @@ def test_a_checkpoint_goes_on_bit_by_bit(mixed: Running) -> None:
     assert mixed.service.ledger.model(model).snapshot_updates == 0
 
 
-def test_what_is_killed_goes_on_where_it_was(base: Path, tmp_path: Path) -> None:
-    """The ranks die with a step's requests under way; another service takes the folder over."""
+MOMENTS = [(count, noted) for count in range(1, 18) for noted in (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("count", "noted"),
+    [
+        moment
+        if moment in ((1, True), (9, False))
+        else pytest.param(*moment, marks=pytest.mark.long)
+        for moment in MOMENTS
+    ],
+)
+def test_what_is_killed_goes_on_where_it_was(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, noted: bool
+) -> None:
+    """The coordinator dies when it notes something, before that is on disk or after it.
+
+    All requests are under way. Another service takes the folder over, and gives their results.
+    """
+    monkeypatch.setattr(coordinator, "SNAPSHOT_UPDATES", 1)
     deployment = deployment_of(base, tmp_path / "state", [(1, 1)], 64, precision="fp64")
-    steps = steps_of(3)
+    number = 3
     with running(deployment) as found:
-        trainer = Trainer(found.client("tenant"), 3)
-        start = trainer.save("save_weights_for_sampler", "start")
-        trainer.train(steps[:1])
-        futures = trainer.send(steps[1])
-        found.crash()
-        key = trainer.client.key
-    assert found.crashed
+        client = found.client("tenant")
+        trainer = Trainer(client, number)
+        plain, left, sent = found.service.ledger.execute, [count], threading.Event()
+
+        def dying(*statements: Any) -> int:
+            sent.wait(30)
+            left[0] -= 1
+            if left[0] == 0 and not noted:
+                raise EOFError
+            changed = plain(*statements)
+            if left[0] == 0:
+                raise EOFError
+            return changed
+
+        monkeypatch.setattr(found.service.ledger, "execute", dying)
+        save = dict(model_id=trainer.model, path="start")
+        saves = [client.asked("save_weights", seq_id=trainer.next_seq(), **save)]
+        futures = [trainer.send(step) for step in steps_of(number)]
+        save["path"] = "end"
+        saves += [client.asked("save_weights_for_sampler", seq_id=trainer.next_seq(), **save)]
+        sent.set()
+        deadline = time.monotonic() + 30
+        while not found.crashed:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
     with running(deployment) as found:
-        trainer.client = Client(found.port, key)
-        trainer.receive(futures)
-        trainer.train(steps[2:])
-        check(found, trainer, start, trainer.save("save_weights_for_sampler", "end"), tmp_path)
+        trainer.client = Client(found.port, client.key)
+        for own in futures:
+            trainer.receive(own)
+        start, end = (trainer.client.result(save)["path"] for save in saves)
+        check(found, trainer, start, end, tmp_path)
