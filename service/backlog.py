@@ -32,6 +32,8 @@ class Job:
         Seconds since the epoch.
     is_replay
         Whether its result is known already, and only its effect on the model is missing.
+    is_suspect
+        Whether it was being computed when the service ended: it is computed alone.
     logprobs
         Of a `LossRequest`: what has been found, datum by datum.
     """
@@ -44,6 +46,7 @@ class Job:
     content: Any
     arrived_at: float
     is_replay: bool = False
+    is_suspect: bool = False
     logprobs: list[FloatArray] = field(default_factory=list)
 
     @property
@@ -86,10 +89,10 @@ class _Queue:
     def head(self) -> Job | None:
         return self.jobs.get(self.next_seq)
 
-    def losses(self, kind: str) -> Iterator[Job]:
-        """Yield the jobs of a kind that nothing of another kind precedes."""
+    def losses(self, first: Job) -> Iterator[Job]:
+        """Yield the ready jobs that may share a pass with a job."""
         seq_id = self.next_seq
-        while (job := self.jobs.get(seq_id)) and job.kind == kind:
+        while (job := self.jobs.get(seq_id)) and _share(job, first):
             yield job
             seq_id += 1
 
@@ -141,7 +144,7 @@ class Backlog:
             return None
         first = self._by_claim(heads, now)[0]
         jobs = {
-            model_id: [(job, datum) for job in queue.losses(first.kind) for datum in _left(job)]
+            model_id: [(job, datum) for job in queue.losses(first) for datum in _left(job)]
             for model_id, queue in self.queues.items()
         }
         active = {self.queues[model_id].tenant for model_id, own in jobs.items() if own}
@@ -166,6 +169,13 @@ class Backlog:
             return not is_old, 0.0 if is_old else self._served[job.tenant], job.arrived_at
 
         return sorted(jobs, key=claim)
+
+
+def _share(job: Job, other: Job) -> bool:
+    """Return whether two jobs may be computed together."""
+    if job.is_suspect or other.is_suspect:
+        return job is other
+    return job.kind == other.kind
 
 
 def _left(job: Job) -> tuple[Datum, ...]:

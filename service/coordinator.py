@@ -14,7 +14,7 @@ import threading
 import time
 from collections import abc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 
 ALPHA = 32.0  # of every adapter: the protocol has no field for it
 PASS_MICRO_BATCHES = 4  # full ones of every replica that a pass has room for
+MOST_TRIES = 3  # of a request during which the service ended
 SNAPSHOT_UPDATES = 20  # updates after which a model's snapshot is renewed
 IDLE_S = 10.0  # a model in the middle of a step keeps its slot so long
 SAMPLING_LIFE_S = 86400.0  # of weights that were saved without a name, only to be sampled from
@@ -176,6 +177,8 @@ class Coordinator:
     def _compute(self, work: Pass) -> None:
         """Find the logprobs of a pass, and its gradients if wanted."""
         jobs = sorted({job for job, _ in work.data}, key=lambda job: job.seq_id)
+        if fresh := [job.id for job in jobs if not (job.is_replay or job.logprobs)]:
+            self.ledger.note_try(fresh)
         for job in jobs:
             self.seats[job.model_id].has_gradient |= work.backward
         self.passes.run(work, {model_id: seat.slot for model_id, seat in self.seats.items()})
@@ -218,6 +221,10 @@ class Coordinator:
                 del self.seats[job.model_id]
                 self.backlog.close(job.model_id)
                 self._close(job.model_id)
+
+    def _nothing(self, job: Job) -> None:
+        """Go on after a request that was given up."""
+        self._finish(job)
 
     def _create_model(self, job: Job) -> None:
         self._install(job.model_id)
@@ -374,11 +381,18 @@ class Coordinator:
         if model.snapshot:
             self._install(model.id, Path(model.snapshot), with_moments=True)
         for row in self.ledger.requests_after(model.id, model.snapshot_seq):
-            assert row.body is not None, "bodies are kept until a snapshot has their effect"
-            content: Any = json.loads(row.body) if row.kind not in LOSS_KINDS else None
-            if content is None:
-                content = self.deployment.read_loss_request(row.body)
-            self.backlog.add(_job(row, content))
+            body = row.body
+            assert body is not None, "bodies are kept until a snapshot has their effect"
+            if row.kind not in LOSS_KINDS:
+                self.backlog.add(_job(row, json.loads(body)))
+                continue
+            if row.finished_at is None and row.tries >= MOST_TRIES:
+                error = f"the service ended {row.tries} times while it computed this; send less"
+                self.ledger.finish(row.id, None, error)
+                self.finished(row.id)
+                row = replace(row, finished_at=time.time(), error=error)
+            job = _job(row, self.deployment.read_loss_request(body))
+            self.backlog.add(job if row.error is None else replace(job, kind="nothing"))
 
     def _leave(self, model_id: str) -> None:
         """Take a model's slot away."""
@@ -430,7 +444,15 @@ class Coordinator:
 def _job(row: RequestRow, content: Any) -> Job:
     is_replay = row.finished_at is not None
     return Job(
-        row.id, row.tenant, row.model_id, row.seq_id, row.kind, content, row.arrived_at, is_replay
+        row.id,
+        row.tenant,
+        row.model_id,
+        row.seq_id,
+        row.kind,
+        content,
+        row.arrived_at,
+        is_replay,
+        is_suspect=row.tries > 0 and not is_replay,
     )
 
 

@@ -70,6 +70,7 @@ requests = _table(
     sa.Column("body", LargeBinary),
     sa.Column("arrived_at", Float, nullable=False),
     sa.Column("finished_at", Float),
+    sa.Column("tries", Integer, nullable=False),
     sa.Column("result", LargeBinary),
     sa.Column("error", Text),
     sa.UniqueConstraint("model_id", "seq_id"),
@@ -132,7 +133,10 @@ class ModelRow:
 
 @dataclass(frozen=True)
 class RequestRow:
-    """A request that was accepted; finished, it has a result or an error."""
+    """A request that was accepted; finished, it has a result or an error.
+
+    `tries` counts how often it was begun to be computed.
+    """
 
     id: str
     tenant: str
@@ -142,6 +146,7 @@ class RequestRow:
     body: bytes | None
     arrived_at: float
     finished_at: float | None = None
+    tries: int = 0
     result: bytes | None = None
     error: str | None = None
 
@@ -306,6 +311,11 @@ class Ledger:
         """Return a sampling session, None if there is none of that name."""
         found = self.rows(sa.select(samplers).where(samplers.c.id == sampler_id))
         return SamplerRow(**found[0]) if found else None
+
+    def note_try(self, request_ids: Iterable[str]) -> None:
+        """Note that requests are begun to be computed."""
+        own = requests.update().where(requests.c.id.in_(list(request_ids)))
+        self.execute(own.values(tries=requests.c.tries + 1))
 
     def finish(
         self,

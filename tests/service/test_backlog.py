@@ -92,6 +92,24 @@ def test_tenants_with_enough_to_do_get_as_many_tokens(one: int, other: int, room
         assert abs(served["a"] - served["b"]) <= max(one, other)
 
 
+def test_what_is_suspected_is_alone() -> None:
+    backlog = Backlog()
+    for model in ("a1", "b1"):
+        backlog.open(model, model[0], 1)
+        for seq_id in (1, 2):
+            one = job(model, seq_id, "forward", [3, 3])
+            one.is_suspect = (model, seq_id) != ("b1", 1)
+            backlog.add(one)
+    passes = []
+    while found := backlog.next_pass(100, now=0.0):
+        passes.append({own.id for own, _ in found.data})
+        for own, _ in found.data:
+            own.logprobs.append(np.zeros(1))
+        for own in {own for own, _ in found.data}:
+            backlog.done(own)
+    assert sorted(map(sorted, passes)) == [["a11"], ["a12"], ["b11"], ["b12"]]
+
+
 def test_who_comes_back_has_no_more_claim_and_the_old_go_first() -> None:
     backlog = Backlog()
     for model in ("a1", "b1", "c1"):

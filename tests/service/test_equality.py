@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from lobra.service import coordinator
+from lobra.service.passes import PassRunner
 from lobra.service.wire import Datum
 from tests.service.peft_alone import Step, train_with_peft
 from tests.service.support import Client, Running, deployment_of, logprobs_of, running
@@ -236,3 +237,43 @@ def test_what_is_killed_goes_on_where_it_was(
             trainer.receive(own)
         start, end = (trainer.client.result(save)["path"] for save in saves)
         check(found, trainer, start, end, tmp_path)
+
+
+@pytest.mark.long
+def test_a_request_that_ends_the_service_is_given_up(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is sent with another's, which gets its result at last; its model goes on without it."""
+    deployment = deployment_of(base, tmp_path / "state", [(1, 1)], 64, precision="fp64")
+    plain = PassRunner.run
+
+    def run(self: PassRunner, work: Any, slots: Any) -> None:
+        if any(len(datum.tokens) == 13 for _, datum in work.data):
+            raise EOFError
+        plain(self, work, slots)
+
+    monkeypatch.setattr(PassRunner, "run", run)
+
+    def data(length: int) -> list[Datum]:
+        tokens = np.arange(3, 3 + length, dtype=np.int32)
+        return [Datum(tokens, tokens, np.ones(length))]
+
+    futures: list[dict[str, Any]] = []
+    keys: list[str] = []
+    for _ in range(coordinator.MOST_TRIES):
+        with running(deployment) as found:
+            if not keys:
+                clients = [found.client(name) for name in ("bad", "good")]
+                keys = [client.key for client in clients]
+                models = [client.new_model(client.new_session(), 0) for client in clients]
+                for client, model, length in zip(clients, models, (13, 5), strict=True):
+                    futures.append(client.losses(model, 1, data(length))[1])
+            deadline = time.monotonic() + 30
+            while not found.crashed:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+    with running(deployment) as found:
+        bad, good = (Client(found.port, key) for key in keys)
+        assert "3 times" in bad.result(futures[0])["error"]
+        assert [len(own) for own in logprobs_of(good.result(futures[1]))] == [5]
+        assert len(logprobs_of(bad.result(bad.losses(models[0], 2, data(7))[1]))) == 1
