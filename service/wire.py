@@ -73,6 +73,7 @@ FIELDS: Mapping[str, Mapping[str, tuple[int, str]]] = {
 #: Of a tensor's dtype its numbers.
 DTYPES: Mapping[int, np.dtype[Any]] = {1: np.dtype("<f4"), 2: np.dtype("<i8"), 3: np.dtype("<i4")}
 FLOAT32 = 1
+TOKEN_BYTES = 4
 STOPPED, TOO_LONG = 0, 1
 #: Of each loss what a datum has beside the model's input, each with an element per token.
 LOSSES: Mapping[str, tuple[str, ...]] = {
@@ -218,6 +219,8 @@ def _datum(message: Any, loss: str, vocab_size: int, max_tokens: int) -> Datum:
     for chunk in message.model_input:
         if not chunk.HasField("encoded_text"):
             raise ConfigError("model_input: only chunks of encoded text are read, no images")
+        if len(chunk.encoded_text.tokens) % TOKEN_BYTES:
+            raise ConfigError("model_input: want tokens of four bytes each")
         parts.append(np.frombuffer(chunk.encoded_text.tokens, dtype="<i4"))
     tokens = np.concatenate(parts) if parts else np.zeros(0, np.int32)
     wanted = LOSSES.get(loss, ())

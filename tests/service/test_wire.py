@@ -38,6 +38,16 @@ def test_what_is_written_is_as_the_client_has_it() -> None:
     assert loss_output(logprobs, 2.5) == RESULT
 
 
+@pytest.mark.parametrize("place", range(len(REQUEST)))
+def test_damaged_bytes_are_a_mistake_or_another_request(place: int) -> None:
+    damaged = REQUEST[:place] + bytes([REQUEST[place] ^ 0x15]) + REQUEST[place + 1 :]
+    try:
+        found = read_loss_request(damaged, 301, 3)
+    except ConfigError:
+        return
+    assert all(len(datum.tokens) == len(datum.labels) for datum in found.data)
+
+
 @pytest.mark.parametrize(("vocab", "longest", "words"), [(300, 3, "0 to 299"), (301, 2, "has 3")])
 def test_what_the_model_cannot_take_is_refused(vocab: int, longest: int, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
