@@ -19,7 +19,6 @@ from lobra.common.files import remove_folder, write_atomic
 from lobra.common.options import (
     Device,
     ModelName,
-    PlanName,
     PositiveInt,
     TimeProfile,
     as_options,
@@ -50,6 +49,12 @@ ONE_MACHINE = 1 << 30  # all ranks are on this one, however many there are
 PATH_PREFIX = "tinker://"
 
 
+OptionalPlan = Annotated[
+    str | None,
+    Parameter(help="Name or path of the plan; by default one replica <1,1>.", metavar="NAME"),
+]
+
+
 @as_options
 @dataclass(frozen=True)
 class ServeRequest:
@@ -57,8 +62,6 @@ class ServeRequest:
 
     Parameters
     ----------
-    strategy_config
-        Name or path of the plan; by default one replica <1,1>.
     host
         Address to listen at.
     port
@@ -76,7 +79,7 @@ class ServeRequest:
     """
 
     model: ModelName
-    strategy_config: Annotated[PlanName | None, Parameter(metavar="NAME")] = None
+    strategy_config: OptionalPlan = None
     host: str = "127.0.0.1"
     port: PositiveInt = 8000
     state_dir: Path = Path("runs/service")

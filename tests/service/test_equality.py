@@ -141,20 +141,21 @@ def check(found: Running, trainer: Trainer, start: str, end: str, folder: Path) 
         np.testing.assert_allclose(mine, theirs, rtol=FLOAT32_BAR, atol=FLOAT32_BAR)
 
 
+@pytest.mark.parametrize("count", [4, pytest.param(16, marks=pytest.mark.long)])
 def test_tenants_get_what_they_would_get_alone(
-    mixed: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mixed: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
-    """Four at once, of which two have to wait outside, in the middle of a step or not."""
+    """All at once, of which all but two have to wait outside, in the middle of a step or not."""
     monkeypatch.setattr(coordinator, "IDLE_S", 0.0)
 
     def train(number: int) -> tuple[Trainer, str, str]:
-        trainer = Trainer(mixed.client(f"tenant{number}"), number)
+        trainer = Trainer(mixed.client(f"tenant{number}of{count}"), number % len(TENANTS))
         start = trainer.save("save_weights_for_sampler", "start")
-        trainer.train(steps_of(number))
+        trainer.train(steps_of(trainer.number))
         return trainer, start, trainer.save("save_weights_for_sampler", "end")
 
-    with ThreadPoolExecutor(len(TENANTS)) as pool:
-        results = list(pool.map(train, range(len(TENANTS))))
+    with ThreadPoolExecutor(count) as pool:
+        results = list(pool.map(train, range(count)))
     for trainer, start, end in results:
         check(mixed, trainer, start, end, tmp_path)
 

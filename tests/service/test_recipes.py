@@ -63,7 +63,7 @@ def test_sl_loop_trains_whatever_happens_to_the_server(server: Server, kills: in
         (
             "chat_sl.train",
             dict(
-                eval_every=0, max_length=512, rolling_save_every=1,
+                eval_every=4, max_length=512, rolling_save_every=1,
                 behavior_if_log_dir_exists="resume",
             ),
         ),
