@@ -29,6 +29,7 @@ from lobra.trainer.run import PRELOAD
 log = logging.getLogger(__name__)
 
 FIRST_TENANT = "default"
+RANK_TARGET = "lobra.service.engine_link:serve_rank"
 
 
 class Service:
@@ -92,7 +93,7 @@ class Service:
             threading.Thread(target=self.sampling.run, daemon=True).start()
             try:
                 run_ranks(
-                    "lobra.service.engine_link:serve_rank",
+                    RANK_TARGET,
                     run.world_size,
                     {"run": run, "address": str(listener.address), "authkey": authkey},
                     device=run.device,

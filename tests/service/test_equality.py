@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lobra.service import coordinator
+from lobra.service import coordinator, server
+from lobra.service.backlog import Backlog, Pass
 from lobra.service.passes import PassRunner
 from lobra.service.wire import Datum
 from tests.service.peft_alone import Step, train_with_peft
@@ -158,6 +159,54 @@ def test_tenants_get_what_they_would_get_alone(
         results = list(pool.map(train, range(count)))
     for trainer, start, end in results:
         check(mixed, trainer, start, end, tmp_path)
+
+
+def test_where_tasks_are_computed_at_once_one_that_is_not_finite_spoils_no_other(
+    base: Path, mixed: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It shares every pass with a model whose first update was beyond bounds."""
+    plain, sent = Backlog.next_pass, threading.Event()
+
+    def together(self: Backlog, max_tokens: int, now: float) -> Pass | None:
+        return plain(self, max_tokens, now) if sent.is_set() else None
+
+    tokens = np.arange(3, 23, dtype=np.int32)
+    data = [Datum(tokens, tokens[::-1].copy(), np.ones(20))]
+    adam = {**ADAM, "learning_rate": 0.01}
+
+    def train(client: Client, model: str, rate: float, last: bool) -> list[dict[str, Any]]:
+        futures = []
+        for step in range(3):
+            futures += [client.losses(model, 3 * step + call, data)[1] for call in (1, 2)]
+            fields = dict(model_id=model, seq_id=3 * step + 3)
+            settings = {**adam, "learning_rate": rate}
+            futures.append(client.asked("optim_step", adam_params=settings, **fields))
+        if last:  # but for one request, which wakes the coordinator
+            sent.set()
+        save = dict(model_id=model, seq_id=10, path="end")
+        return [*futures, client.asked("save_weights_for_sampler", **save)]
+
+    alone = mixed.client("alone")
+    model = alone.new_model(alone.new_session(), 0, rank=4, seed=1)
+    expected = [alone.result(future) for future in train(alone, model, 0.01, True)][-1]["path"]
+    monkeypatch.setattr(server, "RANK_TARGET", "tests.service.joined:serve_joined")
+    with running(deployment_of(base, tmp_path / "state", [(1, 1)], 64, precision="fp64")) as found:
+        clients = [found.client(name) for name in ("good", "bad")]
+        models = [one.new_model(one.new_session(), 0, rank=4, seed=1) for one in clients]
+        monkeypatch.setattr(Backlog, "next_pass", together)
+        sent.clear()
+        futures = [
+            train(client, model, rate, client is clients[-1])
+            for client, model, rate in zip(clients, models, (0.01, 1e300), strict=True)
+        ]
+        good, bad = (
+            [client.result(future) for future in own]
+            for client, own in zip(clients, futures, strict=True)
+        )
+        assert "not finite" in bad[5]["error"]
+        own = load_file(folder_of(found, good[-1]["path"]) / "adapter_model.safetensors")
+    for name, value in load_file(folder_of(mixed, expected) / "adapter_model.safetensors").items():
+        torch.testing.assert_close(own[name], value, rtol=BAR, atol=BAR)
 
 
 def test_a_checkpoint_goes_on_bit_by_bit(mixed: Running) -> None:
