@@ -4,13 +4,6 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-SERVE = [
-    "fastapi>=0.115,<1",
-    "uvicorn>=0.30,<1",
-    "sqlalchemy>=2.0,<3",
-    "protobuf>=5.26,<8",
-]
-
 setup(
     name="lobra",
     version="0.1.0",
@@ -62,9 +55,13 @@ setup(
         ],
         "wandb": ["wandb>=0.20,<1"],
         "mlflow": ["mlflow-skinny>=3.0,<4"],
-        "serve": SERVE,
+        "serve": [
+            "fastapi>=0.115,<1",
+            "uvicorn>=0.30,<1",
+            "sqlalchemy>=2.0,<3",
+            "protobuf>=5.26,<8",
+        ],
         "dev": [
-            *SERVE,
             "peft>=0.19,<0.22",
             "pytest>=8.0,<10",
             "pytest-timeout>=2.3,<3",

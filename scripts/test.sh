@@ -11,5 +11,5 @@ if [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; then
 fi
 
 activate_environment
-install_project dev
+install_project serve,dev
 exec python -m pytest "$@"
