@@ -49,12 +49,12 @@ setup(
             "torch>=2.8,<=2.13.0",
             "deepspeed>=0.19,<0.20",
             "transformers>=5.17,<5.24",
+            "peft>=0.19,<0.22",
             "datasets>=4.0,<6",
             "safetensors>=0.5,<1",
             "tensorboard>=2.16,<3",
         ],
         "dev": [
-            "peft>=0.19,<0.22",
             "pytest>=8.0,<10",
             "pytest-timeout>=2.3,<3",
             "pytest-xdist>=3.6,<4",

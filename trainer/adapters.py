@@ -25,6 +25,7 @@ from lobra.trainer.peft_config import config_problems
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+CARD_FILE = "README.md"
 
 
 def adapter_spec(task: TaskConfig, run_seed: int = 0) -> AdapterSpec:
@@ -74,9 +75,15 @@ def gather_tensors(
 
 
 def save_adapter(
-    folder: Path, spec: AdapterSpec, tensors: Mapping[str, Tensor], base_model: str
+    folder: Path,
+    spec: AdapterSpec,
+    tensors: Mapping[str, Tensor],
+    base_model: str,
+    card: str | None = None,
 ) -> None:
     """Write an adapter folder that `peft.PeftModel.from_pretrained` and vLLM load unchanged.
+
+    With a ``card`` it has a README.md.
 
     The folder appears complete or not at all; an older one of that name is there until the moment
     it is replaced.
@@ -84,6 +91,8 @@ def save_adapter(
     draft = new_draft(folder)
     save_file(dict(tensors), draft / WEIGHTS_FILE, metadata={"format": "pt"})
     write_atomic(draft / CONFIG_FILE, json.dumps(peft_config(spec, base_model), indent=2) + "\n")
+    if card is not None:
+        write_atomic(draft / CARD_FILE, card)
     replace_folder(draft, folder)
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
+from lobra.common.errors import ConfigError
 from lobra.model.slot import Slot
 from lobra.model.stage import Stage
 from lobra.trainer.adapters import gather_tensors, not_finite, save_adapter
 from lobra.trainer.checkpoint import CheckpointState, CheckpointWriter
+from lobra.trainer.metrics import read_metrics
+from lobra.trainer.model_card import model_card
 from lobra.trainer.optimizer import AdapterOptimizer
 from lobra.trainer.run_spec import RunSpec
 
@@ -68,7 +72,14 @@ class AdapterExporter:
         dist.barrier(group=self.control)
 
     def export_adapters(self) -> None:
-        """Write every task's adapter folder."""
+        """Write every task's adapter folder, with a model card."""
+        run = self.run
+        steps: list[dict[str, Any]] = []
+        if self.is_writer:
+            try:
+                steps = read_metrics(run.output_dir)
+            except ConfigError as error:
+                log.warning("model cards do not tell the losses: %s", error)
         for number, slot in self.stage.slots.items():
             tensors = self._weights(slot)
             if self.is_writer:
@@ -78,6 +89,7 @@ class AdapterExporter:
                         "it is of no use",
                         slot.spec.name, bad[0], len(bad) - 1,
                     )  # fmt: skip
-                folder = self.run.adapter_folder(number)
-                save_adapter(folder, slot.spec, tensors, self.run.base_model)
+                card = model_card(run.tasks[number], run.base_model, run.precision, steps)
+                folder = run.adapter_folder(number)
+                save_adapter(folder, slot.spec, tensors, run.base_model, card)
         dist.barrier(group=self.control)
