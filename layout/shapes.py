@@ -15,11 +15,14 @@ from lobra.common.errors import ConfigError
 TINY = "tiny"
 MODELS_DIR = Path("models")
 
-SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma")
+SUPPORTED_MODEL_TYPES = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "olmo2"),
+)
 # What transformers' configuration classes assume where a config.json is silent; elsewhere the head
 # size follows from the hidden size, and the head is not tied to the embedding.
-DEFAULT_HEAD_DIM = {"qwen3": 128, "gemma": 256}
-DEFAULT_TIED = {"gemma": True}
+DEFAULT_HEAD_DIM = {"qwen3": 128, "gemma": 256, "gemma2": 256, "gemma3_text": 256}
+DEFAULT_TIED = {"gemma": True, "gemma2": True, "gemma3_text": True}
+NORMS_BEHIND = ("gemma2", "gemma3_text", "olmo2")
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")  # "su": longrope's first name
 
 
@@ -28,6 +31,7 @@ class ModelShape:
     """Sizes of a decoder-only transformer. `path` is None for a shape known only by name.
 
     `max_positions` is the longest context the model was made for, None where nothing says it.
+    `norms_behind`: a norm follows the last product of a layer.
     """
 
     name: str
@@ -41,6 +45,7 @@ class ModelShape:
     tied_embeddings: bool = False
     path: Path | None = None
     max_positions: int | None = None
+    norms_behind: bool = False
 
     def linear_sizes(self) -> dict[str, tuple[int, int]]:
         """Return {module name: (in_features, out_features)} of one decoder layer's linears."""
@@ -132,6 +137,11 @@ def read_shape(folder: Path) -> ModelShape:
             f"{path}: quantization_config: quantised weights are not read; use the "
             f"unquantised model"
         )
+    if config.get("use_bidirectional_attention"):
+        problems.append(
+            f"{path}: use_bidirectional_attention: tokens that see later ones are not supported; "
+            f"use a causal model"
+        )
     problems += [f"{path}: {problem}" for problem in _rope_problems(config)]
     if problems:
         raise ConfigError(problems)
@@ -152,6 +162,7 @@ def read_shape(folder: Path) -> ModelShape:
         tied_embeddings=bool(config.get("tie_word_embeddings", DEFAULT_TIED.get(str(model_type)))),
         path=folder,
         max_positions=config.get("max_position_embeddings"),
+        norms_behind=model_type in NORMS_BEHIND,
     )
 
 

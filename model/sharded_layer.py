@@ -10,10 +10,10 @@ from lobra.layout.shapes import ModelShape, module_path
 from lobra.layout.world import kv_head_range, shard_range
 from lobra.model.adapter import SHARED_INPUTS, Site
 from lobra.model.base_linear import DenseLinear, Shard
-from lobra.model.checkpoint import CheckpointReader
+from lobra.model.checkpoint import CheckpointReader, as_slice
 from lobra.model.groups import ReplicaGroups
 from lobra.model.stack import AdaptedLinear, Stack
-from lobra.model.tensor_parallel import copy_to_group
+from lobra.model.tensor_parallel import SharedNorm, copy_to_group
 from lobra.model.token_tasks import Selection
 
 ROW_PARALLEL = ("o_proj", "down_proj")
@@ -70,6 +70,7 @@ def shard_layer(
             layer_module.set_submodule(path, AdaptedLinear(stack, linear, group, bias_O))
         stacks.append(stack)
     if groups.tp_group is not None:
+        _share_wide_norms(layer_module.self_attn, layer, shards, groups, reader)
         for parent in (layer_module.self_attn, layer_module.mlp):
             _sum_input_gradient(parent, groups)
     attention = layer_module.self_attn
@@ -77,6 +78,25 @@ def shard_layer(
     local_keys = len(shards["k_proj"].outputs) // shape.head_dim
     attention.num_key_value_groups = local_queries // local_keys
     return stacks
+
+
+def _share_wide_norms(
+    attention: Any,
+    layer: int,
+    shards: dict[str, Shard],
+    groups: ReplicaGroups,
+    reader: CheckpointReader,
+) -> None:
+    """Replace norms over all heads' features together (OLMo 2) by what this rank has of them."""
+    for name, module in (("q_norm", "q_proj"), ("k_norm", "k_proj")):
+        norm, shard = getattr(attention, name, None), shards[module]
+        if norm is None or len(norm.weight) != shard.out_features:
+            continue
+        weight_f = reader.read(
+            f"model.layers.{layer}.self_attn.{name}.weight", as_slice(shard.outputs)
+        )
+        shared = SharedNorm(weight_f, norm.variance_epsilon, groups.tp_group, name)
+        setattr(attention, name, shared)
 
 
 def _sum_input_gradient(parent: nn.Module, groups: ReplicaGroups) -> None:

@@ -36,10 +36,11 @@ from lobra.model.segment_stack import SegmentStack
 from lobra.model.sharded_layer import shard_layer
 from lobra.model.slot import Slot
 from lobra.model.stack import Stack
-from lobra.model.tensor_parallel import VocabParallelEmbedding, VocabParallelHead
+from lobra.model.tensor_parallel import LogitScale, VocabParallelEmbedding, VocabParallelHead
 from lobra.model.token_tasks import Selection, TokenTasks
 
-EMBEDDING_SCALE = "scalar_embed_scale"  # of the embedding of Gemma in transformers
+# As transformers names them: what Gemma's embedding, and what Granite's decoder multiplies by.
+EMBEDDING_SCALE, INPUT_FACTOR = "scalar_embed_scale", "embedding_multiplier"
 
 
 class Stage(nn.Module):
@@ -273,6 +274,8 @@ def _place_ends(
     scale = getattr(decoder.embed_tokens, EMBEDDING_SCALE, None)
     decoder.embed_tokens = None
     weight_vD = None
+    if hasattr(decoder, INPUT_FACTOR) and not place.is_first_stage:
+        setattr(decoder, INPUT_FACTOR, 1.0)
     if place.is_first_stage:
         weight_vD = reader.read(embedding, as_slice(rows))
         decoder.embed_tokens = VocabParallelEmbedding(weight_vD, rows, groups.tp_group, scale)
@@ -284,7 +287,11 @@ def _place_ends(
     elif weight_vD is None:
         weight_vD = reader.read(embedding, as_slice(rows))
     largest_slice = math.ceil(shape.vocab_size / place.layout.tp)
-    return VocabParallelHead(weight_vD, rows, groups.tp_group, largest_slice)
+    config = decoder.config
+    scale = LogitScale(
+        getattr(config, "logits_scaling", 1.0), getattr(config, "final_logit_softcapping", None)
+    )
+    return VocabParallelHead(weight_vD, rows, groups.tp_group, largest_slice, scale)
 
 
 def _load_rest(decoder: nn.Module, layers: range, reader: CheckpointReader) -> None:
