@@ -23,7 +23,6 @@ SUPPORTED_MODEL_TYPES = (
 DEFAULT_HEAD_DIM = {"qwen3": 128, "gemma": 256, "gemma2": 256, "gemma3_text": 256}
 DEFAULT_TIED = {"gemma": True, "gemma2": True, "gemma3_text": True}
 NORMS_BEHIND = ("gemma2", "gemma3_text", "olmo2")
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")  # "su": longrope's first name
 
 
 @dataclass(frozen=True)
@@ -167,43 +166,35 @@ def read_shape(folder: Path) -> ModelShape:
 
 
 def _rope_problems(config: dict[str, Any]) -> list[str]:
-    """Return a problem for rotary embeddings that depend on the longest row of a micro-batch.
+    """Return a problem for rotary embeddings of which a sequence's result is no function alone.
 
-    With them a sequence's result would depend on what it is batched with.
+    `dynamic` is plain up to max_position_embeddings; beyond, it depends on the longest sequence
+    that has been seen. `longrope` goes by each sequence's own length here (`model.long_rope`), but
+    not in families with embeddings of their own for each kind of layer.
     """
     problems = []
     for field in ("rope_parameters", "rope_scaling"):
         given = config.get(field)
         if not isinstance(given, dict):
             continue
-        # Some families have one set of parameters per kind of layer.
-        for entry in (given, *(value for value in given.values() if isinstance(value, dict))):
+        of_kinds = [value for value in given.values() if isinstance(value, dict)]
+        for entry in (given, *of_kinds):
             kind = entry.get("rope_type", entry.get("type"))
-            if kind in LENGTH_DEPENDENT_ROPE:
+            if kind == "dynamic":
+                limit = config.get("max_position_embeddings", "the max_position_embeddings")
                 problems.append(
-                    f"{field}: the rope type {kind!r} makes a sequence depend on the longest one "
-                    f"in its batch and is not supported; {_rope_remedy(kind, config)}"
+                    f"{field}: the rope type 'dynamic' makes a sequence depend on the longest one "
+                    f"in its batch and is not supported; up to {limit} tokens it does nothing: "
+                    f"with every context_length within that, say 'default' instead in a copy of "
+                    f"the model folder; for longer ones use another model"
+                )
+            elif kind == "longrope" and entry is not given:
+                problems.append(
+                    f"{field}: the rope type 'longrope' of one kind of layers makes a sequence "
+                    f"depend on the longest one in its batch and is not supported; use another "
+                    f"model"
                 )
     return problems
-
-
-def _rope_remedy(kind: str, config: dict[str, Any]) -> str:
-    """Return what to do about a rope type, by what transformers computes for it.
-
-    `dynamic` is plain up to max_position_embeddings and changes beyond it only. `longrope` divides
-    the frequencies by its short factors up to original_max_position_embeddings and by its long ones
-    beyond, and scales by its attention factor always: at no length is it plain.
-    """
-    if kind == "dynamic":
-        limit = config.get("max_position_embeddings", "the model's max_position_embeddings")
-        return (
-            f"up to {limit} tokens it does nothing: with every context_length within that, say "
-            f"'default' instead in a copy of the model folder; for longer ones use another model"
-        )
-    return (
-        "its short factors apply to short sequences too, so without it this would be another "
-        "model; use another model"
-    )
 
 
 def layout_problem(shape: ModelShape, tp: int, pp: int) -> str | None:

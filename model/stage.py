@@ -29,6 +29,7 @@ from lobra.model.checkpoint import CheckpointReader, as_slice
 from lobra.model.fused import fuse
 from lobra.model.groups import ReplicaGroups
 from lobra.model.joint_stack import JointStack
+from lobra.model.long_rope import LONG_ROPE, OwnLengthRope
 from lobra.model.memory_policy import apply_policy, is_autograds_own
 from lobra.model.micro_batch import MicroBatchTensors
 from lobra.model.precision import NothingBelowDouble, in_double, kept_dtype
@@ -138,6 +139,8 @@ class Stage(nn.Module):
         look; packed, it is apart.
         """
         self.selection.tasks = TokenTasks(batch.segments, batch.noise, self.apart)
+        if isinstance(self.decoder.rotary_emb, OwnLengthRope):
+            self.decoder.rotary_emb.read(batch)
         if received_BSD is None:
             received_BSD = self.decoder.embed_tokens(batch.tokens_BS)
         output = self.decoder(
@@ -227,6 +230,8 @@ def build_stage(
     # Non-persistent buffers were made on the meta device: build the module anew where it runs.
     with NothingBelowDouble() if dtype == torch.float64 else nullcontext():
         decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(device)
+    if getattr(decoder.rotary_emb, "rope_type", None) == LONG_ROPE:
+        decoder.rotary_emb = OwnLengthRope(decoder.rotary_emb)
     decoder.requires_grad_(False)
     fuse(decoder)
     if dtype == torch.float64:

@@ -104,6 +104,25 @@ def test_a_window_shorter_than_the_sequences(family: str, tmp_path: Path) -> Non
     assert gradients_by_peft(base)[1] != pytest.approx(expected[1], rel=1e-4), "no window at all"
 
 
+ROPE = {
+    "llama3": dict(low_freq_factor=1.0, high_freq_factor=4.0, factor=8.0),
+    "yarn": dict(factor=4.0),
+    "longrope": dict(short_factor=[1.2] * 8, long_factor=[3.0] * 8, factor=32.0),
+}
+
+
+@pytest.mark.parametrize("kind", ROPE)
+def test_scaled_rotary_embeddings_by_each_sequence_s_own_length(kind: str, tmp_path: Path) -> None:
+    """Sequences of 12 to 24 tokens lie together; from 17 on they are long."""
+    rope = dict(rope_type=kind, rope_theta=10000.0, original_max_position_embeddings=16)
+    base = save_llama(tmp_path / "base", rope_parameters={**rope, **ROPE[kind]})
+    expected = gradients_by_peft(base)
+    for layout, packed in ((Layout(1, 2), True), (Layout(1, 1), False)):
+        check_gradients(base, layout, packed, *expected)
+    plain = save_llama(tmp_path / "plain")
+    assert gradients_by_peft(plain)[1] != pytest.approx(expected[1], rel=1e-4)
+
+
 def check_gradients(
     base: Path, layout: Layout, packed: bool, expected: dict, losses: list[float]
 ) -> None:
