@@ -6,7 +6,9 @@ Torch-free, so that planning never pays for importing torch.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,62 @@ MODELS_DIR = Path("models")
 
 SUPPORTED_MODEL_TYPES = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "olmo2"),
+    *("phi3", "glm", "glm4"),
 )
 # What transformers' configuration classes assume where a config.json is silent; elsewhere the head
 # size follows from the hidden size, and the head is not tied to the embedding.
-DEFAULT_HEAD_DIM = {"qwen3": 128, "gemma": 256, "gemma2": 256, "gemma3_text": 256}
+DEFAULT_HEAD_DIM = {
+    "qwen3": 128,
+    "gemma": 256,
+    "gemma2": 256,
+    "gemma3_text": 256,
+    "glm": 128,
+    "glm4": 128,
+}
 DEFAULT_TIED = {"gemma": True, "gemma2": True, "gemma3_text": True}
-NORMS_BEHIND = ("gemma2", "gemma3_text", "olmo2")
+NORMS_BEHIND = ("gemma2", "gemma3_text", "olmo2", "glm4")
+FUSED = {"phi3": ("qkv_proj", "gate_up_proj"), "glm": ("gate_up_proj",), "glm4": ("gate_up_proj",)}
+
+
+@dataclass(frozen=True)
+class FusedLinear:
+    """A linear that computes several projections, whose features lie one part after the other.
+
+    Split over GPUs it is by groups: each has the features of a group of heads, or of one neuron,
+    of every part. Here its features lie group by group, so that what a GPU has of them lies
+    together; in checkpoints and in PEFT's adapters they lie part by part.
+
+    Attributes
+    ----------
+    parts
+        The projections' names.
+    groups
+        How many there are.
+    widths
+        Features of a group, of each part.
+    """
+
+    parts: tuple[str, ...]
+    groups: int
+    widths: tuple[int, ...]
+
+    @property
+    def group_width(self) -> int:
+        """Features of a group, of all parts."""
+        return sum(self.widths)
+
+    @property
+    def out_features(self) -> int:
+        """Features of all groups."""
+        return self.groups * self.group_width
+
+    def part_rows(self, groups: range) -> list[range]:
+        """Return where features of groups lie in a checkpoint: a range of each part."""
+        offsets = accumulate((self.groups * width for width in self.widths), initial=0)
+        return [
+            range(offset + groups.start * width, offset + groups.stop * width)
+            for offset, width in zip(offsets, self.widths, strict=False)
+        ]
 
 
 @dataclass(frozen=True)
@@ -30,7 +82,8 @@ class ModelShape:
     """Sizes of a decoder-only transformer. `path` is None for a shape known only by name.
 
     `max_positions` is the longest context the model was made for, None where nothing says it.
-    `norms_behind`: a norm follows the last product of a layer.
+    `norms_behind`: a norm follows the last product of a layer. `fused`: names of linears that are
+    several projections in one.
     """
 
     name: str
@@ -45,12 +98,13 @@ class ModelShape:
     path: Path | None = None
     max_positions: int | None = None
     norms_behind: bool = False
+    fused: tuple[str, ...] = ()
 
     def linear_sizes(self) -> dict[str, tuple[int, int]]:
         """Return {module name: (in_features, out_features)} of one decoder layer's linears."""
         hidden, ffn = self.hidden_size, self.intermediate_size
         query, key = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        return {
+        sizes = {
             "q_proj": (hidden, query),
             "k_proj": (hidden, key),
             "v_proj": (hidden, key),
@@ -59,15 +113,61 @@ class ModelShape:
             "up_proj": (hidden, ffn),
             "down_proj": (ffn, hidden),
         }
+        for name, fused in self.fused_linears().items():
+            sizes[name] = hidden, fused.out_features
+            for part in fused.parts:
+                del sizes[part]
+        return sizes
+
+    def fused_linears(self) -> dict[str, FusedLinear]:
+        """Return what the model's fused linears are made of, by their names."""
+        heads = self.num_heads // self.num_kv_heads, 1, 1
+        known = {
+            "qkv_proj": FusedLinear(
+                ("q_proj", "k_proj", "v_proj"),
+                self.num_kv_heads,
+                tuple(number * self.head_dim for number in heads),
+            ),
+            "gate_up_proj": FusedLinear(("gate_proj", "up_proj"), self.intermediate_size, (1, 1)),
+        }
+        return {name: known[name] for name in self.fused}
+
+    def own_modules(self, target_modules: Iterable[str]) -> tuple[str, ...]:
+        """Return the model's own linears that target modules mean; a fused one if all parts do.
+
+        Raises
+        ------
+        ConfigError
+            It has none of a name, or only some parts of a fused linear are targets.
+        """
+        targets, sizes = set(target_modules), self.linear_sizes()
+        problems = []
+        for name, fused in self.fused_linears().items():
+            given = [part for part in fused.parts if part in targets]
+            if len(given) == len(fused.parts):
+                targets.add(name)
+            elif given:
+                problems.append(
+                    f"{' and '.join(given)} of {self.name} cannot have an adapter of its own: "
+                    f"{', '.join(fused.parts)} are one linear, {name}; target all of them or none"
+                )
+            targets -= set(fused.parts)
+        problems += [
+            f"target module {module!r} is not one of {', '.join(sizes)}"
+            for module in sorted(targets - sizes.keys())
+        ]
+        if problems:
+            raise ConfigError(problems)
+        return tuple(module for module in sizes if module in targets)
 
     def adapter_elements(self, rank: int, target_modules: tuple[str, ...]) -> int:
         """Return the number of LoRA parameters of one adapter over all layers."""
         sizes = self.linear_sizes()
-        per_layer = sum(rank * sum(sizes[module]) for module in target_modules)
+        per_layer = sum(rank * sum(sizes[module]) for module in self.own_modules(target_modules))
         return per_layer * self.num_layers
 
 
-ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
+ATTENTION_MODULES = ("qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def module_path(module: str) -> str:
@@ -162,6 +262,7 @@ def read_shape(folder: Path) -> ModelShape:
         path=folder,
         max_positions=config.get("max_position_embeddings"),
         norms_behind=model_type in NORMS_BEHIND,
+        fused=FUSED.get(str(model_type), ()),
     )
 
 
@@ -210,6 +311,11 @@ def layout_problem(shape: ModelShape, tp: int, pp: int) -> str | None:
         reasons.append(f"tp {tp} does not divide the {shape.num_heads} attention heads")
     if shape.num_kv_heads % tp and tp % shape.num_kv_heads:
         reasons.append(f"tp {tp} and the {shape.num_kv_heads} key/value heads do not divide")
+    if "qkv_proj" in shape.fused and shape.num_kv_heads % tp:
+        reasons.append(
+            f"tp {tp} does not divide the {shape.num_kv_heads} key/value heads, whose linear is "
+            f"one with the queries'"
+        )
     if shape.intermediate_size % tp:
         reasons.append(f"tp {tp} does not divide the ffn size {shape.intermediate_size}")
     if pp > shape.num_layers:

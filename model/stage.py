@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from lobra.common.errors import ConfigError
+from lobra.common.errors import ConfigError, Problems
 from lobra.layout.shapes import ModelShape, layout_problem, read_shape
 from lobra.layout.world import shard_range
 from lobra.model import packed_attention
@@ -42,6 +43,8 @@ from lobra.model.token_tasks import Selection, TokenTasks
 
 # As transformers names them: what Gemma's embedding, and what Granite's decoder multiplies by.
 EMBEDDING_SCALE, INPUT_FACTOR = "scalar_embed_scale", "embedding_multiplier"
+# Never used: the base is frozen, and LoRA dropout is the tasks' own.
+BASE_DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop")
 
 
 class Stage(nn.Module):
@@ -95,9 +98,8 @@ class Stage(nn.Module):
         ConfigError
             If a target module is unknown.
         """
-        _check_targets(specs.values(), self.shape)
         kept = kept_dtype(self.dtype)
-        for number, spec in specs.items():
+        for number, spec in specs_of_model(specs, self.shape).items():
             assert number not in self.slots, "a task's number is its own"
             self.slots[number] = Slot(number, spec, self.shape, self.layers, kept, self.device)
         self._arrange()
@@ -211,7 +213,7 @@ def build_stage(
     problem = layout_problem(shape, layout.tp, layout.pp)
     if problem:
         raise ConfigError(f"{folder}: {problem}")
-    _check_targets(specs.values(), shape)
+    specs = specs_of_model(specs, shape)
     device = torch.device(device)
     layers = groups.place.layers(shape.num_layers)
     reader = CheckpointReader(folder, dtype, device)
@@ -245,16 +247,22 @@ def build_stage(
     return stage
 
 
-def _check_targets(specs: Iterable[AdapterSpec], shape: ModelShape) -> None:
-    known = shape.linear_sizes()
-    problems = [
-        f"task {spec.name}: target module {module!r} is not one of {', '.join(known)}"
-        for spec in specs
-        for module in spec.target_modules
-        if module not in known
-    ]
-    if problems:
-        raise ConfigError(problems)
+def specs_of_model(specs: Mapping[int, AdapterSpec], shape: ModelShape) -> dict[int, AdapterSpec]:
+    """Return adapters whose target modules are the model's own linears.
+
+    Raises
+    ------
+    ConfigError
+        For targets that it has not.
+    """
+    problems, own = Problems(), {}
+    for number, spec in specs.items():
+        try:
+            own[number] = replace(spec, target_modules=shape.own_modules(spec.target_modules))
+        except ConfigError as error:
+            problems += error.problems.prefixed(f"task {spec.name}: ")
+    problems.raise_if_any()
+    return own
 
 
 def _stage_config(folder: Path, layers: range) -> Any:
@@ -265,7 +273,9 @@ def _stage_config(folder: Path, layers: range) -> Any:
     config.num_hidden_layers = len(layers)
     config._attn_implementation = packed_attention.register()
     config.use_cache = False
-    config.attention_dropout = 0.0  # the base is frozen; LoRA dropout is the tasks' own
+    for name in BASE_DROPOUTS:
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
     return config
 
 

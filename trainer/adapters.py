@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,8 @@ def check_adapter(folder: Path, spec: AdapterSpec, shape: ModelShape) -> Problem
             ]
         )
     problems = Problems()
+    with problems.noted():
+        spec = replace(spec, target_modules=shape.own_modules(spec.target_modules))
     for field, value in {"r": spec.rank, "lora_alpha": spec.alpha}.items():
         if config.get(field) != value:
             problems.add(

@@ -246,6 +246,12 @@ def prepare(request: TrainRequest) -> RunSpec:
     if config is not None and folder is not None:
         tasks = clip_context(config.tasks, request.max_seq_length)
         for number, task in enumerate(tasks):
+            if shape is not None:
+                try:
+                    shape.own_modules(task.target_modules)
+                except ConfigError as error:
+                    where = f"{config.path}: task[{number}].target_modules: "
+                    checks.problems += error.problems.prefixed(where)
             # A run that goes on has its adapters in the checkpoint.
             if task.resume_from and shape is not None and not request.is_resumed:
                 start = Path(task.resume_from)

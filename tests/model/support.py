@@ -18,10 +18,13 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    Glm4Config,
+    GlmConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
+    Phi3Config,
     Qwen2Config,
     Qwen3Config,
 )
@@ -47,6 +50,11 @@ SPECS = (
 )
 
 
+#: Half of a head is turned.
+PARTIAL = {
+    "rope_parameters": dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5),
+    "pad_token_id": 0,
+}
 FAMILIES = {
     "llama": (LlamaConfig, {}),
     "qwen2": (Qwen2Config, {}),  # biases on q, k and v
@@ -74,6 +82,9 @@ FAMILIES = {
             **dict(logits_scaling=3.0, attention_bias=True, mlp_bias=True),
         },
     ),
+    "phi3": (Phi3Config, {"pad_token_id": 0, "sliding_window": 50}),  # q, k, v one linear
+    "glm": (GlmConfig, {"head_dim": 32, "attention_bias": True, **PARTIAL}),  # gate, up one linear
+    "glm4": (Glm4Config, {"head_dim": 32, **PARTIAL}),  # and norms behind
     "olmo2": (Olmo2Config, {}),  # norms of all of q and k, and behind
 }
 

@@ -13,6 +13,7 @@ any forward or backward pass, so nothing else is hidden.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,12 @@ from torch.nn import functional
 from transformers import AttentionInterface, AutoModelForCausalLM, get_scheduler
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
+from lobra.layout.shapes import read_shape
 from lobra.model.dropout import TokenNoise, feature_keys, token_keys
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.dataset import TokenizedDataset
 from lobra.tasks.sampling import sample_indices, task_seed
+from lobra.tasks.target_modules import resolve_target_modules
 from lobra.trainer.batches import draw_sequences
 from tests.trainer.double import NoSinglePrecision
 from tests.trainer.support import random_dataset
@@ -80,9 +83,14 @@ def task_config(task: dict, **fields: Any) -> TaskConfig:
 
 
 def tasks_from(starts: list[Path], **fields: Any) -> tuple[TaskConfig, ...]:
-    """Return the tasks, each with the adapter it starts from."""
-    pairs = zip(TASKS, starts, strict=True)
-    return tuple(task_config(task, resume_from=str(start), **fields) for task, start in pairs)
+    """Return the tasks, each with the adapter it starts from and that one's targets."""
+    tasks = []
+    for task, start in zip(TASKS, starts, strict=True):
+        config = json.loads((start / "adapter_config.json").read_text())
+        targets = resolve_target_modules(config["target_modules"])
+        own = {**task, "target_modules": targets}
+        tasks.append(task_config(own, resume_from=str(start), **fields))
+    return tuple(tasks)
 
 
 def make_datasets() -> list[TokenizedDataset]:
@@ -94,14 +102,21 @@ def make_datasets() -> list[TokenizedDataset]:
 
 
 def make_starts(base: Path, root: Path) -> list[Path]:
-    """PEFT's own fresh adapters, B made non-zero so that A has a gradient from the first step."""
+    """PEFT's own fresh adapters, B made non-zero so that A has a gradient from the first step.
+
+    Where gate and up are one linear, a task that has one of them has both.
+    """
+    shape = read_shape(base)
     folders = []
     for number, task in enumerate(TASKS):
         torch.manual_seed(100 + number)
+        targets = set(task["target_modules"])
+        if "gate_up_proj" in shape.fused and "up_proj" in targets:
+            targets.add("gate_proj")
         config = LoraConfig(
             r=task["rank"],
             lora_alpha=task["lora_alpha"],
-            target_modules=list(task["target_modules"]),
+            target_modules=list(shape.own_modules(targets)),
             task_type="CAUSAL_LM",
         )
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
@@ -264,7 +279,8 @@ def _double_rotary(module: Any) -> Callable[..., tuple[Tensor, Tensor]]:
         rope = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
         assert rope["rope_type"] == "default", "the formula below is that one's"
         base = rope["rope_theta"]
-        powers = torch.arange(0, size, 2, dtype=torch.float64) / size
+        turned = int(size * rope.get("partial_rotary_factor", 1.0))
+        powers = torch.arange(0, turned, 2, dtype=torch.float64) / turned
         angles = position_ids[..., None].double() * torch.pow(base, -powers)
         both = torch.cat((angles, angles), dim=-1)
         return both.cos(), both.sin()
