@@ -148,7 +148,7 @@ class ModelShape:
                 targets.add(name)
             elif given:
                 problems.append(
-                    f"{' and '.join(given)} of {self.name} cannot have an adapter of its own: "
+                    f"{' and '.join(given)} alone cannot be adapted: in {self.name} "
                     f"{', '.join(fused.parts)} are one linear, {name}; target all of them or none"
                 )
             targets -= set(fused.parts)

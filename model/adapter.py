@@ -25,9 +25,9 @@ from lobra.model.base_linear import Shard
 
 # The linears of a decoder layer by the input they have in common.
 SHARED_INPUTS = (
-    ("qkv_proj", "q_proj", "k_proj", "v_proj"),
+    ("q_proj", "k_proj", "v_proj"),
     ("o_proj",),
-    ("gate_up_proj", "gate_proj", "up_proj"),
+    ("gate_proj", "up_proj"),
     ("down_proj",),
 )
 
@@ -224,12 +224,10 @@ class FlatTensors:
 def sites_by_input(shape: ModelShape, layer: int) -> Iterator[list[Site]]:
     """Yield a layer's linears, those that share an input together."""
     sizes, fused = shape.linear_sizes(), shape.fused_linears()
+    whole = {part: name for name, linear in fused.items() for part in linear.parts}
     for modules in SHARED_INPUTS:
-        yield [
-            Site(layer, module, *sizes[module], fused.get(module))
-            for module in modules
-            if module in sizes
-        ]
+        own = dict.fromkeys(whole.get(module, module) for module in modules)
+        yield [Site(layer, module, *sizes[module], fused.get(module)) for module in own]
 
 
 def _in_order(spec: AdapterSpec, shape: ModelShape, layers: range) -> Iterator[AdapterTensor]:

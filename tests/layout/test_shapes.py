@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,13 @@ from transformers import AutoConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lobra.common.errors import ConfigError
-from lobra.layout.shapes import SUPPORTED_MODEL_TYPES, read_shape
+from lobra.layout.shapes import (
+    SUPPORTED_MODEL_TYPES,
+    ModelShape,
+    layout_problem,
+    read_shape,
+)
+from lobra.tasks.target_modules import TARGET_MODULES
 
 SIZES = {
     "num_hidden_layers": 3,
@@ -36,6 +43,29 @@ def test_what_a_config_leaves_out_is_what_transformers_assumes(
     assert shape.tied_embeddings == theirs.tie_word_embeddings
     assert shape.num_kv_heads == theirs.num_key_value_heads
     assert (shape.num_layers, shape.vocab_size) == (theirs.num_hidden_layers, theirs.vocab_size)
+
+
+def test_parts_of_a_fused_linear_are_targets_together() -> None:
+    plain = ModelShape("plain", 2, 64, 96, 4, 2, 16, 256)
+    phi = replace(plain, name="phi", fused=("qkv_proj", "gate_up_proj"))
+    assert phi.own_modules(TARGET_MODULES) == ("o_proj", "down_proj", "qkv_proj", "gate_up_proj")
+    assert set(plain.own_modules(TARGET_MODULES)) == set(TARGET_MODULES)
+    assert phi.own_modules(phi.own_modules(TARGET_MODULES)) == phi.own_modules(TARGET_MODULES)
+    of_parts = plain.adapter_elements(3, TARGET_MODULES)
+    # One A in place of three, and one in place of two.
+    assert phi.adapter_elements(3, TARGET_MODULES) == of_parts - 2 * 3 * (2 + 1) * 64
+    with pytest.raises(ConfigError) as caught:
+        phi.own_modules(["q_proj", "v_proj", "up_proj", "wrong"])
+    said = str(caught.value)
+    assert "q_proj and v_proj alone" in said and "up_proj alone" in said and "'wrong'" in said
+
+
+def test_a_fused_linear_is_split_between_groups_of_heads() -> None:
+    shape = ModelShape("phi", 2, 64, 96, 4, 2, 16, 256, fused=("qkv_proj",))
+    assert layout_problem(shape, 2, 1) is None
+    assert "one with the queries'" in (layout_problem(shape, 4, 1) or "")
+    fused = shape.fused_linears()["qkv_proj"]
+    assert fused.part_rows(range(1, 2)) == [range(32, 64), range(80, 96), range(112, 128)]
 
 
 def test_all_problems_of_a_config_at_once(tmp_path: Path) -> None:

@@ -14,16 +14,20 @@ from lobra.layout.sequences import MicroBatch, Sequence
 from lobra.layout.world import one_replica
 from lobra.model.groups import ReplicaGroups
 from lobra.model.stage import build_stage
-from tests.model.support import save_llama, tensors_of
+from tests.model.support import save_family, tensors_of
 
 LENGTHS = (20, 5, 16, 17)  # from 17 on a sequence is long
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_each_sequence_is_as_alone(packed: bool, tmp_path: Path) -> None:
-    factors = dict(short_factor=[1.2] * 8, long_factor=[3.0] * 8, factor=8.0)
+@pytest.mark.parametrize(("family", "packed"), [("llama", True), ("llama", False), ("phi3", True)])
+def test_each_sequence_is_as_alone(family: str, packed: bool, tmp_path: Path) -> None:
     rope = dict(rope_type="longrope", rope_theta=10000.0, original_max_position_embeddings=16)
-    base = save_llama(tmp_path / "base", num_hidden_layers=2, rope_parameters={**rope, **factors})
+    turned = 0.5 if family == "phi3" else 1.0  # of a head of 16
+    factors = dict(short_factor=[1.2] * int(8 * turned), long_factor=[3.0] * int(8 * turned))
+    base = save_family(
+        family, tmp_path / "base", num_hidden_layers=2, original_max_position_embeddings=16,
+        rope_parameters={**rope, **factors, "partial_rotary_factor": turned, "factor": 8.0},
+    )  # fmt: skip
     groups = ReplicaGroups(one_replica(Layout(1, 1)).place(0), None, (0,), None, (0,))
     stage = build_stage(base, groups, {})
     rows = [torch.randint(3, 256, (length,)) for length in LENGTHS]
