@@ -82,7 +82,13 @@ FAMILIES = {
             **dict(logits_scaling=3.0, attention_bias=True, mlp_bias=True),
         },
     ),
-    "phi3": (Phi3Config, {"pad_token_id": 0, "sliding_window": 50}),  # q, k, v one linear
+    "phi3": (  # q, k, v one linear
+        Phi3Config,
+        {
+            **dict(num_attention_heads=8, num_key_value_heads=4),
+            **dict(pad_token_id=0, sliding_window=50),
+        },
+    ),
     "glm": (GlmConfig, {"head_dim": 32, "attention_bias": True, **PARTIAL}),  # gate, up one linear
     "glm4": (Glm4Config, {"head_dim": 32, **PARTIAL}),  # and norms behind
     "olmo2": (Olmo2Config, {}),  # norms of all of q and k, and behind

@@ -22,8 +22,8 @@ LENGTHS = (20, 5, 16, 17)  # from 17 on a sequence is long
 @pytest.mark.parametrize(("family", "packed"), [("llama", True), ("llama", False), ("phi3", True)])
 def test_each_sequence_is_as_alone(family: str, packed: bool, tmp_path: Path) -> None:
     rope = dict(rope_type="longrope", rope_theta=10000.0, original_max_position_embeddings=16)
-    turned = 0.5 if family == "phi3" else 1.0  # of a head of 16
-    factors = dict(short_factor=[1.2] * int(8 * turned), long_factor=[3.0] * int(8 * turned))
+    turned, pairs = (0.5, 2) if family == "phi3" else (1.0, 8)  # of a head
+    factors = dict(short_factor=[1.2] * pairs, long_factor=[3.0] * pairs)
     base = save_family(
         family, tmp_path / "base", num_hidden_layers=2, original_max_position_embeddings=16,
         rope_parameters={**rope, **factors, "partial_rotary_factor": turned, "factor": 8.0},

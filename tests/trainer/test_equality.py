@@ -50,7 +50,7 @@ PLANS = {
 EVERY_FAMILY = ("<1,2> <2,2>", "<4,1> <1,1>")
 #: In the default tier these families are shown by another plan, or (GLM) by another family.
 DEARER = {
-    **dict.fromkeys(("gemma2", "gemma3_text", "granite"), ("<4,1> <1,1>",)),
+    **dict.fromkeys(("gemma2", "gemma3_text", "granite", "phi3"), ("<4,1> <1,1>",)),
     "olmo2": ("<1,2> <2,2>",),
     **dict.fromkeys(("glm", "glm4"), EVERY_FAMILY),
 }
@@ -128,8 +128,7 @@ def case(family: str, plan: str, batching: str, *marks: Any) -> Any:
             case(family, plan, "packed", *([pytest.mark.long] * (plan in DEARER.get(family, ()))))
             for family in FAMILIES
             for plan in (PLANS if family == "llama" else EVERY_FAMILY)
-            # Here Mistral is Llama by another name; Phi's two key/value heads are not shared.
-            if (family, plan) not in (("mistral", "<4,1> <1,1>"), ("phi3", "<4,1> <1,1>"))
+            if (family, plan) != ("mistral", "<4,1> <1,1>")  # here Mistral is Llama by another name
         ),
         case("llama", "<1,1>x2 <2,1> <1,2>", "bucketed"),
         case("llama", "one <1,1>", "bucketed", pytest.mark.long),
