@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from lobra.layout.shapes import (
     read_shape,
 )
 from lobra.tasks.target_modules import TARGET_MODULES
+from tests.model.support import FAMILIES
 
 SIZES = {
     "num_hidden_layers": 3,
@@ -129,3 +131,10 @@ def test_the_remedy_for_a_rope_type_is_right(tmp_path: Path) -> None:
     assert not torch.equal(rotary(dynamic, 100)[:, :, :64], rotary(plain, 64))
     problems = problems_of(tmp_path, rope_parameters=dynamic, max_position_embeddings=64)
     assert "up to 64 tokens it does nothing" in problems
+
+
+def test_every_supported_family_is_tested_and_on_the_page_of_models(project_root: Path) -> None:
+    rows = re.findall(r"^\| (`[^|]*`) \|", (project_root / "docs" / "models.md").read_text(), re.M)
+    described = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    described.remove("model_type")
+    assert sorted(described) == sorted(SUPPORTED_MODEL_TYPES) == sorted(FAMILIES)

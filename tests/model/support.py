@@ -86,7 +86,7 @@ FAMILIES = {
         Phi3Config,
         {
             **dict(num_attention_heads=8, num_key_value_heads=4),
-            **dict(pad_token_id=0, sliding_window=50),
+            **dict(pad_token_id=0, eos_token_id=2, sliding_window=50),
         },
     ),
     "glm": (GlmConfig, {"head_dim": 32, "attention_bias": True, **PARTIAL}),  # gate, up one linear

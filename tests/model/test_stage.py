@@ -172,6 +172,13 @@ def test_every_memory_policy_computes_what_plain_autograd_does(llama, layout: La
     assert run_ranks(function, layout.num_gpus, arguments) == [[]] * layout.num_gpus
 
 
+@pytest.mark.parametrize("family", ["olmo2", pytest.param("gemma2", marks=pytest.mark.long)])
+def test_every_memory_policy_with_norms_behind_and_shared(family: str, tmp_path: Path) -> None:
+    base = save_family(family, tmp_path / "base", num_hidden_layers=2)
+    arguments = dict(folder=base, world=one_replica(Layout(2, 1)))
+    assert run_ranks("tests.model.support:unlike_plain_autograd", 2, arguments) == [[], []]
+
+
 @pytest.mark.parametrize("stage", [0, 1])
 @pytest.mark.parametrize(("memory", "passes"), [("keep", 1), ("lean", 2), ("full", 2)])
 def test_a_stage_follows_the_policy_of_its_layout_and_says_nothing(
