@@ -49,6 +49,7 @@ setup(
             "torch>=2.8,<=2.13.0",
             "deepspeed>=0.19,<0.20",
             "transformers>=5.17,<5.24",
+            "peft>=0.19,<0.22",
             "datasets>=4.0,<6",
             "safetensors>=0.5,<1",
             "tensorboard>=2.16,<3",
@@ -62,7 +63,6 @@ setup(
             "protobuf>=5.26,<8",
         ],
         "dev": [
-            "peft>=0.19,<0.22",
             "pytest>=8.0,<10",
             "pytest-timeout>=2.3,<3",
             "pytest-xdist>=3.6,<4",

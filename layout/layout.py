@@ -16,9 +16,12 @@ ADAPTER_HIDDEN = "adapter hidden"  # x A^T of all adapters on an input
 #: longer sequences are.
 COMPUTED_AGAIN: dict[str, frozenset[str]] = {
     "keep": frozenset(),
-    "lean": frozenset({"gate_proj", "up_proj"}),
+    "lean": frozenset({"gate_proj", "up_proj", "gate_up_proj"}),
     "full": frozenset(
-        {"q_proj", "k_proj", "v_proj", ATTENTION, "o_proj", "gate_proj", "up_proj", ADAPTER_HIDDEN}
+        {
+            *("q_proj", "k_proj", "v_proj", "qkv_proj", ATTENTION, "o_proj"),
+            *("gate_proj", "up_proj", "gate_up_proj", ADAPTER_HIDDEN),
+        }
     ),
 }
 MEMORY_POLICIES = tuple(COMPUTED_AGAIN)

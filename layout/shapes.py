@@ -6,7 +6,9 @@ Torch-free, so that planning never pays for importing torch.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,12 +21,64 @@ from lobra.common.models import AtMost, FileModel, Flag, OneOf, PositiveInt, rea
 TINY = "tiny"
 MODELS_DIR = Path("models")
 
-SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma")
+SUPPORTED_MODEL_TYPES = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "olmo2"),
+    *("phi3", "glm", "glm4"),
+)
 # What transformers' configuration classes assume where a config.json is silent; elsewhere the head
 # size follows from the hidden size, and the head is not tied to the embedding.
-DEFAULT_HEAD_DIM = {"qwen3": 128, "gemma": 256}
-DEFAULT_TIED = {"gemma": True}
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")  # "su": longrope's first name
+DEFAULT_HEAD_DIM = {
+    "qwen3": 128,
+    "gemma": 256,
+    "gemma2": 256,
+    "gemma3_text": 256,
+    "glm": 128,
+    "glm4": 128,
+}
+DEFAULT_TIED = {"gemma": True, "gemma2": True, "gemma3_text": True}
+NORMS_BEHIND = ("gemma2", "gemma3_text", "olmo2", "glm4")
+FUSED = {"phi3": ("qkv_proj", "gate_up_proj"), "glm": ("gate_up_proj",), "glm4": ("gate_up_proj",)}
+
+
+@dataclass(frozen=True)
+class FusedLinear:
+    """A linear that computes several projections, whose features lie one part after the other.
+
+    Split over GPUs it is by groups: each has the features of a group of heads, or of one neuron,
+    of every part. Here its features lie group by group, so that what a GPU has of them lies
+    together; in checkpoints and in PEFT's adapters they lie part by part.
+
+    Attributes
+    ----------
+    parts
+        The projections' names.
+    groups
+        How many there are.
+    widths
+        Features of a group, of each part.
+    """
+
+    parts: tuple[str, ...]
+    groups: int
+    widths: tuple[int, ...]
+
+    @property
+    def group_width(self) -> int:
+        """Features of a group, of all parts."""
+        return sum(self.widths)
+
+    @property
+    def out_features(self) -> int:
+        """Features of all groups."""
+        return self.groups * self.group_width
+
+    def part_rows(self, groups: range) -> list[range]:
+        """Return where features of groups lie in a checkpoint: a range of each part."""
+        offsets = accumulate((self.groups * width for width in self.widths), initial=0)
+        return [
+            range(offset + groups.start * width, offset + groups.stop * width)
+            for offset, width in zip(offsets, self.widths, strict=False)
+        ]
 
 
 @dataclass(frozen=True)
@@ -32,6 +86,8 @@ class ModelShape:
     """Sizes of a decoder-only transformer. `path` is None for a shape known only by name.
 
     `max_positions` is the longest context the model was made for, None where nothing says it.
+    `norms_behind`: a norm follows the last product of a layer. `fused`: names of linears that are
+    several projections in one.
     """
 
     name: str
@@ -45,12 +101,14 @@ class ModelShape:
     tied_embeddings: bool = False
     path: Path | None = None
     max_positions: int | None = None
+    norms_behind: bool = False
+    fused: tuple[str, ...] = ()
 
     def linear_sizes(self) -> dict[str, tuple[int, int]]:
         """Return {module name: (in_features, out_features)} of one decoder layer's linears."""
         hidden, ffn = self.hidden_size, self.intermediate_size
         query, key = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        return {
+        sizes = {
             "q_proj": (hidden, query),
             "k_proj": (hidden, key),
             "v_proj": (hidden, key),
@@ -59,15 +117,61 @@ class ModelShape:
             "up_proj": (hidden, ffn),
             "down_proj": (ffn, hidden),
         }
+        for name, fused in self.fused_linears().items():
+            sizes[name] = hidden, fused.out_features
+            for part in fused.parts:
+                del sizes[part]
+        return sizes
+
+    def fused_linears(self) -> dict[str, FusedLinear]:
+        """Return what the model's fused linears are made of, by their names."""
+        heads = self.num_heads // self.num_kv_heads, 1, 1
+        known = {
+            "qkv_proj": FusedLinear(
+                ("q_proj", "k_proj", "v_proj"),
+                self.num_kv_heads,
+                tuple(number * self.head_dim for number in heads),
+            ),
+            "gate_up_proj": FusedLinear(("gate_proj", "up_proj"), self.intermediate_size, (1, 1)),
+        }
+        return {name: known[name] for name in self.fused}
+
+    def own_modules(self, target_modules: Iterable[str]) -> tuple[str, ...]:
+        """Return the model's own linears that target modules mean; a fused one if all parts do.
+
+        Raises
+        ------
+        ConfigError
+            It has none of a name, or only some parts of a fused linear are targets.
+        """
+        targets, sizes = set(target_modules), self.linear_sizes()
+        problems = []
+        for name, fused in self.fused_linears().items():
+            given = [part for part in fused.parts if part in targets]
+            if len(given) == len(fused.parts):
+                targets.add(name)
+            elif given:
+                problems.append(
+                    f"{' and '.join(given)} alone cannot be adapted: in {self.name} "
+                    f"{', '.join(fused.parts)} are one linear, {name}; target all of them or none"
+                )
+            targets -= set(fused.parts)
+        problems += [
+            f"target module {module!r} is not one of {', '.join(sizes)}"
+            for module in sorted(targets - sizes.keys())
+        ]
+        if problems:
+            raise ConfigError(problems)
+        return tuple(module for module in sizes if module in targets)
 
     def adapter_elements(self, rank: int, target_modules: tuple[str, ...]) -> int:
         """Return the number of LoRA parameters of one adapter over all layers."""
         sizes = self.linear_sizes()
-        per_layer = sum(rank * sum(sizes[module]) for module in target_modules)
+        per_layer = sum(rank * sum(sizes[module]) for module in self.own_modules(target_modules))
         return per_layer * self.num_layers
 
 
-ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
+ATTENTION_MODULES = ("qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def module_path(module: str) -> str:
@@ -161,6 +265,11 @@ def read_shape(folder: Path) -> ModelShape:
             problems.add(
                 "quantization_config: quantised weights are not read; use the unquantised model"
             )
+        if document.get("use_bidirectional_attention"):
+            problems.add(
+                "use_bidirectional_attention: tokens that see later ones are not supported; use a "
+                "causal model"
+            )
         problems += _rope_problems(document)
     problems.prefixed(f"{path}: ").raise_if_any()
     assert config is not None
@@ -180,47 +289,41 @@ def read_shape(folder: Path) -> ModelShape:
         ),
         path=folder,
         max_positions=config.max_position_embeddings,
+        norms_behind=config.model_type in NORMS_BEHIND,
+        fused=FUSED.get(config.model_type, ()),
     )
 
 
 def _rope_problems(config: dict[str, Any]) -> list[str]:
-    """Return a problem for rotary embeddings that depend on the longest row of a micro-batch.
+    """Return a problem for rotary embeddings of which a sequence's result is no function alone.
 
-    With them a sequence's result would depend on what it is batched with.
+    `dynamic` is plain up to max_position_embeddings; beyond, it depends on the longest sequence
+    that has been seen. `longrope` goes by each sequence's own length here (`model.long_rope`), but
+    not in families with embeddings of their own for each kind of layer.
     """
     problems = []
     for field in ("rope_parameters", "rope_scaling"):
         given = config.get(field)
         if not isinstance(given, dict):
             continue
-        # Some families have one set of parameters per kind of layer.
-        for entry in (given, *(value for value in given.values() if isinstance(value, dict))):
+        of_kinds = [value for value in given.values() if isinstance(value, dict)]
+        for entry in (given, *of_kinds):
             kind = entry.get("rope_type", entry.get("type"))
-            if kind in LENGTH_DEPENDENT_ROPE:
+            if kind == "dynamic":
+                limit = config.get("max_position_embeddings", "the max_position_embeddings")
                 problems.append(
-                    f"{field}: the rope type {kind!r} makes a sequence depend on the longest one "
-                    f"in its batch and is not supported; {_rope_remedy(kind, config)}"
+                    f"{field}: the rope type 'dynamic' makes a sequence depend on the longest one "
+                    f"in its batch and is not supported; up to {limit} tokens it does nothing: "
+                    f"with every context_length within that, say 'default' instead in a copy of "
+                    f"the model folder; for longer ones use another model"
+                )
+            elif kind == "longrope" and entry is not given:
+                problems.append(
+                    f"{field}: the rope type 'longrope' of one kind of layers makes a sequence "
+                    f"depend on the longest one in its batch and is not supported; use another "
+                    f"model"
                 )
     return problems
-
-
-def _rope_remedy(kind: str, config: dict[str, Any]) -> str:
-    """Return what to do about a rope type, by what transformers computes for it.
-
-    `dynamic` is plain up to max_position_embeddings and changes beyond it only. `longrope` divides
-    the frequencies by its short factors up to original_max_position_embeddings and by its long ones
-    beyond, and scales by its attention factor always: at no length is it plain.
-    """
-    if kind == "dynamic":
-        limit = config.get("max_position_embeddings", "the model's max_position_embeddings")
-        return (
-            f"up to {limit} tokens it does nothing: with every context_length within that, say "
-            f"'default' instead in a copy of the model folder; for longer ones use another model"
-        )
-    return (
-        "its short factors apply to short sequences too, so without it this would be another "
-        "model; use another model"
-    )
 
 
 def layout_problem(shape: ModelShape, tp: int, pp: int) -> str | None:
@@ -236,6 +339,11 @@ def layout_problem(shape: ModelShape, tp: int, pp: int) -> str | None:
         reasons.append(f"tp {tp} does not divide the {shape.num_heads} attention heads")
     if shape.num_kv_heads % tp and tp % shape.num_kv_heads:
         reasons.append(f"tp {tp} and the {shape.num_kv_heads} key/value heads do not divide")
+    if "qkv_proj" in shape.fused and shape.num_kv_heads % tp:
+        reasons.append(
+            f"tp {tp} does not divide the {shape.num_kv_heads} key/value heads, whose linear is "
+            f"one with the queries'"
+        )
     if shape.intermediate_size % tp:
         reasons.append(f"tp {tp} does not divide the ffn size {shape.intermediate_size}")
     if pp > shape.num_layers:

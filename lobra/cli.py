@@ -63,6 +63,8 @@ COMMANDS: dict[str, tuple[str | None, str]] = {
     "keys revoke": ("lobra.commands.keys:revoke", "let a tenant's key open nothing any more"),
     "keys list": ("lobra.commands.keys:show", "list the tenants"),
     "report": ("lobra.commands.report:report", "tables and plots of a run or a simulation"),
+    "generate": ("lobra.commands.generate:generate", "what adapters make of a prompt"),
+    "export": ("lobra.commands.export:export", "a model with adapters merged into it"),
     "experiment": (None, "LobRA's published experiments"),
     "experiment simulate": ("lobra.commands.experiment:simulate", "by simulation, without GPUs"),
     "experiment real": ("lobra.commands.experiment:real", "the real jobs, on a cluster's GPUs"),
@@ -71,7 +73,7 @@ COMMANDS: dict[str, tuple[str | None, str]] = {
 }
 #: What a base installation leaves out (the extra "train" of setup.py), as it is imported.
 TRAIN_PACKAGES = (
-    *("torch", "deepspeed", "transformers", "tokenizers", "datasets", "safetensors"),
+    *("torch", "deepspeed", "transformers", "tokenizers", "datasets", "safetensors", "peft"),
     *("pyarrow", "jinja2", "huggingface_hub", "tensorboard"),
 )
 INSTALL_TRAIN = (

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lobra.layout.shapes import ModelShape, module_path
+from lobra.layout.shapes import FusedLinear, ModelShape, module_path
 from lobra.model.base_linear import Shard
 
 # The linears of a decoder layer by the input they have in common.
@@ -34,12 +34,13 @@ SHARED_INPUTS = (
 
 @dataclass(frozen=True)
 class Site:
-    """A linear layer of the base model, where adapters may be."""
+    """A linear layer of the base model, where adapters may be; of a fused one, its parts."""
 
     layer: int
     module: str
     in_features: int
     out_features: int
+    fused: FusedLinear | None = None
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,23 @@ class AdapterTensor:
         return self.num_columns, self.rank
 
     def as_peft(self, rows_rf: Tensor) -> Tensor:
-        """Return a view of rows as PEFT has them."""
-        return rows_rf if self.side == "inputs" else rows_rf.t()
+        """Return rows as PEFT has them: a view or, at a fused linear, a copy."""
+        if self.side == "inputs":
+            return rows_rf
+        if fused := self.site.fused:
+            parts = rows_rf.unflatten(1, (fused.groups, -1)).split(fused.widths, dim=2)
+            rows_rf = torch.cat([part.flatten(1) for part in parts], dim=1)
+        return rows_rf.t()
+
+    def as_rows(self, value: Tensor) -> Tensor:
+        """Return what PEFT has as rows."""
+        if self.side == "inputs":
+            return value
+        if fused := self.site.fused:
+            parts = value.split([fused.groups * width for width in fused.widths])
+            grouped = [part.unflatten(0, (fused.groups, -1)) for part in parts]
+            value = torch.cat(grouped, dim=1).flatten(0, 1)
+        return value.t()
 
     def cut(self, rows_rf: Tensor, shard: Shard) -> Tensor:
         """Return a view of the columns that belong to a shard of the linear."""
@@ -184,7 +200,7 @@ class FlatTensors:
         return flat[start:stop].view(-1, tensors[0].num_columns)
 
     def named(self, flat: Tensor) -> dict[str, Tensor]:
-        """Return views of all tensors, with PEFT's names and shapes."""
+        """Return all tensors, with PEFT's names and shapes."""
         return {t.name: t.as_peft(self.rows(flat, t)) for t in self.tensors}
 
     @torch.no_grad()
@@ -198,17 +214,24 @@ class FlatTensors:
         ValueError
             If one has another shape.
         """
-        for name, view in self.named(flat).items():
-            value = named[name]
-            if value.shape != view.shape:
-                raise ValueError(f"{name}: {tuple(value.shape)} instead of {tuple(view.shape)}")
-            view.copy_(value)
+        for tensor in self.tensors:
+            value = named[tensor.name]
+            if value.shape != tensor.shape:
+                raise ValueError(f"{tensor.name}: {tuple(value.shape)} instead of {tensor.shape}")
+            self.rows(flat, tensor).copy_(tensor.as_rows(value))
+
+
+def sites_by_input(shape: ModelShape, layer: int) -> Iterator[list[Site]]:
+    """Yield a layer's linears, those that share an input together."""
+    sizes, fused = shape.linear_sizes(), shape.fused_linears()
+    whole = {part: name for name, linear in fused.items() for part in linear.parts}
+    for modules in SHARED_INPUTS:
+        own = dict.fromkeys(whole.get(module, module) for module in modules)
+        yield [Site(layer, module, *sizes[module], fused.get(module)) for module in own]
 
 
 def _in_order(spec: AdapterSpec, shape: ModelShape, layers: range) -> Iterator[AdapterTensor]:
-    sizes = shape.linear_sizes()
     for layer in layers:
-        for modules in SHARED_INPUTS:
-            sites = [Site(layer, module, *sizes[module]) for module in modules]
+        for sites in sites_by_input(shape, layer):
             tensors = [tensor for site in sites for tensor in spec.tensors(site)]
             yield from sorted(tensors, key=lambda tensor: tensor.side)  # a stable sort

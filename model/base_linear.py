@@ -8,9 +8,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lobra.layout.shapes import FusedLinear
 from lobra.model.checkpoint import CheckpointReader, as_slice
 
 
@@ -58,6 +60,19 @@ class DenseLinear(BaseLinear):
         rows = as_slice(shard.outputs)
         weight_oi = reader.read(f"{name}.weight", rows, as_slice(shard.inputs))
         return cls(weight_oi, reader.read(f"{name}.bias", rows) if has_bias else None)
+
+    @classmethod
+    def read_fused(
+        cls, reader: CheckpointReader, name: str, fused: FusedLinear, shard: Shard
+    ) -> DenseLinear:
+        """Read the shard of a fused linear without bias, its features group by group."""
+        width = fused.group_width
+        groups = range(shard.outputs.start // width, shard.outputs.stop // width)
+        parts = [
+            reader.read(f"{name}.weight", as_slice(rows)).unflatten(0, (len(groups), -1))
+            for rows in fused.part_rows(groups)
+        ]
+        return cls(torch.cat(parts, dim=1).flatten(0, 1), None)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + b, [..., o] for [..., i]."""

@@ -105,7 +105,7 @@ def _normed(norm: Any, x: Tensor) -> Tensor:
 
 def _rotary_of(module: Any) -> Callable[..., Any] | None:
     """Return the rotary embedding that an attention calls; None of any other module."""
-    if not hasattr(module, "q_proj"):
+    if not hasattr(module, "q_proj") and not hasattr(module, "qkv_proj"):
         return None
     return getattr(sys.modules[type(module).__module__], ROTARY, None)
 

@@ -24,15 +24,23 @@ from lobra.layout.layout import ATTENTION, COMPUTED_AGAIN
 
 Output = TypeVar("Output")  # a tensor, or a tuple of what an operation returns
 
-#: Nothing after the last product of a layer needs what it gave.
+#: Nothing after the last product of a layer needs what it gave, unless a norm follows.
 LAST_PRODUCT = "down_proj"
+NORMS_BEHIND = ("post_feedforward_layernorm", "post_mlp_layernorm")
 
 
 class _Pass:
     """One run of a layer: the first, which keeps, or one in the backward pass, which is given."""
 
-    def __init__(self, computed_again: frozenset[str], outputs: list[Any], is_first: bool) -> None:
+    def __init__(
+        self,
+        computed_again: frozenset[str],
+        keeps_last: bool,
+        outputs: list[Any],
+        is_first: bool,
+    ) -> None:
         self.computed_again = computed_again
+        self.keeps_last = keeps_last
         self.outputs = outputs
         self.is_first = is_first
         self.given: Iterator[Any] = iter(())
@@ -54,7 +62,8 @@ class _Pass:
         if not self.is_first:
             return _detached(next(self.given))
         output = compute()
-        self.outputs.append(_nothing_like(output) if name == LAST_PRODUCT else _detached(output))
+        is_needed = name != LAST_PRODUCT or self.keeps_last
+        self.outputs.append(_detached(output) if is_needed else _nothing_like(output))
         return output
 
 
@@ -133,10 +142,11 @@ def apply_policy(layers: Iterable[nn.Module], policy: str) -> None:
     what was wrapped around a layer's forward pass, such as the precision it runs in.
     """
     for layer in layers:
-        layer.forward = under_policy(layer.forward, policy)  # type: ignore[method-assign]
+        keeps_last = any(hasattr(layer, name) for name in NORMS_BEHIND)
+        layer.forward = _under_policy(layer.forward, policy, keeps_last)  # type: ignore[method-assign]
 
 
-def under_policy(forward: Callable[..., Any], policy: str) -> Callable[..., Any]:
+def _under_policy(forward: Callable[..., Any], policy: str, keeps_last: bool) -> Callable[..., Any]:
     """Return a layer's forward pass such that it keeps what the policy says."""
     computed_again = COMPUTED_AGAIN[policy]
 
@@ -145,7 +155,8 @@ def under_policy(forward: Callable[..., Any], policy: str) -> Callable[..., Any]
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         outputs: list[Any] = []
-        passes = (_Pass(computed_again, outputs, True), _Pass(computed_again, outputs, False))
+        what = computed_again, keeps_last, outputs
+        passes = (_Pass(*what, is_first=True), _Pass(*what, is_first=False))
         return checkpoint(
             forward,
             *args,

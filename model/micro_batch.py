@@ -55,6 +55,8 @@ class MicroBatchTensors:
         int64 [1, S]: each token's place in its sequence, the same in all rows.
     targets
         What is to be predicted, so that a GPU need not look for it, for which the host would wait.
+    lengths
+        The tokens of each sequence, padding not counted.
     segments
         Whose the flattened tokens are, all of them; padding is of the sequence before it.
     task_weights
@@ -69,6 +71,7 @@ class MicroBatchTensors:
     tokens_BS: Tensor
     positions_1S: Tensor
     targets: Targets
+    lengths: tuple[int, ...]
     segments: tuple[Segment, ...]
     task_weights: Tensor
     packing: Packing | None = None
@@ -187,6 +190,7 @@ def _tensors(
         tokens_T.view(-1, len(positions_S)),
         positions_S[None],
         Targets(*targets),
+        tuple(len(sequence.tokens) for sequence in micro_batch.sequences),
         _segments(micro_batch),
         task_weights,
         packing,

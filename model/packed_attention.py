@@ -10,9 +10,9 @@ Shape suffixes: T packed tokens, H query heads, K key and value heads, d feature
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 from lobra.model.memory_policy import keeping_attention
+from lobra.model.precision import kept_dtype
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -28,6 +29,9 @@ try:
     VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
 except ImportError:  # before torch 2.10
     VARLEN_OPTIONS = frozenset()
+
+#: Of query, key, value, scaling and sliding window the attention of rows.
+Attend = Callable[[Tensor, Tensor, Tensor, float | None, int | None], Tensor]
 
 PACKED = "packed"
 AMPERE = (8, 0)  # compute capability; flash attention is not built for older cards
@@ -99,14 +103,17 @@ def packed_attention(
         What scores are multiplied by; without it 1 / sqrt(d).
     sliding_window
         How many tokens a token sees, itself included; without it all before it.
+    softcap
+        What scores are kept below, as softcap * tanh(score / softcap); no kernel of torch's does.
     """
-    assert softcap is None, "no supported model caps its scores"
     heads = query_BHTd, key_BKTd, value_BKTd
+    attend: Attend = _of_rows if softcap is None else partial(_of_capped_rows, softcap=softcap)
     with keeping_attention():
         if packing is None:
-            return _of_rows(*heads, scaling, sliding_window), None
-        attend = _varlen if _is_fast(query_BHTd) else _one_by_one
-        return attend(*heads, packing, scaling, sliding_window), None
+            return attend(*heads, scaling, sliding_window), None
+        if softcap is None and _is_fast(query_BHTd):
+            return _varlen(*heads, packing, scaling, sliding_window), None
+        return _one_by_one(attend, *heads, packing, scaling, sliding_window), None
 
 
 def _is_fast(query: Tensor) -> bool:
@@ -162,6 +169,7 @@ def _varlen(
 
 
 def _one_by_one(
+    attend: Attend,
     query_1HTd: Tensor,
     key_1KTd: Tensor,
     value_1KTd: Tensor,
@@ -178,10 +186,7 @@ def _one_by_one(
         *(x.split(packing.lengths, dim=2) for x in (query_1HTd, key_1KTd, value_1KTd)), strict=True
     )
     return torch.cat(
-        [
-            _of_rows(query, key, value, scaling, sliding_window)
-            for query, key, value in of_sequences
-        ],
+        [attend(query, key, value, scaling, sliding_window) for query, key, value in of_sequences],
         dim=1,
     )
 
@@ -206,6 +211,33 @@ def _of_rows(
         query_BHTd, key_BKTd, value_BKTd, mask, is_causal=mask is None, scale=scaling,
         enable_gqa=grouped,
     )  # fmt: skip
+    return attended_BHTd.transpose(1, 2)
+
+
+def _of_capped_rows(
+    query_BHTd: Tensor,
+    key_BKTd: Tensor,
+    value_BKTd: Tensor,
+    scaling: float | None,
+    sliding_window: int | None,
+    *,
+    softcap: float,
+) -> Tensor:
+    """Return the attention [B, T, H, d] with capped scores, each row one sequence.
+
+    It holds all scores of a sequence, as transformers' own does.
+    """
+    length = query_BHTd.shape[2]
+    repeats = query_BHTd.shape[1] // key_BKTd.shape[1]
+    if repeats > 1:
+        key_BKTd, value_BKTd = (x.repeat_interleave(repeats, dim=1) for x in (key_BKTd, value_BKTd))
+    scaling = query_BHTd.shape[-1] ** -0.5 if scaling is None else scaling
+    scores_BHTT = query_BHTd @ key_BKTd.transpose(2, 3) * scaling
+    scores_BHTT = (scores_BHTT / softcap).tanh() * softcap
+    seen = _window_mask(length, sliding_window or length, query_BHTd.device)
+    scores_BHTT = scores_BHTT.masked_fill(~seen, -torch.inf)
+    shares_BHTT = scores_BHTT.softmax(dim=-1, dtype=kept_dtype(scores_BHTT.dtype))
+    attended_BHTd = shares_BHTT.to(value_BKTd.dtype) @ value_BKTd
     return attended_BHTd.transpose(1, 2)
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from lobra.layout.shapes import ModelShape, module_path
+from lobra.layout.shapes import FusedLinear, ModelShape, module_path
 from lobra.layout.world import kv_head_range, shard_range
-from lobra.model.adapter import SHARED_INPUTS, Site
+from lobra.model.adapter import sites_by_input
 from lobra.model.base_linear import DenseLinear, Shard
-from lobra.model.checkpoint import CheckpointReader
+from lobra.model.checkpoint import CheckpointReader, as_slice
 from lobra.model.groups import ReplicaGroups
 from lobra.model.stack import AdaptedLinear, Stack
-from lobra.model.tensor_parallel import copy_to_group
+from lobra.model.tensor_parallel import SharedNorm, copy_to_group
 from lobra.model.token_tasks import Selection
 
 ROW_PARALLEL = ("o_proj", "down_proj")
@@ -29,6 +31,9 @@ def linear_shards(shape: ModelShape, tp_size: int, tp_index: int) -> dict[str, S
     key_columns = range(keys.start * scale, keys.stop * scale)
     split = {"q_proj": query_columns, "k_proj": key_columns, "v_proj": key_columns}
     split |= {"gate_proj": ffn, "up_proj": ffn, "o_proj": query_columns, "down_proj": ffn}
+    for name, fused in shape.fused_linears().items():
+        groups = shard_range(fused.groups, tp_size, tp_index)
+        split[name] = range(groups.start * fused.group_width, groups.stop * fused.group_width)
     shards = {}
     for module, (inputs, outputs) in shape.linear_sizes().items():
         if module in ROW_PARALLEL:
@@ -50,33 +55,76 @@ def shard_layer(
     """Replace the layer's linears by shards with stacks, which are returned; adjust head counts."""
     place = groups.place
     shards = linear_shards(shape, place.layout.tp, place.tp_index)
-    sizes = shape.linear_sizes()
     stacks = []
-    for modules in SHARED_INPUTS:
-        paths = [module_path(module) for module in modules]
-        own = [shards[module] for module in modules]
-        has_bias = [layer_module.get_submodule(path).bias is not None for path in paths]
+    for sites in sites_by_input(shape, layer):
+        own = [shards[site.module] for site in sites]
         summed = own[0].is_row_parallel
-        names = [f"model.layers.{layer}.{path}" for path in paths]
-        bases = [
-            DenseLinear.read(reader, name, shard, bias and not summed)
-            for name, shard, bias in zip(names, own, has_bias, strict=True)
-        ]
-        sites = [Site(layer, module, *sizes[module]) for module in modules]
+        bases, biases = [], []
+        for site, shard in zip(sites, own, strict=True):
+            path = module_path(site.module)
+            name = f"model.layers.{layer}.{path}"
+            has_bias = layer_module.get_submodule(path).bias is not None
+            biases.append(reader.read(f"{name}.bias") if has_bias and summed else None)
+            if site.fused:
+                assert not has_bias, "no family has a fused linear with a bias"
+                bases.append(DenseLinear.read_fused(reader, name, site.fused, shard))
+            else:
+                bases.append(DenseLinear.read(reader, name, shard, has_bias and not summed))
         stack = stack_type(sites, own, bases, selection, reader.dtype, reader.device)
-        for linear, path in enumerate(paths):
-            bias_O = reader.read(f"{names[linear]}.bias") if has_bias[linear] and summed else None
-            group = groups.tp_group if summed else None
-            layer_module.set_submodule(path, AdaptedLinear(stack, linear, group, bias_O))
+        for linear, (site, bias_O) in enumerate(zip(sites, biases, strict=True)):
+            module: nn.Module = AdaptedLinear(
+                stack, linear, groups.tp_group if summed else None, bias_O
+            )
+            if site.fused:
+                module = PartByPart(module, site.fused)
+            layer_module.set_submodule(module_path(site.module), module)
         stacks.append(stack)
     if groups.tp_group is not None:
+        _share_wide_norms(layer_module.self_attn, layer, shards, groups, reader)
         for parent in (layer_module.self_attn, layer_module.mlp):
             _sum_input_gradient(parent, groups)
     attention = layer_module.self_attn
-    local_queries = len(shards["q_proj"].outputs) // shape.head_dim
-    local_keys = len(shards["k_proj"].outputs) // shape.head_dim
-    attention.num_key_value_groups = local_queries // local_keys
+    queries = len(shards["o_proj"].inputs) // shape.head_dim
+    keys = len(kv_head_range(shape.num_kv_heads, place.layout.tp, place.tp_index))
+    attention.num_key_value_groups = queries // keys
+    if "qkv_proj" in shape.fused:  # which is cut into queries, keys and values by these
+        attention.config = copy(attention.config)
+        attention.config.num_attention_heads = queries
+        attention.num_key_value_heads = keys
     return stacks
+
+
+class PartByPart(nn.Module):
+    """A fused linear whose output features lie part by part again, as its layer cuts them."""
+
+    def __init__(self, linear: nn.Module, fused: FusedLinear) -> None:
+        super().__init__()
+        self.linear = linear
+        self.widths = fused.widths
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., o] of x [..., i]."""
+        groups = self.linear(x).unflatten(-1, (-1, sum(self.widths)))
+        return torch.cat([part.flatten(-2) for part in groups.split(self.widths, dim=-1)], dim=-1)
+
+
+def _share_wide_norms(
+    attention: Any,
+    layer: int,
+    shards: dict[str, Shard],
+    groups: ReplicaGroups,
+    reader: CheckpointReader,
+) -> None:
+    """Replace norms over all heads' features together (OLMo 2) by what this rank has of them."""
+    for name, module in (("q_norm", "q_proj"), ("k_norm", "k_proj")):
+        norm, shard = getattr(attention, name, None), shards.get(module)
+        if norm is None or shard is None or len(norm.weight) != shard.out_features:
+            continue
+        weight_f = reader.read(
+            f"model.layers.{layer}.self_attn.{name}.weight", as_slice(shard.outputs)
+        )
+        shared = SharedNorm(weight_f, norm.variance_epsilon, groups.tp_group, name)
+        setattr(attention, name, shared)
 
 
 def _sum_input_gradient(parent: nn.Module, groups: ReplicaGroups) -> None:

@@ -13,6 +13,7 @@ import copy
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from lobra.common.errors import ConfigError
+from lobra.common.errors import ConfigError, Problems
 from lobra.layout.shapes import ModelShape, layout_problem, read_shape
 from lobra.layout.world import shard_range
 from lobra.model import packed_attention
@@ -29,6 +30,7 @@ from lobra.model.checkpoint import CheckpointReader, as_slice
 from lobra.model.fused import fuse
 from lobra.model.groups import ReplicaGroups
 from lobra.model.joint_stack import JointStack
+from lobra.model.long_rope import LONG_ROPE, OwnLengthRope
 from lobra.model.memory_policy import apply_policy, is_autograds_own
 from lobra.model.micro_batch import MicroBatchTensors
 from lobra.model.precision import NothingBelowDouble, in_double, kept_dtype
@@ -36,10 +38,13 @@ from lobra.model.segment_stack import SegmentStack
 from lobra.model.sharded_layer import shard_layer
 from lobra.model.slot import Slot
 from lobra.model.stack import Stack
-from lobra.model.tensor_parallel import VocabParallelEmbedding, VocabParallelHead
+from lobra.model.tensor_parallel import LogitScale, VocabParallelEmbedding, VocabParallelHead
 from lobra.model.token_tasks import Selection, TokenTasks
 
-EMBEDDING_SCALE = "scalar_embed_scale"  # of the embedding of Gemma in transformers
+# As transformers names them: what Gemma's embedding, and what Granite's decoder multiplies by.
+EMBEDDING_SCALE, INPUT_FACTOR = "scalar_embed_scale", "embedding_multiplier"
+# Never used: the base is frozen, and LoRA dropout is the tasks' own.
+BASE_DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop")
 
 
 class Stage(nn.Module):
@@ -93,9 +98,8 @@ class Stage(nn.Module):
         ConfigError
             If a target module is unknown.
         """
-        _check_targets(specs.values(), self.shape)
         kept = kept_dtype(self.dtype)
-        for number, spec in specs.items():
+        for number, spec in specs_of_model(specs, self.shape).items():
             assert number not in self.slots, "a task's number is its own"
             self.slots[number] = Slot(number, spec, self.shape, self.layers, kept, self.device)
         self._arrange()
@@ -137,6 +141,8 @@ class Stage(nn.Module):
         look; packed, it is apart.
         """
         self.selection.tasks = TokenTasks(batch.segments, batch.noise, self.apart)
+        if isinstance(self.decoder.rotary_emb, OwnLengthRope):
+            self.decoder.rotary_emb.read(batch)
         if received_BSD is None:
             received_BSD = self.decoder.embed_tokens(batch.tokens_BS)
         output = self.decoder(
@@ -207,7 +213,7 @@ def build_stage(
     problem = layout_problem(shape, layout.tp, layout.pp)
     if problem:
         raise ConfigError(f"{folder}: {problem}")
-    _check_targets(specs.values(), shape)
+    specs = specs_of_model(specs, shape)
     device = torch.device(device)
     layers = groups.place.layers(shape.num_layers)
     reader = CheckpointReader(folder, dtype, device)
@@ -226,6 +232,8 @@ def build_stage(
     # Non-persistent buffers were made on the meta device: build the module anew where it runs.
     with NothingBelowDouble() if dtype == torch.float64 else nullcontext():
         decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(device)
+    if getattr(decoder.rotary_emb, "rope_type", None) == LONG_ROPE:
+        decoder.rotary_emb = OwnLengthRope(decoder.rotary_emb)
     decoder.requires_grad_(False)
     fuse(decoder)
     if dtype == torch.float64:
@@ -239,16 +247,22 @@ def build_stage(
     return stage
 
 
-def _check_targets(specs: Iterable[AdapterSpec], shape: ModelShape) -> None:
-    known = shape.linear_sizes()
-    problems = [
-        f"task {spec.name}: target module {module!r} is not one of {', '.join(known)}"
-        for spec in specs
-        for module in spec.target_modules
-        if module not in known
-    ]
-    if problems:
-        raise ConfigError(problems)
+def specs_of_model(specs: Mapping[int, AdapterSpec], shape: ModelShape) -> dict[int, AdapterSpec]:
+    """Return adapters whose target modules are the model's own linears.
+
+    Raises
+    ------
+    ConfigError
+        For targets that it has not.
+    """
+    problems, own = Problems(), {}
+    for number, spec in specs.items():
+        try:
+            own[number] = replace(spec, target_modules=shape.own_modules(spec.target_modules))
+        except ConfigError as error:
+            problems += error.problems.prefixed(f"task {spec.name}: ")
+    problems.raise_if_any()
+    return own
 
 
 def _stage_config(folder: Path, layers: range) -> Any:
@@ -259,7 +273,9 @@ def _stage_config(folder: Path, layers: range) -> Any:
     config.num_hidden_layers = len(layers)
     config._attn_implementation = packed_attention.register()
     config.use_cache = False
-    config.attention_dropout = 0.0  # the base is frozen; LoRA dropout is the tasks' own
+    for name in BASE_DROPOUTS:
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
     return config
 
 
@@ -273,6 +289,8 @@ def _place_ends(
     scale = getattr(decoder.embed_tokens, EMBEDDING_SCALE, None)
     decoder.embed_tokens = None
     weight_vD = None
+    if hasattr(decoder, INPUT_FACTOR) and not place.is_first_stage:
+        setattr(decoder, INPUT_FACTOR, 1.0)
     if place.is_first_stage:
         weight_vD = reader.read(embedding, as_slice(rows))
         decoder.embed_tokens = VocabParallelEmbedding(weight_vD, rows, groups.tp_group, scale)
@@ -284,7 +302,11 @@ def _place_ends(
     elif weight_vD is None:
         weight_vD = reader.read(embedding, as_slice(rows))
     largest_slice = math.ceil(shape.vocab_size / place.layout.tp)
-    return VocabParallelHead(weight_vD, rows, groups.tp_group, largest_slice)
+    config = decoder.config
+    scale = LogitScale(
+        getattr(config, "logits_scaling", 1.0), getattr(config, "final_logit_softcapping", None)
+    )
+    return VocabParallelHead(weight_vD, rows, groups.tp_group, largest_slice, scale)
 
 
 def _load_rest(decoder: nn.Module, layers: range, reader: CheckpointReader) -> None:

@@ -7,6 +7,7 @@ v this rank's slice of the vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -77,6 +78,29 @@ def reduce_from_group(x: Tensor, group: Group, name: str) -> Tensor:
     return reduced
 
 
+class SharedNorm(nn.Module):
+    """A root mean square norm of features that are split evenly over the group.
+
+    Every rank has as many features, and where some are on several ranks, all are on as many: the
+    mean over the ranks of their means is the mean of all.
+    """
+
+    def __init__(self, weight_f: Tensor, epsilon: float, group: Group, name: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight_f, requires_grad=False)
+        self.epsilon = epsilon
+        self.group = group
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return this rank's features [..., f], normed, in the dtype of x."""
+        wide = x.to(kept_dtype(x.dtype))
+        share = wide.square().mean(dim=-1, keepdim=True) / dist.get_world_size(self.group)
+        # Each rank's output depends on the mean, so its gradient is the sum of theirs.
+        mean = copy_to_group(reduce_from_group(share, self.group, self.name), self.group)
+        return (self.weight * (wide * torch.rsqrt(mean + self.epsilon))).to(x.dtype)
+
+
 class VocabParallelEmbedding(nn.Module):
     """Rows [start, stop) of the token embedding; the sum over the group is the embedding.
 
@@ -107,6 +131,28 @@ class VocabParallelEmbedding(nn.Module):
         return reduce_from_group(embedded_BSD, self.group, "embed_tokens")
 
 
+@dataclass(frozen=True)
+class LogitScale:
+    """What becomes of the head's product: divided (Granite), then kept below a cap (Gemma 2)."""
+
+    divisor: float = 1.0
+    cap: float | None = None
+
+    def applied_(self, logits_Tv: Tensor) -> Tensor | None:
+        """Scale logits in place; return the slope [T, v] that the cap has there."""
+        if self.divisor != 1.0:
+            logits_Tv.div_(self.divisor)
+        if self.cap is None:
+            return None
+        logits_Tv.div_(self.cap).tanh_()
+        slope_Tv = 1 - logits_Tv.square()
+        logits_Tv.mul_(self.cap)
+        return slope_Tv
+
+
+PLAIN_LOGITS = LogitScale()
+
+
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     """Cross-entropy of each token, the vocabulary split over a group, a few tokens at a time.
 
@@ -127,6 +173,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         group: Group,
         chunk: int,
         with_gradient: bool,
+        scale: LogitScale,
     ) -> tuple[Tensor, Tensor]:
         kept = kept_dtype(hidden_TD.dtype)
         losses_T = torch.empty(len(targets_T), dtype=kept, device=hidden_TD.device)
@@ -134,18 +181,21 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         for first in range(0, len(targets_T), chunk):
             part = slice(first, first + chunk)
             logits_Tv = functional.linear(hidden_TD[part], weight_vD).to(kept)
+            slope_Tv = scale.applied_(logits_Tv)
             losses_T[part] = _softmax_and_losses(logits_Tv, targets_T[part], start, group)
             if ctx.gradient_TD is not None:
-                logits_Tv.mul_(factors_T[part].unsqueeze(-1))
+                logits_Tv.mul_((factors_T[part] / scale.divisor).unsqueeze(-1))
+                if slope_Tv is not None:
+                    logits_Tv.mul_(slope_Tv)
                 torch.mm(logits_Tv.to(weight_vD.dtype), weight_vD, out=ctx.gradient_TD[part])
-            del logits_Tv  # before the next chunk's are made
+            del logits_Tv, slope_Tv  # before the next chunk's are made
         ctx.mark_non_differentiable(losses_T)
         return (losses_T * factors_T).sum(), losses_T
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         gradient_TD, ctx.gradient_TD = ctx.gradient_TD, None
-        return gradient_TD.mul_(grad), *[None] * 7
+        return gradient_TD.mul_(grad), *[None] * 8
 
 
 def _softmax_and_losses(logits_Tv: Tensor, targets_T: Tensor, start: int, group: Group) -> Tensor:
@@ -176,11 +226,15 @@ class VocabParallelHead(nn.Module):
     but the ranks must agree on the chunks, since each chunk is two all-reduces.
     """
 
-    def __init__(self, weight_vD: Tensor, rows: range, group: Group, largest_slice: int) -> None:
+    def __init__(
+        self, weight_vD: Tensor, rows: range, group: Group, largest_slice: int,
+        scale: LogitScale = PLAIN_LOGITS,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.weight = nn.Parameter(weight_vD, requires_grad=False)
         self.rows = rows
         self.group = group
+        self.scale = scale
         self.chunk = max(1, LOGITS_AT_ONCE // max(1, largest_slice))
 
     def loss(
@@ -202,9 +256,12 @@ class VocabParallelHead(nn.Module):
             self.group,
             self.chunk,
             with_gradient,
+            self.scale,
         )
         return weighted, losses_T
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Return this rank's slice of the logits [T, v]."""
-        return functional.linear(copy_to_group(hidden_TD, self.group), self.weight)
+        logits_Tv = functional.linear(copy_to_group(hidden_TD, self.group), self.weight)
+        self.scale.applied_(logits_Tv)
+        return logits_Tv

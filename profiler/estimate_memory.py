@@ -116,7 +116,7 @@ class MemoryEstimate:
 
 
 def _inputs(shape: ModelShape, modules: Iterable[str]) -> int:
-    return sum(shape.linear_sizes()[module][0] for module in modules)
+    return sum(shape.linear_sizes()[module][0] for module in shape.own_modules(modules))
 
 
 def layer_weights(shape: ModelShape) -> int:
@@ -130,7 +130,7 @@ def dropout_factor_bytes(
     """Return the bytes per token of each linear's dropout factors; none are kept."""
     return [
         element_bytes(precision) * inputs / (tp if module in ROW_PARALLEL else 1)
-        for module in dropout_modules
+        for module in shape.own_modules(dropout_modules)
         for inputs in [shape.linear_sizes()[module][0]]
     ]
 

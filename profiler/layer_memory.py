@@ -71,6 +71,7 @@ class LayerMemory:
         if not self.runs_again:
             return self.saved_bytes
         whole = element_bytes(self.precision) * self.shape.hidden_size
+        whole *= 1 + self.shape.norms_behind  # a norm needs what the last product gave
         return self._whole(whole) + sum(self._kept_outputs.values())
 
     @property

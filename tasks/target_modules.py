@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 
 #: The linear projections of a Llama layer, in the order adapters are listed.
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-#: Names of other systems for one or several of them: LobRA's are Megatron's, PEFT's `all-linear`.
+#: Names of other systems for one or several of them: LobRA's are Megatron's, PEFT's
+#: `all-linear`, and those of models where several are one.
 MODULE_ALIASES: Mapping[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
     "dense": ("o_proj",),
     "dense_h_to_4h": ("gate_proj", "up_proj"),
     "dense_4h_to_h": ("down_proj",),

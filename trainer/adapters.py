@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from lobra.trainer.peft_config import config_problems
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 MOMENTS_FILE = "moments.safetensors"
+CARD_FILE = "README.md"
 
 
 def adapter_spec(task: TaskConfig, run_seed: int = 0) -> AdapterSpec:
@@ -82,8 +84,11 @@ def save_adapter(
     tensors: Mapping[str, Tensor],
     base_model: str,
     moments: Mapping[str, Mapping[str, Tensor]] | None = None,
+    card: str | None = None,
 ) -> None:
     """Write an adapter folder that `peft.PeftModel.from_pretrained` and vLLM load unchanged.
+
+    With a ``card`` it has a README.md.
 
     The folder appears complete or not at all; an older one of that name is there until the moment
     it is replaced. Adam's moments, if given, are in it too.
@@ -93,6 +98,8 @@ def save_adapter(
     if moments is not None:
         save_moments(draft / MOMENTS_FILE, moments)
     write_atomic(draft / CONFIG_FILE, json.dumps(peft_config(spec, base_model), indent=2) + "\n")
+    if card is not None:
+        write_atomic(draft / CARD_FILE, card)
     replace_folder(draft, folder)
 
 
@@ -147,6 +154,8 @@ def check_adapter(folder: Path, spec: AdapterSpec, shape: ModelShape) -> Problem
             ]
         )
     problems = Problems()
+    with problems.noted():
+        spec = replace(spec, target_modules=shape.own_modules(spec.target_modules))
     for field, value in {"r": spec.rank, "lora_alpha": spec.alpha}.items():
         if config.get(field) != value:
             problems.add(

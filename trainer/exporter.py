@@ -5,14 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
+from lobra.common.errors import ConfigError
 from lobra.model.slot import Slot
 from lobra.model.stage import Stage
 from lobra.trainer.adapters import gather_tensors, not_finite, save_adapter
 from lobra.trainer.checkpoint import CheckpointState, CheckpointWriter, load_best
+from lobra.trainer.metrics import read_metrics
+from lobra.trainer.model_card import model_card
 from lobra.trainer.optimizer import AdapterOptimizer
 from lobra.trainer.run_spec import RunSpec
 
@@ -101,7 +105,11 @@ class AdapterExporter:
             self.kept[number] = {name: value.to(slot.weights.dtype) for name, value in best.items()}
 
     def export(self, present: Sequence[int], best: Sequence[int]) -> None:
-        """Write adapter folders: of some tasks as their adapters are now, of others those kept."""
+        """Write adapter folders: of some tasks as their adapters are now, of others those kept.
+
+        Each has a model card with what the run's log says so far.
+        """
+        steps = self._logged_steps() if present or best else []
         for number in (*present, *best):
             slot = self.stage.slots[number]
             tensors = self.kept[number] if number in best else self._weights(slot)
@@ -112,7 +120,19 @@ class AdapterExporter:
                         "it is of no use",
                         slot.spec.name, bad[0], len(bad) - 1,
                     )  # fmt: skip
+                card = model_card(
+                    self.run.tasks[number], self.run.base_model, self.run.precision, steps
+                )
                 folder = self.run.adapter_folder(number)
-                save_adapter(folder, slot.spec, tensors, self.run.base_model)
+                save_adapter(folder, slot.spec, tensors, self.run.base_model, card=card)
         if present or best:
             dist.barrier(group=self.control)
+
+    def _logged_steps(self) -> list[dict[str, Any]]:
+        if not self.is_writer:
+            return []
+        try:
+            return read_metrics(self.run.output_dir)
+        except ConfigError as error:
+            log.warning("model cards do not tell the losses: %s", error)
+            return []

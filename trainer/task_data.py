@@ -60,7 +60,7 @@ class TaskChecks:
         """
         problems = Problems()
         if self.shape is not None:
-            problems += _too_wide(task, self.shape)
+            problems += _adapter_problems(task, self.shape)
             if task.resume_from and self.starts:
                 problems += self._start_problems(task, Path(task.resume_from), self.shape)
         vocab_size = self.shape.vocab_size if self.shape else None
@@ -148,13 +148,19 @@ def _named_data(task: TaskConfig) -> str:
     return f"dataset_name = {names[0] if len(names) == 1 else list(names)!r}"
 
 
-def _too_wide(task: TaskConfig, shape: ModelShape) -> list[str]:
-    """Return a problem if the adapter's rank is more than any of its linears can use."""
+def _adapter_problems(task: TaskConfig, shape: ModelShape) -> Problems:
+    """Return what of a task's adapter the model cannot have."""
+    try:
+        own = shape.own_modules(task.target_modules)
+    except ConfigError as error:
+        return error.problems.prefixed("target_modules: ")
     sizes = shape.linear_sizes()
-    widest = max(size for module in task.target_modules for size in sizes[module])
+    widest = max(size for module in own for size in sizes[module])
     if task.rank <= widest:
-        return []
-    return [f"rank = {task.rank}: want at most {widest}, the width of the widest linear it is on"]
+        return Problems()
+    return Problems(
+        [f"rank = {task.rank}: want at most {widest}, the width of the widest linear it is on"]
+    )
 
 
 def _foreign_tokens(task: TaskConfig, data: TokenizedDataset, shape: ModelShape) -> list[str]:

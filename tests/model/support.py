@@ -15,9 +15,16 @@ import torch.distributed as dist
 import transformers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
+    Glm4Config,
+    GlmConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    Phi3Config,
     Qwen2Config,
     Qwen3Config,
 )
@@ -43,12 +50,48 @@ SPECS = (
 )
 
 
+#: Half of a head is turned.
+PARTIAL = {
+    "rope_parameters": dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5),
+    "pad_token_id": 0,
+}
 FAMILIES = {
     "llama": (LlamaConfig, {}),
     "qwen2": (Qwen2Config, {}),  # biases on q, k and v
     "qwen3": (Qwen3Config, {"head_dim": 32, "tie_word_embeddings": True}),  # norms on q and k
     "mistral": (MistralConfig, {"sliding_window": None}),
     "gemma": (GemmaConfig, {"head_dim": 32, "tie_word_embeddings": True}),  # scaled embeddings
+    "gemma2": (  # capped scores and logits, windows on every other layer, norms behind as well
+        Gemma2Config,
+        {
+            **dict(head_dim=32, tie_word_embeddings=True, query_pre_attn_scalar=20),
+            **dict(sliding_window=7, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+        },
+    ),
+    "gemma3_text": (  # two kinds of rotary embedding, norms on q and k
+        Gemma3TextConfig,
+        {
+            **dict(head_dim=32, tie_word_embeddings=True, query_pre_attn_scalar=20),
+            **dict(sliding_window=7, sliding_window_pattern=3),
+        },
+    ),
+    "granite": (  # multipliers
+        GraniteConfig,
+        {
+            **dict(embedding_multiplier=6.0, residual_multiplier=0.4, attention_multiplier=0.2),
+            **dict(logits_scaling=3.0, attention_bias=True, mlp_bias=True),
+        },
+    ),
+    "phi3": (  # q, k, v one linear
+        Phi3Config,
+        {
+            **dict(num_attention_heads=8, num_key_value_heads=4),
+            **dict(pad_token_id=0, eos_token_id=2, sliding_window=50),
+        },
+    ),
+    "glm": (GlmConfig, {"head_dim": 32, "attention_bias": True, **PARTIAL}),  # gate, up one linear
+    "glm4": (Glm4Config, {"head_dim": 32, **PARTIAL}),  # and norms behind
+    "olmo2": (Olmo2Config, {}),  # norms of all of q and k, and behind
 }
 
 
@@ -75,7 +118,9 @@ def save_family(family: str, folder: Path, **overrides: Any) -> Path:
     model = AutoModelForCausalLM.from_config(config(**{**sizes, **own, **overrides}))
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or "norm" in name:
-            around = float("norm" in name and family != "gemma")  # Gemma's norms scale by 1 + w
+            around = float(
+                "norm" in name and not family.startswith("gemma")
+            )  # Gemma's norms scale by 1 + w
             torch.nn.init.normal_(parameter, mean=around, std=0.1)
     transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(folder)

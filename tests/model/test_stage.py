@@ -104,6 +104,25 @@ def test_a_window_shorter_than_the_sequences(family: str, tmp_path: Path) -> Non
     assert gradients_by_peft(base)[1] != pytest.approx(expected[1], rel=1e-4), "no window at all"
 
 
+ROPE = {
+    "llama3": dict(low_freq_factor=1.0, high_freq_factor=4.0, factor=8.0),
+    "yarn": dict(factor=4.0),
+    "longrope": dict(short_factor=[1.2] * 8, long_factor=[3.0] * 8, factor=32.0),
+}
+
+
+@pytest.mark.parametrize("kind", ROPE)
+def test_scaled_rotary_embeddings_by_each_sequence_s_own_length(kind: str, tmp_path: Path) -> None:
+    """Sequences of 12 to 24 tokens lie together; from 17 on they are long."""
+    rope = dict(rope_type=kind, rope_theta=10000.0, original_max_position_embeddings=16)
+    base = save_llama(tmp_path / "base", rope_parameters={**rope, **ROPE[kind]})
+    expected = gradients_by_peft(base)
+    for layout, packed in ((Layout(1, 2), True), (Layout(1, 1), False)):
+        check_gradients(base, layout, packed, *expected)
+    plain = save_llama(tmp_path / "plain")
+    assert gradients_by_peft(plain)[1] != pytest.approx(expected[1], rel=1e-4)
+
+
 def check_gradients(
     base: Path, layout: Layout, packed: bool, expected: dict, losses: list[float]
 ) -> None:
@@ -151,6 +170,13 @@ def test_every_memory_policy_computes_what_plain_autograd_does(llama, layout: La
     function = "tests.model.support:unlike_plain_autograd"
     arguments = dict(folder=llama, world=one_replica(layout))
     assert run_ranks(function, layout.num_gpus, arguments) == [[]] * layout.num_gpus
+
+
+@pytest.mark.parametrize("family", ["olmo2", pytest.param("gemma2", marks=pytest.mark.long)])
+def test_every_memory_policy_with_norms_behind_and_shared(family: str, tmp_path: Path) -> None:
+    base = save_family(family, tmp_path / "base", num_hidden_layers=2)
+    arguments = dict(folder=base, world=one_replica(Layout(2, 1)))
+    assert run_ranks("tests.model.support:unlike_plain_autograd", 2, arguments) == [[], []]
 
 
 @pytest.mark.parametrize("stage", [0, 1])

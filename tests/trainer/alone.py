@@ -4,15 +4,16 @@ PEFT's own initialisation, its LoRA layers, transformers' model, torch's AdamW, 
 schedule: nothing of ours but the order of the sequences.
 
 In fp64 transformers still computes some things in fp32, whatever its weights are. Each is computed
-in fp64 here, by a formula written out anew: `_double_norm`, `_double_rotary`, `_double_loss`, and
-Gemma's scale of the embedding. PEFT needs nothing: beside a base model in fp64 its adapters are
-fp64. `NoSinglePrecision` finds no tensor of fp32 in any forward or backward pass, so nothing else
-is hidden.
+in fp64 here, by a formula written out anew: `_double_norm`, `_double_rotary`,
+`_double_capped_attention`, `_double_loss`, and Gemma's scale of the embedding. PEFT needs nothing:
+beside a base model in fp64 its adapters are fp64. `NoSinglePrecision` finds no tensor of fp32 in
+any forward or backward pass, so nothing else is hidden.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, get_scheduler
+from transformers import AttentionInterface, AutoModelForCausalLM, get_scheduler
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
+from lobra.layout.shapes import read_shape
 from lobra.model.dropout import TokenNoise, feature_keys, token_keys
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.dataset import TokenizedDataset
 from lobra.tasks.sampling import sample_indices, task_seed
+from lobra.tasks.target_modules import resolve_target_modules
 from lobra.trainer.batches import draw_sequences
 from tests.trainer.double import NoSinglePrecision
 from tests.trainer.support import random_dataset
@@ -79,9 +83,14 @@ def task_config(task: dict, **fields: Any) -> TaskConfig:
 
 
 def tasks_from(starts: list[Path], **fields: Any) -> tuple[TaskConfig, ...]:
-    """Return the tasks, each with the adapter it starts from."""
-    pairs = zip(TASKS, starts, strict=True)
-    return tuple(task_config(task, resume_from=str(start), **fields) for task, start in pairs)
+    """Return the tasks, each with the adapter it starts from and that one's targets."""
+    tasks = []
+    for task, start in zip(TASKS, starts, strict=True):
+        config = json.loads((start / "adapter_config.json").read_text())
+        targets = resolve_target_modules(config["target_modules"])
+        own = {**task, "target_modules": targets}
+        tasks.append(task_config(own, resume_from=str(start), **fields))
+    return tuple(tasks)
 
 
 def make_datasets() -> list[TokenizedDataset]:
@@ -93,14 +102,21 @@ def make_datasets() -> list[TokenizedDataset]:
 
 
 def make_starts(base: Path, root: Path) -> list[Path]:
-    """PEFT's own fresh adapters, B made non-zero so that A has a gradient from the first step."""
+    """PEFT's own fresh adapters, B made non-zero so that A has a gradient from the first step.
+
+    Where gate and up are one linear, a task that has one of them has both.
+    """
+    shape = read_shape(base)
     folders = []
     for number, task in enumerate(TASKS):
         torch.manual_seed(100 + number)
+        targets = set(task["target_modules"])
+        if "gate_up_proj" in shape.fused and "up_proj" in targets:
+            targets.add("gate_proj")
         config = LoraConfig(
             r=task["rank"],
             lora_alpha=task["lora_alpha"],
-            target_modules=list(task["target_modules"]),
+            target_modules=list(shape.own_modules(targets)),
             task_type="CAUSAL_LM",
         )
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
@@ -230,6 +246,10 @@ def lift_to_double(model: Any) -> None:
             module.forward = _double_rotary(module)
         elif hasattr(module, "scalar_embed_scale"):  # Gemma's, a buffer of fp32
             module.embed_scale = torch.tensor(module.scalar_embed_scale, dtype=torch.float64)
+    if getattr(model.config, "attn_logit_softcapping", None):
+        AttentionInterface.register("capped", _double_capped_attention)
+        AttentionMaskInterface.register("capped", eager_mask)
+        model.config._attn_implementation = "capped"
     model.loss_function = _double_loss
 
 
@@ -248,20 +268,35 @@ def _double_norm(module: Any) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _double_rotary(module: Any) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _double_rotary(module: Any) -> Callable[..., tuple[Tensor, Tensor]]:
     """Cosines and sines of RoPE (arXiv 2104.09864). transformers' angles and tables are fp32."""
-    assert module.rope_type == "default", "the formula below is that one's"
     config = module.config
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    base = config.rope_parameters["rope_theta"]
 
-    def forward(x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        powers = torch.arange(0, size, 2, dtype=torch.float64) / size
+    def forward(
+        x: Tensor, position_ids: Tensor, layer_type: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        rope = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
+        assert rope["rope_type"] == "default", "the formula below is that one's"
+        base = rope["rope_theta"]
+        turned = int(size * rope.get("partial_rotary_factor", 1.0))
+        powers = torch.arange(0, turned, 2, dtype=torch.float64) / turned
         angles = position_ids[..., None].double() * torch.pow(base, -powers)
         both = torch.cat((angles, angles), dim=-1)
         return both.cos(), both.sin()
 
     return forward
+
+
+def _double_capped_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *,
+    scaling: float, softcap: float, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attention with capped scores (arXiv 2408.00118, section 2). transformers' softmax is fp32."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    scores = softcap * (scaling / softcap * query @ key.mT).tanh()
+    return ((scores + attention_mask).softmax(dim=-1) @ value).transpose(1, 2), None
 
 
 def _double_loss(logits: Tensor, labels: Tensor, vocab_size: int, **_: Any) -> Tensor:

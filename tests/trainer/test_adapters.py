@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -23,6 +24,7 @@ from lobra.tasks.config import TaskConfig
 from lobra.tasks.target_modules import TARGET_MODULES
 from lobra.trainer.adapters import adapter_spec, check_adapter, save_adapter
 from lobra.trainer.exporter import AdapterExporter
+from lobra.trainer.metrics import METRICS_FILE, read_metrics
 from lobra.trainer.run import run_local
 from tests.model.support import save_llama
 from tests.trainer.support import make_plan, make_run, random_dataset
@@ -121,6 +123,19 @@ def test_an_adapter_that_is_not_finite_is_no_start(trained: list[Path], tmp_path
     assert f"{name} holds values that are not finite" in problem
 
 
+def test_an_exported_adapter_has_a_card_that_the_hub_reads(trained: list[Path]) -> None:
+    for folder, task in zip(trained, TASKS, strict=True):
+        steps = [line["tasks"][task.name] for line in read_metrics(folder.parents[1])]
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.library_name == "peft" and card.data.pipeline_tag == "text-generation"
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert card.data.base_model == config["base_model_name_or_path"]
+        assert f"# {task.name}" in card.text and ", ".join(task.target_modules) in card.text
+        assert (
+            f"| {steps[0]['loss']:.4f} in step 1, {steps[1]['loss']:.4f} in step 2 |" in card.text
+        )
+
+
 def test_an_exported_adapter_that_is_not_finite_is_warned_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -128,7 +143,11 @@ def test_an_exported_adapter_that_is_not_finite_is_warned_of(
     exported = [{"x": torch.ones(2)}, {"x": torch.ones(2), "y": torch.tensor([1.0, math.nan])}]
     exporter = AdapterExporter.__new__(AdapterExporter)
     exporter.is_writer, exporter.control = True, None  # type: ignore[assignment]
-    exporter.run = SimpleNamespace(base_model="base", adapter_folder=lambda t: tmp_path / str(t))
+    exporter.run = SimpleNamespace(
+        base_model="base", precision="fp32", output_dir=tmp_path, tasks=TASKS,
+        adapter_folder=lambda t: tmp_path / str(t),
+    )  # fmt: skip
+    (tmp_path / METRICS_FILE).touch()
     slots = {number: SimpleNamespace(spec=spec, number=number) for number, spec in enumerate(specs)}
     exporter.stage = SimpleNamespace(slots=slots)
     exporter._weights = lambda slot: exported[slot.number]  # type: ignore[method-assign, assignment]
