@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import multiprocessing
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,6 @@ import numpy as np
 
 from lobra.layout.plan import save_plan
 from lobra.service.deployment import Deployment, ServeRequest, prepare_deployment
-from lobra.service.ledger import Ledger
 from lobra.service.server import Service
 from lobra.service.tenants import add_tenant
 from lobra.service.wire import CONTENT_TYPE, MESSAGES, Datum
@@ -43,7 +41,6 @@ class Running:
 
     service: Service
     crashed: list[BaseException] = field(default_factory=list)
-    ranks: list[Any] = field(default_factory=list)
 
     @property
     def port(self) -> int:
@@ -53,18 +50,12 @@ class Running:
         """Return a client of a new tenant."""
         return Client(self.port, add_tenant(self.service.ledger, tenant, **quotas))
 
-    def crash(self) -> None:
-        """Kill the ranks."""
-        for process in self.ranks:
-            process.kill()
-
 
 @contextmanager
 def running(deployment: Deployment) -> Iterator[Running]:
     """Serve as long as the block lasts; a crash in it ends the service only."""
     found = Running(Service(deployment, ADDRESS, 0))
     ready = threading.Event()
-    before = set(multiprocessing.active_children())
 
     def run() -> None:
         try:
@@ -76,7 +67,6 @@ def running(deployment: Deployment) -> Iterator[Running]:
     thread = threading.Thread(target=run)
     thread.start()
     assert ready.wait(120)
-    found.ranks = list(set(multiprocessing.active_children()) - before)
     try:
         yield found
     finally:
@@ -179,7 +169,3 @@ def logprobs_of(content: bytes) -> list[np.ndarray]:
     tensor = message.loss_fn_outputs[0].fields["logprobs"]
     ends = np.frombuffer(tensor.offsets, dtype=np.int64) // 4
     return np.split(np.frombuffer(tensor.data, dtype=np.float32), ends[1:-1])
-
-
-def ledger_of(state_dir: Path) -> Ledger:
-    return Ledger(state_dir)
