@@ -12,16 +12,20 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from itertools import groupby
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lobra.layout.shapes import ModelShape, module_path
 from lobra.model.base_linear import Shard
+
+Pattern = tuple[tuple[str, float], ...]
 
 # The linears of a decoder layer by the input they have in common.
 SHARED_INPUTS = (
@@ -40,6 +44,11 @@ class Site:
     module: str
     in_features: int
     out_features: int
+
+    @property
+    def path(self) -> str:
+        """Where it is in the base model."""
+        return f"model.layers.{self.layer}.{module_path(self.module)}"
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,8 @@ class AdapterTensor:
         At the start its elements are uniform in [-bound, bound].
     seed
         Of that draw.
+    rate_factor
+        What the task's learning rate is multiplied by.
     """
 
     name: str
@@ -68,6 +79,7 @@ class AdapterTensor:
     rank: int
     bound: float
     seed: int
+    rate_factor: float = 1.0
 
     @property
     def num_columns(self) -> int:
@@ -104,7 +116,28 @@ class AdapterTensor:
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """One task's adapter: what PEFT's LoraConfig says, reduced to what we support."""
+    """One task's adapter: what PEFT's LoraConfig says, reduced to what we support.
+
+    Attributes
+    ----------
+    name
+        The task's.
+    rank, alpha
+        Of every site that no pattern names.
+    target_modules
+        The linears of every layer that it is on.
+    dropout
+        Probability that a feature of a linear's input drops out before A.
+    seed
+        Of its first values.
+    kind
+        The variant, as task files name it.
+    rank_pattern, alpha_pattern
+        (pattern, value), the first that fits counts: as PEFT reads them, a pattern is a regular
+        expression that matches the end of a site's path, whole components.
+    loraplus_ratio
+        B learns at so many times the rate of A (LoRA+, arXiv 2402.12354).
+    """
 
     name: str
     rank: int
@@ -112,11 +145,38 @@ class AdapterSpec:
     target_modules: tuple[str, ...]
     dropout: float = 0.0
     seed: int = 0
+    kind: str = "lora"
+    rank_pattern: Pattern = ()
+    alpha_pattern: Pattern = ()
+    loraplus_ratio: float = 1.0
+
+    def rank_at(self, site: Site) -> int:
+        """Return the rank at a site."""
+        return int(_matched(self.rank_pattern, site.path, self.rank))
 
     @property
-    def scaling(self) -> float:
-        """Return alpha / rank, the factor of the low-rank update (LoRA, arXiv 2106.09685)."""
-        return self.alpha / self.rank
+    def largest_rank(self) -> int:
+        """Return the largest rank of any site."""
+        return int(max([self.rank, *(value for _, value in self.rank_pattern)]))
+
+    def scaling(self, site: Site) -> float:
+        """Return the factor of the low-rank update at a site.
+
+        It is alpha / rank (LoRA, arXiv 2106.09685), of rank-stabilised LoRA alpha / sqrt(rank)
+        (arXiv 2312.03732).
+        """
+        alpha, rank = _matched(self.alpha_pattern, site.path, self.alpha), self.rank_at(site)
+        return alpha / (math.sqrt(rank) if self.kind == "rslora" else rank)
+
+    def unused_patterns(self, shape: ModelShape) -> list[tuple[str, str]]:
+        """Return (field, pattern) of all that fit no site of the adapter in a model."""
+        paths = [site.path for site in sites(shape) if site.module in self.target_modules]
+        return [
+            (field, pattern)
+            for field in ("rank_pattern", "alpha_pattern")
+            for pattern, value in getattr(self, field)
+            if not any(_matched(((pattern, value),), path, None) for path in paths)
+        ]
 
     def key(self, site: Site) -> int:
         """Return a 63-bit number unique to the adapter's seed and name and the site."""
@@ -131,17 +191,32 @@ class AdapterSpec:
         """
         if site.module not in self.target_modules:
             return ()
-        name, seed = peft_name(site.layer, site.module), self.key(site)
-        bound = 1.0 / math.sqrt(site.in_features)
+        name, seed, rank = peft_name(site.layer, site.module), self.key(site), self.rank_at(site)
+        bound, ratio = 1.0 / math.sqrt(site.in_features), self.loraplus_ratio
         return (
-            AdapterTensor(f"{name}.lora_A.weight", site, "inputs", self.rank, bound, seed),
-            AdapterTensor(f"{name}.lora_B.weight", site, "outputs", self.rank, 0.0, seed),
+            AdapterTensor(f"{name}.lora_A.weight", site, "inputs", rank, bound, seed),
+            AdapterTensor(f"{name}.lora_B.weight", site, "outputs", rank, 0.0, seed, ratio),
         )
+
+
+def _matched(pattern: Pattern, path: str, otherwise: Any) -> Any:
+    """Return the value of the first pattern that fits a path."""
+    fitting = (value for key, value in pattern if re.match(rf"(.*\.)?({key})$", path))
+    return next(fitting, otherwise)
 
 
 def peft_name(layer: int, module: str) -> str:
     """Return the name PEFT gives the adapter of a module (without `.lora_A.weight`)."""
     return f"base_model.model.model.layers.{layer}.{module_path(module)}"
+
+
+def sites(shape: ModelShape) -> list[Site]:
+    """Return the linears of all layers of a model."""
+    return [
+        Site(layer, module, *sizes)
+        for layer in range(shape.num_layers)
+        for module, sizes in shape.linear_sizes().items()
+    ]
 
 
 @dataclass(frozen=True)
@@ -177,6 +252,12 @@ class FlatTensors:
         before = sum(t.numel for t in self.tensors if t.site.layer < layers.start)
         own = sum(t.numel for t in self.tensors if t.site.layer in layers)
         return slice(before, before + own)
+
+    def rate_factors(self, layers: range) -> list[tuple[int, float]]:
+        """Return (elements, rate factor) of runs of the tensors of some of the layers."""
+        own = (tensor for tensor in self.tensors if tensor.site.layer in layers)
+        runs = groupby(own, key=lambda tensor: tensor.rate_factor)
+        return [(sum(tensor.numel for tensor in run), factor) for factor, run in runs]
 
     def rows(self, flat: Tensor, *tensors: AdapterTensor) -> Tensor:
         """Return a view of tensors that lie one after another, as rows [sum of r, f]."""

@@ -26,7 +26,7 @@ from lobra.model.token_tasks import Segment, TokenTasks
 
 @dataclass(frozen=True)
 class _Present:
-    """The rows of A and of each linear's B that a micro-batch needs; the same in every layer.
+    """The rows of A and of each linear's B that a micro-batch needs; the same in layers alike.
 
     `rows_A` and `rows_B` are None where all are needed. `columns` are each linear's of x A^T, and
     `scaling_NR` is what that is multiplied by.
@@ -56,7 +56,7 @@ class JointStack(Stack):
     def arrange(self, slots: Mapping[int, Slot]) -> None:
         """Compute with the adapters in these slots from now on."""
         self.forget_copies()
-        self.ranks = {number: slot.spec.rank for number, slot in slots.items()}
+        self.ranks = {number: slot.spec.largest_rank for number, slot in slots.items()}
         self.adapters: list[list[Adapter]] = [[] for _ in self.bases]
         for number in sorted(slots):
             for adapter in self.adapters_of(slots[number]):
@@ -100,7 +100,13 @@ class JointStack(Stack):
         own = [[one for one in adapters if one.number in numbers] for adapters in self.adapters]
         if not any(own):
             return None
-        key = (*(site.module for site in self.sites), segments)
+        key = (
+            segments,
+            *(
+                tuple((one.number, len(one.A_ri), one.scaling) for one in adapters)
+                for adapters in self.adapters
+            ),
+        )
         if key not in tasks.shared:
             tasks.shared[key] = self._present(segments, numbers)
         present: _Present = tasks.shared[key]
@@ -150,7 +156,7 @@ class JointStack(Stack):
                 if one.number in numbers:
                     taken += range(row, row + rank)
                     of_row += [one.number] * rank
-                    scaling += [one.spec.scaling] * rank
+                    scaling += [one.scaling] * rank
                 row += rank
             rows_A += [num_rows + row for row in taken]
             rows_B.append(taken)

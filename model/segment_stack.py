@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from itertools import accumulate
 
+import torch
 from torch import Tensor
 
+from lobra.model.precision import kept_dtype
 from lobra.model.slot import Slot
 from lobra.model.stack import Adapter, Factors, Outputs, Part, Rows, Stack
 from lobra.model.token_tasks import Segment, TokenTasks
@@ -23,15 +26,20 @@ class SegmentStack(Stack):
         self.forget_copies()
         self.adapters: dict[int, list[Adapter]] = {}
         self.factors: dict[int, Factors] = {}
+        self.scaling_R: dict[int, Tensor] = {}
         for number, slot in slots.items():
             if adapters := self.adapters_of(slot):
                 self.adapters[number] = adapters
                 self.factors[number] = self._factors(slot, adapters)
+                scaling = [one.scaling for one in adapters for _ in one.A_ri]
+                self.scaling_R[number] = torch.tensor(
+                    scaling, dtype=kept_dtype(self.dtype), device=self.device
+                )
         self.refresh()
 
     def _factors(self, slot: Slot, adapters: list[Adapter]) -> Factors:
         """Return a task's factors; its A of all linears lie one below the other in its slot."""
-        rank, shard = slot.spec.rank, self.shards[0]
+        shard, stops = self.shards[0], list(accumulate(len(one.A_ri) for one in adapters))
         all_A = [slot.spec.tensors(self.sites[one.linear])[0] for one in adapters]
         weights, gradient = (
             all_A[0].cut(slot.layout.rows(flat, *all_A), shard)
@@ -40,10 +48,10 @@ class SegmentStack(Stack):
         outputs = tuple(
             Outputs(
                 one.linear,
-                slice(place * rank, (place + 1) * rank),
+                slice(stop - len(one.A_ri), stop),
                 Rows(self._computed(one.B_ro), (one.gradient_B,)),
             )
-            for place, one in enumerate(adapters)
+            for stop, one in zip(stops, adapters, strict=True)
         )
         return Factors(Rows(self._computed(weights), (gradient,)), outputs)
 
@@ -69,4 +77,5 @@ class SegmentStack(Stack):
         tokens = slice(segment.start, segment.stop)
         linears = [one.linear for one in adapters]
         draw = partial(self.keep_factors, linears, tokens, tasks) if tasks.drops([spec]) else None
-        return Part(tokens, self.factors[segment.number], spec.scaling, draw)
+        number = segment.number
+        return Part(tokens, self.factors[number], self.scaling_R[number], draw)

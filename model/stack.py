@@ -38,6 +38,7 @@ class Adapter:
     linear: int
     number: int
     spec: AdapterSpec
+    scaling: float
     A_ri: Tensor
     B_ro: Tensor
     gradient_A: Tensor
@@ -89,7 +90,7 @@ class Part:
     factors
         Of all tasks that these are of.
     scaling
-        What x A^T is multiplied by: a number, or [n, R], 0 where a row is not of a token's task.
+        What x A^T is multiplied by: [R], or [n, R], 0 where a row is not of a token's task.
     draw_keep_factors
         Returns for each of the factors' outputs what dropout multiplies x by, [n, i]; None where
         nothing drops out.
@@ -97,7 +98,7 @@ class Part:
 
     tokens: slice
     factors: Factors
-    scaling: float | Tensor
+    scaling: Tensor
     draw_keep_factors: Callable[[], list[Tensor]] | None = None
 
 
@@ -144,7 +145,8 @@ class Stack(ABC):
                     for flat in (slot.weights, slot.gradient)
                     for tensor in tensors
                 )
-                found.append(Adapter(linear, slot.number, slot.spec, *views))
+                scaling = slot.spec.scaling(site)
+                found.append(Adapter(linear, slot.number, slot.spec, scaling, *views))
         return found
 
     @property

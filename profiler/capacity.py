@@ -134,7 +134,7 @@ def fitted_to(
             f"{'has' if len(dropping) == 1 else 'have'}: a layer then keeps half as much again; "
             f"profile memory with this trainer config"
         )
-    wanted = [[task.rank, list(task.target_modules)] for task in tasks]
+    wanted = [[task.largest_rank, list(task.target_modules)] for task in tasks]
     if _kinds(measured) == _kinds(wanted):
         return profile, ()
     budget = settings.get("memory_budget_bytes")
@@ -145,7 +145,7 @@ def fitted_to(
     if budget is None or largest is None or not any(parts):
         return profile, (_as_it_is(profile, len(measured), len(tasks)),)
     before = sum(shape.adapter_elements(rank, tuple(modules)) for rank, modules in measured)
-    now = sum(shape.adapter_elements(task.rank, task.target_modules) for task in tasks)
+    now = sum(shape.adapter_elements(task.largest_rank, task.target_modules) for task in tasks)
     rows = tuple(
         replace(row, max_tokens=part.max_tokens(budget, now / before, largest))
         for row, part in zip(profile.rows, parts, strict=True)

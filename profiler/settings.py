@@ -19,7 +19,7 @@ def adapter_specs(tasks: Sequence[TaskConfig]) -> tuple[AdapterSpec, ...]:
     return tuple(
         AdapterSpec(
             task.name,
-            task.rank,
+            task.largest_rank,
             task.lora_alpha,
             task.target_modules,
             task.lora_dropout,
@@ -32,7 +32,7 @@ def adapter_specs(tasks: Sequence[TaskConfig]) -> tuple[AdapterSpec, ...]:
 def adapter_settings(tasks: Sequence[TaskConfig]) -> dict[str, Any]:
     """Return what of the tasks' adapters costs depend on, as a sidecar's settings have it."""
     settings: dict[str, Any] = {
-        "adapters": [[task.rank, list(task.target_modules)] for task in tasks]
+        "adapters": [[task.largest_rank, list(task.target_modules)] for task in tasks]
     }
     if any(task.lora_dropout > 0.0 for task in tasks):
         settings["lora_dropout"] = [task.lora_dropout for task in tasks]

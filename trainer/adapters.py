@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from lobra.common.errors import ConfigError, Problems, show
 from lobra.common.files import new_draft, replace_folder, write_atomic
 from lobra.layout.shapes import ModelShape
 from lobra.layout.world import World
-from lobra.model.adapter import AdapterSpec, FlatTensors
+from lobra.model.adapter import AdapterSpec, FlatTensors, sites
 from lobra.model.stage import Stage
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.sampling import task_seed
@@ -36,6 +37,10 @@ def adapter_spec(task: TaskConfig, run_seed: int = 0) -> AdapterSpec:
         target_modules=task.target_modules,
         dropout=task.lora_dropout,
         seed=task_seed(task, run_seed),
+        kind=task.adapter,
+        rank_pattern=tuple(task.rank_pattern.items()),
+        alpha_pattern=tuple(task.alpha_pattern.items()),
+        loraplus_ratio=task.loraplus_ratio,
     )
 
 
@@ -104,9 +109,9 @@ def peft_config(spec: AdapterSpec, base_model: str) -> dict[str, Any]:
         "modules_to_save": None,
         "layers_to_transform": None,
         "layers_pattern": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "use_rslora": False,
+        "rank_pattern": dict(spec.rank_pattern),
+        "alpha_pattern": dict(spec.alpha_pattern),
+        "use_rslora": spec.kind == "rslora",
         "use_dora": False,
     }
 
@@ -132,15 +137,9 @@ def check_adapter(folder: Path, spec: AdapterSpec, shape: ModelShape) -> Problem
             ]
         )
     problems = Problems()
-    for field, value in {"r": spec.rank, "lora_alpha": spec.alpha}.items():
-        if config.get(field) != value:
-            problems.add(
-                f"task {spec.name}: resume_from: {config_path}: {field} is "
-                f"{config.get(field)!r}, the task says {value!r}"
-            )
     problems += [
         f"task {spec.name}: resume_from: {config_path}: {problem}"
-        for problem in config_problems(config)
+        for problem in [*_differences(config, spec, shape), *config_problems(config)]
     ]
     modules = {name.split(".lora_")[0].rpartition(".")[2] for name in found}
     if modules != set(spec.target_modules):
@@ -169,6 +168,31 @@ def check_adapter(folder: Path, spec: AdapterSpec, shape: ModelShape) -> Problem
             for name in not_finite(load_file(weights_path))
         ]
     return problems
+
+
+def _differences(config: Mapping[str, Any], spec: AdapterSpec, shape: ModelShape) -> list[str]:
+    """Return what a PEFT configuration says of rank and scale otherwise than the task."""
+    found = [
+        f"{field} is {config.get(field)!r}, the task says {value!r}"
+        for field, value in {"r": spec.rank, "lora_alpha": spec.alpha}.items()
+        if config.get(field) != value
+    ]
+    if bool(config.get("use_rslora")) != (spec.kind == "rslora"):
+        found.append(
+            f"use_rslora is {config.get('use_rslora')!r}, the task says adapter: {spec.kind}"
+        )
+    for field in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(field) or {}
+        given: dict[str, Any] = {field: tuple(pattern.items())}
+        theirs = replace(spec, **given)
+        if any(
+            (theirs.rank_at(site), theirs.scaling(site)) != (spec.rank_at(site), spec.scaling(site))
+            for site in sites(shape)
+            if site.module in spec.target_modules
+        ):
+            ours = dict(getattr(spec, field))
+            found.append(f"{field} is {pattern!r}, the task says {ours!r}")
+    return found
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -3,7 +3,7 @@
 `checkpoints/step_<n>/` holds the state after n steps:
 
 - `adapters/<task>/`: the adapter in PEFT's format, loadable as it is;
-- `moments/<task>.safetensors`: Adam's moments, `<moment>/<PEFT's name>`;
+- `moments/<task>.safetensors`: its optimiser's moments, `<moment>/<PEFT's name>`;
 - `state.json`: steps, every task's progress by its name, what the data was, the replicas' speed
   factors.
 
@@ -33,7 +33,7 @@ from lobra.trainer.adapters import CONFIG_FILE, WEIGHTS_FILE, save_adapter
 from lobra.trainer.checkpoint_folder import FOLDER, STATE_FILE, list_checkpoints, step_folder
 from lobra.trainer.optimizer import AdapterOptimizer
 from lobra.trainer.task_progress import TaskProgress
-from lobra.trainer.zero import MOMENTS
+from lobra.trainer.zero import moment_names
 
 FORMAT = 2
 
@@ -145,12 +145,14 @@ def _read(folder: Path) -> CheckpointState:
         raise _Broken(f"{STATE_FILE} is not usable ({'; '.join(error.problems)})") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _Broken(f"{STATE_FILE} is not usable ({error!r})") from error
-    for name in names:
+    for record in state.tasks:
+        name = record["name"]
+        kinds = moment_names(record.get("optimizer", "adamw"), record.get("momentum", 0.0))
         if not (folder / "adapters" / name / CONFIG_FILE).is_file():
             raise _Broken(f"adapters/{name}/{CONFIG_FILE} is missing")
         weights = _tensors(folder, f"adapters/{name}/{WEIGHTS_FILE}")
         moments = _tensors(folder, f"moments/{name}.safetensors")
-        if moments != {f"{kind}/{key}": size for kind in MOMENTS for key, size in weights.items()}:
+        if moments != {f"{kind}/{key}": size for kind in kinds for key, size in weights.items()}:
             raise _Broken(f"moments/{name}.safetensors does not fit the task's adapter")
     return state
 
@@ -238,6 +240,6 @@ def load_moments(
     with safe_open(path, framework="pt") as file:
         moments = {
             kind: {name: file.get_tensor(f"{kind}/{name}") for name in slot.layout.places}
-            for kind in MOMENTS
+            for kind in optimizer.moment_names(number)
         }
     optimizer.load_moments(number, moments, updates)

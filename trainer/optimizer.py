@@ -1,4 +1,4 @@
-"""The adapters' optimiser: every task's AdamW, its state shared by the holders of each block.
+"""The adapters' optimiser: every task's own, its state shared by the holders of each block.
 
 A block is the layers with the same holders; its data-parallel group is those holders, in the
 tensor-parallel group and across replicas alike, since canonical adapters make the gradient a
@@ -18,7 +18,6 @@ from lobra.model.groups import new_group
 from lobra.model.stage import Stage
 from lobra.tasks.config import TaskConfig
 from lobra.trainer.block import BlockOptimizer
-from lobra.trainer.zero import MOMENTS
 
 
 @dataclass(frozen=True)
@@ -83,20 +82,24 @@ class AdapterOptimizer:
         self.stage.refresh()
 
     def moments(self, number: int) -> dict[str, dict[range, Tensor]]:
-        """Return a task's Adam moments, flat, by the layers of a block, on the CPU. Collective.
+        """Return a task's moments, flat, by the layers of a block, on the CPU. Collective.
 
         They are of the blocks this rank is the first holder of.
         """
-        found: dict[str, dict[range, Tensor]] = {moment: {} for moment in MOMENTS}
+        found: dict[str, dict[range, Tensor]] = {name: {} for name in self.moment_names(number)}
         for block in self.blocks:
             for moment, flat in block.moments(number).items():
                 found[moment][block.block.layers] = flat
         return found
 
+    def moment_names(self, number: int) -> tuple[str, ...]:
+        """Return what a task's optimiser keeps of each of its weights."""
+        return tuple(self.blocks[0].partitions[number].moments)
+
     def load_moments(
         self, number: int, moments: Mapping[str, Mapping[str, Tensor]], updates: int
     ) -> None:
-        """Set the task's Adam moments (PEFT's names) and its count of applied updates."""
+        """Set the task's moments (PEFT's names) and its count of applied updates."""
         slot = self.stage.slots[number]
         flats = {}
         for moment, named in moments.items():

@@ -8,7 +8,6 @@ elsewhere: rank and scale against the task, modules and layers by the tensors th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,7 +27,7 @@ FREE = (
     "megatron_core", "qalora_group_size", "eva_config", "loftq_config", "corda_config",
     "lora_ga_config", "ensure_weight_tying",
     # compared with the task by `trainer.adapters.check_adapter`
-    "r", "lora_alpha",
+    "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
 )  # fmt: skip
 
 #: Initialisations that leave the base as it is, only with other first values: once saved, A and
@@ -82,31 +81,6 @@ def _initialisation(value: Any, config: Mapping[str, Any]) -> str | None:
     return "is no initialisation known here, so the adapter may not be plain LoRA"
 
 
-def _rank_stabilised(value: Any, config: Mapping[str, Any]) -> str | None:
-    if not value:
-        return None
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or not isinstance(alpha, int | float):
-        return "it scales by lora_alpha / sqrt(r), which is not supported"
-    return (
-        f"it scales by lora_alpha / sqrt(r), which is not supported; the same adapter is "
-        f"use_rslora false with lora_alpha {alpha * math.sqrt(rank):.10g}, here and in the task"
-    )
-
-
-def _pattern(field: str) -> FieldCheck:
-    """Return a check for a map of modules to values that all are what `field` says anyway."""
-
-    def check(value: Any, config: Mapping[str, Any]) -> str | None:
-        if not value:
-            return None
-        if isinstance(value, Mapping) and all(own == config.get(field) for own in value.values()):
-            return None
-        return f"modules with a {field} of their own are not supported"
-
-    return check
-
-
 _OTHER_METHOD = "is not plain LoRA and not supported"
 _OTHER_PARAMETERS = "only the linears of the layers are trained here: train without it"
 
@@ -115,9 +89,6 @@ FIELDS: Mapping[str, FieldCheck] = {
     "peft_type": _one_of(("LORA",), "only LORA is supported"),
     "task_type": _one_of((None, "CAUSAL_LM"), "only CAUSAL_LM is supported"),
     "init_lora_weights": _initialisation,
-    "use_rslora": _rank_stabilised,
-    "rank_pattern": _pattern("r"),
-    "alpha_pattern": _pattern("lora_alpha"),
     "bias": _one_of((None, "none"), "it has trained biases of the base, which are not supported"),
     "lora_bias": _unset("a bias in the adapter is not supported"),
     "fan_in_fan_out": _unset("it is for weights stored transposed, which no supported model has"),

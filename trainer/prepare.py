@@ -246,6 +246,12 @@ def prepare(request: TrainRequest) -> RunSpec:
     if config is not None and folder is not None:
         tasks = clip_context(config.tasks, request.max_seq_length)
         for number, task in enumerate(tasks):
+            if shape is not None:
+                where = f"{config.path}: task[{number}]"
+                checks.problems += [
+                    f"{where}.{field}: {pattern!r} fits no linear that the adapter is on"
+                    for field, pattern in adapter_spec(task).unused_patterns(shape)
+                ]
             # A run that goes on has its adapters in the checkpoint.
             if task.resume_from and shape is not None and not request.is_resumed:
                 start = Path(task.resume_from)
@@ -291,7 +297,7 @@ def prepare(request: TrainRequest) -> RunSpec:
     assert config and plan and folder and shape and world and cost_model and device and batching
     cost_model = cost_model.for_training(
         label_share(tasks, training),
-        sum(shape.adapter_elements(task.rank, task.target_modules) for task in tasks),
+        sum(shape.adapter_elements(task.largest_rank, task.target_modules) for task in tasks),
     )
 
     run = RunSpec(

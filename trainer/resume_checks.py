@@ -13,7 +13,14 @@ from lobra.tasks.dataset import TokenizedDataset
 from lobra.trainer.checkpoint import CheckpointState
 
 # What must be the same for a task to go on; the rest may be changed between runs.
-FIXED_FIELDS = ("name", "rank", "lora_alpha", "target_modules", "global_batch_size", "seed")
+FIXED_FIELDS = (
+    *("name", "rank", "lora_alpha", "target_modules", "adapter", "rank_pattern", "alpha_pattern"),
+    *("global_batch_size", "seed", "optimizer", "momentum"),
+)
+#: What those are in records of versions that did not have them.
+_BEFORE: dict[str, Any] = {
+    **dict(adapter="lora", rank_pattern={}, alpha_pattern={}, optimizer="adamw", momentum=0.0)
+}
 # What decides which sequences there are: named if they are others and this is why.
 DATA_FIELDS = (
     *("dataset_name", "json_key", "max_samples", "prompt", "train_on_inputs"),
@@ -57,7 +64,7 @@ def resume_problems(
         problems.append(f"--resume: {source} has the tasks {now}, the checkpoint {list(before)}")
         return problems
     for new in tasks:
-        old = before[new["name"]]
+        old = _BEFORE | before[new["name"]]
         changed = [field for field in FIXED_FIELDS if new[field] != old.get(field)]
         if new["data_sha256"] != old.get("data_sha256"):
             why = [f for f in DATA_FIELDS if f in old and new[f] != old[f]]

@@ -13,13 +13,14 @@ is hidden.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -78,32 +79,62 @@ def task_config(task: dict, **fields: Any) -> TaskConfig:
     return TaskConfig(dataset_name="random", context_length=128, **task, **fields)
 
 
-def tasks_from(starts: list[Path], **fields: Any) -> tuple[TaskConfig, ...]:
+def tasks_from(
+    starts: list[Path], tasks: Sequence[dict] = TASKS, **fields: Any
+) -> tuple[TaskConfig, ...]:
     """Return the tasks, each with the adapter it starts from."""
-    pairs = zip(TASKS, starts, strict=True)
+    pairs = zip(tasks, starts, strict=True)
     return tuple(task_config(task, resume_from=str(start), **fields) for task, start in pairs)
 
 
-def make_datasets() -> list[TokenizedDataset]:
+def make_datasets(num_tasks: int = len(TASKS)) -> list[TokenizedDataset]:
     """Return each task's data."""
+    lengths = [LENGTHS[number % len(LENGTHS)] for number in range(num_tasks)]
     return [
         random_dataset(20, shortest, longest, VOCAB, seed)
-        for seed, (shortest, longest) in enumerate(LENGTHS)
+        for seed, (shortest, longest) in enumerate(lengths)
     ]
 
 
-def make_starts(base: Path, root: Path) -> list[Path]:
+def peft_config(task: dict) -> LoraConfig:
+    """Return what PEFT calls a task's adapter."""
+    patterns = {key: dict(task.get(key, {})) for key in ("rank_pattern", "alpha_pattern")}
+    return LoraConfig(
+        r=task["rank"],
+        lora_alpha=task["lora_alpha"],
+        target_modules=list(task["target_modules"]),
+        use_rslora=task.get("adapter") == "rslora",
+        task_type="CAUSAL_LM",
+        **patterns,  # type: ignore[arg-type]
+    )
+
+
+def make_optimizer(model: Any, task: dict) -> torch.optim.Optimizer:
+    """Return a task's optimiser: torch's own, arranged by PEFT for LoRA+."""
+    settings: dict[str, Any] = {"weight_decay": task.get("weight_decay", 0.0)}
+    kind: type[torch.optim.Optimizer] = torch.optim.AdamW
+    if task.get("optimizer") == "sgd":
+        kind, settings["momentum"] = torch.optim.SGD, task.get("momentum", 0.0)
+    else:
+        settings["betas"] = task.get("adam_beta1", 0.9), task.get("adam_beta2", 0.999)
+        settings["eps"] = task.get("adam_epsilon", 1e-8)
+    if "loraplus_ratio" in task:
+        settings["loraplus_weight_decay"] = settings.pop("weight_decay")
+        ratio = task["loraplus_ratio"]
+        return create_loraplus_optimizer(
+            model, kind, lr=task["learning_rate"], loraplus_lr_ratio=ratio, **settings
+        )
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return kind(trainable, lr=task["learning_rate"], **settings)  # type: ignore[call-arg]
+
+
+def make_starts(base: Path, root: Path, tasks: Sequence[dict] = TASKS) -> list[Path]:
     """PEFT's own fresh adapters, B made non-zero so that A has a gradient from the first step."""
     folders = []
-    for number, task in enumerate(TASKS):
+    for number, task in enumerate(tasks):
         torch.manual_seed(100 + number)
-        config = LoraConfig(
-            r=task["rank"],
-            lora_alpha=task["lora_alpha"],
-            target_modules=list(task["target_modules"]),
-            task_type="CAUSAL_LM",
-        )
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+        plain = AutoModelForCausalLM.from_pretrained(base)
+        model = get_peft_model(plain, peft_config(task))
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.02)
@@ -119,6 +150,7 @@ def train_alone(
     dtype: torch.dtype,
     order: int = 0,
     dropout: float = 0.0,
+    tasks: Sequence[dict] = TASKS,
 ) -> list[dict]:
     """What PEFT gets on one process, each task on its own: final tensors and losses per step.
 
@@ -126,7 +158,7 @@ def train_alone(
     `dropout` PEFT is given our masks.
     """
     results = []
-    for number, task in enumerate(TASKS):
+    for number, task in enumerate(tasks):
         plain = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
         model = PeftModel.from_pretrained(plain, starts[number], is_trainable=True)
         masks = _Masks(model, dropout) if dropout else None
@@ -137,9 +169,7 @@ def train_alone(
         model.train()
         trainable = [p for p in model.parameters() if p.requires_grad]
         assert dtype != torch.float64 or {p.dtype for p in trainable} == {dtype}
-        optimizer = torch.optim.AdamW(
-            trainable, lr=task["learning_rate"], weight_decay=task.get("weight_decay", 0.0)
-        )
+        optimizer = make_optimizer(model, task)
         steps = task.get("steps", STEPS)
         scheduler = get_scheduler(
             task.get("lr_scheduler", "constant_with_warmup"),
