@@ -181,9 +181,9 @@ class TaskConfig(FileModel):
     adapter: _Adapter = "lora"
     """What is trained: LoRA, or rslora, which is scaled so that larger ranks learn as fast."""
     rank_pattern: _Ranks = field(default_factory=dict)
-    """Other ranks of some linears, as PEFT has it: {q_proj: 4, "layers.0.mlp.up_proj": 16}."""
+    """Other ranks of linears that a pattern fits, as in PEFT."""
     alpha_pattern: _Alphas = field(default_factory=dict)
-    """Other lora_alpha of some linears, alike."""
+    """Other lora_alpha of linears, alike."""
 
     @property
     def dataset_names(self) -> tuple[str, ...]:
@@ -208,7 +208,9 @@ class TaskConfig(FileModel):
         mistakes = {
             name: Mistake(f"only {owner} has it, the task's optimizer is {optimizer}", given[name])
             for name, owner in _OF_OPTIMIZER.items()
-            if name in given and optimizer in OPTIMIZERS and optimizer != owner
+            if given.get(name, getattr(cls, name)) != getattr(cls, name)
+            and optimizer in OPTIMIZERS
+            and optimizer != owner
         }
         steps, warmup = given.get("steps"), given.get("warmup_steps")
         if isinstance(steps, int) and isinstance(warmup, int) and warmup > steps > 0:
