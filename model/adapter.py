@@ -168,15 +168,23 @@ class AdapterSpec:
         alpha, rank = _matched(self.alpha_pattern, site.path, self.alpha), self.rank_at(site)
         return alpha / (math.sqrt(rank) if self.kind == "rslora" else rank)
 
-    def unused_patterns(self, shape: ModelShape) -> list[tuple[str, str]]:
-        """Return (field, pattern) of all that fit no site of the adapter in a model."""
-        paths = [site.path for site in sites(shape) if site.module in self.target_modules]
-        return [
-            (field, pattern)
+    def problems(self, shape: ModelShape) -> list[str]:
+        """Return what of the adapter a model is not made for: field and reason."""
+        own = [site for site in sites(shape) if site.module in self.target_modules]
+        found = [
+            f"{field}: {pattern!r} fits no linear that the adapter is on"
             for field in ("rank_pattern", "alpha_pattern")
             for pattern, value in getattr(self, field)
-            if not any(_matched(((pattern, value),), path, None) for path in paths)
+            if not any(_matched(((pattern, value),), site.path, None) for site in own)
         ]
+        if self.kind == "pissa":
+            most = min(min(site.in_features, site.out_features) for site in own)
+            if self.largest_rank > most:
+                found.append(
+                    f"rank: {self.largest_rank} is more than a weight of the model has principal "
+                    f"components: at most {most} with adapter: pissa"
+                )
+        return found
 
     def key(self, site: Site) -> int:
         """Return a 63-bit number unique to the adapter's seed and name and the site."""

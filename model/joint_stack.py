@@ -53,17 +53,15 @@ class JointStack(Stack):
     most_ranks = 256
     least_spared = 1 << 17
 
-    def arrange(self, slots: Mapping[int, Slot]) -> None:
-        """Compute with the adapters in these slots from now on."""
-        self.forget_copies()
+    def arrange_trained(self, slots: Mapping[int, Slot]) -> None:
+        """Compute with what is trained in these slots from now on."""
         self.ranks = {number: slot.spec.largest_rank for number, slot in slots.items()}
         self.adapters: list[list[Adapter]] = [[] for _ in self.bases]
         for number in sorted(slots):
-            for adapter in self.adapters_of(slots[number]):
+            for adapter in self.adapters_of(slots[number], slots[number].weights):
                 self.adapters[adapter.linear].append(adapter)
         self.A_Ri = self._joined([one.A_ri for own in self.adapters for one in own])
         self.B_Ro = [self._joined([one.B_ro for one in own]) for own in self.adapters]
-        self.refresh()
 
     def _joined(self, weights: Sequence[Tensor]) -> Tensor:
         """Return a copy of weights, one below the other, that `refresh` renews."""
@@ -73,7 +71,7 @@ class JointStack(Stack):
             self.copy_on_refresh(copy, one)
         return joined
 
-    def parts(self, tasks: TokenTasks) -> list[Part]:
+    def trained_parts(self, tasks: TokenTasks) -> list[Part]:
         """Return the parts: as few as may be, or one for each segment if tasks are to be apart."""
         most_ranks = 0 if tasks.apart else self.most_ranks
         parts = (self._part(together, tasks) for together in self._together(tasks, most_ranks))

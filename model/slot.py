@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lobra.layout.shapes import ModelShape
+from lobra.model import pissa
 from lobra.model.adapter import AdapterSpec, FlatTensors
 
 
@@ -25,7 +26,9 @@ class Slot:
     spec
         What is trained.
     layout
-        Where each tensor lies in `weights` and in `gradient`.
+        Where each tensor lies in `weights`, in `gradient` and in `start`.
+    start
+        Of PiSSA, the weights it started from, whose product is taken out of the base; else None.
     """
 
     def __init__(
@@ -45,10 +48,14 @@ class Slot:
         self.gradient = torch.zeros_like(self.weights)
         for tensor in self.layout.tensors:
             self.layout.rows(self.weights, tensor).copy_(tensor.start())
+        self.start = self.weights.clone() if spec.kind == "pissa" else None
 
     def load(self, named: Mapping[str, Tensor]) -> None:
         """Take weights over (PEFT's names and shapes); KeyError or ValueError if they do not fit.
 
         What a stage has copied of them is not renewed: that is `Stage.load`.
         """
+        if self.start is not None:
+            named, start = pissa.divided(named)
+            self.layout.fill(self.start, start)
         self.layout.fill(self.weights, named)

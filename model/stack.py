@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from lobra.model.adapter import AdapterSpec, Site
 from lobra.model.base_linear import BaseLinear, Shard
 from lobra.model.dropout import feature_keys
 from lobra.model.memory_policy import kept
+from lobra.model.precision import kept_dtype
 from lobra.model.slot import Slot
 from lobra.model.tensor_parallel import Group, reduce_from_group
 from lobra.model.token_tasks import Selection, TokenTasks
@@ -101,6 +103,14 @@ class Part:
     scaling: Tensor
     draw_keep_factors: Callable[[], list[Tensor]] | None = None
 
+    def frozen(self) -> Part:
+        """Return the part with the opposite sign and without gradients."""
+        outputs = tuple(
+            replace(output, B=replace(output.B, gradients=())) for output in self.factors.outputs
+        )
+        factors = Factors(replace(self.factors.A, gradients=()), outputs)
+        return replace(self, factors=factors, scaling=-self.scaling)
+
 
 class Stack(ABC):
     """The adapters of all tasks on the linears of one layer that share an input.
@@ -127,22 +137,82 @@ class Stack(ABC):
         self._copies: list[Tensor] = []
         self._copied: list[Tensor] = []
 
-    @abstractmethod
     def arrange(self, slots: Mapping[int, Slot]) -> None:
         """Compute with the adapters in these slots from now on."""
+        self._copies, self._copied = [], []
+        self.arrange_trained(slots)
+        self.starts = {
+            number: part.frozen()
+            for number, slot in slots.items()
+            if slot.start is not None and (part := self.own_part(slot, slot.start))
+        }
+        self.refresh()
 
     @abstractmethod
-    def parts(self, tasks: TokenTasks) -> list[Part]:
+    def arrange_trained(self, slots: Mapping[int, Slot]) -> None:
+        """Compute with what is trained in these slots from now on."""
+
+    @abstractmethod
+    def trained_parts(self, tasks: TokenTasks) -> list[Part]:
         """Return the parts of a micro-batch whose tasks have adapters here, without overlap."""
 
-    def adapters_of(self, slot: Slot) -> list[Adapter]:
-        """Return a task's adapters on the linears of the stack, in their order."""
+    def parts(self, tasks: TokenTasks) -> list[Part]:
+        """Return all parts of a micro-batch; those of frozen factors are on tokens of others."""
+        frozen = [
+            replace(self.starts[segment.number], tokens=slice(segment.start, segment.stop))
+            for segment in tasks.segments
+            if segment.number in self.starts
+        ]
+        return self.trained_parts(tasks) + frozen
+
+    def own_part(self, slot: Slot, weights: Tensor) -> Part | None:
+        """Return a part of no tokens with a task's factors; None where it has no adapter here.
+
+        ``weights`` are the slot's, or those it started from. A of all linears lie there one below
+        the other.
+        """
+        if not (adapters := self.adapters_of(slot, weights)):
+            return None
+        all_A = [slot.spec.tensors(self.sites[one.linear])[0] for one in adapters]
+        A_Ri, gradient = (
+            all_A[0].cut(slot.layout.rows(flat, *all_A), self.shards[0])
+            for flat in (weights, slot.gradient)
+        )
+        stops = accumulate(len(one.A_ri) for one in adapters)
+        outputs = tuple(
+            Outputs(
+                one.linear,
+                slice(stop - len(one.A_ri), stop),
+                Rows(self._computed(one.B_ro), (one.gradient_B,)),
+            )
+            for one, stop in zip(adapters, stops, strict=True)
+        )
+        scaling_R = torch.tensor(
+            [one.scaling for one in adapters for _ in one.A_ri],
+            dtype=kept_dtype(self.dtype),
+            device=self.device,
+        )
+        return Part(slice(0), Factors(Rows(self._computed(A_Ri), (gradient,)), outputs), scaling_R)
+
+    def _computed(self, weights: Tensor) -> Tensor:
+        """Return the weights themselves or, for activations of another dtype, a copy."""
+        if weights.dtype == self.dtype:
+            return weights
+        copy = weights.to(self.dtype)
+        self.copy_on_refresh(copy, weights)
+        return copy
+
+    def adapters_of(self, slot: Slot, weights: Tensor) -> list[Adapter]:
+        """Return a task's adapters on the linears of the stack, in their order.
+
+        ``weights`` are the slot's, or those it started from.
+        """
         found = []
         for linear, (site, shard) in enumerate(zip(self.sites, self.shards, strict=True)):
             if tensors := slot.spec.tensors(site):
                 views = (
                     tensor.cut(slot.layout.rows(flat, tensor), shard)
-                    for flat in (slot.weights, slot.gradient)
+                    for flat in (weights, slot.gradient)
                     for tensor in tensors
                 )
                 scaling = slot.spec.scaling(site)
@@ -153,10 +223,6 @@ class Stack(ABC):
     def copied_bytes(self) -> int:
         """Bytes of the copies it computes with."""
         return sum(copy.nbytes for copy in self._copies)
-
-    def forget_copies(self) -> None:
-        """Have `refresh` copy nothing any more."""
-        self._copies, self._copied = [], []
 
     def copy_on_refresh(self, copy: Tensor, weights: Tensor) -> None:
         """Have `refresh` copy these weights."""
@@ -293,6 +359,8 @@ def _add_product(
     gradients: Sequence[Tensor], left_nR: Tensor, right_nf: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
     """Add left^T right to the gradients, or return what is to be added to which."""
+    if not gradients:
+        return []
     left_Rn, kept = left_nR.t(), gradients[0].dtype
     if len(gradients) == 1 and kept == left_nR.dtype:
         gradients[0].addmm_(left_Rn, right_nf)

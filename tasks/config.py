@@ -43,7 +43,7 @@ CONFIG_FOLDER = Path("trainer_config")
 SHIPPED_FOLDER = Path(__file__).parent.with_name("trainer_config")
 SUFFIXES = (".json", ".yaml", ".yml")
 VARIANTS = ("canonical", "fused")
-ADAPTERS = ("lora", "rslora")
+ADAPTERS = ("lora", "rslora", "pissa")
 OPTIMIZERS = ("adamw", "sgd")
 _OF_OPTIMIZER = dict(adam_beta1="adamw", adam_beta2="adamw", adam_epsilon="adamw", momentum="sgd")
 LR_SCHEDULERS = ("constant", "linear", "cosine")
@@ -179,7 +179,8 @@ class TaskConfig(FileModel):
     resume_from: Text | None = None
     """An adapter of this kind in PEFT's format to start from."""
     adapter: _Adapter = "lora"
-    """What is trained: LoRA, or rslora, which is scaled so that larger ranks learn as fast."""
+    """What is trained: LoRA, scaled by the root of the rank (rslora), or from principal parts on
+    (pissa)."""
     rank_pattern: _Ranks = field(default_factory=dict)
     """Other ranks of linears that a pattern fits, as in PEFT."""
     alpha_pattern: _Alphas = field(default_factory=dict)
@@ -192,8 +193,8 @@ class TaskConfig(FileModel):
 
     @property
     def largest_rank(self) -> int:
-        """The largest rank of any of its linears."""
-        return max([self.rank, *self.rank_pattern.values()])
+        """The largest rank of any of its linears; PiSSA computes with twice as many."""
+        return max([self.rank, *self.rank_pattern.values()]) * (1 + (self.adapter == "pissa"))
 
     @classmethod
     def stranger(cls, name: str) -> tuple[str | None, str]:
@@ -216,6 +217,12 @@ class TaskConfig(FileModel):
         if isinstance(steps, int) and isinstance(warmup, int) and warmup > steps > 0:
             text = f"want at most the task's steps, {steps}"
             return {**mistakes, "warmup_steps": Mistake(text, warmup)}
+        if given.get("adapter") == "pissa" and "resume_from" in given:
+            text = (
+                "pissa starts from the base's principal parts; go on from an exported one as plain "
+                "LoRA, with adapter: lora and twice the rank and lora_alpha"
+            )
+            mistakes["resume_from"] = Mistake(text, given["resume_from"])
         meant = {found[0] for name in given if (found := foreign_field(name))}
         if not {"steps", "epochs"} & (given.keys() | meant):
             text = "neither steps nor epochs is given, want at least one"

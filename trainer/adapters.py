@@ -93,13 +93,14 @@ def save_adapter(
 
 
 def peft_config(spec: AdapterSpec, base_model: str) -> dict[str, Any]:
-    """Return the content of `adapter_config.json`."""
+    """Return the content of `adapter_config.json`. PiSSA becomes plain LoRA of twice the rank."""
+    twice = 2 if spec.kind == "pissa" else 1
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
-        "r": spec.rank,
-        "lora_alpha": spec.alpha,
+        "r": twice * spec.rank,
+        "lora_alpha": twice * spec.alpha,
         "lora_dropout": spec.dropout,
         "target_modules": list(spec.target_modules),
         "bias": "none",
@@ -109,8 +110,8 @@ def peft_config(spec: AdapterSpec, base_model: str) -> dict[str, Any]:
         "modules_to_save": None,
         "layers_to_transform": None,
         "layers_pattern": None,
-        "rank_pattern": dict(spec.rank_pattern),
-        "alpha_pattern": dict(spec.alpha_pattern),
+        "rank_pattern": {key: twice * own for key, own in spec.rank_pattern},
+        "alpha_pattern": {key: twice * own for key, own in spec.alpha_pattern},
         "use_rslora": spec.kind == "rslora",
         "use_dora": False,
     }

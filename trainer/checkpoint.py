@@ -28,6 +28,7 @@ from lobra.common.errors import ConfigError, Problems
 from lobra.common.files import new_draft, remove_folder, replace_folder, write_atomic
 from lobra.common.models import Count, FileModel, OneOf, Positive, read_as
 from lobra.layout.sequences import BATCHINGS
+from lobra.model.pissa import trained_shape
 from lobra.model.stage import Stage
 from lobra.trainer.adapters import CONFIG_FILE, WEIGHTS_FILE, save_adapter
 from lobra.trainer.checkpoint_folder import FOLDER, STATE_FILE, list_checkpoints, step_folder
@@ -151,6 +152,8 @@ def _read(folder: Path) -> CheckpointState:
         if not (folder / "adapters" / name / CONFIG_FILE).is_file():
             raise _Broken(f"adapters/{name}/{CONFIG_FILE} is missing")
         weights = _tensors(folder, f"adapters/{name}/{WEIGHTS_FILE}")
+        if record.get("adapter") == "pissa":
+            weights = {key: trained_shape(key, size) for key, size in weights.items()}
         moments = _tensors(folder, f"moments/{name}.safetensors")
         if moments != {f"{kind}/{key}": size for kind in kinds for key, size in weights.items()}:
             raise _Broken(f"moments/{name}.safetensors does not fit the task's adapter")

@@ -30,6 +30,7 @@ from lobra.trainer.checkpoint import CheckpointState, load_moments, load_weights
 from lobra.trainer.control import Control
 from lobra.trainer.exporter import AdapterExporter
 from lobra.trainer.optimizer import AdapterOptimizer, TaskUpdate
+from lobra.trainer.principal import start_from_principal_parts
 from lobra.trainer.run_spec import RunSpec
 from lobra.trainer.schedule import clip_coefficient
 from lobra.trainer.step_report import StepReport
@@ -93,6 +94,9 @@ class Engine:
                 load_weights(self.run.output_dir, resumed.step, self.stage, number)
             elif task.resume_from:
                 load_adapter(Path(task.resume_from), self.stage, number)
+            elif task.adapter == "pissa":
+                start_from_principal_parts(self.run.model_folder, self.optimizer, number)
+                self.control.wait()
             self.optimizer.install(number, task)
             if resumed is not None:
                 updates = resumed.progress[task.name].updates

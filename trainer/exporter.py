@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch.distributed as dist
 from torch import Tensor
 
+from lobra.model.pissa import joined
 from lobra.model.slot import Slot
 from lobra.model.stage import Stage
 from lobra.trainer.adapters import gather_tensors, not_finite, save_adapter
@@ -42,8 +43,12 @@ class AdapterExporter:
         )
 
     def _weights(self, slot: Slot) -> dict[str, Tensor]:
+        weights = self._whole(slot, slot.weights)
+        return weights if slot.start is None else joined(weights, self._whole(slot, slot.start))
+
+    def _whole(self, slot: Slot, flat: Tensor) -> dict[str, Tensor]:
         layers = [block.block.layers for block in self.optimizer.blocks]
-        return self._gather(slot, {own: slot.weights[slot.layout.span(own)] for own in layers})
+        return self._gather(slot, {own: flat[slot.layout.span(own)] for own in layers})
 
     def save_checkpoint(self, state: CheckpointState | None) -> None:
         """Write the checkpoint of `state` (None but on rank 0): every task's weights and moments.

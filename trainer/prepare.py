@@ -247,10 +247,9 @@ def prepare(request: TrainRequest) -> RunSpec:
         tasks = clip_context(config.tasks, request.max_seq_length)
         for number, task in enumerate(tasks):
             if shape is not None:
-                where = f"{config.path}: task[{number}]"
                 checks.problems += [
-                    f"{where}.{field}: {pattern!r} fits no linear that the adapter is on"
-                    for field, pattern in adapter_spec(task).unused_patterns(shape)
+                    f"{config.path}: task[{number}].{problem}"
+                    for problem in adapter_spec(task).problems(shape)
                 ]
             # A run that goes on has its adapters in the checkpoint.
             if task.resume_from and shape is not None and not request.is_resumed:

@@ -197,9 +197,8 @@ def train_alone(
             losses.append(loss.item())
         folder = starts[number].with_name(f"alone-{task['name']}-{dtype}-{order}-{dropout}")
         model.save_pretrained(folder)
-        results.append(
-            {"tensors": load_file(folder / "adapter_model.safetensors"), "losses": losses}
-        )
+        tensors = load_file(folder / "adapter_model.safetensors")
+        results.append({"tensors": tensors, "losses": losses, "folder": folder})
     return results
 
 
