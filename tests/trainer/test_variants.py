@@ -111,7 +111,7 @@ PISSA = task("principal", adapter="pissa", alpha_pattern={"o_proj": 3.0}, lora_d
 
 
 def test_pissa_is_lora_on_what_its_start_leaves_of_the_base(base: Path, tmp_path: Path) -> None:
-    """It starts as PEFT's; from there on PEFT trains LoRA on the base without the start, in fp64."""
+    """It starts as PEFT's; from there on PEFT trains LoRA on the base without that, in fp64."""
     tasks, data = (task_config(PISSA), task_config(TASKS[1])), make_datasets(2)
     run = train_in_two_parts(tmp_path / "run", base, tasks, data)
     trained, start = divided(final_tensors(run, 0))
