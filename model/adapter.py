@@ -71,6 +71,8 @@ class AdapterTensor:
         Of that draw.
     rate_factor
         What the task's learning rate is multiplied by.
+    is_vector
+        Whether PEFT has its only row as a vector.
     """
 
     name: str
@@ -80,6 +82,7 @@ class AdapterTensor:
     bound: float
     seed: int
     rate_factor: float = 1.0
+    is_vector: bool = False
 
     @property
     def num_columns(self) -> int:
@@ -92,14 +95,18 @@ class AdapterTensor:
         return self.rank * self.num_columns
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """PEFT's shape: A [r, I], B [O, r]."""
+    def shape(self) -> tuple[int, ...]:
+        """PEFT's shape: A [r, I], B [O, r], a vector [f]."""
+        if self.is_vector:
+            return (self.num_columns,)
         if self.side == "inputs":
             return self.rank, self.num_columns
         return self.num_columns, self.rank
 
     def as_peft(self, rows_rf: Tensor) -> Tensor:
         """Return a view of rows as PEFT has them."""
+        if self.is_vector:
+            return rows_rf[0]
         return rows_rf if self.side == "inputs" else rows_rf.t()
 
     def cut(self, rows_rf: Tensor, shard: Shard) -> Tensor:
@@ -192,19 +199,24 @@ class AdapterSpec:
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
     def tensors(self, site: Site) -> tuple[AdapterTensor, ...]:
-        """Return the adapter's tensors at a site: A and B, or none where it is no target.
+        """Return the adapter's tensors at a site: A, B and what more there is, or none at all.
 
         A starts as PEFT's `kaiming_uniform_(a=sqrt(5))`, that is uniform within
-        1 / sqrt(in_features); B starts at zero.
+        1 / sqrt(in_features); B starts at zero. DoRA's magnitudes and all of PiSSA start from the
+        base's weights: that is `lobra.trainer.first_values`.
         """
         if site.module not in self.target_modules:
             return ()
         name, seed, rank = peft_name(site.layer, site.module), self.key(site), self.rank_at(site)
         bound, ratio = 1.0 / math.sqrt(site.in_features), self.loraplus_ratio
-        return (
+        factors = (
             AdapterTensor(f"{name}.lora_A.weight", site, "inputs", rank, bound, seed),
             AdapterTensor(f"{name}.lora_B.weight", site, "outputs", rank, 0.0, seed, ratio),
         )
+        if self.kind != "dora":
+            return factors
+        vector = f"{name}.lora_magnitude_vector"
+        return (*factors, AdapterTensor(vector, site, "outputs", 1, 0.0, seed, ratio, True))
 
 
 def _matched(pattern: Pattern, path: str, otherwise: Any) -> Any:

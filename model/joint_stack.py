@@ -17,6 +17,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from lobra.model.adapter import AdapterSpec
 from lobra.model.precision import kept_dtype
 from lobra.model.slot import Slot
 from lobra.model.stack import Adapter, Factors, Outputs, Part, Rows, Stack
@@ -53,8 +54,12 @@ class JointStack(Stack):
     most_ranks = 256
     least_spared = 1 << 17
 
-    def arrange_trained(self, slots: Mapping[int, Slot]) -> None:
-        """Compute with what is trained in these slots from now on."""
+    def joins(self, spec: AdapterSpec) -> bool:
+        """Return whether an adapter is nothing but a low-rank update."""
+        return spec.kind != "dora"
+
+    def arrange_joined(self, slots: Mapping[int, Slot]) -> None:
+        """Compute with the adapters in these slots, all that are joined, from now on."""
         self.ranks = {number: slot.spec.largest_rank for number, slot in slots.items()}
         self.adapters: list[list[Adapter]] = [[] for _ in self.bases]
         for number in sorted(slots):
@@ -71,7 +76,7 @@ class JointStack(Stack):
             self.copy_on_refresh(copy, one)
         return joined
 
-    def trained_parts(self, tasks: TokenTasks) -> list[Part]:
+    def joined_parts(self, tasks: TokenTasks) -> list[Part]:
         """Return the parts: as few as may be, or one for each segment if tasks are to be apart."""
         most_ranks = 0 if tasks.apart else self.most_ranks
         parts = (self._part(together, tasks) for together in self._together(tasks, most_ranks))

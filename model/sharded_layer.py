@@ -63,10 +63,10 @@ def shard_layer(
             for name, shard, bias in zip(names, own, has_bias, strict=True)
         ]
         sites = [Site(layer, module, *sizes[module]) for module in modules]
-        stack = stack_type(sites, own, bases, selection, reader.dtype, reader.device)
+        group = groups.tp_group if summed else None
+        stack = stack_type(sites, own, bases, selection, reader.dtype, reader.device, group)
         for linear, path in enumerate(paths):
             bias_O = reader.read(f"{names[linear]}.bias") if has_bias[linear] and summed else None
-            group = groups.tp_group if summed else None
             layer_module.set_submodule(path, AdaptedLinear(stack, linear, group, bias_O))
         stacks.append(stack)
     if groups.tp_group is not None:

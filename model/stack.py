@@ -16,21 +16,24 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lobra.layout.layout import ADAPTER_HIDDEN
 from lobra.model.adapter import AdapterSpec, Site
 from lobra.model.base_linear import BaseLinear, Shard
 from lobra.model.dropout import feature_keys
+from lobra.model.magnitude import Magnitude
 from lobra.model.memory_policy import kept
 from lobra.model.precision import kept_dtype
 from lobra.model.slot import Slot
 from lobra.model.tensor_parallel import Group, reduce_from_group
-from lobra.model.token_tasks import Selection, TokenTasks
+from lobra.model.token_tasks import Segment, Selection, TokenTasks
 
 
 @dataclass(frozen=True)
@@ -66,11 +69,12 @@ class Rows:
 
 @dataclass(frozen=True)
 class Outputs:
-    """The way from x A^T to one linear of a stack: its `columns`, times B."""
+    """The way from x A^T to one linear of a stack: its `columns`, times B; DoRA's magnitude."""
 
     linear: int
     columns: slice
     B: Rows
+    magnitude: Magnitude | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,11 @@ class Part:
     scaling: Tensor
     draw_keep_factors: Callable[[], list[Tensor]] | None = None
 
+    @property
+    def has_magnitudes(self) -> bool:
+        """Whether its outputs are scaled, as DoRA's are."""
+        return self.factors.outputs[0].magnitude is not None
+
     def frozen(self) -> Part:
         """Return the part with the opposite sign and without gradients."""
         outputs = tuple(
@@ -121,9 +130,13 @@ class Stack(ABC):
 
     def __init__(
         self, sites: Sequence[Site], shards: Sequence[Shard], bases: Sequence[BaseLinear],
-        selection: Selection, dtype: torch.dtype, device: torch.device,
+        selection: Selection, dtype: torch.dtype, device: torch.device, group: Group = None,
     ) -> None:  # fmt: skip
-        """Make a stack without adapters, of activations of this dtype."""
+        """Make a stack without adapters, of activations of this dtype.
+
+        ``group`` is what row-parallel outputs are summed over.
+        """
+        self.group = group
         self.sites, self.shards, self.bases = tuple(sites), tuple(shards), tuple(bases)
         self.selection = selection
         self.dtype, self.device = dtype, device
@@ -136,34 +149,51 @@ class Stack(ABC):
         self._outputs: list[Tensor | None] = []
         self._copies: list[Tensor] = []
         self._copied: list[Tensor] = []
+        self._magnitudes: list[Magnitude] = []
 
     def arrange(self, slots: Mapping[int, Slot]) -> None:
         """Compute with the adapters in these slots from now on."""
-        self._copies, self._copied = [], []
-        self.arrange_trained(slots)
-        self.starts = {
-            number: part.frozen()
-            for number, slot in slots.items()
-            if slot.start is not None and (part := self.own_part(slot, slot.start))
-        }
+        self._copies, self._copied, self._magnitudes = [], [], []
+        joined = {number: slot for number, slot in slots.items() if self.joins(slot.spec)}
+        self.arrange_joined(joined)
+        self.specs = {number: slot.spec for number, slot in slots.items()}
+        self.own: dict[int, list[Part]] = {}
+        for number, slot in slots.items():
+            trained = None if number in joined else self.own_part(slot, slot.weights)
+            start = None if slot.start is None else self.own_part(slot, slot.start)
+            parts = (trained, None if start is None else start.frozen())
+            self.own[number] = [part for part in parts if part is not None]
         self.refresh()
 
     @abstractmethod
-    def arrange_trained(self, slots: Mapping[int, Slot]) -> None:
-        """Compute with what is trained in these slots from now on."""
+    def joins(self, spec: AdapterSpec) -> bool:
+        """Return whether what is trained of an adapter is computed together with others'."""
 
     @abstractmethod
-    def trained_parts(self, tasks: TokenTasks) -> list[Part]:
-        """Return the parts of a micro-batch whose tasks have adapters here, without overlap."""
+    def arrange_joined(self, slots: Mapping[int, Slot]) -> None:
+        """Compute with the adapters in these slots, all that are joined, from now on."""
+
+    @abstractmethod
+    def joined_parts(self, tasks: TokenTasks) -> list[Part]:
+        """Return the parts of a micro-batch's tasks that are joined, without overlap."""
 
     def parts(self, tasks: TokenTasks) -> list[Part]:
-        """Return all parts of a micro-batch; those of frozen factors are on tokens of others."""
-        frozen = [
-            replace(self.starts[segment.number], tokens=slice(segment.start, segment.stop))
+        """Return all parts of a micro-batch; frozen factors are on tokens of other parts."""
+        own = [
+            self._on(segment, part, tasks)
             for segment in tasks.segments
-            if segment.number in self.starts
+            for part in self.own.get(segment.number, ())
         ]
-        return self.trained_parts(tasks) + frozen
+        return [*self.joined_parts(tasks), *own]
+
+    def _on(self, segment: Segment, part: Part, tasks: TokenTasks) -> Part:
+        """Return a task's part on a segment of its tokens; of frozen factors nothing drops out."""
+        tokens = slice(segment.start, segment.stop)
+        if not part.factors.A.gradients or not tasks.drops([self.specs[segment.number]]):
+            return replace(part, tokens=tokens)
+        linears = [output.linear for output in part.factors.outputs]
+        draw = partial(self.keep_factors, linears, tokens, tasks)
+        return replace(part, tokens=tokens, draw_keep_factors=draw)
 
     def own_part(self, slot: Slot, weights: Tensor) -> Part | None:
         """Return a part of no tokens with a task's factors; None where it has no adapter here.
@@ -184,6 +214,7 @@ class Stack(ABC):
                 one.linear,
                 slice(stop - len(one.A_ri), stop),
                 Rows(self._computed(one.B_ro), (one.gradient_B,)),
+                self._magnitude(slot, one),
             )
             for one, stop in zip(adapters, stops, strict=True)
         )
@@ -193,6 +224,23 @@ class Stack(ABC):
             device=self.device,
         )
         return Part(slice(0), Factors(Rows(self._computed(A_Ri), (gradient,)), outputs), scaling_R)
+
+    def _magnitude(self, slot: Slot, adapter: Adapter) -> Magnitude | None:
+        """Return the magnitudes of a DoRA adapter, which `refresh` renews."""
+        if slot.spec.kind != "dora":
+            return None
+        linear = adapter.linear
+        vector = slot.spec.tensors(self.sites[linear])[2]
+        m_1o, gradient_1o = (
+            vector.cut(slot.layout.rows(flat, vector), self.shards[linear])
+            for flat in (slot.weights, slot.gradient)
+        )
+        magnitude = Magnitude(
+            self.bases[linear], self.dtype, adapter.scaling, adapter.A_ri, adapter.B_ro,
+            m_1o[0], gradient_1o[0],
+        )  # fmt: skip
+        self._magnitudes.append(magnitude)
+        return magnitude
 
     def _computed(self, weights: Tensor) -> Tensor:
         """Return the weights themselves or, for activations of another dtype, a copy."""
@@ -213,7 +261,7 @@ class Stack(ABC):
                 views = (
                     tensor.cut(slot.layout.rows(flat, tensor), shard)
                     for flat in (weights, slot.gradient)
-                    for tensor in tensors
+                    for tensor in tensors[:2]
                 )
                 scaling = slot.spec.scaling(site)
                 found.append(Adapter(linear, slot.number, slot.spec, scaling, *views))
@@ -231,9 +279,18 @@ class Stack(ABC):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copy the weights anew, after they have changed."""
+        """Copy the weights anew, after they have changed. With DoRA collective over the group."""
         if self._copies:
             torch._foreach_copy_(self._copies, self._copied)
+        if self._magnitudes:
+            squares = [magnitude.squares_o() for magnitude in self._magnitudes]
+            whole = torch.cat(squares)
+            if self.group is not None:
+                dist.all_reduce(whole, group=self.group)
+            for magnitude, own in zip(
+                self._magnitudes, whole.split([len(one) for one in squares]), strict=True
+            ):
+                magnitude.renew(own)
 
     def keep_factors(
         self, linears: Sequence[int], tokens: slice, tasks: TokenTasks
@@ -287,6 +344,9 @@ class _Products(torch.autograd.Function):
                 for output in part.factors.outputs:
                     y_no = _by_token(ys[output.linear])[part.tokens]
                     y_no.addmm_(h_nR[:, output.columns], output.B.weights_Rf())
+                if part.has_magnitudes:
+                    ys_no = [_by_token(y)[part.tokens] for y in ys]
+                    _scale(stack.bases, part, _by_token(x)[part.tokens], h_nR, ys_no)
             return ys
 
         return kept(stack.sites[0].module, products)
@@ -305,7 +365,10 @@ class _Products(torch.autograd.Function):
         for part, h_nR in zip(ctx.parts, saved, strict=True):
             n = part.tokens
             dx_ni = None if dx_Ni is None else dx_Ni[n]
-            _add_gradients(part, x_Ni[n], h_nR, [dy_No[n] for dy_No in dys_No], dx_ni)
+            dys_no = [dy_No[n] for dy_No in dys_No]
+            if part.has_magnitudes:
+                dys_no = _scaled_back(stack.bases, part, x_Ni[n], h_nR, dys_no, dx_ni)
+            _add_gradients(part, x_Ni[n], h_nR, dys_no, dx_ni)
         dx = None if dx_Ni is None else dx_Ni.view(*gradients[0].shape[:-1], -1)
         return dx, None, None, None
 
@@ -324,6 +387,50 @@ def _hidden(part: Part, x_ni: Tensor) -> Tensor:
     else:
         h_nR = x_ni @ A_Ri.t()
     return h_nR.mul_(part.scaling)
+
+
+def _scale(
+    bases: Sequence[BaseLinear], part: Part, x_ni: Tensor, h_nR: Tensor, ys_no: Sequence[Tensor]
+) -> None:
+    """Scale the outputs of a part by its magnitudes, in place."""
+    keeps = part.draw_keep_factors() if part.draw_keep_factors else [None] * len(ys_no)
+    for output, keep_ni in zip(part.factors.outputs, keeps, strict=False):
+        y_no, base = ys_no[output.linear], bases[output.linear]
+        if keep_ni is not None:
+            unscaled_no = _unscaled(base, output, x_ni * keep_ni, h_nR)
+        else:
+            unscaled_no = y_no if base.bias is None else y_no - base.bias
+        assert output.magnitude is not None
+        y_no.add_(unscaled_no * output.magnitude.excess_o)
+
+
+def _scaled_back(
+    bases: Sequence[BaseLinear], part: Part, x_ni: Tensor, h_nR: Tensor, dys_no: Sequence[Tensor],
+    dx_ni: Tensor | None,
+) -> list[Tensor]:  # fmt: skip
+    """Return the gradients of unscaled outputs, those of linears without adapters as they are.
+
+    Adds the gradients of the magnitudes into their slot, and what the base's product has beyond its
+    plain gradient to ``dx_ni``.
+    """
+    found = list(dys_no)
+    keeps = part.draw_keep_factors() if part.draw_keep_factors else [None] * len(found)
+    for output, keep_ni in zip(part.factors.outputs, keeps, strict=False):
+        dy_no, base, magnitude = dys_no[output.linear], bases[output.linear], output.magnitude
+        assert magnitude is not None
+        dropped_ni = x_ni if keep_ni is None else x_ni * keep_ni
+        magnitude.add_gradient(dy_no, _unscaled(base, output, dropped_ni, h_nR))
+        excess_no = dy_no * magnitude.excess_o
+        found[output.linear] = dy_no + excess_no
+        if dx_ni is not None:
+            more_ni = base.input_gradient(excess_no, None)
+            dx_ni.add_(more_ni if keep_ni is None else more_ni * keep_ni)
+    return found
+
+
+def _unscaled(base: BaseLinear, output: Outputs, x_ni: Tensor, h_nR: Tensor) -> Tensor:
+    """Return what a magnitude scales: W x + s B A x, without bias."""
+    return base.product(x_ni).addmm_(h_nR[:, output.columns], output.B.weights_Rf())
 
 
 def _add_gradients(

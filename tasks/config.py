@@ -43,7 +43,7 @@ CONFIG_FOLDER = Path("trainer_config")
 SHIPPED_FOLDER = Path(__file__).parent.with_name("trainer_config")
 SUFFIXES = (".json", ".yaml", ".yml")
 VARIANTS = ("canonical", "fused")
-ADAPTERS = ("lora", "rslora", "pissa")
+ADAPTERS = ("lora", "rslora", "pissa", "dora")
 OPTIMIZERS = ("adamw", "sgd")
 _OF_OPTIMIZER = dict(adam_beta1="adamw", adam_beta2="adamw", adam_epsilon="adamw", momentum="sgd")
 LR_SCHEDULERS = ("constant", "linear", "cosine")
@@ -179,8 +179,8 @@ class TaskConfig(FileModel):
     resume_from: Text | None = None
     """An adapter of this kind in PEFT's format to start from."""
     adapter: _Adapter = "lora"
-    """What is trained: LoRA, scaled by the root of the rank (rslora), or from principal parts on
-    (pissa)."""
+    """What is trained: LoRA, scaled by the root of the rank (rslora), from principal parts on
+    (pissa), or with the lengths of the weight's rows (dora)."""
     rank_pattern: _Ranks = field(default_factory=dict)
     """Other ranks of linears that a pattern fits, as in PEFT."""
     alpha_pattern: _Alphas = field(default_factory=dict)

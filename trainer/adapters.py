@@ -113,7 +113,7 @@ def peft_config(spec: AdapterSpec, base_model: str) -> dict[str, Any]:
         "rank_pattern": {key: twice * own for key, own in spec.rank_pattern},
         "alpha_pattern": {key: twice * own for key, own in spec.alpha_pattern},
         "use_rslora": spec.kind == "rslora",
-        "use_dora": False,
+        "use_dora": spec.kind == "dora",
     }
 
 
@@ -178,10 +178,11 @@ def _differences(config: Mapping[str, Any], spec: AdapterSpec, shape: ModelShape
         for field, value in {"r": spec.rank, "lora_alpha": spec.alpha}.items()
         if config.get(field) != value
     ]
-    if bool(config.get("use_rslora")) != (spec.kind == "rslora"):
-        found.append(
-            f"use_rslora is {config.get('use_rslora')!r}, the task says adapter: {spec.kind}"
-        )
+    found += [
+        f"use_{kind} is {config.get(f'use_{kind}')!r}, the task says adapter: {spec.kind}"
+        for kind in ("rslora", "dora")
+        if bool(config.get(f"use_{kind}")) != (spec.kind == kind)
+    ]
     for field in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(field) or {}
         given: dict[str, Any] = {field: tuple(pattern.items())}

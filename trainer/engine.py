@@ -25,12 +25,12 @@ from lobra.model.pipeline import evaluate_replica, run_replica
 from lobra.model.precision import DTYPES
 from lobra.model.stage import build_stage
 from lobra.tasks.config import TaskConfig
+from lobra.trainer import first_values
 from lobra.trainer.adapters import adapter_spec, load_adapter
 from lobra.trainer.checkpoint import CheckpointState, load_moments, load_weights
 from lobra.trainer.control import Control
 from lobra.trainer.exporter import AdapterExporter
 from lobra.trainer.optimizer import AdapterOptimizer, TaskUpdate
-from lobra.trainer.principal import start_from_principal_parts
 from lobra.trainer.run_spec import RunSpec
 from lobra.trainer.schedule import clip_coefficient
 from lobra.trainer.step_report import StepReport
@@ -94,8 +94,8 @@ class Engine:
                 load_weights(self.run.output_dir, resumed.step, self.stage, number)
             elif task.resume_from:
                 load_adapter(Path(task.resume_from), self.stage, number)
-            elif task.adapter == "pissa":
-                start_from_principal_parts(self.run.model_folder, self.optimizer, number)
+            elif task.adapter in first_values.KINDS:
+                first_values.start_from_base(self.run.model_folder, self.optimizer, number)
                 self.control.wait()
             self.optimizer.install(number, task)
             if resumed is not None:

@@ -27,7 +27,7 @@ FREE = (
     "megatron_core", "qalora_group_size", "eva_config", "loftq_config", "corda_config",
     "lora_ga_config", "ensure_weight_tying",
     # compared with the task by `trainer.adapters.check_adapter`
-    "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
+    "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
 )  # fmt: skip
 
 #: Initialisations that leave the base as it is, only with other first values: once saved, A and
@@ -97,7 +97,6 @@ FIELDS: Mapping[str, FieldCheck] = {
     "target_parameters": _unset(_OTHER_PARAMETERS),
     "layer_replication": _unset("its base repeats layers, the published model does not"),
     "megatron_config": _unset("adapters of Megatron's linears are not supported"),
-    "use_dora": _unset(f"DoRA {_OTHER_METHOD}"),
     "use_qalora": _unset(f"QALoRA {_OTHER_METHOD}"),
     "use_bdlora": _unset(f"BD-LoRA {_OTHER_METHOD}"),
     "velora_config": _unset(f"VeLoRA {_OTHER_METHOD}"),

@@ -104,6 +104,7 @@ def peft_config(task: dict) -> LoraConfig:
         lora_alpha=task["lora_alpha"],
         target_modules=list(task["target_modules"]),
         use_rslora=task.get("adapter") == "rslora",
+        use_dora=task.get("adapter") == "dora",
         task_type="CAUSAL_LM",
         **patterns,  # type: ignore[arg-type]
     )

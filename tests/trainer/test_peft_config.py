@@ -70,7 +70,6 @@ OTHERS: list[tuple[str, dict[str, Any]]] = [
     ("init_lora_weights", {"init_lora_weights": "pissa_niter_4"}),
     ("init_lora_weights", {"init_lora_weights": "olora"}),
     ("init_lora_weights", {"init_lora_weights": "mica"}),
-    ("use_dora", {"use_dora": True}),
     ("bias", {"bias": "all"}),
     ("lora_bias", {"lora_bias": True}),
     ("modules_to_save", {"modules_to_save": ["lm_head"]}),
@@ -171,13 +170,16 @@ PATTERNS = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.mlp.down_
 
 
 @pytest.mark.parametrize(
-    "fields", [{"use_rslora": True}, *({key: own} for key, own in PATTERNS.items())], ids=str
+    "fields",
+    [{"use_rslora": True}, {"use_dora": True}, *({key: own} for key, own in PATTERNS.items())],
+    ids=str,
 )
 def test_rank_and_scale_are_the_task_s(base: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
     """What PEFT makes so is a start for a task that says so, and for no other."""
     folder = make(base, tmp_path, **fields)
     problems = problems_of(base, folder)
     assert any(f"{field} is " in problem for problem in problems for field in fields)
-    spec = dataclasses.replace(SPEC, kind="rslora" if "use_rslora" in fields else "lora")
+    kinds = [name.removeprefix("use_") for name in fields if name.startswith("use_")]
+    spec = dataclasses.replace(SPEC, kind=kinds[0] if kinds else "lora")
     own = {key: tuple(fields.get(key, {}).items()) for key in PATTERNS}
     assert check_adapter(folder, dataclasses.replace(spec, **own), read_shape(base)) == []
