@@ -2,9 +2,11 @@
 
     y = m / n * (W x + s B A x),    n the lengths of the rows of W + s B A
 
-n is a constant to the gradient, as the paper proposes (section 4.3) and PEFT does. What drops out of
-x before A drops out before W too, but not of the plain product W x that stays: with x' for what is
-left, y = W x + (m / n - 1) W x' + m / n * s B A x'.
+n is a constant to the gradient, as the paper proposes (section 4.3) and PEFT does. What drops out
+of x before A drops out before W too, but not of the plain product W x: with x' for what is left,
+y = W x + (m / n - 1) W x' + m / n * s B A x'.
+
+Nothing is kept for the gradient of m but x: W x is computed again.
 
 A row-parallel shard has a part of every row: its squares are summed over the group, and its part of
 the output is scaled like the whole. So each shard's gradient of m is its own contribution, too, and

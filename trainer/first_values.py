@@ -45,5 +45,7 @@ def start_from_base(folder: Path, optimizer: AdapterOptimizer, number: int) -> N
         dist.all_reduce(started[slot.layout.span(block.block.layers)], group=block.group)
     if slot.start is not None:
         slot.start.copy_(started)
-    slot.weights.copy_(torch.where(started == 0.0, slot.weights, started))
+    for tensor in slot.layout.tensors:
+        if tensor.is_vector or slot.start is not None:
+            slot.layout.rows(slot.weights, tensor).copy_(slot.layout.rows(started, tensor))
     stage.refresh()

@@ -21,10 +21,11 @@ from lobra.model.base_linear import DenseLinear, Shard
 from lobra.model.dropout import TokenNoise, token_keys
 from lobra.model.joint_stack import JointStack
 from lobra.model.segment_stack import SegmentStack
-from lobra.model.sharded_layer import linear_shards
+from lobra.model.sharded_layer import ROW_PARALLEL, linear_shards
 from lobra.model.slot import Slot
 from lobra.model.stack import AdaptedLinear, Stack
 from lobra.model.token_tasks import Segment, Selection, TokenTasks
+from lobra.tasks.config import ADAPTERS
 
 SHAPE = ModelShape("small", 1, 8, 12, 4, 2, 2, 16)
 MODULES = tuple(SHAPE.linear_sizes())
@@ -79,12 +80,21 @@ class Case:
         """Return a task's adapter with nothing at zero."""
         slot = Slot(number, self.specs[number], SHAPE, range(1), DOUBLE, CPU)
         slot.weights.copy_(self.random(len(slot.weights), seed=number))
+        if slot.start is not None:
+            slot.start.copy_(self.random(len(slot.start), seed=1000 + number))
         return slot
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Random ranks, modules and scalings; tasks may be absent, and tokens without an adapter."""
+    """Random kinds, ranks and modules; tasks may be absent, and tokens without an adapter.
+
+    The lengths of rows that are split need a group of ranks: DoRA is not drawn there.
+    """
+    modules, tp = draw(st.sampled_from(SHARED_INPUTS)), draw(st.sampled_from([1, 2]))
+    rows_are_split = tp == 2 and modules[0] in ROW_PARALLEL
+    kinds = [kind for kind in ADAPTERS if kind != "dora" or not rows_are_split]
+    patterns = st.dictionaries(st.sampled_from(MODULES), st.integers(1, 4), max_size=2)
     numbers = draw(st.lists(st.integers(0, 99), min_size=1, max_size=4, unique=True))
     specs = {
         number: AdapterSpec(
@@ -92,6 +102,9 @@ def cases(draw: st.DrawFn) -> Case:
             draw(st.integers(1, 4)),
             draw(st.sampled_from([0.5, 3.0, 16.0])),
             tuple(draw(st.sets(st.sampled_from(MODULES), min_size=1))),
+            kind=draw(st.sampled_from(kinds)),
+            rank_pattern=tuple(draw(patterns).items()),
+            alpha_pattern=tuple(draw(patterns).items()),
         )
         for number in numbers
     }
@@ -99,8 +112,8 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(
         specs,
         draw(st.lists(segments, min_size=1, max_size=5)),
-        draw(st.sampled_from(SHARED_INPUTS)),
-        draw(st.sampled_from([1, 2])),
+        modules,
+        tp,
         draw(st.booleans()),
         draw(st.booleans()),
     )
@@ -180,17 +193,28 @@ def peft(case: Case) -> tuple[dict[str, Tensor], Tensor]:
         named = slot.layout.named(slot.weights)
         targets = [module for module in case.modules if module in own.target_modules]
         if targets:
-            config = LoraConfig(r=own.rank, lora_alpha=own.alpha, target_modules=targets)  # type: ignore[arg-type]
+            config = LoraConfig(
+                r=own.rank, lora_alpha=own.alpha, target_modules=targets,  # type: ignore[arg-type]
+                rank_pattern={k: v for k, v in own.rank_pattern if k in targets},
+                alpha_pattern={k: v for k, v in own.alpha_pattern if k in targets},
+                use_rslora=own.kind == "rslora", use_dora=own.kind == "dora",
+            )  # fmt: skip
             inject_adapter_in_model(config, models[number])
-        for module in own.target_modules:
-            for factor in ("lora_A", "lora_B"):
-                name = f"{peft_name(0, module)}.{factor}.weight"
-                if module in targets:
-                    layer = getattr(models[number][module], factor)["default"]
-                    layer.weight.data = named[name].clone()
-                    parameters[f"{number} {name}"] = layer.weight
-                else:
-                    parameters[f"{number} {name}"] = named[name]
+        for name, value in named.items():
+            module, factor = name.removesuffix(".weight").split(".")[-2:]
+            parameters[f"{number} {name}"] = value
+            if module in targets:
+                layer = getattr(models[number][module], factor)["default"]
+                layer.weight.data = value.clone()
+                parameters[f"{number} {name}"] = layer.weight
+        if slot.start is not None:
+            starts = slot.layout.named(slot.start)
+            for module in targets:
+                adapted, name = models[number][module], peft_name(0, module)
+                A, B = (starts[f"{name}.lora_{factor}.weight"] for factor in "AB")
+                adapted.base_layer.weight.data = (
+                    adapted.base_layer.weight - adapted.scaling["default"] * B @ A
+                )
     x = inputs(case).requires_grad_(True)
     found, loss = {}, torch.zeros((), dtype=DOUBLE)
     for module in case.modules:

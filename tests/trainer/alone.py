@@ -13,7 +13,7 @@ is hidden.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,22 +147,25 @@ def make_starts(base: Path, root: Path, tasks: Sequence[dict] = TASKS) -> list[P
 def train_alone(
     base: Path,
     datasets: list[TokenizedDataset],
-    starts: list[Path],
+    starts: Sequence[Path] | Mapping[int, Path],
     dtype: torch.dtype,
     order: int = 0,
     dropout: float = 0.0,
     tasks: Sequence[dict] = TASKS,
+    numbers: Iterable[int] | None = None,
 ) -> list[dict]:
     """What PEFT gets on one process, each task on its own: final tensors and losses per step.
 
     Another `order` shuffles each batch's rows: in exact arithmetic it would change nothing. With
-    `dropout` PEFT is given our masks.
+    `dropout` PEFT is given our masks; so of a task with its own. `numbers`: only of these tasks.
     """
     results = []
-    for number, task in enumerate(tasks):
+    for number in range(len(tasks)) if numbers is None else numbers:
+        task = tasks[number]
         plain = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
         model = PeftModel.from_pretrained(plain, starts[number], is_trainable=True)
-        masks = _Masks(model, dropout) if dropout else None
+        odds = task.get("lora_dropout", dropout)
+        masks = _Masks(model, odds) if odds else None
         watched: contextlib.AbstractContextManager = contextlib.nullcontext()
         if dtype == torch.float64:
             lift_to_double(plain)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from lobra.layout.placement import place
 from lobra.layout.shapes import read_shape
 from lobra.model.adapter import AdapterSpec, sites
 from lobra.model.pissa import divided
-from lobra.tasks.config import TaskConfig
 from lobra.tasks.dataset import TokenizedDataset
 from lobra.trainer.adapters import adapter_spec, check_adapter, save_adapter
 from lobra.trainer.run import run_local
@@ -33,7 +32,7 @@ from tests.trainer.alone import (
     train_alone,
 )
 from tests.trainer.support import make_plan, make_run
-from tests.trainer.test_equality import assert_same, final_tensors, losses_of, relative_errors
+from tests.trainer.test_equality import final_tensors, losses_of, relative_errors
 
 ATTENTION = ALL_LINEAR[:4]
 
@@ -60,86 +59,102 @@ TASKS = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("variants") / "base")
-
-
+FRESH = (  # they start from the base, so not from an adapter of PEFT's
+    task("principal", adapter="pissa", alpha_pattern={"o_proj": 3.0}, lora_dropout=0.2),
+    task("long", adapter="dora", lora_dropout=0.2, steps=4),
+)
 BEFORE = ((1, 1), (1, 1), (2, 1), (1, 2))
 AFTER = ((2, 2), (1, 1))
+BAR = 1e-8
 
 
-def test_all_together_are_each_as_alone(base: Path, tmp_path: Path) -> None:
-    """On mixed layouts, with a checkpoint on the way that goes on on others."""
-    data, starts = make_datasets(len(TASKS)), make_starts(base, tmp_path / "starts", TASKS)
-    alone = train_alone(base, data, starts, torch.float64, tasks=TASKS)
-    run = train_in_two_parts(tmp_path / "run", base, tasks_from(starts, TASKS), data)
-    assert_same(run, alone)
-    for number, reference in enumerate(alone):
-        ours = logits_of(base, run.adapter_folder(number))
-        torch.testing.assert_close(ours, logits_of(base, reference["folder"]), rtol=1e-4, atol=1e-4)
+@dataclass(frozen=True)
+class Joint:
+    """All of them in one run, in fp64: two steps on mixed layouts, and the rest on others."""
+
+    base: Path
+    folder: Path
+    starts: list[Path]
+    data: list[TokenizedDataset]
+    run: RunSpec
 
 
-def train_in_two_parts(
-    folder: Path, base: Path, tasks: tuple[TaskConfig, ...], data: list[TokenizedDataset]
-) -> RunSpec:
-    """Train in fp64 on mixed layouts; go on from the checkpoint of step 2 on others."""
+@pytest.fixture(scope="module")
+def joint(tmp_path_factory: pytest.TempPathFactory) -> Joint:
+    folder = tmp_path_factory.mktemp("variants")
+    base, data = save_llama(folder / "base"), make_datasets(len(TASKS) + len(FRESH))
+    starts = make_starts(base, folder / "starts", TASKS)
+    tasks = (*tasks_from(starts, TASKS), *map(task_config, FRESH))
     plan = make_plan(list(BEFORE), max_tokens=128)
-    run = make_run(folder, base, tasks, data, plan, STEPS, precision="fp64", last_step=2)
+    run = make_run(folder / "run", base, tasks, data, plan, STEPS, precision="fp64", last_step=2)
     run_local(run, "tests.trainer.double:train_in_double")
     plan = make_plan(list(AFTER), max_tokens=128)
     world = place(plan, 1 << 20)
     run = replace(run, plan=plan, world=world, last_step=STEPS, resume_step=2)
     run_local(run, "tests.trainer.double:train_in_double")
-    return run
+    return Joint(base, folder, starts, data, run)
 
 
-def test_what_is_exported_is_read_by_peft_and_by_us(base: Path, tmp_path: Path) -> None:
-    shape = read_shape(base)
-    for own in tasks_from(make_starts(base, tmp_path, TASKS), TASKS):
-        assert own.resume_from is not None
-        assert check_adapter(Path(own.resume_from), adapter_spec(own), shape) == []
+@pytest.mark.parametrize("number", range(len(TASKS)), ids=lambda number: str(TASKS[number]["name"]))
+def test_each_is_as_alone(joint: Joint, number: int) -> None:
+    own = dict(numbers=[number], tasks=TASKS)
+    (alone,) = train_alone(joint.base, joint.data, joint.starts, torch.float64, **own)
+    assert_as_alone(joint, number, final_tensors(joint.run, number), alone)
+    ours = logits_of(joint.base, joint.run.adapter_folder(number))
+    torch.testing.assert_close(ours, logits_of(joint.base, alone["folder"]), rtol=1e-4, atol=1e-4)
+    own_config = joint.run.tasks[number]
+    for folder in (joint.starts[number], joint.run.adapter_folder(number)):
+        assert check_adapter(folder, adapter_spec(own_config), read_shape(joint.base)) == []
 
 
-@pytest.mark.parametrize("pattern", ["q_pro", "self_attn", "layers.4.self_attn.q_proj"])
-def test_a_pattern_that_fits_nothing_is_told(base: Path, pattern: str) -> None:
-    spec = AdapterSpec("x", 2, 2.0, ATTENTION, rank_pattern=((pattern, 3), ("v_proj", 4)))
-    (problem,) = spec.problems(read_shape(base))
-    assert problem.startswith(f"rank_pattern: {pattern!r} fits no linear")
+def assert_as_alone(joint: Joint, number: int, tensors: dict, alone: dict) -> None:
+    for name, error in relative_errors(tensors, alone["tensors"]).items():
+        assert error < BAR, f"{name}: relative error {error:.1e}"
+    losses = losses_of(joint.run, joint.run.tasks[number].name)
+    np.testing.assert_allclose(losses, alone["losses"][2:], rtol=BAR, atol=0)
 
 
-PISSA = task("principal", adapter="pissa", alpha_pattern={"o_proj": 3.0}, lora_dropout=0.2)
+def test_dora_starts_from_the_lengths_of_rows(joint: Joint, tmp_path: Path) -> None:
+    """A fresh one, with dropout; PEFT is given our A."""
+    number, own = len(TASKS) + 1, FRESH[1]
+    plain = AutoModelForCausalLM.from_pretrained(joint.base, dtype=torch.float64)
+    model = get_peft_model(plain, peft_config(own))
+    spec = adapter_spec(joint.run.tasks[number])
+    for site in sites(read_shape(joint.base)):
+        A = spec.tensors(site)[0].start()
+        model.base_model.model.get_submodule(site.path).lora_A["default"].weight.data = A.double()
+    model.save_pretrained(tmp_path / "long")
+    (alone,) = train_alone(
+        joint.base, joint.data, {number: tmp_path / "long"}, torch.float64,
+        tasks=[*TASKS, *FRESH], numbers=[number],
+    )  # fmt: skip
+    assert_as_alone(joint, number, final_tensors(joint.run, number), alone)
 
 
-def test_pissa_is_lora_on_what_its_start_leaves_of_the_base(base: Path, tmp_path: Path) -> None:
+def test_pissa_is_lora_on_what_its_start_leaves_of_the_base(joint: Joint, tmp_path: Path) -> None:
     """It starts as PEFT's; from there on PEFT trains LoRA on the base without that, in fp64."""
-    tasks, data = (task_config(PISSA), task_config(TASKS[1])), make_datasets(2)
-    run = train_in_two_parts(tmp_path / "run", base, tasks, data)
-    trained, start = divided(final_tensors(run, 0))
+    number, own = len(TASKS), FRESH[0]
+    trained, start = divided(final_tensors(joint.run, number))
     theirs = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base),
-        replace(peft_config(PISSA), init_lora_weights="pissa"),
+        AutoModelForCausalLM.from_pretrained(joint.base),
+        replace(peft_config(own), init_lora_weights="pissa"),
     )
-    left = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
-    spec = adapter_spec(tasks[0])
-    for site in sites(read_shape(base)):
+    left = AutoModelForCausalLM.from_pretrained(joint.base, dtype=torch.float64)
+    spec = adapter_spec(joint.run.tasks[number])
+    for site in sites(read_shape(joint.base)):
         A, B = (start[tensor.name] for tensor in spec.tensors(site))
         weight = left.get_submodule(site.path).weight
         weight.data -= spec.scaling(site) * B @ A
         their_weight = theirs.base_model.model.get_submodule(site.path).base_layer.weight
         torch.testing.assert_close(weight.float(), their_weight, rtol=1e-5, atol=1e-6)
     left.save_pretrained(tmp_path / "left")
-    plain = {**PISSA, "adapter": "lora"}
-    folder = tmp_path / "starts" / "principal"
-    folder.parent.mkdir()
-    save_adapter(folder, replace(spec, kind="lora"), start, str(base))
+    save_adapter(tmp_path / "principal", replace(spec, kind="lora"), start, str(joint.base))
     (alone,) = train_alone(
-        tmp_path / "left", data, [folder], torch.float64, dropout=0.2, tasks=[plain]
-    )
-    for name, error in relative_errors(trained, alone["tensors"]).items():
-        assert error < 1e-8, f"{name}: relative error {error:.1e}"
-    np.testing.assert_allclose(losses_of(run, "principal"), alone["losses"][2:], rtol=1e-8)
-    ours = logits_of(base, run.adapter_folder(0))
+        tmp_path / "left", joint.data, {number: tmp_path / "principal"}, torch.float64,
+        tasks=[*TASKS, *FRESH], numbers=[number],
+    )  # fmt: skip
+    assert_as_alone(joint, number, trained, alone)
+    ours = logits_of(joint.base, joint.run.adapter_folder(number))
     expected = logits_of(tmp_path / "left", alone["folder"])
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
@@ -149,3 +164,10 @@ def logits_of(base: Path, adapter: Path) -> torch.Tensor:
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     with torch.no_grad():
         return PeftModel.from_pretrained(plain, adapter)(torch.arange(60).view(3, 20)).logits
+
+
+@pytest.mark.parametrize("pattern", ["q_pro", "self_attn", "layers.4.self_attn.q_proj"])
+def test_a_pattern_that_fits_nothing_is_told(joint: Joint, pattern: str) -> None:
+    spec = AdapterSpec("x", 2, 2.0, ATTENTION, rank_pattern=((pattern, 3), ("v_proj", 4)))
+    (problem,) = spec.problems(read_shape(joint.base))
+    assert problem.startswith(f"rank_pattern: {pattern!r} fits no linear")
