@@ -24,8 +24,11 @@ from torch import Tensor
 
 from lobra.layout.shapes import ModelShape, module_path
 from lobra.model.base_linear import Shard
+from lobra.model.vera import Projections
 
 Pattern = tuple[tuple[str, float], ...]
+
+VERA_D = 0.1  # what d starts at in PEFT; b starts at zero
 
 # The linears of a decoder layer by the input they have in common.
 SHARED_INPUTS = (
@@ -62,9 +65,9 @@ class AdapterTensor:
     site
         The linear layer it is at.
     side
-        Whether it has a column for each of the site's inputs (A) or outputs (B).
+        Whether it has a column for each of the site's inputs (A) or outputs (B), or one a rank.
     rank
-        Its rows.
+        Its rows, those of a vector apart, which has one.
     bound
         At the start its elements are uniform in [-bound, bound].
     seed
@@ -73,26 +76,36 @@ class AdapterTensor:
         What the task's learning rate is multiplied by.
     is_vector
         Whether PEFT has its only row as a vector.
+    center
+        What is added to its elements at the start.
     """
 
     name: str
     site: Site
-    side: Literal["inputs", "outputs"]
+    side: Literal["inputs", "outputs", "ranks"]
     rank: int
     bound: float
     seed: int
     rate_factor: float = 1.0
     is_vector: bool = False
+    center: float = 0.0
 
     @property
     def num_columns(self) -> int:
         """Columns of the unsharded tensor."""
+        if self.side == "ranks":
+            return self.rank
         return self.site.in_features if self.side == "inputs" else self.site.out_features
+
+    @property
+    def num_rows(self) -> int:
+        """Rows it lies in memory as."""
+        return 1 if self.is_vector else self.rank
 
     @property
     def numel(self) -> int:
         """Elements of the unsharded tensor."""
-        return self.rank * self.num_columns
+        return self.num_rows * self.num_columns
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -111,14 +124,16 @@ class AdapterTensor:
 
     def cut(self, rows_rf: Tensor, shard: Shard) -> Tensor:
         """Return a view of the columns that belong to a shard of the linear."""
+        if self.side == "ranks":
+            return rows_rf
         columns = shard.inputs if self.side == "inputs" else shard.outputs
         return rows_rf[:, columns.start : columns.stop]
 
     def start(self) -> Tensor:
         """Return the rows that training starts from: fp32, on the CPU, the same on every rank."""
         generator = torch.Generator().manual_seed(self.seed)
-        rows_rf = torch.empty(self.rank, self.num_columns)
-        return rows_rf.uniform_(-self.bound, self.bound, generator=generator)
+        rows_rf = torch.empty(self.num_rows, self.num_columns)
+        return rows_rf.uniform_(-self.bound, self.bound, generator=generator).add_(self.center)
 
 
 @dataclass(frozen=True)
@@ -143,7 +158,9 @@ class AdapterSpec:
         (pattern, value), the first that fits counts: as PEFT reads them, a pattern is a regular
         expression that matches the end of a site's path, whole components.
     loraplus_ratio
-        B learns at so many times the rate of A (LoRA+, arXiv 2402.12354).
+        B learns at so many times the rate of A (LoRA+, arXiv 2402.12354); so do all vectors.
+    projection_seed
+        Of VeRA's frozen matrices.
     """
 
     name: str
@@ -156,6 +173,7 @@ class AdapterSpec:
     rank_pattern: Pattern = ()
     alpha_pattern: Pattern = ()
     loraplus_ratio: float = 1.0
+    projection_seed: int = 0
 
     def rank_at(self, site: Site) -> int:
         """Return the rank at a site."""
@@ -174,6 +192,10 @@ class AdapterSpec:
         """
         alpha, rank = _matched(self.alpha_pattern, site.path, self.alpha), self.rank_at(site)
         return alpha / (math.sqrt(rank) if self.kind == "rslora" else rank)
+
+    def projections(self, shape: ModelShape) -> Projections:
+        """Return VeRA's frozen matrices for a model."""
+        return Projections.drawn(self.rank, self.target_modules, shape, self.projection_seed)
 
     def problems(self, shape: ModelShape) -> list[str]:
         """Return what of the adapter a model is not made for: field and reason."""
@@ -209,6 +231,12 @@ class AdapterSpec:
             return ()
         name, seed, rank = peft_name(site.layer, site.module), self.key(site), self.rank_at(site)
         bound, ratio = 1.0 / math.sqrt(site.in_features), self.loraplus_ratio
+        if self.kind == "vera":
+            d, b = f"{name}.vera_lambda_d", f"{name}.vera_lambda_b"
+            return (
+                AdapterTensor(d, site, "ranks", rank, 0.0, seed, ratio, True, VERA_D),
+                AdapterTensor(b, site, "outputs", 1, 0.0, seed, ratio, True),
+            )
         factors = (
             AdapterTensor(f"{name}.lora_A.weight", site, "inputs", rank, bound, seed),
             AdapterTensor(f"{name}.lora_B.weight", site, "outputs", rank, 0.0, seed, ratio),

@@ -56,7 +56,7 @@ class JointStack(Stack):
 
     def joins(self, spec: AdapterSpec) -> bool:
         """Return whether an adapter is nothing but a low-rank update."""
-        return spec.kind != "dora"
+        return spec.kind not in ("dora", "vera")
 
     def arrange_joined(self, slots: Mapping[int, Slot]) -> None:
         """Compute with the adapters in these slots, all that are joined, from now on."""
@@ -133,7 +133,7 @@ class JointStack(Stack):
         if tasks.drops(one.spec for adapters in own for one in adapters):
             linears = [output.linear for output in outputs]
             draw = partial(self.keep_factors, linears, tokens, tasks)
-        return Part(tokens, factors, present.scaling_NR, draw)
+        return Part(tokens, factors, present.scaling_NR, draw_keep_factors=draw)
 
     def _may_all_be_there(self, numbers: Set[int], segments: Sequence[Segment]) -> bool:
         """Return whether tasks without tokens cost too little to leave them out."""

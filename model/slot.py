@@ -29,6 +29,8 @@ class Slot:
         Where each tensor lies in `weights`, in `gradient` and in `start`.
     start
         Of PiSSA, the weights it started from, whose product is taken out of the base; else None.
+    projections
+        Of VeRA, its frozen matrices; else None.
     """
 
     def __init__(
@@ -39,8 +41,9 @@ class Slot:
         layers: range,
         dtype: torch.dtype,
         device: torch.device,
+        activations: torch.dtype | None = None,
     ) -> None:
-        """Make a fresh adapter."""
+        """Make a fresh adapter; what of it is frozen is in the dtype of the activations."""
         self.number = number
         self.spec = spec
         self.layout = FlatTensors.of_layers(spec, shape, layers)
@@ -48,6 +51,9 @@ class Slot:
         self.gradient = torch.zeros_like(self.weights)
         for tensor in self.layout.tensors:
             self.layout.rows(self.weights, tensor).copy_(tensor.start())
+        self.projections = None
+        if spec.kind == "vera":
+            self.projections = spec.projections(shape).to(device, activations or dtype)
         self.start = self.weights.clone() if spec.kind == "pissa" else None
 
     def load(self, named: Mapping[str, Tensor]) -> None:

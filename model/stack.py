@@ -34,6 +34,7 @@ from lobra.model.precision import kept_dtype
 from lobra.model.slot import Slot
 from lobra.model.tensor_parallel import Group, reduce_from_group
 from lobra.model.token_tasks import Segment, Selection, TokenTasks
+from lobra.model.vera import Projections, Vectors
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,10 @@ class Part:
         Of all tasks that these are of.
     scaling
         What x A^T is multiplied by: [R], or [n, R], 0 where a row is not of a token's task.
+    vectors
+        VeRA's of the only output: then `scaling` is d.
+    drops
+        Whether dropout is before it, if the task has any.
     draw_keep_factors
         Returns for each of the factors' outputs what dropout multiplies x by, [n, i]; None where
         nothing drops out.
@@ -105,6 +110,8 @@ class Part:
     tokens: slice
     factors: Factors
     scaling: Tensor
+    vectors: Vectors | None = None
+    drops: bool = True
     draw_keep_factors: Callable[[], list[Tensor]] | None = None
 
     @property
@@ -118,7 +125,7 @@ class Part:
             replace(output, B=replace(output.B, gradients=())) for output in self.factors.outputs
         )
         factors = Factors(replace(self.factors.A, gradients=()), outputs)
-        return replace(self, factors=factors, scaling=-self.scaling)
+        return replace(self, factors=factors, scaling=-self.scaling, drops=False)
 
 
 class Stack(ABC):
@@ -159,10 +166,14 @@ class Stack(ABC):
         self.specs = {number: slot.spec for number, slot in slots.items()}
         self.own: dict[int, list[Part]] = {}
         for number, slot in slots.items():
-            trained = None if number in joined else self.own_part(slot, slot.weights)
-            start = None if slot.start is None else self.own_part(slot, slot.start)
-            parts = (trained, None if start is None else start.frozen())
-            self.own[number] = [part for part in parts if part is not None]
+            parts = []
+            if slot.projections is not None:
+                parts += self._projected_parts(slot, slot.projections)
+            elif number not in joined:
+                parts += self._low_rank_parts(slot, slot.weights)
+            if slot.start is not None:
+                parts += [part.frozen() for part in self._low_rank_parts(slot, slot.start)]
+            self.own[number] = parts
         self.refresh()
 
     @abstractmethod
@@ -187,22 +198,38 @@ class Stack(ABC):
         return [*self.joined_parts(tasks), *own]
 
     def _on(self, segment: Segment, part: Part, tasks: TokenTasks) -> Part:
-        """Return a task's part on a segment of its tokens; of frozen factors nothing drops out."""
+        """Return a task's part on a segment of its tokens."""
         tokens = slice(segment.start, segment.stop)
-        if not part.factors.A.gradients or not tasks.drops([self.specs[segment.number]]):
+        if not part.drops or not tasks.drops([self.specs[segment.number]]):
             return replace(part, tokens=tokens)
         linears = [output.linear for output in part.factors.outputs]
         draw = partial(self.keep_factors, linears, tokens, tasks)
         return replace(part, tokens=tokens, draw_keep_factors=draw)
 
-    def own_part(self, slot: Slot, weights: Tensor) -> Part | None:
-        """Return a part of no tokens with a task's factors; None where it has no adapter here.
+    def _projected_parts(self, slot: Slot, projections: Projections) -> list[Part]:
+        """Return, of no tokens, a part for each linear that a VeRA adapter is on."""
+        parts = []
+        for linear, (site, shard) in enumerate(zip(self.sites, self.shards, strict=True)):
+            if tensors := slot.spec.tensors(site):
+                (d_r, b_o), (gradient_d_r, gradient_b_o) = (
+                    [tensor.cut(slot.layout.rows(flat, tensor), shard)[0] for tensor in tensors]
+                    for flat in (slot.weights, slot.gradient)
+                )
+                A_ri = projections.A_rI[:, shard.inputs.start : shard.inputs.stop]
+                B_ro = projections.B_rO[:, shard.outputs.start : shard.outputs.stop]
+                output = Outputs(linear, slice(len(d_r)), Rows(B_ro, ()))
+                vectors = Vectors(b_o, gradient_b_o, gradient_d_r)
+                parts.append(Part(slice(0), Factors(Rows(A_ri, ()), (output,)), d_r, vectors))
+        return parts
+
+    def _low_rank_parts(self, slot: Slot, weights: Tensor) -> list[Part]:
+        """Return, of no tokens, a part with all of a task's factors, if it has any here.
 
         ``weights`` are the slot's, or those it started from. A of all linears lie there one below
         the other.
         """
         if not (adapters := self.adapters_of(slot, weights)):
-            return None
+            return []
         all_A = [slot.spec.tensors(self.sites[one.linear])[0] for one in adapters]
         A_Ri, gradient = (
             all_A[0].cut(slot.layout.rows(flat, *all_A), self.shards[0])
@@ -223,7 +250,8 @@ class Stack(ABC):
             dtype=kept_dtype(self.dtype),
             device=self.device,
         )
-        return Part(slice(0), Factors(Rows(self._computed(A_Ri), (gradient,)), outputs), scaling_R)
+        factors = Factors(Rows(self._computed(A_Ri), (gradient,)), outputs)
+        return [Part(slice(0), factors, scaling_R)]
 
     def _magnitude(self, slot: Slot, adapter: Adapter) -> Magnitude | None:
         """Return the magnitudes of a DoRA adapter, which `refresh` renews."""
@@ -343,6 +371,9 @@ class _Products(torch.autograd.Function):
             for part, h_nR in zip(parts, hidden, strict=True):
                 for output in part.factors.outputs:
                     y_no = _by_token(ys[output.linear])[part.tokens]
+                    if part.vectors is not None:
+                        part.vectors.add_to(y_no, h_nR @ output.B.weights_Rf())
+                        continue
                     y_no.addmm_(h_nR[:, output.columns], output.B.weights_Rf())
                 if part.has_magnitudes:
                     ys_no = [_by_token(y)[part.tokens] for y in ys]
@@ -368,6 +399,10 @@ class _Products(torch.autograd.Function):
             dys_no = [dy_No[n] for dy_No in dys_No]
             if part.has_magnitudes:
                 dys_no = _scaled_back(stack.bases, part, x_Ni[n], h_nR, dys_no, dx_ni)
+            if part.vectors is not None:
+                (output,) = part.factors.outputs
+                product_no = h_nR @ output.B.weights_Rf()
+                dys_no[output.linear] = part.vectors.back(dys_no[output.linear], product_no)
             _add_gradients(part, x_Ni[n], h_nR, dys_no, dx_ni)
         dx = None if dx_Ni is None else dx_Ni.view(*gradients[0].shape[:-1], -1)
         return dx, None, None, None
@@ -379,6 +414,11 @@ def _by_token(x: Tensor) -> Tensor:
 
 def _hidden(part: Part, x_ni: Tensor) -> Tensor:
     """Return the part's scaled x A^T, [n, R]."""
+    return _unscaled_hidden(part, x_ni).mul_(part.scaling)
+
+
+def _unscaled_hidden(part: Part, x_ni: Tensor) -> Tensor:
+    """Return the part's x A^T, [n, R]."""
     A_Ri, outputs = part.factors.A.weights_Rf(), part.factors.outputs
     if part.draw_keep_factors:
         h_nR = x_ni.new_empty(len(x_ni), len(A_Ri))
@@ -386,7 +426,7 @@ def _hidden(part: Part, x_ni: Tensor) -> Tensor:
             torch.mm(x_ni * keep_ni, A_Ri[output.columns].t(), out=h_nR[:, output.columns])
     else:
         h_nR = x_ni @ A_Ri.t()
-    return h_nR.mul_(part.scaling)
+    return h_nR
 
 
 def _scale(
@@ -442,6 +482,8 @@ def _add_gradients(
     for output in outputs:
         B_Ro = output.B.weights_Rf()
         torch.mm(dys_no[output.linear], B_Ro.t(), out=dh_nR[:, output.columns])
+    if part.vectors is not None:
+        part.vectors.add_gradient_d(_unscaled_hidden(part, x_ni), dh_nR)
     dh_nR.mul_(part.scaling)
     owed: list[tuple[Tensor, Tensor]] = []
     for output in outputs:
@@ -454,10 +496,12 @@ def _add_gradients(
         A_Ri, dA = A.weights_Rf(), []
         for output, keep_ni in zip(outputs, part.draw_keep_factors(), strict=True):
             dh_nr = dh_nR[:, output.columns]
-            dA.append(dh_nr.t() @ (x_ni * keep_ni))
+            if A.gradients:
+                dA.append(dh_nr.t() @ (x_ni * keep_ni))
             if dx_ni is not None:
                 dx_ni.addcmul_(dh_nr @ A_Ri[output.columns], keep_ni)
-        owed += _cut(torch.cat(dA), A.gradients)
+        if A.gradients:
+            owed += _cut(torch.cat(dA), A.gradients)
     if owed:
         torch._foreach_add_(*map(list, zip(*owed, strict=True)))
 

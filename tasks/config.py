@@ -43,7 +43,7 @@ CONFIG_FOLDER = Path("trainer_config")
 SHIPPED_FOLDER = Path(__file__).parent.with_name("trainer_config")
 SUFFIXES = (".json", ".yaml", ".yml")
 VARIANTS = ("canonical", "fused")
-ADAPTERS = ("lora", "rslora", "pissa", "dora")
+ADAPTERS = ("lora", "rslora", "pissa", "dora", "vera")
 OPTIMIZERS = ("adamw", "sgd")
 _OF_OPTIMIZER = dict(adam_beta1="adamw", adam_beta2="adamw", adam_epsilon="adamw", momentum="sgd")
 LR_SCHEDULERS = ("constant", "linear", "cosine")
@@ -180,7 +180,9 @@ class TaskConfig(FileModel):
     """An adapter of this kind in PEFT's format to start from."""
     adapter: _Adapter = "lora"
     """What is trained: LoRA, scaled by the root of the rank (rslora), from principal parts on
-    (pissa), or with the lengths of the weight's rows (dora)."""
+    (pissa), with the lengths of the weight's rows (dora), or vectors only (vera)."""
+    projection_prng_key: Count = 0
+    """Of vera: what its frozen matrices are drawn from, as in PEFT."""
     rank_pattern: _Ranks = field(default_factory=dict)
     """Other ranks of linears that a pattern fits, as in PEFT."""
     alpha_pattern: _Alphas = field(default_factory=dict)
@@ -217,6 +219,12 @@ class TaskConfig(FileModel):
         if isinstance(steps, int) and isinstance(warmup, int) and warmup > steps > 0:
             text = f"want at most the task's steps, {steps}"
             return {**mistakes, "warmup_steps": Mistake(text, warmup)}
+        if given.get("adapter") == "vera":
+            mistakes |= {
+                name: Mistake("vera has one rank for all linears and no scale", given[name])
+                for name in ("rank_pattern", "alpha_pattern")
+                if given.get(name)
+            }
         if given.get("adapter") == "pissa" and "resume_from" in given:
             text = (
                 "pissa starts from the base's principal parts; go on from an exported one as plain "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +19,9 @@ from lobra.common.errors import ConfigError, Problems, show
 from lobra.common.files import new_draft, replace_folder, write_atomic
 from lobra.layout.shapes import ModelShape
 from lobra.layout.world import World
-from lobra.model.adapter import AdapterSpec, FlatTensors, sites
+from lobra.model.adapter import VERA_D, AdapterSpec, FlatTensors, sites
 from lobra.model.stage import Stage
+from lobra.model.vera import PROJECTIONS
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.sampling import task_seed
 from lobra.trainer.peft_config import config_problems
@@ -41,6 +43,7 @@ def adapter_spec(task: TaskConfig, run_seed: int = 0) -> AdapterSpec:
         rank_pattern=tuple(task.rank_pattern.items()),
         alpha_pattern=tuple(task.alpha_pattern.items()),
         loraplus_ratio=task.loraplus_ratio,
+        projection_seed=task.projection_prng_key,
     )
 
 
@@ -94,22 +97,35 @@ def save_adapter(
 
 def peft_config(spec: AdapterSpec, base_model: str) -> dict[str, Any]:
     """Return the content of `adapter_config.json`. PiSSA becomes plain LoRA of twice the rank."""
-    twice = 2 if spec.kind == "pissa" else 1
-    return {
-        "peft_type": "LORA",
+    common = {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
-        "r": twice * spec.rank,
-        "lora_alpha": twice * spec.alpha,
-        "lora_dropout": spec.dropout,
         "target_modules": list(spec.target_modules),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "init_lora_weights": True,
         "modules_to_save": None,
         "layers_to_transform": None,
         "layers_pattern": None,
+    }
+    if spec.kind == "vera":
+        return {
+            "peft_type": "VERA",
+            **common,
+            "r": spec.rank,
+            "vera_dropout": spec.dropout,
+            "d_initial": VERA_D,
+            "projection_prng_key": spec.projection_seed,
+            "save_projection": True,
+        }
+    twice = 2 if spec.kind == "pissa" else 1
+    return {
+        "peft_type": "LORA",
+        **common,
+        "r": twice * spec.rank,
+        "lora_alpha": twice * spec.alpha,
+        "lora_dropout": spec.dropout,
+        "init_lora_weights": True,
         "rank_pattern": {key: twice * own for key, own in spec.rank_pattern},
         "alpha_pattern": {key: twice * own for key, own in spec.alpha_pattern},
         "use_rslora": spec.kind == "rslora",
@@ -142,7 +158,8 @@ def check_adapter(folder: Path, spec: AdapterSpec, shape: ModelShape) -> Problem
         f"task {spec.name}: resume_from: {config_path}: {problem}"
         for problem in [*_differences(config, spec, shape), *config_problems(config)]
     ]
-    modules = {name.split(".lora_")[0].rpartition(".")[2] for name in found}
+    drawn = {name: found.pop(name) for name in PROJECTIONS if name in found}
+    modules = {re.split(r"\.(?:lora|vera)_", name)[0].rpartition(".")[2] for name in found}
     if modules != set(spec.target_modules):
         problems.add(
             f"task {spec.name}: resume_from: {weights_path} has modules {sorted(modules)}, "
@@ -162,6 +179,14 @@ def check_adapter(folder: Path, spec: AdapterSpec, shape: ModelShape) -> Problem
         f"task {spec.name}: resume_from: {weights_path}: {name} is of no layer of the model"
         for name in sorted(found.keys() - wanted_shapes.keys())
     ]
+    if not problems and drawn:
+        named, fresh = load_file(weights_path), spec.projections(shape).named()
+        problems += [
+            f"task {spec.name}: resume_from: {weights_path}: {name} is not what "
+            f"projection_prng_key {spec.projection_seed} gives"
+            for name in drawn
+            if not torch.equal(named[name].float(), fresh[name])
+        ]
     if not problems:
         problems += [
             f"task {spec.name}: resume_from: {weights_path}: {name} holds values that are not "
@@ -173,11 +198,22 @@ def check_adapter(folder: Path, spec: AdapterSpec, shape: ModelShape) -> Problem
 
 def _differences(config: Mapping[str, Any], spec: AdapterSpec, shape: ModelShape) -> list[str]:
     """Return what a PEFT configuration says of rank and scale otherwise than the task."""
+    method = "VERA" if spec.kind == "vera" else "LORA"
+    if config.get("peft_type") != method:
+        ours = f"the task says adapter: {spec.kind}, which is {method}"
+        return [f"peft_type is {config.get('peft_type')!r}, {ours}"]
+    same: dict[str, Any] = {"r": spec.rank}
+    if spec.kind == "vera":
+        same["projection_prng_key"] = spec.projection_seed
+    else:
+        same["lora_alpha"] = spec.alpha
     found = [
         f"{field} is {config.get(field)!r}, the task says {value!r}"
-        for field, value in {"r": spec.rank, "lora_alpha": spec.alpha}.items()
+        for field, value in same.items()
         if config.get(field) != value
     ]
+    if spec.kind == "vera":
+        return found
     found += [
         f"use_{kind} is {config.get(f'use_{kind}')!r}, the task says adapter: {spec.kind}"
         for kind in ("rslora", "dora")
@@ -192,8 +228,8 @@ def _differences(config: Mapping[str, Any], spec: AdapterSpec, shape: ModelShape
             for site in sites(shape)
             if site.module in spec.target_modules
         ):
-            ours = dict(getattr(spec, field))
-            found.append(f"{field} is {pattern!r}, the task says {ours!r}")
+            own = dict(getattr(spec, field))
+            found.append(f"{field} is {pattern!r}, the task says {own!r}")
     return found
 
 

@@ -30,6 +30,7 @@ from lobra.common.models import Count, FileModel, OneOf, Positive, read_as
 from lobra.layout.sequences import BATCHINGS
 from lobra.model.pissa import trained_shape
 from lobra.model.stage import Stage
+from lobra.model.vera import PROJECTIONS
 from lobra.trainer.adapters import CONFIG_FILE, WEIGHTS_FILE, save_adapter
 from lobra.trainer.checkpoint_folder import FOLDER, STATE_FILE, list_checkpoints, step_folder
 from lobra.trainer.optimizer import AdapterOptimizer
@@ -152,6 +153,8 @@ def _read(folder: Path) -> CheckpointState:
         if not (folder / "adapters" / name / CONFIG_FILE).is_file():
             raise _Broken(f"adapters/{name}/{CONFIG_FILE} is missing")
         weights = _tensors(folder, f"adapters/{name}/{WEIGHTS_FILE}")
+        for name_of_frozen in PROJECTIONS:
+            weights.pop(name_of_frozen, None)
         if record.get("adapter") == "pissa":
             weights = {key: trained_shape(key, size) for key, size in weights.items()}
         moments = _tensors(folder, f"moments/{name}.safetensors")

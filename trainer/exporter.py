@@ -44,7 +44,11 @@ class AdapterExporter:
 
     def _weights(self, slot: Slot) -> dict[str, Tensor]:
         weights = self._whole(slot, slot.weights)
-        return weights if slot.start is None else joined(weights, self._whole(slot, slot.start))
+        if slot.start is not None:
+            weights = joined(weights, self._whole(slot, slot.start))
+        if slot.projections is not None and self.is_writer:
+            weights |= slot.spec.projections(self.stage.shape).named()
+        return weights
 
     def _whole(self, slot: Slot, flat: Tensor) -> dict[str, Tensor]:
         layers = [block.block.layers for block in self.optimizer.blocks]

@@ -27,7 +27,10 @@ FREE = (
     "megatron_core", "qalora_group_size", "eva_config", "loftq_config", "corda_config",
     "lora_ga_config", "ensure_weight_tying",
     # compared with the task by `trainer.adapters.check_adapter`
-    "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
+    "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "peft_type",
+    "projection_prng_key",
+    # how VeRA was made: the vectors themselves say it
+    "vera_dropout", "d_initial", "init_weights", "save_projection",
 )  # fmt: skip
 
 #: Initialisations that leave the base as it is, only with other first values: once saved, A and
@@ -45,7 +48,7 @@ CONVERT = (
 def config_problems(config: Mapping[str, Any]) -> list[str]:
     """Return field, value and why it is refused, of all that does not mean plain LoRA."""
     found = []
-    for field in sorted({"peft_type", *config}, key=str):
+    for field in sorted(config, key=str):
         value = config.get(field)
         if field in FREE:
             continue
@@ -86,7 +89,6 @@ _OTHER_PARAMETERS = "only the linears of the layers are trained here: train with
 
 #: Every other field of PEFT's LoraConfig, and what of it is refused.
 FIELDS: Mapping[str, FieldCheck] = {
-    "peft_type": _one_of(("LORA",), "only LORA is supported"),
     "task_type": _one_of((None, "CAUSAL_LM"), "only CAUSAL_LM is supported"),
     "init_lora_weights": _initialisation,
     "bias": _one_of((None, "none"), "it has trained biases of the base, which are not supported"),

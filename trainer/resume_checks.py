@@ -15,11 +15,19 @@ from lobra.trainer.checkpoint import CheckpointState
 # What must be the same for a task to go on; the rest may be changed between runs.
 FIXED_FIELDS = (
     *("name", "rank", "lora_alpha", "target_modules", "adapter", "rank_pattern", "alpha_pattern"),
+    "projection_prng_key",
     *("global_batch_size", "seed", "optimizer", "momentum"),
 )
 #: What those are in records of versions that did not have them.
 _BEFORE: dict[str, Any] = {
-    **dict(adapter="lora", rank_pattern={}, alpha_pattern={}, optimizer="adamw", momentum=0.0)
+    **dict(
+        adapter="lora",
+        rank_pattern={},
+        alpha_pattern={},
+        optimizer="adamw",
+        momentum=0.0,
+        projection_prng_key=0,
+    )
 }
 # What decides which sequences there are: named if they are others and this is why.
 DATA_FIELDS = (

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -96,8 +96,15 @@ def make_datasets(num_tasks: int = len(TASKS)) -> list[TokenizedDataset]:
     ]
 
 
-def peft_config(task: dict) -> LoraConfig:
+def peft_config(task: dict) -> PeftConfig:
     """Return what PEFT calls a task's adapter."""
+    if task.get("adapter") == "vera":
+        return VeraConfig(
+            r=task["rank"],
+            target_modules=list(task["target_modules"]),
+            projection_prng_key=task.get("projection_prng_key", 0),
+            task_type="CAUSAL_LM",
+        )
     patterns = {key: dict(task.get(key, {})) for key in ("rank_pattern", "alpha_pattern")}
     return LoraConfig(
         r=task["rank"],
@@ -137,7 +144,7 @@ def make_starts(base: Path, root: Path, tasks: Sequence[dict] = TASKS) -> list[P
         plain = AutoModelForCausalLM.from_pretrained(base)
         model = get_peft_model(plain, peft_config(task))
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or "vera_lambda" in name:
                 torch.nn.init.normal_(parameter, std=0.02)
         folders.append(root / task["name"])
         model.save_pretrained(folders[-1])
@@ -213,11 +220,12 @@ class _Masks:
         self.dropout = dropout
         self.noise: TokenNoise | None = None
         for name, module in model.named_modules():
-            if hasattr(module, "lora_dropout"):
-                parts = name.split(".")
-                layer = int(parts[parts.index("layers") + 1])
-                keys = feature_keys(layer, parts[-1], module.in_features)
-                module.lora_dropout["default"] = _Mask(self, keys)
+            for kind in ("lora_dropout", "vera_dropout"):
+                if hasattr(module, kind):
+                    parts = name.split(".")
+                    layer = int(parts[parts.index("layers") + 1])
+                    keys = feature_keys(layer, parts[-1], module.in_features)
+                    getattr(module, kind)["default"] = _Mask(self, keys)
 
     def draw(self, noise_seeds: list[int], length: int) -> None:
         """Draw for the next batch, of rows of this length."""

@@ -95,8 +95,6 @@ SPELT: list[tuple[str, Any]] = [
     ("init_lora_weights", "loftq"),
     ("init_lora_weights", "lora_ga"),
     ("init_lora_weights", "somebody's"),
-    ("peft_type", "ADALORA"),
-    ("peft_type", None),
     ("task_type", "SEQ_CLS"),
     ("fan_in_fan_out", True),
     ("use_qalora", True),
@@ -183,3 +181,11 @@ def test_rank_and_scale_are_the_task_s(base: Path, tmp_path: Path, fields: dict[
     spec = dataclasses.replace(SPEC, kind=kinds[0] if kinds else "lora")
     own = {key: tuple(fields.get(key, {}).items()) for key in PATTERNS}
     assert check_adapter(folder, dataclasses.replace(spec, **own), read_shape(base)) == []
+
+
+@pytest.mark.parametrize("kind", ["ADALORA", "VERA", None])
+def test_another_method_is_refused(base: Path, tmp_path: Path, kind: str | None) -> None:
+    path = make(base, tmp_path) / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_type": kind}))
+    (problem,) = problems_of(base, tmp_path)
+    assert f"{path}: peft_type is {kind!r}, the task says adapter: lora" in problem

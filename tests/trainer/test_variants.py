@@ -55,6 +55,11 @@ TASKS = (
     task("plus", loraplus_ratio=8.0, weight_decay=0.1, rank_pattern={"down_proj": 1}),
     task("momentum", optimizer="sgd", momentum=0.7, weight_decay=0.05, learning_rate=0.3),
     task("lengths", adapter="dora", weight_decay=0.1, loraplus_ratio=3.0),
+    task("random", adapter="vera", rank=16, learning_rate=0.02, projection_prng_key=7),
+    task(
+        "gated", adapter="vera", target_modules=("v_proj", "o_proj", "down_proj"), lora_dropout=0.3,
+        learning_rate=0.02, loraplus_ratio=2.0,
+    ),
     task("descent", optimizer="sgd", loraplus_ratio=4.0, learning_rate=0.2, steps=4),
 )  # fmt: skip
 
