@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, VeraConfig, VeraModel, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
@@ -96,18 +96,18 @@ def cases(draw: st.DrawFn) -> Case:
     kinds = [kind for kind in ADAPTERS if kind != "dora" or not rows_are_split]
     patterns = st.dictionaries(st.sampled_from(MODULES), st.integers(1, 4), max_size=2)
     numbers = draw(st.lists(st.integers(0, 99), min_size=1, max_size=4, unique=True))
-    specs = {
-        number: AdapterSpec(
+    specs = {}
+    for number in numbers:
+        kind = draw(st.sampled_from(kinds))
+        specs[number] = AdapterSpec(
             f"task {number}",
             draw(st.integers(1, 4)),
             draw(st.sampled_from([0.5, 3.0, 16.0])),
             tuple(draw(st.sets(st.sampled_from(MODULES), min_size=1))),
-            kind=draw(st.sampled_from(kinds)),
-            rank_pattern=tuple(draw(patterns).items()),
-            alpha_pattern=tuple(draw(patterns).items()),
+            kind=kind,
+            rank_pattern=() if kind == "vera" else tuple(draw(patterns).items()),
+            alpha_pattern=() if kind == "vera" else tuple(draw(patterns).items()),
         )
-        for number in numbers
-    }
     segments = st.tuples(st.sampled_from([*numbers, NOBODY]), st.integers(1, 4))
     return Case(
         specs,
@@ -173,6 +173,23 @@ def output_gradient(case: Case, module: str) -> Tensor:
     return case.random(*size, seed=MODULES.index(module))
 
 
+def inject(own: AdapterSpec, targets: list[str], model: nn.Module) -> None:
+    """Have PEFT put an adapter on some linears."""
+    if own.kind == "vera":
+        VeraModel(model, VeraConfig(r=own.rank, target_modules=targets), "default")
+        return
+    config = LoraConfig(
+        r=own.rank,
+        lora_alpha=own.alpha,  # type: ignore[arg-type]
+        target_modules=targets,
+        rank_pattern={k: v for k, v in own.rank_pattern if k in targets},  # type: ignore[misc]
+        alpha_pattern={k: v for k, v in own.alpha_pattern if k in targets},  # type: ignore[misc]
+        use_rslora=own.kind == "rslora",
+        use_dora=own.kind == "dora",
+    )
+    inject_adapter_in_model(config, model)
+
+
 def peft(case: Case) -> tuple[dict[str, Tensor], Tensor]:
     """Return the same from PEFT's layers: a model for each task, segment by segment."""
 
@@ -193,20 +210,19 @@ def peft(case: Case) -> tuple[dict[str, Tensor], Tensor]:
         named = slot.layout.named(slot.weights)
         targets = [module for module in case.modules if module in own.target_modules]
         if targets:
-            config = LoraConfig(
-                r=own.rank, lora_alpha=own.alpha, target_modules=targets,  # type: ignore[arg-type]
-                rank_pattern={k: v for k, v in own.rank_pattern if k in targets},
-                alpha_pattern={k: v for k, v in own.alpha_pattern if k in targets},
-                use_rslora=own.kind == "rslora", use_dora=own.kind == "dora",
-            )  # fmt: skip
-            inject_adapter_in_model(config, models[number])
+            inject(own, targets, models[number])
         for name, value in named.items():
             module, factor = name.removesuffix(".weight").split(".")[-2:]
             parameters[f"{number} {name}"] = value
             if module in targets:
                 layer = getattr(models[number][module], factor)["default"]
-                layer.weight.data = value.clone()
-                parameters[f"{number} {name}"] = layer.weight
+                parameter = layer if isinstance(layer, nn.Parameter) else layer.weight
+                parameter.data = value.clone()
+                parameters[f"{number} {name}"] = parameter
+        if slot.projections is not None:
+            for module in targets:  # PEFT's own are drawn for these linears only
+                models[number][module].vera_A["default"] = slot.projections.A_rI
+                models[number][module].vera_B["default"] = slot.projections.B_rO.t()
         if slot.start is not None:
             starts = slot.layout.named(slot.start)
             for module in targets:
