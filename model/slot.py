@@ -56,6 +56,12 @@ class Slot:
             self.projections = spec.projections(shape).to(device, activations or dtype)
         self.start = self.weights.clone() if spec.kind == "pissa" else None
 
+    @property
+    def frozen_bytes(self) -> int:
+        """Bytes of what is not trained."""
+        start_bytes = 0 if self.start is None else self.start.nbytes
+        return start_bytes + (0 if self.projections is None else self.projections.nbytes)
+
     def load(self, named: Mapping[str, Tensor]) -> None:
         """Take weights over (PEFT's names and shapes); KeyError or ValueError if they do not fit.
 

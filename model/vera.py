@@ -50,6 +50,11 @@ class Projections:
         """Return them elsewhere."""
         return Projections(self.A_rI.to(device, dtype), self.B_rO.to(device, dtype))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both."""
+        return self.A_rI.nbytes + self.B_rO.nbytes
+
     def named(self) -> dict[str, Tensor]:
         """Return them with PEFT's names and shapes."""
         return dict(zip(PROJECTIONS, (self.A_rI, self.B_rO.t().contiguous()), strict=True))

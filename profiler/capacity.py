@@ -26,6 +26,7 @@ from lobra.profiler.profiles import (
     load_memory_profile,
     model_slug,
 )
+from lobra.profiler.settings import LOW_RANK
 from lobra.profiler.sidecar import read_meta
 from lobra.tasks.config import TaskConfig
 
@@ -113,7 +114,16 @@ def memory_profile_for(
         path = default_memory_path(model, len(tasks))
         if not path.is_file():
             path = _nearest(path, model, len(tasks)) or path
-    return fitted_to(load_memory_profile(path), tasks, resolve_shape(model))
+    profile = load_memory_profile(path)
+    fitted, notes = fitted_to(profile, tasks, resolve_shape(model))
+    measured = profile.meta.get("settings", {}).get("adapter", ())
+    unlike = [task.name for task in tasks if task.adapter not in (*LOW_RANK, *measured)]
+    if unlike:
+        notes += (
+            f"{path}: was measured without adapters such as those of {', '.join(unlike)}: profile "
+            f"memory with this trainer config to know what they take",
+        )
+    return fitted, notes
 
 
 def fitted_to(

@@ -11,6 +11,9 @@ from lobra.tasks.config import TaskConfig
 if TYPE_CHECKING:
     from lobra.model.adapter import AdapterSpec
 
+#: The kinds of adapter that cost what LoRA of their rank costs.
+LOW_RANK = ("lora", "rslora")
+
 
 def adapter_specs(tasks: Sequence[TaskConfig]) -> tuple[AdapterSpec, ...]:
     """Return the adapters of tasks."""
@@ -19,11 +22,13 @@ def adapter_specs(tasks: Sequence[TaskConfig]) -> tuple[AdapterSpec, ...]:
     return tuple(
         AdapterSpec(
             task.name,
-            task.largest_rank,
+            task.rank,
             task.lora_alpha,
             task.target_modules,
             task.lora_dropout,
             task.seed,
+            task.adapter,
+            tuple(task.rank_pattern.items()),
         )
         for task in tasks
     )
@@ -36,6 +41,8 @@ def adapter_settings(tasks: Sequence[TaskConfig]) -> dict[str, Any]:
     }
     if any(task.lora_dropout > 0.0 for task in tasks):
         settings["lora_dropout"] = [task.lora_dropout for task in tasks]
+    if any(task.adapter not in LOW_RANK for task in tasks):
+        settings["adapter"] = [task.adapter for task in tasks]
     return settings
 
 
