@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from lobra.model.adapter import AdapterSpec
+from lobra.model.part import Factors, Outputs, Part, Rows
 from lobra.model.precision import kept_dtype
 from lobra.model.slot import Slot
-from lobra.model.stack import Adapter, Factors, Outputs, Part, Rows, Stack
+from lobra.model.stack import Adapter, Stack
 from lobra.model.to_device import to_device
 from lobra.model.token_tasks import Segment, TokenTasks
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lobra.model.adapter import AdapterSpec
+from lobra.model.part import Part
 from lobra.model.slot import Slot
-from lobra.model.stack import Part, Stack
+from lobra.model.stack import Stack
 from lobra.model.token_tasks import TokenTasks
 
 

@@ -14,7 +14,7 @@ R rows of A or B: a task's ranks, or those of several tasks and linears, one bel
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -30,6 +30,7 @@ from lobra.model.base_linear import BaseLinear, Shard
 from lobra.model.dropout import feature_keys
 from lobra.model.magnitude import Magnitude
 from lobra.model.memory_policy import kept
+from lobra.model.part import Factors, Outputs, Part, Rows
 from lobra.model.precision import kept_dtype
 from lobra.model.slot import Slot
 from lobra.model.tensor_parallel import Group, reduce_from_group
@@ -49,83 +50,6 @@ class Adapter:
     B_ro: Tensor
     gradient_A: Tensor
     gradient_B: Tensor
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A, or a linear's B, of one task or several, cut to the shard, in the activations' dtype.
-
-    It is the rows `taken` of `matrix_Rf`; None: all of them. `gradients` are views into slots, one
-    below the other like those rows.
-    """
-
-    matrix_Rf: Tensor
-    gradients: tuple[Tensor, ...]
-    taken: Tensor | None = None
-
-    def weights_Rf(self) -> Tensor:
-        """Return the rows. Where they must be gathered, they are only as long as one needs them."""
-        return self.matrix_Rf if self.taken is None else self.matrix_Rf.index_select(0, self.taken)
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """The way from x A^T to one linear of a stack: its `columns`, times B; DoRA's magnitude."""
-
-    linear: int
-    columns: slice
-    B: Rows
-    magnitude: Magnitude | None = None
-
-
-@dataclass(frozen=True)
-class Factors:
-    """A of all linears of a stack, one below the other, and each one's B."""
-
-    A: Rows
-    outputs: tuple[Outputs, ...]
-
-
-@dataclass(frozen=True)
-class Part:
-    """Consecutive tokens of a micro-batch, and the factors all of them go through.
-
-    Attributes
-    ----------
-    tokens
-        Which tokens.
-    factors
-        Of all tasks that these are of.
-    scaling
-        What x A^T is multiplied by: [R], or [n, R], 0 where a row is not of a token's task.
-    vectors
-        VeRA's of the only output: then `scaling` is d.
-    drops
-        Whether dropout is before it, if the task has any.
-    draw_keep_factors
-        Returns for each of the factors' outputs what dropout multiplies x by, [n, i]; None where
-        nothing drops out.
-    """
-
-    tokens: slice
-    factors: Factors
-    scaling: Tensor
-    vectors: Vectors | None = None
-    drops: bool = True
-    draw_keep_factors: Callable[[], list[Tensor]] | None = None
-
-    @property
-    def has_magnitudes(self) -> bool:
-        """Whether its outputs are scaled, as DoRA's are."""
-        return self.factors.outputs[0].magnitude is not None
-
-    def frozen(self) -> Part:
-        """Return the part with the opposite sign and without gradients."""
-        outputs = tuple(
-            replace(output, B=replace(output.B, gradients=())) for output in self.factors.outputs
-        )
-        factors = Factors(replace(self.factors.A, gradients=()), outputs)
-        return replace(self, factors=factors, scaling=-self.scaling, drops=False)
 
 
 class Stack(ABC):
@@ -361,23 +285,17 @@ class _Products(torch.autograd.Function):
 
         def all_hidden() -> tuple[Tensor, ...]:
             x_Ni = _by_token(x)
-            return tuple(_hidden(part, x_Ni[part.tokens]) for part in parts)
+            return tuple(part.hidden(x_Ni[part.tokens]) for part in parts)
 
         hidden = kept(ADAPTER_HIDDEN, all_hidden)
         ctx.save_for_backward(*([x, *hidden] if hidden else []))
 
         def products() -> tuple[Tensor, ...]:
             ys = tuple(base(x) for base in stack.bases)
+            x_Ni, ys_No = _by_token(x), [_by_token(y) for y in ys]
             for part, h_nR in zip(parts, hidden, strict=True):
-                for output in part.factors.outputs:
-                    y_no = _by_token(ys[output.linear])[part.tokens]
-                    if part.vectors is not None:
-                        part.vectors.add_to(y_no, h_nR @ output.B.weights_Rf())
-                        continue
-                    y_no.addmm_(h_nR[:, output.columns], output.B.weights_Rf())
-                if part.has_magnitudes:
-                    ys_no = [_by_token(y)[part.tokens] for y in ys]
-                    _scale(stack.bases, part, _by_token(x)[part.tokens], h_nR, ys_no)
+                n = part.tokens
+                part.add_update(stack.bases, x_Ni[n], h_nR, [y_No[n] for y_No in ys_No])
             return ys
 
         return kept(stack.sites[0].module, products)
@@ -397,134 +315,13 @@ class _Products(torch.autograd.Function):
             n = part.tokens
             dx_ni = None if dx_Ni is None else dx_Ni[n]
             dys_no = [dy_No[n] for dy_No in dys_No]
-            if part.has_magnitudes:
-                dys_no = _scaled_back(stack.bases, part, x_Ni[n], h_nR, dys_no, dx_ni)
-            if part.vectors is not None:
-                (output,) = part.factors.outputs
-                product_no = h_nR @ output.B.weights_Rf()
-                dys_no[output.linear] = part.vectors.back(dys_no[output.linear], product_no)
-            _add_gradients(part, x_Ni[n], h_nR, dys_no, dx_ni)
+            part.add_gradients(stack.bases, x_Ni[n], h_nR, dys_no, dx_ni)
         dx = None if dx_Ni is None else dx_Ni.view(*gradients[0].shape[:-1], -1)
         return dx, None, None, None
 
 
 def _by_token(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
-
-
-def _hidden(part: Part, x_ni: Tensor) -> Tensor:
-    """Return the part's scaled x A^T, [n, R]."""
-    return _unscaled_hidden(part, x_ni).mul_(part.scaling)
-
-
-def _unscaled_hidden(part: Part, x_ni: Tensor) -> Tensor:
-    """Return the part's x A^T, [n, R]."""
-    A_Ri, outputs = part.factors.A.weights_Rf(), part.factors.outputs
-    if part.draw_keep_factors:
-        h_nR = x_ni.new_empty(len(x_ni), len(A_Ri))
-        for output, keep_ni in zip(outputs, part.draw_keep_factors(), strict=True):
-            torch.mm(x_ni * keep_ni, A_Ri[output.columns].t(), out=h_nR[:, output.columns])
-    else:
-        h_nR = x_ni @ A_Ri.t()
-    return h_nR
-
-
-def _scale(
-    bases: Sequence[BaseLinear], part: Part, x_ni: Tensor, h_nR: Tensor, ys_no: Sequence[Tensor]
-) -> None:
-    """Scale the outputs of a part by its magnitudes, in place."""
-    keeps = part.draw_keep_factors() if part.draw_keep_factors else [None] * len(ys_no)
-    for output, keep_ni in zip(part.factors.outputs, keeps, strict=False):
-        y_no, base = ys_no[output.linear], bases[output.linear]
-        if keep_ni is not None:
-            unscaled_no = _unscaled(base, output, x_ni * keep_ni, h_nR)
-        else:
-            unscaled_no = y_no if base.bias is None else y_no - base.bias
-        assert output.magnitude is not None
-        y_no.add_(unscaled_no * output.magnitude.excess_o)
-
-
-def _scaled_back(
-    bases: Sequence[BaseLinear], part: Part, x_ni: Tensor, h_nR: Tensor, dys_no: Sequence[Tensor],
-    dx_ni: Tensor | None,
-) -> list[Tensor]:  # fmt: skip
-    """Return the gradients of unscaled outputs, those of linears without adapters as they are.
-
-    Adds the gradients of the magnitudes into their slot, and what the base's product has beyond its
-    plain gradient to ``dx_ni``.
-    """
-    found = list(dys_no)
-    keeps = part.draw_keep_factors() if part.draw_keep_factors else [None] * len(found)
-    for output, keep_ni in zip(part.factors.outputs, keeps, strict=False):
-        dy_no, base, magnitude = dys_no[output.linear], bases[output.linear], output.magnitude
-        assert magnitude is not None
-        dropped_ni = x_ni if keep_ni is None else x_ni * keep_ni
-        magnitude.add_gradient(dy_no, _unscaled(base, output, dropped_ni, h_nR))
-        excess_no = dy_no * magnitude.excess_o
-        found[output.linear] = dy_no + excess_no
-        if dx_ni is not None:
-            more_ni = base.input_gradient(excess_no, None)
-            dx_ni.add_(more_ni if keep_ni is None else more_ni * keep_ni)
-    return found
-
-
-def _unscaled(base: BaseLinear, output: Outputs, x_ni: Tensor, h_nR: Tensor) -> Tensor:
-    """Return what a magnitude scales: W x + s B A x, without bias."""
-    return base.product(x_ni).addmm_(h_nR[:, output.columns], output.B.weights_Rf())
-
-
-def _add_gradients(
-    part: Part, x_ni: Tensor, h_nR: Tensor, dys_no: Sequence[Tensor], dx_ni: Tensor | None
-) -> None:
-    """Add the gradients of A and B into the slots and, if it is wanted, x's to `dx_ni`."""
-    A, outputs = part.factors.A, part.factors.outputs
-    dh_nR = torch.empty_like(h_nR)
-    for output in outputs:
-        B_Ro = output.B.weights_Rf()
-        torch.mm(dys_no[output.linear], B_Ro.t(), out=dh_nR[:, output.columns])
-    if part.vectors is not None:
-        part.vectors.add_gradient_d(_unscaled_hidden(part, x_ni), dh_nR)
-    dh_nR.mul_(part.scaling)
-    owed: list[tuple[Tensor, Tensor]] = []
-    for output in outputs:
-        owed += _add_product(output.B.gradients, h_nR[:, output.columns], dys_no[output.linear])
-    if not part.draw_keep_factors:
-        owed += _add_product(A.gradients, dh_nR, x_ni)
-        if dx_ni is not None:
-            dx_ni.addmm_(dh_nR, A.weights_Rf())
-    else:
-        A_Ri, dA = A.weights_Rf(), []
-        for output, keep_ni in zip(outputs, part.draw_keep_factors(), strict=True):
-            dh_nr = dh_nR[:, output.columns]
-            if A.gradients:
-                dA.append(dh_nr.t() @ (x_ni * keep_ni))
-            if dx_ni is not None:
-                dx_ni.addcmul_(dh_nr @ A_Ri[output.columns], keep_ni)
-        if A.gradients:
-            owed += _cut(torch.cat(dA), A.gradients)
-    if owed:
-        torch._foreach_add_(*map(list, zip(*owed, strict=True)))
-
-
-def _add_product(
-    gradients: Sequence[Tensor], left_nR: Tensor, right_nf: Tensor
-) -> list[tuple[Tensor, Tensor]]:
-    """Add left^T right to the gradients, or return what is to be added to which."""
-    if not gradients:
-        return []
-    left_Rn, kept = left_nR.t(), gradients[0].dtype
-    if len(gradients) == 1 and kept == left_nR.dtype:
-        gradients[0].addmm_(left_Rn, right_nf)
-        return []
-    if kept != left_nR.dtype and left_nR.is_cuda:
-        return _cut(torch.mm(left_Rn, right_nf, out_dtype=kept), gradients)
-    return _cut(left_Rn @ right_nf, gradients)
-
-
-def _cut(rows_Rf: Tensor, gradients: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Return the gradients, each with the rows that are its own."""
-    rows = rows_Rf.split([len(gradient) for gradient in gradients])
-    return list(zip(gradients, rows, strict=True))
 
 
 class AdaptedLinear(nn.Module):

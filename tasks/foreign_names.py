@@ -56,6 +56,13 @@ _ALMOST: Sequence[tuple[str | None, str, str]] = (
         "per_device_batch_size gradient_accumulation_steps",
     ),
     ("adapter", "give adapter: rslora", "use_rslora rslora"),
+    ("adapter", "give adapter: dora", "use_dora"),
+    ("adapter", "give adapter: pissa to start from principal parts", "init_lora_weights"),
+    (
+        None,
+        "trained embeddings, heads, norms and biases are not supported",
+        "modules_to_save trainable_token_indices bias",
+    ),
     (
         "warmup_steps",
         "give warmup_steps, the number of steps instead of their share",

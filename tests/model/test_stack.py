@@ -354,25 +354,29 @@ def test_tasks_come_and_go_and_others_stay(way: type[Stack]) -> None:
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
 
+@pytest.mark.parametrize("kind", ADAPTERS)
 @ways
-def test_bf16_computes_with_copies_and_sums_in_fp32(way: type[Stack]) -> None:
-    slots = {number: MIXED.slot(number) for number in MIXED.specs}
+def test_bf16_computes_with_copies_and_sums_in_fp32(way: type[Stack], kind: str) -> None:
+    case = replace(MIXED, specs={**MIXED.specs, 2: replace(MIXED.specs[2], kind=kind)})
+    slots = {number: case.slot(number) for number in case.specs}
     for slot in slots.values():
         slot.weights, slot.gradient = slot.weights.float(), slot.gradient.float()
-    stack, _ = make_stack(MIXED, way, 0, slots, torch.bfloat16)
-    x = inputs(MIXED).bfloat16().requires_grad_(True)
+        slot.start = None if slot.start is None else slot.start.float()
+        slot.projections = slot.projections and slot.projections.to(CPU, torch.bfloat16)
+    stack, _ = make_stack(case, way, 0, slots, torch.bfloat16)
+    x = inputs(case).bfloat16().requires_grad_(True)
     AdaptedLinear(stack, 0)(x).sum().backward()
-    exact = {number: MIXED.slot(number) for number in MIXED.specs}
-    reference, _ = make_stack(MIXED, SegmentStack, 0, exact)
-    AdaptedLinear(reference, 0)(inputs(MIXED)).sum().backward()
+    exact = {number: case.slot(number) for number in case.specs}
+    reference, _ = make_stack(case, SegmentStack, 0, exact)
+    AdaptedLinear(reference, 0)(inputs(case)).sum().backward()
     for number, slot in slots.items():
         error = (slot.gradient - exact[number].gradient).norm() / exact[number].gradient.norm()
         assert slot.gradient.dtype == torch.float32 and error < 2e-2
-    slots[2].weights.zero_()
     before = AdaptedLinear(stack, 0)(x)
+    slots[2].weights.zero_()
     stack.refresh()
     after = AdaptedLinear(stack, 0)(x.clone())
-    assert not torch.equal(before[0, 2:5], after[0, 2:5]), "copies are renewed on refresh"
+    assert not torch.equal(before[0, 2:5], after[0, 2:5]), "after a refresh new weights count"
     assert torch.equal(before[0, :2], after[0, :2])
 
 

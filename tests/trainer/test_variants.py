@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from lobra.layout.placement import place
+from lobra.layout.placement import place as placed_anywhere
 from lobra.layout.shapes import read_shape
 from lobra.model.adapter import AdapterSpec, sites
 from lobra.model.pissa import divided
@@ -31,10 +32,12 @@ from tests.trainer.alone import (
     tasks_from,
     train_alone,
 )
+from tests.trainer.command import refused, train, write_config
 from tests.trainer.support import make_plan, make_run
 from tests.trainer.test_equality import final_tensors, losses_of, relative_errors
 
 ATTENTION = ALL_LINEAR[:4]
+Record = Callable[[str, object], None]
 
 
 def task(name: str, **fields: Any) -> dict[str, Any]:
@@ -94,17 +97,18 @@ def joint(tmp_path_factory: pytest.TempPathFactory) -> Joint:
     run = make_run(folder / "run", base, tasks, data, plan, STEPS, precision="fp64", last_step=2)
     run_local(run, "tests.trainer.double:train_in_double")
     plan = make_plan(list(AFTER), max_tokens=128)
-    world = place(plan, 1 << 20)
+    world = placed_anywhere(plan, 1 << 20)
     run = replace(run, plan=plan, world=world, last_step=STEPS, resume_step=2)
     run_local(run, "tests.trainer.double:train_in_double")
     return Joint(base, folder, starts, data, run)
 
 
 @pytest.mark.parametrize("number", range(len(TASKS)), ids=lambda number: str(TASKS[number]["name"]))
-def test_each_is_as_alone(joint: Joint, number: int) -> None:
+def test_each_is_as_alone(joint: Joint, number: int, record_property: Record) -> None:
     own = dict(numbers=[number], tasks=TASKS)
     (alone,) = train_alone(joint.base, joint.data, joint.starts, torch.float64, **own)
-    assert_as_alone(joint, number, final_tensors(joint.run, number), alone)
+    error = assert_as_alone(joint, number, final_tensors(joint.run, number), alone)
+    record_property("largest_relative_error", f"{error:.1e}")
     ours = logits_of(joint.base, joint.run.adapter_folder(number))
     torch.testing.assert_close(ours, logits_of(joint.base, alone["folder"]), rtol=1e-4, atol=1e-4)
     own_config = joint.run.tasks[number]
@@ -112,14 +116,19 @@ def test_each_is_as_alone(joint: Joint, number: int) -> None:
         assert check_adapter(folder, adapter_spec(own_config), read_shape(joint.base)) == []
 
 
-def assert_as_alone(joint: Joint, number: int, tensors: dict, alone: dict) -> None:
-    for name, error in relative_errors(tensors, alone["tensors"]).items():
+def assert_as_alone(joint: Joint, number: int, tensors: dict, alone: dict) -> float:
+    """Return the largest relative error of a tensor."""
+    errors = relative_errors(tensors, alone["tensors"])
+    for name, error in errors.items():
         assert error < BAR, f"{name}: relative error {error:.1e}"
     losses = losses_of(joint.run, joint.run.tasks[number].name)
     np.testing.assert_allclose(losses, alone["losses"][2:], rtol=BAR, atol=0)
+    return max(errors.values())
 
 
-def test_dora_starts_from_the_lengths_of_rows(joint: Joint, tmp_path: Path) -> None:
+def test_dora_starts_from_the_lengths_of_rows(
+    joint: Joint, tmp_path: Path, record_property: Record
+) -> None:
     """A fresh one, with dropout; PEFT is given our A."""
     number, own = len(TASKS) + 1, FRESH[1]
     plain = AutoModelForCausalLM.from_pretrained(joint.base, dtype=torch.float64)
@@ -133,10 +142,13 @@ def test_dora_starts_from_the_lengths_of_rows(joint: Joint, tmp_path: Path) -> N
         joint.base, joint.data, {number: tmp_path / "long"}, torch.float64,
         tasks=[*TASKS, *FRESH], numbers=[number],
     )  # fmt: skip
-    assert_as_alone(joint, number, final_tensors(joint.run, number), alone)
+    error = assert_as_alone(joint, number, final_tensors(joint.run, number), alone)
+    record_property("largest_relative_error", f"{error:.1e}")
 
 
-def test_pissa_is_lora_on_what_its_start_leaves_of_the_base(joint: Joint, tmp_path: Path) -> None:
+def test_pissa_is_lora_on_what_its_start_leaves_of_the_base(
+    joint: Joint, tmp_path: Path, record_property: Record
+) -> None:
     """It starts as PEFT's; from there on PEFT trains LoRA on the base without that, in fp64."""
     number, own = len(TASKS), FRESH[0]
     trained, start = divided(final_tensors(joint.run, number))
@@ -158,7 +170,8 @@ def test_pissa_is_lora_on_what_its_start_leaves_of_the_base(joint: Joint, tmp_pa
         tmp_path / "left", joint.data, {number: tmp_path / "principal"}, torch.float64,
         tasks=[*TASKS, *FRESH], numbers=[number],
     )  # fmt: skip
-    assert_as_alone(joint, number, trained, alone)
+    error = assert_as_alone(joint, number, trained, alone)
+    record_property("largest_relative_error", f"{error:.1e}")
     ours = logits_of(joint.base, joint.run.adapter_folder(number))
     expected = logits_of(tmp_path / "left", alone["folder"])
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
@@ -176,3 +189,11 @@ def test_a_pattern_that_fits_nothing_is_told(joint: Joint, pattern: str) -> None
     spec = AdapterSpec("x", 2, 2.0, ATTENTION, rank_pattern=((pattern, 3), ("v_proj", 4)))
     (problem,) = spec.problems(read_shape(joint.base))
     assert problem.startswith(f"rank_pattern: {pattern!r} fits no linear")
+
+
+def test_what_a_model_is_not_made_for_is_refused_at_once(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_config(adapter="pissa", rank=40, rank_pattern={"o_proj": 2}, target_modules=["k_proj"])
+    assert train(place) == 2
+    refused(capsys, "rank_pattern: 'o_proj' fits no linear", "rank: 40 is more than", "at most 32")
