@@ -66,6 +66,10 @@ class JointStack(Stack):
         for number in sorted(slots):
             for adapter in self.adapters_of(slots[number], slots[number].weights):
                 self.adapters[adapter.linear].append(adapter)
+        # What of the adapters a micro-batch's scaling and choice of rows depend on.
+        self.rows = tuple(
+            tuple((one.number, len(one.A_ri), one.scaling) for one in own) for own in self.adapters
+        )
         self.A_Ri = self._joined([one.A_ri for own in self.adapters for one in own])
         self.B_Ro = [self._joined([one.B_ro for one in own]) for own in self.adapters]
 
@@ -104,13 +108,7 @@ class JointStack(Stack):
         own = [[one for one in adapters if one.number in numbers] for adapters in self.adapters]
         if not any(own):
             return None
-        key = (
-            segments,
-            *(
-                tuple((one.number, len(one.A_ri), one.scaling) for one in adapters)
-                for adapters in self.adapters
-            ),
-        )
+        key = (self.rows, segments)
         if key not in tasks.shared:
             tasks.shared[key] = self._present(segments, numbers)
         present: _Present = tasks.shared[key]

@@ -155,7 +155,7 @@ class TaskConfig(FileModel):
     momentum: Share = 0.0
     """SGD's share of the old direction in the new."""
     loraplus_ratio: Positive = 1.0
-    """LoRA+: B learns at so many times the learning rate."""
+    """LoRA+: B and vectors learn at so many times the learning rate."""
     lr_scheduler: _Scheduler = "constant"
     """Over the task's own steps, as in transformers."""
     warmup_steps: Count = 0

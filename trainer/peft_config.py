@@ -1,9 +1,9 @@
-"""What a PEFT `adapter_config.json` may say for its tensors to mean plain LoRA here.
+"""What a PEFT `adapter_config.json` may say for its tensors to mean here what they mean there.
 
-Plain LoRA: every adapted linear adds `lora_alpha / r * B @ A` to a base that is as published. An
-allow list: a field of PEFT's `LoraConfig` is named below with the values that keep this meaning,
+That is LoRA, rsLoRA, DoRA or VeRA on the linears of a base that is as published. An allow list: a
+field of PEFT's `LoraConfig` or `VeraConfig` is named below with the values that keep this meaning,
 and whatever else is set, known or not, is refused by name. What the table does not judge is judged
-elsewhere: rank and scale against the task, modules and layers by the tensors that are there.
+elsewhere: kind, rank and scale against the task, modules and layers by the tensors that are there.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from lobra.layout.shapes import read_shape
@@ -42,10 +42,11 @@ def problems_of(base: Path, folder: Path) -> list[str]:
 
 
 def test_every_field_of_peft_is_judged_and_its_defaults_are_plain() -> None:
-    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    kinds = (LoraConfig, VeraConfig)
+    known = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     assert known <= {*FIELDS, *FREE}
     assert not set(FIELDS) & set(FREE)
-    assert config_problems(LoraConfig().to_dict()) == []
+    assert all(config_problems(kind().to_dict()) == [] for kind in kinds)
 
 
 PLAIN: list[dict[str, Any]] = [
