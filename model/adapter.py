@@ -12,16 +12,23 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from itertools import groupby
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lobra.layout.shapes import FusedLinear, ModelShape, module_path
 from lobra.model.base_linear import Shard
+from lobra.model.vera import Projections
+
+Pattern = tuple[tuple[str, float], ...]
+
+VERA_D = 0.1  # what d starts at in PEFT; b starts at zero
 
 # The linears of a decoder layer by the input they have in common.
 SHARED_INPUTS = (
@@ -42,6 +49,11 @@ class Site:
     out_features: int
     fused: FusedLinear | None = None
 
+    @property
+    def path(self) -> str:
+        """Where it is in the base model."""
+        return f"model.layers.{self.layer}.{module_path(self.module)}"
+
 
 @dataclass(frozen=True)
 class AdapterTensor:
@@ -54,41 +66,61 @@ class AdapterTensor:
     site
         The linear layer it is at.
     side
-        Whether it has a column for each of the site's inputs (A) or outputs (B).
+        Whether it has a column for each of the site's inputs (A) or outputs (B), or one a rank.
     rank
-        Its rows.
+        Its rows, those of a vector apart, which has one.
     bound
         At the start its elements are uniform in [-bound, bound].
     seed
         Of that draw.
+    rate_factor
+        What the task's learning rate is multiplied by.
+    is_vector
+        Whether PEFT has its only row as a vector.
+    center
+        What is added to its elements at the start.
     """
 
     name: str
     site: Site
-    side: Literal["inputs", "outputs"]
+    side: Literal["inputs", "outputs", "ranks"]
     rank: int
     bound: float
     seed: int
+    rate_factor: float = 1.0
+    is_vector: bool = False
+    center: float = 0.0
 
     @property
     def num_columns(self) -> int:
         """Columns of the unsharded tensor."""
+        if self.side == "ranks":
+            return self.rank
         return self.site.in_features if self.side == "inputs" else self.site.out_features
+
+    @property
+    def num_rows(self) -> int:
+        """Rows it lies in memory as."""
+        return 1 if self.is_vector else self.rank
 
     @property
     def numel(self) -> int:
         """Elements of the unsharded tensor."""
-        return self.rank * self.num_columns
+        return self.num_rows * self.num_columns
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """PEFT's shape: A [r, I], B [O, r]."""
+    def shape(self) -> tuple[int, ...]:
+        """PEFT's shape: A [r, I], B [O, r], a vector [f]."""
+        if self.is_vector:
+            return (self.num_columns,)
         if self.side == "inputs":
             return self.rank, self.num_columns
         return self.num_columns, self.rank
 
     def as_peft(self, rows_rf: Tensor) -> Tensor:
         """Return rows as PEFT has them: a view or, at a fused linear, a copy."""
+        if self.is_vector:
+            return rows_rf[0]
         if self.side == "inputs":
             return rows_rf
         if fused := self.site.fused:
@@ -98,6 +130,8 @@ class AdapterTensor:
 
     def as_rows(self, value: Tensor) -> Tensor:
         """Return what PEFT has as rows."""
+        if self.is_vector:
+            return value.unsqueeze(0)
         if self.side == "inputs":
             return value
         if fused := self.site.fused:
@@ -108,19 +142,44 @@ class AdapterTensor:
 
     def cut(self, rows_rf: Tensor, shard: Shard) -> Tensor:
         """Return a view of the columns that belong to a shard of the linear."""
+        if self.side == "ranks":
+            return rows_rf
         columns = shard.inputs if self.side == "inputs" else shard.outputs
         return rows_rf[:, columns.start : columns.stop]
 
     def start(self) -> Tensor:
         """Return the rows that training starts from: fp32, on the CPU, the same on every rank."""
         generator = torch.Generator().manual_seed(self.seed)
-        rows_rf = torch.empty(self.rank, self.num_columns)
-        return rows_rf.uniform_(-self.bound, self.bound, generator=generator)
+        rows_rf = torch.empty(self.num_rows, self.num_columns)
+        return rows_rf.uniform_(-self.bound, self.bound, generator=generator).add_(self.center)
 
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """One task's adapter: what PEFT's LoraConfig says, reduced to what we support."""
+    """One task's adapter: what PEFT's LoraConfig says, reduced to what we support.
+
+    Attributes
+    ----------
+    name
+        The task's.
+    rank, alpha
+        Of every site that no pattern names.
+    target_modules
+        The linears of every layer that it is on.
+    dropout
+        Probability that a feature of a linear's input drops out before A.
+    seed
+        Of its first values.
+    kind
+        The variant, as task files name it.
+    rank_pattern, alpha_pattern
+        (pattern, value), the first that fits counts: as PEFT reads them, a pattern is a regular
+        expression that matches the end of a site's path, whole components.
+    loraplus_ratio
+        B learns at so many times the rate of A (LoRA+, arXiv 2402.12354); so do all vectors.
+    projection_seed
+        Of VeRA's frozen matrices.
+    """
 
     name: str
     rank: int
@@ -128,11 +187,57 @@ class AdapterSpec:
     target_modules: tuple[str, ...]
     dropout: float = 0.0
     seed: int = 0
+    kind: str = "lora"
+    rank_pattern: Pattern = ()
+    alpha_pattern: Pattern = ()
+    loraplus_ratio: float = 1.0
+    projection_seed: int = 0
+
+    def rank_at(self, site: Site) -> int:
+        """Return the rank at a site."""
+        return int(_matched(self.rank_pattern, site.path, self.rank))
 
     @property
-    def scaling(self) -> float:
-        """Return alpha / rank, the factor of the low-rank update (LoRA, arXiv 2106.09685)."""
-        return self.alpha / self.rank
+    def largest_rank(self) -> int:
+        """Return the largest rank of any site."""
+        return int(max([self.rank, *(value for _, value in self.rank_pattern)]))
+
+    def scaling(self, site: Site) -> float:
+        """Return the factor of the low-rank update at a site.
+
+        It is alpha / rank (LoRA, arXiv 2106.09685), of rank-stabilised LoRA alpha / sqrt(rank)
+        (arXiv 2312.03732).
+        """
+        alpha, rank = _matched(self.alpha_pattern, site.path, self.alpha), self.rank_at(site)
+        return alpha / (math.sqrt(rank) if self.kind == "rslora" else rank)
+
+    def projections(self, shape: ModelShape) -> Projections:
+        """Return VeRA's frozen matrices for a model."""
+        return Projections.drawn(self.rank, self.target_modules, shape, self.projection_seed)
+
+    def problems(self, shape: ModelShape) -> list[str]:
+        """Return what of the adapter a model is not made for: field and reason."""
+        own = [site for site in sites(shape) if site.module in self.target_modules]
+        found = [
+            f"{field}: {pattern!r} fits no linear that the adapter is on"
+            for field in ("rank_pattern", "alpha_pattern")
+            for pattern, value in getattr(self, field)
+            if not any(_matched(((pattern, value),), site.path, None) for site in own)
+        ]
+        if self.kind not in ("lora", "rslora") and any(site.fused for site in own):
+            found.append(
+                f"adapter: {self.kind} is not supported on linears that hold several projections, "
+                f"such as {next(site.module for site in own if site.fused)} of {shape.name}; want "
+                f"lora or rslora"
+            )
+        if self.kind == "pissa":
+            most = min(min(site.in_features, site.out_features) for site in own)
+            if self.largest_rank > most:
+                found.append(
+                    f"rank: {self.largest_rank} is more than a weight of the model has principal "
+                    f"components: at most {most} with adapter: pissa"
+                )
+        return found
 
     def key(self, site: Site) -> int:
         """Return a 63-bit number unique to the adapter's seed and name and the site."""
@@ -140,24 +245,47 @@ class AdapterSpec:
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
     def tensors(self, site: Site) -> tuple[AdapterTensor, ...]:
-        """Return the adapter's tensors at a site: A and B, or none where it is no target.
+        """Return the adapter's tensors at a site: A, B and what more there is, or none at all.
 
         A starts as PEFT's `kaiming_uniform_(a=sqrt(5))`, that is uniform within
-        1 / sqrt(in_features); B starts at zero.
+        1 / sqrt(in_features); B starts at zero. DoRA's magnitudes and all of PiSSA start from the
+        base's weights: that is `lobra.trainer.first_values`.
         """
         if site.module not in self.target_modules:
             return ()
-        name, seed = peft_name(site.layer, site.module), self.key(site)
-        bound = 1.0 / math.sqrt(site.in_features)
-        return (
-            AdapterTensor(f"{name}.lora_A.weight", site, "inputs", self.rank, bound, seed),
-            AdapterTensor(f"{name}.lora_B.weight", site, "outputs", self.rank, 0.0, seed),
+        name, seed, rank = peft_name(site.layer, site.module), self.key(site), self.rank_at(site)
+        bound, ratio = 1.0 / math.sqrt(site.in_features), self.loraplus_ratio
+        if self.kind == "vera":
+            d, b = f"{name}.vera_lambda_d", f"{name}.vera_lambda_b"
+            return (
+                AdapterTensor(d, site, "ranks", rank, 0.0, seed, ratio, True, VERA_D),
+                AdapterTensor(b, site, "outputs", 1, 0.0, seed, ratio, True),
+            )
+        factors = (
+            AdapterTensor(f"{name}.lora_A.weight", site, "inputs", rank, bound, seed),
+            AdapterTensor(f"{name}.lora_B.weight", site, "outputs", rank, 0.0, seed, ratio),
         )
+        if self.kind != "dora":
+            return factors
+        vector = f"{name}.lora_magnitude_vector"
+        return (*factors, AdapterTensor(vector, site, "outputs", 1, 0.0, seed, ratio, True))
+
+
+def _matched(pattern: Pattern, path: str, otherwise: Any) -> Any:
+    """Return the value of the first pattern that fits a path."""
+    fitting = (value for key, value in pattern if re.match(rf"(.*\.)?({key})$", path))
+    return next(fitting, otherwise)
 
 
 def peft_name(layer: int, module: str) -> str:
     """Return the name PEFT gives the adapter of a module (without `.lora_A.weight`)."""
     return f"base_model.model.model.layers.{layer}.{module_path(module)}"
+
+
+def sites(shape: ModelShape) -> list[Site]:
+    """Return the linears of all layers of a model."""
+    layers = range(shape.num_layers)
+    return [site for layer in layers for own in sites_by_input(shape, layer) for site in own]
 
 
 @dataclass(frozen=True)
@@ -193,6 +321,12 @@ class FlatTensors:
         before = sum(t.numel for t in self.tensors if t.site.layer < layers.start)
         own = sum(t.numel for t in self.tensors if t.site.layer in layers)
         return slice(before, before + own)
+
+    def rate_factors(self, layers: range) -> list[tuple[int, float]]:
+        """Return (elements, rate factor) of runs of the tensors of some of the layers."""
+        own = (tensor for tensor in self.tensors if tensor.site.layer in layers)
+        runs = groupby(own, key=lambda tensor: tensor.rate_factor)
+        return [(sum(tensor.numel for tensor in run), factor) for factor, run in runs]
 
     def rows(self, flat: Tensor, *tensors: AdapterTensor) -> Tensor:
         """Return a view of tensors that lie one after another, as rows [sum of r, f]."""

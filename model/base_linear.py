@@ -15,6 +15,8 @@ from torch.nn import functional
 from lobra.layout.shapes import FusedLinear
 from lobra.model.checkpoint import CheckpointReader, as_slice
 
+ELEMENTS_AT_ONCE = 1 << 24  # of a weight, in the adapters' dtype: 64 MiB in fp32
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -37,9 +39,22 @@ class BaseLinear(nn.Module, ABC):
     Neither is recorded by autograd: both are called inside one function that is.
     """
 
+    bias: nn.Parameter | None
+
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """Return a new tensor [..., o] for [..., i]."""
+
+    @abstractmethod
+    def product(self, x: Tensor) -> Tensor:
+        """Return the same without the bias."""
+
+    @abstractmethod
+    def row_squares(self, left_or: Tensor, right_ri: Tensor) -> Tensor:
+        """Return [o], the squared lengths of the rows of the weight plus left right.
+
+        In the dtype of the two, which may be finer than the weight's.
+        """
 
     @abstractmethod
     def input_gradient(self, dy_No: Tensor, dx_Ni: Tensor | None) -> Tensor:
@@ -77,6 +92,20 @@ class DenseLinear(BaseLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + b, [..., o] for [..., i]."""
         return functional.linear(x, self.weight, self.bias)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return x W^T, [..., o] for [..., i]."""
+        return functional.linear(x, self.weight)
+
+    def row_squares(self, left_or: Tensor, right_ri: Tensor) -> Tensor:
+        """Return the squared lengths of the rows of W + left right, [o]."""
+        num_rows = max(1, ELEMENTS_AT_ONCE // right_ri.shape[1])
+        pairs = zip(self.weight.split(num_rows), left_or.split(num_rows), strict=True)
+        sums = [
+            torch.addmm(weight.to(left.dtype), left, right_ri).square().sum(1)
+            for weight, left in pairs
+        ]
+        return torch.cat(sums)
 
     def input_gradient(self, dy_No: Tensor, dx_Ni: Tensor | None) -> Tensor:
         """Return dy W, [N, i], added to ``dx_Ni`` in place if there is one."""

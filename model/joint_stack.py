@@ -17,16 +17,18 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from lobra.model.adapter import AdapterSpec
+from lobra.model.part import Factors, Outputs, Part, Rows
 from lobra.model.precision import kept_dtype
 from lobra.model.slot import Slot
-from lobra.model.stack import Adapter, Factors, Outputs, Part, Rows, Stack
+from lobra.model.stack import Adapter, Stack
 from lobra.model.to_device import to_device
 from lobra.model.token_tasks import Segment, TokenTasks
 
 
 @dataclass(frozen=True)
 class _Present:
-    """The rows of A and of each linear's B that a micro-batch needs; the same in every layer.
+    """The rows of A and of each linear's B that a micro-batch needs; the same in layers alike.
 
     `rows_A` and `rows_B` are None where all are needed. `columns` are each linear's of x A^T, and
     `scaling_NR` is what that is multiplied by.
@@ -53,17 +55,23 @@ class JointStack(Stack):
     most_ranks = 256
     least_spared = 1 << 17
 
-    def arrange(self, slots: Mapping[int, Slot]) -> None:
-        """Compute with the adapters in these slots from now on."""
-        self.forget_copies()
-        self.ranks = {number: slot.spec.rank for number, slot in slots.items()}
+    def joins(self, spec: AdapterSpec) -> bool:
+        """Return whether an adapter is nothing but a low-rank update."""
+        return spec.kind not in ("dora", "vera")
+
+    def arrange_joined(self, slots: Mapping[int, Slot]) -> None:
+        """Compute with the adapters in these slots, all that are joined, from now on."""
+        self.ranks = {number: slot.spec.largest_rank for number, slot in slots.items()}
         self.adapters: list[list[Adapter]] = [[] for _ in self.bases]
         for number in sorted(slots):
-            for adapter in self.adapters_of(slots[number]):
+            for adapter in self.adapters_of(slots[number], slots[number].weights):
                 self.adapters[adapter.linear].append(adapter)
+        # What of the adapters a micro-batch's scaling and choice of rows depend on.
+        self.rows = tuple(
+            tuple((one.number, len(one.A_ri), one.scaling) for one in own) for own in self.adapters
+        )
         self.A_Ri = self._joined([one.A_ri for own in self.adapters for one in own])
         self.B_Ro = [self._joined([one.B_ro for one in own]) for own in self.adapters]
-        self.refresh()
 
     def _joined(self, weights: Sequence[Tensor]) -> Tensor:
         """Return a copy of weights, one below the other, that `refresh` renews."""
@@ -73,7 +81,7 @@ class JointStack(Stack):
             self.copy_on_refresh(copy, one)
         return joined
 
-    def parts(self, tasks: TokenTasks) -> list[Part]:
+    def joined_parts(self, tasks: TokenTasks) -> list[Part]:
         """Return the parts: as few as may be, or one for each segment if tasks are to be apart."""
         most_ranks = 0 if tasks.apart else self.most_ranks
         parts = (self._part(together, tasks) for together in self._together(tasks, most_ranks))
@@ -100,7 +108,7 @@ class JointStack(Stack):
         own = [[one for one in adapters if one.number in numbers] for adapters in self.adapters]
         if not any(own):
             return None
-        key = (*(site.module for site in self.sites), segments)
+        key = (self.rows, segments)
         if key not in tasks.shared:
             tasks.shared[key] = self._present(segments, numbers)
         present: _Present = tasks.shared[key]
@@ -124,7 +132,7 @@ class JointStack(Stack):
         if tasks.drops(one.spec for adapters in own for one in adapters):
             linears = [output.linear for output in outputs]
             draw = partial(self.keep_factors, linears, tokens, tasks)
-        return Part(tokens, factors, present.scaling_NR, draw)
+        return Part(tokens, factors, present.scaling_NR, draw_keep_factors=draw)
 
     def _may_all_be_there(self, numbers: Set[int], segments: Sequence[Segment]) -> bool:
         """Return whether tasks without tokens cost too little to leave them out."""
@@ -150,7 +158,7 @@ class JointStack(Stack):
                 if one.number in numbers:
                     taken += range(row, row + rank)
                     of_row += [one.number] * rank
-                    scaling += [one.spec.scaling] * rank
+                    scaling += [one.scaling] * rank
                 row += rank
             rows_A += [num_rows + row for row in taken]
             rows_B.append(taken)

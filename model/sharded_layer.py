@@ -70,11 +70,10 @@ def shard_layer(
                 bases.append(DenseLinear.read_fused(reader, name, site.fused, shard))
             else:
                 bases.append(DenseLinear.read(reader, name, shard, has_bias and not summed))
-        stack = stack_type(sites, own, bases, selection, reader.dtype, reader.device)
+        group = groups.tp_group if summed else None
+        stack = stack_type(sites, own, bases, selection, reader.dtype, reader.device, group)
         for linear, (site, bias_O) in enumerate(zip(sites, biases, strict=True)):
-            module: nn.Module = AdaptedLinear(
-                stack, linear, groups.tp_group if summed else None, bias_O
-            )
+            module: nn.Module = AdaptedLinear(stack, linear, group, bias_O)
             if site.fused:
                 module = PartByPart(module, site.fused)
             layer_module.set_submodule(module_path(site.module), module)

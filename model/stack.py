@@ -14,21 +14,28 @@ R rows of A or B: a task's ranks, or those of several tasks and linears, one bel
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lobra.layout.layout import ADAPTER_HIDDEN
 from lobra.model.adapter import AdapterSpec, Site
 from lobra.model.base_linear import BaseLinear, Shard
 from lobra.model.dropout import feature_keys
+from lobra.model.magnitude import Magnitude
 from lobra.model.memory_policy import kept
+from lobra.model.part import Factors, Outputs, Part, Rows
+from lobra.model.precision import kept_dtype
 from lobra.model.slot import Slot
 from lobra.model.tensor_parallel import Group, reduce_from_group
-from lobra.model.token_tasks import Selection, TokenTasks
+from lobra.model.token_tasks import Segment, Selection, TokenTasks
+from lobra.model.vera import Projections, Vectors
 
 
 @dataclass(frozen=True)
@@ -38,67 +45,11 @@ class Adapter:
     linear: int
     number: int
     spec: AdapterSpec
+    scaling: float
     A_ri: Tensor
     B_ro: Tensor
     gradient_A: Tensor
     gradient_B: Tensor
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A, or a linear's B, of one task or several, cut to the shard, in the activations' dtype.
-
-    It is the rows `taken` of `matrix_Rf`; None: all of them. `gradients` are views into slots, one
-    below the other like those rows.
-    """
-
-    matrix_Rf: Tensor
-    gradients: tuple[Tensor, ...]
-    taken: Tensor | None = None
-
-    def weights_Rf(self) -> Tensor:
-        """Return the rows. Where they must be gathered, they are only as long as one needs them."""
-        return self.matrix_Rf if self.taken is None else self.matrix_Rf.index_select(0, self.taken)
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """The way from x A^T to one linear of a stack: its `columns`, times B."""
-
-    linear: int
-    columns: slice
-    B: Rows
-
-
-@dataclass(frozen=True)
-class Factors:
-    """A of all linears of a stack, one below the other, and each one's B."""
-
-    A: Rows
-    outputs: tuple[Outputs, ...]
-
-
-@dataclass(frozen=True)
-class Part:
-    """Consecutive tokens of a micro-batch, and the factors all of them go through.
-
-    Attributes
-    ----------
-    tokens
-        Which tokens.
-    factors
-        Of all tasks that these are of.
-    scaling
-        What x A^T is multiplied by: a number, or [n, R], 0 where a row is not of a token's task.
-    draw_keep_factors
-        Returns for each of the factors' outputs what dropout multiplies x by, [n, i]; None where
-        nothing drops out.
-    """
-
-    tokens: slice
-    factors: Factors
-    scaling: float | Tensor
-    draw_keep_factors: Callable[[], list[Tensor]] | None = None
 
 
 class Stack(ABC):
@@ -110,9 +61,13 @@ class Stack(ABC):
 
     def __init__(
         self, sites: Sequence[Site], shards: Sequence[Shard], bases: Sequence[BaseLinear],
-        selection: Selection, dtype: torch.dtype, device: torch.device,
+        selection: Selection, dtype: torch.dtype, device: torch.device, group: Group = None,
     ) -> None:  # fmt: skip
-        """Make a stack without adapters, of activations of this dtype."""
+        """Make a stack without adapters, of activations of this dtype.
+
+        ``group`` is what row-parallel outputs are summed over.
+        """
+        self.group = group
         self.sites, self.shards, self.bases = tuple(sites), tuple(shards), tuple(bases)
         self.selection = selection
         self.dtype, self.device = dtype, device
@@ -125,36 +80,149 @@ class Stack(ABC):
         self._outputs: list[Tensor | None] = []
         self._copies: list[Tensor] = []
         self._copied: list[Tensor] = []
+        self._magnitudes: list[Magnitude] = []
 
-    @abstractmethod
     def arrange(self, slots: Mapping[int, Slot]) -> None:
         """Compute with the adapters in these slots from now on."""
+        self._copies, self._copied, self._magnitudes = [], [], []
+        joined = {number: slot for number, slot in slots.items() if self.joins(slot.spec)}
+        self.arrange_joined(joined)
+        self.specs = {number: slot.spec for number, slot in slots.items()}
+        self.own: dict[int, list[Part]] = {}
+        for number, slot in slots.items():
+            parts = []
+            if slot.projections is not None:
+                parts += self._projected_parts(slot, slot.projections)
+            elif number not in joined:
+                parts += self._low_rank_parts(slot, slot.weights)
+            if slot.start is not None:
+                parts += [part.frozen() for part in self._low_rank_parts(slot, slot.start)]
+            self.own[number] = parts
+        self.refresh()
 
     @abstractmethod
-    def parts(self, tasks: TokenTasks) -> list[Part]:
-        """Return the parts of a micro-batch whose tasks have adapters here, without overlap."""
+    def joins(self, spec: AdapterSpec) -> bool:
+        """Return whether what is trained of an adapter is computed together with others'."""
 
-    def adapters_of(self, slot: Slot) -> list[Adapter]:
-        """Return a task's adapters on the linears of the stack, in their order."""
+    @abstractmethod
+    def arrange_joined(self, slots: Mapping[int, Slot]) -> None:
+        """Compute with the adapters in these slots, all that are joined, from now on."""
+
+    @abstractmethod
+    def joined_parts(self, tasks: TokenTasks) -> list[Part]:
+        """Return the parts of a micro-batch's tasks that are joined, without overlap."""
+
+    def parts(self, tasks: TokenTasks) -> list[Part]:
+        """Return all parts of a micro-batch; frozen factors are on tokens of other parts."""
+        own = [
+            self._on(segment, part, tasks)
+            for segment in tasks.segments
+            for part in self.own.get(segment.number, ())
+        ]
+        return [*self.joined_parts(tasks), *own]
+
+    def _on(self, segment: Segment, part: Part, tasks: TokenTasks) -> Part:
+        """Return a task's part on a segment of its tokens."""
+        tokens = slice(segment.start, segment.stop)
+        if not part.drops or not tasks.drops([self.specs[segment.number]]):
+            return replace(part, tokens=tokens)
+        linears = [output.linear for output in part.factors.outputs]
+        draw = partial(self.keep_factors, linears, tokens, tasks)
+        return replace(part, tokens=tokens, draw_keep_factors=draw)
+
+    def _projected_parts(self, slot: Slot, projections: Projections) -> list[Part]:
+        """Return, of no tokens, a part for each linear that a VeRA adapter is on."""
+        parts = []
+        for linear, (site, shard) in enumerate(zip(self.sites, self.shards, strict=True)):
+            if tensors := slot.spec.tensors(site):
+                (d_r, b_o), (gradient_d_r, gradient_b_o) = (
+                    [tensor.cut(slot.layout.rows(flat, tensor), shard)[0] for tensor in tensors]
+                    for flat in (slot.weights, slot.gradient)
+                )
+                A_ri = projections.A_rI[:, shard.inputs.start : shard.inputs.stop]
+                B_ro = projections.B_rO[:, shard.outputs.start : shard.outputs.stop]
+                output = Outputs(linear, slice(len(d_r)), Rows(B_ro, ()))
+                vectors = Vectors(b_o, gradient_b_o, gradient_d_r)
+                parts.append(Part(slice(0), Factors(Rows(A_ri, ()), (output,)), d_r, vectors))
+        return parts
+
+    def _low_rank_parts(self, slot: Slot, weights: Tensor) -> list[Part]:
+        """Return, of no tokens, a part with all of a task's factors, if it has any here.
+
+        ``weights`` are the slot's, or those it started from. A of all linears lie there one below
+        the other.
+        """
+        if not (adapters := self.adapters_of(slot, weights)):
+            return []
+        all_A = [slot.spec.tensors(self.sites[one.linear])[0] for one in adapters]
+        A_Ri, gradient = (
+            all_A[0].cut(slot.layout.rows(flat, *all_A), self.shards[0])
+            for flat in (weights, slot.gradient)
+        )
+        stops = accumulate(len(one.A_ri) for one in adapters)
+        outputs = tuple(
+            Outputs(
+                one.linear,
+                slice(stop - len(one.A_ri), stop),
+                Rows(self._computed(one.B_ro), (one.gradient_B,)),
+                self._magnitude(slot, one),
+            )
+            for one, stop in zip(adapters, stops, strict=True)
+        )
+        scaling_R = torch.tensor(
+            [one.scaling for one in adapters for _ in one.A_ri],
+            dtype=kept_dtype(self.dtype),
+            device=self.device,
+        )
+        factors = Factors(Rows(self._computed(A_Ri), (gradient,)), outputs)
+        return [Part(slice(0), factors, scaling_R)]
+
+    def _magnitude(self, slot: Slot, adapter: Adapter) -> Magnitude | None:
+        """Return the magnitudes of a DoRA adapter, which `refresh` renews."""
+        if slot.spec.kind != "dora":
+            return None
+        linear = adapter.linear
+        vector = slot.spec.tensors(self.sites[linear])[2]
+        m_1o, gradient_1o = (
+            vector.cut(slot.layout.rows(flat, vector), self.shards[linear])
+            for flat in (slot.weights, slot.gradient)
+        )
+        magnitude = Magnitude(
+            self.bases[linear], self.dtype, adapter.scaling, adapter.A_ri, adapter.B_ro,
+            m_1o[0], gradient_1o[0],
+        )  # fmt: skip
+        self._magnitudes.append(magnitude)
+        return magnitude
+
+    def _computed(self, weights: Tensor) -> Tensor:
+        """Return the weights themselves or, for activations of another dtype, a copy."""
+        if weights.dtype == self.dtype:
+            return weights
+        copy = weights.to(self.dtype)
+        self.copy_on_refresh(copy, weights)
+        return copy
+
+    def adapters_of(self, slot: Slot, weights: Tensor) -> list[Adapter]:
+        """Return a task's adapters on the linears of the stack, in their order.
+
+        ``weights`` are the slot's, or those it started from.
+        """
         found = []
         for linear, (site, shard) in enumerate(zip(self.sites, self.shards, strict=True)):
             if tensors := slot.spec.tensors(site):
                 views = (
                     tensor.cut(slot.layout.rows(flat, tensor), shard)
-                    for flat in (slot.weights, slot.gradient)
-                    for tensor in tensors
+                    for flat in (weights, slot.gradient)
+                    for tensor in tensors[:2]
                 )
-                found.append(Adapter(linear, slot.number, slot.spec, *views))
+                scaling = slot.spec.scaling(site)
+                found.append(Adapter(linear, slot.number, slot.spec, scaling, *views))
         return found
 
     @property
     def copied_bytes(self) -> int:
         """Bytes of the copies it computes with."""
         return sum(copy.nbytes for copy in self._copies)
-
-    def forget_copies(self) -> None:
-        """Have `refresh` copy nothing any more."""
-        self._copies, self._copied = [], []
 
     def copy_on_refresh(self, copy: Tensor, weights: Tensor) -> None:
         """Have `refresh` copy these weights."""
@@ -163,9 +231,18 @@ class Stack(ABC):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copy the weights anew, after they have changed."""
+        """Copy the weights anew, after they have changed. With DoRA collective over the group."""
         if self._copies:
             torch._foreach_copy_(self._copies, self._copied)
+        if self._magnitudes:
+            squares = [magnitude.squares_o() for magnitude in self._magnitudes]
+            whole = torch.cat(squares)
+            if self.group is not None:
+                dist.all_reduce(whole, group=self.group)
+            for magnitude, own in zip(
+                self._magnitudes, whole.split([len(one) for one in squares]), strict=True
+            ):
+                magnitude.renew(own)
 
     def keep_factors(
         self, linears: Sequence[int], tokens: slice, tasks: TokenTasks
@@ -208,17 +285,17 @@ class _Products(torch.autograd.Function):
 
         def all_hidden() -> tuple[Tensor, ...]:
             x_Ni = _by_token(x)
-            return tuple(_hidden(part, x_Ni[part.tokens]) for part in parts)
+            return tuple(part.hidden(x_Ni[part.tokens]) for part in parts)
 
         hidden = kept(ADAPTER_HIDDEN, all_hidden)
         ctx.save_for_backward(*([x, *hidden] if hidden else []))
 
         def products() -> tuple[Tensor, ...]:
             ys = tuple(base(x) for base in stack.bases)
+            x_Ni, ys_No = _by_token(x), [_by_token(y) for y in ys]
             for part, h_nR in zip(parts, hidden, strict=True):
-                for output in part.factors.outputs:
-                    y_no = _by_token(ys[output.linear])[part.tokens]
-                    y_no.addmm_(h_nR[:, output.columns], output.B.weights_Rf())
+                n = part.tokens
+                part.add_update(stack.bases, x_Ni[n], h_nR, [y_No[n] for y_No in ys_No])
             return ys
 
         return kept(stack.sites[0].module, products)
@@ -237,73 +314,14 @@ class _Products(torch.autograd.Function):
         for part, h_nR in zip(ctx.parts, saved, strict=True):
             n = part.tokens
             dx_ni = None if dx_Ni is None else dx_Ni[n]
-            _add_gradients(part, x_Ni[n], h_nR, [dy_No[n] for dy_No in dys_No], dx_ni)
+            dys_no = [dy_No[n] for dy_No in dys_No]
+            part.add_gradients(stack.bases, x_Ni[n], h_nR, dys_no, dx_ni)
         dx = None if dx_Ni is None else dx_Ni.view(*gradients[0].shape[:-1], -1)
         return dx, None, None, None
 
 
 def _by_token(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
-
-
-def _hidden(part: Part, x_ni: Tensor) -> Tensor:
-    """Return the part's scaled x A^T, [n, R]."""
-    A_Ri, outputs = part.factors.A.weights_Rf(), part.factors.outputs
-    if part.draw_keep_factors:
-        h_nR = x_ni.new_empty(len(x_ni), len(A_Ri))
-        for output, keep_ni in zip(outputs, part.draw_keep_factors(), strict=True):
-            torch.mm(x_ni * keep_ni, A_Ri[output.columns].t(), out=h_nR[:, output.columns])
-    else:
-        h_nR = x_ni @ A_Ri.t()
-    return h_nR.mul_(part.scaling)
-
-
-def _add_gradients(
-    part: Part, x_ni: Tensor, h_nR: Tensor, dys_no: Sequence[Tensor], dx_ni: Tensor | None
-) -> None:
-    """Add the gradients of A and B into the slots and, if it is wanted, x's to `dx_ni`."""
-    A, outputs = part.factors.A, part.factors.outputs
-    dh_nR = torch.empty_like(h_nR)
-    for output in outputs:
-        B_Ro = output.B.weights_Rf()
-        torch.mm(dys_no[output.linear], B_Ro.t(), out=dh_nR[:, output.columns])
-    dh_nR.mul_(part.scaling)
-    owed: list[tuple[Tensor, Tensor]] = []
-    for output in outputs:
-        owed += _add_product(output.B.gradients, h_nR[:, output.columns], dys_no[output.linear])
-    if not part.draw_keep_factors:
-        owed += _add_product(A.gradients, dh_nR, x_ni)
-        if dx_ni is not None:
-            dx_ni.addmm_(dh_nR, A.weights_Rf())
-    else:
-        A_Ri, dA = A.weights_Rf(), []
-        for output, keep_ni in zip(outputs, part.draw_keep_factors(), strict=True):
-            dh_nr = dh_nR[:, output.columns]
-            dA.append(dh_nr.t() @ (x_ni * keep_ni))
-            if dx_ni is not None:
-                dx_ni.addcmul_(dh_nr @ A_Ri[output.columns], keep_ni)
-        owed += _cut(torch.cat(dA), A.gradients)
-    if owed:
-        torch._foreach_add_(*map(list, zip(*owed, strict=True)))
-
-
-def _add_product(
-    gradients: Sequence[Tensor], left_nR: Tensor, right_nf: Tensor
-) -> list[tuple[Tensor, Tensor]]:
-    """Add left^T right to the gradients, or return what is to be added to which."""
-    left_Rn, kept = left_nR.t(), gradients[0].dtype
-    if len(gradients) == 1 and kept == left_nR.dtype:
-        gradients[0].addmm_(left_Rn, right_nf)
-        return []
-    if kept != left_nR.dtype and left_nR.is_cuda:
-        return _cut(torch.mm(left_Rn, right_nf, out_dtype=kept), gradients)
-    return _cut(left_Rn @ right_nf, gradients)
-
-
-def _cut(rows_Rf: Tensor, gradients: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Return the gradients, each with the rows that are its own."""
-    rows = rows_Rf.split([len(gradient) for gradient in gradients])
-    return list(zip(gradients, rows, strict=True))
 
 
 class AdaptedLinear(nn.Module):

@@ -101,7 +101,9 @@ class Stage(nn.Module):
         kept = kept_dtype(self.dtype)
         for number, spec in specs_of_model(specs, self.shape).items():
             assert number not in self.slots, "a task's number is its own"
-            self.slots[number] = Slot(number, spec, self.shape, self.layers, kept, self.device)
+            self.slots[number] = Slot(
+                number, spec, self.shape, self.layers, kept, self.device, self.dtype
+            )
         self._arrange()
 
     def remove(self, number: int) -> None:

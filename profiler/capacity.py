@@ -19,6 +19,7 @@ from lobra.common.errors import ConfigError
 from lobra.layout.shapes import ModelShape, resolve_shape
 from lobra.profiler.lookup import OF_TASKS, no_memory_profile, own_memory_path
 from lobra.profiler.profiles import DEFAULT_POLICY, MemoryProfile, MemoryRow, load_memory_profile
+from lobra.profiler.settings import LOW_RANK
 from lobra.tasks.config import TaskConfig
 
 STEP_TOKENS = 256  # capacities are multiples of it
@@ -102,7 +103,16 @@ def memory_profile_for(
     path = path or own_memory_path(model, len(tasks))
     if not path.is_file():
         raise ConfigError(no_memory_profile(model, len(tasks), path))
-    return fitted_to(load_memory_profile(path), tasks, resolve_shape(model))
+    profile = load_memory_profile(path)
+    fitted, notes = fitted_to(profile, tasks, resolve_shape(model))
+    measured = profile.meta.get("settings", {}).get("adapter", ())
+    unlike = [task.name for task in tasks if task.adapter not in (*LOW_RANK, *measured)]
+    if unlike:
+        notes += (
+            f"{path}: was measured without adapters such as those of {', '.join(unlike)}: profile "
+            f"memory with this trainer config to know what they take",
+        )
+    return fitted, notes
 
 
 def fitted_to(
@@ -123,7 +133,7 @@ def fitted_to(
             f"{'has' if len(dropping) == 1 else 'have'}: a layer then keeps half as much again; "
             f"profile memory with this trainer config"
         )
-    wanted = [[task.rank, list(task.target_modules)] for task in tasks]
+    wanted = [[task.largest_rank, list(task.target_modules)] for task in tasks]
     if _kinds(measured) == _kinds(wanted):
         return profile, ()
     budget = settings.get("memory_budget_bytes")
@@ -134,7 +144,7 @@ def fitted_to(
     if budget is None or largest is None or not any(parts):
         return profile, (_as_it_is(profile, len(measured), len(tasks)),)
     before = sum(shape.adapter_elements(rank, tuple(modules)) for rank, modules in measured)
-    now = sum(shape.adapter_elements(task.rank, task.target_modules) for task in tasks)
+    now = sum(shape.adapter_elements(task.largest_rank, task.target_modules) for task in tasks)
     rows = tuple(
         replace(row, max_tokens=part.max_tokens(budget, now / before, largest))
         for row, part in zip(profile.rows, parts, strict=True)

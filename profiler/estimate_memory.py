@@ -52,7 +52,7 @@ class Adapters:
                 shape, dropped
             ):
                 dropped = task.target_modules
-        return cls(tuple((task.rank, task.target_modules) for task in tasks), dropped)
+        return cls(tuple((task.largest_rank, task.target_modules) for task in tasks), dropped)
 
     @property
     def largest_rank(self) -> int:

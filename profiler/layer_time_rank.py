@@ -162,7 +162,10 @@ def row_mixtures(
 
 
 def _adapters_differ(specs: Sequence[AdapterSpec]) -> bool:
-    kinds = {(spec.rank, frozenset(spec.target_modules), spec.dropout > 0.0) for spec in specs}
+    kinds = {
+        (spec.kind, spec.largest_rank, frozenset(spec.target_modules), spec.dropout > 0.0)
+        for spec in specs
+    }
     return len(kinds) > 1
 
 

@@ -41,7 +41,7 @@ class RankMemory:
     Attributes
     ----------
     weight_bytes
-        Frozen weights.
+        Frozen weights, those of adapters included.
     adapter_bytes
         Adapters and their gradients.
     optimizer_bytes
@@ -115,7 +115,7 @@ def memory_of_rank(
         for run in (_train, _evaluate)
     )
     return RankMemory(
-        weight_bytes=_weight_bytes(stage),
+        weight_bytes=_weight_bytes(stage) + sum(slot.frozen_bytes for slot in stage.slots.values()),
         adapter_bytes=ADAPTER_BYTES * elements,
         optimizer_bytes=OPTIMIZER_BYTES * elements // layout.tp,
         activation_bytes=activation_bytes + sum(stack.copied_bytes for stack in stage.stacks),
@@ -146,7 +146,7 @@ def _batches(stage: Stage, shape: tuple[int, int]) -> list[MicroBatchTensors]:
 def _kept_size(spec: AdapterSpec, shape: ModelShape) -> int:
     """Return about how many numbers a layer keeps of a token for an adapter."""
     inputs = sum(shape.linear_sizes()[module][0] for module in spec.target_modules)
-    return spec.rank * len(spec.target_modules) + inputs
+    return spec.largest_rank * len(spec.target_modules) + inputs
 
 
 def synthetic_batch(

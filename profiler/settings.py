@@ -11,6 +11,9 @@ from lobra.tasks.config import TaskConfig
 if TYPE_CHECKING:
     from lobra.model.adapter import AdapterSpec
 
+#: The kinds of adapter that cost what LoRA of their rank costs.
+LOW_RANK = ("lora", "rslora")
+
 
 def adapter_specs(tasks: Sequence[TaskConfig]) -> tuple[AdapterSpec, ...]:
     """Return the adapters of tasks."""
@@ -24,6 +27,8 @@ def adapter_specs(tasks: Sequence[TaskConfig]) -> tuple[AdapterSpec, ...]:
             task.target_modules,
             task.lora_dropout,
             task.seed,
+            task.adapter,
+            tuple(task.rank_pattern.items()),
         )
         for task in tasks
     )
@@ -32,10 +37,12 @@ def adapter_specs(tasks: Sequence[TaskConfig]) -> tuple[AdapterSpec, ...]:
 def adapter_settings(tasks: Sequence[TaskConfig]) -> dict[str, Any]:
     """Return what of the tasks' adapters costs depend on, as a sidecar's settings have it."""
     settings: dict[str, Any] = {
-        "adapters": [[task.rank, list(task.target_modules)] for task in tasks]
+        "adapters": [[task.largest_rank, list(task.target_modules)] for task in tasks]
     }
     if any(task.lora_dropout > 0.0 for task in tasks):
         settings["lora_dropout"] = [task.lora_dropout for task in tasks]
+    if any(task.adapter not in LOW_RANK for task in tasks):
+        settings["adapter"] = [task.adapter for task in tasks]
     return settings
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import chain, count
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
@@ -46,6 +46,9 @@ CONFIG_FOLDER = Path("trainer_config")
 SHIPPED_FOLDER = Path(__file__).parent.with_name("trainer_config")
 SUFFIXES = (".json", ".yaml", ".yml")
 VARIANTS = ("canonical", "fused")
+ADAPTERS = ("lora", "rslora", "pissa", "dora", "vera")
+OPTIMIZERS = ("adamw", "sgd")
+_OF_OPTIMIZER = dict(adam_beta1="adamw", adam_beta2="adamw", adam_epsilon="adamw", momentum="sgd")
 LR_SCHEDULERS = ("constant", "linear", "cosine")
 
 _MODULES = (*TARGET_MODULES, *MODULE_ALIASES)
@@ -85,6 +88,22 @@ _Prompt = Annotated[
     AfterValidator(_checked_prompt),
 ]
 _Scheduler = Annotated[str, OneOf(LR_SCHEDULERS)]
+_Adapter = Annotated[str, OneOf(ADAPTERS)]
+_Optimizer = Annotated[str, OneOf(OPTIMIZERS)]
+
+
+def _checked_patterns(patterns: dict[str, Any]) -> dict[str, Any]:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            text = f"want names of linears, but {pattern!r} is no regular expression ({error})"
+            raise PydanticCustomError("pattern", text) from None  # type: ignore[arg-type]
+    return patterns
+
+
+_Ranks = Annotated[dict[Text, PositiveInt], AfterValidator(_checked_patterns)]
+_Alphas = Annotated[dict[Text, Positive], AfterValidator(_checked_patterns)]
 
 
 def _alternatives(schema: dict[str, Any]) -> None:
@@ -106,7 +125,7 @@ class TaskConfig(FileModel):
     rank: Rank
     """Rank of the adapter, LoRA's r."""
     lora_alpha: Annotated[Positive, AtMost(10**6)]
-    """The adapter is scaled by lora_alpha / rank."""
+    """The adapter is scaled by lora_alpha / rank (rslora: by lora_alpha / sqrt(rank))."""
     target_modules: _Modules
     """all-linear, or a list of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj."""
     global_batch_size: Annotated[PositiveInt, AtMost(2**20)]
@@ -125,9 +144,21 @@ class TaskConfig(FileModel):
     epochs: Annotated[PositiveInt, AtMost(10**6)] = 1
     """Passes over its data, where steps is not given."""
     learning_rate: Annotated[Positive, AtMost(10, "AdamW moves a weight by it in a step")] = 1e-4
-    """Of AdamW, whose betas are 0.9 and 0.999."""
+    """The optimiser's step size."""
     weight_decay: NotNegative = 0.0
-    """AdamW's."""
+    """The optimiser's: AdamW's decoupled one, SGD's added to the gradient."""
+    optimizer: _Optimizer = "adamw"
+    """Of this task."""
+    adam_beta1: Share = 0.9
+    """AdamW's share of the old mean gradient in the new."""
+    adam_beta2: Share = 0.999
+    """AdamW's share of the old mean square in the new."""
+    adam_epsilon: Positive = 1e-8
+    """What AdamW adds to the root of the mean square."""
+    momentum: Share = 0.0
+    """SGD's share of the old direction in the new."""
+    loraplus_ratio: Positive = 1.0
+    """LoRA+: B and vectors learn at so many times the learning rate."""
     lr_scheduler: _Scheduler = "constant"
     """Over the task's own steps, as in transformers."""
     warmup_steps: Annotated[Count, AtMost(10**9)] = 0
@@ -150,12 +181,26 @@ class TaskConfig(FileModel):
     early_stopping_min_delta: NotNegative = 0.0
     """By how much a loss must fall to be better."""
     resume_from: Text | None = None
-    """A plain LoRA adapter in PEFT's format to start from."""
+    """An adapter of this kind in PEFT's format to start from."""
+    adapter: _Adapter = "lora"
+    """What is trained: LoRA, scaled by the root of the rank (rslora), from principal parts on
+    (pissa), with the lengths of the weight's rows (dora), or vectors only (vera)."""
+    projection_prng_key: Count = 0
+    """Of vera: what its frozen matrices are drawn from, as in PEFT."""
+    rank_pattern: _Ranks = field(default_factory=dict)
+    """Other ranks of linears that a pattern fits, as in PEFT."""
+    alpha_pattern: _Alphas = field(default_factory=dict)
+    """Other lora_alpha of linears, alike."""
 
     @property
     def dataset_names(self) -> tuple[str, ...]:
         """The names of its data sets: one, or several in order."""
         return (self.dataset_name,) if isinstance(self.dataset_name, str) else self.dataset_name
+
+    @property
+    def largest_rank(self) -> int:
+        """The largest rank of any of its linears; PiSSA computes with twice as many."""
+        return max([self.rank, *self.rank_pattern.values()]) * (1 + (self.adapter == "pissa"))
 
     @classmethod
     def stranger(cls, name: str) -> tuple[str | None, str]:
@@ -165,20 +210,42 @@ class TaskConfig(FileModel):
 
     @classmethod
     def contradictions(cls, given: Mapping[str, Any]) -> Mapping[str, Mistake]:
-        """Return what is wrong with the task's steps, and with its decay."""
+        """Return what is wrong with steps and decay, and which fields are another optimiser's."""
+        optimizer = given.get("optimizer", OPTIMIZERS[0])
+        mistakes = {
+            name: Mistake(f"only {owner} has it, the task's optimizer is {optimizer}", given[name])
+            for name, owner in _OF_OPTIMIZER.items()
+            if given.get(name, getattr(cls, name)) != getattr(cls, name)
+            and optimizer in OPTIMIZERS
+            and optimizer != owner
+        }
         rate, decay = given.get("learning_rate", cls.learning_rate), given.get("weight_decay")
         if _is_number(rate) and _is_number(decay) and rate * decay > 1:
             text = (
                 f"want at most 1 / learning_rate, {1 / rate:g}: a step would turn every weight over"
             )
-            return {"weight_decay": Mistake(text, decay)}
+            mistakes["weight_decay"] = Mistake(text, decay)
         steps, warmup = given.get("steps"), given.get("warmup_steps")
         if isinstance(steps, int) and isinstance(warmup, int) and warmup > steps > 0:
-            return {"warmup_steps": Mistake(f"want at most the task's steps, {steps}", warmup)}
+            text = f"want at most the task's steps, {steps}"
+            return {**mistakes, "warmup_steps": Mistake(text, warmup)}
+        if given.get("adapter") == "vera":
+            mistakes |= {
+                name: Mistake("vera has one rank for all linears and no scale", given[name])
+                for name in ("rank_pattern", "alpha_pattern")
+                if given.get(name)
+            }
+        if given.get("adapter") == "pissa" and "resume_from" in given:
+            text = (
+                "pissa starts from the base's principal parts; go on from an exported one as plain "
+                "LoRA, with adapter: lora and twice the rank and lora_alpha"
+            )
+            mistakes["resume_from"] = Mistake(text, given["resume_from"])
         meant = {found[0] for name in given if (found := foreign_field(name))}
         if not {"steps", "epochs"} & (given.keys() | meant):
-            return {"steps": Mistake("neither steps nor epochs is given, want at least one")}
-        return {}
+            text = "neither steps nor epochs is given, want at least one"
+            return {**mistakes, "steps": Mistake(text)}
+        return mistakes
 
 
 def _is_number(value: Any) -> bool:

@@ -25,6 +25,12 @@ _SAME: Mapping[str, str] = {
     "steps": "max_steps num_steps train_steps num_train_steps max_train_steps total_steps",
     "epochs": "num_epochs num_train_epochs n_epochs train_epochs max_epochs epoch",
     "learning_rate": "lr",
+    "optimizer": "optim optimizer_name optimizer_type",
+    "weight_decay": "wd",
+    "adam_beta1": "beta1",
+    "adam_beta2": "beta2",
+    "adam_epsilon": "eps epsilon adam_eps",
+    "loraplus_ratio": "loraplus_lr_ratio lora_plus_ratio",
     "lr_scheduler": "scheduler lr_scheduler_type scheduler_type lr_schedule",
     "warmup_steps": "num_warmup_steps lr_warmup_steps warmup",
     "max_grad_norm": "gradient_clipping gradient_clip_val grad_clip clip_grad max_norm",
@@ -48,6 +54,14 @@ _ALMOST: Sequence[tuple[str | None, str, str]] = (
         "micro-batches together",
         "batch_size train_batch_size total_batch_size micro_batch_size per_device_train_batch_size "
         "per_device_batch_size gradient_accumulation_steps",
+    ),
+    ("adapter", "give adapter: rslora", "use_rslora rslora"),
+    ("adapter", "give adapter: dora", "use_dora"),
+    ("adapter", "give adapter: pissa to start from principal parts", "init_lora_weights"),
+    (
+        None,
+        "trained embeddings, heads, norms and biases are not supported",
+        "modules_to_save trainable_token_indices bias",
     ),
     (
         "warmup_steps",

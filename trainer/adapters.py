@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +21,9 @@ from lobra.common.errors import ConfigError, Problems, show
 from lobra.common.files import new_draft, replace_folder, write_atomic
 from lobra.layout.shapes import ModelShape
 from lobra.layout.world import World
-from lobra.model.adapter import AdapterSpec, FlatTensors
+from lobra.model.adapter import VERA_D, AdapterSpec, FlatTensors, sites
 from lobra.model.stage import Stage
+from lobra.model.vera import PROJECTIONS
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.sampling import task_seed
 from lobra.trainer.peft_config import config_problems
@@ -41,6 +43,11 @@ def adapter_spec(task: TaskConfig, run_seed: int = 0) -> AdapterSpec:
         target_modules=task.target_modules,
         dropout=task.lora_dropout,
         seed=task_seed(task, run_seed),
+        kind=task.adapter,
+        rank_pattern=tuple(task.rank_pattern.items()),
+        alpha_pattern=tuple(task.alpha_pattern.items()),
+        loraplus_ratio=task.loraplus_ratio,
+        projection_seed=task.projection_prng_key,
     )
 
 
@@ -110,26 +117,40 @@ def save_moments(path: Path, moments: Mapping[str, Mapping[str, Tensor]]) -> Non
 
 
 def peft_config(spec: AdapterSpec, base_model: str) -> dict[str, Any]:
-    """Return the content of `adapter_config.json`."""
-    return {
-        "peft_type": "LORA",
+    """Return the content of `adapter_config.json`. PiSSA becomes plain LoRA of twice the rank."""
+    common = {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
-        "r": spec.rank,
-        "lora_alpha": spec.alpha,
-        "lora_dropout": spec.dropout,
         "target_modules": list(spec.target_modules),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "init_lora_weights": True,
         "modules_to_save": None,
         "layers_to_transform": None,
         "layers_pattern": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "use_rslora": False,
-        "use_dora": False,
+    }
+    if spec.kind == "vera":
+        return {
+            "peft_type": "VERA",
+            **common,
+            "r": spec.rank,
+            "vera_dropout": spec.dropout,
+            "d_initial": VERA_D,
+            "projection_prng_key": spec.projection_seed,
+            "save_projection": True,
+        }
+    twice = 2 if spec.kind == "pissa" else 1
+    return {
+        "peft_type": "LORA",
+        **common,
+        "r": twice * spec.rank,
+        "lora_alpha": twice * spec.alpha,
+        "lora_dropout": spec.dropout,
+        "init_lora_weights": True,
+        "rank_pattern": {key: twice * own for key, own in spec.rank_pattern},
+        "alpha_pattern": {key: twice * own for key, own in spec.alpha_pattern},
+        "use_rslora": spec.kind == "rslora",
+        "use_dora": spec.kind == "dora",
     }
 
 
@@ -156,17 +177,12 @@ def check_adapter(folder: Path, spec: AdapterSpec, shape: ModelShape) -> Problem
     problems = Problems()
     with problems.noted():
         spec = replace(spec, target_modules=shape.own_modules(spec.target_modules))
-    for field, value in {"r": spec.rank, "lora_alpha": spec.alpha}.items():
-        if config.get(field) != value:
-            problems.add(
-                f"task {spec.name}: resume_from: {config_path}: {field} is "
-                f"{config.get(field)!r}, the task says {value!r}"
-            )
     problems += [
         f"task {spec.name}: resume_from: {config_path}: {problem}"
-        for problem in config_problems(config)
+        for problem in [*_differences(config, spec, shape), *config_problems(config)]
     ]
-    modules = {name.split(".lora_")[0].rpartition(".")[2] for name in found}
+    drawn = {name: found.pop(name) for name in PROJECTIONS if name in found}
+    modules = {re.split(r"\.(?:lora|vera)_", name)[0].rpartition(".")[2] for name in found}
     if modules != set(spec.target_modules):
         problems.add(
             f"task {spec.name}: resume_from: {weights_path} has modules {sorted(modules)}, "
@@ -186,6 +202,14 @@ def check_adapter(folder: Path, spec: AdapterSpec, shape: ModelShape) -> Problem
         f"task {spec.name}: resume_from: {weights_path}: {name} is of no layer of the model"
         for name in sorted(found.keys() - wanted_shapes.keys())
     ]
+    if not problems and drawn:
+        named, fresh = load_file(weights_path), spec.projections(shape).named()
+        problems += [
+            f"task {spec.name}: resume_from: {weights_path}: {name} is not what "
+            f"projection_prng_key {spec.projection_seed} gives"
+            for name in drawn
+            if not torch.equal(named[name].float(), fresh[name])
+        ]
     if not problems:
         problems += [
             f"task {spec.name}: resume_from: {weights_path}: {name} holds values that are not "
@@ -193,6 +217,43 @@ def check_adapter(folder: Path, spec: AdapterSpec, shape: ModelShape) -> Problem
             for name in not_finite(load_file(weights_path))
         ]
     return problems
+
+
+def _differences(config: Mapping[str, Any], spec: AdapterSpec, shape: ModelShape) -> list[str]:
+    """Return what a PEFT configuration says of rank and scale otherwise than the task."""
+    method = "VERA" if spec.kind == "vera" else "LORA"
+    if config.get("peft_type") != method:
+        ours = f"the task says adapter: {spec.kind}, which is {method}"
+        return [f"peft_type is {config.get('peft_type')!r}, {ours}"]
+    same: dict[str, Any] = {"r": spec.rank}
+    if spec.kind == "vera":
+        same["projection_prng_key"] = spec.projection_seed
+    else:
+        same["lora_alpha"] = spec.alpha
+    found = [
+        f"{field} is {config.get(field)!r}, the task says {value!r}"
+        for field, value in same.items()
+        if config.get(field) != value
+    ]
+    if spec.kind == "vera":
+        return found
+    found += [
+        f"use_{kind} is {config.get(f'use_{kind}')!r}, the task says adapter: {spec.kind}"
+        for kind in ("rslora", "dora")
+        if bool(config.get(f"use_{kind}")) != (spec.kind == kind)
+    ]
+    for field in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(field) or {}
+        given: dict[str, Any] = {field: tuple(pattern.items())}
+        theirs = replace(spec, **given)
+        if any(
+            (theirs.rank_at(site), theirs.scaling(site)) != (spec.rank_at(site), spec.scaling(site))
+            for site in sites(shape)
+            if site.module in spec.target_modules
+        ):
+            own = dict(getattr(spec, field))
+            found.append(f"{field} is {pattern!r}, the task says {own!r}")
+    return found
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -1,8 +1,8 @@
 """The adapters of one layer block on one of its holders, exchanged in one piece.
 
 A block is the layers with the same holders. Of each task's weights in it a holder keeps a ZeRO-1
-partition with its Adam moments. The exchange is ours, because a step concerns only some tasks:
-whatever their number, a block's gradients are one reduce-scatter and its new weights one
+partition with its optimiser's moments. The exchange is ours, because a step concerns only some
+tasks: whatever their number, a block's gradients are one reduce-scatter and its new weights one
 all-gather, and finished tasks are in neither.
 
 Shape suffixes: W holders, p a task's elements per holder (its padding included), n those of all
@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 
 from lobra.layout.world import LayerBlock
 from lobra.model.slot import Slot
+from lobra.tasks.config import TaskConfig
 from lobra.trainer.zero import Partition
 
 
@@ -37,12 +38,14 @@ class BlockOptimizer:
         self.partitions: dict[int, Partition] = {}
         self.reduced_p: dict[int, Tensor] = {}
 
-    def install(self, slot: Slot, weight_decay: float) -> None:
+    def install(self, slot: Slot, task: TaskConfig | None) -> None:
         """Begin to optimise a task's adapter, as it is now. Collective over the holders."""
         span = slot.layout.span(self.block.layers)
         self.weights[slot.number] = slot.weights[span]
         self.gradients[slot.number] = slot.gradient[span]
-        self.partitions[slot.number] = Partition(slot.weights[span], weight_decay, self.group)
+        self.partitions[slot.number] = Partition(
+            slot.weights[span], task, self.group, slot.layout.rate_factors(self.block.layers)
+        )
 
     def remove(self, number: int) -> None:
         """Forget a task, its moments included."""
@@ -79,7 +82,9 @@ class BlockOptimizer:
 
     @torch.no_grad()
     def update(self, settings: Mapping[int, Mapping[str, Any]], clips: Mapping[int, float]) -> None:
-        """Take one Adam step for the tasks with settings; forget what was reduced. Collective.
+        """Take one optimiser step for the tasks with settings; forget what was reduced.
+
+        Collective.
 
         Parameters
         ----------
@@ -122,6 +127,8 @@ class BlockOptimizer:
         The block's first holder gets them, the others nothing.
         """
         own = self.partitions[number].moments
+        if not own:
+            return {}
         gathered_Wn = self._gathered(torch.cat(list(own.values())))
         if dist.get_rank() != self.block.holders[0]:
             return {}

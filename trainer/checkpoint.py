@@ -4,7 +4,7 @@
 
 - `adapters/<task>/`: the adapter in PEFT's format, loadable as it is;
 - `best/<task>/`: the same of the lowest validation loss so far, of tasks that may stop early;
-- `moments/<task>.safetensors`: Adam's moments, `<moment>/<PEFT's name>`;
+- `moments/<task>.safetensors`: its optimiser's moments, `<moment>/<PEFT's name>`;
 - `state.json`: steps, every task's progress by its name, what the data was, the replicas' speed
   factors.
 
@@ -14,6 +14,7 @@ Sampling and dropout are pure functions of a task's own steps, so there is no ra
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -30,13 +31,15 @@ from lobra.common.files import new_draft, remove_folder, replace_folder, write_a
 from lobra.common.models import Count, FileModel, OneOf, Positive, read_as
 from lobra.layout.sequences import BATCHINGS
 from lobra.model.adapter import AdapterSpec
+from lobra.model.pissa import trained_shape
 from lobra.model.slot import Slot
 from lobra.model.stage import Stage
+from lobra.model.vera import PROJECTIONS
 from lobra.trainer.adapters import CONFIG_FILE, WEIGHTS_FILE, save_adapter, save_moments
 from lobra.trainer.checkpoint_folder import FOLDER, STATE_FILE, list_checkpoints, step_folder
 from lobra.trainer.optimizer import AdapterOptimizer
 from lobra.trainer.task_progress import TaskProgress
-from lobra.trainer.zero import MOMENTS
+from lobra.trainer.zero import moment_names
 
 BEST_FOLDER = "best"  # in a checkpoint
 FORMAT = 2
@@ -152,12 +155,18 @@ def _read(folder: Path) -> CheckpointState:
         raise _Broken(f"{STATE_FILE} is not usable ({'; '.join(error.problems)})") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _Broken(f"{STATE_FILE} is not usable ({error!r})") from error
-    for name in names:
+    for record in state.tasks:
+        name = record["name"]
+        kinds = moment_names(record.get("optimizer", "adamw"), record.get("momentum", 0.0))
         if not (folder / "adapters" / name / CONFIG_FILE).is_file():
             raise _Broken(f"adapters/{name}/{CONFIG_FILE} is missing")
         weights = _tensors(folder, f"adapters/{name}/{WEIGHTS_FILE}")
+        for name_of_frozen in PROJECTIONS:
+            weights.pop(name_of_frozen, None)
+        if record.get("adapter") == "pissa":
+            weights = {key: trained_shape(key, size) for key, size in weights.items()}
         moments = _tensors(folder, f"moments/{name}.safetensors")
-        if moments != {f"{kind}/{key}": size for kind in MOMENTS for key, size in weights.items()}:
+        if moments != {f"{kind}/{key}": size for kind in kinds for key, size in weights.items()}:
             raise _Broken(f"moments/{name}.safetensors does not fit the task's adapter")
         if state.progress[name].lowest_step is not None:
             best = f"{BEST_FOLDER}/{name}/{WEIGHTS_FILE}"
@@ -252,13 +261,14 @@ def load_moments(
     """Load a task's moments of a checkpoint; ``updates`` are those it has had."""
     slot = optimizer.stage.slots[number]
     path = step_folder(run, step) / "moments" / f"{slot.spec.name}.safetensors"
-    optimizer.load_moments(number, read_moments(path, slot), updates)
+    kinds = optimizer.moment_names(number)
+    optimizer.load_moments(number, read_moments(path, slot, kinds), updates)
 
 
-def read_moments(path: Path, slot: Slot) -> dict[str, dict[str, Tensor]]:
-    """Return the moments of a slot's tensors (PEFT's names), as `save_moments` wrote them."""
+def read_moments(path: Path, slot: Slot, kinds: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+    """Return these moments of a slot's tensors (PEFT's names), as `save_moments` wrote them."""
     with safe_open(path, framework="pt") as file:
         return {
             kind: {name: file.get_tensor(f"{kind}/{name}") for name in slot.layout.places}
-            for kind in MOMENTS
+            for kind in kinds
         }

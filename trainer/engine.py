@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from lobra.model.pipeline import evaluate_replica, run_replica
 from lobra.model.precision import DTYPES
 from lobra.model.stage import build_stage
 from lobra.tasks.config import TaskConfig
+from lobra.trainer import first_values
 from lobra.trainer.adapters import MOMENTS_FILE, adapter_spec, load_adapter
 from lobra.trainer.checkpoint import CheckpointState, load_moments, load_weights, read_moments
 from lobra.trainer.control import Control
@@ -97,7 +99,10 @@ class Engine:
                 load_weights(self.run.output_dir, resumed.step, self.stage, number)
             elif task.resume_from:
                 load_adapter(Path(task.resume_from), self.stage, number)
-            self.optimizer.install(number, task.weight_decay)
+            elif task.adapter in first_values.KINDS:
+                first_values.start_from_base(self.run.model_folder, self.optimizer, number)
+                self.control.wait()
+            self.optimizer.install(number, task)
             if resumed is not None:
                 progress = resumed.progress[task.name]
                 load_moments(
@@ -111,13 +116,18 @@ class Engine:
         folder = Path(order.folder)
         if order.action == "install":
             assert order.adapter is not None
-            fields = {**order.adapter, "target_modules": tuple(order.adapter["target_modules"])}
+            fields: dict[str, Any] = {  # JSON has lists
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in order.adapter.items()
+            }
             self.stage.install({order.task: AdapterSpec(**fields)})
             if order.folder:
                 load_adapter(folder, self.stage, order.task)
             self.optimizer.install(order.task)
             if order.moments:
-                moments = read_moments(folder / MOMENTS_FILE, self.stage.slots[order.task])
+                kinds = self.optimizer.moment_names(order.task)
+                slot = self.stage.slots[order.task]
+                moments = read_moments(folder / MOMENTS_FILE, slot, kinds)
                 self.optimizer.load_moments(order.task, moments, order.updates)
         elif order.action == "save":
             self.exporter.save_slot(self.stage.slots[order.task], folder, order.moments)

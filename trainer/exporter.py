@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lobra.common.errors import ConfigError
+from lobra.model.pissa import joined
 from lobra.model.slot import Slot
 from lobra.model.stage import Stage
 from lobra.trainer.adapters import gather_tensors, not_finite, save_adapter
@@ -55,8 +56,16 @@ class AdapterExporter:
         )
 
     def _weights(self, slot: Slot) -> dict[str, Tensor]:
+        weights = self._whole(slot, slot.weights)
+        if slot.start is not None:
+            weights = joined(weights, self._whole(slot, slot.start))
+        if slot.projections is not None and self.is_writer:
+            weights |= slot.spec.projections(self.stage.shape).named()
+        return weights
+
+    def _whole(self, slot: Slot, flat: Tensor) -> dict[str, Tensor]:
         layers = [block.block.layers for block in self.optimizer.blocks]
-        return self._gather(slot, {own: slot.weights[slot.layout.span(own)] for own in layers})
+        return self._gather(slot, {own: flat[slot.layout.span(own)] for own in layers})
 
     def _moments(self, slot: Slot) -> dict[str, dict[str, Tensor]]:
         if self.moments_are_split:

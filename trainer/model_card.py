@@ -9,6 +9,9 @@ import yaml
 
 from lobra.tasks.config import TaskConfig
 
+#: What a task file's `adapter` is called.
+METHODS = {"lora": "LoRA", "rslora": "rsLoRA", "pissa": "PiSSA", "dora": "DoRA", "vera": "VeRA"}
+
 TEMPLATE = """\
 ---
 {head}---
@@ -36,7 +39,6 @@ def model_card(
     base_model: str,
     precision: str,
     steps: Sequence[dict[str, Any]],
-    method: str = "LoRA",
 ) -> str:
     """Return the card of a task's adapter.
 
@@ -50,8 +52,6 @@ def model_card(
         Of the base's weights and the activations.
     steps
         The lines of the run's metrics.
-    method
-        What kind of adapter it is.
     """
     head = {
         "base_model": base_model,
@@ -73,7 +73,7 @@ def model_card(
     return TEMPLATE.format(
         head=yaml.safe_dump(head, sort_keys=False, allow_unicode=True),
         name=task.name,
-        method=method,
+        method=METHODS[task.adapter],
         base=base_model,
         rows=rows,
     )

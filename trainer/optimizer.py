@@ -1,4 +1,4 @@
-"""The adapters' optimiser: every task's AdamW, its state shared by the holders of each block.
+"""The adapters' optimiser: every task's own, its state shared by the holders of each block.
 
 A block is the layers with the same holders; its data-parallel group is those holders, in the
 tensor-parallel group and across replicas alike, since canonical adapters make the gradient a
@@ -18,8 +18,8 @@ from lobra.layout.order import AdamSettings
 from lobra.layout.world import World
 from lobra.model.groups import new_group
 from lobra.model.stage import Stage
+from lobra.tasks.config import TaskConfig
 from lobra.trainer.block import BlockOptimizer
-from lobra.trainer.zero import MOMENTS
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,15 @@ class AdapterOptimizer:
             if group is not None:
                 self.blocks.append(BlockOptimizer(block, group))
 
-    def install(self, number: int, weight_decay: float = 0.0) -> None:
-        """Begin to optimise the adapter in a slot, as it is now. Collective.
+    def install(self, number: int, task: TaskConfig | None = None) -> None:
+        """Begin to optimise the adapter in a slot, as it is now, as its task says. Collective.
+
+        Without a task it is AdamW, whose settings come with every update.
 
         Nothing of another task is touched, neither weights nor moments.
         """
         for block in self.blocks:
-            block.install(self.stage.slots[number], weight_decay)
+            block.install(self.stage.slots[number], task)
 
     def remove(self, number: int) -> None:
         """Forget a task's optimiser state."""
@@ -96,20 +98,24 @@ class AdapterOptimizer:
         self.stage.refresh()
 
     def moments(self, number: int) -> dict[str, dict[range, Tensor]]:
-        """Return a task's Adam moments, flat, by the layers of a block, on the CPU. Collective.
+        """Return a task's moments, flat, by the layers of a block, on the CPU. Collective.
 
         They are of the blocks this rank is the first holder of.
         """
-        found: dict[str, dict[range, Tensor]] = {moment: {} for moment in MOMENTS}
+        found: dict[str, dict[range, Tensor]] = {name: {} for name in self.moment_names(number)}
         for block in self.blocks:
             for moment, flat in block.moments(number).items():
                 found[moment][block.block.layers] = flat
         return found
 
+    def moment_names(self, number: int) -> tuple[str, ...]:
+        """Return what a task's optimiser keeps of each of its weights."""
+        return tuple(self.blocks[0].partitions[number].moments)
+
     def load_moments(
         self, number: int, moments: Mapping[str, Mapping[str, Tensor]], updates: int
     ) -> None:
-        """Set the task's Adam moments (PEFT's names) and its count of applied updates."""
+        """Set the task's moments (PEFT's names) and its count of applied updates."""
         slot = self.stage.slots[number]
         flats = {}
         for moment, named in moments.items():

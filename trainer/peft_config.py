@@ -1,14 +1,13 @@
-"""What a PEFT `adapter_config.json` may say for its tensors to mean plain LoRA here.
+"""What a PEFT `adapter_config.json` may say for its tensors to mean here what they mean there.
 
-Plain LoRA: every adapted linear adds `lora_alpha / r * B @ A` to a base that is as published. An
-allow list: a field of PEFT's `LoraConfig` is named below with the values that keep this meaning,
+That is LoRA, rsLoRA, DoRA or VeRA on the linears of a base that is as published. An allow list: a
+field of PEFT's `LoraConfig` or `VeraConfig` is named below with the values that keep this meaning,
 and whatever else is set, known or not, is refused by name. What the table does not judge is judged
-elsewhere: rank and scale against the task, modules and layers by the tensors that are there.
+elsewhere: kind, rank and scale against the task, modules and layers by the tensors that are there.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,7 +27,10 @@ FREE = (
     "megatron_core", "qalora_group_size", "eva_config", "loftq_config", "corda_config",
     "lora_ga_config", "ensure_weight_tying",
     # compared with the task by `trainer.adapters.check_adapter`
-    "r", "lora_alpha",
+    "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "peft_type",
+    "projection_prng_key",
+    # how VeRA was made: the vectors themselves say it
+    "vera_dropout", "d_initial", "init_weights", "save_projection",
 )  # fmt: skip
 
 #: Initialisations that leave the base as it is, only with other first values: once saved, A and
@@ -46,7 +48,7 @@ CONVERT = (
 def config_problems(config: Mapping[str, Any]) -> list[str]:
     """Return field, value and why it is refused, of all that does not mean plain LoRA."""
     found = []
-    for field in sorted({"peft_type", *config}, key=str):
+    for field in sorted(config, key=str):
         value = config.get(field)
         if field in FREE:
             continue
@@ -82,42 +84,13 @@ def _initialisation(value: Any, config: Mapping[str, Any]) -> str | None:
     return "is no initialisation known here, so the adapter may not be plain LoRA"
 
 
-def _rank_stabilised(value: Any, config: Mapping[str, Any]) -> str | None:
-    if not value:
-        return None
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or not isinstance(alpha, int | float):
-        return "it scales by lora_alpha / sqrt(r), which is not supported"
-    return (
-        f"it scales by lora_alpha / sqrt(r), which is not supported; the same adapter is "
-        f"use_rslora false with lora_alpha {alpha * math.sqrt(rank):.10g}, here and in the task"
-    )
-
-
-def _pattern(field: str) -> FieldCheck:
-    """Return a check for a map of modules to values that all are what `field` says anyway."""
-
-    def check(value: Any, config: Mapping[str, Any]) -> str | None:
-        if not value:
-            return None
-        if isinstance(value, Mapping) and all(own == config.get(field) for own in value.values()):
-            return None
-        return f"modules with a {field} of their own are not supported"
-
-    return check
-
-
 _OTHER_METHOD = "is not plain LoRA and not supported"
 _OTHER_PARAMETERS = "only the linears of the layers are trained here: train without it"
 
 #: Every other field of PEFT's LoraConfig, and what of it is refused.
 FIELDS: Mapping[str, FieldCheck] = {
-    "peft_type": _one_of(("LORA",), "only LORA is supported"),
     "task_type": _one_of((None, "CAUSAL_LM"), "only CAUSAL_LM is supported"),
     "init_lora_weights": _initialisation,
-    "use_rslora": _rank_stabilised,
-    "rank_pattern": _pattern("r"),
-    "alpha_pattern": _pattern("lora_alpha"),
     "bias": _one_of((None, "none"), "it has trained biases of the base, which are not supported"),
     "lora_bias": _unset("a bias in the adapter is not supported"),
     "fan_in_fan_out": _unset("it is for weights stored transposed, which no supported model has"),
@@ -126,7 +99,6 @@ FIELDS: Mapping[str, FieldCheck] = {
     "target_parameters": _unset(_OTHER_PARAMETERS),
     "layer_replication": _unset("its base repeats layers, the published model does not"),
     "megatron_config": _unset("adapters of Megatron's linears are not supported"),
-    "use_dora": _unset(f"DoRA {_OTHER_METHOD}"),
     "use_qalora": _unset(f"QALoRA {_OTHER_METHOD}"),
     "use_bdlora": _unset(f"BD-LoRA {_OTHER_METHOD}"),
     "velora_config": _unset(f"VeLoRA {_OTHER_METHOD}"),

@@ -324,7 +324,7 @@ def prepare(request: TrainRequest) -> RunSpec:
     assert config and plan and folder and shape and world and cost_model and device and batching
     cost_model = cost_model.for_training(
         label_share(tasks, training),
-        sum(shape.adapter_elements(task.rank, task.target_modules) for task in tasks),
+        sum(shape.adapter_elements(task.largest_rank, task.target_modules) for task in tasks),
     )
 
     run = RunSpec(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -154,13 +154,15 @@ def _adapter_problems(task: TaskConfig, shape: ModelShape) -> Problems:
         own = shape.own_modules(task.target_modules)
     except ConfigError as error:
         return error.problems.prefixed("target_modules: ")
-    sizes = shape.linear_sizes()
+    spec, sizes = replace(adapter_spec(task), target_modules=own), shape.linear_sizes()
+    problems = Problems(spec.problems(shape))
     widest = max(size for module in own for size in sizes[module])
-    if task.rank <= widest:
-        return Problems()
-    return Problems(
-        [f"rank = {task.rank}: want at most {widest}, the width of the widest linear it is on"]
-    )
+    if spec.largest_rank > widest:
+        problems.add(
+            f"rank = {spec.largest_rank}: want at most {widest}, the width of the widest linear it "
+            f"is on"
+        )
+    return problems
 
 
 def _foreign_tokens(task: TaskConfig, data: TokenizedDataset, shape: ModelShape) -> list[str]:

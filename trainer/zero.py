@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-ADAM_BETAS = (0.9, 0.999)
-ADAM_EPS = 1e-8
+from lobra.tasks.config import TaskConfig
+
 ENGINE_CONFIG = {
     "train_micro_batch_size_per_gpu": 1,
     "gradient_accumulation_steps": 1,
@@ -63,46 +63,89 @@ class HolderGroup:
         return 0
 
 
+def moment_names(optimizer: str, momentum: float) -> tuple[str, ...]:
+    """Return what a task's optimiser keeps of each of its weights."""
+    if optimizer == "adamw":
+        return "exp_avg", "exp_avg_sq"
+    return ("momentum_buffer",) if momentum else ()
+
+
+def _optimizer(weights: nn.Parameter, task: TaskConfig | None) -> torch.optim.Optimizer:
+    """Return a task's optimiser."""
+    if task is None:
+        return torch.optim.AdamW([weights], weight_decay=0.0)
+    rate, decay = task.learning_rate, task.weight_decay
+    if task.optimizer == "sgd":
+        return torch.optim.SGD([weights], rate, momentum=task.momentum, weight_decay=decay)
+    betas = task.adam_beta1, task.adam_beta2
+    return torch.optim.AdamW([weights], rate, betas, task.adam_epsilon, weight_decay=decay)
+
+
 class Partition:
-    """A holder's share of a flat tensor of weights: a master copy with its Adam moments.
+    """A holder's share of a flat tensor of weights: a master copy with its optimiser's moments.
 
     Attributes
     ----------
     master_p
         This holder's weights; all holders' end to end are the flat tensor and some padding.
     moments
-        Of `MOMENTS` each, like `master_p`.
+        Of `moment_names` each, like `master_p`.
     """
 
-    def __init__(self, weights: Tensor, weight_decay: float, group: dist.ProcessGroup) -> None:
-        """Share the weights out. Collective over ``group``, whose ranks hold the same."""
+    def __init__(
+        self,
+        weights: Tensor,
+        task: TaskConfig | None,
+        group: dist.ProcessGroup,
+        rate_factors: Sequence[tuple[int, float]],
+    ) -> None:
+        """Share the weights out. Collective over ``group``, whose ranks hold the same.
+
+        Parameters
+        ----------
+        weights
+            Flat.
+        task
+            Whose they are: its optimiser; None: AdamW, whose settings come with every update.
+        group
+            The holders.
+        rate_factors
+            Of consecutive runs of the weights how many there are, and what the learning rate is
+            multiplied by for them.
+        """
         import deepspeed
 
         module = nn.Module()
         module.weights = nn.Parameter(weights.clone())
-        adam = torch.optim.AdamW(
-            module.parameters(), betas=ADAM_BETAS, eps=ADAM_EPS, weight_decay=weight_decay
-        )
         self.engine, *_ = deepspeed.initialize(
             model=module,
-            optimizer=adam,
+            optimizer=_optimizer(module.weights, task),
             config=dict(ENGINE_CONFIG),
             mpu=HolderGroup(group),
             dist_init_required=False,
         )
         zero = self.engine.optimizer
-        self.adam = zero.optimizer
+        self.optimizer = zero.optimizer
         (self.master_p,) = zero.single_partition_of_fp32_groups
         if weights.dtype == torch.float64:  # ZeRO's masters are fp32 beside any weights
             own_p = zero.parallel_partitioned_bit16_groups[0][dist.get_rank(group)]
-            self.master_p = own_p.detach().clone().requires_grad_(True)
-            self.adam.param_groups[0]["params"] = [self.master_p]
+            self.master_p = own_p.clone()
+        self.master_p = self.master_p.detach()
         # The weights themselves are in the slot: ZeRO's copy of them is not needed.
         module.weights.data = weights.new_empty(0)
         zero.bit16_groups_flat.clear()
         zero.parallel_partitioned_bit16_groups.clear()
-        self.moments = {moment: torch.zeros_like(self.master_p) for moment in MOMENTS}
-        self.adam.state[self.master_p] = {"step": torch.zeros(()), **self.moments}
+        names = moment_names(task.optimizer, task.momentum) if task else moment_names("adamw", 0.0)
+        self.moments = {moment: torch.zeros_like(self.master_p) for moment in names}
+        self.runs = _own_runs(rate_factors, self.size, dist.get_rank(group))
+        (settings,) = self.optimizer.param_groups
+        self.optimizer.param_groups, self.optimizer.state = [], defaultdict(dict)
+        for runs in self.runs.values():
+            params = [self.master_p[run] for run in runs]
+            self.optimizer.param_groups.append({**settings, "params": params})
+            for param, run in zip(params, runs, strict=True):
+                own = {moment: flat_p[run] for moment, flat_p in self.moments.items()}
+                self.optimizer.state[param] = {"step": torch.zeros(()), **own}
 
     def close(self) -> None:
         """Release DeepSpeed's engine.
@@ -120,14 +163,37 @@ class Partition:
 
     def set_updates(self, updates: int) -> None:
         """Set how many updates the moments have seen."""
-        self.adam.state[self.master_p]["step"].fill_(updates)
+        for of_run in self.optimizer.state.values():
+            of_run["step"].fill_(updates)
 
-    def update(self, gradient_p: Tensor, settings: Mapping[str, Any]) -> None:
-        """Take one Adam step, with these of torch's settings from now on."""
-        self.adam.param_groups[0].update(settings)
-        self.master_p.grad = gradient_p
-        self.adam.step()
-        self.master_p.grad = None
+    def update(self, gradient_p: Tensor, changed: Mapping[str, Any]) -> None:
+        """Take one step of the optimiser, with these of torch's settings from now on."""
+        for settings, (factor, runs) in zip(
+            self.optimizer.param_groups, self.runs.items(), strict=True
+        ):
+            settings.update(changed)
+            settings["lr"] = changed["lr"] * factor
+            for weights, run in zip(settings["params"], runs, strict=True):
+                weights.grad = gradient_p[run]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def _own_runs(
+    rate_factors: Sequence[tuple[int, float]], size: int, place: int
+) -> dict[float, list[slice]]:
+    """Return, by rate factor, the runs of a holder's elements, of which each holder has ``size``.
+
+    Padding is in none.
+    """
+    runs: dict[float, list[slice]] = {}
+    stop = -place * size
+    for numel, factor in rate_factors:
+        start, stop = stop, stop + numel
+        run = slice(max(start, 0), min(stop, size))
+        if run.start < run.stop:
+            runs.setdefault(factor, []).append(run)
+    return runs
 
 
 def start_deepspeed(device: str) -> None:

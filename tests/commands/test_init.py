@@ -46,6 +46,8 @@ def test_every_field_is_explained_with_its_default() -> None:
         default = found[name].default
         if name == "name":
             assert default == "from dataset_name"
+        elif field.default_factory is not MISSING:
+            assert default == "none" and not field.default_factory()
         elif field.default is MISSING:
             assert default == "required" and not found[name].commented
         elif field.default is None:

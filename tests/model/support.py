@@ -176,10 +176,12 @@ def tensors_of(
     )
 
 
-def random_adapter(shape: ModelShape, task: int) -> dict[str, torch.Tensor]:
+def random_adapter(
+    shape: ModelShape, task: int, spec: AdapterSpec | None = None
+) -> dict[str, torch.Tensor]:
     """Return random A and B of every layer under PEFT's names (a fresh B is zero: no gradient)."""
     generator = torch.Generator().manual_seed(task)
-    tensors = FlatTensors.of_layers(SPECS[task], shape, range(shape.num_layers)).tensors
+    tensors = FlatTensors.of_layers(spec or SPECS[task], shape, range(shape.num_layers)).tensors
     return {t.name: torch.randn(t.shape, generator=generator) * 0.1 for t in tensors}
 
 
@@ -213,10 +215,10 @@ def gradients_on_rank(
     }
 
 
-def unlike_plain_autograd(folder: Path, world: World) -> list[str]:
+def unlike_plain_autograd(folder: Path, world: World, kinds: tuple[str, str]) -> list[str]:
     """Return what a memory policy makes differ in a replica's losses and gradients, in fp64."""
     groups = build_groups(world)
-    specs = {0: replace(SPECS[0], dropout=0.3), 1: SPECS[1]}
+    specs = {0: replace(SPECS[0], dropout=0.3, kind=kinds[0]), 1: replace(SPECS[1], kind=kinds[1])}
     different = []
     for stack_type, apart in ((SegmentStack, False), (JointStack, False), (JointStack, True)):
         expected: dict[str, torch.Tensor] = {}
@@ -225,8 +227,8 @@ def unlike_plain_autograd(folder: Path, world: World) -> list[str]:
             stage.apart = apart
             if policy is not None:
                 apply_policy(stage.decoder.layers, policy)
-            for task in specs:
-                stage.load(task, random_adapter(stage.shape, task))
+            for task, spec in specs.items():
+                stage.load(task, random_adapter(stage.shape, task, spec))
             batches = [
                 micro_batch(tokens, labels, rows, seed, packed=seed % 2 == 1)
                 for seed, (tokens, labels, rows) in enumerate(random_batches(3))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, VeraConfig, VeraModel, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
@@ -21,10 +21,11 @@ from lobra.model.base_linear import DenseLinear, Shard
 from lobra.model.dropout import TokenNoise, token_keys
 from lobra.model.joint_stack import JointStack
 from lobra.model.segment_stack import SegmentStack
-from lobra.model.sharded_layer import linear_shards
+from lobra.model.sharded_layer import ROW_PARALLEL, linear_shards
 from lobra.model.slot import Slot
 from lobra.model.stack import AdaptedLinear, Stack
 from lobra.model.token_tasks import Segment, Selection, TokenTasks
+from lobra.tasks.config import ADAPTERS
 
 SHAPE = ModelShape("small", 1, 8, 12, 4, 2, 2, 16)
 MODULES = tuple(SHAPE.linear_sizes())
@@ -79,28 +80,40 @@ class Case:
         """Return a task's adapter with nothing at zero."""
         slot = Slot(number, self.specs[number], SHAPE, range(1), DOUBLE, CPU)
         slot.weights.copy_(self.random(len(slot.weights), seed=number))
+        if slot.start is not None:
+            slot.start.copy_(self.random(len(slot.start), seed=1000 + number))
         return slot
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Random ranks, modules and scalings; tasks may be absent, and tokens without an adapter."""
+    """Random kinds, ranks and modules; tasks may be absent, and tokens without an adapter.
+
+    The lengths of rows that are split need a group of ranks: DoRA is not drawn there.
+    """
+    modules, tp = draw(st.sampled_from(SHARED_INPUTS)), draw(st.sampled_from([1, 2]))
+    rows_are_split = tp == 2 and modules[0] in ROW_PARALLEL
+    kinds = [kind for kind in ADAPTERS if kind != "dora" or not rows_are_split]
+    patterns = st.dictionaries(st.sampled_from(MODULES), st.integers(1, 4), max_size=2)
     numbers = draw(st.lists(st.integers(0, 99), min_size=1, max_size=4, unique=True))
-    specs = {
-        number: AdapterSpec(
+    specs = {}
+    for number in numbers:
+        kind = draw(st.sampled_from(kinds))
+        specs[number] = AdapterSpec(
             f"task {number}",
             draw(st.integers(1, 4)),
             draw(st.sampled_from([0.5, 3.0, 16.0])),
             tuple(draw(st.sets(st.sampled_from(MODULES), min_size=1))),
+            kind=kind,
+            rank_pattern=() if kind == "vera" else tuple(draw(patterns).items()),
+            alpha_pattern=() if kind == "vera" else tuple(draw(patterns).items()),
         )
-        for number in numbers
-    }
     segments = st.tuples(st.sampled_from([*numbers, NOBODY]), st.integers(1, 4))
     return Case(
         specs,
         draw(st.lists(segments, min_size=1, max_size=5)),
-        draw(st.sampled_from(SHARED_INPUTS)),
-        draw(st.sampled_from([1, 2])),
+        modules,
+        tp,
         draw(st.booleans()),
         draw(st.booleans()),
     )
@@ -160,6 +173,23 @@ def output_gradient(case: Case, module: str) -> Tensor:
     return case.random(*size, seed=MODULES.index(module))
 
 
+def inject(own: AdapterSpec, targets: list[str], model: nn.Module) -> None:
+    """Have PEFT put an adapter on some linears."""
+    if own.kind == "vera":
+        VeraModel(model, VeraConfig(r=own.rank, target_modules=targets), "default")
+        return
+    config = LoraConfig(
+        r=own.rank,
+        lora_alpha=own.alpha,  # type: ignore[arg-type]
+        target_modules=targets,
+        rank_pattern={k: v for k, v in own.rank_pattern if k in targets},  # type: ignore[misc]
+        alpha_pattern={k: v for k, v in own.alpha_pattern if k in targets},  # type: ignore[misc]
+        use_rslora=own.kind == "rslora",
+        use_dora=own.kind == "dora",
+    )
+    inject_adapter_in_model(config, model)
+
+
 def peft(case: Case) -> tuple[dict[str, Tensor], Tensor]:
     """Return the same from PEFT's layers: a model for each task, segment by segment."""
 
@@ -180,17 +210,27 @@ def peft(case: Case) -> tuple[dict[str, Tensor], Tensor]:
         named = slot.layout.named(slot.weights)
         targets = [module for module in case.modules if module in own.target_modules]
         if targets:
-            config = LoraConfig(r=own.rank, lora_alpha=own.alpha, target_modules=targets)  # type: ignore[arg-type]
-            inject_adapter_in_model(config, models[number])
-        for module in own.target_modules:
-            for factor in ("lora_A", "lora_B"):
-                name = f"{peft_name(0, module)}.{factor}.weight"
-                if module in targets:
-                    layer = getattr(models[number][module], factor)["default"]
-                    layer.weight.data = named[name].clone()
-                    parameters[f"{number} {name}"] = layer.weight
-                else:
-                    parameters[f"{number} {name}"] = named[name]
+            inject(own, targets, models[number])
+        for name, value in named.items():
+            module, factor = name.removesuffix(".weight").split(".")[-2:]
+            parameters[f"{number} {name}"] = value
+            if module in targets:
+                layer = getattr(models[number][module], factor)["default"]
+                parameter = layer if isinstance(layer, nn.Parameter) else layer.weight
+                parameter.data = value.clone()
+                parameters[f"{number} {name}"] = parameter
+        if slot.projections is not None:
+            for module in targets:  # PEFT's own are drawn for these linears only
+                models[number][module].vera_A["default"] = slot.projections.A_rI
+                models[number][module].vera_B["default"] = slot.projections.B_rO.t()
+        if slot.start is not None:
+            starts = slot.layout.named(slot.start)
+            for module in targets:
+                adapted, name = models[number][module], peft_name(0, module)
+                A, B = (starts[f"{name}.lora_{factor}.weight"] for factor in "AB")
+                adapted.base_layer.weight.data = (
+                    adapted.base_layer.weight - adapted.scaling["default"] * B @ A
+                )
     x = inputs(case).requires_grad_(True)
     found, loss = {}, torch.zeros((), dtype=DOUBLE)
     for module in case.modules:
@@ -314,25 +354,29 @@ def test_tasks_come_and_go_and_others_stay(way: type[Stack]) -> None:
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
 
+@pytest.mark.parametrize("kind", ADAPTERS)
 @ways
-def test_bf16_computes_with_copies_and_sums_in_fp32(way: type[Stack]) -> None:
-    slots = {number: MIXED.slot(number) for number in MIXED.specs}
+def test_bf16_computes_with_copies_and_sums_in_fp32(way: type[Stack], kind: str) -> None:
+    case = replace(MIXED, specs={**MIXED.specs, 2: replace(MIXED.specs[2], kind=kind)})
+    slots = {number: case.slot(number) for number in case.specs}
     for slot in slots.values():
         slot.weights, slot.gradient = slot.weights.float(), slot.gradient.float()
-    stack, _ = make_stack(MIXED, way, 0, slots, torch.bfloat16)
-    x = inputs(MIXED).bfloat16().requires_grad_(True)
+        slot.start = None if slot.start is None else slot.start.float()
+        slot.projections = slot.projections and slot.projections.to(CPU, torch.bfloat16)
+    stack, _ = make_stack(case, way, 0, slots, torch.bfloat16)
+    x = inputs(case).bfloat16().requires_grad_(True)
     AdaptedLinear(stack, 0)(x).sum().backward()
-    exact = {number: MIXED.slot(number) for number in MIXED.specs}
-    reference, _ = make_stack(MIXED, SegmentStack, 0, exact)
-    AdaptedLinear(reference, 0)(inputs(MIXED)).sum().backward()
+    exact = {number: case.slot(number) for number in case.specs}
+    reference, _ = make_stack(case, SegmentStack, 0, exact)
+    AdaptedLinear(reference, 0)(inputs(case)).sum().backward()
     for number, slot in slots.items():
         error = (slot.gradient - exact[number].gradient).norm() / exact[number].gradient.norm()
         assert slot.gradient.dtype == torch.float32 and error < 2e-2
-    slots[2].weights.zero_()
     before = AdaptedLinear(stack, 0)(x)
+    slots[2].weights.zero_()
     stack.refresh()
     after = AdaptedLinear(stack, 0)(x.clone())
-    assert not torch.equal(before[0, 2:5], after[0, 2:5]), "copies are renewed on refresh"
+    assert not torch.equal(before[0, 2:5], after[0, 2:5]), "after a refresh new weights count"
     assert torch.equal(before[0, :2], after[0, :2])
 
 

@@ -164,11 +164,19 @@ def test_a_vocabulary_that_the_ranks_cannot_share_evenly(tmp_path: Path) -> None
         assert error < 1e-5, f"{name}: relative error {error:.1e}"
 
 
-@pytest.mark.parametrize("layout", [Layout(1, 1), Layout(2, 1), Layout(1, 2), Layout(2, 2)])
-def test_every_memory_policy_computes_what_plain_autograd_does(llama, layout: Layout) -> None:
+@pytest.mark.parametrize(
+    ("layout", "kinds"),
+    [
+        *((layout, ("lora", "lora")) for layout in (Layout(1, 1), Layout(1, 2), Layout(2, 2))),
+        *((layout, ("dora", "vera")) for layout in (Layout(1, 1), Layout(2, 1))),
+    ],
+)
+def test_every_memory_policy_computes_what_plain_autograd_does(
+    llama, layout: Layout, kinds: tuple[str, str]
+) -> None:
     """To the bit, dropout included; what is computed again adds no gradient again."""
     function = "tests.model.support:unlike_plain_autograd"
-    arguments = dict(folder=llama, world=one_replica(layout))
+    arguments = dict(folder=llama, world=one_replica(layout), kinds=kinds)
     assert run_ranks(function, layout.num_gpus, arguments) == [[]] * layout.num_gpus
 
 

@@ -127,3 +127,10 @@ def test_dropout_that_was_not_measured_is_refused(tmp_path: Path) -> None:
         fitted_to(profile, dropping, SHAPE)
     with_dropout = load_memory_profile(measured(tmp_path / "d.csv", 16, 16, dropout=0.1))
     assert fitted_to(with_dropout, dropping, SHAPE) == (with_dropout, ())
+
+
+def test_a_profile_without_a_task_s_kind_of_adapter_says_so(tmp_path: Path) -> None:
+    path = measured(tmp_path / "m.csv", 16, 16)
+    kinds = (replace(tasks(16)[0], adapter="rslora"), replace(tasks(16)[0], adapter="dora"))
+    (note,) = memory_profile_for("7B", (kinds[0], replace(kinds[1], name="second")), path)[1]
+    assert note.startswith(f"{path}: was measured without adapters such as those of second: ")

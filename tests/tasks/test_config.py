@@ -86,6 +86,12 @@ def test_every_optional_field_reaches_the_task(tmp_path: Path) -> None:
         "validation_split": 0.1,
         "resume_from": "adapters/old",
         "max_samples": 100,
+        "adapter": "rslora",
+        "rank_pattern": {"q_proj": 4},
+        "alpha_pattern": {"q_proj": 4.0},
+        "optimizer": "sgd",
+        "momentum": 0.9,
+        "loraplus_ratio": 4.0,
     }
     (task,) = load_trainer_config(write(tmp_path, [LOBRA_TASK | options])).tasks
     assert {field: getattr(task, field) for field in options} == options
@@ -245,6 +251,15 @@ WRONG_VALUES: list[tuple[str, Any]] = [
     ("train_on_inputs", 1),
     ("validation_split", 1.0),
     ("resume_from", False),
+    ("adapter", "lor"),
+    ("rank_pattern", {"q_proj": 0}),
+    ("rank_pattern", ["q_proj"]),
+    ("alpha_pattern", {"(q_proj": 2.0}),
+    ("optimizer", "adam"),
+    ("adam_beta2", 1.0),
+    ("adam_epsilon", 0),
+    ("momentum", 0.9),  # SGD's: the task's optimiser is AdamW
+    ("loraplus_ratio", 0),
     ("name", "../up"),
     ("name", "a/b"),
     ("name", ".hidden"),

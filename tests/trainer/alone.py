@@ -14,20 +14,21 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, AutoModelForCausalLM, get_scheduler
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from lobra.layout.shapes import read_shape
+from lobra.layout.shapes import ModelShape, read_shape
 from lobra.model.dropout import TokenNoise, feature_keys, token_keys
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.dataset import TokenizedDataset
@@ -82,46 +83,86 @@ def task_config(task: dict, **fields: Any) -> TaskConfig:
     return TaskConfig(dataset_name="random", context_length=128, **task, **fields)
 
 
-def tasks_from(starts: list[Path], **fields: Any) -> tuple[TaskConfig, ...]:
+def tasks_from(
+    starts: list[Path], tasks: Sequence[dict] = TASKS, **fields: Any
+) -> tuple[TaskConfig, ...]:
     """Return the tasks, each with the adapter it starts from and that one's targets."""
-    tasks = []
-    for task, start in zip(TASKS, starts, strict=True):
+    found = []
+    for task, start in zip(tasks, starts, strict=True):
         config = json.loads((start / "adapter_config.json").read_text())
         targets = resolve_target_modules(config["target_modules"])
         own = {**task, "target_modules": targets}
-        tasks.append(task_config(own, resume_from=str(start), **fields))
-    return tuple(tasks)
+        found.append(task_config(own, resume_from=str(start), **fields))
+    return tuple(found)
 
 
-def make_datasets() -> list[TokenizedDataset]:
+def make_datasets(num_tasks: int = len(TASKS)) -> list[TokenizedDataset]:
     """Return each task's data."""
+    lengths = [LENGTHS[number % len(LENGTHS)] for number in range(num_tasks)]
     return [
         random_dataset(20, shortest, longest, VOCAB, seed)
-        for seed, (shortest, longest) in enumerate(LENGTHS)
+        for seed, (shortest, longest) in enumerate(lengths)
     ]
 
 
-def make_starts(base: Path, root: Path) -> list[Path]:
-    """PEFT's own fresh adapters, B made non-zero so that A has a gradient from the first step.
+def own_targets(task: dict, shape: ModelShape) -> tuple[str, ...]:
+    """Return a task's linears in a model; where gate and up are one, one of them means both."""
+    targets = set(task["target_modules"])
+    if "gate_up_proj" in shape.fused and "up_proj" in targets:
+        targets.add("gate_proj")
+    return shape.own_modules(targets)
 
-    Where gate and up are one linear, a task that has one of them has both.
-    """
-    shape = read_shape(base)
-    folders = []
-    for number, task in enumerate(TASKS):
-        torch.manual_seed(100 + number)
-        targets = set(task["target_modules"])
-        if "gate_up_proj" in shape.fused and "up_proj" in targets:
-            targets.add("gate_proj")
-        config = LoraConfig(
+
+def peft_config(task: dict, shape: ModelShape) -> PeftConfig:
+    """Return what PEFT calls a task's adapter."""
+    if task.get("adapter") == "vera":
+        return VeraConfig(
             r=task["rank"],
-            lora_alpha=task["lora_alpha"],
-            target_modules=list(shape.own_modules(targets)),
+            target_modules=list(own_targets(task, shape)),
+            projection_prng_key=task.get("projection_prng_key", 0),
             task_type="CAUSAL_LM",
         )
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    patterns = {key: dict(task.get(key, {})) for key in ("rank_pattern", "alpha_pattern")}
+    return LoraConfig(
+        r=task["rank"],
+        lora_alpha=task["lora_alpha"],
+        target_modules=list(own_targets(task, shape)),
+        use_rslora=task.get("adapter") == "rslora",
+        use_dora=task.get("adapter") == "dora",
+        task_type="CAUSAL_LM",
+        **patterns,  # type: ignore[arg-type]
+    )
+
+
+def make_optimizer(model: Any, task: dict) -> torch.optim.Optimizer:
+    """Return a task's optimiser: torch's own, arranged by PEFT for LoRA+."""
+    settings: dict[str, Any] = {"weight_decay": task.get("weight_decay", 0.0)}
+    kind: type[torch.optim.Optimizer] = torch.optim.AdamW
+    if task.get("optimizer") == "sgd":
+        kind, settings["momentum"] = torch.optim.SGD, task.get("momentum", 0.0)
+    else:
+        settings["betas"] = task.get("adam_beta1", 0.9), task.get("adam_beta2", 0.999)
+        settings["eps"] = task.get("adam_epsilon", 1e-8)
+    if "loraplus_ratio" in task:
+        settings["loraplus_weight_decay"] = settings.pop("weight_decay")
+        ratio = task["loraplus_ratio"]
+        return create_loraplus_optimizer(
+            model, kind, lr=task["learning_rate"], loraplus_lr_ratio=ratio, **settings
+        )
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return kind(trainable, lr=task["learning_rate"], **settings)  # type: ignore[call-arg]
+
+
+def make_starts(base: Path, root: Path, tasks: Sequence[dict] = TASKS) -> list[Path]:
+    """PEFT's own fresh adapters, B made non-zero so that A has a gradient from the first step."""
+    shape = read_shape(base)
+    folders = []
+    for number, task in enumerate(tasks):
+        torch.manual_seed(100 + number)
+        plain = AutoModelForCausalLM.from_pretrained(base)
+        model = get_peft_model(plain, peft_config(task, shape))
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or "vera_lambda" in name:
                 torch.nn.init.normal_(parameter, std=0.02)
         folders.append(root / task["name"])
         model.save_pretrained(folders[-1])
@@ -131,21 +172,25 @@ def make_starts(base: Path, root: Path) -> list[Path]:
 def train_alone(
     base: Path,
     datasets: list[TokenizedDataset],
-    starts: list[Path],
+    starts: Sequence[Path] | Mapping[int, Path],
     dtype: torch.dtype,
     order: int = 0,
     dropout: float = 0.0,
+    tasks: Sequence[dict] = TASKS,
+    numbers: Iterable[int] | None = None,
 ) -> list[dict]:
     """What PEFT gets on one process, each task on its own: final tensors and losses per step.
 
     Another `order` shuffles each batch's rows: in exact arithmetic it would change nothing. With
-    `dropout` PEFT is given our masks.
+    `dropout` PEFT is given our masks; so of a task with its own. `numbers`: only of these tasks.
     """
     results = []
-    for number, task in enumerate(TASKS):
+    for number in range(len(tasks)) if numbers is None else numbers:
+        task = tasks[number]
         plain = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
         model = PeftModel.from_pretrained(plain, starts[number], is_trainable=True)
-        masks = _Masks(model, dropout) if dropout else None
+        odds = task.get("lora_dropout", dropout)
+        masks = _Masks(model, odds) if odds else None
         watched: contextlib.AbstractContextManager = contextlib.nullcontext()
         if dtype == torch.float64:
             lift_to_double(plain)
@@ -153,9 +198,7 @@ def train_alone(
         model.train()
         trainable = [p for p in model.parameters() if p.requires_grad]
         assert dtype != torch.float64 or {p.dtype for p in trainable} == {dtype}
-        optimizer = torch.optim.AdamW(
-            trainable, lr=task["learning_rate"], weight_decay=task.get("weight_decay", 0.0)
-        )
+        optimizer = make_optimizer(model, task)
         steps = task.get("steps", STEPS)
         scheduler = get_scheduler(
             task.get("lr_scheduler", "constant_with_warmup"),
@@ -183,9 +226,8 @@ def train_alone(
             losses.append(loss.item())
         folder = starts[number].with_name(f"alone-{task['name']}-{dtype}-{order}-{dropout}")
         model.save_pretrained(folder)
-        results.append(
-            {"tensors": load_file(folder / "adapter_model.safetensors"), "losses": losses}
-        )
+        tensors = load_file(folder / "adapter_model.safetensors")
+        results.append({"tensors": tensors, "losses": losses, "folder": folder})
     return results
 
 
@@ -196,11 +238,12 @@ class _Masks:
         self.dropout = dropout
         self.noise: TokenNoise | None = None
         for name, module in model.named_modules():
-            if hasattr(module, "lora_dropout"):
-                parts = name.split(".")
-                layer = int(parts[parts.index("layers") + 1])
-                keys = feature_keys(layer, parts[-1], module.in_features)
-                module.lora_dropout["default"] = _Mask(self, keys)
+            for kind in ("lora_dropout", "vera_dropout"):
+                if hasattr(module, kind):
+                    parts = name.split(".")
+                    layer = int(parts[parts.index("layers") + 1])
+                    keys = feature_keys(layer, parts[-1], module.in_features)
+                    getattr(module, kind)["default"] = _Mask(self, keys)
 
     def draw(self, noise_seeds: list[int], length: int) -> None:
         """Draw for the next batch, of rows of this length."""

@@ -78,5 +78,5 @@ def state_of(optimizer: AdapterOptimizer, number: int) -> dict[str, np.ndarray]:
     (block,) = optimizer.blocks
     partition = block.partitions[number]
     values = {"weights": optimizer.stage.slots[number].weights, **partition.moments}
-    values["updates"] = partition.adam.state[partition.master_p]["step"]
+    values["updates"] = next(iter(partition.optimizer.state.values()))["step"]
     return {name: value.clone().numpy() for name, value in values.items()}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from lobra.layout.shapes import read_shape
@@ -42,10 +42,11 @@ def problems_of(base: Path, folder: Path) -> list[str]:
 
 
 def test_every_field_of_peft_is_judged_and_its_defaults_are_plain() -> None:
-    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    kinds = (LoraConfig, VeraConfig)
+    known = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     assert known <= {*FIELDS, *FREE}
     assert not set(FIELDS) & set(FREE)
-    assert config_problems(LoraConfig().to_dict()) == []
+    assert all(config_problems(kind().to_dict()) == [] for kind in kinds)
 
 
 PLAIN: list[dict[str, Any]] = [
@@ -70,16 +71,12 @@ OTHERS: list[tuple[str, dict[str, Any]]] = [
     ("init_lora_weights", {"init_lora_weights": "pissa_niter_4"}),
     ("init_lora_weights", {"init_lora_weights": "olora"}),
     ("init_lora_weights", {"init_lora_weights": "mica"}),
-    ("use_rslora", {"use_rslora": True}),
-    ("use_dora", {"use_dora": True}),
     ("bias", {"bias": "all"}),
     ("lora_bias", {"lora_bias": True}),
     ("modules_to_save", {"modules_to_save": ["lm_head"]}),
     ("trainable_token_indices", {"trainable_token_indices": [1, 2]}),
     ("alora_invocation_tokens", {"alora_invocation_tokens": [1, 2]}),
     ("layer_replication", {"layer_replication": [(0, 2), (0, 2)]}),
-    ("rank_pattern", {"rank_pattern": {"q_proj": 2}}),
-    ("alpha_pattern", {"alpha_pattern": {"q_proj": 2}}),
     ("target_parameters", {"target_parameters": ["o_proj.weight"]}),
 ]
 
@@ -99,8 +96,6 @@ SPELT: list[tuple[str, Any]] = [
     ("init_lora_weights", "loftq"),
     ("init_lora_weights", "lora_ga"),
     ("init_lora_weights", "somebody's"),
-    ("peft_type", "ADALORA"),
-    ("peft_type", None),
     ("task_type", "SEQ_CLS"),
     ("fan_in_fan_out", True),
     ("use_qalora", True),
@@ -147,8 +142,8 @@ def logits_of(base: Path, wrap: Callable[[Any], Any]) -> torch.Tensor:
         return wrap(AutoModelForCausalLM.from_pretrained(base))(tokens).logits
 
 
-def test_the_remedies_that_are_named_keep_the_model(base: Path, tmp_path: Path) -> None:
-    # PiSSA: converted by PEFT, it is plain LoRA of twice the rank on the published base
+def test_the_remedy_that_is_named_keeps_the_model(base: Path, tmp_path: Path) -> None:
+    """PiSSA, converted by PEFT, is plain LoRA of twice the rank on the published base."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(base)
     given = dict(r=4, lora_alpha=8, target_modules=list(MODULES), task_type="CAUSAL_LM")
@@ -169,15 +164,29 @@ def test_the_remedies_that_are_named_keep_the_model(base: Path, tmp_path: Path) 
     ours = logits_of(base, lambda model: PeftModel.from_pretrained(model, tmp_path / "plain"))
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
-    # rsLoRA: the same adapter as plain LoRA with the alpha that the message gives
-    folder = make(base, tmp_path / "rs", use_rslora=True, init_lora_weights=False)
-    theirs = logits_of(base, lambda model: PeftModel.from_pretrained(model, folder))
-    (problem,) = problems_of(base, folder)
-    assert problem.endswith("use_rslora false with lora_alpha 16, here and in the task")
-    path = folder / "adapter_config.json"
-    path.write_text(
-        json.dumps(json.loads(path.read_text()) | {"use_rslora": False, "lora_alpha": 16})
-    )
-    assert check_adapter(folder, dataclasses.replace(SPEC, alpha=16), read_shape(base)) == []
-    ours = logits_of(base, lambda model: PeftModel.from_pretrained(model, folder))
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+PATTERNS = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.mlp.down_proj": 3}}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"use_rslora": True}, {"use_dora": True}, *({key: own} for key, own in PATTERNS.items())],
+    ids=str,
+)
+def test_rank_and_scale_are_the_task_s(base: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
+    """What PEFT makes so is a start for a task that says so, and for no other."""
+    folder = make(base, tmp_path, **fields)
+    problems = problems_of(base, folder)
+    assert any(f"{field} is " in problem for problem in problems for field in fields)
+    kinds = [name.removeprefix("use_") for name in fields if name.startswith("use_")]
+    spec = dataclasses.replace(SPEC, kind=kinds[0] if kinds else "lora")
+    own = {key: tuple(fields.get(key, {}).items()) for key in PATTERNS}
+    assert check_adapter(folder, dataclasses.replace(spec, **own), read_shape(base)) == []
+
+
+@pytest.mark.parametrize("kind", ["ADALORA", "VERA", None])
+def test_another_method_is_refused(base: Path, tmp_path: Path, kind: str | None) -> None:
+    path = make(base, tmp_path) / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_type": kind}))
+    (problem,) = problems_of(base, tmp_path)
+    assert f"{path}: peft_type is {kind!r}, the task says adapter: lora" in problem

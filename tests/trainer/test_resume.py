@@ -28,7 +28,7 @@ from lobra.trainer.resume_checks import resume_problems, revival_problems, task_
 from lobra.trainer.run import run_local
 from lobra.trainer.run_spec import RunSpec
 from lobra.trainer.task_progress import TaskProgress
-from lobra.trainer.zero import MOMENTS
+from lobra.trainer.zero import moment_names
 from tests.model.support import save_llama
 from tests.trainer.support import make_plan, make_run, random_dataset, train_steps
 
@@ -289,7 +289,7 @@ def three_steps(tmp_path: Path) -> Path:
     spec = adapter_spec(TASKS[2])
     for step in (2, 4, 6):
         writer = CheckpointWriter(tmp_path, step)
-        moments = {kind: {"w": torch.ones(2)} for kind in MOMENTS}
+        moments = {kind: {"w": torch.ones(2)} for kind in moment_names("adamw", 0.0)}
         writer.add_task(spec, {"w": torch.ones(2)}, moments, "base")
         writer.finish(state_of(step, spec.name), num_kept=3)
     return tmp_path
