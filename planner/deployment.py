@@ -21,7 +21,10 @@ from lobra.profiler.profiles import MemoryProfile
 
 @dataclass(frozen=True)
 class Options:
-    """How to plan: batching, the pattern, whether layouts are proposed first, and the buckets."""
+    """How to plan: batching, the pattern, whether layouts are proposed first, and the buckets.
+
+    With ``limits_processor`` the limit is, for packed steps, of processor time (see `Clock`).
+    """
 
     pattern: str = "EXACT"
     batching: Batching = "bucketed"
@@ -30,6 +33,7 @@ class Options:
     num_buckets: int = 16
     gpus_per_node: int = 8
     time_limit_s: float | None = None
+    limits_processor: bool = False
 
 
 @dataclass(frozen=True, eq=False)
