@@ -64,9 +64,7 @@ class Found:
     complete: bool
 
 
-def solve(
-    problem: PackedProblem, clock: Clock | None = None, progress: Progress = silent
-) -> Found:
+def solve(problem: PackedProblem, clock: Clock | None = None, progress: Progress = silent) -> Found:
     """Return the best plans found and the certificate.
 
     Without a clock the time is limited by the number of GPUs. A homogeneous plan and a bound are
