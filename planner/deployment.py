@@ -78,6 +78,11 @@ class Deployment:
         """What synchronising the adapters adds to each step; 0 where it was not profiled."""
         return sync_time_s(self.plan, self.problem.cost_model)
 
+    def with_sync(self, outcome: Outcome) -> Outcome:
+        """Return an outcome of these inputs with the adapters' synchronisation in its step time."""
+        sync_s = sync_time_s(outcome.plan, self.problem.cost_model)
+        return replace(outcome, step_time_s=outcome.step_time_s + sync_s)
+
     @property
     def buckets(self) -> list[int]:
         """Tokens that sequences of the expected batch are padded to; none where they are packed."""
