@@ -258,6 +258,7 @@ def guarded(run: Callable[[], int], name: str = "lobra") -> int:
     except Exception as error:
         if missing := missing_package(error):
             print(f"{name}: {missing} is not installed; {INSTALL_TRAIN}", file=sys.stderr)
+            return EXIT_USER_MISTAKE
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # of the user's
             print(f"{name}: {Problems([f'{error.filename}: {error.strerror}'])}", file=sys.stderr)
             return EXIT_USER_MISTAKE
