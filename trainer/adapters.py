@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,8 @@ def save_adapter(
     draft = new_draft(folder)
     save_file(dict(tensors), draft / WEIGHTS_FILE, metadata={"format": "pt"})
     write_atomic(draft / CONFIG_FILE, json.dumps(peft_config(spec, base_model), indent=2) + "\n")
+    # safetensors lets the owner alone read its files; whoever serves an adapter is another user.
+    shutil.copymode(draft / CONFIG_FILE, draft / WEIGHTS_FILE)
     replace_folder(draft, folder)
 
 
