@@ -21,7 +21,10 @@ from lobra.profiler.profiles import MemoryProfile
 
 @dataclass(frozen=True)
 class Options:
-    """How to plan: batching, the pattern, whether layouts are proposed first, and the buckets."""
+    """How to plan: batching, the pattern, whether layouts are proposed first, and the buckets.
+
+    With ``limits_processor`` the limit is, for packed steps, of processor time (see `Clock`).
+    """
 
     pattern: str = "EXACT"
     batching: Batching = "bucketed"
@@ -30,6 +33,7 @@ class Options:
     num_buckets: int = 16
     gpus_per_node: int = 8
     time_limit_s: float | None = None
+    limits_processor: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +77,11 @@ class Deployment:
     def sync_time_s(self) -> float:
         """What synchronising the adapters adds to each step; 0 where it was not profiled."""
         return sync_time_s(self.plan, self.problem.cost_model)
+
+    def with_sync(self, outcome: Outcome) -> Outcome:
+        """Return an outcome of these inputs with the adapters' synchronisation in its step time."""
+        sync_s = sync_time_s(outcome.plan, self.problem.cost_model)
+        return replace(outcome, step_time_s=outcome.step_time_s + sync_s)
 
     @property
     def buckets(self) -> list[int]:

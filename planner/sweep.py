@@ -132,9 +132,9 @@ def sweep(
     progress: Progress = silent,
     refused: Callable[[int, int], str | None] | None = None,
 ) -> list[Sizing]:
-    """Plan for every combination, two seconds each unless a time limit is given."""
+    """Plan for every combination, two seconds of processor time each by default."""
     if options.time_limit_s is None:
-        options = replace(options, time_limit_s=SIZE_LIMIT_S)
+        options = replace(options, time_limit_s=SIZE_LIMIT_S, limits_processor=True)
 
     def told(words: str) -> Progress:
         progress(words)

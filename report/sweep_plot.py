@@ -105,7 +105,7 @@ def _draw_beside(
     times = [_mean(sizing).mean_step_time_s for _, sizing in sizings]
     left.fill_between(places, bounds, times, color=OURS, alpha=0.3, label="between bound and plan")
     same = [
-        (place, sizing.deployment.homogeneous)
+        (place, sizing.deployment.with_sync(sizing.deployment.homogeneous))
         for place, sizing in sizings
         if sizing.deployment is not None and sizing.deployment.homogeneous is not None
     ]

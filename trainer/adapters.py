@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -107,6 +108,8 @@ def save_adapter(
     write_atomic(draft / CONFIG_FILE, json.dumps(peft_config(spec, base_model), indent=2) + "\n")
     if card is not None:
         write_atomic(draft / CARD_FILE, card)
+    # safetensors lets the owner alone read its files; whoever serves an adapter is another user.
+    shutil.copymode(draft / CONFIG_FILE, draft / WEIGHTS_FILE)
     replace_folder(draft, folder)
 
 

@@ -223,7 +223,8 @@ def show(
         "any other plan", f"at most {sampled.gap:.1%} faster on average over these steps"
     )
     if same is not None:
-        summary.add_row("best homogeneous plan", compared(outcome, same))
+        both = deployment.with_sync(outcome), deployment.with_sync(same)
+        summary.add_row("best homogeneous plan", compared(*both))
     if verbose:
         _add_details(summary, deployment)
     console.print(summary)

@@ -249,7 +249,9 @@ def _cells(sizing: Sizing) -> dict[str, str]:
     """Return what the table says of a sizing, by column; empty: nothing to say."""
     found, cost = sizing.deployment, sizing.cost_per_million_tokens
     mean = None if found is None else found.sampled
-    same = None if found is None or cost is not None else found.homogeneous
+    same = None
+    if found is not None and found.homogeneous is not None and cost is None:
+        same = found.with_sync(found.homogeneous)
     return {
         "accelerator": sizing.accelerator,
         "context": "" if sizing.context is None else str(sizing.context),

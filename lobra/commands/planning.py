@@ -2,7 +2,6 @@
 
 # No postponed annotations here: subclasses in other modules could not resolve them.
 
-import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +34,6 @@ from lobra.profiler.profiles import MemoryProfile, adapter_elements_of, layout_p
 from lobra.tasks.config import TaskConfig, TrainerConfig, load_trainer_config
 from lobra.tasks.lengths import PUBLISHED_LENGTHS
 from lobra.tasks.sources import PUBLISHED, resolve_dataset
-
-log = logging.getLogger(__name__)
 
 LINE_EVERY_S = 5.0  # of progress, where a search is longer
 
@@ -195,7 +192,6 @@ def lengths_for(config: TrainerConfig, options: PlanningOptions) -> tuple[Path |
         f"published; your data will differ (scripts/create_finetune_datasets.sh fetches LobRA's, "
         f"--lengths FILE takes yours)"
     )
-    log.warning("%s", note)
     return lengths, note
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from lobra.layout.plan import Plan
 from lobra.layout.sequences import IntArray
 from lobra.planner.candidates import all_candidates, propose
+from lobra.planner.clock import Clock
 from lobra.planner.deployment import Deployment, Options
 from lobra.planner.fleet import Fleet
 from lobra.planner.outcome import SIMPLER, Outcome, Progress, SampledMean, silent
@@ -49,7 +50,9 @@ def deploy_packed(
     fleet = Fleet(candidates.chosen, num_gpus, options.gpus_per_node)
     steps = sampled_steps(workload)
     problem = PackedProblem(steps, workload.longest, fleet, cost_model)
-    found = exact.solve(problem, options.time_limit_s, progress)
+    limit_s = options.time_limit_s
+    clock = None if limit_s is None else Clock(limit_s, options.limits_processor)
+    found = exact.solve(problem, clock, progress)
     mean_s = {plan: float(step_s.mean()) for plan, step_s in found.step_s.items()}
     plan = min(mean_s, key=lambda each: mean_s[each])
     notes = []

@@ -21,7 +21,7 @@ from lobra.planner.outcome import Progress, silent
 from lobra.planner.packed.problem import PackedProblem
 
 FEW_STEPS, FEW_SEQUENCES = 12, 4000  # that every plan is tried on: at least two steps
-MOST_HOMOGENEOUS, MOST_NAMED = 3, 4  # that are tried, those with the lowest bounds
+MOST_HOMOGENEOUS, MOST_NAMED = 8, 4  # that are tried, those with the lowest bounds
 TARGET_GAP = 1e-3
 NAMED, NEAR, FULLY = 0.4, 0.6, 0.8  # of the time, after which the parts of the search end
 PROMISING = 0.003  # a plan is dispatched over all steps if its estimate is within it of the best
@@ -64,13 +64,11 @@ class Found:
     complete: bool
 
 
-def solve(
-    problem: PackedProblem, time_limit_s: float | None = None, progress: Progress = silent
-) -> Found:
+def solve(problem: PackedProblem, clock: Clock | None = None, progress: Progress = silent) -> Found:
     """Return the best plans found and the certificate.
 
-    The default limit is of processor time; one that is given is wall-clock time. The best
-    homogeneous plan and a bound are there however short it is.
+    Without a clock the time is limited by the number of GPUs. A homogeneous plan and a bound are
+    there however short it is.
 
     Raises
     ------
@@ -84,11 +82,14 @@ def solve(
             f"no layout that holds {problem.longest} tokens can be placed on {fleet.num_gpus} GPUs "
             f"in nodes of {fleet.gpus_per_node}"
         )
-    limit_s = default_limit_s(fleet.num_gpus) if time_limit_s is None else time_limit_s
-    search = _Search(problem, Clock(limit_s, processor=time_limit_s is None), progress)
-    homogeneous = search.try_best(same, MOST_HOMOGENEOUS)
+    clock = clock or Clock(default_limit_s(fleet.num_gpus), processor=True)
+    search = _Search(problem, clock, progress)
+    bounds_s = np.array([problem.homogeneous_bound_s(replicas) for replicas in same])
+    homogeneous = search.try_best(same, bounds_s, MOST_HOMOGENEOUS)
     search.certificate.look_at(np.array(homogeneous))
-    search.try_best(search.named(NAMED), MOST_NAMED)
+    named = search.named(NAMED)
+    bounds_s = search.certificate.steps_s(np.array(named)).mean(axis=1)
+    search.try_best(named, bounds_s, MOST_NAMED)
     search.climb(NEAR)
     search.run_fully(homogeneous)
     return search.found(homogeneous)
@@ -156,11 +157,10 @@ class _Search:
         estimates = self.estimates()
         return min(estimates, key=lambda key: (estimates[key], key))
 
-    def try_best(self, plans: Sequence[np.ndarray], most: int) -> Key:
-        """Try the plans with the lowest bounds, some of them; return the best plan known."""
-        bounds_s = self.certificate.steps_s(np.array(plans)).mean(axis=1)
-        best_s = min(self.estimates().values(), default=np.inf)
+    def try_best(self, plans: Sequence[np.ndarray], bounds_s: np.ndarray, most: int) -> Key:
+        """Try the plans with the lowest bounds, at most so many; return the best plan known."""
         for place in np.argsort(bounds_s, kind="stable")[:most].tolist():
+            best_s = min(self.estimates().values(), default=np.inf)
             if not self.few_s or (bounds_s[place] < best_s and not self.is_out(NEAR)):
                 self.try_plan(plans[place])
         return self.best()

@@ -64,6 +64,20 @@ class PackedProblem:
             for candidate in self.fleet.candidates
         )
 
+    def homogeneous_bound_s(self, replicas: IntArray) -> float:
+        """Return what the mean step over replicas of one candidate takes at least.
+
+        ``replicas`` is int64 [candidates], and more than 0 for one that holds every sequence.
+        """
+        place = int(np.flatnonzero(replicas)[0])
+        rates, number = self.rates[place], int(replicas[place])
+        step_s = np.maximum(self.counts @ rates.least_s / number, self._longest_alone_s(rates))
+        rate_s, bubble_s = rates.after(float(step_s.min()))
+        return float(np.maximum(step_s, self.counts @ rate_s / number + bubble_s).mean())
+
+    def _longest_alone_s(self, rates: Rates) -> np.ndarray:
+        return np.where(self.counts > 0, rates.alone_s, 0.0).max(axis=1)
+
     def dispatch(self, plan: Plan, steps: Iterable[int]) -> list[Assignment]:
         """Return the assignments of some of the steps, known by their places, over a plan."""
         costs = packed_costs(plan, self.cost_model)

@@ -170,3 +170,10 @@ def test_saving_replaces_an_older_adapter_whole(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "second"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_whoever_may_read_the_configuration_may_read_the_weights(tmp_path: Path) -> None:
+    spec = adapter_spec(TASKS[1])
+    save_adapter(tmp_path / "a", spec, {"x": torch.zeros(2)}, "base")
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "a").iterdir()}
+    assert modes["adapter_model.safetensors"] == modes["adapter_config.json"]

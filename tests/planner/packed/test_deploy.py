@@ -50,6 +50,23 @@ def test_one_layout_is_taken_where_no_mixture_is_one_per_cent_faster() -> None:
     assert found.sampled.gap <= 0.01
 
 
+class SlowExchange(LawCostModel):
+    """A cost model under which adapters take 7 ms to synchronise."""
+
+    def sync_time_ms(self, num_ranks: int, layers_share: float = 1.0) -> float:
+        return 7.0
+
+
+def test_plans_are_compared_with_the_synchronisation_in_their_times() -> None:
+    workload = Workload({"one": np.full(500, 100)}, {"one": 64}, {"one": 0})
+    costs = SlowExchange(8, {1: (0.0, 0.0, 0.01, 0.0, 0.0)})
+    found = deploy(workload, memory_of((1, 1, 1, 800, "keep")), costs, 4, PACKED)
+    assert found.homogeneous is not None and found.homogeneous.plan == found.plan
+    same = found.with_sync(found.homogeneous)
+    assert same.step_time_s == pytest.approx(found.sampled.mean_step_time_s)
+    assert same.step_time_s == pytest.approx(found.homogeneous.step_time_s + 0.007)
+
+
 def test_lobras_patterns_plan_no_packed_steps() -> None:
     memory = memory_of((1, 1, 1, 4096, "keep"))
     with pytest.raises(ConfigError, match="'PRUNE' plans padded buckets only"):

@@ -56,6 +56,29 @@ def test_what_is_found_is_between_the_bound_and_no_better_than_the_optimum(
     assert mean_s <= found.homogeneous_s * ABOVE
 
 
+@given(packed_problems(most=5))
+@examples(30, 400)
+def test_no_bound_of_one_layout_is_above_brute_force(problem: PackedProblem) -> None:
+    for replicas in problem.fleet.homogeneous(problem.longest):
+        optimum_s = np.mean([least_step_s(problem, replicas, step) for step in problem.steps])
+        assert problem.homogeneous_bound_s(replicas) <= optimum_s * ABOVE
+
+
+def test_the_best_plan_of_one_layout_is_compared_with() -> None:
+    """Of ten layouts that hold everything, the best one is not among the smallest."""
+    rng = np.random.default_rng(0)
+    steps = tuple(rng.integers(20, 900, 60) for _ in range(3))
+    sizes = (1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1)
+    layouts = [Layout(tp, pp, memory=memory) for tp, pp in sizes for memory in ("keep", "full")]
+    capacity = {1: 400, 2: 2000, 4: 2000, 8: 2000}
+    candidates = [Candidate(layout, capacity[layout.num_gpus]) for layout in layouts]
+    problem = PackedProblem(steps, 900, Fleet(tuple(sorted(candidates)), 8, 8), plain_cost_model())
+    found = exact.solve(problem)
+    every = [problem.fleet.plan(each) for each in problem.fleet.homogeneous(900)]
+    best_s = min(problem.step_s(plan, range(3)).mean() for plan in every)
+    assert found.homogeneous_s == pytest.approx(best_s)
+
+
 def test_a_plan_that_takes_less_than_others_tightens_the_certificate() -> None:
     rng = np.random.default_rng(1)
     steps = tuple(np.minimum(rng.lognormal(5.0, 1.0, 90).astype(int) + 1, 3000) for _ in range(8))
