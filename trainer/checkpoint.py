@@ -6,7 +6,7 @@
 - `best/<task>/`: the same of the lowest validation loss so far, of tasks that may stop early;
 - `moments/<task>.safetensors`: Adam's moments, `<moment>/<PEFT's name>`;
 - `state.json`: steps, every task's progress by its name, what the data was, the replicas' speed
-  factors.
+  factors, and the digests of all files (`trainer.seal`).
 
 Sampling and dropout are pure functions of a task's own steps, so there is no random state to keep.
 """
@@ -14,7 +14,8 @@ Sampling and dropout are pure functions of a task's own steps, so there is no ra
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import logging
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,11 +35,15 @@ from lobra.model.stage import Stage
 from lobra.trainer.adapters import CONFIG_FILE, WEIGHTS_FILE, save_adapter
 from lobra.trainer.checkpoint_folder import FOLDER, STATE_FILE, list_checkpoints, step_folder
 from lobra.trainer.optimizer import AdapterOptimizer
+from lobra.trainer.seal import Seal, broken_by, not_finite, seal_of
 from lobra.trainer.task_progress import TaskProgress
 from lobra.trainer.zero import MOMENTS
 
+log = logging.getLogger(__name__)
+
 BEST_FOLDER = "best"  # in a checkpoint
-FORMAT = 2
+FORMAT = 3
+SEALED_FROM = 3  # the first format with digests
 
 
 def _is_day(text: str) -> str:
@@ -112,6 +117,7 @@ class CheckpointWriter:
         """Make the checkpoint visible, then remove all but the last `num_kept` (at least one)."""
         progress = {name: own.as_json() for name, own in state.progress.items()}
         content = {"format": FORMAT, **state.__dict__, "progress": progress}
+        content["seal"] = asdict(seal_of(self.draft, content))
         write_atomic(self.draft / STATE_FILE, json.dumps(content, indent=1) + "\n")
         replace_folder(self.draft, self.target)
         for old in list_checkpoints(self.run)[:-num_kept]:
@@ -122,8 +128,15 @@ class _Broken(Exception):
     """Why a checkpoint cannot be resumed from, in words."""
 
 
-def _read(folder: Path) -> CheckpointState:
-    """Return a checkpoint's state after checking all its files; of tensors only the headers.
+def _read(folder: Path, *, whole: bool) -> CheckpointState:
+    """Return a checkpoint's state after checking that all its files fit it.
+
+    Parameters
+    ----------
+    folder
+        The checkpoint.
+    whole
+        Whether every file is read and compared with its digest; else, of tensors, only the headers.
 
     Raises
     ------
@@ -131,17 +144,22 @@ def _read(folder: Path) -> CheckpointState:
         Something is missing, damaged or does not fit the rest.
     """
     problems = Problems()
+    seal = None
     try:
         content = read_document(folder / STATE_FILE)
+        as_written = dict(content) if isinstance(content, dict) else {}
         written = content.pop("format", None) if isinstance(content, dict) else None
-        if written not in (None, 1, FORMAT):
+        if written is not None and written not in range(1, FORMAT + 1):
             raise _Broken(
-                f"{STATE_FILE} is of format {written}, this version reads 1 and {FORMAT}: go on "
+                f"{STATE_FILE} is of format {written}, this version reads 1 to {FORMAT}: go on "
                 f"with the version that wrote it (config.yaml names it), or begin a new run whose "
                 f"tasks start from its adapters (resume_from)"
             )
         if written == 1:
             content["progress"] = _progress_of_format_1(content)
+        if written is not None and written >= SEALED_FROM:
+            seal = read_as(Seal, as_written.pop("seal", None), problems)
+            content.pop("seal", None)
         state = read_as(CheckpointState, content, problems)
         problems.raise_if_any()
         assert state is not None
@@ -163,7 +181,31 @@ def _read(folder: Path) -> CheckpointState:
             best = f"{BEST_FOLDER}/{name}/{WEIGHTS_FILE}"
             if _tensors(folder, best) != weights:
                 raise _Broken(f"{best} does not fit the task's adapter")
+    if whole:
+        _check_values(folder, seal, as_written)
     return state
+
+
+def _check_values(folder: Path, seal: Seal | None, as_written: dict[str, Any]) -> None:
+    """Check every byte against the seal; where there is none, that all values are finite.
+
+    Under a seal, values that are not finite are what the run had: of a task that was stopped for
+    them, which must not keep others from going on.
+
+    Raises
+    ------
+    _Broken
+        A file is another than was written, or holds values that a run without a seal cannot have.
+    """
+    if seal is not None and (name := broken_by(seal, folder, as_written, STATE_FILE)):
+        raise _Broken(f"{name} is damaged (its SHA-256 is not that of what was written)")
+    for path in sorted(folder.rglob("*.safetensors")):
+        if (tensor := not_finite(path)) is None:
+            continue
+        found = f"{path.relative_to(folder)} holds values that are not finite ({tensor})"
+        if seal is None:
+            raise _Broken(found)
+        log.warning("%s: %s, as it was saved", folder, found)
 
 
 def _progress_of_format_1(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -198,17 +240,35 @@ def _tensors(folder: Path, name: str) -> dict[str, tuple[int, ...]]:
         raise _Broken(f"{name} is damaged ({error})") from error
 
 
-def _is_whole(folder: Path) -> bool:
-    """Return whether a checkpoint can be resumed from."""
-    try:
-        _read(folder)
-    except _Broken:
-        return False
-    return True
+def newest_whole(run: Path) -> tuple[int | None, list[str]]:
+    """Return the step of the newest checkpoint that can be resumed from, None if there is none.
+
+    Returns
+    -------
+    tuple
+        The step, and of every later checkpoint why it is not usable.
+    """
+    broken = []
+    for step in reversed(list_checkpoints(run)):
+        try:
+            _read(step_folder(run, step), whole=True)
+            return step, broken
+        except _Broken as error:
+            broken.append(f"{step_folder(run, step)}: {error}")
+    return None, broken
 
 
-def read_state(run: Path, step: int | None) -> CheckpointState:
+def read_state(run: Path, step: int | None, *, whole: bool = True) -> CheckpointState:
     """Return the state of a run's checkpoint; of the last one when `step` is None.
+
+    Parameters
+    ----------
+    run
+        The run's folder.
+    step
+        Of the checkpoint.
+    whole
+        Whether every file is compared with its digest; else, of tensors, only the headers are read.
 
     Raises
     ------
@@ -225,10 +285,10 @@ def read_state(run: Path, step: int | None) -> CheckpointState:
         raise ConfigError(f"--resume {step}: {run / FOLDER} has only the steps {have}")
     folder = step_folder(run, step)
     try:
-        return _read(folder)
+        return _read(folder, whole=whole)
     except _Broken as error:
-        whole = [number for number in steps if _is_whole(step_folder(run, number))]
-        remedy = f"the last complete one is --resume {whole[-1]}" if whole else "none is complete"
+        last, _ = newest_whole(run)
+        remedy = "none is complete" if last is None else f"the last complete one is --resume {last}"
         raise ConfigError(f"{folder}: not a usable checkpoint: {error}; {remedy}") from error
 
 

@@ -46,7 +46,7 @@ def train_rank(run: RunSpec) -> RankResult:
     with StopRequest() as stop:
         resumed = None
         if run.resume_step is not None:
-            resumed = read_state(run.output_dir, run.resume_step)
+            resumed = read_state(run.output_dir, run.resume_step, whole=False)
         engine = Engine(run, resumed, lambda: stop.received is not None)
         coordinates = engine.rank == 0
         last = Coordinator(run, engine, resumed).train() if coordinates else engine.follow()
