@@ -132,8 +132,8 @@ def run_ranks(
         A rank raised, died or timed out; every other rank is ended.
     Interrupted
         A rank ended on a stop signal without a result.
-    ConfigError
-        A rank found a user's mistake; passed on as it is.
+    ConfigError, MachineError
+        A rank found a user's mistake, or something that the machine denies; passed on as it is.
     """
     context = _context(device, preload)
     processes: list[Any] = []

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from lobra.common.errors import ConfigError
+from lobra.common.errors import ConfigError, MachineError
 from lobra.model.host_memory import keep_freed_memory
 
 # Stop signals that reached this rank before its target installed a handler of its own.
@@ -86,7 +86,8 @@ def rank_main(env: RankEnv, target: str, kwargs: dict[str, Any], pipe: Connectio
         if dist.is_initialized():
             dist.destroy_process_group()
     except BaseException as error:  # reported to the parent, which raises it
-        pipe.send(("error", error if isinstance(error, ConfigError) else traceback.format_exc()))
+        told = isinstance(error, ConfigError | MachineError)  # says all that is to be known
+        pipe.send(("error", error if told else traceback.format_exc()))
         # Leave at once: peers blocked in a collective with us must not keep us alive.
         os._exit(1)
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lobra.common.errors import ConfigError, Problems, show
-from lobra.common.files import new_draft, replace_folder, write_atomic
+from lobra.common.files import drafted, write_atomic
 from lobra.layout.shapes import ModelShape
 from lobra.layout.world import World
 from lobra.model.adapter import AdapterSpec, FlatTensors
@@ -81,10 +81,10 @@ def save_adapter(
     The folder appears complete or not at all; an older one of that name is there until the moment
     it is replaced.
     """
-    draft = new_draft(folder)
-    save_file(dict(tensors), draft / WEIGHTS_FILE, metadata={"format": "pt"})
-    write_atomic(draft / CONFIG_FILE, json.dumps(peft_config(spec, base_model), indent=2) + "\n")
-    replace_folder(draft, folder)
+    config = json.dumps(peft_config(spec, base_model), indent=2) + "\n"
+    with drafted(folder) as draft:
+        save_file(dict(tensors), draft / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_atomic(draft / CONFIG_FILE, config)
 
 
 def peft_config(spec: AdapterSpec, base_model: str) -> dict[str, Any]:

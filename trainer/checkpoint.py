@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -29,6 +30,7 @@ from lobra.common.documents import read_document
 from lobra.common.errors import ConfigError, Problems
 from lobra.common.files import new_draft, remove_folder, replace_folder, write_atomic
 from lobra.common.models import Count, FileModel, OneOf, Positive, read_as
+from lobra.common.storage import StorageError, told_as_storage
 from lobra.layout.sequences import BATCHINGS
 from lobra.model.adapter import AdapterSpec
 from lobra.model.stage import Stage
@@ -87,14 +89,38 @@ def drop_later(run: Path, step: int) -> None:
 
 
 class CheckpointWriter:
-    """Writes one checkpoint task by task into a hidden folder, then makes it visible."""
+    """Writes one checkpoint task by task into a hidden folder, then makes it visible.
 
-    def __init__(self, run: Path, step: int) -> None:
+    What the file system denies is raised by `finish`, not before: until then other ranks send what
+    they hold. The hidden folder is gone by then, and nothing more is written.
+    """
+
+    def __init__(self, run: Path, step: int, need_bytes: int | None = None) -> None:
+        """Begin the checkpoint after `step` steps, which takes so much room, if that is known."""
         self.run = run
         self.target = step_folder(run, step)
-        for left in self.target.parent.glob(".step_*.partial"):  # by a run that died
-            remove_folder(left)
+        self._need_bytes = need_bytes
+        self._failure: StorageError | None = None
+        self._attempt(self._begin)
+
+    def _begin(self) -> None:
+        self._remove_drafts()  # of a run that died
         self.draft = new_draft(self.target)
+
+    def _remove_drafts(self) -> None:
+        for left in self.target.parent.glob(".step_*.partial"):
+            remove_folder(left)
+
+    def _attempt(self, write: Callable[[], None]) -> None:
+        """Write, unless something could not be written before; note if this cannot be."""
+        if self._failure is not None:
+            return
+        try:
+            with told_as_storage(self.target, "or lower --keep-checkpoints", self._need_bytes):
+                write()
+        except StorageError as error:
+            self._failure = error
+            self._remove_drafts()
 
     def add_task(
         self,
@@ -104,22 +130,42 @@ class CheckpointWriter:
         base_model: str,
     ) -> None:
         """Write one task's adapter and moments (PEFT's names)."""
-        save_adapter(self.draft / "adapters" / spec.name, spec, weights, base_model)
-        flat = {f"{kind}/{name}": t for kind, own in moments.items() for name, t in own.items()}
-        (self.draft / "moments").mkdir(exist_ok=True)
-        save_file(flat, self.draft / "moments" / f"{spec.name}.safetensors")
+
+        def write() -> None:
+            save_adapter(self.draft / "adapters" / spec.name, spec, weights, base_model)
+            flat = {f"{kind}/{name}": t for kind, own in moments.items() for name, t in own.items()}
+            (self.draft / "moments").mkdir(exist_ok=True)
+            save_file(flat, self.draft / "moments" / f"{spec.name}.safetensors")
+
+        self._attempt(write)
 
     def add_best(self, spec: AdapterSpec, weights: dict[str, Tensor], base_model: str) -> None:
         """Write the best adapter that a task has had so far (PEFT's names)."""
-        save_adapter(self.draft / BEST_FOLDER / spec.name, spec, weights, base_model)
+
+        def write() -> None:
+            save_adapter(self.draft / BEST_FOLDER / spec.name, spec, weights, base_model)
+
+        self._attempt(write)
 
     def finish(self, state: CheckpointState, num_kept: int) -> None:
-        """Make the checkpoint visible, then remove all but the last `num_kept` (at least one)."""
+        """Make the checkpoint visible, then remove all but the last `num_kept` (at least one).
+
+        Raises
+        ------
+        StorageError
+            The checkpoint could not be written; nothing is left of it, and no other was removed.
+        """
         progress = {name: own.as_json() for name, own in state.progress.items()}
         content = {"format": FORMAT, **state.__dict__, "progress": progress}
-        content["seal"] = asdict(seal_of(self.draft, content))
-        write_atomic(self.draft / STATE_FILE, json.dumps(content, indent=1) + "\n")
-        replace_folder(self.draft, self.target)
+
+        def write() -> None:
+            content["seal"] = asdict(seal_of(self.draft, content))
+            write_atomic(self.draft / STATE_FILE, json.dumps(content, indent=1) + "\n")
+            replace_folder(self.draft, self.target)
+
+        self._attempt(write)
+        if self._failure is not None:
+            raise self._failure
         for old in list_checkpoints(self.run)[:-num_kept]:
             remove_folder(step_folder(self.run, old))
 
@@ -248,7 +294,7 @@ def newest_whole(run: Path) -> tuple[int | None, list[str]]:
     tuple
         The step, and of every later checkpoint why it is not usable.
     """
-    broken = []
+    broken: list[str] = []
     for step in reversed(list_checkpoints(run)):
         try:
             _read(step_folder(run, step), whole=True)

@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 import torch.distributed as dist
 from torch import Tensor
 
+from lobra.common.storage import told_as_storage
 from lobra.model.slot import Slot
 from lobra.model.stage import Stage
 from lobra.trainer.adapters import gather_tensors, not_finite, save_adapter
 from lobra.trainer.checkpoint import CheckpointState, CheckpointWriter, load_best
 from lobra.trainer.optimizer import AdapterOptimizer
 from lobra.trainer.run_spec import RunSpec
+from lobra.trainer.zero import MOMENTS
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +61,15 @@ class AdapterExporter:
         Moments are gathered on the devices, where a rank may wait for others only as long as NCCL
         is patient. So before each task's, all wait on the control group, whose patience is long,
         until rank 0 has written the task before.
+
+        Raises
+        ------
+        StorageError
+            On rank 0, when all ranks are done: the checkpoint could not be written.
         """
-        writer = None if state is None else CheckpointWriter(self.run.output_dir, state.step)
+        writer = None
+        if state is not None:
+            writer = CheckpointWriter(self.run.output_dir, state.step, self._checkpoint_bytes())
         for number, slot in self.stage.slots.items():
             weights = self._weights(slot)
             if self.moments_are_split:
@@ -73,9 +82,21 @@ class AdapterExporter:
                 writer.add_task(slot.spec, weights, moments, self.run.base_model)
                 if number in self.kept:
                     writer.add_best(slot.spec, self.kept[number], self.run.base_model)
-        if writer is not None and state is not None:
-            writer.finish(state, self.run.keep_checkpoints)
-        dist.barrier(group=self.control)
+        try:
+            if writer is not None and state is not None:
+                writer.finish(state, self.run.keep_checkpoints)
+        finally:  # the others wait for this, whatever became of it
+            dist.barrier(group=self.control)
+
+    def _checkpoint_bytes(self) -> int:
+        """Return the size of all tasks' weights and moments, and of the best adapters kept."""
+        shape, copies = self.stage.shape, 1 + len(MOMENTS)
+        return sum(
+            shape.adapter_elements(slot.spec.rank, slot.spec.target_modules)
+            * slot.weights.itemsize
+            * (copies + (number in self.kept))
+            for number, slot in self.stage.slots.items()
+        )
 
     def keep(self, numbers: Sequence[int]) -> None:
         """Keep these tasks' adapters, as they are now, as the best of theirs."""
@@ -92,18 +113,32 @@ class AdapterExporter:
             self.kept[number] = {name: value.to(slot.weights.dtype) for name, value in best.items()}
 
     def export(self, present: Sequence[int], best: Sequence[int]) -> None:
-        """Write adapter folders: of some tasks as their adapters are now, of others those kept."""
-        for number in (*present, *best):
-            slot = self.stage.slots[number]
-            tensors = self.kept[number] if number in best else self._weights(slot)
-            if self.is_writer:
-                if bad := not_finite(tensors):
-                    log.warning(
-                        "the adapter of task %s holds values that are not finite (%s and %d more); "
-                        "it is of no use",
-                        slot.spec.name, bad[0], len(bad) - 1,
-                    )  # fmt: skip
-                folder = self.run.adapter_folder(number)
-                save_adapter(folder, slot.spec, tensors, self.run.base_model)
-        if present or best:
+        """Write adapter folders: of some tasks as their adapters are now, of others those kept.
+
+        Raises
+        ------
+        StorageError
+            On rank 0, when all ranks are done: an adapter could not be written.
+        """
+        if not (present or best):
+            return
+        try:
+            for number in (*present, *best):
+                slot = self.stage.slots[number]
+                tensors = self.kept[number] if number in best else self._weights(slot)
+                if self.is_writer:
+                    self._write(number, slot, tensors)
+        finally:  # the others wait for this, whatever became of it
             dist.barrier(group=self.control)
+
+    def _write(self, number: int, slot: Slot, tensors: dict[str, Tensor]) -> None:
+        if bad := not_finite(tensors):
+            log.warning(
+                "the adapter of task %s holds values that are not finite (%s and %d more); "
+                "it is of no use",
+                slot.spec.name, bad[0], len(bad) - 1,
+            )  # fmt: skip
+        folder = self.run.adapter_folder(number)
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        with told_as_storage(folder, "then go on with --resume", size):
+            save_adapter(folder, slot.spec, tensors, self.run.base_model)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NoReturn
 
-from lobra.common.errors import ConfigError, Problems
+from lobra.common.errors import ConfigError, MachineError, Problems
 from lobra.common.options import (
     THIS_MACHINE,
     LauncherOptions,
@@ -85,6 +85,8 @@ def train(
             return 2  # rank 0 says why
         except ConfigError as error:
             _leave(str(error), 2)
+        except MachineError as error:
+            _leave(str(error), 1)
         except Exception:
             _leave(f"failed\n{traceback.format_exc().rstrip()}", 1)
         if not is_first:
@@ -97,13 +99,24 @@ def train(
             print(f"lobra: {error} before the first step; nothing to save", file=sys.stderr)
             return EXIT_CODES[error.signal]
         result = results[0]
-    if (spec.output_dir / METRICS_FILE).is_file():
-        print_run_report(spec.output_dir)
+    _show_report(spec.output_dir)
     if result.stopped_at is None:
         return 0
     folder = step_folder(spec.output_dir, result.stopped_at)
     print(f"stopped; saved {folder}; go on with the same command and --resume", file=sys.stderr)
     return EXIT_CODES.get(result.stop_signal or 0, 1)
+
+
+def _show_report(folder: Path) -> None:
+    """Print the run's report; that its lines find no room, or no reader, is no failure of a run."""
+    if not (folder / METRICS_FILE).is_file():
+        return
+    try:
+        print_run_report(folder)
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        log.warning("the report is not shown (%s): lobra report %s", error.strerror, folder)
 
 
 def _leave(message: str, code: int) -> NoReturn:
