@@ -10,12 +10,14 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
 from lobra.common.storage import StorageError
 from lobra.layout.order import StepOrder, Update
+from lobra.model.heartbeat import beat
 from lobra.profiler.accelerators import load_tables
 from lobra.profiler.hardware import describe_device
 from lobra.tasks.config import TaskConfig
@@ -37,6 +39,8 @@ from lobra.trainer.task_progress import TaskProgress
 from lobra.trainer.trained_step import TrainedStep, mean_losses
 
 log = logging.getLogger(__name__)
+
+RECENT_STEPS = 50  # whose longest is what a step is expected to take
 
 
 @dataclass
@@ -70,6 +74,7 @@ class Coordinator:
         self.unwritten: set[int] = set()  # tasks whose adapters could not be exported
         self.last_metrics: StepMetrics | None = None
         self.stop_requested = False
+        self.step_times_s: deque[float] = deque(maxlen=RECENT_STEPS)
         self.ahead = OrdersAhead()
         self.held_out = HeldOut(
             {
@@ -124,6 +129,7 @@ class Coordinator:
                 self._tell_exports(records, exported)
             exported, _ = self._write_down(is_end=True)
             self._tell_exports(records, exported)
+            beat("ending")
             last = StepOrder(self.step, stop=True, finished=not self._attendance().own_steps)
             self._carry_out(last)
         return last
@@ -181,7 +187,9 @@ class Coordinator:
     def _train_step(self, attendance: Attendance) -> StepMetrics:
         """Run one step, and the evaluation that follows if a period ends; learn from both."""
         run = self.run
+        beat("dispatching", attendance.step + 1, max(self.step_times_s, default=0.0))
         trained = self._run_step(attendance)
+        self.step_times_s.append(trained.step_time_s)
         self.step += 1
         self.stop_requested |= trained.report.stop
         if run.feedback:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lobra.layout.order import StepOrder, Update
 from lobra.model.groups import build_groups
+from lobra.model.heartbeat import beat
 from lobra.model.micro_batch import MicroBatchTensors, micro_batch_tensors
 from lobra.model.pipeline import evaluate_replica, run_replica
 from lobra.model.precision import DTYPES
@@ -60,6 +61,7 @@ class Engine:
         """Build all, with the adapters of a checkpoint, or those that tasks start from."""
         start_deepspeed(run.device)
         self.run = run
+        self.resumed_step = 0 if resumed is None else resumed.step
         self.rank = dist.get_rank()
         self.told_to_stop = told_to_stop
         self.device = (
@@ -128,11 +130,14 @@ class Engine:
 
     def follow(self) -> StepOrder:
         """Carry out rank 0's orders (every other rank) and return the last one."""
+        following = self.resumed_step + 1
         while True:
+            beat("waiting for its order", following)
             order = self.control.receive()
             self.carry_out(order)
             if order.stop:
                 return order
+            following = order.step + (2 if order.updates else 1)
 
     def carry_out(
         self, order: StepOrder, state: CheckpointState | None = None
@@ -170,6 +175,7 @@ class Engine:
 
     def _train(self, order: StepOrder) -> StepReport:
         start = time.perf_counter()
+        beat("preparing", order.step + 1)
         batches = self._tensors(order)
         prepare_s = time.perf_counter() - start
         try:
@@ -184,6 +190,7 @@ class Engine:
         finally:
             self.stage.apart = False
         exchanged = time.perf_counter()
+        beat("updating")
         self.step(order.updates, report.grad_norms)
         self._synchronize()
         return replace(report, prepare_s=prepare_s, optimizer_s=time.perf_counter() - exchanged)
@@ -196,14 +203,17 @@ class Engine:
         losses = self.forward_backward(batches)
         self._synchronize()
         computed = time.perf_counter()
+        beat("reducing")
         numbers = [update.task for update in order.updates]
         squared_norms = torch.zeros(self.num_tasks, dtype=torch.float64)
         squared_norms[numbers] = self.optimizer.reduce(numbers).cpu()
         reduced = time.perf_counter()
+        beat("comparing norms")
         report = self._exchange(order, losses, squared_norms, computed - begin, computed - start)
         return replace(report, reduce_s=reduced - computed)
 
     def _evaluate(self, order: StepOrder) -> StepReport:
+        beat("evaluating", order.step)
         losses = evaluate_replica(self.stage, self._tensors(order), self.num_tasks)
         return self._exchange(order, losses, torch.zeros(len(losses)), 0.0, 0.0)
 

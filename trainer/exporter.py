@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lobra.common.storage import told_as_storage
+from lobra.model.heartbeat import beat
 from lobra.model.slot import Slot
 from lobra.model.stage import Stage
 from lobra.trainer.adapters import gather_tensors, not_finite, save_adapter
@@ -71,6 +72,7 @@ class AdapterExporter:
         if state is not None:
             writer = CheckpointWriter(self.run.output_dir, state.step, self._checkpoint_bytes())
         for number, slot in self.stage.slots.items():
+            beat("writing")
             weights = self._weights(slot)
             if self.moments_are_split:
                 dist.barrier(group=self.control)
@@ -124,6 +126,7 @@ class AdapterExporter:
             return
         try:
             for number in (*present, *best):
+                beat("writing")
                 slot = self.stage.slots[number]
                 tensors = self.kept[number] if number in best else self._weights(slot)
                 if self.is_writer:

@@ -19,7 +19,7 @@ from typing import Any
 
 from lobra.common.errors import ConfigError
 from lobra.model.host_memory import keep_freed_memory
-from lobra.model.launch import DEFAULT_PRELOAD, run_ranks
+from lobra.model.launch import DEFAULT_PRELOAD, WatchOrder, run_ranks
 from lobra.trainer.prepare import TrainRequest, prepare
 from lobra.trainer.rank import RankResult
 from lobra.trainer.run_spec import RunSpec
@@ -27,6 +27,7 @@ from lobra.trainer.run_spec import RunSpec
 log = logging.getLogger(__name__)
 
 ENV_FILE_MARK = "LOBRA_ENV_FILE"
+STACKS_FOLDER = "stacks"  # in a run's folder: where ranks were when one stood still
 PREPARING = timedelta(days=1)  # the longest rank 0 may tokenise
 PRELOAD = (*DEFAULT_PRELOAD, "lobra.trainer.preload")
 
@@ -74,6 +75,7 @@ def run_local(run: RunSpec, target: str = "lobra.trainer.rank:train_rank") -> li
         environment=environment,
         preload=PRELOAD,
         on_signal=tell,
+        watch=WatchOrder(run.hang_timeout_s, run.output_dir / STACKS_FOLDER),
     )
     if received and results[0].stopped_at is not None:
         results[0].stop_signal = received[0]

@@ -1,0 +1,163 @@
+"""Who holds a run up: a watch over the ranks of this machine, by their heartbeats.
+
+Ranks wait for each other, so when one stands still, all do soon. Which it is, is told by what the
+system says of its process (stopped, waiting for a disk), else by the stacks: all others are in a
+collective. If all are, it is the one that is least far.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from lobra.model.heartbeat import SLOW_PHASES, Beat, Heartbeats
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 1.0  # between two looks
+WARN_AFTER_S, WARN_AFTER_STEPS = 30.0, 5  # of what a step is expected to take
+END_AFTER_S, END_AFTER_STEPS = 600.0, 20
+SLOW_S = 7200.0  # for files and other machines: as long as ranks wait for them
+DUMP_SIGNAL = signal.SIGUSR1
+DUMP_S = 1.0  # for all ranks to write their stacks
+PROCESS_STATES = {
+    "T": "stopped by a signal (T)",
+    "t": "stopped by a debugger (t)",
+    "D": "waiting for a disk or a device (D)",
+    "Z": "dead (Z)",
+    "X": "dead (X)",
+}
+_IN_COLLECTIVE = re.compile(r"torch/distributed/|torch/cuda/__init__.py.* in synchronize")
+
+
+class Watch:
+    """Looks at ranks again and again, and tells when they have not moved for too long."""
+
+    def __init__(
+        self,
+        heartbeats: Heartbeats,
+        pids: Sequence[int],
+        end_after_s: float | None,
+        folder: Path,
+    ) -> None:
+        """Watch the processes of all ranks.
+
+        Parameters
+        ----------
+        heartbeats
+            Where they note what they do.
+        pids
+            Of the ranks, in their order.
+        end_after_s
+            How long all may stand still in a step; by default ten minutes, or more where steps are
+            long.
+        folder
+            Where every rank writes its stack when it is asked to (`stack_file`).
+        """
+        self._heartbeats = heartbeats
+        self._pids = pids
+        self._end_after_s = end_after_s
+        self._folder = folder
+        self._counts: list[int] = []
+        self._looked_s = time.monotonic()
+        self._silent_s = 0.0
+        self._has_warned = False
+
+    def look(self) -> tuple[int, str] | None:
+        """Return the rank that holds all up and what is known of it, if that is so for too long.
+
+        It is warned of before.
+        """
+        now = time.monotonic()
+        # No more than what is between two looks: this process may have been stopped with them all.
+        self._silent_s += min(now - self._looked_s, 2 * LOOK_S)
+        self._looked_s = now
+        beats = self._heartbeats.read()
+        counts = [beat.count for beat in beats]
+        if counts != self._counts:
+            self._counts, self._silent_s = counts, 0.0
+            self._has_warned = False
+            return None
+        expected_s = beats[0].expected_s
+        warn_s, end_s = self._limits(beats, expected_s)
+        if self._silent_s >= end_s:
+            self._dump()
+            return self._blamed(beats, expected_s)
+        if self._silent_s >= warn_s and not self._has_warned:
+            self._has_warned = True
+            rank, why = self._blamed(beats, expected_s)
+            log.warning("rank %d holds the run up: %s", rank, why)
+        return None
+
+    def _limits(self, beats: Sequence[Beat], expected_s: float) -> tuple[float, float]:
+        """Return after how many seconds to warn, and to end the run."""
+        warn_s = max(WARN_AFTER_S, WARN_AFTER_STEPS * expected_s)
+        end_s = self._end_after_s or max(END_AFTER_S, END_AFTER_STEPS * expected_s)
+        if not any(map(self._is_stuck, self._pids)):
+            if any(beat.phase in SLOW_PHASES for beat in beats):
+                return max(warn_s, END_AFTER_S), max(end_s, SLOW_S)
+            if not expected_s:  # the first step: much is compiled and made in it
+                end_s = max(end_s, END_AFTER_S)
+        return min(warn_s, end_s / 2), end_s
+
+    @staticmethod
+    def _is_stuck(pid: int) -> bool:
+        return process_state(pid) in ("T", "t")
+
+    def _blamed(self, beats: Sequence[Beat], expected_s: float) -> tuple[int, str]:
+        states = [process_state(pid) for pid in self._pids]
+        halted = [rank for rank, state in enumerate(states) if state in PROCESS_STATES]
+        outside = [rank for rank in range(len(beats)) if self._is_outside(rank)]
+        rank = min(halted or outside or range(len(beats)), key=lambda one: beats[one].progress)
+        known = PROCESS_STATES.get(states[rank], f"in state {states[rank]}")
+        others = {
+            str(beat): [n for n, b in enumerate(beats) if n != rank and str(b) == str(beat)]
+            for n, beat in enumerate(beats)
+            if n != rank
+        }
+        waiting = "; ".join(
+            f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}: {where}"
+            for where, ranks in others.items()
+        )
+        usual = f", where a step takes up to {expected_s:.1f} s" if expected_s else ""
+        return rank, (
+            f"{beats[rank]}, it has not moved for {self._silent_s:.0f} s{usual}; its process "
+            f"{self._pids[rank]} is {known}" + (f". Waiting for it: {waiting}" if waiting else "")
+        )
+
+    def _dump(self) -> None:
+        """Have every rank that can write its stack."""
+        for pid in self._pids:
+            if process_state(pid) not in ("Z", "X", ""):
+                os.kill(pid, DUMP_SIGNAL)
+        time.sleep(DUMP_S)
+
+    def _is_outside(self, rank: int) -> bool:
+        """Return whether a rank's stack was written and is in no collective."""
+        path = stack_file(self._folder, rank)
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        return bool(text) and not _IN_COLLECTIVE.search(_main_thread(text))
+
+
+def stack_file(folder: Path, rank: int) -> Path:
+    """Return where a rank writes its stack."""
+    return folder / f"rank_{rank}.txt"
+
+
+def process_state(pid: int) -> str:
+    """Return the letter that Linux has for what a process does; "" if there is none."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return ""
+    return text.rpartition(")")[2].split()[0]
+
+
+def _main_thread(stacks: str) -> str:
+    """Return the part of a dump that is of the main thread, which is the last one."""
+    return stacks.rpartition("hread 0x")[2]
