@@ -22,6 +22,7 @@ from lobra.model.host_memory import keep_freed_memory
 from lobra.model.launch import DEFAULT_PRELOAD, WatchOrder, run_ranks
 from lobra.trainer.prepare import TrainRequest, prepare
 from lobra.trainer.rank import RankResult
+from lobra.trainer.restarts import run_with_restarts
 from lobra.trainer.run_spec import RunSpec
 
 log = logging.getLogger(__name__)
@@ -43,11 +44,11 @@ def train(request: TrainRequest) -> tuple[RunSpec, list[RankResult]]:
     ------
     ConfigError
         The request cannot be run; nothing was written.
-    RankError
-        A rank failed.
+    RankError, MachineError
+        A rank failed, or the machine denied something, after as many restarts as were asked for.
     """
     run = prepare(request)
-    return run, run_local(run)
+    return run, run_with_restarts(run, request.max_restarts, run_local)
 
 
 def run_local(run: RunSpec, target: str = "lobra.trainer.rank:train_rank") -> list[RankResult]:

@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import yaml
 from pydantic import ConfigDict, Field
 
 from lobra.common.errors import ConfigError
+from lobra.common.files import write_atomic
 from lobra.common.models import Count, FileModel, PositiveInt, Text, load_as
 from lobra.common.version import installed_version
 from lobra.layout.plan import Plan, PlanEntry, PlanMeta, RankMap
@@ -135,6 +137,17 @@ def resume_history(folder: Path, step: int | None) -> list[int]:
     return [*(before for before in earlier if before < step), step]
 
 
+def note_resume(folder: Path, step: int | None) -> None:
+    """Note in config.yaml from which step the run goes on (None: it begins anew)."""
+    path = folder / CONFIG_FILE
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config |= {"resumed_at": step, "resumes": resume_history(folder, step)}
+        write_atomic(path, yaml.safe_dump(config, sort_keys=False))
+    except OSError as error:
+        log.warning("%s: does not say that the run goes on (%s)", path, error.strerror)
+
+
 def resolved_config(
     run: RunSpec, request: TrainRequest, gpus_per_node: int | None, plans: Sequence[PlanPeriod]
 ) -> dict[str, Any]:
@@ -163,6 +176,9 @@ def resolved_config(
         "validate_every": run.validate_every,
         "save_every": run.save_every,
         "keep_checkpoints": run.keep_checkpoints,
+        "hang_timeout": run.hang_timeout_s,
+        "max_restarts": request.max_restarts,
+        "deterministic": run.deterministic,
         "report_to": list(run.report_to),
         "resumed_at": run.resume_step,
         "resumes": resume_history(run.output_dir, run.resume_step),
