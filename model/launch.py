@@ -209,6 +209,7 @@ def run_ranks(
         except RankError as error:
             if watch is not None and isinstance(error, Stalled):
                 _keep_stacks(folder, watch.stacks, world_size)
+                error.add_note(f"stacks of all ranks that could write them: {watch.stacks}")
             if received:  # a rank was not yet able to stop gracefully
                 raise Interrupted(received[0]) from error
             raise

@@ -25,13 +25,17 @@ END_AFTER_S, END_AFTER_STEPS = 600.0, 20
 SLOW_S = 7200.0  # for files and other machines: as long as ranks wait for them
 DUMP_SIGNAL = signal.SIGUSR1
 DUMP_S = 1.0  # for all ranks to write their stacks
-PROCESS_STATES = {
+PROCESS_STATES = {  # Linux's letters
     "T": "stopped by a signal (T)",
     "t": "stopped by a debugger (t)",
     "D": "waiting for a disk or a device (D)",
     "Z": "dead (Z)",
     "X": "dead (X)",
+    "S": "asleep (S)",
+    "R": "running (R)",
+    "": "gone",
 }
+STOPPED, HALTED = ("T", "t"), ("T", "t", "D", "Z", "X", "")
 _IN_COLLECTIVE = re.compile(r"torch/distributed/|torch/cuda/__init__.py.* in synchronize")
 
 
@@ -107,28 +111,30 @@ class Watch:
 
     @staticmethod
     def _is_stuck(pid: int) -> bool:
-        return process_state(pid) in ("T", "t")
+        return process_state(pid) in STOPPED
 
     def _blamed(self, beats: Sequence[Beat], expected_s: float) -> tuple[int, str]:
         states = [process_state(pid) for pid in self._pids]
-        halted = [rank for rank, state in enumerate(states) if state in PROCESS_STATES]
+        halted = [rank for rank, state in enumerate(states) if state in HALTED]
         outside = [rank for rank in range(len(beats)) if self._is_outside(rank)]
         rank = min(halted or outside or range(len(beats)), key=lambda one: beats[one].progress)
+        waiting: dict[str, list[str]] = {}
+        for other, beat in enumerate(beats):
+            if other != rank:
+                waiting.setdefault(str(beat), []).append(str(other))
+        usual = f" (a step takes up to {expected_s:.1f} s)" if expected_s else ""
         known = PROCESS_STATES.get(states[rank], f"in state {states[rank]}")
-        others = {
-            str(beat): [n for n, b in enumerate(beats) if n != rank and str(b) == str(beat)]
-            for n, beat in enumerate(beats)
-            if n != rank
-        }
-        waiting = "; ".join(
-            f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}: {where}"
-            for where, ranks in others.items()
-        )
-        usual = f", where a step takes up to {expected_s:.1f} s" if expected_s else ""
-        return rank, (
-            f"{beats[rank]}, it has not moved for {self._silent_s:.0f} s{usual}; its process "
-            f"{self._pids[rank]} is {known}" + (f". Waiting for it: {waiting}" if waiting else "")
-        )
+        parts = [
+            f"it has not moved for {self._silent_s:.0f} s, {beats[rank]}{usual}",
+            f"its process {self._pids[rank]} is {known}",
+        ]
+        if waiting:
+            told = [
+                f"rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)}, {where}"
+                for where, ranks in waiting.items()
+            ]
+            parts.append(f"waiting for it: {'; '.join(told)}")
+        return rank, "; ".join(parts)
 
     def _dump(self) -> None:
         """Have every rank that can write its stack."""

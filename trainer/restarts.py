@@ -7,7 +7,6 @@ same adapters, bit for bit on the same plan, as one that was not disturbed.
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -83,7 +82,7 @@ def run_with_restarts(
             if not restarts.are_left:
                 error.add_note(how_to_go_on(run.output_dir))
                 raise
-            step = restarts.next(str(error))
+            step = restarts.next("\n".join([str(error), *getattr(error, "__notes__", ())]))
         revive = run.revive if step == run.resume_step else ()  # later checkpoints have them alive
         run = replace(run, resume_step=step, revive=revive)
         note_resume(run.output_dir, step)
@@ -119,9 +118,12 @@ def with_resume(arguments: Sequence[str], step: int | None) -> list[str]:
     """Return a command line's arguments with `--resume step` for what they say of it, if any."""
     if step is None:
         return list(arguments)
-    text = "\0".join(arguments)
-    rest = re.sub(r"(^|\0)--resume(=[^\0]*|\0\d+)?(?=\0|$)", "", text)
-    return [*rest.strip("\0").split("\0"), "--resume", str(step)]
+    rest = [
+        word
+        for word, before in zip(arguments, ["", *arguments], strict=False)
+        if word.partition("=")[0] != "--resume" and not (before == "--resume" and word.isdigit())
+    ]
+    return [*rest, "--resume", str(step)]
 
 
 def forget_steps(folder: Path) -> None:

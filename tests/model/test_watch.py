@@ -91,9 +91,11 @@ def test_the_stopped_process_is_to_blame_though_another_is_less_far(
     assert not caplog.records
     assert clock.silence(one, 20) is None
     (warning,) = [record.getMessage() for record in caplog.records]
-    assert warning.startswith("rank 2 holds the run up: reducing in step 7, it has not moved for")
-    assert "stopped by a signal (T). Waiting for it: ranks 0, 1: computing in step 7" in warning
-    assert "where a step takes up to 0.5 s" in warning
+    start = (
+        "rank 2 holds the run up: it has not moved for 30 s, reducing in step 7 (a step takes up "
+    )
+    assert warning.startswith(f"{start}to 0.5 s); its process {sleepers[2]} is stopped by a signal")
+    assert "stopped by a signal (T); waiting for it: ranks 0, 1, computing in step 7" in warning
     rank, why = clock.silence(one, 60) or (None, "")
     assert rank == 2 and clock.now == 61
     assert f"its process {sleepers[2]} is stopped by a signal (T)" in why
