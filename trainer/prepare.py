@@ -57,7 +57,12 @@ from lobra.trainer.batching import chosen_batching, fixed_buckets
 from lobra.trainer.checkpoint import CheckpointState, read_state
 from lobra.trainer.metrics import METRICS_FILE, check_metrics
 from lobra.trainer.resume_checks import resume_problems, revival_problems, task_record
-from lobra.trainer.run_config import PlanPeriod, plan_history, resolved_config
+from lobra.trainer.run_config import (
+    PlanPeriod,
+    plan_history,
+    resolved_config,
+    warn_of_other_versions,
+)
 from lobra.trainer.run_folder import occupied, unusable, write_run_folder
 from lobra.trainer.run_spec import RunSpec
 from lobra.trainer.step_trace import steps_of
@@ -376,6 +381,8 @@ def prepare(request: TrainRequest) -> RunSpec:
             "same but for rounding",
             run.batching, state.batching,
         )  # fmt: skip
+    if state is not None:
+        warn_of_other_versions(run)
     log.info("the tasks' data:\n%s", summary_text(datasets))
     _warn_of_long_contexts(tasks, training, shape)
     plans = plan_history(run.output_dir, PlanPeriod.of(run))

@@ -17,6 +17,7 @@ from lobra.common.files import write_atomic
 from lobra.common.models import Count, FileModel, PositiveInt, Text, load_as
 from lobra.common.version import installed_version
 from lobra.layout.plan import Plan, PlanEntry, PlanMeta, RankMap
+from lobra.profiler.hardware import versions
 from lobra.trainer.run_spec import CONFIG_FILE, RunSpec
 
 if TYPE_CHECKING:
@@ -66,6 +67,14 @@ class RunTask(_Noted):
 
 
 @dataclass(frozen=True)
+class UsedProfile(_Noted):
+    """The time profile that steps are balanced and predicted with."""
+
+    path: str = ""
+    digest: str | None = None
+
+
+@dataclass(frozen=True)
 class RunConfig(_Noted):
     """What is read again of a run's config.yaml.
 
@@ -83,6 +92,7 @@ class RunConfig(_Noted):
     plan_meta: PlanMeta | None = None
     plans: tuple[PlanPeriod, ...] = ()
     resumes: tuple[Count, ...] = ()
+    time_profile: UsedProfile = UsedProfile()
 
     @property
     def known_resumes(self) -> tuple[int, ...]:
@@ -135,6 +145,34 @@ def resume_history(folder: Path, step: int | None) -> list[int]:
     except ConfigError:  # `plan_history` has warned
         earlier = ()
     return [*(before for before in earlier if before < step), step]
+
+
+def used_versions() -> dict[str, str]:
+    """Return the versions of what decides the bits of a result."""
+    own = {name: installed_version(name) for name in ("lobra", "deepspeed", "safetensors")}
+    return {**own, **versions()}
+
+
+def warn_of_other_versions(run: RunSpec) -> None:
+    """Warn, in one message, where a run goes on with other software or another profile."""
+    try:
+        earlier = read_run_config(run.output_dir)
+    except ConfigError:  # `plan_history` has warned
+        return
+    now = used_versions()
+    changed = [
+        f"{name} {now[name]} (before: {version})"
+        for name, version in earlier.versions.items()
+        if name in now and now[name] != version
+    ]
+    profile, digest = earlier.time_profile, run.cost_model.meta.get("digest")
+    if profile.digest not in (None, digest):
+        changed.append(f"another time profile (before: {profile.path}, digest {profile.digest})")
+    if changed:
+        log.warning(
+            "the run goes on with %s: what is computed is the same but for rounding",
+            ", ".join(changed),
+        )
 
 
 def note_resume(folder: Path, step: int | None) -> None:
@@ -190,7 +228,11 @@ def resolved_config(
         "plan": run.plan.entries(),
         "plan_meta": _plain(run.plan.meta),
         "rank_map": run.world.as_lists(),
-        "versions": {name: installed_version(name) for name in ("lobra", "torch", "deepspeed")},
+        "versions": used_versions(),
+        "digests": {
+            "base_model": run.fingerprint,
+            "data": {record["name"]: record["data_sha256"] for record in run.task_records},
+        },
         "plans": [period.as_plain() for period in plans],
     }
 
