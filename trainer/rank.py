@@ -67,7 +67,8 @@ def _repeat_bits() -> None:
     """Have torch use algorithms only that give the same bits every time; others raise."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for that
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # no tensor is read before
+    # No tensor is read before it is written. (Stubs lack the attribute.)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _peak_memory_bytes(engine: Engine) -> int:
