@@ -36,7 +36,7 @@ class Beat:
     phase
         One of `PHASES`.
     expected_s
-        How long rank 0 expects a step to take, at most; 0 while it does not know.
+        The longest of its last steps; 0 before the first has ended.
     """
 
     count: int
@@ -67,6 +67,13 @@ class Heartbeats:
     def made(cls, path: Path, num_ranks: int) -> Heartbeats:
         """Make the file, in which no rank has noted anything, and map it."""
         path.write_bytes(bytes(num_ranks * SIZE))
+        return cls(path, num_ranks)
+
+    @classmethod
+    def shared(cls, path: Path, num_ranks: int) -> Heartbeats:
+        """Map a file that whichever rank comes first makes."""
+        with path.open("ab") as file:
+            file.truncate(num_ranks * SIZE)  # new bytes are zero, those that are there stay
         return cls(path, num_ranks)
 
     def note(self, rank: int, beat: Beat) -> None:

@@ -15,7 +15,6 @@ import logging
 import math
 import multiprocessing
 import os
-import shutil
 import signal
 import tempfile
 import threading
@@ -28,7 +27,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from lobra.common.files import drafted
 from lobra.model.heartbeat import Beat, Heartbeats
 from lobra.model.rank_process import HEARTBEATS, RankEnv, rank_main
 from lobra.model.watch import LOOK_S, Watch, stack_file
@@ -214,13 +212,15 @@ def run_ranks(
                     pipe.send("start")
                 if received:  # a signal that came before this rank was there
                     process.terminate()
-            pids = [process.pid for process in processes]
-            watcher = None if watch is None else Watch(heartbeats, pids, watch.end_after_s, folder)
+            watcher = None
+            if watch is not None:
+                pids = {rank: process.pid for rank, process in enumerate(processes)}
+                stacks = {rank: stack_file(folder, rank) for rank in pids}
+                watcher = Watch(heartbeats, pids, stacks, watch.end_after_s)
             return _collect(processes, pipes, timeout_s, heartbeats, watcher)
         except RankError as error:
-            if watch is not None and isinstance(error, Stalled):
-                _keep_stacks(folder, watch.stacks, world_size)
-                error.add_note(f"stacks of all ranks that could write them: {watch.stacks}")
+            if watch is not None and watcher is not None and isinstance(error, Stalled):
+                error.add_note(watcher.keep_stacks(watch.stacks))
             if received:  # a rank was not yet able to stop gracefully
                 raise Interrupted(received[0]) from error
             raise
@@ -265,17 +265,6 @@ def _forwarded_signals(
 def _memory_folder() -> str | None:
     """Return where files are in memory, None where there is no such place."""
     return MEMORY_FOLDER if os.access(MEMORY_FOLDER, os.W_OK | os.X_OK) else None
-
-
-def _keep_stacks(folder: Path, target: Path, world_size: int) -> None:
-    """Copy the stacks that ranks have written; an older run's are replaced."""
-    try:
-        with drafted(target) as draft:
-            for path in (stack_file(folder, rank) for rank in range(world_size)):
-                if path.is_file() and path.stat().st_size:
-                    shutil.copy(path, draft)
-    except OSError as error:
-        log.warning("%s: the ranks' stacks cannot be written (%s)", target, error.strerror)
 
 
 def _collect(

@@ -12,9 +12,10 @@ import os
 import re
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
+from lobra.common.files import drafted
 from lobra.model.heartbeat import SLOW_PHASES, Beat, Heartbeats
 
 log = logging.getLogger(__name__)
@@ -45,28 +46,28 @@ class Watch:
     def __init__(
         self,
         heartbeats: Heartbeats,
-        pids: Sequence[int],
+        pids: Mapping[int, int],
+        stacks: Mapping[int, Path],
         end_after_s: float | None,
-        folder: Path,
     ) -> None:
-        """Watch the processes of all ranks.
+        """Watch the ranks of this machine.
 
         Parameters
         ----------
         heartbeats
             Where they note what they do.
         pids
-            Of the ranks, in their order.
+            The process of each.
+        stacks
+            The file in which each writes its stacks when it gets `DUMP_SIGNAL`.
         end_after_s
             How long all may stand still in a step; by default ten minutes, or more where steps are
             long.
-        folder
-            Where every rank writes its stack when it is asked to (`stack_file`).
         """
         self._heartbeats = heartbeats
         self._pids = pids
+        self._stacks = stacks
         self._end_after_s = end_after_s
-        self._folder = folder
         self._counts: list[int] = []
         self._looked_s = time.monotonic()
         self._silent_s = 0.0
@@ -81,13 +82,14 @@ class Watch:
         # No more than what is between two looks: this process may have been stopped with them all.
         self._silent_s += min(now - self._looked_s, 2 * LOOK_S)
         self._looked_s = now
-        beats = self._heartbeats.read()
-        counts = [beat.count for beat in beats]
+        noted = self._heartbeats.read()
+        beats = {rank: noted[rank] for rank in self._pids}
+        counts = [beat.count for beat in beats.values()]
         if counts != self._counts:
             self._counts, self._silent_s = counts, 0.0
             self._has_warned = False
             return None
-        expected_s = beats[0].expected_s
+        expected_s = max(beat.expected_s for beat in beats.values())
         warn_s, end_s = self._limits(beats, expected_s)
         if self._silent_s >= end_s:
             self._dump()
@@ -98,12 +100,23 @@ class Watch:
             log.warning("rank %d holds the run up: %s", rank, why)
         return None
 
-    def _limits(self, beats: Sequence[Beat], expected_s: float) -> tuple[float, float]:
+    def keep_stacks(self, target: Path) -> str:
+        """Copy the stacks that ranks have written to a folder; return where they are."""
+        try:
+            with drafted(target) as draft:
+                for rank in self._pids:
+                    if text := self._stack(rank):
+                        (draft / f"rank_{rank}.txt").write_text(text, encoding="utf-8")
+        except OSError as error:
+            return f"the ranks' stacks cannot be written to {target} ({error.strerror})"
+        return f"stacks of all ranks that could write them: {target}"
+
+    def _limits(self, beats: Mapping[int, Beat], expected_s: float) -> tuple[float, float]:
         """Return after how many seconds to warn, and to end the run."""
         warn_s = max(WARN_AFTER_S, WARN_AFTER_STEPS * expected_s)
         end_s = self._end_after_s or max(END_AFTER_S, END_AFTER_STEPS * expected_s)
-        if not any(map(self._is_stuck, self._pids)):
-            if any(beat.phase in SLOW_PHASES for beat in beats):
+        if not any(map(self._is_stuck, self._pids.values())):
+            if any(beat.phase in SLOW_PHASES for beat in beats.values()):
                 return max(warn_s, END_AFTER_S), max(end_s, SLOW_S)
             if not expected_s:  # the first step: much is compiled and made in it
                 end_s = max(end_s, END_AFTER_S)
@@ -113,13 +126,13 @@ class Watch:
     def _is_stuck(pid: int) -> bool:
         return process_state(pid) in STOPPED
 
-    def _blamed(self, beats: Sequence[Beat], expected_s: float) -> tuple[int, str]:
-        states = [process_state(pid) for pid in self._pids]
-        halted = [rank for rank, state in enumerate(states) if state in HALTED]
-        outside = [rank for rank in range(len(beats)) if self._is_outside(rank)]
-        rank = min(halted or outside or range(len(beats)), key=lambda one: beats[one].progress)
+    def _blamed(self, beats: Mapping[int, Beat], expected_s: float) -> tuple[int, str]:
+        states = {rank: process_state(pid) for rank, pid in self._pids.items()}
+        halted = [rank for rank, state in states.items() if state in HALTED]
+        outside = [rank for rank in beats if self._is_outside(rank)]
+        rank = min(halted or outside or beats, key=lambda one: beats[one].progress)
         waiting: dict[str, list[str]] = {}
-        for other, beat in enumerate(beats):
+        for other, beat in beats.items():
             if other != rank:
                 waiting.setdefault(str(beat), []).append(str(other))
         usual = f" (a step takes up to {expected_s:.1f} s)" if expected_s else ""
@@ -138,15 +151,21 @@ class Watch:
 
     def _dump(self) -> None:
         """Have every rank that can write its stack."""
-        for pid in self._pids:
+        for pid in self._pids.values():
             if process_state(pid) not in ("Z", "X", ""):
                 os.kill(pid, DUMP_SIGNAL)
         time.sleep(DUMP_S)
 
+    def _stack(self, rank: int) -> str:
+        """Return what a rank has written of its stacks, "" if it has not."""
+        try:
+            return self._stacks[rank].read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return ""
+
     def _is_outside(self, rank: int) -> bool:
         """Return whether a rank's stack was written and is in no collective."""
-        path = stack_file(self._folder, rank)
-        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        text = self._stack(rank)
         return bool(text) and not _IN_COLLECTIVE.search(_main_thread(text))
 
 

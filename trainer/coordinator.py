@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -39,8 +38,6 @@ from lobra.trainer.task_progress import TaskProgress
 from lobra.trainer.trained_step import TrainedStep, mean_losses
 
 log = logging.getLogger(__name__)
-
-RECENT_STEPS = 50  # whose longest is what a step is expected to take
 
 
 @dataclass
@@ -74,7 +71,6 @@ class Coordinator:
         self.unwritten: set[int] = set()  # tasks whose adapters could not be exported
         self.last_metrics: StepMetrics | None = None
         self.stop_requested = False
-        self.step_times_s: deque[float] = deque(maxlen=RECENT_STEPS)
         self.ahead = OrdersAhead()
         self.held_out = HeldOut(
             {
@@ -187,9 +183,8 @@ class Coordinator:
     def _train_step(self, attendance: Attendance) -> StepMetrics:
         """Run one step, and the evaluation that follows if a period ends; learn from both."""
         run = self.run
-        beat("dispatching", attendance.step + 1, max(self.step_times_s, default=0.0))
+        beat("dispatching", attendance.step + 1)
         trained = self._run_step(attendance)
-        self.step_times_s.append(trained.step_time_s)
         self.step += 1
         self.stop_requested |= trained.report.stop
         if run.feedback:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -37,6 +38,8 @@ from lobra.trainer.schedule import clip_coefficient
 from lobra.trainer.step_report import StepReport
 from lobra.trainer.step_trace import traced
 from lobra.trainer.zero import start_deepspeed
+
+RECENT_STEPS = 50  # whose longest is what a step is expected to take
 
 
 class Engine:
@@ -83,6 +86,7 @@ class Engine:
         if resumed is not None:  # only when all have read what they need is anything later removed
             self.control.wait()
         self.peak_memory_bytes = 0
+        self.step_times_s: deque[float] = deque(maxlen=RECENT_STEPS)
 
     def install(
         self, tasks: Mapping[int, TaskConfig], resumed: CheckpointState | None = None
@@ -175,7 +179,7 @@ class Engine:
 
     def _train(self, order: StepOrder) -> StepReport:
         start = time.perf_counter()
-        beat("preparing", order.step + 1)
+        beat("preparing", order.step + 1, max(self.step_times_s, default=0.0))
         batches = self._tensors(order)
         prepare_s = time.perf_counter() - start
         try:
@@ -193,7 +197,9 @@ class Engine:
         beat("updating")
         self.step(order.updates, report.grad_norms)
         self._synchronize()
-        return replace(report, prepare_s=prepare_s, optimizer_s=time.perf_counter() - exchanged)
+        end = time.perf_counter()
+        self.step_times_s.append(end - start)
+        return replace(report, prepare_s=prepare_s, optimizer_s=end - exchanged)
 
     def _compute(
         self, order: StepOrder, batches: Sequence[MicroBatchTensors], start: float

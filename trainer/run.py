@@ -137,7 +137,11 @@ def train_in_launcher(request: TrainRequest) -> tuple[RunSpec, RankResult]:
         dist.destroy_process_group()
         raise outcome[0]
     check_shared(outcome[0])
+    from lobra.trainer.launched_watch import watch_each_other
     from lobra.trainer.rank import train_rank
+
+    stacks = outcome[0].output_dir / STACKS_FOLDER
+    watch_each_other(waiting, outcome[0].hang_timeout_s, stacks)
 
     # No clean-up if this fails: it would wait for ranks that wait for this one. The launcher ends
     # them when this process has ended.

@@ -63,6 +63,13 @@ class Clock:
         return None
 
 
+def watch_of(
+    heartbeats: Heartbeats, pids: list[int], end_after_s: float | None, folder: Path
+) -> Watch:
+    stacks = {rank: stack_file(folder, rank) for rank in range(len(pids))}
+    return Watch(heartbeats, dict(enumerate(pids)), stacks, end_after_s)
+
+
 def note(heartbeats: Heartbeats, *phases: str, step: int = 7, expected_s: float = 0.5) -> None:
     for rank, phase in enumerate(phases):
         count = heartbeats.read()[rank].count + 1
@@ -85,7 +92,7 @@ def test_the_stopped_process_is_to_blame_though_another_is_less_far(
     while process_state(sleepers[2]) != "T":
         assert time.monotonic() < until
     clock = Clock(monkeypatch)
-    one = Watch(heartbeats, sleepers, 60, tmp_path)
+    one = watch_of(heartbeats, sleepers, 60, tmp_path)
     note(heartbeats, "computing", "computing", "reducing")
     assert clock.silence(one, 29) is None
     assert not caplog.records
@@ -107,7 +114,7 @@ def test_all_sleep_but_one_is_in_no_collective(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     clock = Clock(monkeypatch)
-    one = Watch(heartbeats, sleepers, 60, tmp_path)
+    one = watch_of(heartbeats, sleepers, 60, tmp_path)
     note(heartbeats, "updating", "updating", "reducing")
     monkeypatch.setattr(Watch, "_dump", lambda self: None)
     for rank in range(3):
@@ -122,7 +129,7 @@ def test_all_sleep_but_one_is_in_no_collective(
 def test_a_stack_of_every_rank_is_written(
     heartbeats: Heartbeats, sleepers: list[int], tmp_path: Path
 ) -> None:
-    Watch(heartbeats, sleepers, 60, tmp_path)._dump()
+    watch_of(heartbeats, sleepers, 60, tmp_path)._dump()
     for rank in range(3):
         assert "most recent call first" in stack_file(tmp_path, rank).read_text()
 
@@ -137,7 +144,7 @@ def test_how_long_is_too_long(
     pids = [os.getpid()] * 3
 
     def lasts(end_after_s: float | None, *phases: str, expected_s: float = 0.5) -> float:
-        one = Watch(heartbeats, pids, end_after_s, tmp_path)
+        one = watch_of(heartbeats, pids, end_after_s, tmp_path)
         note(heartbeats, *phases, expected_s=expected_s)
         start = clock.now
         assert clock.silence(one, 1e5)
@@ -148,7 +155,7 @@ def test_how_long_is_too_long(
     assert lasts(20, *["computing"] * 3) == 20
     assert lasts(20, *["computing"] * 3, expected_s=0) == 600, "the first step compiles"
     assert lasts(20, "loading", "loading", "computing") == SLOW_S
-    one = Watch(heartbeats, pids, 20, tmp_path)
+    one = watch_of(heartbeats, pids, 20, tmp_path)
     for _ in range(30):  # somebody moves now and then
         note(heartbeats, "computing")
         assert clock.silence(one, 19) is None
