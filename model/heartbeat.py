@@ -1,6 +1,6 @@
 """Where each rank of this machine is: ranks note it in shared memory, their parent reads it.
 
-A note costs less than a microsecond: a few words in a file that all map. A rank without such a file
+A note costs a few microseconds: some words in a file that all map. A rank without such a file
 notes nothing.
 """
 

@@ -119,7 +119,7 @@ class Watch:
             if any(beat.phase in SLOW_PHASES for beat in beats.values()):
                 return max(warn_s, END_AFTER_S), max(end_s, SLOW_S)
             if not expected_s:  # the first step: much is compiled and made in it
-                end_s = max(end_s, END_AFTER_S)
+                warn_s, end_s = max(warn_s, END_AFTER_S / 2), max(end_s, END_AFTER_S)
         return min(warn_s, end_s / 2), end_s
 
     @staticmethod

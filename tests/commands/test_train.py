@@ -282,7 +282,7 @@ def test_a_run_goes_on_with_another_plan_and_is_reported(
         "Replicas of <1,1>x1, step 1", "Replicas of <1,1>x2, steps 2-3",
     ):  # fmt: skip
         assert part in shown
-    assert {"losses.png", "step_time.png", "replicas.png"} == {
+    assert {"losses.png", "step_time.png", "replicas.png", "timeline.png"} == {
         path.name for path in Path("run/report").iterdir()
     }
     parts = run_parts(Path("run"))
