@@ -317,12 +317,12 @@ class Coordinator:
         tried = self.unwritten.union(export)
         self.unwritten = {number for number in tried if not self._is_exported(number)}
         if save:
-            failed = self._attempt(f"the checkpoint of step {self.step}", is_end, self._save)
-            failures += failed
-            if not failed:
-                self.save_times.saved(self.step, time.perf_counter() - start)
-            else:
+            name = f"the checkpoint of step {self.step}"
+            if failed := self._attempt(name, is_end, self._save):
+                failures += failed
                 self.save_times.failed()
+            else:
+                self.save_times.saved(self.step, time.perf_counter() - start)
         if is_end and failures:
             raise failures[0]
         return [n for n in export if n not in self.unwritten], time.perf_counter() - start

@@ -159,6 +159,11 @@ class Engine:
         -------
         StepReport or None
             What became of the order's sequences, if it has any.
+
+        Raises
+        ------
+        StorageError
+            On rank 0, when all ranks have done all: something could not be written.
         """
         report = None
         if order.updates:
@@ -167,9 +172,11 @@ class Engine:
         elif order.sequences:
             report = self._evaluate(order)
         self.exporter.keep(order.keep)
-        self.exporter.export(order.export, order.export_best)
+        denied = [self.exporter.export(order.export, order.export_best)]
         if order.save:
-            self.exporter.save_checkpoint(state)
+            denied.append(self.exporter.save_checkpoint(state))
+        for failure in filter(None, denied):
+            raise failure
         return report
 
     def _traced(self, step: int) -> AbstractContextManager[None]:

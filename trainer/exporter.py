@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch.distributed as dist
 from torch import Tensor
 
-from lobra.common.storage import told_as_storage
+from lobra.common.storage import StorageError, told_as_storage
 from lobra.model.heartbeat import beat
 from lobra.model.slot import Slot
 from lobra.model.stage import Stage
@@ -56,17 +56,17 @@ class AdapterExporter:
         layers = [block.block.layers for block in self.optimizer.blocks]
         return self._gather(slot, {own: slot.weights[slot.layout.span(own)] for own in layers})
 
-    def save_checkpoint(self, state: CheckpointState | None) -> None:
+    def save_checkpoint(self, state: CheckpointState | None) -> StorageError | None:
         """Write the checkpoint of `state` (None but on rank 0): every task's weights and moments.
 
         Moments are gathered on the devices, where a rank may wait for others only as long as NCCL
         is patient. So before each task's, all wait on the control group, whose patience is long,
         until rank 0 has written the task before.
 
-        Raises
-        ------
-        StorageError
-            On rank 0, when all ranks are done: the checkpoint could not be written.
+        Returns
+        -------
+        StorageError or None
+            On rank 0, why the checkpoint could not be written.
         """
         writer = None
         if state is not None:
@@ -84,11 +84,14 @@ class AdapterExporter:
                 writer.add_task(slot.spec, weights, moments, self.run.base_model)
                 if number in self.kept:
                     writer.add_best(slot.spec, self.kept[number], self.run.base_model)
+        failure = None
         try:
             if writer is not None and state is not None:
                 writer.finish(state, self.run.keep_checkpoints)
-        finally:  # the others wait for this, whatever became of it
-            dist.barrier(group=self.control)
+        except StorageError as error:
+            failure = error
+        dist.barrier(group=self.control)
+        return failure
 
     def _checkpoint_bytes(self) -> int:
         """Return the size of all tasks' weights and moments, and of the best adapters kept."""
@@ -114,25 +117,27 @@ class AdapterExporter:
             best = load_best(self.run.output_dir, step, slot.spec.name)
             self.kept[number] = {name: value.to(slot.weights.dtype) for name, value in best.items()}
 
-    def export(self, present: Sequence[int], best: Sequence[int]) -> None:
+    def export(self, present: Sequence[int], best: Sequence[int]) -> StorageError | None:
         """Write adapter folders: of some tasks as their adapters are now, of others those kept.
 
-        Raises
-        ------
-        StorageError
-            On rank 0, when all ranks are done: an adapter could not be written.
+        Returns
+        -------
+        StorageError or None
+            On rank 0, why an adapter could not be written; the others are.
         """
-        if not (present or best):
-            return
-        try:
-            for number in (*present, *best):
-                beat("writing")
-                slot = self.stage.slots[number]
-                tensors = self.kept[number] if number in best else self._weights(slot)
-                if self.is_writer:
+        failure = None
+        for number in (*present, *best):
+            beat("writing")
+            slot = self.stage.slots[number]
+            tensors = self.kept[number] if number in best else self._weights(slot)
+            if self.is_writer:
+                try:
                     self._write(number, slot, tensors)
-        finally:  # the others wait for this, whatever became of it
+                except StorageError as error:
+                    failure = error
+        if present or best:
             dist.barrier(group=self.control)
+        return failure
 
     def _write(self, number: int, slot: Slot, tensors: dict[str, Tensor]) -> None:
         if bad := not_finite(tensors):

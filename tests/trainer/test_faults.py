@@ -11,17 +11,20 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import settings
 
 from lobra.common.storage import StorageError
 from lobra.model.launch import RankError
 from lobra.trainer import restarts
 from lobra.trainer.metrics import read_metrics
+from lobra.trainer.rank import RankResult
 from lobra.trainer.restarts import run_with_restarts, with_resume
 from lobra.trainer.run import run_local
 from lobra.trainer.run_spec import RunSpec
 from tests.model.support import save_llama
 from tests.tiers import ALL
+from tests.trainer.command import train, write_config
 from tests.trainer.faults import FAULT_FILE
 from tests.trainer.support import make_plan, make_run, random_dataset
 from tests.trainer.test_resume import TASKS
@@ -109,6 +112,26 @@ def test_the_same_run_has_the_same_bits(straight: RunSpec, tmp_path: Path) -> No
     run = copied(straight, tmp_path / "run")
     run_local(run)
     assert kept(run) == kept(straight)
+
+
+def test_the_command_starts_a_run_again_and_notes_it(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(restarts, "FIRST_PAUSE_S", 0.0)
+    ends = iter([2, 3])
+
+    def die_twice(run: RunSpec) -> list[RankResult]:
+        if (end := next(ends, None)) is None:
+            return run_local(run)
+        run_local(replace(run, last_step=end))
+        raise RankError(0, "odd")
+
+    monkeypatch.setattr("lobra.trainer.run.run_local", die_twice)
+    write_config(steps=4)
+    assert train(place, "--max-restarts", "2") == 0
+    assert [line["step"] for line in read_metrics(Path("run"))] == [0, 1, 2, 3]
+    config = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert (config["resumed_at"], config["resumes"]) == (3, [2, 3])
 
 
 def test_a_run_that_fails_again_says_how_to_go_on(tmp_path: Path) -> None:
