@@ -41,6 +41,7 @@ SUBJECTS = {
     "profiler_deployments": "the memory estimator, against the layouts LobRA deployed",
     "profiler_step_time": "predicted against measured step times of training on this machine",
     "service_passes": "the service: passes of several tenants, against one tenant a pass",
+    "soak": "a long run: whether memory, handles, threads and files stay as they are",
     "trainer_overhead": "how much of a step is not computing",
     "training_run": "profile, train with `lobra`'s own commands, compare with the prediction",
 }

@@ -171,6 +171,13 @@ class ConfigError(ValueError):
         return type(self), (self.problems,)
 
 
+class MachineError(RuntimeError):
+    """What the machine denied or broke: no user's mistake, and no bug of ours.
+
+    A command line prints ``str(error)`` without a traceback and exits 1.
+    """
+
+
 _VALUES = re.compile(
     r"""
       "(?:[^"\\]|\\.)*"               # a text as JSON has it

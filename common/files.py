@@ -122,6 +122,19 @@ def replace_folder(draft: Path, target: Path) -> None:
         remove_folder(aside)
 
 
+@contextmanager
+def drafted(target: Path) -> Iterator[Path]:
+    """Yield an empty folder that takes the target's place when the block succeeds, else goes."""
+    draft = new_draft(target)
+    try:
+        yield draft
+        replace_folder(draft, target)
+    except BaseException:
+        if draft.exists():
+            remove_folder(draft)
+        raise
+
+
 def _exchange(one: Path, other: Path) -> bool:
     """Let two names change places atomically (Linux); return whether the system can."""
     libc = ctypes.CDLL(None, use_errno=True)

@@ -28,7 +28,7 @@ from cyclopts import (
 )
 
 from lobra.commands.help_format import PlainHelp
-from lobra.common.errors import ConfigError, Problems, did_you_mean
+from lobra.common.errors import ConfigError, MachineError, Problems, did_you_mean
 from lobra.common.version import installed_version
 from lobra.model.launch import RankError
 
@@ -244,8 +244,9 @@ def guarded(run: Callable[[], int], name: str = "lobra") -> int:
     """Return `run()`; turn errors into messages and exit codes.
 
     A user's mistake is printed without a traceback (2), so is that training needs packages that a
-    base installation leaves out; Ctrl-C ends with 130, anything else with its traceback and 1 (a
-    rank's failure with the rank's traceback). Messages begin with `name`.
+    base installation leaves out; Ctrl-C ends with 130. What the machine denies is printed without
+    a traceback, anything else with it (a rank's failure with the rank's), and ends with 1. Messages
+    begin with `name`.
     """
     try:
         return run()
@@ -259,8 +260,8 @@ def guarded(run: Callable[[], int], name: str = "lobra") -> int:
     except BrokenPipeError:  # whoever read our output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILURE
-    except RankError as error:  # it carries the rank's own traceback; ours says nothing
-        print(f"{name}: {error}", file=sys.stderr)
+    except (MachineError, RankError) as error:  # the latter carries the rank's own traceback
+        print("\n".join([f"{name}: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
         return EXIT_FAILURE
     except Exception as error:
         if missing := missing_package(error):

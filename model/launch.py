@@ -9,8 +9,10 @@ be checked (not timed) on a single GPU.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -18,13 +20,16 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from lobra.model.rank_process import RankEnv, rank_main
+from lobra.model.heartbeat import Beat, Heartbeats
+from lobra.model.rank_process import HEARTBEATS, RankEnv, rank_main
+from lobra.model.watch import LOOK_S, Watch, stack_file
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +38,24 @@ LOST = 2  # how a lost connection ranks among failures, see `_blame`
 SIGNS_OF_LOSS = ("Connection closed by peer", "Connection reset", "Broken pipe", "remote process")
 GRACE_S = 2.0
 SHARED_GPUS = "NCCL_MULTI_RANK_GPU_ENABLE"  # NCCL's own switch, from version 2.30 on
+MEMORY_FOLDER = "/dev/shm"
 DEFAULT_PRELOAD = ("torch", "transformers", "lobra.model.preload")
+
+
+@dataclass(frozen=True)
+class WatchOrder:
+    """How ranks are watched.
+
+    Attributes
+    ----------
+    end_after_s
+        How long all may stand still in a step; None: what `model.watch` finds long.
+    stacks
+        The folder that gets every rank's stack when one stands still for longer.
+    """
+
+    end_after_s: float | None
+    stacks: Path
 
 
 class RankError(RuntimeError):
@@ -42,6 +64,10 @@ class RankError(RuntimeError):
     def __init__(self, rank: int, message: str) -> None:
         super().__init__(f"rank {rank} failed: {message}")
         self.rank = rank
+
+
+class Stalled(RankError):
+    """A rank stood still and held all others up, for longer than is allowed."""
 
 
 class Interrupted(RuntimeError):
@@ -78,6 +104,8 @@ def _context(device: str, preload: Sequence[str]) -> multiprocessing.context.Bas
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
+    atexit.unregister(_end_server)
+    atexit.register(_end_server)
     if threading.current_thread() is threading.main_thread():
         # The server inherits this: Ctrl-C must not interrupt its imports.
         previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -86,6 +114,14 @@ def _context(device: str, preload: Sequence[str]) -> multiprocessing.context.Bas
         finally:
             signal.signal(signal.SIGINT, previous)
     return context
+
+
+def _end_server() -> None:
+    """Kill the fork server when this process ends: by itself it would take ten seconds to end."""
+    pid = getattr(getattr(forkserver, "_forkserver", None), "_forkserver_pid", None)
+    if pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def run_ranks(
@@ -99,6 +135,7 @@ def run_ranks(
     environment: dict[str, str] | None = None,
     preload: Sequence[str] = DEFAULT_PRELOAD,
     on_signal: Callable[[int], None] | None = None,
+    watch: WatchOrder | None = None,
 ) -> list[Any]:
     """Run `target(**kwargs)` in `world_size` processes and return their results in rank order.
 
@@ -125,23 +162,29 @@ def run_ranks(
         makes stopping graceful: the first SIGINT or SIGTERM is passed to the ranks as SIGTERM
         (which `target` must handle by returning soon) and to this function; a second one ends
         everything at once.
+    watch
+        how ranks that note where they are (`model.heartbeat`) are watched; None: they are not.
 
     Raises
     ------
+    Stalled
+        A rank stood still for longer than `watch` allows; every other rank is ended.
     RankError
         A rank raised, died or timed out; every other rank is ended.
     Interrupted
         A rank ended on a stop signal without a result.
-    ConfigError
-        A rank found a user's mistake; passed on as it is.
+    ConfigError, MachineError
+        A rank found a user's mistake, or something that the machine denies; passed on as it is.
     """
     context = _context(device, preload)
     processes: list[Any] = []
     pipes: list[Connection] = []
     with (
         _forwarded_signals(processes, on_signal) as received,
-        tempfile.TemporaryDirectory(prefix="lobra-rendezvous-") as folder,
+        tempfile.TemporaryDirectory(prefix="lobra-rendezvous-", dir=_memory_folder()) as name,
     ):
+        folder = Path(name)
+        heartbeats = Heartbeats.made(folder / HEARTBEATS, world_size)
         local = {"OMP_NUM_THREADS": "1"} if device == "cpu" else {}
         if device == "cpu" and Path("/sys/class/net/lo").exists():
             local["GLOO_SOCKET_IFNAME"] = "lo"
@@ -152,7 +195,7 @@ def run_ranks(
                     local_rank=local_rank(rank, device),
                     world_size=world_size,
                     device=device,
-                    init_method=f"file://{folder}/store",
+                    folder=folder,
                     threads=threads or default_threads(world_size),
                     environment={**local, **(environment or {})},
                     graceful=on_signal is not None,
@@ -169,8 +212,15 @@ def run_ranks(
                     pipe.send("start")
                 if received:  # a signal that came before this rank was there
                     process.terminate()
-            return _collect(processes, pipes, timeout_s)
+            watcher = None
+            if watch is not None:
+                pids = {rank: process.pid for rank, process in enumerate(processes)}
+                stacks = {rank: stack_file(folder, rank) for rank in pids}
+                watcher = Watch(heartbeats, pids, stacks, watch.end_after_s)
+            return _collect(processes, pipes, timeout_s, heartbeats, watcher)
         except RankError as error:
+            if watch is not None and watcher is not None and isinstance(error, Stalled):
+                error.add_note(watcher.keep_stacks(watch.stacks))
             if received:  # a rank was not yet able to stop gracefully
                 raise Interrupted(received[0]) from error
             raise
@@ -212,24 +262,40 @@ def _forwarded_signals(
             signal.signal(number, handler)
 
 
-def _collect(processes: list[Any], pipes: list[Connection], timeout_s: float | None) -> list[Any]:
+def _memory_folder() -> str | None:
+    """Return where files are in memory, None where there is no such place."""
+    return MEMORY_FOLDER if os.access(MEMORY_FOLDER, os.W_OK | os.X_OK) else None
+
+
+def _collect(
+    processes: list[Any],
+    pipes: list[Connection],
+    timeout_s: float | None,
+    heartbeats: Heartbeats,
+    watch: Watch | None,
+) -> list[Any]:
     """Wait for every rank's message; raise on the first failure."""
-    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
     results: dict[int, Any] = {}
     pending = dict(enumerate(pipes))
     while pending:
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        ready = wait(list(pending.values()), timeout=left)
+        left = max(0.0, deadline - time.monotonic())
+        pause = min(left, math.inf if watch is None else LOOK_S)
+        ready = wait(list(pending.values()), timeout=None if pause == math.inf else pause)
         if not ready:
-            raise RankError(min(pending), f"no result after {timeout_s:.0f} s")
-        failures = _take(processes, pending, ready, results)
+            if not left:
+                raise RankError(min(pending), f"no result after {timeout_s:.0f} s")
+            if watch is not None and (stall := watch.look()):
+                raise Stalled(*stall)
+            continue
+        failures = _take(processes, pending, ready, results, heartbeats)
         until = time.monotonic() + GRACE_S
         # Who lost a connection lost it to a rank that is about to be heard of: it knows why.
         while pending and failures and min(map(_blame, failures.items()))[0] == LOST:
             ready = wait(list(pending.values()), timeout=max(0.0, until - time.monotonic()))
             if not ready:
                 break
-            failures |= _take(processes, pending, ready, results)
+            failures |= _take(processes, pending, ready, results, heartbeats)
         if failures:
             rank, payload = min(failures.items(), key=_blame)
             if isinstance(payload, BaseException):
@@ -241,7 +307,11 @@ def _collect(processes: list[Any], pipes: list[Connection], timeout_s: float | N
 
 
 def _take(
-    processes: list[Any], pending: dict[int, Connection], ready: list[Any], results: dict[int, Any]
+    processes: list[Any],
+    pending: dict[int, Connection],
+    ready: list[Any],
+    results: dict[int, Any],
+    heartbeats: Heartbeats,
 ) -> dict[int, Any]:
     """Receive from the ranks whose pipes are ready: add to results, return what failed."""
     failures: dict[int, Any] = {}
@@ -250,19 +320,20 @@ def _take(
             status, payload = pending.pop(rank).recv()
         except (EOFError, ConnectionResetError):  # the latter: it died before it was told to start
             processes[rank].join(timeout=5)
-            failures[rank] = _cause_of_death(processes[rank].exitcode)
+            failures[rank] = _cause_of_death(processes[rank].exitcode, heartbeats.read()[rank])
             continue
         (results if status == "ok" else failures)[rank] = payload
     return failures
 
 
-def _cause_of_death(exit_code: int | None) -> str:
+def _cause_of_death(exit_code: int | None, last: Beat) -> str:
     """Return what a person should know about a process that ended without a word."""
+    where = f" ({last})" if last.count else ""
     if exit_code is None or exit_code >= 0:
-        return f"the process died (exit code {exit_code})"
+        return f"the process died{where}, with exit code {exit_code}"
     name = signal.Signals(-exit_code).name
     hint = "; the system may have run out of memory (see dmesg)" if name == "SIGKILL" else ""
-    return f"the process was killed by {name}{hint}"
+    return f"the process was killed by {name}{where}{hint}"
 
 
 def _blame(failure: tuple[int, Any]) -> tuple[int, int]:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lobra.model.groups import ReplicaGroups
+from lobra.model.heartbeat import beat
 from lobra.model.micro_batch import MicroBatchTensors
 from lobra.model.precision import kept_dtype
 from lobra.model.stage import Stage
@@ -52,6 +53,7 @@ def run_replica(
     losses = _Losses(stage, num_tasks, token_losses)
     if stage.groups.place.layout.pp == 1:
         for batch in batches:
+            beat("computing")
             weighted, losses_P = stage.loss(stage.hidden(batch, None), batch)
             weighted.backward()
             losses.add(batch, losses_P)
@@ -80,6 +82,7 @@ def evaluate_replica(
     links = _Links(stage.groups)
     place = stage.groups.place
     for batch in batches:
+        beat("evaluating")
         batch = replace(batch, noise=None)
         received = None
         if not place.is_first_stage:
@@ -140,6 +143,7 @@ class _OneForwardOneBackward:
         return self.links.exchange(receive_previous=self._hidden_like(index))[0]
 
     def _forward(self, index: int, received: Tensor | None) -> Tensor:
+        beat("computing")
         batch = self.batches[index]
         if received is not None:
             received.requires_grad_(True)
@@ -151,6 +155,7 @@ class _OneForwardOneBackward:
         return output
 
     def _backward(self, gradient: Tensor | None) -> Tensor | None:
+        beat("computing")
         received, output, tasks = self.in_flight.pop(0)
         self.stage.selection.tasks = tasks  # layers that are computed again look them up again
         self.num_backward += 1

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lobra.common.documents import read_json
 from lobra.common.errors import ConfigError, Problems, show
-from lobra.common.files import new_draft, replace_folder, write_atomic
+from lobra.common.files import drafted, write_atomic
 from lobra.layout.shapes import ModelShape
 from lobra.layout.world import World
 from lobra.model.adapter import VERA_D, AdapterSpec, FlatTensors, sites
@@ -101,16 +101,16 @@ def save_adapter(
     The folder appears complete or not at all; an older one of that name is there until the moment
     it is replaced. Adam's moments, if given, are in it too.
     """
-    draft = new_draft(folder)
-    save_file(dict(tensors), draft / WEIGHTS_FILE, metadata={"format": "pt"})
-    if moments is not None:
-        save_moments(draft / MOMENTS_FILE, moments)
-    write_atomic(draft / CONFIG_FILE, json.dumps(peft_config(spec, base_model), indent=2) + "\n")
-    if card is not None:
-        write_atomic(draft / CARD_FILE, card)
-    # safetensors lets the owner alone read its files; whoever serves an adapter is another user.
-    shutil.copymode(draft / CONFIG_FILE, draft / WEIGHTS_FILE)
-    replace_folder(draft, folder)
+    config = json.dumps(peft_config(spec, base_model), indent=2) + "\n"
+    with drafted(folder) as draft:
+        save_file(dict(tensors), draft / WEIGHTS_FILE, metadata={"format": "pt"})
+        if moments is not None:
+            save_moments(draft / MOMENTS_FILE, moments)
+        write_atomic(draft / CONFIG_FILE, config)
+        if card is not None:
+            write_atomic(draft / CARD_FILE, card)
+        # safetensors lets the owner alone read its files; who serves an adapter is another user.
+        shutil.copymode(draft / CONFIG_FILE, draft / WEIGHTS_FILE)
 
 
 def save_moments(path: Path, moments: Mapping[str, Mapping[str, Tensor]]) -> None:

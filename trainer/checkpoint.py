@@ -6,7 +6,7 @@
 - `best/<task>/`: the same of the lowest validation loss so far, of tasks that may stop early;
 - `moments/<task>.safetensors`: its optimiser's moments, `<moment>/<PEFT's name>`;
 - `state.json`: steps, every task's progress by its name, what the data was, the replicas' speed
-  factors.
+  factors, and the digests of all files (`trainer.seal`).
 
 Sampling and dropout are pure functions of a task's own steps, so there is no random state to keep.
 """
@@ -14,8 +14,9 @@ Sampling and dropout are pure functions of a task's own steps, so there is no ra
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +30,7 @@ from lobra.common.documents import check_regular, read_document
 from lobra.common.errors import ConfigError, Problems
 from lobra.common.files import new_draft, remove_folder, replace_folder, write_atomic
 from lobra.common.models import Count, FileModel, OneOf, Positive, read_as
+from lobra.common.storage import StorageError, told_as_storage
 from lobra.layout.sequences import BATCHINGS
 from lobra.model.adapter import AdapterSpec
 from lobra.model.pissa import trained_shape
@@ -38,11 +40,15 @@ from lobra.model.vera import PROJECTIONS
 from lobra.trainer.adapters import CONFIG_FILE, WEIGHTS_FILE, save_adapter, save_moments
 from lobra.trainer.checkpoint_folder import FOLDER, STATE_FILE, list_checkpoints, step_folder
 from lobra.trainer.optimizer import AdapterOptimizer
+from lobra.trainer.seal import Seal, broken_by, not_finite, seal_of
 from lobra.trainer.task_progress import TaskProgress
 from lobra.trainer.zero import moment_names
 
+log = logging.getLogger(__name__)
+
 BEST_FOLDER = "best"  # in a checkpoint
-FORMAT = 2
+FORMAT = 3
+SEALED_FROM = 3  # the first format with digests
 
 
 def _is_day(text: str) -> str:
@@ -86,14 +92,38 @@ def drop_later(run: Path, step: int) -> None:
 
 
 class CheckpointWriter:
-    """Writes one checkpoint task by task into a hidden folder, then makes it visible."""
+    """Writes one checkpoint task by task into a hidden folder, then makes it visible.
 
-    def __init__(self, run: Path, step: int) -> None:
+    What the file system denies is raised by `finish`, not before: until then other ranks send what
+    they hold. The hidden folder is gone by then, and nothing more is written.
+    """
+
+    def __init__(self, run: Path, step: int, need_bytes: int | None = None) -> None:
+        """Begin the checkpoint after `step` steps, which takes so much room, if that is known."""
         self.run = run
         self.target = step_folder(run, step)
-        for left in self.target.parent.glob(".step_*.partial"):  # by a run that died
-            remove_folder(left)
+        self._need_bytes = need_bytes
+        self._failure: StorageError | None = None
+        self._attempt(self._begin)
+
+    def _begin(self) -> None:
+        self._remove_drafts()  # of a run that died
         self.draft = new_draft(self.target)
+
+    def _remove_drafts(self) -> None:
+        for left in self.target.parent.glob(".step_*.partial"):
+            remove_folder(left)
+
+    def _attempt(self, write: Callable[[], None]) -> None:
+        """Write, unless something could not be written before; note if this cannot be."""
+        if self._failure is not None:
+            return
+        try:
+            with told_as_storage(self.target, "or lower --keep-checkpoints", self._need_bytes):
+                write()
+        except StorageError as error:
+            self._failure = error
+            self._remove_drafts()
 
     def add_task(
         self,
@@ -103,20 +133,41 @@ class CheckpointWriter:
         base_model: str,
     ) -> None:
         """Write one task's adapter and moments (PEFT's names)."""
-        save_adapter(self.draft / "adapters" / spec.name, spec, weights, base_model)
-        (self.draft / "moments").mkdir(exist_ok=True)
-        save_moments(self.draft / "moments" / f"{spec.name}.safetensors", moments)
+
+        def write() -> None:
+            save_adapter(self.draft / "adapters" / spec.name, spec, weights, base_model)
+            (self.draft / "moments").mkdir(exist_ok=True)
+            save_moments(self.draft / "moments" / f"{spec.name}.safetensors", moments)
+
+        self._attempt(write)
 
     def add_best(self, spec: AdapterSpec, weights: dict[str, Tensor], base_model: str) -> None:
         """Write the best adapter that a task has had so far (PEFT's names)."""
-        save_adapter(self.draft / BEST_FOLDER / spec.name, spec, weights, base_model)
+
+        def write() -> None:
+            save_adapter(self.draft / BEST_FOLDER / spec.name, spec, weights, base_model)
+
+        self._attempt(write)
 
     def finish(self, state: CheckpointState, num_kept: int) -> None:
-        """Make the checkpoint visible, then remove all but the last `num_kept` (at least one)."""
+        """Make the checkpoint visible, then remove all but the last `num_kept` (at least one).
+
+        Raises
+        ------
+        StorageError
+            The checkpoint could not be written; nothing is left of it, and no other was removed.
+        """
         progress = {name: own.as_json() for name, own in state.progress.items()}
         content = {"format": FORMAT, **state.__dict__, "progress": progress}
-        write_atomic(self.draft / STATE_FILE, json.dumps(content, indent=1) + "\n")
-        replace_folder(self.draft, self.target)
+
+        def write() -> None:
+            content["seal"] = asdict(seal_of(self.draft, content))
+            write_atomic(self.draft / STATE_FILE, json.dumps(content, indent=1) + "\n")
+            replace_folder(self.draft, self.target)
+
+        self._attempt(write)
+        if self._failure is not None:
+            raise self._failure
         for old in list_checkpoints(self.run)[:-num_kept]:
             remove_folder(step_folder(self.run, old))
 
@@ -125,8 +176,15 @@ class _Broken(Exception):
     """Why a checkpoint cannot be resumed from, in words."""
 
 
-def _read(folder: Path) -> CheckpointState:
-    """Return a checkpoint's state after checking all its files; of tensors only the headers.
+def _read(folder: Path, *, whole: bool) -> CheckpointState:
+    """Return a checkpoint's state after checking that all its files fit it.
+
+    Parameters
+    ----------
+    folder
+        The checkpoint.
+    whole
+        Whether every file is read and compared with its digest; else, of tensors, only the headers.
 
     Raises
     ------
@@ -134,17 +192,22 @@ def _read(folder: Path) -> CheckpointState:
         Something is missing, damaged or does not fit the rest.
     """
     problems = Problems()
+    seal = None
     try:
         content = read_document(folder / STATE_FILE)
+        as_written = dict(content) if isinstance(content, dict) else {}
         written = content.pop("format", None) if isinstance(content, dict) else None
-        if written not in (None, 1, FORMAT):
+        if written is not None and written not in range(1, FORMAT + 1):
             raise _Broken(
-                f"{STATE_FILE} is of format {written}, this version reads 1 and {FORMAT}: go on "
+                f"{STATE_FILE} is of format {written}, this version reads 1 to {FORMAT}: go on "
                 f"with the version that wrote it (config.yaml names it), or begin a new run whose "
                 f"tasks start from its adapters (resume_from)"
             )
         if written == 1:
             content["progress"] = _progress_of_format_1(content)
+        if written is not None and written >= SEALED_FROM:
+            seal = read_as(Seal, as_written.pop("seal", None), problems)
+            content.pop("seal", None)
         state = read_as(CheckpointState, content, problems)
         problems.raise_if_any()
         assert state is not None
@@ -172,7 +235,31 @@ def _read(folder: Path) -> CheckpointState:
             best = f"{BEST_FOLDER}/{name}/{WEIGHTS_FILE}"
             if _tensors(folder, best) != weights:
                 raise _Broken(f"{best} does not fit the task's adapter")
+    if whole:
+        _check_values(folder, seal, as_written)
     return state
+
+
+def _check_values(folder: Path, seal: Seal | None, as_written: dict[str, Any]) -> None:
+    """Check every byte against the seal; where there is none, that all values are finite.
+
+    Under a seal, values that are not finite are what the run had: of a task that was stopped for
+    them, which must not keep others from going on.
+
+    Raises
+    ------
+    _Broken
+        A file is another than was written, or holds values that a run without a seal cannot have.
+    """
+    if seal is not None and (name := broken_by(seal, folder, as_written, STATE_FILE)):
+        raise _Broken(f"{name} is damaged (its SHA-256 is not that of what was written)")
+    for path in sorted(folder.rglob("*.safetensors")):
+        if (tensor := not_finite(path)) is None:
+            continue
+        found = f"{path.relative_to(folder)} holds values that are not finite ({tensor})"
+        if seal is None:
+            raise _Broken(found)
+        log.warning("%s: %s, as it was saved", folder, found)
 
 
 def _progress_of_format_1(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -208,17 +295,35 @@ def _tensors(folder: Path, name: str) -> dict[str, tuple[int, ...]]:
         raise _Broken(f"{name} is damaged ({error})") from error
 
 
-def _is_whole(folder: Path) -> bool:
-    """Return whether a checkpoint can be resumed from."""
-    try:
-        _read(folder)
-    except _Broken:
-        return False
-    return True
+def newest_whole(run: Path) -> tuple[int | None, list[str]]:
+    """Return the step of the newest checkpoint that can be resumed from, None if there is none.
+
+    Returns
+    -------
+    tuple
+        The step, and of every later checkpoint why it is not usable.
+    """
+    broken: list[str] = []
+    for step in reversed(list_checkpoints(run)):
+        try:
+            _read(step_folder(run, step), whole=True)
+            return step, broken
+        except _Broken as error:
+            broken.append(f"{step_folder(run, step)}: {error}")
+    return None, broken
 
 
-def read_state(run: Path, step: int | None) -> CheckpointState:
+def read_state(run: Path, step: int | None, *, whole: bool = True) -> CheckpointState:
     """Return the state of a run's checkpoint; of the last one when `step` is None.
+
+    Parameters
+    ----------
+    run
+        The run's folder.
+    step
+        Of the checkpoint.
+    whole
+        Whether every file is compared with its digest; else, of tensors, only the headers are read.
 
     Raises
     ------
@@ -235,10 +340,10 @@ def read_state(run: Path, step: int | None) -> CheckpointState:
         raise ConfigError(f"--resume {step}: {run / FOLDER} has only the steps {have}")
     folder = step_folder(run, step)
     try:
-        return _read(folder)
+        return _read(folder, whole=whole)
     except _Broken as error:
-        whole = [number for number in steps if _is_whole(step_folder(run, number))]
-        remedy = f"the last complete one is --resume {whole[-1]}" if whole else "none is complete"
+        last, _ = newest_whole(run)
+        remedy = "none is complete" if last is None else f"the last complete one is --resume {last}"
         raise ConfigError(f"{folder}: not a usable checkpoint: {error}; {remedy}") from error
 
 

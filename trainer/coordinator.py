@@ -14,7 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+from lobra.common.storage import StorageError
 from lobra.layout.order import StepOrder, Update
+from lobra.model.heartbeat import beat
 from lobra.profiler.accelerators import load_tables
 from lobra.profiler.hardware import describe_device
 from lobra.tasks.config import TaskConfig
@@ -66,6 +68,7 @@ class Coordinator:
         self.evaluation = Evaluation()  # of the last step
         self.best: list[int] = []  # whose adapters of the last step are to be kept
         self.save_times = SaveTimes(run.save_every, run.resume_step)
+        self.unwritten: set[int] = set()  # tasks whose adapters could not be exported
         self.last_metrics: StepMetrics | None = None
         self.stop_requested = False
         self.ahead = OrdersAhead()
@@ -122,6 +125,7 @@ class Coordinator:
                 self._tell_exports(records, exported)
             exported, _ = self._write_down(is_end=True)
             self._tell_exports(records, exported)
+            beat("ending")
             last = StepOrder(self.step, stop=True, finished=not self._attendance().own_steps)
             self._carry_out(last)
         return last
@@ -179,6 +183,7 @@ class Coordinator:
     def _train_step(self, attendance: Attendance) -> StepMetrics:
         """Run one step, and the evaluation that follows if a period ends; learn from both."""
         run = self.run
+        beat("dispatching", attendance.step + 1)
         trained = self._run_step(attendance)
         self.step += 1
         self.stop_requested |= trained.report.stop
@@ -275,6 +280,8 @@ class Coordinator:
         """Keep and export what the last step has finished, and save if it is time to.
 
         A task that is over, by itself or with the run, is exported before a checkpoint says so.
+        What cannot be written is warned of and tried again: with the next checkpoint, and at the
+        end.
 
         Parameters
         ----------
@@ -285,30 +292,64 @@ class Coordinator:
         -------
         tuple
             The tasks that were exported, and the seconds it took.
+
+        Raises
+        ------
+        StorageError
+            At the end: something could not be written.
         """
         start = time.perf_counter()
         over = not self._attendance().own_steps
-        ended = [
-            number for number, task in self.tasks.items() if over or not task.progress.steps_left
-        ]
-        export = [number for number in ended if not self._is_exported(number)]
         save = self.save_times.is_due(self.step, over or is_end)
+        if self.best:
+            self._carry_out(StepOrder(self.step, keep=tuple(self.best)))
+            self.best = []
+        export = [
+            number
+            for number, task in self.tasks.items()
+            if (over or not task.progress.steps_left) and not self._is_exported(number)
+            if save or is_end or number not in self.unwritten
+        ]
+        failures = []
+        for number in export:
+            name = f"the adapter of task {self.tasks[number].config.name}"
+            failures += self._attempt(name, is_end, partial(self._export, number))
+        tried = self.unwritten.union(export)
+        self.unwritten = {number for number in tried if not self._is_exported(number)}
+        if save:
+            name = f"the checkpoint of step {self.step}"
+            if failed := self._attempt(name, is_end, self._save):
+                failures += failed
+                self.save_times.failed()
+            else:
+                self.save_times.saved(self.step, time.perf_counter() - start)
+        if is_end and failures:
+            raise failures[0]
+        return [n for n in export if n not in self.unwritten], time.perf_counter() - start
+
+    def _attempt(self, what: str, is_end: bool, write: Callable[[], None]) -> list[StorageError]:
+        """Write something; return why it cannot be written, which is warned of but at the end."""
+        try:
+            write()
+        except StorageError as error:
+            if not is_end:
+                log.warning("%s is not written, the run goes on: %s", what, error)
+            return [error]
+        return []
+
+    def _export(self, number: int) -> None:
+        best = self._is_best_kept(number)
         order = StepOrder(
             self.step,
-            keep=tuple(self.best),
-            export=tuple(number for number in export if not self._is_best_kept(number)),
-            export_best=tuple(filter(self._is_best_kept, export)),
-            save=save,
+            export=() if best else (number,),
+            export_best=(number,) if best else (),
         )
-        if order != StepOrder(self.step):
-            for number in export:
-                self.tasks[number].progress.exported_step = self.tasks[number].progress.steps
-            self._carry_out(order, self._state() if save else None)
-            self.best = []
-        time_s = time.perf_counter() - start
-        if save:
-            self.save_times.saved(self.step, time_s)
-        return export, time_s
+        self._carry_out(order)
+        progress = self.tasks[number].progress
+        progress.exported_step = progress.steps
+
+    def _save(self) -> None:
+        self._carry_out(StepOrder(self.step, save=True), self._state())
 
     def _tell_exports(self, records: Records, numbers: list[int]) -> None:
         for number in numbers:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -24,6 +25,7 @@ from torch import Tensor
 from lobra.layout.order import SlotOrder, StepOrder, Update
 from lobra.model.adapter import AdapterSpec
 from lobra.model.groups import build_groups
+from lobra.model.heartbeat import beat
 from lobra.model.micro_batch import MicroBatchTensors, micro_batch_tensors
 from lobra.model.pipeline import evaluate_replica, run_replica
 from lobra.model.precision import DTYPES
@@ -40,6 +42,8 @@ from lobra.trainer.schedule import clip_coefficient
 from lobra.trainer.step_report import StepReport
 from lobra.trainer.step_trace import traced
 from lobra.trainer.zero import start_deepspeed
+
+RECENT_STEPS = 50  # whose longest is what a step is expected to take
 
 
 class Engine:
@@ -64,6 +68,7 @@ class Engine:
         """Build all, with the adapters of a checkpoint, or those that tasks start from."""
         start_deepspeed(run.device)
         self.run = run
+        self.resumed_step = 0 if resumed is None else resumed.step
         self.rank = dist.get_rank()
         self.told_to_stop = told_to_stop
         self.device = (
@@ -85,6 +90,7 @@ class Engine:
         if resumed is not None:  # only when all have read what they need is anything later removed
             self.control.wait()
         self.peak_memory_bytes = 0
+        self.step_times_s: deque[float] = deque(maxlen=RECENT_STEPS)
 
     def install(
         self, tasks: Mapping[int, TaskConfig], resumed: CheckpointState | None = None
@@ -158,11 +164,14 @@ class Engine:
 
     def follow(self) -> StepOrder:
         """Carry out rank 0's orders (every other rank) and return the last one."""
+        following = self.resumed_step + 1
         while True:
+            beat("waiting for its order", following)
             order = self.control.receive()
             self.carry_out(order)
             if order.stop:
                 return order
+            following = order.step + (2 if order.updates else 1)
 
     def carry_out(
         self, order: StepOrder, state: CheckpointState | None = None
@@ -180,6 +189,11 @@ class Engine:
         -------
         StepReport or None
             What became of the order's sequences, if it has any.
+
+        Raises
+        ------
+        StorageError
+            On rank 0, when all ranks have done all: something could not be written.
         """
         report = None
         for slot_order in order.slots:
@@ -194,9 +208,11 @@ class Engine:
         elif order.updates:
             report = self._update(order)
         self.exporter.keep(order.keep)
-        self.exporter.export(order.export, order.export_best)
+        denied = [self.exporter.export(order.export, order.export_best)]
         if order.save:
-            self.exporter.save_checkpoint(state)
+            denied.append(self.exporter.save_checkpoint(state))
+        for failure in filter(None, denied):
+            raise failure
         return report
 
     def _traced(self, step: int) -> AbstractContextManager[None]:
@@ -206,6 +222,7 @@ class Engine:
 
     def _train(self, order: StepOrder) -> StepReport:
         start = time.perf_counter()
+        beat("preparing", order.step + 1, max(self.step_times_s, default=0.0))
         batches = self._tensors(order)
         prepare_s = time.perf_counter() - start
         try:
@@ -220,9 +237,12 @@ class Engine:
         finally:
             self.stage.apart = False
         exchanged = time.perf_counter()
+        beat("updating")
         self.step(order.updates, report.grad_norms)
         self._synchronize()
-        return replace(report, prepare_s=prepare_s, optimizer_s=time.perf_counter() - exchanged)
+        end = time.perf_counter()
+        self.step_times_s.append(end - start)
+        return replace(report, prepare_s=prepare_s, optimizer_s=end - exchanged)
 
     def _compute(
         self, order: StepOrder, batches: Sequence[MicroBatchTensors], start: float
@@ -232,14 +252,17 @@ class Engine:
         losses = self.forward_backward(batches)
         self._synchronize()
         computed = time.perf_counter()
+        beat("reducing")
         numbers = [update.task for update in order.updates]
         squared_norms = torch.zeros(self.num_tasks, dtype=torch.float64)
         squared_norms[numbers] = self.optimizer.reduce(numbers).cpu()
         reduced = time.perf_counter()
+        beat("comparing norms")
         report = self._exchange(order, losses, squared_norms, computed - begin, computed - start)
         return replace(report, reduce_s=reduced - computed)
 
     def _evaluate(self, order: StepOrder) -> StepReport:
+        beat("evaluating", order.step)
         start = time.perf_counter()
         token_losses: list[Tensor] = []
         batches = self._tensors(order)
@@ -251,6 +274,7 @@ class Engine:
 
     def _accumulate(self, order: StepOrder) -> StepReport:
         """Add the gradients of an order's sequences to what their tasks have."""
+        beat("computing", order.step)
         start = time.perf_counter()
         batches = self._tensors(order)
         gradients = [self.stage.slots[number].gradient for number in order.tasks]

@@ -11,6 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lobra.common.errors import ConfigError
+from lobra.common.storage import StorageError, told_as_storage
+from lobra.model.adapter import FlatTensors
+from lobra.model.heartbeat import beat
 from lobra.model.pissa import joined
 from lobra.model.slot import Slot
 from lobra.model.stage import Stage
@@ -80,24 +83,47 @@ class AdapterExporter:
         if self.is_writer:
             save_adapter(folder, slot.spec, weights, self.run.base_model, moments)
 
-    def save_checkpoint(self, state: CheckpointState | None) -> None:
+    def save_checkpoint(self, state: CheckpointState | None) -> StorageError | None:
         """Write the checkpoint of `state` (None but on rank 0): every task's weights and moments.
 
         Moments are gathered on the devices, where a rank may wait for others only as long as NCCL
         is patient. So before each task's, all wait on the control group, whose patience is long,
         until rank 0 has written the task before.
+
+        Returns
+        -------
+        StorageError or None
+            On rank 0, why the checkpoint could not be written.
         """
-        writer = None if state is None else CheckpointWriter(self.run.output_dir, state.step)
+        writer = None
+        if state is not None:
+            writer = CheckpointWriter(self.run.output_dir, state.step, self._checkpoint_bytes())
         for number, slot in self.stage.slots.items():
+            beat("writing")
             weights = self._weights(slot)
             moments = self._moments(slot)
             if writer is not None:
                 writer.add_task(slot.spec, weights, moments, self.run.base_model)
                 if number in self.kept:
                     writer.add_best(slot.spec, self.kept[number], self.run.base_model)
-        if writer is not None and state is not None:
-            writer.finish(state, self.run.keep_checkpoints)
+        failure = None
+        try:
+            if writer is not None and state is not None:
+                writer.finish(state, self.run.keep_checkpoints)
+        except StorageError as error:
+            failure = error
         dist.barrier(group=self.control)
+        return failure
+
+    def _checkpoint_bytes(self) -> int:
+        """Return the size of all tasks' weights and moments, and of the best adapters kept."""
+        shape = self.stage.shape
+        return sum(
+            FlatTensors.of_layers(slot.spec, shape, range(shape.num_layers)).numel
+            * slot.weights.itemsize
+            * (1 + len(self.optimizer.moment_names(number)) + (number in self.kept))
+            for number, slot in self.stage.slots.items()
+        )
 
     def keep(self, numbers: Sequence[int]) -> None:
         """Keep these tasks' adapters, as they are now, as the best of theirs."""
@@ -113,29 +139,45 @@ class AdapterExporter:
             best = load_best(self.run.output_dir, step, slot.spec.name)
             self.kept[number] = {name: value.to(slot.weights.dtype) for name, value in best.items()}
 
-    def export(self, present: Sequence[int], best: Sequence[int]) -> None:
+    def export(self, present: Sequence[int], best: Sequence[int]) -> StorageError | None:
         """Write adapter folders: of some tasks as their adapters are now, of others those kept.
 
         Each has a model card with what the run's log says so far.
+
+        Returns
+        -------
+        StorageError or None
+            On rank 0, why an adapter could not be written; the others are.
         """
+        failure = None
         steps = self._logged_steps() if present or best else []
         for number in (*present, *best):
+            beat("writing")
             slot = self.stage.slots[number]
             tensors = self.kept[number] if number in best else self._weights(slot)
             if self.is_writer:
-                if bad := not_finite(tensors):
-                    log.warning(
-                        "the adapter of task %s holds values that are not finite (%s and %d more); "
-                        "it is of no use",
-                        slot.spec.name, bad[0], len(bad) - 1,
-                    )  # fmt: skip
-                card = model_card(
-                    self.run.tasks[number], self.run.base_model, self.run.precision, steps
-                )
-                folder = self.run.adapter_folder(number)
-                save_adapter(folder, slot.spec, tensors, self.run.base_model, card=card)
+                try:
+                    self._write(number, slot, tensors, steps)
+                except StorageError as error:
+                    failure = error
         if present or best:
             dist.barrier(group=self.control)
+        return failure
+
+    def _write(
+        self, number: int, slot: Slot, tensors: dict[str, Tensor], steps: Sequence[dict[str, Any]]
+    ) -> None:
+        if bad := not_finite(tensors):
+            log.warning(
+                "the adapter of task %s holds values that are not finite (%s and %d more); "
+                "it is of no use",
+                slot.spec.name, bad[0], len(bad) - 1,
+            )  # fmt: skip
+        run, folder = self.run, self.run.adapter_folder(number)
+        card = model_card(run.tasks[number], run.base_model, run.precision, steps)
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        with told_as_storage(folder, "then go on with --resume", size):
+            save_adapter(folder, slot.spec, tensors, run.base_model, card=card)
 
     def _logged_steps(self) -> list[dict[str, Any]]:
         if not self.is_writer:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
 import os
+from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from lobra.common.documents import check_regular, parse_json, reading
 from lobra.common.errors import Problems
@@ -19,6 +21,7 @@ from lobra.trainer.logged_step import LoggedStep
 log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+MOST_WAITING = 10_000  # lines kept while there is no room for them: some 20 MB
 
 
 @dataclass(frozen=True)
@@ -157,19 +160,45 @@ class StepMetrics:
 class MetricsFile:
     """Appends a line a step to metrics.jsonl.
 
-    The file appears with the first step: a run that fails before leaves none.
+    The file appears with the first step: a run that fails before leaves none. Lines that find no
+    room are kept and written when there is some again: a full disk is warned of once and ends no
+    run.
     """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / METRICS_FILE
-        self._file: TextIO | None = None
+        self._file: BinaryIO | None = None
+        self._waiting: deque[bytes] = deque(maxlen=MOST_WAITING)
+        self._has_warned = False
 
     def write(self, metrics: StepMetrics) -> None:
         """Write one step and flush it, so that a crash loses nothing already seen."""
-        if self._file is None:
-            self._file = self._path.open("a", encoding="utf-8")
-        self._file.write(json.dumps(as_json(metrics)) + "\n")
-        self._file.flush()
+        self._waiting.append(json.dumps(as_json(metrics)).encode() + b"\n")
+        try:
+            if self._file is None:
+                self._file = self._path.open("ab", buffering=0)
+            while self._waiting:
+                self._append(self._file, self._waiting[0])
+                self._waiting.popleft()
+        except OSError as error:
+            if not self._has_warned:
+                log.warning(
+                    "%s: cannot be written (%s); the run goes on, its steps are added when they "
+                    "can be",
+                    self._path, error.strerror,
+                )  # fmt: skip
+            self._has_warned = True
+
+    @staticmethod
+    def _append(file: BinaryIO, line: bytes) -> None:
+        """Write a line; of one for which there is no room nothing is left."""
+        end = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(end)
+            raise
 
     def close(self) -> None:
         """Close the file."""

@@ -29,6 +29,7 @@ from lobra.common.options import (
     NumTokens,
     PlanName,
     PositiveInt,
+    PositiveNumber,
     Seed,
     Switch,
     TaskSetName,
@@ -58,7 +59,12 @@ from lobra.trainer.batching import chosen_batching, fixed_buckets
 from lobra.trainer.checkpoint import CheckpointState, read_state
 from lobra.trainer.metrics import METRICS_FILE, kept_metrics
 from lobra.trainer.resume_checks import resume_problems, revival_problems, task_record
-from lobra.trainer.run_config import PlanPeriod, plan_history, resolved_config
+from lobra.trainer.run_config import (
+    PlanPeriod,
+    plan_history,
+    resolved_config,
+    warn_of_other_versions,
+)
 from lobra.trainer.run_folder import occupied, unusable, write_run_folder
 from lobra.trainer.run_spec import RunSpec
 from lobra.trainer.step_trace import steps_of
@@ -125,6 +131,14 @@ class TrainRequest:
         Where curves are shown: some of tensorboard, wandb and mlflow, with commas between; or none.
     torch_profiler
         Steps to write torch's profiler traces of, such as 3-5 or 3,7.
+    hang_timeout
+        End the run when no rank has moved for S seconds in a step; by default 600, or 20 times the
+        longest step.
+    max_restarts
+        Start again from the newest checkpoint, at most N times, when a rank dies or stands still or
+        a file system fails.
+    deterministic
+        Use algorithms only that give the same bits every time, on GPUs too; slower there.
     gpus_per_node
         By default what the launcher started on a host, else the GPUs of this machine.
     found_per_node
@@ -166,6 +180,9 @@ class TrainRequest:
     revive: tuple[str, ...] = ()
     report_to: Annotated[str, Parameter(metavar="NAMES")] = "tensorboard"
     torch_profiler: Annotated[str | None, Parameter(metavar="STEPS")] = None
+    hang_timeout: Annotated[PositiveNumber | None, Parameter(metavar="S")] = None
+    max_restarts: NonNegativeInt = 0
+    deterministic: bool = False
     gpus_per_node: PositiveInt | None = None
     found_per_node: Annotated[int | None, NOT_AN_OPTION] = None
     launched_world: Annotated[int | None, NOT_AN_OPTION] = None
@@ -247,6 +264,11 @@ def prepare(request: TrainRequest) -> RunSpec:
         checks.problems.add(
             f"{request.strategy_config}: the plan {plan} has {plan.num_gpus} ranks, the launcher "
             f"started {launched}; start one process per rank"
+        )
+    if request.deterministic and request.feedback == "on":
+        checks.problems.add(
+            "--deterministic and --feedback on: timings would decide which micro-batch a sequence "
+            "is in; leave one out"
         )
     report_to: tuple[str, ...] = checks.attempt(trackers_of, request.report_to) or ()
     profiled_steps: frozenset[int] = frozenset()
@@ -347,7 +369,7 @@ def prepare(request: TrainRequest) -> RunSpec:
         dispatch_mode=request.dispatch or "balance",
         seed=request.seed,
         batching=batching,
-        feedback=device == "cuda" if request.feedback is None else request.feedback == "on",
+        feedback=_uses_feedback(request, device),
         validate_every=_evaluation_period(request, tasks),
         save_every=request.save_every,
         keep_checkpoints=request.keep_checkpoints,
@@ -356,6 +378,8 @@ def prepare(request: TrainRequest) -> RunSpec:
         data_day=processor.day.isoformat(),
         report_to=report_to,
         profiled_steps=profiled_steps,
+        hang_timeout_s=request.hang_timeout,
+        deterministic=request.deterministic,
     )
     if state is not None and state.precision not in (None, run.precision):
         log.warning(
@@ -372,6 +396,8 @@ def prepare(request: TrainRequest) -> RunSpec:
     if left_out:
         log.warning("left out (--skip-bad-tasks): %s", left_out)
     warn_of_greedy_tasks(tasks, training)
+    if state is not None:
+        warn_of_other_versions(run)
     log.info("the tasks' data:\n%s", summary_text(datasets))
     _warn_of_long_contexts(tasks, training, shape)
     plans = plan_history(run.output_dir, PlanPeriod.of(run))
@@ -504,6 +530,13 @@ def place_plan(plan: Plan, request: TrainRequest, device: str | None) -> World:
             request.strategy_config, list(spread[0]), size, size,
         )  # fmt: skip
     return world
+
+
+def _uses_feedback(request: TrainRequest, device: str) -> bool:
+    """Return whether measured times decide who computes what: never where bits are to repeat."""
+    if request.feedback is None:
+        return device == "cuda" and not request.deterministic
+    return request.feedback == "on"
 
 
 def _evaluation_period(request: TrainRequest, tasks: Sequence[TaskConfig]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 from dataclasses import dataclass
@@ -43,10 +44,12 @@ class RankResult:
 
 def train_rank(run: RunSpec) -> RankResult:
     """Train `run` as this rank of an initialised world and return what it did. Collective."""
+    if run.deterministic:
+        _repeat_bits()
     with StopRequest() as stop:
         resumed = None
         if run.resume_step is not None:
-            resumed = read_state(run.output_dir, run.resume_step)
+            resumed = read_state(run.output_dir, run.resume_step, whole=False)
         engine = Engine(run, resumed, lambda: stop.received is not None)
         coordinates = engine.rank == 0
         last = Coordinator(run, engine, resumed).train() if coordinates else engine.follow()
@@ -58,6 +61,14 @@ def train_rank(run: RunSpec) -> RankResult:
             stopped_at=None if last.finished else last.step,
             stop_signal=None if last.finished else stop.received or signal.SIGTERM,
         )
+
+
+def _repeat_bits() -> None:
+    """Have torch use algorithms only that give the same bits every time; others raise."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for that
+    torch.use_deterministic_algorithms(True)
+    # No tensor is read before it is written. (Stubs lack the attribute.)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _peak_memory_bytes(engine: Engine) -> int:

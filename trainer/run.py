@@ -22,15 +22,17 @@ from lobra.common.documents import MOST_BYTES, check_regular, read_text
 from lobra.common.errors import ConfigError, Problems, show
 from lobra.common.models import HostName, refusal
 from lobra.model.host_memory import keep_freed_memory
-from lobra.model.launch import DEFAULT_PRELOAD, run_ranks
+from lobra.model.launch import DEFAULT_PRELOAD, WatchOrder, run_ranks
 from lobra.trainer.prepare import TrainRequest, prepare
 from lobra.trainer.rank import RankResult
+from lobra.trainer.restarts import run_with_restarts
 from lobra.trainer.run_spec import RunSpec
 
 log = logging.getLogger(__name__)
 
 ENV_FILE_MARK = "LOBRA_ENV_FILE"
 ENV_FILE_END = "sourced"  # the last entry of a sourced environment; it is no assignment
+STACKS_FOLDER = "stacks"  # in a run's folder: where ranks were when one stood still
 PREPARING = timedelta(days=1)  # the longest rank 0 may tokenise
 PRELOAD = (*DEFAULT_PRELOAD, "lobra.trainer.preload")
 
@@ -49,11 +51,11 @@ def train(request: TrainRequest) -> tuple[RunSpec, list[RankResult]]:
     ------
     ConfigError
         The request cannot be run; nothing was written.
-    RankError
-        A rank failed.
+    RankError, MachineError
+        A rank failed, or the machine denied something, after as many restarts as were asked for.
     """
     run = prepare(request)
-    return run, run_local(run)
+    return run, run_with_restarts(run, request.max_restarts, run_local)
 
 
 def run_local(run: RunSpec, target: str = "lobra.trainer.rank:train_rank") -> list[RankResult]:
@@ -81,6 +83,7 @@ def run_local(run: RunSpec, target: str = "lobra.trainer.rank:train_rank") -> li
         environment=environment,
         preload=PRELOAD,
         on_signal=tell,
+        watch=WatchOrder(run.hang_timeout_s, run.output_dir / STACKS_FOLDER),
     )
     if received and results[0].stopped_at is not None:
         results[0].stop_signal = received[0]
@@ -141,7 +144,11 @@ def train_in_launcher(request: TrainRequest) -> tuple[RunSpec, RankResult]:
         dist.destroy_process_group()
         raise outcome[0]
     check_shared(outcome[0])
+    from lobra.trainer.launched_watch import watch_each_other
     from lobra.trainer.rank import train_rank
+
+    stacks = outcome[0].output_dir / STACKS_FOLDER
+    watch_each_other(waiting, outcome[0].hang_timeout_s, stacks)
 
     # No clean-up if this fails: it would wait for ranks that wait for this one. The launcher ends
     # them when this process has ended.

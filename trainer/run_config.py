@@ -9,12 +9,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import yaml
 from pydantic import ConfigDict, Field
 
 from lobra.common.errors import ConfigError
+from lobra.common.files import write_atomic
 from lobra.common.models import Count, FileModel, PositiveInt, Text, load_as
 from lobra.common.version import installed_version
 from lobra.layout.plan import Plan, PlanEntry, PlanMeta, RankMap
+from lobra.profiler.hardware import versions
 from lobra.trainer.run_spec import CONFIG_FILE, RunSpec
 
 if TYPE_CHECKING:
@@ -64,6 +67,14 @@ class RunTask(_Noted):
 
 
 @dataclass(frozen=True)
+class UsedProfile(_Noted):
+    """The time profile that steps are balanced and predicted with."""
+
+    path: str = ""
+    digest: str | None = None
+
+
+@dataclass(frozen=True)
 class RunConfig(_Noted):
     """What is read again of a run's config.yaml.
 
@@ -81,6 +92,7 @@ class RunConfig(_Noted):
     plan_meta: PlanMeta | None = None
     plans: tuple[PlanPeriod, ...] = ()
     resumes: tuple[Count, ...] = ()
+    time_profile: UsedProfile = UsedProfile()
 
     @property
     def known_resumes(self) -> tuple[int, ...]:
@@ -135,6 +147,45 @@ def resume_history(folder: Path, step: int | None) -> list[int]:
     return [*(before for before in earlier if before < step), step]
 
 
+def used_versions() -> dict[str, str]:
+    """Return the versions of what decides the bits of a result."""
+    own = {name: installed_version(name) for name in ("lobra", "deepspeed", "safetensors")}
+    return {**own, **versions()}
+
+
+def warn_of_other_versions(run: RunSpec) -> None:
+    """Warn, in one message, where a run goes on with other software or another profile."""
+    try:
+        earlier = read_run_config(run.output_dir)
+    except ConfigError:  # `plan_history` has warned
+        return
+    now = used_versions()
+    changed = [
+        f"{name} {now[name]} (before: {version})"
+        for name, version in earlier.versions.items()
+        if name in now and now[name] != version
+    ]
+    profile, digest = earlier.time_profile, run.cost_model.meta.get("digest")
+    if profile.digest not in (None, digest):
+        changed.append(f"another time profile (before: {profile.path}, digest {profile.digest})")
+    if changed:
+        log.warning(
+            "the run goes on with %s: what is computed is the same but for rounding",
+            ", ".join(changed),
+        )
+
+
+def note_resume(folder: Path, step: int | None) -> None:
+    """Note in config.yaml from which step the run goes on (None: it begins anew)."""
+    path = folder / CONFIG_FILE
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config |= {"resumed_at": step, "resumes": resume_history(folder, step)}
+        write_atomic(path, yaml.safe_dump(config, sort_keys=False))
+    except OSError as error:
+        log.warning("%s: does not say that the run goes on (%s)", path, error.strerror)
+
+
 def resolved_config(
     run: RunSpec, request: TrainRequest, gpus_per_node: int | None, plans: Sequence[PlanPeriod]
 ) -> dict[str, Any]:
@@ -163,6 +214,9 @@ def resolved_config(
         "validate_every": run.validate_every,
         "save_every": run.save_every,
         "keep_checkpoints": run.keep_checkpoints,
+        "hang_timeout": run.hang_timeout_s,
+        "max_restarts": request.max_restarts,
+        "deterministic": run.deterministic,
         "report_to": list(run.report_to),
         "resumed_at": run.resume_step,
         "resumes": resume_history(run.output_dir, run.resume_step),
@@ -174,7 +228,11 @@ def resolved_config(
         "plan": run.plan.entries(),
         "plan_meta": _plain(run.plan.meta),
         "rank_map": run.world.as_lists(),
-        "versions": {name: installed_version(name) for name in ("lobra", "torch", "deepspeed")},
+        "versions": used_versions(),
+        "digests": {
+            "base_model": run.fingerprint,
+            "data": {record["name"]: record["data_sha256"] for record in run.task_records},
+        },
         "plans": [period.as_plain() for period in plans],
     }
 

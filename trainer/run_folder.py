@@ -102,7 +102,7 @@ def write_run_folder(
         hold_folder(folder)
         # A run that has just ended may have left its files since they were looked for.
         if run.resume_step is not None:
-            read_state(folder, run.resume_step)
+            read_state(folder, run.resume_step, whole=False)
         elif problems := occupied(folder):
             raise ConfigError(problems)
         write_atomic(folder / CONFIG_FILE, yaml.safe_dump(dict(config), sort_keys=False))

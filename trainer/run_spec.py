@@ -71,6 +71,10 @@ class RunSpec:
         Trackers that are given the run's curves, keys of `trainer.trackers.TRACKERS`.
     profiled_steps
         Steps, counted from 1, of which torch's profiler writes traces.
+    hang_timeout_s
+        How long ranks may stand still; None: what `model.watch` finds long.
+    deterministic
+        Whether torch uses algorithms only that give the same bits every time.
     """
 
     model_folder: Path
@@ -102,6 +106,8 @@ class RunSpec:
     plan_from: int = 0
     report_to: tuple[str, ...] = ()
     profiled_steps: frozenset[int] = frozenset()
+    hang_timeout_s: float | None = None
+    deterministic: bool = False
 
     @property
     def world_size(self) -> int:

@@ -32,3 +32,7 @@ class SaveTimes:
         """Note that a checkpoint was saved after so many steps, and what it took."""
         self.step = step
         self.saved_s, self.took_s = time.monotonic(), took_s
+
+    def failed(self) -> None:
+        """Note that none could be saved: by the clock, the next is tried in a period."""
+        self.saved_s = time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
@@ -62,8 +63,9 @@ class Screen:
                 self.bars.update(row, latest=f"{shown}, {clock(task.time_left_s)} left")
 
     def tell(self, text: str) -> None:
-        """Show a line that stays."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        """Show a line that stays; that nobody reads it, or there is no room, ends no run."""
+        with suppress(OSError):
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Screen:
         if self.bars is not None:

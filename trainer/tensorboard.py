@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ class TensorBoard:
     def __init__(self, folder: Path, config: dict[str, Any], begin: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        others = set(threading.enumerate())
         self._events: Any = SummaryWriter(  # type: ignore[no-untyped-call]
             str(folder / "tensorboard"), purge_step=begin
         )
+        _keep_silent(set(threading.enumerate()) - others)
         text = yaml.safe_dump(config, sort_keys=False)
         self._events.add_text("config", f"```yaml\n{text}```", begin)
 
@@ -31,3 +34,14 @@ class TensorBoard:
     def close(self, failed: bool) -> None:
         """Write what is still in memory; events do not say how a run ended."""
         self._events.close()
+
+
+def _keep_silent(threads: set[threading.Thread]) -> None:
+    """Have these threads end without a traceback; the next `write` raises what they died of."""
+    plain = threading.excepthook
+
+    def hook(died: threading.ExceptHookArgs) -> None:
+        if died.thread not in threads:
+            plain(died)
+
+    threading.excepthook = hook

@@ -16,7 +16,7 @@ from lobra.trainer.run_config import read_run_config
 CONFIG = "config.yaml"
 
 
-def report(run: Path, /, *, plots: bool = False, trace: bool = False) -> int:
+def report(run: Path, /, *, plots: bool = False, trace: bool = False, verify: bool = False) -> int:
     """Print the report of a run, of a simulation or of an experiment.
 
     Experiments and simulations get their pictures and their page in any case.
@@ -29,6 +29,9 @@ def report(run: Path, /, *, plots: bool = False, trace: bool = False) -> int:
         Write pictures under RUN/report.
     trace
         Write RUN/trace.json (Chrome trace).
+    verify
+        Compute the step after the newest checkpoint again and compare it with what was logged; ends
+        with 1 if it is another.
 
     Raises
     ------
@@ -54,4 +57,24 @@ def report(run: Path, /, *, plots: bool = False, trace: bool = False) -> int:
             print(f"written: {path}")
     if trace:
         print(f"written: {write_trace(run, parts)}")
-    return 0
+    return _verify(run) if verify else 0
+
+
+def _verify(run: Path) -> int:
+    """Print a step computed again beside what was logged; return 0 if they are the same, else 1."""
+    from lobra.trainer.verify import verify  # a base installation has no torch
+
+    found = verify(run)
+    errors = [value.error for value in found.values]
+    print(f"\nstep {found.step}, computed again from the checkpoint before it:")
+    for value in found.values:
+        if value.error:
+            print(
+                f"  {value.task}: {value.name} {value.again}, logged {value.logged} "
+                f"({value.error:.1e} of it)"
+            )
+    same = sum(not error for error in errors)
+    print(f"{same} of {len(errors)} losses and norms are the same to the last bit")
+    if not found.is_true:
+        print(f"others differ by more than rounding ({found.tolerance:.0e}): the log is not true")
+    return 0 if found.is_true else 1

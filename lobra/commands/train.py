@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NoReturn
 
-from lobra.common.errors import ConfigError, Problems
+from lobra.common.errors import ConfigError, MachineError, Problems
 from lobra.common.options import (
     THIS_MACHINE,
     LauncherOptions,
@@ -27,6 +27,7 @@ from lobra.trainer.checkpoint_folder import step_folder
 from lobra.trainer.launcher import run_launcher
 from lobra.trainer.metrics import METRICS_FILE
 from lobra.trainer.prepare import TrainRequest
+from lobra.trainer.restarts import launch_with_restarts, with_resume
 from lobra.trainer.run import (
     Refusal,
     in_launcher,
@@ -35,6 +36,7 @@ from lobra.trainer.run import (
     train_in_launcher,
 )
 from lobra.trainer.run import train as train_here
+from lobra.trainer.run_folder import occupied
 from lobra.trainer.signals import EXIT_CODES
 
 log = logging.getLogger(__name__)
@@ -65,7 +67,7 @@ def train(
     dispatch = from_environment("EXPR_DATA_DISPATCH", DISPATCH_MODES, os.environ, problems)
     if launcher.host_file is not None and not in_launcher():
         problems += option_problems(request)
-        return _through_launcher(launcher, launcher.host_file, request.strategy_config, problems)
+        return _through_launcher(launcher, launcher.host_file, request, problems)
     if request.batching == "packed" and (dp_bucket or dispatch):
         log.warning("DP_BUCKET and EXPR_DATA_DISPATCH are for bucketed micro-batches: no effect")
         dp_bucket = dispatch = None
@@ -85,6 +87,8 @@ def train(
             return 2  # rank 0 says why
         except ConfigError as error:
             _leave(str(error), 2)
+        except MachineError as error:
+            _leave(str(error), 1)
         except Exception:
             _leave(f"failed\n{traceback.format_exc().rstrip()}", 1)
         if not is_first:
@@ -97,13 +101,24 @@ def train(
             print(f"lobra: {error} before the first step; nothing to save", file=sys.stderr)
             return EXIT_CODES[error.signal]
         result = results[0]
-    if (spec.output_dir / METRICS_FILE).is_file():
-        print_run_report(spec.output_dir)
+    _show_report(spec.output_dir)
     if result.stopped_at is None:
         return 0
     folder = step_folder(spec.output_dir, result.stopped_at)
     print(f"stopped; saved {folder}; go on with the same command and --resume", file=sys.stderr)
     return EXIT_CODES.get(result.stop_signal or 0, 1)
+
+
+def _show_report(folder: Path) -> None:
+    """Print the run's report; that its lines find no room, or no reader, is no failure of a run."""
+    if not (folder / METRICS_FILE).is_file():
+        return
+    try:
+        print_run_report(folder)
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        log.warning("the report is not shown (%s): lobra report %s", error.strerror, folder)
 
 
 def _leave(message: str, code: int) -> NoReturn:
@@ -118,16 +133,20 @@ def _leave(message: str, code: int) -> NoReturn:
 
 
 def _through_launcher(
-    launcher: LauncherOptions, host_file: Path, plan_name: str, problems: Problems
+    launcher: LauncherOptions, host_file: Path, request: TrainRequest, problems: Problems
 ) -> int:
     """Start deepspeed's launcher on the hosts of the host file and return its exit code."""
-    command: list[str] = []
-    try:
-        plan = load_plan(plan_name)
-        command = launcher_command(
-            sys.argv[2:], host_file, plan.num_gpus, launcher.server_addr, launcher.server_port
+
+    def command(step: int | None) -> list[str]:
+        arguments = with_resume(sys.argv[2:], step)
+        return launcher_command(
+            arguments, host_file, plan.num_gpus, launcher.server_addr, launcher.server_port
         )
-    except ConfigError as error:
-        problems += error.problems
+
+    with problems.noted():
+        plan = load_plan(request.strategy_config)
+        command(None)
     problems.raise_if_any()
-    return run_launcher(command)
+    is_ours = request.is_resumed or not occupied(request.output_dir)  # else the ranks will say so
+    most = request.max_restarts if is_ours else 0
+    return launch_with_restarts(command, run_launcher, request.output_dir, most)

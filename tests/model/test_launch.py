@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing import forkserver
+from pathlib import Path
 
 import pytest
 
@@ -66,6 +69,31 @@ def test_a_rank_that_dies_before_it_starts_is_named(monkeypatch: pytest.MonkeyPa
     after_start(monkeypatch, 1, lambda pid: os.kill(pid, signal.SIGKILL))
     with pytest.raises(RankError, match="rank 0 failed: the process was killed by SIGKILL"):
         run_ranks("os:getpid", 1)
+
+
+KILLED_LAUNCHER = """
+import multiprocessing, pathlib, sys, time
+from lobra.model.rank_process import _end_with_parent
+context = multiprocessing.get_context("fork")
+context.Process(target=_end_with_parent, args=(pathlib.Path(sys.argv[1]),)).start()
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_killed_launcher_leaves_no_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "rendezvous"
+    folder.mkdir()
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", KILLED_LAUNCHER, str(folder)], stdout=subprocess.PIPE
+    )
+    assert launcher.stdout is not None and launcher.stdout.readline()
+    launcher.kill()
+    launcher.communicate()
+    deadline = time.monotonic() + END_S
+    while folder.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_an_interrupt_that_was_ignored_from_the_start_stays_ignored() -> None:

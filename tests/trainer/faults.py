@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import errno
+import json
+import logging
 import os
+import resource
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -22,6 +24,7 @@ from lobra.model.stage import Stage
 from lobra.model.tensor_parallel import VocabParallelEmbedding
 from lobra.trainer import control, coordinator, engine, rank
 from lobra.trainer.checkpoint import CheckpointWriter
+from lobra.trainer.checkpoint_folder import list_checkpoints, step_folder
 from lobra.trainer.engine import Engine
 from lobra.trainer.optimizer import AdapterOptimizer
 from lobra.trainer.rank import RankResult, train_rank
@@ -31,6 +34,9 @@ FAULT_TASK = 1
 FAULT_STEPS = (1, 2)
 SLOW_REPLICA = 0
 SLOW_WRITE_S = 0.3  # a task's files
+MOST_FILE_BYTES = 1000
+WARNINGS = "warnings.txt"
+FAULT_FILE = "fault.json"  # in a run's folder
 STEP_BYTES, EVALUATION_BYTES = 1 << 40, 3 << 40
 FAST_S, SLOW_S = 0.002, 0.006  # a micro-batch
 
@@ -150,14 +156,33 @@ def train_with_a_counter(run: RunSpec) -> RankResult:
     return train_rank(run)
 
 
-def run_out_of_disk(run: RunSpec) -> RankResult:
-    """Train until there is no room for a checkpoint."""
+def run_out_of_disk(run: RunSpec, steps: Container[int] = FAULT_STEPS) -> RankResult:
+    """Train while no file may grow beyond `MOST_FILE_BYTES` in some steps: EFBIG, by the kernel.
 
-    def full(self: CheckpointWriter, *args: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    Rank 0 leaves what it warned of in `WARNINGS`; standard error may be such a file too.
+    """
+    warnings: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("lobra").addHandler(handler)
+    plain = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    CheckpointWriter.finish = full  # type: ignore[method-assign]
-    return train_rank(run)
+    def limit(order: StepOrder) -> StepOrder:
+        if order.updates:
+            most = MOST_FILE_BYTES if order.step in steps else plain[0]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, plain[1]))
+        return order
+
+    change_orders(limit)
+    result = train_rank(run)
+    if dist.get_rank() == 0:
+        (run.output_dir / WARNINGS).write_text("\n".join(warnings))
+    return result
+
+
+def run_out_of_disk_for_good(run: RunSpec) -> RankResult:
+    """Do the same in every step."""
+    return run_out_of_disk(run, range(run.last_step))
 
 
 def run_out_of_memory(run: RunSpec) -> RankResult:
@@ -251,3 +276,70 @@ def train_and_signal(run: RunSpec) -> RankResult:
 
     Engine.carry_out = carry_out  # type: ignore[method-assign]
     return train_rank(run)
+
+
+def train_with_fault(run: RunSpec) -> RankResult:
+    """Train, and let one rank come to grief in one step, as `FAULT_FILE` says, but only once."""
+    file = run.output_dir / FAULT_FILE
+    if not file.exists():
+        return train_rank(run)
+    fault = json.loads(file.read_text())
+
+    def strike(order: StepOrder) -> StepOrder:
+        if dist.get_rank() == fault["rank"] and order.step == fault["step"] and order.updates:
+            file.unlink()
+            FAULTS[fault["kind"]](run)
+        return order
+
+    change_orders(strike)
+    return train_rank(run)
+
+
+def _kill(_run: RunSpec, number: int = signal.SIGKILL) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(60)  # a signal may take its time
+
+
+def _fail(_run: RunSpec) -> None:
+    raise ValueError("odd")
+
+
+def _hang(_run: RunSpec) -> None:
+    def forever(*_args: object) -> NoReturn:
+        while True:
+            time.sleep(0.1)
+
+    engine.run_replica = forever  # type: ignore[assignment]
+
+
+def _damage(run: RunSpec) -> None:
+    """Flip a bit of the newest checkpoint's moments and die."""
+    step = list_checkpoints(run.output_dir)[-1]
+    path = next((step_folder(run.output_dir, step) / "moments").iterdir())
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 64
+    path.write_bytes(content)
+    _kill(run)
+
+
+def _die_while_saving(_run: RunSpec) -> None:
+    CheckpointWriter.finish = lambda *args: _kill(*args[:1])  # type: ignore[method-assign]
+
+
+def _refuse_files(_run: RunSpec) -> None:
+    """Let no file be written from now on: the run ends when its last checkpoint cannot be."""
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (MOST_FILE_BYTES, hard))
+
+
+FAULTS: dict[str, Callable[[RunSpec], None]] = {
+    "killed": _kill,
+    "segmentation fault": partial(_kill, number=signal.SIGSEGV),
+    "left": lambda _run: os._exit(3),
+    "raises": _fail,
+    "stopped": partial(_kill, number=signal.SIGSTOP),
+    "hangs": _hang,
+    "damages and dies": _damage,
+    "dies while saving": _die_while_saving,
+    "no room": _refuse_files,
+}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lobra.common.storage import StorageError
 from lobra.layout.order import StepOrder
 from lobra.layout.shapes import read_shape
 from lobra.model.adapter import FlatTensors
@@ -40,6 +42,7 @@ from tests.trainer.faults import (
     SLOW_REPLICA,
     SLOW_S,
     STEP_BYTES,
+    WARNINGS,
 )
 from tests.trainer.support import make_plan, make_run, random_dataset, steps_of, train_steps
 
@@ -135,12 +138,35 @@ def test_a_rank_without_memory_says_what_to_do(base: Path, tmp_path: Path) -> No
     assert len(lines) == 1, "the step before is in the metrics"
 
 
-def test_a_step_is_recorded_though_its_checkpoint_finds_no_room(base: Path, tmp_path: Path) -> None:
-    run = new_run(tmp_path / "run", base, [(1, 1)], steps=3, save_every=2)
-    with pytest.raises(RankError, match="No space left on device"):
-        run_local(run, "tests.trainer.faults:run_out_of_disk")
-    assert [step.step for step in steps_of(run)] == [0, 1]
+def test_a_run_goes_on_while_there_is_no_room(base: Path, tmp_path: Path) -> None:
+    """Neither checkpoints, nor metrics, nor an ended task's adapter find room in two steps."""
+    layouts = [(1, 1), (1, 1)]
+    plain = new_run(tmp_path / "plain", base, layouts, steps=4, save_every=1, num_steps=(4, 2))
+    run = replace(plain, output_dir=tmp_path / "full")
+    shutil.copytree(plain.output_dir, run.output_dir)
+    expected = train_steps(plain)
+    steps = train_steps(run, "tests.trainer.faults:run_out_of_disk")
+    assert [step.tasks for step in steps] == [step.tasks for step in expected]
+    assert list_checkpoints(run.output_dir) == [1, 4], "kept until there was room for another"
+    assert list_checkpoints(plain.output_dir) == [2, 3, 4]
+    assert not [path for path in run.output_dir.rglob(".*") if path.suffix in (".partial", ".tmp")]
+    for number in range(2):
+        name = "adapter_model.safetensors"
+        written = [one.adapter_folder(number) / name for one in (run, plain)]
+        assert written[0].read_bytes() == written[1].read_bytes()
+    said = (run.output_dir / WARNINGS).read_text()
+    assert "the checkpoint of step 2 is not written, the run goes on" in said
+    assert "step_2: cannot be written (File too large): need " in said
+    assert "or lower --keep-checkpoints" in said
+    assert said.count("metrics.jsonl: cannot be written (File too large)") == 1
+
+
+def test_a_last_checkpoint_without_room_ends_the_run(base: Path, tmp_path: Path) -> None:
+    run = new_run(tmp_path / "run", base, [(1, 1), (1, 1)], steps=1)
+    with pytest.raises(StorageError, match=r"adapters/steady: cannot be written \(File too large"):
+        run_local(run, "tests.trainer.faults:run_out_of_disk_for_good")
     assert list_checkpoints(run.output_dir) == []
+    assert not list(run.output_dir.rglob(".*partial"))
 
 
 def test_steps_count_from_one_on_a_screen(caplog: pytest.LogCaptureFixture) -> None:

@@ -106,9 +106,9 @@ def test_a_checkpoint_of_a_later_format_is_refused_with_what_to_do(
     old: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     state = old / "checkpoints" / "step_2" / "state.json"
-    state.write_text(state.read_text().replace('"format": 1', '"format": 3'))
+    state.write_text(state.read_text().replace('"format": 1', '"format": 4'))
     assert train("plan.yaml", "--resume") == 2
     message = capsys.readouterr().err
-    assert "state.json is of format 3, this version reads 1 and 2" in message
+    assert "state.json is of format 4, this version reads 1 to 3" in message
     assert "resume_from" in message
     assert "Traceback" not in message

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -109,4 +113,47 @@ def test_a_host_file_that_names_this_machine(place: Path) -> None:
     more = ["--host-file", "hosts", "--server-port", free_port()]
     arguments = training_arguments(Path("plan.yaml"), Path("run"))
     run([sys.executable, "-m", "lobra", *arguments, *more])
+    check_same("plan.yaml", "run")
+
+
+def rank_process(rank: int) -> int | None:
+    """Return the process of a rank that a launcher has started in this folder, if there is one."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended
+            variables = (process / "environ").read_bytes().split(b"\0")
+            if b"RANK=%d" % rank in variables and (process / "cwd").resolve() == Path.cwd():
+                return int(process.name)
+    return None
+
+
+@pytest.mark.long
+def test_a_launched_rank_that_stands_still_is_named_and_the_run_starts_again(place: Path) -> None:
+    content = json.loads(Path("tasks.json").read_text())
+    for task in content["task"]:
+        task["steps"] = 16
+    Path("tasks.json").write_text(json.dumps(content))
+    Path("hosts").write_text("localhost slots=2\n")
+    Path("plan.yaml").write_text(PLANS["<1,1>x2"])
+    more = ["--host-file", "hosts", "--server-port", free_port(), "--hang-timeout", "5"]
+    more += ["--max-restarts", "1", "--save-every", "2"]
+    arguments = training_arguments(Path("plan.yaml"), Path("run"))
+    environment = {name: v for name, v in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    with Path("said.txt").open("w") as said:
+        lobra = subprocess.Popen(
+            [sys.executable, "-m", "lobra", *arguments, *more],
+            env=environment, stdout=said, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    until = time.monotonic() + 240
+    while not list(Path("run").glob("checkpoints/step_[4-9]*")):
+        assert lobra.poll() is None and time.monotonic() < until, Path("said.txt").read_text()
+        time.sleep(0.02)
+    stopped = rank_process(1)
+    assert stopped is not None
+    os.kill(stopped, signal.SIGSTOP)
+    assert lobra.wait(timeout=240) == 0, Path("said.txt").read_text()
+    shown = Path("said.txt").read_text()
+    assert "rank 1 holds the ranks of this host up: it has not moved for 5 s" in shown
+    assert "is stopped by a signal (T); waiting for it: rank 0, " in shown
+    assert "restart 1 of 1, from step" in shown
+    assert [path.name for path in Path("run/stacks").iterdir()] == ["rank_0.txt"]
     check_same("plan.yaml", "run")

@@ -7,6 +7,7 @@ between two plans is trained in fp64.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,13 @@ from lobra.layout.plan import Plan
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.target_modules import TARGET_MODULES
 from lobra.trainer.adapters import adapter_spec, save_adapter
-from lobra.trainer.checkpoint import CheckpointState, CheckpointWriter, drop_later, read_state
+from lobra.trainer.checkpoint import (
+    CheckpointState,
+    CheckpointWriter,
+    drop_later,
+    newest_whole,
+    read_state,
+)
 from lobra.trainer.checkpoint_folder import list_checkpoints, step_folder
 from lobra.trainer.metrics import read_metrics, restore_metrics
 from lobra.trainer.prepare import last_step, revivals_in_vain
@@ -340,6 +347,51 @@ def test_a_damaged_checkpoint_names_the_last_whole_one(three_steps: Path, name: 
         with pytest.raises(ConfigError, match=rf"{name} is .*; .* --resume 2$"):
             read_state(three_steps, step)
     assert read_state(three_steps, 2).step == 2
+
+
+@pytest.mark.parametrize("name", [*FILES, "adapters/{}/adapter_config.json"])
+def test_one_flipped_bit_is_found(three_steps: Path, name: str) -> None:
+    name = name.format(TASKS[2].name)
+    path = step_folder(three_steps, 6) / name
+    content = bytearray(path.read_bytes())
+    # Of a tensor file the last value, of a JSON file a digit (of the seed; of the rank).
+    place = content.rindex(b": 0,") + 2 if name == "state.json" else -1
+    place = content.index(b'"r": 2') + 5 if name.endswith("_config.json") else place
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"{name} is damaged .*SHA-256.* --resume 4$"):
+        read_state(three_steps, None)
+    assert newest_whole(three_steps)[0] == 4
+    (why,) = newest_whole(three_steps)[1]
+    assert f"step_6: {name} is damaged" in why
+
+
+def unsealed(folder: Path) -> None:
+    """Make a checkpoint one of format 2."""
+    state = json.loads((folder / "state.json").read_text())
+    del state["seal"]
+    (folder / "state.json").write_text(json.dumps({**state, "format": 2}))
+
+
+@pytest.mark.parametrize("kind", ["adapters/{}/adapter_model", "moments/{}"])
+def test_values_that_are_not_finite_are_damage_unless_they_were_saved_so(
+    three_steps: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = adapter_spec(TASKS[2])
+    unsealed(step_folder(three_steps, 6))
+    assert read_state(three_steps, 6).step == 6, "a checkpoint of an older version"
+    path = step_folder(three_steps, 6) / f"{kind.format(spec.name)}.safetensors"
+    tensors = load_file(path)
+    name = next(iter(tensors))
+    save_file({**tensors, name: torch.tensor([1.0, math.nan])}, path)
+    with pytest.raises(ConfigError, match=rf"not finite \({name}\); .* --resume 4$"):
+        read_state(three_steps, 6)
+    writer = CheckpointWriter(three_steps, 8)
+    moments = {kind: {"w": torch.ones(2)} for kind in ("exp_avg", "exp_avg_sq")}
+    writer.add_task(spec, {"w": torch.full((2,), math.nan)}, moments, "base")
+    writer.finish(state_of(8, spec.name), num_kept=3)
+    assert read_state(three_steps, 8).step == 8
+    assert "not finite (w), as it was saved" in caplog.text
 
 
 def test_what_is_wrong_with_a_state_is_said(three_steps: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from lobra.layout.shapes import read_shape
@@ -40,9 +41,9 @@ def accepted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def change_state(step: int, **changes: Any) -> None:
-    """Change a checkpoint's state; a value of None removes the field."""
+    """Change a checkpoint's state, as an older version wrote it; None removes a field."""
     path = Path(f"run/checkpoints/step_{step}/state.json")
-    state = {**json.loads(path.read_text()), **changes}
+    state = {**json.loads(path.read_text()), "format": 2, "seal": None, **changes}
     path.write_text(json.dumps({name: v for name, v in state.items() if v is not None}))
 
 
@@ -133,6 +134,24 @@ def test_another_precision_is_said(
     change_state(2, precision=None)  # as older versions have it
     assert train(run, "--resume", "--precision", "fp64") == 1
     assert "goes on in" not in caplog.text
+
+
+def test_other_versions_and_another_profile_are_said_in_one_message(
+    run: Path, accepted: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert train(run, "--resume") == 1
+    assert "goes on with" not in caplog.text
+    path = Path("run/config.yaml")
+    config = yaml.safe_load(path.read_text())
+    assert config["digests"]["base_model"] == fingerprint(run, read_shape(run))
+    assert list(config["digests"]["data"]) == ["small"]
+    config["versions"]["torch"] = "1.0"
+    path.write_text(yaml.safe_dump(config))
+    with Path("time.csv").open("a") as file:
+        file.write("1,256,1,9\n")
+    assert train(run, "--resume") == 1
+    (said,) = [m for m in caplog.messages if "goes on with" in m]
+    assert f"torch {torch.__version__} (before: 1.0), another time profile (before: time" in said
 
 
 def test_what_made_the_data_others_is_named(

@@ -126,7 +126,9 @@ def test_a_failed_rank_is_told_without_the_launcher_s_traceback(
 ) -> None:
     assert train(place) == 1
     message = capsys.readouterr().err
-    assert message == "lobra: rank 1 failed: the process was killed by SIGKILL\n"
+    told, how = message.splitlines()
+    assert told == "lobra: rank 1 failed: the process was killed by SIGKILL"
+    assert how == "no checkpoint was saved in run: begin anew, in another --output-dir"
     assert guarded(lambda: int("x")) == 1
     assert "Traceback" in capsys.readouterr().err
 

@@ -33,3 +33,18 @@ def test_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not times.is_due(50, is_end=False)
     now[0] += 1
     assert times.is_due(50, is_end=False)
+
+
+def test_one_that_failed_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [PERIOD_S]
+    monkeypatch.setattr(save_times.time, "monotonic", lambda: now[0])
+    times, every = SaveTimes(None, None), SaveTimes(2, None)
+    now[0] += PERIOD_S
+    assert times.is_due(2, is_end=False)
+    times.failed()
+    every.failed()
+    assert not times.is_due(3, is_end=False), "not at every step"
+    now[0] += PERIOD_S
+    assert times.is_due(4, is_end=False)
+    assert every.is_due(4, is_end=False)
+    assert times.is_due(3, is_end=True), "at the end in any case"

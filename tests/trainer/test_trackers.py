@@ -5,6 +5,9 @@ Without a network: what the libraries write to a folder is read back.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -137,3 +140,31 @@ def test_names_of_trackers(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = caught.value.problems
     assert first == "--report-to comet: want some of tensorboard, wandb, mlflow, or none"
     assert second == "--report-to mlflow: it is not installed; pip install 'lobra[mlflow]'"
+
+
+FULL = """
+import logging, resource, sys
+from pathlib import Path
+from types import SimpleNamespace
+from lobra.trainer import trackers
+from lobra.trainer.trackers import open_tracker
+logging.basicConfig(format="%(message)s")
+trackers.curves = lambda item: {f"loss/{n}": 1.0 for n in range(1000)}
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+tracker = open_tracker("tensorboard", SimpleNamespace(output_dir=Path(sys.argv[1])), 0)
+for step in range(30):
+    tracker.write(SimpleNamespace(step=step))
+tracker.close()
+"""
+
+
+@pytest.mark.long
+def test_events_without_room_end_the_tracker_alone(run: Any) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, run.output_dir], env=environment, text=True,
+        stderr=subprocess.PIPE, check=True,
+    )  # fmt: skip
+    assert "tensorboard: the run goes on without it, since it failed: OSError" in done.stderr
+    assert "File too large" in done.stderr and "Traceback" not in done.stderr

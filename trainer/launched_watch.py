@@ -1,0 +1,75 @@
+"""The watch over ranks that a launcher has started: they watch each other, host by host.
+
+Of the ranks of a host the first that is not itself stopped looks, and ends its process if one holds
+the run up; the launcher then ends the others.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import platform
+import secrets
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from lobra.model import heartbeat
+from lobra.model.heartbeat import Heartbeats
+from lobra.model.watch import DUMP_SIGNAL, LOOK_S, STOPPED, Watch, process_state
+
+MEMORY_FOLDERS = (Path("/dev/shm"), Path(tempfile.gettempdir()))
+
+log = logging.getLogger(__name__)
+
+_kept_open: list[object] = []  # files that are written to whatever happens
+
+
+def watch_each_other(
+    group: dist.ProcessGroup, end_after_s: float | None, stacks_folder: Path
+) -> None:
+    """Begin to note where this rank is, and to watch the ranks of this host. Collective.
+
+    Parameters
+    ----------
+    group
+        Of all ranks, on CPUs.
+    end_after_s, stacks_folder
+        As `model.launch.WatchOrder` has them.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    token = [secrets.token_hex(8)]
+    dist.broadcast_object_list(token, src=0, group=group)
+    memory = next(folder for folder in MEMORY_FOLDERS if os.access(folder, os.W_OK))
+    path = memory / f"lobra-{token[0]}"
+    heartbeats = Heartbeats.shared(path, world)
+    stack = tempfile.TemporaryFile()  # noqa: SIM115  (open, and without a name, to the end)
+    faulthandler.register(DUMP_SIGNAL, file=stack)
+    _kept_open.append(stack)
+    known: list[tuple[str, int, int]] = [("", 0, 0)] * world
+    dist.all_gather_object(known, (platform.node(), os.getpid(), stack.fileno()), group=group)
+    path.unlink(missing_ok=True)  # all of this host have mapped it
+    here = {one: own for one, own in enumerate(known) if own[0] == platform.node()}
+    pids = {one: pid for one, (_, pid, _) in here.items()}
+    stacks = {one: Path(f"/proc/{pid}/fd/{number}") for one, (_, pid, number) in here.items()}
+    heartbeat.attach(heartbeats, rank)
+    heartbeat.beat("loading")
+    watch = Watch(heartbeats, pids, stacks, end_after_s)
+    arguments = (watch, rank, pids, stacks_folder)
+    threading.Thread(target=_look_on, args=arguments, name="watch", daemon=True).start()
+
+
+def _look_on(watch: Watch, own: int, pids: dict[int, int], stacks_folder: Path) -> None:
+    while True:
+        time.sleep(LOOK_S)
+        if own != min(rank for rank, pid in pids.items() if process_state(pid) not in STOPPED):
+            continue
+        if stall := watch.look():
+            rank, why = stall
+            kept = watch.keep_stacks(stacks_folder)
+            log.critical("rank %d holds the ranks of this host up: %s\n%s", rank, why, kept)
+            os._exit(1)

@@ -1,0 +1,145 @@
+"""Starting a run again after a failure, unattended: from its newest whole checkpoint.
+
+What a run does follows from its checkpoint alone, so a run that was started again ends with the
+same adapters, bit for bit on the same plan, as one that was not disturbed.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lobra.common.errors import MachineError
+from lobra.common.files import remove_folder
+from lobra.common.words import counted
+from lobra.model.launch import RankError
+from lobra.trainer.checkpoint import newest_whole
+from lobra.trainer.checkpoint_folder import list_checkpoints, step_folder
+from lobra.trainer.metrics import METRICS_FILE
+from lobra.trainer.rank import RankResult
+from lobra.trainer.run_config import note_resume
+from lobra.trainer.run_spec import ADAPTER_FOLDER, RunSpec
+
+log = logging.getLogger(__name__)
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 300.0  # doubled while a run comes no further
+FINAL_EXIT_CODES = (0, 2, 130, 143)  # of a launcher: done, a mistake, stopped
+
+
+class Restarts:
+    """Counts the restarts of a run, and says from where and when each begins."""
+
+    def __init__(self, folder: Path, most: int) -> None:
+        """Allow a run in this folder so many restarts."""
+        self._folder = folder
+        self._most = most
+        self._made = 0
+        self._in_vain = 0
+        self._step: int | None = None
+
+    @property
+    def are_left(self) -> bool:
+        """Whether another is allowed."""
+        return self._made < self._most
+
+    def next(self, why: str) -> int | None:
+        """Say that the run starts again, wait, and return the step to go on from (None: anew)."""
+        step, broken = newest_whole(self._folder)
+        for damage in broken:
+            log.warning("%s; the one before is taken", damage)
+        self._made += 1
+        self._in_vain = 0 if (step or 0) > (self._step or 0) else self._in_vain + 1
+        self._step = step
+        pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**self._in_vain)
+        where = "from its start" if step is None else f"from step {step}"
+        log.warning(
+            "%s\nrestart %d of %d, %s, in %.0f s", why, self._made, self._most, where, pause_s
+        )
+        time.sleep(pause_s)
+        if step is None:
+            forget_steps(self._folder)
+        return step
+
+
+def run_with_restarts(
+    run: RunSpec, most: int, start: Callable[[RunSpec], list[RankResult]]
+) -> list[RankResult]:
+    """Return what a run returns that is started again after failures, `most` times in all.
+
+    Raises
+    ------
+    RankError, MachineError
+        The last failure, with a note how to go on.
+    """
+    restarts = Restarts(run.output_dir, most)
+    while True:
+        try:
+            return start(run)
+        except (RankError, MachineError) as error:
+            if not restarts.are_left:
+                error.add_note(how_to_go_on(run.output_dir))
+                raise
+            step = restarts.next("\n".join([str(error), *getattr(error, "__notes__", ())]))
+        revive = run.revive if step == run.resume_step else ()  # later checkpoints have them alive
+        run = replace(run, resume_step=step, revive=revive)
+        note_resume(run.output_dir, step)
+
+
+def launch_with_restarts(
+    command: Callable[[int | None], Sequence[str]],
+    launch: Callable[[Sequence[str]], int],
+    folder: Path,
+    most: int,
+) -> int:
+    """Return the exit code of a launcher that is started again after failures.
+
+    Parameters
+    ----------
+    command
+        The launcher's command for a run that goes on from a step (None: as the user gave it).
+    launch
+        Runs a command and returns its exit code.
+    folder
+        The run's, in which there was nothing of a run, or the run that goes on.
+    most
+        How many restarts there may be.
+    """
+    restarts = Restarts(folder, most)
+    code = launch(command(None))
+    while code not in FINAL_EXIT_CODES and restarts.are_left:
+        code = launch(command(restarts.next(f"the launcher ended with exit code {code}")))
+    return code
+
+
+def with_resume(arguments: Sequence[str], step: int | None) -> list[str]:
+    """Return a command line's arguments with `--resume step` for what they say of it, if any."""
+    if step is None:
+        return list(arguments)
+    rest = [
+        word
+        for word, before in zip(arguments, ["", *arguments], strict=False)
+        if word.partition("=")[0] != "--resume" and not (before == "--resume" and word.isdigit())
+    ]
+    return [*rest, "--resume", str(step)]
+
+
+def forget_steps(folder: Path) -> None:
+    """Remove what a run that has no checkpoint has left of its steps."""
+    (folder / METRICS_FILE).unlink(missing_ok=True)
+    if (folder / ADAPTER_FOLDER).exists():
+        remove_folder(folder / ADAPTER_FOLDER)
+
+
+def how_to_go_on(folder: Path) -> str:
+    """Return what to do about a run that has failed."""
+    steps = list_checkpoints(folder)
+    if not steps:
+        return f"no checkpoint was saved in {folder}: begin anew, in another --output-dir"
+    return (
+        f"its last checkpoint is {step_folder(folder, steps[-1])}, after "
+        f"{counted(steps[-1], 'step')}: go on with the same command and --resume, or unattended "
+        f"with --max-restarts"
+    )
