@@ -55,6 +55,12 @@ setup(
         ],
         "wandb": ["wandb>=0.20,<1"],
         "mlflow": ["mlflow-skinny>=3.0,<4"],
+        "serve": [
+            "fastapi>=0.115,<1",
+            "uvicorn>=0.30,<1",
+            "sqlalchemy>=2.0,<3",
+            "protobuf>=5.26,<8",
+        ],
         "dev": [
             "peft>=0.19,<0.22",
             "pytest>=8.0,<10",

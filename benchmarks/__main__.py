@@ -40,6 +40,7 @@ SUBJECTS = {
     "profiler_cost": "how few rows of a time profile suffice",
     "profiler_deployments": "the memory estimator, against the layouts LobRA deployed",
     "profiler_step_time": "predicted against measured step times of training on this machine",
+    "service_passes": "the service: passes of several tenants, against one tenant a pass",
     "trainer_overhead": "how much of a step is not computing",
     "training_run": "profile, train with `lobra`'s own commands, compare with the prediction",
 }

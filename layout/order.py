@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import islice, repeat
+from typing import Any, Literal
 
 import numpy as np
 
-from lobra.layout.sequences import IntArray, MicroBatch, Sequence, TokenArray, Work
+from lobra.layout.sequences import IntArray, Labels, MicroBatch, Sequence, TokenArray, Work
+
+
+@dataclass(frozen=True)
+class AdamSettings:
+    """What AdamW does, beside its learning rate; the defaults are PyTorch's."""
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -24,21 +36,57 @@ class Update:
         The rate of this update.
     max_grad_norm
         The norm that a larger gradient is scaled down to; 0: none is.
+    adam
+        AdamW's settings from this update on; None: as they were.
     """
 
     task: int
     learning_rate: float
     max_grad_norm: float
+    adam: AdamSettings | None = None
+
+
+@dataclass(frozen=True)
+class SlotOrder:
+    """What becomes of a task's slot beside training.
+
+    Attributes
+    ----------
+    action
+        "install": the task gets a slot. "save": its adapter is written. "remove": its slot goes.
+    task
+        The number of the task.
+    adapter
+        To install: the fields of the adapter's `model.adapter.AdapterSpec`.
+    folder
+        To install: where its weights are read from, in PEFT's format; empty: it starts fresh. To
+        save: where they are written.
+    moments
+        Whether Adam's moments are read or written there too.
+    updates
+        To install with moments: how many updates they have seen.
+    """
+
+    action: Literal["install", "save", "remove"]
+    task: int
+    adapter: Mapping[str, Any] | None = None
+    folder: str = ""
+    moments: bool = False
+    updates: int = 0
 
 
 @dataclass(frozen=True)
 class StepOrder:
     """What every rank is told to do: the only message from rank 0.
 
-    Sequences of a task that is updated are trained on, for the mean loss over their targets; of
-    other tasks only the losses are found. Without any update there is no backward pass: so an
-    evaluation is ordered. What is to be kept, exported, saved or ended is so after that, in this
-    order.
+    Slots are changed first. Sequences of a task that is updated are trained on, for the mean loss
+    over their targets; of other tasks only the losses are found. Without any update there is no
+    backward pass: so an evaluation is ordered. What is to be kept, exported, saved or ended is so
+    after that, in this order.
+
+    A step may also be ordered in parts: orders that accumulate, of sequences whose labels say what
+    each target counts for, then one of the updates alone. The losses of labels are reported token
+    by token.
 
     Attributes
     ----------
@@ -47,7 +95,12 @@ class StepOrder:
     replicas
         Of every replica its micro-batches, in the order they are run.
     updates
-        The tasks that are updated; each has targets in the order's sequences.
+        The tasks that are updated, each with the gradient of its targets in the order's sequences;
+        without any sequence, with what it has accumulated.
+    slots
+        The slots that are changed, or saved.
+    accumulate
+        Whether the sequences' gradients are added to those that their tasks have.
     keep
         The tasks whose adapters, as they are now, are kept as the best of theirs.
     export
@@ -65,6 +118,8 @@ class StepOrder:
     step: int
     replicas: tuple[tuple[MicroBatch, ...], ...] = ()
     updates: tuple[Update, ...] = ()
+    slots: tuple[SlotOrder, ...] = ()
+    accumulate: bool = False
     keep: tuple[int, ...] = ()
     export: tuple[int, ...] = ()
     export_best: tuple[int, ...] = ()
@@ -90,6 +145,11 @@ class StepOrder:
             works[sequence.task] = works.get(sequence.task, Work()) + sequence.work
         return dict(sorted(works.items()))
 
+    @cached_property
+    def tasks(self) -> tuple[int, ...]:
+        """The numbers of the tasks with sequences or updates, ascending."""
+        return tuple(sorted({*self.work, *(update.task for update in self.updates)}))
+
     @property
     def padded_tokens(self) -> int:
         """Tokens computed, padding included."""
@@ -100,16 +160,19 @@ class StepOrder:
         """The order as one array, exactly: int64; rates by their bits, tokens two a word."""
         micro_batches = [batch for replica in self.replicas for batch in replica]
         sequences = self.sequences
-        rates = [(update.learning_rate, update.max_grad_norm) for update in self.updates]
+        labels = [sequence.labels for sequence in sequences if sequence.labels is not None]
+        assert len(labels) in (0, len(sequences)), "all sequences of an order have labels, or none"
+        slots = json.dumps([asdict(slot) for slot in self.slots]).encode()
         return np.concatenate(
             [
-                _integers([self.step, self.save, self.stop, self.finished]),
+                _integers([self.step, self.accumulate, self.save, self.stop, self.finished]),
                 _integers([len(self.keep), len(self.export), len(self.export_best)]),
                 _integers([len(self.updates), len(self.replicas)]),
-                _integers([len(micro_batches), len(sequences)]),
+                _integers([len(micro_batches), len(sequences), len(labels), len(slots)]),
                 _integers([*self.keep, *self.export, *self.export_best]),
                 _integers(update.task for update in self.updates),
-                np.array(rates, dtype=np.float64).flatten().view(np.int64),
+                _integers(update.adam is not None for update in self.updates),
+                np.array([_numbers(update) for update in self.updates]).flatten().view(np.int64),
                 _integers(len(replica) for replica in self.replicas),
                 _integers(batch.padded_length or 0 for batch in micro_batches),
                 _integers(len(batch.sequences) for batch in micro_batches),
@@ -120,6 +183,9 @@ class StepOrder:
                 _integers(len(sequence.targets) for sequence in sequences),
                 _in_words([sequence.tokens for sequence in sequences]),
                 _in_words([sequence.targets for sequence in sequences]),
+                _in_words([own.tokens for own in labels]),
+                *(own.weights.view(np.int64) for own in labels),
+                np.frombuffer(slots.ljust(-(-len(slots) // 8) * 8), dtype=np.int64),
             ]
         )
 
@@ -127,12 +193,13 @@ class StepOrder:
     def decode(cls, flat: IntArray) -> StepOrder:
         """Return the order that `encoded` is ``flat``; its tokens are views of it."""
         reader = _Reader(flat)
-        step, save, stop, finished = reader.integers(4)
+        step, accumulate, save, stop, finished = reader.integers(5)
         num_tasks = reader.integers(3)
-        num_updates, num_replicas, num_batches, num_sequences = reader.integers(4)
+        num_updates, num_replicas = reader.integers(2)
+        num_batches, num_sequences, num_labels, slot_bytes = reader.integers(4)
         keep, export, export_best = (tuple(reader.integers(num)) for num in num_tasks)
-        updated = reader.integers(num_updates)
-        rates = reader.take(2 * num_updates).view(np.float64).reshape(-1, 2).tolist()
+        updated, has_adam = reader.integers(num_updates), reader.integers(num_updates)
+        numbers = reader.take(6 * num_updates).view(np.float64).reshape(-1, 6).tolist()
         batches_of_replica = reader.integers(num_replicas)
         padded_lengths = reader.integers(num_batches)
         rows_of_batch = reader.integers(num_batches)
@@ -140,7 +207,13 @@ class StepOrder:
         noise_seeds = reader.integers(num_sequences)
         num_tokens, num_targets = reader.integers(num_sequences), reader.integers(num_sequences)
         tokens, targets = reader.parts(num_tokens), reader.parts(num_targets)
-        sequences = map(Sequence, tasks, indices, tokens, targets, noise_seeds)
+        labels: Iterable[Labels | None] = repeat(None)
+        if num_labels:
+            predicted = reader.parts(num_targets)
+            weights = [reader.take(count).view(np.float64) for count in num_targets]
+            labels = map(Labels, predicted, weights)
+        slots = reader.take(-(-slot_bytes // 8)).tobytes()
+        sequences = map(Sequence, tasks, indices, tokens, targets, noise_seeds, labels)
         micro_batches = iter(
             [
                 MicroBatch(tuple(islice(sequences, rows)), padded_length or None)
@@ -150,7 +223,12 @@ class StepOrder:
         return cls(
             step,
             tuple(tuple(islice(micro_batches, count)) for count in batches_of_replica),
-            tuple(Update(task, *pair) for task, pair in zip(updated, rates, strict=True)),
+            tuple(
+                Update(task, rate, norm, AdamSettings(*adam) if given else None)
+                for task, given, (rate, norm, *adam) in zip(updated, has_adam, numbers, strict=True)
+            ),
+            tuple(SlotOrder(**entry) for entry in json.loads(slots)),
+            accumulate=bool(accumulate),
             keep=keep,
             export=export,
             export_best=export_best,
@@ -158,6 +236,13 @@ class StepOrder:
             stop=bool(stop),
             finished=bool(finished),
         )
+
+
+def _numbers(update: Update) -> list[float]:
+    """Return all of an update's numbers but its task's."""
+    adam = update.adam or AdamSettings()
+    own = [update.learning_rate, update.max_grad_norm]
+    return [*own, adam.beta1, adam.beta2, adam.eps, adam.weight_decay]
 
 
 def _integers(values: Iterable[int]) -> IntArray:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 IntArray = NDArray[np.int64]
 TokenArray = NDArray[np.int32]
+FloatArray = NDArray[np.float64]
 Tokens = TypeVar("Tokens", int, IntArray)
 
 #: How a micro-batch holds its sequences: end to end, or each padded to the length of a bucket.
@@ -51,6 +52,32 @@ def total_work(works: Iterable[Work]) -> Work:
 
 
 @dataclass(frozen=True, eq=False)
+class Labels:
+    """What is predicted at a sequence's targets, and what each counts for.
+
+    Attributes
+    ----------
+    tokens
+        int32 [T].
+    weights
+        float64 [T]: what the loss of each is multiplied by; of any sign.
+    """
+
+    tokens: TokenArray
+    weights: FloatArray
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether both are the same, bit for bit but for the sign of zero."""
+        if not isinstance(other, Labels):
+            return NotImplemented
+        return np.array_equal(self.tokens, other.tokens) and np.array_equal(
+            self.weights, other.weights, equal_nan=True
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True, eq=False)
 class Sequence:
     """A sequence of a task, and what is to be learned of it.
 
@@ -64,10 +91,14 @@ class Sequence:
         int32 [S].
     targets
         int32 [T]: which tokens are to be predicted, each from those before it: places in
-        ``tokens``, ascending, from 1 on, since nothing precedes the first.
+        ``tokens``, ascending, from 1 on, since nothing precedes the first. With ``labels`` the
+        place behind the last token is a target too.
     noise_seed
         What its LoRA dropout follows from: of the task's seed, its own step and the sequence's
         place in the step's batch, so that it is the same whatever else is trained.
+    labels
+        Of the targets, where they are given. None: they are the sequence's own tokens and count
+        alike.
     """
 
     task: int
@@ -75,6 +106,7 @@ class Sequence:
     tokens: TokenArray
     targets: TokenArray
     noise_seed: int = 0
+    labels: Labels | None = None
 
     @property
     def work(self) -> Work:
@@ -89,6 +121,7 @@ class Sequence:
             (self.task, self.index, self.noise_seed) == (other.task, other.index, other.noise_seed)
             and np.array_equal(self.tokens, other.tokens)
             and np.array_equal(self.targets, other.targets)
+            and self.labels == other.labels
         )
 
     def __hash__(self) -> int:

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lobra.layout.sequences import IntArray, MicroBatch
+from lobra.layout.sequences import IntArray, Labels, MicroBatch
 from lobra.model.dropout import TokenNoise, token_keys
 from lobra.model.packed_attention import Packing
 from lobra.model.precision import kept_dtype
@@ -30,12 +30,13 @@ class Targets:
     """What a micro-batch is to predict: int64 [P] each.
 
     `positions_P` are places in the flattened [B, S] whose *next* token is `tokens_P`, of task
-    `tasks_P`.
+    `tasks_P`. `factors_P` is what each loss is multiplied by, float; None: its task's weight.
     """
 
     positions_P: Tensor
     tokens_P: Tensor
     tasks_P: Tensor
+    factors_P: Tensor | None = None
 
     def none(self) -> Targets:
         """Return no targets, on the same device."""
@@ -107,9 +108,9 @@ def micro_batch_tensors(
 
 
 def _arrays(micro_batch: MicroBatch, dropouts: Mapping[int, float] | None) -> list[IntArray]:
-    """Return tokens, positions, the spans' offsets, targets' three; keys and odds of dropout.
+    """Return tokens, positions, the spans' offsets, targets' three; targets' factors if given.
 
-    All int64.
+    Then keys and odds of dropout. All int64, floats by their bits.
     """
     sequences = micro_batch.sequences
     spans_N = _spans(micro_batch)
@@ -124,14 +125,19 @@ def _arrays(micro_batch: MicroBatch, dropouts: Mapping[int, float] | None) -> li
     num_targets = [len(sequence.targets) for sequence in sequences]
     predicted_P = np.concatenate([sequence.targets for sequence in sequences], dtype=np.int64)
     predicted_P += np.repeat(starts_N[: len(sequences)], num_targets)
+    labels = _labels(micro_batch)
     arrays = [
         tokens_T,
         places_T[: micro_batch.padded_length],
         np.append(0, ends_N),
         predicted_P - 1,
-        tokens_T[predicted_P],
+        np.concatenate([own.tokens for own in labels], dtype=np.int64)
+        if labels
+        else tokens_T[predicted_P],
         np.repeat([sequence.task for sequence in sequences], num_targets),
     ]
+    if labels:
+        arrays.append(np.concatenate([own.weights for own in labels]).view(np.int64))
     if dropouts is not None:
         padding = [0] * (len(spans_N) - len(sequences))
         seeds_N = [sequence.noise_seed for sequence in sequences] + padding
@@ -141,6 +147,11 @@ def _arrays(micro_batch: MicroBatch, dropouts: Mapping[int, float] | None) -> li
             np.repeat(np.array(odds_N, dtype=np.float64), spans_N).view(np.int64),
         ]
     return arrays
+
+
+def _labels(micro_batch: MicroBatch) -> list[Labels]:
+    """Return the labels of all sequences; of an order's sequences all have them, or none."""
+    return [one.labels for one in micro_batch.sequences if one.labels is not None]
 
 
 def _spans(micro_batch: MicroBatch) -> IntArray:
@@ -162,7 +173,10 @@ def _tensors(
 ) -> MicroBatchTensors:
     """Return a micro-batch's tensors, of what `_arrays` made and was sent."""
     tokens_T, positions_S, offsets_N, *rest = sent
-    targets, keys_and_odds = rest[:3], rest[3:]
+    num_targets = 4 if _labels(micro_batch) else 3
+    targets, keys_and_odds = rest[:num_targets], rest[num_targets:]
+    if num_targets == 4:
+        targets[3] = targets[3].view(torch.float64).to(kept_dtype(dtype))
     packing = noise = None
     if micro_batch.padded_length is None:
         packing = Packing(tuple(_spans(micro_batch).tolist()), offsets_N.to(torch.int32))

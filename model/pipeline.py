@@ -20,35 +20,63 @@ from lobra.model.stage import Stage
 from lobra.model.token_tasks import TokenTasks
 
 
-def run_replica(stage: Stage, batches: Sequence[MicroBatchTensors], num_tasks: int) -> Tensor:
+class _Losses:
+    """The losses of a replica's micro-batches: each task's sum and, if asked for, each target's."""
+
+    def __init__(self, stage: Stage, num_tasks: int, token_losses: list[Tensor] | None) -> None:
+        dtype = kept_dtype(stage.dtype)
+        self.of_tasks = torch.zeros(num_tasks, dtype=dtype, device=stage.device)
+        self.token_losses = token_losses
+
+    def add(self, batch: MicroBatchTensors, losses_P: Tensor) -> None:
+        self.of_tasks.index_add_(0, batch.targets.tasks_P, losses_P)
+        if self.token_losses is not None:
+            self.token_losses.append(losses_P)
+
+
+def run_replica(
+    stage: Stage,
+    batches: Sequence[MicroBatchTensors],
+    num_tasks: int,
+    token_losses: list[Tensor] | None = None,
+) -> Tensor:
     """Run forward and backward of all micro-batches; gradients add up in the adapters.
+
+    On the last stage ``token_losses`` gets the losses of each micro-batch's targets.
 
     Returns
     -------
     The summed token loss of each task [num_tasks], non-zero only on the last stage; fp32 (in
     fp64: fp64).
     """
-    losses = torch.zeros(num_tasks, dtype=kept_dtype(stage.dtype), device=stage.device)
+    losses = _Losses(stage, num_tasks, token_losses)
     if stage.groups.place.layout.pp == 1:
         for batch in batches:
-            weighted, per_task = stage.loss(stage.hidden(batch, None), batch)
+            weighted, losses_P = stage.loss(stage.hidden(batch, None), batch)
             weighted.backward()
-            losses += per_task
-        return losses
-    _OneForwardOneBackward(stage, batches, losses).run()
-    return losses
+            losses.add(batch, losses_P)
+    else:
+        _OneForwardOneBackward(stage, batches, losses).run()
+    return losses.of_tasks
 
 
 @torch.no_grad()
-def evaluate_replica(stage: Stage, batches: Sequence[MicroBatchTensors], num_tasks: int) -> Tensor:
+def evaluate_replica(
+    stage: Stage,
+    batches: Sequence[MicroBatchTensors],
+    num_tasks: int,
+    token_losses: list[Tensor] | None = None,
+) -> Tensor:
     """Run forward only over all micro-batches, without LoRA dropout.
+
+    On the last stage ``token_losses`` gets the losses of each micro-batch's targets.
 
     Returns
     -------
     The summed token loss of each task [num_tasks], non-zero only on the last stage; fp32 (in
     fp64: fp64).
     """
-    losses = torch.zeros(num_tasks, dtype=kept_dtype(stage.dtype), device=stage.device)
+    losses = _Losses(stage, num_tasks, token_losses)
     links = _Links(stage.groups)
     place = stage.groups.place
     for batch in batches:
@@ -58,10 +86,10 @@ def evaluate_replica(stage: Stage, batches: Sequence[MicroBatchTensors], num_tas
             received = links.exchange(receive_previous=hidden_like(stage, batch))[0]
         output = stage.hidden(batch, received)
         if place.is_last_stage:
-            losses += stage.loss(output, batch)[1]
+            losses.add(batch, stage.loss(output, batch)[1])
         else:
             links.exchange(send_next=output)
-    return losses
+    return losses.of_tasks
 
 
 def hidden_like(stage: Stage, batch: MicroBatchTensors) -> Tensor:
@@ -73,7 +101,7 @@ def hidden_like(stage: Stage, batch: MicroBatchTensors) -> Tensor:
 class _OneForwardOneBackward:
     """State of one pass over the micro-batches on one stage."""
 
-    def __init__(self, stage: Stage, batches: Sequence[MicroBatchTensors], losses: Tensor) -> None:
+    def __init__(self, stage: Stage, batches: Sequence[MicroBatchTensors], losses: _Losses) -> None:
         self.stage = stage
         self.batches = batches
         self.losses = losses
@@ -117,8 +145,8 @@ class _OneForwardOneBackward:
             received.requires_grad_(True)
         output = self.stage.hidden(batch, received)
         if self.stage.groups.place.is_last_stage:
-            output, per_task = self.stage.loss(output, batch)
-            self.losses += per_task
+            output, losses_P = self.stage.loss(output, batch)
+            self.losses.add(batch, losses_P)
         self.in_flight.append((received, output, self.stage.selection.tasks))
         return output
 

@@ -124,10 +124,10 @@ class Stage(nn.Module):
         """Whether tasks' numbers now meet in sums, so that those of one can spoil another's."""
         return not self.apart and any(isinstance(stack, JointStack) for stack in self.stacks)
 
-    def forget_gradients(self) -> None:
-        """Set every slot's gradient to zero."""
-        if self.slots:
-            torch._foreach_zero_([slot.gradient for slot in self.slots.values()])
+    def forget_gradients(self, numbers: Iterable[int]) -> None:
+        """Set these slots' gradients to zero."""
+        if gradients := [self.slots[number].gradient for number in numbers]:
+            torch._foreach_zero_(gradients)
 
     def hidden(self, batch: MicroBatchTensors, received_BSD: Tensor | None) -> Tensor:
         """Return the hidden states [B, S, D] this stage passes on (normed on the last stage).
@@ -150,19 +150,19 @@ class Stage(nn.Module):
         return hidden_BSD
 
     def loss(self, hidden_BSD: Tensor, batch: MicroBatchTensors) -> tuple[Tensor, Tensor]:
-        """Return (weighted loss, summed loss of each task [num_tasks], detached).
+        """Return (weighted loss, each target's loss [P], detached).
 
-        The weighted loss is sum over tasks of task_weights[t] * sum of t's token losses. Only
-        positions whose next token is learned are sent through the head.
+        The weighted loss is the sum of the losses, each multiplied by its factor, by default its
+        task's weight. Only positions whose next token is learned are sent through the head.
         """
         assert self.head is not None, "only the last stage has the head"
         targets = batch.targets
         hidden_PD = hidden_BSD.flatten(0, 1).index_select(0, targets.positions_P)
-        factors_P = batch.task_weights.index_select(0, targets.tasks_P)
+        factors_P = targets.factors_P
+        if factors_P is None:
+            factors_P = batch.task_weights.index_select(0, targets.tasks_P)
         # A sum over zero tokens still depends on the hidden states: every rank runs backward.
-        weighted, losses_P = self.head.loss(hidden_PD, targets.tokens_P, factors_P)
-        per_task = torch.zeros_like(batch.task_weights).index_add(0, targets.tasks_P, losses_P)
-        return weighted, per_task
+        return self.head.loss(hidden_PD, targets.tokens_P, factors_P)
 
     def logits(self, batch: MicroBatchTensors, received_BSD: Tensor | None = None) -> Tensor:
         """Return this rank's slice of the logits [B, S, v] (last stage only, no gradient)."""

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-CHAIN = ("common", "tasks", "layout", "model", "profiler", "planner", "trainer", "report")
+CHAIN = (
+    "common", "tasks", "layout", "model", "profiler", "planner", "trainer", "report", "service",
+)  # fmt: skip
 # What the planner may use of model and profiler, so that planning never imports torch.
 LIGHT = ("model.folder", "profiler.cost_model", "profiler.profiles")
 SOLVERS = {"pyscipopt", "ortools", "highspy", "scipy"}

@@ -27,6 +27,7 @@ from lobra.trainer.peft_config import config_problems
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+MOMENTS_FILE = "moments.safetensors"
 
 
 def adapter_spec(task: TaskConfig, run_seed: int = 0) -> AdapterSpec:
@@ -76,17 +77,29 @@ def gather_tensors(
 
 
 def save_adapter(
-    folder: Path, spec: AdapterSpec, tensors: Mapping[str, Tensor], base_model: str
+    folder: Path,
+    spec: AdapterSpec,
+    tensors: Mapping[str, Tensor],
+    base_model: str,
+    moments: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Write an adapter folder that `peft.PeftModel.from_pretrained` and vLLM load unchanged.
 
     The folder appears complete or not at all; an older one of that name is there until the moment
-    it is replaced.
+    it is replaced. Adam's moments, if given, are in it too.
     """
     draft = new_draft(folder)
     save_file(dict(tensors), draft / WEIGHTS_FILE, metadata={"format": "pt"})
+    if moments is not None:
+        save_moments(draft / MOMENTS_FILE, moments)
     write_atomic(draft / CONFIG_FILE, json.dumps(peft_config(spec, base_model), indent=2) + "\n")
     replace_folder(draft, folder)
+
+
+def save_moments(path: Path, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Write a task's moments, by their kind and PEFT's names."""
+    flat = {f"{kind}/{name}": t for kind, own in moments.items() for name, t in own.items()}
+    save_file(flat, path)
 
 
 def peft_config(spec: AdapterSpec, base_model: str) -> dict[str, Any]:

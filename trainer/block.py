@@ -12,6 +12,7 @@ tasks that take part.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,6 @@ from torch.nn.functional import pad
 
 from lobra.layout.world import LayerBlock
 from lobra.model.slot import Slot
-from lobra.tasks.config import TaskConfig
 from lobra.trainer.zero import Partition
 
 
@@ -37,12 +37,12 @@ class BlockOptimizer:
         self.partitions: dict[int, Partition] = {}
         self.reduced_p: dict[int, Tensor] = {}
 
-    def install(self, slot: Slot, task: TaskConfig) -> None:
+    def install(self, slot: Slot, weight_decay: float) -> None:
         """Begin to optimise a task's adapter, as it is now. Collective over the holders."""
         span = slot.layout.span(self.block.layers)
         self.weights[slot.number] = slot.weights[span]
         self.gradients[slot.number] = slot.gradient[span]
-        self.partitions[slot.number] = Partition(slot.weights[span], task, self.group)
+        self.partitions[slot.number] = Partition(slot.weights[span], weight_decay, self.group)
 
     def remove(self, number: int) -> None:
         """Forget a task, its moments included."""
@@ -78,23 +78,24 @@ class BlockOptimizer:
         return torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float64)).square()
 
     @torch.no_grad()
-    def update(self, rates: Mapping[int, float], clips: Mapping[int, float]) -> None:
-        """Take one Adam step for the tasks with a rate; forget all gradients. Collective.
+    def update(self, settings: Mapping[int, Mapping[str, Any]], clips: Mapping[int, float]) -> None:
+        """Take one Adam step for the tasks with settings; forget what was reduced. Collective.
 
         Parameters
         ----------
-        rates
-            The learning rate of every task that is updated; the same on every rank.
+        settings
+            Of every task that is updated what changes of AdamW's, in torch's names: its rate at
+            least; the same on every rank.
         clips
             What their gradients are multiplied by.
         """
-        for number, rate in rates.items():
+        for number, changed in settings.items():
             gradient_p = self.reduced_p[number]
             if clips[number] != 1.0:
                 gradient_p.mul_(clips[number])
-            self.partitions[number].update(gradient_p, rate)
-        if rates:
-            self._gather(sorted(rates))
+            self.partitions[number].update(gradient_p, changed)
+        if settings:
+            self._gather(sorted(settings))
         self.reduced_p = {}
 
     def _gather(self, numbers: Sequence[int]) -> None:

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lobra.common.documents import check_regular, read_document
@@ -30,8 +30,9 @@ from lobra.common.files import new_draft, remove_folder, replace_folder, write_a
 from lobra.common.models import Count, FileModel, OneOf, Positive, read_as
 from lobra.layout.sequences import BATCHINGS
 from lobra.model.adapter import AdapterSpec
+from lobra.model.slot import Slot
 from lobra.model.stage import Stage
-from lobra.trainer.adapters import CONFIG_FILE, WEIGHTS_FILE, save_adapter
+from lobra.trainer.adapters import CONFIG_FILE, WEIGHTS_FILE, save_adapter, save_moments
 from lobra.trainer.checkpoint_folder import FOLDER, STATE_FILE, list_checkpoints, step_folder
 from lobra.trainer.optimizer import AdapterOptimizer
 from lobra.trainer.task_progress import TaskProgress
@@ -100,9 +101,8 @@ class CheckpointWriter:
     ) -> None:
         """Write one task's adapter and moments (PEFT's names)."""
         save_adapter(self.draft / "adapters" / spec.name, spec, weights, base_model)
-        flat = {f"{kind}/{name}": t for kind, own in moments.items() for name, t in own.items()}
         (self.draft / "moments").mkdir(exist_ok=True)
-        save_file(flat, self.draft / "moments" / f"{spec.name}.safetensors")
+        save_moments(self.draft / "moments" / f"{spec.name}.safetensors", moments)
 
     def add_best(self, spec: AdapterSpec, weights: dict[str, Tensor], base_model: str) -> None:
         """Write the best adapter that a task has had so far (PEFT's names)."""
@@ -252,9 +252,13 @@ def load_moments(
     """Load a task's moments of a checkpoint; ``updates`` are those it has had."""
     slot = optimizer.stage.slots[number]
     path = step_folder(run, step) / "moments" / f"{slot.spec.name}.safetensors"
+    optimizer.load_moments(number, read_moments(path, slot), updates)
+
+
+def read_moments(path: Path, slot: Slot) -> dict[str, dict[str, Tensor]]:
+    """Return the moments of a slot's tensors (PEFT's names), as `save_moments` wrote them."""
     with safe_open(path, framework="pt") as file:
-        moments = {
+        return {
             kind: {name: file.get_tensor(f"{kind}/{name}") for name in slot.layout.places}
             for kind in MOMENTS
         }
-    optimizer.load_moments(number, moments, updates)

@@ -49,6 +49,10 @@ class Control:
         dist.broadcast(flat, src=0, group=self.group)
         return StepOrder.decode(flat.numpy())
 
+    def sum_on_first(self, own: Tensor) -> None:
+        """Have rank 0 get every rank's values added up, in place."""
+        dist.reduce(own, dst=0, group=self.group)
+
     def exchange(
         self,
         tasks: Sequence[int],

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +20,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lobra.layout.order import StepOrder, Update
+from lobra.layout.order import SlotOrder, StepOrder, Update
+from lobra.model.adapter import AdapterSpec
 from lobra.model.groups import build_groups
 from lobra.model.micro_batch import MicroBatchTensors, micro_batch_tensors
 from lobra.model.pipeline import evaluate_replica, run_replica
 from lobra.model.precision import DTYPES
 from lobra.model.stage import build_stage
 from lobra.tasks.config import TaskConfig
-from lobra.trainer.adapters import adapter_spec, load_adapter
-from lobra.trainer.checkpoint import CheckpointState, load_moments, load_weights
+from lobra.trainer.adapters import MOMENTS_FILE, adapter_spec, load_adapter
+from lobra.trainer.checkpoint import CheckpointState, load_moments, load_weights, read_moments
 from lobra.trainer.control import Control
 from lobra.trainer.exporter import AdapterExporter
 from lobra.trainer.optimizer import AdapterOptimizer, TaskUpdate
@@ -95,7 +97,7 @@ class Engine:
                 load_weights(self.run.output_dir, resumed.step, self.stage, number)
             elif task.resume_from:
                 load_adapter(Path(task.resume_from), self.stage, number)
-            self.optimizer.install(number, task)
+            self.optimizer.install(number, task.weight_decay)
             if resumed is not None:
                 progress = resumed.progress[task.name]
                 load_moments(
@@ -103,6 +105,24 @@ class Engine:
                 )
                 if progress.lowest_step is not None:
                     self.exporter.load_kept(resumed.step, number)
+
+    def change_slot(self, order: SlotOrder) -> None:
+        """Install a task's slot, write its adapter or take it away."""
+        folder = Path(order.folder)
+        if order.action == "install":
+            assert order.adapter is not None
+            fields = {**order.adapter, "target_modules": tuple(order.adapter["target_modules"])}
+            self.stage.install({order.task: AdapterSpec(**fields)})
+            if order.folder:
+                load_adapter(folder, self.stage, order.task)
+            self.optimizer.install(order.task)
+            if order.moments:
+                moments = read_moments(folder / MOMENTS_FILE, self.stage.slots[order.task])
+                self.optimizer.load_moments(order.task, moments, order.updates)
+        elif order.action == "save":
+            self.exporter.save_slot(self.stage.slots[order.task], folder, order.moments)
+        else:
+            self.remove(order.task)
 
     def remove(self, number: int) -> None:
         """Take a task's slot away; what others have learned stays as it is."""
@@ -152,11 +172,17 @@ class Engine:
             What became of the order's sequences, if it has any.
         """
         report = None
-        if order.updates:
+        for slot_order in order.slots:
+            self.change_slot(slot_order)
+        if order.sequences and order.updates:
             with self._traced(order.step + 1):
                 report = self._train(order)
+        elif order.accumulate and order.sequences:
+            report = self._accumulate(order)
         elif order.sequences:
             report = self._evaluate(order)
+        elif order.updates:
+            report = self._update(order)
         self.exporter.keep(order.keep)
         self.exporter.export(order.export, order.export_best)
         if order.save:
@@ -176,7 +202,7 @@ class Engine:
             report = self._compute(order, batches, start)
             if self.stage.joins_tasks and not all(map(math.isfinite, report.grad_norms.values())):
                 # Where tasks are computed at once, one that is not finite may spoil the others.
-                self.stage.forget_gradients()
+                self.stage.forget_gradients(order.tasks)
                 self.stage.apart = True
                 report = self._compute(order, batches, start)
         except torch.OutOfMemoryError as error:
@@ -204,8 +230,76 @@ class Engine:
         return replace(report, reduce_s=reduced - computed)
 
     def _evaluate(self, order: StepOrder) -> StepReport:
-        losses = evaluate_replica(self.stage, self._tensors(order), self.num_tasks)
-        return self._exchange(order, losses, torch.zeros(len(losses)), 0.0, 0.0)
+        start = time.perf_counter()
+        token_losses: list[Tensor] = []
+        batches = self._tensors(order)
+        losses = evaluate_replica(self.stage, batches, self.num_tasks, token_losses)
+        self._synchronize()
+        busy_s = time.perf_counter() - start
+        report = self._exchange(order, losses, torch.zeros(len(losses)), busy_s, busy_s)
+        return self._with_token_losses(order, report, token_losses)
+
+    def _accumulate(self, order: StepOrder) -> StepReport:
+        """Add the gradients of an order's sequences to what their tasks have."""
+        start = time.perf_counter()
+        batches = self._tensors(order)
+        gradients = [self.stage.slots[number].gradient for number in order.tasks]
+        before = [own.clone() for own in gradients] if self.stage.joins_tasks else []
+
+        def added() -> tuple[StepReport, list[Tensor]]:
+            token_losses: list[Tensor] = []
+            losses = run_replica(self.stage, batches, self.num_tasks, token_losses)
+            # Of this rank's gradients, to learn whether all are finite.
+            squared_norms = torch.zeros(self.num_tasks, dtype=torch.float64)
+            norms = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64))
+            squared_norms[list(order.tasks)] = norms.square().cpu()
+            busy_s = time.perf_counter() - start
+            return self._exchange(order, losses, squared_norms, busy_s, busy_s), token_losses
+
+        try:
+            report, token_losses = added()
+            if before and not all(map(math.isfinite, report.grad_norms.values())):
+                torch._foreach_copy_(gradients, before)
+                self.stage.apart = True
+                report, token_losses = added()
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError(self._too_large(order)) from error
+        finally:
+            self.stage.apart = False
+        return self._with_token_losses(order, report, token_losses)
+
+    def _update(self, order: StepOrder) -> StepReport:
+        """Update tasks with the gradients they have accumulated, and forget these."""
+        numbers = list(order.tasks)
+        squared_norms = torch.zeros(self.num_tasks, dtype=torch.float64)
+        squared_norms[numbers] = self.optimizer.reduce(numbers).cpu()
+        no_losses = torch.zeros(self.num_tasks, dtype=torch.float64)
+        report = self._exchange(order, no_losses, squared_norms, 0.0, 0.0)
+        self.step(order.updates, report.grad_norms)
+        self._synchronize()
+        return report
+
+    def _with_token_losses(
+        self, order: StepOrder, report: StepReport, token_losses: Sequence[Tensor]
+    ) -> StepReport:
+        """Return the report, on rank 0 with the losses of every sequence's labels."""
+        sequences = order.sequences
+        if sequences[0].labels is None:
+            return report
+        replica = self.place.replica
+        counts = [
+            sum(batch.work.labels for batch in micro_batches) for micro_batches in order.replicas
+        ]
+        own = torch.zeros(sum(counts), dtype=torch.float64)
+        if self.place.owns_loss and token_losses:
+            start = sum(counts[:replica])
+            own[start : start + counts[replica]] = torch.cat(list(token_losses)).cpu()
+        self.control.sum_on_first(own)
+        if self.rank:
+            return report
+        ends = accumulate(len(sequence.targets) for sequence in sequences)
+        parts = np.split(own.numpy(), list(ends)[:-1])
+        return replace(report, token_losses=tuple(parts))
 
     # -- a step ---------------------------------------------------------------------------------
 
@@ -223,13 +317,16 @@ class Engine:
         """Update adapters with the reduced gradients, each clipped by its own norm.
 
         A task whose gradient is not finite keeps its weights and moments, as one without an update
-        does. The norms are the same on every rank, and so are the decisions.
+        does. The norms are the same on every rank, and so are the decisions. The gradients of all
+        tasks with a norm are forgotten.
         """
-        todo = {}
+        todo = {number: TaskUpdate(False) for number in grad_norms}
         for update in updates:
             norm = grad_norms[update.task]
             clip = clip_coefficient(norm, update.max_grad_norm)
-            todo[update.task] = TaskUpdate(math.isfinite(norm), update.learning_rate, clip)
+            todo[update.task] = TaskUpdate(
+                math.isfinite(norm), update.learning_rate, clip, update.adam
+            )
         self.optimizer.update(todo)
 
     def _tensors(self, order: StepOrder) -> list[MicroBatchTensors]:
@@ -249,7 +346,7 @@ class Engine:
         busy_s: float,
         arrival_s: float,
     ) -> StepReport:
-        tasks = list(order.work)
+        tasks = list(order.tasks)
         losses = losses.cpu()[tasks]
         if not self.place.owns_loss:
             losses = torch.zeros_like(losses)  # its TP peers computed the same

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch.distributed as dist
 from torch import Tensor
@@ -53,6 +54,19 @@ class AdapterExporter:
         layers = [block.block.layers for block in self.optimizer.blocks]
         return self._gather(slot, {own: slot.weights[slot.layout.span(own)] for own in layers})
 
+    def _moments(self, slot: Slot) -> dict[str, dict[str, Tensor]]:
+        if self.moments_are_split:
+            dist.barrier(group=self.control)
+        own = self.optimizer.moments(slot.number)
+        return {kind: self._gather(slot, flat) for kind, flat in own.items()}
+
+    def save_slot(self, slot: Slot, folder: Path, with_moments: bool) -> None:
+        """Write one task's adapter folder, with its moments if asked for."""
+        weights = self._weights(slot)
+        moments = self._moments(slot) if with_moments else None
+        if self.is_writer:
+            save_adapter(folder, slot.spec, weights, self.run.base_model, moments)
+
     def save_checkpoint(self, state: CheckpointState | None) -> None:
         """Write the checkpoint of `state` (None but on rank 0): every task's weights and moments.
 
@@ -61,18 +75,13 @@ class AdapterExporter:
         until rank 0 has written the task before.
         """
         writer = None if state is None else CheckpointWriter(self.run.output_dir, state.step)
-        for number, slot in self.stage.slots.items():
+        for slot in self.stage.slots.values():
             weights = self._weights(slot)
-            if self.moments_are_split:
-                dist.barrier(group=self.control)
-            moments = {
-                kind: self._gather(slot, own)
-                for kind, own in self.optimizer.moments(number).items()
-            }
+            moments = self._moments(slot)
             if writer is not None:
                 writer.add_task(slot.spec, weights, moments, self.run.base_model)
-                if number in self.kept:
-                    writer.add_best(slot.spec, self.kept[number], self.run.base_model)
+                if slot.number in self.kept:
+                    writer.add_best(slot.spec, self.kept[slot.number], self.run.base_model)
         if writer is not None and state is not None:
             writer.finish(state, self.run.keep_checkpoints)
         dist.barrier(group=self.control)

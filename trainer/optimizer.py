@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lobra.layout.order import AdamSettings
 from lobra.layout.world import World
 from lobra.model.groups import new_group
 from lobra.model.stage import Stage
-from lobra.tasks.config import TaskConfig
 from lobra.trainer.block import BlockOptimizer
 from lobra.trainer.zero import MOMENTS
 
@@ -25,12 +26,24 @@ from lobra.trainer.zero import MOMENTS
 class TaskUpdate:
     """What one step does to a task: whether its update is applied, the rate, the clipping factor.
 
-    A task that is not applied keeps its weights and its moments exactly.
+    A task that is not applied keeps its weights and its moments exactly. With ``adam`` AdamW's
+    settings change.
     """
 
     apply: bool
     learning_rate: float = 0.0
     clip: float = 1.0
+    adam: AdamSettings | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What changes of torch's AdamW, in its names."""
+        changed: dict[str, Any] = {"lr": self.learning_rate}
+        if self.adam is not None:
+            changed["betas"] = (self.adam.beta1, self.adam.beta2)
+            changed["eps"] = self.adam.eps
+            changed["weight_decay"] = self.adam.weight_decay
+        return changed
 
 
 class AdapterOptimizer:
@@ -45,13 +58,13 @@ class AdapterOptimizer:
             if group is not None:
                 self.blocks.append(BlockOptimizer(block, group))
 
-    def install(self, number: int, task: TaskConfig) -> None:
+    def install(self, number: int, weight_decay: float = 0.0) -> None:
         """Begin to optimise the adapter in a slot, as it is now. Collective.
 
         Nothing of another task is touched, neither weights nor moments.
         """
         for block in self.blocks:
-            block.install(self.stage.slots[number], task)
+            block.install(self.stage.slots[number], weight_decay)
 
     def remove(self, number: int) -> None:
         """Forget a task's optimiser state."""
@@ -73,13 +86,13 @@ class AdapterOptimizer:
         return torch.stack([block.reduce(numbers) for block in self.blocks]).sum(dim=0)
 
     def update(self, updates: Mapping[int, TaskUpdate]) -> None:
-        """Apply updates to the reduced gradients and forget all gradients. Collective."""
+        """Apply updates to the reduced gradients; forget these tasks' gradients. Collective."""
         applied = {number: update for number, update in updates.items() if update.apply}
-        rates = {number: update.learning_rate for number, update in applied.items()}
+        settings = {number: update.settings for number, update in applied.items()}
         clips = {number: update.clip for number, update in applied.items()}
         for block in self.blocks:
-            block.update(rates, clips)
-        self.stage.forget_gradients()
+            block.update(settings, clips)
+        self.stage.forget_gradients(updates)
         self.stage.refresh()
 
     def moments(self, number: int) -> dict[str, dict[range, Tensor]]:

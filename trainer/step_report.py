@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from lobra.layout.sequences import FloatArray
+
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -25,6 +27,8 @@ class StepReport:
         reduce; the most memory it has had in use since its last report.
     stop
         Whether some rank was told to stop.
+    token_losses
+        On rank 0, of sequences with labels, in the order's order, the loss of every label: float64.
     prepare_s, reduce_s, optimizer_s
         Of this rank alone: seconds it made tensors, reduced gradients (waiting for other ranks
         included), and updated and exchanged adapters.
@@ -36,6 +40,7 @@ class StepReport:
     arrival_s: tuple[float, ...]
     memory_bytes: tuple[int, ...]
     stop: bool
+    token_losses: tuple[FloatArray, ...] = ()
     prepare_s: float = 0.0
     reduce_s: float = 0.0
     optimizer_s: float = 0.0

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-from lobra.tasks.config import TaskConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 ADAM_BETAS = (0.9, 0.999)
@@ -74,16 +74,15 @@ class Partition:
         Of `MOMENTS` each, like `master_p`.
     """
 
-    def __init__(self, weights: Tensor, task: TaskConfig, group: dist.ProcessGroup) -> None:
+    def __init__(self, weights: Tensor, weight_decay: float, group: dist.ProcessGroup) -> None:
         """Share the weights out. Collective over ``group``, whose ranks hold the same."""
         import deepspeed
 
         module = nn.Module()
         module.weights = nn.Parameter(weights.clone())
         adam = torch.optim.AdamW(
-            module.parameters(), lr=task.learning_rate, betas=ADAM_BETAS, eps=ADAM_EPS,
-            weight_decay=task.weight_decay,
-        )  # fmt: skip
+            module.parameters(), betas=ADAM_BETAS, eps=ADAM_EPS, weight_decay=weight_decay
+        )
         self.engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=adam,
@@ -123,9 +122,9 @@ class Partition:
         """Set how many updates the moments have seen."""
         self.adam.state[self.master_p]["step"].fill_(updates)
 
-    def update(self, gradient_p: Tensor, rate: float) -> None:
-        """Take one Adam step."""
-        self.adam.param_groups[0]["lr"] = rate
+    def update(self, gradient_p: Tensor, settings: Mapping[str, Any]) -> None:
+        """Take one Adam step, with these of torch's settings from now on."""
+        self.adam.param_groups[0].update(settings)
         self.master_p.grad = gradient_p
         self.adam.step()
         self.master_p.grad = None

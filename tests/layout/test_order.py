@@ -8,15 +8,21 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lobra.layout.order import StepOrder, Update
-from lobra.layout.sequences import PACKED_MULTIPLE, MicroBatch, Sequence, total_work
+from lobra.layout.order import AdamSettings, SlotOrder, StepOrder, Update
+from lobra.layout.sequences import (
+    PACKED_MULTIPLE,
+    Labels,
+    MicroBatch,
+    Sequence,
+    total_work,
+)
 
 TASKS = (0, 1, 7)
 number = st.integers(0, 2**62)
 
 
 @st.composite
-def sequences(draw: st.DrawFn) -> Sequence:
+def sequences(draw: st.DrawFn, labelled: bool = False) -> Sequence:
     ids = draw(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=9))
     targets = draw(st.sets(st.integers(1, len(ids) - 1))) if len(ids) > 1 else set()
     return Sequence(
@@ -25,31 +31,54 @@ def sequences(draw: st.DrawFn) -> Sequence:
         np.array(ids, dtype=np.int32),
         np.array(sorted(targets), dtype=np.int32),
         draw(number),
+        draw(labels(len(targets))) if labelled else None,
     )
 
 
 @st.composite
-def micro_batches(draw: st.DrawFn) -> MicroBatch:
-    rows = draw(st.lists(sequences(), min_size=1, max_size=4))
+def labels(draw: st.DrawFn, count: int) -> Labels:
+    tokens = draw(st.lists(st.integers(0, 2**31 - 1), min_size=count, max_size=count))
+    weights = draw(st.lists(st.floats(), min_size=count, max_size=count))
+    return Labels(np.array(tokens, dtype=np.int32), np.array(weights, dtype=np.float64))
+
+
+@st.composite
+def micro_batches(draw: st.DrawFn, labelled: bool = False) -> MicroBatch:
+    rows = draw(st.lists(sequences(labelled), min_size=1, max_size=4))
     longest = max(len(row.tokens) for row in rows)
     padded_lengths = st.one_of(st.none(), st.integers(longest, longest + 16))
     return MicroBatch(tuple(rows), draw(padded_lengths))
 
 
 tasks = st.lists(number, max_size=3).map(tuple)
-updates = st.builds(Update, number, *[st.floats(allow_nan=False)] * 2)
+finite = st.floats(allow_nan=False)
+settings = st.builds(AdamSettings, *[finite] * 4)
+updates = st.builds(Update, number, finite, finite, st.none() | settings)
+adapters = st.dictionaries(st.text(max_size=3), st.integers() | st.text(max_size=3), max_size=2)
+slot_orders = st.builds(
+    SlotOrder,
+    st.sampled_from(["install", "save", "remove"]),
+    number,
+    st.none() | adapters,
+    st.text(max_size=9),
+    st.booleans(),
+    number,
+)
 
 
 @st.composite
 def orders(draw: st.DrawFn) -> StepOrder:
-    replicas = draw(st.lists(st.lists(micro_batches(), max_size=3).map(tuple), max_size=3))
+    batches = micro_batches(draw(st.booleans()))
+    replicas = draw(st.lists(st.lists(batches, max_size=3).map(tuple), max_size=3))
     return StepOrder(
         draw(st.integers(0, 2**40)),
         tuple(replicas),
         tuple(draw(st.lists(updates, max_size=3))),
+        tuple(draw(st.lists(slot_orders, max_size=2))),
         keep=draw(tasks),
         export=draw(tasks),
         export_best=draw(tasks),
+        accumulate=draw(st.booleans()),
         save=draw(st.booleans()),
         stop=draw(st.booleans()),
         finished=draw(st.booleans()),

@@ -46,13 +46,13 @@ def alone_and_among_others(folder: Path) -> tuple[list[dict], list[dict]]:
     for lively in (False, True):
         stage = build_stage(folder, build_groups(world), {kept: adapter_spec(small_task())})
         optimizer = AdapterOptimizer(stage, world)
-        optimizer.install(kept, small_task())
+        optimizer.install(kept)
         result = []
         for step in range(4):
             if lively and step in (1, 2):
                 number = (0, 2, 9)[step]
                 stage.install({number: adapter_spec(others[number])})
-                optimizer.install(number, others[number])
+                optimizer.install(number, others[number].weight_decay)
             if lively and step == 3:
                 stage.remove(2)
                 optimizer.remove(2)

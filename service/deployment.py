@@ -1,0 +1,278 @@
+"""What is served: a base model on a plan, checked before anything is started, and its folders."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from cyclopts import Parameter
+
+from lobra.common import lock
+from lobra.common.errors import ConfigError
+from lobra.common.files import remove_folder, write_atomic
+from lobra.common.options import (
+    Device,
+    ModelName,
+    PlanName,
+    PositiveInt,
+    TimeProfile,
+    as_options,
+    within_bounds,
+)
+from lobra.layout.layout import Layout
+from lobra.layout.memory_policy import MemoryPolicy
+from lobra.layout.placement import place, placed
+from lobra.layout.plan import Plan, ReplicaGroup, load_plan
+from lobra.layout.sequences import IntArray
+from lobra.layout.shapes import ModelShape, layout_problem, read_shape
+from lobra.layout.world import World
+from lobra.model.checkpoint import checkpoint_problems
+from lobra.model.fingerprint import fingerprint
+from lobra.model.folder import resolve_folder
+from lobra.planner.packed.dispatch import Cost, packed_costs
+from lobra.profiler.cost_model import CostModel, load_cost_model
+from lobra.profiler.profiles import default_time_path
+from lobra.service.ledger import CheckpointRow, Ledger
+from lobra.service.wire import LossRequest, read_loss_request
+from lobra.trainer.run_spec import RunSpec
+
+log = logging.getLogger(__name__)
+
+DEPLOYMENT_FILE = "deployment.json"
+DEFAULT_MAX_TOKENS = 8192  # of the plan that is deployed where none is given
+ONE_MACHINE = 1 << 30  # all ranks are on this one, however many there are
+PATH_PREFIX = "tinker://"
+
+
+@as_options
+@dataclass(frozen=True)
+class ServeRequest:
+    """What is served, and where.
+
+    Parameters
+    ----------
+    strategy_config
+        Name or path of the plan; by default one replica <1,1>.
+    host
+        Address to listen at.
+    port
+        Port to listen at.
+    state_dir
+        Where the service keeps all it must not forget.
+    name
+        What clients call the base model; by default what --model says.
+    precision
+        By default fp32 on CPU, bf16 on GPU; fp64, everything included, is for proofs: slow.
+    max_slots
+        Models that are on the ranks at once; others wait in the state folder.
+    max_rank
+        The largest rank of an adapter.
+    """
+
+    model: ModelName
+    strategy_config: Annotated[PlanName | None, Parameter(metavar="NAME")] = None
+    host: str = "127.0.0.1"
+    port: PositiveInt = 8000
+    state_dir: Path = Path("runs/service")
+    name: str | None = None
+    precision: Literal["fp32", "bf16", "fp64"] | None = None
+    device: Device = "auto"
+    memory: MemoryPolicy | None = None
+    max_slots: PositiveInt = 16
+    max_rank: PositiveInt = 128
+    time_profile: TimeProfile = None
+
+
+@dataclass(frozen=True, eq=False)
+class Deployment:
+    """A base model on a plan, and where what is trained on it is kept.
+
+    Attributes
+    ----------
+    run
+        What ranks must know; it has no tasks of its own.
+    shape
+        The base model's sizes.
+    names
+        What clients may call it, the first one being what they are told.
+    costs, has_times
+        What a micro-batch takes on each group of the plan; whether in ms, as profiled.
+    max_slots, max_rank
+        Models on the ranks at once, and the largest rank of an adapter.
+    """
+
+    run: RunSpec
+    shape: ModelShape
+    names: tuple[str, ...]
+    costs: Sequence[Cost]
+    has_times: bool
+    max_slots: int
+    max_rank: int
+
+    @property
+    def max_context(self) -> int:
+        """The most tokens of a sequence that is sampled, its prompt included."""
+        return self.shape.max_positions or DEFAULT_MAX_TOKENS
+
+    def read_loss_request(self, content: bytes) -> LossRequest:
+        """Return what a body of ``forward_backward`` asks for; ConfigError says what is wrong."""
+        return read_loss_request(content, self.shape.vocab_size, self.run.plan.max_tokens)
+
+    def folder_of(self, path: str) -> Path:
+        """Return the folder of a checkpoint's path; its names are checked when it is made."""
+        model_id, kind, name = path.removeprefix(PATH_PREFIX).split("/")
+        return self.run.output_dir / "models" / model_id.replace(":", "_") / kind / name
+
+    def snapshot_folder(self, model_id: str, seq_id: int) -> Path:
+        """Return the folder of a model's snapshot after a request."""
+        folder = self.run.output_dir / "models" / model_id.replace(":", "_")
+        return folder / "snapshots" / str(seq_id)
+
+    def drop_checkpoint(self, ledger: Ledger, row: CheckpointRow) -> None:
+        """Remove a checkpoint and its files."""
+        ledger.drop_checkpoint(row.path)
+        if (folder := self.folder_of(row.path)).is_dir():
+            remove_folder(folder)
+
+
+def prepare_deployment(request: ServeRequest) -> Deployment:
+    """Check what is to be served.
+
+    Raises
+    ------
+    ConfigError
+        With every mistake found; nothing was written then.
+    """
+    request, problems = within_bounds(request)
+    folder: Path | None = None
+    shape: ModelShape | None = None
+    plan: Plan | None = None
+    with problems.noted():
+        folder = resolve_folder(request.model)
+        shape = read_shape(folder)
+        problems += checkpoint_problems(folder, shape)
+    with problems.noted():
+        plan = _plan(request, shape)
+    if shape is not None and plan is not None:
+        problems += [
+            f"{request.strategy_config}: {problem} ({request.model})"
+            for layout in {group.layout for group in plan.groups}
+            if (problem := layout_problem(shape, layout.tp, layout.pp))
+        ]
+    device, world = "cpu", None
+    if plan is not None:
+        with problems.noted():
+            device = _device(request, plan)
+        with problems.noted():
+            world = placed(plan) or place(plan, ONE_MACHINE)
+    cost_model: CostModel | None = None
+    profile = Path(request.time_profile or default_time_path(request.model))
+    if profile.is_file() or request.time_profile is not None:
+        with problems.noted():
+            cost_model = load_cost_model(request.model, request.time_profile)
+    problems.raise_if_any()
+    assert folder and shape and plan and world
+    return Deployment(
+        _run(request, folder, shape, plan, world, device),
+        shape,
+        tuple(dict.fromkeys((request.name or request.model, request.model, folder.name))),
+        *_costs(plan, cost_model, profile),
+        request.max_slots,
+        request.max_rank,
+    )
+
+
+def claim_state_folder(deployment: Deployment) -> None:
+    """Make the state folder this process's own, and note which base model it is for.
+
+    Raises
+    ------
+    ConfigError
+        Another service uses it, or it is of another base model.
+    """
+    folder = deployment.run.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    lock.hold(folder / "lock", f"--state-dir {folder}", "service", "stop it, or give another")
+    file = folder / DEPLOYMENT_FILE
+    if file.is_file():
+        noted = json.loads(file.read_text(encoding="utf-8"))["base_model"]
+        if noted != deployment.run.fingerprint:
+            raise ConfigError(
+                f"--state-dir {folder}: what is trained there is of another base model; give a "
+                f"folder of its own for {deployment.names[0]}"
+            )
+    write_atomic(file, json.dumps({"base_model": deployment.run.fingerprint}) + "\n")
+
+
+def _plan(request: ServeRequest, shape: ModelShape | None) -> Plan:
+    if request.strategy_config is None:
+        longest = (shape.max_positions if shape else None) or DEFAULT_MAX_TOKENS
+        max_tokens = min(longest, DEFAULT_MAX_TOKENS)
+        plan = Plan((ReplicaGroup(Layout(1, 1), 1, max_tokens),))
+    else:
+        plan = load_plan(request.strategy_config)
+    return plan if request.memory is None else plan.with_memory(request.memory)
+
+
+def _device(request: ServeRequest, plan: Plan) -> str:
+    import torch
+
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if request.device == "cpu" or (request.device == "auto" and not found):
+        return "cpu"
+    if plan.num_gpus > found:
+        raise ConfigError(
+            f"the plan {plan} needs {plan.num_gpus} GPUs, this machine has {found}; give another "
+            f"plan, or --device cpu to run every rank as a CPU process"
+        )
+    return "cuda"
+
+
+def _costs(plan: Plan, cost_model: CostModel | None, profile: Path) -> tuple[Sequence[Cost], bool]:
+    """Return what micro-batches take: as profiled, else by their tokens; and which of them."""
+    known = cost_model is not None and all(cost_model.has(g.layout) for g in plan.groups)
+    if cost_model is not None and known:
+        return packed_costs(plan, cost_model), True
+    if len(plan.groups) > 1:
+        log.warning(
+            "%s: no times of all layouts of the plan %s: work is shared out by tokens and tp; "
+            "measure them with lobra profile time",
+            profile, plan,
+        )  # fmt: skip
+    return [partial(_by_tokens, group.layout.num_gpus) for group in plan.groups], False
+
+
+def _by_tokens(num_gpus: int, tokens: IntArray, squares: IntArray) -> np.ndarray:
+    return tokens / num_gpus
+
+
+def _run(
+    request: ServeRequest, folder: Path, shape: ModelShape, plan: Plan, world: World, device: str
+) -> RunSpec:
+    """Return what ranks must know."""
+    return RunSpec(
+        model_folder=folder,
+        base_model=str(folder.resolve()),
+        fingerprint=fingerprint(folder, shape),
+        task_records=(),
+        tasks=(),
+        num_steps=(),
+        last_step=0,
+        plan=plan,
+        world=world,
+        cost_model=CostModel(shape.num_layers, "fitted", {}),
+        output_dir=request.state_dir.resolve(),
+        precision=request.precision or ("bf16" if device == "cuda" else "fp32"),
+        device=device,
+        num_buckets=1,
+        dynamic_buckets=True,
+        buckets=(),
+        dispatch_mode="balance",
+        seed=0,
+    )

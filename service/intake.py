@@ -1,0 +1,301 @@
+"""What becomes of a request before it is carried out: checked, noted in the ledger, handed on."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import threading
+import time
+from typing import Any
+
+import numpy as np
+
+from lobra.service.backlog import LOSS_KINDS
+from lobra.service.bodies import Body, CreateModel, CreateSampler, LoadWeights, OfModel, Sample
+from lobra.service.coordinator import Coordinator, sampler_name
+from lobra.service.deployment import PATH_PREFIX, Deployment
+from lobra.service.ledger import (
+    SAMPLE,
+    CheckpointRow,
+    Ledger,
+    ModelRow,
+    RequestRow,
+    SamplerRow,
+    models,
+    requests,
+    samplers,
+    sessions,
+)
+from lobra.service.sampler import SampleRequest
+from lobra.service.sampling import Sampling
+from lobra.service.tenants import Tenant
+
+SESSION_LIFE_S = 600.0  # without a sign of life; then its models make room for others
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+CHECKPOINT_PATH = re.compile(
+    rf"{PATH_PREFIX}[^/]+/(weights|sampler_weights)/[A-Za-z0-9][A-Za-z0-9._-]*"
+)
+
+
+class Refusal(Exception):
+    """Why a request is not accepted: a status of HTTP and a sentence."""
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+class Intake:
+    """Takes requests in; its methods may be called from any thread."""
+
+    def __init__(
+        self,
+        deployment: Deployment,
+        ledger: Ledger,
+        coordinator: Coordinator,
+        sampling: Sampling,
+    ) -> None:
+        self.deployment = deployment
+        self.ledger = ledger
+        self.coordinator = coordinator
+        self.sampling = sampling
+        for row in ledger.unfinished_samples():
+            assert row.body is not None, "a request's body is kept until it is finished"
+            self._submit_sample(row, Sample.model_validate_json(row.body))
+        self._lock = threading.RLock()
+        self._started_at = time.monotonic()
+        self._seen_at: dict[str, float] = {}  # of a session since the start (monotonic)
+        self._tokens: dict[str, tuple[float, float]] = {}  # of a tenant: left, when (monotonic)
+
+    # -- whose it is ----------------------------------------------------------------------------
+
+    def new_session(self, tenant: Tenant) -> str:
+        """Return the name of a new session of a tenant."""
+        name = secrets.token_hex(16)
+        self._seen_at[name] = time.monotonic()
+        self.ledger.insert(sessions, {"id": name, "tenant": tenant.name, "created_at": time.time()})
+        return name
+
+    def heartbeat(self, tenant: Tenant, session_id: str) -> None:
+        """Note that a session goes on."""
+        self.check_session(tenant, session_id)
+        self._seen_at[session_id] = time.monotonic()
+
+    def _live_models(self, tenant: Tenant) -> int:
+        """Return how many models a tenant has open; those of sessions that ended are closed."""
+        live = 0
+        for model in self.ledger.models_of(tenant.name):
+            seen_at = self._seen_at.get(model.session_id, self._started_at)
+            if time.monotonic() - seen_at > SESSION_LIFE_S:
+                body = OfModel(model_id=model.id)
+                self.submit(
+                    tenant, model.id, None, "unload_model", _content(body), body.model_dump()
+                )
+            else:
+                live += 1
+        return live
+
+    def check_session(self, tenant: Tenant, session_id: str) -> None:
+        """Refuse a session that is not the tenant's."""
+        if self.ledger.tenant_of_session(session_id) != tenant.name:
+            raise Refusal(404, f"session {session_id!r}: there is none of that name")
+
+    def model(self, tenant: Tenant, model_id: str) -> ModelRow:
+        """Return a tenant's model."""
+        model = self.ledger.model(model_id)
+        if model is None or model.tenant != tenant.name:
+            raise Refusal(404, f"model {model_id!r}: there is none of that name")
+        return model
+
+    def request(self, tenant: Tenant, request_id: str) -> RequestRow:
+        """Return a tenant's request."""
+        row = self.ledger.request(request_id)
+        if row is None or row.tenant != tenant.name:
+            raise Refusal(410, f"request {request_id!r}: there is none of that name any more")
+        return row
+
+    def checkpoint(self, tenant: Tenant, path: str) -> CheckpointRow:
+        """Return a tenant's checkpoint."""
+        row = self.ledger.checkpoint(path) if CHECKPOINT_PATH.fullmatch(path) else None
+        if row is None or row.tenant != tenant.name:
+            raise Refusal(404, f"{path}: there is no such checkpoint")
+        return row
+
+    # -- requests -------------------------------------------------------------------------------
+
+    def create_model(self, tenant: Tenant, body: CreateModel) -> RequestRow:
+        """Take in the making of a model."""
+        adapter = body.lora_config
+        modules = (*ATTENTION * adapter.train_attn, *MLP * adapter.train_mlp)
+        if not modules:
+            raise Refusal(400, "train_unembed alone: no adapter on the head is trained here")
+        if adapter.rank > self.deployment.max_rank:
+            most = self.deployment.max_rank
+            raise Refusal(400, f"rank {adapter.rank}: this service trains up to rank {most}")
+        seed = secrets.randbelow(1 << 31) if adapter.seed is None else adapter.seed
+        return self._first(tenant, "create_model", body, (adapter.rank, modules, seed))
+
+    def load_weights(self, tenant: Tenant, body: LoadWeights) -> RequestRow:
+        """Take in the loading of a checkpoint, as a new model or into a known one."""
+        found = self.checkpoint(tenant, body.path)
+        if body.model_id is not None:
+            content = body.model_dump()
+            return self.submit(
+                tenant, body.model_id, body.seq_id, "load_weights", _content(body), content
+            )
+        source = self.model(tenant, found.model_id)
+        adapter = (source.rank, source.target_modules, source.seed)
+        return self._first(tenant, "load_weights", body, adapter)
+
+    def _first(
+        self,
+        tenant: Tenant,
+        kind: str,
+        body: CreateModel | LoadWeights,
+        adapter: tuple[int, tuple[str, ...], int],
+    ) -> RequestRow:
+        """Take in the first request of a model, which makes it."""
+        if body.session_id is None or body.model_seq_id is None:
+            raise Refusal(400, "session_id, model_seq_id: are missing; or give a model_id")
+        self.check_session(tenant, body.session_id)
+        if body.base_model not in (None, *self.deployment.names):
+            names = self.deployment.names[0]
+            raise Refusal(400, f"base_model {body.base_model!r}: this service trains {names}")
+        model_id = f"{body.session_id}:train:{body.model_seq_id}"
+        with self._lock:
+            if self.ledger.model(model_id) is None:
+                if self._live_models(tenant) >= tenant.max_models:
+                    raise Refusal(
+                        403,
+                        f"tenant {tenant.name} has {tenant.max_models} models open, which is the "
+                        f"most; unload one",
+                    )
+                rank, modules, seed = adapter
+                metadata = body.user_metadata or {}
+                row = ModelRow(
+                    model_id, tenant.name, body.session_id, rank, modules, seed, metadata,
+                    time.time(), snapshot_seq=-1,
+                )  # fmt: skip
+                self.ledger.insert(models, vars(row))
+        return self.submit(tenant, model_id, 0, kind, _content(body), body.model_dump())
+
+    def submit(
+        self,
+        tenant: Tenant,
+        model_id: str,
+        seq_id: int | None,
+        kind: str,
+        body: bytes,
+        content: Any,
+    ) -> RequestRow:
+        """Take in a request of a model; one with a number that is known is the same request.
+
+        Without a number it comes after all that are known.
+        """
+        model = self.model(tenant, model_id)
+        with self._lock:
+            if seq_id is None:
+                seq_id = self.ledger.last_seq(model_id) + 1
+            known = self.ledger.request_id(model_id, seq_id)
+            if known is not None:
+                return self.request(tenant, known)
+            if not model.is_open:
+                raise Refusal(400, f"model {model_id}: is closed; load a checkpoint of it")
+            if seq_id <= model.snapshot_seq:
+                raise Refusal(410, f"model {model_id}: its request {seq_id} is long over")
+            if kind in LOSS_KINDS:
+                self._spend(tenant, content.num_tokens)
+            row = RequestRow(
+                secrets.token_hex(16), tenant.name, model_id, seq_id, kind, body, time.time()
+            )
+            self.ledger.insert(requests, vars(row))
+        self.coordinator.submit(row, content)
+        return row
+
+    # -- samples --------------------------------------------------------------------------------
+
+    def new_sampler(self, tenant: Tenant, body: CreateSampler) -> str:
+        """Return the name of a session that samples from a checkpoint or the base model."""
+        self.check_session(tenant, body.session_id)
+        if body.model_path is None and body.base_model not in self.deployment.names:
+            names = self.deployment.names[0]
+            raise Refusal(400, f"base_model {body.base_model!r}: this service samples from {names}")
+        path = "" if body.model_path is None else self.checkpoint(tenant, body.model_path).path
+        name = sampler_name(body.session_id, body.sampling_session_seq_id)
+        self.ledger.insert(samplers, {"id": name, "tenant": tenant.name, "path": path})
+        return name
+
+    def sampler(self, tenant: Tenant, sampler_id: str) -> SamplerRow:
+        """Return a tenant's sampling session."""
+        row = self.ledger.sampler(sampler_id)
+        if row is None or row.tenant != tenant.name:
+            raise Refusal(404, f"sampler {sampler_id!r}: there is none of that name")
+        return row
+
+    def sample(self, tenant: Tenant, body: Sample) -> RequestRow:
+        """Take in a request for samples."""
+        self.sampler(tenant, body.sampling_session_id)
+        tokens = [token for chunk in body.prompt.chunks for token in chunk.tokens]
+        vocab_size, longest = self.deployment.shape.vocab_size, self.deployment.max_context
+        if not tokens or not 0 <= min(tokens) <= max(tokens) < vocab_size:
+            raise Refusal(400, f"prompt: want tokens of this model, from 0 to {vocab_size - 1}")
+        if len(tokens) + (body.sampling_params.max_tokens or 1) > longest:
+            raise Refusal(
+                400,
+                f"prompt, max_tokens: {len(tokens)} tokens and those asked for are more than the "
+                f"{longest} that this model is sampled with",
+            )
+        if body.sampling_params.seed is None:
+            body.sampling_params.seed = secrets.randbelow(1 << 31)
+        with self._lock:
+            known = self.ledger.request_id(body.sampling_session_id, body.seq_id)
+            if known is not None:
+                return self.request(tenant, known)
+            self._spend(tenant, len(tokens) * body.num_samples)
+            row = RequestRow(
+                secrets.token_hex(16), tenant.name, body.sampling_session_id, body.seq_id, SAMPLE,
+                _content(body), time.time(),
+            )  # fmt: skip
+            self.ledger.insert(requests, vars(row))
+            self.ledger.forget_samples()
+        self._submit_sample(row, body)
+        return row
+
+    def _submit_sample(self, row: RequestRow, body: Sample) -> None:
+        sampler, params = self.ledger.sampler(body.sampling_session_id), body.sampling_params
+        assert sampler is not None and params.seed is not None
+        prompt = [token for chunk in body.prompt.chunks for token in chunk.tokens]
+        stops = [params.stop] if isinstance(params.stop, str) else params.stop or []
+        content = SampleRequest(
+            np.array(prompt, dtype=np.int32),
+            body.num_samples,
+            params.max_tokens or self.deployment.max_context - len(prompt),
+            params.temperature,
+            params.top_k,
+            params.top_p,
+            params.seed,
+            tuple(stop for stop in stops if isinstance(stop, int)),
+            tuple(stop for stop in stops if isinstance(stop, str)),
+            bool(body.prompt_logprobs),
+            self.deployment.folder_of(sampler.path) if sampler.path else None,
+        )
+        self.sampling.submit(row.id, content)
+
+    def _spend(self, tenant: Tenant, tokens: int) -> None:
+        """Count tokens against a tenant's rate: it may overdraw it once, then has to wait."""
+        if tenant.tokens_per_minute is None:
+            return
+        now = time.monotonic()
+        left, since = self._tokens.get(tenant.name, (float(tenant.tokens_per_minute), now))
+        gained = (now - since) * tenant.tokens_per_minute / 60.0
+        left = min(float(tenant.tokens_per_minute), left + gained)
+        if left <= 0:
+            raise Refusal(
+                429, f"tenant {tenant.name} may send {tenant.tokens_per_minute} tokens a minute"
+            )
+        self._tokens[tenant.name] = (left - tokens, now)
+
+
+def _content(body: Body) -> bytes:
+    return body.model_dump_json().encode()

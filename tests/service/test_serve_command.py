@@ -1,0 +1,59 @@
+"""`lobra serve` refuses before it starts anything, all mistakes at once."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from lobra.cli import main
+from lobra.service.deployment import ServeRequest, prepare_deployment
+from tests.trainer.command import write_plan
+
+
+def serve(base: Path | str, *more: str) -> int:
+    return main(["serve", "--model", str(base), "--device", "cpu", "--state-dir", "state", *more])
+
+
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *expected: str) -> None:
+    message = capsys.readouterr().err
+    for part in expected:
+        assert part in message
+    assert "Traceback" not in message
+
+
+def test_all_mistakes_are_told(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_plan({"dp": 1, "tp": 3, "pp": 1, "max_tokens": 64})
+    more = ("--strategy-config", "plan.yaml", "--max-slots", "0", "--time-profile", "none.csv")
+    assert serve(base, *more) == 2
+    refused(capsys, "3 problems", "--max-slots 0", "tp 3", "none.csv")
+    assert not Path("state").exists()
+    assert serve("nowhere", "--port", "-1") == 2
+    refused(capsys, "2 problems", "nowhere", "--port -1")
+
+
+def test_a_port_or_folder_that_is_taken(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert serve(base, "--port", str(port)) == 2
+    refused(capsys, f"--port {port}", "in use")
+    noted = Path("state/deployment.json")
+    noted.write_text(json.dumps({**json.loads(noted.read_text()), "base_model": "another"}))
+    assert serve(base, "--port", str(port)) == 2
+    refused(capsys, "--state-dir", "another base model")
+
+
+def test_without_a_plan_there_is_one_replica(base: Path) -> None:
+    deployment = prepare_deployment(ServeRequest(str(base), device="cpu"))
+    assert str(deployment.run.plan) == "<1,1>x1"
+    assert deployment.run.plan.max_tokens == deployment.max_context == 512
+    assert deployment.names == (str(base), "base")

@@ -1,0 +1,59 @@
+"""Keys: random, kept as hashes, gone when they are revoked; the commands that do so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lobra.cli import main
+from lobra.service.ledger import FILE, Ledger
+from lobra.service.tenants import all_tenants, tenant_of
+
+
+def test_keys_come_and_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = ["--state-dir", str(tmp_path)]
+    keys = {}
+    for name in ("alice", "bob"):
+        assert main(["keys", "add", name, *state, "--tokens-per-minute", "9"]) == 0
+        keys[name] = capsys.readouterr().out.strip()
+    assert all(key.startswith("tml-") and len(key) > 40 for key in keys.values())
+    assert keys["alice"] != keys["bob"]
+    ledger = Ledger(tmp_path)
+    for name, key in keys.items():
+        tenant = tenant_of(ledger, key)
+        assert tenant is not None
+        assert (tenant.name, tenant.tokens_per_minute) == (name, 9)
+    content = b"".join(path.read_bytes() for path in tmp_path.glob(f"{FILE}*"))
+    assert not any(key.encode() in content for key in keys.values())
+    assert main(["keys", "revoke", "alice", *state]) == 0
+    assert tenant_of(ledger, keys["alice"]) is None
+    assert [tenant.name for tenant in all_tenants(ledger)] == ["bob"]
+    assert main(["keys", "list", *state]) == 0
+    assert capsys.readouterr().out.startswith("bob ")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["add", "bob"], "there is one already"),
+        (["add", "a b"], "want letters"),
+        (["add", "eve", "--max-models", "0"], "--max-models 0"),
+        (["revoke", "eve"], "none of that name"),
+    ],
+)
+def test_mistakes_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    state = ["--state-dir", str(tmp_path)]
+    assert main(["keys", "add", "bob", *state]) == 0
+    assert main(["keys", *words, *state]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_without_a_service_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["keys", "list", "--state-dir", str(tmp_path / "none")]) == 2
+    assert "no service" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
