@@ -38,6 +38,7 @@ from lobra.common.models import (
     wanted,
 )
 from lobra.tasks.foreign_names import foreign_field
+from lobra.tasks.objectives import OBJECTIVES, PARAMETERS, SUPERVISED
 from lobra.tasks.prompts import NAMES, template_problem
 from lobra.tasks.target_modules import MODULE_ALIASES, TARGET_MODULES, resolve_target_modules
 
@@ -149,6 +150,17 @@ class TaskConfig(FileModel):
     lowest validation loss; 0: never, and export the last."""
     early_stopping_min_delta: NotNegative = 0.0
     """By how much a loss must fall to be better."""
+    objective: Annotated[str, OneOf(OBJECTIVES)] = SUPERVISED
+    """What is learned. supervised: every token of an answer; dpo, cpo, orpo: the chosen answer more
+    than the rejected one; kto: answers with label true more than those with false."""
+    beta: Annotated[Positive, AtMost(10**6)] = 0.1
+    """Of dpo, cpo, orpo and kto: what differences of log-probabilities are multiplied by."""
+    cpo_alpha: NotNegative = 1.0
+    """Of cpo: what the mean loss of the chosen answers' tokens counts for."""
+    desirable_weight: NotNegative = 1.0
+    """Of kto: what an answer with label true counts for."""
+    undesirable_weight: NotNegative = 1.0
+    """Of kto: what an answer with label false counts for."""
     resume_from: Text | None = None
     """A plain LoRA adapter in PEFT's format to start from."""
 
@@ -175,10 +187,27 @@ class TaskConfig(FileModel):
         steps, warmup = given.get("steps"), given.get("warmup_steps")
         if isinstance(steps, int) and isinstance(warmup, int) and warmup > steps > 0:
             return {"warmup_steps": Mistake(f"want at most the task's steps, {steps}", warmup)}
+        if mistakes := _objective_mistakes(given):
+            return mistakes
         meant = {found[0] for name in given if (found := foreign_field(name))}
         if not {"steps", "epochs"} & (given.keys() | meant):
             return {"steps": Mistake("neither steps nor epochs is given, want at least one")}
         return {}
+
+
+def _objective_mistakes(given: Mapping[str, Any]) -> dict[str, Mistake]:
+    """Return what is wrong with the fields that only some objectives have."""
+    objective = given.get("objective", SUPERVISED)
+    if objective not in OBJECTIVES:
+        return {}
+    own = PARAMETERS[objective]
+    foreign = {name for names in PARAMETERS.values() for name in names if name not in own}
+    if objective != SUPERVISED and given.get("train_on_inputs") is True:
+        foreign.add("train_on_inputs")
+    return {
+        name: Mistake(f"objective {objective} has no such field: remove it", given[name])
+        for name in foreign & given.keys()
+    }
 
 
 def _is_number(value: Any) -> bool:

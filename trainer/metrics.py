@@ -28,7 +28,7 @@ class TaskMetrics:
     Attributes
     ----------
     loss
-        Mean loss per target token.
+        Mean loss per target token; of an objective that compares answers its loss per example.
     tokens
         Target tokens.
     sequences
@@ -47,6 +47,9 @@ class TaskMetrics:
         Why this step was the task's last before its steps were over.
     flops
         The model's floating-point operations for the task.
+    preferences
+        Of an objective that compares answers their rewards and log-probabilities, by TRL's names
+        (`trained_step.preferences`).
     """
 
     loss: float
@@ -59,6 +62,7 @@ class TaskMetrics:
     validation_loss: float | None = None
     stopped: str | None = None
     flops: float = 0.0
+    preferences: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
