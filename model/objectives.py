@@ -176,9 +176,8 @@ def example_losses(
     rewards_n = objective.beta * gains_n
     if objective.kind == "kto":  # equation 7 of the paper
         assert divergence is not None
-        weights_n = torch.where(
-            signs_n > 0, objective.desirable_weight, objective.undesirable_weight
-        ).to(answers_n.dtype)
+        weights_n = objective.desirable_weight * signs_n.clamp(min=0)
+        weights_n = weights_n + objective.undesirable_weight * (-signs_n).clamp(min=0)
         utilities_n = torch.sigmoid(signs_n * (rewards_n - objective.beta * divergence))
         return weights_n * (1 - utilities_n), rewards_n
     margins = rewards_n[0::2] - rewards_n[1::2]
@@ -191,9 +190,9 @@ def example_losses(
 
 def _log1mexp(x: Tensor) -> Tensor:
     """Return log(1 - exp(x)) of negative numbers, exact near 0 and far from it."""
-    is_near = x > -0.6931471805599453  # log 2: where 1 - exp(x) loses digits
-    near = torch.log(-torch.expm1(torch.where(is_near, x, -1.0)))
-    return torch.where(is_near, near, torch.log1p(-torch.exp(torch.where(is_near, -1.0, x))))
+    near = torch.log(-torch.expm1(x.clamp(min=-1.0)))
+    far = torch.log1p(-torch.exp(x.clamp(max=-0.5)))
+    return torch.where(x > -0.6931471805599453, near, far)  # -log 2: there both are as exact
 
 
 def task_examples(

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lobra.layout import sequences as layout
 from lobra.layout.order import StepOrder
 from lobra.layout.sequences import MicroBatch
-from lobra.model.micro_batch import MicroBatchTensors
+from lobra.model.micro_batch import micro_batch_tensors
 from lobra.model.objectives import ExampleWeights
 from lobra.model.pipeline import evaluate_replica
 from lobra.model.stage import Stage
 from lobra.tasks.objectives import Objective
-
-MakeTensors = Callable[[Sequence[MicroBatch]], list[MicroBatchTensors]]
 
 
 def example_weights(
@@ -57,11 +56,9 @@ class Comparison:
         stage: Stage,
         micro_batches: Sequence[MicroBatch],
         weights: Mapping[int, ExampleWeights],
-        tensors: MakeTensors,
     ) -> None:
         self.stage = stage
         self.micro_batches = micro_batches
-        self.tensors = tensors
         self.tasks = {task for task, own in weights.items() if own.objective.has_reference}
 
     def references(self) -> list[Tensor | None]:
@@ -94,11 +91,16 @@ class Comparison:
         self, is_wanted: Callable[[layout.Sequence], bool], with_adapters: bool
     ) -> list[Tensor | None]:
         parts = [_part(micro_batch, is_wanted) for micro_batch in self.micro_batches]
-        batches = self.tensors([part for part in parts if part is not None])
+        batches = micro_batch_tensors(
+            [part for part in parts if part is not None],
+            np.zeros(1 + max(self.stage.slots)),
+            self.stage.device,
+            self.stage.dtype,
+        )
         if not with_adapters:
             batches = [replace(batch, segments=()) for batch in batches]
         token_losses: list[Tensor] = []
-        evaluate_replica(self.stage, batches, 1 + max(self.tasks, default=0), token_losses)
+        evaluate_replica(self.stage, batches, 1 + max(self.stage.slots), token_losses)
         found: list[Tensor | None] = [None] * len(parts)
         present = iter(zip(batches, token_losses, strict=False))  # no losses but on the last stage
         for place, (micro_batch, part) in enumerate(zip(self.micro_batches, parts, strict=True)):

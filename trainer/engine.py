@@ -18,11 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lobra.layout.order import SlotOrder, StepOrder, Update
-from lobra.layout.sequences import MicroBatch
 from lobra.model.adapter import AdapterSpec
 from lobra.model.groups import build_groups
 from lobra.model.micro_batch import MicroBatchTensors, micro_batch_tensors
@@ -353,14 +351,9 @@ class Engine:
             if update.task not in order.num_examples:
                 weights[update.task] = 1.0 / order.work[update.task].labels
         own = order.replicas[self.place.replica]
-        return self._tensors_of([learned_part(one) for one in own], order, weights)
-
-    def _tensors_of(
-        self, own: Sequence[MicroBatch], order: StepOrder, weights: NDArray[np.float64]
-    ) -> list[MicroBatchTensors]:
         return micro_batch_tensors(
-            own, weights, self.device, self.stage.dtype, self.stage.dropouts,
-            example_weights(order, self.objectives),
+            [learned_part(one) for one in own], weights, self.device, self.stage.dtype,
+            self.stage.dropouts, example_weights(order, self.objectives),
         )  # fmt: skip
 
     # -- examples of several sequences ----------------------------------------------------------
@@ -377,10 +370,7 @@ class Engine:
         if not any(own.objective.has_reference for own in weights.values()):
             return batches, divergence
         own = order.replicas[self.place.replica]
-        nothing = np.zeros(self.num_tasks)
-        comparison = Comparison(
-            self.stage, own, weights, lambda parts: self._tensors_of(parts, order, nothing)
-        )
+        comparison = Comparison(self.stage, own, weights)
         references = comparison.references()
         if any(sequence.is_compared for sequence in order.sequences):
             gained = comparison.divergences(references, self.num_tasks)
