@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from lobra.layout.sequences import Sequence as TokenSequence
-from lobra.tasks.objectives import Objective
+from lobra.tasks.objectives import PAIRED, Objective
 
 #: What is summed over a step's examples: the loss, as it is weighted, and of the answers that are
 #: wanted and those that are not the rewards, log-probabilities and numbers; then the pairs of which
@@ -99,23 +99,23 @@ class Examples:
 
     def loss(self, losses_P: Tensor) -> Tensor:
         """Return what the micro-batch adds to the losses of all tasks of examples together."""
-        return sum((one.sum() for _, one, _ in self._losses(losses_P)), losses_P.new_zeros(()))
+        parts = [one.losses.sum() for one in self._compared(losses_P)]
+        return torch.stack(parts).sum() if parts else losses_P.new_zeros(())
 
     def outcomes(self, losses_P: Tensor, num_tasks: int) -> Tensor:
         """Return what the micro-batch adds to `OUTCOMES`: [tasks, outcomes]."""
         found = losses_P.new_zeros(num_tasks, len(OUTCOMES))
-        answers_N = self.answers(losses_P)
-        for own, loss, rewards_n in self._losses(losses_P):
-            answers_n = answers_N[own.sequences]
-            wanted_n, unwanted_n = own.signs_n.clamp(min=0), (-own.signs_n).clamp(min=0)
+        for one in self._compared(losses_P):
+            signs_n, rewards_n = one.of_task.signs_n, one.rewards_n
+            wanted_n, unwanted_n = signs_n.clamp(min=0), (-signs_n).clamp(min=0)
             right = losses_P.new_zeros(())
-            if own.weights.objective.kind != "kto":
+            if one.of_task.weights.objective.kind in PAIRED:
                 right = (rewards_n[0::2] > rewards_n[1::2]).sum()
-            found[own.task] = torch.stack(
+            found[one.of_task.task] = torch.stack(
                 [
-                    loss.sum(),
+                    one.losses.sum(),
                     rewards_n @ wanted_n, rewards_n @ unwanted_n,
-                    answers_n @ wanted_n, answers_n @ unwanted_n,
+                    one.answers_n @ wanted_n, one.answers_n @ unwanted_n,
                     wanted_n.sum(), unwanted_n.sum(),
                     right.to(losses_P.dtype),
                 ]
@@ -126,14 +126,15 @@ class Examples:
         zeros_N = torch.zeros_like(self.answers_N)
         return zeros_N.index_add(0, self.sequence_P, values_P)
 
-    def _losses(self, losses_P: Tensor) -> list[tuple[TaskExamples, Tensor, Tensor]]:
-        """Return of every task (its examples, their weighted losses, the answers' rewards [n])."""
+    def _compared(self, losses_P: Tensor) -> list[_Compared]:
         answers_N, targets_N = self.answers(losses_P), self._summed(losses_P)
         found = []
         for own in self.tasks:
             part, weights = own.sequences, own.weights
             answers_n = answers_N[part]
-            reference_n = self.reference_N[part] if self.reference_N is not None else None
+            reference_n = None
+            if weights.objective.has_reference and self.reference_N is not None:
+                reference_n = self.reference_N[part]
             divergence = self.divergence[own.task] if self.divergence is not None else None
             if weights.objective.kind == "orpo":
                 answers_n = answers_n / self.answers_N[part]
@@ -143,8 +144,18 @@ class Examples:
             losses = losses * weights.of_example
             if weights.of_token:
                 losses = losses + weights.of_token * targets_N[part][0::2]
-            found.append((own, losses, rewards_n.detach()))
+            found.append(_Compared(own, losses, answers_n.detach(), rewards_n.detach()))
         return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Compared:
+    """Of a task's examples the weighted losses, and the answers' log-probabilities and rewards."""
+
+    of_task: TaskExamples
+    losses: Tensor
+    answers_n: Tensor
+    rewards_n: Tensor
 
 
 def example_losses(
@@ -171,8 +182,6 @@ def example_losses(
         KTO's, at least 0.
     """
     gains_n = answers_n if reference_n is None else answers_n - reference_n
-    if not objective.has_reference:
-        gains_n = answers_n
     rewards_n = objective.beta * gains_n
     if objective.kind == "kto":  # equation 7 of the paper
         assert divergence is not None

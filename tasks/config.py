@@ -111,7 +111,8 @@ class TaskConfig(FileModel):
     target_modules: _Modules
     """all-linear, or a list of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj."""
     global_batch_size: Annotated[PositiveInt, AtMost(2**20)]
-    """Sequences of this task in every step, over all devices."""
+    """Sequences of this task in every step, over all devices; of dpo, cpo, orpo and kto
+    examples."""
     dataset_name: _Names
     """<data-dir>/<name>.jsonl, a path, an embedded task, or owner/name of the Hugging Face hub; of
     several, the rows one after another."""

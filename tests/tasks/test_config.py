@@ -245,6 +245,13 @@ WRONG_VALUES: list[tuple[str, Any]] = [
     ("train_on_inputs", 1),
     ("validation_split", 1.0),
     ("resume_from", False),
+    ("objective", "ppo2"),
+    ("objective", 1),
+    ("beta", 0),
+    ("beta", 0.2),  # a supervised task has none
+    ("cpo_alpha", -1),
+    ("desirable_weight", -1),
+    ("undesirable_weight", "1"),
     ("name", "../up"),
     ("name", "a/b"),
     ("name", ".hidden"),

@@ -76,8 +76,10 @@ class _Trainer(SimpleNamespace):
 
     def __init__(self, model: Any, **fields: Any) -> None:
         same = SimpleNamespace(
-            device=torch.device("cpu"), gather_for_metrics=lambda x: x, gather=lambda x: x,
-            num_processes=1
+            device=torch.device("cpu"),
+            gather_for_metrics=lambda x: x,
+            gather=lambda x: x,
+            num_processes=1,
         )
         super().__init__(
             model=model, accelerator=same, aux_loss_enabled=False, is_encoder_decoder=False,
