@@ -111,8 +111,8 @@ class TaskConfig(FileModel):
     target_modules: _Modules
     """all-linear, or a list of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj."""
     global_batch_size: Annotated[PositiveInt, AtMost(2**20)]
-    """Sequences of this task in every step, over all devices; of dpo, cpo, orpo and kto
-    examples."""
+    """Sequences of this task in every step, over all devices; examples of objectives that
+    compare answers."""
     dataset_name: _Names
     """<data-dir>/<name>.jsonl, a path, an embedded task, or owner/name of the Hugging Face hub; of
     several, the rows one after another."""
@@ -152,10 +152,10 @@ class TaskConfig(FileModel):
     early_stopping_min_delta: NotNegative = 0.0
     """By how much a loss must fall to be better."""
     objective: Annotated[str, OneOf(OBJECTIVES)] = SUPERVISED
-    """What is learned. supervised: every token of an answer; dpo, cpo, orpo: the chosen answer more
-    than the rejected one; kto: answers with label true more than those with false."""
+    """What is learned: every token, the better of two answers (dpo, cpo, orpo), or answers labelled
+    true (kto)."""
     beta: Annotated[Positive, AtMost(10**6)] = 0.1
-    """Of dpo, cpo, orpo and kto: what differences of log-probabilities are multiplied by."""
+    """Of dpo, cpo, orpo, kto: the factor of differences of log-probabilities."""
     cpo_alpha: NotNegative = 1.0
     """Of cpo: what the mean loss of the chosen answers' tokens counts for."""
     desirable_weight: NotNegative = 1.0
@@ -202,12 +202,13 @@ def _objective_mistakes(given: Mapping[str, Any]) -> dict[str, Mistake]:
     if objective not in OBJECTIVES:
         return {}
     own = PARAMETERS[objective]
-    foreign = {name for names in PARAMETERS.values() for name in names if name not in own}
-    if objective != SUPERVISED and given.get("train_on_inputs") is True:
+    foreign = {name for names in PARAMETERS.values() for name in names} - {*own}
+    if objective != SUPERVISED:
         foreign.add("train_on_inputs")
     return {
         name: Mistake(f"objective {objective} has no such field: remove it", given[name])
-        for name in foreign & given.keys()
+        for name in sorted(foreign & given.keys())
+        if given[name] not in (None, getattr(TaskConfig, name))
     }
 
 
