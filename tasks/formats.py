@@ -271,6 +271,12 @@ class _Answers(RowFormat):
         self.learns = "chosen rather than rejected" if self._is_paired else "label of completion"
         self.learns += ", after prompt"
         self._answers = ("chosen", "rejected") if self._is_paired else ("completion",)
+        if missing := [name for name in self._answers if name not in first]:
+            raise SettingError(
+                f"objective = {show(reading.objective)}: the first row has no {missing[0]}"
+                f"{did_you_mean(missing[0], first)}: want rows of prompt, "
+                + ("chosen and rejected" if self._is_paired else "completion and label")
+            )
         completion, _ = self._completions(first)[0]
         self._format = format_of(completion, replace(reading, objective=SUPERVISED))
 
@@ -299,11 +305,7 @@ class _Answers(RowFormat):
         """Return every answer as a row of prompt and completion, with its sign."""
         missing = [name for name in self._answers if name not in fields]
         if missing:
-            raise FieldError(
-                f"{missing[0]}: is missing{did_you_mean(missing[0], fields)}, objective "
-                f"{self.reading.objective} wants rows of prompt, "
-                + ("chosen and rejected" if self._is_paired else "completion and label")
-            )
+            raise FieldError(f"{missing[0]}: is missing{did_you_mean(missing[0], fields)}")
         rest = {name: value for name, value in fields.items() if name in SETTINGS}
         if not self._is_paired:
             if not isinstance(fields.get("label"), bool):
