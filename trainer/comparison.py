@@ -12,9 +12,10 @@ from torch import Tensor
 from lobra.layout import sequences as layout
 from lobra.layout.order import StepOrder
 from lobra.layout.sequences import MicroBatch
-from lobra.model.micro_batch import micro_batch_tensors
+from lobra.model.micro_batch import MicroBatchTensors, micro_batch_tensors
 from lobra.model.objectives import ExampleWeights
 from lobra.model.pipeline import evaluate_replica
+from lobra.model.precision import kept_dtype
 from lobra.model.stage import Stage
 from lobra.tasks.objectives import Objective
 
@@ -56,9 +57,12 @@ class Comparison:
         stage: Stage,
         micro_batches: Sequence[MicroBatch],
         weights: Mapping[int, ExampleWeights],
+        num_tasks: int,
     ) -> None:
         self.stage = stage
         self.micro_batches = micro_batches
+        self.weights = weights
+        self.num_tasks = num_tasks
         self.tasks = {task for task, own in weights.items() if own.objective.has_reference}
 
     def references(self) -> list[Tensor | None]:
@@ -69,38 +73,66 @@ class Comparison:
         """
         return self._answers(lambda sequence: sequence.task in self.tasks, with_adapters=False)
 
-    def divergences(self, references: Sequence[Tensor | None], num_tasks: int) -> Tensor:
-        """Return what this replica's compared answers have gained over the base model, by task.
+    def gains(self, references: Sequence[Tensor | None]) -> Tensor:
+        """Return how much likelier this replica's compared answers are than by the base model.
 
-        float64 [num_tasks], on a CPU; 0 but on the last stage.
+        Summed by task: float64 [num_tasks], on a CPU; 0 but on the last stage.
         """
-        gained = torch.zeros(num_tasks, dtype=torch.float64)
+        gained = torch.zeros(self.num_tasks, dtype=torch.float64)
         policies = self._answers(lambda sequence: sequence.is_compared, with_adapters=True)
         for micro_batch, own, reference in zip(
             self.micro_batches, policies, references, strict=True
         ):
             if own is None or reference is None:
                 continue
-            tasks = [one.task for one in micro_batch.sequences]
+            tasks = torch.tensor([one.task for one in micro_batch.sequences])
             is_compared = torch.tensor([one.is_compared for one in micro_batch.sequences])
-            difference = torch.where(is_compared, (own - reference).cpu().double(), 0.0)
-            gained.index_add_(0, torch.tensor(tasks), difference)
+            gained.index_add_(0, tasks, (own - reference).cpu().double() * is_compared)
         return gained
+
+    def divergence(self, gained: Tensor) -> Tensor:
+        """Return every task's mean gain, at least 0, of the sums of all replicas: [num_tasks]."""
+        shares = torch.zeros_like(gained)
+        for task, own in self.weights.items():
+            shares[task] = own.of_example
+        return (gained * shares).clamp(min=0)
+
+    def compared(
+        self,
+        batches: Sequence[MicroBatchTensors],
+        references: Sequence[Tensor | None],
+        divergence: Tensor,
+    ) -> list[MicroBatchTensors]:
+        """Return the tensors of the micro-batches' learned parts with what these compare with."""
+        sent = divergence.to(self.stage.device, kept_dtype(self.stage.dtype))
+        found = []
+        for micro_batch, batch, reference in zip(
+            self.micro_batches, batches, references, strict=True
+        ):
+            if batch.examples is not None and reference is not None:
+                is_learned = [not one.is_compared for one in micro_batch.sequences]
+                places = torch.tensor(is_learned).nonzero().flatten().to(reference.device)
+                examples = replace(batch.examples, reference_N=reference[places], divergence=sent)
+                batch = replace(batch, examples=examples)
+            found.append(batch)
+        return found
 
     def _answers(
         self, is_wanted: Callable[[layout.Sequence], bool], with_adapters: bool
     ) -> list[Tensor | None]:
         parts = [_part(micro_batch, is_wanted) for micro_batch in self.micro_batches]
+        if not any(parts):
+            return [None] * len(parts)
         batches = micro_batch_tensors(
             [part for part in parts if part is not None],
-            np.zeros(1 + max(self.stage.slots)),
+            np.zeros(self.num_tasks),
             self.stage.device,
             self.stage.dtype,
         )
         if not with_adapters:
             batches = [replace(batch, segments=()) for batch in batches]
         token_losses: list[Tensor] = []
-        evaluate_replica(self.stage, batches, 1 + max(self.stage.slots), token_losses)
+        evaluate_replica(self.stage, batches, self.num_tasks, token_losses)
         found: list[Tensor | None] = [None] * len(parts)
         present = iter(zip(batches, token_losses, strict=False))  # no losses but on the last stage
         for place, (micro_batch, part) in enumerate(zip(self.micro_batches, parts, strict=True)):

@@ -365,31 +365,18 @@ class Engine:
 
         Beside them every task's divergence from the base model, 0 where its objective has none.
         """
-        divergence = torch.zeros(self.num_tasks, dtype=torch.float64)
         weights = example_weights(order, self.objectives)
-        if not any(own.objective.has_reference for own in weights.values()):
-            return batches, divergence
-        own = order.replicas[self.place.replica]
-        comparison = Comparison(self.stage, own, weights)
+        comparison = Comparison(
+            self.stage, order.replicas[self.place.replica], weights, self.num_tasks
+        )
         references = comparison.references()
+        gained = comparison.gains(references)
+        if not self.place.owns_loss:
+            gained = torch.zeros_like(gained)  # its TP peers computed the same
         if any(sequence.is_compared for sequence in order.sequences):
-            gained = comparison.divergences(references, self.num_tasks)
-            if self.place.owns_loss:  # its TP peers computed the same
-                divergence = gained
-            self.control.sum_everywhere(divergence)
-            for task, count in order.num_examples.items():
-                divergence[task] /= count
-            divergence.clamp_(min=0)
-        sent = divergence.to(self.device, kept_dtype(self.stage.dtype))
-        compared = []
-        for micro_batch, batch, reference in zip(own, batches, references, strict=True):
-            if batch.examples is not None and reference is not None:
-                is_learned = [not one.is_compared for one in micro_batch.sequences]
-                learned_N = reference[torch.tensor(is_learned).nonzero().flatten().to(self.device)]
-                examples = replace(batch.examples, reference_N=learned_N, divergence=sent)
-                batch = replace(batch, examples=examples)
-            compared.append(batch)
-        return compared, divergence
+            self.control.sum_everywhere(gained)
+        divergence = comparison.divergence(gained)
+        return comparison.compared(batches, references, divergence), divergence
 
     def _no_outcomes(self) -> Tensor:
         dtype = kept_dtype(self.stage.dtype)
@@ -401,8 +388,7 @@ class Engine:
         """Return the report with what became of examples, on every rank."""
         if not order.num_examples:
             return report
-        whole = outcomes.cpu().double() if self.place.owns_loss else torch.zeros(outcomes.shape)
-        whole = whole.double()
+        whole = outcomes.cpu().double() * self.place.owns_loss  # its TP peers computed the same
         self.control.sum_everywhere(whole)
         found = {
             task: {
