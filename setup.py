@@ -63,6 +63,7 @@ setup(
             "protobuf>=5.26,<8",
         ],
         "dev": [
+            "trl>=1.16,<1.17",  # whose losses ours are compared with, by names that may change
             "pytest>=8.0,<10",
             "pytest-timeout>=2.3,<3",
             "pytest-xdist>=3.6,<4",

@@ -70,4 +70,4 @@ def _whole(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) ->
 def _in_parts(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     factors = torch.full((len(targets),), 1.0 / len(targets), device=hidden.device)
     head = VocabParallelHead(weight, range(len(weight)), None, len(weight))
-    return head.loss(hidden, targets, factors)[0]
+    return (head.losses(hidden, targets) * factors).sum()

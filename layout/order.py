@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -12,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lobra.layout.sequences import IntArray, Labels, MicroBatch, Sequence, TokenArray, Work
+from lobra.tasks.objectives import SEQUENCES_OF_EXAMPLE
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,12 @@ class StepOrder:
         """The numbers of the tasks with sequences or updates, ascending."""
         return tuple(sorted({*self.work, *(update.task for update in self.updates)}))
 
+    @cached_property
+    def num_examples(self) -> dict[int, int]:
+        """How many examples of several sequences the order has, of every task that has any."""
+        counts = Counter(sequence.task for sequence in self.sequences if sequence.num_answer)
+        return {task: count // SEQUENCES_OF_EXAMPLE for task, count in counts.items()}
+
     @property
     def padded_tokens(self) -> int:
         """Tokens computed, padding included."""
@@ -179,6 +187,8 @@ class StepOrder:
                 _integers(sequence.task for sequence in sequences),
                 _integers(sequence.index for sequence in sequences),
                 _integers(sequence.noise_seed for sequence in sequences),
+                _integers(sequence.sign for sequence in sequences),
+                _integers(sequence.num_answer for sequence in sequences),
                 _integers(len(sequence.tokens) for sequence in sequences),
                 _integers(len(sequence.targets) for sequence in sequences),
                 _in_words([sequence.tokens for sequence in sequences]),
@@ -205,6 +215,7 @@ class StepOrder:
         rows_of_batch = reader.integers(num_batches)
         tasks, indices = reader.integers(num_sequences), reader.integers(num_sequences)
         noise_seeds = reader.integers(num_sequences)
+        signs, num_answers = reader.integers(num_sequences), reader.integers(num_sequences)
         num_tokens, num_targets = reader.integers(num_sequences), reader.integers(num_sequences)
         tokens, targets = reader.parts(num_tokens), reader.parts(num_targets)
         labels: Iterable[Labels | None] = repeat(None)
@@ -213,7 +224,9 @@ class StepOrder:
             weights = [reader.take(count).view(np.float64) for count in num_targets]
             labels = map(Labels, predicted, weights)
         slots = reader.take(-(-slot_bytes // 8)).tobytes()
-        sequences = map(Sequence, tasks, indices, tokens, targets, noise_seeds, labels)
+        sequences = map(
+            Sequence, tasks, indices, tokens, targets, noise_seeds, labels, signs, num_answers
+        )
         micro_batches = iter(
             [
                 MicroBatch(tuple(islice(sequences, rows)), padded_length or None)

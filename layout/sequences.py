@@ -99,6 +99,11 @@ class Sequence:
     labels
         Of the targets, where they are given. None: they are the sequence's own tokens and count
         alike.
+    sign
+        In an example of several sequences: 1 if its answer is wanted, -1 if not, 0 if it is there
+        to be compared with only.
+    num_answer
+        In an example: how many of its targets, the last ones, are of its answer; else 0.
     """
 
     task: int
@@ -107,6 +112,13 @@ class Sequence:
     targets: TokenArray
     noise_seed: int = 0
     labels: Labels | None = None
+    sign: int = 0
+    num_answer: int = 0
+
+    @property
+    def is_compared(self) -> bool:
+        """Whether the sequence is not learned: others of the step are compared with it."""
+        return self.num_answer > 0 and self.sign == 0
 
     @property
     def work(self) -> Work:
@@ -119,6 +131,7 @@ class Sequence:
             return NotImplemented
         return (
             (self.task, self.index, self.noise_seed) == (other.task, other.index, other.noise_seed)
+            and (self.sign, self.num_answer) == (other.sign, other.num_answer)
             and np.array_equal(self.tokens, other.tokens)
             and np.array_equal(self.targets, other.targets)
             and self.labels == other.labels

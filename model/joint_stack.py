@@ -98,7 +98,8 @@ class JointStack(Stack):
             if place > start and sum(ranks.values()) > most_ranks:
                 yield tasks.segments[start:place]
                 start, ranks = place, {segment.number: ranks[segment.number]}
-        yield tasks.segments[start:]
+        if tasks.segments:
+            yield tasks.segments[start:]
 
     def _part(self, segments: Sequence[Segment], tasks: TokenTasks) -> Part | None:
         """Return the part of consecutive segments, or None where none has an adapter here."""

@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lobra.layout.sequences import IntArray, Labels, MicroBatch
+from lobra.layout.sequences import Sequence as TokenSequence
 from lobra.model.dropout import TokenNoise, token_keys
+from lobra.model.objectives import Examples, ExampleWeights, task_examples
 from lobra.model.packed_attention import Packing
 from lobra.model.precision import kept_dtype
 from lobra.model.to_device import to_device
@@ -66,6 +68,8 @@ class MicroBatchTensors:
         every row is a sequence.
     noise
         What LoRA dropout needs; None: nothing drops out.
+    examples
+        The sequences whose losses depend on one another; None: there are none.
     """
 
     tokens_BS: Tensor
@@ -76,6 +80,7 @@ class MicroBatchTensors:
     task_weights: Tensor
     packing: Packing | None = None
     noise: TokenNoise | None = None
+    examples: Examples | None = None
 
 
 def micro_batch_tensors(
@@ -84,6 +89,7 @@ def micro_batch_tensors(
     device: torch.device,
     dtype: torch.dtype,
     dropouts: Mapping[int, float] | None = None,
+    example_weights: Mapping[int, ExampleWeights] | None = None,
 ) -> list[MicroBatchTensors]:
     """Return the tensors of micro-batches, all sent in one copy the host does not wait for.
 
@@ -97,6 +103,8 @@ def micro_batch_tensors(
         Of the activations.
     dropouts
         The probability with which a task's features drop out, by its number; None: none do.
+    example_weights
+        What examples count for, by the numbers of the tasks that have them.
     """
     drops = dropouts if dropouts and any(dropouts.values()) else None
     arrays = [_arrays(micro_batch, drops) for micro_batch in micro_batches]
@@ -105,7 +113,7 @@ def micro_batch_tensors(
     weights = weights.view(torch.float64).to(kept_dtype(dtype))
     of_batch = iter(sent)
     return [
-        _tensors(micro_batch, [next(of_batch) for _ in own], weights, dtype)
+        _tensors(micro_batch, [next(of_batch) for _ in own], weights, dtype, example_weights or {})
         for micro_batch, own in zip(micro_batches, arrays, strict=True)
     ]
 
@@ -113,7 +121,8 @@ def micro_batch_tensors(
 def _arrays(micro_batch: MicroBatch, dropouts: Mapping[int, float] | None) -> list[IntArray]:
     """Return tokens, positions, the spans' offsets, targets' three; targets' factors if given.
 
-    Then keys and odds of dropout. All int64, floats by their bits.
+    Then what examples need, if there are any; keys and odds of dropout. All int64, floats by their
+    bits.
     """
     sequences = micro_batch.sequences
     spans_N = _spans(micro_batch)
@@ -141,6 +150,8 @@ def _arrays(micro_batch: MicroBatch, dropouts: Mapping[int, float] | None) -> li
     ]
     if labels:
         arrays.append(np.concatenate([own.weights for own in labels]).view(np.int64))
+    if any(sequence.num_answer for sequence in sequences):
+        arrays += _example_arrays(sequences)
     if dropouts is not None:
         padding = [0] * (len(spans_N) - len(sequences))
         seeds_N = [sequence.noise_seed for sequence in sequences] + padding
@@ -150,6 +161,19 @@ def _arrays(micro_batch: MicroBatch, dropouts: Mapping[int, float] | None) -> li
             np.repeat(np.array(odds_N, dtype=np.float64), spans_N).view(np.int64),
         ]
     return arrays
+
+
+def _example_arrays(sequences: Sequence[TokenSequence]) -> list[IntArray]:
+    """Return of every target its sequence and 1 if it is of the answer; then signs and answers."""
+    sizes = np.array([len(sequence.targets) for sequence in sequences], dtype=np.int64)
+    answers = np.array([sequence.num_answer for sequence in sequences], dtype=np.int64)
+    places_P = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return [
+        np.repeat(np.arange(len(sizes)), sizes),
+        (places_P >= np.repeat(sizes - answers, sizes)).astype(np.int64),
+        np.array([sequence.sign for sequence in sequences], dtype=np.int64),
+        np.maximum(answers, 1),
+    ]
 
 
 def _labels(micro_batch: MicroBatch) -> list[Labels]:
@@ -172,19 +196,29 @@ def _sent(arrays: Sequence[IntArray], device: torch.device) -> list[Tensor]:
 
 
 def _tensors(
-    micro_batch: MicroBatch, sent: Sequence[Tensor], task_weights: Tensor, dtype: torch.dtype
+    micro_batch: MicroBatch,
+    sent: Sequence[Tensor],
+    task_weights: Tensor,
+    dtype: torch.dtype,
+    example_weights: Mapping[int, ExampleWeights],
 ) -> MicroBatchTensors:
     """Return a micro-batch's tensors, of what `_arrays` made and was sent."""
     tokens_T, positions_S, offsets_N, *rest = sent
     num_targets = 4 if _labels(micro_batch) else 3
-    targets, keys_and_odds = rest[:num_targets], rest[num_targets:]
+    targets, rest = rest[:num_targets], rest[num_targets:]
     if num_targets == 4:
         targets[3] = targets[3].view(torch.float64).to(kept_dtype(dtype))
-    packing = noise = None
+    packing = noise = examples = None
+    if any(sequence.num_answer for sequence in micro_batch.sequences):
+        sequence_P, *others = rest[:4]
+        answer_P, signs_N, answers_N = (own.to(kept_dtype(dtype)) for own in others)
+        of_tasks = task_examples(micro_batch.sequences, example_weights, signs_N)
+        examples = Examples(sequence_P, answer_P, answers_N, of_tasks)
+        rest = rest[4:]
     if micro_batch.padded_length is None:
         packing = Packing(tuple(_spans(micro_batch).tolist()), offsets_N.to(torch.int32))
-    if keys_and_odds:
-        keys_T, odds_T = keys_and_odds
+    if rest:
+        keys_T, odds_T = rest
         noise = TokenNoise.of_tokens(keys_T, odds_T.view(torch.float64), dtype)
     return MicroBatchTensors(
         tokens_T.view(-1, len(positions_S)),
@@ -195,6 +229,7 @@ def _tensors(
         task_weights,
         packing,
         noise,
+        examples,
     )
 
 

@@ -22,17 +22,26 @@ from lobra.model.token_tasks import TokenTasks
 
 
 class _Losses:
-    """The losses of a replica's micro-batches: each task's sum and, if asked for, each target's."""
+    """The losses of a replica's micro-batches: each task's sum and, if asked for, more."""
 
-    def __init__(self, stage: Stage, num_tasks: int, token_losses: list[Tensor] | None) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        num_tasks: int,
+        token_losses: list[Tensor] | None,
+        outcomes: Tensor | None,
+    ) -> None:
         dtype = kept_dtype(stage.dtype)
         self.of_tasks = torch.zeros(num_tasks, dtype=dtype, device=stage.device)
         self.token_losses = token_losses
+        self.outcomes = outcomes
 
     def add(self, batch: MicroBatchTensors, losses_P: Tensor) -> None:
         self.of_tasks.index_add_(0, batch.targets.tasks_P, losses_P)
         if self.token_losses is not None:
             self.token_losses.append(losses_P)
+        if self.outcomes is not None and batch.examples is not None:
+            self.outcomes += batch.examples.outcomes(losses_P, len(self.of_tasks))
 
 
 def run_replica(
@@ -40,17 +49,19 @@ def run_replica(
     batches: Sequence[MicroBatchTensors],
     num_tasks: int,
     token_losses: list[Tensor] | None = None,
+    outcomes: Tensor | None = None,
 ) -> Tensor:
     """Run forward and backward of all micro-batches; gradients add up in the adapters.
 
-    On the last stage ``token_losses`` gets the losses of each micro-batch's targets.
+    On the last stage ``token_losses`` gets the losses of each micro-batch's targets, and to
+    ``outcomes`` [num_tasks, `model.objectives.OUTCOMES`] those of the examples are added.
 
     Returns
     -------
     The summed token loss of each task [num_tasks], non-zero only on the last stage; fp32 (in
     fp64: fp64).
     """
-    losses = _Losses(stage, num_tasks, token_losses)
+    losses = _Losses(stage, num_tasks, token_losses, outcomes)
     if stage.groups.place.layout.pp == 1:
         for batch in batches:
             beat("computing")
@@ -68,17 +79,19 @@ def evaluate_replica(
     batches: Sequence[MicroBatchTensors],
     num_tasks: int,
     token_losses: list[Tensor] | None = None,
+    outcomes: Tensor | None = None,
 ) -> Tensor:
     """Run forward only over all micro-batches, without LoRA dropout.
 
-    On the last stage ``token_losses`` gets the losses of each micro-batch's targets.
+    On the last stage ``token_losses`` gets the losses of each micro-batch's targets, and to
+    ``outcomes`` [num_tasks, `model.objectives.OUTCOMES`] those of the examples are added.
 
     Returns
     -------
     The summed token loss of each task [num_tasks], non-zero only on the last stage; fp32 (in
     fp64: fp64).
     """
-    losses = _Losses(stage, num_tasks, token_losses)
+    losses = _Losses(stage, num_tasks, token_losses, outcomes)
     links = _Links(stage.groups)
     place = stage.groups.place
     for batch in batches:

@@ -161,7 +161,8 @@ class Stage(nn.Module):
         """Return (weighted loss, each target's loss [P], detached).
 
         The weighted loss is the sum of the losses, each multiplied by its factor, by default its
-        task's weight. Only positions whose next token is learned are sent through the head.
+        task's weight, and of the losses of examples. Only positions whose next token is learned are
+        sent through the head.
         """
         assert self.head is not None, "only the last stage has the head"
         targets = batch.targets
@@ -169,8 +170,12 @@ class Stage(nn.Module):
         factors_P = targets.factors_P
         if factors_P is None:
             factors_P = batch.task_weights.index_select(0, targets.tasks_P)
+        losses_P = self.head.losses(hidden_PD, targets.tokens_P)
         # A sum over zero tokens still depends on the hidden states: every rank runs backward.
-        return self.head.loss(hidden_PD, targets.tokens_P, factors_P)
+        weighted = (losses_P * factors_P).sum()
+        if batch.examples is not None:
+            weighted = weighted + batch.examples.loss(losses_P)
+        return weighted, losses_P.detach()
 
     def logits(self, batch: MicroBatchTensors, received_BSD: Tensor | None = None) -> Tensor:
         """Return this rank's slice of the logits [B, S, v] (last stage only, no gradient)."""

@@ -156,10 +156,10 @@ PLAIN_LOGITS = LogitScale()
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     """Cross-entropy of each token, the vocabulary split over a group, a few tokens at a time.
 
-    The head is frozen and what each loss counts for is known, so a token's gradient with respect
-    to its hidden state, factor * (softmax - one hot) W, is known as soon as its loss is. It is
-    computed in the forward pass and the logits are forgotten: what is alive at once is `chunk` rows
-    of logits, whatever the micro-batch holds.
+    The head is frozen, so the gradient of a token's loss with respect to its hidden state,
+    (softmax - one hot) W, is known as soon as the loss is. It is computed in the forward pass and
+    the logits are forgotten: what is alive at once is `chunk` rows of logits, whatever the
+    micro-batch holds. The backward pass multiplies it by what the loss counts for.
     """
 
     @staticmethod
@@ -168,13 +168,12 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         hidden_TD: Tensor,
         weight_vD: Tensor,
         targets_T: Tensor,
-        factors_T: Tensor,
         start: int,
         group: Group,
         chunk: int,
         with_gradient: bool,
         scale: LogitScale,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         kept = kept_dtype(hidden_TD.dtype)
         losses_T = torch.empty(len(targets_T), dtype=kept, device=hidden_TD.device)
         ctx.gradient_TD = torch.empty_like(hidden_TD) if with_gradient else None
@@ -184,18 +183,18 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             slope_Tv = scale.applied_(logits_Tv)
             losses_T[part] = _softmax_and_losses(logits_Tv, targets_T[part], start, group)
             if ctx.gradient_TD is not None:
-                logits_Tv.mul_((factors_T[part] / scale.divisor).unsqueeze(-1))
+                if scale.divisor != 1.0:
+                    logits_Tv.div_(scale.divisor)
                 if slope_Tv is not None:
                     logits_Tv.mul_(slope_Tv)
                 torch.mm(logits_Tv.to(weight_vD.dtype), weight_vD, out=ctx.gradient_TD[part])
             del logits_Tv, slope_Tv  # before the next chunk's are made
-        ctx.mark_non_differentiable(losses_T)
-        return (losses_T * factors_T).sum(), losses_T
+        return losses_T
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         gradient_TD, ctx.gradient_TD = ctx.gradient_TD, None
-        return gradient_TD.mul_(grad), *[None] * 8
+        return gradient_TD.mul_(grad_T.unsqueeze(-1)), *[None] * 7
 
 
 def _softmax_and_losses(logits_Tv: Tensor, targets_T: Tensor, start: int, group: Group) -> Tensor:
@@ -237,28 +236,24 @@ class VocabParallelHead(nn.Module):
         self.scale = scale
         self.chunk = max(1, LOGITS_AT_ONCE // max(1, largest_slice))
 
-    def loss(
-        self, hidden_TD: Tensor, targets_T: Tensor, factors_T: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return (sum of factor * loss over the tokens, each token's cross-entropy [T]), in
-        fp32 (fp64 in fp64).
+    def losses(self, hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
+        """Return each token's cross-entropy [T], in fp32 (fp64 in fp64).
 
-        Both are the same on the whole group. Only the sum can be differentiated, and only once.
+        They are the same on the whole group, and can be differentiated once.
         """
         hidden_TD = copy_to_group(hidden_TD, self.group)
         with_gradient = torch.is_grad_enabled() and hidden_TD.requires_grad
-        weighted, losses_T = _VocabParallelCrossEntropy.apply(
+        losses_T: Tensor = _VocabParallelCrossEntropy.apply(
             hidden_TD,
             self.weight,
             targets_T,
-            factors_T,
             self.rows.start,
             self.group,
             self.chunk,
             with_gradient,
             self.scale,
         )
-        return weighted, losses_T
+        return losses_T
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Return this rank's slice of the logits [T, v]."""

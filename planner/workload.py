@@ -173,7 +173,9 @@ def read_lengths(
 ) -> Mapping[str, np.ndarray]:
     """Return the lengths of every task's tokenised data set, what is held out included."""
     datasets = _load(config.tasks, model, data_dir)
-    return {task.name: data.lengths for task, data in zip(config.tasks, datasets, strict=True)}
+    return {
+        task.name: data.example_lengths for task, data in zip(config.tasks, datasets, strict=True)
+    }
 
 
 def read_workload(
@@ -208,8 +210,8 @@ def read_workload(
     nothing = np.empty(0, dtype=np.int64)
     workload = _workload(
         tasks,
-        [own.lengths for own in training],
-        [nothing if others is None else others.lengths for _, others in parts],
+        [own.example_lengths for own in training],
+        [nothing if others is None else others.example_lengths for _, others in parts],
         [data.num_truncated for data in datasets],
         seed,
     )
@@ -244,7 +246,7 @@ def label_share(tasks: Sequence[TaskConfig], datasets: Sequence[TokenizedDataset
     labels = tokens = 0.0
     for task, data in zip(tasks, datasets, strict=True):
         if len(data):
-            weight = task.global_batch_size / len(data)
+            weight = task.global_batch_size / data.num_examples
             labels += weight * data.num_labels
             tokens += weight * len(data.tokens)
     return labels / tokens if tokens else None

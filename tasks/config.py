@@ -38,6 +38,7 @@ from lobra.common.models import (
     wanted,
 )
 from lobra.tasks.foreign_names import foreign_field
+from lobra.tasks.objectives import OBJECTIVES, PARAMETERS, SUPERVISED
 from lobra.tasks.prompts import NAMES, template_problem
 from lobra.tasks.target_modules import MODULE_ALIASES, TARGET_MODULES, resolve_target_modules
 
@@ -129,7 +130,8 @@ class TaskConfig(FileModel):
     target_modules: _Modules
     """all-linear, or a list of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj."""
     global_batch_size: Annotated[PositiveInt, AtMost(2**20)]
-    """Sequences of this task in every step, over all devices."""
+    """Sequences of this task in every step, over all devices; examples of objectives that
+    compare answers."""
     dataset_name: _Names
     """<data-dir>/<name>.jsonl, a path, an embedded task, or owner/name of the Hugging Face hub; of
     several, the rows one after another."""
@@ -180,6 +182,17 @@ class TaskConfig(FileModel):
     lowest validation loss; 0: never, and export the last."""
     early_stopping_min_delta: NotNegative = 0.0
     """By how much a loss must fall to be better."""
+    objective: Annotated[str, OneOf(OBJECTIVES)] = SUPERVISED
+    """What is learned: every token, the better of two answers (dpo, cpo, orpo), or answers labelled
+    true (kto)."""
+    beta: Annotated[Positive, AtMost(10**6)] = 0.1
+    """Of dpo, cpo, orpo, kto: the factor of differences of log-probabilities."""
+    cpo_alpha: NotNegative = 1.0
+    """Of cpo: what the mean loss of the chosen answers' tokens counts for."""
+    desirable_weight: NotNegative = 1.0
+    """Of kto: what an answer with label true counts for."""
+    undesirable_weight: NotNegative = 1.0
+    """Of kto: what an answer with label false counts for."""
     resume_from: Text | None = None
     """An adapter of this kind in PEFT's format to start from."""
     adapter: _Adapter = "lora"
@@ -241,11 +254,28 @@ class TaskConfig(FileModel):
                 "LoRA, with adapter: lora and twice the rank and lora_alpha"
             )
             mistakes["resume_from"] = Mistake(text, given["resume_from"])
+        mistakes |= _objective_mistakes(given)
         meant = {found[0] for name in given if (found := foreign_field(name))}
         if not {"steps", "epochs"} & (given.keys() | meant):
             text = "neither steps nor epochs is given, want at least one"
             return {**mistakes, "steps": Mistake(text)}
         return mistakes
+
+
+def _objective_mistakes(given: Mapping[str, Any]) -> dict[str, Mistake]:
+    """Return what is wrong with the fields that only some objectives have."""
+    objective = given.get("objective", SUPERVISED)
+    if objective not in OBJECTIVES:
+        return {}
+    own = PARAMETERS[objective]
+    foreign = {name for names in PARAMETERS.values() for name in names} - {*own}
+    if objective != SUPERVISED:
+        foreign.add("train_on_inputs")
+    return {
+        name: Mistake(f"objective {objective} has no such field: remove it", given[name])
+        for name in sorted(foreign & given.keys())
+        if given[name] not in (None, getattr(TaskConfig, name))
+    }
 
 
 def _is_number(value: Any) -> bool:

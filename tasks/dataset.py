@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,8 +18,10 @@ from lobra.common.files import atomic_path, write_atomic
 from lobra.tasks.cache import digest_of, read_entry, write_entry
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.data_report import DataReport
-from lobra.tasks.encoding import Ids, Mask, cut
+from lobra.tasks.encoding import cut
+from lobra.tasks.examples import Answer, examples
 from lobra.tasks.formats import Reading
+from lobra.tasks.objectives import SEQUENCES_OF_EXAMPLE, SUPERVISED
 from lobra.tasks.rows import Rows, read_rows
 from lobra.tasks.sampling import split_sequences
 from lobra.tasks.sources import resolve_dataset
@@ -32,12 +34,16 @@ if TYPE_CHECKING:
 __all__ = ["MASKED", "TokenizedDataset", "load_dataset", "resolve_dataset", "split"]
 
 #: A task's fields that decide how its rows become tokens.
-_SETTINGS = ("prompt", "json_key", "train_on_inputs", "context_length", "max_samples")
+_SETTINGS = (
+    *("prompt", "json_key", "train_on_inputs", "context_length", "max_samples"),
+    "objective",
+)
 #: Texts and characters per call: a tokenizer's results take some 200 bytes a character.
 _BATCH, _BATCH_CHARACTERS = 2048, 1 << 20
 #: Of one text. A context holds a few characters a token, so more is cut away in any case; but where
 #: it is cut follows from the lengths of all of it, so it is refused, not cut before.
 _MOST_CHARACTERS, _CHARACTERS_PER_TOKEN = 1 << 20, 64
+_SIGNS_FILE = "signs.npy"  # of examples of several sequences alone
 _ARRAYS = {"tokens": np.int32, "labels": np.int32, "offsets": np.int64}
 
 
@@ -55,6 +61,9 @@ class TokenizedDataset:
         precedes it: so labels that are not -100 are exactly the tokens the loss is over.
     offsets
         int64 [n + 1]: sequence i is ``tokens[offsets[i]:offsets[i + 1]]``.
+    signs
+        int8 [n]: of answers 1 if it is wanted, -1 if not, 0 if it is only compared with. Two
+        sequences, 2 k and 2 k + 1, make an example. None: each sequence is an example of its own.
     num_truncated
         Sequences that were cut to the context length.
     num_dropped
@@ -69,6 +78,22 @@ class TokenizedDataset:
     num_truncated: int = 0
     num_dropped: int = 0
     report: DataReport | None = None
+    signs: NDArray[np.int8] | None = None
+
+    @property
+    def sequences_of_example(self) -> int:
+        """How many sequences, one after another, are drawn and computed together."""
+        return 1 if self.signs is None else SEQUENCES_OF_EXAMPLE
+
+    @property
+    def num_examples(self) -> int:
+        """What is drawn: sequences, or examples of several."""
+        return len(self) // self.sequences_of_example
+
+    @property
+    def example_lengths(self) -> NDArray[np.int64]:
+        """Tokens of every example, int64 [num_examples]."""
+        return self.lengths.reshape(-1, self.sequences_of_example).sum(axis=1)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -83,7 +108,7 @@ class TokenizedDataset:
     def rows(self) -> NDArray[np.int64]:
         """Return the row of every sequence, counted from 0, int64 [n]; each its own if unknown."""
         if self.report is None:
-            return np.arange(len(self))
+            return np.arange(len(self)) // self.sequences_of_example
         places = [place for place, _ in self.report.origins]
         return np.cumsum([0, *(a != b for a, b in pairwise(places))], dtype=np.int64)
 
@@ -110,6 +135,9 @@ class TokenizedDataset:
         for name in _ARRAYS:
             with atomic_path(folder / f"{name}.npy") as temporary:
                 np.save(temporary, getattr(self, name), allow_pickle=False)
+        if self.signs is not None:
+            with atomic_path(folder / _SIGNS_FILE) as temporary:
+                np.save(temporary, self.signs, allow_pickle=False)
         counts = {"num_truncated": self.num_truncated, "num_dropped": self.num_dropped}
         write_atomic(folder / "counts.json", json.dumps(counts) + "\n")
 
@@ -124,8 +152,11 @@ class TokenizedDataset:
         """
         folder = Path(folder)
         arrays = {}
+        kinds = dict(_ARRAYS)
+        if (folder / _SIGNS_FILE).exists():
+            kinds["signs"] = np.int8
         try:
-            for name, dtype in _ARRAYS.items():
+            for name, dtype in kinds.items():
                 path = folder / f"{name}.npy"
                 arrays[name] = np.lib.format.open_memmap(path, mode="r")
                 if arrays[name].ndim != 1 or arrays[name].dtype != dtype:
@@ -137,6 +168,7 @@ class TokenizedDataset:
                 offsets=arrays["offsets"],
                 num_truncated=int(counts["num_truncated"]),
                 num_dropped=int(counts["num_dropped"]),
+                signs=arrays.get("signs"),
             )
         except ConfigError:
             raise
@@ -146,6 +178,8 @@ class TokenizedDataset:
             ) from error
         size = len(data.tokens)
         good = len(data.offsets) and data.offsets[0] == 0 and data.offsets[-1] == size
+        if data.signs is not None:
+            good = good and len(data.signs) == len(data) and len(data) % SEQUENCES_OF_EXAMPLE == 0
         if not good or len(data.labels) != size or np.any(data.lengths < 0):
             raise ConfigError(f"{folder}: its arrays do not belong together: tokenise it again")
         return data
@@ -219,10 +253,14 @@ def _tokenised(
 ) -> TokenizedDataset:
     """Return the data of some files, tokenised."""
     report = DataReport(task)
-    sequences, masks = [], []
-    for tokens, learned in _sequences(task, processor, files, report, vocab_size):
+    encoded = _encoded(task, processor, files, report, vocab_size)
+    has_examples = task.objective != SUPERVISED
+    found = (examples if has_examples else _fitted)(task, encoded, report)
+    sequences, masks, signs = [], [], []
+    for _, tokens, learned, sign in found:
         sequences.append(tokens)
         masks.append(learned)
+        signs.append(sign)
     if not sequences:
         raise ConfigError(
             f"{report.source}: none of its {report.num_rows} rows has anything to learn within "
@@ -237,6 +275,7 @@ def _tokenised(
         num_truncated=report.num_cut,
         num_dropped=report.num_dropped,
         report=report,
+        signs=np.array(signs, dtype=np.int8) if has_examples else None,
     )
 
 
@@ -258,17 +297,18 @@ def _select(data: TokenizedDataset, indices: NDArray[np.int64]) -> TokenizedData
         np.concatenate([[0], np.cumsum(data.lengths[indices])]).astype(np.int64),
         data.num_truncated,
         data.num_dropped,
+        signs=None if data.signs is None else data.signs[indices],
     )
 
 
-def _sequences(
+def _encoded(
     task: TaskConfig,
     processor: TextProcessor,
     files: Sequence[Path],
     report: DataReport,
     vocab_size: int | None,
-) -> Iterator[tuple[Ids, Mask]]:
-    """Yield (tokens, what is learned) of a task's sequences in order; ``report`` is filled."""
+) -> Iterator[Answer]:
+    """Yield a task's rows in order, tokenised; ``report`` is filled."""
     reading = Reading(
         prompt=task.prompt,
         json_key=task.json_key,
@@ -277,6 +317,7 @@ def _sequences(
         vocab_size=vocab_size,
         specials=lambda: processor.specials,
         chat=lambda: processor.chat,
+        objective=task.objective,
     )
     problems = Problems()
     read = []
@@ -298,12 +339,12 @@ def _sequences(
                 if isinstance(row, TextRow):
                     tokens, learned, is_spelled = next(encoded)
                     report.num_spelled += is_spelled
+                    sign = row.sign
                 else:
                     tokens = np.array(row.tokens, dtype=np.int32)
                     learned = np.array(row.labels, dtype=np.int32) != MASKED
-                fitted = _fitted(task, f"{path}: {place}", tokens, learned, report)
-                if fitted is not None:
-                    yield fitted
+                    sign = 0
+                yield Answer(f"{path}: {place}", tokens, learned, sign)
 
 
 def _batches(rows: Sequence[Row]) -> Iterator[tuple[int, int]]:
@@ -330,25 +371,25 @@ def _endless(path: Path, rows: Rows, context_length: int) -> Iterator[str]:
             )
 
 
-def _fitted(
-    task: TaskConfig, place: str, tokens: Ids, learned: Mask, report: DataReport
-) -> tuple[Ids, Mask] | None:
-    """Return a sequence cut to the task's context; None, counted, if nothing of it is learned.
+def _fitted(task: TaskConfig, rows: Iterable[Answer], report: DataReport) -> Iterator[Answer]:
+    """Yield rows cut to the task's context; those of which nothing is learned are counted only.
 
     The first token is never learned: nothing precedes it.
     """
-    length = len(tokens)
-    if not learned[1:].any():
-        report.drop("nothing to learn", place)
-        return None
-    if length > task.context_length:
-        tokens, learned = cut(tokens, learned, task.context_length)
-    learned[:1] = False
-    if not learned.any():
-        report.drop("nothing to learn is left within the context length", place)
-        return None
-    report.num_cut += len(tokens) < length
-    report.origins.append((place, length))
-    if task.train_on_inputs:
-        learned = np.arange(len(tokens)) > 0
-    return tokens, learned
+    for row in rows:
+        place, tokens, learned, _ = row
+        length = len(tokens)
+        if not learned[1:].any():
+            report.drop("nothing to learn", place)
+            continue
+        if length > task.context_length:
+            tokens, learned = cut(tokens, learned, task.context_length)
+        learned[:1] = False
+        if not learned.any():
+            report.drop("nothing to learn is left within the context length", place)
+            continue
+        report.num_cut += len(tokens) < length
+        report.origins.append((place, length))
+        if task.train_on_inputs:
+            learned = np.arange(len(tokens)) > 0
+        yield row._replace(tokens=tokens, learned=learned)

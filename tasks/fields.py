@@ -21,7 +21,10 @@ CONTENTS = ("messages", "conversations", "conversation", "input_ids")
 
 _CHAT = "set the task's prompt to chat, which has a place for it, or remove it"
 _TEXTS_ONLY = "only texts are trained: remove it"
-_PREFERENCES = "preference data cannot be trained on: want one answer a row"
+_PREFERENCES = (
+    "preference data are for the objectives dpo, cpo, orpo (chosen and rejected) and kto (label): "
+    "set the task's objective, or give one answer a row"
+)
 _TOKENS = "goes with input_ids only: remove it, or give the row as input_ids"
 
 #: Fields that change training, with the remedy where a format does not obey them.

@@ -1,6 +1,6 @@
 """The formats of rows: what each obeys, and how it becomes what is read and what is learned.
 
-Formats, recognised by the fields of the first row:
+Formats of supervised tasks, recognised by the fields of the first row:
 
 =============  ====================================================================
 tokens         ``input_ids``; what is learned by ``labels`` or a mask, else all
@@ -9,6 +9,9 @@ completion     ``prompt`` and ``completion`` and no field of an instruction
 instruction    ``instruction``, ``output`` and perhaps ``input``, or their other names
 text           the field ``json_key`` (``text``): all of it is learned
 =============  ====================================================================
+
+Objectives that compare answers have rows of ``chosen`` and ``rejected``, or of ``completion`` and
+``label``, after a ``prompt``: each answer is read as a row of prompt and completion.
 
 A ``json_key`` other than ``text`` that the first row has makes the format ``text``. ``text``
 does not, as LobRA's files give it whatever the data; rows with both are refused. Fields are a
@@ -19,7 +22,7 @@ closed list: those of the format are obeyed, those known to change training are 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lobra.common.errors import did_you_mean, show
@@ -35,6 +38,7 @@ from lobra.tasks.conversations import (
     encodable,
 )
 from lobra.tasks.fields import INPUT, INSTRUCTION, OUTPUT, TOKEN_FIELDS, refused_fields
+from lobra.tasks.objectives import PAIRED, SUPERVISED
 from lobra.tasks.prompts import ALPACA, Piece, parse_template
 from lobra.tasks.special_tokens import Span, SpecialTokens
 from lobra.tasks.text_rows import Row, TextRow
@@ -54,7 +58,7 @@ class Reading:
 
     Attributes
     ----------
-    prompt, json_key, train_on_inputs, max_rows
+    prompt, json_key, train_on_inputs, max_rows, objective
         The settings of the task.
     vocab_size
         Token ids of tokenised rows must be below it; None where the model is not known.
@@ -69,6 +73,7 @@ class Reading:
     vocab_size: int | None
     specials: Callable[[], SpecialTokens]
     chat: Callable[[], ChatTemplate]
+    objective: str = SUPERVISED
 
 
 class SettingError(ValueError):
@@ -256,8 +261,84 @@ _CONTRADICTION = (
 _EMPTY = TextRow("", ())
 
 
+class _Answers(RowFormat):
+    """Rows of a prompt and a completion that is wanted or not, or a chosen and a rejected one."""
+
+    def __init__(self, reading: Reading, first: Mapping[str, Any]) -> None:
+        super().__init__(reading)
+        self._is_paired = reading.objective in PAIRED
+        self.kind = "preference" if self._is_paired else "labelled completion"
+        self.learns = "chosen rather than rejected" if self._is_paired else "label of completion"
+        self.learns += ", after prompt"
+        self._answers = ("chosen", "rejected") if self._is_paired else ("completion",)
+        if missing := [name for name in self._answers if name not in first]:
+            raise SettingError(
+                f"objective = {show(reading.objective)}: the first row has no {missing[0]}"
+                f"{did_you_mean(missing[0], first)}: want rows of prompt, "
+                + ("chosen and rejected" if self._is_paired else "completion and label")
+            )
+        completion, _ = self._completions(first)[0]
+        self._format = format_of(completion, replace(reading, objective=SUPERVISED))
+
+    def used(self, fields: Mapping[str, Any]) -> Collection[str]:
+        own = ("prompt", *self._answers) if self._is_paired else ("prompt", "completion", "label")
+        settings = SETTINGS if self._format.kind == "chat" else ()
+        return (*own, *settings)
+
+    def read(self, fields: Mapping[str, Any]) -> list[Row]:
+        rows = []
+        for (completion, sign), name in zip(self._completions(fields), self._answers, strict=True):
+            made = self._format.parse(completion)
+            if len(made) != 1:
+                raise FieldError(
+                    f"{name}: becomes {len(made)} sequences, since the chat template writes "
+                    "earlier turns differently once it goes on: want one answer"
+                )
+            assert isinstance(made[0], TextRow), "completions are texts"
+            rows.append(replace(made[0], sign=sign))
+        return [*rows]
+
+    def notes(self) -> list[str]:
+        return self._format.notes()
+
+    def _completions(self, fields: Mapping[str, Any]) -> list[tuple[dict[str, Any], int]]:
+        """Return every answer as a row of prompt and completion, with its sign."""
+        missing = [name for name in self._answers if name not in fields]
+        if missing:
+            raise FieldError(f"{missing[0]}: is missing{did_you_mean(missing[0], fields)}")
+        rest = {name: value for name, value in fields.items() if name in SETTINGS}
+        if not self._is_paired:
+            if not isinstance(fields.get("label"), bool):
+                raise FieldError(f"label = {show(fields.get('label'))}: want true or false")
+            if "prompt" not in fields:
+                raise FieldError("prompt: is missing, want a text or messages")
+            row = {**rest, "prompt": fields["prompt"], "completion": fields["completion"]}
+            return [(row, 1 if fields["label"] else -1)]
+        prompt, answers = _with_prompt(fields)
+        return [
+            ({**rest, "prompt": prompt, "completion": answer}, sign)
+            for answer, sign in zip(answers, (1, -1), strict=True)
+        ]
+
+
+def _with_prompt(fields: Mapping[str, Any]) -> tuple[Any, tuple[Any, Any]]:
+    """Return (prompt, (chosen, rejected)); without a prompt it is what both answers begin with."""
+    chosen, rejected = fields["chosen"], fields["rejected"]
+    if "prompt" in fields:
+        return fields["prompt"], (chosen, rejected)
+    if type(chosen) is not type(rejected) or not isinstance(chosen, (str, list)):
+        raise FieldError("chosen and rejected: want two texts, or two lists of messages")
+    pairs = zip(chosen, rejected, strict=False)
+    size = next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(chosen), len(rejected)))
+    if isinstance(chosen, str) and chosen[:size].endswith(" "):
+        size -= 1  # tokens of words begin with their space
+    return chosen[:size], (chosen[size:], rejected[size:])
+
+
 def format_of(fields: Mapping[str, Any], reading: Reading) -> RowFormat:
     """Return the parser of a file whose first row has these fields."""
+    if reading.objective != SUPERVISED:
+        return _Answers(reading, fields)
     json_key = reading.json_key or "text"
     kind, column = _kind_of(fields, json_key)
     if json_key not in ("text", *fields):

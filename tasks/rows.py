@@ -11,6 +11,7 @@ from lobra.common.errors import ConfigError, Problems
 from lobra.tasks.chat import ChatError
 from lobra.tasks.conversations import FieldError
 from lobra.tasks.formats import Reading, RowFormat, SettingError, format_of
+from lobra.tasks.objectives import SUPERVISED
 from lobra.tasks.tables import read_table
 from lobra.tasks.text_rows import Row
 
@@ -69,8 +70,9 @@ def read_rows(path: Path, reading: Reading) -> Rows:
             found.num_rows += 1
             found.places += [place] * len(rows)
             found.ignored.update(row_format.ignored(fields))
-            row_format.num_split += len(rows) > 1
-            row_format.num_parts += len(rows) if len(rows) > 1 else 0
+            if reading.objective == SUPERVISED and len(rows) > 1:
+                row_format.num_split += 1
+                row_format.num_parts += len(rows)
         except SettingError as error:
             raise ConfigError(f"{path}: {error}") from None
         except (FieldError, ChatError) as error:

@@ -26,12 +26,15 @@ class TextRow:
         Its parts in which what spells a special token is characters.
     begins
         Whether the beginning token comes first, for tokenizers that put it before every text.
+    sign
+        Of an answer among others: 1 if it is wanted, -1 if not; else 0.
     """
 
     text: str
     learned: tuple[Span, ...]
     verbatim: tuple[Span, ...] = ()
     begins: bool = True
+    sign: int = 0
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,11 @@ class Control:
         """Have rank 0 get every rank's values added up, in place."""
         dist.reduce(own, dst=0, group=self.group)
 
+    def sum_everywhere(self, own: Tensor) -> None:
+        """Have every rank get all ranks' values added up, in place, to the last bit the same."""
+        dist.all_reduce(own, group=self.group)
+        dist.broadcast(own, src=0, group=self.group)
+
     def exchange(
         self,
         tasks: Sequence[int],
@@ -92,8 +97,7 @@ class Control:
         own_arrival[rank] = arrival_s
         own_memory[rank] = step_memory_bytes()
         own_stop[0] = float(stop)
-        dist.all_reduce(own, group=self.group)
-        dist.broadcast(own, src=0, group=self.group)
+        self.sum_everywhere(own)
         return StepReport(
             losses=dict(zip(tasks, own_losses.tolist(), strict=True)),
             grad_norms=dict(zip(tasks, own_squares.sqrt().tolist(), strict=True)),

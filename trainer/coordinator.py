@@ -73,6 +73,7 @@ class Coordinator:
         self.stop_requested = False
         self.ahead = OrdersAhead()
         self.held_out = HeldOut(
+            {number: task.config for number, task in self.tasks.items()},
             {
                 number: TokenizedDataset.load(folder)
                 for number in self.tasks

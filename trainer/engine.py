@@ -27,13 +27,16 @@ from lobra.model.adapter import AdapterSpec
 from lobra.model.groups import build_groups
 from lobra.model.heartbeat import beat
 from lobra.model.micro_batch import MicroBatchTensors, micro_batch_tensors
+from lobra.model.objectives import OUTCOMES
 from lobra.model.pipeline import evaluate_replica, run_replica
-from lobra.model.precision import DTYPES
+from lobra.model.precision import DTYPES, kept_dtype
 from lobra.model.stage import build_stage
 from lobra.tasks.config import TaskConfig
+from lobra.tasks.objectives import Objective, objective_of
 from lobra.trainer import first_values
 from lobra.trainer.adapters import MOMENTS_FILE, adapter_spec, load_adapter
 from lobra.trainer.checkpoint import CheckpointState, load_moments, load_weights, read_moments
+from lobra.trainer.comparison import Comparison, example_weights, learned_part
 from lobra.trainer.control import Control
 from lobra.trainer.exporter import AdapterExporter
 from lobra.trainer.optimizer import AdapterOptimizer, TaskUpdate
@@ -86,6 +89,7 @@ class Engine:
         self.control.wait()
         self.optimizer = AdapterOptimizer(self.stage, run.world)
         self.exporter = AdapterExporter(run, self.stage, self.optimizer, self.control.group)
+        self.objectives: dict[int, Objective] = {}
         self.install(dict(enumerate(run.tasks)), resumed)
         if resumed is not None:  # only when all have read what they need is anything later removed
             self.control.wait()
@@ -100,6 +104,7 @@ class Engine:
         What other tasks have learned stays as it is, bit for bit.
         """
         self.stage.install({n: adapter_spec(task, self.run.seed) for n, task in tasks.items()})
+        self.objectives |= {n: own for n, task in tasks.items() if (own := objective_of(task))}
         for number, task in tasks.items():
             if resumed is not None:
                 load_weights(self.run.output_dir, resumed.step, self.stage, number)
@@ -145,6 +150,7 @@ class Engine:
         self.optimizer.remove(number)
         self.stage.remove(number)
         self.exporter.kept.pop(number, None)
+        self.objectives.pop(number, None)
 
     @property
     def num_tasks(self) -> int:
@@ -249,7 +255,9 @@ class Engine:
     ) -> StepReport:
         """Find losses and gradients and sum them over the world; the order came at ``start``."""
         begin = time.perf_counter()
-        losses = self.forward_backward(batches)
+        compared, divergence = self._compared(order, batches)
+        outcomes = self._no_outcomes()
+        losses = self.forward_backward(compared, outcomes)
         self._synchronize()
         computed = time.perf_counter()
         beat("reducing")
@@ -259,17 +267,20 @@ class Engine:
         reduced = time.perf_counter()
         beat("comparing norms")
         report = self._exchange(order, losses, squared_norms, computed - begin, computed - start)
+        report = self._with_outcomes(order, report, outcomes, divergence)
         return replace(report, reduce_s=reduced - computed)
 
     def _evaluate(self, order: StepOrder) -> StepReport:
         beat("evaluating", order.step)
         start = time.perf_counter()
         token_losses: list[Tensor] = []
-        batches = self._tensors(order)
-        losses = evaluate_replica(self.stage, batches, self.num_tasks, token_losses)
+        batches, divergence = self._compared(order, self._tensors(order))
+        outcomes = self._no_outcomes()
+        losses = evaluate_replica(self.stage, batches, self.num_tasks, token_losses, outcomes)
         self._synchronize()
         busy_s = time.perf_counter() - start
         report = self._exchange(order, losses, torch.zeros(len(losses)), busy_s, busy_s)
+        report = self._with_outcomes(order, report, outcomes, divergence)
         return self._with_token_losses(order, report, token_losses)
 
     def _accumulate(self, order: StepOrder) -> StepReport:
@@ -337,15 +348,19 @@ class Engine:
 
     # -- a step ---------------------------------------------------------------------------------
 
-    def forward_backward(self, batches: Sequence[MicroBatchTensors]) -> Tensor:
+    def forward_backward(
+        self, batches: Sequence[MicroBatchTensors], outcomes: Tensor | None = None
+    ) -> Tensor:
         """Run this rank's replica; gradients add up in the adapters.
+
+        What examples give adds up in ``outcomes``.
 
         Returns
         -------
         Tensor
             [num_tasks] the summed token loss of each task, non-zero only on the last stage.
         """
-        return run_replica(self.stage, batches, self.num_tasks)
+        return run_replica(self.stage, batches, self.num_tasks, outcomes=outcomes)
 
     def step(self, updates: Sequence[Update], grad_norms: Mapping[int, float]) -> None:
         """Update adapters with the reduced gradients, each clipped by its own norm.
@@ -367,10 +382,57 @@ class Engine:
         """Return the tensors of this replica's micro-batches; losses are means over targets."""
         weights = np.zeros(self.num_tasks)
         for update in order.updates:
-            weights[update.task] = 1.0 / order.work[update.task].labels
+            if update.task not in order.num_examples:
+                weights[update.task] = 1.0 / order.work[update.task].labels
         own = order.replicas[self.place.replica]
-        dropouts = self.stage.dropouts
-        return micro_batch_tensors(own, weights, self.device, self.stage.dtype, dropouts)
+        return micro_batch_tensors(
+            [learned_part(one) for one in own], weights, self.device, self.stage.dtype,
+            self.stage.dropouts, example_weights(order, self.objectives),
+        )  # fmt: skip
+
+    # -- examples of several sequences ----------------------------------------------------------
+
+    def _compared(
+        self, order: StepOrder, batches: Sequence[MicroBatchTensors]
+    ) -> tuple[Sequence[MicroBatchTensors], Tensor]:
+        """Return an order's micro-batches with what their answers are compared with.
+
+        Beside them every task's divergence from the base model, 0 where its objective has none.
+        """
+        weights = example_weights(order, self.objectives)
+        comparison = Comparison(
+            self.stage, order.replicas[self.place.replica], weights, self.num_tasks
+        )
+        references = comparison.references()
+        gained = comparison.gains(references)
+        if not self.place.owns_loss:
+            gained = torch.zeros_like(gained)  # its TP peers computed the same
+        if any(sequence.is_compared for sequence in order.sequences):
+            self.control.sum_everywhere(gained)
+        divergence = comparison.divergence(gained)
+        return comparison.compared(batches, references, divergence), divergence
+
+    def _no_outcomes(self) -> Tensor:
+        dtype = kept_dtype(self.stage.dtype)
+        return torch.zeros(self.num_tasks, len(OUTCOMES), dtype=dtype, device=self.device)
+
+    def _with_outcomes(
+        self, order: StepOrder, report: StepReport, outcomes: Tensor, divergence: Tensor
+    ) -> StepReport:
+        """Return the report with what became of examples, on every rank."""
+        if not order.num_examples:
+            return report
+        whole = outcomes.cpu().double() * self.place.owns_loss  # its TP peers computed the same
+        self.control.sum_everywhere(whole)
+        found = {
+            task: {
+                **dict(zip(OUTCOMES, whole[task].tolist(), strict=True)),
+                "kl": float(divergence[task]),
+            }
+            for task in order.num_examples
+        }
+        losses = {**report.losses, **{task: own["loss"] for task, own in found.items()}}
+        return replace(report, losses=losses, outcomes=found)
 
     def _exchange(
         self,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from lobra.layout.order import StepOrder
 from lobra.layout.sequences import Sequence
+from lobra.tasks.config import TaskConfig
 from lobra.tasks.dataset import TokenizedDataset
 from lobra.trainer.batches import all_sequences
 
@@ -35,9 +36,11 @@ class HeldOut:
 
     def __init__(
         self,
+        tasks: Mapping[int, TaskConfig],
         data: Mapping[int, TokenizedDataset],
         dispatch: Callable[[list[Sequence]], StepOrder],
     ) -> None:
+        self.tasks = tasks
         self.data = data
         self.dispatch = dispatch
         self._kept: tuple[tuple[int, ...], StepOrder] | None = None
@@ -48,6 +51,8 @@ class HeldOut:
         if not tasks:
             return None
         if self._kept is None or self._kept[0] != tasks:
-            sequences = [s for task in tasks for s in all_sequences(task, self.data[task])]
+            sequences = [
+                s for task in tasks for s in all_sequences(task, self.tasks[task], self.data[task])
+            ]
             self._kept = (tasks, self.dispatch(sequences))
         return self._kept[1]

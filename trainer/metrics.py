@@ -31,7 +31,7 @@ class TaskMetrics:
     Attributes
     ----------
     loss
-        Mean loss per target token.
+        Mean loss per target token; of an objective that compares answers its loss per example.
     tokens
         Target tokens.
     sequences
@@ -50,6 +50,9 @@ class TaskMetrics:
         Why this step was the task's last before its steps were over.
     flops
         The model's floating-point operations for the task.
+    preferences
+        Of an objective that compares answers their rewards and log-probabilities, by TRL's names
+        (`trained_step.preferences`).
     """
 
     loss: float
@@ -62,6 +65,7 @@ class TaskMetrics:
     validation_loss: float | None = None
     stopped: str | None = None
     flops: float = 0.0
+    preferences: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)

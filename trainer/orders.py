@@ -7,16 +7,18 @@ from collections import abc
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from types import TracebackType
 
 import numpy as np
 
 from lobra.layout.order import StepOrder, Update
-from lobra.layout.sequences import MicroBatch, Sequence
+from lobra.layout.sequences import MicroBatch, Sequence, packed_tokens
 from lobra.planner.assignment import Assignment
 from lobra.planner.dispatch import dispatch
 from lobra.planner.packed.dispatch import dispatch_packed, packed_costs
 from lobra.planner.step_time import sync_time_s
+from lobra.tasks.objectives import SEQUENCES_OF_EXAMPLE
 from lobra.trainer.run_spec import RunSpec
 
 
@@ -66,29 +68,42 @@ class DispatchedStep:
         return max(self.replica_time_s) + self.sync_time_s
 
 
+def dispatch_units(sequences: abc.Sequence[Sequence]) -> list[tuple[Sequence, ...]]:
+    """Return what is never divided among micro-batches: sequences, and examples of several."""
+    rest = iter(sequences)
+    return [(one, *islice(rest, SEQUENCES_OF_EXAMPLE - 1 if one.num_answer else 0)) for one in rest]
+
+
+def _unit_length(unit: abc.Sequence[Sequence]) -> int:
+    """Return the tokens a unit takes of a micro-batch; of several sequences they are packed."""
+    tokens = sum(len(sequence.tokens) for sequence in unit)
+    return packed_tokens(tokens) if len(unit) > 1 else tokens
+
+
 def order_of(
     step: int,
     sequences: abc.Sequence[Sequence],
     updates: abc.Sequence[Update],
     assignment: Assignment,
 ) -> StepOrder:
-    """Return the order that computes sequences (ordered by task) as they were assigned.
+    """Return the order that computes sequences (ordered by task) as their units were assigned.
 
     Raises
     ------
     RuntimeError
-        If a sequence is missing or placed twice (a bug of the dispatcher).
+        If a unit is missing or placed twice (a bug of the dispatcher).
     """
     placed = [batch.indices for replica in assignment.micro_batches for batch in replica]
     rows = np.sort(np.concatenate(placed)) if placed else np.empty(0, dtype=np.int64)
-    if not np.array_equal(rows, np.arange(len(sequences))):
-        raise RuntimeError(f"the dispatcher placed {len(rows)} of {len(sequences)} sequences")
+    units = dispatch_units(sequences)
+    if not np.array_equal(rows, np.arange(len(units))):
+        raise RuntimeError(f"the dispatcher placed {len(rows)} of {len(units)} units")
     return StepOrder(
         step,
         tuple(
             tuple(
                 MicroBatch(  # in the order drawn, so that a task's rows are adjacent
-                    tuple(sequences[row] for row in sorted(batch.indices.tolist())),
+                    tuple(one for row in sorted(batch.indices.tolist()) for one in units[row]),
                     batch.padded_length,
                 )
                 for batch in replica
@@ -108,7 +123,8 @@ def dispatch_step(
 ) -> DispatchedStep:
     """Return the order that computes sequences (ordered by task) on the run's replicas."""
     start = time.perf_counter()
-    assignment = _assignment(run, [len(sequence.tokens) for sequence in sequences], speed_factors)
+    lengths = [_unit_length(unit) for unit in dispatch_units(sequences)]
+    assignment = _assignment(run, lengths, speed_factors)
     solve_time_s = time.perf_counter() - start
     return DispatchedStep(
         order_of(step, sequences, updates, assignment),

@@ -327,7 +327,7 @@ def prepare(request: TrainRequest) -> RunSpec:
         validation = [part[1] for part in parts]
         pairs = list(zip(tasks, training, strict=True))
         records = [task_record(task, data) for task, data in pairs]
-        steps = {task.name: num_steps(task, len(data)) for task, data in pairs}
+        steps = {task.name: num_steps(task, data.num_examples) for task, data in pairs}
         end = last_step(state, request.revive, steps, request.max_steps)
         if max(profiled_steps, default=0) > end:
             checks.problems.add(

@@ -32,7 +32,7 @@ _BEFORE: dict[str, Any] = {
 # What decides which sequences there are: named if they are others and this is why.
 DATA_FIELDS = (
     *("dataset_name", "json_key", "max_samples", "prompt", "train_on_inputs"),
-    *("context_length", "validation_split"),
+    *("context_length", "validation_split", "objective"),
 )
 
 
@@ -47,7 +47,8 @@ def task_record(task: TaskConfig, data: TokenizedDataset) -> dict[str, Any]:
     record["json_key"] = task.json_key or "text"  # as versions noted it that had this default
     record["num_sequences"] = len(data)
     digest = hashlib.sha256()
-    for array in (data.tokens, data.labels, data.offsets):
+    signs = [] if data.signs is None else [data.signs]
+    for array in (data.tokens, data.labels, data.offsets, *signs):
         digest.update(np.ascontiguousarray(array).view(np.uint8).data)
     record["data_sha256"] = digest.hexdigest()[:16]
     return record

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -21,7 +21,8 @@ class StepReport:
     Attributes
     ----------
     losses, grad_norms
-        Of every task in the order, by number: its summed token loss and its gradient's norm.
+        Of every task in the order, by number: its summed token loss, of a task with examples the
+        loss of its objective; and its gradient's norm.
     busy_s, arrival_s, memory_bytes
         Of every rank: seconds it computed; seconds from the order's arrival until it was ready to
         reduce; the most memory it has had in use since its last report.
@@ -29,6 +30,9 @@ class StepReport:
         Whether some rank was told to stop.
     token_losses
         On rank 0, of sequences with labels, in the order's order, the loss of every label: float64.
+    outcomes
+        On rank 0, of every task with examples, their `model.objectives.OUTCOMES`, added up, and its
+        divergence from the base model where its objective has one.
     prepare_s, reduce_s, optimizer_s
         Of this rank alone: seconds it made tensors, reduced gradients (waiting for other ranks
         included), and updated and exchanged adapters.
@@ -41,6 +45,7 @@ class StepReport:
     memory_bytes: tuple[int, ...]
     stop: bool
     token_losses: tuple[FloatArray, ...] = ()
+    outcomes: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     prepare_s: float = 0.0
     reduce_s: float = 0.0
     optimizer_s: float = 0.0

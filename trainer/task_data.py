@@ -10,12 +10,13 @@ from pathlib import Path
 
 from lobra.common.errors import ConfigError, Problems, without_values
 from lobra.layout.plan import Plan
-from lobra.layout.sequences import Batching
+from lobra.layout.sequences import Batching, packed_tokens
 from lobra.layout.shapes import ModelShape
 from lobra.planner.bucketed.buckets import ALIGN
 from lobra.tasks.config import TaskConfig, TrainerConfig
 from lobra.tasks.confinement import is_inside
 from lobra.tasks.dataset import TokenizedDataset, load_dataset
+from lobra.tasks.objectives import SUPERVISED
 from lobra.tasks.text_processor import TextProcessor
 from lobra.trainer.adapters import adapter_spec, check_adapter
 
@@ -69,6 +70,11 @@ class TaskChecks:
             data = load_dataset(task, self.processor, self.data_dir, vocab_size, self.confine)
         except ConfigError as error:
             problems += error.problems.changed(partial(_at_field, task))
+        if self.batching == "bucketed" and task.objective != SUPERVISED:
+            problems.add(
+                f"objective = {task.objective!r}: bucketed micro-batches have a sequence a row and "
+                "no examples of several: give --batching packed, or plan so"
+            )
         if data is not None and self.plan is not None:
             problems += too_long(task, data, self.plan, self.batching)
         if data is not None and self.shape is not None:
@@ -97,7 +103,7 @@ def tasks_with_data(
 def warn_of_greedy_tasks(tasks: Sequence[TaskConfig], datasets: Sequence[TokenizedDataset]) -> None:
     """Warn of a task whose batches make every other task's steps many times as long."""
     tokens = [
-        task.global_batch_size * float(data.lengths.mean())
+        task.global_batch_size * float(data.example_lengths.mean())
         for task, data in zip(tasks, datasets, strict=True)
     ]
     total = sum(tokens)
@@ -118,11 +124,14 @@ def too_long(
     Bucketed, a sequence is padded; packed, one that is alone is not.
     """
     capacity = plan.max_tokens
+    lengths = data.example_lengths
+    if data.sequences_of_example > 1:
+        lengths = packed_tokens(lengths)
     multiple = ALIGN if batching == "bucketed" else 1
-    padded = -(-data.lengths // multiple) * multiple
+    padded = -(-lengths // multiple) * multiple
     if padded.max() <= capacity:
         return []
-    longest, count = int(data.lengths.max()), int((padded > capacity).sum())
+    longest, count = int(lengths.max()), int((padded > capacity).sum())
     whole = capacity // multiple * multiple
     remedies = (
         f"lower its context_length to {whole}, give --max-seq-length so for every task, or "
@@ -130,7 +139,7 @@ def too_long(
         else ""
     )
     return [
-        f"context_length = {task.context_length}: {count} of {len(data)} sequences of task "
+        f"context_length = {task.context_length}: {count} of {len(lengths)} sequences of task "
         f"{task.name} are longer than any replica can take (longest {longest} tokens, computed as "
         f"{int(padded.max())}, largest max_tokens {capacity}); {remedies}plan for the longer length"
     ]

@@ -15,6 +15,7 @@ from lobra.layout.shapes import ModelShape
 from lobra.layout.world import World
 from lobra.profiler.flops import training_flops
 from lobra.tasks.config import TaskConfig
+from lobra.tasks.objectives import PAIRED
 from lobra.trainer.metrics import ReplicaMetrics, StepMetrics, TaskMetrics
 from lobra.trainer.orders import DispatchedStep
 from lobra.trainer.step_report import StepReport
@@ -113,7 +114,10 @@ class TrainedStep:
             padded_tokens=order.padded_tokens,
             gpu_seconds=gpu_seconds,
             memory_bytes=max(report.memory_bytes),
-            tasks={tasks[number].name: task for number, task in self._task_metrics(flops).items()},
+            tasks={
+                tasks[number].name: task
+                for number, task in self._task_metrics(tasks, flops).items()
+            },
             replicas=self._replica_metrics(world),
             plan_from=plan_from,
             tokens_per_s=tokens / self.step_time_s,
@@ -121,7 +125,9 @@ class TrainedStep:
             mfu=total_flops / (gpu_seconds * peak_flops_per_s) if peak_flops_per_s else None,
         )
 
-    def _task_metrics(self, flops: Mapping[int, float]) -> dict[int, TaskMetrics]:
+    def _task_metrics(
+        self, tasks: Mapping[int, TaskConfig], flops: Mapping[int, float]
+    ) -> dict[int, TaskMetrics]:
         order = self.dispatched.order
         num_sequences = Counter(sequence.task for sequence in order.sequences)
         return {
@@ -134,6 +140,9 @@ class TrainedStep:
                 applied=self.report.is_finite(update.task),
                 own_step=self.own_steps[update.task],
                 flops=flops[update.task],
+                preferences=preferences(
+                    tasks[update.task].objective, self.report.outcomes.get(update.task)
+                ),
             )
             for update in order.updates
         }
@@ -160,7 +169,29 @@ class TrainedStep:
 def mean_losses(order: StepOrder, report: StepReport) -> dict[int, float]:
     """Return the mean loss per target token of every task that has any in the order."""
     return {
-        number: report.losses[number] / work.labels
+        number: report.losses[number] / (1 if number in order.num_examples else work.labels)
         for number, work in order.work.items()
         if work.labels
     }
+
+
+def preferences(objective: str, outcomes: Mapping[str, float] | None) -> dict[str, float] | None:
+    """Return what a step's examples of a task have in its log, by TRL's names; None without any.
+
+    Means over the answers that are wanted or not, left out where there are none; of pairs the share
+    in which the chosen answer has the higher reward; of KTO the divergence.
+    """
+    if outcomes is None:
+        return None
+    found = {}
+    for side in ("chosen", "rejected"):
+        if count := outcomes[f"num_{side}"]:
+            found[f"rewards/{side}"] = outcomes[f"rewards_{side}"] / count
+            found[f"logps/{side}"] = outcomes[f"logps_{side}"] / count
+    if "rewards/chosen" in found and "rewards/rejected" in found:
+        found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+    if objective in PAIRED:
+        found["rewards/accuracies"] = outcomes["num_right"] / outcomes["num_chosen"]
+    else:
+        found["kl"] = outcomes["kl"]
+    return found

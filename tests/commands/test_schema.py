@@ -28,6 +28,7 @@ BEYOND_A_SCHEMA: dict[str, tuple[Any, ...]] = {
     "rank": (16.0,),
     "lora_alpha": (10**400,),
     "learning_rate": (float("inf"),),
+    "beta": (0.2,),
 }
 
 

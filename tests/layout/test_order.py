@@ -32,6 +32,8 @@ def sequences(draw: st.DrawFn, labelled: bool = False) -> Sequence:
         np.array(sorted(targets), dtype=np.int32),
         draw(number),
         draw(labels(len(targets))) if labelled else None,
+        draw(st.sampled_from([-1, 0, 1])),
+        draw(st.integers(0, len(targets))),
     )
 
 

@@ -252,13 +252,13 @@ def gradients_few_logits_at_once(
     """Do `gradients_on_rank` with at most `logits` logits at once; add the head's chunk."""
     tensor_parallel.LOGITS_AT_ONCE = logits  # before the head is made; for this process alone
     chunks = []
-    loss = VocabParallelHead.loss
+    losses = VocabParallelHead.losses
 
-    def noted(head: VocabParallelHead, *args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def noted(head: VocabParallelHead, *args: torch.Tensor) -> torch.Tensor:
         chunks.append(head.chunk)
-        return loss(head, *args)
+        return losses(head, *args)
 
-    VocabParallelHead.loss = noted  # type: ignore[method-assign]
+    VocabParallelHead.losses = noted  # type: ignore[method-assign]
     return {**gradients_on_rank(folder, world, num), "chunks": chunks}
 
 
@@ -333,8 +333,8 @@ def loss_and_gradient(
     head = VocabParallelHead(weight[rows.start : rows.stop], rows, group, len(rows))
     head.chunk = chunk
     states.requires_grad_(True)
-    total, losses = head.loss(states, targets, factors)
-    total.backward()
+    losses = head.losses(states, targets)
+    (losses * factors).sum().backward()
     assert states.grad is not None
     return losses.detach(), states.grad.float()
 

@@ -157,7 +157,7 @@ def launched(launches: Launches, stage: Stage, num_tasks: int) -> Counter[str]:
             use_cache=False,
             packing=Packing(lengths, offsets),
         ).last_hidden_state
-        loss, _ = stage.head.loss(output[0], tokens[0], factors)
+        loss = (stage.head.losses(output[0], tokens[0]) * factors).sum()
         loss.backward()
     return launches.names.copy()
 

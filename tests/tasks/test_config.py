@@ -260,6 +260,13 @@ WRONG_VALUES: list[tuple[str, Any]] = [
     ("adam_epsilon", 0),
     ("momentum", 0.9),  # SGD's: the task's optimiser is AdamW
     ("loraplus_ratio", 0),
+    ("objective", "ppo2"),
+    ("objective", 1),
+    ("beta", 0),
+    ("beta", 0.2),  # a supervised task has none
+    ("cpo_alpha", -1),
+    ("desirable_weight", -1),
+    ("undesirable_weight", "1"),
     ("name", "../up"),
     ("name", "a/b"),
     ("name", ".hidden"),

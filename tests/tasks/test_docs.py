@@ -39,8 +39,11 @@ def test_every_name_is_there(page: str) -> None:
 def test_examples_are_read(page: str, tmp_path: Path) -> None:
     tokenizer: Any = load_family("qwen25", tmp_path / "families")
     examples = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
-    assert len(examples) == 5
+    assert len(examples) == 7
     for number, example in enumerate(examples):
-        write_rows(tmp_path, json.loads(example), name=f"rows{number}")
-        data = load_dataset(task(dataset_name=f"rows{number}"), tokenizer, tmp_path)
-        assert len(data) == 1 and data.num_labels
+        row = json.loads(example)
+        objective = "dpo" if "chosen" in row else "kto" if "label" in row else "supervised"
+        write_rows(tmp_path, row, name=f"rows{number}")
+        own = task(dataset_name=f"rows{number}", objective=objective)
+        data = load_dataset(own, tokenizer, tmp_path)
+        assert data.num_examples == 1 and data.num_labels

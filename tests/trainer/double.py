@@ -31,9 +31,9 @@ def train_in_double(run: RunSpec) -> RecordedResult:
     """Train on one rank and record it; every forward and backward pass is watched."""
     plain = engine.run_replica
 
-    def watched(*args: Any) -> Tensor:
+    def watched(*args: Any, **kwargs: Any) -> Tensor:
         with NoSinglePrecision():
-            return plain(*args)
+            return plain(*args, **kwargs)
 
     engine.run_replica = watched  # type: ignore[assignment]
     return train_recorded(run)

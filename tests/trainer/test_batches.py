@@ -10,6 +10,8 @@ from lobra.tasks.config import TaskConfig
 from lobra.tasks.dataset import TokenizedDataset
 from lobra.trainer.batches import all_sequences, draw_sequences
 
+TASK = TaskConfig("one", 2, 4.0, ("q_proj",), 3, dataset_name="random", context_length=64)
+
 
 def dataset(rows: list[list[bool]]) -> TokenizedDataset:
     """Sequences whose tokens are learned where a row says so."""
@@ -24,7 +26,7 @@ rows = st.lists(st.booleans(), max_size=6)
 
 @given(st.lists(rows, max_size=8))
 def test_targets_are_the_learned_tokens_but_never_the_first(sequences: list[list[bool]]) -> None:
-    drawn = all_sequences(1, dataset(sequences))
+    drawn = all_sequences(1, TASK, dataset(sequences))
     assert [(s.task, s.index) for s in drawn] == [(1, n) for n in range(len(sequences))]
     for sequence, row in zip(drawn, sequences, strict=True):
         assert sequence.targets.tolist() == [k for k, learned in enumerate(row) if learned and k]
@@ -32,11 +34,10 @@ def test_targets_are_the_learned_tokens_but_never_the_first(sequences: list[list
 
 def test_noise_is_of_the_task_and_its_own_step() -> None:
     """Another number in the run changes nothing; another step, seed or place in the batch does."""
-    task = TaskConfig("one", 2, 4.0, ("q_proj",), 3, dataset_name="random", context_length=64)
     data = dataset([[True] * 4] * 2)  # two sequences, three a step: one is drawn twice
 
     def seeds(number: int = 0, run_seed: int = 0, step: int = 0) -> list[int]:
-        return [one.noise_seed for one in draw_sequences(number, task, data, run_seed, step)]
+        return [one.noise_seed for one in draw_sequences(number, TASK, data, run_seed, step)]
 
     assert seeds(number=8) == seeds()
     every = seeds() + seeds(step=1) + seeds(run_seed=1)

@@ -73,7 +73,7 @@ def test_a_lost_or_doubled_sequence_is_noticed() -> None:
     whole = dispatch([10, 20, 30], PLAN, COST)
     first = next(batch for replica in whole.micro_batches for batch in replica)
     for micro_batches in ((), (*whole.micro_batches, (first,))):
-        with pytest.raises(RuntimeError, match="of 3 sequences"):
+        with pytest.raises(RuntimeError, match="of 3 units"):
             order_of(0, sequences, (), replace(whole, micro_batches=micro_batches))
 
 

@@ -1,0 +1,84 @@
+"""Objectives that compare answers: joint equals TRL alone, on any plan, in fp64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from lobra.tasks.config import TaskConfig
+from lobra.tasks.dataset import TokenizedDataset
+from lobra.trainer.run import run_local
+from tests.model.support import save_llama
+from tests.trainer.support import make_plan, make_run, random_dataset, steps_of
+from tests.trainer.trl_alone import MODULES, make_start, train_alone
+
+BAR = 1e-8
+STEPS = 3
+EXAMPLES = 12
+PARAMETERS = {
+    "dpo": {"beta": 0.3},
+    "cpo": {"beta": 0.2, "cpo_alpha": 0.7},
+    "orpo": {"beta": 0.5},
+    "kto": {"beta": 0.4, "desirable_weight": 1.5, "undesirable_weight": 0.6},
+}
+
+
+def examples(objective: str, seed: int) -> TokenizedDataset:
+    """Random examples of two sequences."""
+    data = random_dataset(2 * EXAMPLES, 6, 40, 256, seed)
+    signs = np.tile([1, -1], EXAMPLES)
+    if objective == "kto":
+        wanted = np.random.default_rng(seed).choice([1, -1], EXAMPLES)
+        signs = np.stack([wanted, np.zeros(EXAMPLES)], axis=1).flatten()
+    return replace(data, signs=signs.astype(np.int8))
+
+
+def tasks_in(folder: Path, base: Path) -> tuple[TaskConfig, ...]:
+    """A task of every objective, each with the adapter it starts from."""
+    return tuple(
+        TaskConfig(
+            name=objective, rank=2 + seed, lora_alpha=2 * (2 + seed), target_modules=MODULES,
+            global_batch_size=5, dataset_name="random", context_length=64, learning_rate=3e-3,
+            max_grad_norm=0.3, objective=objective,
+            resume_from=str(make_start(base, folder / objective, seed, 2 + seed)), **parameters,
+        )
+        for seed, (objective, parameters) in enumerate(PARAMETERS.items())
+    )  # fmt: skip
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        [(1, 1), (1, 1), (2, 1), (1, 2)],
+        pytest.param([(1, 1)], marks=pytest.mark.long),
+        pytest.param([(2, 2, "lean"), (1, 1, "full")], marks=pytest.mark.long),
+    ],
+    ids=str,
+)
+def test_joint_equals_trl_alone(layouts: list, tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "base")
+    tasks = tasks_in(tmp_path / "starts", base)
+    data = [examples(task.objective, seed) for seed, task in enumerate(tasks)]
+    plan = make_plan(layouts, max_tokens=112)
+    run = make_run(tmp_path / "run", base, tasks, data, plan, STEPS, precision="fp64",
+                   batching="packed")  # fmt: skip
+    run_local(run, "tests.trainer.double:train_in_double")
+    steps = steps_of(run)
+    for number, task in enumerate(tasks):
+        alone = train_alone(base, task, data[number], Path(task.resume_from or ""), STEPS)
+        for step, loss, expected in zip(steps, alone["losses"], alone["metrics"], strict=True):
+            found = step.tasks[task.name]
+            assert found.loss == pytest.approx(loss, rel=BAR), task.name
+            assert found.preferences is not None
+            for name, value in found.preferences.items():
+                # TRL averages some in fp32.
+                assert value == pytest.approx(expected[name], rel=1e-6, abs=1e-6), name
+        joint = load_file(run.adapter_folder(number) / "adapter_model.safetensors")
+        for name, value in joint.items():
+            expected = alone["tensors"][name]
+            assert (value - expected).norm() / expected.norm() < BAR, f"{task.name} {name}"
