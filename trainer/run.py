@@ -23,8 +23,9 @@ from lobra.common.errors import ConfigError, Problems, show
 from lobra.common.models import HostName, refusal
 from lobra.model.host_memory import keep_freed_memory
 from lobra.model.launch import DEFAULT_PRELOAD, WatchOrder, run_ranks
-from lobra.trainer.prepare import TrainRequest, prepare
+from lobra.trainer.prepare import prepare
 from lobra.trainer.rank import RankResult
+from lobra.trainer.request import TrainRequest
 from lobra.trainer.restarts import run_with_restarts
 from lobra.trainer.run_spec import RunSpec
 

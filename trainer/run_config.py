@@ -21,7 +21,7 @@ from lobra.profiler.hardware import versions
 from lobra.trainer.run_spec import CONFIG_FILE, RunSpec
 
 if TYPE_CHECKING:
-    from lobra.trainer.prepare import TrainRequest
+    from lobra.trainer.request import TrainRequest
 
 log = logging.getLogger(__name__)
 

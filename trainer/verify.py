@@ -15,7 +15,7 @@ from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
 from lobra.trainer.checkpoint_folder import list_checkpoints, step_folder
 from lobra.trainer.metrics import METRICS_FILE, read_metrics
-from lobra.trainer.prepare import TrainRequest
+from lobra.trainer.request import TrainRequest
 from lobra.trainer.run import train
 from lobra.trainer.run_spec import CONFIG_FILE
 

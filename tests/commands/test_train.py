@@ -19,7 +19,8 @@ from lobra.common.errors import ConfigError
 from lobra.layout.layout import Layout
 from lobra.layout.plan import Plan, ReplicaGroup
 from lobra.trainer.metrics import read_metrics
-from lobra.trainer.prepare import TrainRequest, node_size, place_plan
+from lobra.trainer.prepare import node_size, place_plan
+from lobra.trainer.request import TrainRequest
 from lobra.trainer.run import (
     launcher_command,
     local_world_size,

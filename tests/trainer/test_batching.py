@@ -14,7 +14,8 @@ from lobra.common.errors import ConfigError
 from lobra.layout.layout import Layout
 from lobra.layout.plan import ReplicaGroup, make_plan
 from lobra.trainer.batching import chosen_batching
-from lobra.trainer.prepare import TrainRequest, prepare
+from lobra.trainer.prepare import prepare
+from lobra.trainer.request import TrainRequest
 from tests.trainer.command import refused, train
 
 

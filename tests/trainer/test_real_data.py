@@ -20,7 +20,8 @@ from lobra.layout.plan import ReplicaGroup, load_plan, make_plan, save_plan
 from lobra.layout.world import shard_range
 from lobra.tasks.dataset import TokenizedDataset
 from lobra.trainer.batches import draw_sequences
-from lobra.trainer.prepare import TrainRequest, prepare
+from lobra.trainer.prepare import prepare
+from lobra.trainer.request import TrainRequest
 from lobra.trainer.run import run_local
 from lobra.trainer.run_spec import RunSpec
 from tests.model.support import save_llama

@@ -13,7 +13,8 @@ from lobra.cli import guarded
 from lobra.model.launch import RankError
 from lobra.tasks.dataset import TokenizedDataset
 from lobra.trainer.checkpoint_folder import list_checkpoints, step_folder
-from lobra.trainer.prepare import TrainRequest, prepare
+from lobra.trainer.prepare import prepare
+from lobra.trainer.request import TrainRequest
 from lobra.trainer.run_folder import hold_folder, occupied
 from tests.trainer.command import refused, train, write_config, write_plan
 

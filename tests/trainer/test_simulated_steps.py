@@ -20,7 +20,8 @@ from lobra.planner.simulate import simulate
 from lobra.planner.workload import Workload, read_workload
 from lobra.tasks.config import load_trainer_config
 from lobra.trainer.metrics import read_metrics
-from lobra.trainer.prepare import TrainRequest, prepare
+from lobra.trainer.prepare import prepare
+from lobra.trainer.request import TrainRequest
 from lobra.trainer.run import run_local
 from lobra.trainer.run_spec import RunSpec
 from tests.trainer.command import refused, write_config, write_plan

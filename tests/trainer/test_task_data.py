@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from lobra.trainer.prepare import TrainRequest, prepare
+from lobra.trainer.prepare import prepare
+from lobra.trainer.request import TrainRequest
 from lobra.trainer.run_spec import RunSpec
 from tests.trainer.command import train, write_plan
 
