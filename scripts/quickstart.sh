@@ -57,7 +57,7 @@ printf '%s\n' \
     "plan:      strategy_config/$PLAN.yaml" \
     "profiles:  exp_result/profile/  (measured quickly; without --quick they are exacter)" \
     "adapters:  $RUN/adapters/  (PEFT's format, one folder a task)" \
-    "pictures:  $RUN/report/losses.png, $RUN/report/replicas.png; lobra report $RUN prints it all" \
+    "pictures:  $RUN/report/losses.png, $RUN/report/timeline.png; lobra report $RUN prints it all" \
     "" \
     "With your own data (docs/my_data.md):" \
     "  lobra init my_tasks.yaml                      # a task file, every field explained" \
