@@ -25,18 +25,8 @@ from lobra.planner.sequence_rates import SequenceRates
 LOOKED_AT = 6  # steps of which a plan's prices are computed
 CLASSES = 64  # of lengths, in the linear programs that give prices
 LEVELS = 1.03  # ratio of step times that rates are told apart for
-TANGENTS = (
-    0.1,
-    0.2,
-    0.4,
-    0.6,
-    0.75,
-    0.87,
-    1.0,
-    1.15,
-    1.35,
-    1.7,
-)  # of prices . n, 1 for the plan of the prices
+# Of prices . n, 1 for the plan of the prices: where plans are near, close together.
+TANGENTS = (0.1, 0.2, 0.4, 0.6, 0.75, 0.85, 0.92, 0.96, 1.0, 1.04, 1.08, 1.15, 1.3, 1.7)
 SLACK = 1e-6  # relative: given away for the solver's tolerance
 MIP_GAP = 1e-3
 MIP_LIMIT_S = 5.0
