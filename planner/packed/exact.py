@@ -214,16 +214,13 @@ class _Search:
         self.certify()
 
     def certify(self) -> None:
-        """Raise the bound by what the best plan takes: its loosest steps' prices, and its mean."""
+        """Raise the bound by the prices of the best plan's loosest steps."""
         best = np.array(self.best())
         step_s = self.all_s[self.best()]
         ratio = self.certificate.steps_s(best[None])[0] / step_s
         loose = np.argsort(ratio, kind="stable")[:LOOSEST]
         self.certificate.look_at(best, [step for step in loose.tolist() if ratio[step] < LOOSE])
         self.named(1.0)
-        if self.lower_bound_s < step_s.mean() * (1 - TARGET_GAP):
-            self.certificate.tighten(float(step_s.mean()), best, self.clock)
-            self.named(1.0)
 
     def found(self, homogeneous: Key) -> Found:
         """Return what was found."""

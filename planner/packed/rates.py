@@ -46,6 +46,8 @@ class Rates:
         float64 [D]: of each sequence alone; infinite if it does not fit.
     bubbles
         How often the longest micro-batch is paid more than once: pp - 1.
+    max_tokens
+        The most of a micro-batch.
     """
 
     lengths: IntArray
@@ -55,6 +57,7 @@ class Rates:
     token_s: np.ndarray
     micro_batch_s: np.ndarray
     bubbles: int
+    max_tokens: int
 
     @property
     def least_s(self) -> np.ndarray:
@@ -66,6 +69,14 @@ class Rates:
     def alone_s(self) -> np.ndarray:
         """float64 [D]: seconds of a replica with nothing else; infinite if it does not fit."""
         return self.micro_batch_s * (1 + self.bubbles)
+
+    @property
+    def unshared_s(self) -> np.ndarray:
+        """float64 [D]: seconds of each sequence that two of do not fit a micro-batch; 0 of others.
+
+        Infinite if it does not fit.
+        """
+        return np.where(2 * self.lengths > self.max_tokens, self.micro_batch_s, 0.0)
 
     def after(self, step_s: float) -> tuple[np.ndarray, float]:
         """Return rates, float64 [D], and seconds of bubble, of steps of ``step_s`` or more.
@@ -95,14 +106,14 @@ def rates_of(
     def seconds(tokens: np.ndarray, squares: np.ndarray) -> np.ndarray:
         return cost_model.micro_batch_time(candidate.layout, tokens, squares).total_ms / 1000.0
 
-    bubbles = candidate.layout.pp - 1
-    fits = lengths <= candidate.max_tokens
+    bubbles, most = candidate.layout.pp - 1, candidate.max_tokens
+    fits = lengths <= most
     held = lengths[fits]
     own_s = np.full(len(lengths), np.inf)
     if not len(held):
-        return Rates(lengths, weight, 0.0, np.ones(1), np.zeros(1), own_s, bubbles)
+        return Rates(lengths, weight, 0.0, np.ones(1), np.zeros(1), own_s, bubbles, most)
     own_s[fits] = seconds(held, held**2)
-    several = _least_times(seconds, held, fullest(held, candidate.max_tokens))
+    several = _least_times(seconds, held, fullest(held, most))
     alone = held, held**2, own_s[fits]
     tokens, squares, time_s = (np.concatenate(pair) for pair in zip(several, alone, strict=True))
     mixture = float(weight[fits] @ held), float(weight[fits] @ held**2)
@@ -113,7 +124,7 @@ def rates_of(
     longest_s = np.geomspace(time_s[0], time_s[-1], LEVELS if bubbles else 1)
     last = np.searchsorted(time_s, longest_s[1:], side="left") - 1  # below the next level
     token_s = np.maximum(token_s[np.append(last, -1)], 0.0)
-    return Rates(lengths, weight, square_s, longest_s, token_s, own_s, bubbles)
+    return Rates(lengths, weight, square_s, longest_s, token_s, own_s, bubbles, most)
 
 
 def fullest(lengths: IntArray, max_tokens: int) -> int:

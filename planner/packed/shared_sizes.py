@@ -10,7 +10,7 @@ from heapq import heapreplace
 
 import numpy as np
 
-from lobra.layout.sequences import IntArray
+from lobra.layout.sequences import PACKED_MULTIPLE, IntArray
 from lobra.planner.packed.filling import Filling, ReplicaTable, filled
 from lobra.planner.packed.micro_batches import into_sizes, near, sizes_of, spare, times_ms
 from lobra.planner.packed.step_work import Alike
@@ -29,7 +29,7 @@ def shared(
     at = filling.replica_of[filling.batch_of]
     for kind in alike:
         number = len(kind.replicas)
-        if kind.bubbles:
+        if kind.bubbles or kind.max_tokens < PACKED_MULTIPLE:
             continue
         own = np.flatnonzero(np.isin(at, kind.replicas))
         if not len(own):
