@@ -12,17 +12,16 @@ So a line of that slope through A at the least time that the step takes is above
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from lobra.layout.sequences import PACKED_MULTIPLE, IntArray, packed_tokens
 from lobra.planner.candidates import Candidate
+from lobra.planner.packed.least_times import least_times
 from lobra.planner.sequence_rates import affine
 from lobra.profiler.cost_model import CostModel
 
-MEAN_LENGTHS = 12  # of the sequences of a micro-batch, weighted by tokens, that are looked at
 SLOPES = 33  # values of square_s that are tried, twice
 LEVELS = 48  # of the longest micro-batch's time
 
@@ -113,7 +112,8 @@ def rates_of(
     if not len(held):
         return Rates(lengths, weight, 0.0, np.ones(1), np.zeros(1), own_s, bubbles, most)
     own_s[fits] = seconds(held, held**2)
-    several = _least_times(seconds, held, fullest(held, most))
+    tokens = np.arange(PACKED_MULTIPLE, packed_tokens(fullest(held, most)) + 1, PACKED_MULTIPLE)
+    several = least_times(seconds, tokens[tokens >= held[0]], int(held[0]), int(held[-1]))
     alone = held, held**2, own_s[fits]
     tokens, squares, time_s = (np.concatenate(pair) for pair in zip(several, alone, strict=True))
     mixture = float(weight[fits] @ held), float(weight[fits] @ held**2)
@@ -140,38 +140,6 @@ def fullest(lengths: IntArray, max_tokens: int) -> int:
         if sums == limit:
             break
     return sums.bit_length() - 1
-
-
-def _least_times(
-    seconds: Callable[[np.ndarray, np.ndarray], np.ndarray], held: IntArray, most: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return tokens, squares and seconds, float64 [n] each, of micro-batches of several sequences.
-
-    What is linear and below all of these is below every micro-batch of at most ``most`` tokens. For
-    each number of tokens that is computed the cost is convex in the squares; between neighbouring
-    ones it lies above the lines through the two before and through the two behind.
-    """
-    tokens = np.arange(PACKED_MULTIPLE, packed_tokens(most) + 1, PACKED_MULTIPLE, dtype=np.float64)
-    tokens = tokens[tokens >= held[0]][:, None]
-    lowest = held[0] * (tokens - PACKED_MULTIPLE + 1) / tokens  # the mean length, padding included
-    highest = np.minimum(held[-1], tokens)
-    squares = tokens * lowest * (highest / lowest) ** np.linspace(0.0, 1.0, MEAN_LENGTHS)
-    time_s = seconds(np.broadcast_to(tokens, squares.shape), squares)
-    slope = np.diff(time_s) / np.diff(squares)
-    before, behind = slope[:, :-2], slope[:, 2:]
-    start, end = squares[:, 1:-2], squares[:, 2:-1]
-    above_s = time_s[:, 2:-1] - time_s[:, 1:-2] - before * (end - start)
-    bend = behind - before
-    back = np.divide(above_s, bend, out=np.zeros_like(bend), where=bend > 0)
-    crossing = np.clip(end - back, start, end)
-    crossing_s = time_s[:, 1:-2] + before * (crossing - start)
-    first_s = time_s[:, 1] - slope[:, 1] * (squares[:, 1] - squares[:, 0])
-    last_s = time_s[:, -2] + slope[:, -2] * (squares[:, -1] - squares[:, -2])
-    squares = np.column_stack([squares[:, 0], crossing, squares[:, -1]])
-    time_s = np.column_stack(
-        [np.minimum(first_s, time_s[:, 0]), crossing_s, np.minimum(last_s, time_s[:, -1])]
-    )
-    return np.broadcast_to(tokens, squares.shape).ravel(), squares.ravel(), time_s.ravel()
 
 
 def _best_slope(
