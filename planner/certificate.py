@@ -237,11 +237,11 @@ class Certificate:
         return values
 
     def _prices_of(self, replicas: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return prices at which a plan's bound on a step is highest, float64 [C], and the part
-        of them that sequences which share with no other cost.
+        """Return prices at which a plan's bound on a step is highest, float64 [C], in two parts.
 
-        All the plan's replicas together have the price 1. Candidates that the plan has none of are
-        as cheap as they can be without being used.
+        The first are whole, the second what of them is for sequences that share with no other. All
+        the plan's replicas together have the price 1. Candidates that the plan has none of are as
+        cheap as they can be without being used.
         """
         from scipy.optimize import linprog
 
@@ -254,10 +254,10 @@ class Certificate:
         candidate, length = np.nonzero(held)
         columns = len(candidate) + 1
         busy = np.zeros((2 * number, columns))
-        for first, each_s in ((0, rate_s[used]), (number, self._unshared_s[used])):
+        for row, each_s in ((0, rate_s[used]), (number, self._unshared_s[used])):
             work_s = np.where(np.isfinite(each_s), each_s, 0.0) * self._counts[step]
             work_s = np.add.reduceat(work_s, self._starts, axis=1)[:, there]
-            busy[first + candidate, np.arange(columns - 1)] = work_s[candidate, length]
+            busy[row + candidate, np.arange(columns - 1)] = work_s[candidate, length]
         busy[:, -1] = -np.tile(replicas[used], 2)
         whole = np.zeros((held.shape[1], columns))
         whole[length, np.arange(columns - 1)] = 1.0

@@ -3,7 +3,7 @@
 The certificate's integer program names the plan that may be best; its prices make the certificate
 exact for it, and the program names the next, until it names one again. These, the best homogeneous
 plans, and plans near the best are dispatched over a few steps, those with the lowest bounds first;
-then the best over all steps. What the best of them takes tightens the certificate.
+then the best over all steps. Prices of the steps where the bound is loosest end the certificate.
 """
 
 from __future__ import annotations
