@@ -5,10 +5,11 @@ candidate what a step loses to its bubble. With n replicas of the candidates and
 step takes, for any prices of the candidates' time, at least ``(value + (prices * bubble) . n) /
 (prices . n)``, the value being what its sequences are worth, each where it is cheapest. The root of
 the numerator is concave in n, and almost linear: with a line a(n) below it, a(n)^2 / (prices . n)
-is convex. For any r > 0 it is at least ``2 r a(n) - r^2 (prices . n)``, so the mean step is above
-a plane for each plan that was looked at, made of what is best there for each step; the least mean
-over all plans comes from an integer program in n (Kelley's cutting planes). Prices come from the
-linear programs of plans that were looked at; any give a valid bound.
+is convex. For any r > 0 it is at least ``2 r a(n) - r^2 (prices . n)``. Nor is a step shorter than
+its longest sequence alone takes on the fastest candidate that a plan has. So for each plan that was
+looked at there is a plane below the mean step, made of what is best there for each step; the least
+mean over all plans comes from an integer program in n (Kelley's cutting planes). Prices come from
+the linear programs of plans that were looked at; any give a valid bound.
 """
 
 from __future__ import annotations
@@ -67,7 +68,10 @@ class Certificate:
         after = [[one.after(LEVELS**exponent) for one in rates] for exponent in levels.tolist()]
         rate_s = np.array([[rate_s for rate_s, _ in own] for own in after])  # [levels, C, D]
         bubble_s = np.array([[bubble_s for _, bubble_s in own] for own in after])
-        self._kept, self._as_kept = _undominated(fleet, rate_s, bubble_s)
+        longest_one = counts.shape[1] - 1 - np.argmax(counts[:, ::-1] > 0, axis=1)  # of each step
+        longest_s = np.stack([one.alone_s[longest_one] for one in rates])  # [C, K]
+        self._kept, self._as_kept = _undominated(fleet, rate_s, bubble_s, longest_s)
+        self._longest_s = longest_s[self._kept]
         self._rate_s, self._bubble_s = rate_s[:, self._kept], bubble_s[:, self._kept]
         self._unshared_s = np.stack([rates[index].unshared_s for index in self._kept])  # [C, D]
         self._fleet = replace(fleet, candidates=tuple(fleet.candidates[i] for i in self._kept))
@@ -111,8 +115,7 @@ class Certificate:
     def steps_s(self, plans: np.ndarray) -> np.ndarray:
         """Return float64 [plans, K]: what each step takes at least; plans is int64 [plans, C]."""
         kept = plans @ self._as_kept
-        by_price = np.stack([self._by_price(plan).max(axis=1) for plan in kept])
-        return np.maximum(by_price, self._least_step_s)
+        return np.stack([self._bounds_s(plan) for plan in kept])
 
     def minimum(self, limit_s: float = MIP_LIMIT_S) -> tuple[float, np.ndarray | None]:
         """Return what the mean step of any plan takes at least, and the plan that may take it."""
@@ -190,14 +193,29 @@ class Certificate:
         ratio = (low + rise * (lost_s @ replicas)) / (price @ replicas)
         slope = 2.0 * (ratio * rise)[:, None] * lost_s - ratio[:, None] ** 2 * price
         least_s = 2.0 * ratio * low
-        alone = least_s + slope @ replicas <= self._least_step_s
-        least_s[alone], slope[alone] = self._least_step_s[alone], 0.0
+        floor_s = self._least_step_s
+        below = least_s + slope @ replicas <= floor_s
+        least_s[below], slope[below] = floor_s[below], 0.0
+        # a step that waits for its longest sequence does so without any faster candidate
+        longest_s = self._own_longest_s(replicas)
+        waits = longest_s > least_s + slope @ replicas
+        faster = longest_s[:, None] > self._longest_s.T
+        least_s[waits] = longest_s[waits]
+        slope[waits] = np.where(faster, (floor_s - longest_s)[:, None], 0.0)[waits]
         return float(least_s.mean()), slope.mean(axis=0)
 
     def _known_s(self, plan: np.ndarray) -> float:
         """Return what the mean step of a plan takes at least."""
+        return float(self._bounds_s(plan).mean())
+
+    def _bounds_s(self, plan: np.ndarray) -> np.ndarray:
+        """Return float64 [K]: what each step takes at least on a plan of the kept candidates."""
         by_price = self._by_price(plan).max(axis=1)
-        return float(np.maximum(by_price, self._least_step_s).mean())
+        return np.max([by_price, self._least_step_s, self._own_longest_s(plan)], axis=0)
+
+    def _own_longest_s(self, plan: np.ndarray) -> np.ndarray:
+        """Return float64 [K]: of each step's longest sequence alone, where the plan is fastest."""
+        return self._longest_s[plan > 0].min(axis=0, initial=np.inf)
 
     def _set_values(self, values: np.ndarray) -> None:
         """Take the steps' values, [K, P], and with them what each takes on the plan best for it."""
@@ -293,12 +311,13 @@ def _cheapest(
 
 
 def _undominated(
-    fleet: Fleet, rate_s: np.ndarray, bubble_s: np.ndarray
+    fleet: Fleet, rate_s: np.ndarray, bubble_s: np.ndarray, longest_s: np.ndarray
 ) -> tuple[list[int], np.ndarray]:
     """Return the candidates that no others replace, and plans of all as plans of these.
 
     As many replicas of another on the same GPUs replace one if by rates [levels, C, D] and bubbles
-    [levels, C] they do no less of any length. The plans are int64 [C, kept], to be multiplied with.
+    [levels, C] they do no less of any length, and the longest sequences alone [C, K] take no
+    longer. The plans are int64 [C, kept], to be multiplied with.
     """
     kept: list[int] = []
     replacement = np.zeros((len(fleet.sizes), len(fleet.sizes)), dtype=np.int64)
@@ -309,6 +328,7 @@ def _undominated(
             if (
                 not left
                 and fleet.max_tokens[other] >= fleet.max_tokens[index]
+                and (longest_s[other] <= longest_s[index]).all()
                 and (bubble_s[:, other] <= bubble_s[:, index]).all()
                 and (rate_s[:, other] <= rate_s[:, index] * number).all()
             ):
