@@ -21,12 +21,12 @@ import numpy as np
 
 from lobra.planner.clock import Clock
 from lobra.planner.fleet import Fleet
+from lobra.planner.longest_few import LongestFew
 from lobra.planner.sequence_rates import SequenceRates
 
 LOOKED_AT = 6  # steps of which a plan's prices are computed
 CLASSES = 64  # of lengths, in the linear programs that give prices
 LEVELS = 1.03  # ratio of step times that rates are told apart for
-SEVERAL = (1, 2, 3, 4, 6)  # longest sequences that cannot be divided
 TINY = 1e-300
 SLACK = 1e-6  # relative: given away for the solver's tolerance
 MIP_GAP = 2e-4
@@ -73,7 +73,7 @@ class Certificate:
         longest_s = np.stack([one.alone_s[longest_one] for one in rates])  # [C, K]
         self._kept, self._as_kept = _undominated(fleet, rate_s, bubble_s, longest_s)
         self._longest_s = longest_s[self._kept]
-        self._several = [_of_longest(rates, counts, each) for each in SEVERAL]
+        self._longest_few = LongestFew.of(rates, counts)
         self._rate_s, self._bubble_s = rate_s[:, self._kept], bubble_s[:, self._kept]
         self._unshared_s = np.stack([rates[index].unshared_s for index in self._kept])  # [C, D]
         self._fleet = replace(fleet, candidates=tuple(fleet.candidates[i] for i in self._kept))
@@ -126,12 +126,8 @@ class Certificate:
         """Return float64 [plans, K]: what each step takes at least; plans is int64 [plans, C]."""
         kept = plans @ self._as_kept
         found_s = np.stack([self._bounds_s(plan) for plan in kept])
-        for several, (alone_s, work_s) in zip(SEVERAL, self._several, strict=True):
-            for own_s, plan in zip(found_s, plans, strict=True):
-                used = plan > 0
-                crowded_s = _crowded_s(several, alone_s[used], work_s[used], plan[used])
-                np.maximum(own_s, crowded_s, out=own_s)
-        return found_s
+        crowded_s = np.stack([self._longest_few.steps_s(plan) for plan in plans])
+        return np.maximum(found_s, crowded_s)
 
     def minimum(self, limit_s: float = MIP_LIMIT_S) -> tuple[float, np.ndarray | None]:
         """Return what the mean step of any plan takes at least, and the plan that may take it."""
@@ -329,34 +325,6 @@ def _cheapest(
     with np.errstate(invalid="ignore"):  # a price of 0 for what does not fit
         cost = shared[:, None] * rate_s + unshared[:, None] * unshared_s
     return np.where(np.isfinite(rate_s), cost, np.inf).min(axis=0)
-
-
-def _of_longest(
-    rates: Sequence[SequenceRates], counts: np.ndarray, several: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return float64 [C, K] twice, of so many longest sequences of each step, the shortest of them.
-
-    What a replica with nothing else takes, and what it adds to others; 0 where there are fewer.
-    """
-    as_long = np.cumsum(counts[:, ::-1], axis=1)[:, ::-1] >= several
-    there = as_long.any(axis=1)
-    place = np.where(there, as_long.shape[1] - 1 - np.argmax(as_long[:, ::-1], axis=1), 0)
-    alone_s = np.stack([one.alone_s[place] for one in rates])
-    work_s = np.stack([np.maximum(one.least_s, one.unshared_s)[place] for one in rates])
-    return np.where(there, alone_s, 0.0), np.maximum(np.where(there, work_s, 0.0), TINY)
-
-
-def _crowded_s(
-    several: int, alone_s: np.ndarray, work_s: np.ndarray, replicas: np.ndarray
-) -> np.ndarray:
-    """Return float64 [K]: the least time in which replicas take so many equal sequences, whole."""
-    number = np.arange(1, several + 1)[:, None, None]
-    end_s = np.concatenate([alone_s[None], work_s * number]).reshape(-1, work_s.shape[1])
-    later_s = end_s[:, None] * (1 + SLACK)
-    with np.errstate(invalid="ignore"):  # what does not fit
-        done = np.where(later_s >= alone_s, np.floor(later_s / work_s), 0.0)
-        enough = (done * replicas[:, None]).sum(axis=1) >= several
-    return np.where(enough, end_s, np.inf).min(axis=0)
 
 
 def _undominated(
