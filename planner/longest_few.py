@@ -34,12 +34,11 @@ class LongestFew:
         alone_s = np.stack([one.alone_s for one in rates])
         work_s = np.stack([np.maximum(one.least_s, one.unshared_s) for one in rates])
         at_least = np.cumsum(counts[:, ::-1], axis=1)[:, ::-1]  # as long, or longer
-        found = []
-        for number in NUMBERS:
-            place = (at_least >= number).sum(axis=1) - 1
-            found.append([np.where(place < 0, 0.0, one[:, place]) for one in (alone_s, work_s)])
-        each = np.array(found)
-        return cls(each[:, 0], np.maximum(each[:, 1], TINY))
+        places = [(at_least >= number).sum(axis=1) - 1 for number in NUMBERS]
+        return cls(
+            np.stack([np.where(place < 0, 0.0, alone_s[:, place]) for place in places]),
+            np.stack([np.where(place < 0, TINY, work_s[:, place]).clip(TINY) for place in places]),
+        )
 
     def steps_s(self, replicas: np.ndarray) -> np.ndarray:
         """Return float64 [K]: the least times in which a plan's replicas take them, each whole.
