@@ -108,7 +108,7 @@ def _dispatched(
     more_s = [0.0] * len(work.alike)
     step_s = bound_s
     found: list[Filling] = []
-    for own_prices in (prices, prices, None):
+    for own_prices in (prices, prices, None):  # again with what the replicas before really took
         replicas, ends_s = longest_first(work, length_of, step_s, own_prices, more_s)
         filling = _filling_of(table, minorants, lengths, replicas)
         filling = shared(table, lengths, filling, work.alike)
