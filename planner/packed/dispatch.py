@@ -29,7 +29,7 @@ from lobra.planner.packed.step_work import StepWork, minorants_of, step_work
 from lobra.profiler.cost_model import CostModel
 
 ROUNDS = 20  # of local search
-FAR = 0.01  # from the bound: there another start is tried
+FAR = 0.015  # from the bound: there another start is tried
 
 
 def packed_costs(plan: Plan, cost_model: CostModel) -> list[Cost]:
