@@ -20,6 +20,10 @@ class SequenceRates(Protocol):
     def alone_s(self) -> np.ndarray:
         """Of a replica that has nothing else, bubble included; infinite if it does not fit."""
 
+    @property
+    def unshared_s(self) -> np.ndarray:
+        """Of a sequence that no other shares a micro-batch with, but those counted as 0."""
+
     def after(self, step_s: float) -> tuple[np.ndarray, float]:
         """Of a sequence among others, and seconds of bubble, in steps of ``step_s`` or more.
 

@@ -36,6 +36,11 @@ class BucketedRates:
         """float64 [R]: seconds of a replica with nothing else; infinite if it does not fit."""
         return self.table.least_s()
 
+    @property
+    def unshared_s(self) -> np.ndarray:
+        """float64 [R]: zeros; nothing is known of sequences that share with no other."""
+        return np.where(np.isfinite(self.least_s), 0.0, np.inf)
+
     def after(self, step_s: float) -> tuple[np.ndarray, float]:
         """Return rates, float64 [R], and seconds of bubble, of steps of ``step_s`` or more.
 

@@ -24,11 +24,12 @@ from lobra.planner.packed.local_search import improve
 from lobra.planner.packed.longest_first import longest_first
 from lobra.planner.packed.micro_batches import fewest, for_pipeline
 from lobra.planner.packed.minorant import Cost, Minorant
+from lobra.planner.packed.shared_sizes import shared
 from lobra.planner.packed.step_work import StepWork, minorants_of, step_work
 from lobra.profiler.cost_model import CostModel
 
 ROUNDS = 20  # of local search
-FAR = 0.01  # from the bound: there another start is tried
+FAR = 0.015  # from the bound: there another start is tried
 
 
 def packed_costs(plan: Plan, cost_model: CostModel) -> list[Cost]:
@@ -104,12 +105,21 @@ def _dispatched(
     whole_s = crowded_s(work)
     prices = prices_of(work, max(least_time_s(work, typical), whole_s))
     bound_s = max(least_time_s(work, prices), whole_s)
-    priced = longest_first(work, length_of, bound_s, prices)
-    best = _filling_of(table, minorants, lengths, priced)
-    if len(work.alike) > 1 and best.step_time_s > bound_s * (1.0 + FAR):
-        plain = longest_first(work, length_of, bound_s, None)
-        other = _filling_of(table, minorants, lengths, plain)
-        best = min(best, other, key=lambda filling: filling.step_time_s)
+    more_s = [0.0] * len(work.alike)
+    step_s = bound_s
+    found: list[Filling] = []
+    for own_prices in (prices, prices, None):  # again with what the replicas before really took
+        replicas, ends_s = longest_first(work, length_of, step_s, own_prices, more_s)
+        filling = _filling_of(table, minorants, lengths, replicas)
+        filling = shared(table, lengths, filling, work.alike)
+        found.append(filling)
+        if len(work.alike) == 1 or filling.step_time_s <= bound_s * (1.0 + FAR):
+            break
+        times_s = filling.replica_time_s
+        step_s = max(bound_s, float(times_s.mean()))
+        for kind, own in enumerate(ends_s):
+            more_s[kind] += float(np.mean([times_s[replica] - end for replica, end in own.items()]))
+    best = min(found, key=lambda filling: filling.step_time_s)
     best = improve(table, minorants, lengths, best, bound_s, ROUNDS)
     return best, min(bound_s, best.step_time_s)
 
@@ -128,13 +138,14 @@ def _filling_of(
     for replica, (start, end) in enumerate(pairwise(starts.tolist())):
         own = order[start:end]
         if len(own):
-            max_tokens, bubbles = int(table.max_tokens[replica]), int(table.bubbles[replica])
-            minorant = minorants[table.group[replica]]
-            batches = (
-                for_pipeline(lengths[own], max_tokens, bubbles, minorant)
-                if bubbles
-                else fewest(lengths[own].tolist(), max_tokens)
-            )
+            group = table.group[replica]
+            bubbles, max_tokens = int(table.bubbles[replica]), int(table.max_tokens[replica])
+            if bubbles:
+                parts = minorants[group].marginal_ms(lengths[own])
+                cost = table.costs[group]
+                batches = for_pipeline(lengths[own], parts, max_tokens, bubbles, cost)
+            else:
+                batches = fewest(lengths[own].tolist(), max_tokens)
             batch_of[own] = np.asarray(batches) + len(replica_of)
             replica_of += [replica] * (max(batches) + 1)
     return filled(table, lengths, batch_of, np.array(replica_of, dtype=np.int64))

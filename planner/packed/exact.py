@@ -3,7 +3,7 @@
 The certificate's integer program names the plan that may be best; its prices make the certificate
 exact for it, and the program names the next, until it names one again. These, the best homogeneous
 plans, and plans near the best are dispatched over a few steps, those with the lowest bounds first;
-then the best over all steps. What the best of them takes tightens the certificate.
+then the best over all steps. Prices of the steps where the bound is loosest end the certificate.
 """
 
 from __future__ import annotations
@@ -110,6 +110,7 @@ class _Search:
     few_s: dict[Key, np.ndarray] = field(default_factory=dict)
     all_s: dict[Key, np.ndarray] = field(default_factory=dict)
     lower_bound_s: float = 0.0
+    every_step_s: float = 0.0  # what dispatching all steps takes, by the plan tried last
 
     def __post_init__(self) -> None:
         problem = self.problem
@@ -127,6 +128,10 @@ class _Search:
         limit_s = self.clock.limit_s
         return limit_s is not None and self.clock.left_s <= (1.0 - share) * limit_s
 
+    def is_time_for_all_steps(self) -> bool:
+        """Return whether what is left is needed, or too little, to dispatch all steps."""
+        return self.clock.left_s <= self.every_step_s
+
     def try_plan(self, replicas: np.ndarray) -> Key | None:
         """Dispatch a few steps over a plan, or what of it can be placed; return its key."""
         placed = self.problem.fleet.placed(replicas, self.problem.longest)
@@ -134,8 +139,11 @@ class _Search:
             return None
         key = tuple(placed.tolist())
         if key not in self.few_s:
-            plan = self.problem.fleet.plan(placed)
+            plan, left_s = self.problem.fleet.plan(placed), self.clock.left_s
             self.few_s[key] = self.problem.step_s(plan, self.few.tolist())
+            if self.clock.limit_s is not None:
+                each_s = (left_s - self.clock.left_s) / len(self.few)
+                self.every_step_s = len(self.problem.steps) * each_s
             self.progress(f"{plan}: {self.few_s[key].mean():.4g} s on {len(self.few)} steps")
         return key
 
@@ -194,6 +202,8 @@ class _Search:
             for place in np.argsort(bounds_s, kind="stable").tolist():
                 if bounds_s[place] >= best_s * (1 - TARGET_GAP) or self.is_out(share):
                     break
+                if self.is_time_for_all_steps():
+                    return
                 key = self.try_plan(near[place])
                 if key is not None and self.estimates()[key] < best_s * (1 - TARGET_GAP):
                     break
@@ -208,22 +218,19 @@ class _Search:
         needed = [good[0], homogeneous] if near else good[:1]
         every = range(len(self.problem.steps))
         for key in dict.fromkeys([*needed, *good]):
-            if key not in needed and self.is_out(FULLY):
+            if key not in needed and (self.is_out(FULLY) or self.is_time_for_all_steps()):
                 break
             self.all_s[key] = self.problem.step_s(self.problem.fleet.plan(np.array(key)), every)
         self.certify()
 
     def certify(self) -> None:
-        """Raise the bound by what the best plan takes: its loosest steps' prices, and its mean."""
+        """Raise the bound by the prices of the best plan's loosest steps."""
         best = np.array(self.best())
         step_s = self.all_s[self.best()]
         ratio = self.certificate.steps_s(best[None])[0] / step_s
         loose = np.argsort(ratio, kind="stable")[:LOOSEST]
         self.certificate.look_at(best, [step for step in loose.tolist() if ratio[step] < LOOSE])
         self.named(1.0)
-        if self.lower_bound_s < step_s.mean() * (1 - TARGET_GAP):
-            self.certificate.tighten(float(step_s.mean()), best, self.clock)
-            self.named(1.0)
 
     def found(self, homogeneous: Key) -> Found:
         """Return what was found."""

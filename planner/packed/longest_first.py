@@ -19,18 +19,23 @@ class _Queue:
     """Replicas of a kind, as a heap of (seconds of work, replica), the one with the least first.
 
     ``part_s`` are the seconds of a sequence of each length, its share of bubbles included;
-    ``bubble_s`` those that the longest of a replica adds to them.
+    ``bubble_s`` those that the longest of a replica adds to them; ``idle_s`` where replicas start.
     """
 
     part_s: list[float]
     bubble_s: list[float]
     least: list[tuple[float, int]]
+    idle_s: float
 
 
 def longest_first(
-    work: StepWork, length_of: IntArray, step_time_s: float, prices: np.ndarray | None
-) -> IntArray:
-    """Return the replica of every sequence, int64 [n].
+    work: StepWork,
+    length_of: IntArray,
+    step_time_s: float,
+    prices: np.ndarray | None,
+    more_s: Sequence[float],
+) -> tuple[IntArray, list[dict[int, float]]]:
+    """Return the replica of every sequence, int64 [n], and by kind when its replicas then end.
 
     Parameters
     ----------
@@ -43,8 +48,10 @@ def longest_first(
     prices
         Of the kinds' time: a sequence goes where it is cheapest, as long as the time allows. None:
         to where it ends first.
+    more_s
+        Of each kind, what its replicas take more than their sequences' seconds add up to.
     """
-    queues = _queues(work, step_time_s)
+    queues = _queues(work, step_time_s, more_s)
     every = list(range(len(queues)))
     chosen = _cheapest(work, prices)
     replicas = np.empty(len(length_of), dtype=np.int64)
@@ -57,7 +64,8 @@ def longest_first(
         replica = queue.least[0][1]
         heapreplace(queue.least, (end_s, replica))
         replicas[index] = replica
-    return replicas
+    ends_s = [{replica: end_s for end_s, replica in queue.least} for queue in queues]
+    return replicas, ends_s
 
 
 def _first_end(queues: Sequence[_Queue], kinds: Sequence[int], length: int) -> tuple[float, int]:
@@ -66,30 +74,40 @@ def _first_end(queues: Sequence[_Queue], kinds: Sequence[int], length: int) -> t
     for kind in kinds:
         queue = queues[kind]
         end_s = queue.least[0][0]
-        end_s += queue.part_s[length] if end_s else queue.part_s[length] + queue.bubble_s[length]
+        if end_s == queue.idle_s:
+            end_s += queue.bubble_s[length]
+        end_s += queue.part_s[length]
         if end_s < best_s:
             best_s, best = end_s, kind
     return best_s, best
 
 
-def _queues(work: StepWork, step_time_s: float) -> list[_Queue]:
+def stretches(work: StepWork, step_time_s: float) -> np.ndarray:
+    """Return float64 [G]: how much longer than its parts a replica takes, its bubbles included."""
+    most = int(work.counts.sum())
+    held_s = np.array([alike.held_s(step_time_s, most) for alike in work.alike])
+    bubbles = np.array([alike.bubbles for alike in work.alike])
+    return np.where(held_s > 0.0, step_time_s / np.maximum(held_s, 1e-300), 1.0 + bubbles)
+
+
+def _queues(work: StepWork, step_time_s: float, more_s: Sequence[float]) -> list[_Queue]:
     """Return the replicas without work.
 
     Of a pipeline's time its bubbles take the share that they take of the step's. The longest
     sequence adds what it takes more than a micro-batch does then.
     """
-    most = int(work.counts.sum())
     queues = []
-    for alike, parts_s in zip(work.alike, work.parts_s, strict=True):
-        held_s = alike.held_s(step_time_s, most)
-        stretch = step_time_s / held_s if held_s > 0.0 else 1.0 + alike.bubbles
-        usual_s = (stretch - 1.0) * held_s / max(1, alike.bubbles)  # a micro-batch's time
+    kinds = zip(
+        work.alike, work.parts_s, stretches(work, step_time_s).tolist(), more_s, strict=True
+    )
+    for alike, parts_s, stretch, idle_s in kinds:
+        usual_s = (1.0 - 1.0 / stretch) * step_time_s / max(1, alike.bubbles)  # a micro-batch's
         fitting_s = np.where(np.isfinite(parts_s), parts_s, 0.0)
         start_s = alike.minorant.start_ms / 1000.0 * alike.factor
         bubble_s = alike.bubbles * np.maximum(0.0, fitting_s + start_s - usual_s)
-        least = [(0.0, replica) for replica in alike.replicas.tolist()]
+        least = [(idle_s, replica) for replica in alike.replicas.tolist()]
         heapify(least)
-        queues.append(_Queue((parts_s * stretch).tolist(), bubble_s.tolist(), least))
+        queues.append(_Queue((parts_s * stretch).tolist(), bubble_s.tolist(), least, idle_s))
     return queues
 
 

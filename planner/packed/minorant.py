@@ -14,13 +14,12 @@ from functools import lru_cache
 import numpy as np
 
 from lobra.layout.sequences import PACKED_MULTIPLE, IntArray, packed_tokens
+from lobra.planner.packed.least_times import least_times
 
 #: Milliseconds of micro-batches, float64 [k], from their tokens and squares of lengths, int64 [k]
 #: each. One sequence more never takes less. For the same tokens they are convex in the squares.
 Cost = Callable[[IntArray, IntArray], np.ndarray]
 
-SHORTEST_MEAN = 1 / 8  # of a micro-batch's lengths: two sequences of 1 token, padded to 16
-MEAN_RATIO = 2.0**0.25  # of neighbours among the mean lengths that costs are looked at for
 SLOPES = 8  # tried at once; the best lies between neighbours of the best of them
 NARROWINGS = 4
 NEARLY_FULL = 0.97  # of the most tokens: what a line must be near so as not to be any steep one
@@ -115,33 +114,12 @@ def _best(values: Callable[[np.ndarray], np.ndarray], high: float) -> float:
 
 
 def _least_times(cost: Cost, alone: IntArray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return tokens, squares and ms such that what is linear and below all is below the cost.
+    """Return tokens (ascending), squares and ms that what is linear must be below.
 
-    For single sequences of these numbers of tokens, ascending, and several of so many, padded to a
-    multiple of 16. For each number of tokens the cost, as it is convex, lies above the lines
-    through neighbouring squares: their crossings bound it.
+    Of single sequences of these numbers of tokens, ascending, and several of so many.
     """
-    alone_ms = cost(alone, alone**2)
-    padded = alone[alone % PACKED_MULTIPLE == 0]
-    if not len(padded):
-        return alone.astype(float), alone**2.0, alone_ms
-    steps = int(np.ceil(np.log(alone[-1] / SHORTEST_MEAN) / np.log(MEAN_RATIO))) + 3
-    tokens = np.repeat(padded[:, None], steps, axis=1)
-    squares = tokens * SHORTEST_MEAN * MEAN_RATIO ** np.arange(steps)
-    times_ms = cost(tokens.ravel(), squares.ravel()).reshape(tokens.shape)
-    slopes = np.diff(times_ms) / np.diff(squares)
-    # Above the line through the two squares before, and above that through the two behind.
-    before, behind = slopes[:, :-2], slopes[:, 2:]
-    start, end = squares[:, 1:-2], squares[:, 2:-1]
-    gap = times_ms[:, 2:-1] - times_ms[:, 1:-2] - before * (end - start)
-    bend = behind - before
-    back = np.divide(gap, bend, out=np.zeros_like(gap), where=bend > 0.0)
-    crossing = np.clip(end - back, start, end)
-    crossing_ms = times_ms[:, 1:-2] + before * (crossing - start)
-    first_ms = times_ms[:, 1] - slopes[:, 1] * (squares[:, 1] - squares[:, 0])
-    every = np.concatenate([tokens[:, 0], tokens[:, 1:-2].ravel(), alone])
-    of_squares = np.concatenate([squares[:, 0], crossing.ravel(), alone**2])
-    of_ms = np.concatenate([np.minimum(first_ms, times_ms[:, 0]), crossing_ms.ravel(), alone_ms])
-    possible = of_squares <= (MEAN_RATIO * every) ** 2
-    order = np.argsort(every[possible], kind="stable")
-    return every[possible][order], of_squares[possible][order], of_ms[possible][order]
+    several = least_times(cost, alone[alone % PACKED_MULTIPLE == 0], 1, int(alone[-1]))
+    single = alone, alone**2, cost(alone, alone**2)
+    tokens, squares, times_ms = (np.concatenate(p) for p in zip(several, single, strict=True))
+    order = np.argsort(tokens, kind="stable")
+    return tokens[order], squares[order], times_ms[order]

@@ -12,17 +12,16 @@ So a line of that slope through A at the least time that the step takes is above
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from lobra.layout.sequences import PACKED_MULTIPLE, IntArray, packed_tokens
 from lobra.planner.candidates import Candidate
+from lobra.planner.packed.least_times import least_times
 from lobra.planner.sequence_rates import affine
 from lobra.profiler.cost_model import CostModel
 
-MEAN_LENGTHS = 12  # of the sequences of a micro-batch, weighted by tokens, that are looked at
 SLOPES = 33  # values of square_s that are tried, twice
 LEVELS = 48  # of the longest micro-batch's time
 
@@ -46,6 +45,8 @@ class Rates:
         float64 [D]: of each sequence alone; infinite if it does not fit.
     bubbles
         How often the longest micro-batch is paid more than once: pp - 1.
+    max_tokens
+        The most of a micro-batch.
     """
 
     lengths: IntArray
@@ -55,6 +56,7 @@ class Rates:
     token_s: np.ndarray
     micro_batch_s: np.ndarray
     bubbles: int
+    max_tokens: int
 
     @property
     def least_s(self) -> np.ndarray:
@@ -66,6 +68,14 @@ class Rates:
     def alone_s(self) -> np.ndarray:
         """float64 [D]: seconds of a replica with nothing else; infinite if it does not fit."""
         return self.micro_batch_s * (1 + self.bubbles)
+
+    @property
+    def unshared_s(self) -> np.ndarray:
+        """float64 [D]: seconds of each sequence that two of do not fit a micro-batch; 0 of others.
+
+        Infinite if it does not fit.
+        """
+        return np.where(2 * self.lengths > self.max_tokens, self.micro_batch_s, 0.0)
 
     def after(self, step_s: float) -> tuple[np.ndarray, float]:
         """Return rates, float64 [D], and seconds of bubble, of steps of ``step_s`` or more.
@@ -95,14 +105,15 @@ def rates_of(
     def seconds(tokens: np.ndarray, squares: np.ndarray) -> np.ndarray:
         return cost_model.micro_batch_time(candidate.layout, tokens, squares).total_ms / 1000.0
 
-    bubbles = candidate.layout.pp - 1
-    fits = lengths <= candidate.max_tokens
+    bubbles, most = candidate.layout.pp - 1, candidate.max_tokens
+    fits = lengths <= most
     held = lengths[fits]
     own_s = np.full(len(lengths), np.inf)
     if not len(held):
-        return Rates(lengths, weight, 0.0, np.ones(1), np.zeros(1), own_s, bubbles)
+        return Rates(lengths, weight, 0.0, np.ones(1), np.zeros(1), own_s, bubbles, most)
     own_s[fits] = seconds(held, held**2)
-    several = _least_times(seconds, held, fullest(held, candidate.max_tokens))
+    tokens = np.arange(PACKED_MULTIPLE, packed_tokens(fullest(held, most)) + 1, PACKED_MULTIPLE)
+    several = least_times(seconds, tokens[tokens >= held[0]], int(held[0]), int(held[-1]))
     alone = held, held**2, own_s[fits]
     tokens, squares, time_s = (np.concatenate(pair) for pair in zip(several, alone, strict=True))
     mixture = float(weight[fits] @ held), float(weight[fits] @ held**2)
@@ -113,7 +124,7 @@ def rates_of(
     longest_s = np.geomspace(time_s[0], time_s[-1], LEVELS if bubbles else 1)
     last = np.searchsorted(time_s, longest_s[1:], side="left") - 1  # below the next level
     token_s = np.maximum(token_s[np.append(last, -1)], 0.0)
-    return Rates(lengths, weight, square_s, longest_s, token_s, own_s, bubbles)
+    return Rates(lengths, weight, square_s, longest_s, token_s, own_s, bubbles, most)
 
 
 def fullest(lengths: IntArray, max_tokens: int) -> int:
@@ -129,38 +140,6 @@ def fullest(lengths: IntArray, max_tokens: int) -> int:
         if sums == limit:
             break
     return sums.bit_length() - 1
-
-
-def _least_times(
-    seconds: Callable[[np.ndarray, np.ndarray], np.ndarray], held: IntArray, most: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return tokens, squares and seconds, float64 [n] each, of micro-batches of several sequences.
-
-    What is linear and below all of these is below every micro-batch of at most ``most`` tokens. For
-    each number of tokens that is computed the cost is convex in the squares; between neighbouring
-    ones it lies above the lines through the two before and through the two behind.
-    """
-    tokens = np.arange(PACKED_MULTIPLE, packed_tokens(most) + 1, PACKED_MULTIPLE, dtype=np.float64)
-    tokens = tokens[tokens >= held[0]][:, None]
-    lowest = held[0] * (tokens - PACKED_MULTIPLE + 1) / tokens  # the mean length, padding included
-    highest = np.minimum(held[-1], tokens)
-    squares = tokens * lowest * (highest / lowest) ** np.linspace(0.0, 1.0, MEAN_LENGTHS)
-    time_s = seconds(np.broadcast_to(tokens, squares.shape), squares)
-    slope = np.diff(time_s) / np.diff(squares)
-    before, behind = slope[:, :-2], slope[:, 2:]
-    start, end = squares[:, 1:-2], squares[:, 2:-1]
-    above_s = time_s[:, 2:-1] - time_s[:, 1:-2] - before * (end - start)
-    bend = behind - before
-    back = np.divide(above_s, bend, out=np.zeros_like(bend), where=bend > 0)
-    crossing = np.clip(end - back, start, end)
-    crossing_s = time_s[:, 1:-2] + before * (crossing - start)
-    first_s = time_s[:, 1] - slope[:, 1] * (squares[:, 1] - squares[:, 0])
-    last_s = time_s[:, -2] + slope[:, -2] * (squares[:, -1] - squares[:, -2])
-    squares = np.column_stack([squares[:, 0], crossing, squares[:, -1]])
-    time_s = np.column_stack(
-        [np.minimum(first_s, time_s[:, 0]), crossing_s, np.minimum(last_s, time_s[:, -1])]
-    )
-    return np.broadcast_to(tokens, squares.shape).ravel(), squares.ravel(), time_s.ravel()
 
 
 def _best_slope(

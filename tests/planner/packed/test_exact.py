@@ -79,7 +79,7 @@ def test_the_best_plan_of_one_layout_is_compared_with() -> None:
     assert found.homogeneous_s == pytest.approx(best_s)
 
 
-def test_a_plan_that_takes_less_than_others_tightens_the_certificate() -> None:
+def test_near_the_plan_found_and_valid_out_of_time() -> None:
     rng = np.random.default_rng(1)
     steps = tuple(np.minimum(rng.lognormal(5.0, 1.0, 90).astype(int) + 1, 3000) for _ in range(8))
     layouts = ((1, 1, 600), (1, 2, 1000), (2, 1, 1500), (1, 4, 2000), (4, 1, 3000), (2, 2, 1800))
@@ -87,18 +87,13 @@ def test_a_plan_that_takes_less_than_others_tightens_the_certificate() -> None:
     problem = PackedProblem(steps, 3000, Fleet(candidates, 8), plain_cost_model())
     found = exact.solve(problem)
     plan, step_s = next(iter(found.step_s.items()))
-    assert found.lower_bound_s >= 0.88 * step_s.mean()  # measured: 0.91
+    assert found.lower_bound_s >= 0.92 * step_s.mean()  # measured: 0.94
     certificate = certificate_of(problem)
     replicas = problem.fleet.replicas_of(plan)
     certificate.look_at(replicas)
-    before_s, _ = certificate.minimum()
-    certificate.tighten(float(step_s.mean()), replicas, exact.Clock())
-    after_s, _ = certificate.minimum()
-    assert before_s * (1 - 1e-3) <= after_s <= step_s.mean()
-    out_of_time = certificate_of(problem)
-    out_of_time.look_at(replicas)
-    out_of_time.tighten(float(step_s.mean()), replicas, exact.Clock(1e-9))
-    assert out_of_time.minimum(1e-9)[0] <= step_s.mean()
+    at_once_s, _ = certificate.minimum(1e-9)
+    in_time_s, _ = certificate.minimum()
+    assert at_once_s <= in_time_s <= certificate.steps_s(replicas[None]).mean() * ABOVE
 
 
 def test_a_fleet_without_room_for_the_longest_is_refused() -> None:
