@@ -17,6 +17,7 @@ import numpy as np
 
 from lobra.common.errors import ConfigError
 from lobra.layout.shapes import ModelShape, resolve_shape
+from lobra.profiler.layer_memory import element_bytes, joint_rank
 from lobra.profiler.lookup import OF_TASKS, no_memory_profile, own_memory_path
 from lobra.profiler.profiles import DEFAULT_POLICY, MemoryProfile, MemoryRow, load_memory_profile
 from lobra.profiler.settings import LOW_RANK
@@ -53,16 +54,19 @@ class Parts:
     activation_bytes: float
     bytes_per_token: float
 
-    def max_tokens(self, budget_bytes: float, adapters: float, largest: int) -> int:
+    def max_tokens(
+        self, budget_bytes: float, adapters: float, largest: int, more_bytes: float = 0.0
+    ) -> int:
         """Return the tokens that fit beside ``adapters`` times the adapters measured.
 
-        A multiple of 256, at most ``largest``; 0 if nothing fits.
+        A token takes ``more_bytes`` more than with those. A multiple of 256, at most ``largest``; 0 if nothing fits.
         """
         elements = adapters * self.elements
         room = budget_bytes - self.weight_bytes - elements * self.bytes_per_element
         if room < elements * self.exchange_bytes_per_element:
             return 0
-        tokens = self.tokens + (room - self.activation_bytes) / self.bytes_per_token
+        free = room - self.activation_bytes - more_bytes * self.tokens
+        tokens = self.tokens + free / (self.bytes_per_token + more_bytes)
         return max(0, min(int(tokens // STEP_TOKENS), largest // STEP_TOKENS) * STEP_TOKENS)
 
     def as_json(self) -> dict[str, float]:
@@ -146,7 +150,12 @@ def fitted_to(
     before = sum(shape.adapter_elements(rank, tuple(modules)) for rank, modules in measured)
     now = sum(shape.adapter_elements(task.largest_rank, task.target_modules) for task in tasks)
     rows = tuple(
-        replace(row, max_tokens=part.max_tokens(budget, now / before, largest))
+        replace(
+            row,
+            max_tokens=part.max_tokens(
+                budget, now / before, largest, _more_bytes(settings, row, tasks, shape)
+            ),
+        )
         for row, part in zip(profile.rows, parts, strict=True)
         if part is not None
     )
@@ -159,6 +168,23 @@ def fitted_to(
     left_out = f"{profile.path}: has no parts of {', '.join(unknown)}: left out"
     notes = (note, left_out) if unknown else (note,)
     return replace(profile, rows=tuple(sorted(rows))), notes
+
+
+def _more_bytes(
+    settings: Mapping[str, Any], row: MemoryRow, tasks: Sequence[TaskConfig], shape: ModelShape
+) -> float:
+    """Return what a token takes more than measured: x A' of more ranks that it goes through.
+
+    On a GPU those are of all tasks at once, up to `MOST_RANKS`; of all layers that wait for their
+    backward pass. On a CPU, or with adapters that are sharded, a token has its own task's only.
+    """
+    runtime = settings.get("runtime") or {}
+    if settings.get("device") == "cpu" or runtime.get("adapters_sharded") or row.memory == "full":
+        return 0.0
+    measured = joint_rank([rank for rank, _ in settings["adapters"]])
+    ranks = max(0, joint_rank([task.largest_rank for task in tasks]) - measured)
+    elements = ranks * len(shape.linear_sizes()) * shape.num_layers
+    return float(elements * element_bytes(settings.get("precision", "bf16")))
 
 
 def _as_it_is(profile: MemoryProfile, measured: int, wanted: int) -> str:

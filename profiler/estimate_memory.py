@@ -19,13 +19,11 @@ from lobra.profiler.exchange import (
     OPTIMIZER_BYTES,
     most_exchange_bytes,
 )
-from lobra.profiler.layer_memory import ROW_PARALLEL, LayerMemory, element_bytes
+from lobra.profiler.layer_memory import ROW_PARALLEL, LayerMemory, element_bytes, joint_rank
 from lobra.tasks.config import TaskConfig
 
 # Logits the loss holds at once, as `model.tensor_parallel` has it (a test compares them).
 LOGITS_AT_ONCE = 1 << 25
-# Ranks of several tasks computed at once, as `model.joint_stack` has it (a test compares them).
-MOST_RANKS = 256
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class Adapters:
     @property
     def joint_rank(self) -> int:
         """Return the most ranks a token goes through where tasks are computed at once."""
-        return max(self.largest_rank, min(MOST_RANKS, sum(rank for rank, _ in self.specs)))
+        return joint_rank([rank for rank, _ in self.specs])
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ A test compares the counts with the tensors that are really held. Bytes a token 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lobra.layout.layout import ADAPTER_HIDDEN, ATTENTION, COMPUTED_AGAIN
@@ -15,6 +16,15 @@ ROW_PARALLEL = ("o_proj", "down_proj")  # split by their input, as `model.sharde
 #: What of a policy's tensors the backward pass itself needs; of the others it needs what is
 #: computed of them.
 NEEDED = ("v_proj", ATTENTION, "gate_proj", "up_proj", ADAPTER_HIDDEN)
+
+
+# Ranks of several tasks computed at once, as `model.joint_stack` has it (a test compares them).
+MOST_RANKS = 256
+
+
+def joint_rank(ranks: Sequence[int]) -> int:
+    """Return the most ranks a token goes through where tasks of these ranks are computed at once."""
+    return max(max(ranks, default=0), min(MOST_RANKS, sum(ranks)))
 
 
 def element_bytes(precision: str) -> int:

@@ -92,11 +92,8 @@ def save_adapter(
     tensors: Mapping[str, Tensor],
     base_model: str,
     moments: Mapping[str, Mapping[str, Tensor]] | None = None,
-    card: str | None = None,
 ) -> None:
     """Write an adapter folder that `peft.PeftModel.from_pretrained` and vLLM load unchanged.
-
-    With a ``card`` it has a README.md.
 
     The folder appears complete or not at all; an older one of that name is there until the moment
     it is replaced. Adam's moments, if given, are in it too.
@@ -107,8 +104,6 @@ def save_adapter(
         if moments is not None:
             save_moments(draft / MOMENTS_FILE, moments)
         write_atomic(draft / CONFIG_FILE, config)
-        if card is not None:
-            write_atomic(draft / CARD_FILE, card)
         # safetensors lets the owner alone read its files; who serves an adapter is another user.
         shutil.copymode(draft / CONFIG_FILE, draft / WEIGHTS_FILE)
 

@@ -13,7 +13,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
+from lobra.common.errors import ConfigError
+from lobra.common.files import write_atomic
 from lobra.common.storage import StorageError
 from lobra.layout.order import StepOrder, Update
 from lobra.model.heartbeat import beat
@@ -21,13 +24,15 @@ from lobra.profiler.accelerators import load_tables
 from lobra.profiler.hardware import describe_device
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.dataset import TokenizedDataset
+from lobra.trainer.adapters import CARD_FILE
 from lobra.trainer.batches import draw_sequences
 from lobra.trainer.checkpoint import CheckpointState, drop_later
 from lobra.trainer.engine import Engine
 from lobra.trainer.evaluation import Evaluation, HeldOut
 from lobra.trainer.feedback import SpeedFeedback
 from lobra.trainer.forecast import Forecast
-from lobra.trainer.metrics import StepMetrics, as_json, restore_metrics
+from lobra.trainer.metrics import StepMetrics, as_json, read_metrics, restore_metrics
+from lobra.trainer.model_card import model_card
 from lobra.trainer.orders import Attendance, DispatchedStep, OrdersAhead, dispatch_step
 from lobra.trainer.records import Records
 from lobra.trainer.run_spec import RunSpec
@@ -353,10 +358,24 @@ class Coordinator:
         self._carry_out(StepOrder(self.step, save=True), self._state())
 
     def _tell_exports(self, records: Records, numbers: list[int]) -> None:
+        """Tell of adapters that were exported, and write their model cards: the log has all now."""
+        steps = self._logged_steps() if numbers else []
         for number in numbers:
             task, folder = self.tasks[number], self.run.adapter_folder(number)
+            card = model_card(task.config, self.run.base_model, self.run.precision, steps)
+            try:
+                write_atomic(folder / CARD_FILE, card)
+            except OSError as error:
+                log.warning("%s: has no model card: %s", folder, error)
             is_best = self._is_best_kept(number)
             records.tell_export(task.config.name, task.progress, folder, is_best)
+
+    def _logged_steps(self) -> list[dict[str, Any]]:
+        try:
+            return read_metrics(self.run.output_dir)
+        except (ConfigError, OSError) as error:
+            log.warning("model cards do not tell the losses: %s", error)
+            return []
 
     def _is_exported(self, number: int) -> bool:
         progress = self.tasks[number].progress

@@ -5,12 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
-from lobra.common.errors import ConfigError
 from lobra.common.storage import StorageError, told_as_storage
 from lobra.model.adapter import FlatTensors
 from lobra.model.heartbeat import beat
@@ -19,8 +17,6 @@ from lobra.model.slot import Slot
 from lobra.model.stage import Stage
 from lobra.trainer.adapters import gather_tensors, not_finite, save_adapter
 from lobra.trainer.checkpoint import CheckpointState, CheckpointWriter, load_best
-from lobra.trainer.metrics import read_metrics
-from lobra.trainer.model_card import model_card
 from lobra.trainer.optimizer import AdapterOptimizer
 from lobra.trainer.run_spec import RunSpec
 
@@ -142,48 +138,33 @@ class AdapterExporter:
     def export(self, present: Sequence[int], best: Sequence[int]) -> StorageError | None:
         """Write adapter folders: of some tasks as their adapters are now, of others those kept.
 
-        Each has a model card with what the run's log says so far.
-
         Returns
         -------
         StorageError or None
             On rank 0, why an adapter could not be written; the others are.
         """
         failure = None
-        steps = self._logged_steps() if present or best else []
         for number in (*present, *best):
             beat("writing")
             slot = self.stage.slots[number]
             tensors = self.kept[number] if number in best else self._weights(slot)
             if self.is_writer:
                 try:
-                    self._write(number, slot, tensors, steps)
+                    self._write(number, slot, tensors)
                 except StorageError as error:
                     failure = error
         if present or best:
             dist.barrier(group=self.control)
         return failure
 
-    def _write(
-        self, number: int, slot: Slot, tensors: dict[str, Tensor], steps: Sequence[dict[str, Any]]
-    ) -> None:
+    def _write(self, number: int, slot: Slot, tensors: dict[str, Tensor]) -> None:
         if bad := not_finite(tensors):
             log.warning(
                 "the adapter of task %s holds values that are not finite (%s and %d more); "
                 "it is of no use",
                 slot.spec.name, bad[0], len(bad) - 1,
             )  # fmt: skip
-        run, folder = self.run, self.run.adapter_folder(number)
-        card = model_card(run.tasks[number], run.base_model, run.precision, steps)
+        folder = self.run.adapter_folder(number)
         size = sum(tensor.nbytes for tensor in tensors.values())
         with told_as_storage(folder, "then go on with --resume", size):
-            save_adapter(folder, slot.spec, tensors, run.base_model, card=card)
-
-    def _logged_steps(self) -> list[dict[str, Any]]:
-        if not self.is_writer:
-            return []
-        try:
-            return read_metrics(self.run.output_dir)
-        except ConfigError as error:
-            log.warning("model cards do not tell the losses: %s", error)
-            return []
+            save_adapter(folder, slot.spec, tensors, self.run.base_model)

@@ -19,7 +19,7 @@ STATES: dict[str, tuple[str | bytes | Any, str]] = {
     "latin": (b'{"seed": "\xe9"}', "not usable"),
     "digits": ('{"seed": ' + "9" * 5000 + "}", "not usable"),
     "deep": ("[" * 100_000, "not usable"),
-    "later": (STATE | {"format": 3}, "format 3"),
+    "later": (STATE | {"format": 4}, "format 4"),
     "format": (STATE | {"format": [1]}, "format"),
     "step": (STATE | {"step": -1}, "step"),
     "seed": (STATE | {"seed": "x"}, "seed"),

@@ -29,6 +29,8 @@ BEYOND_A_SCHEMA: dict[str, tuple[Any, ...]] = {
     "lora_alpha": (10**400,),
     "learning_rate": (float("inf"),),
     "beta": (0.2,),
+    "momentum": (0.9,),
+    "alpha_pattern": ({"(q_proj": 2.0},),
 }
 
 

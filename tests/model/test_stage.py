@@ -183,7 +183,7 @@ def test_every_memory_policy_computes_what_plain_autograd_does(
 @pytest.mark.parametrize("family", ["olmo2", pytest.param("gemma2", marks=pytest.mark.long)])
 def test_every_memory_policy_with_norms_behind_and_shared(family: str, tmp_path: Path) -> None:
     base = save_family(family, tmp_path / "base", num_hidden_layers=2)
-    arguments = dict(folder=base, world=one_replica(Layout(2, 1)))
+    arguments = dict(folder=base, world=one_replica(Layout(2, 1)), kinds=("lora", "lora"))
     assert run_ranks("tests.model.support:unlike_plain_autograd", 2, arguments) == [[], []]
 
 

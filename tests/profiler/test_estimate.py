@@ -19,11 +19,11 @@ from lobra.profiler.cost_model import load_cost_model
 from lobra.profiler.estimate import estimate as estimate_all
 from lobra.profiler.estimate_memory import (
     LOGITS_AT_ONCE,
-    MOST_RANKS,
     Adapters,
     estimate_memory,
 )
 from lobra.profiler.estimate_time import Workload, calibrate, layer_ms
+from lobra.profiler.layer_memory import MOST_RANKS
 from lobra.profiler.memory import layouts_within
 from lobra.profiler.profiles import TimeProfile, load_memory_profile
 from lobra.tasks.config import load_trainer_config

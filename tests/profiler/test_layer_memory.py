@@ -12,13 +12,13 @@ import torch.distributed as dist
 from lobra.layout.layout import MEMORY_POLICIES, Layout
 from lobra.layout.shapes import ModelShape, read_shape
 from lobra.layout.world import one_replica
-from lobra.model import stack
 from lobra.model.adapter import AdapterSpec
 from lobra.model.dropout import TokenNoise
 from lobra.model.groups import build_groups
 from lobra.model.launch import run_ranks
 from lobra.model.memory_policy import apply_policy
 from lobra.model.packed_attention import Packing
+from lobra.model.part import Part
 from lobra.model.precision import DTYPES
 from lobra.model.stage import build_stage
 from lobra.model.token_tasks import Segment, TokenTasks
@@ -47,14 +47,14 @@ def held_by_layers(
     built.selection.tasks = TokenTasks((Segment(0, 0, LENGTH),), noise)
     embedded = torch.randn(1, LENGTH, built.shape.hidden_size).to(built.dtype).requires_grad_()
     in_backward = []
-    add_gradients = stack._add_gradients
+    add_gradients = Part.add_gradients
 
     def noted(*args: Any) -> None:
         if not in_backward:
             in_backward.append(alive.num_bytes())
         add_gradients(*args)
 
-    stack._add_gradients = noted
+    Part.add_gradients = noted  # type: ignore[method-assign]
     with Alive() as alive:
         output = built.decoder(
             inputs_embeds=embedded,
@@ -65,7 +65,7 @@ def held_by_layers(
         ).last_hidden_state
         kept = alive.num_bytes()
         output.sum().backward()
-    stack._add_gradients = add_gradients
+    Part.add_gradients = add_gradients  # type: ignore[method-assign]
     return kept / LENGTH, (in_backward[0] - kept) / LENGTH
 
 

@@ -12,6 +12,7 @@ from lobra.cli import main
 from lobra.common.errors import ConfigError
 from lobra.layout.layout import MEMORY_POLICIES, Layout
 from lobra.layout.shapes import NAMED_SHAPES, read_shape
+from lobra.model.heartbeat import PHASES, Beat
 from lobra.model.launch import RankError, _cause_of_death
 from lobra.profiler.accelerators import load_tables
 from lobra.profiler.capacity import parts_of
@@ -215,7 +216,7 @@ def test_a_row_that_was_removed_is_measured_anew(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "death",
     [
-        _cause_of_death(-signal.SIGKILL),
+        _cause_of_death(-signal.SIGKILL, Beat(0, 0, PHASES[0])),
         "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB",
         "RuntimeError: DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
     ],

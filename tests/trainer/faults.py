@@ -109,7 +109,7 @@ def train_asleep(run: RunSpec) -> RankResult:
     """
     now = [0.0]
 
-    def sleep(stage: Any, batches: list, num_tasks: int) -> torch.Tensor:
+    def sleep(stage: Any, batches: list, num_tasks: int, **_: Any) -> torch.Tensor:
         slow = stage.groups.place.replica == SLOW_REPLICA
         now[0] += (SLOW_S if slow else FAST_S) * len(batches)
         return torch.zeros(num_tasks)
@@ -137,9 +137,9 @@ def train_with_a_counter(run: RunSpec) -> RankResult:
     peak = [0]
 
     def taken(size: int, plain: Any) -> Any:
-        def take(*args: Any) -> Any:
+        def take(*args: Any, **more: Any) -> Any:
             peak[0] = max(peak[0], size * (1 + dist.get_rank()))
-            return plain(*args)
+            return plain(*args, **more)
 
         return take
 

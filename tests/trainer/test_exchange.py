@@ -57,7 +57,7 @@ def exchanged_on_rank(folder: Path) -> tuple[int, int, int]:
     stage = build_stage(folder, build_groups(world), specs)
     optimizer = AdapterOptimizer(stage, world)
     for number, task in enumerate(TASKS):
-        optimizer.install(number, task.weight_decay)
+        optimizer.install(number, task)
     (block,) = optimizer.blocks
     known = [tensor for slot in stage.slots.values() for tensor in (slot.weights, slot.gradient)]
     for partition in block.partitions.values():

@@ -63,7 +63,8 @@ def test_a_plan_and_its_rank_map() -> None:
 def test_profiles_are_planned_with(old: Path) -> None:
     code = main(
         ["plan", "--model", "base", "--num-gpus", "3", "--max-seq-length", "256",
-         "--trainer-config", "tasks.json", "--strategy-config", "new.yaml"]
+         "--trainer-config", "tasks.json", "--strategy-config", "new.yaml",
+         "--batching", "bucketed"]
     )  # fmt: skip
     assert code == 0
     before, now = load_plan("plan.yaml"), load_plan("new.yaml")

@@ -52,7 +52,7 @@ def alone_and_among_others(folder: Path) -> tuple[list[dict], list[dict]]:
             if lively and step in (1, 2):
                 number = (0, 2, 9)[step]
                 stage.install({number: adapter_spec(others[number])})
-                optimizer.install(number, others[number].weight_decay)
+                optimizer.install(number, others[number])
             if lively and step == 3:
                 stage.remove(2)
                 optimizer.remove(2)
