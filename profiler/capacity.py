@@ -59,7 +59,8 @@ class Parts:
     ) -> int:
         """Return the tokens that fit beside ``adapters`` times the adapters measured.
 
-        A token takes ``more_bytes`` more than with those. A multiple of 256, at most ``largest``; 0 if nothing fits.
+        A token takes ``more_bytes`` more than with those. A multiple of 256, at most ``largest``;
+        0 if nothing fits.
         """
         elements = adapters * self.elements
         room = budget_bytes - self.weight_bytes - elements * self.bytes_per_element

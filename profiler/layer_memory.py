@@ -23,7 +23,7 @@ MOST_RANKS = 256
 
 
 def joint_rank(ranks: Sequence[int]) -> int:
-    """Return the most ranks a token goes through where tasks of these ranks are computed at once."""
+    """Return the most ranks a token goes through where tasks are computed at once."""
     return max(max(ranks, default=0), min(MOST_RANKS, sum(ranks)))
 
 
