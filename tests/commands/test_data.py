@@ -98,6 +98,7 @@ def test_mistakes_are_told_together(place: Path, capsys: pytest.CaptureFixture[s
     assert len(message.splitlines()) <= 20 and "600 problems" in message
 
 
+@pytest.mark.long
 @pytest.mark.ranks
 def test_a_runs_data_do_not_depend_on_the_clock(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

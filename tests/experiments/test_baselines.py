@@ -65,6 +65,7 @@ def alone(work: Work) -> list[float]:
     return losses
 
 
+@pytest.mark.long
 @pytest.mark.ranks
 def test_baselines_and_ours_train_what_peft_trains(work: Work, tmp_path: Path) -> None:
     wanted = alone(work)

@@ -50,6 +50,7 @@ PLANS = {
 EVERY_FAMILY = ("<1,2> <2,2>", "<4,1> <1,1>")
 #: In the default tier these families are shown by another plan, or (GLM) by another family.
 DEARER = {
+    **dict.fromkeys(("gemma", "mistral", "qwen2"), ("<4,1> <1,1>",)),
     **dict.fromkeys(("gemma2", "gemma3_text", "granite", "phi3"), ("<4,1> <1,1>",)),
     "olmo2": ("<1,2> <2,2>",),
     **dict.fromkeys(("glm", "glm4"), EVERY_FAMILY),

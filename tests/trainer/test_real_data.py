@@ -82,6 +82,7 @@ def check_only_its_share_is_held(run: RunSpec, ranks: list[RecordedResult]) -> N
                 assert ranks[rank].loaded_bytes == share
 
 
+@pytest.mark.long
 def test_two_real_data_sets(shared: Path, project_root: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", shared)
     config = json.loads((project_root / "trainer_config" / "real4.json").read_text())
