@@ -177,10 +177,12 @@ def _more_bytes(
     """Return what a token takes more than measured: x A' of more ranks that it goes through.
 
     On a GPU those are of all tasks at once, up to `MOST_RANKS`; of all layers that wait for their
-    backward pass. On a CPU, or with adapters that are sharded, a token has its own task's only.
+    backward pass. On a CPU, or with adapters that are sharded, a token has its own task's only,
+    which are as good as none of it.
     """
     runtime = settings.get("runtime") or {}
-    if settings.get("device") == "cpu" or runtime.get("adapters_sharded") or row.memory == "full":
+    is_joint = settings.get("device") == "cuda" or runtime.get("adapters_sharded") is False
+    if not is_joint or row.memory == "full":
         return 0.0
     measured = joint_rank([rank for rank, _ in settings["adapters"]])
     ranks = max(0, joint_rank([task.largest_rank for task in tasks]) - measured)
