@@ -185,7 +185,7 @@ def _more_bytes(
     if not is_joint or row.memory == "full":
         return 0.0
     measured = joint_rank([rank for rank, _ in settings["adapters"]])
-    ranks = max(0, joint_rank([task.largest_rank for task in tasks]) - measured)
+    ranks = joint_rank([task.largest_rank for task in tasks]) - measured
     elements = ranks * len(shape.linear_sizes()) * shape.num_layers
     return float(elements * element_bytes(settings.get("precision", "bf16")))
 

@@ -32,13 +32,18 @@ def tasks(*ranks: int, dropout: float = 0.0) -> tuple[TaskConfig, ...]:
 
 
 def memory_by_law(sweep: MemorySweep, tp: int, pp: int, tokens: int) -> list[RankMemory]:
-    """13 GB of weights, adapters as they are counted, 1 GB and 1 MB a token of activations."""
+    """13 GB of weights, adapters as they are counted, 1 GB and 1 MB a token of activations.
+
+    And for a token, at each of 7 linears of 32 layers, two bytes for each rank: of all tasks, at
+    most 256.
+    """
+    ranks = min(256, sum(task.rank for task in sweep.tasks))
     elements = sum(SHAPE.adapter_elements(t.rank, t.target_modules) for t in sweep.tasks) // pp
     rank = RankMemory(
         13_000_000_000 // (tp * pp),
         ADAPTER_BYTES * elements,
         OPTIMIZER_BYTES * elements // tp,
-        1_000_000_000 + 1_000_000 * tokens // tp,
+        1_000_000_000 + 1_000_000 * tokens // tp + 2 * 7 * 32 * ranks * tokens,
         8 * elements,
     )
     return [rank] * (tp * pp)
