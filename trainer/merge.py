@@ -145,6 +145,8 @@ def read_adapter(folder: Path) -> SavedAdapter:
         raise ConfigError(f"{path}: holds {show(config)}, want the fields of PEFT's LoraConfig")
     judged = {field: value for field, value in config.items() if field not in MERGED_FIELDS}
     problems = Problems([f"{path}: {problem}" for problem in config_problems(judged)])
+    if config.get("peft_type") != "LORA":
+        problems.add(f"{path}: peft_type is {config.get('peft_type')!r}, only LORA can be merged")
     problems += [
         f"{folder / WEIGHTS_FILE}: {name} holds values that are not finite"
         for name in not_finite(named)

@@ -84,10 +84,12 @@ def _outcome(steps: Sequence[dict[str, Any]]) -> dict[str, str]:
     if not steps:
         return {}
     first, last = steps[0], steps[-1]
+    # Logs of older versions do not tell the task's own step: it is the line's place.
+    begin, end = first.get("own_step", 0) + 1, last.get("own_step", len(steps) - 1) + 1
     facts = {
-        "steps": str(last["own_step"] + 1),
-        "loss per token": f"{_number(first['loss'])} in step {first['own_step'] + 1}, "
-        f"{_number(last['loss'])} in step {last['own_step'] + 1}",
+        "steps": str(end),
+        "loss per token": f"{_number(first['loss'])} in step {begin}, "
+        f"{_number(last['loss'])} in step {end}",
     }
     held_out = [loss for step in steps if (loss := step.get("validation_loss")) is not None]
     if held_out:

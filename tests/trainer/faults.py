@@ -190,11 +190,11 @@ def run_out_of_memory(run: RunSpec) -> RankResult:
     plain = engine.run_replica
     calls = []
 
-    def full(stage: Any, batches: list, num_tasks: int) -> torch.Tensor:
+    def full(stage: Any, batches: list, num_tasks: int, **more: Any) -> torch.Tensor:
         calls.append(1)
         if dist.get_rank() == 1 and len(calls) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return plain(stage, batches, num_tasks)
+        return plain(stage, batches, num_tasks, **more)
 
     engine.run_replica = full  # type: ignore[assignment]
     return train_rank(run)
