@@ -195,7 +195,7 @@ class AdapterSpec:
 
     def rank_at(self, site: Site) -> int:
         """Return the rank at a site."""
-        return int(_matched(self.rank_pattern, site.path, self.rank))
+        return int(matched(self.rank_pattern, site.path, self.rank))
 
     @property
     def largest_rank(self) -> int:
@@ -208,7 +208,7 @@ class AdapterSpec:
         It is alpha / rank (LoRA, arXiv 2106.09685), of rank-stabilised LoRA alpha / sqrt(rank)
         (arXiv 2312.03732).
         """
-        alpha, rank = _matched(self.alpha_pattern, site.path, self.alpha), self.rank_at(site)
+        alpha, rank = matched(self.alpha_pattern, site.path, self.alpha), self.rank_at(site)
         return alpha / (math.sqrt(rank) if self.kind == "rslora" else rank)
 
     def projections(self, shape: ModelShape) -> Projections:
@@ -222,7 +222,7 @@ class AdapterSpec:
             f"{field}: {pattern!r} fits no linear that the adapter is on"
             for field in ("rank_pattern", "alpha_pattern")
             for pattern, value in getattr(self, field)
-            if not any(_matched(((pattern, value),), site.path, None) for site in own)
+            if not any(matched(((pattern, value),), site.path, None) for site in own)
         ]
         if self.kind not in ("lora", "rslora") and any(site.fused for site in own):
             found.append(
@@ -271,8 +271,8 @@ class AdapterSpec:
         return (*factors, AdapterTensor(vector, site, "outputs", 1, 0.0, seed, ratio, True))
 
 
-def _matched(pattern: Pattern, path: str, otherwise: Any) -> Any:
-    """Return the value of the first pattern that fits a path."""
+def matched(pattern: Pattern, path: str, otherwise: Any) -> Any:
+    """Return the value of the first pattern that fits a linear's path, as PEFT reads patterns."""
     fitting = (value for key, value in pattern if re.match(rf"(.*\.)?({key})$", path))
     return next(fitting, otherwise)
 

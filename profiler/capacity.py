@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from lobra.common.errors import ConfigError
+from lobra.layout.layout import ADAPTER_HIDDEN, COMPUTED_AGAIN
 from lobra.layout.shapes import ModelShape, resolve_shape
-from lobra.profiler.layer_memory import element_bytes, joint_rank
+from lobra.profiler.layer_memory import adapter_hidden_bytes, joint_rank
 from lobra.profiler.lookup import OF_TASKS, no_memory_profile, own_memory_path
 from lobra.profiler.profiles import DEFAULT_POLICY, MemoryProfile, MemoryRow, load_memory_profile
 from lobra.profiler.settings import LOW_RANK
@@ -182,12 +183,12 @@ def _more_bytes(
     """
     runtime = settings.get("runtime") or {}
     is_joint = settings.get("device") == "cuda" or runtime.get("adapters_sharded") is False
-    if not is_joint or row.memory == "full":
+    if not is_joint or ADAPTER_HIDDEN in COMPUTED_AGAIN[row.memory]:
         return 0.0
     measured = joint_rank([rank for rank, _ in settings["adapters"]])
     ranks = joint_rank([task.largest_rank for task in tasks]) - measured
-    elements = ranks * len(shape.linear_sizes()) * shape.num_layers
-    return float(elements * element_bytes(settings.get("precision", "bf16")))
+    precision = settings.get("precision", "bf16")
+    return float(shape.num_layers * adapter_hidden_bytes(shape, precision, ranks))
 
 
 def _as_it_is(profile: MemoryProfile, measured: int, wanted: int) -> str:

@@ -32,6 +32,11 @@ def element_bytes(precision: str) -> int:
     return 2 if precision == "bf16" else FLOAT_BYTES
 
 
+def adapter_hidden_bytes(shape: ModelShape, precision: str, rank: int) -> int:
+    """Return what x A' of all of a layer's linears takes for a token, in bytes."""
+    return element_bytes(precision) * rank * len(shape.linear_sizes())
+
+
 @dataclass(frozen=True)
 class LayerMemory:
     """One layer of a rank of a tp group, and what is kept of it.
@@ -102,7 +107,7 @@ class LayerMemory:
         return {name: e * size for name, size in split.items()} | {
             ATTENTION: e * query + FLOAT_BYTES * shape.num_heads / self.tp,
             "o_proj": self._whole(e * shape.hidden_size),
-            ADAPTER_HIDDEN: e * self.lora_rank * len(shape.linear_sizes()),
+            ADAPTER_HIDDEN: adapter_hidden_bytes(shape, self.precision, self.lora_rank),
         }
 
     @property

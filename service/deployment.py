@@ -14,6 +14,7 @@ import numpy as np
 from cyclopts import Parameter
 
 from lobra.common import lock
+from lobra.common.documents import read_json
 from lobra.common.errors import ConfigError
 from lobra.common.files import remove_folder, write_atomic
 from lobra.common.options import (
@@ -204,7 +205,7 @@ def claim_state_folder(deployment: Deployment) -> None:
     lock.hold(folder / "lock", f"--state-dir {folder}", "service", "stop it, or give another")
     file = folder / DEPLOYMENT_FILE
     if file.is_file():
-        noted = json.loads(file.read_text(encoding="utf-8"))["base_model"]
+        noted = read_json(file)["base_model"]
         if noted != deployment.run.fingerprint:
             raise ConfigError(
                 f"--state-dir {folder}: what is trained there is of another base model; give a "

@@ -10,7 +10,6 @@ Shape suffixes: I input features, O output features, r LoRA rank.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
@@ -24,9 +23,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lobra.common.documents import read_json
 from lobra.common.errors import ConfigError, Problems, show
-from lobra.common.files import new_draft, replace_folder
+from lobra.common.files import drafted
 from lobra.layout.shapes import read_shape
+from lobra.model.adapter import matched
 from lobra.model.checkpoint import EMBEDDING, HEAD, opened, tensor_files
 from lobra.trainer.adapters import CONFIG_FILE, WEIGHTS_FILE, not_finite
 from lobra.trainer.peft_config import config_problems
@@ -119,11 +120,8 @@ class SavedAdapter:
         return not self.replaced and all(u.magnitude_O is None for u in self.updates.values())
 
     def _scaling(self, module: str, rank: int) -> float:
-        alpha = self.config["lora_alpha"]
-        for pattern, own in (self.config.get("alpha_pattern") or {}).items():
-            if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module):
-                alpha = own
-                break
+        pattern = tuple((self.config.get("alpha_pattern") or {}).items())
+        alpha = matched(pattern, module, self.config["lora_alpha"])
         return float(alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank))
 
 
@@ -137,7 +135,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
     """
     path = folder / CONFIG_FILE
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
         named = load_file(folder / WEIGHTS_FILE)
     except Exception as error:  # any unreadable file is the same mistake
         raise ConfigError(f"{folder}: no adapter in PEFT's format ({error})") from error
@@ -196,17 +194,16 @@ def write_merged(
     Weights lie in files of the base's names and dtypes, beside copies of what else describes the
     model. The folder appears complete or not at all. At most one file of weights is in memory.
     """
-    draft = new_draft(target)
-    for name in sorted(set(tensor_files(base).values())):
-        with opened(base / name) as file:
-            merged = {
-                key: _merged(key, file.get_tensor(key), adapters, factors)
-                for key in list(file.keys())
-            }
-            save_file(merged, draft / name, metadata=file.metadata())
-    for path in _described(base):
-        shutil.copy(path, draft / path.name)
-    replace_folder(draft, target)
+    with drafted(target) as draft:
+        for name in sorted(set(tensor_files(base).values())):
+            with opened(base / name) as file:
+                merged = {
+                    key: _merged(key, file.get_tensor(key), adapters, factors)
+                    for key in list(file.keys())
+                }
+                save_file(merged, draft / name, metadata=file.metadata())
+        for path in _described(base):
+            shutil.copy(path, draft / path.name)
 
 
 def _merged(

@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lobra.common.errors import ConfigError, Problems
-from lobra.common.options import (
-    within_bounds,
-)
+from lobra.common.options import within_bounds
 from lobra.common.words import counted
 from lobra.layout.placement import place, placed
 from lobra.layout.plan import Plan, load_plan
@@ -456,8 +454,6 @@ def dispatch_costs(request: TrainRequest, plan: Plan) -> CostModel:
     ConfigError
         There is no time profile, or it lacks a tensor-parallel degree of the plan.
     """
-    if problems := _missing_profile(request):
-        raise ConfigError(problems)
     path = _profile_path(request)
     model = load_cost_model(request.model, request.time_profile, request.cost_model)
     if origin := provenance_note(path):
