@@ -92,6 +92,11 @@ install_torch() { # the CPU build on a machine without an NVIDIA GPU, where one 
     python -m pip install --quiet "torch==$TORCH_VERSION"
 }
 
+check_options() { # check_options COMMAND [WORD...]: refuses options the command would refuse later
+    python -c 'import sys; from lobra.cli import guarded, lobra_app, parsed
+sys.exit(guarded(lambda: parsed(lobra_app(), sys.argv[1:]) and 0))' "$@" || exit
+}
+
 need_lobra() { # for scripts that only call the CLI: use what is installed, or install it
     if ! environment_is_active && [[ -x .venv/bin/python ]]; then
         # shellcheck disable=SC1091

@@ -27,6 +27,10 @@ fi
 load=()
 [[ $device == cpu ]] && load=(--load-ranks "$NUM_RANKS")
 
+training=(lobra train --model "$MODEL" --trainer-config "$CONFIG" --strategy-config "$PLAN"
+    --output-dir "$RUN" --device "$device" "${OPTIONS[@]}")
+check_options "${training[@]:1}"
+
 if [[ -e $RUN ]]; then
     kept="$RUN.$(date +%Y%m%d_%H%M%S)"
     mv "$RUN" "$kept"
@@ -47,8 +51,7 @@ bash scripts/deploy_strategy_plan.sh "$MODEL" "$NUM_RANKS" "$NUM_BUCKETS" "$NUM_
     "$MAX_SEQ_LENGTH" "$CONFIG" "$PLAN"
 
 say "4/4 training $NUM_TASKS adapters together"
-lobra train --model "$MODEL" --trainer-config "$CONFIG" --strategy-config "$PLAN" \
-    --output-dir "$RUN" --device "$device" "${OPTIONS[@]}"
+"${training[@]}"
 
 lobra report "$RUN" --plots | grep '^written' || die 1 "$RUN: no pictures were drawn"
 

@@ -27,16 +27,6 @@ from lobra.trainer.checkpoint_folder import step_folder
 from lobra.trainer.launcher import run_launcher
 from lobra.trainer.metrics import METRICS_FILE
 from lobra.trainer.request import TrainRequest
-from lobra.trainer.restarts import launch_with_restarts, with_resume
-from lobra.trainer.run import (
-    Refusal,
-    in_launcher,
-    launcher_command,
-    restart_with,
-    train_in_launcher,
-)
-from lobra.trainer.run import train as train_here
-from lobra.trainer.run_folder import occupied
 from lobra.trainer.signals import EXIT_CODES
 
 log = logging.getLogger(__name__)
@@ -60,6 +50,9 @@ def train(
     ConfigError
         With every mistake of the options, the environment and the files.
     """
+    from lobra.trainer.run import Refusal, in_launcher, restart_with, train_in_launcher
+    from lobra.trainer.run import train as train_here
+
     if launcher.env_file is not None:
         restart_with(launcher.env_file)
     problems = option_problems(launcher)
@@ -136,6 +129,9 @@ def _through_launcher(
     launcher: LauncherOptions, host_file: Path, request: TrainRequest, problems: Problems
 ) -> int:
     """Start deepspeed's launcher on the hosts of the host file and return its exit code."""
+    from lobra.trainer.restarts import launch_with_restarts, with_resume
+    from lobra.trainer.run import launcher_command
+    from lobra.trainer.run_folder import occupied
 
     def command(step: int | None) -> list[str]:
         arguments = with_resume(sys.argv[2:], step)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from lobra.cli import COMMANDS
 from tests.commands.test_plan import files  # noqa: F401 (a fixture)
 from tests.report.runs import write_run
 
@@ -33,7 +34,14 @@ WORKFLOW: tuple[tuple[tuple[str, ...], int], ...] = (
     (("report", "run", "--plots", "--trace"), 0),
     (("doctor", "--strategy-config", "plan.yaml"), 0),
     (("--install-completion", "--shell", "bash", "--output", "completion"), 0),
-    (("train", "--help"), 2),
+    *(((*name.split(), "--help"), 0) for name, (path, _) in COMMANDS.items() if path),
+    (
+        (
+            "train", "--model", "tiny", "--trainer-config", "config.json",
+            "--strategy-config", "plan.yaml", "--output-dir", "trained",
+        ),
+        2,
+    ),
     (("profile", "time", "--model", "tiny", "--tp", "1", "--device", "cpu"), 2),
 )  # fmt: skip
 

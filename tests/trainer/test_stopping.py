@@ -91,7 +91,7 @@ def test_a_mistake_under_a_launcher_is_said_by_who_knows_it(
 
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("lobra.commands.train.train_in_launcher", fail)
+    monkeypatch.setattr("lobra.trainer.run.train_in_launcher", fail)
     monkeypatch.setattr(os, "_exit", leave)
     arguments = [f"--{name}=x" for name in
                  ("model", "trainer-config", "strategy-config", "output-dir")]  # fmt: skip
