@@ -42,19 +42,15 @@ PLANS = {
     "<1,1>x2 <2,1> <1,2>": [(1, 1), (1, 1), (2, 1), (1, 2)],
     "<1,1> <2,2>": [(1, 1), (2, 2)],
     "<2,1> lean <1,1> full <1,1>": [(2, 1, "lean"), (1, 1, "full"), (1, 1)],
+    "<2,1> <1,2>": [(2, 1), (1, 2)],
     "<1,2> <2,2>": [(1, 2), (2, 2)],
     "<4,1> <1,1>": [(4, 1), (1, 1)],  # more shards than key/value heads
     "<1,3> lean": [(1, 3, "lean")],  # four layers on three stages
 }
-# Every family meets both axes, shared key/value heads and stages that differ.
-EVERY_FAMILY = ("<1,2> <2,2>", "<4,1> <1,1>")
-#: In the default tier these families are shown by another plan, or (GLM) by another family.
-DEARER = {
-    **dict.fromkeys(("gemma", "mistral", "qwen2"), ("<4,1> <1,1>",)),
-    **dict.fromkeys(("gemma2", "gemma3_text", "granite", "phi3"), ("<4,1> <1,1>",)),
-    "olmo2": ("<1,2> <2,2>",),
-    **dict.fromkeys(("glm", "glm4"), EVERY_FAMILY),
-}
+# Every family meets both axes; with --all shared key/value heads and stages that differ, too.
+FAMILY_PLAN = "<2,1> <1,2>"
+MORE_FAMILY_PLANS = ("<1,2> <2,2>", "<4,1> <1,1>")
+LLAMA_LONG = ("<1,1> <2,2>", "one <1,1>", FAMILY_PLAN)  # parts of others
 FP32_PLANS = ("one <1,1>", "<1,1>x2 <2,1> <1,2>", "<4,1> <1,1>")
 
 
@@ -126,10 +122,14 @@ def case(family: str, plan: str, batching: str, *marks: Any) -> Any:
     ("family", "plan", "batching"),
     [
         *(
-            case(family, plan, "packed", *([pytest.mark.long] * (plan in DEARER.get(family, ()))))
+            case("llama", plan, "packed", *([pytest.mark.long] * (plan in LLAMA_LONG)))
+            for plan in PLANS
+        ),
+        *(
+            case(family, plan, "packed", *([pytest.mark.long] * (plan != FAMILY_PLAN)))
             for family in FAMILIES
-            for plan in (PLANS if family == "llama" else EVERY_FAMILY)
-            if (family, plan) != ("mistral", "<4,1> <1,1>")  # here Mistral is Llama by another name
+            if family != "llama"
+            for plan in (FAMILY_PLAN, *MORE_FAMILY_PLANS)
         ),
         case("llama", "<1,1>x2 <2,1> <1,2>", "bucketed"),
         case("llama", "one <1,1>", "bucketed", pytest.mark.long),
