@@ -244,4 +244,4 @@ def beside_published(tables: Tables, model: str) -> str:
             points, side = (saved - high, "above") if saved > high else (low - saved, "below")
             place = f"{100 * points:.2f} points {side} it"
         words.append(place)
-    return " and ".join(words)
+    return f"twice {words[0]}" if words[0] == words[1] else " and ".join(words)

@@ -23,7 +23,7 @@ from experiments.provenance import PROVENANCE, read_provenance
 from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
 
-RESULTS = Path("docs/results/2026-11-21-experiments")
+RESULTS = Path("docs/results/2026-11-26-experiments")
 PAGE = Path("docs/reproduction.md")
 Collected = Annotated[
     Path | None, Parameter(name="--collect", help="Folder of experiments to copy tables from.")

@@ -124,7 +124,7 @@ def test_what_is_missing_is_named(
 
 def test_no_bar_stands_on_a_logarithmic_axis(project_root: Path) -> None:
     """Its foot would be anywhere: a length says nothing there."""
-    results = project_root / "docs" / "results" / "2026-11-21-experiments"
+    results = project_root / "docs" / "results" / "2026-11-26-experiments"
     seen = set()
     for name in ("expr_7b", "expr_70b"):
         _, tables = read_experiment(results / name)
