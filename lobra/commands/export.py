@@ -7,8 +7,6 @@ from pathlib import Path
 
 from lobra.common.errors import Problems
 from lobra.common.options import ModelName, as_options
-from lobra.model.folder import resolve_folder
-from lobra.trainer.merge import merge_problems, read_adapter, write_merged
 
 
 @as_options
@@ -46,6 +44,9 @@ def export(*, options: ExportOptions) -> int:
     ConfigError
         With every mistake of the options and the adapters.
     """
+    from lobra.model.folder import resolve_folder
+    from lobra.trainer.merge import merge_problems, read_adapter, write_merged
+
     problems = Problems()
     factors = options.weight or (1.0,) * len(options.adapter)
     if len(factors) != len(options.adapter):

@@ -7,8 +7,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from lobra.common.errors import ConfigError
 from lobra.common.options import (
     Device,
@@ -20,8 +18,6 @@ from lobra.common.options import (
     as_options,
     option_problems,
 )
-from lobra.model.folder import resolve_folder
-from lobra.trainer.generation import Sampling, answers
 
 BASE = "base"
 
@@ -71,6 +67,11 @@ def generate(*, options: GenerateOptions) -> int:
     ConfigError
         With every mistake of the options, the base and the adapters.
     """
+    import torch
+
+    from lobra.model.folder import resolve_folder
+    from lobra.trainer.generation import Sampling, answers
+
     problems = option_problems(options)
     for folder in options.adapter:
         if not (folder / "adapter_config.json").is_file():
