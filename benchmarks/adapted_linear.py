@@ -52,7 +52,11 @@ class WholeStack(JointStack):
     most_ranks = 1 << 30
 
 
-STACKS = {"segments": SegmentStack, "joint": JointStack, "whole": WholeStack}
+STACKS: dict[str, Callable[..., Stack]] = {
+    "segments": SegmentStack,
+    "joint": JointStack,
+    "whole": WholeStack,
+}
 
 
 def make(size: tuple[int, ...], num_tasks: int, device: torch.device) -> dict[str, Run]:
@@ -67,7 +71,7 @@ def make(size: tuple[int, ...], num_tasks: int, device: torch.device) -> dict[st
         task: Slot(task, spec, shape, range(1), torch.float32, device)
         for task, spec in enumerate(specs)
     }
-    like = {"device": device, "dtype": dtype}
+    like: dict[str, Any] = {"device": device, "dtype": dtype}
     weights = [torch.randn(outputs, inputs, **like) for _ in MODULES]
     x_BSi = torch.randn(num_rows, length, inputs, **like, requires_grad=True)
     dy_BSo = torch.randn(num_rows, length, outputs, **like)
@@ -84,7 +88,7 @@ def make(size: tuple[int, ...], num_tasks: int, device: torch.device) -> dict[st
         for places in ((0, 1), (2, 3))
     )
 
-    def stacked(way: type[Stack]) -> Run:
+    def stacked(way: Callable[..., Stack]) -> Run:
         shards = [linear_shards(shape, 1, 0)[module] for module in MODULES]
         stack = way(
             [Site(0, module, inputs, outputs) for module in MODULES], shards,

@@ -76,11 +76,11 @@ class Batch:
 
 def train(method: str, work: Work) -> Measured:
     """Train with one of ``METHODS`` on this rank of the world; return what was measured."""
-    device = torch.device(work.device, dist.get_rank() if work.device == "cuda" else None)
+    device = torch.device(work.device, dist.get_rank() if work.device == "cuda" else 0)
     data = TokenizedDataset.load(work.data_folder)
     model = _model(work)
     if dist.get_rank() == 0:
-        model.save_pretrained(work.adapter_folder)
+        model.save_pretrained(work.adapter_folder)  # type: ignore[operator]
     step_of, parameters = METHODS[method](model, device)
     optimizer = torch.optim.AdamW(parameters, lr=work.learning_rate, foreach=False, weight_decay=0)
     times, losses, tokens, memory = [], [], [], []

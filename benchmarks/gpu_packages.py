@@ -17,8 +17,10 @@ from pathlib import Path
 SETUP = Path(__file__).resolve().parent.parent / "setup.py"
 
 # Importable names of what the parts import themselves.
-MODEL = ("numpy", "scipy", "torch", "transformers", "safetensors", "yaml")
-MODEL += ("cyclopts", "pydantic", "rich")
+MODEL = (
+    *("numpy", "scipy", "torch", "transformers", "safetensors", "yaml"),
+    *("cyclopts", "pydantic", "rich"),
+)
 TRAINER = (*MODEL, "deepspeed", "ortools")
 TESTS = (*TRAINER, "tokenizers", "peft", "pytest")
 NEEDED = {

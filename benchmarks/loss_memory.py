@@ -54,6 +54,7 @@ def measured(
     states.grad = None
     begin = time.perf_counter()
     peak_bytes = peak_bytes_of(lambda: compute(states, weight, targets).backward(), device)
+    assert states.grad is not None
     return {
         "logits": logits,
         "peak MiB": round(peak_bytes / MIB),

@@ -71,13 +71,13 @@ def attention_ways(lengths: list[int], device: torch.device) -> dict[str, Callab
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     packing = Packing.of_lengths(lengths, device)
 
-    def heads(rows: int, length: int) -> list[Tensor]:
-        return [
-            torch.randn(rows, length, number // share, HEAD_DIM, device=device, dtype=dtype)
-            .transpose(1, 2)
-            .requires_grad_()
-            for number in (HEADS, KV_HEADS, KV_HEADS)
-        ]
+    def random_heads(rows: int, length: int, number: int) -> Tensor:
+        size = rows, length, number // share, HEAD_DIM
+        return torch.randn(size, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
+
+    def heads(rows: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        query = random_heads(rows, length, HEADS)
+        return query, random_heads(rows, length, KV_HEADS), random_heads(rows, length, KV_HEADS)
 
     packed, padded = heads(1, sum(lengths)), heads(len(lengths), packing.longest)
     sequence_of_T = torch.repeat_interleave(torch.tensor(lengths)).to(device)
@@ -94,7 +94,8 @@ def attention_ways(lengths: list[int], device: torch.device) -> dict[str, Callab
 
     def flex() -> None:
         if device.type == "cpu":
-            flex_attention(*(x.detach() for x in packed), block_mask=mask, enable_gqa=True)
+            query, key, value = (x.detach() for x in packed)
+            flex_attention(query, key, value, block_mask=mask, enable_gqa=True)
         else:
             backward(compiled(*packed, block_mask=mask, enable_gqa=True))
 

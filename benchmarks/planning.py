@@ -85,7 +85,8 @@ def bench_exact(setting: Setting) -> Iterator[Row]:
     """Gap, step time and seconds of EXACT at every size, and what homogeneous plans take."""
     for num_gpus in setting.gpus:
         problem = setting.problem(num_gpus)
-        start, reached = time.perf_counter(), []
+        start = time.perf_counter()
+        reached: list[float] = []
 
         def progress(message: str, start: float = start, reached: list[float] = reached) -> None:
             if float(message.split("gap ")[1].split(" ")[0]) <= 1.0:
@@ -316,7 +317,8 @@ def bench_packed_plans(setting: Setting) -> Iterator[Row]:
     yield from bench_packed(setting.memory, setting.cost_model, hard_workloads(), few)
 
 
-SUBJECTS: dict[str, Callable[[Setting], Iterator[Row]]] = {
+Subject = Literal["exact", "lobra", "dispatch", "packed_dispatch", "ilp", "buckets", "packed"]
+SUBJECTS: dict[Subject, Callable[[Setting], Iterator[Row]]] = {
     "exact": bench_exact,
     "lobra": bench_lobra,
     "dispatch": bench_dispatch,
@@ -331,9 +333,7 @@ def planning(
     *,
     profile: Path,
     lengths: Path,
-    subject: tuple[
-        Literal["exact", "lobra", "dispatch", "packed_dispatch", "ilp", "buckets", "packed"], ...
-    ] = tuple(SUBJECTS),
+    subject: tuple[Subject, ...] = tuple(SUBJECTS),
     instance: Literal["6tasks", "12tasks", "real12"] = "6tasks",
     cost_model: Kind = "lobra6",
     gpus: tuple[int, ...] = SIZES,

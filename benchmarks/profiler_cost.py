@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from lobra.profiler.cost_model import Kind
 from lobra.profiler.layer_fit import fit_layer
 from lobra.profiler.profiles import TimeProfile, load_time_profile
 
@@ -36,7 +37,7 @@ def spread_rows(profile: TimeProfile, tp: int, count: int) -> np.ndarray:
     return np.array(chosen)
 
 
-def errors(profile: TimeProfile, tp: int, fitted: np.ndarray, kind: str) -> np.ndarray:
+def errors(profile: TimeProfile, tp: int, fitted: np.ndarray, kind: Kind) -> np.ndarray:
     """Return absolute relative errors on the rows of ``tp`` that were not fitted."""
     b, s = profile.mbs.astype(float), profile.seq_len.astype(float)
     fit = fit_layer(b[fitted], s[fitted], profile.time_ms[fitted], kind)

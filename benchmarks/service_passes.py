@@ -167,7 +167,7 @@ class _Trainer:
         def datum() -> Datum:
             length = int(self.generator.integers(max(1, tokens // 8), tokens, endpoint=True))
             ids = self.generator.integers(FIRST_TOKEN, vocabulary, (2, length)).astype(np.int32)
-            return Datum(*ids, np.ones(length))
+            return Datum(ids[0], ids[1], np.ones(length))
 
         return [tuple(datum() for _ in range(data)) for _ in range(steps)]
 

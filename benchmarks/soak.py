@@ -97,7 +97,7 @@ def train_and_look(run: RunSpec) -> RankResult:
                 file.write(json.dumps({"step": order.step, **_held(run)}) + "\n")
         return carry_out(self, order, *state)
 
-    Engine.carry_out = looked_at  # type: ignore[method-assign]
+    Engine.carry_out = looked_at  # type: ignore[method-assign, assignment]
     return train_rank(run)
 
 

@@ -183,9 +183,9 @@ class Methods:
         check_steps({cell.label: found[id(cell)] for cell in every})
         records = {}
         for name, cells in several.items():
-            own = [found[id(cell)] for cell in cells]
-            self.task_records[name] = dict(zip(names, own, strict=True))
-            records[name] = together(own, bench.num_gpus)
+            of_tasks = [found[id(cell)] for cell in cells]
+            self.task_records[name] = dict(zip(names, of_tasks, strict=True))
+            records[name] = together(of_tasks, bench.num_gpus)
         return {**records, **{name: found[id(cell)] for name, cell in single.items()}}
 
     def rows(self) -> Rows:

@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lobra.common.errors import ConfigError
 
@@ -14,7 +14,7 @@ PACKAGES = ("torch", "transformers", "numpy")
 DEVICES = ("auto", "cpu", "cuda")
 
 
-def resolve_device(device: str) -> str:
+def resolve_device(device: str) -> Literal["cpu", "cuda"]:
     """Return "cpu" or "cuda" for "auto", "cpu" or "cuda".
 
     Raises
@@ -25,7 +25,7 @@ def resolve_device(device: str) -> str:
     if device not in DEVICES:
         raise ConfigError(f"device {device!r}: one of {', '.join(DEVICES)} is expected")
     if device == "cpu":
-        return device
+        return "cpu"
     import torch
 
     if torch.cuda.is_available():

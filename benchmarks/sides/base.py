@@ -57,8 +57,10 @@ class PackedAttention:
         flag = "is_causal" in inspect.signature(varlen_attn).parameters
         causal: dict[str, Any] = {"is_causal": True} if flag else {"window_size": (-1, 0)}
         longest = max(self.lengths)
-        rows = [x[0].transpose(0, 1) for x in (query, key, value)]
-        return varlen_attn(*rows, bounds, bounds, longest, longest, **causal)[None]
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        output = varlen_attn(q, k, v, bounds, bounds, longest, longest, **causal)
+        assert isinstance(output, Tensor)  # a pair where more was asked for
+        return output[None]
 
     def _by_length(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         runs = [(length, len(list(run))) for length, run in groupby(self.lengths)]
@@ -66,8 +68,8 @@ class PackedAttention:
         outputs = []
         parts = (x[0].split(sizes, dim=1) for x in (query, key, value))
         for (length, count), *part in zip(runs, *parts, strict=True):
-            rows = [x.unflatten(1, (count, length)).transpose(0, 1) for x in part]
-            output = functional.scaled_dot_product_attention(*rows, is_causal=True)
+            q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in part)
+            output = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
             outputs.append(output.transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs)[None]
 

@@ -54,8 +54,8 @@ class Ours:
             dtype=setting.dtype,
             device=self.device,
         )
-        for task in range(setting.num_tasks):
-            self.stage.load(task, fresh_adapter(setting.job.model, task, setting.rank))
+        for number in range(setting.num_tasks):
+            self.stage.load(number, fresh_adapter(setting.job.model, number, setting.rank))
         layers = setting.job.model.layers
         self.optimizer = AdapterOptimizer(self.stage, world)
         for number, task in enumerate(self.tasks):

@@ -55,7 +55,7 @@ PARTIAL = {
     "rope_parameters": dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5),
     "pad_token_id": 0,
 }
-FAMILIES = {
+FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama": (LlamaConfig, {}),
     "qwen2": (Qwen2Config, {}),  # biases on q, k and v
     "qwen3": (Qwen3Config, {"head_dim": 32, "tie_word_embeddings": True}),  # norms on q and k
@@ -104,7 +104,7 @@ def save_family(family: str, folder: Path, **overrides: Any) -> Path:
     """Save a small random model of a family; biases and norms are random too."""
     torch.manual_seed(0)
     config, own = FAMILIES[family]
-    sizes = dict(
+    sizes: dict[str, Any] = dict(
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=4,
@@ -258,7 +258,7 @@ def gradients_few_logits_at_once(
         chunks.append(head.chunk)
         return losses(head, *args)
 
-    VocabParallelHead.losses = noted  # type: ignore[method-assign]
+    VocabParallelHead.losses = noted  # type: ignore[method-assign, assignment]
     return {**gradients_on_rank(folder, world, num), "chunks": chunks}
 
 

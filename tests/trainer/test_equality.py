@@ -37,7 +37,7 @@ BAR = 1e-8
 FP32_FLOOR = 1e-6  # some units in the last place: where nothing vanishes, all agree
 FP32_ORDERS = 8
 
-PLANS = {
+PLANS: dict[str, list[tuple[Any, ...]]] = {
     "one <1,1>": [(1, 1)],
     "<1,1>x2 <2,1> <1,2>": [(1, 1), (1, 1), (2, 1), (1, 2)],
     "<1,1> <2,2>": [(1, 1), (2, 2)],
@@ -49,7 +49,7 @@ PLANS = {
 }
 # Every family meets both axes; with --all shared key/value heads and stages that differ, too.
 FAMILY_PLAN = "<2,1> <1,2>"
-MORE_FAMILY_PLANS = ("<1,2> <2,2>", "<4,1> <1,1>")
+EVERY_FAMILY = (FAMILY_PLAN, "<1,2> <2,2>", "<4,1> <1,1>")
 LLAMA_LONG = ("<1,1> <2,2>", "one <1,1>", FAMILY_PLAN)  # parts of others
 FP32_PLANS = ("one <1,1>", "<1,1>x2 <2,1> <1,2>", "<4,1> <1,1>")
 
@@ -129,7 +129,7 @@ def case(family: str, plan: str, batching: str, *marks: Any) -> Any:
             case(family, plan, "packed", *([pytest.mark.long] * (plan != FAMILY_PLAN)))
             for family in FAMILIES
             if family != "llama"
-            for plan in (FAMILY_PLAN, *MORE_FAMILY_PLANS)
+            for plan in EVERY_FAMILY
         ),
         case("llama", "<1,1>x2 <2,1> <1,2>", "bucketed"),
         case("llama", "one <1,1>", "bucketed", pytest.mark.long),
