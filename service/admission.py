@@ -80,8 +80,8 @@ class Admission:
         if most_bytes <= self.budget_bytes:
             return None
         return (
-            f"a rank of {group.layout} would take {_gib(most_bytes)} beside micro-batches of "
-            f"{group.max_tokens} tokens, and has {_gib(self.budget_bytes)}"
+            f"a rank of {group.layout} would take {size_text(most_bytes)} beside micro-batches of "
+            f"{group.max_tokens} tokens, and has {size_text(self.budget_bytes)}"
         )
 
     def most_slots(self, adapter: AdapterSize, limit: int) -> int:
@@ -165,5 +165,8 @@ def _estimated(shape: ModelShape, group: ReplicaGroup, precision: str) -> GroupM
     return GroupMemory(group, parts, shape.adapter_elements(*size), ranks=1)
 
 
-def _gib(size: float) -> str:
-    return f"{size / (1 << 30):.2f} GiB"
+def size_text(size_bytes: float) -> str:
+    """Return a size for people, in GiB or MiB."""
+    if size_bytes >= 1 << 30:
+        return f"{size_bytes / (1 << 30):.2f} GiB"
+    return f"{size_bytes / (1 << 20):.1f} MiB"

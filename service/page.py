@@ -10,13 +10,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from lobra.service.admission import size_text
 from lobra.service.charts import bar, lines
 from lobra.service.deployment import Deployment
 from lobra.service.tables import CheckpointRow, ModelRow
 from lobra.service.tally import Activity
 from lobra.service.tenants import Tenant
 
-GIB = 1 << 30
 STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 SCRIPT = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
 
@@ -124,8 +124,8 @@ def _plan(deployment: Deployment) -> list[str]:
             group.layout,
             group.replicas,
             f"{group.max_tokens:,}",
-            f"{own.parts.weight_bytes / GIB:.2f} GiB",
-            f"{admission.budget_bytes / GIB:.2f} GiB",
+            size_text(own.parts.weight_bytes),
+            size_text(admission.budget_bytes),
         )
         for group, own in zip(plan.groups, admission.groups, strict=True)
     ]
@@ -190,7 +190,7 @@ def _replicas(deployment: Deployment, activity: Activity) -> str:
         busy_s = max(sum(record.busy_s[rank] for record in recent) for rank in ranks)
         memory_bytes = max(activity.memory_bytes[rank] for rank in ranks)
         share = busy_s / max(pass_s, 1e-9)
-        memory_text = f"{memory_bytes / GIB:.2f} of {budget_bytes / GIB:.2f} GiB"
+        memory_text = f"{size_text(memory_bytes)} of {size_text(budget_bytes)}"
         rows.append(
             (
                 f"{replica.index} {replica.layout}",
@@ -209,7 +209,6 @@ def _tenants(tenants: Sequence[TenantLine]) -> str:
     rows = []
     for line in tenants:
         own = line.tenant
-        stored = f"{line.stored_bytes / 1e6:,.1f}"
         rows.append(
             (
                 own.name,
@@ -217,14 +216,15 @@ def _tenants(tenants: Sequence[TenantLine]) -> str:
                 f"{line.tokens:,}" + _of(own.tokens_per_minute, " (at most {:,} a minute)"),
                 f"{line.models} of {own.max_models}",
                 f"{line.slots}" + _of(own.slots, " of {}"),
-                stored + _of(own.stored_bytes and own.stored_bytes / 1e6, " of {:,.1f}") + " MB",
+                size_text(line.stored_bytes)
+                + _of(own.stored_bytes and size_text(own.stored_bytes), " of {}"),
             )
         )
     heads = ("tenant", "waiting requests", "tokens computed", "open models", "slots", "stored")
     return _table(heads, rows)
 
 
-def _of(quota: float | None, text: str) -> str:
+def _of(quota: int | str | None, text: str) -> str:
     return "" if quota is None else text.format(quota)
 
 
@@ -257,7 +257,7 @@ def _checkpoints(checkpoints: Sequence[CheckpointRow]) -> str:
         (
             _Html(f"<code>{escape(row.path)}</code>"),
             row.updates,
-            f"{row.size_bytes / 1e6:,.1f} MB",
+            size_text(row.size_bytes),
             _date(row.created_at),
             "" if row.expires_at is None else _date(row.expires_at),
             _Html(_link(row)),
