@@ -29,7 +29,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["lobra", "lobra.*"]),  # follows the links in lobra/
     # Task sets too: a name is looked up there where the working folder has none of it.
-    package_data={"": ["*.yaml"], "lobra": ["py.typed", "trainer_config/*.json"]},
+    package_data={"": ["*.yaml", "*.css", "*.js"], "lobra": ["py.typed", "trainer_config/*.json"]},
     # Enough to plan, simulate and report; versions that were tested are in constraints.txt.
     install_requires=[
         "numpy>=2.0,<3",

@@ -125,7 +125,7 @@ def _running(request: ServeRequest) -> Iterator[Service]:
 def _change(service: Service, backlog: Backlog) -> None:
     """Have the service, which has nothing to do, go on with another backlog."""
     backlog.queues = service.coordinator.backlog.queues
-    service.coordinator.backlog = backlog
+    service.coordinator.backlog = service.coordinator.seats.backlog = backlog
 
 
 class _Finished:

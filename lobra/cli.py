@@ -62,6 +62,8 @@ COMMANDS: dict[str, tuple[str | None, str]] = {
     "keys add": ("lobra.commands.keys:add", "add a tenant and print its key"),
     "keys revoke": ("lobra.commands.keys:revoke", "let a tenant's key open nothing any more"),
     "keys list": ("lobra.commands.keys:show", "list the tenants"),
+    "keys delete-data": ("lobra.commands.keys:delete_data", "delete all of a tenant but its key"),
+    "backup": ("lobra.commands.backup:backup", "copy a service's state folder"),
     "report": ("lobra.commands.report:report", "tables and plots of a run or a simulation"),
     "generate": ("lobra.commands.generate:generate", "what adapters make of a prompt"),
     "export": ("lobra.commands.export:export", "a model with adapters merged into it"),

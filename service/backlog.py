@@ -15,6 +15,7 @@ from lobra.layout.sequences import FloatArray
 from lobra.service.wire import Datum, LossRequest
 
 AGE_LIMIT_S = 30.0  # what has waited longer goes first
+MOST_DATA = 4096  # of a pass: each takes some time however short it is
 LOSS_KINDS = ("forward_backward", "forward")
 
 
@@ -143,21 +144,24 @@ class Backlog:
         if not heads:
             return None
         first = self._by_claim(heads, now)[0]
-        jobs = {
-            model_id: [(job, datum) for job in queue.losses(first) for datum in _left(job)]
-            for model_id, queue in self.queues.items()
+        data = {model_id: _data(queue, first) for model_id, queue in self.queues.items()}
+        following = {
+            model_id: found for model_id, own in data.items() if (found := next(own, None))
         }
-        active = {self.queues[model_id].tenant for model_id, own in jobs.items() if own}
+        active = {self.queues[model_id].tenant for model_id in following}
         for tenant in active:
             self._served[tenant] = max(self._served[tenant], self._least_served)
         chosen: list[tuple[Job, Datum]] = []
         room = max_tokens
-        while waiting := [own[0][0] for own in jobs.values() if own]:
-            job = self._by_claim(waiting, now)[0]
-            size = len(jobs[job.model_id][0][1].tokens)
+        while following and len(chosen) < MOST_DATA:
+            job = self._by_claim([job for job, _ in following.values()], now)[0]
+            entry = following.pop(job.model_id)
+            size = len(entry[1].tokens)
             if chosen and size > room:
                 break
-            chosen.append(jobs[job.model_id].pop(0))
+            chosen.append(entry)
+            if found := next(data[job.model_id], None):
+                following[job.model_id] = found
             room -= size
             self._served[job.tenant] += size
         self._least_served = min(self._served[tenant] for tenant in active)
@@ -178,5 +182,8 @@ def _share(job: Job, other: Job) -> bool:
     return job.kind == other.kind
 
 
-def _left(job: Job) -> tuple[Datum, ...]:
-    return job.data[len(job.logprobs) :]
+def _data(queue: _Queue, first: Job) -> Iterator[tuple[Job, Datum]]:
+    """Yield the data of a model, each with its job, that may share a pass with a job."""
+    for job in queue.losses(first):
+        for datum in job.data[len(job.logprobs) :]:
+            yield job, datum

@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import json
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AliasChoices, BaseModel, Field
+from pydantic import AfterValidator, AliasChoices, BaseModel, Field, model_validator
+
+MOST_METADATA = 1 << 16  # bytes of JSON
+MOST_LIFE_S = 10 * 366 * 86400  # ten years
+MOST_NUMBER = 1 << 31
+
+
+def _is_small_json(value: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return metadata that can be told again as it was sent."""
+    if len(json.dumps(value, allow_nan=False, ensure_ascii=False).encode()) > MOST_METADATA:
+        raise ValueError(f"want at most {MOST_METADATA:,} bytes")
+    return value
+
 
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
-SeqId = Annotated[int, Field(ge=1, lt=1 << 31)]
-Metadata = dict[str, Any] | None
+SeqId = Annotated[int, Field(ge=1, lt=MOST_NUMBER)]
+Number = Annotated[int, Field(ge=0, lt=MOST_NUMBER)]
+LifeS = Annotated[int, Field(ge=1, le=MOST_LIFE_S)]
+Metadata = Annotated[dict[str, Any] | None, AfterValidator(_is_small_json)]
 
 
 class Body(BaseModel):
-    """A body."""
+    """A body, which can be written down as it was sent."""
 
     model_config = {"protected_namespaces": ()}
+
+    @model_validator(mode="after")
+    def _is_json(self) -> Self:
+        self.model_dump_json()  # a ValueError where half a character is sent
+        return self
 
 
 class OfSession(Body):
@@ -43,7 +63,7 @@ class Adapter(Body):
 class CreateModel(OfSession):
     """A model is made."""
 
-    model_seq_id: Annotated[int, Field(ge=0)]
+    model_seq_id: Number
     base_model: str
     user_metadata: Metadata = None
     lora_config: Adapter = Adapter()
@@ -80,8 +100,8 @@ class SaveForSampler(OfModel):
     """A model is written down to be sampled from; without a name a sampling session is made."""
 
     path: Name | None = None
-    sampling_session_seq_id: Annotated[int, Field(ge=0)] | None = None
-    ttl_seconds: Annotated[int, Field(ge=1)] | None = None
+    sampling_session_seq_id: Number | None = None
+    ttl_seconds: LifeS | None = None
     user_metadata: Metadata = None
 
 
@@ -89,7 +109,7 @@ class SaveWeights(OfModel):
     """A model is written down."""
 
     path: Name
-    ttl_seconds: Annotated[int, Field(ge=1)] | None = None
+    ttl_seconds: LifeS | None = None
     overwrite: bool = False
     user_metadata: Metadata = None
 
@@ -100,7 +120,7 @@ class LoadWeights(Body):
     model_id: str | None = None
     seq_id: SeqId | None = None
     session_id: str | None = None
-    model_seq_id: Annotated[int, Field(ge=0)] | None = None
+    model_seq_id: Number | None = None
     base_model: str | None = None
     user_metadata: Metadata = None
     path: str
@@ -111,7 +131,7 @@ class LoadWeights(Body):
 class CreateSampler(OfSession):
     """A sampling session is made."""
 
-    sampling_session_seq_id: Annotated[int, Field(ge=0)]
+    sampling_session_seq_id: Number
     base_model: str | None = None
     model_path: str | None = None
 
@@ -144,7 +164,7 @@ class Sample(Body):
     """Samples are asked for."""
 
     sampling_session_id: str
-    seq_id: Annotated[int, Field(ge=0)]
+    seq_id: Number
     num_samples: Annotated[int, Field(ge=1, le=1024)] = 1
     prompt: Prompt
     sampling_params: SamplingParams
@@ -160,3 +180,9 @@ class RetrieveFuture(Body):
     """A request's result is asked for."""
 
     request_id: str
+
+
+class WeightsInfo(Body):
+    """A checkpoint is asked about."""
+
+    tinker_path: str

@@ -1,8 +1,7 @@
-"""What is served: a base model on a plan, checked before anything is started, and its folders."""
+"""What is served: a base model on a plan, checked before anything is started."""
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +12,7 @@ from typing import Annotated, Literal
 import numpy as np
 from cyclopts import Parameter
 
-from lobra.common import lock
-from lobra.common.documents import read_json
 from lobra.common.errors import ConfigError
-from lobra.common.files import remove_folder, write_atomic
 from lobra.common.options import (
     Device,
     ModelName,
@@ -37,18 +33,21 @@ from lobra.model.fingerprint import fingerprint
 from lobra.model.folder import resolve_folder
 from lobra.planner.packed.dispatch import Cost, packed_costs
 from lobra.profiler.cost_model import CostModel, load_cost_model
+from lobra.profiler.hardware import available_memory_bytes, describe_device
+from lobra.profiler.lookup import own_memory_path
+from lobra.profiler.memory import parse_bytes
 from lobra.profiler.profiles import default_time_path
-from lobra.service.ledger import CheckpointRow, Ledger
+from lobra.service.admission import Admission, admission_of
+from lobra.service.state_folder import StateFolder
 from lobra.service.wire import LossRequest, read_loss_request
 from lobra.trainer.run_spec import RunSpec
 
 log = logging.getLogger(__name__)
 
-DEPLOYMENT_FILE = "deployment.json"
 DEFAULT_MAX_TOKENS = 8192  # of the plan that is deployed where none is given
 ONE_MACHINE = 1 << 30  # all ranks are on this one, however many there are
+CUDA_MEMORY_SHARE = 0.9  # that ranks may take, as `lobra profile memory` has it
 PATH_PREFIX = "tinker://"
-
 
 OptionalPlan = Annotated[
     str | None,
@@ -77,6 +76,11 @@ class ServeRequest:
         Models that are on the ranks at once; others wait in the state folder.
     max_rank
         The largest rank of an adapter.
+    memory_profile
+        CSV tp,pp,sp,max_tokens with its .meta.json; by default the model's, else estimates.
+    memory_budget
+        Of one rank, such as 40GB; by default this machine's free memory by ranks on a CPU, 90 % of
+        the memory on a GPU.
     """
 
     model: ModelName
@@ -91,6 +95,8 @@ class ServeRequest:
     max_slots: PositiveInt = 16
     max_rank: PositiveInt = 128
     time_profile: TimeProfile = None
+    memory_profile: Annotated[Path | None, Parameter(metavar="CSV")] = None
+    memory_budget: Annotated[str | None, Parameter(metavar="SIZE")] = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +115,8 @@ class Deployment:
         What a micro-batch takes on each group of the plan; whether in ms, as profiled.
     max_slots, max_rank
         Models on the ranks at once, and the largest rank of an adapter.
+    admission
+        Which adapters the ranks' memory holds at once.
     """
 
     run: RunSpec
@@ -118,6 +126,12 @@ class Deployment:
     has_times: bool
     max_slots: int
     max_rank: int
+    admission: Admission
+
+    @property
+    def state_folder(self) -> StateFolder:
+        """Where all is kept that must not be forgotten."""
+        return StateFolder(self.run.output_dir)
 
     @property
     def max_context(self) -> int:
@@ -127,22 +141,6 @@ class Deployment:
     def read_loss_request(self, content: bytes) -> LossRequest:
         """Return what a body of ``forward_backward`` asks for; ConfigError says what is wrong."""
         return read_loss_request(content, self.shape.vocab_size, self.run.plan.max_tokens)
-
-    def folder_of(self, path: str) -> Path:
-        """Return the folder of a checkpoint's path; its names are checked when it is made."""
-        model_id, kind, name = path.removeprefix(PATH_PREFIX).split("/")
-        return self.run.output_dir / "models" / model_id.replace(":", "_") / kind / name
-
-    def snapshot_folder(self, model_id: str, seq_id: int) -> Path:
-        """Return the folder of a model's snapshot after a request."""
-        folder = self.run.output_dir / "models" / model_id.replace(":", "_")
-        return folder / "snapshots" / str(seq_id)
-
-    def drop_checkpoint(self, ledger: Ledger, row: CheckpointRow) -> None:
-        """Remove a checkpoint and its files."""
-        ledger.drop_checkpoint(row.path)
-        if (folder := self.folder_of(row.path)).is_dir():
-            remove_folder(folder)
 
 
 def prepare_deployment(request: ServeRequest) -> Deployment:
@@ -180,38 +178,22 @@ def prepare_deployment(request: ServeRequest) -> Deployment:
     if profile.is_file() or request.time_profile is not None:
         with problems.noted():
             cost_model = load_cost_model(request.model, request.time_profile)
+    precision = request.precision or ("bf16" if device == "cuda" else "fp32")
+    admission: Admission | None = None
+    if shape is not None and plan is not None:
+        with problems.noted():
+            admission = _admission(request, shape, plan, precision, device)
     problems.raise_if_any()
-    assert folder and shape and plan and world
+    assert folder and shape and plan and world and admission
     return Deployment(
-        _run(request, folder, shape, plan, world, device),
+        _run(request, folder, shape, plan, world, precision, device),
         shape,
         tuple(dict.fromkeys((request.name or request.model, request.model, folder.name))),
         *_costs(plan, cost_model, profile),
         request.max_slots,
         request.max_rank,
+        admission,
     )
-
-
-def claim_state_folder(deployment: Deployment) -> None:
-    """Make the state folder this process's own, and note which base model it is for.
-
-    Raises
-    ------
-    ConfigError
-        Another service uses it, or it is of another base model.
-    """
-    folder = deployment.run.output_dir
-    folder.mkdir(parents=True, exist_ok=True)
-    lock.hold(folder / "lock", f"--state-dir {folder}", "service", "stop it, or give another")
-    file = folder / DEPLOYMENT_FILE
-    if file.is_file():
-        noted = read_json(file)["base_model"]
-        if noted != deployment.run.fingerprint:
-            raise ConfigError(
-                f"--state-dir {folder}: what is trained there is of another base model; give a "
-                f"folder of its own for {deployment.names[0]}"
-            )
-    write_atomic(file, json.dumps({"base_model": deployment.run.fingerprint}) + "\n")
 
 
 def _plan(request: ServeRequest, shape: ModelShape | None) -> Plan:
@@ -232,10 +214,39 @@ def _device(request: ServeRequest, plan: Plan) -> str:
         return "cpu"
     if plan.num_gpus > found:
         raise ConfigError(
-            f"the plan {plan} needs {plan.num_gpus} GPUs, this machine has {found}; give another "
-            f"plan, or --device cpu to run every rank as a CPU process"
+            f"the plan {plan} needs {plan.num_gpus} GPUs, this machine has {found}, and a service "
+            f"runs on one machine; give another plan, or --device cpu to run every rank as a CPU "
+            f"process"
         )
     return "cuda"
+
+
+def _admission(
+    request: ServeRequest, shape: ModelShape, plan: Plan, precision: str, device: str
+) -> Admission:
+    """Return what the ranks hold; ConfigError if that is not one adapter, the smallest."""
+    if request.memory_budget is not None:
+        budget_bytes = parse_bytes(request.memory_budget)
+    elif device == "cuda":
+        budget_bytes = int(CUDA_MEMORY_SHARE * describe_device(device)["memory_bytes"])
+    else:
+        budget_bytes = available_memory_bytes() // plan.num_gpus
+    profile = request.memory_profile or own_memory_path(request.model, request.max_slots)
+    given = profile if request.memory_profile is not None or profile.is_file() else None
+    admission = admission_of(shape, plan, precision, device, budget_bytes, given)
+    modules = tuple(shape.linear_sizes())
+    if refusal := admission.refusal([(1, modules)]):
+        raise ConfigError(
+            f"{request.strategy_config or plan}: {refusal}, with one adapter of rank 1; give a "
+            f"plan of smaller max_tokens, --memory lean or full, or another --memory-budget"
+        )
+    held = admission.most_slots((request.max_rank, modules), request.max_slots)
+    if held < request.max_slots:
+        log.info(
+            "memory holds %d of the %d slots where all are of rank %d; others wait",
+            held, request.max_slots, request.max_rank,
+        )  # fmt: skip
+    return admission
 
 
 def _costs(plan: Plan, cost_model: CostModel | None, profile: Path) -> tuple[Sequence[Cost], bool]:
@@ -257,7 +268,13 @@ def _by_tokens(num_gpus: int, tokens: IntArray, squares: IntArray) -> np.ndarray
 
 
 def _run(
-    request: ServeRequest, folder: Path, shape: ModelShape, plan: Plan, world: World, device: str
+    request: ServeRequest,
+    folder: Path,
+    shape: ModelShape,
+    plan: Plan,
+    world: World,
+    precision: str,
+    device: str,
 ) -> RunSpec:
     """Return what ranks must know."""
     return RunSpec(
@@ -272,7 +289,7 @@ def _run(
         world=world,
         cost_model=CostModel(shape.num_layers, "fitted", {}),
         output_dir=request.state_dir.resolve(),
-        precision=request.precision or ("bf16" if device == "cuda" else "fp32"),
+        precision=precision,
         device=device,
         num_buckets=1,
         dynamic_buckets=True,

@@ -12,12 +12,17 @@ import numpy as np
 
 from lobra.service.backlog import LOSS_KINDS
 from lobra.service.bodies import Body, CreateModel, CreateSampler, LoadWeights, OfModel, Sample
-from lobra.service.coordinator import Coordinator, sampler_name
+from lobra.service.changes import sampler_name
+from lobra.service.coordinator import Coordinator
 from lobra.service.deployment import PATH_PREFIX, Deployment
-from lobra.service.ledger import (
+from lobra.service.ledger import Ledger
+from lobra.service.quotas import Quotas
+from lobra.service.refusal import Refusal
+from lobra.service.sampler import SampleRequest
+from lobra.service.sampling import Sampling
+from lobra.service.tables import (
     SAMPLE,
     CheckpointRow,
-    Ledger,
     ModelRow,
     RequestRow,
     SamplerRow,
@@ -26,8 +31,6 @@ from lobra.service.ledger import (
     samplers,
     sessions,
 )
-from lobra.service.sampler import SampleRequest
-from lobra.service.sampling import Sampling
 from lobra.service.tenants import Tenant
 
 SESSION_LIFE_S = 600.0  # without a sign of life; then its models make room for others
@@ -36,14 +39,6 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 CHECKPOINT_PATH = re.compile(
     rf"{PATH_PREFIX}[^/]+/(weights|sampler_weights)/[A-Za-z0-9][A-Za-z0-9._-]*"
 )
-
-
-class Refusal(Exception):
-    """Why a request is not accepted: a status of HTTP and a sentence."""
-
-    def __init__(self, status: int, sentence: str) -> None:
-        super().__init__(sentence)
-        self.status = status
 
 
 class Intake:
@@ -66,21 +61,25 @@ class Intake:
         self._lock = threading.RLock()
         self._started_at = time.monotonic()
         self._seen_at: dict[str, float] = {}  # of a session since the start (monotonic)
-        self._tokens: dict[str, tuple[float, float]] = {}  # of a tenant: left, when (monotonic)
+        self._quotas = Quotas(ledger)
 
     # -- whose it is ----------------------------------------------------------------------------
 
     def new_session(self, tenant: Tenant) -> str:
         """Return the name of a new session of a tenant."""
-        name = secrets.token_hex(16)
-        self._seen_at[name] = time.monotonic()
+        name, now = secrets.token_hex(16), time.monotonic()
+        with self._lock:
+            seen = self._seen_at.items()
+            self._seen_at = {one: at for one, at in seen if now - at <= SESSION_LIFE_S}
+            self._seen_at[name] = now
         self.ledger.insert(sessions, {"id": name, "tenant": tenant.name, "created_at": time.time()})
         return name
 
     def heartbeat(self, tenant: Tenant, session_id: str) -> None:
         """Note that a session goes on."""
         self.check_session(tenant, session_id)
-        self._seen_at[session_id] = time.monotonic()
+        with self._lock:
+            self._seen_at[session_id] = time.monotonic()
 
     def _live_models(self, tenant: Tenant) -> int:
         """Return how many models a tenant has open; those of sessions that ended are closed."""
@@ -119,7 +118,7 @@ class Intake:
         """Return a tenant's checkpoint."""
         row = self.ledger.checkpoint(path) if CHECKPOINT_PATH.fullmatch(path) else None
         if row is None or row.tenant != tenant.name:
-            raise Refusal(404, f"{path}: there is no such checkpoint")
+            raise Refusal(404, f"{path!r}: there is no such checkpoint")
         return row
 
     # -- requests -------------------------------------------------------------------------------
@@ -163,19 +162,16 @@ class Intake:
             names = self.deployment.names[0]
             raise Refusal(400, f"base_model {body.base_model!r}: this service trains {names}")
         model_id = f"{body.session_id}:train:{body.model_seq_id}"
+        rank, modules, seed = adapter
+        if refusal := self.deployment.admission.refusal([(rank, modules)]):
+            raise Refusal(400, f"rank {rank}: {refusal}; ask for a smaller one")
         with self._lock:
             if self.ledger.model(model_id) is None:
-                if self._live_models(tenant) >= tenant.max_models:
-                    raise Refusal(
-                        403,
-                        f"tenant {tenant.name} has {tenant.max_models} models open, which is the "
-                        f"most; unload one",
-                    )
-                rank, modules, seed = adapter
+                self._quotas.check_models(tenant, self._live_models(tenant))
                 metadata = body.user_metadata or {}
                 row = ModelRow(
                     model_id, tenant.name, body.session_id, rank, modules, seed, metadata,
-                    time.time(), snapshot_seq=-1,
+                    time.time(),
                 )  # fmt: skip
                 self.ledger.insert(models, vars(row))
         return self.submit(tenant, model_id, 0, kind, _content(body), body.model_dump())
@@ -205,7 +201,8 @@ class Intake:
             if seq_id <= model.snapshot_seq:
                 raise Refusal(410, f"model {model_id}: its request {seq_id} is long over")
             if kind in LOSS_KINDS:
-                self._spend(tenant, content.num_tokens)
+                self._quotas.check_room(tenant, model_id, seq_id)
+                self._quotas.spend(tenant, content.num_tokens)
             row = RequestRow(
                 secrets.token_hex(16), tenant.name, model_id, seq_id, kind, body, time.time()
             )
@@ -252,7 +249,8 @@ class Intake:
             known = self.ledger.request_id(body.sampling_session_id, body.seq_id)
             if known is not None:
                 return self.request(tenant, known)
-            self._spend(tenant, len(tokens) * body.num_samples)
+            self._quotas.check_room(tenant, body.sampling_session_id, body.seq_id)
+            self._quotas.spend(tenant, len(tokens) * body.num_samples)
             row = RequestRow(
                 secrets.token_hex(16), tenant.name, body.sampling_session_id, body.seq_id, SAMPLE,
                 _content(body), time.time(),
@@ -267,6 +265,9 @@ class Intake:
         assert sampler is not None and params.seed is not None
         prompt = [token for chunk in body.prompt.chunks for token in chunk.tokens]
         stops = [params.stop] if isinstance(params.stop, str) else params.stop or []
+        found = self.ledger.checkpoint(sampler.path) if sampler.path else None
+        if sampler.path and found is None:
+            return self.sampling.give_up(row.id)
         content = SampleRequest(
             np.array(prompt, dtype=np.int32),
             body.num_samples,
@@ -278,23 +279,9 @@ class Intake:
             tuple(stop for stop in stops if isinstance(stop, int)),
             tuple(stop for stop in stops if isinstance(stop, str)),
             bool(body.prompt_logprobs),
-            self.deployment.folder_of(sampler.path) if sampler.path else None,
+            None if found is None else self.deployment.state_folder.checkpoint(found),
         )
-        self.sampling.submit(row.id, content)
-
-    def _spend(self, tenant: Tenant, tokens: int) -> None:
-        """Count tokens against a tenant's rate: it may overdraw it once, then has to wait."""
-        if tenant.tokens_per_minute is None:
-            return
-        now = time.monotonic()
-        left, since = self._tokens.get(tenant.name, (float(tenant.tokens_per_minute), now))
-        gained = (now - since) * tenant.tokens_per_minute / 60.0
-        left = min(float(tenant.tokens_per_minute), left + gained)
-        if left <= 0:
-            raise Refusal(
-                429, f"tenant {tenant.name} may send {tenant.tokens_per_minute} tokens a minute"
-            )
-        self._tokens[tenant.name] = (left - tokens, now)
+        self.sampling.submit(row.id, row.tenant, content)
 
 
 def _content(body: Body) -> bytes:

@@ -9,171 +9,32 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy import BigInteger, Boolean, Float, Integer, LargeBinary, String, Text
 
 from lobra.common.errors import ConfigError
+from lobra.service.state_folder import LEDGER_FILE
+from lobra.service.tables import (
+    JSON_COLUMNS,
+    OF_TENANTS,
+    SAMPLE,
+    CheckpointRow,
+    ModelRow,
+    RequestRow,
+    SamplerRow,
+    checkpoints,
+    losses,
+    metadata,
+    models,
+    requests,
+    samplers,
+    sessions,
+)
 
-FILE = "ledger.sqlite"
-FORMAT = 1
-SAMPLE = "sample"  # the kind of requests that are of a sampling session, not of a model
+FORMAT = 2
 RESULT_LIFE_S = 3600.0  # how long a result may be asked for again
-
-_metadata = sa.MetaData()
-
-
-def _table(name: str, *columns: sa.Column[Any] | sa.UniqueConstraint) -> sa.Table:
-    return sa.Table(name, _metadata, *columns)
-
-
-tenants = _table(
-    "tenants",
-    sa.Column("name", String, primary_key=True),
-    sa.Column("key_hash", String, unique=True, nullable=False),
-    sa.Column("created_at", Float, nullable=False),
-    sa.Column("tokens_per_minute", BigInteger),
-    sa.Column("max_models", Integer),
-    sa.Column("is_operator", Boolean, nullable=False),
-)
-sessions = _table(
-    "sessions",
-    sa.Column("id", String, primary_key=True),
-    sa.Column("tenant", String, nullable=False),
-    sa.Column("created_at", Float, nullable=False),
-)
-models = _table(
-    "models",
-    sa.Column("id", String, primary_key=True),
-    sa.Column("tenant", String, nullable=False),
-    sa.Column("session_id", String, nullable=False),
-    sa.Column("rank", Integer, nullable=False),
-    sa.Column("target_modules", Text, nullable=False),
-    sa.Column("seed", BigInteger, nullable=False),
-    sa.Column("user_metadata", Text, nullable=False),
-    sa.Column("created_at", Float, nullable=False),
-    sa.Column("is_open", Boolean, nullable=False),
-    sa.Column("snapshot", String, nullable=False),
-    sa.Column("snapshot_seq", Integer, nullable=False),
-    sa.Column("snapshot_updates", Integer, nullable=False),
-)
-requests = _table(
-    "requests",
-    sa.Column("id", String, primary_key=True),
-    sa.Column("tenant", String, nullable=False),
-    sa.Column("model_id", String, nullable=False),
-    sa.Column("seq_id", Integer, nullable=False),
-    sa.Column("kind", String, nullable=False),
-    sa.Column("body", LargeBinary),
-    sa.Column("arrived_at", Float, nullable=False),
-    sa.Column("finished_at", Float),
-    sa.Column("tries", Integer, nullable=False),
-    sa.Column("result", LargeBinary),
-    sa.Column("error", Text),
-    sa.UniqueConstraint("model_id", "seq_id"),
-)
-samplers = _table(
-    "samplers",
-    sa.Column("id", String, primary_key=True),
-    sa.Column("tenant", String, nullable=False),
-    sa.Column("path", String, nullable=False),
-)
-checkpoints = _table(
-    "checkpoints",
-    sa.Column("path", String, primary_key=True),
-    sa.Column("tenant", String, nullable=False),
-    sa.Column("model_id", String, nullable=False),
-    sa.Column("kind", String, nullable=False),
-    sa.Column("name", String, nullable=False),
-    sa.Column("updates", Integer, nullable=False),
-    sa.Column("size_bytes", BigInteger, nullable=False),
-    sa.Column("user_metadata", Text, nullable=False),
-    sa.Column("created_at", Float, nullable=False),
-    sa.Column("expires_at", Float),
-)
-
-
-@dataclass(frozen=True)
-class ModelRow:
-    """A model: an adapter that a tenant trains.
-
-    Attributes
-    ----------
-    id, tenant, session_id
-        Its name, its owner, and the session that made it.
-    rank, target_modules, seed
-        What its adapter is.
-    user_metadata
-        What its owner notes of it.
-    created_at
-        Seconds since the epoch.
-    is_open
-        Whether it may still be trained.
-    snapshot, snapshot_seq, snapshot_updates
-        The folder of its last snapshot ("": it starts fresh), the request it was made after, and
-        the updates until then.
-    """
-
-    id: str
-    tenant: str
-    session_id: str
-    rank: int
-    target_modules: tuple[str, ...]
-    seed: int
-    user_metadata: dict[str, Any]
-    created_at: float
-    is_open: bool = True
-    snapshot: str = ""
-    snapshot_seq: int = 0
-    snapshot_updates: int = 0
-
-
-@dataclass(frozen=True)
-class RequestRow:
-    """A request that was accepted; finished, it has a result or an error.
-
-    `tries` counts how often it was begun to be computed.
-    """
-
-    id: str
-    tenant: str
-    model_id: str
-    seq_id: int
-    kind: str
-    body: bytes | None
-    arrived_at: float
-    finished_at: float | None = None
-    tries: int = 0
-    result: bytes | None = None
-    error: str | None = None
-
-
-@dataclass(frozen=True)
-class CheckpointRow:
-    """A checkpoint by its path, `tinker://<model>/<kind>/<name>`."""
-
-    path: str
-    tenant: str
-    model_id: str
-    kind: str
-    name: str
-    updates: int
-    size_bytes: int
-    user_metadata: dict[str, Any]
-    created_at: float
-    expires_at: float | None = None
-
-
-@dataclass(frozen=True)
-class SamplerRow:
-    """A sampling session: a checkpoint that is sampled from, or (no path) the base model."""
-
-    id: str
-    tenant: str
-    path: str
 
 
 class Ledger:
@@ -188,7 +49,7 @@ class Ledger:
             Another version wrote it.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / FILE
+        self.path = folder / LEDGER_FILE
         self.engine = sa.create_engine(f"sqlite:///{self.path}", connect_args={"timeout": 60})
         sa.event.listen(self.engine, "connect", _durable)
         with self.engine.begin() as connection:
@@ -199,7 +60,7 @@ class Ledger:
                     f"version that wrote it or another --state-dir"
                 )
             connection.exec_driver_sql(f"PRAGMA user_version = {FORMAT}")
-            _metadata.create_all(connection)
+            metadata.create_all(connection)
 
     def insert(self, table: sa.Table, values: Mapping[str, Any]) -> bool:
         """Add a row; return whether it is new."""
@@ -214,6 +75,11 @@ class Ledger:
         """Return what a query finds."""
         with self.engine.connect() as connection:
             return [_as_values(row) for row in connection.execute(query).mappings()]
+
+    def number(self, query: sa.Select[Any]) -> Any:
+        """Return the one value that a query finds, None where there is none."""
+        with self.engine.connect() as connection:
+            return connection.execute(query).scalar()
 
     def execute(self, *statements: sa.UpdateBase) -> int:
         """Carry statements out, all or none; return how many rows the first one changed."""
@@ -233,13 +99,28 @@ class Ledger:
         query = sa.select(models).where(models.c.is_open).order_by(models.c.created_at.desc())
         return [ModelRow(**row) for row in self.rows(_only(query, models, tenant))]
 
+    def losses_of(self, model_id: str, most: int) -> list[float]:
+        """Return the mean losses of a model's updates, as many evenly spread ones at most."""
+        own = losses.c.model_id == model_id
+        count = self.number(sa.select(sa.func.max(losses.c.updates)).where(own)) or 0
+        every = -(-count // most) or 1
+        query = sa.select(losses.c.loss).where(own, losses.c.updates % every == count % every)
+        return [row["loss"] for row in self.rows(query.order_by(losses.c.updates))]
+
     def waiting(self, tenant: str | None) -> dict[str, int]:
-        """Return how many requests of a tenant have no result yet; None: of everybody."""
+        """Return how many requests of each model of a tenant have no result; None: everybody's."""
+        query = sa.select(requests.c.model_id, sa.func.count().label("count")).where(
+            requests.c.finished_at.is_(None)
+        )
+        rows = self.rows(_only(query, requests, tenant).group_by(requests.c.model_id))
+        return {row["model_id"]: row["count"] for row in rows}
+
+    def waiting_of_tenants(self) -> dict[str, int]:
+        """Return how many requests of each tenant have no result."""
         query = sa.select(requests.c.tenant, sa.func.count().label("count")).where(
             requests.c.finished_at.is_(None)
         )
-        rows = self.rows(_only(query, requests, tenant).group_by(requests.c.tenant))
-        return {row["tenant"]: row["count"] for row in rows}
+        return {row["tenant"]: row["count"] for row in self.rows(query.group_by(requests.c.tenant))}
 
     def close_model(self, model_id: str) -> None:
         """Note that a model is trained no more."""
@@ -259,24 +140,28 @@ class Ledger:
             found = connection.execute(query.where(join, models.c.id == model_id)).one()
         return max(number for number in found if number is not None)
 
-    def last_arrival(self, model_id: str) -> float | None:
-        """Return when a model was last asked for, None if that is not remembered."""
-        query = sa.select(sa.func.max(requests.c.arrived_at).label("at"))
-        found: float | None = self.rows(query.where(requests.c.model_id == model_id))[0]["at"]
-        return found
+    def last_use(self, model: ModelRow) -> float:
+        """Return when a model was last asked for, or written down after that."""
+        arrival = self.number(
+            sa.select(sa.func.max(requests.c.arrived_at)).where(requests.c.model_id == model.id)
+        )
+        return max(model.created_at, model.snapshot_at, arrival or 0.0)
 
     def tenant_of_session(self, session_id: str) -> str | None:
         """Return whose a session is, None if there is none of that name."""
-        found = self.rows(sa.select(sessions.c.tenant).where(sessions.c.id == session_id))
-        return found[0]["tenant"] if found else None
+        found: str | None = self.number(
+            sa.select(sessions.c.tenant).where(sessions.c.id == session_id)
+        )
+        return found
 
     def request_id(self, model_id: str, seq_id: int) -> str | None:
         """Return the name of a model's request, None if there is none of that number."""
-        query = sa.select(requests.c.id).where(
-            requests.c.model_id == model_id, requests.c.seq_id == seq_id
+        found: str | None = self.number(
+            sa.select(requests.c.id).where(
+                requests.c.model_id == model_id, requests.c.seq_id == seq_id
+            )
         )
-        found = self.rows(query)
-        return found[0]["id"] if found else None
+        return found
 
     def requests_after(self, model_id: str, seq_id: int) -> list[RequestRow]:
         """Return a model's requests after one, finished ones too, in order."""
@@ -317,6 +202,12 @@ class Ledger:
         own = requests.update().where(requests.c.id.in_(list(request_ids)))
         self.execute(own.values(tries=requests.c.tries + 1))
 
+    def forget_tries(self, model_id: str) -> None:
+        """Note that what was begun of a model was not ended by a fault of its own."""
+        unfinished = requests.c.finished_at.is_(None)
+        own = requests.update().where(requests.c.model_id == model_id, unfinished)
+        self.execute(own.values(tries=0))
+
     def finish(
         self,
         request_id: str,
@@ -329,7 +220,7 @@ class Ledger:
         finished = requests.update().where(requests.c.id == request_id).values(**values)
         self.execute(finished, *also)
 
-    # -- checkpoints ----------------------------------------------------------------------------
+    # -- what is kept ---------------------------------------------------------------------------
 
     def checkpoint(self, path: str) -> CheckpointRow | None:
         """Return a checkpoint, None if there is none of that path."""
@@ -355,6 +246,41 @@ class Ledger:
         """Forget a checkpoint."""
         self.execute(checkpoints.delete().where(checkpoints.c.path == path))
 
+    def stored_bytes(self, tenant: str) -> int:
+        """Return what a tenant's checkpoints, and the bodies and results of its requests, take."""
+        body, result = (sa.func.length(column) for column in (requests.c.body, requests.c.result))
+        content = sa.func.coalesce(body, 0) + sa.func.coalesce(result, 0)
+        return sum(
+            self.number(sa.select(sa.func.sum(size)).where(table.c.tenant == tenant)) or 0
+            for table, size in ((checkpoints, checkpoints.c.size_bytes), (requests, content))
+        )
+
+    def waiting_bytes(self, tenant: str) -> int:
+        """Return what the bodies of a tenant's requests without a result take."""
+        own = (requests.c.tenant == tenant, requests.c.finished_at.is_(None))
+        size = sa.func.sum(sa.func.length(requests.c.body))
+        return self.number(sa.select(size).where(*own)) or 0
+
+    def first_waiting(self, model_id: str) -> int | None:
+        """Return the number of a model's first request without a result, None if all have one."""
+        own = (requests.c.model_id == model_id, requests.c.finished_at.is_(None))
+        found: int | None = self.number(sa.select(sa.func.min(requests.c.seq_id)).where(*own))
+        return found
+
+    def delete_rows_of(self, tenant: str) -> None:
+        """Forget all of a tenant but its key; nothing of it is left in the file either."""
+        own_models = sa.select(models.c.id).where(models.c.tenant == tenant)
+        statements = [
+            losses.delete().where(losses.c.model_id.in_(own_models)),
+            *(table.delete().where(table.c.tenant == tenant) for table in OF_TENANTS),
+        ]
+        with self.engine.connect() as connection:
+            connection.exec_driver_sql("PRAGMA secure_delete = ON")
+            for statement in statements:
+                connection.execute(statement)
+            connection.commit()
+            connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+
 
 # What else may become of a request (`Ledger.finish`).
 
@@ -364,15 +290,24 @@ def with_row(table: sa.Table, row: Any) -> sa.UpdateBase:
     return table.insert().prefix_with("OR REPLACE").values(**_as_columns(vars(row)))
 
 
-def with_snapshot(
-    model_id: str, folder: Path, seq_id: int, updates: int
-) -> tuple[sa.UpdateBase, ...]:
+def with_loss(model_id: str, updates: int, loss: float) -> sa.UpdateBase:
+    """Return what notes the mean loss of a model's last update of so many."""
+    values = {"model_id": model_id, "updates": updates, "loss": loss}
+    return losses.insert().prefix_with("OR REPLACE").values(**values)
+
+
+def without_body(request_id: str) -> sa.UpdateBase:
+    """Return what forgets what was asked for, where carrying it out again would change nothing."""
+    return requests.update().where(requests.c.id == request_id).values(body=None)
+
+
+def with_snapshot(model_id: str, seq_id: int, updates: int) -> tuple[sa.UpdateBase, ...]:
     """Return what notes a model's snapshot; what led to it needs not be remembered."""
     own = (requests.c.model_id == model_id, requests.c.seq_id <= seq_id)
     return (
         models.update()
         .where(models.c.id == model_id)
-        .values(snapshot=str(folder), snapshot_seq=seq_id, snapshot_updates=updates),
+        .values(snapshot_seq=seq_id, snapshot_updates=updates, snapshot_at=time.time()),
         requests.update().where(*own).values(body=None),
         requests.delete().where(*own, requests.c.finished_at < time.time() - RESULT_LIFE_S),
     )
@@ -382,15 +317,12 @@ def _only(query: sa.Select[Any], table: sa.Table, tenant: str | None) -> sa.Sele
     return query if tenant is None else query.where(table.c.tenant == tenant)
 
 
-_JSON_COLUMNS = ("target_modules", "user_metadata")
-
-
 def _as_columns(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: json.dumps(v) if k in _JSON_COLUMNS else v for k, v in values.items()}
+    return {k: json.dumps(v) if k in JSON_COLUMNS else v for k, v in values.items()}
 
 
 def _as_values(columns: sa.RowMapping) -> dict[str, Any]:
-    values = {k: json.loads(v) if k in _JSON_COLUMNS else v for k, v in columns.items()}
+    values = {k: json.loads(v) if k in JSON_COLUMNS else v for k, v in columns.items()}
     if "target_modules" in values:
         values["target_modules"] = tuple(values["target_modules"])
     return values

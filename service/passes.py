@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from lobra.planner.assignment import Assignment
 from lobra.planner.packed.dispatch import dispatch_packed
 from lobra.service.backlog import Job, Pass
 from lobra.service.deployment import Deployment
-from lobra.service.tally import Tally
+from lobra.service.tally import PassRecord, Tally
 from lobra.service.wire import Datum
 from lobra.trainer.orders import order_of
 from lobra.trainer.step_report import StepReport
@@ -96,15 +97,12 @@ class PassRunner:
     def _count(
         self, entries: Entries, assignment: Assignment, report: StepReport, pass_s: float
     ) -> None:
-        tally = self.tally
-        tally.passes += 1
-        tally.pass_s += pass_s
-        tally.predicted_s += assignment.step_time_s if self.deployment.has_times else 0.0
-        before = tally.busy_s or [0.0] * len(report.busy_s)
-        tally.busy_s = [sum(pair) for pair in zip(before, report.busy_s, strict=True)]
-        tally.memory_bytes = list(report.memory_bytes)
+        tokens: Counter[str] = Counter()
         for job, datum in entries:
-            tally.tokens[job.tenant] += len(datum.tokens)
+            tokens[job.tenant] += len(datum.tokens)
+        predicted_s = assignment.step_time_s if self.deployment.has_times else None
+        record = PassRecord(pass_s, predicted_s, report.busy_s, report.memory_bytes)
+        self.tally.note_pass(record, tokens)
 
 
 def summed_loss(job: Job) -> float:
@@ -118,6 +116,6 @@ def summed_loss(job: Job) -> float:
     )
 
 
-def mean_loss(job: Job, loss: float) -> float:
-    """Return a job's loss by its tokens' absolute weights."""
-    return loss / max(sum(float(np.abs(datum.weights).sum()) for datum in job.data), 1e-12)
+def weight_of(job: Job) -> float:
+    """Return the absolute weights that a job's loss is a sum of."""
+    return sum(float(np.abs(datum.weights).sum()) for datum in job.data)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -28,6 +28,7 @@ from lobra.trainer.adapters import CONFIG_FILE, WEIGHTS_FILE
 
 PEFT_PREFIX = "base_model.model."
 ADAPTERS_KEPT = 8
+MOST_ROWS = 64  # sequences drawn at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +52,8 @@ class SampleRequest:
         Whether the prompt's logprobs are wanted.
     adapter
         The folder of the adapter; None: the base model's own.
+    row_bytes
+        What one of its sequences takes while it is drawn.
     """
 
     prompt: TokenArray
@@ -64,6 +67,13 @@ class SampleRequest:
     stop_texts: tuple[str, ...]
     prompt_logprobs: bool
     adapter: Path | None
+    row_bytes: int = 0
+
+    def divided(self, most_rows: int) -> Iterator[SampleRequest]:
+        """Yield requests of at most so many sequences, which together are those of this one."""
+        for done in range(0, self.num_samples, most_rows):
+            count = min(most_rows, self.num_samples - done)
+            yield replace(self, num_samples=count, seed=self.seed + done)
 
 
 @dataclass(eq=False)
@@ -83,9 +93,11 @@ class SampleResult:
     prompt_logprobs: FloatArray | None
 
 
-def sample_for_ever(connection: Connection, folder: Path, precision: str, device: str) -> None:
+def sample_for_ever(
+    connection: Connection, folder: Path, precision: str, device: str, free_bytes: int
+) -> None:
     """Answer lists of requests with lists of results, until the other end is closed."""
-    sampler = Sampler(folder, precision, device)
+    sampler = Sampler(folder, precision, device, free_bytes)
     while True:
         try:
             requests = connection.recv()
@@ -95,11 +107,20 @@ def sample_for_ever(connection: Connection, folder: Path, precision: str, device
 
 
 class Sampler:
-    """The base model with transformers' own forward pass and cache."""
+    """The base model with transformers' own forward pass and cache.
 
-    def __init__(self, folder: Path, precision: str, device: str) -> None:
+    Attributes
+    ----------
+    free_bytes
+        What the sequences that are drawn at once may take.
+    """
+
+    def __init__(
+        self, folder: Path, precision: str, device: str, free_bytes: int = 1 << 40
+    ) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        self.free_bytes = free_bytes
         self.device = torch.device(device)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[precision])
         self.model = model.to(self.device).eval()
@@ -129,22 +150,54 @@ class Sampler:
 
     @torch.no_grad()
     def sample(self, requests: Sequence[SampleRequest]) -> list[SampleResult]:
-        """Return the results of requests, in order."""
-        order = sorted(range(len(requests)), key=lambda place: str(requests[place].adapter))
-        batch = [requests[place] for place in order]
-        results = self._sample(batch)
-        return [results[order.index(place)] for place in range(len(requests))]
+        """Return the results of requests, in order, drawn as many at once as memory holds."""
+        pieces = [
+            (place, piece)
+            for place, request in enumerate(requests)
+            for piece in request.divided(self._most_rows(request))
+        ]
+        pieces.sort(key=lambda entry: (str(entry[1].adapter), entry[0]))
+        found: list[list[SampleResult]] = [[] for _ in requests]
+        for batch in self._batches(pieces):
+            for (place, _), result in zip(batch, self._sample([p for _, p in batch]), strict=True):
+                found[place].append(result)
+        return [
+            SampleResult(
+                tuple(sequence for part in parts for sequence in part.sequences),
+                parts[0].prompt_logprobs,
+            )
+            for parts in found
+        ]
+
+    def _most_rows(self, request: SampleRequest) -> int:
+        return max(1, min(MOST_ROWS, self.free_bytes // max(1, request.row_bytes)))
+
+    def _batches(
+        self, pieces: Sequence[tuple[int, SampleRequest]]
+    ) -> Iterator[list[tuple[int, SampleRequest]]]:
+        """Yield pieces that are drawn at once; a row is padded to the largest of its batch."""
+        batch: list[tuple[int, SampleRequest]] = []
+        for entry in pieces:
+            together = [piece for _, piece in (*batch, entry)]
+            rows = sum(piece.num_samples for piece in together)
+            if batch and rows > min(map(self._most_rows, together)):
+                yield batch
+                batch = []
+            batch.append(entry)
+        yield batch
 
     def _sample(self, requests: list[SampleRequest]) -> list[SampleResult]:
         """Return the results of requests that are sorted by adapter."""
         tokens_BS, mask_BS = self._padded(requests)
         adapters = [request.adapter for request in requests]
+        wants_prompt = any(request.prompt_logprobs for request in requests)
         with self._adapted(adapters):
             output = self.model(
                 input_ids=tokens_BS,
                 attention_mask=mask_BS,
                 position_ids=_positions(mask_BS),
                 use_cache=True,
+                logits_to_keep=0 if wants_prompt else 1,
             )
         prompts = [
             self._prompt_logprobs(*pair) for pair in zip(requests, output.logits, strict=True)

@@ -17,7 +17,7 @@ from lobra.common.errors import ConfigError
 from lobra.model.launch import run_ranks
 from lobra.service.app import make_app
 from lobra.service.coordinator import Coordinator
-from lobra.service.deployment import Deployment, claim_state_folder
+from lobra.service.deployment import Deployment
 from lobra.service.engine_link import EngineLink
 from lobra.service.intake import Intake
 from lobra.service.ledger import Ledger
@@ -51,7 +51,7 @@ class Service:
         ConfigError
             Another process has one of them, or the folder is of another base model.
         """
-        claim_state_folder(deployment)
+        deployment.state_folder.claim(deployment.run.fingerprint, deployment.names[0])
         self.deployment = deployment
         self.ledger = Ledger(deployment.run.output_dir)
         self.socket = _bound(host, port)
@@ -59,7 +59,7 @@ class Service:
         self.first_key: str | None = None
         if not all_tenants(self.ledger):
             self.first_key = add_tenant(self.ledger, FIRST_TENANT, is_operator=True)
-        waiters = Waiters()
+        self.waiters = waiters = Waiters()
         self.coordinator = Coordinator(deployment, self.ledger, waiters.finished)
         self.sampling = Sampling(deployment, self.ledger, waiters.finished)
         self.intake = Intake(deployment, self.ledger, self.coordinator, self.sampling)

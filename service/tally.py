@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-MOST_LOSSES = 200  # of a model that are kept for its curve
+RECENT_PASSES = 120  # that the page draws
 
 
-@dataclass
-class Tally:
-    """Counts and sums.
+@dataclass(frozen=True)
+class PassRecord:
+    """One pass.
+
+    Attributes
+    ----------
+    pass_s, predicted_s
+        Its time, and what was predicted for it (None: there is no time profile).
+    busy_s, memory_bytes
+        Of each rank, the seconds it computed, and the most memory it had in use.
+    """
+
+    pass_s: float
+    predicted_s: float | None
+    busy_s: tuple[float, ...]
+    memory_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Activity:
+    """What a `Tally` had counted at some time.
 
     Attributes
     ----------
@@ -23,39 +42,89 @@ class Tally:
         Of each tenant, the tokens that were computed.
     busy_s
         Of each rank, the seconds it computed.
-    memory_bytes
-        Of each rank, the most memory it had in use in the last order.
-    losses
-        Of each model the mean losses of its last requests, the latest last.
+    recent
+        The last passes, the latest last.
     """
 
-    passes: int = 0
-    pass_s: float = 0.0
-    predicted_s: float = 0.0
-    updates: int = 0
-    tokens: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-    busy_s: list[float] = field(default_factory=list)
-    memory_bytes: list[int] = field(default_factory=list)
-    losses: dict[str, deque[float]] = field(
-        default_factory=lambda: defaultdict(lambda: deque(maxlen=MOST_LOSSES))
-    )
+    passes: int
+    pass_s: float
+    predicted_s: float
+    updates: int
+    tokens: Mapping[str, int]
+    busy_s: Sequence[float]
+    recent: Sequence[PassRecord]
+
+    @property
+    def memory_bytes(self) -> Sequence[int]:
+        """Of each rank the most memory it had in use in the last pass."""
+        return self.recent[-1].memory_bytes if self.recent else ()
 
 
-def as_prometheus(tally: Tally, waiting: dict[str, int], slots: int) -> str:
-    """Return the tally in Prometheus's text format; ``waiting`` are each tenant's requests."""
-    busy = {f'rank="{rank}"': value for rank, value in enumerate(tally.busy_s)}
-    memory = {f'rank="{rank}"': value for rank, value in enumerate(tally.memory_bytes)}
+class Tally:
+    """Counts and sums. Its methods may be called from any thread.
+
+    Attributes
+    ----------
+    passes, updates
+        Passes and optimiser steps so far.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.passes = 0
+        self.updates = 0
+        self._pass_s = 0.0
+        self._predicted_s = 0.0
+        self._tokens: dict[str, int] = {}
+        self._busy_s: list[float] = []
+        self._recent: deque[PassRecord] = deque(maxlen=RECENT_PASSES)
+
+    def note_pass(self, record: PassRecord, tokens: Mapping[str, int]) -> None:
+        """Count a pass, of so many tokens of each tenant."""
+        with self._lock:
+            self.passes += 1
+            self._pass_s += record.pass_s
+            self._predicted_s += record.predicted_s or 0.0
+            before = self._busy_s or [0.0] * len(record.busy_s)
+            self._busy_s = [sum(pair) for pair in zip(before, record.busy_s, strict=True)]
+            self._recent.append(record)
+            for tenant, count in tokens.items():
+                self._tokens[tenant] = self._tokens.get(tenant, 0) + count
+
+    def note_update(self) -> None:
+        """Count an optimiser step."""
+        with self._lock:
+            self.updates += 1
+
+    def view(self) -> Activity:
+        """Return what has been counted so far."""
+        with self._lock:
+            return Activity(
+                self.passes,
+                self._pass_s,
+                self._predicted_s,
+                self.updates,
+                dict(self._tokens),
+                tuple(self._busy_s),
+                tuple(self._recent),
+            )
+
+
+def as_prometheus(activity: Activity, waiting: Mapping[str, int], slots: int) -> str:
+    """Return all of it in Prometheus's text format; ``waiting`` are each tenant's requests."""
+    busy = {f'rank="{rank}"': value for rank, value in enumerate(activity.busy_s)}
+    memory = {f'rank="{rank}"': value for rank, value in enumerate(activity.memory_bytes)}
     families: list[tuple[str, str, str, Mapping[str, float]]] = [
-        ("passes_total", "counter", "Passes of data over the replicas.", {"": tally.passes}),
-        ("pass_seconds_total", "counter", "What they took.", {"": tally.pass_s}),
+        ("passes_total", "counter", "Passes of data over the replicas.", {"": activity.passes}),
+        ("pass_seconds_total", "counter", "What they took.", {"": activity.pass_s}),
         (
             "predicted_pass_seconds_total", "counter", "What was predicted for them.",
-            {"": tally.predicted_s},
+            {"": activity.predicted_s},
         ),
-        ("updates_total", "counter", "Optimiser steps.", {"": tally.updates}),
-        ("tokens_total", "counter", "Tokens computed.", _by_tenant(dict(tally.tokens))),
+        ("updates_total", "counter", "Optimiser steps.", {"": activity.updates}),
+        ("tokens_total", "counter", "Tokens computed.", _by_tenant(activity.tokens)),
         ("busy_seconds_total", "counter", "What a rank computed.", busy),
-        ("memory_bytes", "gauge", "Most memory of a rank in its last order.", memory),
+        ("memory_bytes", "gauge", "Most memory of a rank in its last pass.", memory),
         ("waiting_requests", "gauge", "Requests without a result.", _by_tenant(waiting)),
         ("slots_used", "gauge", "Models that are on the ranks.", {"": slots}),
     ]  # fmt: skip
@@ -67,5 +136,5 @@ def as_prometheus(tally: Tally, waiting: dict[str, int], slots: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _by_tenant(values: dict[str, int]) -> dict[str, float]:
+def _by_tenant(values: Mapping[str, int]) -> dict[str, float]:
     return {f'tenant="{name}"': value for name, value in values.items()}

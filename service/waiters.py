@@ -37,3 +37,9 @@ class Waiters:
                 self._events[request_id] = left
             else:
                 self._events.pop(request_id, None)
+
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether anybody waits for any request."""
+        with self._lock:
+            return bool(self._events)

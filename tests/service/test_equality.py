@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lobra.service import coordinator, server
+from lobra.service import seats, server
 from lobra.service.backlog import Backlog, Pass
 from lobra.service.passes import PassRunner
 from lobra.service.wire import Datum
@@ -124,7 +124,9 @@ class Trainer:
 
 
 def folder_of(found: Running, path: str) -> Path:
-    return found.service.deployment.folder_of(path)
+    row = found.service.ledger.checkpoint(path)
+    assert row is not None
+    return found.service.deployment.state_folder.checkpoint(row)
 
 
 def check(found: Running, trainer: Trainer, start: str, end: str, folder: Path) -> None:
@@ -147,7 +149,7 @@ def test_tenants_get_what_they_would_get_alone(
     mixed: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     """All at once, of which all but two have to wait outside, in the middle of a step or not."""
-    monkeypatch.setattr(coordinator, "IDLE_S", 0.0)
+    monkeypatch.setattr(seats, "IDLE_S", 0.0)
 
     def train(number: int) -> tuple[Trainer, str, str]:
         trainer = Trainer(mixed.client(f"tenant{number}of{count}"), number % len(TENANTS))
@@ -250,7 +252,7 @@ def test_what_is_killed_goes_on_where_it_was(
 
     All requests are under way. Another service takes the folder over, and gives their results.
     """
-    monkeypatch.setattr(coordinator, "SNAPSHOT_UPDATES", 1)
+    monkeypatch.setattr(seats, "SNAPSHOT_UPDATES", 1)
     deployment = deployment_of(base, tmp_path / "state", [(1, 1)], 64, precision="fp64")
     number = 3
     with running(deployment) as found:
@@ -308,7 +310,7 @@ def test_a_request_that_ends_the_service_is_given_up(
 
     futures: list[dict[str, Any]] = []
     keys: list[str] = []
-    for _ in range(coordinator.MOST_TRIES):
+    for _ in range(seats.MOST_TRIES):
         with running(deployment) as found:
             if not keys:
                 clients = [found.client(name) for name in ("bad", "good")]

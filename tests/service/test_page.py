@@ -62,11 +62,16 @@ def test_an_operator_sees_everybody_and_a_tenant_itself(mixed: Running) -> None:
         assert checked.open == []
         assert [model for model in models if model in text] == seen
         assert f"tinker://{seen[0]}/sampler_weights/a.b" in text
+        assert ("seen0" in text, "seen1" in text) == tuple(model in seen for model in models)
+        assert ("<h2>Replicas</h2>" in text) == (who is operator)
+        assert (
+            fetched(who, "/live")[1] in text or who is operator
+        )  # what others do changes meanwhile
     link = re.search(rf'href="([^"]*{models[0]}[^"]*)"', fetched(clients[0], "/")[1])
     assert link is not None
-    status, _ = fetched(clients[1], link[1])
+    status, _ = fetched(clients[1], f"/{link[1]}")
     assert status == 404
-    assert clients[0].send("GET", link[1].removeprefix("/api/v1/"))[0] == 200
+    assert clients[0].send("GET", link[1].removeprefix("api/v1/"))[0] == 200
     assert fetched(Client(operator.port, "tml-none"), "/")[0] == 401
 
 

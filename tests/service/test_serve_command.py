@@ -57,3 +57,12 @@ def test_without_a_plan_there_is_one_replica(base: Path) -> None:
     assert str(deployment.run.plan) == "<1,1>x1"
     assert deployment.run.plan.max_tokens == deployment.max_context == 512
     assert deployment.names == (str(base), "base")
+
+
+def test_a_plan_of_more_gpus_than_there_are(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service is of one machine; whoever plans for several is told so."""
+    write_plan({"dp": 2, "tp": 1, "pp": 1, "max_tokens": 64})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(ValueError, match="needs 2 GPUs, this machine has 1, .* on one machine"):
+        prepare_deployment(ServeRequest(str(base), "plan.yaml", device="cuda"))

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from lobra.cli import main
-from lobra.service.ledger import FILE, Ledger
+from lobra.service.ledger import Ledger
+from lobra.service.state_folder import LEDGER_FILE
 from lobra.service.tenants import all_tenants, tenant_of
 
 
@@ -15,7 +16,8 @@ def test_keys_come_and_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     state = ["--state-dir", str(tmp_path)]
     keys = {}
     for name in ("alice", "bob"):
-        assert main(["keys", "add", name, *state, "--tokens-per-minute", "9"]) == 0
+        quotas = ("--tokens-per-minute", "9", "--stored-bytes", "8", "--slots", "7")
+        assert main(["keys", "add", name, *state, *quotas]) == 0
         keys[name] = capsys.readouterr().out.strip()
     assert all(key.startswith("tml-") and len(key) > 40 for key in keys.values())
     assert keys["alice"] != keys["bob"]
@@ -24,13 +26,15 @@ def test_keys_come_and_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         tenant = tenant_of(ledger, key)
         assert tenant is not None
         assert (tenant.name, tenant.tokens_per_minute) == (name, 9)
-    content = b"".join(path.read_bytes() for path in tmp_path.glob(f"{FILE}*"))
+        assert (tenant.stored_bytes, tenant.slots, tenant.keep_days) == (8, 7, None)
+    content = b"".join(path.read_bytes() for path in tmp_path.glob(f"{LEDGER_FILE}*"))
     assert not any(key.encode() in content for key in keys.values())
     assert main(["keys", "revoke", "alice", *state]) == 0
     assert tenant_of(ledger, keys["alice"]) is None
     assert [tenant.name for tenant in all_tenants(ledger)] == ["bob"]
     assert main(["keys", "list", *state]) == 0
-    assert capsys.readouterr().out.startswith("bob ")
+    shown = capsys.readouterr().out
+    assert shown.startswith("bob ") and "0 of 8 bytes stored" in shown and "7 slots" in shown
 
 
 @pytest.mark.parametrize(
@@ -38,7 +42,7 @@ def test_keys_come_and_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     [
         (["add", "bob"], "there is one already"),
         (["add", "a b"], "want letters"),
-        (["add", "eve", "--max-models", "0"], "--max-models 0"),
+        (["add", "eve", "--max-models", "0", "--slots", "0"], "2 problems"),
         (["revoke", "eve"], "none of that name"),
     ],
 )

@@ -1,0 +1,67 @@
+"""The folder of all that a service must not forget: where in it what is kept.
+
+No folder in it changes once it is there: what is written again gets another name. So what the
+ledger names can be copied while the service runs (`service.backup`).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from lobra.common import lock
+from lobra.common.documents import read_json
+from lobra.common.errors import ConfigError
+from lobra.common.files import write_atomic
+from lobra.service.tables import CheckpointRow
+
+DEPLOYMENT_FILE = "deployment.json"
+LEDGER_FILE = "ledger.sqlite"
+MODELS, SNAPSHOTS = "models", "snapshots"
+
+
+@dataclass(frozen=True)
+class StateFolder:
+    """A service's folder by its path."""
+
+    path: Path
+
+    def claim(self, fingerprint: str, name: str) -> None:
+        """Make it this process's own, and note which base model it is for.
+
+        Parameters
+        ----------
+        fingerprint, name
+            Of the base model: what it is known by, and what users call it.
+
+        Raises
+        ------
+        ConfigError
+            Another service uses it, or it is of another base model.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock("stop it, or give another")
+        file = self.path / DEPLOYMENT_FILE
+        if file.is_file() and read_json(file)["base_model"] != fingerprint:
+            raise ConfigError(
+                f"--state-dir {self.path}: what is trained there is of another base model; give a "
+                f"folder of its own for {name}"
+            )
+        write_atomic(file, json.dumps({"base_model": fingerprint}) + "\n")
+
+    def lock(self, remedy: str) -> None:
+        """Keep every other service out; ConfigError if one is there."""
+        lock.hold(self.path / "lock", f"--state-dir {self.path}", "service", remedy)
+
+    def model(self, model_id: str) -> Path:
+        """Return the folder of a model; its name is checked when it is made."""
+        return self.path / MODELS / model_id.replace(":", "_")
+
+    def checkpoint(self, row: CheckpointRow) -> Path:
+        """Return the folder of a checkpoint."""
+        return self.model(row.model_id) / row.kind / f"{row.name}.{row.seq_id}"
+
+    def snapshot(self, model_id: str, seq_id: int) -> Path:
+        """Return the folder of a model's snapshot after a request."""
+        return self.model(model_id) / SNAPSHOTS / str(seq_id)

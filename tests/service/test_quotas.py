@@ -1,0 +1,153 @@
+"""Quotas are kept, and what is to be deleted is: from the database and from disk."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lobra.cli import main
+from lobra.service import coordinator, quotas, retention, seats
+from lobra.service.ledger import Ledger
+from lobra.service.tables import OF_TENANTS, losses
+from lobra.service.tenants import add_tenant
+from tests.service.support import Client, Running, logprobs_of
+from tests.service.test_requests import datum, refused
+
+pytestmark = pytest.mark.ranks
+
+
+def wait_until(true: Any) -> None:
+    deadline = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def saved(client: Client, model: str, name: str, **fields: Any) -> Any:
+    return client.result(client.asked("save_weights", model_id=model, path=name, **fields))
+
+
+def step(client: Client, model: str, seq_id: int) -> None:
+    client.losses(model, seq_id, [datum()])
+    update = client.asked("optim_step", model_id=model, seq_id=seq_id + 1, adam_params={})
+    assert client.result(update)["metrics"]["grad_norm"] > 0
+
+
+def test_what_may_be_stored_is_bounded(mixed: Running) -> None:
+    client = mixed.client("storing", stored_bytes=20_000)
+    model = client.new_model(client.new_session(), 0, rank=2)
+    assert saved(client, model, "a", seq_id=1)["path"]
+    assert "of 20,000; delete" in saved(client, model, "b", seq_id=2)["error"]
+    refused(client.losses(model, 3, [datum()]), 403, "storing", "20,000")
+    assert client.send("DELETE", f"training_runs/{model}/checkpoints/weights/a")[0] == 204
+    assert saved(client, model, "b", seq_id=3)["path"]
+    assert not mixed.service.deployment.state_folder.model(model).joinpath("weights/a.1").exists()
+
+
+def test_what_is_written_again_takes_the_place_of_the_older(mixed: Running) -> None:
+    client = mixed.client("again")
+    model = client.new_model(client.new_session(), 0, rank=2)
+    for number in (1, 2):
+        saved(client, model, "a", seq_id=number, overwrite=True)
+    folder = mixed.service.deployment.state_folder.model(model) / "weights"
+    wait_until(lambda: [path.name for path in folder.iterdir()] == ["a.2"])
+
+
+def test_a_tenant_takes_turns_with_itself_where_it_has_one_slot(mixed: Running) -> None:
+    client = mixed.client("one-slot", slots=1)
+    session = client.new_session()
+    models = [client.new_model(session, number, rank=2) for number in range(2)]
+    for seq_id in (1, 3):
+        for model in models:
+            step(client, model, seq_id)
+            assert [name for name in models if name in mixed.service.coordinator.seats.taken] == [
+                model
+            ]
+
+
+def test_who_never_rests_takes_turns_too(mixed: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three models have much to do each, and there are two slots."""
+    monkeypatch.setattr(seats, "TURN_S", 0.02)
+    clients = [mixed.client(f"turn{number}") for number in range(3)]
+    models = [client.new_model(client.new_session(), 0, rank=2) for client in clients]
+    futures = []
+    for seq_id in range(1, 31, 2):
+        for client, model in zip(clients, models, strict=True):
+            futures.append((client, client.losses(model, seq_id, [datum(20)])[1]))
+            fields = dict(model_id=model, seq_id=seq_id + 1)
+            futures.append((client, client.asked("optim_step", adam_params={}, **fields)))
+    found = [client.result(future) for client, future in futures]
+    assert all("error" not in result for result in found if isinstance(result, dict))
+
+
+def test_requests_that_wait_are_bounded_but_for_what_others_wait_for(
+    mixed: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quotas, "MOST_WAITING_BYTES", 1000)
+    client = mixed.client("waiting")
+    model = client.new_model(client.new_session(), 0, rank=2)
+    late = client.losses(model, 2, [datum(60)])[1]
+    refused(client.losses(model, 3, [datum()]), 429, "1,000 bytes", "wait")
+    first = client.losses(model, 1, [datum(60)])[1]
+    for future in (first, late):
+        assert [len(own) for own in logprobs_of(client.result(future))] == [60]
+    assert client.losses(model, 3, [datum()])[0] == 200
+
+
+def test_checkpoints_and_models_have_their_time(
+    mixed: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coordinator, "RETENTION_S", 0.05)
+    monkeypatch.setattr(retention, "DAY_S", 0.5)
+    client = mixed.client("forgetting", keep_days=1)
+    ledger, kept = mixed.service.ledger, mixed.service.deployment.state_folder
+    model = client.new_model(client.new_session(), 0, rank=2)
+    step(client, model, 1)
+    path = saved(client, model, "a", seq_id=3, ttl_seconds=1)["path"]
+    row = ledger.checkpoint(path)
+    assert row is not None and kept.checkpoint(row).is_dir()
+    mixed.client("waking").new_session()
+    wait_until(lambda: ledger.checkpoint(path) is None and not ledger.models_of("forgetting"))
+    assert not kept.checkpoint(row).exists()
+    refused(client.losses(model, 4, [datum()]), 400, "closed")
+
+
+def test_all_of_a_tenant_is_deleted_while_others_train(
+    mixed: Running, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(coordinator, "RETENTION_S", 0.05)
+    ledger, kept = mixed.service.ledger, mixed.service.deployment.state_folder
+    client, other = mixed.client("leaving"), mixed.client("staying")
+    models = [one.new_model(one.new_session(), 0, rank=2) for one in (client, other)]
+    for one, model in zip((client, other), models, strict=True):
+        step(one, model, 1)
+        saved(one, model, "a", seq_id=3)
+    stuck = client.losses(models[0], 9, [datum()])[1]
+    words = ["keys", "delete-data", "leaving", "--state-dir", str(kept.path)]
+    done = subprocess.run([sys.executable, "-m", "lobra", *words], capture_output=True, text=True)
+    assert (done.returncode, "within seconds" in done.stdout) == (0, True), done.stderr
+    wait_until(lambda: not kept.model(models[0]).exists())
+    tables = [table.select().where(table.c.tenant == "leaving") for table in OF_TENANTS]
+    tables.append(losses.select().where(losses.c.model_id == models[0]))
+    assert [ledger.rows(query) for query in tables] == [[]] * len(tables)
+    refused(client.post("retrieve_future", request_id=stuck["request_id"]), 410)
+    refused(client.losses(models[0], 4, [datum()]), 404)
+    step(other, models[1], 4)
+    assert client.new_model(client.new_session(), 0, rank=2)
+
+
+def test_all_of_a_tenant_is_deleted_where_no_service_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ledger = Ledger(tmp_path)
+    add_tenant(ledger, "bob")
+    words = ["--state-dir", str(tmp_path)]
+    assert main(["keys", "delete-data", "bob", *words]) == 0
+    assert "all of bob is deleted" in capsys.readouterr().out
+    assert main(["keys", "delete-data", "eve", *words]) == 2
+    assert "nothing of it" in capsys.readouterr().err
