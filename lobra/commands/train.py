@@ -24,17 +24,11 @@ from lobra.layout.plan import load_plan
 from lobra.model.launch import Interrupted
 from lobra.report.run_report import print_run_report
 from lobra.trainer.checkpoint_folder import step_folder
-from lobra.trainer.launcher import run_launcher
+from lobra.trainer.launcher import launcher_command, run_launcher
 from lobra.trainer.metrics import METRICS_FILE
 from lobra.trainer.request import TrainRequest
 from lobra.trainer.restarts import launch_with_restarts, with_resume
-from lobra.trainer.run import (
-    Refusal,
-    in_launcher,
-    launcher_command,
-    restart_with,
-    train_in_launcher,
-)
+from lobra.trainer.run import Refusal, in_launcher, restart_with, train_in_launcher
 from lobra.trainer.run import train as train_here
 from lobra.trainer.run_folder import occupied
 from lobra.trainer.signals import EXIT_CODES
