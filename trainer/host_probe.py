@@ -241,8 +241,9 @@ def answer(lines: Iterable[str]) -> None:
         try:
             told: dict[str, Any] = {"value": REQUESTS[name](*arguments)}
         except OSError as error:
-            known = (error.errno or 0) > 0  # not so of names that do not resolve
-            why = os.strerror(error.errno) if known else error.strerror or str(error)
+            why = error.strerror or str(error)
+            if error.errno and error.errno > 0:  # not so of names that do not resolve
+                why = os.strerror(error.errno)
             told = {"error": why}
         sys.stdout.write(f"{MARK}{json.dumps(told)}\n")
         sys.stdout.flush()
