@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -108,7 +109,10 @@ def write_script(path: Path, text: str) -> None:
 
 
 def write_ssh(folder: Path, nodes: Sequence[Node]) -> None:
-    """Write `ssh` and `pdsh` that run commands on nodes, for a PATH that begins with the folder."""
+    """Write `ssh` that runs commands on nodes, and `pdsh` where there is none.
+
+    They are for a PATH that begins with the folder.
+    """
     cases = "\n".join(f"  {node.name}|{node.address}) pid={node.pid} ;;" for node in nodes)
     write_script(
         folder / "ssh",
@@ -124,6 +128,8 @@ shift
 exec nsenter --target "$pid" {" ".join(NAMESPACES)} bash -c "cd /; $*"
 """,
     )
+    if shutil.which("pdsh"):
+        return
     write_script(
         folder / "pdsh",
         """
