@@ -68,7 +68,8 @@ setup(
             "pytest-timeout>=2.3,<3",
             "pytest-xdist>=3.6,<4",
             "hypothesis>=6.100,<7",
-            "jsonschema>=4.20,<5",
+            "jsonschema>=4.23,<5",
+            "kubernetes-validate>=1.31,<2",  # schemas of Kubernetes, for examples/
             "ruff>=0.15,<1",
             "mypy>=1.15,<3",
             "types-PyYAML>=6.0",

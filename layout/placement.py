@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lobra.common.errors import ConfigError
 from lobra.layout.plan import Plan
-from lobra.layout.world import World
+from lobra.layout.world import World, node_ranks
 
 
-def place(plan: Plan, gpus_per_node: int) -> World:
+def place(plan: Plan, gpus_per_node: int | Sequence[int]) -> World:
     """Return the plan on its ranks.
 
     Ranks 0 .. ``plan.num_gpus`` - 1 are numbered node by node. A tensor-parallel group lies inside
-    one node; one larger than a node takes whole nodes. Large groups are placed first, and the
-    stages of a replica one after another, so that neighbours in the pipeline are near each other.
+    one node; one larger than any node takes whole nodes of the largest size. Large groups are
+    placed first, and the stages of a replica one after another, so that neighbours in the pipeline
+    are near each other.
+
+    Parameters
+    ----------
+    plan
+        What is to be placed.
+    gpus_per_node
+        Of every node, or of each.
 
     Raises
     ------
     ConfigError
-        If ``gpus_per_node`` is not positive, or the groups cannot be packed into the nodes.
+        If a node has no GPU, or the groups cannot be packed into the nodes.
     """
-    if gpus_per_node < 1:
+    if isinstance(gpus_per_node, int) and gpus_per_node < 1:
         raise ConfigError(f"gpus per node: {gpus_per_node}; a node has at least one")
     num_gpus = plan.num_gpus
-    starts = range(0, num_gpus, gpus_per_node)
-    free = [list(range(start, min(start + gpus_per_node, num_gpus))) for start in starts]
+    free = [list(node) for node in node_ranks(num_gpus, gpus_per_node)]
+    largest = max(map(len, free))
     stages = [
         (replica.layout.tp, replica.index, stage)
         for replica in plan.replicas
@@ -33,16 +43,17 @@ def place(plan: Plan, gpus_per_node: int) -> World:
     sizes = [tp for tp, _, _ in stages]
     ranks: dict[tuple[int, int], tuple[int, ...]] = {}
     for tp, replica_index, stage in stages:
-        if tp > gpus_per_node:
-            ranks[replica_index, stage] = _take_nodes(free, tp, gpus_per_node, plan)
-    small = [item for item in stages if item[0] <= gpus_per_node]
-    nodes = pack([tp for tp, _, _ in small], [len(node) for node in free])
-    if nodes is None:
+        if tp > largest:
+            ranks[replica_index, stage] = _take_nodes(free, tp, largest, plan)
+    small = [item for item in stages if item[0] <= largest]
+    chosen = pack([tp for tp, _, _ in small], [len(node) for node in free])
+    if chosen is None:
+        of_each = gpus_per_node if isinstance(gpus_per_node, int) else [*gpus_per_node]
         raise ConfigError(
             f"plan {plan}: its tensor-parallel groups {sizes} cannot be packed into nodes of "
-            f"{gpus_per_node} GPUs ({num_gpus} in all); choose layouts whose tp divides the node"
+            f"{of_each} GPUs ({num_gpus} in all); choose layouts whose tp divides the node"
         )
-    for (tp, replica_index, stage), node in zip(small, nodes, strict=True):
+    for (tp, replica_index, stage), node in zip(small, chosen, strict=True):
         ranks[replica_index, stage] = tuple(free[node][:tp])
         del free[node][:tp]
     return World(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 
 from lobra.layout.layout import Layout
 
@@ -127,13 +128,19 @@ class World:
         place = self.place(rank)
         return tuple(stage[place.tp_index] for stage in self.replicas[place.replica])
 
-    def spread_groups(self, gpus_per_node: int) -> list[tuple[int, ...]]:
-        """Return the tensor-parallel groups that a node could hold but that lie on several."""
+    def spread_groups(self, gpus_per_node: int | Sequence[int]) -> list[tuple[int, ...]]:
+        """Return the tensor-parallel groups that a node could hold but that lie on several.
+
+        ``gpus_per_node`` is of every node, or of each.
+        """
+        nodes = node_ranks(self.num_ranks, gpus_per_node)
+        largest = max(map(len, nodes))
+        node_of = {rank: index for index, node in enumerate(nodes) for rank in node}
         return [
             stage
             for replica in self.replicas
             for stage in replica
-            if len(stage) <= gpus_per_node and len({rank // gpus_per_node for rank in stage}) > 1
+            if len(stage) <= largest and len({node_of.get(rank) for rank in stage}) > 1
         ]
 
     def blocks(self, num_layers: int) -> tuple[LayerBlock, ...]:
@@ -152,6 +159,17 @@ class World:
                 blocks.append(LayerBlock(range(start, layer), tuple(holders[start])))
                 start = layer
         return tuple(blocks)
+
+
+def node_ranks(num_ranks: int, gpus_per_node: int | Sequence[int]) -> list[range]:
+    """Return the ranks of each node, numbered node by node; ``gpus_per_node`` is of all or of each.
+
+    The last node may have fewer ranks than it could.
+    """
+    if isinstance(gpus_per_node, int):
+        gpus_per_node = [gpus_per_node] * -(-num_ranks // gpus_per_node)
+    ends = [min(end, num_ranks) for end in accumulate(gpus_per_node)]
+    return [range(start, end) for start, end in pairwise([0, *ends])]
 
 
 def one_replica(layout: Layout) -> World:

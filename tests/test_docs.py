@@ -14,8 +14,9 @@ from lobra.cli import COMMANDS
 from tests.test_chain import CHAIN
 
 FOLDERS = "|".join(
-    (*CHAIN, "benchmarks", "docs", "experiments", "lobra", "scripts", "tests", "trainer_config")
-)
+    (*CHAIN, "benchmarks", "docs", "examples", "experiments", "lobra", "scripts", "tests",
+     "trainer_config")
+)  # fmt: skip
 PATH = re.compile(
     rf"\b(?:{FOLDERS})/[\w./-]*\w\.(?:py|sh|md|json|yaml|csv)\b|\b(?:{FOLDERS})/[\w/]+/(?=`)"
 )

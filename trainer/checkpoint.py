@@ -40,6 +40,7 @@ from lobra.model.vera import PROJECTIONS
 from lobra.trainer.adapters import CONFIG_FILE, WEIGHTS_FILE, save_adapter, save_moments
 from lobra.trainer.checkpoint_folder import FOLDER, STATE_FILE, list_checkpoints, step_folder
 from lobra.trainer.optimizer import AdapterOptimizer
+from lobra.trainer.rank0_folder import Rank0Folder
 from lobra.trainer.seal import Seal, broken_by, not_finite, seal_of
 from lobra.trainer.task_progress import TaskProgress
 from lobra.trainer.zero import moment_names
@@ -347,12 +348,11 @@ def read_state(run: Path, step: int | None, *, whole: bool = True) -> Checkpoint
         raise ConfigError(f"{folder}: not a usable checkpoint: {error}; {remedy}") from error
 
 
-def load_weights(run: Path, step: int, stage: Stage, number: int) -> None:
+def load_weights(checkpoint: Rank0Folder, stage: Stage, number: int) -> None:
     """Load a task's adapter of a checkpoint into this rank's layers (before the optimiser)."""
     slot = stage.slots[number]
-    path = step_folder(run, step) / "adapters" / slot.spec.name / WEIGHTS_FILE
-    with safe_open(path, framework="pt") as file:
-        stage.load(number, {name: file.get_tensor(name) for name in slot.layout.places})
+    name = f"adapters/{slot.spec.name}/{WEIGHTS_FILE}"
+    stage.load(number, checkpoint.tensors(name, slot.layout.places))
 
 
 def load_best(run: Path, step: int, name: str) -> dict[str, Tensor]:
@@ -361,13 +361,17 @@ def load_best(run: Path, step: int, name: str) -> dict[str, Tensor]:
 
 
 def load_moments(
-    run: Path, step: int, optimizer: AdapterOptimizer, number: int, updates: int
+    checkpoint: Rank0Folder, optimizer: AdapterOptimizer, number: int, updates: int
 ) -> None:
     """Load a task's moments of a checkpoint; ``updates`` are those it has had."""
     slot = optimizer.stage.slots[number]
-    path = step_folder(run, step) / "moments" / f"{slot.spec.name}.safetensors"
     kinds = optimizer.moment_names(number)
-    optimizer.load_moments(number, read_moments(path, slot, kinds), updates)
+    named = {f"{kind}/{name}" for kind in kinds for name in slot.layout.places}
+    found = checkpoint.tensors(f"moments/{slot.spec.name}.safetensors", named)
+    moments = {
+        kind: {name: found[f"{kind}/{name}"] for name in slot.layout.places} for kind in kinds
+    }
+    optimizer.load_moments(number, moments, updates)
 
 
 def read_moments(path: Path, slot: Slot, kinds: Sequence[str]) -> dict[str, dict[str, Tensor]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from lobra.layout.order import StepOrder
 from lobra.trainer.step_report import StepReport, step_memory_bytes
+
+T = TypeVar("T")
 
 PATIENCE = timedelta(hours=2)  # of ranks waiting for one that reads or writes files
 
@@ -34,6 +37,12 @@ class Control:
     def wait(self) -> None:
         """Wait until every rank has come here."""
         dist.barrier(group=self.group)
+
+    def shared(self, value: T) -> T:
+        """Return rank 0's value on every rank."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.group)
+        return values[0]
 
     def send(self, order: StepOrder) -> None:
         """Send an order to all other ranks, which `receive` it (rank 0 only)."""

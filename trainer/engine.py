@@ -36,10 +36,12 @@ from lobra.tasks.objectives import Objective, objective_of
 from lobra.trainer import first_values
 from lobra.trainer.adapters import MOMENTS_FILE, adapter_spec, load_adapter
 from lobra.trainer.checkpoint import CheckpointState, load_moments, load_weights, read_moments
+from lobra.trainer.checkpoint_folder import STATE_FILE, step_folder
 from lobra.trainer.comparison import Comparison, example_weights, learned_part
 from lobra.trainer.control import Control
 from lobra.trainer.exporter import AdapterExporter
 from lobra.trainer.optimizer import AdapterOptimizer, TaskUpdate
+from lobra.trainer.rank0_folder import Rank0Folder
 from lobra.trainer.run_spec import RunSpec
 from lobra.trainer.schedule import clip_coefficient
 from lobra.trainer.step_report import StepReport
@@ -68,10 +70,12 @@ class Engine:
         resumed: CheckpointState | None,
         told_to_stop: Callable[[], bool],
     ) -> None:
-        """Build all, with the adapters of a checkpoint, or those that tasks start from."""
+        """Build all, with the adapters of a checkpoint, or those that tasks start from.
+
+        Of ``resumed``, what rank 0 has counts.
+        """
         start_deepspeed(run.device)
         self.run = run
-        self.resumed_step = 0 if resumed is None else resumed.step
         self.rank = dist.get_rank()
         self.told_to_stop = told_to_stop
         self.device = (
@@ -80,6 +84,8 @@ class Engine:
             else torch.device("cpu")
         )
         self.control = Control()
+        resumed = self.control.shared(resumed)
+        self.resumed_step = 0 if resumed is None else resumed.step
         groups = build_groups(run.world)
         self.place = groups.place
         self.stage = build_stage(
@@ -105,9 +111,12 @@ class Engine:
         """
         self.stage.install({n: adapter_spec(task, self.run.seed) for n, task in tasks.items()})
         self.objectives |= {n: own for n, task in tasks.items() if (own := objective_of(task))}
+        if resumed is not None:
+            folder = step_folder(self.run.output_dir, resumed.step)
+            checkpoint = Rank0Folder(folder, STATE_FILE, self.control.group)
         for number, task in tasks.items():
             if resumed is not None:
-                load_weights(self.run.output_dir, resumed.step, self.stage, number)
+                load_weights(checkpoint, self.stage, number)
             elif task.resume_from:
                 load_adapter(Path(task.resume_from), self.stage, number)
             elif task.adapter in first_values.KINDS:
@@ -116,9 +125,7 @@ class Engine:
             self.optimizer.install(number, task)
             if resumed is not None:
                 progress = resumed.progress[task.name]
-                load_moments(
-                    self.run.output_dir, resumed.step, self.optimizer, number, progress.updates
-                )
+                load_moments(checkpoint, self.optimizer, number, progress.updates)
                 if progress.lowest_step is not None:
                     self.exporter.load_kept(resumed.step, number)
 

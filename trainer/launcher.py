@@ -1,4 +1,7 @@
-"""Run a launcher as a child: stop signals reach it and its ranks once, and nothing outlives us."""
+"""DeepSpeed's launcher, for ranks on the machines of a host file.
+
+It runs as a child: stop signals reach it and its ranks once, and nothing outlives us.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,58 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from lobra.common.errors import ConfigError
+from lobra.trainer.host_file import first_slots, is_this_host, read_host_file
 from lobra.trainer.signals import SAME_REQUEST_S
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 POLL_S = 0.2
+
+
+def launcher_command(
+    arguments: Sequence[str],
+    host_file: Path,
+    num_gpus: int,
+    server_addr: str | None,
+    server_port: int | None,
+) -> list[str]:
+    """Return the deepspeed launcher's command that runs `lobra train arguments` on all hosts.
+
+    Raises
+    ------
+    ConfigError
+        The host file is unreadable or has fewer slots than the plan has ranks.
+    """
+    slots = read_host_file(host_file)
+    if sum(slots.values()) < num_gpus:
+        raise ConfigError(
+            f"{host_file}: {sum(slots.values())} slots on {len(slots)} hosts, the plan needs "
+            f"{num_gpus}"
+        )
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(host_file)]
+    if sum(slots.values()) > num_gpus:  # deepspeed starts a rank on every slot it is given
+        slots = first_slots(slots, num_gpus)
+        chosen = (f"{host}:{','.join(map(str, range(count)))}" for host, count in slots.items())
+        command += ["--include", "@".join(chosen)]
+    if len(slots) == 1:  # deepspeed takes a single host for this one, after asking it by ssh
+        if is_this_host(next(iter(slots))):
+            command += ["--no_ssh_check"]
+            server_addr = server_addr or "127.0.0.1"
+        else:
+            command += ["--force_multi"]
+    command += ["--no_local_rank"]
+    if server_addr:
+        command += ["--master_addr", server_addr]
+    if server_port:
+        command += ["--master_port", str(server_port)]
+    return [*command, "--module", "lobra.cli", "train", *arguments]
 
 
 def run_launcher(command: Sequence[str]) -> int:

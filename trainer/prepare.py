@@ -6,6 +6,7 @@ All mistakes are collected and reported at once; nothing is written until there 
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -258,8 +259,9 @@ def prepare(request: TrainRequest) -> RunSpec:
     _warn_of_long_contexts(tasks, training, shape)
     plans = plan_history(run.output_dir, PlanPeriod.of(run))
     run = replace(run, plan_from=plans[-1].from_step)
-    nodes = node_size(request, device) if device == "cuda" else None
-    write_run_folder(run, resolved_config(run, request, nodes, plans), training, validation)
+    nodes = node_sizes(request, device) if device == "cuda" else None
+    size = math.gcd(*nodes) if isinstance(nodes, tuple) else nodes
+    write_run_folder(run, resolved_config(run, request, size, plans), training, validation)
     return run
 
 
@@ -338,8 +340,8 @@ def last_step(
     return end if max_steps is None else min(end, max_steps)
 
 
-def node_size(request: TrainRequest, device: str | None) -> int:
-    """Return how many of the plan's ranks a node holds.
+def node_sizes(request: TrainRequest, device: str | None) -> int | tuple[int, ...]:
+    """Return how many of the plan's ranks every node holds, or each.
 
     As asked for, else as the launcher started them, else the GPUs of this machine.
     """
@@ -347,9 +349,9 @@ def node_size(request: TrainRequest, device: str | None) -> int:
 
     if request.gpus_per_node is not None:
         return request.gpus_per_node
-    if device != "cuda":
-        return ONE_MACHINE
-    return request.found_per_node or torch.cuda.device_count()
+    if request.found_nodes is not None:
+        return request.found_nodes
+    return torch.cuda.device_count() if device == "cuda" else ONE_MACHINE
 
 
 def requested_plan(request: TrainRequest) -> Plan:
@@ -372,18 +374,18 @@ def place_plan(plan: Plan, request: TrainRequest, device: str | None) -> World:
     ConfigError
         The file's ranks do not fit the plan, or it cannot be placed.
     """
-    size = node_size(request, device)
+    nodes = node_sizes(request, device)
     try:
         world = placed(plan)
     except ConfigError as error:
         raise ConfigError(error.problems.prefixed(f"{request.strategy_config}: ")) from None
     if world is None:
-        return place(plan, size)
-    if spread := world.spread_groups(size):
+        return place(plan, nodes)
+    if spread := world.spread_groups(nodes):
         log.warning(
-            "%s: meta.ranks spreads the tensor-parallel group %s over nodes of %d GPUs, which "
-            "is slow; plan with --gpus-per-node %d, or remove meta.ranks",
-            request.strategy_config, list(spread[0]), size, size,
+            "%s: meta.ranks spreads the tensor-parallel group %s over nodes of %s GPUs, which "
+            "is slow; plan for them (--gpus-per-node), or remove meta.ranks",
+            request.strategy_config, list(spread[0]), nodes,
         )  # fmt: skip
     return world
 

@@ -8,6 +8,7 @@ import signal
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from lobra.trainer.checkpoint import read_state
 from lobra.trainer.coordinator import Coordinator
@@ -48,7 +49,7 @@ def train_rank(run: RunSpec) -> RankResult:
         _repeat_bits()
     with StopRequest() as stop:
         resumed = None
-        if run.resume_step is not None:
+        if run.resume_step is not None and dist.get_rank() == 0:
             resumed = read_state(run.output_dir, run.resume_step, whole=False)
         engine = Engine(run, resumed, lambda: stop.received is not None)
         coordinates = engine.rank == 0

@@ -95,9 +95,9 @@ class TrainRequest:
     deterministic
         Use algorithms only that give the same bits every time, on GPUs too; slower there.
     gpus_per_node
-        By default what the launcher started on a host, else the GPUs of this machine.
-    found_per_node
-        Ranks a launcher has started on every node.
+        By default what the launcher started on each host, else the GPUs of this machine.
+    found_nodes
+        How many ranks a launcher has started on each node, in the order of the ranks.
     launched_world
         Ranks a launcher has started, None without one.
     mistakes
@@ -139,7 +139,7 @@ class TrainRequest:
     max_restarts: NonNegativeInt = 0
     deterministic: bool = False
     gpus_per_node: PositiveInt | None = None
-    found_per_node: Annotated[int | None, NOT_AN_OPTION] = None
+    found_nodes: Annotated[tuple[int, ...] | None, NOT_AN_OPTION] = None
     launched_world: Annotated[int | None, NOT_AN_OPTION] = None
     mistakes: Annotated[tuple[str, ...], NOT_AN_OPTION] = ()
 

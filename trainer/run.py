@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import math
 import os
-import platform
-import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,9 +13,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from lobra.common.documents import MOST_BYTES, check_regular, read_text
-from lobra.common.errors import ConfigError, Problems, show
-from lobra.common.models import HostName, refusal
+from lobra.common.documents import MOST_BYTES, check_regular
+from lobra.common.errors import ConfigError
+from lobra.layout.shapes import read_shape
+from lobra.model.fingerprint import fingerprint
 from lobra.model.host_memory import keep_freed_memory
 from lobra.model.launch import DEFAULT_PRELOAD, WatchOrder, run_ranks
 from lobra.trainer.prepare import prepare
@@ -36,9 +32,6 @@ ENV_FILE_END = "sourced"  # the last entry of a sourced environment; it is no as
 STACKS_FOLDER = "stacks"  # in a run's folder: where ranks were when one stood still
 PREPARING = timedelta(days=1)  # the longest rank 0 may tokenise
 PRELOAD = (*DEFAULT_PRELOAD, "lobra.trainer.preload")
-
-
-_SLOTS = re.compile("(?:slots=)?0*([1-9][0-9]{0,3})")
 
 
 class Refusal(ConfigError):
@@ -126,13 +119,7 @@ def train_in_launcher(request: TrainRequest) -> tuple[RunSpec, RankResult]:
     dist.all_gather_object(sizes, local_world_size(os.environ), group=waiting)
     outcome: list[Any] = [None]
     if rank == 0:
-        known = [size for size in sizes if size]
-        request = replace(
-            request,
-            launched_world=world,
-            # With hosts of different sizes, a group of the common divisor is inside one anywhere.
-            found_per_node=math.gcd(*known) if known else None,
-        )
+        request = replace(request, launched_world=world, found_nodes=nodes_of(sizes))
         try:
             outcome = [prepare(request)]
         except ConfigError as error:
@@ -144,7 +131,8 @@ def train_in_launcher(request: TrainRequest) -> tuple[RunSpec, RankResult]:
     if isinstance(outcome[0], Exception):
         dist.destroy_process_group()
         raise outcome[0]
-    check_shared(outcome[0])
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        check_host(outcome[0])
     from lobra.trainer.launched_watch import watch_each_other
     from lobra.trainer.rank import train_rank
 
@@ -158,20 +146,27 @@ def train_in_launcher(request: TrainRequest) -> tuple[RunSpec, RankResult]:
     return outcome[0], result
 
 
-def check_shared(run: RunSpec) -> None:
-    """Check that what rank 0 has written for this run is to be seen from this host too.
+def check_host(run: RunSpec) -> None:
+    """Check that this host has what its ranks read themselves.
 
     Raises
     ------
     ConfigError
-        It is not.
+        It lacks the base model, has another one, or lacks an adapter that a task starts from.
     """
-    folders = [run.output_dir, *(run.data_folder(task) for task in range(len(run.tasks)))]
-    missing = next((folder for folder in folders if not folder.is_dir()), None)
-    if missing is not None:
+    folders = [run.model_folder]
+    if run.resume_step is None:
+        folders += [Path(task.resume_from) for task in run.tasks if task.resume_from]
+    if missing := [str(folder) for folder in folders if not folder.is_dir()]:
         raise ConfigError(
-            f"{missing}: not on this host, but rank 0 has written it; --output-dir must be on a "
-            f"file system all hosts share"
+            f"{missing[0]}: not on this host; the base model, and adapters that tasks start from, "
+            f"must lie at the same path on every host"
+        )
+    found = fingerprint(run.model_folder, read_shape(run.model_folder))
+    if found != run.fingerprint:
+        raise ConfigError(
+            f"{run.model_folder}: holds another model on this host than on that of rank 0; copy it "
+            f"anew"
         )
 
 
@@ -186,97 +181,15 @@ def local_world_size(environment: Mapping[str, str]) -> int | None:
     return None
 
 
-def launcher_command(
-    arguments: Sequence[str],
-    host_file: Path,
-    num_gpus: int,
-    server_addr: str | None,
-    server_port: int | None,
-) -> list[str]:
-    """Return the deepspeed launcher's command that runs `lobra train arguments` on all hosts.
-
-    Raises
-    ------
-    ConfigError
-        The host file is unreadable or has fewer slots than the plan has ranks.
-    """
-    slots = read_host_file(host_file)
-    if sum(slots.values()) < num_gpus:
-        raise ConfigError(
-            f"{host_file}: {sum(slots.values())} slots on {len(slots)} hosts, the plan needs "
-            f"{num_gpus}"
-        )
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(host_file)]
-    if sum(slots.values()) > num_gpus:  # deepspeed starts a rank on every slot it is given
-        slots = first_slots(slots, num_gpus)
-        chosen = (f"{host}:{','.join(map(str, range(count)))}" for host, count in slots.items())
-        command += ["--include", "@".join(chosen)]
-    if len(slots) == 1:  # deepspeed takes a single host for this one, after asking it by ssh
-        if is_this_host(next(iter(slots))):
-            command += ["--no_ssh_check"]
-            server_addr = server_addr or "127.0.0.1"
-        else:
-            command += ["--force_multi"]
-    command += ["--no_local_rank"]
-    if server_addr:
-        command += ["--master_addr", server_addr]
-    if server_port:
-        command += ["--master_port", str(server_port)]
-    return [*command, "--module", "lobra.cli", "train", *arguments]
-
-
-def first_slots(slots: Mapping[str, int], count: int) -> dict[str, int]:
-    """Return how many of the first `count` slots each host has; only hosts that have any."""
-    chosen = {}
-    for host, size in slots.items():
-        if taken := min(size, count):
-            chosen[host] = taken
-        count -= taken
-    return chosen
-
-
-def is_this_host(name: str) -> bool:
-    """Return whether a host's name means this machine: one of its addresses can be bound here."""
-    if name in ("localhost", platform.node()):
-        return True
-    try:
-        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-    except OSError:  # unknown: the launcher will say so
-        return False
-    for family, kind, protocol, _, address in found:
-        with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as tried:
-            tried.bind(address)
-            return True
-    return False
-
-
-def read_host_file(path: Path) -> dict[str, int]:
-    """Return {host: slots} of a DeepSpeed host file (`name slots=8`).
-
-    Raises
-    ------
-    ConfigError
-        With every line that is not of that form.
-    """
-    slots: dict[str, int] = {}
-    problems = Problems()
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
-        words = line.split("#")[0].split()
-        if not words:
-            continue
-        host, count = words[0], _SLOTS.fullmatch(words[1]) if len(words) == 2 else None
-        if count is None:
-            problems.add(f"{path}:{number}: {show(line)} is not of the form 'host slots=8'")
-        elif wanted := refusal(HostName, host):
-            problems.add(f"{path}:{number}: {show(host)}: want {wanted}")
-        elif host in slots:
-            problems.add(f"{path}:{number}: host {host!r} is listed twice")
-        else:
-            slots[host] = int(count[1])
-    if not slots and not problems:
-        problems.add(f"{path}: no host in it")
-    problems.raise_if_any()
-    return slots
+def nodes_of(sizes: Sequence[int | None]) -> tuple[int, ...] | None:
+    """Return how many ranks each host has, from what each rank knows of its own; None: unknown."""
+    nodes: list[int] = []
+    while sum(nodes) < len(sizes):
+        size = sizes[sum(nodes)]
+        if size is None:
+            return None
+        nodes.append(size)
+    return tuple(nodes)
 
 
 def sourced_environment(env_file: Path) -> dict[str, str]:

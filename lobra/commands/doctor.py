@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
-import math
 import os
 import shutil
-import socket
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from lobra.cli import INSTALL_TRAIN
-from lobra.common.errors import ConfigError, Problems
+from lobra.commands.doctor_hosts import HostNeeds, host_findings
+from lobra.commands.finding import LACKS, NOTE, OK, Finding
+from lobra.common.errors import ConfigError
 from lobra.common.models import NumGpus, refusal
-from lobra.common.options import Int
+from lobra.common.options import THIS_MACHINE, Int, LauncherOptions, option_problems
 from lobra.common.version import NOT_INSTALLED, installed_version
 from lobra.layout.placement import place
 from lobra.layout.plan import Plan, load_plan
 from lobra.layout.shapes import TINY, layout_problem, resolve_shape
 from lobra.model.folder import resolve_folder
+from lobra.profiler.collectives import ADAPTER_BYTES
 from lobra.profiler.hardware import available_memory_bytes, cpu_name, num_cores
 from lobra.profiler.lookup import provenance_note, time_path
+from lobra.tasks.config import TrainerConfig, load_trainer_config
+from lobra.trainer.host_file import first_slots, read_host_file
 
-OK, LACKS, NOTE = "ok", "lacks", "note"
 DISTRIBUTION = "lobra"
 # When the project runs from a checkout without being installed, what it imports.
 ESSENTIAL = ("numpy", "scipy", "pyscipopt", "ortools")
@@ -35,23 +37,18 @@ GIB = 1 << 30
 RANK_OVERHEAD_BYTES = GIB // 4
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report: `status` is OK, LACKS (something will not work) or NOTE."""
-
-    status: str
-    subject: str
-    text: str
-
-
 def doctor(
     *,
     model: str | None = None,
     strategy_config: str | None = None,
+    trainer_config: str | None = None,
     gpus_per_node: Int | None = None,
-    host_file: Path | None = None,
+    output_dir: Path | None = None,
+    launcher: LauncherOptions = THIS_MACHINE,
 ) -> int:
     """Say what this machine has and lacks, and what a plan would need; end 1 if it lacks something.
+
+    With --host-file it asks every host, by ssh: versions, clocks, folders, ports, links.
 
     Parameters
     ----------
@@ -59,21 +56,24 @@ def doctor(
         Check this base model, and the plan against it.
     strategy_config
         Check what this plan needs.
+    trainer_config
+        The tasks, whose adapters hosts are to exchange.
     gpus_per_node
         By default what the hosts of the host file have, else the GPUs of this machine, or 8.
-    host_file
-        Check the plan against the hosts of this DeepSpeed host file.
+    output_dir
+        Check whether hosts share this run's folder.
 
     Raises
     ------
     ConfigError
-        If the plan's file or the host file cannot be read.
+        If an option is out of bounds, or a file cannot be read.
     """
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    findings = list(examine(model, strategy_config, gpus_per_node, host_file))
+    asked = (model, strategy_config, gpus_per_node, launcher, trainer_config, output_dir)
+    findings = list(examine(*asked))
     table = Table(show_header=False)
     colours = {OK: "green", LACKS: "red", NOTE: "yellow"}
     for finding in findings:
@@ -87,27 +87,32 @@ def examine(
     model: str | None,
     plan_name: str | None,
     gpus_per_node: int | None,
-    host_file: Path | None = None,
+    launcher: LauncherOptions = THIS_MACHINE,
+    trainer_config: str | None = None,
+    output_dir: Path | None = None,
 ) -> Iterator[Finding]:
     """Yield what was found, about the machine first, then about hosts, the model and the plan.
 
     Raises
     ------
     ConfigError
-        If the plan's file or the host file cannot be read.
+        If an option is out of bounds, or a file cannot be read.
     """
-    problems = Problems()
-    plan = None
+    problems = option_problems(launcher)
+    plan: Plan | None = None
+    tasks: TrainerConfig | None = None
     slots: Mapping[str, int] = {}
     if gpus_per_node is not None and (wanted := refusal(NumGpus, gpus_per_node)):
         problems.add(f"--gpus-per-node {gpus_per_node}: want {wanted}")
     with problems.noted():
         plan = load_plan(plan_name) if plan_name else None
-    if host_file is not None:
-        from lobra.trainer.run import read_host_file
-
+    with problems.noted():
+        tasks = load_trainer_config(trainer_config) if trainer_config else None
+    if launcher.host_file is not None:
         with problems.noted():
-            slots = read_host_file(host_file)
+            slots = read_host_file(launcher.host_file)
+    if launcher.env_file is not None and not os.path.exists(launcher.env_file):
+        problems.add(f"--env-file {launcher.env_file}: no such file")
     problems.raise_if_any()
     yield from _packages()
     yield Finding(OK, "CPU", f"{cpu_name()}, {num_cores()} cores")
@@ -119,16 +124,44 @@ def examine(
     for finding, count in _gpus():
         num_gpus += count
         yield finding
-    yield from _hosts(slots)
     if model:
         yield from _model(model)
+    if slots:
+        yield from host_findings(slots, launcher, _needs(model, plan, tasks, output_dir))
     if plan is not None:
-        size = gpus_per_node or math.gcd(*slots.values()) or num_gpus or 8
-        yield from _plan(plan, model, size)
+        nodes: int | tuple[int, ...] = gpus_per_node or num_gpus or 8
+        if slots and gpus_per_node is None:
+            is_enough = sum(slots.values()) >= plan.num_gpus
+            chosen = tuple(first_slots(slots, plan.num_gpus).values())
+            nodes = chosen if is_enough else max(chosen)
+        yield from _plan(plan, model, nodes)
         if slots:
             yield _slots(plan, slots)
         else:
             yield from _ranks(plan, num_gpus, memory)
+
+
+def _needs(
+    model: str | None, plan: Plan | None, tasks: TrainerConfig | None, output_dir: Path | None
+) -> HostNeeds:
+    """Return what hosts must have for this; what is not usable of it was reported before."""
+    folder = adapter_bytes = None
+    with contextlib.suppress(ConfigError):
+        shape = resolve_shape(model) if model else None
+        if shape and tasks:
+            adapter_bytes = ADAPTER_BYTES * sum(
+                shape.adapter_elements(task.largest_rank, task.target_modules)
+                for task in tasks.tasks
+            )
+        if shape and (shape.path or model != TINY):
+            folder = resolve_folder(str(model))
+    return HostNeeds(
+        model_folder=folder,
+        output_dir=output_dir,
+        adapter_bytes=adapter_bytes,
+        num_ranks=None if plan is None else plan.num_gpus,
+        step_time_s=None if plan is None else plan.meta.get("step_time_s"),
+    )
 
 
 def _packages() -> Iterator[Finding]:
@@ -192,20 +225,6 @@ def _gpus() -> Iterator[tuple[Finding, int]]:
         yield Finding(NOTE, "GPU", "none that torch can use; ranks run as CPU processes"), 0
 
 
-def _hosts(slots: Mapping[str, int]) -> Iterator[Finding]:
-    for host, count in slots.items():
-        try:
-            socket.getaddrinfo(host, None)
-        except OSError:
-            text = f"{count} slots; the name means nothing here, unless ssh's settings know it"
-            yield Finding(NOTE, f"host {host}", text)
-        else:
-            yield Finding(OK, f"host {host}", f"{count} slots")
-    if len(slots) > 1 and shutil.which("pdsh") is None:
-        text = "not installed; deepspeed's launcher starts ranks on several hosts with it"
-        yield Finding(LACKS, "pdsh", text)
-
-
 def _slots(plan: Plan, slots: Mapping[str, int]) -> Finding:
     total = sum(slots.values())
     if total >= plan.num_gpus:
@@ -238,14 +257,15 @@ def _model(model: str) -> Iterator[Finding]:
         yield Finding(NOTE, "time profile", text)
 
 
-def _plan(plan: Plan, model: str | None, gpus_per_node: int) -> Iterator[Finding]:
+def _plan(plan: Plan, model: str | None, nodes: int | tuple[int, ...]) -> Iterator[Finding]:
     yield Finding(OK, "plan", f"{plan}: {plan.num_gpus} ranks, up to {plan.max_tokens} tokens")
     try:
-        place(plan, gpus_per_node)
+        place(plan, nodes)
     except ConfigError as error:
         yield Finding(LACKS, "placement", str(error))
     else:
-        yield Finding(OK, "placement", f"fits nodes of {gpus_per_node} GPUs")
+        sizes = nodes if isinstance(nodes, int) else ", ".join(map(str, nodes))
+        yield Finding(OK, "placement", f"fits nodes of {sizes} GPUs")
     if model:
         try:
             shape = resolve_shape(model)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lobra.common.errors import ConfigError, Problems
 from lobra.common.options import Device, ModelName, option_problems
 from lobra.layout.memory_policy import MemoryPolicy
+from lobra.trainer.host_file import read_host_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -133,8 +134,6 @@ def check_one_machine(host_file: Path | None, environment: Mapping[str, str]) ->
         )
     if host_file is None:
         return
-    from lobra.trainer.run import read_host_file
-
     hosts = read_host_file(host_file)
     if len(hosts) > 1:
         raise ConfigError(

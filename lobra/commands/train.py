@@ -24,7 +24,7 @@ from lobra.layout.plan import load_plan
 from lobra.model.launch import Interrupted
 from lobra.report.run_report import print_run_report
 from lobra.trainer.checkpoint_folder import step_folder
-from lobra.trainer.launcher import run_launcher
+from lobra.trainer.launcher import launcher_command, run_launcher
 from lobra.trainer.metrics import METRICS_FILE
 from lobra.trainer.request import TrainRequest
 from lobra.trainer.signals import EXIT_CODES
@@ -130,7 +130,6 @@ def _through_launcher(
 ) -> int:
     """Start deepspeed's launcher on the hosts of the host file and return its exit code."""
     from lobra.trainer.restarts import launch_with_restarts, with_resume
-    from lobra.trainer.run import launcher_command
     from lobra.trainer.run_folder import occupied
 
     def command(step: int | None) -> list[str]:

@@ -34,9 +34,9 @@ from lobra.tasks.formats import Reading
 from lobra.tasks.lengths import load_lengths
 from lobra.tasks.rows import read_rows
 from lobra.trainer.checkpoint import read_state
+from lobra.trainer.host_file import read_host_file
 from lobra.trainer.metrics import kept_metrics, read_metrics
 from lobra.trainer.peft_config import config_problems
-from lobra.trainer.run import read_host_file
 from lobra.trainer.run_config import read_run_config
 from tests.assets.golden import HERE as GOLDEN
 from tests.bad_inputs.case import FORMATS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 
 from lobra.cli import COMMANDS, guarded, main, make_app
 from lobra.commands import doctor
+from lobra.commands.finding import LACKS, NOTE, OK
 from lobra.common.errors import ConfigError
+from lobra.common.options import LauncherOptions
 
 
 def test_a_users_mistake_an_interruption_and_a_failure(capsys: pytest.CaptureFixture) -> None:
@@ -180,10 +183,10 @@ def test_the_doctor_says_what_a_plan_needs(tmp_path: Path) -> None:
     )
     findings = {f.subject: f for f in doctor.examine("tiny", str(plan), 8)}
     assert findings["plan"].text.startswith("<3,1>x1 <1,1>x1000: 1003 ranks")
-    assert findings["layout <3,1>"].status == doctor.LACKS
+    assert findings["layout <3,1>"].status == LACKS
     assert "does not divide" in findings["layout <3,1>"].text
-    assert findings["Python"].status == doctor.OK
-    assert findings["CPU ranks"].status == doctor.LACKS
+    assert findings["Python"].status == OK
+    assert findings["CPU ranks"].status == LACKS
 
 
 def test_the_doctor_misses_a_compiler_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,24 +194,31 @@ def test_the_doctor_misses_a_compiler_of_kernels(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     findings = {f.subject: f for f in doctor.examine(None, None, None)}
-    assert findings["triton"].status == doctor.NOTE
+    assert findings["triton"].status == NOTE
 
 
-def test_the_doctor_says_whether_hosts_have_what_a_plan_needs(tmp_path: Path) -> None:
+def test_the_doctor_says_whether_hosts_have_what_a_plan_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ssh").write_text("#!/bin/sh\necho no route to host >&2; exit 255\n")
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     plan, hosts = tmp_path / "plan.yaml", tmp_path / "hosts"
     plan.write_text("strategy_config: [{dp: 6, tp: 1, pp: 1, max_tokens: 1024}]\n")
-    for text, status, size in (
-        ("localhost slots=8\n", doctor.OK, 8),
-        ("localhost slots=2\n127.0.0.1 slots=4\n", doctor.OK, 2),
-        ("localhost slots=2\n127.0.0.1 slots=2\n", doctor.LACKS, 2),
+    for text, status, sizes in (
+        ("localhost slots=8\n", OK, "6"),
+        ("localhost slots=2\n127.0.0.1 slots=4\n", OK, "2, 4"),
+        ("localhost slots=2\n127.0.0.1 slots=2\n", LACKS, "2"),
     ):
         hosts.write_text(text)
-        findings = {f.subject: f for f in doctor.examine("tiny", str(plan), None, hosts)}
-        assert findings["host localhost"].status == doctor.OK
+        launcher = LauncherOptions(host_file=hosts)
+        findings = {f.subject: f for f in doctor.examine(None, str(plan), None, launcher)}
         assert findings["ranks"].status == status
-        assert findings["placement"].text == f"fits nodes of {size} GPUs"
+        assert findings["placement"].text == f"fits nodes of {sizes} GPUs"
     assert findings["ranks"].text == "2 slots are missing: 2 hosts have 4"
+    assert findings["host localhost"].status == LACKS
+    assert findings["host localhost"].text.startswith("no answer: no route to host; see that")
     hosts.write_text("localhost\n")
     with pytest.raises(ConfigError) as caught:
-        list(doctor.examine(None, str(tmp_path / "none.yaml"), None, hosts))
+        list(doctor.examine(None, str(tmp_path / "none.yaml"), None, launcher))
     assert len(caught.value.problems) == 2

@@ -18,15 +18,12 @@ from lobra.cli import main
 from lobra.common.errors import ConfigError
 from lobra.layout.layout import Layout
 from lobra.layout.plan import Plan, ReplicaGroup
+from lobra.trainer.host_file import read_host_file
+from lobra.trainer.launcher import launcher_command
 from lobra.trainer.metrics import read_metrics
-from lobra.trainer.prepare import node_size, place_plan
+from lobra.trainer.prepare import node_sizes, place_plan
 from lobra.trainer.request import TrainRequest
-from lobra.trainer.run import (
-    launcher_command,
-    local_world_size,
-    read_host_file,
-    sourced_environment,
-)
+from lobra.trainer.run import local_world_size, nodes_of, sourced_environment
 from tests.trainer.command import refused, train, write_config, write_plan
 
 
@@ -106,10 +103,14 @@ def test_a_plan_that_is_no_yaml_is_said_in_one_line(
 def test_the_size_of_a_node_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     request = TrainRequest("m", "t", "s", Path("run"))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    assert node_size(request, "cuda") == 4, "this machine's"
-    assert node_size(replace(request, found_per_node=2), "cuda") == 2, "the launcher's"
-    assert node_size(replace(request, found_per_node=2, gpus_per_node=8), "cuda") == 8
-    assert node_size(request, "cpu") > 1000
+    assert node_sizes(request, "cuda") == 4, "this machine's"
+    launched = replace(request, found_nodes=(3, 2))
+    assert node_sizes(launched, "cuda") == node_sizes(launched, "cpu") == (3, 2)
+    assert node_sizes(replace(launched, gpus_per_node=8), "cuda") == 8
+    assert node_sizes(request, "cpu") > 1000
+    assert nodes_of([3, 3, 3, 2, 2]) == (3, 2)
+    assert nodes_of([1, 1]) == (1, 1)
+    assert nodes_of([None, 2]) is None
     assert local_world_size({"LOCAL_WORLD_SIZE": "6"}) == 6
     assert local_world_size({"LOCAL_SIZE": "3"}) == 3
     assert local_world_size({}) is None
@@ -383,10 +384,10 @@ def test_host_files(tmp_path: Path) -> None:
     assert command[-4:] == ["lobra.cli", "train", "--model", "7B"]
     with pytest.raises(ConfigError, match="12 slots on 2 hosts, the plan needs 16"):
         launcher_command([], path, 16, None, None)
-    path.write_text("alpha\nbeta slots=x\nbeta slots=1\nbeta slots=2\n")
+    path.write_text("alpha\nbeta slots=x\nbeta slots=1\nbeta slots=2\ngamma 8\n")
     with pytest.raises(ConfigError) as caught:
         read_host_file(path)
-    assert len(caught.value.problems) == 3
+    assert len(caught.value.problems) == 4
 
 
 def test_a_host_file_of_one_host(tmp_path: Path) -> None:

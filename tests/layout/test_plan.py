@@ -187,22 +187,46 @@ def test_groups_that_do_not_divide_the_node_are_packed_if_they_can_be() -> None:
         place(plan_of((12, 1, 1)), 8)
 
 
+def can_pack(sizes: list[int], capacities: list[int]) -> bool:
+    """Return whether some assignment of all sizes to bins fits."""
+    if not sizes:
+        return True
+    first, *rest = sizes
+    return any(
+        room >= first and can_pack(rest, [*capacities[:b], room - first, *capacities[b + 1 :]])
+        for b, room in enumerate(capacities)
+    )
+
+
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 2)), min_size=1, max_size=5), st.data())
+@examples(200, 2000)
+def test_groups_lie_inside_nodes_that_are_not_alike(
+    layouts: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    """Brute force says whether they fit; ranks are numbered node by node."""
+    plan = plan_of(*((tp, pp, 1) for tp, pp in layouts))
+    nodes = []
+    while sum(nodes) < plan.num_gpus:
+        nodes.append(data.draw(st.integers(4, 6), label="GPUs of a node"))
+    groups = [tp for tp, pp in layouts for _ in range(pp)]
+    filled = [*nodes[:-1], plan.num_gpus - sum(nodes[:-1])]
+    if max(filled) < max(groups) or not can_pack(sorted(groups, reverse=True), filled):
+        with pytest.raises(ConfigError):
+            place(plan, nodes)
+        return
+    world = place(plan, nodes)
+    assert world.spread_groups(nodes) == []
+    node_of = [node for node, size in enumerate(nodes) for _ in range(size)]
+    for replica in world.replicas:
+        assert all(len({node_of[rank] for rank in stage}) == 1 for stage in replica)
+
+
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=7), st.lists(st.integers(1, 9), max_size=4))
 @examples(200, 2000)
 def test_packing_agrees_with_brute_force(sizes: list[int], capacities: list[int]) -> None:
     sizes = sorted(sizes, reverse=True)
     found = pack(sizes, capacities)
-
-    def fits(index: int, room: tuple[int, ...]) -> bool:
-        if index == len(sizes):
-            return True
-        return any(
-            room[b] >= sizes[index]
-            and fits(index + 1, (*room[:b], room[b] - sizes[index], *room[b + 1 :]))
-            for b in range(len(room))
-        )
-
-    assert (found is not None) == fits(0, tuple(capacities))
+    assert (found is not None) == can_pack(sizes, capacities)
     if found is not None:
         used = np.bincount(found, weights=sizes, minlength=len(capacities))
         assert (used <= capacities).all()
