@@ -138,11 +138,9 @@ def test_what_is_not_finite_is_its_tenants_alone(mixed: Running) -> None:
     models = [client.new_model(client.new_session(), 0, rank=2, seed=3) for client in clients]
     results: list[list[Any]] = [[], [], []]
     for step in range(3):
-        settings = ((1e300, 1.0), (1e-2, 3e38), (1e-2, 1.0))  # learning rate, weight
-        for client, model, (rate, weight), own in zip(
-            clients, models, settings, results, strict=True
-        ):
-            data = [datum(20, 6, weight)]
+        settings = ((1e300, datum(20, 6)), (1e-2, datum(LONGEST, 6, 3e38)), (1e-2, datum(20, 6)))
+        for client, model, (rate, one), own in zip(clients, models, settings, results, strict=True):
+            data = [one]
             loss = client.losses(model, 2 * step + 1, data)[1]
             adam = dict(learning_rate=rate)
             update = dict(model_id=model, seq_id=2 * step + 2, adam_params=adam)
