@@ -32,6 +32,7 @@ SUBJECTS = {
     "activation_bytes": "what a token and layer keeps for the backward pass, by memory policy",
     "adapted_linear": "linears with the adapters of several tasks, by every way to compute them",
     "baselines": "ours, tensor parallel, FSDP2 and a pipeline as real trainers of one adapter",
+    "drift": "a long run, against PEFT alone: losses step by step, adapters at the end",
     "equality": "adapters trained jointly by us, against PEFT's trained alone",
     "loss_memory": "peak memory and time of the loss, whole and in parts",
     "multi_lora": "many adapters: ours, PEFT one after the other, the frozen base alone",

@@ -31,7 +31,7 @@ from lobra.tasks.config import TaskConfig
 from lobra.tasks.target_modules import TARGET_MODULES
 from lobra.trainer.checkpoint_folder import list_checkpoints
 from lobra.trainer.engine import Engine
-from lobra.trainer.metrics import METRICS_FILE, read_metrics
+from lobra.trainer.metrics import read_metrics
 from lobra.trainer.rank import RankResult, train_rank
 from lobra.trainer.run import run_local
 from lobra.trainer.run_spec import CONFIG_FILE, RunSpec
@@ -149,7 +149,7 @@ def _grown(rows: list[dict[str, Any]], run: RunSpec) -> list[str]:
             found.append(f"{name} from {then:,.0f} to {now:,.0f}")
     if (kept := len(list_checkpoints(run.output_dir))) != NUM_KEPT:
         found.append(f"{kept} checkpoints instead of {NUM_KEPT}")
-    lines = (run.output_dir / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+    lines = read_metrics(run.output_dir)
     if len(lines) != run.last_step:
-        found.append(f"{len(lines)} lines of {METRICS_FILE} instead of {run.last_step}")
+        found.append(f"{len(lines)} logged steps instead of {run.last_step}")
     return found

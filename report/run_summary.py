@@ -11,7 +11,8 @@ from typing import Any
 from lobra.common.errors import ConfigError
 from lobra.report.run_plans import PlanPart, plan_parts
 from lobra.trainer.checkpoint_folder import list_checkpoints, step_folder
-from lobra.trainer.metrics import METRICS_FILE, read_metrics
+from lobra.trainer.log_parts import METRICS_FILE
+from lobra.trainer.metrics import read_metrics
 from lobra.trainer.run_config import RunConfig, read_run_config
 from lobra.trainer.run_spec import ADAPTER_FOLDER, CONFIG_FILE
 

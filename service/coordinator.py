@@ -187,6 +187,9 @@ class Coordinator:
             if not report.is_finite(seat.slot):
                 self._finish(job, error="the gradient is not finite: it was dropped, no update")
                 continue
+            if (why := report.failed.get(seat.slot)) is not None:
+                self._finish(job, error=f"the update failed: {why}: the weights are as before")
+                continue
             seat.updates += 1
             self.tally.note_update()
             mean = loss / weight if weight else math.nan

@@ -18,7 +18,7 @@ from lobra.common.files import atomic_path, write_atomic
 from lobra.tasks.cache import digest_of, read_entry, write_entry
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.data_report import DataReport
-from lobra.tasks.encoding import cut
+from lobra.tasks.encoding import LONG_TEXT, cut
 from lobra.tasks.examples import Answer, examples
 from lobra.tasks.formats import Reading
 from lobra.tasks.objectives import SEQUENCES_OF_EXAMPLE, SUPERVISED
@@ -40,9 +40,9 @@ _SETTINGS = (
 )
 #: Texts and characters per call: a tokenizer's results take some 200 bytes a character.
 _BATCH, _BATCH_CHARACTERS = 2048, 1 << 20
-#: Of one text. A context holds a few characters a token, so more is cut away in any case; but where
-#: it is cut follows from the lengths of all of it, so it is refused, not cut before.
-_MOST_CHARACTERS, _CHARACTERS_PER_TOKEN = 1 << 20, 64
+#: Of a text. All of one is tokenised: where it is cut follows from the lengths of all of it.
+#: One that cannot be divided takes 200 bytes a character; a context holds few characters a token.
+_MOST_CHARACTERS, _MOST_UNDIVIDED, _CHARACTERS_PER_TOKEN = 1 << 26, LONG_TEXT, 64
 _SIGNS_FILE = "signs.npy"  # of examples of several sequences alone
 _ARRAYS = {"tokens": np.int32, "labels": np.int32, "offsets": np.int64}
 
@@ -327,7 +327,7 @@ def _encoded(
         except ConfigError as error:
             problems += error.problems
     for path, rows in read:
-        problems += _endless(path, rows, task.context_length)
+        problems += _endless(path, rows, task.context_length, processor)
     problems.raise_if_any()
     for path, rows in read:
         report.add_file(path, rows)
@@ -360,11 +360,16 @@ def _batches(rows: Sequence[Row]) -> Iterator[tuple[int, int]]:
         yield start, len(rows)
 
 
-def _endless(path: Path, rows: Rows, context_length: int) -> Iterator[str]:
+def _endless(
+    path: Path, rows: Rows, context_length: int, processor: TextProcessor
+) -> Iterator[str]:
     """Yield a problem for every text that is too long to be tokenised for this context."""
-    most = max(_MOST_CHARACTERS, _CHARACTERS_PER_TOKEN * context_length)
+    undivided = max(_MOST_UNDIVIDED, _CHARACTERS_PER_TOKEN * context_length)
     for place, row in zip(rows.places, rows.rows, strict=True):
-        if isinstance(row, TextRow) and len(row.text) > most:
+        if not isinstance(row, TextRow) or len(row.text) <= undivided:
+            continue
+        most = _MOST_CHARACTERS if processor.encoder.divides(row) else undivided
+        if len(row.text) > most:
             yield (
                 f"{path}: {place}: its text has {len(row.text)} characters, want at most {most} "
                 f"with context_length {context_length}: cut it, or divide it into rows"

@@ -13,13 +13,14 @@ import json
 import secrets
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lobra.tasks.pieces import divided
 from lobra.tasks.special_tokens import Span, SpecialTokens
 from lobra.tasks.text_rows import TextRow, replace_spans
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 Ids = NDArray[np.int32]
 Mask = NDArray[np.bool_]
 
+LONG_TEXT = 1 << 20  # characters: what a tokenizer returns for them takes 200 MB
 _SECRET = secrets.token_hex(8)  # no data can spell it
 
 
@@ -68,24 +70,30 @@ class Encoder:
         """Return every row's tokens.
 
         The beginning token is put before a text that wants it if the tokenizer itself does so. A
-        row without text has no tokens.
+        row without text has no tokens. A long text is tokenised in pieces where that is the same.
         """
         resolved = [self._resolve(row) for row in rows]
-        encodings: list[Any] = [None] * len(rows)
+        found: dict[int, tuple[Ids, Mask]] = {}
         for is_twin in (False, True):
+            tokenizer = partial(self._backend, is_twin)
             chosen = [k for k, (_, _, needs_twin) in enumerate(resolved) if needs_twin is is_twin]
-            if chosen:
-                tokenizer = self._twin if is_twin else self._own
-                texts = [resolved[k][0] for k in chosen]
-                found = tokenizer.encode_batch(texts, add_special_tokens=False)
-                for k, encoding in zip(chosen, found, strict=True):
-                    encodings[k] = encoding
-        return [
-            Encoded(*self._finish(row, encoding, learned), needs_twin)
-            for row, encoding, (_, learned, needs_twin) in zip(
-                rows, encodings, resolved, strict=True
-            )
-        ]
+            short = [k for k in chosen if len(resolved[k][0]) <= LONG_TEXT]
+            if short:
+                texts = [resolved[k][0] for k in short]
+                encodings = tokenizer().encode_batch(texts, add_special_tokens=False)
+                for k, encoding in zip(short, encodings, strict=True):
+                    found[k] = self._marked(encoding, resolved[k][1])
+            for k in set(chosen) - set(short):
+                found[k] = self._in_pieces(tokenizer(), resolved[k][0], resolved[k][1])
+        return [Encoded(*self._begun(row, *found[k]), resolved[k][2]) for k, row in enumerate(rows)]
+
+    def divides(self, row: TextRow) -> bool:
+        """Return whether a long row is tokenised in pieces, in bounded memory."""
+        text, _, is_twin = self._resolve(row)
+        return divided(text, self._backend(is_twin)) is not None
+
+    def _backend(self, is_twin: bool) -> Tokenizer:
+        return self._twin if is_twin else self._own
 
     def _resolve(self, row: TextRow) -> tuple[str, Sequence[Span], bool]:
         """Return (text, what is learned of it, whether the twin must tokenise it)."""
@@ -105,11 +113,25 @@ class Encoder:
         text, learned = replace_spans(row.text, edits, row.learned)
         return text, learned, True
 
-    def _finish(
-        self, row: TextRow, encoding: Any, learned_spans: Sequence[Span]
+    def _in_pieces(
+        self, tokenizer: Tokenizer, text: str, learned_spans: Sequence[Span]
     ) -> tuple[Ids, Mask]:
-        if not row.text:
-            return np.empty(0, dtype=np.int32), np.empty(0, dtype=np.bool_)
+        """Return the tokens of a long text, and which are learned, piece by piece."""
+        found = []
+        begin = 0
+        for piece in divided(text, tokenizer) or [text]:
+            spans = [
+                (max(start - begin, 0), min(end - begin, len(piece)))
+                for start, end in learned_spans
+                if start < begin + len(piece) and end > begin
+            ]
+            found.append(self._marked(tokenizer.encode(piece, add_special_tokens=False), spans))
+            begin += len(piece)
+        tokens, learned = zip(*found, strict=True)
+        return np.concatenate(tokens), np.concatenate(learned)
+
+    def _marked(self, encoding: Any, learned_spans: Sequence[Span]) -> tuple[Ids, Mask]:
+        """Return an encoding's tokens, and which are learned."""
         tokens = np.array(encoding.ids, dtype=np.int32)
         learned = np.zeros(len(tokens), dtype=np.bool_)
         offsets = encoding.offsets  # ascending
@@ -125,6 +147,12 @@ class Encoder:
             if first < last and offsets[first][0] < start and tokens[first] in self.special_ids:
                 first += 1
             learned[first:last] = True
+        return tokens, learned
+
+    def _begun(self, row: TextRow, tokens: Ids, learned: Mask) -> tuple[Ids, Mask]:
+        """Return a row's tokens with the beginning token, if it wants one; none without text."""
+        if not row.text:
+            return np.empty(0, dtype=np.int32), np.empty(0, dtype=np.bool_)
         if row.begins and not np.array_equal(tokens[:1], self._beginning):
             tokens = np.concatenate([self._beginning, tokens])
             learned = np.concatenate([np.zeros(len(self._beginning), dtype=np.bool_), learned])

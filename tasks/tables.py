@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lobra.common.documents import check_regular, parse_json, parsing, read_text
+from lobra.common.documents import MOST_BYTES, check_regular, parse_json, parsing, read_text
 from lobra.common.errors import ConfigError, show
 from lobra.tasks.fields import TOKEN_FIELDS
 
@@ -66,8 +66,13 @@ def read_table(path: Path, report: Report) -> Iterator[tuple[str, Fields]]:
 
 def _read_lines(path: Path, report: Report) -> Iterator[tuple[str, Fields]]:
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        lines = iter(lambda: file.readline(MOST_BYTES + 1), b"")
+        for number, line in enumerate(lines, 1):
             place = f"line {number}"
+            if len(line) > MOST_BYTES:
+                raise ConfigError(
+                    f"{path}: {place}: has more than {MOST_BYTES} bytes: divide it into rows"
+                )
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if not text:

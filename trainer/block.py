@@ -24,6 +24,8 @@ from lobra.model.slot import Slot
 from lobra.tasks.config import TaskConfig
 from lobra.trainer.zero import Partition
 
+NOT_FINITE = "its weights would not be finite any more"
+
 
 class BlockOptimizer:
     """One layer block's part of the slots, its optimiser, and the exchange with other holders."""
@@ -81,10 +83,10 @@ class BlockOptimizer:
         return torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float64)).square()
 
     @torch.no_grad()
-    def update(self, settings: Mapping[int, Mapping[str, Any]], clips: Mapping[int, float]) -> None:
-        """Take one optimiser step for the tasks with settings; forget what was reduced.
-
-        Collective.
+    def update(
+        self, settings: Mapping[int, Mapping[str, Any]], clips: Mapping[int, float]
+    ) -> dict[int, str]:
+        """Take one optimiser step of this holder's parts; forget what was reduced.
 
         Parameters
         ----------
@@ -93,15 +95,44 @@ class BlockOptimizer:
             least; the same on every rank.
         clips
             What their gradients are multiplied by.
+
+        Returns
+        -------
+        dict
+            Of every task whose update failed here, why.
         """
+        failed = {}
         for number, changed in settings.items():
             gradient_p = self.reduced_p[number]
             if clips[number] != 1.0:
                 gradient_p.mul_(clips[number])
-            self.partitions[number].update(gradient_p, changed)
-        if settings:
-            self._gather(sorted(settings))
+            try:
+                self.partitions[number].update(gradient_p, changed)
+            except torch.OutOfMemoryError:  # the machine's failure, no task's
+                raise
+            except Exception as error:  # of any kind, by this task's numbers: others go on
+                failed[number] = f"{type(error).__name__}: {error}".partition("\n")[0]
         self.reduced_p = {}
+        masters = [self.partitions[number].master_p for number in settings]
+        if masters:
+            norms = torch.stack(torch._foreach_norm(masters, 2, dtype=torch.float64))
+            for number, is_finite in zip(settings, norms.isfinite().tolist(), strict=True):
+                if not is_finite:
+                    failed.setdefault(number, NOT_FINITE)
+        return failed
+
+    @torch.no_grad()
+    def exchange(self, updated: Sequence[int], failed: Sequence[int]) -> None:
+        """Give every holder the new weights of tasks; take back the updates that have failed.
+
+        Collective over the holders.
+        """
+        for number in failed:
+            partition = self.partitions[number]
+            start = dist.get_rank(self.group) * partition.size
+            partition.take_back(self.weights[number][start : start + partition.size])
+        if updated:
+            self._gather(updated)
 
     def _gather(self, numbers: Sequence[int]) -> None:
         """Give every holder the updated weights of these tasks."""

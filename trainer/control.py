@@ -6,7 +6,7 @@ a rank needs each task's labels, and a step's tokens are a few megabytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
@@ -66,6 +66,30 @@ class Control:
         """Have every rank get all ranks' values added up, in place, to the last bit the same."""
         dist.all_reduce(own, group=self.group)
         dist.broadcast(own, src=0, group=self.group)
+
+    def agree(self, numbers: Sequence[int], failed: Mapping[int, str]) -> dict[int, str]:
+        """Return why updates failed on any rank, by task, the same on every rank.
+
+        Parameters
+        ----------
+        numbers
+            All tasks that were to be updated, the same on every rank.
+        failed
+            Of those whose update failed on this rank, why.
+        """
+        if not numbers:
+            return {}
+        flags = torch.tensor([number in failed for number in numbers], dtype=torch.int32)
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group)
+        if not flags.any():
+            return {}
+        of_ranks: list[Mapping[int, str]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(of_ranks, failed, group=self.group)
+        return {
+            number: f"{why} (on rank {rank})"
+            for rank, of_rank in reversed(list(enumerate(of_ranks)))
+            for number, why in of_rank.items()
+        }
 
     def exchange(
         self,

@@ -13,9 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
-from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
 from lobra.common.storage import StorageError
 from lobra.layout.order import StepOrder, Update
@@ -31,7 +29,7 @@ from lobra.trainer.engine import Engine
 from lobra.trainer.evaluation import Evaluation, HeldOut
 from lobra.trainer.feedback import SpeedFeedback
 from lobra.trainer.forecast import Forecast
-from lobra.trainer.metrics import StepMetrics, as_json, read_metrics, restore_metrics
+from lobra.trainer.metrics import StepMetrics, as_json, restore_metrics
 from lobra.trainer.model_card import model_card
 from lobra.trainer.orders import Attendance, DispatchedStep, OrdersAhead, dispatch_step
 from lobra.trainer.records import Records
@@ -197,7 +195,7 @@ class Coordinator:
             self.feedback.update(trained.plain_time_s, trained.busy_s(run.world))
         for number in trained.own_steps:
             loss = trained.losses.get(number)
-            self._record(number, loss, applied=trained.report.is_finite(number))
+            self._record(number, loss, trained.report)
         mark = time.perf_counter()
         self.evaluation = evaluation = self._end_periods(list(trained.own_steps))
         validation_time_s = time.perf_counter() - mark
@@ -240,15 +238,17 @@ class Coordinator:
             dict(attendance.own_steps), dispatched, report, dispatch_wait_s, step_time_s
         )
 
-    def _record(self, number: int, loss: float | None, applied: bool) -> None:
+    def _record(self, number: int, loss: float | None, report: StepReport) -> None:
         """Note a task's step; steps count from 1 on a screen."""
         task = self.tasks[number]
-        if loss is not None and not applied:
+        if loss is not None and not report.is_finite(number):
             log.warning(
                 "step %d: the gradient of task %s is not finite, its update is skipped",
                 self.step, task.config.name,
             )  # fmt: skip
-        self._tell_if_stopped(number, task.progress.record(loss, applied))
+        applied = loss is not None and report.is_applied(number)
+        why = task.progress.record(loss, applied, report.failed.get(number))
+        self._tell_if_stopped(number, why)
 
     def _tell_if_stopped(self, number: int, why: str | None) -> None:
         if why is not None:
@@ -263,6 +263,8 @@ class Coordinator:
         going_on = [n for n in attended if self.tasks[n].progress.stopped is None]
         ending = [n for n in going_on if self.tasks[n].progress.ends_period(every)]
         evaluation = self._evaluate(going_on if self.step == self.run.last_step else ending)
+        for number, held_out in evaluation.losses.items():
+            self.tasks[number].progress.losses.note_held_out(held_out)
         for number in ending:
             task = self.tasks[number]
             loss = evaluation.losses.get(number)
@@ -358,24 +360,16 @@ class Coordinator:
         self._carry_out(StepOrder(self.step, save=True), self._state())
 
     def _tell_exports(self, records: Records, numbers: list[int]) -> None:
-        """Tell of adapters that were exported, and write their model cards: the log has all now."""
-        steps = self._logged_steps() if numbers else []
+        """Tell of adapters that were exported, and write their model cards."""
         for number in numbers:
             task, folder = self.tasks[number], self.run.adapter_folder(number)
-            card = model_card(task.config, self.run.base_model, self.run.precision, steps)
+            card = model_card(task.config, self.run.base_model, self.run.precision, task.progress)
             try:
                 write_atomic(folder / CARD_FILE, card)
             except OSError as error:
                 log.warning("%s: has no model card: %s", folder, error)
             is_best = self._is_best_kept(number)
             records.tell_export(task.config.name, task.progress, folder, is_best)
-
-    def _logged_steps(self) -> list[dict[str, Any]]:
-        try:
-            return read_metrics(self.run.output_dir)
-        except (ConfigError, OSError) as error:
-            log.warning("model cards do not tell the losses: %s", error)
-            return []
 
     def _is_exported(self, number: int) -> bool:
         progress = self.tasks[number].progress

@@ -49,6 +49,8 @@ from lobra.trainer.step_trace import traced
 from lobra.trainer.zero import start_deepspeed
 
 RECENT_STEPS = 50  # whose longest is what a step is expected to take
+#: Of a clipped gradient: Adam squares it in fp32.
+LARGEST_NORM = math.sqrt(torch.finfo(torch.float32).max)
 
 
 class Engine:
@@ -251,11 +253,12 @@ class Engine:
             self.stage.apart = False
         exchanged = time.perf_counter()
         beat("updating")
-        self.step(order.updates, report.grad_norms)
+        failed = self.step(order.updates, report.grad_norms)
         self._synchronize()
         end = time.perf_counter()
         self.step_times_s.append(end - start)
-        return replace(report, prepare_s=prepare_s, optimizer_s=end - exchanged)
+        optimizer_s = end - exchanged
+        return replace(report, failed=failed, prepare_s=prepare_s, optimizer_s=optimizer_s)
 
     def _compute(
         self, order: StepOrder, batches: Sequence[MicroBatchTensors], start: float
@@ -327,9 +330,9 @@ class Engine:
         squared_norms[numbers] = self.optimizer.reduce(numbers).cpu()
         no_losses = torch.zeros(self.num_tasks, dtype=torch.float64)
         report = self._exchange(order, no_losses, squared_norms, 0.0, 0.0)
-        self.step(order.updates, report.grad_norms)
+        failed = self.step(order.updates, report.grad_norms)
         self._synchronize()
-        return report
+        return replace(report, failed=failed)
 
     def _with_token_losses(
         self, order: StepOrder, report: StepReport, token_losses: Sequence[Tensor]
@@ -369,21 +372,30 @@ class Engine:
         """
         return run_replica(self.stage, batches, self.num_tasks, outcomes=outcomes)
 
-    def step(self, updates: Sequence[Update], grad_norms: Mapping[int, float]) -> None:
+    def step(self, updates: Sequence[Update], grad_norms: Mapping[int, float]) -> dict[int, str]:
         """Update adapters with the reduced gradients, each clipped by its own norm.
 
         A task whose gradient is not finite keeps its weights and moments, as one without an update
-        does. The norms are the same on every rank, and so are the decisions. The gradients of all
-        tasks with a norm are forgotten.
+        does; one whose update fails keeps its weights. The norms are the same on every rank, and so
+        are the decisions. The gradients of all tasks with a norm are forgotten.
+
+        Returns
+        -------
+        dict
+            Of every task whose update failed, why, the same on every rank.
         """
         todo = {number: TaskUpdate(False) for number in grad_norms}
+        failed = {}
         for update in updates:
             norm = grad_norms[update.task]
             clip = clip_coefficient(norm, update.max_grad_norm)
+            is_small = not norm * clip > LARGEST_NORM
             todo[update.task] = TaskUpdate(
-                math.isfinite(norm), update.learning_rate, clip, update.adam
+                math.isfinite(norm) and is_small, update.learning_rate, clip, update.adam
             )
-        self.optimizer.update(todo)
+            if math.isfinite(norm) and not is_small:
+                failed[update.task] = f"its gradient's norm, {norm:.1e}, overflows when squared"
+        return failed | self.optimizer.update(todo, self.control.agree)
 
     def _tensors(self, order: StepOrder) -> list[MicroBatchTensors]:
         """Return the tensors of this replica's micro-batches; losses are means over targets."""

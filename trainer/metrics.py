@@ -8,19 +8,22 @@ import logging
 import math
 import os
 from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lobra.common.documents import check_regular, parse_json, reading
+from lobra.common.documents import parse_json
 from lobra.common.errors import Problems
-from lobra.common.files import write_atomic
+from lobra.common.files import atomic_path
 from lobra.common.models import read_as
+from lobra.trainer import log_parts
+from lobra.trainer.log_parts import METRICS_FILE
 from lobra.trainer.logged_step import LoggedStep
 
 log = logging.getLogger(__name__)
 
-METRICS_FILE = "metrics.jsonl"
 MOST_WAITING = 10_000  # lines kept while there is no room for them: some 20 MB
 
 
@@ -162,7 +165,7 @@ class StepMetrics:
 
 
 class MetricsFile:
-    """Appends a line a step to metrics.jsonl.
+    """Appends a line a step to metrics.jsonl; what it holds is moved away when it is full.
 
     The file appears with the first step: a run that fails before leaves none. Lines that find no
     room are kept and written when there is some again: a full disk is warned of once and ends no
@@ -172,17 +175,16 @@ class MetricsFile:
     def __init__(self, folder: Path) -> None:
         self._path = folder / METRICS_FILE
         self._file: BinaryIO | None = None
-        self._waiting: deque[bytes] = deque(maxlen=MOST_WAITING)
+        self._waiting: deque[tuple[int, bytes]] = deque(maxlen=MOST_WAITING)  # step, line
         self._has_warned = False
 
     def write(self, metrics: StepMetrics) -> None:
         """Write one step and flush it, so that a crash loses nothing already seen."""
-        self._waiting.append(json.dumps(as_json(metrics)).encode() + b"\n")
+        line = json.dumps(as_json(metrics)).encode() + b"\n"
+        self._waiting.append((metrics.step, line))
         try:
-            if self._file is None:
-                self._file = self._path.open("ab", buffering=0)
             while self._waiting:
-                self._append(self._file, self._waiting[0])
+                self._append(*self._waiting[0])
                 self._waiting.popleft()
         except OSError as error:
             if not self._has_warned:
@@ -193,10 +195,13 @@ class MetricsFile:
                 )  # fmt: skip
             self._has_warned = True
 
-    @staticmethod
-    def _append(file: BinaryIO, line: bytes) -> None:
-        """Write a line; of one for which there is no room nothing is left."""
-        end = file.seek(0, os.SEEK_END)
+    def _append(self, step: int, line: bytes) -> None:
+        """Write a step's line; of one for which there is no room nothing is left."""
+        file, end = self._opened()
+        if end and end + len(line) > log_parts.MOST_BYTES:
+            self.close()
+            log_parts.move_away(self._path.parent, step)
+            file, end = self._opened()
         try:
             if file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -204,10 +209,17 @@ class MetricsFile:
             file.truncate(end)
             raise
 
+    def _opened(self) -> tuple[BinaryIO, int]:
+        """Return the file, and how many bytes it has."""
+        if self._file is None:
+            self._file = self._path.open("ab", buffering=0)
+        return self._file, self._file.seek(0, os.SEEK_END)
+
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
             self._file.close()
+            self._file = None
 
 
 def as_json(metrics: StepMetrics) -> dict[str, Any]:
@@ -227,22 +239,25 @@ def _finite(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class KeptMetrics:
-    """What a run that goes on keeps of metrics.jsonl, and what is wrong with the rest.
+    """What a run that goes on keeps of its log, and what is wrong with the rest.
 
     Attributes
     ----------
     steps
-        Lines of steps before the one it goes on at, ascending.
+        The steps (from 0) that it has, all before the one it goes on at.
     damage
         Why lines, or all of them, are left out.
+    is_of_another_run
+        Whether all of them are.
     """
 
-    steps: list[dict[str, Any]]
+    steps: frozenset[int]
     damage: Problems
+    is_of_another_run: bool
 
     def missing(self, step: int) -> list[int]:
-        """Return the steps before ``step`` (0-based) that reports will not have."""
-        return sorted(set(range(step)) - {entry["step"] for entry in self.steps})
+        """Return the steps before ``step`` (from 0) that reports will not have."""
+        return sorted(set(range(step)) - self.steps)
 
 
 def kept_metrics(folder: Path, step: int, last: dict[str, Any] | None) -> KeptMetrics:
@@ -252,41 +267,55 @@ def kept_metrics(folder: Path, step: int, last: dict[str, Any] | None) -> KeptMe
     was killed before it had written that gets it back. A log is no reason not to train: lines that
     are no step's are left out, and all of them if the file is another run's.
     """
-    path = folder / METRICS_FILE
-    found, damage = _logged_steps(folder) if os.path.lexists(path) else ([], Problems())
-    steps: list[dict[str, Any]] = []
-    for entry in found:
-        if steps and entry["step"] <= steps[-1]["step"]:
-            damage.add(f"{path}: step {entry['step']} after step {steps[-1]['step']}")
-        else:
-            steps.append(entry)
-    steps = [entry for entry in steps if entry["step"] < step]
+    damage = Problems()
+    steps = set()
+    is_of_another_run = False
+    for entry in _ascending_steps(folder, damage):
+        if entry["step"] < step:
+            steps.add(entry["step"])
+        if last is not None and entry["step"] == last["step"]:
+            is_of_another_run = entry.get("tasks") != last.get("tasks")
+    if is_of_another_run and last is not None:
+        damage.add(
+            f"{folder / METRICS_FILE}: step {last['step']} is not the step that the checkpoint was "
+            f"saved after: the file is of another run"
+        )
+        steps.clear()
     if last is not None:
-        known = {entry["step"]: entry for entry in steps}
-        if known.setdefault(last["step"], last).get("tasks") != last.get("tasks"):
-            damage.add(
-                f"{path}: step {last['step']} is not the step that the checkpoint was saved after: "
-                f"the file is of another run"
-            )
-            known = {last["step"]: last}
-        steps = [known[number] for number in sorted(known)]
-    return KeptMetrics(steps, damage)
+        steps.add(last["step"])
+    return KeptMetrics(frozenset(steps), damage, is_of_another_run)
 
 
 def restore_metrics(folder: Path, step: int, last: dict[str, Any] | None) -> None:
-    """Make metrics.jsonl what it was after `step` steps, for a run that goes on from there.
+    """Make the log what it was after `step` steps, for a run that goes on from there.
 
-    Steps that will be trained again are removed. A file of which not all is kept that should be
-    is set aside, as ``metrics.jsonl.damaged``.
+    Steps that will be trained again are removed. Files of which not all is kept that should be
+    are set aside, with the suffix ``.damaged``. Parts that end before the step stay as they are.
     """
     path = folder / METRICS_FILE
     kept = kept_metrics(folder, step, last)
+    files = log_parts.log_files(folder)
+    whole = {} if kept.damage else {
+        until: part for until, part in log_parts.log_parts(folder).items() if until <= step
+    }  # fmt: skip
+    begin = max(whole, default=0)
+    if kept.steps or files:
+        with atomic_path(path) as draft:
+            with draft.open("w", encoding="utf-8") as file:
+                for entry in [] if kept.is_of_another_run else _ascending_steps(folder, Problems()):
+                    if last is not None and entry["step"] == last["step"]:
+                        last = None
+                    if begin <= entry["step"] < step:
+                        file.write(json.dumps(entry) + "\n")
+                if last is not None:
+                    file.write(json.dumps(last) + "\n")
+            for old in files if kept.damage else ():
+                os.replace(old, old.with_name(f"{old.name}.damaged"))
     if kept.damage:
-        aside = path.with_name(f"{path.name}.damaged")
-        log.warning("%s: set aside as %s: %s", path, aside.name, kept.damage)
-        os.replace(path, aside)
-    if kept.steps or path.exists():
-        write_atomic(path, "".join(json.dumps(entry) + "\n" for entry in kept.steps))
+        log.warning("%s: set aside as %s.damaged: %s", path, path.name, kept.damage)
+    else:
+        for part in set(files) - {path, *whole.values()}:
+            part.unlink()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -295,31 +324,43 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     Raises
     ------
     ConfigError
-        The file cannot be read, or a line before the last is not a step's.
+        The log cannot be read, or a line before the last is not a step's.
     """
-    steps, problems = _logged_steps(folder)
+    problems = Problems()
+    steps = list(_logged_steps(log_parts.log_files(folder) or [folder / METRICS_FILE], problems))
     problems.raise_if_any()
     return steps
 
 
-def _logged_steps(folder: Path) -> tuple[list[dict[str, Any]], Problems]:
-    """Return the lines of metrics.jsonl that are a step's, and what is wrong with the others."""
-    path = folder / METRICS_FILE
-    problems = Problems()
-    steps = []
-    with problems.noted():
-        check_regular(path)
-        with reading(path):
-            lines = path.read_bytes().splitlines()
-        for number, line in enumerate(lines, start=1):
-            found = Problems()
-            try:
-                entry = parse_json(line.decode())
-            except ValueError as error:
-                if number < len(lines):
-                    problems.add(f"{path}:{number}: not a step's line ({error})")
-                continue
-            read_as(LoggedStep, entry, found)
-            problems += found.prefixed(f"{path}:{number}: not a step's line: ")
-            steps += [] if found else [entry]
-    return steps, problems
+def _ascending_steps(folder: Path, problems: Problems) -> Iterator[dict[str, Any]]:
+    """Yield the steps of a log, if there is one, without those that come after a later one."""
+    last = -1
+    for entry in _logged_steps(log_parts.log_files(folder), problems):
+        if entry["step"] > last:
+            last = entry["step"]
+            yield entry
+        else:
+            problems.add(f"{folder / METRICS_FILE}: step {entry['step']} after step {last}")
+
+
+def _logged_steps(files: Sequence[Path], problems: Problems) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a log's files that are a step's, and note what is wrong with the others.
+
+    A crash may have cut the very last one, of which nothing is noted.
+    """
+    for path in files:
+        with problems.noted():
+            lines = chain(log_parts.log_lines(path), [None])
+            for number, (line, following) in enumerate(pairwise(lines), start=1):
+                assert line is not None, "only the end is None"
+                found = Problems()
+                try:
+                    entry = parse_json(line.decode())
+                except ValueError as error:
+                    if following is not None or path != files[-1]:
+                        problems.add(f"{path}:{number}: not a step's line ({error})")
+                    continue
+                read_as(LoggedStep, entry, found)
+                problems += found.prefixed(f"{path}:{number}: not a step's line: ")
+                if not found:
+                    yield entry

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import yaml
 
 from lobra.tasks.config import TaskConfig
+from lobra.trainer.task_progress import TaskProgress
 
 #: What a task file's `adapter` is called.
 METHODS = {"lora": "LoRA", "rslora": "rsLoRA", "pissa": "PiSSA", "dora": "DoRA", "vera": "VeRA"}
@@ -34,12 +32,7 @@ model = PeftModel.from_pretrained(base, "this folder")
 """
 
 
-def model_card(
-    task: TaskConfig,
-    base_model: str,
-    precision: str,
-    steps: Sequence[dict[str, Any]],
-) -> str:
+def model_card(task: TaskConfig, base_model: str, precision: str, progress: TaskProgress) -> str:
     """Return the card of a task's adapter.
 
     Parameters
@@ -50,8 +43,8 @@ def model_card(
         What the adapter calls its base.
     precision
         Of the base's weights and the activations.
-    steps
-        The lines of the run's metrics.
+    progress
+        How far it has come.
     """
     head = {
         "base_model": base_model,
@@ -67,7 +60,7 @@ def model_card(
         "sequences a step": str(task.global_batch_size),
         "learning rate": f"{task.learning_rate:g}, {task.lr_scheduler}",
         "precision of the base": precision,
-        **_outcome([step["tasks"][task.name] for step in steps if task.name in step["tasks"]]),
+        **_outcome(progress),
     }
     rows = "\n".join(f"| {fact} | {value} |" for fact, value in facts.items())
     return TEMPLATE.format(
@@ -79,23 +72,21 @@ def model_card(
     )
 
 
-def _outcome(steps: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Return what a task's steps have to tell, of those that are known."""
-    if not steps:
-        return {}
-    first, last = steps[0], steps[-1]
-    # Logs of older versions do not tell the task's own step: it is the line's place.
-    begin, end = first.get("own_step", 0) + 1, last.get("own_step", len(steps) - 1) + 1
-    facts = {
-        "steps": str(end),
-        "loss per token": f"{_number(first['loss'])} in step {begin}, "
-        f"{_number(last['loss'])} in step {end}",
-    }
-    held_out = [loss for step in steps if (loss := step.get("validation_loss")) is not None]
-    if held_out:
-        facts["held-out loss per token"] = f"{_number(held_out[-1])}, at best {min(held_out):.4f}"
-    if last.get("stopped"):
-        facts["ended early"] = last["stopped"]
+def _outcome(progress: TaskProgress) -> dict[str, str]:
+    """Return what a task's steps have to tell, as far as it is known."""
+    losses = progress.losses
+    facts = {"steps": str(progress.steps)}
+    if losses.first_step:
+        facts["loss per token"] = (
+            f"{_number(losses.first)} in step {losses.first_step}, "
+            f"{_number(losses.last)} in step {losses.last_step}"
+        )
+    if losses.held_out is not None and losses.lowest_held_out is not None:
+        facts["held-out loss per token"] = (
+            f"{losses.held_out:.4f}, at best {losses.lowest_held_out:.4f}"
+        )
+    if progress.stopped:
+        facts["ended early"] = progress.stopped
     return facts
 
 

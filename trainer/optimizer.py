@@ -7,7 +7,7 @@ plain sum over holders (docs/architecture.md).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,15 +87,42 @@ class AdapterOptimizer:
             return torch.zeros(0, dtype=torch.float64, device=self.stage.device)
         return torch.stack([block.reduce(numbers) for block in self.blocks]).sum(dim=0)
 
-    def update(self, updates: Mapping[int, TaskUpdate]) -> None:
-        """Apply updates to the reduced gradients; forget these tasks' gradients. Collective."""
+    def update(
+        self,
+        updates: Mapping[int, TaskUpdate],
+        agree: Callable[[Sequence[int], dict[int, str]], dict[int, str]] = lambda _, own: own,
+    ) -> dict[int, str]:
+        """Apply updates to the reduced gradients; forget these tasks' gradients. Collective.
+
+        An update that fails on one rank is made on none: the task keeps its weights.
+
+        Parameters
+        ----------
+        updates
+            By the tasks' numbers.
+        agree
+            Makes of the updated tasks' numbers, and of why updates failed on this rank, why they
+            failed on any, the same on every rank (`Control.agree`). By default there is one rank.
+
+        Returns
+        -------
+        dict
+            Of every task whose update failed, why.
+        """
         applied = {number: update for number, update in updates.items() if update.apply}
         settings = {number: update.settings for number, update in applied.items()}
         clips = {number: update.clip for number, update in applied.items()}
+        own: dict[int, str] = {}
         for block in self.blocks:
-            block.update(settings, clips)
+            own = {**block.update(settings, clips), **own}
+        numbers = sorted(settings)
+        failed = agree(numbers, own)
+        updated = [number for number in numbers if number not in failed]
+        for block in self.blocks:
+            block.exchange(updated, sorted(failed))
         self.stage.forget_gradients(updates)
         self.stage.refresh()
+        return failed
 
     def moments(self, number: int) -> dict[str, dict[range, Tensor]]:
         """Return a task's moments, flat, by the layers of a block, on the CPU. Collective.

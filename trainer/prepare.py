@@ -34,7 +34,8 @@ from lobra.tasks.sampling import num_steps
 from lobra.tasks.text_processor import TextProcessor
 from lobra.trainer.batching import chosen_batching, fixed_buckets
 from lobra.trainer.checkpoint import CheckpointState, read_state
-from lobra.trainer.metrics import METRICS_FILE, kept_metrics
+from lobra.trainer.log_parts import METRICS_FILE
+from lobra.trainer.metrics import kept_metrics
 from lobra.trainer.request import TrainRequest
 from lobra.trainer.resume_checks import resume_problems, revival_problems, task_record
 from lobra.trainer.run_config import (

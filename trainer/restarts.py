@@ -18,7 +18,7 @@ from lobra.common.words import counted
 from lobra.model.launch import RankError
 from lobra.trainer.checkpoint import newest_whole
 from lobra.trainer.checkpoint_folder import list_checkpoints, step_folder
-from lobra.trainer.metrics import METRICS_FILE
+from lobra.trainer.log_parts import log_files
 from lobra.trainer.rank import RankResult
 from lobra.trainer.run_config import note_resume
 from lobra.trainer.run_spec import ADAPTER_FOLDER, RunSpec
@@ -128,7 +128,8 @@ def with_resume(arguments: Sequence[str], step: int | None) -> list[str]:
 
 def forget_steps(folder: Path) -> None:
     """Remove what a run that has no checkpoint has left of its steps."""
-    (folder / METRICS_FILE).unlink(missing_ok=True)
+    for path in log_files(folder):
+        path.unlink()
     if (folder / ADAPTER_FOLDER).exists():
         remove_folder(folder / ADAPTER_FOLDER)
 

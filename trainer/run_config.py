@@ -17,7 +17,7 @@ from lobra.common.files import write_atomic
 from lobra.common.models import Count, FileModel, PositiveInt, Text, load_as
 from lobra.common.version import installed_version
 from lobra.layout.plan import Plan, PlanEntry, PlanMeta, RankMap
-from lobra.profiler.hardware import versions
+from lobra.profiler.hardware import describe_device, versions
 from lobra.trainer.run_spec import CONFIG_FILE, RunSpec
 
 if TYPE_CHECKING:
@@ -147,19 +147,19 @@ def resume_history(folder: Path, step: int | None) -> list[int]:
     return [*(before for before in earlier if before < step), step]
 
 
-def used_versions() -> dict[str, str]:
-    """Return the versions of what decides the bits of a result."""
+def used_versions(device: str) -> dict[str, str]:
+    """Return what decides the bits of a result: the machine ("cpu" or "cuda"), and versions."""
     own = {name: installed_version(name) for name in ("lobra", "deepspeed", "safetensors")}
-    return {**own, **versions()}
+    return {**own, **versions(), "machine": describe_device(device)["name"]}
 
 
 def warn_of_other_versions(run: RunSpec) -> None:
-    """Warn, in one message, where a run goes on with other software or another profile."""
+    """Warn, in one message, where a run goes on with other software, machine or profile."""
     try:
         earlier = read_run_config(run.output_dir)
     except ConfigError:  # `plan_history` has warned
         return
-    now = used_versions()
+    now = used_versions(run.device)
     changed = [
         f"{name} {now[name]} (before: {version})"
         for name, version in earlier.versions.items()
@@ -228,7 +228,7 @@ def resolved_config(
         "plan": run.plan.entries(),
         "plan_meta": _plain(run.plan.meta),
         "rank_map": run.world.as_lists(),
-        "versions": used_versions(),
+        "versions": used_versions(run.device),
         "digests": {
             "base_model": run.fingerprint,
             "data": {record["name"]: record["data_sha256"] for record in run.task_records},

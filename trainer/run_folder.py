@@ -15,7 +15,7 @@ from lobra.common.lock import hold
 from lobra.tasks.dataset import TokenizedDataset
 from lobra.trainer.checkpoint import read_state
 from lobra.trainer.checkpoint_folder import list_checkpoints
-from lobra.trainer.metrics import METRICS_FILE
+from lobra.trainer.log_parts import log_files
 from lobra.trainer.run_config import read_run_config
 from lobra.trainer.run_spec import (
     ADAPTER_FOLDER,
@@ -58,8 +58,7 @@ def occupied(folder: Path) -> list[str]:
             f"--output-dir {folder}: already holds a run; choose another folder, or go on with it "
             f"by --resume"
         ]
-    metrics = folder / METRICS_FILE
-    has_steps = metrics.is_file() and metrics.stat().st_size > 0
+    has_steps = any(path.is_file() and path.stat().st_size > 0 for path in log_files(folder))
     if has_steps or (folder / ADAPTER_FOLDER).exists():
         return [
             f"--output-dir {folder}: holds a run without a checkpoint to go on from; choose "

@@ -33,6 +33,8 @@ class StepReport:
     outcomes
         On rank 0, of every task with examples, their `model.objectives.OUTCOMES`, added up, and its
         divergence from the base model where its objective has one.
+    failed
+        Of every task whose update failed, on one rank at least, why: it was made on none.
     prepare_s, reduce_s, optimizer_s
         Of this rank alone: seconds it made tensors, reduced gradients (waiting for other ranks
         included), and updated and exchanged adapters.
@@ -46,13 +48,18 @@ class StepReport:
     stop: bool
     token_losses: tuple[FloatArray, ...] = ()
     outcomes: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    failed: Mapping[int, str] = field(default_factory=dict)
     prepare_s: float = 0.0
     reduce_s: float = 0.0
     optimizer_s: float = 0.0
 
     def is_finite(self, task: int) -> bool:
-        """Return whether the task's gradient was finite: its update was applied."""
+        """Return whether the task's gradient was finite."""
         return math.isfinite(self.grad_norms[task])
+
+    def is_applied(self, task: int) -> bool:
+        """Return whether the task's update was made."""
+        return self.is_finite(task) and task not in self.failed
 
 
 def step_memory_bytes() -> int:

@@ -7,13 +7,49 @@ a run late does what it would have done from the run's start on.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lobra.common.models import Count, FileModel
 from lobra.tasks.config import TaskConfig
 
 MAX_SKIPPED_IN_ROW = 5
+
+
+@dataclass
+class LossHistory(FileModel):
+    """A task's first and last losses, as far as they are known; None: it was not finite.
+
+    Attributes
+    ----------
+    first_step, last_step
+        The own steps, counted from 1, that the first and the last known loss are of; 0: none is.
+    first, last
+        Those losses.
+    held_out, lowest_held_out
+        The last and the lowest loss of the held-out sequences; None: there is none.
+    """
+
+    first_step: Count = 0
+    first: float | None = None
+    last_step: Count = 0
+    last: float | None = None
+    held_out: float | None = None
+    lowest_held_out: float | None = None
+
+    def note(self, step: int, loss: float) -> None:
+        """Note the loss of an own step, counted from 1."""
+        known = loss if math.isfinite(loss) else None
+        if not self.first_step:
+            self.first_step, self.first = step, known
+        self.last_step, self.last = step, known
+
+    def note_held_out(self, loss: float) -> None:
+        """Note the mean loss of the held-out sequences."""
+        if math.isfinite(loss):
+            lowest = self.lowest_held_out
+            self.held_out = loss
+            self.lowest_held_out = loss if lowest is None else min(lowest, loss)
 
 
 @dataclass
@@ -29,7 +65,7 @@ class TaskProgress(FileModel):
     updates
         Optimiser steps applied (Adam's step count).
     skipped, skipped_in_row
-        Updates left out because the gradient was not finite.
+        Updates left out because the gradient was not finite, or taken back because they failed.
     best_loss, bad_periods
         Early stopping: the best loss of an evaluation period, and how many periods since brought
         nothing better.
@@ -42,6 +78,8 @@ class TaskProgress(FileModel):
         The own step after which the adapter was last exported.
     stopped
         Why the task ended before its steps were over (briefly, a semicolon, and more), or None.
+    losses
+        What its losses were.
     """
 
     num_steps: Count
@@ -57,6 +95,7 @@ class TaskProgress(FileModel):
     lowest_step: Count | None = None
     exported_step: Count | None = None
     stopped: str | None = None
+    losses: LossHistory = field(default_factory=LossHistory)
 
     @property
     def steps_left(self) -> int:
@@ -71,7 +110,7 @@ class TaskProgress(FileModel):
         self.best_loss = math.inf
         self.period_loss, self.period_steps = 0.0, 0
 
-    def record(self, loss: float | None, applied: bool) -> str | None:
+    def record(self, loss: float | None, applied: bool, failure: str | None = None) -> str | None:
         """Note one step the task took part in; return a message when that ends the task.
 
         Parameters
@@ -80,10 +119,13 @@ class TaskProgress(FileModel):
             Its mean loss; None if nothing of its batch was to be learned.
         applied
             Whether its adapter was updated.
+        failure
+            Why its update failed, if it did.
         """
         self.steps += 1
         if loss is None:
             return None
+        self.losses.note(self.steps, loss)
         if applied:
             self.updates += 1
             self.skipped_in_row = 0
@@ -93,7 +135,12 @@ class TaskProgress(FileModel):
         if math.isfinite(loss):
             self.period_loss += loss
             self.period_steps += 1
-        if self.skipped_in_row >= MAX_SKIPPED_IN_ROW:
+        if failure is not None:
+            self.stopped = (
+                f"its update failed: {failure}; its adapter is that of the step before: lower its "
+                f"learning rate"
+            )
+        elif self.skipped_in_row >= MAX_SKIPPED_IN_ROW:
             self.stopped = (
                 f"gradient not finite in {self.skipped_in_row} steps in a row; look at its data, "
                 f"or lower its learning rate"

@@ -137,7 +137,7 @@ class TrainedStep:
                 sequences=num_sequences[update.task],
                 grad_norm=self.report.grad_norms[update.task],
                 lr=update.learning_rate,
-                applied=self.report.is_finite(update.task),
+                applied=self.report.is_applied(update.task),
                 own_step=self.own_steps[update.task],
                 flops=flops[update.task],
                 preferences=preferences(

@@ -14,7 +14,8 @@ from lobra.common.documents import read_document
 from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
 from lobra.trainer.checkpoint_folder import list_checkpoints, step_folder
-from lobra.trainer.metrics import METRICS_FILE, read_metrics
+from lobra.trainer.log_parts import METRICS_FILE
+from lobra.trainer.metrics import read_metrics
 from lobra.trainer.request import TrainRequest
 from lobra.trainer.run import train
 from lobra.trainer.run_spec import CONFIG_FILE

@@ -178,6 +178,16 @@ class Partition:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def take_back(self, weights_p: Tensor) -> None:
+        """Be as before an update that has failed somewhere: the master copy is ``weights_p``.
+
+        Moments keep what they have seen, as far as it is finite.
+        """
+        self.master_p[: len(weights_p)].copy_(weights_p)
+        for moment_p in self.moments.values():
+            moment_p.nan_to_num_(0.0, 0.0, 0.0)
+        self.optimizer.zero_grad()
+
 
 def _own_runs(
     rate_factors: Sequence[tuple[int, float]], size: int, place: int

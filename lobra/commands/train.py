@@ -25,7 +25,7 @@ from lobra.model.launch import Interrupted
 from lobra.report.run_report import print_run_report
 from lobra.trainer.checkpoint_folder import step_folder
 from lobra.trainer.launcher import launcher_command, run_launcher
-from lobra.trainer.metrics import METRICS_FILE
+from lobra.trainer.log_parts import METRICS_FILE
 from lobra.trainer.request import TrainRequest
 from lobra.trainer.signals import EXIT_CODES
 

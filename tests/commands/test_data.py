@@ -13,7 +13,7 @@ import yaml
 
 from lobra.cli import main
 from lobra.tasks import text_processor
-from lobra.trainer.metrics import METRICS_FILE
+from lobra.trainer.log_parts import METRICS_FILE
 from tests.tasks.support import write_rows
 from tests.trainer.command import train, write_config
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from lobra.common import documents, yaml_text
 from lobra.common.documents import read_document
 from lobra.common.errors import ConfigError
 
@@ -40,6 +41,17 @@ def test_mistakes_are_shown_with_their_place(
         read_document(path)
     (problem,) = caught.value.problems
     assert problem.startswith(f"{path}: ") and place in problem
+
+
+def test_a_document_without_end_is_not_read(tmp_path: Path) -> None:
+    path = written(tmp_path, "a.yaml", "# " + "a" * yaml_text.MOST_CHARACTERS + "\nb: 1\n")
+    with pytest.raises(ConfigError, match="too large: 4194312 characters, want at most 4194304"):
+        read_document(path)
+    for name in ("a.yaml", "a.json"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(documents.MOST_BYTES + 1)  # a hole, which takes no room
+        with pytest.raises(ConfigError, match="it has 268435457 bytes, want at most 268435456"):
+            read_document(tmp_path / name)
 
 
 def test_yaml_numbers_are_numbers_and_merge_keys_merge(tmp_path: Path) -> None:

@@ -140,23 +140,27 @@ def test_requests_of_a_model_wait_for_those_before(client: Client) -> None:
     assert [len(own) for own in logprobs_of(client.result(first))] == [7]
 
 
-def test_a_gradient_that_is_not_finite_is_its_tenants_alone(mixed: Running) -> None:
-    """A rate beyond all bounds spoils one adapter; another in the same passes learns on."""
-    clients = [mixed.client(f"rate{number}") for number in range(2)]
+def test_what_is_not_finite_is_its_tenants_alone(mixed: Running) -> None:
+    """A rate and weights beyond all bounds spoil nothing, and another in the same passes learns."""
+    clients = [mixed.client(f"rate{number}") for number in range(3)]
     models = [client.new_model(client.new_session(), 0, rank=2, seed=3) for client in clients]
-    rates = (1e300, 1e-2)
-    results: list[list[Any]] = [[], []]
+    results: list[list[Any]] = [[], [], []]
     for step in range(3):
-        for client, model, rate, own in zip(clients, models, rates, results, strict=True):
-            loss = client.losses(model, 2 * step + 1, [datum(20, 6)])[1]
+        settings = ((1e300, datum(20, 6)), (1e-2, datum(LONGEST, 6, 3e38)), (1e-2, datum(20, 6)))
+        for client, model, (rate, one), own in zip(clients, models, settings, results, strict=True):
+            data = [one]
+            loss = client.losses(model, 2 * step + 1, data)[1]
             adam = dict(learning_rate=rate)
             update = dict(model_id=model, seq_id=2 * step + 2, adam_params=adam)
             own += [loss, client.asked("optim_step", **update)]
-    spoilt, fine = (
+    too_fast, too_heavy, fine = (
         [client.result(f) for f in own] for client, own in zip(clients, results, strict=True)
     )
-    assert "not finite" in spoilt[-1]["error"]
-    assert spoilt[-1]["category"] == "user"
+    for spoilt, said in ((too_fast, "the update failed: "), (too_heavy, "gradient is not finite")):
+        for update in spoilt[1::2]:
+            assert said in update["error"] and update["category"] == "user"
+        before, after = (logprobs_of(content)[0] for content in (spoilt[0], spoilt[-2]))
+        np.testing.assert_array_equal(before, after)
     means = [logprobs_of(content)[0].mean() for content in fine[::2]]
     assert means[0] < means[1] < means[2]
 

@@ -8,7 +8,8 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -20,18 +21,23 @@ import torch.distributed as dist
 from lobra.layout.order import StepOrder
 from lobra.model.joint_stack import JointStack
 from lobra.model.micro_batch import MicroBatchTensors
+from lobra.model.slot import Slot
 from lobra.model.stage import Stage
 from lobra.model.tensor_parallel import VocabParallelEmbedding
+from lobra.tasks.config import TaskConfig
 from lobra.trainer import control, coordinator, engine, rank
+from lobra.trainer.block import BlockOptimizer
 from lobra.trainer.checkpoint import CheckpointWriter
 from lobra.trainer.checkpoint_folder import list_checkpoints, step_folder
 from lobra.trainer.engine import Engine
 from lobra.trainer.optimizer import AdapterOptimizer
 from lobra.trainer.rank import RankResult, train_rank
 from lobra.trainer.run_spec import RunSpec
+from lobra.trainer.zero import Partition
 
 FAULT_TASK = 1
 FAULT_STEPS = (1, 2)
+RAISING_TASK, SPOILT_TASK = 1, 2
 SLOW_REPLICA = 0
 SLOW_WRITE_S = 0.3  # a task's files
 MOST_FILE_BYTES = 1000
@@ -73,10 +79,61 @@ def train_with_bad_data(run: RunSpec) -> RankResult:
     return train_rank(run)
 
 
+def train_with_failing_updates(run: RunSpec) -> RankResult:
+    """Train while updates of two tasks fail on one rank each, after they were made there.
+
+    In its second step `RAISING_TASK`'s raises on the last rank; in its third `SPOILT_TASK`'s leaves
+    a weight that is not finite on the first. Rank 0 leaves what it warned of in `WARNINGS`.
+    """
+    install, update = BlockOptimizer.install, Partition.update
+    numbers: dict[int, int] = {}  # of tasks, by their partitions
+    now: dict[str, int] = {}
+
+    def begin(order: StepOrder) -> StepOrder:
+        now["step"] = order.step
+        return order
+
+    def noted(self: BlockOptimizer, slot: Slot, task: TaskConfig | None) -> None:
+        install(self, slot, task)
+        numbers[id(self.partitions[slot.number])] = slot.number
+
+    def fail(self: Partition, *args: Any) -> None:
+        update(self, *args)
+        struck = (now["step"], numbers[id(self)], dist.get_rank())
+        if struck == (1, RAISING_TASK, dist.get_world_size() - 1):
+            raise ValueError("odd")
+        if struck == (2, SPOILT_TASK, 0):
+            self.master_p[0] = float("inf")
+
+    change_orders(begin)
+    BlockOptimizer.install = noted  # type: ignore[method-assign]
+    Partition.update = fail  # type: ignore[method-assign]
+    with warnings_kept(run):
+        return train_rank(run)
+
+
+@contextmanager
+def warnings_kept(run: RunSpec) -> Iterator[None]:
+    """Have rank 0 leave what it warned of in `WARNINGS`."""
+    warnings: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("lobra").addHandler(handler)
+    yield
+    if dist.get_rank() == 0:
+        (run.output_dir / WARNINGS).write_text("\n".join(warnings))
+
+
 def train_joined_with_bad_data(run: RunSpec) -> RankResult:
     """Do the same with all tasks of a micro-batch computed at once, as on a GPU."""
     engine.build_stage = partial(engine.build_stage, stack_type=JointStack)
     return train_with_bad_data(run)
+
+
+def train_joined(run: RunSpec) -> RankResult:
+    """Train with all tasks of a micro-batch computed at once, as on a GPU."""
+    engine.build_stage = partial(engine.build_stage, stack_type=JointStack)
+    return train_rank(run)
 
 
 def train_without_task(run: RunSpec) -> RankResult:
@@ -161,10 +218,6 @@ def run_out_of_disk(run: RunSpec, steps: Container[int] = FAULT_STEPS) -> RankRe
 
     Rank 0 leaves what it warned of in `WARNINGS`; standard error may be such a file too.
     """
-    warnings: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("lobra").addHandler(handler)
     plain = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit(order: StepOrder) -> StepOrder:
@@ -174,10 +227,8 @@ def run_out_of_disk(run: RunSpec, steps: Container[int] = FAULT_STEPS) -> RankRe
         return order
 
     change_orders(limit)
-    result = train_rank(run)
-    if dist.get_rank() == 0:
-        (run.output_dir / WARNINGS).write_text("\n".join(warnings))
-    return result
+    with warnings_kept(run):
+        return train_rank(run)
 
 
 def run_out_of_disk_for_good(run: RunSpec) -> RankResult:

@@ -24,7 +24,8 @@ from lobra.tasks.config import TaskConfig
 from lobra.tasks.target_modules import TARGET_MODULES
 from lobra.trainer.adapters import adapter_spec, check_adapter, save_adapter
 from lobra.trainer.exporter import AdapterExporter
-from lobra.trainer.metrics import METRICS_FILE, read_metrics
+from lobra.trainer.log_parts import METRICS_FILE
+from lobra.trainer.metrics import read_metrics
 from lobra.trainer.run import run_local
 from tests.model.support import save_llama
 from tests.trainer.support import make_plan, make_run, random_dataset

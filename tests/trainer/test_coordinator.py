@@ -174,7 +174,8 @@ def test_steps_count_from_one_on_a_screen(caplog: pytest.LogCaptureFixture) -> N
     bad = TaskProgress(num_steps=9, skipped_in_row=MAX_SKIPPED_IN_ROW - 1)
     coordinator.tasks = {3: RunTask(TASKS[1], None, bad)}  # type: ignore[arg-type]
     coordinator.step = 5  # steps made
-    coordinator._record(3, 1.0, applied=False)
+    bad_report = StepReport({3: 1.0}, {3: math.nan}, (), (), (), False)
+    coordinator._record(3, 1.0, bad_report)
     assert "step 5: the gradient of task broken" in caplog.text
     assert "step 5: task broken is stopped: gradient not finite" in caplog.text
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ import pytest
 import yaml
 
 from lobra.common.errors import ConfigError
-from lobra.trainer import trackers
+from lobra.trainer import tensorboard, trackers
 from lobra.trainer.trackers import OwnThread, open_tracker, trackers_of
 from tests.trainer.test_forecast import step
 
@@ -53,6 +54,26 @@ def test_tensorboard_has_curves_and_configuration(run: Any) -> None:
     assert [event.value for event in events.Scalars("loss/a")] == [2.5] * 3
     (first, _) = events.Tensors("config/text_summary")
     assert "seed: 7" in first.tensor_proto.string_val[0].decode()
+
+
+def test_a_long_run_has_fewer_steps_of_a_curve(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files grow with the logarithm of the steps; what is measured seldom stays whole."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setattr(tensorboard, "VALUES_A_STRIDE", 40)
+    tracker = tensorboard.TensorBoard(run.output_dir, CONFIG, 0)
+    for number in range(400):
+        values = {"loss/a": 1.0, "loss/b": 2.0}
+        tracker.write(values | ({} if number % 7 else {"validation_loss/a": 3.0}), number)
+    tracker.close(failed=False)
+    events = EventAccumulator(str(run.output_dir / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    steps = [event.step for event in events.Scalars("loss/a")]
+    assert [event.step for event in events.Scalars("loss/b")] == steps
+    assert steps[:15] == list(range(15)) and len(steps) < 100
+    strides = [after - before for before, after in pairwise(steps)]
+    assert strides == sorted(strides) and {1, 2, 4, 8} <= set(strides)
+    assert [e.step for e in events.Scalars("validation_loss/a")] == list(range(0, 400, 7))
 
 
 @pytest.mark.long
@@ -146,7 +167,7 @@ FULL = """
 import logging, resource, sys
 from pathlib import Path
 from types import SimpleNamespace
-from lobra.trainer import trackers
+from lobra.trainer import tensorboard, trackers
 from lobra.trainer.trackers import open_tracker
 logging.basicConfig(format="%(message)s")
 trackers.curves = lambda item: {f"loss/{n}": 1.0 for n in range(1000)}
