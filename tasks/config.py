@@ -38,7 +38,7 @@ from lobra.common.models import (
     wanted,
 )
 from lobra.tasks.foreign_names import foreign_field
-from lobra.tasks.objectives import OBJECTIVES, PARAMETERS, SUPERVISED
+from lobra.tasks.objectives import OBJECTIVES, PARAMETERS, PPO, SUPERVISED
 from lobra.tasks.prompts import NAMES, template_problem
 from lobra.tasks.target_modules import MODULE_ALIASES, TARGET_MODULES, resolve_target_modules
 
@@ -183,8 +183,8 @@ class TaskConfig(FileModel):
     early_stopping_min_delta: NotNegative = 0.0
     """By how much a loss must fall to be better."""
     objective: Annotated[str, OneOf(OBJECTIVES)] = SUPERVISED
-    """What is learned: every token, the better of two answers (dpo, cpo, orpo), or answers labelled
-    true (kto)."""
+    """What is learned: every token, wanted answers (dpo, cpo, orpo, kto), the same answer to two
+    wordings (cit), or sampled tokens by their advantages (ppo)."""
     beta: Annotated[Positive, AtMost(10**6)] = 0.1
     """Of dpo, cpo, orpo, kto: the factor of differences of log-probabilities."""
     cpo_alpha: NotNegative = 1.0
@@ -193,6 +193,14 @@ class TaskConfig(FileModel):
     """Of kto: what an answer with label true counts for."""
     undesirable_weight: NotNegative = 1.0
     """Of kto: what an answer with label false counts for."""
+    contrast_weight: NotNegative = 1.0
+    """Of cit: what the contrast of pairs counts for, at most as much as the tokens' loss."""
+    temperature: Positive = 0.05
+    """Of cit: what the likeness of two sequences is divided by."""
+    clip_low: Share = 0.8
+    """Of ppo: the least that the ratio of a token's probability to that when sampled counts as."""
+    clip_high: Positive = 1.2
+    """Of ppo: the most, 1 or more."""
     resume_from: Text | None = None
     """An adapter of this kind in PEFT's format to start from."""
     adapter: _Adapter = "lora"
@@ -268,6 +276,9 @@ def _objective_mistakes(given: Mapping[str, Any]) -> dict[str, Mistake]:
     if objective not in OBJECTIVES:
         return {}
     own = PARAMETERS[objective]
+    high = given.get("clip_high", 1)
+    if objective == PPO and _is_number(high) and high < 1:
+        return {"clip_high": Mistake("want a number of 1 or more", high)}
     foreign = {name for names in PARAMETERS.values() for name in names} - {*own}
     if objective != SUPERVISED:
         foreign.add("train_on_inputs")

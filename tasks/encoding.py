@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Ids = NDArray[np.int32]
 Mask = NDArray[np.bool_]
+FloatArray = NDArray[np.float64]
 
 _SECRET = secrets.token_hex(8)  # no data can spell it
 

@@ -37,6 +37,7 @@ from lobra.trainer import first_values
 from lobra.trainer.adapters import MOMENTS_FILE, adapter_spec, load_adapter
 from lobra.trainer.checkpoint import CheckpointState, load_moments, load_weights, read_moments
 from lobra.trainer.comparison import Comparison, example_weights, learned_part
+from lobra.trainer.contrast import ContrastPass
 from lobra.trainer.control import Control
 from lobra.trainer.exporter import AdapterExporter
 from lobra.trainer.optimizer import AdapterOptimizer, TaskUpdate
@@ -255,7 +256,7 @@ class Engine:
     ) -> StepReport:
         """Find losses and gradients and sum them over the world; the order came at ``start``."""
         begin = time.perf_counter()
-        compared, divergence = self._compared(order, batches)
+        compared, comparisons = self._compared(order, batches)
         outcomes = self._no_outcomes()
         losses = self.forward_backward(compared, outcomes)
         self._synchronize()
@@ -267,20 +268,20 @@ class Engine:
         reduced = time.perf_counter()
         beat("comparing norms")
         report = self._exchange(order, losses, squared_norms, computed - begin, computed - start)
-        report = self._with_outcomes(order, report, outcomes, divergence)
+        report = self._with_outcomes(order, report, outcomes, comparisons)
         return replace(report, reduce_s=reduced - computed)
 
     def _evaluate(self, order: StepOrder) -> StepReport:
         beat("evaluating", order.step)
         start = time.perf_counter()
         token_losses: list[Tensor] = []
-        batches, divergence = self._compared(order, self._tensors(order))
+        batches, comparisons = self._compared(order, self._tensors(order))
         outcomes = self._no_outcomes()
         losses = evaluate_replica(self.stage, batches, self.num_tasks, token_losses, outcomes)
         self._synchronize()
         busy_s = time.perf_counter() - start
         report = self._exchange(order, losses, torch.zeros(len(losses)), busy_s, busy_s)
-        report = self._with_outcomes(order, report, outcomes, divergence)
+        report = self._with_outcomes(order, report, outcomes, comparisons)
         return self._with_token_losses(order, report, token_losses)
 
     def _accumulate(self, order: StepOrder) -> StepReport:
@@ -394,11 +395,14 @@ class Engine:
 
     def _compared(
         self, order: StepOrder, batches: Sequence[MicroBatchTensors]
-    ) -> tuple[Sequence[MicroBatchTensors], Tensor]:
+    ) -> tuple[Sequence[MicroBatchTensors], Mapping[int, Mapping[str, float]]]:
         """Return an order's micro-batches with what their answers are compared with.
 
-        Beside them every task's divergence from the base model, 0 where its objective has none.
+        Beside them, of every task with examples, its divergence from the base model, 0 where its
+        objective has none, or its contrast and what that counts for.
         """
+        contrasting = ContrastPass(self.stage, self.control, order, self.objectives, self.num_tasks)
+        batches = contrasting.pulled(order.replicas[self.place.replica], batches)
         weights = example_weights(order, self.objectives)
         comparison = Comparison(
             self.stage, order.replicas[self.place.replica], weights, self.num_tasks
@@ -410,14 +414,21 @@ class Engine:
         if any(sequence.is_compared for sequence in order.sequences):
             self.control.sum_everywhere(gained)
         divergence = comparison.divergence(gained)
-        return comparison.compared(batches, references, divergence), divergence
+        comparisons = {task: {"kl": float(divergence[task])} for task in order.num_examples}
+        for task, own in contrasting.contrasts.items():
+            comparisons[task] = {"contrast": own.loss, "contrast_weight": own.weight}
+        return comparison.compared(batches, references, divergence), comparisons
 
     def _no_outcomes(self) -> Tensor:
         dtype = kept_dtype(self.stage.dtype)
         return torch.zeros(self.num_tasks, len(OUTCOMES), dtype=dtype, device=self.device)
 
     def _with_outcomes(
-        self, order: StepOrder, report: StepReport, outcomes: Tensor, divergence: Tensor
+        self,
+        order: StepOrder,
+        report: StepReport,
+        outcomes: Tensor,
+        comparisons: Mapping[int, Mapping[str, float]],
     ) -> StepReport:
         """Return the report with what became of examples, on every rank."""
         if not order.num_examples:
@@ -427,10 +438,12 @@ class Engine:
         found = {
             task: {
                 **dict(zip(OUTCOMES, whole[task].tolist(), strict=True)),
-                "kl": float(divergence[task]),
+                **comparisons[task],
             }
             for task in order.num_examples
         }
+        for own in found.values():
+            own["loss"] += own.get("contrast", 0.0) * own.get("contrast_weight", 0.0)
         losses = {**report.losses, **{task: own["loss"] for task, own in found.items()}}
         return replace(report, losses=losses, outcomes=found)
 

@@ -15,7 +15,7 @@ from lobra.layout.shapes import ModelShape
 from lobra.layout.world import World
 from lobra.profiler.flops import training_flops
 from lobra.tasks.config import TaskConfig
-from lobra.tasks.objectives import PAIRED
+from lobra.tasks.objectives import CIT, PAIRED
 from lobra.trainer.metrics import ReplicaMetrics, StepMetrics, TaskMetrics
 from lobra.trainer.orders import DispatchedStep
 from lobra.trainer.step_report import StepReport
@@ -179,10 +179,13 @@ def preferences(objective: str, outcomes: Mapping[str, float] | None) -> dict[st
     """Return what a step's examples of a task have in its log, by TRL's names; None without any.
 
     Means over the answers that are wanted or not, left out where there are none; of pairs the share
-    in which the chosen answer has the higher reward; of KTO the divergence.
+    in which the chosen answer has the higher reward; of KTO the divergence; of CIT the contrast of
+    pairs and what that counts for beside the tokens' loss.
     """
     if outcomes is None:
         return None
+    if objective == CIT:
+        return {name: outcomes[name] for name in ("contrast", "contrast_weight")}
     found = {}
     for side in ("chosen", "rejected"):
         if count := outcomes[f"num_{side}"]:
