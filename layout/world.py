@@ -153,6 +153,14 @@ class World:
                 start = layer
         return tuple(blocks)
 
+    def shard_blocks(self, num_layers: int) -> tuple[LayerBlock, ...]:
+        """Return the shards of each stage with the ranks that hold the same, of like replicas."""
+        return tuple(
+            LayerBlock(self.place(ranks[0]).layers(num_layers), tuple(sorted(ranks)))
+            for stages in zip(*self.replicas, strict=True)
+            for ranks in zip(*stages, strict=True)
+        )
+
 
 def one_replica(layout: Layout) -> World:
     """Return the world of a single replica, its ranks in order."""

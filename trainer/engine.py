@@ -40,6 +40,7 @@ from lobra.trainer.comparison import Comparison, example_weights, learned_part
 from lobra.trainer.contrast import ContrastPass
 from lobra.trainer.control import Control
 from lobra.trainer.exporter import AdapterExporter
+from lobra.trainer.model_training import starting_folder, train_model
 from lobra.trainer.optimizer import AdapterOptimizer, TaskUpdate
 from lobra.trainer.run_spec import RunSpec
 from lobra.trainer.schedule import clip_coefficient
@@ -84,14 +85,24 @@ class Engine:
         groups = build_groups(run.world)
         self.place = groups.place
         self.stage = build_stage(
-            run.model_folder, groups, {}, dtype=DTYPES[run.precision], device=self.device
+            starting_folder(run, resumed),
+            groups,
+            {},
+            dtype=DTYPES[run.precision],
+            device=self.device,
         )
         # Loading may take a rank much longer than another; NCCL's own patience is short.
         self.control.wait()
-        self.optimizer = AdapterOptimizer(self.stage, run.world)
-        self.exporter = AdapterExporter(run, self.stage, self.optimizer, self.control.group)
         self.objectives: dict[int, Objective] = {}
-        self.install(dict(enumerate(run.tasks)), resumed)
+        self.optimizer: AdapterOptimizer
+        self.exporter: AdapterExporter
+        if run.trains_model:
+            self.optimizer, self.exporter = train_model(run, self.stage, self.control, resumed)
+            self._note_objectives(dict(enumerate(run.tasks)))
+        else:
+            self.optimizer = AdapterOptimizer(self.stage, run.world)
+            self.exporter = AdapterExporter(run, self.stage, self.optimizer, self.control.group)
+            self.install(dict(enumerate(run.tasks)), resumed)
         if resumed is not None:  # only when all have read what they need is anything later removed
             self.control.wait()
         self.peak_memory_bytes = 0
@@ -105,7 +116,7 @@ class Engine:
         What other tasks have learned stays as it is, bit for bit.
         """
         self.stage.install({n: adapter_spec(task, self.run.seed) for n, task in tasks.items()})
-        self.objectives |= {n: own for n, task in tasks.items() if (own := objective_of(task))}
+        self._note_objectives(tasks)
         for number, task in tasks.items():
             if resumed is not None:
                 load_weights(self.run.output_dir, resumed.step, self.stage, number)
@@ -122,6 +133,9 @@ class Engine:
                 )
                 if progress.lowest_step is not None:
                     self.exporter.load_kept(resumed.step, number)
+
+    def _note_objectives(self, tasks: Mapping[int, TaskConfig]) -> None:
+        self.objectives |= {n: own for n, task in tasks.items() if (own := objective_of(task))}
 
     def change_slot(self, order: SlotOrder) -> None:
         """Install a task's slot, write its adapter or take it away."""

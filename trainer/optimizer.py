@@ -7,7 +7,7 @@ plain sum over holders (docs/architecture.md).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lobra.layout.order import AdamSettings
-from lobra.layout.world import World
+from lobra.layout.world import LayerBlock, World
 from lobra.model.groups import new_group
 from lobra.model.stage import Stage
 from lobra.tasks.config import TaskConfig
@@ -52,11 +52,7 @@ class AdapterOptimizer:
     def __init__(self, stage: Stage, world: World) -> None:
         """Optimise the adapters of a stage. Collective: every rank of the world calls it."""
         self.stage = stage
-        self.blocks: list[BlockOptimizer] = []
-        for block in world.blocks(stage.shape.num_layers):
-            group = new_group(block.holders)
-            if group is not None:
-                self.blocks.append(BlockOptimizer(block, group))
+        self.blocks = own_blocks(world.blocks(stage.shape.num_layers))
 
     def install(self, number: int, task: TaskConfig | None = None) -> None:
         """Begin to optimise the adapter in a slot, as it is now, as its task says. Collective.
@@ -65,8 +61,11 @@ class AdapterOptimizer:
 
         Nothing of another task is touched, neither weights nor moments.
         """
+        slot = self.stage.slots[number]
         for block in self.blocks:
-            block.install(self.stage.slots[number], task)
+            layers = block.block.layers
+            span, rate_factors = slot.layout.span(layers), slot.layout.rate_factors(layers)
+            block.install(number, slot.weights[span], slot.gradient[span], rate_factors, task)
 
     def remove(self, number: int) -> None:
         """Forget a task's optimiser state."""
@@ -124,4 +123,10 @@ class AdapterOptimizer:
         for block in self.blocks:
             span = slot.layout.span(block.block.layers)
             own = {moment: flat[span] for moment, flat in flats.items()}
-            block.load_moments(number, own, updates)
+            block.load(number, own, updates)
+
+
+def own_blocks(blocks: Iterable[LayerBlock]) -> list[BlockOptimizer]:
+    """Return those of all blocks that this rank holds. Collective: every rank calls it alike."""
+    groups = [(block, new_group(block.holders)) for block in blocks]
+    return [BlockOptimizer(block, group) for block, group in groups if group is not None]

@@ -131,6 +131,8 @@ class Partition:
             own_p = zero.parallel_partitioned_bit16_groups[0][dist.get_rank(group)]
             self.master_p = own_p.clone()
         self.master_p = self.master_p.detach()
+        if task is not None and task.offload:
+            self.master_p = self.master_p.cpu()
         # The weights themselves are in the slot: ZeRO's copy of them is not needed.
         module.weights.data = weights.new_empty(0)
         zero.bit16_groups_flat.clear()
@@ -174,7 +176,7 @@ class Partition:
             settings.update(changed)
             settings["lr"] = changed["lr"] * factor
             for weights, run in zip(settings["params"], runs, strict=True):
-                weights.grad = gradient_p[run]
+                weights.grad = gradient_p[run].to(weights.device)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
