@@ -47,7 +47,7 @@ def model_memory(
     layout: Layout,
     num_replicas: int,
     precision: str,
-    num_moments: int = 2,
+    moment_bytes: float = 2 * FLOAT_BYTES,
     offload: bool = False,
 ) -> ModelMemory:
     """Return the memory of the rank that needs most.
@@ -60,8 +60,8 @@ def model_memory(
         Of the replicas, which are all alike.
     precision
         Of weights and activations; all else is fp32, in fp64 fp64.
-    num_moments
-        What the optimiser keeps of a weight beside the weight itself.
+    moment_bytes
+        What the optimiser keeps of a weight beside the weight itself; in fp64 it is twice that.
     offload
         Whether that is in the host's memory.
     """
@@ -71,7 +71,7 @@ def model_memory(
         layout.memory,
     )  # fmt: skip
     found = [
-        _of_stage(one, num_replicas, precision, num_moments, offload, factor) for one in stages
+        _of_stage(one, num_replicas, precision, moment_bytes, offload, factor) for one in stages
     ]
     return max(found, key=lambda memory: memory.total_bytes(1))
 
@@ -80,7 +80,7 @@ def _of_stage(
     estimate: MemoryEstimate,
     num_replicas: int,
     precision: str,
-    num_moments: int,
+    moment_bytes: float,
     offload: bool,
     factor: int,
 ) -> ModelMemory:
@@ -93,7 +93,7 @@ def _of_stage(
     return ModelMemory(
         weight * elements,
         wide * elements,
-        0 if offload else wide * (1 + num_moments) * share,
+        0 if offload else (wide + factor * moment_bytes) * share,
         max(reducing, gathering),
         estimate,
         factor,

@@ -55,8 +55,13 @@ _OF_ADAPTERS: Mapping[str, Any] = {
     **dict(loraplus_ratio=1.0, rank_pattern={}, alpha_pattern={}, projection_prng_key=0),
     **dict(resume_from=None),
 }
-OPTIMIZERS = ("adamw", "sgd")
-_OF_OPTIMIZER = dict(adam_beta1="adamw", adam_beta2="adamw", adam_epsilon="adamw", momentum="sgd")
+ADAMW_8BIT = "adamw8bit"
+OPTIMIZERS = ("adamw", ADAMW_8BIT, "sgd")
+_ADAMS = ("adamw", ADAMW_8BIT)
+_OF_OPTIMIZER: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), _ADAMS),
+    "momentum": ("sgd",),
+}
 LR_SCHEDULERS = ("constant", "linear", "cosine")
 
 _MODULES = (*TARGET_MODULES, *MODULE_ALIASES)
@@ -160,7 +165,7 @@ class TaskConfig(FileModel):
     weight_decay: NotNegative = 0.0
     """The optimiser's: AdamW's decoupled one, SGD's added to the gradient."""
     optimizer: _Optimizer = "adamw"
-    """Of this task."""
+    """Of this task; adamw8bit keeps its moments in 8 bits."""
     adam_beta1: Share = 0.9
     """AdamW's share of the old mean gradient in the new."""
     adam_beta2: Share = 0.999
@@ -253,11 +258,11 @@ class TaskConfig(FileModel):
         """Return what is wrong with steps and decay, and which fields are another optimiser's."""
         optimizer = given.get("optimizer", OPTIMIZERS[0])
         mistakes = {
-            name: Mistake(f"only {owner} has it, the task's optimizer is {optimizer}", given[name])
-            for name, owner in _OF_OPTIMIZER.items()
+            name: Mistake(f"is of {' and '.join(owners)}, the task's is {optimizer}", given[name])
+            for name, owners in _OF_OPTIMIZER.items()
             if given.get(name, getattr(cls, name)) != getattr(cls, name)
             and optimizer in OPTIMIZERS
-            and optimizer != owner
+            and optimizer not in owners
         }
         rate, decay = given.get("learning_rate", cls.learning_rate), given.get("weight_decay")
         if _is_number(rate) and _is_number(decay) and rate * decay > 1:

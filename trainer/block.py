@@ -20,10 +20,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lobra.layout.world import LayerBlock
-from lobra.tasks.config import TaskConfig
+from lobra.tasks.config import ADAMW_8BIT, TaskConfig
+from lobra.trainer.eight_bit import EightBitPartition
 from lobra.trainer.zero import Partition
-
-MASTER = "master"  # a partition's weights, beside its moments
 
 
 class BlockOptimizer:
@@ -53,7 +52,9 @@ class BlockOptimizer:
         """
         self.weights[number] = weights
         self.gradients[number] = gradient
-        self.partitions[number] = Partition(weights, task, self.group, rate_factors)
+        is_eight_bit = task is not None and task.optimizer == ADAMW_8BIT
+        kind = EightBitPartition if is_eight_bit else Partition
+        self.partitions[number] = kind(weights, task, self.group, rate_factors)
 
     def remove(self, number: int) -> None:
         """Forget a task, its moments included."""
@@ -158,9 +159,7 @@ class BlockOptimizer:
         partition = self.partitions[number]
         start = dist.get_rank(self.group) * partition.size
         for name, flat in flats.items():
-            own_p = partition.master_p if name == MASTER else partition.moments[name]
-            part = flat[start : start + partition.size]
-            own_p[: len(part)].copy_(part)
+            partition.set(name, flat[start : start + partition.size])
         partition.set_updates(updates)
 
 

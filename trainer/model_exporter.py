@@ -18,13 +18,13 @@ from lobra.model.heartbeat import beat
 from lobra.model.held import HeldTensor, Size, held_tensors, owned_tensors
 from lobra.model.precision import kept_dtype
 from lobra.model.stage import Stage
-from lobra.trainer.block import MASTER
 from lobra.trainer.checkpoint import CheckpointState, CheckpointWriter
 from lobra.trainer.exporter import AdapterExporter
 from lobra.trainer.folder_writer import FolderWriter
 from lobra.trainer.model_folder import Files, describe
 from lobra.trainer.model_optimizer import ModelOptimizer
 from lobra.trainer.run_spec import RunSpec
+from lobra.trainer.zero import MASTER
 
 
 class ModelExporter(AdapterExporter):

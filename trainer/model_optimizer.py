@@ -16,8 +16,8 @@ from lobra.layout.world import World
 from lobra.model.checkpoint import CheckpointReader
 from lobra.model.trained_stage import TrainedWeights
 from lobra.tasks.config import TaskConfig
-from lobra.trainer.block import MASTER
 from lobra.trainer.optimizer import AdapterOptimizer, TaskUpdate, own_blocks
+from lobra.trainer.zero import MASTER
 
 
 class ModelOptimizer(AdapterOptimizer):

@@ -11,7 +11,6 @@ from lobra.model.stage import Stage
 from lobra.model.trained_stage import TrainedWeights
 from lobra.tasks.config import FULL, TaskConfig
 from lobra.trainer.adapters import adapter_spec
-from lobra.trainer.block import MASTER
 from lobra.trainer.checkpoint import CheckpointState
 from lobra.trainer.checkpoint_folder import step_folder
 from lobra.trainer.control import Control
@@ -19,6 +18,7 @@ from lobra.trainer.model_exporter import ModelExporter
 from lobra.trainer.model_folder import files_of
 from lobra.trainer.model_optimizer import ModelOptimizer
 from lobra.trainer.run_spec import RunSpec
+from lobra.trainer.zero import MASTER
 
 
 def checkpoint_model(run: Path, step: int, name: str) -> Path:

@@ -43,6 +43,7 @@ from lobra.tasks.sampling import num_steps
 from lobra.tasks.text_processor import TextProcessor
 from lobra.trainer.batching import chosen_batching, fixed_buckets
 from lobra.trainer.checkpoint import CheckpointState, read_state
+from lobra.trainer.eight_bit import eight_bit_problems
 from lobra.trainer.metrics import METRICS_FILE, kept_metrics
 from lobra.trainer.model_training import model_problems
 from lobra.trainer.request import TrainRequest
@@ -58,7 +59,7 @@ from lobra.trainer.run_spec import RunSpec
 from lobra.trainer.step_trace import steps_of
 from lobra.trainer.task_data import TaskChecks, tasks_with_data, warn_of_greedy_tasks
 from lobra.trainer.trackers import trackers_of
-from lobra.trainer.zero import moment_names
+from lobra.trainer.zero import moment_bytes
 
 log = logging.getLogger(__name__)
 
@@ -213,6 +214,10 @@ def prepare(request: TrainRequest) -> RunSpec:
             state, records, request.seed, base, request.trainer_config
         )
         checks.problems += revivals_in_vain(state, request.revive, steps)
+    if plan is not None and device is not None:
+        checks.problems += eight_bit_problems(
+            tasks, _precision(request, device), str(plan), None if state is None else state.plan
+        )
     checks.raise_if_any()
     assert config and plan and folder and shape and world and cost_model and device and batching
     cost_model = cost_model.for_training(
@@ -232,7 +237,7 @@ def prepare(request: TrainRequest) -> RunSpec:
         world=world,
         cost_model=cost_model,
         output_dir=request.output_dir,
-        precision=request.precision or ("bf16" if device == "cuda" else "fp32"),
+        precision=_precision(request, device),
         device=device,
         num_buckets=request.num_buckets,
         dynamic_buckets=request.dp_bucket != "off",
@@ -299,7 +304,7 @@ def _check_memory(checks: _Collector, run: RunSpec, shape: ModelShape, budget: s
     (group,) = {group.layout: group for group in run.plan.groups}.values()
     memory = model_memory(
         shape, group.layout, len(run.plan.replicas), run.precision,
-        num_moments=len(moment_names(task.optimizer, task.momentum)), offload=task.offload,
+        moment_bytes=moment_bytes(task.optimizer, task.momentum), offload=task.offload,
     )  # fmt: skip
     tokens = run.plan.max_tokens
     needed = memory.total_bytes(tokens)
@@ -446,6 +451,10 @@ def place_plan(plan: Plan, request: TrainRequest, device: str | None) -> World:
             request.strategy_config, list(spread[0]), size, size,
         )  # fmt: skip
     return world
+
+
+def _precision(request: TrainRequest, device: str) -> str:
+    return request.precision or ("bf16" if device == "cuda" else "fp32")
 
 
 def _uses_feedback(request: TrainRequest, device: str) -> bool:
