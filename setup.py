@@ -54,6 +54,7 @@ setup(
             "safetensors>=0.5,<1",
             "tensorboard>=2.16,<3",
         ],
+        "quantised": ["bitsandbytes>=0.50,<1"],
         "wandb": ["wandb>=0.20,<1"],
         "mlflow": ["mlflow-skinny>=3.0,<4"],
         "serve": [
@@ -63,6 +64,7 @@ setup(
             "protobuf>=5.26,<8",
         ],
         "dev": [
+            "bitsandbytes>=0.50,<1",
             "trl>=1.16,<1.17",  # whose losses ours are compared with, by names that may change
             "pytest>=8.0,<10",
             "pytest-timeout>=2.3,<3",

@@ -199,6 +199,11 @@ class FileModel:
         return {}
 
     @classmethod
+    def implied(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return what required fields are by the file's other values, where they are not given."""
+        return {}
+
+    @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """Return the schema of the dataclass, which is shown the fields that are given."""
         return core_schema.no_info_before_validator_function(cls._given, handler(source))
@@ -209,7 +214,8 @@ class FileModel:
         if not isinstance(value, dict):
             raise wanted(f"an object with the fields {', '.join(names)}")
         written = {str(name): item for name, item in value.items() if item is not None}
-        given = {**dict.fromkeys(_required(cls), _ABSENT), **written, **cls.contradictions(written)}
+        given = {**dict.fromkeys(_required(cls), _ABSENT), **cls.implied(written), **written}
+        given |= cls.contradictions(written)
         for name in [str(name) for name in value if name not in names]:
             meant, hint = cls.stranger(name)
             if meant in names and given.get(meant, _ABSENT) is _ABSENT:

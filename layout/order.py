@@ -7,12 +7,22 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import islice, repeat
+from itertools import compress, islice, repeat
 from typing import Any, Literal
 
 import numpy as np
 
-from lobra.layout.sequences import IntArray, Labels, MicroBatch, Sequence, TokenArray, Work
+from lobra.layout.sequences import (
+    Clipping,
+    FloatArray,
+    IntArray,
+    Labels,
+    MicroBatch,
+    Rollout,
+    Sequence,
+    TokenArray,
+    Work,
+)
 from lobra.tasks.objectives import SEQUENCES_OF_EXAMPLE
 
 
@@ -170,6 +180,7 @@ class StepOrder:
         sequences = self.sequences
         labels = [sequence.labels for sequence in sequences if sequence.labels is not None]
         assert len(labels) in (0, len(sequences)), "all sequences of an order have labels, or none"
+        rollouts = [sequence.rollout for sequence in sequences if sequence.rollout is not None]
         slots = json.dumps([asdict(slot) for slot in self.slots]).encode()
         return np.concatenate(
             [
@@ -189,12 +200,14 @@ class StepOrder:
                 _integers(sequence.noise_seed for sequence in sequences),
                 _integers(sequence.sign for sequence in sequences),
                 _integers(sequence.num_answer for sequence in sequences),
+                _integers(sequence.rollout is not None for sequence in sequences),
                 _integers(len(sequence.tokens) for sequence in sequences),
                 _integers(len(sequence.targets) for sequence in sequences),
                 _in_words([sequence.tokens for sequence in sequences]),
                 _in_words([sequence.targets for sequence in sequences]),
                 _in_words([own.tokens for own in labels]),
                 *(own.weights.view(np.int64) for own in labels),
+                *(_rollout_floats(own).view(np.int64) for own in rollouts),
                 np.frombuffer(slots.ljust(-(-len(slots) // 8) * 8), dtype=np.int64),
             ]
         )
@@ -216,6 +229,7 @@ class StepOrder:
         tasks, indices = reader.integers(num_sequences), reader.integers(num_sequences)
         noise_seeds = reader.integers(num_sequences)
         signs, num_answers = reader.integers(num_sequences), reader.integers(num_sequences)
+        has_rollout = reader.integers(num_sequences)
         num_tokens, num_targets = reader.integers(num_sequences), reader.integers(num_sequences)
         tokens, targets = reader.parts(num_tokens), reader.parts(num_targets)
         labels: Iterable[Labels | None] = repeat(None)
@@ -223,10 +237,13 @@ class StepOrder:
             predicted = reader.parts(num_targets)
             weights = [reader.take(count).view(np.float64) for count in num_targets]
             labels = map(Labels, predicted, weights)
+        sampled = iter([_rollout(reader, count) for count in compress(num_targets, has_rollout)])
+        rollouts = [next(sampled) if given else None for given in has_rollout]
         slots = reader.take(-(-slot_bytes // 8)).tobytes()
         sequences = map(
-            Sequence, tasks, indices, tokens, targets, noise_seeds, labels, signs, num_answers
-        )
+            Sequence, tasks, indices, tokens, targets, noise_seeds, labels, signs, num_answers,
+            rollouts,
+        )  # fmt: skip
         micro_batches = iter(
             [
                 MicroBatch(tuple(islice(sequences, rows)), padded_length or None)
@@ -256,6 +273,18 @@ def _numbers(update: Update) -> list[float]:
     adam = update.adam or AdamSettings()
     own = [update.learning_rate, update.max_grad_norm]
     return [*own, adam.beta1, adam.beta2, adam.eps, adam.weight_decay]
+
+
+def _rollout_floats(rollout: Rollout) -> FloatArray:
+    bounds = [rollout.clipping.low, rollout.clipping.high]
+    return np.concatenate([bounds, rollout.logprobs, rollout.advantages])
+
+
+def _rollout(reader: _Reader, num_targets: int) -> Rollout:
+    """Return the rollout that `_rollout_floats` laid end to end."""
+    low, high = reader.take(2).view(np.float64).tolist()
+    logprobs, advantages = reader.take(2 * num_targets).view(np.float64).reshape(2, -1)
+    return Rollout(logprobs, advantages, Clipping(low, high))
 
 
 def _integers(values: Iterable[int]) -> IntArray:

@@ -77,6 +77,47 @@ class Labels:
     __hash__ = None  # type: ignore[assignment]
 
 
+@dataclass(frozen=True)
+class Clipping:
+    """What a ratio is kept between."""
+
+    low: float = 0.0
+    high: float = float("inf")
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout:
+    """How a sequence's targets were sampled, and how good that was.
+
+    Attributes
+    ----------
+    logprobs
+        float64 [T]: of each target, by the policy that sampled it.
+    advantages
+        float64 [T].
+    clipping
+        Of the ratio of its probability now to that one.
+    """
+
+    logprobs: FloatArray
+    advantages: FloatArray
+    clipping: Clipping = Clipping()
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether both are the same, bit for bit but for the sign of zero."""
+        if not isinstance(other, Rollout):
+            return NotImplemented
+        return self.clipping == other.clipping and all(
+            np.array_equal(own, their, equal_nan=True)
+            for own, their in (
+                (self.logprobs, other.logprobs),
+                (self.advantages, other.advantages),
+            )
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 @dataclass(frozen=True, eq=False)
 class Sequence:
     """A sequence of a task, and what is to be learned of it.
@@ -104,6 +145,8 @@ class Sequence:
         to be compared with only.
     num_answer
         In an example: how many of its targets, the last ones, are of its answer; else 0.
+    rollout
+        Of targets that were sampled and are learned by their advantages; else None.
     """
 
     task: int
@@ -114,6 +157,7 @@ class Sequence:
     labels: Labels | None = None
     sign: int = 0
     num_answer: int = 0
+    rollout: Rollout | None = None
 
     @property
     def is_compared(self) -> bool:
@@ -135,6 +179,7 @@ class Sequence:
             and np.array_equal(self.tokens, other.tokens)
             and np.array_equal(self.targets, other.targets)
             and self.labels == other.labels
+            and self.rollout == other.rollout
         )
 
     def __hash__(self) -> int:

@@ -160,6 +160,14 @@ class World:
                 start = layer
         return tuple(blocks)
 
+    def shard_blocks(self, num_layers: int) -> tuple[LayerBlock, ...]:
+        """Return the shards of each stage with the ranks that hold the same, of like replicas."""
+        return tuple(
+            LayerBlock(self.place(ranks[0]).layers(num_layers), tuple(sorted(ranks)))
+            for stages in zip(*self.replicas, strict=True)
+            for ranks in zip(*stages, strict=True)
+        )
+
 
 def node_ranks(num_ranks: int, gpus_per_node: int | Sequence[int]) -> list[range]:
     """Return the ranks of each node, numbered node by node; ``gpus_per_node`` is of all or of each.

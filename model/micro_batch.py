@@ -19,9 +19,11 @@ from torch import Tensor
 
 from lobra.layout.sequences import IntArray, Labels, MicroBatch
 from lobra.layout.sequences import Sequence as TokenSequence
+from lobra.model.contrast import Pull
 from lobra.model.dropout import TokenNoise, token_keys
 from lobra.model.objectives import Examples, ExampleWeights, task_examples
 from lobra.model.packed_attention import Packing
+from lobra.model.policy_loss import Rollouts
 from lobra.model.precision import kept_dtype
 from lobra.model.to_device import to_device
 from lobra.model.token_tasks import Segment
@@ -33,12 +35,18 @@ class Targets:
 
     `positions_P` are places in the flattened [B, S] whose *next* token is `tokens_P`, of task
     `tasks_P`. `factors_P` is what each loss is multiplied by, float; None: its task's weight.
+    `rollouts` are those that are learned by their advantages.
     """
 
     positions_P: Tensor
     tokens_P: Tensor
     tasks_P: Tensor
     factors_P: Tensor | None = None
+    rollouts: Rollouts | None = None
+
+    def learned(self, losses_P: Tensor) -> Tensor:
+        """Return what is learned of the targets' cross-entropies: [P] each."""
+        return losses_P if self.rollouts is None else self.rollouts.learned(losses_P)
 
     def none(self) -> Targets:
         """Return no targets, on the same device."""
@@ -70,6 +78,8 @@ class MicroBatchTensors:
         What LoRA dropout needs; None: nothing drops out.
     examples
         The sequences whose losses depend on one another; None: there are none.
+    pull
+        The sequences whose last states are drawn somewhere; None: there are none.
     """
 
     tokens_BS: Tensor
@@ -81,6 +91,13 @@ class MicroBatchTensors:
     packing: Packing | None = None
     noise: TokenNoise | None = None
     examples: Examples | None = None
+    pull: Pull | None = None
+
+    @property
+    def ends_N(self) -> Tensor:
+        """The place of each packed sequence's last token, int64, padding left out."""
+        assert self.packing is not None, "padded sequences end in their rows"
+        return self.packing.offsets_N[1 : 1 + len(self.lengths)].long() - 1
 
 
 def micro_batch_tensors(
@@ -121,8 +138,8 @@ def micro_batch_tensors(
 def _arrays(micro_batch: MicroBatch, dropouts: Mapping[int, float] | None) -> list[IntArray]:
     """Return tokens, positions, the spans' offsets, targets' three; targets' factors if given.
 
-    Then what examples need, if there are any; keys and odds of dropout. All int64, floats by their
-    bits.
+    Then what rollouts and examples need, if there are any; keys and odds of dropout. All int64,
+    floats by their bits.
     """
     sequences = micro_batch.sequences
     spans_N = _spans(micro_batch)
@@ -150,6 +167,8 @@ def _arrays(micro_batch: MicroBatch, dropouts: Mapping[int, float] | None) -> li
     ]
     if labels:
         arrays.append(np.concatenate([own.weights for own in labels]).view(np.int64))
+    if any(sequence.rollout is not None for sequence in sequences):
+        arrays += _rollout_arrays(sequences)
     if any(sequence.num_answer for sequence in sequences):
         arrays += _example_arrays(sequences)
     if dropouts is not None:
@@ -161,6 +180,20 @@ def _arrays(micro_batch: MicroBatch, dropouts: Mapping[int, float] | None) -> li
             np.repeat(np.array(odds_N, dtype=np.float64), spans_N).view(np.int64),
         ]
     return arrays
+
+
+def _rollout_arrays(sequences: Sequence[TokenSequence]) -> list[IntArray]:
+    """Return the places of targets that were sampled; logprobs, advantages and bounds of each."""
+    sizes = [len(sequence.targets) for sequence in sequences]
+    is_sampled = np.repeat([sequence.rollout is not None for sequence in sequences], sizes)
+    own = [(one.rollout, len(one.targets)) for one in sequences if one.rollout is not None]
+    floats = (
+        [rollout.logprobs for rollout, _ in own],
+        [rollout.advantages for rollout, _ in own],
+        [np.full(size, rollout.clipping.low) for rollout, size in own],
+        [np.full(size, rollout.clipping.high) for rollout, size in own],
+    )
+    return [np.flatnonzero(is_sampled), *(np.concatenate(part).view(np.int64) for part in floats)]
 
 
 def _example_arrays(sequences: Sequence[TokenSequence]) -> list[IntArray]:
@@ -205,10 +238,14 @@ def _tensors(
     """Return a micro-batch's tensors, of what `_arrays` made and was sent."""
     tokens_T, positions_S, offsets_N, *rest = sent
     num_targets = 4 if _labels(micro_batch) else 3
-    targets, rest = rest[:num_targets], rest[num_targets:]
-    if num_targets == 4:
-        targets[3] = targets[3].view(torch.float64).to(kept_dtype(dtype))
-    packing = noise = examples = None
+    (positions_P, predicted_P, tasks_P, *factors), rest = rest[:num_targets], rest[num_targets:]
+    factors_P = factors[0].view(torch.float64).to(kept_dtype(dtype)) if factors else None
+    packing = noise = examples = rollouts = None
+    if any(sequence.rollout is not None for sequence in micro_batch.sequences):
+        places_R, *floats = rest[:5]
+        kept = (own.view(torch.float64).to(kept_dtype(dtype)) for own in floats)
+        rollouts = Rollouts(places_R, *kept)
+        rest = rest[5:]
     if any(sequence.num_answer for sequence in micro_batch.sequences):
         sequence_P, *others = rest[:4]
         answer_P, signs_N, answers_N = (own.to(kept_dtype(dtype)) for own in others)
@@ -223,7 +260,7 @@ def _tensors(
     return MicroBatchTensors(
         tokens_T.view(-1, len(positions_S)),
         positions_S[None],
-        Targets(*targets),
+        Targets(positions_P, predicted_P, tasks_P, factors_P, rollouts),
         tuple(len(sequence.tokens) for sequence in micro_batch.sequences),
         _segments(micro_batch),
         task_weights,

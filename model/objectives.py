@@ -1,7 +1,8 @@
 """Losses of examples: what is learned from several answers' log-probabilities at once.
 
 Examples are of two sequences. Their logarithmic probabilities, summed over an answer's tokens, are
-all that a loss depends on, beside the mean loss of the chosen answers' tokens.
+all that a loss depends on, beside the mean loss of wanted answers' tokens. Of contrasted pairs that
+is all; what is between them is in `model.contrast`.
 
 Shape suffixes: P tokens to be predicted, N sequences of a micro-batch, n of them those of one task.
 """
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from lobra.layout.sequences import Sequence as TokenSequence
-from lobra.tasks.objectives import PAIRED, Objective
+from lobra.tasks.objectives import CIT, PAIRED, Objective
 
 #: What is summed over a step's examples: the loss, as it is weighted, and of the answers that are
 #: wanted and those that are not the rewards, log-probabilities and numbers; then the pairs of which
@@ -45,7 +46,7 @@ class ExampleWeights:
     of_example
         1 / the step's examples of the task.
     of_token
-        What the loss of each target of a chosen sequence counts for beside.
+        What the loss of each target of a wanted answer's sequence counts for beside.
     """
 
     objective: Objective
@@ -143,7 +144,8 @@ class Examples:
             )
             losses = losses * weights.of_example
             if weights.of_token:
-                losses = losses + weights.of_token * targets_N[part][0::2]
+                wanted_n = targets_N[part] * own.signs_n.clamp(min=0)
+                losses = losses + weights.of_token * (wanted_n[0::2] + wanted_n[1::2])
             found.append(_Compared(own, losses, answers_n.detach(), rewards_n.detach()))
         return found
 
@@ -181,6 +183,8 @@ def example_losses(
     divergence
         KTO's, at least 0.
     """
+    if objective.kind == CIT:
+        return torch.zeros_like(answers_n[0::2]), torch.zeros_like(answers_n)
     gains_n = answers_n if reference_n is None else answers_n - reference_n
     rewards_n = objective.beta * gains_n
     if objective.kind == "kto":  # equation 7 of the paper

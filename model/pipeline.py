@@ -37,7 +37,7 @@ class _Losses:
         self.outcomes = outcomes
 
     def add(self, batch: MicroBatchTensors, losses_P: Tensor) -> None:
-        self.of_tasks.index_add_(0, batch.targets.tasks_P, losses_P)
+        self.of_tasks.index_add_(0, batch.targets.tasks_P, batch.targets.learned(losses_P))
         if self.token_losses is not None:
             self.token_losses.append(losses_P)
         if self.outcomes is not None and batch.examples is not None:
@@ -58,8 +58,8 @@ def run_replica(
 
     Returns
     -------
-    The summed token loss of each task [num_tasks], non-zero only on the last stage; fp32 (in
-    fp64: fp64).
+    The summed losses of each task's targets [num_tasks], as they are learned; non-zero only on the
+    last stage; fp32 (in fp64: fp64).
     """
     losses = _Losses(stage, num_tasks, token_losses, outcomes)
     if stage.groups.place.layout.pp == 1:
@@ -80,29 +80,34 @@ def evaluate_replica(
     num_tasks: int,
     token_losses: list[Tensor] | None = None,
     outcomes: Tensor | None = None,
+    ends: list[Tensor] | None = None,
+    with_dropout: bool = False,
 ) -> Tensor:
-    """Run forward only over all micro-batches, without LoRA dropout.
+    """Run forward only over all micro-batches, without LoRA dropout unless it is asked for.
 
-    On the last stage ``token_losses`` gets the losses of each micro-batch's targets, and to
-    ``outcomes`` [num_tasks, `model.objectives.OUTCOMES`] those of the examples are added.
+    On the last stage ``token_losses`` gets the losses of each micro-batch's targets, to
+    ``outcomes`` [num_tasks, `model.objectives.OUTCOMES`] those of the examples are added, and
+    ``ends`` gets the hidden states [N, D] of each micro-batch's last tokens.
 
     Returns
     -------
-    The summed token loss of each task [num_tasks], non-zero only on the last stage; fp32 (in
-    fp64: fp64).
+    The summed losses of each task's targets [num_tasks], as they are learned; non-zero only on the
+    last stage; fp32 (in fp64: fp64).
     """
     losses = _Losses(stage, num_tasks, token_losses, outcomes)
     links = _Links(stage.groups)
     place = stage.groups.place
     for batch in batches:
         beat("evaluating")
-        batch = replace(batch, noise=None)
+        batch = batch if with_dropout else replace(batch, noise=None)
         received = None
         if not place.is_first_stage:
             received = links.exchange(receive_previous=hidden_like(stage, batch))[0]
         output = stage.hidden(batch, received)
         if place.is_last_stage:
             losses.add(batch, stage.loss(output, batch)[1])
+            if ends is not None:
+                ends.append(output.flatten(0, 1).index_select(0, batch.ends_N))
         else:
             links.exchange(send_next=output)
     return losses.of_tasks

@@ -160,9 +160,9 @@ class Stage(nn.Module):
     def loss(self, hidden_BSD: Tensor, batch: MicroBatchTensors) -> tuple[Tensor, Tensor]:
         """Return (weighted loss, each target's loss [P], detached).
 
-        The weighted loss is the sum of the losses, each multiplied by its factor, by default its
-        task's weight, and of the losses of examples. Only positions whose next token is learned are
-        sent through the head.
+        The weighted loss is the sum of what is learned of the targets' losses, each multiplied by
+        its factor, by default its task's weight, and of the losses of examples. Only positions
+        whose next token is learned are sent through the head.
         """
         assert self.head is not None, "only the last stage has the head"
         targets = batch.targets
@@ -172,9 +172,11 @@ class Stage(nn.Module):
             factors_P = batch.task_weights.index_select(0, targets.tasks_P)
         losses_P = self.head.losses(hidden_PD, targets.tokens_P)
         # A sum over zero tokens still depends on the hidden states: every rank runs backward.
-        weighted = (losses_P * factors_P).sum()
+        weighted = (targets.learned(losses_P) * factors_P).sum()
         if batch.examples is not None:
             weighted = weighted + batch.examples.loss(losses_P)
+        if batch.pull is not None:
+            weighted = weighted + batch.pull.loss(hidden_BSD)
         return weighted, losses_P.detach()
 
     def logits(self, batch: MicroBatchTensors, received_BSD: Tensor | None = None) -> Tensor:

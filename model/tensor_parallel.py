@@ -181,7 +181,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             part = slice(first, first + chunk)
             logits_Tv = functional.linear(hidden_TD[part], weight_vD).to(kept)
             slope_Tv = scale.applied_(logits_Tv)
-            losses_T[part] = _softmax_and_losses(logits_Tv, targets_T[part], start, group)
+            losses_T[part] = softmax_and_losses(logits_Tv, targets_T[part], start, group)
             if ctx.gradient_TD is not None:
                 if scale.divisor != 1.0:
                     logits_Tv.div_(scale.divisor)
@@ -197,7 +197,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return gradient_TD.mul_(grad_T.unsqueeze(-1)), *[None] * 7
 
 
-def _softmax_and_losses(logits_Tv: Tensor, targets_T: Tensor, start: int, group: Group) -> Tensor:
+def softmax_and_losses(logits_Tv: Tensor, targets_T: Tensor, start: int, group: Group) -> Tensor:
     """Return the losses [T]; turn the logits, in place, into softmax minus one hot."""
     maximum_T = logits_Tv.amax(dim=-1)
     if group is not None:

@@ -162,12 +162,25 @@ def estimate_memory(
     Evaluation keeps no activations for a backward pass and no gradient in the head: it needs less.
     The adapters' exchange is counted for our runtime only (`exchange.most_exchange_bytes`).
     """
-    stages = [
+    stages = stage_memories(shape, tp, pp, adapters, precision, runtime, memory)
+    typical = sum(s.fixed_bytes for s in stages) / sum(s.bytes_per_token for s in stages)
+    return max(stages, key=lambda s: s.total_bytes(typical))
+
+
+def stage_memories(
+    shape: ModelShape,
+    tp: int,
+    pp: int,
+    adapters: Adapters,
+    precision: str,
+    runtime: Runtime,
+    memory: str = "keep",
+) -> list[MemoryEstimate]:
+    """Return the memory of a rank of each stage of ``<tp,pp>``."""
+    return [
         _stage_memory(shape, tp, pp, stage, adapters, precision, runtime, memory)
         for stage in range(pp)
     ]
-    typical = sum(s.fixed_bytes for s in stages) / sum(s.bytes_per_token for s in stages)
-    return max(stages, key=lambda s: s.total_bytes(typical))
 
 
 def _stage_memory(

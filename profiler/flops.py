@@ -6,14 +6,16 @@ from lobra.layout.sequences import Work
 from lobra.layout.shapes import ModelShape
 
 # A product with m parameters takes 2 m floating-point operations a token, and so does the gradient
-# of its input. The gradient of its weights, as much again, is for adapters only.
+# of its input. The gradient of its weights, as much again, is for what is trained only.
 FROZEN, TRAINED = 4, 6
 # Of a layer, an element of a head and two positions: 4 for scores and weighted sum, twice that
 # in the backward pass; half of it all, as causal attention looks at half of the pairs.
 ATTENTION = 6
 
 
-def training_flops(shape: ModelShape, work: Work, adapter_elements: int) -> float:
+def training_flops(
+    shape: ModelShape, work: Work, adapter_elements: int, trains_base: bool = False
+) -> float:
     """Return the floating-point operations that training on sequences once takes.
 
     They are those of the model (PaLM, Chowdhery et al. 2022, appendix B) for a frozen base: 4 a
@@ -30,12 +32,15 @@ def training_flops(shape: ModelShape, work: Work, adapter_elements: int) -> floa
         The sequences: their tokens, squared lengths and labels.
     adapter_elements
         The parameters of the adapter that is trained.
+    trains_base
+        Whether the base is, too: its parameters count as the adapter's do.
     """
+    of_base = TRAINED if trains_base else FROZEN
     of_a_layer = sum(inputs * outputs for inputs, outputs in shape.linear_sizes().values())
     attention = ATTENTION * shape.num_heads * shape.head_dim * work.squares
     return float(
-        FROZEN * work.tokens * shape.num_layers * of_a_layer
-        + FROZEN * work.labels * shape.hidden_size * shape.vocab_size
+        of_base * work.tokens * shape.num_layers * of_a_layer
+        + of_base * work.labels * shape.hidden_size * shape.vocab_size
         + TRAINED * work.tokens * adapter_elements
         + shape.num_layers * attention
     )

@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from lobra.layout import sequences
 from lobra.layout.order import StepOrder
-from lobra.layout.sequences import FloatArray, Labels
+from lobra.layout.sequences import Clipping, FloatArray, Labels, Rollout
+from lobra.model.policy_loss import policy_losses
 from lobra.planner.assignment import Assignment
 from lobra.planner.packed.dispatch import dispatch_packed
 from lobra.service.backlog import Job, Pass
@@ -40,8 +42,6 @@ class PassRunner:
     def run(self, work: Pass, slots: Mapping[str, int]) -> None:
         """Give every job of a pass the logprobs of its data, and its slot the gradients if wanted.
 
-        What counts for a policy's loss follows from its logprobs: these are found first.
-
         Parameters
         ----------
         work
@@ -50,49 +50,22 @@ class PassRunner:
             The slot of every model by its name.
         """
         entries = sorted(work.data, key=lambda entry: slots[entry[0].model_id])
-        weights = [datum.weights for _, datum in entries]
-        if work.backward:
-            places = [n for n, (job, _) in enumerate(entries) if job.content.policy is not None]
-            first = self._logprobs(
-                [entries[n] for n in places], [weights[n] for n in places], slots
-            )
-            for n, logprobs in zip(places, first, strict=True):
-                job, datum = entries[n]
-                weights[n] = job.content.policy.weights(logprobs, datum.sampled, datum.weights)
-        found = self._logprobs(entries, weights, slots, accumulate=work.backward)
-        for (job, _), logprobs in zip(entries, found, strict=True):
-            job.logprobs.append(logprobs)  # sorting kept each job's data in order
-
-    def _logprobs(
-        self,
-        entries: Entries,
-        weights: Sequence[FloatArray],
-        slots: Mapping[str, int],
-        accumulate: bool = False,
-    ) -> list[FloatArray]:
-        """Return the logprobs of data, sorted by slot; gradients for their weights if wanted."""
-        if not entries:
-            return []
         rows = [
-            sequences.Sequence(
-                slots[job.model_id],
-                place,
-                datum.tokens,
-                np.arange(1, len(datum.tokens) + 1, dtype=np.int32),
-                labels=Labels(datum.labels, own),
-            )
-            for place, ((job, datum), own) in enumerate(zip(entries, weights, strict=True))
+            _sequence(slots[job.model_id], place, datum, job.content.policy)
+            for place, (job, datum) in enumerate(entries)
         ]
-        lengths = [len(row.tokens) for row in rows]
-        assignment = dispatch_packed(lengths, self.deployment.run.plan, self.deployment.costs)
-        order = replace(order_of(self.tally.passes, rows, (), assignment), accumulate=accumulate)
+        assignment = dispatch_packed(
+            [len(row.tokens) for row in rows], self.deployment.run.plan, self.deployment.costs
+        )
+        order = order_of(self.tally.passes, rows, (), assignment)
         start = time.perf_counter()
-        report = self.carry_out(order)
+        report = self.carry_out(replace(order, accumulate=work.backward))
         assert report is not None, "data are sequences"
         self._count(entries, assignment, report, time.perf_counter() - start)
         places = [row.index for row in order.sequences]
         losses = dict(zip(places, report.token_losses, strict=True))
-        return [-losses[place] for place in range(len(entries))]
+        for place, (job, _) in enumerate(entries):
+            job.logprobs.append(-losses[place])  # sorting kept each job's data in order
 
     def _count(
         self, entries: Entries, assignment: Assignment, report: StepReport, pass_s: float
@@ -105,15 +78,33 @@ class PassRunner:
         self.tally.note_pass(record, tokens)
 
 
+def _sequence(slot: int, place: int, datum: Datum, policy: Clipping | None) -> sequences.Sequence:
+    """Return a datum as a slot's sequence; of a policy's loss its weights are advantages."""
+    weights, rollout = datum.weights, None
+    if policy is not None:
+        assert datum.sampled is not None, "a policy's loss is of what was sampled"
+        rollout = Rollout(datum.sampled, datum.weights, policy)
+        weights = np.ones(len(datum.weights))
+    targets = np.arange(1, len(datum.tokens) + 1, dtype=np.int32)
+    labels = Labels(datum.labels, weights)
+    return sequences.Sequence(slot, place, datum.tokens, targets, labels=labels, rollout=rollout)
+
+
 def summed_loss(job: Job) -> float:
     """Return the loss of a job whose logprobs have been found."""
     policy = job.content.policy
     return sum(
         float(-(datum.weights * found).sum())
         if policy is None
-        else policy.value(found, datum.sampled, datum.weights)
+        else _policy_loss(policy, datum, found)
         for datum, found in zip(job.data, job.logprobs, strict=True)
     )
+
+
+def _policy_loss(policy: Clipping, datum: Datum, logprobs: FloatArray) -> float:
+    assert datum.sampled is not None, "a policy's loss is of what was sampled"
+    now, then, advantages = map(torch.from_numpy, (logprobs, datum.sampled, datum.weights))
+    return float(policy_losses(now, then, advantages, policy.low, policy.high).sum())
 
 
 def weight_of(job: Job) -> float:

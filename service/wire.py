@@ -15,8 +15,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError, Message
 
 from lobra.common.errors import ConfigError, Problems
-from lobra.layout.sequences import FloatArray, TokenArray
-from lobra.service.policy_loss import PolicyLoss
+from lobra.layout.sequences import Clipping, FloatArray, TokenArray
 from lobra.service.sampler import SampleResult
 
 PACKAGE = "tinker_public"
@@ -135,9 +134,9 @@ class Datum:
     labels
         int32 [n]: what is to follow each token.
     weights
-        float64 [n]: what the loss of each label is multiplied by; of a `PolicyLoss` the advantages.
+        float64 [n]: what the loss of each label is multiplied by; of a policy's the advantages.
     sampled
-        float64 [n]: of a `PolicyLoss` the logprobs of the labels when they were sampled.
+        float64 [n]: of a policy's loss the logprobs of the labels when they were sampled.
     """
 
     tokens: TokenArray
@@ -150,14 +149,14 @@ class Datum:
 class LossRequest:
     """A call of ``forward_backward`` or, `forward_only`, of ``forward``.
 
-    `policy` is the loss of data with sampled logprobs; without one it is cross_entropy.
+    `policy` is of data with sampled logprobs; without one the loss is cross_entropy.
     """
 
     model_id: str
     seq_id: int
     data: tuple[Datum, ...]
     forward_only: bool
-    policy: PolicyLoss | None = None
+    policy: Clipping | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -209,7 +208,7 @@ def read_loss_request(content: bytes, vocab_size: int, max_tokens: int) -> LossR
     problems.raise_if_any()
     policy = None
     if message.loss_fn != "cross_entropy":
-        policy = PolicyLoss(*({**settings, **given}[name] for name in settings))
+        policy = Clipping(*({**settings, **given}[name] for name in settings))
     return LossRequest(message.model_id, message.seq_id, tuple(data), message.forward_only, policy)
 
 

@@ -38,7 +38,7 @@ from lobra.common.models import (
     wanted,
 )
 from lobra.tasks.foreign_names import foreign_field
-from lobra.tasks.objectives import OBJECTIVES, PARAMETERS, SUPERVISED
+from lobra.tasks.objectives import KTO, OBJECTIVES, PARAMETERS, PPO, SUPERVISED
 from lobra.tasks.prompts import NAMES, template_problem
 from lobra.tasks.target_modules import MODULE_ALIASES, TARGET_MODULES, resolve_target_modules
 
@@ -48,8 +48,20 @@ SHIPPED_FOLDER = Path(__file__).parent.with_name("trainer_config")
 SUFFIXES = (".json", ".yaml", ".yml")
 VARIANTS = ("canonical", "fused")
 ADAPTERS = ("lora", "rslora", "pissa", "dora", "vera")
-OPTIMIZERS = ("adamw", "sgd")
-_OF_OPTIMIZER = dict(adam_beta1="adamw", adam_beta2="adamw", adam_epsilon="adamw", momentum="sgd")
+FULL = "full"  # no adapter: the base's own weights
+#: What only adapters have, with values that mean nothing where there is none.
+_OF_ADAPTERS: Mapping[str, Any] = {
+    **dict(rank=1, lora_alpha=1, target_modules=list(TARGET_MODULES), lora_dropout=0.0),
+    **dict(loraplus_ratio=1.0, rank_pattern={}, alpha_pattern={}, projection_prng_key=0),
+    **dict(resume_from=None),
+}
+ADAMW_8BIT = "adamw8bit"
+OPTIMIZERS = ("adamw", ADAMW_8BIT, "sgd")
+_ADAMS = ("adamw", ADAMW_8BIT)
+_OF_OPTIMIZER: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), _ADAMS),
+    "momentum": ("sgd",),
+}
 LR_SCHEDULERS = ("constant", "linear", "cosine")
 
 _MODULES = (*TARGET_MODULES, *MODULE_ALIASES)
@@ -89,7 +101,7 @@ _Prompt = Annotated[
     AfterValidator(_checked_prompt),
 ]
 _Scheduler = Annotated[str, OneOf(LR_SCHEDULERS)]
-_Adapter = Annotated[str, OneOf(ADAPTERS)]
+_Adapter = Annotated[str, OneOf((*ADAPTERS, FULL))]
 _Optimizer = Annotated[str, OneOf(OPTIMIZERS)]
 
 
@@ -109,7 +121,10 @@ _Alphas = Annotated[dict[Text, Positive], AfterValidator(_checked_patterns)]
 
 def _alternatives(schema: dict[str, Any]) -> None:
     """Say in a task's JSON Schema what its fields alone do not."""
-    schema["required"].remove("name")
+    of_adapters = [name for name in schema["required"] if name in _OF_ADAPTERS]
+    schema["required"] = [name for name in schema["required"] if name not in ("name", *of_adapters)]
+    schema["if"] = {"properties": {"adapter": {"const": FULL}}, "required": ["adapter"]}
+    schema["else"] = {"required": of_adapters}
     schema["anyOf"] = [{"required": ["steps"]}, {"required": ["epochs"]}]
 
 
@@ -150,7 +165,7 @@ class TaskConfig(FileModel):
     weight_decay: NotNegative = 0.0
     """The optimiser's: AdamW's decoupled one, SGD's added to the gradient."""
     optimizer: _Optimizer = "adamw"
-    """Of this task."""
+    """Of this task; adamw8bit keeps its moments in 8 bits."""
     adam_beta1: Share = 0.9
     """AdamW's share of the old mean gradient in the new."""
     adam_beta2: Share = 0.999
@@ -183,8 +198,8 @@ class TaskConfig(FileModel):
     early_stopping_min_delta: NotNegative = 0.0
     """By how much a loss must fall to be better."""
     objective: Annotated[str, OneOf(OBJECTIVES)] = SUPERVISED
-    """What is learned: every token, the better of two answers (dpo, cpo, orpo), or answers labelled
-    true (kto)."""
+    """What is learned: every token, wanted answers (dpo, cpo, orpo, kto), the same answer to two
+    wordings (cit), or sampled tokens by their advantages (ppo)."""
     beta: Annotated[Positive, AtMost(10**6)] = 0.1
     """Of dpo, cpo, orpo, kto: the factor of differences of log-probabilities."""
     cpo_alpha: NotNegative = 1.0
@@ -193,17 +208,27 @@ class TaskConfig(FileModel):
     """Of kto: what an answer with label true counts for."""
     undesirable_weight: NotNegative = 1.0
     """Of kto: what an answer with label false counts for."""
+    contrast_weight: NotNegative = 1.0
+    """Of cit: what the contrast of pairs counts for, at most as much as the tokens' loss."""
+    temperature: Positive = 0.05
+    """Of cit: what the likeness of two sequences is divided by."""
+    clip_low: Share = 0.8
+    """Of ppo: the least that the ratio of a token's probability to that when sampled counts as."""
+    clip_high: Positive = 1.2
+    """Of ppo: the most, 1 or more."""
     resume_from: Text | None = None
     """An adapter of this kind in PEFT's format to start from."""
     adapter: _Adapter = "lora"
     """What is trained: LoRA, scaled by the root of the rank (rslora), from principal parts on
-    (pissa), with the lengths of the weight's rows (dora), or vectors only (vera)."""
+    (pissa), with lengths of rows (dora), vectors only (vera), or the model (full)."""
     projection_prng_key: Count = 0
     """Of vera: what its frozen matrices are drawn from, as in PEFT."""
     rank_pattern: _Ranks = field(default_factory=dict)
     """Other ranks of linears that a pattern fits, as in PEFT."""
     alpha_pattern: _Alphas = field(default_factory=dict)
     """Other lora_alpha of linears, alike."""
+    offload: Flag = False
+    """Of full: keep the optimiser's state in the host's memory, and update there."""
 
     @property
     def dataset_names(self) -> tuple[str, ...]:
@@ -222,15 +247,22 @@ class TaskConfig(FileModel):
         return (ours, f": {hint}") if hint else super().stranger(name)
 
     @classmethod
+    def implied(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return values of what only adapters have, where there is none."""
+        if given.get("adapter") != FULL:
+            return {}
+        return {name: _OF_ADAPTERS[name] for name in ("rank", "lora_alpha", "target_modules")}
+
+    @classmethod
     def contradictions(cls, given: Mapping[str, Any]) -> Mapping[str, Mistake]:
         """Return what is wrong with steps and decay, and which fields are another optimiser's."""
         optimizer = given.get("optimizer", OPTIMIZERS[0])
         mistakes = {
-            name: Mistake(f"only {owner} has it, the task's optimizer is {optimizer}", given[name])
-            for name, owner in _OF_OPTIMIZER.items()
+            name: Mistake(f"is of {' and '.join(owners)}, the task's is {optimizer}", given[name])
+            for name, owners in _OF_OPTIMIZER.items()
             if given.get(name, getattr(cls, name)) != getattr(cls, name)
             and optimizer in OPTIMIZERS
-            and optimizer != owner
+            and optimizer not in owners
         }
         rate, decay = given.get("learning_rate", cls.learning_rate), given.get("weight_decay")
         if _is_number(rate) and _is_number(decay) and rate * decay > 1:
@@ -255,6 +287,7 @@ class TaskConfig(FileModel):
             )
             mistakes["resume_from"] = Mistake(text, given["resume_from"])
         mistakes |= _objective_mistakes(given)
+        mistakes |= _model_mistakes(given)
         meant = {found[0] for name in given if (found := foreign_field(name))}
         if not {"steps", "epochs"} & (given.keys() | meant):
             text = "neither steps nor epochs is given, want at least one"
@@ -268,6 +301,9 @@ def _objective_mistakes(given: Mapping[str, Any]) -> dict[str, Mistake]:
     if objective not in OBJECTIVES:
         return {}
     own = PARAMETERS[objective]
+    high = given.get("clip_high", 1)
+    if objective == PPO and _is_number(high) and high < 1:
+        return {"clip_high": Mistake("want a number of 1 or more", high)}
     foreign = {name for names in PARAMETERS.values() for name in names} - {*own}
     if objective != SUPERVISED:
         foreign.add("train_on_inputs")
@@ -276,6 +312,25 @@ def _objective_mistakes(given: Mapping[str, Any]) -> dict[str, Mistake]:
         for name in sorted(foreign & given.keys())
         if given[name] not in (None, getattr(TaskConfig, name))
     }
+
+
+def _model_mistakes(given: Mapping[str, Any]) -> dict[str, Mistake]:
+    """Return what is wrong with the fields of a task that trains the model itself."""
+    if given.get("adapter") != FULL:
+        text = "only adapter: full has it: remove it"
+        return {"offload": Mistake(text, True)} if given.get("offload") is True else {}
+    mistakes = {
+        name: Mistake("adapter: full trains no adapter: remove it", given[name])
+        for name, nothing in _OF_ADAPTERS.items()
+        if given.get(name, nothing) != nothing
+    }
+    if given.get("early_stopping_patience"):
+        text = "adapter: full keeps no model but the last: remove it"
+        mistakes["early_stopping_patience"] = Mistake(text, given["early_stopping_patience"])
+    if given.get("objective") in ("dpo", KTO):
+        text = "adapter: full changes the model that answers would be compared with: want another"
+        mistakes["objective"] = Mistake(text, given["objective"])
+    return mistakes
 
 
 def _is_number(value: Any) -> bool:
@@ -390,6 +445,7 @@ def load_trainer_config(
     name_or_path: str | os.PathLike[str],
     num_tasks: int | None = None,
     left_out: Problems | None = None,
+    whole_models: bool = False,
 ) -> TrainerConfig:
     """Return the trainer configuration of a name (``trainer_config/<name>.json``) or of a path.
 
@@ -402,6 +458,8 @@ def load_trainer_config(
         Use the first ``num_tasks`` tasks, whatever ``train_task_num`` says.
     left_out
         If it is given, tasks with mistakes are left out, and it gets these.
+    whole_models
+        Whether tasks may train the model itself; profiles and plans are of adapters only.
 
     Raises
     ------
@@ -425,6 +483,13 @@ def load_trainer_config(
             f"{num_tasks} tasks were asked for, but `task` lists only {listed}: "
             f"ask for at most {listed}"
         )
+    if file is not None and not whole_models:
+        problems += [
+            f"task[{number}].adapter = full: profiles and plans are made for adapters only: write "
+            f"the plan of one layout by hand and give both to lobra train"
+            for number, task in enumerate(file.task)
+            if task.adapter == FULL
+        ]
     problems.prefixed(f"{path}: ").raise_if_any()
     assert file is not None
     tasks = tuple(file.task[: num_tasks or file.train_task_num])

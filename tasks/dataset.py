@@ -18,10 +18,10 @@ from lobra.common.files import atomic_path, write_atomic
 from lobra.tasks.cache import digest_of, read_entry, write_entry
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.data_report import DataReport
-from lobra.tasks.encoding import LONG_TEXT, cut
+from lobra.tasks.encoding import LONG_TEXT, FloatArray, cut
 from lobra.tasks.examples import Answer, examples
 from lobra.tasks.formats import Reading
-from lobra.tasks.objectives import SEQUENCES_OF_EXAMPLE, SUPERVISED
+from lobra.tasks.objectives import COMPARING, PPO, SEQUENCES_OF_EXAMPLE
 from lobra.tasks.rows import Rows, read_rows
 from lobra.tasks.sampling import split_sequences
 from lobra.tasks.sources import resolve_dataset
@@ -43,8 +43,9 @@ _BATCH, _BATCH_CHARACTERS = 2048, 1 << 20
 #: Of a text. All of one is tokenised: where it is cut follows from the lengths of all of it.
 #: One that cannot be divided takes 200 bytes a character; a context holds few characters a token.
 _MOST_CHARACTERS, _MOST_UNDIVIDED, _CHARACTERS_PER_TOKEN = 1 << 26, LONG_TEXT, 64
-_SIGNS_FILE = "signs.npy"  # of examples of several sequences alone
 _ARRAYS = {"tokens": np.int32, "labels": np.int32, "offsets": np.int64}
+#: Of examples of several sequences, and of sampled tokens, alone.
+_OPTIONAL_ARRAYS = {"signs": np.int8, "logprobs": np.float64, "advantages": np.float64}
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +65,8 @@ class TokenizedDataset:
     signs
         int8 [n]: of answers 1 if it is wanted, -1 if not, 0 if it is only compared with. Two
         sequences, 2 k and 2 k + 1, make an example. None: each sequence is an example of its own.
+    logprobs, advantages
+        float64 [sum of lengths]: of tokens that were sampled, where they are learned; else None.
     num_truncated
         Sequences that were cut to the context length.
     num_dropped
@@ -79,6 +82,8 @@ class TokenizedDataset:
     num_dropped: int = 0
     report: DataReport | None = None
     signs: NDArray[np.int8] | None = None
+    logprobs: FloatArray | None = None
+    advantages: FloatArray | None = None
 
     @property
     def sequences_of_example(self) -> int:
@@ -126,18 +131,29 @@ class TokenizedDataset:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)}")
-        part = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+        part = self._part(index)
         return self.tokens[part], self.labels[part]
+
+    def sampled(self, index: int) -> tuple[FloatArray, FloatArray] | None:
+        """Return (logprobs, advantages) of one sequence, views of float64 [length], if it has any.
+
+        They are those of its learned tokens, elsewhere 0.
+        """
+        if self.logprobs is None or self.advantages is None:
+            return None
+        part = self._part(index)
+        return self.logprobs[part], self.advantages[part]
+
+    def _part(self, index: int) -> slice:
+        return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the arrays as .npy files and the counts as JSON into a folder."""
         folder = Path(folder)
-        for name in _ARRAYS:
-            with atomic_path(folder / f"{name}.npy") as temporary:
-                np.save(temporary, getattr(self, name), allow_pickle=False)
-        if self.signs is not None:
-            with atomic_path(folder / _SIGNS_FILE) as temporary:
-                np.save(temporary, self.signs, allow_pickle=False)
+        for name in (*_ARRAYS, *_OPTIONAL_ARRAYS):
+            if (array := getattr(self, name)) is not None:
+                with atomic_path(folder / f"{name}.npy") as temporary:
+                    np.save(temporary, array, allow_pickle=False)
         counts = {"num_truncated": self.num_truncated, "num_dropped": self.num_dropped}
         write_atomic(folder / "counts.json", json.dumps(counts) + "\n")
 
@@ -152,9 +168,12 @@ class TokenizedDataset:
         """
         folder = Path(folder)
         arrays = {}
-        kinds = dict(_ARRAYS)
-        if (folder / _SIGNS_FILE).exists():
-            kinds["signs"] = np.int8
+        optional = {
+            name: kind
+            for name, kind in _OPTIONAL_ARRAYS.items()
+            if (folder / f"{name}.npy").exists()
+        }
+        kinds = {**_ARRAYS, **optional}
         try:
             for name, dtype in kinds.items():
                 path = folder / f"{name}.npy"
@@ -169,6 +188,8 @@ class TokenizedDataset:
                 num_truncated=int(counts["num_truncated"]),
                 num_dropped=int(counts["num_dropped"]),
                 signs=arrays.get("signs"),
+                logprobs=arrays.get("logprobs"),
+                advantages=arrays.get("advantages"),
             )
         except ConfigError:
             raise
@@ -180,7 +201,9 @@ class TokenizedDataset:
         good = len(data.offsets) and data.offsets[0] == 0 and data.offsets[-1] == size
         if data.signs is not None:
             good = good and len(data.signs) == len(data) and len(data) % SEQUENCES_OF_EXAMPLE == 0
-        if not good or len(data.labels) != size or np.any(data.lengths < 0):
+        per_token = (data.labels, data.logprobs, data.advantages)
+        good = good and all(own is None or len(own) == size for own in per_token)
+        if not good or np.any(data.lengths < 0):
             raise ConfigError(f"{folder}: its arrays do not belong together: tokenise it again")
         return data
 
@@ -254,28 +277,28 @@ def _tokenised(
     """Return the data of some files, tokenised."""
     report = DataReport(task)
     encoded = _encoded(task, processor, files, report, vocab_size)
-    has_examples = task.objective != SUPERVISED
-    found = (examples if has_examples else _fitted)(task, encoded, report)
-    sequences, masks, signs = [], [], []
-    for _, tokens, learned, sign in found:
-        sequences.append(tokens)
-        masks.append(learned)
-        signs.append(sign)
-    if not sequences:
+    has_examples = task.objective in COMPARING
+    found = [*(examples if has_examples else _fitted)(task, encoded, report)]
+    if not found:
         raise ConfigError(
             f"{report.source}: none of its {report.num_rows} rows has anything to learn within "
             f"context_length = {task.context_length}: want rows with an output, "
             "or a longer context"
         )
-    all_tokens = np.concatenate(sequences)
+    all_tokens = np.concatenate([one.tokens for one in found])
+    learned = np.concatenate([one.learned for one in found])
+    sampled = [one.sampled for one in found if one.sampled is not None]
+    logprobs, advantages = np.concatenate(sampled, axis=1) if sampled else (None, None)
     return TokenizedDataset(
         tokens=all_tokens,
-        labels=np.where(np.concatenate(masks), all_tokens, np.int32(MASKED)),
-        offsets=np.cumsum([0, *map(len, sequences)], dtype=np.int64),
+        labels=np.where(learned, all_tokens, np.int32(MASKED)),
+        offsets=np.cumsum([0, *(len(one.tokens) for one in found)], dtype=np.int64),
         num_truncated=report.num_cut,
         num_dropped=report.num_dropped,
         report=report,
-        signs=np.array(signs, dtype=np.int8) if has_examples else None,
+        signs=np.array([one.sign for one in found], dtype=np.int8) if has_examples else None,
+        logprobs=logprobs,
+        advantages=advantages,
     )
 
 
@@ -291,6 +314,8 @@ def split(
 
 def _select(data: TokenizedDataset, indices: NDArray[np.int64]) -> TokenizedDataset:
     parts = [data.sequence(int(index)) for index in indices]
+    sampled = [own for index in indices if (own := data.sampled(int(index))) is not None]
+    logprobs, advantages = np.concatenate(sampled, axis=1) if sampled else (None, None)
     return TokenizedDataset(
         np.concatenate([tokens for tokens, _ in parts]),
         np.concatenate([labels for _, labels in parts]),
@@ -298,6 +323,8 @@ def _select(data: TokenizedDataset, indices: NDArray[np.int64]) -> TokenizedData
         data.num_truncated,
         data.num_dropped,
         signs=None if data.signs is None else data.signs[indices],
+        logprobs=logprobs,
+        advantages=advantages,
     )
 
 
@@ -336,15 +363,18 @@ def _encoded(
             texts = [row for row in batch if isinstance(row, TextRow)]
             encoded = iter(processor.encoder.encode(texts) if texts else ())
             for place, row in zip(rows.places[start:], batch, strict=False):
+                where = f"{path}: {place}"
                 if isinstance(row, TextRow):
                     tokens, learned, is_spelled = next(encoded)
                     report.num_spelled += is_spelled
-                    sign = row.sign
-                else:
-                    tokens = np.array(row.tokens, dtype=np.int32)
-                    learned = np.array(row.labels, dtype=np.int32) != MASKED
-                    sign = 0
-                yield Answer(f"{path}: {place}", tokens, learned, sign)
+                    yield Answer(where, tokens, learned, row.sign)
+                    continue
+                tokens = np.array(row.tokens, dtype=np.int32)
+                learned = np.array(row.labels, dtype=np.int32) != MASKED
+                sampled = None
+                if row.logprobs is not None:
+                    sampled = np.array([row.logprobs, row.advantages], dtype=np.float64)
+                yield Answer(where, tokens, learned, 0, sampled)
 
 
 def _batches(rows: Sequence[Row]) -> Iterator[tuple[int, int]]:
@@ -379,15 +409,19 @@ def _endless(
 def _fitted(task: TaskConfig, rows: Iterable[Answer], report: DataReport) -> Iterator[Answer]:
     """Yield rows cut to the task's context; those of which nothing is learned are counted only.
 
-    The first token is never learned: nothing precedes it.
+    The first token is never learned: nothing precedes it. What was sampled is not cut: it would
+    follow another prompt, or not be all that the advantage is of.
     """
     for row in rows:
-        place, tokens, learned, _ = row
+        place, tokens, learned = row.place, row.tokens, row.learned
         length = len(tokens)
         if not learned[1:].any():
             report.drop("nothing to learn", place)
             continue
         if length > task.context_length:
+            if task.objective == PPO:
+                report.drop("what was sampled and its prompt are longer than the context", place)
+                continue
             tokens, learned = cut(tokens, learned, task.context_length)
         learned[:1] = False
         if not learned.any():

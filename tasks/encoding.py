@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Ids = NDArray[np.int32]
 Mask = NDArray[np.bool_]
+FloatArray = NDArray[np.float64]
 
 LONG_TEXT = 1 << 20  # characters: what a tokenizer returns for them takes 200 MB
 _SECRET = secrets.token_hex(8)  # no data can spell it

@@ -10,21 +10,23 @@ import numpy as np
 
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.data_report import DataReport
-from lobra.tasks.encoding import Ids, Mask
-from lobra.tasks.objectives import PAIRED, SEQUENCES_OF_EXAMPLE
+from lobra.tasks.encoding import FloatArray, Ids, Mask
+from lobra.tasks.objectives import KTO, SEQUENCES_OF_EXAMPLE
 
 
 class Answer(NamedTuple):
     """A tokenised prompt with its answer.
 
     `learned` says which tokens are of the answer; `sign` is 1 if it is wanted, -1 if not, and 0 if
-    it is only compared with; `place` is that of its row.
+    it is only compared with; `place` is that of its row. Of tokens that were sampled `sampled`
+    [2, tokens] has their logprobs and their advantages.
     """
 
     place: str
     tokens: Ids
     learned: Mask
     sign: int
+    sampled: FloatArray | None = None
 
     @property
     def start(self) -> int:
@@ -39,18 +41,16 @@ def examples(task: TaskConfig, answers: Iterable[Answer], report: DataReport) ->
     different prompts. Of KTO's the second sequence is the prompt with the answer of the example
     before, in a circle; its end is cut.
     """
-    size = SEQUENCES_OF_EXAMPLE if task.objective in PAIRED else 1
+    is_single = task.objective == KTO
+    size = 1 if is_single else SEQUENCES_OF_EXAMPLE
     rest = iter(answers)
     fitting = [
         one for one in iter(lambda: tuple(islice(rest, size)), ()) if _fits(task, one, report)
     ]
     for number, own in enumerate(fitting):
-        whole = (
-            own
-            if task.objective in PAIRED
-            else (own[0], _compared(task, own[0], fitting[number - 1][0]))
-        )
-        for answer in whole:
+        if is_single:
+            own = (own[0], _compared(task, own[0], fitting[number - 1][0]))
+        for answer in own:
             report.origins.append((answer.place, len(answer.tokens)))
             yield answer._replace(learned=np.arange(len(answer.tokens)) >= answer.start)
 

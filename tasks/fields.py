@@ -15,6 +15,8 @@ OUTPUT = ("output", "response", "completion", "solution", "answer")
 #: Masks that say of every token whether it is learned.
 MASKS = ("completion_mask", "assistant_masks", "loss_mask")
 TOKEN_FIELDS = ("input_ids", "labels", "attention_mask", "position_ids", *MASKS)
+#: What was sampled, and how good it was.
+ROLLOUT_FIELDS = ("prompt_ids", "completion_ids", "logprobs", "advantages")
 
 #: Columns that hold a row of another format.
 CONTENTS = ("messages", "conversations", "conversation", "input_ids")
@@ -25,6 +27,7 @@ _PREFERENCES = (
     "preference data are for the objectives dpo, cpo, orpo (chosen and rejected) and kto (label): "
     "set the task's objective, or give one answer a row"
 )
+_ROLLOUTS = "rows of sampled tokens are for the objective ppo: set the task's objective"
 _TOKENS = "goes with input_ids only: remove it, or give the row as input_ids"
 
 #: Fields that change training, with the remedy where a format does not obey them.
@@ -42,6 +45,8 @@ REFUSED: Mapping[str, str] = {
     "rejected": _PREFERENCES,
     "chosen_response": _PREFERENCES,
     "rejected_response": _PREFERENCES,
+    "completion_ids": _ROLLOUTS,
+    "advantages": _ROLLOUTS,
     "images": _TEXTS_ONLY,
     "image": _TEXTS_ONLY,
     "videos": _TEXTS_ONLY,

@@ -11,7 +11,9 @@ text           the field ``json_key`` (``text``): all of it is learned
 =============  ====================================================================
 
 Objectives that compare answers have rows of ``chosen`` and ``rejected``, or of ``completion`` and
-``label``, after a ``prompt``: each answer is read as a row of prompt and completion.
+``label``, after a ``prompt``: each answer is read as a row of prompt and completion; so is each of
+``prompt`` and ``paraphrase`` with its ``completion``. ``ppo`` has rows of tokens that were sampled,
+with their advantages.
 
 A ``json_key`` other than ``text`` that the first row has makes the format ``text``. ``text``
 does not, as LobRA's files give it whatever the data; rows with both are refused. Fields are a
@@ -37,15 +39,23 @@ from lobra.tasks.conversations import (
     conversation_of_messages,
     encodable,
 )
-from lobra.tasks.fields import INPUT, INSTRUCTION, OUTPUT, TOKEN_FIELDS, refused_fields
-from lobra.tasks.objectives import PAIRED, SUPERVISED
+from lobra.tasks.fields import (
+    INPUT,
+    INSTRUCTION,
+    OUTPUT,
+    ROLLOUT_FIELDS,
+    TOKEN_FIELDS,
+    refused_fields,
+)
+from lobra.tasks.objectives import CIT, KTO, PAIRED, PPO, SUPERVISED
 from lobra.tasks.prompts import ALPACA, Piece, parse_template
 from lobra.tasks.special_tokens import Span, SpecialTokens
 from lobra.tasks.text_rows import Row, TextRow
-from lobra.tasks.token_rows import parse_tokens
+from lobra.tasks.token_rows import parse_rollout, parse_tokens
 
 _FITTING_PROMPTS = {
     "tokens": ("auto",),
+    "rollout": ("auto",),
     "chat": ("auto", "chat"),
     "text": ("auto", "plain"),
     "completion": ("auto", "plain", "chat", "alpaca"),
@@ -126,6 +136,19 @@ class _Tokens(RowFormat):
         if is_marked and self.reading.train_on_inputs:
             raise SettingError(_CONTRADICTION)
         return [row]
+
+
+class _Rollouts(RowFormat):
+    """Rows of a prompt and a completion that was sampled, and how good it was."""
+
+    kind = "rollout"
+    learns = "completion_ids, by their advantages"
+
+    def used(self, fields: Mapping[str, Any]) -> Collection[str]:
+        return ROLLOUT_FIELDS
+
+    def read(self, fields: Mapping[str, Any]) -> list[Row]:
+        return [parse_rollout(fields, self.reading.vocab_size)]
 
 
 class _Texts(RowFormat):
@@ -261,33 +284,44 @@ _CONTRADICTION = (
 _EMPTY = TextRow("", ())
 
 
+#: Of rows of answers: their format, what is learned of them, the fields that each is read from.
+_PREFERENCES = ("preference", "chosen rather than rejected, after prompt", ("chosen", "rejected"))
+_LABELLED = ("labelled completion", "label of completion, after prompt", ("completion",))
+_PARAPHRASES = (
+    *("paraphrase", "completion, after prompt and after paraphrase"),
+    ("prompt", "paraphrase", "completion"),
+)
+
+
 class _Answers(RowFormat):
-    """Rows of a prompt and a completion that is wanted or not, or a chosen and a rejected one."""
+    """Rows of a prompt and a completion that is wanted or not, or a chosen and a rejected one.
+
+    Or of two wordings of a prompt and the completion of both.
+    """
 
     def __init__(self, reading: Reading, first: Mapping[str, Any]) -> None:
         super().__init__(reading)
-        self._is_paired = reading.objective in PAIRED
-        self.kind = "preference" if self._is_paired else "labelled completion"
-        self.learns = "chosen rather than rejected" if self._is_paired else "label of completion"
-        self.learns += ", after prompt"
-        self._answers = ("chosen", "rejected") if self._is_paired else ("completion",)
+        kinds = {**dict.fromkeys(PAIRED, _PREFERENCES), KTO: _LABELLED, CIT: _PARAPHRASES}
+        self.kind, self.learns, self._answers = kinds[reading.objective]
         if missing := [name for name in self._answers if name not in first]:
+            wanted = {"preference": "prompt, chosen and rejected"}
+            wanted |= {"labelled completion": "prompt, completion and label"}
+            wanted |= {"paraphrase": "prompt, paraphrase and completion"}
             raise SettingError(
                 f"objective = {show(reading.objective)}: the first row has no {missing[0]}"
-                f"{did_you_mean(missing[0], first)}: want rows of prompt, "
-                + ("chosen and rejected" if self._is_paired else "completion and label")
+                f"{did_you_mean(missing[0], first)}: want rows of {wanted[self.kind]}"
             )
         completion, _ = self._completions(first)[0]
         self._format = format_of(completion, replace(reading, objective=SUPERVISED))
 
     def used(self, fields: Mapping[str, Any]) -> Collection[str]:
-        own = ("prompt", *self._answers) if self._is_paired else ("prompt", "completion", "label")
+        label = ("label",) if self.kind == "labelled completion" else ()
         settings = SETTINGS if self._format.kind == "chat" else ()
-        return (*own, *settings)
+        return (*dict.fromkeys(("prompt", *self._answers)), *label, *settings)
 
     def read(self, fields: Mapping[str, Any]) -> list[Row]:
         rows = []
-        for (completion, sign), name in zip(self._completions(fields), self._answers, strict=True):
+        for (completion, sign), name in zip(self._completions(fields), self._answers, strict=False):
             made = self._format.parse(completion)
             if len(made) != 1:
                 raise FieldError(
@@ -307,7 +341,12 @@ class _Answers(RowFormat):
         if missing:
             raise FieldError(f"{missing[0]}: is missing{did_you_mean(missing[0], fields)}")
         rest = {name: value for name, value in fields.items() if name in SETTINGS}
-        if not self._is_paired:
+        if self.kind == "paraphrase":
+            return [
+                ({**rest, "prompt": fields[name], "completion": fields["completion"]}, 1)
+                for name in ("prompt", "paraphrase")
+            ]
+        if self.kind == "labelled completion":
             if not isinstance(fields.get("label"), bool):
                 raise FieldError(f"label = {show(fields.get('label'))}: want true or false")
             if "prompt" not in fields:
@@ -337,6 +376,9 @@ def _with_prompt(fields: Mapping[str, Any]) -> tuple[Any, tuple[Any, Any]]:
 
 def format_of(fields: Mapping[str, Any], reading: Reading) -> RowFormat:
     """Return the parser of a file whose first row has these fields."""
+    if reading.objective == PPO:
+        _check_prompt(reading.prompt, _Rollouts.kind)
+        return _Rollouts(reading)
     if reading.objective != SUPERVISED:
         return _Answers(reading, fields)
     json_key = reading.json_key or "text"
@@ -354,16 +396,7 @@ def format_of(fields: Mapping[str, Any], reading: Reading) -> RowFormat:
     if kind == "completion" and isinstance(fields[column], list):
         kind = "chat"
     prompt = reading.prompt
-    fitting = _FITTING_PROMPTS.get(kind)
-    if (
-        fitting is not None
-        and prompt not in fitting
-        and not (kind == "completion" and "{" in prompt)
-    ):
-        raise SettingError(
-            f"prompt = {show(prompt)} does not go with rows of the format {kind!r}: "
-            f"want {' or '.join(fitting)}, or rows with instruction and output"
-        )
+    _check_prompt(prompt, kind)
     if kind == "tokens":
         return _Tokens(reading)
     if kind == "text":
@@ -383,6 +416,20 @@ def format_of(fields: Mapping[str, Any], reading: Reading) -> RowFormat:
             lambda row: {*_instruction_columns(row), "history"},
         )
     return _Instructions(reading, fields)
+
+
+def _check_prompt(prompt: str, kind: str) -> None:
+    """Refuse a task's prompt that rows of a format have no use for."""
+    fitting = _FITTING_PROMPTS.get(kind)
+    if (
+        fitting is not None
+        and prompt not in fitting
+        and not (kind == "completion" and "{" in prompt)
+    ):
+        raise SettingError(
+            f"prompt = {show(prompt)} does not go with rows of the format {kind!r}: "
+            f"want {' or '.join(fitting)}, or rows with instruction and output"
+        )
 
 
 def _kind_of(row: Mapping[str, Any], json_key: str) -> tuple[str, str]:

@@ -39,10 +39,15 @@ class TextRow:
 
 @dataclass(frozen=True)
 class TokenRow:
-    """A row that is tokenised already; ``labels[k]`` is ``tokens[k]`` or -100."""
+    """A row that is tokenised already; ``labels[k]`` is ``tokens[k]`` or -100.
+
+    Of sampled tokens `logprobs` and `advantages` are those of each token, 0 where not learned.
+    """
 
     tokens: list[int]
     labels: list[int]
+    logprobs: list[float] | None = None
+    advantages: list[float] | None = None
 
 
 Row = TextRow | TokenRow

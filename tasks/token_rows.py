@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lobra.common.errors import show
 from lobra.tasks.conversations import FieldError
-from lobra.tasks.fields import MASKS
+from lobra.tasks.fields import MASKS, ROLLOUT_FIELDS
 from lobra.tasks.text_rows import MASKED, TokenRow
 
 _LARGEST = 2**31 - 1
@@ -52,6 +53,43 @@ def parse_tokens(row: Mapping[str, Any], vocab_size: int | None) -> tuple[TokenR
     begin, end = _extent(row, tokens)
     _check_positions(row.get("position_ids"), begin, end, len(tokens))
     return TokenRow(tokens[begin:end], labels[begin:end]), is_marked
+
+
+def parse_rollout(row: Mapping[str, Any], vocab_size: int | None) -> TokenRow:
+    """Return a row of ``prompt_ids`` and ``completion_ids``, of which the latter were sampled.
+
+    ``logprobs`` are those of the completion's tokens when they were; ``advantages`` one number of
+    the completion, or one of each token.
+
+    Raises
+    ------
+    FieldError
+        Naming the field that is wrong.
+    """
+    missing = [name for name in ROLLOUT_FIELDS if row.get(name) is None]
+    if missing:
+        raise FieldError(f"{missing[0]}: is missing, want rows of {', '.join(ROLLOUT_FIELDS)}")
+    prompt, completion, logprobs, advantages = (row[name] for name in ROLLOUT_FIELDS)
+    last = _LARGEST if vocab_size is None else vocab_size - 1
+    for name, ids in (("prompt_ids", prompt), ("completion_ids", completion)):
+        _check_integers(ids, name, 0, last, f"a token id from 0 to {last}")
+    if not prompt:
+        raise FieldError("prompt_ids: is empty, want a token before the first that was sampled")
+    if not isinstance(advantages, list):
+        advantages = [advantages] * len(completion)
+    for name, values in (("logprobs", logprobs), ("advantages", advantages)):
+        _check_numbers(values, name)
+        _check_length(values, name, completion, "completion_ids")
+    if (largest := max(logprobs, default=0.0)) > 0:
+        place = logprobs.index(largest)
+        raise FieldError(f"logprobs[{place}] = {largest}: want at most 0, the log of a probability")
+    rest = [0.0] * len(prompt)
+    return TokenRow(
+        [*prompt, *completion],
+        [MASKED] * len(prompt) + completion,
+        rest + logprobs,
+        rest + advantages,
+    )
 
 
 def _extent(row: Mapping[str, Any], tokens: Sequence[int]) -> tuple[int, int]:
@@ -102,6 +140,16 @@ def _check_integers(values: Any, name: str, least: int, most: int, wanted: str) 
             raise FieldError(f"{name}[{index}] = {show(value)}: want {wanted}")
 
 
-def _check_length(values: Sequence[int], name: str, tokens: Sequence[int]) -> None:
+def _check_numbers(values: Any, name: str) -> None:
+    if not isinstance(values, list):
+        raise FieldError(f"{name} = {show(values)}: want a list of numbers")
+    for index, value in enumerate(values):
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise FieldError(f"{name}[{index}] = {show(value)}: want a finite number")
+
+
+def _check_length(
+    values: Sequence[Any], name: str, tokens: Sequence[int], of: str = "input_ids"
+) -> None:
     if len(values) != len(tokens):
-        raise FieldError(f"{name}: are {len(values)}, want one for each of {len(tokens)} input_ids")
+        raise FieldError(f"{name}: are {len(values)}, want one for each of {len(tokens)} {of}")

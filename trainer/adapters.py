@@ -25,7 +25,7 @@ from lobra.layout.world import World
 from lobra.model.adapter import VERA_D, AdapterSpec, FlatTensors, sites
 from lobra.model.stage import Stage
 from lobra.model.vera import PROJECTIONS
-from lobra.tasks.config import TaskConfig
+from lobra.tasks.config import FULL, TaskConfig
 from lobra.tasks.sampling import task_seed
 from lobra.trainer.peft_config import config_problems
 
@@ -36,12 +36,12 @@ CARD_FILE = "README.md"
 
 
 def adapter_spec(task: TaskConfig, run_seed: int = 0) -> AdapterSpec:
-    """Return the adapter a task trains in a run with this seed."""
+    """Return the adapter a task trains in a run with this seed; of a whole model it has none."""
     return AdapterSpec(
         name=task.name,
         rank=task.rank,
         alpha=task.lora_alpha,
-        target_modules=task.target_modules,
+        target_modules=() if task.adapter == FULL else task.target_modules,
         dropout=task.lora_dropout,
         seed=task_seed(task, run_seed),
         kind=task.adapter,

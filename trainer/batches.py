@@ -6,7 +6,7 @@ import hashlib
 
 import numpy as np
 
-from lobra.layout.sequences import IntArray, Sequence
+from lobra.layout.sequences import Clipping, IntArray, Rollout, Sequence
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.dataset import MASKED, TokenizedDataset
 from lobra.tasks.objectives import objective_of
@@ -42,7 +42,12 @@ def _sequence(
     tokens, labels = map(np.asarray, data.sequence(index))  # a mapped file's views are slow
     targets = np.flatnonzero(labels[1:] != MASKED).astype(np.int32) + np.int32(1)
     if data.signs is None:
-        return Sequence(number, index, tokens, targets, noise_seed)
+        rollout = None
+        if sampled := data.sampled(index):
+            clipping = Clipping(task.clip_low, task.clip_high)
+            logprobs, advantages = (own[targets] for own in sampled)
+            rollout = Rollout(logprobs, advantages, clipping)
+        return Sequence(number, index, tokens, targets, noise_seed, rollout=rollout)
     sign, num_answer = int(data.signs[index]), len(targets)
     objective = objective_of(task)
     if objective is not None and objective.learns_prompts and sign > 0:

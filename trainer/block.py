@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lobra.layout.world import LayerBlock
-from lobra.model.slot import Slot
-from lobra.tasks.config import TaskConfig
+from lobra.tasks.config import ADAMW_8BIT, TaskConfig
+from lobra.trainer.eight_bit import EightBitPartition
 from lobra.trainer.zero import Partition
 
 NOT_FINITE = "its weights would not be finite any more"
@@ -40,14 +40,23 @@ class BlockOptimizer:
         self.partitions: dict[int, Partition] = {}
         self.reduced_p: dict[int, Tensor] = {}
 
-    def install(self, slot: Slot, task: TaskConfig | None) -> None:
-        """Begin to optimise a task's adapter, as it is now. Collective over the holders."""
-        span = slot.layout.span(self.block.layers)
-        self.weights[slot.number] = slot.weights[span]
-        self.gradients[slot.number] = slot.gradient[span]
-        self.partitions[slot.number] = Partition(
-            slot.weights[span], task, self.group, slot.layout.rate_factors(self.block.layers)
-        )
+    def install(
+        self,
+        number: int,
+        weights: Tensor,
+        gradient: Tensor,
+        rate_factors: Sequence[tuple[int, float]],
+        task: TaskConfig | None,
+    ) -> None:
+        """Begin to optimise a task's weights in the block, as they are now, with this gradient.
+
+        Both are flat; ``rate_factors`` are those of `Partition`. Collective over the holders.
+        """
+        self.weights[number] = weights
+        self.gradients[number] = gradient
+        is_eight_bit = task is not None and task.optimizer == ADAMW_8BIT
+        kind = EightBitPartition if is_eight_bit else Partition
+        self.partitions[number] = kind(weights, task, self.group, rate_factors)
 
     def remove(self, number: int) -> None:
         """Forget a task, its moments included."""
@@ -136,8 +145,9 @@ class BlockOptimizer:
 
     def _gather(self, numbers: Sequence[int]) -> None:
         """Give every holder the updated weights of these tasks."""
+        like = self.weights[numbers[0]]
         own_n = torch.cat([self.partitions[number].master_p for number in numbers])
-        gathered_Wn = self._gathered(own_n)
+        gathered_Wn = self._gathered(own_n.to(like.device, like.dtype))
         sizes = [self.partitions[number].size for number in numbers]
         for number, rows_Wp in zip(numbers, gathered_Wn.split(sizes, dim=1), strict=True):
             for part, row in _row_by_row(self.weights[number], rows_Wp):
@@ -153,14 +163,19 @@ class BlockOptimizer:
 
     @torch.no_grad()
     def moments(self, number: int) -> dict[str, Tensor]:
-        """Return a task's moments in the block, flat as its weights, on the CPU. Collective.
+        """Return a task's moments in the block, as `whole` does. Collective."""
+        return self.whole(number, self.partitions[number].moments)
 
-        The block's first holder gets them, the others nothing.
+    @torch.no_grad()
+    def whole(self, number: int, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what partitions have each their part of, flat as a task's weights, on the CPU.
+
+        The block's first holder gets it, the others nothing. Collective.
         """
-        own = self.partitions[number].moments
         if not own:
             return {}
-        gathered_Wn = self._gathered(torch.cat(list(own.values())))
+        parts = torch.cat(list(own.values()))
+        gathered_Wn = self._gathered(parts.to(self.gradients[number].device))
         if dist.get_rank() != self.block.holders[0]:
             return {}
         size = self.weights[number].numel()
@@ -170,13 +185,12 @@ class BlockOptimizer:
         }
 
     @torch.no_grad()
-    def load_moments(self, number: int, moments: Mapping[str, Tensor], updates: int) -> None:
-        """Set a task's moments, flat as its weights in the block, and its count of updates."""
+    def load(self, number: int, flats: Mapping[str, Tensor], updates: int) -> None:
+        """Set a task's moments or its `MASTER`, flat as its weights, and its count of updates."""
         partition = self.partitions[number]
         start = dist.get_rank(self.group) * partition.size
-        for moment, own_p in partition.moments.items():
-            part = moments[moment][start : start + partition.size]
-            own_p[: len(part)].copy_(part)
+        for name, flat in flats.items():
+            partition.set(name, flat[start : start + partition.size])
         partition.set_updates(updates)
 
 

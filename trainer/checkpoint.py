@@ -5,6 +5,8 @@
 - `adapters/<task>/`: the adapter in PEFT's format, loadable as it is;
 - `best/<task>/`: the same of the lowest validation loss so far, of tasks that may stop early;
 - `moments/<task>.safetensors`: its optimiser's moments, `<moment>/<PEFT's name>`;
+- of a model that is trained whole `adapters/<task>/` is a model folder with the weights as the
+  optimiser has them, and `moments/<task>/<moment>/` has files of the same tensors;
 - `state.json`: steps, every task's progress by its name, what the data was, the replicas' speed
   factors, and the digests of all files (`trainer.seal`).
 
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -28,17 +30,18 @@ from torch import Tensor
 
 from lobra.common.documents import check_regular, read_document
 from lobra.common.errors import ConfigError, Problems
-from lobra.common.files import new_draft, remove_folder, replace_folder, write_atomic
+from lobra.common.files import remove_folder, write_atomic
 from lobra.common.models import Count, FileModel, OneOf, Positive, read_as
-from lobra.common.storage import StorageError, told_as_storage
 from lobra.layout.sequences import BATCHINGS
 from lobra.model.adapter import AdapterSpec
 from lobra.model.pissa import trained_shape
 from lobra.model.slot import Slot
 from lobra.model.stage import Stage
 from lobra.model.vera import PROJECTIONS
+from lobra.tasks.config import FULL
 from lobra.trainer.adapters import CONFIG_FILE, WEIGHTS_FILE, save_adapter, save_moments
 from lobra.trainer.checkpoint_folder import FOLDER, STATE_FILE, list_checkpoints, step_folder
+from lobra.trainer.folder_writer import FolderWriter
 from lobra.trainer.optimizer import AdapterOptimizer
 from lobra.trainer.rank0_folder import Rank0Folder
 from lobra.trainer.seal import Seal, broken_by, not_finite, seal_of
@@ -92,39 +95,17 @@ def drop_later(run: Path, step: int) -> None:
             remove_folder(step_folder(run, later))
 
 
-class CheckpointWriter:
-    """Writes one checkpoint task by task into a hidden folder, then makes it visible.
-
-    What the file system denies is raised by `finish`, not before: until then other ranks send what
-    they hold. The hidden folder is gone by then, and nothing more is written.
-    """
+class CheckpointWriter(FolderWriter):
+    """Writes one checkpoint task by task into a hidden folder, then makes it visible."""
 
     def __init__(self, run: Path, step: int, need_bytes: int | None = None) -> None:
         """Begin the checkpoint after `step` steps, which takes so much room, if that is known."""
         self.run = run
-        self.target = step_folder(run, step)
-        self._need_bytes = need_bytes
-        self._failure: StorageError | None = None
-        self._attempt(self._begin)
+        super().__init__(step_folder(run, step), "or lower --keep-checkpoints", need_bytes)
 
-    def _begin(self) -> None:
-        self._remove_drafts()  # of a run that died
-        self.draft = new_draft(self.target)
-
-    def _remove_drafts(self) -> None:
-        for left in self.target.parent.glob(".step_*.partial"):
-            remove_folder(left)
-
-    def _attempt(self, write: Callable[[], None]) -> None:
-        """Write, unless something could not be written before; note if this cannot be."""
-        if self._failure is not None:
-            return
-        try:
-            with told_as_storage(self.target, "or lower --keep-checkpoints", self._need_bytes):
-                write()
-        except StorageError as error:
-            self._failure = error
-            self._remove_drafts()
+    def drafts(self) -> list[Path]:
+        """Return the hidden folders of all checkpoints."""
+        return [*self.target.parent.glob(".step_*.partial")]
 
     def add_task(
         self,
@@ -135,20 +116,19 @@ class CheckpointWriter:
     ) -> None:
         """Write one task's adapter and moments (PEFT's names)."""
 
-        def write() -> None:
-            save_adapter(self.draft / "adapters" / spec.name, spec, weights, base_model)
-            (self.draft / "moments").mkdir(exist_ok=True)
-            save_moments(self.draft / "moments" / f"{spec.name}.safetensors", moments)
+        def write(draft: Path) -> None:
+            save_adapter(draft / "adapters" / spec.name, spec, weights, base_model)
+            (draft / "moments").mkdir(exist_ok=True)
+            save_moments(draft / "moments" / f"{spec.name}.safetensors", moments)
 
-        self._attempt(write)
+        self.add(write)
 
     def add_best(self, spec: AdapterSpec, weights: dict[str, Tensor], base_model: str) -> None:
         """Write the best adapter that a task has had so far (PEFT's names)."""
 
-        def write() -> None:
-            save_adapter(self.draft / BEST_FOLDER / spec.name, spec, weights, base_model)
-
-        self._attempt(write)
+        self.add(
+            lambda draft: save_adapter(draft / BEST_FOLDER / spec.name, spec, weights, base_model)
+        )
 
     def finish(self, state: CheckpointState, num_kept: int) -> None:
         """Make the checkpoint visible, then remove all but the last `num_kept` (at least one).
@@ -161,14 +141,12 @@ class CheckpointWriter:
         progress = {name: own.as_json() for name, own in state.progress.items()}
         content = {"format": FORMAT, **state.__dict__, "progress": progress}
 
-        def write() -> None:
-            content["seal"] = asdict(seal_of(self.draft, content))
-            write_atomic(self.draft / STATE_FILE, json.dumps(content, indent=1) + "\n")
-            replace_folder(self.draft, self.target)
+        def write(draft: Path) -> None:
+            content["seal"] = asdict(seal_of(draft, content))
+            write_atomic(draft / STATE_FILE, json.dumps(content, indent=1) + "\n")
 
-        self._attempt(write)
-        if self._failure is not None:
-            raise self._failure
+        self.add(write)
+        self.show()
         for old in list_checkpoints(self.run)[:-num_kept]:
             remove_folder(step_folder(self.run, old))
 
@@ -222,6 +200,9 @@ def _read(folder: Path, *, whole: bool) -> CheckpointState:
     for record in state.tasks:
         name = record["name"]
         kinds = moment_names(record.get("optimizer", "adamw"), record.get("momentum", 0.0))
+        if record.get("adapter") == FULL:
+            _check_model(folder, name, kinds)
+            continue
         if not (folder / "adapters" / name / CONFIG_FILE).is_file():
             raise _Broken(f"adapters/{name}/{CONFIG_FILE} is missing")
         weights = _tensors(folder, f"adapters/{name}/{WEIGHTS_FILE}")
@@ -239,6 +220,29 @@ def _read(folder: Path, *, whole: bool) -> CheckpointState:
     if whole:
         _check_values(folder, seal, as_written)
     return state
+
+
+def _check_model(folder: Path, name: str, kinds: Sequence[str]) -> None:
+    """Check that a model that is trained whole has moments of all its tensors.
+
+    Raises
+    ------
+    _Broken
+        They are not there, damaged or do not fit.
+    """
+    weights = _tensors_below(folder, f"adapters/{name}")
+    if not weights:
+        raise _Broken(f"adapters/{name} has no weights")
+    for kind in kinds:
+        if _tensors_below(folder, f"moments/{name}/{kind}") != weights:
+            raise _Broken(f"moments/{name}/{kind} does not fit the task's model")
+
+
+def _tensors_below(folder: Path, name: str) -> dict[str, tuple[int, ...]]:
+    files = sorted((folder / name).glob("*.safetensors"))
+    return {
+        key: size for path in files for key, size in _tensors(folder, f"{name}/{path.name}").items()
+    }
 
 
 def _check_values(folder: Path, seal: Seal | None, as_written: dict[str, Any]) -> None:

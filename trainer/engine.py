@@ -38,8 +38,10 @@ from lobra.trainer.adapters import MOMENTS_FILE, adapter_spec, load_adapter
 from lobra.trainer.checkpoint import CheckpointState, load_moments, load_weights, read_moments
 from lobra.trainer.checkpoint_folder import STATE_FILE, step_folder
 from lobra.trainer.comparison import Comparison, example_weights, learned_part
+from lobra.trainer.contrast import ContrastPass
 from lobra.trainer.control import Control
 from lobra.trainer.exporter import AdapterExporter
+from lobra.trainer.model_training import starting_folder, train_model
 from lobra.trainer.optimizer import AdapterOptimizer, TaskUpdate
 from lobra.trainer.rank0_folder import Rank0Folder
 from lobra.trainer.run_spec import RunSpec
@@ -91,14 +93,24 @@ class Engine:
         groups = build_groups(run.world)
         self.place = groups.place
         self.stage = build_stage(
-            run.model_folder, groups, {}, dtype=DTYPES[run.precision], device=self.device
+            starting_folder(run, resumed),
+            groups,
+            {},
+            dtype=DTYPES[run.precision],
+            device=self.device,
         )
         # Loading may take a rank much longer than another; NCCL's own patience is short.
         self.control.wait()
-        self.optimizer = AdapterOptimizer(self.stage, run.world)
-        self.exporter = AdapterExporter(run, self.stage, self.optimizer, self.control.group)
         self.objectives: dict[int, Objective] = {}
-        self.install(dict(enumerate(run.tasks)), resumed)
+        self.optimizer: AdapterOptimizer
+        self.exporter: AdapterExporter
+        if run.trains_model:
+            self.optimizer, self.exporter = train_model(run, self.stage, self.control, resumed)
+            self._note_objectives(dict(enumerate(run.tasks)))
+        else:
+            self.optimizer = AdapterOptimizer(self.stage, run.world)
+            self.exporter = AdapterExporter(run, self.stage, self.optimizer, self.control.group)
+            self.install(dict(enumerate(run.tasks)), resumed)
         if resumed is not None:  # only when all have read what they need is anything later removed
             self.control.wait()
         self.peak_memory_bytes = 0
@@ -112,7 +124,7 @@ class Engine:
         What other tasks have learned stays as it is, bit for bit.
         """
         self.stage.install({n: adapter_spec(task, self.run.seed) for n, task in tasks.items()})
-        self.objectives |= {n: own for n, task in tasks.items() if (own := objective_of(task))}
+        self._note_objectives(tasks)
         if resumed is not None:
             folder = step_folder(self.run.output_dir, resumed.step)
             checkpoint = Rank0Folder(folder, STATE_FILE, self.control.group)
@@ -130,6 +142,9 @@ class Engine:
                 load_moments(checkpoint, self.optimizer, number, progress.updates)
                 if progress.lowest_step is not None:
                     self.exporter.load_kept(resumed.step, number)
+
+    def _note_objectives(self, tasks: Mapping[int, TaskConfig]) -> None:
+        self.objectives |= {n: own for n, task in tasks.items() if (own := objective_of(task))}
 
     def change_slot(self, order: SlotOrder) -> None:
         """Install a task's slot, write its adapter or take it away."""
@@ -265,7 +280,7 @@ class Engine:
     ) -> StepReport:
         """Find losses and gradients and sum them over the world; the order came at ``start``."""
         begin = time.perf_counter()
-        compared, divergence = self._compared(order, batches)
+        compared, comparisons = self._compared(order, batches)
         outcomes = self._no_outcomes()
         losses = self.forward_backward(compared, outcomes)
         self._synchronize()
@@ -277,20 +292,20 @@ class Engine:
         reduced = time.perf_counter()
         beat("comparing norms")
         report = self._exchange(order, losses, squared_norms, computed - begin, computed - start)
-        report = self._with_outcomes(order, report, outcomes, divergence)
+        report = self._with_outcomes(order, report, outcomes, comparisons)
         return replace(report, reduce_s=reduced - computed)
 
     def _evaluate(self, order: StepOrder) -> StepReport:
         beat("evaluating", order.step)
         start = time.perf_counter()
         token_losses: list[Tensor] = []
-        batches, divergence = self._compared(order, self._tensors(order))
+        batches, comparisons = self._compared(order, self._tensors(order))
         outcomes = self._no_outcomes()
         losses = evaluate_replica(self.stage, batches, self.num_tasks, token_losses, outcomes)
         self._synchronize()
         busy_s = time.perf_counter() - start
         report = self._exchange(order, losses, torch.zeros(len(losses)), busy_s, busy_s)
-        report = self._with_outcomes(order, report, outcomes, divergence)
+        report = self._with_outcomes(order, report, outcomes, comparisons)
         return self._with_token_losses(order, report, token_losses)
 
     def _accumulate(self, order: StepOrder) -> StepReport:
@@ -413,11 +428,14 @@ class Engine:
 
     def _compared(
         self, order: StepOrder, batches: Sequence[MicroBatchTensors]
-    ) -> tuple[Sequence[MicroBatchTensors], Tensor]:
+    ) -> tuple[Sequence[MicroBatchTensors], Mapping[int, Mapping[str, float]]]:
         """Return an order's micro-batches with what their answers are compared with.
 
-        Beside them every task's divergence from the base model, 0 where its objective has none.
+        Beside them, of every task with examples, its divergence from the base model, 0 where its
+        objective has none, or its contrast and what that counts for.
         """
+        contrasting = ContrastPass(self.stage, self.control, order, self.objectives, self.num_tasks)
+        batches = contrasting.pulled(order.replicas[self.place.replica], batches)
         weights = example_weights(order, self.objectives)
         comparison = Comparison(
             self.stage, order.replicas[self.place.replica], weights, self.num_tasks
@@ -429,14 +447,21 @@ class Engine:
         if any(sequence.is_compared for sequence in order.sequences):
             self.control.sum_everywhere(gained)
         divergence = comparison.divergence(gained)
-        return comparison.compared(batches, references, divergence), divergence
+        comparisons = {task: {"kl": float(divergence[task])} for task in order.num_examples}
+        for task, own in contrasting.contrasts.items():
+            comparisons[task] = {"contrast": own.loss, "contrast_weight": own.weight}
+        return comparison.compared(batches, references, divergence), comparisons
 
     def _no_outcomes(self) -> Tensor:
         dtype = kept_dtype(self.stage.dtype)
         return torch.zeros(self.num_tasks, len(OUTCOMES), dtype=dtype, device=self.device)
 
     def _with_outcomes(
-        self, order: StepOrder, report: StepReport, outcomes: Tensor, divergence: Tensor
+        self,
+        order: StepOrder,
+        report: StepReport,
+        outcomes: Tensor,
+        comparisons: Mapping[int, Mapping[str, float]],
     ) -> StepReport:
         """Return the report with what became of examples, on every rank."""
         if not order.num_examples:
@@ -446,10 +471,12 @@ class Engine:
         found = {
             task: {
                 **dict(zip(OUTCOMES, whole[task].tolist(), strict=True)),
-                "kl": float(divergence[task]),
+                **comparisons[task],
             }
             for task in order.num_examples
         }
+        for own in found.values():
+            own["loss"] += own.get("contrast", 0.0) * own.get("contrast_weight", 0.0)
         losses = {**report.losses, **{task: own["loss"] for task, own in found.items()}}
         return replace(report, losses=losses, outcomes=found)
 

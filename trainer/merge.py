@@ -202,7 +202,7 @@ def write_merged(
                     for key in list(file.keys())
                 }
                 save_file(merged, draft / name, metadata=file.metadata())
-        for path in _described(base):
+        for path in described(base):
             shutil.copy(path, draft / path.name)
 
 
@@ -218,5 +218,6 @@ def _merged(
     return merged.to(tensor.dtype).contiguous()
 
 
-def _described(base: Path) -> Iterator[Path]:
+def described(base: Path) -> Iterator[Path]:
+    """Yield a model folder's files that describe the model and its tokenizer."""
     return (path for pattern in COPIED for path in base.glob(pattern) if path.is_file())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import yaml
 
-from lobra.tasks.config import TaskConfig
+from lobra.tasks.config import FULL, TaskConfig
 from lobra.trainer.task_progress import TaskProgress
 
 #: What a task file's `adapter` is called.
@@ -16,20 +16,26 @@ TEMPLATE = """\
 
 # {name}
 
-{method} adapter of `{base}`, trained by LobRA-on-DeepSpeed.
+{what}, trained by LobRA-on-DeepSpeed.
 
 | | |
 |---|---|
 {rows}
 
 ```python
+{usage}
+```
+"""
+OF_ADAPTER = """\
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 base = AutoModelForCausalLM.from_pretrained({base!r})
-model = PeftModel.from_pretrained(base, "this folder")
-```
-"""
+model = PeftModel.from_pretrained(base, "this folder")"""
+OF_MODEL = """\
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("this folder")"""
 
 
 def model_card(task: TaskConfig, base_model: str, precision: str, progress: TaskProgress) -> str:
@@ -46,15 +52,20 @@ def model_card(task: TaskConfig, base_model: str, precision: str, progress: Task
     progress
         How far it has come.
     """
+    is_model = task.adapter == FULL
+    tags = [f"base_model:adapter:{base_model}", "lora", "transformers"]
     head = {
         "base_model": base_model,
-        "library_name": "peft",
+        "library_name": "transformers" if is_model else "peft",
         "pipeline_tag": "text-generation",
-        "tags": [f"base_model:adapter:{base_model}", "lora", "transformers"],
+        "tags": [f"base_model:finetune:{base_model}"] if is_model else tags,
     }
-    facts = {
+    of_adapter = {
         "rank, lora_alpha, dropout": f"{task.rank}, {task.lora_alpha:g}, {task.lora_dropout:g}",
         "target modules": ", ".join(task.target_modules),
+    }
+    facts = {
+        **({} if is_model else of_adapter),
         "data": ", ".join(task.dataset_names),
         "context length": f"{task.context_length} tokens",
         "sequences a step": str(task.global_batch_size),
@@ -66,8 +77,10 @@ def model_card(task: TaskConfig, base_model: str, precision: str, progress: Task
     return TEMPLATE.format(
         head=yaml.safe_dump(head, sort_keys=False, allow_unicode=True),
         name=task.name,
-        method=METHODS[task.adapter],
-        base=base_model,
+        what=f"`{base_model}`, all of its weights"
+        if is_model
+        else f"{METHODS[task.adapter]} adapter of `{base_model}`",
+        usage=OF_MODEL if is_model else OF_ADAPTER.format(base=base_model),
         rows=rows,
     )
 

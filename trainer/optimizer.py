@@ -7,7 +7,7 @@ plain sum over holders (docs/architecture.md).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,20 @@ import torch
 from torch import Tensor
 
 from lobra.layout.order import AdamSettings
-from lobra.layout.world import World
+from lobra.layout.world import LayerBlock, World
 from lobra.model.groups import new_group
 from lobra.model.stage import Stage
 from lobra.tasks.config import TaskConfig
 from lobra.trainer.block import BlockOptimizer
+
+#: Makes of the updated tasks' numbers, and of why updates failed on this rank, why they failed on
+#: any, the same on every rank (`Control.agree`).
+Agree = Callable[[Sequence[int], dict[int, str]], dict[int, str]]
+
+
+def alone(_numbers: Sequence[int], own: dict[int, str]) -> dict[int, str]:
+    """Return why updates failed where there is one rank."""
+    return own
 
 
 @dataclass(frozen=True)
@@ -52,11 +61,7 @@ class AdapterOptimizer:
     def __init__(self, stage: Stage, world: World) -> None:
         """Optimise the adapters of a stage. Collective: every rank of the world calls it."""
         self.stage = stage
-        self.blocks: list[BlockOptimizer] = []
-        for block in world.blocks(stage.shape.num_layers):
-            group = new_group(block.holders)
-            if group is not None:
-                self.blocks.append(BlockOptimizer(block, group))
+        self.blocks = own_blocks(world.blocks(stage.shape.num_layers))
 
     def install(self, number: int, task: TaskConfig | None = None) -> None:
         """Begin to optimise the adapter in a slot, as it is now, as its task says. Collective.
@@ -65,8 +70,11 @@ class AdapterOptimizer:
 
         Nothing of another task is touched, neither weights nor moments.
         """
+        slot = self.stage.slots[number]
         for block in self.blocks:
-            block.install(self.stage.slots[number], task)
+            layers = block.block.layers
+            span, rate_factors = slot.layout.span(layers), slot.layout.rate_factors(layers)
+            block.install(number, slot.weights[span], slot.gradient[span], rate_factors, task)
 
     def remove(self, number: int) -> None:
         """Forget a task's optimiser state."""
@@ -87,11 +95,7 @@ class AdapterOptimizer:
             return torch.zeros(0, dtype=torch.float64, device=self.stage.device)
         return torch.stack([block.reduce(numbers) for block in self.blocks]).sum(dim=0)
 
-    def update(
-        self,
-        updates: Mapping[int, TaskUpdate],
-        agree: Callable[[Sequence[int], dict[int, str]], dict[int, str]] = lambda _, own: own,
-    ) -> dict[int, str]:
+    def update(self, updates: Mapping[int, TaskUpdate], agree: Agree = alone) -> dict[int, str]:
         """Apply updates to the reduced gradients; forget these tasks' gradients. Collective.
 
         An update that fails on one rank is made on none: the task keeps its weights.
@@ -101,8 +105,7 @@ class AdapterOptimizer:
         updates
             By the tasks' numbers.
         agree
-            Makes of the updated tasks' numbers, and of why updates failed on this rank, why they
-            failed on any, the same on every rank (`Control.agree`). By default there is one rank.
+            By default there is one rank.
 
         Returns
         -------
@@ -151,4 +154,10 @@ class AdapterOptimizer:
         for block in self.blocks:
             span = slot.layout.span(block.block.layers)
             own = {moment: flat[span] for moment, flat in flats.items()}
-            block.load_moments(number, own, updates)
+            block.load(number, own, updates)
+
+
+def own_blocks(blocks: Iterable[LayerBlock]) -> list[BlockOptimizer]:
+    """Return those of all blocks that this rank holds. Collective: every rank calls it alike."""
+    groups = [(block, new_group(block.holders)) for block in blocks]
+    return [BlockOptimizer(block, group) for block, group in groups if group is not None]

@@ -16,6 +16,7 @@ from typing import Any
 
 from lobra.common.errors import ConfigError, Problems
 from lobra.common.options import within_bounds
+from lobra.common.storage import shown_bytes
 from lobra.common.words import counted
 from lobra.layout.placement import place, placed
 from lobra.layout.plan import Plan, load_plan
@@ -26,16 +27,27 @@ from lobra.model.fingerprint import MARK, fingerprint
 from lobra.model.folder import resolve_folder
 from lobra.planner.workload import label_share
 from lobra.profiler.cost_model import CostModel, load_cost_model
+from lobra.profiler.estimate_memory import layer_weights
 from lobra.profiler.lookup import no_time_profile, provenance_note, time_path
-from lobra.tasks.config import TaskConfig, TrainerConfig, clip_context, load_trainer_config
+from lobra.profiler.memory import parse_bytes
+from lobra.profiler.model_memory import model_memory
+from lobra.tasks.config import (
+    FULL,
+    TaskConfig,
+    TrainerConfig,
+    clip_context,
+    load_trainer_config,
+)
 from lobra.tasks.data_report import summary_text
 from lobra.tasks.dataset import TokenizedDataset, split
 from lobra.tasks.sampling import num_steps
 from lobra.tasks.text_processor import TextProcessor
 from lobra.trainer.batching import chosen_batching, fixed_buckets
 from lobra.trainer.checkpoint import CheckpointState, read_state
+from lobra.trainer.eight_bit import eight_bit_problems
 from lobra.trainer.log_parts import METRICS_FILE
 from lobra.trainer.metrics import kept_metrics
+from lobra.trainer.model_training import model_problems
 from lobra.trainer.request import TrainRequest
 from lobra.trainer.resume_checks import resume_problems, revival_problems, task_record
 from lobra.trainer.run_config import (
@@ -49,6 +61,7 @@ from lobra.trainer.run_spec import RunSpec
 from lobra.trainer.step_trace import steps_of
 from lobra.trainer.task_data import TaskChecks, tasks_with_data, warn_of_greedy_tasks
 from lobra.trainer.trackers import trackers_of
+from lobra.trainer.zero import moment_bytes
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +102,7 @@ def prepare(request: TrainRequest) -> RunSpec:
         request.trainer_config,
         request.num_tasks,
         left_out if request.skip_bad_tasks else None,
+        whole_models=True,
     )
     plan: Plan | None = checks.attempt(requested_plan, request)
     folder: Path | None = checks.attempt(resolve_folder, request.model)
@@ -145,6 +159,8 @@ def prepare(request: TrainRequest) -> RunSpec:
             for layout in {group.layout for group in plan.groups}
             if (problem := layout_problem(shape, layout.tp, layout.pp))
         ]
+    if config is not None and shape is not None and plan is not None:
+        checks.problems += model_problems(config.tasks, plan, shape)
     cost_model = None
     known = request.time_profile is not None or folder is not None
     without_profile = _missing_profile(request) if known else []
@@ -200,11 +216,15 @@ def prepare(request: TrainRequest) -> RunSpec:
             state, records, request.seed, base, request.trainer_config
         )
         checks.problems += revivals_in_vain(state, request.revive, steps)
+    if plan is not None and device is not None:
+        checks.problems += eight_bit_problems(
+            tasks, _precision(request, device), str(plan), None if state is None else state.plan
+        )
     checks.raise_if_any()
     assert config and plan and folder and shape and world and cost_model and device and batching
     cost_model = cost_model.for_training(
         label_share(tasks, training),
-        sum(shape.adapter_elements(task.largest_rank, task.target_modules) for task in tasks),
+        sum(_trained_elements(task, shape) for task in tasks),
     )
 
     run = RunSpec(
@@ -219,7 +239,7 @@ def prepare(request: TrainRequest) -> RunSpec:
         world=world,
         cost_model=cost_model,
         output_dir=request.output_dir,
-        precision=request.precision or ("bf16" if device == "cuda" else "fp32"),
+        precision=_precision(request, device),
         device=device,
         num_buckets=request.num_buckets,
         dynamic_buckets=request.dp_bucket != "off",
@@ -239,6 +259,9 @@ def prepare(request: TrainRequest) -> RunSpec:
         hang_timeout_s=request.hang_timeout,
         deterministic=request.deterministic,
     )
+    if run.trains_model:
+        _check_memory(checks, run, shape, request.memory_budget)
+        checks.raise_if_any()
     if state is not None and state.precision not in (None, run.precision):
         log.warning(
             "the run goes on in %s, so far it was in %s: what the checkpoint holds is rounded to "
@@ -264,6 +287,48 @@ def prepare(request: TrainRequest) -> RunSpec:
     size = math.gcd(*nodes) if isinstance(nodes, tuple) else nodes
     write_run_folder(run, resolved_config(run, request, size, plans), training, validation)
     return run
+
+
+def _trained_elements(task: TaskConfig, shape: ModelShape) -> int:
+    """Return the parameters that a task's ranks exchange."""
+    if task.adapter == FULL:
+        return shape.num_layers * layer_weights(shape)
+    return shape.adapter_elements(task.largest_rank, task.target_modules)
+
+
+def _check_memory(checks: _Collector, run: RunSpec, shape: ModelShape, budget: str | None) -> None:
+    """Tell what a model that is trained whole will take of a rank; refuse it if that is too much.
+
+    The bound is the budget that is given, else a GPU's memory; on a CPU there is none.
+    """
+    import torch
+
+    (task,) = run.tasks
+    (group,) = {group.layout: group for group in run.plan.groups}.values()
+    memory = model_memory(
+        shape, group.layout, len(run.plan.replicas), run.precision,
+        moment_bytes=moment_bytes(task.optimizer, task.momentum), offload=task.offload,
+    )  # fmt: skip
+    tokens = run.plan.max_tokens
+    needed = memory.total_bytes(tokens)
+    told = (
+        f"{group.layout} x {len(run.plan.replicas)} in {run.precision} takes "
+        f"{shown_bytes(needed)} a rank: {shown_bytes(int(memory.weight_bytes))} of weights, "
+        f"{shown_bytes(int(memory.gradient_bytes))} of gradients, "
+        f"{shown_bytes(int(memory.optimizer_bytes))} of the optimiser's"
+        f"{' (more on the host)' if task.offload else ''}, the rest for micro-batches of {tokens} "
+        f"tokens and the exchange"
+    )
+    most = None if budget is None else checks.attempt(parse_bytes, budget)
+    if budget is None and run.device == "cuda":
+        most = torch.cuda.get_device_properties(0).total_memory
+    if most is not None and needed > most:
+        checks.problems.add(
+            f"task {task.name}: adapter: full: {told}; there are {shown_bytes(most)}: want more "
+            f"replicas, a larger tp or pp, a smaller max_tokens, --memory full, or offload: true"
+        )
+    else:
+        log.info("task %s: %s", task.name, told)
 
 
 def _warn_of_old_fingerprint(state: CheckpointState) -> None:
@@ -389,6 +454,10 @@ def place_plan(plan: Plan, request: TrainRequest, device: str | None) -> World:
             request.strategy_config, list(spread[0]), nodes,
         )  # fmt: skip
     return world
+
+
+def _precision(request: TrainRequest, device: str) -> str:
+    return request.precision or ("bf16" if device == "cuda" else "fp32")
 
 
 def _uses_feedback(request: TrainRequest, device: str) -> bool:

@@ -94,6 +94,9 @@ class TrainRequest:
         a file system fails.
     deterministic
         Use algorithms only that give the same bits every time, on GPUs too; slower there.
+    memory_budget
+        Of a model that is trained whole: refuse it where a rank is predicted to take more; by
+        default a GPU's memory.
     gpus_per_node
         By default what the launcher started on each host, else the GPUs of this machine.
     found_nodes
@@ -138,6 +141,7 @@ class TrainRequest:
     hang_timeout: Annotated[PositiveNumber | None, Parameter(metavar="S")] = None
     max_restarts: NonNegativeInt = 0
     deterministic: bool = False
+    memory_budget: Annotated[str | None, Parameter(metavar="SIZE")] = None
     gpus_per_node: PositiveInt | None = None
     found_nodes: Annotated[tuple[int, ...] | None, NOT_AN_OPTION] = None
     launched_world: Annotated[int | None, NOT_AN_OPTION] = None

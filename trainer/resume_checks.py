@@ -47,9 +47,10 @@ def task_record(task: TaskConfig, data: TokenizedDataset) -> dict[str, Any]:
     record["json_key"] = task.json_key or "text"  # as versions noted it that had this default
     record["num_sequences"] = len(data)
     digest = hashlib.sha256()
-    signs = [] if data.signs is None else [data.signs]
-    for array in (data.tokens, data.labels, data.offsets, *signs):
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+    optional = (data.signs, data.logprobs, data.advantages)
+    for array in (data.tokens, data.labels, data.offsets, *optional):
+        if array is not None:
+            digest.update(np.ascontiguousarray(array).view(np.uint8).data)
     record["data_sha256"] = digest.hexdigest()[:16]
     return record
 

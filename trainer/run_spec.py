@@ -10,7 +10,7 @@ from lobra.layout.plan import Plan
 from lobra.layout.sequences import Batching
 from lobra.layout.world import World
 from lobra.profiler.cost_model import CostModel
-from lobra.tasks.config import TaskConfig
+from lobra.tasks.config import FULL, TaskConfig
 
 CONFIG_FILE = "config.yaml"
 DATA_FOLDER = "tokenised/training"
@@ -113,6 +113,11 @@ class RunSpec:
     def world_size(self) -> int:
         """The number of ranks of the plan."""
         return self.plan.num_gpus
+
+    @property
+    def trains_model(self) -> bool:
+        """Whether the run's only task trains the model itself, and no adapter."""
+        return any(task.adapter == FULL for task in self.tasks)
 
     def data_folder(self, task: int) -> Path:
         """Return where the task's tokenised sequences lie."""

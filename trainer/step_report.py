@@ -31,8 +31,8 @@ class StepReport:
     token_losses
         On rank 0, of sequences with labels, in the order's order, the loss of every label: float64.
     outcomes
-        On rank 0, of every task with examples, their `model.objectives.OUTCOMES`, added up, and its
-        divergence from the base model where its objective has one.
+        Of every task with examples, their `model.objectives.OUTCOMES`, added up, and its divergence
+        from the base model, or the contrast of its pairs and what that counts for.
     failed
         Of every task whose update failed, on one rank at least, why: it was made on none.
     prepare_s, reduce_s, optimizer_s

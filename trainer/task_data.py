@@ -16,7 +16,7 @@ from lobra.planner.bucketed.buckets import ALIGN
 from lobra.tasks.config import TaskConfig, TrainerConfig
 from lobra.tasks.confinement import is_inside
 from lobra.tasks.dataset import TokenizedDataset, load_dataset
-from lobra.tasks.objectives import SUPERVISED
+from lobra.tasks.objectives import COMPARING
 from lobra.tasks.text_processor import TextProcessor
 from lobra.trainer.adapters import adapter_spec, check_adapter
 
@@ -70,7 +70,7 @@ class TaskChecks:
             data = load_dataset(task, self.processor, self.data_dir, vocab_size, self.confine)
         except ConfigError as error:
             problems += error.problems.changed(partial(_at_field, task))
-        if self.batching == "bucketed" and task.objective != SUPERVISED:
+        if self.batching == "bucketed" and task.objective in COMPARING:
             problems.add(
                 f"objective = {task.objective!r}: bucketed micro-batches have a sequence a row and "
                 "no examples of several: give --batching packed, or plan so"

@@ -10,12 +10,12 @@ from functools import cached_property
 import numpy as np
 
 from lobra.layout.order import StepOrder
-from lobra.layout.sequences import total_work
+from lobra.layout.sequences import Work, total_work
 from lobra.layout.shapes import ModelShape
 from lobra.layout.world import World
 from lobra.profiler.flops import training_flops
-from lobra.tasks.config import TaskConfig
-from lobra.tasks.objectives import PAIRED
+from lobra.tasks.config import FULL, TaskConfig
+from lobra.tasks.objectives import CIT, PAIRED
 from lobra.trainer.metrics import ReplicaMetrics, StepMetrics, TaskMetrics
 from lobra.trainer.orders import DispatchedStep
 from lobra.trainer.step_report import StepReport
@@ -90,13 +90,7 @@ class TrainedStep:
         report, order = self.report, self.dispatched.order
         tokens = total_work(order.work.values()).tokens
         gpu_seconds = self.step_time_s * world.num_ranks
-        flops = {
-            number: training_flops(
-                shape, work, shape.adapter_elements(task.rank, task.target_modules)
-            )
-            for number, work in order.work.items()
-            for task in [tasks[number]]
-        }
+        flops = {number: _flops(tasks[number], shape, work) for number, work in order.work.items()}
         total_flops = sum(flops.values())
         # Ready before the slowest rank was, rank 0 waited for it inside the reduction.
         waited_s = max(0.0, min(report.reduce_s, max(report.arrival_s) - report.arrival_s[0]))
@@ -166,6 +160,12 @@ class TrainedStep:
         ]
 
 
+def _flops(task: TaskConfig, shape: ModelShape, work: Work) -> float:
+    if task.adapter == FULL:
+        return training_flops(shape, work, 0, trains_base=True)
+    return training_flops(shape, work, shape.adapter_elements(task.rank, task.target_modules))
+
+
 def mean_losses(order: StepOrder, report: StepReport) -> dict[int, float]:
     """Return the mean loss per target token of every task that has any in the order."""
     return {
@@ -179,10 +179,13 @@ def preferences(objective: str, outcomes: Mapping[str, float] | None) -> dict[st
     """Return what a step's examples of a task have in its log, by TRL's names; None without any.
 
     Means over the answers that are wanted or not, left out where there are none; of pairs the share
-    in which the chosen answer has the higher reward; of KTO the divergence.
+    in which the chosen answer has the higher reward; of KTO the divergence; of CIT the contrast of
+    pairs and what that counts for beside the tokens' loss.
     """
     if outcomes is None:
         return None
+    if objective == CIT:
+        return {name: outcomes[name] for name in ("contrast", "contrast_weight")}
     found = {}
     for side in ("chosen", "rejected"):
         if count := outcomes[f"num_{side}"]:

@@ -15,7 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lobra.tasks.config import TaskConfig
+from lobra.tasks.config import ADAMW_8BIT, TaskConfig
+
+EIGHT_BIT_BLOCK = 256  # elements with a scale of their own, as bitsandbytes has them
+MASTER = "master"  # a partition's weights, where they are named beside its moments
 
 ENGINE_CONFIG = {
     "train_micro_batch_size_per_gpu": 1,
@@ -65,9 +68,15 @@ class HolderGroup:
 
 def moment_names(optimizer: str, momentum: float) -> tuple[str, ...]:
     """Return what a task's optimiser keeps of each of its weights."""
-    if optimizer == "adamw":
+    if optimizer != "sgd":
         return "exp_avg", "exp_avg_sq"
     return ("momentum_buffer",) if momentum else ()
+
+
+def moment_bytes(optimizer: str, momentum: float) -> float:
+    """Return the bytes of that for each of its weights, beside fp32 ones."""
+    of_each = 1 + 4 / EIGHT_BIT_BLOCK if optimizer == ADAMW_8BIT else 4
+    return of_each * len(moment_names(optimizer, momentum))
 
 
 def _optimizer(weights: nn.Parameter, task: TaskConfig | None) -> torch.optim.Optimizer:
@@ -78,6 +87,13 @@ def _optimizer(weights: nn.Parameter, task: TaskConfig | None) -> torch.optim.Op
     if task.optimizer == "sgd":
         return torch.optim.SGD([weights], rate, momentum=task.momentum, weight_decay=decay)
     betas = task.adam_beta1, task.adam_beta2
+    if task.optimizer == ADAMW_8BIT:
+        from bitsandbytes.optim import AdamW8bit
+
+        eight_bit: torch.optim.Optimizer = AdamW8bit(
+            [weights], rate, betas, task.adam_epsilon, weight_decay=decay
+        )
+        return eight_bit
     return torch.optim.AdamW([weights], rate, betas, task.adam_epsilon, weight_decay=decay)
 
 
@@ -88,8 +104,6 @@ class Partition:
     ----------
     master_p
         This holder's weights; all holders' end to end are the flat tensor and some padding.
-    moments
-        Of `moment_names` each, like `master_p`.
     """
 
     def __init__(
@@ -131,21 +145,37 @@ class Partition:
             own_p = zero.parallel_partitioned_bit16_groups[0][dist.get_rank(group)]
             self.master_p = own_p.clone()
         self.master_p = self.master_p.detach()
+        if task is not None and task.offload:
+            self.master_p = self.master_p.cpu()
         # The weights themselves are in the slot: ZeRO's copy of them is not needed.
         module.weights.data = weights.new_empty(0)
         zero.bit16_groups_flat.clear()
         zero.parallel_partitioned_bit16_groups.clear()
         names = moment_names(task.optimizer, task.momentum) if task else moment_names("adamw", 0.0)
-        self.moments = {moment: torch.zeros_like(self.master_p) for moment in names}
         self.runs = _own_runs(rate_factors, self.size, dist.get_rank(group))
         (settings,) = self.optimizer.param_groups
         self.optimizer.param_groups, self.optimizer.state = [], defaultdict(dict)
         for runs in self.runs.values():
             params = [self.master_p[run] for run in runs]
             self.optimizer.param_groups.append({**settings, "params": params})
-            for param, run in zip(params, runs, strict=True):
-                own = {moment: flat_p[run] for moment, flat_p in self.moments.items()}
+        self._keep_moments(names)
+
+    def _keep_moments(self, names: Sequence[str]) -> None:
+        self._moments = {moment: torch.zeros_like(self.master_p) for moment in names}
+        for group, runs in zip(self.optimizer.param_groups, self.runs.values(), strict=True):
+            for param, run in zip(group["params"], runs, strict=True):
+                own = {moment: flat_p[run] for moment, flat_p in self._moments.items()}
                 self.optimizer.state[param] = {"step": torch.zeros(()), **own}
+
+    @property
+    def moments(self) -> dict[str, Tensor]:
+        """Of `moment_names` each, like `master_p`."""
+        return self._moments
+
+    def set(self, name: str, part: Tensor) -> None:
+        """Set a moment, or `MASTER`; what lies beyond the end of ``part`` is padding."""
+        own_p = self.master_p if name == MASTER else self._moments[name]
+        own_p[: len(part)].copy_(part)
 
     def close(self) -> None:
         """Release DeepSpeed's engine.
@@ -174,7 +204,7 @@ class Partition:
             settings.update(changed)
             settings["lr"] = changed["lr"] * factor
             for weights, run in zip(settings["params"], runs, strict=True):
-                weights.grad = gradient_p[run]
+                weights.grad = gradient_p[run].to(weights.device)
         self.optimizer.step()
         self.optimizer.zero_grad()
 

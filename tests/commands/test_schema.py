@@ -29,6 +29,7 @@ BEYOND_A_SCHEMA: dict[str, tuple[Any, ...]] = {
     "lora_alpha": (10**400,),
     "learning_rate": (float("inf"),),
     "beta": (0.2,),
+    "clip_high": (1.3,),
     "momentum": (0.9,),
     "alpha_pattern": ({"(q_proj": 2.0},),
 }

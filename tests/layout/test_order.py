@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from lobra.layout.order import AdamSettings, SlotOrder, StepOrder, Update
 from lobra.layout.sequences import (
     PACKED_MULTIPLE,
+    Clipping,
     Labels,
     MicroBatch,
+    Rollout,
     Sequence,
     total_work,
 )
@@ -34,6 +36,7 @@ def sequences(draw: st.DrawFn, labelled: bool = False) -> Sequence:
         draw(labels(len(targets))) if labelled else None,
         draw(st.sampled_from([-1, 0, 1])),
         draw(st.integers(0, len(targets))),
+        draw(st.none() | rollouts(len(targets))),
     )
 
 
@@ -42,6 +45,13 @@ def labels(draw: st.DrawFn, count: int) -> Labels:
     tokens = draw(st.lists(st.integers(0, 2**31 - 1), min_size=count, max_size=count))
     weights = draw(st.lists(st.floats(), min_size=count, max_size=count))
     return Labels(np.array(tokens, dtype=np.int32), np.array(weights, dtype=np.float64))
+
+
+@st.composite
+def rollouts(draw: st.DrawFn, count: int) -> Rollout:
+    values = draw(st.lists(st.floats(), min_size=2 * count, max_size=2 * count))
+    logprobs, advantages = np.array(values, dtype=np.float64).reshape(2, count)
+    return Rollout(logprobs, advantages, Clipping(draw(finite), draw(finite)))
 
 
 @st.composite

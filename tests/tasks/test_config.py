@@ -265,6 +265,10 @@ WRONG_VALUES: list[tuple[str, Any]] = [
     ("beta", 0),
     ("beta", 0.2),  # a supervised task has none
     ("cpo_alpha", -1),
+    ("clip_low", 1),
+    ("temperature", 0),
+    ("contrast_weight", -1),
+    ("clip_high", 1.3),  # a supervised task has none
     ("desirable_weight", -1),
     ("undesirable_weight", "1"),
     ("name", "../up"),

@@ -18,7 +18,14 @@ from lobra.tasks.conversations import (
     SETTINGS,
 )
 from lobra.tasks.dataset import load_dataset
-from lobra.tasks.fields import INPUT, INSTRUCTION, OUTPUT, REFUSED, TOKEN_FIELDS
+from lobra.tasks.fields import (
+    INPUT,
+    INSTRUCTION,
+    OUTPUT,
+    REFUSED,
+    ROLLOUT_FIELDS,
+    TOKEN_FIELDS,
+)
 from lobra.tasks.prompts import NAMES, ROLES
 from tests.tasks.families import load_family
 from tests.tasks.support import task, write_rows
@@ -32,17 +39,25 @@ def page(project_root: Path) -> str:
 def test_every_name_is_there(page: str) -> None:
     names = {*INSTRUCTION, *INPUT, *OUTPUT, *REFUSED, *TOKEN_FIELDS, *SETTINGS}
     names |= {"role", "content", "name", "tool_calls", "tool_call_id", *REASONING, *FLAGS}
-    names |= {*REFUSED_MARKS, *REFUSED_MESSAGE_FIELDS, *ROLES, *ROLE_ALIASES, *NAMES}
+    names |= {
+        *ROLLOUT_FIELDS,
+        *REFUSED_MARKS,
+        *REFUSED_MESSAGE_FIELDS,
+        *ROLES,
+        *ROLE_ALIASES,
+        *NAMES,
+    }
     assert not {name for name in names if f"`{name}`" not in page}
 
 
 def test_examples_are_read(page: str, tmp_path: Path) -> None:
     tokenizer: Any = load_family("qwen25", tmp_path / "families")
     examples = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
-    assert len(examples) == 7
+    assert len(examples) == 8
     for number, example in enumerate(examples):
         row = json.loads(example)
-        objective = "dpo" if "chosen" in row else "kto" if "label" in row else "supervised"
+        marks = {"chosen": "dpo", "label": "kto", "advantages": "ppo"}
+        objective = next((own for mark, own in marks.items() if mark in row), "supervised")
         write_rows(tmp_path, row, name=f"rows{number}")
         own = task(dataset_name=f"rows{number}", objective=objective)
         data = load_dataset(own, tokenizer, tmp_path)

@@ -57,6 +57,13 @@ def test_kto_compares_with_the_answer_before(tmp_path: Path) -> None:
     ]
 
 
+def test_both_wordings_have_the_answer(tmp_path: Path) -> None:
+    row = {"prompt": "the cat", "paraphrase": "on the mat", "completion": " sat"}
+    data = load(tmp_path, "cit", row)
+    assert data.signs is not None and data.signs.tolist() == [1, 1]
+    assert texts(tmp_path, data) == [("<s>the cat", " sat</s>"), ("<s>on the mat", " sat</s>")]
+
+
 def test_conversations_with_and_without_a_prompt_are_the_same(tmp_path: Path) -> None:
     question = [{"role": "user", "content": "the cat?"}]
     good, bad = ([{"role": "assistant", "content": text}] for text in ("sat", "ran"))
@@ -111,6 +118,7 @@ def test_examples_stay_on_one_side_and_are_kept(tmp_path: Path) -> None:
         ("kto", {"prompt": "a", "completion": "b", "label": 1}, "want true or false"),
         ("kto", {"completion": "b", "label": True}, "prompt: is missing"),
         ("kto", {"text": "b"}, "the first row has no completion"),
+        ("cit", {"prompt": "a", "completion": "b"}, "the first row has no paraphrase"),
         ("supervised", {"prompt": "a", "chosen": "b", "rejected": "c"}, "objectives dpo, cpo"),
         ("supervised", {"prompt": "a", "completion": "b", "label": True}, "kto (label)"),
     ],

@@ -1,4 +1,4 @@
-"""The reference of objectives that compare answers: TRL's losses of PEFT's model, in fp64.
+"""The reference of all objectives but supervised: TRL's losses of PEFT's model, in fp64.
 
 What TRL's trainers do with log-probabilities is TRL's own code, called on a stand-in for the
 trainer; the log-probabilities are those of transformers' model with PEFT's layers. TRL computes
@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from trl import DPOTrainer, KTOTrainer
+from trl import DPOTrainer, GRPOTrainer, KTOTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
@@ -79,6 +79,7 @@ class _Trainer(SimpleNamespace):
             device=torch.device("cpu"),
             gather_for_metrics=lambda x: x,
             gather=lambda x: x,
+            reduce=lambda x, reduction: x,
             num_processes=1,
         )
         super().__init__(
@@ -168,6 +169,52 @@ def _kto(task: TaskConfig, model: Any, data: TokenizedDataset, drawn: np.ndarray
     return loss, _means(trainer)
 
 
+def _ppo(task: TaskConfig, model: Any, data: TokenizedDataset, drawn: np.ndarray) -> tuple:
+    tokens, labels, mask = padded(data, drawn)
+    given = torch.zeros(2, *tokens.shape, dtype=torch.float64)
+    for row, index in enumerate(drawn):
+        sampled = data.sampled(int(index))
+        assert sampled is not None
+        given[:, row, : len(sampled[0])] = torch.from_numpy(np.stack(sampled))
+
+    def log_probs(*_: Any, **__: Any) -> tuple[Tensor, Tensor, None]:
+        inputs = dict(input_ids=tokens, attention_mask=mask)
+        found = _with_log_probs(model)(labels=tokens, fused_lm_head=True, **inputs)
+        return found.log_probs, torch.zeros_like(found.log_probs), None
+
+    trainer = _Trainer(
+        model, beta=0.0, loss_type="bnpo", importance_sampling_level="token", use_vllm=False,
+        top_entropy_quantile=1.0, off_policy_mask_threshold=None, _entropy_bonus_enabled=False,
+        epsilon_low=1 - task.clip_low, epsilon_high=task.clip_high - 1,
+        current_gradient_accumulation_steps=1, args=SimpleNamespace(delta=None),
+        _get_per_token_logps_and_entropies=log_probs,
+    )  # fmt: skip
+    logprobs, advantages = given[:, :, 1:]
+    inputs = dict(
+        prompt_ids=tokens[:, :1], prompt_mask=mask[:, :1], completion_ids=tokens[:, 1:],
+        completion_mask=(labels[:, 1:] != -100).long(), advantages=advantages,
+        old_per_token_logps=logprobs,
+    )  # fmt: skip
+    return GRPOTrainer._compute_loss(trainer, model, inputs), {}
+
+
+def _cit(task: TaskConfig, model: Any, data: TokenizedDataset, drawn: np.ndarray) -> tuple:
+    """TRL has none: the formulas of arXiv 2402.11138, the weight as mLoRA has it."""
+    tokens, labels, mask = _together([_answers(data, drawn, 0), _answers(data, drawn, 1)])
+    inputs = dict(input_ids=tokens, attention_mask=mask)
+    loss = model(**inputs, labels=labels).loss
+    states = model.get_base_model().model(**inputs).last_hidden_state
+    ends = torch.nn.functional.normalize(states[torch.arange(len(states)), mask.sum(1) - 1], dim=-1)
+    one, other = ends.chunk(2)
+    likeness = torch.exp(one @ other.T / task.temperature)
+    own = likeness.diagonal()
+    contrast = -(own / likeness.sum(1)).log().mean() - (own / likeness.sum(0)).log().mean()
+    contrast = contrast / 2
+    weight = min(task.contrast_weight, (loss / contrast).item())
+    metrics = {"contrast": contrast.item(), "contrast_weight": weight}
+    return loss + weight * contrast, metrics
+
+
 def _without_reference(trainer_class: Any, **fields: Any) -> Any:
     def loss_of(task: TaskConfig, model: Any, data: TokenizedDataset, drawn: np.ndarray) -> tuple:
         own = {name: getattr(task, name) for name in ("beta", "cpo_alpha")}
@@ -202,4 +249,6 @@ LOSSES = {
     "kto": _kto,
     "cpo": _without_reference(CPOTrainer),
     "orpo": _without_reference(ORPOTrainer),
+    "cit": _cit,
+    "ppo": _ppo,
 }
