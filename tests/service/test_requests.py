@@ -156,9 +156,10 @@ def test_what_is_not_finite_is_its_tenants_alone(mixed: Running) -> None:
     too_fast, too_heavy, fine = (
         [client.result(f) for f in own] for client, own in zip(clients, results, strict=True)
     )
-    for spoilt, said in ((too_fast, "the update failed: "), (too_heavy, "gradient is not finite")):
+    beyond = ("gradient is not finite", "overflows when squared")  # as sums are rounded
+    for spoilt, said in ((too_fast, ("the update failed: ",)), (too_heavy, beyond)):
         for update in spoilt[1::2]:
-            assert said in update["error"] and update["category"] == "user"
+            assert any(words in update["error"] for words in said) and update["category"] == "user"
         before, after = (logprobs_of(content)[0] for content in (spoilt[0], spoilt[-2]))
         np.testing.assert_array_equal(before, after)
     means = [logprobs_of(content)[0].mean() for content in fine[::2]]
