@@ -11,6 +11,7 @@ tasks that take part.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -124,8 +125,8 @@ class BlockOptimizer:
         self.reduced_p = {}
         masters = [self.partitions[number].master_p for number in settings]
         if masters:
-            norms = torch.stack(torch._foreach_norm(masters, 2, dtype=torch.float64))
-            for number, is_finite in zip(settings, norms.isfinite().tolist(), strict=True):
+            largest = torch.stack(torch._foreach_norm(masters, math.inf))  # NaN where one is NaN
+            for number, is_finite in zip(settings, largest.isfinite().tolist(), strict=True):
                 if not is_finite:
                     failed.setdefault(number, NOT_FINITE)
         return failed

@@ -51,8 +51,6 @@ from lobra.trainer.step_trace import traced
 from lobra.trainer.zero import start_deepspeed
 
 RECENT_STEPS = 50  # whose longest is what a step is expected to take
-#: Of a clipped gradient: Adam squares it in fp32.
-LARGEST_NORM = math.sqrt(torch.finfo(torch.float32).max)
 
 
 class Engine:
@@ -401,10 +399,11 @@ class Engine:
         """
         todo = {number: TaskUpdate(False) for number in grad_norms}
         failed = {}
+        largest = math.sqrt(torch.finfo(kept_dtype(self.stage.dtype)).max)  # that Adam can square
         for update in updates:
             norm = grad_norms[update.task]
             clip = clip_coefficient(norm, update.max_grad_norm)
-            is_small = not norm * clip > LARGEST_NORM
+            is_small = not norm * clip > largest
             todo[update.task] = TaskUpdate(
                 math.isfinite(norm) and is_small, update.learning_rate, clip, update.adam
             )

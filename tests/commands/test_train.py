@@ -18,13 +18,16 @@ from lobra.cli import main
 from lobra.common.errors import ConfigError
 from lobra.layout.layout import Layout
 from lobra.layout.plan import Plan, ReplicaGroup
+from lobra.layout.shapes import read_shape
+from lobra.model.fingerprint import fingerprint
 from lobra.trainer.host_file import read_host_file
 from lobra.trainer.launcher import launcher_command
 from lobra.trainer.metrics import read_metrics
 from lobra.trainer.prepare import node_sizes, place_plan
 from lobra.trainer.request import TrainRequest
-from lobra.trainer.run import local_world_size, nodes_of, sourced_environment
+from lobra.trainer.run import check_host, local_world_size, nodes_of, sourced_environment
 from tests.trainer.command import refused, train, write_config, write_plan
+from tests.trainer.support import make_plan, make_run, random_dataset, small_task
 
 
 def test_a_missing_data_file(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -414,3 +417,22 @@ def test_an_environment_file_is_sourced(tmp_path: Path) -> None:
         sourced_environment(path)
     with pytest.raises(ConfigError, match="no such file"):
         sourced_environment(tmp_path / "none")
+
+
+def test_a_host_without_what_its_ranks_read(tmp_path: Path, tiny_base: Path) -> None:
+    """Under a launcher every host reads the base and first adapters itself."""
+    task = small_task(resume_from=str(tmp_path / "start"))
+    known = fingerprint(tiny_base, read_shape(tiny_base))
+    plan, data = make_plan([(1, 1)], 64), random_dataset(4, 3, 8, 64, 0)
+    run = make_run(tmp_path / "run", tiny_base, (task,), [data], plan, 1, fingerprint=known)
+    with pytest.raises(ConfigError, match=r"start: not on this host; the base model, and adapters"):
+        check_host(run)
+    check_host(replace(run, resume_step=1))
+    (tmp_path / "start").mkdir()
+    check_host(run)
+    with pytest.raises(ConfigError, match=r"gone: not on this host"):
+        check_host(replace(run, model_folder=tmp_path / "gone"))
+    with pytest.raises(
+        ConfigError, match="holds another model on this host than on that of rank 0"
+    ):
+        check_host(replace(run, fingerprint="tensors:0"))

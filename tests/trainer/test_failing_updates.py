@@ -111,6 +111,7 @@ def test_a_gradient_that_overflows_when_it_is_squared(
     engine = Engine.__new__(Engine)
     optimizer = SimpleNamespace(update=lambda updates, _agree: todo.update(updates) or {})
     engine.optimizer = optimizer  # type: ignore[assignment]
+    engine.stage = SimpleNamespace(dtype=torch.bfloat16)  # type: ignore[assignment]
     engine.control = SimpleNamespace(agree=None)  # type: ignore[assignment]
     failed = engine.step([Update(3, 0.1, max_norm)], {3: norm})
     assert todo[3].apply == is_made
