@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import http.client
 import time
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 
 from lobra.service import intake
 from lobra.service.wire import CONTENT_TYPE, Datum
-from tests.service.support import Client, Running, logprobs_of, loss_request
+from tests.service.support import ADDRESS, Client, Running, logprobs_of, loss_request
 
 pytestmark = pytest.mark.ranks
 
@@ -61,6 +63,12 @@ def test_a_tenant_sees_nothing_of_another(mixed: Running, client: Client, model:
     for method, route in (("GET", ""), ("GET", "/checkpoints/weights/mine/archive")):
         refused(other.send(method, f"training_runs/{model}{route}"), 404)
     refused(other.send("DELETE", f"training_runs/{model}/checkpoints/weights/mine"), 404)
+    key = client.key
+    connection = http.client.HTTPConnection(ADDRESS, client.port, timeout=60)
+    coded = base64.b64encode(f"me:{key}".encode()).decode()
+    route = f"/api/v1/training_runs/{model}/checkpoints/weights/mine"
+    connection.request("DELETE", route, headers={"Authorization": f"Basic {coded}"})
+    assert connection.getresponse().status == 401  # a password reads only
     assert client.send("GET", f"training_runs/{model}")[0] == 200
 
 
