@@ -9,7 +9,7 @@ be predicted, N spans: each the tokens of a sequence or, packed, the padding at 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import numpy as np
@@ -33,12 +33,14 @@ class Targets:
 
     `positions_P` are places in the flattened [B, S] whose *next* token is `tokens_P`, of task
     `tasks_P`. `factors_P` is what each loss is multiplied by, float; None: its task's weight.
+    `segments` are the runs of targets of one task, as the host knows them.
     """
 
     positions_P: Tensor
     tokens_P: Tensor
     tasks_P: Tensor
     factors_P: Tensor | None = None
+    segments: tuple[Segment, ...] = ()
 
     def none(self) -> Targets:
         """Return no targets, on the same device."""
@@ -81,6 +83,10 @@ class MicroBatchTensors:
     packing: Packing | None = None
     noise: TokenNoise | None = None
     examples: Examples | None = None
+
+    def without_adapters(self) -> MicroBatchTensors:
+        """Return the micro-batch as of no task: what the base model makes of it."""
+        return replace(self, segments=(), targets=replace(self.targets, segments=()))
 
 
 def micro_batch_tensors(
@@ -223,7 +229,7 @@ def _tensors(
     return MicroBatchTensors(
         tokens_T.view(-1, len(positions_S)),
         positions_S[None],
-        Targets(*targets),
+        replace(Targets(*targets), segments=_target_segments(micro_batch)),
         tuple(len(sequence.tokens) for sequence in micro_batch.sequences),
         _segments(micro_batch),
         task_weights,
@@ -231,6 +237,16 @@ def _tensors(
         noise,
         examples,
     )
+
+
+def _target_segments(micro_batch: MicroBatch) -> tuple[Segment, ...]:
+    """Return the runs of targets of one task."""
+    segments, stop = [], 0
+    for number, own in groupby(micro_batch.sequences, lambda sequence: sequence.task):
+        start, stop = stop, stop + sum(len(sequence.targets) for sequence in own)
+        if start < stop:
+            segments.append(Segment(number, start, stop))
+    return tuple(segments)
 
 
 def _segments(micro_batch: MicroBatch) -> tuple[Segment, ...]:

@@ -43,12 +43,12 @@ from lobra.service.tally import as_prometheus
 from lobra.service.tenants import Tenant, tenant_of
 from lobra.service.waiters import Waiters
 from lobra.service.wire import CONTENT_TYPE
+from lobra.tasks.target_modules import HEAD
 
 API = "/api/v1"
 MOST_CHECKPOINTS = 50  # that the page shows
 MOST_BODY_BYTES = 32 << 20  # the client sends 5 MB at most
 POLL_S = 30.0  # how long a question for a result is held
-NO_HEAD = "train_unembed is not done here: no adapter on the head is trained, only the others"
 KINDS = {WEIGHTS: "training", SAMPLER_WEIGHTS: "sampler"}
 
 
@@ -154,7 +154,7 @@ def make_app(intake: Intake, waiters: Waiters) -> FastAPI:
     @app.post(f"{API}/create_session")
     def create_session(sender: Sender) -> dict[str, Any]:
         name = intake.new_session(sender)
-        return {"type": "create_session", "session_id": name, "warning_message": NO_HEAD}
+        return {"type": "create_session", "session_id": name}
 
     @app.post(f"{API}/session_heartbeat")
     def heartbeat(body: OfSession, sender: Sender) -> dict[str, Any]:
@@ -301,7 +301,7 @@ def make_app(intake: Intake, waiters: Waiters) -> FastAPI:
             "base_model": deployment.names[0],
             "is_lora": True,
             "lora_rank": model.rank,
-            "train_unembed": False,
+            "train_unembed": HEAD in model.target_modules,
             "train_mlp": MLP[0] in model.target_modules,
             "train_attn": "q_proj" in model.target_modules,
         }

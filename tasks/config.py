@@ -40,7 +40,12 @@ from lobra.common.models import (
 from lobra.tasks.foreign_names import foreign_field
 from lobra.tasks.objectives import OBJECTIVES, PARAMETERS, SUPERVISED
 from lobra.tasks.prompts import NAMES, template_problem
-from lobra.tasks.target_modules import MODULE_ALIASES, TARGET_MODULES, resolve_target_modules
+from lobra.tasks.target_modules import (
+    ADAPTED_MODULES,
+    EMBEDDING,
+    MODULE_ALIASES,
+    resolve_target_modules,
+)
 
 CONFIG_FOLDER = Path("trainer_config")
 #: The same of the installation: the task sets that come with the project.
@@ -48,11 +53,12 @@ SHIPPED_FOLDER = Path(__file__).parent.with_name("trainer_config")
 SUFFIXES = (".json", ".yaml", ".yml")
 VARIANTS = ("canonical", "fused")
 ADAPTERS = ("lora", "rslora", "pissa", "dora", "vera")
+BIASES = ("none", "all", "lora_only")
 OPTIMIZERS = ("adamw", "sgd")
 _OF_OPTIMIZER = dict(adam_beta1="adamw", adam_beta2="adamw", adam_epsilon="adamw", momentum="sgd")
 LR_SCHEDULERS = ("constant", "linear", "cosine")
 
-_MODULES = (*TARGET_MODULES, *MODULE_ALIASES)
+_MODULES = (*ADAPTED_MODULES, *MODULE_ALIASES)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -62,6 +68,11 @@ def _listed(value: Any) -> list[Any]:
     if not isinstance(value, list) or not value:
         raise wanted(f"a list of {', '.join(_MODULES)}", _MODULES)
     return value
+
+
+def _one_or_more(value: Any) -> Any:
+    """Return one text as a list, anything else as it is."""
+    return [value] if isinstance(value, str) else value
 
 
 def _checked_prompt(value: str) -> str:
@@ -87,6 +98,9 @@ _Prompt = Annotated[
     Field(strict=True, examples=list(NAMES)),
     Wanted("a text"),
     AfterValidator(_checked_prompt),
+]
+_Norms = Annotated[
+    tuple[Text, ...], BeforeValidator(_one_or_more, json_schema_input_type=Text | list[Text])
 ]
 _Scheduler = Annotated[str, OneOf(LR_SCHEDULERS)]
 _Adapter = Annotated[str, OneOf(ADAPTERS)]
@@ -128,7 +142,8 @@ class TaskConfig(FileModel):
     lora_alpha: Annotated[Positive, AtMost(10**6)]
     """The adapter is scaled by lora_alpha / rank (rslora: by lora_alpha / sqrt(rank))."""
     target_modules: _Modules
-    """all-linear, or a list of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj."""
+    """all-linear, or a list of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj,
+    embed_tokens and lm_head."""
     global_batch_size: Annotated[PositiveInt, AtMost(2**20)]
     """Sequences of this task in every step, over all devices; examples of objectives that
     compare answers."""
@@ -204,6 +219,11 @@ class TaskConfig(FileModel):
     """Other ranks of linears that a pattern fits, as in PEFT."""
     alpha_pattern: _Alphas = field(default_factory=dict)
     """Other lora_alpha of linears, alike."""
+    modules_to_save: _Norms = field(default_factory=tuple)
+    """Norms that are trained as they are, named by the end of their path, as in PEFT."""
+    bias: Annotated[str, OneOf(BIASES)] = "none"
+    """Biases of the base that are trained as they are, as in PEFT: none, all, or those of linears
+    with an adapter (lora_only)."""
 
     @property
     def dataset_names(self) -> tuple[str, ...]:
@@ -242,24 +262,40 @@ class TaskConfig(FileModel):
         if isinstance(steps, int) and isinstance(warmup, int) and warmup > steps > 0:
             text = f"want at most the task's steps, {steps}"
             return {**mistakes, "warmup_steps": Mistake(text, warmup)}
-        if given.get("adapter") == "vera":
-            mistakes |= {
-                name: Mistake("vera has one rank for all linears and no scale", given[name])
-                for name in ("rank_pattern", "alpha_pattern")
-                if given.get(name)
-            }
-        if given.get("adapter") == "pissa" and "resume_from" in given:
-            text = (
-                "pissa starts from the base's principal parts; go on from an exported one as plain "
-                "LoRA, with adapter: lora and twice the rank and lora_alpha"
-            )
-            mistakes["resume_from"] = Mistake(text, given["resume_from"])
+        mistakes |= _adapter_mistakes(given)
         mistakes |= _objective_mistakes(given)
         meant = {found[0] for name in given if (found := foreign_field(name))}
         if not {"steps", "epochs"} & (given.keys() | meant):
             text = "neither steps nor epochs is given, want at least one"
             return {**mistakes, "steps": Mistake(text)}
         return mistakes
+
+
+def _adapter_mistakes(given: Mapping[str, Any]) -> dict[str, Mistake]:
+    """Return what is wrong with fields that not every kind of adapter has."""
+    kind = given.get("adapter", "lora")
+    mistakes: dict[str, Mistake] = {}
+    if kind == "vera":
+        mistakes |= {
+            name: Mistake("vera has one rank for all linears and no scale", given[name])
+            for name in ("rank_pattern", "alpha_pattern")
+            if given.get(name)
+        }
+    if kind == "pissa" and "resume_from" in given:
+        text = (
+            "pissa starts from the base's principal parts; go on from an exported one as plain "
+            "LoRA, with adapter: lora and twice the rank and lora_alpha"
+        )
+        mistakes["resume_from"] = Mistake(text, given["resume_from"])
+    trains_biases = given.get("bias", "none") != "none"
+    if trains_biases and kind == "vera":
+        mistakes["bias"] = Mistake("vera trains vectors of its own only", given["bias"])
+    if given.get("loraplus_ratio", 1.0) != 1.0:
+        targets = _one_or_more(given.get("target_modules"))
+        if trains_biases or (isinstance(targets, list | tuple) and EMBEDDING in targets):
+            text = f"LoRA+ has other rates for biases and {EMBEDDING}: train them without it"
+            mistakes["loraplus_ratio"] = Mistake(text, given["loraplus_ratio"])
+    return mistakes
 
 
 def _objective_mistakes(given: Mapping[str, Any]) -> dict[str, Mistake]:

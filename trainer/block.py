@@ -28,10 +28,11 @@ from lobra.trainer.zero import Partition
 class BlockOptimizer:
     """One layer block's part of the slots, its optimiser, and the exchange with other holders."""
 
-    def __init__(self, block: LayerBlock, group: dist.ProcessGroup) -> None:
-        """Hold a block together with the other ranks of ``group``."""
+    def __init__(self, block: LayerBlock, group: dist.ProcessGroup, device: torch.device) -> None:
+        """Hold a block on a device, together with the other ranks of ``group``."""
         self.block = block
         self.group = group
+        self.device = device
         self.num_holders = dist.get_world_size(group)
         self.weights: dict[int, Tensor] = {}
         self.gradients: dict[int, Tensor] = {}
@@ -39,8 +40,13 @@ class BlockOptimizer:
         self.reduced_p: dict[int, Tensor] = {}
 
     def install(self, slot: Slot, task: TaskConfig | None) -> None:
-        """Begin to optimise a task's adapter, as it is now. Collective over the holders."""
+        """Begin to optimise a task's adapter, as it is now. Collective over the holders.
+
+        A task without tensors in the block has no part in it.
+        """
         span = slot.layout.span(self.block.layers)
+        if span.start == span.stop:
+            return
         self.weights[slot.number] = slot.weights[span]
         self.gradients[slot.number] = slot.gradient[span]
         self.partitions[slot.number] = Partition(
@@ -49,8 +55,9 @@ class BlockOptimizer:
 
     def remove(self, number: int) -> None:
         """Forget a task, its moments included."""
-        del self.weights[number], self.gradients[number]
-        self.partitions.pop(number).close()
+        if number in self.partitions:
+            del self.weights[number], self.gradients[number]
+            self.partitions.pop(number).close()
 
     @torch.no_grad()
     def reduce(self, numbers: Sequence[int]) -> Tensor:
@@ -61,8 +68,12 @@ class BlockOptimizer:
         Tensor
             The squared norm of each task's part on this rank, fp64 [tasks], on the device.
         """
-        gradients = [self.gradients[number] for number in numbers]
-        sizes = [self.partitions[number].size for number in numbers]
+        own = [number for number in numbers if number in self.partitions]
+        none = torch.zeros((), dtype=torch.float64, device=self.device)
+        if not own:
+            return none.repeat(len(numbers))
+        gradients = [self.gradients[number] for number in own]
+        sizes = [self.partitions[number].size for number in own]
         if self.num_holders == 1:
             parts = [
                 gradient if len(gradient) == size else pad(gradient, (0, size - len(gradient)))
@@ -77,8 +88,10 @@ class BlockOptimizer:
             own_n = torch.empty_like(stacked_Wn[0])
             dist.reduce_scatter_tensor(own_n, stacked_Wn.flatten(), group=self.group)
             parts = list(own_n.split(sizes))
-        self.reduced_p = dict(zip(numbers, parts, strict=True))
-        return torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float64)).square()
+        self.reduced_p = dict(zip(own, parts, strict=True))
+        norms = torch._foreach_norm(parts, 2, dtype=torch.float64)
+        found = dict(zip(own, norms, strict=True))
+        return torch.stack([found.get(number, none) for number in numbers]).square()
 
     @torch.no_grad()
     def update(self, settings: Mapping[int, Mapping[str, Any]], clips: Mapping[int, float]) -> None:
@@ -94,6 +107,7 @@ class BlockOptimizer:
         clips
             What their gradients are multiplied by.
         """
+        settings = {n: changed for n, changed in settings.items() if n in self.partitions}
         for number, changed in settings.items():
             gradient_p = self.reduced_p[number]
             if clips[number] != 1.0:
@@ -126,7 +140,7 @@ class BlockOptimizer:
 
         The block's first holder gets them, the others nothing.
         """
-        own = self.partitions[number].moments
+        own = self.partitions[number].moments if number in self.partitions else {}
         if not own:
             return {}
         gathered_Wn = self._gathered(torch.cat(list(own.values())))
@@ -141,6 +155,8 @@ class BlockOptimizer:
     @torch.no_grad()
     def load_moments(self, number: int, moments: Mapping[str, Tensor], updates: int) -> None:
         """Set a task's moments, flat as its weights in the block, and its count of updates."""
+        if number not in self.partitions:
+            return
         partition = self.partitions[number]
         start = dist.get_rank(self.group) * partition.size
         for moment, own_p in partition.moments.items():

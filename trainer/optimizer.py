@@ -20,6 +20,7 @@ from lobra.model.groups import new_group
 from lobra.model.stage import Stage
 from lobra.tasks.config import TaskConfig
 from lobra.trainer.block import BlockOptimizer
+from lobra.trainer.zero import kept_moments
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,11 @@ class AdapterOptimizer:
         """Optimise the adapters of a stage. Collective: every rank of the world calls it."""
         self.stage = stage
         self.blocks: list[BlockOptimizer] = []
+        self._moment_names: dict[int, tuple[str, ...]] = {}
         for block in world.blocks(stage.shape.num_layers):
             group = new_group(block.holders)
             if group is not None:
-                self.blocks.append(BlockOptimizer(block, group))
+                self.blocks.append(BlockOptimizer(block, group, stage.device))
 
     def install(self, number: int, task: TaskConfig | None = None) -> None:
         """Begin to optimise the adapter in a slot, as it is now, as its task says. Collective.
@@ -65,11 +67,13 @@ class AdapterOptimizer:
 
         Nothing of another task is touched, neither weights nor moments.
         """
+        self._moment_names[number] = kept_moments(task)
         for block in self.blocks:
             block.install(self.stage.slots[number], task)
 
     def remove(self, number: int) -> None:
         """Forget a task's optimiser state."""
+        del self._moment_names[number]
         for block in self.blocks:
             block.remove(number)
 
@@ -110,7 +114,7 @@ class AdapterOptimizer:
 
     def moment_names(self, number: int) -> tuple[str, ...]:
         """Return what a task's optimiser keeps of each of its weights."""
-        return tuple(self.blocks[0].partitions[number].moments)
+        return self._moment_names[number]
 
     def load_moments(
         self, number: int, moments: Mapping[str, Mapping[str, Tensor]], updates: int

@@ -91,9 +91,7 @@ class TrainedStep:
         tokens = total_work(order.work.values()).tokens
         gpu_seconds = self.step_time_s * world.num_ranks
         flops = {
-            number: training_flops(
-                shape, work, shape.adapter_elements(task.rank, task.target_modules)
-            )
+            number: training_flops(shape, work, task.rank, task.target_modules)
             for number, work in order.work.items()
             for task in [tasks[number]]
         }

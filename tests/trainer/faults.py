@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 
 from lobra.layout.order import StepOrder
+from lobra.model.embedding import VocabParallelEmbedding
 from lobra.model.joint_stack import JointStack
 from lobra.model.micro_batch import MicroBatchTensors
 from lobra.model.stage import Stage
-from lobra.model.tensor_parallel import VocabParallelEmbedding
 from lobra.trainer import control, coordinator, engine, rank
 from lobra.trainer.checkpoint import CheckpointWriter
 from lobra.trainer.checkpoint_folder import list_checkpoints, step_folder
