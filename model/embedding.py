@@ -2,8 +2,8 @@
 
     y = E[token] + s (B A[:, token])    with A [r, V], B [D, r] and s of the token's task
 
-Each rank of the tensor-parallel group adds what follows from its rows of E and columns of A; one
-sum serves both.
+Each rank of the tensor-parallel group adds what follows from the tokens in its slice of the
+vocabulary; one sum serves both.
 
 Shape suffixes: B batch rows, S sequence positions, N their tokens, n those of a segment, D hidden,
 V vocabulary, v this rank's slice of it, r LoRA rank.
@@ -27,9 +27,9 @@ from lobra.tasks.target_modules import EMBEDDING
 
 @dataclass(frozen=True)
 class _Factors:
-    """A task's A, cut to the shard, B and scaling."""
+    """A task's A, of the whole vocabulary, B and scaling."""
 
-    A_rv: Tensor
+    A_rV: Tensor
     B_rD: Tensor
     scaling: float
 
@@ -56,9 +56,7 @@ class VocabParallelEmbedding(Arranged):
         self.group = group
         self.selection = selection
         self.scale = None if scale is None else float(torch.tensor(scale, dtype=weight_vD.dtype))
-        self.padding = None
-        if padding_token is not None and padding_token in rows:
-            self.padding = padding_token - rows.start
+        self.padding_token = padding_token
         self.factors: dict[int, _Factors] = {}
 
     def arrange(self, slots: Mapping[int, Slot]) -> None:
@@ -69,14 +67,13 @@ class VocabParallelEmbedding(Arranged):
             if not tensors:
                 continue
             A, B = tensors
-            columns = slice(self.rows.start, self.rows.stop)
             A_rV, gradient_A, B_rD, gradient_B = (
                 slot.layout.rows(flat, tensor)
                 for tensor in (A, B)
                 for flat in (slot.weights, slot.gradient)
             )
             self.factors[number] = _Factors(
-                trained_view(A_rV[:, columns], gradient_A[:, columns]),
+                trained_view(A_rV, gradient_A),
                 trained_view(B_rD, gradient_B),
                 slot.spec.scaling(A.site),
             )
@@ -88,16 +85,17 @@ class VocabParallelEmbedding(Arranged):
 
     def _embed(self, tokens_BS: Tensor) -> Tensor:
         if self.group is None:
-            return self._adapted(functional.embedding(tokens_BS, self.weight), tokens_BS, None)
+            return self._adapted(functional.embedding(tokens_BS, self.weight), tokens_BS)
         local_BS = tokens_BS - self.rows.start
         outside_BS = (local_BS < 0) | (local_BS >= len(self.rows))
-        local_BS = local_BS.masked_fill(outside_BS, 0)
-        embedded_BSD = functional.embedding(local_BS, self.weight)
+        embedded_BSD = functional.embedding(local_BS.masked_fill(outside_BS, 0), self.weight)
         embedded_BSD = embedded_BSD.masked_fill(outside_BS.unsqueeze(-1), 0.0)
-        embedded_BSD = self._adapted(embedded_BSD, local_BS, outside_BS)
+        embedded_BSD = self._adapted(embedded_BSD, tokens_BS, outside_BS)
         return reduce_from_group(embedded_BSD, self.group, EMBEDDING)
 
-    def _adapted(self, embedded_BSD: Tensor, local_BS: Tensor, outside_BS: Tensor | None) -> Tensor:
+    def _adapted(
+        self, embedded_BSD: Tensor, tokens_BS: Tensor, outside_BS: Tensor | None = None
+    ) -> Tensor:
         """Return embeddings with the updates of the tokens that are not outside of this slice."""
         segments = self.selection.tasks.segments
         if not any(segment.number in self.factors for segment in segments):
@@ -107,8 +105,8 @@ class VocabParallelEmbedding(Arranged):
             n = slice(segment.start, segment.stop)
             piece_nD = embedded_ND[n]
             if factors := self.factors.get(segment.number):
-                tokens_n = local_BS.flatten()[n]
-                h_nr = functional.embedding(tokens_n, factors.A_rv.t(), self.padding)
+                tokens_n = tokens_BS.flatten()[n]
+                h_nr = functional.embedding(tokens_n, factors.A_rV.t(), self.padding_token)
                 if outside_BS is not None:
                     h_nr = h_nr.masked_fill(outside_BS.flatten()[n].unsqueeze(-1), 0.0)
                 dtype = piece_nD.dtype

@@ -255,7 +255,7 @@ def _differences(config: Mapping[str, Any], spec: AdapterSpec, shape: ModelShape
     if config.get("peft_type") != method:
         ours = f"the task says adapter: {spec.kind}, which is {method}"
         return [f"peft_type is {config.get('peft_type')!r}, {ours}"]
-    same: dict[str, Any] = {"r": spec.rank, "bias": spec.bias}
+    same: dict[str, Any] = {"r": spec.rank}
     if spec.kind == "vera":
         same["projection_prng_key"] = spec.projection_seed
     else:
@@ -263,8 +263,10 @@ def _differences(config: Mapping[str, Any], spec: AdapterSpec, shape: ModelShape
     found = [
         f"{field} is {config.get(field)!r}, the task says {value!r}"
         for field, value in same.items()
-        if (config.get(field) or "none") != value
+        if config.get(field) != value
     ]
+    if (config.get("bias") or "none") != spec.bias:
+        found.append(f"bias is {config.get('bias')!r}, the task says {spec.bias!r}")
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or set(map(str, saved)) != set(spec.modules_to_save):
         found.append(f"modules_to_save is {saved!r}, the task says {[*spec.modules_to_save]!r}")
