@@ -9,7 +9,7 @@ be predicted, N spans: each the tokens of a sequence or, packed, the padding at 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import numpy as np
@@ -40,7 +40,7 @@ class Targets:
     tokens_P: Tensor
     tasks_P: Tensor
     factors_P: Tensor | None = None
-    segments: tuple[Segment, ...] = ()
+    segments: tuple[Segment, ...] = field(default=(), kw_only=True)
 
     def none(self) -> Targets:
         """Return no targets, on the same device."""
@@ -229,7 +229,7 @@ def _tensors(
     return MicroBatchTensors(
         tokens_T.view(-1, len(positions_S)),
         positions_S[None],
-        replace(Targets(*targets), segments=_target_segments(micro_batch)),
+        Targets(*targets, segments=_target_segments(micro_batch)),
         tuple(len(sequence.tokens) for sequence in micro_batch.sequences),
         _segments(micro_batch),
         task_weights,
