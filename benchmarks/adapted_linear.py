@@ -26,11 +26,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from lobra.layout.shapes import ModelShape
-from lobra.model.adapter import AdapterSpec, Site
+from lobra.model.adapter import AdapterSpec
 from lobra.model.base_linear import DenseLinear
 from lobra.model.joint_stack import JointStack
 from lobra.model.segment_stack import SegmentStack
 from lobra.model.sharded_layer import linear_shards
+from lobra.model.site import Site
 from lobra.model.slot import Slot
 from lobra.model.stack import AdaptedLinear, Stack
 from lobra.model.token_tasks import Segment, Selection, TokenTasks

@@ -17,8 +17,8 @@ from typing import Any, Literal
 import torch
 from torch.nn import functional
 
+from lobra.model.head import VocabParallelHead
 from lobra.model.precision import DTYPES
-from lobra.model.tensor_parallel import VocabParallelHead
 from lobra.profiler.peak_memory import peak_bytes_of
 
 MIB = 1 << 20

@@ -17,6 +17,8 @@ from pydantic import ConfigDict
 from lobra.common.documents import read_json
 from lobra.common.errors import ConfigError, Problems
 from lobra.common.models import AtMost, FileModel, Flag, OneOf, PositiveInt, read_as
+from lobra.layout.world import adapted_layers
+from lobra.tasks.target_modules import EMBEDDING, HEAD
 
 TINY = "tiny"
 MODELS_DIR = Path("models")
@@ -104,6 +106,11 @@ class ModelShape:
     norms_behind: bool = False
     fused: tuple[str, ...] = ()
 
+    @property
+    def adapted_layers(self) -> range:
+        """All that adapters may be on: embedding, layers, final norm and head."""
+        return adapted_layers(range(self.num_layers), self.num_layers)
+
     def linear_sizes(self) -> dict[str, tuple[int, int]]:
         """Return {module name: (in_features, out_features)} of one decoder layer's linears."""
         hidden, ffn = self.hidden_size, self.intermediate_size
@@ -136,15 +143,23 @@ class ModelShape:
         }
         return {name: known[name] for name in self.fused}
 
+    def module_sizes(self) -> dict[str, tuple[int, int]]:
+        """Return the sizes of all that adapters may be on: linears, embedding and head."""
+        vocabulary = {
+            EMBEDDING: (self.vocab_size, self.hidden_size),
+            HEAD: (self.hidden_size, self.vocab_size),
+        }
+        return {**self.linear_sizes(), **vocabulary}
+
     def own_modules(self, target_modules: Iterable[str]) -> tuple[str, ...]:
-        """Return the model's own linears that target modules mean; a fused one if all parts do.
+        """Return the model's own modules that target modules mean; a fused linear if all parts do.
 
         Raises
         ------
         ConfigError
             It has none of a name, or only some parts of a fused linear are targets.
         """
-        targets, sizes = set(target_modules), self.linear_sizes()
+        targets, sizes = set(target_modules), self.module_sizes()
         problems = []
         for name, fused in self.fused_linears().items():
             given = [part for part in fused.parts if part in targets]
@@ -164,11 +179,31 @@ class ModelShape:
             raise ConfigError(problems)
         return tuple(module for module in sizes if module in targets)
 
-    def adapter_elements(self, rank: int, target_modules: tuple[str, ...]) -> int:
-        """Return the number of LoRA parameters of one adapter over all layers."""
-        sizes = self.linear_sizes()
-        per_layer = sum(rank * sum(sizes[module]) for module in self.own_modules(target_modules))
-        return per_layer * self.num_layers
+    def layer_modules(self, target_modules: Iterable[str]) -> tuple[str, ...]:
+        """Return the linears of a layer that target modules mean, as `own_modules` does."""
+        return tuple(m for m in self.own_modules(target_modules) if m in self.linear_sizes())
+
+    def adapter_elements(
+        self, rank: int, target_modules: tuple[str, ...], layers: range | None = None
+    ) -> int:
+        """Return the number of LoRA parameters of one adapter.
+
+        Parameters
+        ----------
+        rank
+            LoRA's r.
+        target_modules
+            The modules it is on.
+        layers
+            Only of these `adapted_layers`; None: all.
+        """
+        layers = self.adapted_layers if layers is None else layers
+        own_place = {EMBEDDING: range(-1, 0), HEAD: range(self.num_layers, self.num_layers + 1)}
+        sizes, total = self.module_sizes(), 0
+        for module in self.own_modules(target_modules):
+            places = own_place.get(module, range(self.num_layers))
+            total += rank * sum(sizes[module]) * sum(layer in layers for layer in places)
+        return total
 
 
 ATTENTION_MODULES = ("qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 
 from lobra.layout.layout import Layout
 
@@ -45,10 +45,14 @@ class Place:
         """Return the decoder layers of this rank's stage."""
         return stage_layers(num_layers, self.layout.pp, self.stage)
 
+    def adapted_layers(self, num_layers: int) -> range:
+        """Return the layers and what else of its stage adapters may be on."""
+        return adapted_layers(self.layers(num_layers), num_layers)
+
 
 @dataclass(frozen=True)
 class LayerBlock:
-    """Consecutive layers whose adapters are held by exactly the same ranks."""
+    """Consecutive `adapted_layers` whose adapters are held by exactly the same ranks."""
 
     layers: range
     holders: tuple[int, ...]
@@ -144,20 +148,18 @@ class World:
         ]
 
     def blocks(self, num_layers: int) -> tuple[LayerBlock, ...]:
-        """Return maximal blocks of consecutive layers with the same holders.
+        """Return maximal blocks of consecutive `adapted_layers` with the same holders.
 
         The gradient of an adapter is the sum over its block's holders (docs/architecture.md).
         """
-        holders: list[list[int]] = [[] for _ in range(num_layers)]
+        holders: dict[int, list[int]] = {layer: [] for layer in range(-1, num_layers + 1)}
         for rank, place in sorted(self._places.items()):
-            for layer in place.layers(num_layers):
+            for layer in place.adapted_layers(num_layers):
                 holders[layer].append(rank)
         blocks = []
-        start = 0
-        for layer in range(1, num_layers + 1):
-            if layer == num_layers or holders[layer] != holders[start]:
-                blocks.append(LayerBlock(range(start, layer), tuple(holders[start])))
-                start = layer
+        for ranks, same in groupby(holders, key=holders.__getitem__):
+            layers = list(same)
+            blocks.append(LayerBlock(range(layers[0], layers[-1] + 1), tuple(ranks)))
         return tuple(blocks)
 
     def shard_blocks(self, num_layers: int) -> tuple[LayerBlock, ...]:
@@ -204,6 +206,14 @@ def stage_layers(num_layers: int, num_stages: int, stage: int) -> range:
     if not 1 <= num_stages <= num_layers:
         raise ValueError(f"{num_stages} stages for {num_layers} layers")
     return shard_range(num_layers, num_stages, stage)
+
+
+def adapted_layers(layers: range, num_layers: int) -> range:
+    """Return a stage's layers and what else of the stage adapters may be on.
+
+    The embedding counts as layer -1, the final norm and the head as the one after the last.
+    """
+    return range(layers.start - (layers.start == 0), layers.stop + (layers.stop == num_layers))
 
 
 def shard_range(size: int, num_shards: int, index: int) -> range:

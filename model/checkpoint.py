@@ -220,16 +220,20 @@ def _remedy(kind: str) -> str:
 
 
 def _equal_tensors(folder: Path, files: Mapping[str, str], first: str, second: str) -> bool:
-    """Whether two tensors of the same rows hold the same, comparing a few rows at a time."""
+    """Whether two tensors of a folder hold the same, comparing a few rows at a time."""
     with opened(folder / files[first]) as one, opened(folder / files[second]) as other:
-        left, right = one.get_slice(first), other.get_slice(second)
-        if left.get_shape() != right.get_shape():
+        return equal_slices(one.get_slice(first), other.get_slice(second))
+
+
+def equal_slices(left: Any, right: Any) -> bool:
+    """Return whether two tensors of safetensors files hold the same, in the first one's dtype."""
+    if left.get_shape() != right.get_shape():
+        return False
+    for start in range(0, left.get_shape()[0], ROWS_AT_A_TIME):
+        rows = left[start : start + ROWS_AT_A_TIME]
+        if not torch.equal(rows, right[start : start + ROWS_AT_A_TIME].to(rows.dtype)):
             return False
-        rows = left.get_shape()[0]
-        return all(
-            torch.equal(left[start : start + ROWS_AT_A_TIME], right[start : start + ROWS_AT_A_TIME])
-            for start in range(0, rows, ROWS_AT_A_TIME)
-        )
+    return True
 
 
 @dataclass

@@ -58,6 +58,11 @@ class TokenNoise:
         """Return what dropout needs of some of the tokens."""
         return TokenNoise(self.keys_T[tokens], self.limits_T1[tokens], self.scales_T1[tokens])
 
+    def at(self, places: Tensor) -> TokenNoise:
+        """Return what dropout needs of the tokens at these places."""
+        values = self.keys_T, self.limits_T1, self.scales_T1
+        return TokenNoise(*(value.index_select(0, places) for value in values))
+
     def factors(self, features_W: Tensor, features: range) -> Tensor:
         """Return [T, i]: 0 or 1 / (1 - p), for some features of a linear's input.
 

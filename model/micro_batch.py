@@ -9,7 +9,7 @@ be predicted, N spans: each the tokens of a sequence or, packed, the padding at 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import numpy as np
@@ -36,6 +36,8 @@ class Targets:
     `positions_P` are places in the flattened [B, S] whose *next* token is `tokens_P`, of task
     `tasks_P`. `factors_P` is what each loss is multiplied by, float; None: its task's weight.
     `rollouts` are those that are learned by their advantages.
+
+    `segments` are the runs of targets of one task, as the host knows them.
     """
 
     positions_P: Tensor
@@ -43,6 +45,7 @@ class Targets:
     tasks_P: Tensor
     factors_P: Tensor | None = None
     rollouts: Rollouts | None = None
+    segments: tuple[Segment, ...] = field(default=(), kw_only=True)
 
     def learned(self, losses_P: Tensor) -> Tensor:
         """Return what is learned of the targets' cross-entropies: [P] each."""
@@ -98,6 +101,10 @@ class MicroBatchTensors:
         """The place of each packed sequence's last token, int64, padding left out."""
         assert self.packing is not None, "padded sequences end in their rows"
         return self.packing.offsets_N[1 : 1 + len(self.lengths)].long() - 1
+
+    def without_adapters(self) -> MicroBatchTensors:
+        """Return the micro-batch as of no task: what the base model makes of it."""
+        return replace(self, segments=(), targets=replace(self.targets, segments=()))
 
 
 def micro_batch_tensors(
@@ -260,7 +267,14 @@ def _tensors(
     return MicroBatchTensors(
         tokens_T.view(-1, len(positions_S)),
         positions_S[None],
-        Targets(positions_P, predicted_P, tasks_P, factors_P, rollouts),
+        Targets(
+            positions_P,
+            predicted_P,
+            tasks_P,
+            factors_P,
+            rollouts,
+            segments=_target_segments(micro_batch),
+        ),
         tuple(len(sequence.tokens) for sequence in micro_batch.sequences),
         _segments(micro_batch),
         task_weights,
@@ -268,6 +282,16 @@ def _tensors(
         noise,
         examples,
     )
+
+
+def _target_segments(micro_batch: MicroBatch) -> tuple[Segment, ...]:
+    """Return the runs of targets of one task."""
+    segments, stop = [], 0
+    for number, own in groupby(micro_batch.sequences, lambda sequence: sequence.task):
+        start, stop = stop, stop + sum(len(sequence.targets) for sequence in own)
+        if start < stop:
+            segments.append(Segment(number, start, stop))
+    return tuple(segments)
 
 
 def _segments(micro_batch: MicroBatch) -> tuple[Segment, ...]:

@@ -66,7 +66,8 @@ def run_replica(
         for batch in batches:
             beat("computing")
             weighted, losses_P = stage.loss(stage.hidden(batch, None), batch)
-            weighted.backward()
+            if weighted.requires_grad:  # not where nothing is learned
+                weighted.backward()
             losses.add(batch, losses_P)
     else:
         _OneForwardOneBackward(stage, batches, losses).run()

@@ -28,29 +28,34 @@ def principal_factors(weight_OI: Tensor, rank: int, scaling: float) -> tuple[Ten
 
 
 def joined(trained: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the plain LoRA (PEFT's names and shapes) of trained factors and those at the start."""
-    return {
-        name: torch.cat(
-            [value, start[name]] if _is_A(name) else [value, -start[name]], _ranks(name)
-        )
-        for name, value in trained.items()
-    }
+    """Return the plain LoRA (PEFT's names and shapes) of trained tensors and those at the start."""
+    found = dict(trained)
+    for name in filter(_is_factor, trained):
+        other = start[name] if _is_A(name) else -start[name]
+        found[name] = torch.cat([trained[name], other], _ranks(name))
+    return found
 
 
 def divided(named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the trained factors and those at the start of a plain LoRA that `joined` made."""
-    halves = {name: value.chunk(2, _ranks(name)) for name, value in named.items()}
-    return (
-        {name: trained for name, (trained, _) in halves.items()},
-        {name: start if _is_A(name) else -start for name, (_, start) in halves.items()},
-    )
+    """Return the trained tensors and those at the start of a plain LoRA that `joined` made."""
+    trained, start = dict(named), dict(named)
+    for name in filter(_is_factor, named):
+        trained[name], other = named[name].chunk(2, _ranks(name))
+        start[name] = other if _is_A(name) else -other
+    return trained, start
 
 
 def trained_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of the trained half of a tensor that `joined` made."""
+    """Return the shape of the trained part of a tensor that `joined` made."""
+    if not _is_factor(name):
+        return shape
     halved = list(shape)
     halved[_ranks(name)] //= 2
     return tuple(halved)
+
+
+def _is_factor(name: str) -> bool:
+    return name.endswith((".lora_A.weight", ".lora_B.weight"))
 
 
 def _is_A(name: str) -> bool:

@@ -10,15 +10,18 @@ from torch import Tensor, nn
 
 from lobra.layout.shapes import FusedLinear, ModelShape, module_path
 from lobra.layout.world import kv_head_range, shard_range
-from lobra.model.adapter import sites_by_input
 from lobra.model.base_linear import DenseLinear, Shard
 from lobra.model.checkpoint import CheckpointReader, as_slice
 from lobra.model.groups import ReplicaGroups
+from lobra.model.own_vector import OwnNorm, OwnVector
+from lobra.model.site import sites_by_input
 from lobra.model.stack import AdaptedLinear, Stack
 from lobra.model.tensor_parallel import SharedNorm, copy_to_group
 from lobra.model.token_tasks import Selection
 
 ROW_PARALLEL = ("o_proj", "down_proj")
+#: Families whose norms of queries and keys are of [B, heads, S, ...], after they were transposed.
+HEADS_FIRST = ("gemma3_text",)
 
 
 def linear_shards(shape: ModelShape, tp_size: int, tp_index: int) -> dict[str, Shard]:
@@ -59,21 +62,26 @@ def shard_layer(
     for sites in sites_by_input(shape, layer):
         own = [shards[site.module] for site in sites]
         summed = own[0].is_row_parallel
-        bases, biases = [], []
+        bases, biases, own_biases = [], [], []
+        group = groups.tp_group if summed else None
         for site, shard in zip(sites, own, strict=True):
             path = module_path(site.module)
             name = f"model.layers.{layer}.{path}"
             has_bias = layer_module.get_submodule(path).bias is not None
             biases.append(reader.read(f"{name}.bias") if has_bias and summed else None)
+            copies, features = (place.layout.tp, None) if summed else (1, shard.outputs)
+            own_bias = OwnVector(f"{name}.bias", selection, features, copies) if has_bias else None
+            own_biases.append(own_bias)
             if site.fused:
                 assert not has_bias, "no family has a fused linear with a bias"
                 bases.append(DenseLinear.read_fused(reader, name, site.fused, shard))
             else:
                 bases.append(DenseLinear.read(reader, name, shard, has_bias and not summed))
-        group = groups.tp_group if summed else None
         stack = stack_type(sites, own, bases, selection, reader.dtype, reader.device, group)
-        for linear, (site, bias_O) in enumerate(zip(sites, biases, strict=True)):
-            module: nn.Module = AdaptedLinear(stack, linear, group, bias_O)
+        for linear, site in enumerate(sites):
+            module: nn.Module = AdaptedLinear(
+                stack, linear, group, biases[linear], own_biases[linear]
+            )
             if site.fused:
                 module = PartByPart(module, site.fused)
             layer_module.set_submodule(module_path(site.module), module)
@@ -122,8 +130,36 @@ def _share_wide_norms(
         weight_f = reader.read(
             f"model.layers.{layer}.self_attn.{name}.weight", as_slice(shard.outputs)
         )
-        shared = SharedNorm(weight_f, norm.variance_epsilon, groups.tp_group, name)
+        shared = SharedNorm(weight_f, shard.outputs, norm.variance_epsilon, groups.tp_group, name)
         setattr(attention, name, shared)
+
+
+def let_tasks_own_norms(
+    decoder: Any, layers: range, groups: ReplicaGroups, selection: Selection
+) -> None:
+    """Wrap every norm of a stage, so that tasks may have weights of their own.
+
+    What the norms of queries and keys are of is split over the tensor-parallel group; what the
+    others are of, every rank has whole.
+    """
+    tp = groups.place.layout.tp
+    heads_first = decoder.config.model_type in HEADS_FIRST
+    for local, layer in enumerate(layers):
+        for path, norm in list(decoder.layers[local].named_modules()):
+            if not type(norm).__name__.endswith("Norm"):
+                continue
+            is_split = path.startswith("self_attn.")
+            own_weight = OwnVector(
+                f"model.layers.{layer}.{path}.weight",
+                selection,
+                getattr(norm, "features", None),
+                1 if is_split else tp,
+            )
+            wrapped = OwnNorm(norm, own_weight, heads_first and is_split)
+            decoder.layers[local].set_submodule(path, wrapped)
+    if groups.place.is_last_stage:
+        own_weight = OwnVector("model.norm.weight", selection, num_copies=tp)
+        decoder.norm = OwnNorm(decoder.norm, own_weight)
 
 
 def _sum_input_gradient(parent: nn.Module, groups: ReplicaGroups) -> None:

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from lobra.layout.shapes import ModelShape
 from lobra.model import pissa
-from lobra.model.adapter import AdapterSpec, FlatTensors
+from lobra.model.adapter import AdapterSpec
+from lobra.model.flat_tensors import FlatTensors
 
 
 class Slot:
-    """The adapter of one task in the layers of one stage.
+    """The adapter of one task in one stage.
 
     `weights` and `gradient` are flat and never move. They are canonical: unsharded, whatever the
     layout, in fp32 (in fp64 beside an fp64 model). The backward pass adds into `gradient`, and what

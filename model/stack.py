@@ -25,13 +25,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lobra.layout.layout import ADAPTER_HIDDEN
-from lobra.model.adapter import AdapterSpec, Site
+from lobra.model.adapter import AdapterSpec
 from lobra.model.base_linear import BaseLinear, Shard
 from lobra.model.dropout import feature_keys
 from lobra.model.magnitude import Magnitude
 from lobra.model.memory_policy import kept
+from lobra.model.own_vector import OwnVector
 from lobra.model.part import Factors, Outputs, Part, Rows
 from lobra.model.precision import kept_dtype
+from lobra.model.site import Site
 from lobra.model.slot import Slot
 from lobra.model.tensor_parallel import Group, reduce_from_group
 from lobra.model.token_tasks import Segment, Selection, TokenTasks
@@ -140,7 +142,7 @@ class Stack(ABC):
                     for flat in (slot.weights, slot.gradient)
                 )
                 A_ri = projections.A_rI[:, shard.inputs.start : shard.inputs.stop]
-                B_ro = projections.B_rO[:, shard.outputs.start : shard.outputs.stop]
+                B_ro = projections.B_at(site)[:, shard.outputs.start : shard.outputs.stop]
                 output = Outputs(linear, slice(len(d_r)), Rows(B_ro, ()))
                 vectors = Vectors(b_o, gradient_b_o, gradient_d_r)
                 parts.append(Part(slice(0), Factors(Rows(A_ri, ()), (output,)), d_r, vectors))
@@ -258,6 +260,45 @@ class Stack(ABC):
             for linear in linears
         ]
 
+    def products(
+        self, x: Tensor, parts: Sequence[Part], hidden: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """Return each linear's [..., o] of x [..., i], by the parts and their `hidden` of x."""
+        ys = tuple(base(x) for base in self.bases)
+        x_Ni, ys_No = _by_token(x), [_by_token(y) for y in ys]
+        for part, h_nR in zip(parts, hidden, strict=True):
+            n = part.tokens
+            part.add_update(self.bases, x_Ni[n], h_nR, [y_No[n] for y_No in ys_No])
+        return ys
+
+    def gradients(
+        self,
+        x: Tensor | None,
+        parts: Sequence[Part],
+        hidden: Sequence[Tensor],
+        dys: Sequence[Tensor],
+        wants_input: bool,
+    ) -> Tensor | None:
+        """Add the gradients of what is trained into the slots, by those of the products.
+
+        Returns
+        -------
+        Tensor or None
+            The gradient of x [..., i], if it is wanted.
+        """
+        dys_No = [_by_token(dy) for dy in dys]
+        dx_Ni = None
+        if wants_input:
+            for base, dy_No in zip(self.bases, dys_No, strict=True):
+                dx_Ni = base.input_gradient(dy_No, dx_Ni)
+        for part, h_nR in zip(parts, hidden, strict=True):
+            assert x is not None
+            n = part.tokens
+            dx_ni = None if dx_Ni is None else dx_Ni[n]
+            dys_no = [dy_No[n] for dy_No in dys_No]
+            part.add_gradients(self.bases, _by_token(x)[n], h_nR, dys_no, dx_ni)
+        return None if dx_Ni is None else dx_Ni.view(*dys[0].shape[:-1], -1)
+
     def output(self, x: Tensor, linear: int) -> Tensor:
         """Return a linear's [..., o] of x [..., i], before any reduction.
 
@@ -289,34 +330,14 @@ class _Products(torch.autograd.Function):
 
         hidden = kept(ADAPTER_HIDDEN, all_hidden)
         ctx.save_for_backward(*([x, *hidden] if hidden else []))
-
-        def products() -> tuple[Tensor, ...]:
-            ys = tuple(base(x) for base in stack.bases)
-            x_Ni, ys_No = _by_token(x), [_by_token(y) for y in ys]
-            for part, h_nR in zip(parts, hidden, strict=True):
-                n = part.tokens
-                part.add_update(stack.bases, x_Ni[n], h_nR, [y_No[n] for y_No in ys_No])
-            return ys
-
+        products = partial(stack.products, x, parts, hidden)
         return kept(stack.sites[0].module, products)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         stack: Stack = ctx.stack
-        dys_No = [_by_token(gradient) for gradient in gradients]
-        dx_Ni, saved = None, []
-        if ctx.needs_input_grad[0]:
-            for base, dy_No in zip(stack.bases, dys_No, strict=True):
-                dx_Ni = base.input_gradient(dy_No, dx_Ni)
-        if ctx.parts:
-            x, *saved = ctx.saved_tensors
-            x_Ni = _by_token(x)
-        for part, h_nR in zip(ctx.parts, saved, strict=True):
-            n = part.tokens
-            dx_ni = None if dx_Ni is None else dx_Ni[n]
-            dys_no = [dy_No[n] for dy_No in dys_No]
-            part.add_gradients(stack.bases, x_Ni[n], h_nR, dys_no, dx_ni)
-        dx = None if dx_Ni is None else dx_Ni.view(*gradients[0].shape[:-1], -1)
+        x, *hidden = ctx.saved_tensors if ctx.parts else (None,)
+        dx = stack.gradients(x, ctx.parts, hidden, gradients, ctx.needs_input_grad[0])
         return dx, None, None, None
 
 
@@ -332,18 +353,35 @@ class AdaptedLinear(nn.Module):
     """
 
     def __init__(
-        self, stack: Stack, linear: int, group: Group = None, bias_O: Tensor | None = None
+        self,
+        stack: Stack,
+        linear: int,
+        group: Group = None,
+        bias_O: Tensor | None = None,
+        own_bias: OwnVector | None = None,
     ) -> None:
-        """Be linear number ``linear`` of the stack; its output is summed over ``group``."""
+        """Be linear number ``linear`` of the stack; its output is summed over ``group``.
+
+        ``own_bias`` are the biases that tasks have instead of its own.
+        """
         super().__init__()
         self.base = stack.bases[linear]
         self.bias = None if bias_O is None else nn.Parameter(bias_O, requires_grad=False)
         self.stack = stack
         self.linear = linear
         self.group = group
+        self.own_bias = own_bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., o] (column-parallel) or [..., O] (row-parallel) of x [..., i]."""
         name = self.stack.sites[self.linear].module
         y = reduce_from_group(self.stack.output(x, self.linear), self.group, name)
-        return y if self.bias is None else y + self.bias
+        if self.bias is not None:
+            y = y + self.bias
+        return y if self.own_bias is None else self.own_bias.replaced(y, self._with_bias)
+
+    def _with_bias(self, y: Tensor, own_o: Tensor) -> Tensor:
+        """Return outputs with another bias than the base's, which they have."""
+        base_o = self.base.bias if self.bias is None else self.bias
+        assert base_o is not None
+        return y + (own_o - base_o).to(y.dtype)

@@ -26,19 +26,22 @@ from lobra.layout.shapes import ModelShape, layout_problem, read_shape
 from lobra.layout.world import shard_range
 from lobra.model import packed_attention
 from lobra.model.adapter import AdapterSpec
-from lobra.model.checkpoint import CheckpointReader, as_slice
+from lobra.model.arranged import Arranged
+from lobra.model.checkpoint import EMBEDDING, HEAD, CheckpointReader, as_slice
+from lobra.model.embedding import VocabParallelEmbedding
 from lobra.model.fused import fuse
 from lobra.model.groups import ReplicaGroups
+from lobra.model.head import LogitScale, VocabParallelHead
 from lobra.model.joint_stack import JointStack
 from lobra.model.long_rope import LONG_ROPE, OwnLengthRope
 from lobra.model.memory_policy import apply_policy, is_autograds_own
 from lobra.model.micro_batch import MicroBatchTensors
 from lobra.model.precision import NothingBelowDouble, in_double, kept_dtype
 from lobra.model.segment_stack import SegmentStack
-from lobra.model.sharded_layer import shard_layer
+from lobra.model.sharded_layer import let_tasks_own_norms, shard_layer
+from lobra.model.site import sites_by_input
 from lobra.model.slot import Slot
 from lobra.model.stack import Stack
-from lobra.model.tensor_parallel import LogitScale, VocabParallelEmbedding, VocabParallelHead
 from lobra.model.token_tasks import Selection, TokenTasks
 
 # As transformers names them: what Gemma's embedding, and what Granite's decoder multiplies by.
@@ -69,6 +72,8 @@ class Stage(nn.Module):
         self.decoder = decoder
         self.head = head
         self.stacks = stacks
+        others = [one for one in decoder.modules() if isinstance(one, Arranged)]
+        self.arranged: list[Stack | Arranged] = [*stacks, *others]
         self.selection = selection
         self.slots: dict[int, Slot] = {}
         self.apart = False
@@ -99,10 +104,11 @@ class Stage(nn.Module):
             If a target module is unknown.
         """
         kept = kept_dtype(self.dtype)
+        layers = self.groups.place.adapted_layers(self.shape.num_layers)
         for number, spec in specs_of_model(specs, self.shape).items():
             assert number not in self.slots, "a task's number is its own"
             self.slots[number] = Slot(
-                number, spec, self.shape, self.layers, kept, self.device, self.dtype
+                number, spec, self.shape, layers, kept, self.device, self.dtype
             )
         self._arrange()
 
@@ -112,8 +118,8 @@ class Stage(nn.Module):
         self._arrange()
 
     def _arrange(self) -> None:
-        for stack in self.stacks:
-            stack.arrange(self.slots)
+        for one in self.arranged:
+            one.arrange(self.slots)
 
     def load(self, number: int, named: Mapping[str, Tensor]) -> None:
         """Take a task's weights over (PEFT's names); KeyError or ValueError if they do not fit."""
@@ -170,7 +176,9 @@ class Stage(nn.Module):
         factors_P = targets.factors_P
         if factors_P is None:
             factors_P = batch.task_weights.index_select(0, targets.tasks_P)
-        losses_P = self.head.losses(hidden_PD, targets.tokens_P)
+        noise = None if batch.noise is None else batch.noise.at(targets.positions_P)
+        tasks = TokenTasks(targets.segments, noise)
+        losses_P = self.head.losses(hidden_PD, targets.tokens_P, tasks)
         # A sum over zero tokens still depends on the hidden states: every rank runs backward.
         weighted = (targets.learned(losses_P) * factors_P).sum()
         if batch.examples is not None:
@@ -183,7 +191,8 @@ class Stage(nn.Module):
         """Return this rank's slice of the logits [B, S, v] (last stage only, no gradient)."""
         assert self.head is not None, "only the last stage has the head"
         with torch.no_grad():
-            return self.head.logits(self.hidden(batch, received_BSD))
+            hidden_BSD = self.hidden(batch, received_BSD)
+            return self.head.logits(hidden_BSD, self.selection.tasks)
 
 
 def build_stage(
@@ -236,7 +245,10 @@ def build_stage(
         stacks += shard_layer(
             decoder.layers[local], layer, shape, groups, reader, stack_type, selection
         )
-    head = _place_ends(decoder, shape, groups, reader)
+    head = _place_ends(decoder, shape, groups, reader, selection)
+    if head is not None:
+        (site,) = next(sites_by_input(shape, shape.num_layers))
+        stacks.append(head.adapted(site, selection))
     _load_rest(decoder, layers, reader)
     # Non-persistent buffers were made on the meta device: build the module anew where it runs.
     with NothingBelowDouble() if dtype == torch.float64 else nullcontext():
@@ -245,6 +257,7 @@ def build_stage(
         decoder.rotary_emb = OwnLengthRope(decoder.rotary_emb)
     decoder.requires_grad_(False)
     fuse(decoder)
+    let_tasks_own_norms(decoder, layers, groups, selection)
     if dtype == torch.float64:
         for module in (*decoder.layers, decoder.norm, decoder.rotary_emb):
             in_double(module)
@@ -289,27 +302,33 @@ def _stage_config(folder: Path, layers: range) -> Any:
 
 
 def _place_ends(
-    decoder: Any, shape: ModelShape, groups: ReplicaGroups, reader: CheckpointReader
+    decoder: Any,
+    shape: ModelShape,
+    groups: ReplicaGroups,
+    reader: CheckpointReader,
+    selection: Selection,
 ) -> VocabParallelHead | None:
     """Load the embedding on the first stage, norm and head on the last; drop them elsewhere."""
     place = groups.place
     rows = shard_range(shape.vocab_size, place.layout.tp, place.tp_index)
-    embedding = "model.embed_tokens.weight"
     scale = getattr(decoder.embed_tokens, EMBEDDING_SCALE, None)
+    padding = decoder.embed_tokens.padding_idx
     decoder.embed_tokens = None
     weight_vD = None
     if hasattr(decoder, INPUT_FACTOR) and not place.is_first_stage:
         setattr(decoder, INPUT_FACTOR, 1.0)
     if place.is_first_stage:
-        weight_vD = reader.read(embedding, as_slice(rows))
-        decoder.embed_tokens = VocabParallelEmbedding(weight_vD, rows, groups.tp_group, scale)
+        weight_vD = reader.read(EMBEDDING, as_slice(rows))
+        decoder.embed_tokens = VocabParallelEmbedding(
+            weight_vD, rows, groups.tp_group, selection, scale, padding
+        )
     if not place.is_last_stage:
         decoder.norm = nn.Identity()
         return None
     if not shape.tied_embeddings:
-        weight_vD = reader.read("lm_head.weight", as_slice(rows))
+        weight_vD = reader.read(HEAD, as_slice(rows))
     elif weight_vD is None:
-        weight_vD = reader.read(embedding, as_slice(rows))
+        weight_vD = reader.read(EMBEDDING, as_slice(rows))
     largest_slice = math.ceil(shape.vocab_size / place.layout.tp)
     config = decoder.config
     scale = LogitScale(

@@ -36,9 +36,23 @@ class TokenTasks:
         """Return whether something of these adapters' inputs drops out."""
         return self.noise is not None and any(spec.dropout > 0.0 for spec in specs)
 
+    def part(self, tokens: slice) -> TokenTasks:
+        """Return whose some of the tokens are, counted from the first of them."""
+        segments = tuple(
+            Segment(own.number, max(own.start, tokens.start) - tokens.start,
+                    min(own.stop, tokens.stop) - tokens.start)
+            for own in self.segments
+            if own.start < tokens.stop and own.stop > tokens.start
+        )  # fmt: skip
+        noise = None if self.noise is None else self.noise.part(tokens)
+        return TokenTasks(segments, noise, self.apart)
+
+
+NOBODYS = TokenTasks(())
+
 
 @dataclass
 class Selection:
     """The micro-batch that is being computed (one object a stage)."""
 
-    tasks: TokenTasks = TokenTasks(())
+    tasks: TokenTasks = NOBODYS

@@ -12,17 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lobra.model.head import LogitScale, VocabParallelHead, softmax_and_losses
 from lobra.model.memory_policy import kept
 from lobra.model.precision import kept_dtype
 from lobra.model.stack import AdaptedLinear
-from lobra.model.tensor_parallel import (
-    Group,
-    LogitScale,
-    VocabParallelHead,
-    copy_to_group,
-    reduce_from_group,
-    softmax_and_losses,
-)
+from lobra.model.tensor_parallel import Group, copy_to_group, reduce_from_group
+from lobra.model.token_tasks import NOBODYS, TokenTasks
 
 
 class _Product(torch.autograd.Function):
@@ -73,11 +68,11 @@ class TrainedHead(VocabParallelHead):
     def of(cls, head: VocabParallelHead, weight_vD: nn.Parameter) -> TrainedHead:
         """Return the same head with this weight, which may be the embedding's."""
         trained = cls(weight_vD, head.rows, head.group, len(head.rows), head.scale)
-        trained.weight = weight_vD
+        trained.weight = trained.base.weight = weight_vD
         trained.chunk = head.chunk
         return trained
 
-    def losses(self, hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
+    def losses(self, hidden_TD: Tensor, targets_T: Tensor, tasks: TokenTasks = NOBODYS) -> Tensor:
         """Return each token's cross-entropy [T], in fp32 (fp64 in fp64)."""
         hidden_TD = copy_to_group(hidden_TD, self.group)
         losses_T: Tensor = _TrainedCrossEntropy.apply(

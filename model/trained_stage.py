@@ -9,10 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lobra.model.adapter import AdapterSpec, FlatTensors
+from lobra.model.adapter import AdapterSpec
+from lobra.model.base_linear import DenseLinear
 from lobra.model.checkpoint import HEAD, CheckpointReader
+from lobra.model.flat_tensors import FlatTensors
 from lobra.model.held import HeldTensor, Size, held_tensors, owned_tensors
-from lobra.model.precision import kept_dtype
+from lobra.model.own_vector import OwnNorm
+from lobra.model.precision import in_double, kept_dtype
 from lobra.model.slot import Slot
 from lobra.model.stack import AdaptedLinear
 from lobra.model.stage import Stage
@@ -110,13 +113,17 @@ def _accumulate(into: Tensor, parameter: Tensor) -> None:
 
 def _replace_modules(stage: Stage) -> None:
     """Put modules with gradients of their weights in the place of those with adapters."""
-    for layer in stage.decoder.layers:
-        for name, module in list(layer.named_modules()):
-            if isinstance(module, AdaptedLinear):
-                layer.set_submodule(name, TrainedLinear.of(module))
-    stage.stacks = []
+    for name, module in list(stage.decoder.named_modules()):
+        if isinstance(module, AdaptedLinear):
+            stage.decoder.set_submodule(name, TrainedLinear.of(module))
+        elif isinstance(module, OwnNorm):
+            if stage.dtype == torch.float64:
+                in_double(module.norm)
+            stage.decoder.set_submodule(name, module.norm)
+    stage.stacks, stage.arranged = [], []
     if stage.head is not None:
-        weight = stage.head.weight
+        assert isinstance(stage.head.base, DenseLinear)
+        weight = stage.head.base.weight
         if stage.shape.tied_embeddings and stage.groups.place.is_first_stage:
             weight = stage.decoder.embed_tokens.weight
         stage.head = TrainedHead.of(stage.head, weight)
@@ -131,5 +138,6 @@ def _parameters(stage: Stage) -> dict[str, nn.Parameter]:
             parts[1] = str(stage.layers[int(parts[1])])
         found[".".join(["model", *parts])] = parameter
     if stage.head is not None and not stage.shape.tied_embeddings:
+        assert isinstance(stage.head, TrainedHead)
         found[HEAD] = stage.head.weight
     return found

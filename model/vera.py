@@ -12,12 +12,13 @@ features of this rank's shard.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from lobra.layout.shapes import ModelShape
+from lobra.layout.shapes import FusedLinear, ModelShape
+from lobra.model.site import Site
 
 PROJECTIONS = ("base_model.vera_A", "base_model.vera_B")  # PEFT's names
 
@@ -28,6 +29,7 @@ class Projections:
 
     A_rI: Tensor
     B_rO: Tensor
+    _grouped: dict[FusedLinear, Tensor] = field(default_factory=dict, init=False, compare=False)
 
     @classmethod
     def drawn(
@@ -37,7 +39,7 @@ class Projections:
 
         Uniform within sqrt(6 / features that are summed over), A first (Kaiming, arXiv 1502.01852).
         """
-        sizes = [shape.linear_sizes()[module] for module in modules]
+        sizes = [shape.module_sizes()[module] for module in modules]
         most_inputs, most_outputs = map(max, zip(*sizes, strict=True))
         generator = torch.Generator().manual_seed(seed)
         A_rI, B_Or = torch.empty(rank, most_inputs), torch.empty(most_outputs, rank)
@@ -50,10 +52,19 @@ class Projections:
         """Return them elsewhere."""
         return Projections(self.A_rI.to(device, dtype), self.B_rO.to(device, dtype))
 
+    def B_at(self, site: Site) -> Tensor:
+        """Return B [r, O] of a linear, its features as they lie there."""
+        B_rO = self.B_rO[:, : site.out_features]
+        if site.fused is None:
+            return B_rO
+        if site.fused not in self._grouped:  # the same in every layer
+            self._grouped[site.fused] = site.grouped(B_rO)
+        return self._grouped[site.fused]
+
     @property
     def nbytes(self) -> int:
-        """Bytes of both."""
-        return self.A_rI.nbytes + self.B_rO.nbytes
+        """Bytes of both, and of what B is at fused linears."""
+        return sum(matrix.nbytes for matrix in (self.A_rI, self.B_rO, *self._grouped.values()))
 
     def named(self) -> dict[str, Tensor]:
         """Return them with PEFT's names and shapes."""

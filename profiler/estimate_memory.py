@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lobra.layout.shapes import ModelShape
-from lobra.layout.world import stage_layers
+from lobra.layout.world import adapted_layers, stage_layers
 from lobra.profiler.accelerators import Runtime
 from lobra.profiler.capacity import Parts
 from lobra.profiler.exchange import (
@@ -22,7 +22,7 @@ from lobra.profiler.exchange import (
 from lobra.profiler.layer_memory import ROW_PARALLEL, LayerMemory, element_bytes, joint_rank
 from lobra.tasks.config import TaskConfig
 
-# Logits the loss holds at once, as `model.tensor_parallel` has it (a test compares them).
+# Logits the loss holds at once, as `model.head` has it (a test compares them).
 LOGITS_AT_ONCE = 1 << 25
 
 
@@ -36,10 +36,9 @@ class Adapters:
     specs: tuple[tuple[int, tuple[str, ...]], ...]
     dropout_modules: tuple[str, ...] = ()
 
-    def elements_per_layer(self, shape: ModelShape) -> int:
-        """Return the adapters' parameters in one layer, all tasks."""
-        total = sum(shape.adapter_elements(rank, targets) for rank, targets in self.specs)
-        return total // shape.num_layers
+    def elements(self, shape: ModelShape, layers: range) -> int:
+        """Return the adapters' parameters in some of the `adapted_layers`, all tasks."""
+        return sum(shape.adapter_elements(rank, targets, layers) for rank, targets in self.specs)
 
     @classmethod
     def of_tasks(cls, tasks: Sequence[TaskConfig], shape: ModelShape) -> Adapters:
@@ -114,7 +113,7 @@ class MemoryEstimate:
 
 
 def _inputs(shape: ModelShape, modules: Iterable[str]) -> int:
-    return sum(shape.linear_sizes()[module][0] for module in shape.own_modules(modules))
+    return sum(shape.linear_sizes()[module][0] for module in shape.layer_modules(modules))
 
 
 def layer_weights(shape: ModelShape) -> int:
@@ -128,7 +127,7 @@ def dropout_factor_bytes(
     """Return the bytes per token of each linear's dropout factors; none are kept."""
     return [
         element_bytes(precision) * inputs / (tp if module in ROW_PARALLEL else 1)
-        for module in shape.own_modules(dropout_modules)
+        for module in shape.layer_modules(dropout_modules)
         for inputs in [shape.linear_sizes()[module][0]]
     ]
 
@@ -194,11 +193,12 @@ def _stage_memory(
     memory: str,
 ) -> MemoryEstimate:
     e = element_bytes(precision)
-    layers = len(stage_layers(shape.num_layers, pp, stage))
+    own_layers = stage_layers(shape.num_layers, pp, stage)
+    layers = len(own_layers)
     vocabulary_matrices = int(stage == 0) + int(stage == pp - 1)  # embedding, head
     if pp == 1 and shape.tied_embeddings:
         vocabulary_matrices = 1
-    elements = adapters.elements_per_layer(shape) * layers
+    elements = adapters.elements(shape, adapted_layers(own_layers, shape.num_layers))
     fixed = e * layers * layer_weights(shape) / tp
     fixed += e * vocabulary_matrices * shape.vocab_size * shape.hidden_size / tp
     whole = tp if runtime.adapters_sharded else 1

@@ -14,15 +14,20 @@ ATTENTION = 6
 
 
 def training_flops(
-    shape: ModelShape, work: Work, adapter_elements: int, trains_base: bool = False
+    shape: ModelShape,
+    work: Work,
+    rank: int,
+    target_modules: tuple[str, ...],
+    trains_base: bool = False,
 ) -> float:
     """Return the floating-point operations that training on sequences once takes.
 
     They are those of the model (PaLM, Chowdhery et al. 2022, appendix B) for a frozen base: 4 a
     parameter of the layers and token, 4 a parameter of the head and token to be predicted, 6 an
-    element of the adapter and token, and 6 x heads x head_dim a layer and pair of positions, as
-    causal attention has half of the pairs (PaLM's own count has all). Neither padding nor what is
-    computed again counts; norms, rotary embeddings, softmax and loss are left out as there.
+    element of the adapter and token (on the head, and token to be predicted), and 6 x heads x
+    head_dim a layer and pair of positions, as causal attention has half of the pairs (PaLM's own
+    count has all). Neither padding nor what is computed again counts; norms, embeddings with their
+    adapters, softmax and loss are left out as there.
 
     Parameters
     ----------
@@ -30,17 +35,22 @@ def training_flops(
         The base model.
     work
         The sequences: their tokens, squared lengths and labels.
-    adapter_elements
-        The parameters of the adapter that is trained.
+    rank, target_modules
+        Of the adapter that is trained.
     trains_base
         Whether the base is, too: its parameters count as the adapter's do.
     """
     of_base = TRAINED if trains_base else FROZEN
     of_a_layer = sum(inputs * outputs for inputs, outputs in shape.linear_sizes().values())
+    num_layers = shape.num_layers
+    of_layers, of_head = (
+        shape.adapter_elements(rank, target_modules, layers)
+        for layers in (range(num_layers), range(num_layers, num_layers + 1))
+    )
     attention = ATTENTION * shape.num_heads * shape.head_dim * work.squares
     return float(
-        of_base * work.tokens * shape.num_layers * of_a_layer
+        of_base * work.tokens * num_layers * of_a_layer
         + of_base * work.labels * shape.hidden_size * shape.vocab_size
-        + TRAINED * work.tokens * adapter_elements
-        + shape.num_layers * attention
+        + TRAINED * (work.tokens * of_layers + work.labels * of_head)
+        + num_layers * attention
     )

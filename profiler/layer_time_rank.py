@@ -20,6 +20,7 @@ from lobra.model.groups import ReplicaGroups, build_groups
 from lobra.model.micro_batch import MicroBatchTensors
 from lobra.model.precision import DTYPES
 from lobra.model.stage import Stage, build_stage
+from lobra.model.token_tasks import TokenTasks
 from lobra.profiler.effort import THOROUGH, Effort
 from lobra.profiler.head import PROFILED_SHARE
 from lobra.profiler.memory_rank import synthetic_batch, torch_device
@@ -221,6 +222,7 @@ def _head_run(
     embedding: Stage, head: Stage, batch: MicroBatchTensors, received_BSD: torch.Tensor
 ) -> Callable[[], None]:
     def run() -> None:
+        embedding.selection.tasks = head.selection.tasks = TokenTasks(batch.segments, batch.noise)
         embedding.decoder.embed_tokens(batch.tokens_BS)
         hidden_BSD = received_BSD.detach().requires_grad_(True)
         weighted, _ = head.loss(head.decoder.norm(hidden_BSD), batch)

@@ -145,8 +145,9 @@ def _batches(stage: Stage, shape: tuple[int, int]) -> list[MicroBatchTensors]:
 
 def _kept_size(spec: AdapterSpec, shape: ModelShape) -> int:
     """Return about how many numbers a layer keeps of a token for an adapter."""
-    inputs = sum(shape.linear_sizes()[module][0] for module in spec.target_modules)
-    return spec.largest_rank * len(spec.target_modules) + inputs
+    modules = shape.layer_modules(spec.target_modules)
+    inputs = sum(shape.linear_sizes()[module][0] for module in modules)
+    return spec.largest_rank * len(modules) + inputs
 
 
 def synthetic_batch(

@@ -29,6 +29,8 @@ def adapter_specs(tasks: Sequence[TaskConfig]) -> tuple[AdapterSpec, ...]:
             task.seed,
             task.adapter,
             tuple(task.rank_pattern.items()),
+            modules_to_save=task.modules_to_save,
+            bias=task.bias,
         )
         for task in tasks
     )

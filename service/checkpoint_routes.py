@@ -18,6 +18,7 @@ from lobra.service.intake import MLP, Intake
 from lobra.service.retention import drop_checkpoint
 from lobra.service.sender import Sender
 from lobra.service.tables import CheckpointRow
+from lobra.tasks.target_modules import HEAD
 
 KINDS = {WEIGHTS: "training", SAMPLER_WEIGHTS: "sampler"}
 BLOCK_BYTES = 1 << 20  # of a file that is sent
@@ -70,7 +71,7 @@ def checkpoint_routes(intake: Intake) -> APIRouter:
             "base_model": deployment.names[0],
             "is_lora": True,
             "lora_rank": model.rank,
-            "train_unembed": False,
+            "train_unembed": HEAD in model.target_modules,
             "train_mlp": MLP[0] in model.target_modules,
             "train_attn": "q_proj" in model.target_modules,
         }

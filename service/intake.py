@@ -32,10 +32,10 @@ from lobra.service.tables import (
     sessions,
 )
 from lobra.service.tenants import Tenant
+from lobra.tasks.target_modules import HEAD, TARGET_MODULES
 
 SESSION_LIFE_S = 600.0  # without a sign of life; then its models make room for others
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
+ATTENTION, MLP = TARGET_MODULES[:4], TARGET_MODULES[4:]
 CHECKPOINT_PATH = re.compile(
     rf"{PATH_PREFIX}[^/]+/(weights|sampler_weights)/[A-Za-z0-9][A-Za-z0-9._-]*"
 )
@@ -126,9 +126,10 @@ class Intake:
     def create_model(self, tenant: Tenant, body: CreateModel) -> RequestRow:
         """Take in the making of a model."""
         adapter = body.lora_config
-        modules = (*ATTENTION * adapter.train_attn, *MLP * adapter.train_mlp)
+        attention, mlp = ATTENTION * adapter.train_attn, MLP * adapter.train_mlp
+        modules = (*attention, *mlp, *(HEAD,) * adapter.train_unembed)
         if not modules:
-            raise Refusal(400, "train_unembed alone: no adapter on the head is trained here")
+            raise Refusal(400, "train_attn, train_mlp, train_unembed: want at least one of them")
         if adapter.rank > self.deployment.max_rank:
             most = self.deployment.max_rank
             raise Refusal(400, f"rank {adapter.rank}: this service trains up to rank {most}")

@@ -35,7 +35,6 @@ from lobra.service.waiters import Waiters
 from lobra.service.wire import CONTENT_TYPE
 
 POLL_S = 30.0  # how long a question for a result is held
-NO_HEAD = "train_unembed is not done here: no adapter on the head is trained, only the others"
 
 
 def training_routes(intake: Intake, waiters: Waiters) -> APIRouter:
@@ -67,7 +66,7 @@ def training_routes(intake: Intake, waiters: Waiters) -> APIRouter:
     @routes.post("/create_session")
     def create_session(sender: Sender) -> dict[str, Any]:
         name = intake.new_session(sender)
-        return {"type": "create_session", "session_id": name, "warning_message": NO_HEAD}
+        return {"type": "create_session", "session_id": name}
 
     @routes.post("/session_heartbeat")
     def heartbeat(body: OfSession, sender: Sender) -> dict[str, Any]:

@@ -40,7 +40,13 @@ from lobra.common.models import (
 from lobra.tasks.foreign_names import foreign_field
 from lobra.tasks.objectives import KTO, OBJECTIVES, PARAMETERS, PPO, SUPERVISED
 from lobra.tasks.prompts import NAMES, template_problem
-from lobra.tasks.target_modules import MODULE_ALIASES, TARGET_MODULES, resolve_target_modules
+from lobra.tasks.target_modules import (
+    ADAPTED_MODULES,
+    EMBEDDING,
+    MODULE_ALIASES,
+    TARGET_MODULES,
+    resolve_target_modules,
+)
 
 CONFIG_FOLDER = Path("trainer_config")
 #: The same of the installation: the task sets that come with the project.
@@ -53,8 +59,9 @@ FULL = "full"  # no adapter: the base's own weights
 _OF_ADAPTERS: Mapping[str, Any] = {
     **dict(rank=1, lora_alpha=1, target_modules=list(TARGET_MODULES), lora_dropout=0.0),
     **dict(loraplus_ratio=1.0, rank_pattern={}, alpha_pattern={}, projection_prng_key=0),
-    **dict(resume_from=None),
+    **dict(modules_to_save=(), bias="none", resume_from=None),
 }
+BIASES = ("none", "all", "lora_only")
 ADAMW_8BIT = "adamw8bit"
 OPTIMIZERS = ("adamw", ADAMW_8BIT, "sgd")
 _ADAMS = ("adamw", ADAMW_8BIT)
@@ -64,7 +71,7 @@ _OF_OPTIMIZER: Mapping[str, tuple[str, ...]] = {
 }
 LR_SCHEDULERS = ("constant", "linear", "cosine")
 
-_MODULES = (*TARGET_MODULES, *MODULE_ALIASES)
+_MODULES = (*ADAPTED_MODULES, *MODULE_ALIASES)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -74,6 +81,11 @@ def _listed(value: Any) -> list[Any]:
     if not isinstance(value, list) or not value:
         raise wanted(f"a list of {', '.join(_MODULES)}", _MODULES)
     return value
+
+
+def _one_or_more(value: Any) -> Any:
+    """Return one text as a list, anything else as it is."""
+    return [value] if isinstance(value, str) else value
 
 
 def _checked_prompt(value: str) -> str:
@@ -99,6 +111,9 @@ _Prompt = Annotated[
     Field(strict=True, examples=list(NAMES)),
     Wanted("a text"),
     AfterValidator(_checked_prompt),
+]
+_Norms = Annotated[
+    tuple[Text, ...], BeforeValidator(_one_or_more, json_schema_input_type=Text | list[Text])
 ]
 _Scheduler = Annotated[str, OneOf(LR_SCHEDULERS)]
 _Adapter = Annotated[str, OneOf((*ADAPTERS, FULL))]
@@ -143,7 +158,8 @@ class TaskConfig(FileModel):
     lora_alpha: Annotated[Positive, AtMost(10**6)]
     """The adapter is scaled by lora_alpha / rank (rslora: by lora_alpha / sqrt(rank))."""
     target_modules: _Modules
-    """all-linear, or a list of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj."""
+    """all-linear, or a list of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj,
+    embed_tokens and lm_head."""
     global_batch_size: Annotated[PositiveInt, AtMost(2**20)]
     """Sequences of this task in every step, over all devices; examples of objectives that
     compare answers."""
@@ -230,6 +246,12 @@ class TaskConfig(FileModel):
     offload: Flag = False
     """Of full: keep the optimiser's state in the host's memory, and update there."""
 
+    modules_to_save: _Norms = field(default_factory=tuple)
+    """Norms that are trained as they are, named by the end of their path, as in PEFT."""
+    bias: Annotated[str, OneOf(BIASES)] = "none"
+    """Biases of the base that are trained as they are, as in PEFT: none, all, or those of linears
+    with an adapter (lora_only)."""
+
     @property
     def dataset_names(self) -> tuple[str, ...]:
         """The names of its data sets: one, or several in order."""
@@ -274,18 +296,7 @@ class TaskConfig(FileModel):
         if isinstance(steps, int) and isinstance(warmup, int) and warmup > steps > 0:
             text = f"want at most the task's steps, {steps}"
             return {**mistakes, "warmup_steps": Mistake(text, warmup)}
-        if given.get("adapter") == "vera":
-            mistakes |= {
-                name: Mistake("vera has one rank for all linears and no scale", given[name])
-                for name in ("rank_pattern", "alpha_pattern")
-                if given.get(name)
-            }
-        if given.get("adapter") == "pissa" and "resume_from" in given:
-            text = (
-                "pissa starts from the base's principal parts; go on from an exported one as plain "
-                "LoRA, with adapter: lora and twice the rank and lora_alpha"
-            )
-            mistakes["resume_from"] = Mistake(text, given["resume_from"])
+        mistakes |= _adapter_mistakes(given)
         mistakes |= _objective_mistakes(given)
         mistakes |= _model_mistakes(given)
         meant = {found[0] for name in given if (found := foreign_field(name))}
@@ -293,6 +304,33 @@ class TaskConfig(FileModel):
             text = "neither steps nor epochs is given, want at least one"
             return {**mistakes, "steps": Mistake(text)}
         return mistakes
+
+
+def _adapter_mistakes(given: Mapping[str, Any]) -> dict[str, Mistake]:
+    """Return what is wrong with fields that not every kind of adapter has."""
+    kind = given.get("adapter", "lora")
+    mistakes: dict[str, Mistake] = {}
+    if kind == "vera":
+        mistakes |= {
+            name: Mistake("vera has one rank for all linears and no scale", given[name])
+            for name in ("rank_pattern", "alpha_pattern")
+            if given.get(name)
+        }
+    if kind == "pissa" and "resume_from" in given:
+        text = (
+            "pissa starts from the base's principal parts; go on from an exported one as plain "
+            "LoRA, with adapter: lora and twice the rank and lora_alpha"
+        )
+        mistakes["resume_from"] = Mistake(text, given["resume_from"])
+    trains_biases = given.get("bias", "none") != "none"
+    if trains_biases and kind == "vera":
+        mistakes["bias"] = Mistake("vera trains vectors of its own only", given["bias"])
+    if given.get("loraplus_ratio", 1.0) != 1.0:
+        targets = _one_or_more(given.get("target_modules"))
+        if trains_biases or (isinstance(targets, list | tuple) and EMBEDDING in targets):
+            text = f"LoRA+ has other rates for biases and {EMBEDDING}: train them without it"
+            mistakes["loraplus_ratio"] = Mistake(text, given["loraplus_ratio"])
+    return mistakes
 
 
 def _objective_mistakes(given: Mapping[str, Any]) -> dict[str, Mistake]:

@@ -60,8 +60,8 @@ _ALMOST: Sequence[tuple[str | None, str, str]] = (
     ("adapter", "give adapter: pissa to start from principal parts", "init_lora_weights"),
     (
         None,
-        "trained embeddings, heads, norms and biases are not supported",
-        "modules_to_save trainable_token_indices bias",
+        "embed_tokens may have an adapter; trained rows of it are not supported",
+        "trainable_token_indices",
     ),
     (
         "warmup_steps",

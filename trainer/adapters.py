@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,10 @@ from lobra.common.errors import ConfigError, Problems, show
 from lobra.common.files import drafted, write_atomic
 from lobra.layout.shapes import ModelShape
 from lobra.layout.world import World
-from lobra.model.adapter import VERA_D, AdapterSpec, FlatTensors, sites
+from lobra.model.adapter import VERA_D, AdapterSpec
+from lobra.model.checkpoint import EMBEDDING, HEAD, equal_slices, opened, tensor_files
+from lobra.model.flat_tensors import FlatTensors
+from lobra.model.site import PEFT_PREFIX, sites
 from lobra.model.stage import Stage
 from lobra.model.vera import PROJECTIONS
 from lobra.tasks.config import FULL, TaskConfig
@@ -33,6 +36,10 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 MOMENTS_FILE = "moments.safetensors"
 CARD_FILE = "README.md"
+#: What PEFT saves of the base, under which name, where adapters are on embedding or head.
+BASE_TABLES = {
+    PEFT_PREFIX + name.replace(".weight", ".base_layer.weight"): name for name in (EMBEDDING, HEAD)
+}
 
 
 def adapter_spec(task: TaskConfig, run_seed: int = 0) -> AdapterSpec:
@@ -49,6 +56,8 @@ def adapter_spec(task: TaskConfig, run_seed: int = 0) -> AdapterSpec:
         alpha_pattern=tuple(task.alpha_pattern.items()),
         loraplus_ratio=task.loraplus_ratio,
         projection_seed=task.projection_prng_key,
+        modules_to_save=task.modules_to_save,
+        bias=task.bias,
     )
 
 
@@ -73,6 +82,8 @@ def gather_tensors(
         if rank not in (0, owner):
             continue
         layout = FlatTensors.of_layers(spec, shape, block.layers)
+        if not layout.tensors:
+            continue
         if rank == owner:
             flat = own[block.layers].to("cpu", dtype)
         else:
@@ -120,10 +131,10 @@ def peft_config(spec: AdapterSpec, base_model: str) -> dict[str, Any]:
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "target_modules": list(spec.target_modules),
-        "bias": "none",
+        "bias": spec.bias,
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "modules_to_save": None,
+        "modules_to_save": list(spec.modules_to_save) or None,
         "layers_to_transform": None,
         "layers_pattern": None,
     }
@@ -180,7 +191,9 @@ def check_adapter(folder: Path, spec: AdapterSpec, shape: ModelShape) -> Problem
         for problem in [*_differences(config, spec, shape), *config_problems(config)]
     ]
     drawn = {name: found.pop(name) for name in PROJECTIONS if name in found}
-    modules = {re.split(r"\.(?:lora|vera)_", name)[0].rpartition(".")[2] for name in found}
+    tables = {name: found.pop(name) for name in BASE_TABLES if name in found}
+    adapted = [re.split(r"\.(?:lora|vera)_", name) for name in found]
+    modules = {path.rpartition(".")[2] for path, *rest in adapted if rest}
     if modules != set(spec.target_modules):
         problems.add(
             f"task {spec.name}: resume_from: {weights_path} has modules {sorted(modules)}, "
@@ -188,7 +201,7 @@ def check_adapter(folder: Path, spec: AdapterSpec, shape: ModelShape) -> Problem
         )
     if problems:
         return problems
-    wanted = FlatTensors.of_layers(spec, shape, range(shape.num_layers)).tensors
+    wanted = FlatTensors.whole(spec, shape).tensors
     wanted_shapes = {tensor.name: tensor.shape for tensor in wanted}
     problems += [
         f"task {spec.name}: resume_from: {weights_path}: {name} is {found.get(name, 'missing')}, "
@@ -200,6 +213,12 @@ def check_adapter(folder: Path, spec: AdapterSpec, shape: ModelShape) -> Problem
         f"task {spec.name}: resume_from: {weights_path}: {name} is of no layer of the model"
         for name in sorted(found.keys() - wanted_shapes.keys())
     ]
+    if not problems and tables:
+        problems += [
+            f"task {spec.name}: resume_from: {weights_path}: {name} is not the model's own; only "
+            f"adapters of the published embedding and head are supported"
+            for name in _other_tables(weights_path, tables, shape)
+        ]
     if not problems and drawn:
         named, fresh = load_file(weights_path), spec.projections(shape).named()
         problems += [
@@ -215,6 +234,19 @@ def check_adapter(folder: Path, spec: AdapterSpec, shape: ModelShape) -> Problem
             for name in not_finite(load_file(weights_path))
         ]
     return problems
+
+
+def _other_tables(path: Path, names: Iterable[str], shape: ModelShape) -> list[str]:
+    """Return which of the tables that PEFT saves beside adapters of them are not the base's."""
+    assert shape.path is not None, "a model that is trained has a folder"
+    files, others = tensor_files(shape.path), []
+    with opened(path) as saved:
+        for name in names:
+            own = BASE_TABLES[name] if BASE_TABLES[name] in files else EMBEDDING
+            with opened(shape.path / files[own]) as base:
+                if not equal_slices(saved.get_slice(name), base.get_slice(own)):
+                    others.append(name)
+    return others
 
 
 def _differences(config: Mapping[str, Any], spec: AdapterSpec, shape: ModelShape) -> list[str]:
@@ -233,6 +265,11 @@ def _differences(config: Mapping[str, Any], spec: AdapterSpec, shape: ModelShape
         for field, value in same.items()
         if config.get(field) != value
     ]
+    if (config.get("bias") or "none") != spec.bias:
+        found.append(f"bias is {config.get('bias')!r}, the task says {spec.bias!r}")
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or set(map(str, saved)) != set(spec.modules_to_save):
+        found.append(f"modules_to_save is {saved!r}, the task says {[*spec.modules_to_save]!r}")
     if spec.kind == "vera":
         return found
     found += [

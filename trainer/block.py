@@ -31,10 +31,11 @@ NOT_FINITE = "its weights would not be finite any more"
 class BlockOptimizer:
     """One layer block's part of the slots, its optimiser, and the exchange with other holders."""
 
-    def __init__(self, block: LayerBlock, group: dist.ProcessGroup) -> None:
-        """Hold a block together with the other ranks of ``group``."""
+    def __init__(self, block: LayerBlock, group: dist.ProcessGroup, device: torch.device) -> None:
+        """Hold a block on a device, together with the other ranks of ``group``."""
         self.block = block
         self.group = group
+        self.device = device
         self.num_holders = dist.get_world_size(group)
         self.weights: dict[int, Tensor] = {}
         self.gradients: dict[int, Tensor] = {}
@@ -51,8 +52,11 @@ class BlockOptimizer:
     ) -> None:
         """Begin to optimise a task's weights in the block, as they are now, with this gradient.
 
-        Both are flat; ``rate_factors`` are those of `Partition`. Collective over the holders.
+        Both are flat; ``rate_factors`` are those of `Partition`. A task without tensors in the
+        block has no part in it. Collective over the holders.
         """
+        if not len(weights):
+            return
         self.weights[number] = weights
         self.gradients[number] = gradient
         is_eight_bit = task is not None and task.optimizer == ADAMW_8BIT
@@ -61,8 +65,9 @@ class BlockOptimizer:
 
     def remove(self, number: int) -> None:
         """Forget a task, its moments included."""
-        del self.weights[number], self.gradients[number]
-        self.partitions.pop(number).close()
+        if number in self.partitions:
+            del self.weights[number], self.gradients[number]
+            self.partitions.pop(number).close()
 
     @torch.no_grad()
     def reduce(self, numbers: Sequence[int]) -> Tensor:
@@ -73,8 +78,12 @@ class BlockOptimizer:
         Tensor
             The squared norm of each task's part on this rank, fp64 [tasks], on the device.
         """
-        gradients = [self.gradients[number] for number in numbers]
-        sizes = [self.partitions[number].size for number in numbers]
+        own = [number for number in numbers if number in self.partitions]
+        none = torch.zeros((), dtype=torch.float64, device=self.device)
+        if not own:
+            return none.repeat(len(numbers))
+        gradients = [self.gradients[number] for number in own]
+        sizes = [self.partitions[number].size for number in own]
         if self.num_holders == 1:
             parts = [
                 gradient if len(gradient) == size else pad(gradient, (0, size - len(gradient)))
@@ -89,8 +98,10 @@ class BlockOptimizer:
             own_n = torch.empty_like(stacked_Wn[0])
             dist.reduce_scatter_tensor(own_n, stacked_Wn.flatten(), group=self.group)
             parts = list(own_n.split(sizes))
-        self.reduced_p = dict(zip(numbers, parts, strict=True))
-        return torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float64)).square()
+        self.reduced_p = dict(zip(own, parts, strict=True))
+        norms = torch._foreach_norm(parts, 2, dtype=torch.float64)
+        found = dict(zip(own, norms, strict=True))
+        return torch.stack([found.get(number, none) for number in numbers]).square()
 
     @torch.no_grad()
     def update(
@@ -112,6 +123,7 @@ class BlockOptimizer:
             Of every task whose update failed here, why.
         """
         failed = {}
+        settings = {n: changed for n, changed in settings.items() if n in self.partitions}
         for number, changed in settings.items():
             gradient_p = self.reduced_p[number]
             if clips[number] != 1.0:
@@ -137,12 +149,12 @@ class BlockOptimizer:
 
         Collective over the holders.
         """
-        for number in failed:
+        for number in filter(self.partitions.__contains__, failed):
             partition = self.partitions[number]
             start = dist.get_rank(self.group) * partition.size
             partition.take_back(self.weights[number][start : start + partition.size])
-        if updated:
-            self._gather(updated)
+        if own := [number for number in updated if number in self.partitions]:
+            self._gather(own)
 
     def _gather(self, numbers: Sequence[int]) -> None:
         """Give every holder the updated weights of these tasks."""
@@ -165,7 +177,8 @@ class BlockOptimizer:
     @torch.no_grad()
     def moments(self, number: int) -> dict[str, Tensor]:
         """Return a task's moments in the block, as `whole` does. Collective."""
-        return self.whole(number, self.partitions[number].moments)
+        own = self.partitions[number].moments if number in self.partitions else {}
+        return self.whole(number, own)
 
     @torch.no_grad()
     def whole(self, number: int, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -188,6 +201,8 @@ class BlockOptimizer:
     @torch.no_grad()
     def load(self, number: int, flats: Mapping[str, Tensor], updates: int) -> None:
         """Set a task's moments or its `MASTER`, flat as its weights, and its count of updates."""
+        if number not in self.partitions:
+            return
         partition = self.partitions[number]
         start = dist.get_rank(self.group) * partition.size
         for name, flat in flats.items():

@@ -130,7 +130,7 @@ class Comparison:
             self.stage.dtype,
         )
         if not with_adapters:
-            batches = [replace(batch, segments=()) for batch in batches]
+            batches = [batch.without_adapters() for batch in batches]
         token_losses: list[Tensor] = []
         evaluate_replica(self.stage, batches, self.num_tasks, token_losses)
         found: list[Tensor | None] = [None] * len(parts)

@@ -33,7 +33,6 @@ from lobra.model.precision import DTYPES, kept_dtype
 from lobra.model.stage import build_stage
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.objectives import Objective, objective_of
-from lobra.trainer import first_values
 from lobra.trainer.adapters import MOMENTS_FILE, adapter_spec, load_adapter
 from lobra.trainer.checkpoint import CheckpointState, load_moments, load_weights, read_moments
 from lobra.trainer.checkpoint_folder import STATE_FILE, step_folder
@@ -41,6 +40,7 @@ from lobra.trainer.comparison import Comparison, example_weights, learned_part
 from lobra.trainer.contrast import ContrastPass
 from lobra.trainer.control import Control
 from lobra.trainer.exporter import AdapterExporter
+from lobra.trainer.first_values import start_from_base
 from lobra.trainer.model_training import starting_folder, train_model
 from lobra.trainer.optimizer import AdapterOptimizer, TaskUpdate
 from lobra.trainer.rank0_folder import Rank0Folder
@@ -131,8 +131,8 @@ class Engine:
                 load_weights(checkpoint, self.stage, number)
             elif task.resume_from:
                 load_adapter(Path(task.resume_from), self.stage, number)
-            elif task.adapter in first_values.KINDS:
-                first_values.start_from_base(self.run.model_folder, self.optimizer, number)
+            elif self.stage.slots[number].spec.starts_from_base:
+                start_from_base(self.run.model_folder, self.optimizer, number)
                 self.control.wait()
             self.optimizer.install(number, task)
             if resumed is not None:

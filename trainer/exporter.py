@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lobra.common.storage import StorageError, told_as_storage
-from lobra.model.adapter import FlatTensors
+from lobra.model.flat_tensors import FlatTensors
 from lobra.model.heartbeat import beat
 from lobra.model.pissa import joined
 from lobra.model.slot import Slot
@@ -115,7 +115,7 @@ class AdapterExporter:
         """Return the size of all tasks' weights and moments, and of the best adapters kept."""
         shape = self.stage.shape
         return sum(
-            FlatTensors.of_layers(slot.spec, shape, range(shape.num_layers)).numel
+            FlatTensors.whole(slot.spec, shape).numel
             * slot.weights.itemsize
             * (1 + len(self.optimizer.moment_names(number)) + (number in self.kept))
             for number, slot in self.stage.slots.items()

@@ -26,7 +26,7 @@ class ModelOptimizer(AdapterOptimizer):
     def __init__(self, weights: TrainedWeights, world: World, num_layers: int) -> None:
         """Optimise a stage's weights. Collective: every rank of the world calls it."""
         self.trained = weights
-        self.blocks = own_blocks(world.shard_blocks(num_layers))
+        self.blocks = own_blocks(world.shard_blocks(num_layers), weights.weights.device)
         self.pieces: dict[int, slice] = {}
 
     def install(self, number: int, task: TaskConfig | None = None) -> None:

@@ -20,6 +20,7 @@ from lobra.model.groups import new_group
 from lobra.model.stage import Stage
 from lobra.tasks.config import TaskConfig
 from lobra.trainer.block import BlockOptimizer
+from lobra.trainer.zero import kept_moments
 
 #: Makes of the updated tasks' numbers, and of why updates failed on this rank, why they failed on
 #: any, the same on every rank (`Control.agree`).
@@ -61,7 +62,8 @@ class AdapterOptimizer:
     def __init__(self, stage: Stage, world: World) -> None:
         """Optimise the adapters of a stage. Collective: every rank of the world calls it."""
         self.stage = stage
-        self.blocks = own_blocks(world.blocks(stage.shape.num_layers))
+        self.blocks = own_blocks(world.blocks(stage.shape.num_layers), stage.device)
+        self._moment_names: dict[int, tuple[str, ...]] = {}
 
     def install(self, number: int, task: TaskConfig | None = None) -> None:
         """Begin to optimise the adapter in a slot, as it is now, as its task says. Collective.
@@ -70,6 +72,7 @@ class AdapterOptimizer:
 
         Nothing of another task is touched, neither weights nor moments.
         """
+        self._moment_names[number] = kept_moments(task)
         slot = self.stage.slots[number]
         for block in self.blocks:
             layers = block.block.layers
@@ -78,6 +81,7 @@ class AdapterOptimizer:
 
     def remove(self, number: int) -> None:
         """Forget a task's optimiser state."""
+        del self._moment_names[number]
         for block in self.blocks:
             block.remove(number)
 
@@ -140,7 +144,7 @@ class AdapterOptimizer:
 
     def moment_names(self, number: int) -> tuple[str, ...]:
         """Return what a task's optimiser keeps of each of its weights."""
-        return tuple(self.blocks[0].partitions[number].moments)
+        return self._moment_names[number]
 
     def load_moments(
         self, number: int, moments: Mapping[str, Mapping[str, Tensor]], updates: int
@@ -157,7 +161,7 @@ class AdapterOptimizer:
             block.load(number, own, updates)
 
 
-def own_blocks(blocks: Iterable[LayerBlock]) -> list[BlockOptimizer]:
+def own_blocks(blocks: Iterable[LayerBlock], device: torch.device) -> list[BlockOptimizer]:
     """Return those of all blocks that this rank holds. Collective: every rank calls it alike."""
     groups = [(block, new_group(block.holders)) for block in blocks]
-    return [BlockOptimizer(block, group) for block, group in groups if group is not None]
+    return [BlockOptimizer(block, group, device) for block, group in groups if group is not None]

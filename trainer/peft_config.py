@@ -1,9 +1,10 @@
 """What a PEFT `adapter_config.json` may say for its tensors to mean here what they mean there.
 
-That is LoRA, rsLoRA, DoRA or VeRA on the linears of a base that is as published. An allow list: a
-field of PEFT's `LoraConfig` or `VeraConfig` is named below with the values that keep this meaning,
-and whatever else is set, known or not, is refused by name. What the table does not judge is judged
-elsewhere: kind, rank and scale against the task, modules and layers by the tensors that are there.
+That is LoRA, rsLoRA, DoRA or VeRA on a base that is as published, and norms and biases of it that
+were trained as they are. An allow list: a field of PEFT's `LoraConfig` or `VeraConfig` is named
+below with the values that keep this meaning, and whatever else is set, known or not, is refused by
+name. What the table does not judge is judged elsewhere: kind, rank and scale against the task,
+modules and layers by the tensors that are there.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ FREE = (
     "lora_ga_config", "ensure_weight_tying",
     # compared with the task by `trainer.adapters.check_adapter`
     "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "peft_type",
-    "projection_prng_key",
+    "projection_prng_key", "modules_to_save", "bias",
     # how VeRA was made: the vectors themselves say it
     "vera_dropout", "d_initial", "init_weights", "save_projection",
 )  # fmt: skip
@@ -85,16 +86,14 @@ def _initialisation(value: Any, config: Mapping[str, Any]) -> str | None:
 
 
 _OTHER_METHOD = "is not plain LoRA and not supported"
-_OTHER_PARAMETERS = "only the linears of the layers are trained here: train without it"
+_OTHER_PARAMETERS = "is not supported: train without it"
 
 #: Every other field of PEFT's LoraConfig, and what of it is refused.
 FIELDS: Mapping[str, FieldCheck] = {
     "task_type": _one_of((None, "CAUSAL_LM"), "only CAUSAL_LM is supported"),
     "init_lora_weights": _initialisation,
-    "bias": _one_of((None, "none"), "it has trained biases of the base, which are not supported"),
     "lora_bias": _unset("a bias in the adapter is not supported"),
     "fan_in_fan_out": _unset("it is for weights stored transposed, which no supported model has"),
-    "modules_to_save": _unset(_OTHER_PARAMETERS),
     "trainable_token_indices": _unset(_OTHER_PARAMETERS),
     "target_parameters": _unset(_OTHER_PARAMETERS),
     "layer_replication": _unset("its base repeats layers, the published model does not"),

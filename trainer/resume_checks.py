@@ -15,7 +15,7 @@ from lobra.trainer.checkpoint import CheckpointState
 # What must be the same for a task to go on; the rest may be changed between runs.
 FIXED_FIELDS = (
     *("name", "rank", "lora_alpha", "target_modules", "adapter", "rank_pattern", "alpha_pattern"),
-    "projection_prng_key",
+    *("projection_prng_key", "modules_to_save", "bias"),
     *("global_batch_size", "seed", "optimizer", "momentum"),
 )
 #: What those are in records of versions that did not have them.
@@ -27,6 +27,8 @@ _BEFORE: dict[str, Any] = {
         optimizer="adamw",
         momentum=0.0,
         projection_prng_key=0,
+        modules_to_save=[],
+        bias="none",
     )
 }
 # What decides which sequences there are: named if they are others and this is why.
@@ -43,6 +45,7 @@ def task_record(task: TaskConfig, data: TokenizedDataset) -> dict[str, Any]:
     """
     record = {name: getattr(task, name) for name in (*FIXED_FIELDS, *DATA_FIELDS)}
     record["target_modules"] = list(task.target_modules)
+    record["modules_to_save"] = list(task.modules_to_save)
     record["dataset_name"] = list(task.dataset_names)
     record["json_key"] = task.json_key or "text"  # as versions noted it that had this default
     record["num_sequences"] = len(data)

@@ -163,13 +163,13 @@ def _adapter_problems(task: TaskConfig, shape: ModelShape) -> Problems:
         own = shape.own_modules(task.target_modules)
     except ConfigError as error:
         return error.problems.prefixed("target_modules: ")
-    spec, sizes = replace(adapter_spec(task), target_modules=own), shape.linear_sizes()
+    spec, sizes = replace(adapter_spec(task), target_modules=own), shape.module_sizes()
     problems = Problems(spec.problems(shape))
     widest = max(size for module in own for size in sizes[module])
     if spec.largest_rank > widest:
         problems.add(
-            f"rank = {spec.largest_rank}: want at most {widest}, the width of the widest linear it "
-            f"is on"
+            f"rank = {spec.largest_rank}: want at most {widest}, the width of the widest "
+            f"module it is on"
         )
     return problems
 

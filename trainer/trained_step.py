@@ -162,8 +162,8 @@ class TrainedStep:
 
 def _flops(task: TaskConfig, shape: ModelShape, work: Work) -> float:
     if task.adapter == FULL:
-        return training_flops(shape, work, 0, trains_base=True)
-    return training_flops(shape, work, shape.adapter_elements(task.rank, task.target_modules))
+        return training_flops(shape, work, 0, (), trains_base=True)
+    return training_flops(shape, work, task.rank, task.target_modules)
 
 
 def mean_losses(order: StepOrder, report: StepReport) -> dict[int, float]:

@@ -79,6 +79,11 @@ def moment_bytes(optimizer: str, momentum: float) -> float:
     return of_each * len(moment_names(optimizer, momentum))
 
 
+def kept_moments(task: TaskConfig | None) -> tuple[str, ...]:
+    """Return `moment_names` of a task's optimiser; None: of AdamW."""
+    return moment_names(task.optimizer, task.momentum) if task else moment_names("adamw", 0.0)
+
+
 def _optimizer(weights: nn.Parameter, task: TaskConfig | None) -> torch.optim.Optimizer:
     """Return a task's optimiser."""
     if task is None:
@@ -151,7 +156,7 @@ class Partition:
         module.weights.data = weights.new_empty(0)
         zero.bit16_groups_flat.clear()
         zero.parallel_partitioned_bit16_groups.clear()
-        names = moment_names(task.optimizer, task.momentum) if task else moment_names("adamw", 0.0)
+        names = kept_moments(task)
         self.runs = _own_runs(rate_factors, self.size, dist.get_rank(group))
         (settings,) = self.optimizer.param_groups
         self.optimizer.param_groups, self.optimizer.state = [], defaultdict(dict)

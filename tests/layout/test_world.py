@@ -64,11 +64,14 @@ def test_every_rank_has_one_place_and_its_peers(plan: list[Layout], random: Rand
 def test_blocks_cover_every_layer_with_its_holders(plan: list[Layout], num_layers: int) -> None:
     world = consecutive(plan)
     blocks = world.blocks(num_layers)
-    assert [layer for block in blocks for layer in block.layers] == list(range(num_layers))
+    assert [layer for block in blocks for layer in block.layers] == list(range(-1, num_layers + 1))
     for block in blocks:
         assert list(block.holders) == sorted(block.holders)
         for rank in range(world.num_ranks):
-            held = set(world.place(rank).layers(num_layers))
+            place = world.place(rank)
+            held = set(place.adapted_layers(num_layers))
+            assert held >= set(place.layers(num_layers))
+            assert (-1 in held, num_layers in held) == (place.is_first_stage, place.is_last_stage)
             assert (rank in block.holders) == (set(block.layers) <= held)
             assert rank in block.holders or not set(block.layers) & held
     for left, right in zip(blocks, blocks[1:], strict=False):
@@ -79,7 +82,8 @@ def test_sixty_four_ranks_of_mixed_layouts() -> None:
     sizes = [(1, 1)] * 12 + [(2, 1)] * 6 + [(1, 4)] * 4 + [(4, 2)] * 3
     world = consecutive([Layout(tp, pp) for tp, pp in sizes])
     assert world.num_ranks == 64
-    assert {len(block.layers) for block in world.blocks(32)} == {8}
+    num_layers = [len(block.layers) for block in world.blocks(32)]
+    assert num_layers == [9, 8, 8, 9]  # embedding, 32 layers, head
 
 
 @pytest.mark.parametrize(

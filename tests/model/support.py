@@ -33,16 +33,17 @@ from lobra.layout.layout import MEMORY_POLICIES
 from lobra.layout.sequences import MicroBatch, Sequence
 from lobra.layout.shapes import ModelShape
 from lobra.layout.world import World, shard_range
-from lobra.model import tensor_parallel
-from lobra.model.adapter import AdapterSpec, FlatTensors
+from lobra.model import head
+from lobra.model.adapter import AdapterSpec
+from lobra.model.flat_tensors import FlatTensors
 from lobra.model.groups import build_groups, new_group
+from lobra.model.head import VocabParallelHead
 from lobra.model.joint_stack import JointStack
 from lobra.model.memory_policy import apply_policy
 from lobra.model.micro_batch import MicroBatchTensors, micro_batch_tensors
 from lobra.model.pipeline import run_replica
 from lobra.model.segment_stack import SegmentStack
 from lobra.model.stage import Stage, build_stage
-from lobra.model.tensor_parallel import VocabParallelHead
 
 SPECS = (
     AdapterSpec("first", 4, 8.0, ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj"), seed=1),
@@ -181,7 +182,7 @@ def random_adapter(
 ) -> dict[str, torch.Tensor]:
     """Return random A and B of every layer under PEFT's names (a fresh B is zero: no gradient)."""
     generator = torch.Generator().manual_seed(task)
-    tensors = FlatTensors.of_layers(spec or SPECS[task], shape, range(shape.num_layers)).tensors
+    tensors = FlatTensors.whole(spec or SPECS[task], shape).tensors
     return {t.name: torch.randn(t.shape, generator=generator) * 0.1 for t in tensors}
 
 
@@ -250,11 +251,11 @@ def gradients_few_logits_at_once(
     folder: Path, world: World, num: int, logits: int
 ) -> dict[str, Any]:
     """Do `gradients_on_rank` with at most `logits` logits at once; add the head's chunk."""
-    tensor_parallel.LOGITS_AT_ONCE = logits  # before the head is made; for this process alone
+    head.LOGITS_AT_ONCE = logits  # before the head is made; for this process alone
     chunks = []
     losses = VocabParallelHead.losses
 
-    def noted(head: VocabParallelHead, *args: torch.Tensor) -> torch.Tensor:
+    def noted(head: VocabParallelHead, *args: Any) -> torch.Tensor:
         chunks.append(head.chunk)
         return losses(head, *args)
 

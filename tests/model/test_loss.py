@@ -15,10 +15,10 @@ from lobra.layout.layout import Layout
 from lobra.layout.world import one_replica
 from lobra.model.adapter import AdapterSpec
 from lobra.model.groups import ReplicaGroups
+from lobra.model.head import VocabParallelHead
 from lobra.model.launch import run_ranks
 from lobra.model.pipeline import run_replica
 from lobra.model.stage import build_stage
-from lobra.model.tensor_parallel import VocabParallelHead
 from tests.model.support import (
     SPECS,
     loss_and_gradient,
@@ -75,7 +75,7 @@ def test_no_target_at_all_is_a_sum_over_nothing() -> None:
 
 
 def test_the_logits_of_a_whole_micro_batch_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lobra.model.tensor_parallel.LOGITS_AT_ONCE", 4 * VOCAB)
+    monkeypatch.setattr("lobra.model.head.LOGITS_AT_ONCE", 4 * VOCAB)
     head = VocabParallelHead(torch.randn(VOCAB, HIDDEN), range(VOCAB), None, VOCAB)
     hidden = torch.randn(TOKENS, HIDDEN, requires_grad=True)
     with _Recorder() as seen:

@@ -16,12 +16,13 @@ from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
 
 from lobra.layout.shapes import ModelShape
-from lobra.model.adapter import SHARED_INPUTS, AdapterSpec, Site, peft_name
+from lobra.model.adapter import AdapterSpec
 from lobra.model.base_linear import DenseLinear, Shard
 from lobra.model.dropout import TokenNoise, token_keys
 from lobra.model.joint_stack import JointStack
 from lobra.model.segment_stack import SegmentStack
 from lobra.model.sharded_layer import ROW_PARALLEL, linear_shards
+from lobra.model.site import PEFT_PREFIX, SHARED_INPUTS, Site
 from lobra.model.slot import Slot
 from lobra.model.stack import AdaptedLinear, Stack
 from lobra.model.token_tasks import Segment, Selection, TokenTasks
@@ -226,7 +227,7 @@ def peft(case: Case) -> tuple[dict[str, Tensor], Tensor]:
         if slot.start is not None:
             starts = slot.layout.named(slot.start)
             for module in targets:
-                adapted, name = models[number][module], peft_name(0, module)
+                adapted, name = models[number][module], PEFT_PREFIX + Site(0, module, 1, 1).path
                 A, B = (starts[f"{name}.lora_{factor}.weight"] for factor in "AB")
                 adapted.base_layer.weight.data = (
                     adapted.base_layer.weight - adapted.scaling["default"] * B @ A

@@ -12,7 +12,7 @@ from lobra.cli import main
 from lobra.common.errors import ConfigError
 from lobra.layout.layout import MEMORY_POLICIES, Layout
 from lobra.layout.shapes import NAMED_SHAPES, resolve_shape
-from lobra.model import tensor_parallel
+from lobra.model import head as model_head
 from lobra.model.joint_stack import JointStack
 from lobra.profiler.accelerators import Runtime, load_tables
 from lobra.profiler.cost_model import load_cost_model
@@ -53,7 +53,7 @@ def test_more_memory_holds_more_and_more_shards_hold_more(model: str, runtime: s
 
 
 def test_the_loss_holds_no_more_logits_than_it_says() -> None:
-    assert LOGITS_AT_ONCE == tensor_parallel.LOGITS_AT_ONCE
+    assert LOGITS_AT_ONCE == model_head.LOGITS_AT_ONCE
     assert JointStack.most_ranks == MOST_RANKS
     shape = NAMED_SHAPES["7B"]
     estimate = estimate_memory(shape, 1, 1, ADAPTERS, "bf16", OURS)

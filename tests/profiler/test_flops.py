@@ -17,14 +17,17 @@ RANK, MODULES = 3, ("q_proj", "o_proj", "up_proj")
 SHAPE = ModelShape("small", 3, 32, 48, 4, 2, 8, 100)
 
 
+@pytest.mark.parametrize("modules", [MODULES, (*MODULES, "lm_head")])
 @pytest.mark.parametrize("lengths", [(7,), (5, 5, 5)])
-def test_operations_are_those_that_torch_counts(lengths: tuple[int, ...]) -> None:
+def test_operations_are_those_that_torch_counts(
+    lengths: tuple[int, ...], modules: tuple[str, ...]
+) -> None:
     config = LlamaConfig(
         num_hidden_layers=3, hidden_size=32, intermediate_size=48, num_attention_heads=4,
         num_key_value_heads=2, vocab_size=100, attn_implementation="eager",
     )  # fmt: skip
     model = get_peft_model(
-        LlamaForCausalLM(config), LoraConfig(r=RANK, target_modules=list(MODULES))
+        LlamaForCausalLM(config), LoraConfig(r=RANK, target_modules=list(modules))
     )
     model.enable_input_require_grads()  # else the first layer's inputs have no gradient
     tokens = torch.arange(sum(lengths)).reshape(len(lengths), -1)
@@ -35,8 +38,7 @@ def test_operations_are_those_that_torch_counts(lengths: tuple[int, ...]) -> Non
     squares = sum(length**2 for length in lengths)
     # Without flash attention, positions that are not looked at are computed too, and masked.
     work = Work(sum(lengths), 2 * squares, sum(lengths))
-    elements = SHAPE.adapter_elements(RANK, MODULES)
-    assert training_flops(SHAPE, work, elements) == counter.get_total_flops()
+    assert training_flops(SHAPE, work, RANK, modules) == counter.get_total_flops()
 
 
 def test_the_peak_of_a_gpu_is_known_by_its_name() -> None:

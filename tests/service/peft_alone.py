@@ -54,5 +54,5 @@ def train_with_peft(
         if step.adam["grad_clip_norm"]:
             torch.nn.utils.clip_grad_norm_(trainable, step.adam["grad_clip_norm"])
         optimizer.step()
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_embedding_layers=False)
     return load_file(folder / "adapter_model.safetensors"), found

@@ -38,13 +38,13 @@ TENANTS: tuple[dict[str, Any], ...] = (
         calls=(3, 1, 2),
     ),
     dict(
-        adapter=dict(rank=8, train_mlp=False),
+        adapter=dict(rank=8, train_mlp=False, train_unembed=False),
         adam=dict(learning_rate=1e-2, beta1=0.8, beta2=0.99, eps=1e-8, weight_decay=0.1),
         lengths=(2, 12),
         calls=(9,),
     ),
     dict(
-        adapter=dict(rank=1, train_attn=False),
+        adapter=dict(rank=1, train_attn=False, train_mlp=False),
         adam=dict(learning_rate=2e-3, grad_clip_norm=0.05),
         lengths=(60, 64),
         calls=(1, 1),

@@ -78,8 +78,8 @@ def test_what_cannot_be_done_is_refused(client: Client, model: str) -> None:
     refused(client.post("create_model", **{**make, "base_model": "Qwen"}), 400, "Qwen", "base")
     for rank in (-1, 0, 1000):
         refused(client.post("create_model", **make, lora_config=dict(rank=rank)), 400, "rank")
-    only_head = dict(train_attn=False, train_mlp=False)
-    refused(client.post("create_model", **make, lora_config=only_head), 400, "train_unembed")
+    nothing = dict(train_attn=False, train_mlp=False, train_unembed=False)
+    refused(client.post("create_model", **make, lora_config=nothing), 400, "train_unembed")
     dimuon = dict(type="dimuon")
     refused(client.post("create_model", **make, optimizer_config=dimuon), 400, "optimizer_config")
     adam = dict(beta1=1.0, beta2=-1, eps="x", learning_rate=-1)

@@ -17,7 +17,12 @@ from lobra.common.errors import ConfigError
 from lobra.tasks import foreign_names
 from lobra.tasks.config import TaskConfig, load_trainer_config
 from lobra.tasks.lengths import load_lengths
-from lobra.tasks.target_modules import MODULE_ALIASES, TARGET_MODULES, resolve_target_modules
+from lobra.tasks.target_modules import (
+    ADAPTED_MODULES,
+    MODULE_ALIASES,
+    TARGET_MODULES,
+    resolve_target_modules,
+)
 
 LOBRA_TASK = {
     "rank": 16,
@@ -92,6 +97,7 @@ def test_every_optional_field_reaches_the_task(tmp_path: Path) -> None:
         "optimizer": "sgd",
         "momentum": 0.9,
         "loraplus_ratio": 4.0,
+        "modules_to_save": ("norm",),
     }
     (task,) = load_trainer_config(write(tmp_path, [LOBRA_TASK | options])).tasks
     assert {field: getattr(task, field) for field in options} == options
@@ -103,7 +109,7 @@ def test_all_linears_as_peft_spells_them(tmp_path: Path, value: Any) -> None:
     assert task.target_modules == TARGET_MODULES
 
 
-@pytest.mark.parametrize("name", [*TARGET_MODULES, *MODULE_ALIASES])
+@pytest.mark.parametrize("name", [*ADAPTED_MODULES, *MODULE_ALIASES])
 def test_one_module_needs_no_list(tmp_path: Path, name: str) -> None:
     (task,) = load_trainer_config(write(tmp_path, [LOBRA_TASK | {"target_modules": name}])).tasks
     assert task.target_modules == resolve_target_modules([name])
@@ -260,6 +266,9 @@ WRONG_VALUES: list[tuple[str, Any]] = [
     ("adam_epsilon", 0),
     ("momentum", 0.9),  # SGD's: the task's optimiser is AdamW
     ("loraplus_ratio", 0),
+    ("modules_to_save", 7),
+    ("modules_to_save", [""]),
+    ("bias", "some"),
     ("objective", "ppo2"),
     ("objective", 1),
     ("beta", 0),
@@ -283,6 +292,19 @@ def test_one_wrong_value_is_one_problem_that_names_it(
 ) -> None:
     (problem,) = problems_of(write(tmp_path, [LOBRA_TASK | {field: value}]))
     assert problem.startswith(f"task[0].{field}")
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"adapter": "vera", "bias": "all"}, "task[0].bias = "),
+        ({"loraplus_ratio": 2, "target_modules": "embed_tokens"}, "task[0].loraplus_ratio = 2"),
+        ({"loraplus_ratio": 2, "bias": "lora_only"}, "task[0].loraplus_ratio = 2"),
+    ],
+)
+def test_what_does_not_go_together(tmp_path: Path, fields: dict[str, Any], problem: str) -> None:
+    (found,) = problems_of(write(tmp_path, [LOBRA_TASK | fields]))
+    assert found.startswith(problem)
 
 
 @pytest.mark.parametrize(

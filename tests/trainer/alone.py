@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -120,9 +121,14 @@ def peft_config(task: dict, shape: ModelShape) -> PeftConfig:
             r=task["rank"],
             target_modules=list(own_targets(task, shape)),
             projection_prng_key=task.get("projection_prng_key", 0),
+            modules_to_save=task.get("modules_to_save"),
             task_type="CAUSAL_LM",
         )
-    patterns = {key: dict(task.get(key, {})) for key in ("rank_pattern", "alpha_pattern")}
+    more: dict[str, Any] = {
+        key: task[key]
+        for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "bias")
+        if key in task
+    }
     return LoraConfig(
         r=task["rank"],
         lora_alpha=task["lora_alpha"],
@@ -130,7 +136,7 @@ def peft_config(task: dict, shape: ModelShape) -> PeftConfig:
         use_rslora=task.get("adapter") == "rslora",
         use_dora=task.get("adapter") == "dora",
         task_type="CAUSAL_LM",
-        **patterns,  # type: ignore[arg-type]
+        **more,
     )
 
 
@@ -154,7 +160,10 @@ def make_optimizer(model: Any, task: dict) -> torch.optim.Optimizer:
 
 
 def make_starts(base: Path, root: Path, tasks: Sequence[dict] = TASKS) -> list[Path]:
-    """PEFT's own fresh adapters, B made non-zero so that A has a gradient from the first step."""
+    """PEFT's own fresh adapters, B made non-zero so that A has a gradient from the first step.
+
+    What is trained of the base is not as the base has it.
+    """
     shape = read_shape(base)
     folders = []
     for number, task in enumerate(tasks):
@@ -162,8 +171,10 @@ def make_starts(base: Path, root: Path, tasks: Sequence[dict] = TASKS) -> list[P
         plain = AutoModelForCausalLM.from_pretrained(base)
         model = get_peft_model(plain, peft_config(task, shape))
         for name, parameter in model.named_parameters():
-            if "lora_B" in name or "vera_lambda" in name:
+            if any(part in name for part in ("lora_B", "lora_embedding_A", "vera_lambda")):
                 torch.nn.init.normal_(parameter, std=0.02)
+            elif parameter.requires_grad and ("modules_to_save" in name or name.endswith(".bias")):
+                parameter.data += 0.05 * torch.randn_like(parameter)
         folders.append(root / task["name"])
         model.save_pretrained(folders[-1])
     return folders
@@ -225,7 +236,7 @@ def train_alone(
             scheduler.step()
             losses.append(loss.item())
         folder = starts[number].with_name(f"alone-{task['name']}-{dtype}-{order}-{dropout}")
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, save_embedding_layers=False)
         tensors = load_file(folder / "adapter_model.safetensors")
         results.append({"tensors": tensors, "losses": losses, "folder": folder})
     return results
@@ -240,9 +251,10 @@ class _Masks:
         for name, module in model.named_modules():
             for kind in ("lora_dropout", "vera_dropout"):
                 if hasattr(module, kind):
-                    parts = name.split(".")
-                    layer = int(parts[parts.index("layers") + 1])
-                    keys = feature_keys(layer, parts[-1], module.in_features)
+                    layer = model.config.num_hidden_layers  # of the head
+                    if match := re.search(r"layers\.(\d+)\.", name):
+                        layer = int(match[1])
+                    keys = feature_keys(layer, name.rpartition(".")[2], module.in_features)
                     getattr(module, kind)["default"] = _Mask(self, keys)
 
     def draw(self, noise_seeds: list[int], length: int) -> None:

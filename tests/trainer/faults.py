@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 
 from lobra.layout.order import StepOrder
+from lobra.model.embedding import VocabParallelEmbedding
 from lobra.model.joint_stack import JointStack
 from lobra.model.micro_batch import MicroBatchTensors
 from lobra.model.slot import Slot
 from lobra.model.stage import Stage
-from lobra.model.tensor_parallel import VocabParallelEmbedding
 from lobra.tasks.config import TaskConfig
 from lobra.trainer import control, coordinator, engine, rank
 from lobra.trainer.block import BlockOptimizer

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from lobra.common.storage import StorageError
 from lobra.layout.order import StepOrder
 from lobra.layout.shapes import read_shape
-from lobra.model.adapter import FlatTensors
+from lobra.model.flat_tensors import FlatTensors
 from lobra.model.launch import RankError
 from lobra.report.run_summary import task_summary
 from lobra.tasks.config import TaskConfig

@@ -222,7 +222,6 @@ def test_fp32_as_near_to_fp64_as_peft_in_fp32(
     [
         pytest.param(name, marks=() if name in ("llama", "qwen3") else pytest.mark.long)
         for name in FAMILIES
-        if name != "mistral"
     ],
 )
 def test_bf16_as_near_to_fp64_as_peft_in_bf16(

@@ -71,9 +71,7 @@ OTHERS: list[tuple[str, dict[str, Any]]] = [
     ("init_lora_weights", {"init_lora_weights": "pissa_niter_4"}),
     ("init_lora_weights", {"init_lora_weights": "olora"}),
     ("init_lora_weights", {"init_lora_weights": "mica"}),
-    ("bias", {"bias": "all"}),
     ("lora_bias", {"lora_bias": True}),
-    ("modules_to_save", {"modules_to_save": ["lm_head"]}),
     ("trainable_token_indices", {"trainable_token_indices": [1, 2]}),
     ("alora_invocation_tokens", {"alora_invocation_tokens": [1, 2]}),
     ("layer_replication", {"layer_replication": [(0, 2), (0, 2)]}),
@@ -170,7 +168,13 @@ PATTERNS = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.mlp.down_
 
 @pytest.mark.parametrize(
     "fields",
-    [{"use_rslora": True}, {"use_dora": True}, *({key: own} for key, own in PATTERNS.items())],
+    [
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"bias": "all"},
+        {"modules_to_save": ["norm", "input_layernorm"]},
+        *({key: own} for key, own in PATTERNS.items()),
+    ],
     ids=str,
 )
 def test_rank_and_scale_are_the_task_s(base: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
@@ -180,7 +184,9 @@ def test_rank_and_scale_are_the_task_s(base: Path, tmp_path: Path, fields: dict[
     assert any(f"{field} is " in problem for problem in problems for field in fields)
     kinds = [name.removeprefix("use_") for name in fields if name.startswith("use_")]
     spec = dataclasses.replace(SPEC, kind=kinds[0] if kinds else "lora")
-    own = {key: tuple(fields.get(key, {}).items()) for key in PATTERNS}
+    own: dict[str, Any] = {key: tuple(fields.get(key, {}).items()) for key in PATTERNS}
+    own |= {"bias": fields.get("bias", "none")}
+    own |= {"modules_to_save": tuple(fields.get("modules_to_save", ()))}
     assert check_adapter(folder, dataclasses.replace(spec, **own), read_shape(base)) == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.dataset import TokenizedDataset
 from lobra.trainer.run import run_local
+from lobra.trainer.run_spec import RunSpec
 from tests.model.support import save_llama
 from tests.trainer.support import make_plan, make_run, random_dataset, steps_of
 from tests.trainer.trl_alone import MODULES, make_start, train_alone
@@ -46,16 +48,22 @@ def examples(objective: str, seed: int) -> TokenizedDataset:
     return replace(data, signs=signs.astype(np.int8))
 
 
-def tasks_in(folder: Path, base: Path) -> tuple[TaskConfig, ...]:
-    """A task of every objective, each with the adapter it starts from."""
+def tasks_in(
+    folder: Path,
+    base: Path,
+    objectives: Sequence[str] = tuple(PARAMETERS),
+    modules: tuple[str, ...] = MODULES,
+) -> tuple[TaskConfig, ...]:
+    """A task of every one of these objectives, each with the adapter it starts from."""
     return tuple(
         TaskConfig(
-            name=objective, rank=2 + seed, lora_alpha=2 * (2 + seed), target_modules=MODULES,
+            name=objective, rank=2 + seed, lora_alpha=2 * (2 + seed), target_modules=modules,
             global_batch_size=5, dataset_name="random", context_length=64, learning_rate=3e-3,
             max_grad_norm=0.3, objective=objective,
-            resume_from=str(make_start(base, folder / objective, seed, 2 + seed)), **parameters,
+            resume_from=str(make_start(base, folder / objective, seed, 2 + seed, modules)),
+            **PARAMETERS[objective],
         )
-        for seed, (objective, parameters) in enumerate(PARAMETERS.items())
+        for seed, objective in enumerate(objectives)
     )  # fmt: skip
 
 
@@ -77,17 +85,22 @@ def test_joint_equals_trl_alone(layouts: list, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", base, tasks, data, plan, STEPS, precision="fp64",
                    batching="packed")  # fmt: skip
     run_local(run, "tests.trainer.double:train_in_double")
-    steps = steps_of(run)
-    for number, task in enumerate(tasks):
-        alone = train_alone(base, task, data[number], Path(task.resume_from or ""), STEPS)
-        for step, loss, expected in zip(steps, alone["losses"], alone["metrics"], strict=True):
-            found = step.tasks[task.name]
-            assert found.loss == pytest.approx(loss, rel=BAR), task.name
-            assert (found.preferences is None) == (task.objective == "ppo")
-            for name, value in (found.preferences or {}).items():
-                # TRL averages some in fp32.
-                assert value == pytest.approx(expected[name], rel=1e-6, abs=1e-6), name
-        joint = load_file(run.adapter_folder(number) / "adapter_model.safetensors")
-        for name, value in joint.items():
-            expected = alone["tensors"][name]
-            assert (value - expected).norm() / expected.norm() < BAR, f"{task.name} {name}"
+    for number in range(len(tasks)):
+        assert_as_with_trl(run, number, data[number])
+
+
+def assert_as_with_trl(run: RunSpec, number: int, data: TokenizedDataset) -> None:
+    """Assert that a task got the losses and the adapter that TRL's losses give it alone."""
+    task = run.tasks[number]
+    alone = train_alone(run.model_folder, task, data, Path(task.resume_from or ""), run.last_step)
+    for step, loss, expected in zip(steps_of(run), alone["losses"], alone["metrics"], strict=True):
+        found = step.tasks[task.name]
+        assert found.loss == pytest.approx(loss, rel=BAR), task.name
+        assert (found.preferences is None) == (task.objective == "ppo")
+        for name, value in (found.preferences or {}).items():
+            # TRL averages some in fp32.
+            assert value == pytest.approx(expected[name], rel=1e-6, abs=1e-6), name
+    joint = load_file(run.adapter_folder(number) / "adapter_model.safetensors")
+    for name, value in joint.items():
+        expected = alone["tensors"][name]
+        assert (value - expected).norm() / expected.norm() < BAR, f"{task.name} {name}"

@@ -8,6 +8,7 @@ ORPO's odds in fp32 by name; here they are lifted to fp64.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,11 +32,13 @@ from tests.trainer.alone import lift_to_double, padded
 MODULES = ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 
 
-def make_start(base: Path, folder: Path, seed: int, rank: int) -> Path:
+def make_start(
+    base: Path, folder: Path, seed: int, rank: int, modules: Sequence[str] = MODULES
+) -> Path:
     """Save a fresh adapter of PEFT's with B that is not zero."""
     torch.manual_seed(seed)
     config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules=list(MODULES), task_type="CAUSAL_LM"
+        r=rank, lora_alpha=2 * rank, target_modules=list(modules), task_type="CAUSAL_LM"
     )
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     for name, parameter in model.named_parameters():

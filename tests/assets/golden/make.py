@@ -32,8 +32,8 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from lobra.cli import main as lobra
 from lobra.common.version import installed_version
-from lobra.layout.shapes import ModelShape, read_shape
-from lobra.model.adapter import peft_name
+from lobra.layout.shapes import ModelShape, module_path, read_shape
+from lobra.model.site import PEFT_PREFIX
 from lobra.tasks.config import load_trainer_config
 from lobra.trainer.adapters import adapter_spec, save_adapter
 
@@ -118,7 +118,7 @@ def write_inputs() -> None:
         for layer in range(shape.num_layers):
             for module in task.target_modules:
                 inputs, outputs = shape.linear_sizes()[module]
-                name = peft_name(layer, module)
+                name = f"{PEFT_PREFIX}model.layers.{layer}.{module_path(module)}"
                 tensors[f"{name}.lora_A.weight"] = words.uniform((task.rank, inputs), 0.3)
                 tensors[f"{name}.lora_B.weight"] = words.uniform((outputs, task.rank), 0.1)
         save_adapter(HERE / "start" / task.name, adapter_spec(task), tensors, "base")
