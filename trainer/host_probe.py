@@ -96,8 +96,8 @@ def clock() -> float:
 
 
 def model_digest(folder: str) -> str | None:
-    """Return a digest of a model folder's names and sizes, None where there is no such folder."""
-    if not os.path.isdir(folder):
+    """Return a digest of a model folder's names and sizes, None where there is no model."""
+    if not os.path.isfile(os.path.join(folder, "config.json")):
         return None
     files = [path for path in Path(folder).iterdir() if path.suffix in (".json", ".safetensors")]
     sizes = sorted((path.name, path.stat().st_size) for path in files)
@@ -120,7 +120,7 @@ def leave_mark(folder: str) -> str:
 
 def sees(path: str) -> bool:
     """Return whether there is such a file here."""
-    with contextlib.suppress(OSError):  # a network's file system may remember what it lacked
+    with contextlib.suppress(OSError):  # network file systems remember what they lacked
         os.listdir(os.path.dirname(path))
     return os.path.exists(path)
 

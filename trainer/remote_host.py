@@ -20,15 +20,25 @@ SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
 ANSWER_S = 60.0  # starting Python may be slow on a network's file system
 
 
-class Unreachable(RuntimeError):
-    """A host does not answer; the message says why."""
+class NoAnswer(RuntimeError):
+    """A host does not say what it was asked for; the message says why.
+
+    Attributes
+    ----------
+    host
+        Its name.
+    """
 
     def __init__(self, host: str, why: str) -> None:
         super().__init__(why)
         self.host = host
 
 
-class Denied(RuntimeError):
+class Unreachable(NoAnswer):
+    """A host does not answer."""
+
+
+class Denied(NoAnswer):
     """A host answers that its system denies what it was asked for."""
 
 
@@ -100,7 +110,7 @@ class RemoteHost:
             raise Unreachable(self.name, self._why()) from None
         answer = json.loads(self._line())
         if "error" in answer:
-            raise Denied(answer["error"])
+            raise Denied(self.name, answer["error"])
         return answer["value"]
 
     def _line(self) -> bytes:

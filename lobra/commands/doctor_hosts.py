@@ -13,7 +13,7 @@ from typing import Any
 from lobra.commands.finding import LACKS, NOTE, OK, Finding
 from lobra.common.options import LauncherOptions
 from lobra.trainer.host_file import is_this_host
-from lobra.trainer.remote_host import Denied, RemoteHost, Unreachable
+from lobra.trainer.remote_host import Denied, NoAnswer, RemoteHost, Unreachable
 
 DEFAULT_PORT = 29500  # DeepSpeed's launcher's
 CLOCK_S = 2.0  # by which clocks may differ
@@ -95,8 +95,8 @@ def host_findings(
             yield from _folders(hosts, needs)
             if len(slots) > 1 and hosts and hosts[0].name == next(iter(slots)):
                 yield from _between(hosts, launcher, needs)
-        except Unreachable as error:
-            text = f"stopped answering: {error}; ask again"
+        except NoAnswer as error:
+            text = f"does not go on answering: {error}; ask again"
             yield Finding(LACKS, f"host {error.host}", text)
 
 

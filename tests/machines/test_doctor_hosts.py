@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from lobra.commands import doctor
 from lobra.commands.finding import LACKS, NOTE, OK, Finding
 from lobra.common.errors import ConfigError
 from lobra.common.options import LauncherOptions
+from tests.assets.golden import HERE as GOLDEN
 from tests.machines.nodes import INTERFACE, Node, two_nodes, write_ssh
 
 #: On the second node only: another version of torch, and a clock that is an hour ahead.
@@ -39,11 +41,13 @@ def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Nod
         yield made
 
 
-def found(output_dir: str | None = None, **options: object) -> dict[str, Finding]:
+def found(
+    output_dir: str | None = None, model: str | None = None, **options: object
+) -> dict[str, Finding]:
     """Return what the doctor finds, by subject."""
     launcher = LauncherOptions(host_file=Path("hosts"), **options)  # type: ignore[arg-type]
     folder = None if output_dir is None else Path(output_dir)
-    findings = doctor.examine(None, None, None, launcher, None, folder)
+    findings = doctor.examine(model, None, None, launcher, None, folder)
     return {finding.subject: finding for finding in findings}
 
 
@@ -84,13 +88,15 @@ def test_each_thing_that_is_wrong_has_a_line(nodes: tuple[Node, Node]) -> None:
     Path("env.sh").write_text('export PYTHONPATH="$PWD/other:$PYTHONPATH"\n')
     Path("runs").mkdir()
     second.hide(Path("runs").resolve())
+    shutil.copytree(GOLDEN / "base", "base")
+    second.hide(Path("base").resolve())
     taken = "import socket; s = socket.create_server(('', 29512)); print(flush=True); input()"
     with subprocess.Popen(
         first.command([sys.executable, "-c", taken]), stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as listener:
         assert listener.stdout is not None
         listener.stdout.readline()
-        findings = found("runs/a", env_file=Path("env.sh"), server_port=29512)
+        findings = found("runs/a", "base", env_file=Path("env.sh"), server_port=29512)
         listener.kill()
     wrong = lacking(findings)
     assert (
@@ -98,10 +104,13 @@ def test_each_thing_that_is_wrong_has_a_line(nodes: tuple[Node, Node]) -> None:
     )
     assert wrong.pop("torch").startswith("1.0 on node2, ")
     assert wrong.pop("clock of node2").startswith("3600 s ahead of this machine's; have NTP")
+    assert wrong.pop("weights").startswith("not on node2: ")
     assert wrong == {}
     output = findings["--output-dir"]
     assert output.status == NOTE
     assert output.text == "runs/a: not shared with node2; node1, the host of rank 0, has all"
+    wrong = lacking(found("/proc/runs"))
+    assert wrong["--output-dir"].startswith("/proc/runs: node1 cannot write there (")
 
 
 def test_hosts_that_do_not_reach_each_other(nodes: tuple[Node, Node]) -> None:
