@@ -230,4 +230,4 @@ def test_the_doctor_says_which_names_and_nodes_do_not_fit(
     assert findings["host elsewhere"].status == doctor.NOTE
     assert "the name means nothing here" in findings["host elsewhere"].text
     assert findings["placement"].status == doctor.LACKS
-    assert "cannot be packed into nodes of 3" in findings["placement"].text
+    assert "larger than a node of 3 GPUs" in findings["placement"].text
