@@ -222,3 +222,22 @@ def test_the_doctor_says_whether_hosts_have_what_a_plan_needs(
     with pytest.raises(ConfigError) as caught:
         list(doctor.examine(None, str(tmp_path / "none.yaml"), None, launcher))
     assert len(caught.value.problems) == 2
+
+
+def test_the_doctor_says_which_names_and_nodes_do_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def known(host: str, _port: None) -> None:
+        if host != "here":
+            raise OSError("Name or service not known")
+
+    monkeypatch.setattr("socket.getaddrinfo", known)
+    plan, hosts = tmp_path / "plan.yaml", tmp_path / "hosts"
+    plan.write_text("strategy_config: [{dp: 1, tp: 4, pp: 1, max_tokens: 1024}]\n")
+    hosts.write_text("here slots=3\nelsewhere slots=3\n")
+    findings = {f.subject: f for f in doctor.examine("tiny", str(plan), None, hosts)}
+    assert findings["host here"].status == findings["ranks"].status == doctor.OK
+    assert findings["host elsewhere"].status == doctor.NOTE
+    assert "the name means nothing here" in findings["host elsewhere"].text
+    assert findings["placement"].status == doctor.LACKS
+    assert "larger than a node of 3 GPUs" in findings["placement"].text

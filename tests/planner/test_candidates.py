@@ -22,6 +22,25 @@ def test_candidates_say_what_was_left_out() -> None:
     assert "<8,1>: the time profile" in text
 
 
+def test_candidates_are_what_nodes_and_the_model_take() -> None:
+    cost_model = plain_cost_model()
+    layers = cost_model.num_layers
+    memory = published(
+        (1, 1, 4096), (2, 1, 4096), (4, 1, 8192), (1, layers, 4096), (1, layers + 1, 4096)
+    )
+
+    def refused(tp: int, _pp: int) -> str | None:
+        return "3 heads" if tp == 2 else None
+
+    found = all_candidates(memory, cost_model, 6 * layers, 4096, 3, refused)
+    assert [str(c.layout) for c in found.chosen] == ["<1,1>", f"<1,{layers}>"]
+    assert set(found.dropped) == {
+        "<2,1>: 3 heads",
+        "<4,1>: tp 4 spans nodes of 3 GPUs but is no multiple of it",
+        f"<1,{layers + 1}>: pp {layers + 1} is more than the {layers} layers",
+    }
+
+
 def test_no_layout_for_the_longest_bucket_names_the_missing_times() -> None:
     cost_model = plain_cost_model()
     memory = published((1, 1, 2048), (8, 1, 8192))

@@ -167,6 +167,31 @@ def test_what_is_not_finite_is_its_tenants_alone(mixed: Running) -> None:
     assert means[0] < means[1] < means[2]
 
 
+def test_what_cannot_be_sampled_is_refused(mixed: Running, client: Client) -> None:
+    session = client.new_session()
+    make = dict(session_id=session, sampling_session_seq_id=0, base_model="base")
+    sampler = client.asked("create_sampling_session", **make)["sampling_session_id"]
+    refused(client.post("create_sampling_session", **{**make, "base_model": "Qwen"}), 400, "Qwen")
+    other = mixed.client("listening")
+    refused(other.send("GET", f"samplers/{sampler}"), 404)
+    refused(other.post("create_sampling_session", **make), 404)
+
+    def asked(by: Client, tokens: list[int], max_tokens: int = 4) -> tuple[int, Any]:
+        chunks = [dict(type="encoded_text", tokens=tokens)]
+        params = dict(max_tokens=max_tokens)
+        return by.post(
+            "asample", sampling_session_id=sampler, seq_id=0, prompt=dict(chunks=chunks),
+            sampling_params=params,
+        )  # fmt: skip
+
+    refused(asked(other, [5, 6]), 404, "sampler")
+    longest = mixed.service.deployment.max_context
+    for tokens in ([], [5, 256], [-1, 5]):
+        refused(asked(client, tokens), 400, "from 0 to 255")
+    refused(asked(client, [5] * (longest - 3)), 400, f"{longest - 3} tokens", f"{longest} that")
+    assert asked(client, [5, 6])[0] == 200
+
+
 def test_quotas_are_kept(mixed: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     client = mixed.client("small", tokens_per_minute=10, max_models=1)
     session = client.new_session()

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from lobra.layout.shapes import read_shape
 from lobra.model.fingerprint import fingerprint
 from lobra.model.launch import RankError
+from lobra.profiler.hardware import cpu_name
 from lobra.trainer.checkpoint_folder import list_checkpoints
 from lobra.trainer.metrics import read_metrics, restore_metrics
 from lobra.trainer.resume_checks import DATA_FIELDS
@@ -145,13 +146,14 @@ def test_other_versions_and_another_profile_are_said_in_one_message(
     config = yaml.safe_load(path.read_text())
     assert config["digests"]["base_model"] == fingerprint(run, read_shape(run))
     assert list(config["digests"]["data"]) == ["small"]
-    config["versions"]["torch"] = "1.0"
+    config["versions"] |= {"torch": "1.0", "machine": "an abacus"}
     path.write_text(yaml.safe_dump(config))
     with Path("time.csv").open("a") as file:
         file.write("1,256,1,9\n")
     assert train(run, "--resume") == 1
     (said,) = [m for m in caplog.messages if "goes on with" in m]
-    assert f"torch {torch.__version__} (before: 1.0), another time profile (before: time" in said
+    assert f"torch {torch.__version__} (before: 1.0), machine {cpu_name()} (before: an ab" in said
+    assert "another time profile (before: time" in said
 
 
 def test_what_made_the_data_others_is_named(
