@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-
-import sqlalchemy as sa
 
 from lobra.common.errors import ConfigError
 from lobra.common.files import drafted
 from lobra.service.ledger import Ledger
+from lobra.service.retention import named_folders, remove_unnamed
 from lobra.service.state_folder import DEPLOYMENT_FILE, LEDGER_FILE, StateFolder
-from lobra.service.tables import CheckpointRow, checkpoints, models
 
 MOST_TRIES = 20  # while a service replaces what is being copied
 
@@ -59,26 +56,14 @@ def _copy_ledger(source: Path, target: Path) -> None:
 
 def _copy_folders(source: Path, draft: Path) -> bool:
     """Copy the folders that the draft's ledger names; return whether all were there."""
-    named = set(_named(draft))
-    for folder in named:
-        if not (draft / folder).is_dir():
-            try:
-                shutil.copytree(source / folder, draft / folder)
-            except (FileNotFoundError, shutil.Error):
-                shutil.rmtree(draft / folder, ignore_errors=True)
-                return False
-    for folder in draft.glob("models/*/*/*"):
-        if folder.relative_to(draft) not in named:
-            shutil.rmtree(folder)
+    kept = StateFolder(draft)
+    with closing(Ledger(draft)) as ledger:
+        for folder in named_folders(kept, ledger):
+            if not folder.is_dir():
+                try:
+                    shutil.copytree(source / folder.relative_to(draft), folder)
+                except (FileNotFoundError, shutil.Error):
+                    shutil.rmtree(folder, ignore_errors=True)
+                    return False
+        remove_unnamed(kept, ledger)
     return True
-
-
-def _named(folder: Path) -> Iterator[Path]:
-    """Yield the folders, relative to it, that a state folder's ledger names."""
-    ledger, kept = Ledger(folder), StateFolder(Path())
-    for row in ledger.rows(sa.select(checkpoints)):
-        yield kept.checkpoint(CheckpointRow(**row))
-    query = sa.select(models.c.id, models.c.snapshot_seq)
-    for row in ledger.rows(query.where(models.c.is_open, models.c.snapshot_seq >= 0)):
-        yield kept.snapshot(row["id"], row["snapshot_seq"])
-    ledger.engine.dispose()

@@ -11,12 +11,11 @@ from typing import Any, Protocol
 
 import sqlalchemy as sa
 
-from lobra.common.files import remove_folder
 from lobra.layout.order import SlotOrder
 from lobra.service.backlog import Job
 from lobra.service.deployment import PATH_PREFIX, Deployment
 from lobra.service.ledger import Ledger, with_row
-from lobra.service.retention import DAY_S, remove_files
+from lobra.service.retention import DAY_S
 from lobra.service.seats import Seats
 from lobra.service.tables import CheckpointRow, SamplerRow, checkpoints, samplers
 from lobra.service.tenants import tenant_named
@@ -80,11 +79,6 @@ class ModelChanges:
         """Train a model no more; requests that still wait get no result."""
         self.ledger.close_model(model_id)
         self.seats.wanted.pop(model_id, None)
-        model = self.ledger.model(model_id)
-        if model is not None and model.snapshot_seq >= 0:
-            folder = self.deployment.state_folder.snapshot(model_id, model.snapshot_seq)
-            if folder.is_dir():
-                remove_folder(folder)
         for row in self.ledger.requests_after(model_id, -1):
             if row.finished_at is None:
                 self.seats.give_up(row, f"model {model_id} is closed")
@@ -118,11 +112,9 @@ class ModelChanges:
         folder = str(self.deployment.state_folder.checkpoint(found))
         seats.install(job.model_id, folder=folder, moments=with_moments)
         # Whatever becomes of the checkpoint, the model does not depend on it.
-        before = seat.snapshot_seq
         snapshot = seats.snapshot(job.model_id, job.seq_id)
         answer = as_json(type="load_weights", path=path, model_id=job.model_id)
         self.finish(job, answer, also=snapshot)
-        seats.drop_snapshot(job.model_id, before)
 
     def _unload_model(self, job: Job) -> None:
         self.ledger.close_model(job.model_id)  # first: who is answered may make another
@@ -140,8 +132,8 @@ class ModelChanges:
         content, seat = job.content, self.seats.taken[job.model_id]
         name = content["path"] or f"for-sampling-{job.seq_id}"
         path = f"{PATH_PREFIX}{job.model_id}/{kind}/{name}"
-        before = self.ledger.checkpoint(path)
-        if before is not None and kind == WEIGHTS and not content["overwrite"]:
+        is_new = self.ledger.checkpoint(path) is None
+        if not is_new and kind == WEIGHTS and not content["overwrite"]:
             raise RequestError(f"{path}: there is one already; save it with overwrite=True")
         self._check_room(job, path)
         now = time.time()
@@ -170,8 +162,6 @@ class ModelChanges:
             noted.append(with_row(samplers, SamplerRow(sampler, job.tenant, path)))
             answer = {"sampling_session_id": sampler}
         self.finish(job, as_json(type=job.kind, **answer), also=noted)
-        if before is not None:
-            remove_files(self.deployment.state_folder, before)
 
     def _life_s(self, job: Job) -> float | None:
         """Return how long what a job saves is kept where it does not say so; None: for ever."""

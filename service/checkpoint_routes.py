@@ -15,7 +15,6 @@ from lobra.service.bodies import WeightsInfo
 from lobra.service.changes import SAMPLER_WEIGHTS, WEIGHTS
 from lobra.service.deployment import PATH_PREFIX
 from lobra.service.intake import MLP, Intake
-from lobra.service.retention import drop_checkpoint
 from lobra.service.sender import Sender
 from lobra.service.tables import CheckpointRow
 from lobra.tasks.target_modules import HEAD
@@ -55,7 +54,7 @@ def checkpoint_routes(intake: Intake) -> APIRouter:
     @routes.delete(CHECKPOINT)
     def delete_checkpoint(model_id: str, kind: str, name: str, sender: Sender) -> Response:
         row = intake.checkpoint(sender, f"{PATH_PREFIX}{model_id}/{kind}/{name}")
-        drop_checkpoint(deployment.state_folder, ledger, row)
+        ledger.forget_checkpoint(row.path)
         return Response(status_code=204)
 
     @routes.get(CHECKPOINT + "/archive")

@@ -54,7 +54,7 @@ class Coordinator:
         self.link: EngineLink | None = None
         self._changed = threading.Condition()
         self._submitted: list[Job] = []
-        self._looked_at = 0.0  # at what is to be deleted (monotonic seconds)
+        self._looked_at = -math.inf  # at what is to be deleted (monotonic seconds)
         self._stop = False
 
     # -- from other threads ---------------------------------------------------------------------
@@ -76,7 +76,6 @@ class Coordinator:
     def run(self, link: EngineLink) -> None:
         """Carry requests out until `stop`."""
         self.link = link
-        retention.remove_orphans(self.deployment.state_folder, self.ledger)
         for model_id in self.ledger.unfinished_models():
             self._want(model_id)
         while not self._stop:
@@ -112,13 +111,14 @@ class Coordinator:
     def _delete(self) -> None:
         """Delete what has had its time, and all of tenants for whom that is asked for."""
         kept, now = self.deployment.state_folder, time.time()
-        retention.drop_expired(kept, self.ledger, now)
+        self.ledger.forget_expired(now)
         for model_id in retention.abandoned_models(self.ledger, now):
             self._close(model_id)
         for tenant in retention.to_be_deleted(self.ledger):
             for model in self.ledger.models_of(tenant):
                 self._close(model.id)
             retention.delete_data(kept, self.ledger, tenant)
+        retention.remove_unnamed(kept, self.ledger)
         self._looked_at = time.monotonic()
 
     def _close(self, model_id: str) -> None:
@@ -210,6 +210,7 @@ class Coordinator:
         """Note what became of a job, and with it, as one, what else is to be noted."""
         self.backlog.done(job)
         if not job.is_replay:
+            self.seats.taken[job.model_id].has_progressed = True
             self.ledger.finish(job.id, result, error, also)
             self.finished(job.id)
 

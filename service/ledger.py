@@ -62,6 +62,10 @@ class Ledger:
             connection.exec_driver_sql(f"PRAGMA user_version = {FORMAT}")
             metadata.create_all(connection)
 
+    def close(self) -> None:
+        """Close the file."""
+        self.engine.dispose()
+
     def insert(self, table: sa.Table, values: Mapping[str, Any]) -> bool:
         """Add a row; return whether it is new."""
         try:
@@ -237,13 +241,12 @@ class Ledger:
         query = sa.select(checkpoints).order_by(checkpoints.c.created_at.desc()).limit(most)
         return [CheckpointRow(**row) for row in self.rows(_only(query, checkpoints, tenant))]
 
-    def expired(self, now: float) -> list[CheckpointRow]:
-        """Return the checkpoints whose time is over."""
-        query = sa.select(checkpoints).where(checkpoints.c.expires_at < now)
-        return [CheckpointRow(**row) for row in self.rows(query)]
+    def forget_expired(self, now: float) -> None:
+        """Forget the checkpoints whose time is over."""
+        self.execute(checkpoints.delete().where(checkpoints.c.expires_at < now))
 
-    def drop_checkpoint(self, path: str) -> None:
-        """Forget a checkpoint."""
+    def forget_checkpoint(self, path: str) -> None:
+        """Forget a checkpoint; its folder is removed when nobody reads it."""
         self.execute(checkpoints.delete().where(checkpoints.c.path == path))
 
     def stored_bytes(self, tenant: str) -> int:

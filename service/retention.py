@@ -23,24 +23,6 @@ from lobra.service.tenants import all_tenants
 DAY_S = 86400.0
 
 
-def drop_checkpoint(kept: StateFolder, ledger: Ledger, row: CheckpointRow) -> None:
-    """Remove a checkpoint and its files."""
-    ledger.drop_checkpoint(row.path)
-    remove_files(kept, row)
-
-
-def remove_files(kept: StateFolder, row: CheckpointRow) -> None:
-    """Remove a checkpoint's files, if they are there."""
-    if (folder := kept.checkpoint(row)).is_dir():
-        remove_folder(folder)
-
-
-def drop_expired(kept: StateFolder, ledger: Ledger, now: float) -> None:
-    """Remove the checkpoints whose time is over."""
-    for row in ledger.expired(now):
-        drop_checkpoint(kept, ledger, row)
-
-
 def abandoned_models(ledger: Ledger, now: float) -> list[str]:
     """Return the open models that nobody has asked for as long as their tenants keep things."""
     return [
@@ -65,11 +47,20 @@ def delete_data(kept: StateFolder, ledger: Ledger, tenant: str) -> None:
             remove_folder(folder)
 
 
-def remove_orphans(kept: StateFolder, ledger: Ledger) -> None:
-    """Remove what was being written or removed when a service ended."""
+def named_folders(kept: StateFolder, ledger: Ledger) -> set[Path]:
+    """Return the folders that a ledger names: of checkpoints, and of open models' snapshots."""
     named = {kept.checkpoint(CheckpointRow(**row)) for row in ledger.rows(sa.select(checkpoints))}
     query = sa.select(models.c.id, models.c.snapshot_seq)
-    named |= {kept.snapshot(row["id"], row["snapshot_seq"]) for row in ledger.rows(query)}
+    rows = ledger.rows(query.where(models.c.is_open, models.c.snapshot_seq >= 0))
+    return named | {kept.snapshot(row["id"], row["snapshot_seq"]) for row in rows}
+
+
+def remove_unnamed(kept: StateFolder, ledger: Ledger) -> None:
+    """Remove all other folders: replaced, deleted, closed, or left when a service ended.
+
+    On the coordinator's thread, which reads and writes them.
+    """
+    named = named_folders(kept, ledger)
     for folder in kept.path.glob(f"{MODELS}/*/*/*"):
         if folder not in named:
             remove_folder(folder)

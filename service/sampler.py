@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,9 @@ from lobra.layout.sequences import FloatArray, TokenArray
 from lobra.model.precision import DTYPES
 from lobra.trainer.adapters import CONFIG_FILE, WEIGHTS_FILE
 
+#: A and B [r, I], [O, r] by the linear's name; B scaled.
+Adapter = dict[str, tuple[Tensor, Tensor]]
 PEFT_PREFIX = "base_model.model."
-ADAPTERS_KEPT = 8
 MOST_ROWS = 64  # sequences drawn at once
 
 
@@ -129,10 +129,10 @@ class Sampler:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
         end = self.model.generation_config.eos_token_id
         self.ends = frozenset(end if isinstance(end, list) else () if end is None else (end,))
-        self.adapter = lru_cache(maxsize=ADAPTERS_KEPT)(self._load)
+        self.adapters: dict[Path, Adapter] = {}  # of the last requests
 
-    def _load(self, folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return an adapter's A and B [r, I], [O, r] by the linear's name; B scaled."""
+    def _load(self, folder: Path) -> Adapter:
+        """Return an adapter from its folder."""
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS_FILE)
         scale = config["lora_alpha"] / config["r"]
@@ -149,11 +149,20 @@ class Sampler:
         return pairs
 
     @torch.no_grad()
-    def sample(self, requests: Sequence[SampleRequest]) -> list[SampleResult]:
-        """Return the results of requests, in order, drawn as many at once as memory holds."""
+    def sample(self, requests: Sequence[SampleRequest]) -> list[SampleResult | None]:
+        """Return the results of requests, in order, drawn as many at once as memory holds.
+
+        None where the adapter is not there any more.
+        """
+        kept, self.adapters = self.adapters, {}
+        for folder in {request.adapter for request in requests if request.adapter is not None}:
+            with suppress(FileNotFoundError):
+                self.adapters[folder] = kept.get(folder) or self._load(folder)
+        there = {None, *self.adapters}
         pieces = [
             (place, piece)
             for place, request in enumerate(requests)
+            if request.adapter in there
             for piece in request.divided(self._most_rows(request))
         ]
         pieces.sort(key=lambda entry: (str(entry[1].adapter), entry[0]))
@@ -166,6 +175,8 @@ class Sampler:
                 tuple(sequence for part in parts for sequence in part.sequences),
                 parts[0].prompt_logprobs,
             )
+            if parts
+            else None
             for parts in found
         ]
 
@@ -184,7 +195,8 @@ class Sampler:
                 yield batch
                 batch = []
             batch.append(entry)
-        yield batch
+        if batch:
+            yield batch
 
     def _sample(self, requests: list[SampleRequest]) -> list[SampleResult]:
         """Return the results of requests that are sorted by adapter."""
@@ -289,12 +301,12 @@ class Sampler:
     @contextmanager
     def _adapted(self, adapters: Sequence[Path | None]) -> Iterator[None]:
         """Add each row's adapter to the linears; rows with the same one are adjacent."""
-        spans: list[tuple[slice, dict[str, tuple[Tensor, Tensor]]]] = []
+        spans: list[tuple[slice, Adapter]] = []
         start = 0
         for stop in range(1, len(adapters) + 1):
             if stop == len(adapters) or adapters[stop] != adapters[start]:
                 if (folder := adapters[start]) is not None:
-                    spans.append((slice(start, stop), self.adapter(folder)))
+                    spans.append((slice(start, stop), self.adapters[folder]))
                 start = stop
         handles = []
         for name in {name for _, pairs in spans for name in pairs}:

@@ -87,13 +87,8 @@ class Sampling:
     def run(self) -> None:
         """Have samples drawn until `stop`."""
         while batch := self._next():
-            for entry in batch:
-                if not _has_adapter(entry.content):
-                    self.give_up(entry.id)
-            batch = [entry for entry in batch if _has_adapter(entry.content)]
-            requests = [entry.content for entry in batch]
             try:
-                results = self._sampled(requests) if requests else []
+                results = self._sampled([entry.content for entry in batch])
             except (EOFError, OSError):
                 self._connection = None
                 log.error("the sampler has ended; it is started again for the next request")
@@ -101,7 +96,10 @@ class Sampling:
                     self._finish(entry.id, None, "the sampler has ended; ask again")
                 continue
             for entry, result in zip(batch, results, strict=True):
-                self._finish(entry.id, sample_output(result))
+                if result is None:
+                    self.give_up(entry.id)
+                else:
+                    self._finish(entry.id, sample_output(result))
 
     def _next(self) -> list[_Waiting]:
         """Wait for requests; return as many as are drawn at once, none to end.
@@ -126,11 +124,11 @@ class Sampling:
                 self._served.clear()
             return batch
 
-    def _sampled(self, requests: list[SampleRequest]) -> list[SampleResult]:
+    def _sampled(self, requests: list[SampleRequest]) -> list[SampleResult | None]:
         if self._connection is None:
             self._connection = self._start()
         self._connection.send(requests)
-        results: list[SampleResult] = self._connection.recv()
+        results: list[SampleResult | None] = self._connection.recv()
         return results
 
     def _start(self) -> Connection:
@@ -152,7 +150,3 @@ class Sampling:
     def _finish(self, request_id: str, result: bytes | None, error: str | None = None) -> None:
         self.ledger.finish(request_id, result, error)
         self.finished(request_id)
-
-
-def _has_adapter(content: SampleRequest) -> bool:
-    return content.adapter is None or content.adapter.is_dir()

@@ -14,7 +14,6 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from lobra.common.files import remove_folder
 from lobra.layout.order import SlotOrder
 from lobra.service.admission import AdapterSize
 from lobra.service.backlog import LOSS_KINDS, Backlog, Job
@@ -28,9 +27,7 @@ MOST_TRIES = 3  # of a request during which the service ended
 SNAPSHOT_UPDATES = 20  # updates after which a model's snapshot is renewed
 SNAPSHOT_REQUESTS = 500  # requests after which it is, between two steps: results are kept no longer
 IDLE_S = 10.0  # a model in the middle of a step keeps its slot so long
-#: While others wait, a model that never rests keeps its slot so long; in the middle of a step ten
-#: times as long.
-TURN_S = 30.0
+TURN_S = 30.0  # while others wait, a model that never rests keeps its slot so long
 
 
 @dataclass
@@ -49,6 +46,8 @@ class Seat:
         Of the step in progress: the summed loss, and the absolute weights it is a sum of.
     has_gradient
         Whether it is in the middle of a step.
+    has_progressed
+        Whether a request has got its result since it has the slot.
     seated_at, used_at
         When it got the slot, and when it was last asked for (monotonic seconds).
     """
@@ -64,6 +63,7 @@ class Seat:
     loss: float = 0.0
     weight: float = 0.0
     has_gradient: bool = False
+    has_progressed: bool = False
 
 
 class Seats:
@@ -148,7 +148,8 @@ class Seats:
         """Return which of these models leaves for one that has waited since then; None: none.
 
         The one that has rested longest, else the one that has had its turn longest. In the middle
-        of a step a model keeps its slot for a while: its gradient would have to be computed again.
+        of a step a model keeps its slot, at least for a while: its gradient would have to be
+        computed again.
         """
         now = time.monotonic()
         busy = {job.model_id for job in self.backlog.heads()}
@@ -157,8 +158,8 @@ class Seats:
             seat = self.taken[name]
             if name not in busy and (not seat.has_gradient or now - seat.used_at > IDLE_S):
                 idle.append((seat.used_at, name))
-            turn_s = TURN_S * (10 if seat.has_gradient else 1)
-            if now - since > TURN_S and now - seat.seated_at > turn_s:
+            may_leave = seat.has_progressed and not seat.has_gradient
+            if may_leave and min(now - since, now - seat.seated_at) > TURN_S:
                 over.append((seat.seated_at, name))
         return min(idle or over, default=(0.0, None))[1]
 
@@ -253,10 +254,8 @@ class Seats:
 
     def take_snapshot(self, model_id: str) -> None:
         """Write a model down as it is after the last request that was carried out."""
-        before = self.taken[model_id].snapshot_seq
         seq_id = self.backlog.queues[model_id].next_seq - 1
         self.ledger.execute(*self.snapshot(model_id, seq_id))
-        self.drop_snapshot(model_id, before)
 
     def snapshot(self, model_id: str, seq_id: int) -> tuple[sa.UpdateBase, ...]:
         """Write a model down as it is after a request; return what notes that."""
@@ -265,12 +264,6 @@ class Seats:
         self.write(model_id, str(folder), with_moments=True)
         seat.snapshot_updates, seat.snapshot_seq = seat.updates, seq_id
         return with_snapshot(model_id, seq_id, seat.updates)
-
-    def drop_snapshot(self, model_id: str, seq_id: int) -> None:
-        """Remove a snapshot in whose place there is a later one."""
-        seat = self.taken.get(model_id)
-        if seq_id >= 0 and (seat is None or seq_id != seat.snapshot_seq):
-            remove_folder(self.deployment.state_folder.snapshot(model_id, seq_id))
 
 
 def job_of(row: RequestRow, content: Any) -> Job:

@@ -31,7 +31,7 @@ def test_the_page_is_live_and_fits(mixed: Running, tmp_path: Path) -> None:
             found.open(address, operator.key, width)
             assert found.run("document.documentElement.scrollWidth") <= width
             assert model in found.run("document.body.innerText")
-            assert found.run("document.querySelectorAll('polyline').length") == 2
+            assert found.run("document.querySelectorAll('polyline').length") >= 2
             pictures.joinpath(f"{name}.png").write_bytes(found.screenshot())
         assert found.run("document.getElementById('stale').hidden") is True
         other = mixed.client("later")
