@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Trainer, get_scheduler
 
-from lobra.layout.placement import place
+from lobra.layout.placement import place as placed_anywhere
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.dataset import TokenizedDataset
 from lobra.tasks.sampling import sample_indices, task_seed
@@ -21,6 +21,7 @@ from lobra.trainer.run import run_local
 from lobra.trainer.run_spec import RunSpec
 from tests.model.support import save_family
 from tests.trainer.alone import lift_to_double, padded
+from tests.trainer.command import refused, train, write_config, write_plan
 from tests.trainer.double import NoSinglePrecision
 from tests.trainer.support import make_plan, make_run, random_dataset, steps_of
 
@@ -120,8 +121,30 @@ def test_it_goes_on_on_another_plan(tmp_path: Path) -> None:
     half = replace(half, tasks=(replace(TASK, offload=True),))
     run_local(half)
     plan = make_plan([(2, 1), (2, 1)], max_tokens=128)
-    run = replace(half, plan=plan, world=place(plan, 1 << 20), last_step=STEPS, resume_step=2)
+    run = replace(
+        half, plan=plan, world=placed_anywhere(plan, 1 << 20), last_step=STEPS, resume_step=2
+    )
     run_local(run)
     assert_as_alone(run, base)
     names = [path.name for path in run.adapter_folder(0).glob("*.safetensors")]
     assert sorted(names) == sorted(path.name for path in base.glob("*.safetensors")) != []
+
+
+@pytest.mark.ranks
+def test_the_command_trains_what_fits_and_refuses_the_rest(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layout = {"dp": 1, "tp": 1, "pp": 1, "max_tokens": 64}
+    write_config(adapter="full")
+    assert train(place) == 2
+    refused(capsys, "task[0].rank = 2: adapter: full trains no adapter")
+    write_config(adapter="full", rank=None, lora_alpha=None, target_modules=None)
+    write_plan(layout, {**layout, "tp": 4})
+    assert train(place) == 2
+    refused(capsys, "wants replicas that are all alike", "<4,1> has some of the 2 key heads")
+    write_plan(layout)
+    assert train(place, "--memory-budget", "100KB") == 2
+    refused(capsys, "<1,1> x 1 in fp32 takes", "of the optimiser's", "there are 102 KB")
+    assert train(place) == 0
+    assert "all of its weights" in Path("run/adapters/small/README.md").read_text()
+    AutoModelForCausalLM.from_pretrained("run/adapters/small")
