@@ -215,6 +215,7 @@ def test_five_mistakes_are_all_named(tmp_path: Path) -> None:
         assert value in problem and right in problem
 
 
+OF_ADAPTERS = ("rank", "lora_alpha", "target_modules")
 WRONG_VALUES: list[tuple[str, Any]] = [
     ("rank", 0),
     ("rank", True),
@@ -317,6 +318,17 @@ def test_required_fields(tmp_path: Path, field: str, absent: bool) -> None:
         del task[field]
     (problem,) = problems_of(write(tmp_path, [task]))
     assert problem.startswith(f"task[0].{field}: is missing")
+
+
+def test_a_model_needs_no_rank_and_is_for_those_who_ask(tmp_path: Path) -> None:
+    own = {key: LOBRA_TASK[key] for key in LOBRA_TASK if key not in OF_ADAPTERS}
+    path = write(tmp_path, [own | {"adapter": "full"}])
+    (task,) = load_trainer_config(path, whole_models=True).tasks
+    assert task.adapter == "full"
+    (problem,) = problems_of(path)
+    assert "profiles and plans are made for adapters only" in problem
+    (problem,) = problems_of(write(tmp_path, [own | {"adapter": "full", "objective": "dpo"}]))
+    assert problem.startswith("task[0].objective")
 
 
 def test_steps_or_epochs_is_enough_but_not_neither(tmp_path: Path) -> None:
