@@ -121,6 +121,23 @@ def test_each_is_as_alone(family: str, tmp_path: Path, record_property: Record) 
 
 @pytest.mark.ranks
 @pytest.mark.long
+def test_losses_in_bf16_are_near(tmp_path: Path) -> None:
+    tasks = CASES["qwen2"]
+    base, data = save_family("qwen2", tmp_path / "base"), make_datasets(len(tasks))
+    starts = make_starts(base, tmp_path / "starts", tasks)
+    plan = make_plan(LAYOUTS, max_tokens=128)
+    run = make_run(
+        tmp_path / "run", base, tasks_from(starts, tasks), data, plan, STEPS, precision="bf16"
+    )
+    run_local(run)
+    for own, alone in zip(
+        tasks, train_alone(base, data, starts, torch.float64, tasks=tasks), strict=True
+    ):
+        assert losses_of(run, own["name"]) == pytest.approx(alone["losses"], rel=1e-2)
+
+
+@pytest.mark.ranks
+@pytest.mark.long
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pissa_is_as_alone(family: str, tmp_path: Path) -> None:
     """PEFT trains LoRA on what the start leaves of the base; it is PEFT's own start."""
