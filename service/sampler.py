@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from lobra.layout.sequences import FloatArray, TokenArray
 from lobra.model.precision import DTYPES
+from lobra.model.site import PEFT_PREFIX
 from lobra.trainer.adapters import CONFIG_FILE, WEIGHTS_FILE
 
-PEFT_PREFIX = "base_model.model."
 ADAPTERS_KEPT = 8
 
 
