@@ -94,11 +94,15 @@ def joint_run(
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(
-    "family",
-    [pytest.param(name, marks=() if name == "qwen2" else pytest.mark.long) for name in CASES],
+    ("family", "tasks"),
+    [
+        pytest.param("qwen2", (PLUS, ENDS, OWN_BIASES), id="some-qwen2"),
+        *(pytest.param(*case, marks=pytest.mark.long, id=case[0]) for case in CASES.items()),
+    ],
 )
-def test_each_is_as_alone(family: str, tmp_path: Path, record_property: Record) -> None:
-    tasks = CASES[family]
+def test_each_is_as_alone(
+    family: str, tasks: tuple[dict[str, Any], ...], tmp_path: Path, record_property: Record
+) -> None:
     run, starts = joint_run(family, tasks, tmp_path, LAYOUTS)
     data, largest = make_datasets(len(tasks)), 0.0
     for number, own in enumerate(tasks):
