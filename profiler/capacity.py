@@ -18,6 +18,7 @@ import numpy as np
 from lobra.common.errors import ConfigError
 from lobra.layout.layout import ADAPTER_HIDDEN, COMPUTED_AGAIN
 from lobra.layout.shapes import ModelShape, resolve_shape
+from lobra.layout.world import adapted_layers, stage_layers
 from lobra.profiler.layer_memory import adapter_hidden_bytes, joint_rank
 from lobra.profiler.lookup import OF_TASKS, no_memory_profile, own_memory_path
 from lobra.profiler.profiles import DEFAULT_POLICY, MemoryProfile, MemoryRow, load_memory_profile
@@ -149,27 +150,51 @@ def fitted_to(
     parts = [parts_of(profile.meta, row) for row in profile.rows]
     if budget is None or largest is None or not any(parts):
         return profile, (_as_it_is(profile, len(measured), len(tasks)),)
-    before = sum(shape.adapter_elements(rank, tuple(modules)) for rank, modules in measured)
-    now = sum(shape.adapter_elements(task.largest_rank, task.target_modules) for task in tasks)
+    growth = {
+        row.pp: most_growth(measured, wanted, shape, min(row.pp, shape.num_layers))
+        for row in profile.rows
+    }
     rows = tuple(
         replace(
             row,
             max_tokens=part.max_tokens(
-                budget, now / before, largest, _more_bytes(settings, row, tasks, shape)
+                budget, growth[row.pp], largest, _more_bytes(settings, row, tasks, shape)
             ),
         )
         for row, part in zip(profile.rows, parts, strict=True)
         if part is not None
     )
+    times = most_growth(measured, wanted, shape, 1)
     note = (
         f"{profile.path}: capacities of {len(measured)} adapters were reckoned anew for these "
-        f"{len(tasks)}, {now / before:.2f} times as large; profile memory with this trainer "
+        f"{len(tasks)}, {times:.2f} times as large; profile memory with this trainer "
         f"config to measure them"
     )
     unknown = [f"<{r.tp},{r.pp}>" for r, part in zip(profile.rows, parts, strict=True) if not part]
     left_out = f"{profile.path}: has no parts of {', '.join(unknown)}: left out"
     notes = (note, left_out) if unknown else (note,)
     return replace(profile, rows=tuple(sorted(rows))), notes
+
+
+def most_growth(
+    measured: Sequence[Any], wanted: Sequence[Any], shape: ModelShape, num_stages: int
+) -> float:
+    """Return how many times as large adapters (rank, modules) are, in the stage with most growth.
+
+    Only of the embedding's and the head's does one stage have more than another.
+    """
+    stages = (
+        adapted_layers(stage_layers(shape.num_layers, num_stages, stage), shape.num_layers)
+        for stage in range(num_stages)
+    )
+    sizes = [
+        [
+            sum(shape.adapter_elements(rank, tuple(modules), layers) for rank, modules in adapters)
+            for adapters in (wanted, measured)
+        ]
+        for layers in stages
+    ]
+    return max(now / max(1, before) for now, before in sizes)
 
 
 def _more_bytes(

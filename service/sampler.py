@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from lobra.layout.sequences import FloatArray, TokenArray
 from lobra.model.precision import DTYPES
+from lobra.model.site import PEFT_PREFIX
 from lobra.trainer.adapters import CONFIG_FILE, WEIGHTS_FILE
 
 #: A and B [r, I], [O, r] by the linear's name; B scaled.
 Adapter = dict[str, tuple[Tensor, Tensor]]
-PEFT_PREFIX = "base_model.model."
 MOST_ROWS = 64  # sequences drawn at once
 
 

@@ -29,10 +29,10 @@ from lobra.common.files import drafted
 from lobra.layout.shapes import read_shape
 from lobra.model.adapter import matched
 from lobra.model.checkpoint import EMBEDDING, HEAD, opened, tensor_files
+from lobra.model.site import PEFT_PREFIX
 from lobra.trainer.adapters import CONFIG_FILE, WEIGHTS_FILE, not_finite
 from lobra.trainer.peft_config import config_problems
 
-PREFIX = "base_model.model."
 #: What adapters may say beyond `trainer.peft_config`: all of it is found in their tensors.
 MERGED_FIELDS = (
     *("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias", "modules_to_save"),
@@ -150,7 +150,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
         for name in not_finite(named)
     ]
     problems.raise_if_any()
-    return SavedAdapter(folder, config, {n.removeprefix(PREFIX): t for n, t in named.items()})
+    return SavedAdapter(folder, config, {n.removeprefix(PEFT_PREFIX): t for n, t in named.items()})
 
 
 def merge_problems(

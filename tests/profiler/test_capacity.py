@@ -11,7 +11,7 @@ import pytest
 from lobra.cli import main
 from lobra.common.errors import ConfigError
 from lobra.layout.shapes import NAMED_SHAPES
-from lobra.profiler.capacity import fitted_to, memory_profile_for
+from lobra.profiler.capacity import fitted_to, memory_profile_for, most_growth
 from lobra.profiler.memory import MemorySweep, sweep_memory
 from lobra.profiler.memory_rank import ADAPTER_BYTES, OPTIMIZER_BYTES, RankMemory
 from lobra.profiler.profiles import MEMORY_COLUMNS, load_memory_profile
@@ -123,6 +123,16 @@ def test_a_profile_without_parts_is_used_as_it_is_and_that_is_said(tmp_path: Pat
     found, notes = fitted_to(profile, tasks(*(16,) * 9), SHAPE)
     assert found is profile
     assert "is of 6 other adapters than these 9" in notes[0]
+
+
+def test_an_adapter_of_the_head_counts_where_the_head_is() -> None:
+    known, wanted = [[16, TARGET_MODULES]], [[16, (*TARGET_MODULES, "lm_head")]]
+    head = 16 * (SHAPE.hidden_size + SHAPE.vocab_size)
+    whole = SHAPE.adapter_elements(16, TARGET_MODULES)
+    for num_stages in (1, 2, SHAPE.num_layers):
+        found = most_growth(known, wanted, SHAPE, num_stages)
+        assert found == pytest.approx(1 + head * num_stages / whole)
+        assert most_growth(known, 3 * known, SHAPE, num_stages) == 3
 
 
 def test_dropout_that_was_not_measured_is_refused(tmp_path: Path) -> None:

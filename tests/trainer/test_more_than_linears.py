@@ -94,11 +94,15 @@ def joint_run(
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(
-    "family",
-    [pytest.param(name, marks=() if name == "qwen2" else pytest.mark.long) for name in CASES],
+    ("family", "tasks"),
+    [
+        pytest.param("qwen2", (PLUS, ENDS, OWN_BIASES), id="some-qwen2"),
+        *(pytest.param(*case, marks=pytest.mark.long, id=case[0]) for case in CASES.items()),
+    ],
 )
-def test_each_is_as_alone(family: str, tmp_path: Path, record_property: Record) -> None:
-    tasks = CASES[family]
+def test_each_is_as_alone(
+    family: str, tasks: tuple[dict[str, Any], ...], tmp_path: Path, record_property: Record
+) -> None:
     run, starts = joint_run(family, tasks, tmp_path, LAYOUTS)
     data, largest = make_datasets(len(tasks)), 0.0
     for number, own in enumerate(tasks):
@@ -117,6 +121,23 @@ def test_each_is_as_alone(family: str, tmp_path: Path, record_property: Record) 
         for folder in (starts[number], run.adapter_folder(number)):
             assert check_adapter(folder, spec, shape) == []
     record_property("largest_relative_error", f"{largest:.1e}")
+
+
+@pytest.mark.ranks
+@pytest.mark.long
+def test_losses_in_bf16_are_near(tmp_path: Path) -> None:
+    tasks = CASES["qwen2"]
+    base, data = save_family("qwen2", tmp_path / "base"), make_datasets(len(tasks))
+    starts = make_starts(base, tmp_path / "starts", tasks)
+    plan = make_plan(LAYOUTS, max_tokens=128)
+    run = make_run(
+        tmp_path / "run", base, tasks_from(starts, tasks), data, plan, STEPS, precision="bf16"
+    )
+    run_local(run)
+    for own, alone in zip(
+        tasks, train_alone(base, data, starts, torch.float64, tasks=tasks), strict=True
+    ):
+        assert losses_of(run, own["name"]) == pytest.approx(alone["losses"], rel=1e-2)
 
 
 @pytest.mark.ranks
