@@ -54,6 +54,7 @@ setup(
             "safetensors>=0.5,<1",
             "tensorboard>=2.16,<3",
         ],
+        "quantised": ["bitsandbytes>=0.49,<0.51"],  # a base in nf4
         "wandb": ["wandb>=0.20,<1"],
         "mlflow": ["mlflow-skinny>=3.0,<4"],
         "serve": [

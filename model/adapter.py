@@ -230,6 +230,11 @@ class AdapterSpec:
                 f"such as {next(site.module for site in own if site.fused)} of {shape.name}; want "
                 f"lora or rslora"
             )
+        if self.kind == "pissa" and shape.quantised:
+            found.append(
+                f"adapter: pissa starts from the weights themselves, not from a base in "
+                f"{shape.quantised}: want another kind of adapter, or a base that is not quantised"
+            )
         if self.kind == "pissa":
             most = min(min(site.in_features, site.out_features) for site in own)
             if self.largest_rank > most:

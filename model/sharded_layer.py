@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from lobra.layout.shapes import FusedLinear, ModelShape, module_path
 from lobra.layout.world import kv_head_range, shard_range
 from lobra.model.adapter import sites_by_input
-from lobra.model.base_linear import DenseLinear, Shard
+from lobra.model.base_linear import Shard
 from lobra.model.checkpoint import CheckpointReader, as_slice
 from lobra.model.groups import ReplicaGroups
+from lobra.model.quantised_linear import read_linear
 from lobra.model.stack import AdaptedLinear, Stack
 from lobra.model.tensor_parallel import SharedNorm, copy_to_group
 from lobra.model.token_tasks import Selection
@@ -64,12 +65,11 @@ def shard_layer(
             path = module_path(site.module)
             name = f"model.layers.{layer}.{path}"
             has_bias = layer_module.get_submodule(path).bias is not None
-            biases.append(reader.read(f"{name}.bias") if has_bias and summed else None)
-            if site.fused:
-                assert not has_bias, "no family has a fused linear with a bias"
-                bases.append(DenseLinear.read_fused(reader, name, site.fused, shard))
-            else:
-                bases.append(DenseLinear.read(reader, name, shard, has_bias and not summed))
+            assert not (has_bias and site.fused), "no family has a fused linear with a bias"
+            bias = reader.read(f"{name}.bias", as_slice(shard.outputs)) if has_bias else None
+            biases.append(bias if summed else None)
+            own_bias = None if summed else bias
+            bases.append(read_linear(reader, name, shard, shape.quantised, site.fused, own_bias))
         group = groups.tp_group if summed else None
         stack = stack_type(sites, own, bases, selection, reader.dtype, reader.device, group)
         for linear, (site, bias_O) in enumerate(zip(sites, biases, strict=True)):

@@ -362,7 +362,8 @@ class Coordinator:
         steps = self._logged_steps() if numbers else []
         for number in numbers:
             task, folder = self.tasks[number], self.run.adapter_folder(number)
-            card = model_card(task.config, self.run.base_model, self.run.precision, steps)
+            kept = self.run.base_precision or self.run.precision
+            card = model_card(task.config, self.run.base_model, kept, steps)
             try:
                 write_atomic(folder / CARD_FILE, card)
             except OSError as error:
@@ -415,5 +416,6 @@ class Coordinator:
             last_metrics=None if self.last_metrics is None else as_json(self.last_metrics),
             data_day=run.data_day,
             precision=run.precision,
+            base_precision=run.base_precision,
             batching=run.batching,
         )

@@ -9,8 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lobra.model.adapter import AdapterSpec, Site
+from lobra.model.base_linear import Shard
 from lobra.model.checkpoint import CheckpointReader
 from lobra.model.pissa import principal_factors
+from lobra.model.quantised_linear import read_linear
 from lobra.trainer.optimizer import AdapterOptimizer
 
 KINDS = ("pissa", "dora")
@@ -39,8 +41,10 @@ def start_from_base(folder: Path, optimizer: AdapterOptimizer, number: int) -> N
     for block in optimizer.blocks:
         own = [t.site for t in slot.layout.tensors if t.site.layer in block.block.layers]
         for site in list(dict.fromkeys(own))[dist.get_rank(block.group) :: block.num_holders]:
-            weight_OI = reader.read(f"{site.path}.weight")
-            for name, value in first_values(slot.spec, site, weight_OI).items():
+            inputs, outputs = site.in_features, site.out_features
+            whole = Shard(range(inputs), range(outputs), inputs, outputs)
+            base = read_linear(reader, site.path, whole, stage.shape.quantised)
+            for name, value in first_values(slot.spec, site, base.weight_oi()).items():
                 named[name].copy_(value)
         dist.all_reduce(started[slot.layout.span(block.block.layers)], group=block.group)
     if slot.start is not None:

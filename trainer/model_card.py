@@ -49,7 +49,7 @@ def model_card(
     base_model
         What the adapter calls its base.
     precision
-        Of the base's weights and the activations.
+        What the base's linears are kept in.
     steps
         The lines of the run's metrics.
     """
