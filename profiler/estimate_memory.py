@@ -25,7 +25,8 @@ from lobra.tasks.config import TaskConfig
 
 # Logits the loss holds at once, as `model.tensor_parallel` has it (a test compares them).
 LOGITS_AT_ONCE = 1 << 25
-INDEX_BYTES = 8  # of a row of a weight in nf4
+# Beside a weight in nf4: of a row its number; what the values of scales in 8 bits are.
+INDEX_BYTES, CODE_BYTES = 8, 1024
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,9 @@ def base_bytes(shape: ModelShape, tp: int, precision: str) -> float:
     )
     if shape.quantised == "int8":
         return elements / tp + FLOAT_BYTES * rows
-    scales = elements / NF4_BLOCK  # of one byte; those of them are of the whole weight
-    return (elements / 2 + scales) / tp + FLOAT_BYTES * scales / SCALE_BLOCK + INDEX_BYTES * rows
+    scales = elements / NF4_BLOCK  # of one byte; theirs are of the whole weight
+    beside = INDEX_BYTES * rows + CODE_BYTES * len(shape.linear_sizes())
+    return (elements / 2 + scales) / tp + FLOAT_BYTES * scales / SCALE_BLOCK + beside
 
 
 def dequantised_bytes(shape: ModelShape, tp: int, precision: str) -> float:

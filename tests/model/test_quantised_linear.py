@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from lobra.common.errors import ConfigError
 from lobra.layout.layout import Layout
@@ -21,7 +20,7 @@ from lobra.model.sharded_layer import linear_shards
 from lobra.model.stage import Stage, build_stage
 from lobra.profiler.accelerators import load_tables
 from lobra.profiler.estimate_memory import Adapters, estimate_memory
-from tests.model.quantised import as_the_library_makes_it, save_dequantised, save_quantised
+from tests.model.quantised import as_the_library_makes_it, save_quantised
 from tests.model.support import micro_batch, save_family, tensors_of
 
 CPU = torch.device("cpu")
@@ -58,8 +57,7 @@ def test_shards_together_are_what_the_library_makes_of_the_whole(
                 if fused is not None:  # a checkpoint's order, not ours
                     groups = ours.unflatten(0, (-1, sum(fused.widths))).split(fused.widths, dim=1)
                     ours = torch.cat([part.flatten(0, 1) for part in groups])
-                tolerance = 0.0 if quantised == "nf4" else 2e-7  # an order of two factors
-                torch.testing.assert_close(ours, theirs.to(dtype), rtol=tolerance, atol=0.0)
+                assert torch.equal(ours, theirs.to(dtype))
 
 
 def test_blocks_that_reach_over_rows_are_for_one_gpu(tmp_path: Path) -> None:
@@ -100,11 +98,8 @@ def test_a_folder_that_is_quantised_computes_what_it_does_in_transformers(
     shape = read_shape(folder)
     assert shape.quantised == kept and checkpoint_problems(folder, shape) == []
     tokens = torch.arange(3, 43).view(2, 20)
-    if kept == "int8":  # whose own product rounds the activations, too
-        plain = save_dequantised(base, tmp_path / "plain", kept)
-        theirs = AutoModelForCausalLM.from_pretrained(plain)
-    with torch.no_grad():
-        expected = theirs(tokens).logits
+    with torch.no_grad():  # its products of quantised weights round activations to fewer bits
+        expected = theirs.dequantize(torch.float32)(tokens).logits
     stage = stage_of(folder, Layout(1, 1))
     (batch,) = tensors_of(stage, [micro_batch(tokens, tokens, (0, 0))], [1.0])
     torch.testing.assert_close(stage.logits(batch), expected, rtol=1e-4, atol=1e-4)
@@ -140,12 +135,12 @@ def test_what_a_quantised_folder_lacks_or_has_otherwise_is_told(tmp_path: Path) 
 def test_estimates_are_of_what_a_rank_holds(
     quantised: str | None, layout: Layout, tmp_path: Path
 ) -> None:
-    """Within a hundredth; of the layers alone, since the vocabulary is never quantised."""
-    sizes = dict(hidden_size=256, intermediate_size=704, num_key_value_heads=4)
+    """Within a fiftieth, where blocks are not cut: norms are not counted."""
+    sizes = dict(hidden_size=256, intermediate_size=768, num_key_value_heads=4)
     base = save_family("llama", tmp_path, **sizes)
     shape = read_shape(base).kept_in(quantised)
-    runtime, dequantised = load_tables().runtime(None), 4 * 256 * 704 / layout.tp
+    runtime, dequantised = load_tables().runtime(None), 4 * 256 * 768 / layout.tp
     held = max(stage_of(base, layout, r, quantised).base_bytes for r in range(layout.num_gpus))
     found = estimate_memory(shape, layout.tp, layout.pp, Adapters(()), "fp32", runtime)
     expected = found.fixed_bytes - (0.0 if quantised is None else dequantised)
-    assert held == pytest.approx(expected, rel=0.01)
+    assert held == pytest.approx(expected, rel=0.02)

@@ -396,11 +396,11 @@ def test_a_rank_far_over_its_budget_fails_to_allocate(tmp_path: Path) -> None:
 @pytest.mark.ranks
 def test_a_quantised_base_on_real_ranks_takes_what_is_estimated(tmp_path: Path) -> None:
     """Weights within a twentieth; while one is multiplied by, its values are there in fp32."""
-    sizes = dict(hidden_size=256, intermediate_size=704, max_position_embeddings=2048)
+    sizes = dict(hidden_size=256, intermediate_size=768, max_position_embeddings=2048)
     folder = save_llama(tmp_path / "llama", **sizes)
     plain = replace(SWEEP, folder=folder, shape=read_shape(folder), budget_bytes=1 << 30)
     nf4 = replace(plain, shape=plain.shape.kept_in("nf4"))
-    adapters, made = Adapters.of_tasks(TASKS, plain.shape), 4 * 256 * 704 / 2
+    adapters, made = Adapters.of_tasks(TASKS, plain.shape), 4 * 256 * 768 / 2
     found = [measure_trial(sweep, 2, 1, 256)[0] for sweep in (plain, nf4)]
     for sweep, rank in zip((plain, nf4), found, strict=True):
         parts = estimate_memory(sweep.shape, 2, 1, adapters, "fp32", OURS).parts(256)
