@@ -97,7 +97,8 @@ def planning_paths(
 def no_time_profile(model: str, path: Path, base_precision: str | None = None) -> str:
     """Return what is told where a model's time profile is missing: every way to get one."""
     command = f"lobra profile time --model {model} --tp 1,2,4{_option(base_precision)}"
-    return _ways(path, command, "--time-profile", published_time_path(model))
+    published = published_time_path(profiled_name(model, base_precision))
+    return _ways(path, command, "--time-profile", published)
 
 
 def no_memory_profile(
@@ -105,8 +106,8 @@ def no_memory_profile(
 ) -> str:
     """Return what is told where a model's memory profile is missing: every way to get one."""
     command = f"lobra profile memory --model {model} --num-gpus N --trainer-config NAME"
-    command += _option(base_precision)
-    return _ways(path, command, "--memory-profile", published_memory_path(model, num_tasks))
+    published = published_memory_path(profiled_name(model, base_precision), num_tasks)
+    return _ways(path, command + _option(base_precision), "--memory-profile", published)
 
 
 def provenance_note(path: Path) -> str | None:
