@@ -27,11 +27,11 @@ from torch import Tensor
 
 from lobra.layout.base_precision import NF4_BLOCK, SCALE_BLOCK
 from lobra.layout.shapes import FusedLinear
-from lobra.model.base_linear import BaseLinear, DenseLinear, Shard, by_group
+from lobra.model.base_linear import ELEMENTS_AT_ONCE, BaseLinear, DenseLinear, Shard, by_group
 from lobra.model.checkpoint import CheckpointReader
 from lobra.model.quantised_checkpoint import NF4_STATE, ROW_SCALES, Nf4State
 
-ELEMENTS_AT_ONCE = 1 << 20  # are quantised: on a CPU the library takes 100 bytes for each
+QUANTISED_AT_ONCE = 1 << 20  # elements: on a CPU the library takes 100 bytes for each
 SMALLEST = 1e-30  # of a scale: rows of zeros have one, too
 
 
@@ -72,13 +72,17 @@ class Int8Linear(BaseLinear):
     def weight_oi(self) -> Tensor:
         """Return the weight."""
         weight_oi = torch.empty_like(self.values_oi, dtype=self.dtype)
-        return torch.mul(self.values_oi, self.scales_o1, out=weight_oi)
+        num_rows = max(1, ELEMENTS_AT_ONCE // weight_oi.shape[1])
+        rows = (part.split(num_rows) for part in (weight_oi, self.values_oi, self.scales_o1))
+        for made, values, scales in zip(*rows, strict=True):
+            torch.mul(values.type_as(scales), scales, out=made)  # in fp32, in a proof in fp64 too
+        return weight_oi
 
 
 def int8(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
     """Return a weight's values, int8 [O, I], and the scales of its rows, fp32 [O]."""
     values, scales = [], []
-    for part in weight_OI.split(max(1, ELEMENTS_AT_ONCE // weight_OI.shape[1])):
+    for part in weight_OI.split(max(1, QUANTISED_AT_ONCE // weight_OI.shape[1])):
         part = part.float()
         scales.append(part.abs().amax(1).clamp(min=SMALLEST))
         values.append((part * (127 / scales[-1][:, None])).round().to(torch.int8))
@@ -127,7 +131,7 @@ class Nf4Weight:
         """Return a weight quantised, its blocks' scales too."""
         library = bitsandbytes()
         packed, all_scales = [], []
-        num_rows = NF4_BLOCK * max(1, ELEMENTS_AT_ONCE // (NF4_BLOCK * weight_OI.shape[1]))
+        num_rows = NF4_BLOCK * max(1, QUANTISED_AT_ONCE // (NF4_BLOCK * weight_OI.shape[1]))
         for part in weight_OI.split(num_rows):
             values, state = library.quantize_4bit(
                 part.float(), blocksize=NF4_BLOCK, quant_type="nf4"
