@@ -54,7 +54,7 @@ setup(
             "safetensors>=0.5,<1",
             "tensorboard>=2.16,<3",
         ],
-        "quantised": ["bitsandbytes>=0.50,<1"],
+        "quantised": ["bitsandbytes>=0.50,<0.51"],  # bases in nf4, moments in eight bits
         "wandb": ["wandb>=0.20,<1"],
         "mlflow": ["mlflow-skinny>=3.0,<4"],
         "serve": [
@@ -64,7 +64,7 @@ setup(
             "protobuf>=5.26,<8",
         ],
         "dev": [
-            "bitsandbytes>=0.50,<1",
+            "bitsandbytes>=0.50,<0.51",
             "trl>=1.16,<1.17",  # whose losses ours are compared with, by names that may change
             "pytest>=8.0,<10",
             "pytest-timeout>=2.3,<3",

@@ -216,6 +216,8 @@ class PlanMeta(TypedDict, total=False):
     step_time_s: NotNegative
     sync_time_s: NotNegative
     lower_bound_s: NotNegative
+    base_precision: Annotated[str, OneOf(("int8", "nf4"))]
+    """What the base's linears were kept in; left out: not quantised."""
     gap: NotNegative
     """How much faster a plan might at most be, relative to this one's step time."""
     homogeneous: HomogeneousPlan | None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +17,7 @@ from pydantic import ConfigDict
 from lobra.common.documents import read_json
 from lobra.common.errors import ConfigError, Problems
 from lobra.common.models import AtMost, FileModel, Flag, OneOf, PositiveInt, read_as
+from lobra.layout.base_precision import block_problems, stored_precision
 from lobra.layout.world import adapted_layers
 from lobra.tasks.target_modules import EMBEDDING, HEAD
 
@@ -89,7 +90,8 @@ class ModelShape:
 
     `max_positions` is the longest context the model was made for, None where nothing says it.
     `norms_behind`: a norm follows the last product of a layer. `fused`: names of linears that are
-    several projections in one.
+    several projections in one. `quantised`: what weights of linears are kept in, int8 or nf4; None:
+    in what all else is.
     """
 
     name: str
@@ -105,6 +107,7 @@ class ModelShape:
     max_positions: int | None = None
     norms_behind: bool = False
     fused: tuple[str, ...] = ()
+    quantised: str | None = None
 
     @property
     def adapted_layers(self) -> range:
@@ -150,6 +153,23 @@ class ModelShape:
             HEAD: (self.hidden_size, self.vocab_size),
         }
         return {**self.linear_sizes(), **vocabulary}
+
+    def kept_in(self, base_precision: str | None) -> ModelShape:
+        """Return the shape with its linears kept in a base precision, None: as its folder has them.
+
+        Raises
+        ------
+        ConfigError
+            If its folder has them quantised otherwise.
+        """
+        if base_precision in (None, self.quantised):
+            return self
+        if self.quantised is not None:
+            raise ConfigError(
+                f"--base-precision {base_precision}: the weights of {self.name} are there in "
+                f"{self.quantised} only: leave it out, or use the unquantised model"
+            )
+        return replace(self, quantised=None if base_precision == "bf16" else base_precision)
 
     def own_modules(self, target_modules: Iterable[str]) -> tuple[str, ...]:
         """Return the model's own modules that target modules mean; a fused linear if all parts do.
@@ -291,15 +311,13 @@ def read_shape(folder: Path) -> ModelShape:
     """
     path = folder / "config.json"
     document = read_json(path)
-    problems = Problems()
+    problems, quantised = Problems(), None
     config = read_as(ModelConfig, document, problems)
     if config is not None and config.heads_problem:
         problems.add(config.heads_problem)
     if isinstance(document, dict):
-        if document.get("quantization_config"):
-            problems.add(
-                "quantization_config: quantised weights are not read; use the unquantised model"
-            )
+        with problems.noted():
+            quantised = stored_precision(document.get("quantization_config"))
         if document.get("use_bidirectional_attention"):
             problems.add(
                 "use_bidirectional_attention: tokens that see later ones are not supported; use a "
@@ -326,6 +344,7 @@ def read_shape(folder: Path) -> ModelShape:
         max_positions=config.max_position_embeddings,
         norms_behind=config.model_type in NORMS_BEHIND,
         fused=FUSED.get(config.model_type, ()),
+        quantised=quantised,
     )
 
 
@@ -365,7 +384,8 @@ def layout_problem(shape: ModelShape, tp: int, pp: int) -> str | None:
     """Return why the layout <tp,pp> cannot run this model, or None when it can.
 
     Tensor parallelism needs tp to divide the heads and the ffn size, and the key/value heads to
-    divide tp or be divided by it; every pipeline stage needs at least one layer.
+    divide tp or be divided by it; every pipeline stage needs at least one layer, and nf4 whole
+    blocks in a row.
     """
     if tp < 1 or pp < 1:
         return f"<{tp},{pp}>: tp and pp must be at least 1"
@@ -383,4 +403,6 @@ def layout_problem(shape: ModelShape, tp: int, pp: int) -> str | None:
         reasons.append(f"tp {tp} does not divide the ffn size {shape.intermediate_size}")
     if pp > shape.num_layers:
         reasons.append(f"pp {pp} is more than the {shape.num_layers} layers")
+    if shape.quantised == "nf4":
+        reasons += block_problems(shape.linear_sizes(), shape.fused, tp)
     return f"<{tp},{pp}>: {', '.join(reasons)}" if reasons else None

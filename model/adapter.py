@@ -115,6 +115,11 @@ class AdapterSpec:
             found.append(
                 f"adapter: {self.kind} is not supported on {EMBEDDING}; want lora or rslora"
             )
+        if self.kind == "pissa" and shape.quantised:
+            found.append(
+                f"adapter: pissa starts from the weights themselves, not from a base in "
+                f"{shape.quantised}: want another kind of adapter, or a base that is not quantised"
+            )
         if self.kind == "pissa":
             most = min(min(site.in_features, site.out_features) for site in own)
             if self.largest_rank > most:

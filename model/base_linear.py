@@ -32,6 +32,21 @@ class Shard:
         """Return whether the input features are split (the output is then summed)."""
         return len(self.inputs) < self.in_features
 
+    def stored_rows(self, fused: FusedLinear | None) -> list[range]:
+        """Return where a checkpoint has its output features, a fused linear's part by part."""
+        if fused is None:
+            return [self.outputs]
+        width = fused.group_width
+        return fused.part_rows(range(self.outputs.start // width, self.outputs.stop // width))
+
+
+def by_group(parts: list[Tensor], fused: FusedLinear | None) -> Tensor:
+    """Return rows that a checkpoint has part by part as they lie here: group by group."""
+    if fused is None:
+        return parts[0]
+    widths = zip(parts, fused.widths, strict=True)
+    return torch.cat([part.unflatten(0, (-1, width)) for part, width in widths], 1).flatten(0, 1)
+
 
 class BaseLinear(nn.Module, ABC):
     """A frozen linear layer: its product, and the gradient that goes back to its input.
@@ -41,66 +56,29 @@ class BaseLinear(nn.Module, ABC):
 
     bias: nn.Parameter | None
 
-    @abstractmethod
-    def forward(self, x: Tensor) -> Tensor:
-        """Return a new tensor [..., o] for [..., i]."""
+    def __init__(self, bias_o: Tensor | None) -> None:
+        super().__init__()
+        self.bias = None if bias_o is None else nn.Parameter(bias_o, requires_grad=False)
 
     @abstractmethod
+    def weight_oi(self) -> Tensor:
+        """Return the weight in the dtype of the activations, for as long as one needs it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a new tensor, x W^T + b, [..., o] for [..., i]."""
+        return functional.linear(x, self.weight_oi(), self.bias)
+
     def product(self, x: Tensor) -> Tensor:
         """Return the same without the bias."""
+        return functional.linear(x, self.weight_oi())
 
-    @abstractmethod
     def row_squares(self, left_or: Tensor, right_ri: Tensor) -> Tensor:
-        """Return [o], the squared lengths of the rows of the weight plus left right.
+        """Return the squared lengths of the rows of W + left right, [o].
 
         In the dtype of the two, which may be finer than the weight's.
         """
-
-    @abstractmethod
-    def input_gradient(self, dy_No: Tensor, dx_Ni: Tensor | None) -> Tensor:
-        """Return the gradient [N, i] of the input, added to ``dx_Ni`` in place if there is one."""
-
-
-class DenseLinear(BaseLinear):
-    """A weight [o, i] in the dtype of the activations."""
-
-    def __init__(self, weight_oi: Tensor, bias_o: Tensor | None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight_oi, requires_grad=False)
-        self.bias = None if bias_o is None else nn.Parameter(bias_o, requires_grad=False)
-
-    @classmethod
-    def read(cls, reader: CheckpointReader, name: str, shard: Shard, has_bias: bool) -> DenseLinear:
-        """Read the shard of the linear called ``name`` in the checkpoint."""
-        rows = as_slice(shard.outputs)
-        weight_oi = reader.read(f"{name}.weight", rows, as_slice(shard.inputs))
-        return cls(weight_oi, reader.read(f"{name}.bias", rows) if has_bias else None)
-
-    @classmethod
-    def read_fused(
-        cls, reader: CheckpointReader, name: str, fused: FusedLinear, shard: Shard
-    ) -> DenseLinear:
-        """Read the shard of a fused linear without bias, its features group by group."""
-        width = fused.group_width
-        groups = range(shard.outputs.start // width, shard.outputs.stop // width)
-        parts = [
-            reader.read(f"{name}.weight", as_slice(rows)).unflatten(0, (len(groups), -1))
-            for rows in fused.part_rows(groups)
-        ]
-        return cls(torch.cat(parts, dim=1).flatten(0, 1), None)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x W^T + b, [..., o] for [..., i]."""
-        return functional.linear(x, self.weight, self.bias)
-
-    def product(self, x: Tensor) -> Tensor:
-        """Return x W^T, [..., o] for [..., i]."""
-        return functional.linear(x, self.weight)
-
-    def row_squares(self, left_or: Tensor, right_ri: Tensor) -> Tensor:
-        """Return the squared lengths of the rows of W + left right, [o]."""
         num_rows = max(1, ELEMENTS_AT_ONCE // right_ri.shape[1])
-        pairs = zip(self.weight.split(num_rows), left_or.split(num_rows), strict=True)
+        pairs = zip(self.weight_oi().split(num_rows), left_or.split(num_rows), strict=True)
         sums = [
             torch.addmm(weight.to(left.dtype), left, right_ri).square().sum(1)
             for weight, left in pairs
@@ -109,4 +87,34 @@ class DenseLinear(BaseLinear):
 
     def input_gradient(self, dy_No: Tensor, dx_Ni: Tensor | None) -> Tensor:
         """Return dy W, [N, i], added to ``dx_Ni`` in place if there is one."""
-        return dy_No @ self.weight if dx_Ni is None else dx_Ni.addmm_(dy_No, self.weight)
+        weight_oi = self.weight_oi()
+        return dy_No @ weight_oi if dx_Ni is None else dx_Ni.addmm_(dy_No, weight_oi)
+
+
+class DenseLinear(BaseLinear):
+    """A weight [o, i] in the dtype of the activations."""
+
+    def __init__(self, weight_oi: Tensor, bias_o: Tensor | None) -> None:
+        super().__init__(bias_o)
+        self.weight = nn.Parameter(weight_oi, requires_grad=False)
+
+    @classmethod
+    def read(
+        cls,
+        reader: CheckpointReader,
+        name: str,
+        shard: Shard,
+        fused: FusedLinear | None = None,
+        bias_o: Tensor | None = None,
+    ) -> DenseLinear:
+        """Read the shard of the linear called ``name`` in the checkpoint."""
+        columns = as_slice(shard.inputs)
+        parts = [
+            reader.read(f"{name}.weight", as_slice(rows), columns)
+            for rows in shard.stored_rows(fused)
+        ]
+        return cls(by_group(parts, fused), bias_o)
+
+    def weight_oi(self) -> Tensor:
+        """Return the weight."""
+        return self.weight

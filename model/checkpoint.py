@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from lobra.common.documents import check_regular, read_json
 from lobra.common.errors import ConfigError, Problems
 from lobra.layout.shapes import ModelShape
+from lobra.model.quantised_checkpoint import Header, as_unquantised, quantised_weight_of
 
 WHOLE = slice(None)
 INDEX = "model.safetensors.index.json"
@@ -90,16 +92,17 @@ def checkpoint_problems(folder: Path, shape: ModelShape) -> Problems:
     """
     try:
         files = tensor_files(folder)
-        found: dict[str, tuple[int, ...]] = {}
-        dtypes: dict[str, str] = {}
+        headers: dict[str, Header] = {}
         for name in sorted(set(files.values())):
             with opened(folder / name) as file:
                 for key in list(file.keys()):
                     part = file.get_slice(key)
-                    found[key], dtypes[key] = tuple(part.get_shape()), part.get_dtype()
+                    headers[key] = tuple(part.get_shape()), part.get_dtype()
+        headers = as_unquantised(headers, folder, partial(_tensor, folder, files))
         expected = needed_tensors(folder, shape)
     except ConfigError as error:
         return error.problems
+    found = {name: size for name, (size, _) in headers.items()}
     problems = Problems()
     for name, wanted in expected.items():
         if name not in found:
@@ -111,7 +114,7 @@ def checkpoint_problems(folder: Path, shape: ModelShape) -> Problems:
     problems += [
         f"{folder}: tensor {name!r} is stored as {dtype}; quantised weights are not read, use the "
         f"unquantised model"
-        for name, dtype in dtypes.items()
+        for name, (_, dtype) in headers.items()
         if name.endswith((".weight", ".bias")) and dtype not in PLAIN_DTYPES
     ]
     problems += [f"{folder}: {text}" for text in _unused_tensors(found.keys() - expected, shape)]
@@ -124,6 +127,12 @@ def checkpoint_problems(folder: Path, shape: ModelShape) -> Problems:
     if not problems:
         problems += [_not_finite(folder, name) for name in _spoilt(folder, files, expected)]
     return problems
+
+
+def _tensor(folder: Path, files: Mapping[str, str], name: str) -> Tensor:
+    with opened(folder / files[name]) as file:
+        tensor: Tensor = file.get_tensor(name)
+        return tensor
 
 
 def _not_finite(folder: Path, name: str) -> str:
@@ -255,6 +264,15 @@ class CheckpointReader:
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
+    @cached_property
+    def is_quantised(self) -> bool:
+        """Whether linears are there in eight or four bits."""
+        return any(map(quantised_weight_of, self._files))
+
+    def stored(self, name: str) -> Tensor:
+        """Return a whole tensor on this reader's device, in the dtype that it is stored in."""
+        return self._part(name, WHOLE, None, None)
+
     def read(self, name: str, rows: slice = WHOLE, columns: slice | None = None) -> Tensor:
         """Return `tensor[rows]` or `tensor[rows, columns]` in this reader's dtype and device.
 
@@ -263,6 +281,11 @@ class CheckpointReader:
         ConfigError
             The checkpoint has no such tensor, or its file is damaged.
         """
+        return self._part(name, rows, columns, self.dtype)
+
+    def _part(
+        self, name: str, rows: slice, columns: slice | None, dtype: torch.dtype | None
+    ) -> Tensor:
         if name not in self._files:
             raise ConfigError(f"{self.folder}: the checkpoint has no tensor {name!r}")
         # Opened for this tensor only: the pages of a file that stays mapped would add up to much
@@ -271,7 +294,7 @@ class CheckpointReader:
             lazy = file.get_slice(name)
             part: Tensor = lazy[rows] if columns is None else lazy[rows, columns]
             # A slice may be a view into the file's map; own exactly our share.
-            tensor = part.to(dtype=self.dtype, device=self.device, copy=True)
+            tensor = part.to(dtype=dtype, device=self.device, copy=True)
         if not bool(torch.isfinite(tensor).all()):
             raise ConfigError(_not_finite(self.folder, name))
         self.loaded_bytes += tensor.numel() * part.element_size()

@@ -13,6 +13,7 @@ from lobra.common.documents import read_json
 from lobra.common.errors import ConfigError
 from lobra.layout.shapes import ModelShape
 from lobra.model.checkpoint import needed_tensors, tensor_files
+from lobra.model.quantised_checkpoint import quantised_weight_of
 
 MARK = "tensors:"  # of this method; without a mark it is that of `_of_file_starts`
 MOST_BYTES = 64 << 20  # read of a model, so within a second or two, on a network too
@@ -62,7 +63,8 @@ def fingerprint(folder: Path, shape: ModelShape, like: str = MARK) -> str:
     digest = hashlib.sha256(json.dumps(counted, sort_keys=True).encode())
     files, headers = tensor_files(folder), {}
     places = {}
-    for name in sorted(needed_tensors(folder, shape).keys() & files.keys()):
+    needed = needed_tensors(folder, shape).keys()
+    for name in sorted(name for name in files if (quantised_weight_of(name) or name) in needed):
         path = folder / files[name]
         if path not in headers:
             headers[path] = _places(path)

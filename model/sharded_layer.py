@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from lobra.layout.shapes import FusedLinear, ModelShape, module_path
 from lobra.layout.world import kv_head_range, shard_range
-from lobra.model.base_linear import DenseLinear, Shard
+from lobra.model.base_linear import Shard
 from lobra.model.checkpoint import CheckpointReader, as_slice
 from lobra.model.groups import ReplicaGroups
 from lobra.model.own_vector import OwnNorm, OwnVector
+from lobra.model.quantised_linear import read_linear
 from lobra.model.site import sites_by_input
 from lobra.model.stack import AdaptedLinear, Stack
 from lobra.model.tensor_parallel import SharedNorm, copy_to_group
@@ -68,15 +69,14 @@ def shard_layer(
             path = module_path(site.module)
             name = f"model.layers.{layer}.{path}"
             has_bias = layer_module.get_submodule(path).bias is not None
-            biases.append(reader.read(f"{name}.bias") if has_bias and summed else None)
+            assert not (has_bias and site.fused), "no family has a fused linear with a bias"
+            bias = reader.read(f"{name}.bias", as_slice(shard.outputs)) if has_bias else None
+            biases.append(bias if summed else None)
             copies, features = (place.layout.tp, None) if summed else (1, shard.outputs)
             own_bias = OwnVector(f"{name}.bias", selection, features, copies) if has_bias else None
             own_biases.append(own_bias)
-            if site.fused:
-                assert not has_bias, "no family has a fused linear with a bias"
-                bases.append(DenseLinear.read_fused(reader, name, site.fused, shard))
-            else:
-                bases.append(DenseLinear.read(reader, name, shard, has_bias and not summed))
+            of_base = None if summed else bias
+            bases.append(read_linear(reader, name, shard, shape.quantised, site.fused, of_base))
         stack = stack_type(sites, own, bases, selection, reader.dtype, reader.device, group)
         for linear, site in enumerate(sites):
             module: nn.Module = AdaptedLinear(

@@ -82,13 +82,23 @@ class Stage(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the dtype of the frozen weights and of the activations."""
+        """Return the dtype of the activations, and of the base where it is not quantised."""
         return next(self.decoder.parameters()).dtype
 
     @property
     def device(self) -> torch.device:
         """Return the device of this stage."""
         return next(self.decoder.parameters()).device
+
+    @property
+    def base_bytes(self) -> int:
+        """Return the bytes of the frozen base's tensors."""
+        modules = [self.decoder, *([] if self.head is None else [self.head])]
+        held = [tensor for module in modules for tensor in module.parameters()]
+        for stack in self.stacks:
+            held += [tensor for base in stack.bases for tensor in base.buffers()]
+        storages = [tensor.untyped_storage() for tensor in held]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     @property
     def dropouts(self) -> dict[int, float]:
@@ -203,6 +213,7 @@ def build_stage(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     stack_type: type[Stack] | None = None,
+    base_precision: str | None = None,
 ) -> Stage:
     """Build this rank's stage: its layers' shards from a folder, with fresh adapters.
 
@@ -215,11 +226,14 @@ def build_stage(
     specs
         The tasks' adapters, by the tasks' numbers.
     dtype
-        Of the frozen weights and activations; adapters are fp32, in fp64 fp64.
+        Of the activations, and of what of the base is not quantised; adapters are fp32, in fp64
+        fp64.
     device
         Where everything lives.
     stack_type
         How adapters are computed; by default what is faster on the device.
+    base_precision
+        What the linears are kept in: int8 or nf4; None: as the folder has them, in ``dtype``.
 
     Raises
     ------
@@ -227,7 +241,7 @@ def build_stage(
         If the model cannot be run under this layout, or a target module is unknown.
     """
     layout = groups.place.layout
-    shape = read_shape(folder)
+    shape = read_shape(folder).kept_in(base_precision)
     problem = layout_problem(shape, layout.tp, layout.pp)
     if problem:
         raise ConfigError(f"{folder}: {problem}")

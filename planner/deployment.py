@@ -156,8 +156,10 @@ def plan_with_meta(
     """Return the plan with the ``meta`` map its file carries, its rank map included."""
     outcome = deployment.outcome
     cost_model = deployment.problem.cost_model
+    kept = memory.meta.get("settings", {}).get("base_precision")
     meta = {
         "model": model,
+        **({} if kept is None else {"base_precision": kept}),
         "num_gpus": outcome.plan.num_gpus,
         "gpus_per_node": gpus_per_node,
         "batching": deployment.batching,

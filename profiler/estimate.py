@@ -19,6 +19,7 @@ from lobra.profiler.grid import time_grid
 from lobra.profiler.head import HeadProfile
 from lobra.profiler.layer_fit import Kind
 from lobra.profiler.profiles import DEFAULT_POLICY, MemoryProfile, MemoryRow, TimeProfile
+from lobra.profiler.settings import model_settings
 from lobra.tasks.config import TaskConfig
 
 PRECISION = "bf16"
@@ -65,7 +66,11 @@ def estimate(
     shapes = np.array(time_grid(max_seq_length))
     b, s = np.tile(shapes.T, len(tps))
     tp = np.repeat(tps, len(shapes))
-    meta = {"kind": "estimated", "environment": {"hardware": {"name": accelerator.name}}}
+    meta = {
+        "kind": "estimated",
+        "environment": {"hardware": {"name": accelerator.name}},
+        "settings": model_settings(shape),
+    }
     budget = memory_share * accelerator.memory_bytes
     largest = -(-max_seq_length // STEP_TOKENS) * STEP_TOKENS
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from lobra.layout.base_precision import NF4_BLOCK, SCALE_BLOCK
 from lobra.layout.shapes import ModelShape
 from lobra.layout.world import adapted_layers, stage_layers
 from lobra.profiler.accelerators import Runtime
@@ -24,6 +25,8 @@ from lobra.tasks.config import TaskConfig
 
 # Logits the loss holds at once, as `model.head` has it (a test compares them).
 LOGITS_AT_ONCE = 1 << 25
+# Beside a weight in nf4: of a row its number; what the values of scales in 8 bits are.
+INDEX_BYTES, CODE_BYTES = 8, 1024
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,30 @@ def layer_weights(shape: ModelShape) -> int:
     return sum(inputs * outputs for inputs, outputs in shape.linear_sizes().values())
 
 
+def base_bytes(shape: ModelShape, tp: int, precision: str) -> float:
+    """Return what a rank keeps of one layer's linears, as `model.quantised_linear` has them."""
+    elements = layer_weights(shape)
+    if shape.quantised is None:
+        return element_bytes(precision) * elements / tp
+    rows = sum(
+        outputs / (1 if name in ROW_PARALLEL else tp)
+        for name, (_, outputs) in shape.linear_sizes().items()
+    )
+    if shape.quantised == "int8":
+        return elements / tp + FLOAT_BYTES * rows
+    scales = elements / NF4_BLOCK  # of one byte; theirs are of the whole weight
+    beside = INDEX_BYTES * rows + CODE_BYTES * len(shape.linear_sizes())
+    return (elements / 2 + scales) / tp + FLOAT_BYTES * scales / SCALE_BLOCK + beside
+
+
+def dequantised_bytes(shape: ModelShape, tp: int, precision: str) -> float:
+    """Return what the largest weight takes while a quantised one is multiplied by."""
+    if shape.quantised is None:
+        return 0.0
+    largest = max(inputs * outputs for inputs, outputs in shape.linear_sizes().values())
+    return element_bytes(precision) * largest / tp
+
+
 def dropout_factor_bytes(
     shape: ModelShape, tp: int, precision: str, dropout_modules: tuple[str, ...]
 ) -> list[float]:
@@ -199,7 +226,7 @@ def _stage_memory(
     if pp == 1 and shape.tied_embeddings:
         vocabulary_matrices = 1
     elements = adapters.elements(shape, adapted_layers(own_layers, shape.num_layers))
-    fixed = e * layers * layer_weights(shape) / tp
+    fixed = layers * base_bytes(shape, tp, precision) + dequantised_bytes(shape, tp, precision)
     fixed += e * vocabulary_matrices * shape.vocab_size * shape.hidden_size / tp
     whole = tp if runtime.adapters_sharded else 1
     per_element = ADAPTER_BYTES / whole + OPTIMIZER_BYTES / tp

@@ -15,7 +15,7 @@ from lobra.common.errors import ConfigError
 from lobra.layout.layout import ADAPTER_HIDDEN, ATTENTION, COMPUTED_AGAIN
 from lobra.layout.shapes import ModelShape
 from lobra.profiler.accelerators import Accelerator, Efficiency
-from lobra.profiler.estimate_memory import dropout_factor_bytes
+from lobra.profiler.estimate_memory import base_bytes, dropout_factor_bytes, layer_weights
 from lobra.profiler.head import PROFILED_SHARE
 from lobra.profiler.layer_memory import LayerMemory, element_bytes
 from lobra.profiler.profiles import TimeProfile
@@ -81,14 +81,30 @@ def matmul_ms(work: Workload, tp: int, b: Sizes, s: Sizes) -> Array:
     """Return ms of the frozen linears' and adapters' products at the device's peaks."""
     tokens = np.asarray(b) * np.asarray(s)
     x_again = int(ADAPTER_HIDDEN in COMPUTED_AGAIN[work.memory])
-    weights = adapters = 0
+    weights, adapters = weights_used(work), 0
     for module, (inputs, outputs) in work.shape.linear_sizes().items():
         again = int(module in COMPUTED_AGAIN[work.memory])
-        weights += (PASSES + again) * inputs * outputs
         adapters += (PASSES + 1 + x_again) * inputs + (PASSES + 1 + again) * outputs
     flops = 2.0 * tokens * (weights + work.lora_rank * adapters) / tp
     read = element_bytes(work.precision) * weights / tp
     return np.maximum(flops / work.peak, read / _bytes_per_ms(work.accelerator.memory_gb_s))
+
+
+def weights_used(work: Workload) -> int:
+    """Return the elements of a layer's frozen weights, as often as they are multiplied by."""
+    return sum(
+        (PASSES + int(module in COMPUTED_AGAIN[work.memory])) * inputs * outputs
+        for module, (inputs, outputs) in work.shape.linear_sizes().items()
+    )
+
+
+def dequantising_ms(work: Workload, tp: int) -> float:
+    """Return ms of making weights from quantised ones at the device's bandwidth, each time anew."""
+    if work.shape.quantised is None:
+        return 0.0
+    kept = base_bytes(work.shape, tp, work.precision) / layer_weights(work.shape)
+    made = element_bytes(work.precision) / tp
+    return (kept + made) * weights_used(work) / _bytes_per_ms(work.accelerator.memory_gb_s)
 
 
 def attention_ms(work: Workload, tp: int, b: Sizes, s: Sizes) -> Array:
@@ -139,7 +155,7 @@ def layer_ms(work: Workload, efficiency: Efficiency, tp: int, b: Sizes, s: Sizes
         efficiency.start_ms * work.starts
         + matmul_ms(work, tp, b, s) / efficiency.matmul
         + attention_ms(work, tp, b, s) / efficiency.attention
-        + memory_ms(work, tp, b, s) / efficiency.memory
+        + (memory_ms(work, tp, b, s) + dequantising_ms(work, tp)) / efficiency.memory
         + all_reduce_ms(work, efficiency, tp, b, s)
     )
 
@@ -188,7 +204,7 @@ def calibrate(
         raise ConfigError(f"{profile.path}: at least 4 rows of tp {tp} are needed to calibrate")
     b, s = profile.mbs[rows].astype(float), profile.seq_len[rows].astype(float)
     time_ms = profile.time_ms[rows]
-    known = memory_ms(work, tp, b, s) / efficiency.memory
+    known = (memory_ms(work, tp, b, s) + dequantising_ms(work, tp)) / efficiency.memory
     known = known + all_reduce_ms(work, efficiency, tp, b, s)
     terms = np.stack(
         [

@@ -27,7 +27,7 @@ from lobra.profiler.layer_time_rank import SingleDevice
 from lobra.profiler.memory import OUT_OF_MEMORY
 from lobra.profiler.outliers import doubtful_shapes
 from lobra.profiler.profiles import DEFAULT_POLICY, TIME_COLUMNS
-from lobra.profiler.settings import adapter_settings, adapter_specs, shape_settings
+from lobra.profiler.settings import adapter_settings, adapter_specs, model_settings
 from lobra.profiler.sweep_file import Restart, open_sweep
 from lobra.profiler.sweep_rows import SweepFile
 from lobra.tasks.config import TaskConfig
@@ -117,8 +117,7 @@ class TimeSweep:
     def settings(self) -> dict[str, Any]:
         """Return what must agree for rows of two sweeps to be comparable (not which rows)."""
         settings: dict[str, Any] = {
-            "model": self.shape.name,
-            "shape": shape_settings(self.shape),
+            **model_settings(self.shape),
             "load_ranks": self.load_ranks,
             "num_tasks": self.num_tasks,
             "lora_rank": self.lora_rank,
@@ -289,6 +288,7 @@ def _measure(
                 "specs": sweep.specs,
                 "shapes": shapes,
                 "precision": sweep.precision,
+                "base_precision": sweep.shape.quantised,
                 "device": sweep.device,
                 "layer_file": files[0],
                 "head_file": files[1],

@@ -61,6 +61,7 @@ def time_shapes_on_rank(
     single_device: SingleDevice | None = None,
     task_weights: Sequence[float] = (),
     effort: Effort = THOROUGH,
+    base_precision: str | None = None,
 ) -> None:
     """Time every shape that the files do not hold and append it to them (rank 0 writes).
 
@@ -83,6 +84,8 @@ def time_shapes_on_rank(
         How often a row is of each task (`row_mixtures`); empty: all alike.
     effort
         How often a shape is run.
+    base_precision
+        What the base's linears are kept in, as `build_stage` has it.
     """
     tp = world.layouts[0].tp
     groups = build_groups(world)
@@ -91,7 +94,7 @@ def time_shapes_on_rank(
         layout = replace(groups.place.layout, tp=tp)
         groups = replace(groups, place=replace(groups.place, layout=layout))
     where = torch_device(device)
-    layers, head = _build_probes(folder, groups, specs, DTYPES[precision], where)
+    layers, head = _build_probes(folder, groups, specs, DTYPES[precision], where, base_precision)
     mixtures_wanted = NUM_MIXTURES if _adapters_differ(specs) else 1
     weights = task_weights or [1.0] * len(specs)
 
@@ -185,6 +188,7 @@ def _build_probes(
     specs: tuple[AdapterSpec, ...],
     dtype: torch.dtype,
     device: torch.device,
+    base_precision: str | None,
 ) -> tuple[Stage, Stage]:
     """Return a stage with the embedding and a few layers, and one with the head.
 
@@ -199,7 +203,9 @@ def _build_probes(
         place = replace(groups.place, stage=index, layout=layout)
         numbered = dict(enumerate(specs))
         own = replace(groups, place=place)
-        return build_stage(folder, own, numbered, dtype=dtype, device=device)
+        return build_stage(
+            folder, own, numbered, dtype=dtype, device=device, base_precision=base_precision
+        )
 
     if num_stages == 1:
         whole = stage(0, 1)

@@ -21,7 +21,7 @@ from lobra.model.launch import DEFAULT_PRELOAD, RankError, run_ranks
 from lobra.profiler.capacity import STEP_TOKENS, Parts, slope
 from lobra.profiler.exchange import ADAPTER_BYTES, OPTIMIZER_BYTES, most_exchange_bytes
 from lobra.profiler.search import Trial, largest_fitting
-from lobra.profiler.settings import adapter_settings, adapter_specs, shape_settings
+from lobra.profiler.settings import adapter_settings, adapter_specs, model_settings
 from lobra.profiler.sidecar import write_meta
 from lobra.profiler.sweep_rows import SweepFile
 from lobra.tasks.config import TaskConfig
@@ -79,8 +79,7 @@ class MemorySweep:
     def settings(self) -> dict[str, Any]:
         """Return what must agree for rows of two sweeps to be comparable."""
         return {
-            "model": self.shape.name,
-            "shape": shape_settings(self.shape),
+            **model_settings(self.shape),
             **adapter_settings(self.tasks),
             "counted": COUNTED,
             "max_seq_length": self.max_seq_length,
@@ -283,6 +282,7 @@ def measure_trial(sweep: MemorySweep, tp: int, pp: int, tokens: int) -> list[Ran
             "precision": sweep.precision,
             "device": sweep.device,
             "budget_bytes": sweep.budget_bytes,
+            "base_precision": sweep.shape.quantised,
         },
         device=sweep.device,
         timeout_s=TRIAL_TIMEOUT_S,

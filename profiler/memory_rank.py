@@ -80,6 +80,7 @@ def memory_of_rank(
     precision: str,
     device: str,
     budget_bytes: int,
+    base_precision: str | None = None,
 ) -> RankMemory:
     """Train one replica with as many micro-batches in flight as it has stages; return the peak.
 
@@ -94,6 +95,8 @@ def memory_of_rank(
         (B, S) of the micro-batches to try one after the other; the larger peak counts.
     budget_bytes
         On a CPU, a rank that would need far more than this fails to allocate.
+    base_precision
+        What the base's linears are kept in, as `build_stage` has it.
     """
     if device == "cpu":
         return_freed_memory()
@@ -105,6 +108,7 @@ def memory_of_rank(
         dict(enumerate(specs)),
         dtype=DTYPES[precision],
         device=torch_device(device),
+        base_precision=base_precision,
     )
     elements = sum(slot.weights.numel() for slot in stage.slots.values())
     for run in (_train, _evaluate):  # libraries load and buffers are made on first use
@@ -115,7 +119,7 @@ def memory_of_rank(
         for run in (_train, _evaluate)
     )
     return RankMemory(
-        weight_bytes=_weight_bytes(stage) + sum(slot.frozen_bytes for slot in stage.slots.values()),
+        weight_bytes=stage.base_bytes + sum(slot.frozen_bytes for slot in stage.slots.values()),
         adapter_bytes=ADAPTER_BYTES * elements,
         optimizer_bytes=OPTIMIZER_BYTES * elements // layout.tp,
         activation_bytes=activation_bytes + sum(stack.copied_bytes for stack in stage.stacks),
@@ -185,12 +189,6 @@ def synthetic_batch(
     return micro_batch_tensors(
         [MicroBatch(rows, length)], weights, stage.device, stage.dtype, stage.dropouts
     )[0]
-
-
-def _weight_bytes(stage: Stage) -> int:
-    modules = [stage.decoder] + ([stage.head] if stage.head is not None else [])
-    tensors = {p.data_ptr(): p for module in modules for p in module.parameters()}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def torch_device(device: str) -> torch.device:

@@ -59,3 +59,9 @@ def shape_settings(shape: ModelShape) -> list[int]:
         shape.head_dim,
         shape.vocab_size,
     ]
+
+
+def model_settings(shape: ModelShape) -> dict[str, Any]:
+    """Return what of a model costs depend on, as a sidecar's settings have it."""
+    quantised = {} if shape.quantised is None else {"base_precision": shape.quantised}
+    return {"model": shape.name, "shape": shape_settings(shape), **quantised}

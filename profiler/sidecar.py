@@ -35,9 +35,11 @@ class Settings(TypedDict, total=False):
     """Under what the rows were made; a sweep goes on only under the same.
 
     ``adapters`` are (rank, target modules) of the tasks, ``lora_dropout`` their dropout where one
-    has any; ``label_share`` is the share of positions that carried a loss.
+    has any; ``base_precision`` is what the base's linears were kept in where they were quantised,
+    ``label_share`` the share of positions that carried a loss.
     """
 
+    base_precision: Text
     adapters: list[Annotated[tuple[PositiveInt, list[Text]], Field(strict=False)]]
     bytes_per_token: Positive
     gradient_checkpointing: Flag

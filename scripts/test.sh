@@ -11,5 +11,5 @@ if [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; then
 fi
 
 activate_environment
-install_project serve,dev
+install_project serve,quantised,dev
 exec python -m pytest "$@"

@@ -159,6 +159,8 @@ def prepare_deployment(request: ServeRequest) -> Deployment:
         folder = resolve_folder(request.model)
         shape = read_shape(folder)
         problems += checkpoint_problems(folder, shape)
+        if shape.quantised:
+            problems.add(f"{folder}: its weights are in {shape.quantised}, which is not served")
     with problems.noted():
         plan = _plan(request, shape)
     if shape is not None and plan is not None:

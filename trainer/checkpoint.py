@@ -68,7 +68,8 @@ class CheckpointState(FileModel):
     `data_day` is the date that chat templates with a date were told (ISO; None: that of the day).
     `last_metrics` is the line of the step before it in metrics.jsonl, which is written later: a
     run that is killed in between gets it back from here. `precision` is None in checkpoints of
-    versions that did not note it; those without `batching` are of versions that had no other.
+    versions that did not note it; those without `batching` are of versions that had no other. A
+    base without `base_precision` was not quantised.
     """
 
     step: Count
@@ -82,6 +83,7 @@ class CheckpointState(FileModel):
     last_metrics: dict[str, Any] | None = None
     data_day: Annotated[str, AfterValidator(_is_day)] | None = None
     precision: str | None = None
+    base_precision: str | None = None
     batching: Annotated[str, OneOf(BATCHINGS)] = "bucketed"
 
 

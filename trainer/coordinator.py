@@ -363,7 +363,8 @@ class Coordinator:
         """Tell of adapters that were exported, and write their model cards."""
         for number in numbers:
             task, folder = self.tasks[number], self.run.adapter_folder(number)
-            card = model_card(task.config, self.run.base_model, self.run.precision, task.progress)
+            kept = self.run.base_precision or self.run.precision
+            card = model_card(task.config, self.run.base_model, kept, task.progress)
             try:
                 write_atomic(folder / CARD_FILE, card)
             except OSError as error:
@@ -409,5 +410,6 @@ class Coordinator:
             last_metrics=None if self.last_metrics is None else as_json(self.last_metrics),
             data_day=run.data_day,
             precision=run.precision,
+            base_precision=run.base_precision,
             batching=run.batching,
         )

@@ -96,6 +96,7 @@ class Engine:
             {},
             dtype=DTYPES[run.precision],
             device=self.device,
+            base_precision=run.base_precision,
         )
         # Loading may take a rank much longer than another; NCCL's own patience is short.
         self.control.wait()
@@ -178,15 +179,6 @@ class Engine:
     def num_tasks(self) -> int:
         """How long a vector is that has an element for every task number."""
         return 1 + max(self.stage.slots, default=-1)
-
-    @property
-    def held_bytes(self) -> int:
-        """What this rank keeps of the frozen base model."""
-        frozen = list(self.stage.decoder.parameters())
-        if self.stage.head is not None:
-            frozen += list(self.stage.head.parameters())
-        storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in frozen}
-        return sum(storages.values())
 
     # -- orders ---------------------------------------------------------------------------------
 

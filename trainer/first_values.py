@@ -12,24 +12,42 @@ from torch import Tensor
 from lobra.model import checkpoint
 from lobra.model.adapter import AdapterSpec
 from lobra.model.adapter_tensor import AdapterTensor
+from lobra.model.base_linear import Shard
 from lobra.model.checkpoint import CheckpointReader
 from lobra.model.pissa import principal_factors
+from lobra.model.quantised_linear import read_linear
+from lobra.model.site import Site
+from lobra.tasks.target_modules import EMBEDDING, HEAD
 from lobra.trainer.optimizer import AdapterOptimizer
 
 
 def first_values(
-    spec: AdapterSpec, tensors: Sequence[AdapterTensor], name: str, reader: CheckpointReader
+    spec: AdapterSpec,
+    tensors: Sequence[AdapterTensor],
+    name: str,
+    reader: CheckpointReader,
+    quantised: str | None,
 ) -> Sequence[Tensor]:
-    """Return what tensors start as (PEFT's shapes), by the base's tensor of this name."""
-    if name not in reader:
-        name = checkpoint.EMBEDDING  # which the head is tied to
-    weight = reader.read(name)
+    """Return what tensors start as (PEFT's shapes), by the base's tensor of this name.
+
+    ``quantised`` is what the base's linears are kept in.
+    """
     if tensors[0].base_name == name:
-        return [weight]
+        return [reader.read(name)]
     site = tensors[0].site
+    weight = _weight(site, name, reader, quantised)
     if spec.kind == "pissa":
         return principal_factors(weight, spec.rank_at(site), spec.scaling(site))
     return [torch.linalg.vector_norm(weight, dim=1)]  # DoRA's: B is zero
+
+
+def _weight(site: Site, name: str, reader: CheckpointReader, quantised: str | None) -> Tensor:
+    """Return the weight [O, I] of a linear, the head or the embedding, as the base computes."""
+    if site.module in (HEAD, EMBEDDING):  # the head may be tied to the embedding
+        return reader.read(name if name in reader else checkpoint.EMBEDDING)
+    inputs, outputs = site.in_features, site.out_features
+    whole = Shard(range(inputs), range(outputs), inputs, outputs)
+    return read_linear(reader, site.path, whole, quantised).weight_oi()
 
 
 @torch.no_grad()
@@ -42,6 +60,7 @@ def start_from_base(folder: Path, optimizer: AdapterOptimizer, number: int) -> N
     stage, slot = optimizer.stage, optimizer.stage.slots[number]
     reader = CheckpointReader(folder, slot.weights.dtype, stage.device)
     started = torch.zeros_like(slot.weights)
+    quantised = stage.shape.quantised
     starting = [tensor for tensor in slot.layout.tensors if tensor.from_base]
     for block in optimizer.blocks:
         by_weight: dict[str, list[AdapterTensor]] = {}
@@ -52,7 +71,7 @@ def start_from_base(folder: Path, optimizer: AdapterOptimizer, number: int) -> N
                 by_weight.setdefault(name, []).append(tensor)
         own = list(by_weight.items())[dist.get_rank(block.group) :: block.num_holders]
         for name, tensors in own:
-            values = first_values(slot.spec, tensors, name, reader)
+            values = first_values(slot.spec, tensors, name, reader, quantised)
             for tensor, value in zip(tensors, values, strict=True):
                 slot.layout.rows(started, tensor).copy_(tensor.as_rows(value))
         if by_weight:

@@ -157,7 +157,11 @@ def merge_problems(
     base: Path, adapters: Sequence[SavedAdapter], factors: Sequence[float]
 ) -> Problems:
     """Return why adapters cannot be merged into a base with these factors (empty: they can)."""
-    tied = read_shape(base).tied_embeddings
+    model = read_shape(base)
+    if model.quantised:
+        return Problems(
+            [f"{base}: its weights are in {model.quantised}: merge into the model before that"]
+        )
     shapes: dict[str, tuple[int, ...]] = {}
     files = tensor_files(base)
     for name in sorted(set(files.values())):
@@ -173,7 +177,7 @@ def merge_problems(
         changed = {name: tuple(tensor.shape) for name, tensor in adapter.replaced.items()}
         changed |= {name: update.shape for name, update in adapter.updates.items()}
         for name, shape in changed.items():
-            if tied and name in (EMBEDDING, HEAD):
+            if model.tied_embeddings and name in (EMBEDDING, HEAD):
                 problems.add(
                     f"{adapter.folder}: changes {name!r}, but embedding and head of {base} are one "
                     f"tensor: merged, both would change"

@@ -48,7 +48,7 @@ def model_card(task: TaskConfig, base_model: str, precision: str, progress: Task
     base_model
         What the adapter calls its base.
     precision
-        Of the base's weights and the activations.
+        What the base's linears are kept in.
     progress
         How far it has come.
     """

@@ -66,6 +66,11 @@ def model_problems(tasks: Sequence[TaskConfig], plan: Plan, shape: ModelShape) -
             f"task {whole[0]}: adapter: full trains the base itself, which the other "
             f"{len(tasks) - 1} tasks would share: give it a task file of its own"
         )
+    if shape.quantised is not None:
+        problems.append(
+            f"task {whole[0]}: adapter: full trains weights, which {shape.quantised} are not made "
+            f"for: leave --base-precision out, and use an unquantised model"
+        )
     layouts = {group.layout for group in plan.groups}
     if len(layouts) > 1:
         problems.append(

@@ -18,6 +18,7 @@ from lobra.common.errors import ConfigError, Problems
 from lobra.common.options import within_bounds
 from lobra.common.storage import shown_bytes
 from lobra.common.words import counted
+from lobra.layout.base_precision import library_problem, option_problem, plan_problem
 from lobra.layout.placement import place, placed
 from lobra.layout.plan import Plan, load_plan
 from lobra.layout.shapes import ModelShape, layout_problem, read_shape
@@ -28,7 +29,12 @@ from lobra.model.folder import resolve_folder
 from lobra.planner.workload import label_share
 from lobra.profiler.cost_model import CostModel, load_cost_model
 from lobra.profiler.estimate_memory import layer_weights
-from lobra.profiler.lookup import no_time_profile, provenance_note, time_path
+from lobra.profiler.lookup import (
+    base_precision_problem,
+    no_time_profile,
+    provenance_note,
+    time_path,
+)
 from lobra.profiler.memory import parse_bytes
 from lobra.profiler.model_memory import model_memory
 from lobra.tasks.config import (
@@ -106,7 +112,7 @@ def prepare(request: TrainRequest) -> RunSpec:
     )
     plan: Plan | None = checks.attempt(requested_plan, request)
     folder: Path | None = checks.attempt(resolve_folder, request.model)
-    shape: ModelShape | None = checks.attempt(read_shape, folder) if folder else None
+    shape: ModelShape | None = checks.attempt(_base_shape, folder, request) if folder else None
     unusable_base = Problems()
     if folder is not None and shape is not None:
         unusable_base = checkpoint_problems(folder, shape)
@@ -147,6 +153,9 @@ def prepare(request: TrainRequest) -> RunSpec:
     if request.torch_profiler is not None:
         profiled_steps = checks.attempt(steps_of, request.torch_profiler) or frozenset()
     device = checks.attempt(_choose_device, request, plan)
+    precision = request.precision or ("bf16" if device == "cuda" else "fp32")
+    unable = library_problem(shape.quantised if shape else None)
+    checks.problems += filter(None, (option_problem(request.base_precision, precision), unable))
     batching = checks.attempt(
         chosen_batching, request.batching, request.dp_bucket, request.dispatch, plan
     )
@@ -159,6 +168,7 @@ def prepare(request: TrainRequest) -> RunSpec:
             for layout in {group.layout for group in plan.groups}
             if (problem := layout_problem(shape, layout.tp, layout.pp))
         ]
+        checks.problems += _room_problems(plan, shape, request)
     if config is not None and shape is not None and plan is not None:
         checks.problems += model_problems(config.tasks, plan, shape)
     cost_model = None
@@ -166,7 +176,7 @@ def prepare(request: TrainRequest) -> RunSpec:
     without_profile = _missing_profile(request) if known else []
     checks.problems += without_profile
     if shape is not None and plan is not None and not without_profile:
-        cost_model = checks.attempt(dispatch_costs, request, plan)
+        cost_model = checks.attempt(dispatch_costs, request, plan, shape.quantised)
     tasks: tuple[TaskConfig, ...] = ()
     datasets: tuple[TokenizedDataset, ...] = ()
     buckets: tuple[int, ...] = ()
@@ -213,12 +223,17 @@ def prepare(request: TrainRequest) -> RunSpec:
             base = checks.attempt(fingerprint, folder, shape, like=state.base_model) or base
             _warn_of_old_fingerprint(state)
         checks.problems += resume_problems(
-            state, records, request.seed, base, request.trainer_config
+            state,
+            records,
+            request.seed,
+            base,
+            request.trainer_config,
+            None if shape is None else shape.quantised,
         )
         checks.problems += revivals_in_vain(state, request.revive, steps)
     if plan is not None and device is not None:
         checks.problems += eight_bit_problems(
-            tasks, _precision(request, device), str(plan), None if state is None else state.plan
+            tasks, precision, str(plan), None if state is None else state.plan
         )
     checks.raise_if_any()
     assert config and plan and folder and shape and world and cost_model and device and batching
@@ -239,7 +254,7 @@ def prepare(request: TrainRequest) -> RunSpec:
         world=world,
         cost_model=cost_model,
         output_dir=request.output_dir,
-        precision=_precision(request, device),
+        precision=precision,
         device=device,
         num_buckets=request.num_buckets,
         dynamic_buckets=request.dp_bucket != "off",
@@ -258,6 +273,7 @@ def prepare(request: TrainRequest) -> RunSpec:
         profiled_steps=profiled_steps,
         hang_timeout_s=request.hang_timeout,
         deterministic=request.deterministic,
+        base_precision=shape.quantised,
     )
     if run.trains_model:
         _check_memory(checks, run, shape, request.memory_budget)
@@ -456,10 +472,6 @@ def place_plan(plan: Plan, request: TrainRequest, device: str | None) -> World:
     return world
 
 
-def _precision(request: TrainRequest, device: str) -> str:
-    return request.precision or ("bf16" if device == "cuda" else "fp32")
-
-
 def _uses_feedback(request: TrainRequest, device: str) -> bool:
     """Return whether measured times decide who computes what: never where bits are to repeat."""
     if request.feedback is None:
@@ -508,18 +520,38 @@ def _choose_device(request: TrainRequest, plan: Plan | None) -> str:
     return device
 
 
+def _base_shape(folder: Path, request: TrainRequest) -> ModelShape:
+    return read_shape(folder).kept_in(request.base_precision)
+
+
+def _room_problems(plan: Plan, shape: ModelShape, request: TrainRequest) -> list[str]:
+    """Return a problem for a plan of a base that leaves more room; warn of one that leaves less."""
+    made_for = plan.meta.get("base_precision")
+    if problem := plan_problem(made_for, shape.quantised):
+        return [f"{request.strategy_config}: {problem}"]
+    if plan.meta and made_for != shape.quantised:
+        log.warning(
+            "%s: was made for a base that takes more memory than one in %s: plan again, and its "
+            "micro-batches may be larger",
+            request.strategy_config, shape.quantised,
+        )  # fmt: skip
+    return []
+
+
 def _profile_path(request: TrainRequest) -> Path:
-    return Path(request.time_profile or time_path(request.model))
+    return Path(request.time_profile or time_path(request.model, request.base_precision))
 
 
 def _missing_profile(request: TrainRequest) -> list[str]:
     """Return a problem if there is no time profile."""
     path = _profile_path(request)
-    return [] if os.path.exists(path) else [no_time_profile(request.model, path)]
+    if os.path.exists(path):
+        return []
+    return [no_time_profile(request.model, path, request.base_precision)]
 
 
-def dispatch_costs(request: TrainRequest, plan: Plan) -> CostModel:
-    """Return the cost model the dispatcher balances with.
+def dispatch_costs(request: TrainRequest, plan: Plan, quantised: str | None = None) -> CostModel:
+    """Return the cost model the dispatcher balances with, the base's linears being kept so.
 
     Raises
     ------
@@ -527,9 +559,11 @@ def dispatch_costs(request: TrainRequest, plan: Plan) -> CostModel:
         There is no time profile, or it lacks a tensor-parallel degree of the plan.
     """
     path = _profile_path(request)
-    model = load_cost_model(request.model, request.time_profile, request.cost_model)
+    model = load_cost_model(request.model, path, request.cost_model)
     if origin := provenance_note(path):
         log.warning("replicas are balanced by %s", origin)
+    if problem := base_precision_problem(path, quantised):
+        log.warning("replicas are balanced, and steps predicted, by other times: %s", problem)
     wanted = sorted({group.layout for group in plan.groups})
     for memory in sorted({layout.memory for layout in wanted if layout.memory != "keep"}):
         unknown = sorted({one.tp for one in wanted if one.memory == memory and not model.has(one)})

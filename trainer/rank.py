@@ -57,7 +57,7 @@ def train_rank(run: RunSpec) -> RankResult:
         return RankResult(
             engine.rank,
             engine.stage.loaded_bytes,
-            engine.held_bytes,
+            engine.stage.base_bytes,
             _peak_memory_bytes(engine),
             stopped_at=None if last.finished else last.step,
             stop_signal=None if last.finished else stop.received or signal.SIGTERM,

@@ -28,6 +28,7 @@ from lobra.common.options import (
     TimeProfile,
     as_options,
 )
+from lobra.layout.base_precision import BasePrecision
 from lobra.layout.memory_policy import MemoryPolicy
 from lobra.layout.sequences import Batching
 from lobra.profiler.cost_model import Kind
@@ -117,6 +118,7 @@ class TrainRequest:
     max_steps: PositiveInt | None = None
     max_seq_length: NumTokens | None = None
     precision: Literal["fp32", "bf16", "fp64"] | None = None
+    base_precision: BasePrecision | None = None
     device: Device = "auto"
     batching: Batching | None = None
     dp_bucket: Switch | None = None

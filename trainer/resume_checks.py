@@ -64,6 +64,7 @@ def resume_problems(
     seed: int,
     base_model: str,
     source: str,
+    base_precision: str | None = None,
 ) -> list[str]:
     """Return why a run with these task records cannot go on from a checkpoint (empty: it can).
 
@@ -82,6 +83,10 @@ def resume_problems(
         problems.append(f"--resume: the checkpoint was made with --seed {state.seed}, not {seed}")
     if state.base_model != base_model:
         problems.append("--resume: --model is not the base model the checkpoint was trained on")
+    if state.base_precision != base_precision:
+        was = state.base_precision
+        remedy = f"in {was}: give --base-precision {was}" if was else "that was not quantised"
+        problems.append(f"--resume: the checkpoint was trained on a base {remedy}")
     for new in tasks:
         old = _BEFORE | before[new["name"]]
         changed = [field for field in FIXED_FIELDS if new[field] != old.get(field)]

@@ -201,6 +201,7 @@ def resolved_config(
         "time_profile": run.cost_model.meta,
         "model_folder": os.fspath(run.model_folder),
         "precision": run.precision,
+        "base_precision": run.base_precision,
         "device": run.device,
         "seed": run.seed,
         "last_step": run.last_step,

@@ -75,6 +75,8 @@ class RunSpec:
         How long ranks may stand still; None: what `model.watch` finds long.
     deterministic
         Whether torch uses algorithms only that give the same bits every time.
+    base_precision
+        What the base's linears are kept in: int8 or nf4; None: not quantised.
     """
 
     model_folder: Path
@@ -108,6 +110,7 @@ class RunSpec:
     profiled_steps: frozenset[int] = frozenset()
     hang_timeout_s: float | None = None
     deterministic: bool = False
+    base_precision: str | None = None
 
     @property
     def world_size(self) -> int:

@@ -128,6 +128,7 @@ def _computed_again(
         max_steps=step + 1,
         max_seq_length=config["max_seq_length"],
         precision=config["precision"],
+        base_precision=config.get("base_precision"),
         device=config["device"],
         batching=config["batching"],
         dp_bucket=("on" if config["dp_bucket"] else "off") if bucketed else None,

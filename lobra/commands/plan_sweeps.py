@@ -16,7 +16,6 @@ from lobra.commands.planning import PlanningOptions, lengths_for, read_inputs
 from lobra.commands.profile_options import CUDA_MEMORY_SHARE
 from lobra.common.errors import Problems
 from lobra.common.options import as_options
-from lobra.layout.shapes import resolve_shape
 from lobra.planner.sweep import Hardware, Sizing, parse_range
 from lobra.planner.workload import Workload, read_workload
 from lobra.profiler import lookup
@@ -168,7 +167,8 @@ def read_hardware(
     ConfigError
         If a file is missing or has mistakes, or there are other ``problems``: all at once.
     """
-    if not sweeps.accelerators or options.time_profile or lookup.time_path(options.model).is_file():
+    own_times = lookup.time_path(options.model, options.base_precision)
+    if not sweeps.accelerators or options.time_profile or own_times.is_file():
         inputs = read_inputs(options, problems)
         assert inputs.memory
         own = Hardware("", inputs.cost_model, inputs.memory, sweeps.price_of(""))
@@ -201,7 +201,7 @@ def estimates(
     ConfigError
         If the model is unknown.
     """
-    shape = resolve_shape(options.model)
+    shape = options.shape
     elements = adapter_elements_of(options.model, [(t.rank, t.target_modules) for t in tasks])
     found = []
     for accelerator in sweeps.accelerators:

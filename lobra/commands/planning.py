@@ -25,12 +25,14 @@ from lobra.common.options import (
     TaskSetName,
     TimeProfile,
 )
+from lobra.layout.base_precision import BasePrecision
+from lobra.layout.shapes import ModelShape, layout_problem, resolve_shape
 from lobra.planner.outcome import Progress
 from lobra.planner.workload import Workload, read_workload
 from lobra.profiler import lookup
 from lobra.profiler.capacity import memory_profile_for
 from lobra.profiler.cost_model import CostModel, Kind, load_cost_model
-from lobra.profiler.profiles import MemoryProfile, adapter_elements_of, layout_problem_of
+from lobra.profiler.profiles import MemoryProfile, adapter_elements_of
 from lobra.tasks.config import TaskConfig, TrainerConfig, load_trainer_config
 from lobra.tasks.lengths import PUBLISHED_LENGTHS
 from lobra.tasks.sources import PUBLISHED, resolve_dataset
@@ -60,6 +62,7 @@ class PlanningOptions:
     model: ModelName
     trainer_config: TaskSetName
     strategy_config: PlanName
+    base_precision: BasePrecision | None = None
     num_tasks: NumTasks = None
     num_buckets: NumBuckets = 16
     max_seq_length: NumTokens = 16384
@@ -72,9 +75,14 @@ class PlanningOptions:
     seed: Seed = 0
     json: Json = False
 
+    @property
+    def shape(self) -> ModelShape:
+        """The base as it is to be kept; ConfigError if the model is unknown or not to be had so."""
+        return resolve_shape(self.model).kept_in(self.base_precision)
+
     def layout_problem(self, tp: int, pp: int) -> str | None:
         """Return why the model cannot run under a layout, or None."""
-        return layout_problem_of(self.model, tp, pp)
+        return layout_problem(self.shape, tp, pp)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,17 +142,21 @@ def read_inputs(
     with problems.noted():
         if with_memory and config is not None:
             paths = lookup.planning_paths(
-                options.model, len(config.tasks), options.time_profile, options.memory_profile
-            )
+                options.model, len(config.tasks), options.time_profile, options.memory_profile,
+                options.base_precision,
+            )  # fmt: skip
         else:
-            paths = options.time_profile or lookup.time_path(options.model), None
+            own_times = lookup.time_path(options.model, options.base_precision)
+            paths = options.time_profile or own_times, None
     if paths is not None:
         with problems.noted():
             cost_model = load_cost_model(options.model, paths[0], options.cost_model)
+            problems += _of_another_base(paths[0], options.shape)
         with problems.noted():
             if config is not None and paths[1] is not None:
                 memory, of_memory = memory_profile_for(options.model, config.tasks, paths[1])
                 notes += of_memory
+                problems += _of_another_base(paths[1], options.shape)
     if config is not None:
         lengths, note = lengths_for(config, options)
         notes.append(note)
@@ -164,6 +176,12 @@ def read_inputs(
     elements = adapter_elements_of(options.model, adapters)
     cost_model = cost_model.for_training(labels, elements)
     return PlanningInputs(config.tasks, workload, cost_model, memory, tuple(filter(None, notes)))
+
+
+def _of_another_base(path: Path, shape: ModelShape) -> list[str]:
+    """Return why a profile is not of the base as it is to be kept."""
+    problem = lookup.base_precision_problem(path, shape.quantised)
+    return [f"{problem}; --base-precision says what the base is kept in"] if problem else []
 
 
 def _or_lengths(problem: str) -> str:

@@ -13,6 +13,7 @@ from lobra.cli import resumable
 from lobra.commands.profile_options import (
     CUDA_MEMORY_SHARE,
     ProfilerOptions,
+    base_shape,
     check_one_machine,
     environment_of,
     make_console,
@@ -21,8 +22,8 @@ from lobra.commands.profile_options import (
     progress_bars,
 )
 from lobra.common.options import NumGpus, NumTasks, NumTokens, TaskSetName, as_options
-from lobra.layout.shapes import resolve_shape
 from lobra.model.folder import resolve_folder
+from lobra.profiler.lookup import profiled_name
 from lobra.profiler.profiles import MEMORY_COLUMNS, default_memory_path, load_memory_profile
 from lobra.profiler.sweep_file import open_sweep
 from lobra.tasks.config import load_trainer_config
@@ -87,7 +88,8 @@ def _measure(options: MemoryOptions) -> int:
     check_one_machine(options.host_file, os.environ)
     tasks = load_trainer_config(options.trainer_config, options.num_tasks).tasks
     device = resolve_device(options.device)
-    shape = resolve_shape(options.model)
+    precision = precision_of(options.precision, device)
+    shape = base_shape(options, precision)
     limit = num_devices(device)
     layouts = layouts_within(shape, options.num_gpus)
     here = tuple((tp, pp) for tp, pp in layouts if limit is None or tp * pp <= limit)
@@ -98,11 +100,11 @@ def _measure(options: MemoryOptions) -> int:
         layouts=here,
         max_seq_length=whole_steps(options.max_seq_length),
         budget_bytes=_budget_bytes(options.memory_budget, device, options.num_gpus),
-        precision=precision_of(options.precision, device),
+        precision=precision,
         device=device,
         memory=options.memory,
     )
-    path = options.output or default_memory_path(options.model, len(tasks))
+    path = options.output or _default_path(options, len(tasks))
     settings = sweep.settings()
     if options.memory_budget is None:
         # What is free differs a little from run to run: that is not another experiment.
@@ -150,23 +152,22 @@ def _estimate(options: MemoryOptions) -> int:
     from lobra.profiler.accelerators import load_tables
     from lobra.profiler.estimate_memory import Adapters, estimate_memory
     from lobra.profiler.memory import STEP_TOKENS, layouts_within, parse_bytes, whole_steps
-    from lobra.profiler.settings import adapter_settings, shape_settings
+    from lobra.profiler.settings import adapter_settings, model_settings
 
     assert options.accelerator is not None, "see profiler_problems"
     tables = load_tables(options.accelerators)
     accelerator = tables.accelerator(options.accelerator)
     runtime = tables.runtime(options.runtime)
     tasks = load_trainer_config(options.trainer_config, options.num_tasks).tasks
-    shape = resolve_shape(options.model)
-    adapters = Adapters.of_tasks(tasks, shape)
     precision = options.precision or "bf16"
+    shape = base_shape(options, precision)
+    adapters = Adapters.of_tasks(tasks, shape)
     largest = whole_steps(options.max_seq_length)
     budget = CUDA_MEMORY_SHARE * accelerator.memory_bytes
     if options.memory_budget is not None:
         budget = parse_bytes(options.memory_budget)
     settings = {
-        "model": shape.name,
-        "shape": shape_settings(shape),
+        **model_settings(shape),
         **adapter_settings(tasks),
         "max_seq_length": largest,
         "step_tokens": STEP_TOKENS,
@@ -175,7 +176,7 @@ def _estimate(options: MemoryOptions) -> int:
         "accelerator": accelerator.figures,
         "runtime": vars(runtime),
     }
-    path: Path = options.output or default_memory_path(options.model, len(tasks))
+    path: Path = options.output or _default_path(options, len(tasks))
     file = open_sweep(
         path,
         MEMORY_COLUMNS,
@@ -200,6 +201,10 @@ def _estimate(options: MemoryOptions) -> int:
     console.print(f"{len(file.done)} rows, estimated for {accelerator.name}, in {path}")
     load_memory_profile(path)
     return 0
+
+
+def _default_path(options: MemoryOptions, num_tasks: int) -> Path:
+    return default_memory_path(profiled_name(options.model, options.base_precision), num_tasks)
 
 
 def _budget_bytes(text: str | None, device: str, num_gpus: int) -> int:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lobra.common.errors import ConfigError, Problems
 from lobra.common.options import Device, ModelName, option_problems
+from lobra.layout.base_precision import BasePrecision, library_problem, option_problem
 from lobra.layout.memory_policy import MemoryPolicy
+from lobra.layout.shapes import ModelShape, resolve_shape
 from lobra.trainer.host_file import read_host_file
 
 if TYPE_CHECKING:
@@ -54,6 +56,7 @@ class ProfilerOptions:
     model: ModelName
     device: Device = "auto"
     precision: Literal["fp32", "bf16"] | None = None
+    base_precision: BasePrecision | None = None
     output: Path | None = None
     restart: Literal["never", "changed", "always"] = "never"
     memory: MemoryPolicy = "keep"
@@ -106,6 +109,21 @@ def _option(name: str) -> str:
 def precision_of(precision: str | None, device: str) -> str:
     """Return the precision asked for, or the device's usual one."""
     return precision or ("bf16" if device == "cuda" else "fp32")
+
+
+def base_shape(options: ProfilerOptions, precision: str) -> ModelShape:
+    """Return the base's shape, its linears kept as the options say.
+
+    Raises
+    ------
+    ConfigError
+        If the model is unknown, or is not to be had so.
+    """
+    shape = resolve_shape(options.model).kept_in(options.base_precision)
+    unable = None if options.estimate else library_problem(shape.quantised)
+    problems = filter(None, (option_problem(options.base_precision, precision), unable))
+    Problems(problems).raise_if_any()
+    return shape
 
 
 def environment_of(device: str) -> dict[str, Any]:

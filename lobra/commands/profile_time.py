@@ -14,6 +14,7 @@ from cyclopts import Parameter
 from lobra.cli import resumable
 from lobra.commands.profile_options import (
     ProfilerOptions,
+    base_shape,
     check_one_machine,
     environment_of,
     make_console,
@@ -24,11 +25,12 @@ from lobra.commands.profile_options import (
 from lobra.common.errors import ConfigError
 from lobra.common.models import NumTokens, Rank, at_least, up_to
 from lobra.common.options import Int, NonNegativeInt, Within, as_options
-from lobra.layout.shapes import ModelShape, layout_problem, resolve_shape
+from lobra.layout.shapes import ModelShape, layout_problem
 from lobra.model.folder import resolve_folder
 from lobra.profiler.collectives import ALL_REDUCE, load_collectives
 from lobra.profiler.cost_model import paths_beside
 from lobra.profiler.head import HEAD_COLUMNS, PROFILED_SHARE
+from lobra.profiler.lookup import profiled_name
 from lobra.profiler.profiles import (
     DEFAULT_POLICY,
     TIME_COLUMNS,
@@ -144,8 +146,8 @@ def _measure(options: TimeOptions) -> int:
     check_one_machine(options.host_file, os.environ)
     device = resolve_device(options.device)
     length = _length(options, device)
-    shape = resolve_shape(options.model)
     precision = precision_of(options.precision, device)
+    shape = base_shape(options, precision)
     sweep = TimeSweep(
         folder=resolve_folder(options.model),
         shape=shape,
@@ -215,15 +217,15 @@ def _estimate(options: TimeOptions) -> int:
     from lobra.profiler.accelerators import load_tables
     from lobra.profiler.estimate_time import base_ms, calibrate, head_ms, layer_error, layer_ms
     from lobra.profiler.grid import time_grid
-    from lobra.profiler.settings import shape_settings
+    from lobra.profiler.settings import model_settings
 
     tps = _tp_list(options.tp)
-    shape = resolve_shape(options.model)
+    precision = options.precision or "bf16"
+    shape = base_shape(options, precision)
     problems = [problem for tp in tps if (problem := layout_problem(shape, tp, 1))]
     if problems:
         raise ConfigError(problems)
     tables = load_tables(options.accelerators)
-    precision = options.precision or "bf16"
     work = _workload(options, tables, shape, precision)
     efficiency = tables.efficiency
     console = make_console()
@@ -238,8 +240,7 @@ def _estimate(options: TimeOptions) -> int:
         )
     length = _length(options, "cuda")
     settings = {
-        "model": shape.name,
-        "shape": shape_settings(shape),
+        **model_settings(shape),
         "lora_rank": work.lora_rank,
         "precision": precision,
         "accelerator": work.accelerator.figures,
@@ -372,7 +373,8 @@ def _dropout_modules(options: TimeOptions, shape: ModelShape) -> tuple[str, ...]
 
 def _paths(options: TimeOptions) -> tuple[Path, Path, Path]:
     """Return the CSVs of layers, of embedding and head, and of collectives."""
-    layers = options.output or default_time_path(options.model)
+    name = profiled_name(options.model, options.base_precision)
+    layers = options.output or default_time_path(name)
     ends = paths_beside(options.model, layers)
     return layers, options.head_output or ends[0], options.collectives_output or ends[1]
 

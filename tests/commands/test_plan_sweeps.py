@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lobra.cli import main as lobra
 from lobra.commands.plan import main
 from lobra.layout.plan import load_plan
+from lobra.profiler.profiles import default_memory_path, load_memory_profile
 from lobra.tasks.lengths import load_lengths
 from tests.commands.test_plan import arguments
 from tests.commands.test_plan import files as files
@@ -107,3 +109,27 @@ def test_all_mistakes_are_told_at_once(files: Path, capsys: pytest.CaptureFixtur
     for words in ("'X9'", "'A100'", "'B200' is not swept"):
         assert words in told
     assert "Traceback" not in told
+
+
+def test_a_base_in_four_bits_has_room_for_more_tokens(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    estimate = ["--model", "7B", "--estimate", "--accelerator", "A100-40GB"]
+    of_tasks = ["--trainer-config", "config.json", "--num-gpus", "2", "--max-seq-length", "65536"]
+    plan = ["--model", "7B", *without_profiles("--json")]
+    tokens = {}
+    for kept in ("bf16", "nf4"):
+        own = ["--base-precision", kept]
+        assert lobra(["profile", "memory", *estimate, *of_tasks, *own]) == 0
+        assert lobra(["profile", "time", *estimate, "--tp", "1,2", *own]) == 0
+        capsys.readouterr()
+        assert main([*plan, *own]) == 0
+        (group, *_) = json.loads(capsys.readouterr().out)["plan"]
+        tokens[kept] = load_memory_profile(default_memory_path(f"7B{'_nf4' * (kept == 'nf4')}", 2))
+        assert load_plan("plan.yaml").meta.get("base_precision") == {"nf4": "nf4"}.get(kept)
+        assert group["max_tokens"] <= tokens[kept].max_tokens(group["tp"], group["pp"])
+    assert tokens["nf4"].max_tokens(1, 1) > 1.3 * tokens["bf16"].max_tokens(1, 1)
+    times = "exp_result/profile/cost_model/profile_time_7B_nf4.csv"
+    assert main([*plan, "--time-profile", times]) == 2
+    told = capsys.readouterr().err
+    assert f"{times}: is of a base in nf4, this one is not quantised" in told

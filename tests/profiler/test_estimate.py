@@ -180,3 +180,19 @@ def test_estimates_in_memory_are_what_the_command_writes(tmp_path: Path) -> None
             for model in (found.cost_model, load_cost_model("7B", times))
         )
         assert own == pytest.approx(theirs, rel=1e-4)
+
+
+def test_a_quantised_base_leaves_room_and_takes_time() -> None:
+    """7B in nf4 leaves 9.5 GB more of a card: 6.5e9 weights in 4.1 bits, one of them in 16."""
+    accelerator, room, times = TABLES.accelerator("A100-40GB"), {}, {}
+    for kept in (None, "int8", "nf4"):
+        shape = NAMED_SHAPES["7B"].kept_in(kept)
+        estimate = estimate_memory(shape, 1, 1, ADAPTERS, "bf16", OURS)
+        room[kept] = 0.9 * accelerator.memory_bytes - estimate.fixed_bytes
+        tokens = estimate.max_tokens(0.9 * accelerator.memory_bytes, 256, 1 << 20)
+        assert tokens == 0 or estimate.total_bytes(tokens) <= 0.9 * accelerator.memory_bytes
+        work = Workload(shape, accelerator, "bf16", 16)
+        times[kept] = [float(layer_ms(work, TABLES.efficiency, 1, 1, s)) for s in (256, 16384)]
+    assert room["nf4"] - room[None] > 9.4e9 and room["int8"] - room[None] > 6.3e9
+    assert times[None][0] < times["nf4"][0] < times["int8"][0] < 2.5 * times[None][0]
+    assert times["int8"][1] < 1.05 * times[None][1], "few tokens pay for it"

@@ -19,6 +19,7 @@ from lobra.profiler.lookup import (
     time_path,
 )
 from lobra.profiler.profiles import default_memory_path, default_time_path
+from lobra.profiler.sidecar import meta_path
 from lobra.tasks.config import load_trainer_config
 
 PUBLISHED = (
@@ -112,3 +113,17 @@ def test_capacities_for_other_tasks_say_that_they_are_of_six(
     profile, notes = memory_profile_for("7B", tasks, published_memory_path("7B", 4))
     assert profile.max_tokens(8, 1) == 16384
     assert any("is of 6 other adapters than these 4" in note for note in notes)
+
+
+def test_a_quantised_base_has_profiles_of_its_own(place: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        planning_paths("7B", 6, base_precision="nf4")
+    assert len(caught.value.problems) == 2
+    for problem in caught.value.problems:
+        assert "--base-precision nf4`" in problem and "such as LobRA" not in problem
+    assert time_path("7B", "nf4").name == "profile_time_7B_nf4.csv"
+    mine = own(default_memory_path("7B_nf4", 6))
+    meta_path(mine).write_text('{"rows": {"1,1,1": {"parts": {"tokens": 256}}}}')
+    assert own_memory_path("7B", 5, "nf4") == mine
+    assert own_memory_path("7B", 5) != mine, "of another base"
+    assert planning_paths("7B", 6) == planning_paths("7B", 6, base_precision="bf16") == PUBLISHED

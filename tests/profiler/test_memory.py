@@ -391,3 +391,20 @@ def test_a_rank_far_over_its_budget_fails_to_allocate(tmp_path: Path) -> None:
     )
     with pytest.raises(RankError, match="can't allocate memory"):
         measure_trial(sweep, 1, 1, 8192)
+
+
+@pytest.mark.ranks
+def test_a_quantised_base_on_real_ranks_takes_what_is_estimated(tmp_path: Path) -> None:
+    """Weights within a twentieth; while one is multiplied by, its values are there in fp32."""
+    sizes = dict(hidden_size=256, intermediate_size=768, max_position_embeddings=2048)
+    folder = save_llama(tmp_path / "llama", **sizes)
+    plain = replace(SWEEP, folder=folder, shape=read_shape(folder), budget_bytes=1 << 30)
+    nf4 = replace(plain, shape=plain.shape.kept_in("nf4"))
+    adapters, made = Adapters.of_tasks(TASKS, plain.shape), 4 * 256 * 768 / 2
+    found = [measure_trial(sweep, 2, 1, 256)[0] for sweep in (plain, nf4)]
+    for sweep, rank in zip((plain, nf4), found, strict=True):
+        parts = estimate_memory(sweep.shape, 2, 1, adapters, "fp32", OURS).parts(256)
+        expected = parts.weight_bytes - (made if sweep is nf4 else 0)
+        assert rank.weight_bytes == pytest.approx(expected, rel=0.05)
+    assert 0 < found[1].activation_bytes - found[0].activation_bytes < 3 * made
+    assert nf4.settings()["base_precision"] == "nf4" and plain.settings() != nf4.settings()
