@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from lobra.layout.shapes import read_shape
 from lobra.model.fingerprint import fingerprint
 from lobra.model.host_memory import keep_freed_memory
 from lobra.model.launch import DEFAULT_PRELOAD, WatchOrder, run_ranks
+from lobra.trainer.adapters import CONFIG_FILE
 from lobra.trainer.prepare import prepare
 from lobra.trainer.rank import RankResult
 from lobra.trainer.request import TrainRequest
@@ -35,7 +37,7 @@ PRELOAD = (*DEFAULT_PRELOAD, "lobra.trainer.preload")
 
 
 class Refusal(ConfigError):
-    """A user's mistake that rank 0 found before the start; every rank raises it, one tells it."""
+    """A user's mistake that was found before the start; every rank raises it, one tells it."""
 
 
 def train(request: TrainRequest) -> tuple[RunSpec, list[RankResult]]:
@@ -95,9 +97,9 @@ def train_in_launcher(request: TrainRequest) -> tuple[RunSpec, RankResult]:
     Raises
     ------
     Refusal
-        On every rank, when rank 0 found a mistake or the world does not fit.
+        On every rank, when rank 0 found a mistake, the world does not fit, or a host lacks a file.
     ConfigError
-        On this rank alone, when it cannot use the run's folder.
+        On this rank alone, when a file on its host is damaged.
     RuntimeError
         On every rank, when rank 0 could not prepare for another reason.
     """
@@ -131,8 +133,13 @@ def train_in_launcher(request: TrainRequest) -> tuple[RunSpec, RankResult]:
     if isinstance(outcome[0], Exception):
         dist.destroy_process_group()
         raise outcome[0]
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        check_host(outcome[0])
+    found: list[list[str]] = [[] for _ in range(world)]
+    is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"
+    own = host_problems(outcome[0]) if is_first_here else []
+    dist.all_gather_object(found, own, group=waiting)
+    if any(found):
+        dist.destroy_process_group()
+        raise Refusal(problem for of_rank in found for problem in of_rank)
     from lobra.trainer.launched_watch import watch_each_other
     from lobra.trainer.rank import train_rank
 
@@ -146,28 +153,29 @@ def train_in_launcher(request: TrainRequest) -> tuple[RunSpec, RankResult]:
     return outcome[0], result
 
 
-def check_host(run: RunSpec) -> None:
-    """Check that this host has what its ranks read themselves.
-
-    Raises
-    ------
-    ConfigError
-        It lacks the base model, has another one, or lacks an adapter that a task starts from.
-    """
-    folders = [run.model_folder]
+def host_problems(run: RunSpec) -> list[str]:
+    """Return what this host lacks of what its ranks read, or has otherwise than rank 0's."""
+    host = platform.node()
+    wanted = [run.model_folder / "config.json"]
     if run.resume_step is None:
-        folders += [Path(task.resume_from) for task in run.tasks if task.resume_from]
-    if missing := [str(folder) for folder in folders if not folder.is_dir()]:
-        raise ConfigError(
-            f"{missing[0]}: not on this host; the base model, and adapters that tasks start from, "
-            f"must lie at the same path on every host"
-        )
-    found = fingerprint(run.model_folder, read_shape(run.model_folder))
-    if found != run.fingerprint:
-        raise ConfigError(
-            f"{run.model_folder}: holds another model on this host than on that of rank 0; copy it "
-            f"anew"
-        )
+        wanted += [Path(task.resume_from) / CONFIG_FILE for task in run.tasks if task.resume_from]
+    missing = [
+        f"{file.parent}: not on host {host}; the base model, and adapters that tasks start from, "
+        f"must lie at the same path on every host"
+        for file in wanted
+        if not file.is_file()
+    ]
+    if missing:
+        return missing
+    try:
+        found = fingerprint(run.model_folder, read_shape(run.model_folder))
+    except ConfigError as error:
+        return list(error.problems.prefixed(f"on host {host}: "))
+    if found == run.fingerprint:
+        return []
+    return [
+        f"{run.model_folder}: another model on host {host} than on that of rank 0; copy it anew"
+    ]
 
 
 def local_world_size(environment: Mapping[str, str]) -> int | None:
