@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 
 from lobra.common.errors import ConfigError
 from lobra.tasks import dataset, encoding, pieces, tables
@@ -92,6 +93,16 @@ def test_what_is_divided(processor: TextProcessor, request: pytest.FixtureReques
     assert all(pieces.PIECE - pieces.REACH <= len(piece) <= pieces.PIECE for piece in found[:-1])
     assert divided("a" * 300_000, backend) is None, "no word ends"
     assert divided(" " * 300_000, backend) is None
+
+
+def test_a_vocabulary_with_tokens_of_several_words_divides_nothing() -> None:
+    """No token reaches over most places, but what one does further away nobody sees there."""
+    text = "the cat sat on the mat. " * 12_000
+    vocab = {token: number for number, token in enumerate([*sorted(set(text)), "e ", "e c"])}
+    joined = Tokenizer(models.BPE(vocab, [("e", " "), ("e ", "c")]))
+    assert divided(text, joined) is None
+    del vocab["e "], vocab["e c"]
+    assert divided(text, Tokenizer(models.BPE(vocab, []))) is not None
 
 
 def write_row(folder: Path, text: str) -> None:
