@@ -33,6 +33,7 @@ SUBJECTS = {
     "adapted_linear": "linears with the adapters of several tasks, by every way to compute them",
     "baselines": "ours, tensor parallel, FSDP2 and a pipeline as real trainers of one adapter",
     "equality": "adapters trained jointly by us, against PEFT's trained alone",
+    "live_tasks": "a run whose tasks come and go, planned anew: pauses, and adapters beside PEFT's",
     "loss_memory": "peak memory and time of the loss, whole and in parts",
     "multi_lora": "many adapters: ours, PEFT one after the other, the frozen base alone",
     "packed_parts": "packed attention and LoRA dropout, beside what they replace",

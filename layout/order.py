@@ -60,6 +60,8 @@ class SlotOrder:
         The number of the task.
     adapter
         To install: the fields of the adapter's `model.adapter.AdapterSpec`.
+    config
+        To install, in place of these: the fields of the task's `tasks.config.TaskConfig`.
     folder
         To install: where its weights are read from, in PEFT's format; empty: it starts fresh. To
         save: where they are written.
@@ -75,6 +77,7 @@ class SlotOrder:
     folder: str = ""
     moments: bool = False
     updates: int = 0
+    config: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,6 +42,7 @@ from lobra.trainer.checkpoint_folder import FOLDER, STATE_FILE, list_checkpoints
 from lobra.trainer.optimizer import AdapterOptimizer
 from lobra.trainer.seal import Seal, broken_by, not_finite, seal_of
 from lobra.trainer.task_progress import TaskProgress
+from lobra.trainer.task_requests import TaskChange
 from lobra.trainer.zero import moment_names
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,8 @@ class CheckpointState(FileModel):
     `base_model` is the base model's fingerprint (`model.fingerprint`).
     `data_day` is the date that chat templates with a date were told (ISO; None: that of the day).
     `last_metrics` is the line of the step before it in metrics.jsonl, which is written later: a
-    run that is killed in between gets it back from here. `precision` is None in checkpoints of
+    run that is killed in between gets it back from here. `changes` are those of the run's tasks so
+    far; the tasks are those that they left. `precision` is None in checkpoints of
     versions that did not note it; those without `batching` are of versions that had no other.
     """
 
@@ -79,6 +81,7 @@ class CheckpointState(FileModel):
     data_day: Annotated[str, AfterValidator(_is_day)] | None = None
     precision: str | None = None
     batching: Annotated[str, OneOf(BATCHINGS)] = "bucketed"
+    changes: list[TaskChange] = field(default_factory=list)
 
 
 def drop_later(run: Path, step: int) -> None:
@@ -158,7 +161,8 @@ class CheckpointWriter:
             The checkpoint could not be written; nothing is left of it, and no other was removed.
         """
         progress = {name: own.as_json() for name, own in state.progress.items()}
-        content = {"format": FORMAT, **state.__dict__, "progress": progress}
+        changes = [asdict(change) for change in state.changes]
+        content = {"format": FORMAT, **state.__dict__, "progress": progress, "changes": changes}
 
         def write() -> None:
             content["seal"] = asdict(seal_of(self.draft, content))

@@ -18,6 +18,7 @@ from lobra.common.options import within_bounds
 from lobra.common.words import counted
 from lobra.layout.placement import place, placed
 from lobra.layout.plan import Plan, load_plan
+from lobra.layout.sequences import Batching
 from lobra.layout.shapes import ModelShape, layout_problem, read_shape
 from lobra.layout.world import World
 from lobra.model.checkpoint import checkpoint_problems
@@ -25,14 +26,22 @@ from lobra.model.fingerprint import MARK, fingerprint
 from lobra.model.folder import resolve_folder
 from lobra.planner.workload import label_share
 from lobra.profiler.cost_model import CostModel, load_cost_model
-from lobra.profiler.lookup import no_time_profile, provenance_note, time_path
+from lobra.profiler.lookup import (
+    no_memory_profile,
+    no_time_profile,
+    own_memory_path,
+    provenance_note,
+    time_path,
+)
 from lobra.tasks.config import TaskConfig, TrainerConfig, clip_context, load_trainer_config
 from lobra.tasks.data_report import summary_text
 from lobra.tasks.dataset import TokenizedDataset, split
 from lobra.tasks.sampling import num_steps
 from lobra.tasks.text_processor import TextProcessor
+from lobra.trainer.admission import admission_of
 from lobra.trainer.batching import chosen_batching, fixed_buckets
 from lobra.trainer.checkpoint import CheckpointState, read_state
+from lobra.trainer.live_tasks import fitting_plan, present_tasks
 from lobra.trainer.metrics import METRICS_FILE, kept_metrics
 from lobra.trainer.request import TrainRequest
 from lobra.trainer.resume_checks import resume_problems, revival_problems, task_record
@@ -43,14 +52,13 @@ from lobra.trainer.run_config import (
     warn_of_other_versions,
 )
 from lobra.trainer.run_folder import occupied, unusable, write_run_folder
-from lobra.trainer.run_spec import RunSpec
+from lobra.trainer.run_spec import DEFAULT_PERIOD, Admission, Replanning, RunSpec
 from lobra.trainer.step_trace import steps_of
 from lobra.trainer.task_data import TaskChecks, tasks_with_data, warn_of_greedy_tasks
 from lobra.trainer.trackers import trackers_of
 
 log = logging.getLogger(__name__)
 
-DEFAULT_PERIOD = 10  # steps between evaluations, where a task asks for them
 RANK_BYTES = 64 << 20  # of its own, the least that a rank's process takes on a CPU
 ONE_MACHINE = 1 << 30  # a CPU machine is one node, however many ranks it runs
 
@@ -126,6 +134,10 @@ def prepare(request: TrainRequest) -> RunSpec:
             "--deterministic and --feedback on: timings would decide which micro-batch a sequence "
             "is in; leave one out"
         )
+    if request.watch_tasks and request.num_tasks is not None:
+        checks.problems.add(
+            "--watch-tasks and --num-tasks: all tasks of the file would join; leave one out"
+        )
     report_to: tuple[str, ...] = checks.attempt(trackers_of, request.report_to) or ()
     profiled_steps: frozenset[int] = frozenset()
     if request.torch_profiler is not None:
@@ -166,9 +178,13 @@ def prepare(request: TrainRequest) -> RunSpec:
             request.confine,
             not request.is_resumed,
         )
-        clipped = clip_context(config.tasks, request.max_seq_length)
-        kept = tasks_with_data(config, clipped, task_checks, left_out)
-        if kept and (request.skip_bad_tasks or len(kept) == len(clipped)):
+        kept: list[tuple[TaskConfig, TokenizedDataset]] = []
+        num_wanted = 0
+        for part in checks.attempt(present_tasks, config, state, request.watch_tasks) or ():
+            clipped = clip_context(part.tasks, request.max_seq_length)
+            kept += tasks_with_data(part, clipped, task_checks, left_out)
+            num_wanted += len(clipped)
+        if kept and (request.skip_bad_tasks or len(kept) == num_wanted):
             tasks, datasets = zip(*kept, strict=True)
             if plan is not None and batching == "bucketed" and request.dp_bucket == "off":
                 buckets = checks.attempt(fixed_buckets, request.num_buckets, datasets, plan) or ()
@@ -198,6 +214,10 @@ def prepare(request: TrainRequest) -> RunSpec:
             state, records, request.seed, base, request.trainer_config
         )
         checks.problems += revivals_in_vain(state, request.revive, steps)
+    admission = admission_of(request, config, plan) if config and plan else None
+    replanning = None
+    if request.replan == "auto" and plan and device and batching and admission:
+        replanning = checks.attempt(_replanning, request, plan, device, batching, admission)
     checks.raise_if_any()
     assert config and plan and folder and shape and world and cost_model and device and batching
     cost_model = cost_model.for_training(
@@ -213,6 +233,7 @@ def prepare(request: TrainRequest) -> RunSpec:
         tasks=tasks,
         num_steps=tuple(steps.values()),
         last_step=end,
+        max_steps=request.max_steps,
         plan=plan,
         world=world,
         cost_model=cost_model,
@@ -236,7 +257,11 @@ def prepare(request: TrainRequest) -> RunSpec:
         profiled_steps=profiled_steps,
         hang_timeout_s=request.hang_timeout,
         deterministic=request.deterministic,
+        admission=admission,
+        replanning=replanning,
     )
+    if state is not None and state.changes:
+        run = replace(run, plan=fitting_plan(run, run.tasks))
     if state is not None and state.precision not in (None, run.precision):
         log.warning(
             "the run goes on in %s, so far it was in %s: what the checkpoint holds is rounded to "
@@ -261,6 +286,22 @@ def prepare(request: TrainRequest) -> RunSpec:
     nodes = node_size(request, device) if device == "cuda" else None
     write_run_folder(run, resolved_config(run, request, nodes, plans), training, validation)
     return run
+
+
+def _replanning(
+    request: TrainRequest, plan: Plan, device: str, batching: Batching, admission: Admission
+) -> Replanning:
+    """Return how the run may be planned anew; ConfigError if it cannot be."""
+    problems = []
+    if batching != "packed":
+        problems.append("micro-batches are bucketed, but only packed steps are planned anew")
+    if request.launched_world is not None:
+        problems.append("lobra train must start the ranks itself, on this machine")
+    if admission.memory is None:
+        problems.append(no_memory_profile(request.model, 1, own_memory_path(request.model, 1)))
+    Problems(f"--replan auto: {problem}" for problem in problems).raise_if_any()
+    num_gpus = request.num_gpus or plan.num_gpus
+    return Replanning(request.model, num_gpus, node_size(request, device))
 
 
 def _warn_of_old_fingerprint(state: CheckpointState) -> None:

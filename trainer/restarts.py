@@ -7,6 +7,8 @@ same adapters, bit for bit on the same plan, as one that was not disturbed.
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,13 +17,19 @@ from pathlib import Path
 from lobra.common.errors import MachineError
 from lobra.common.files import remove_folder
 from lobra.common.words import counted
+from lobra.layout.plan import load_plan
 from lobra.model.launch import RankError
-from lobra.trainer.checkpoint import newest_whole
+from lobra.tasks.dataset import TokenizedDataset
+from lobra.trainer.checkpoint import newest_whole, read_state
 from lobra.trainer.checkpoint_folder import list_checkpoints, step_folder
+from lobra.trainer.live_tasks import RunTask, at_checkpoint, tasks_at
 from lobra.trainer.metrics import METRICS_FILE
+from lobra.trainer.proposal import propose
 from lobra.trainer.rank import RankResult
-from lobra.trainer.run_config import note_resume
-from lobra.trainer.run_spec import ADAPTER_FOLDER, RunSpec
+from lobra.trainer.replanner import planning_job
+from lobra.trainer.run_config import note_restart
+from lobra.trainer.run_spec import ADAPTER_FOLDER, NEXT_PLAN_FILE, RunSpec
+from lobra.trainer.task_progress import TaskProgress
 
 log = logging.getLogger(__name__)
 
@@ -69,23 +77,75 @@ def run_with_restarts(
 ) -> list[RankResult]:
     """Return what a run returns that is started again after failures, `most` times in all.
 
+    It is also when its ranks have ended for another plan (`trainer.replanner`).
+
     Raises
     ------
     RankError, MachineError
         The last failure, with a note how to go on.
     """
     restarts = Restarts(run.output_dir, most)
+    given = run
     while True:
+        (run.output_dir / NEXT_PLAN_FILE).unlink(missing_ok=True)
         try:
-            return start(run)
+            results = start(run)
         except (RankError, MachineError) as error:
             if not restarts.are_left:
                 error.add_note(how_to_go_on(run.output_dir))
                 raise
             step = restarts.next("\n".join([str(error), *getattr(error, "__notes__", ())]))
-        revive = run.revive if step == run.resume_step else ()  # later checkpoints have them alive
-        run = replace(run, resume_step=step, revive=revive)
-        note_resume(run.output_dir, step)
+            given = _on_what_is_left(given, step)
+        else:
+            if not (run.output_dir / NEXT_PLAN_FILE).is_file():
+                return results
+            step = list_checkpoints(run.output_dir)[-1]
+            given = given.on_plan(load_plan(run.output_dir / NEXT_PLAN_FILE))
+        revive = given.revive if step == given.resume_step else ()  # later ones have them alive
+        run = note_restart(replace(_at_step(given, step), resume_step=step, revive=revive))
+
+
+def _at_step(run: RunSpec, step: int | None) -> RunSpec:
+    """Return a run with the tasks it had after so many steps; None: at its start."""
+    if step is None:
+        return run
+    return at_checkpoint(run, read_state(run.output_dir, step, whole=False))
+
+
+def _on_what_is_left(run: RunSpec, step: int | None) -> RunSpec:
+    """Return a run on a plan for the GPUs that are left, if it needs more and may be planned anew.
+
+    Raises
+    ------
+    ConfigError
+        There is no such plan.
+    """
+    if run.replanning is None or (left := gpus_left(run)) >= run.plan.num_gpus:
+        return run
+    tasks = []
+    if step is not None:
+        tasks = tasks_at(run, read_state(run.output_dir, step, whole=False))
+    tasks = tasks or [
+        RunTask(task, TokenizedDataset.load(run.data_folder(task.name)), TaskProgress(number))
+        for task, number in zip(run.tasks, run.num_steps, strict=True)
+    ]
+    proposal = propose(planning_job(_at_step(run, step), tasks, step or 0, left))
+    log.warning(
+        "%d of %d GPUs are left: the run goes on on %s, %.2f s a step instead of %.2f",
+        left, run.plan.num_gpus, proposal.plan, proposal.step_s, proposal.present_step_s,
+    )  # fmt: skip
+    return run.on_plan(proposal.plan)
+
+
+def gpus_left(run: RunSpec) -> int:
+    """Return how many GPUs of this machine answer; on a CPU all ranks that a plan asks for do."""
+    if run.device == "cpu":
+        return run.plan.num_gpus
+    code = "import torch; print(torch.cuda.device_count())"
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    return int(found.stdout) if found.stdout.strip().isdecimal() else 0
 
 
 def launch_with_restarts(

@@ -25,8 +25,9 @@ from lobra.trainer import rank as one_rank
 from lobra.trainer.adapters import adapter_spec, save_adapter
 from lobra.trainer.checkpoint import CheckpointState
 from lobra.trainer.checkpoint_folder import list_checkpoints
-from lobra.trainer.coordinator import Coordinator, RunTask
+from lobra.trainer.coordinator import Coordinator
 from lobra.trainer.engine import Engine
+from lobra.trainer.live_tasks import RunTask
 from lobra.trainer.metrics import as_json
 from lobra.trainer.orders import Attendance
 from lobra.trainer.run import run_local

@@ -1,0 +1,232 @@
+"""Whether a run whose tasks have changed is to go on on another plan: when that pays.
+
+What a switch gains is what the steps that are left take less, predicted, at the pace of the steps
+so far. What it costs is what the last one took or, before the first, what starting and saving took.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from lobra.common.errors import ConfigError
+from lobra.common.files import write_atomic
+from lobra.layout.sequences import IntArray
+from lobra.layout.shapes import read_shape
+from lobra.planner.workload import Workload
+from lobra.profiler.capacity import fitted_to
+from lobra.tasks.dataset import TokenizedDataset
+from lobra.trainer.live_tasks import RunTask
+from lobra.trainer.proposal import PlanningJob, PlanningProcess, Proposal
+from lobra.trainer.run_spec import RunSpec
+
+log = logging.getLogger(__name__)
+
+FILE = "replans.json"  # in a run's folder: every decision
+
+
+@dataclass(frozen=True)
+class Replan:
+    """A decision whether to go on on another plan.
+
+    Attributes
+    ----------
+    step
+        After how many steps of the run.
+    present, proposed
+        The plans.
+    steps_left
+        Steps that the gain is of.
+    present_step_s, proposed_step_s
+        What these take on average, at the pace of the steps so far.
+    gain_s, cost_s
+        What they take less on the proposed plan, and what switching was expected to take.
+    switched
+        Whether the run went on on the proposed plan.
+    decided_at
+        When, in seconds since 1970.
+    pause_s
+        What switching took, from this decision to the next step.
+    """
+
+    step: int
+    present: str
+    proposed: str
+    steps_left: int
+    present_step_s: float
+    proposed_step_s: float
+    gain_s: float
+    cost_s: float
+    switched: bool
+    decided_at: float
+    pause_s: float | None = None
+
+    def __str__(self) -> str:
+        what = "the run goes on on another plan" if self.switched else "the plan stays as it is"
+        return (
+            f"{what}: {self.proposed} instead of {self.present} gains {self.gain_s:.1f} s in the "
+            f"{self.steps_left} steps that are left, switching takes {self.cost_s:.1f} s"
+        )
+
+
+def read_replans(run: Path) -> list[Replan]:
+    """Return a run's decisions so far."""
+    path = run / FILE
+    if not path.is_file():
+        return []
+    return [Replan(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def _write_replans(run: Path, replans: Sequence[Replan]) -> None:
+    write_atomic(run / FILE, json.dumps([asdict(one) for one in replans], indent=1) + "\n")
+
+
+def process_age_s() -> float:
+    """Return how long this process has been there (Linux)."""
+    fields = Path("/proc/self/stat").read_text(encoding="ascii", errors="replace")
+    started_s = int(fields.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return float(Path("/proc/uptime").read_text(encoding="ascii").split()[0]) - started_s
+
+
+def planning_job(run: RunSpec, tasks: Sequence[RunTask], step: int, num_gpus: int) -> PlanningJob:
+    """Return what is to be planned for after ``step`` steps of a run.
+
+    Raises
+    ------
+    ConfigError
+        If it is not known what fits beside the tasks' adapters.
+    """
+    assert run.replanning is not None and run.admission is not None
+    if run.admission.memory is None:
+        raise ConfigError("there is no memory profile")
+    going_on = [task for task in tasks if task.progress.steps_left]
+    configs = [task.config for task in tasks]
+    shape = read_shape(run.model_folder)
+    names = [task.config.name for task in going_on]
+    held_out = {
+        name: _lengths(folder) for name in names if (folder := run.validation_folder(name)).is_dir()
+    }
+    workload = Workload(
+        lengths={task.config.name: task.data.example_lengths for task in going_on},
+        batch_sizes={task.config.name: task.config.global_batch_size for task in going_on},
+        clipped={},
+        held_out=held_out,
+        seeds={task.config.name: task.config.seed for task in going_on},
+        num_steps={task.config.name: task.progress.num_steps for task in going_on},
+        seed=run.seed,
+        begun={task.config.name: task.progress.steps for task in going_on},
+    )
+    memory, _ = fitted_to(run.admission.memory, configs, shape)
+    left = max(task.progress.steps_left for task in going_on)
+    return PlanningJob(
+        plan=run.plan,
+        workload=workload,
+        num_steps=min(left, run.last_step - step),
+        memory=memory,
+        cost_model=run.cost_model,
+        shape=shape,
+        model=run.replanning.model,
+        num_gpus=num_gpus,
+        gpus_per_node=run.replanning.gpus_per_node,
+    )
+
+
+class Replanner:
+    """Plans anew whenever other tasks take part in steps than before, while the run goes on."""
+
+    def __init__(self, run: RunSpec) -> None:
+        """Take the plan for that of the tasks which take part first."""
+        self._folder = run.output_dir
+        self._planned_for: tuple[int, ...] | None = None
+        self._process: PlanningProcess | None = None
+        self._start_s = 0.0
+
+    def note_start(self) -> None:
+        """Note that the first step follows: how long the run took to come there."""
+        self._start_s = process_age_s()
+        replans = read_replans(self._folder)
+        if replans and replans[-1].switched and replans[-1].pause_s is None:
+            pause_s = time.time() - replans[-1].decided_at
+            _write_replans(self._folder, [*replans[:-1], replace(replans[-1], pause_s=pause_s)])
+
+    def look(
+        self, run: RunSpec, tasks: Sequence[RunTask], attending: tuple[int, ...], step: int
+    ) -> Proposal | None:
+        """Return a proposal for the tasks that attend the next step, when there is one."""
+        assert run.replanning is not None
+        if self._planned_for in (None, attending):
+            self._planned_for = attending
+        else:
+            self._planned_for = attending
+            self.end()
+            try:
+                job = planning_job(run, tasks, step, run.replanning.num_gpus)
+                self._process = PlanningProcess(job)
+            except ConfigError as error:
+                log.warning("the plan stays as it is: %s", error)
+        if self._process is None:
+            return None
+        try:
+            proposal = self._process.result()
+        except ConfigError as error:
+            log.warning("the plan stays as it is: %s", error)
+            proposal = None
+        else:
+            if proposal is None:
+                return None
+        self.end()
+        return proposal
+
+    def decide(
+        self, run: RunSpec, proposal: Proposal, step: int, pace: float, save_s: float
+    ) -> Replan:
+        """Return, and note, whether switching to a proposed plan pays.
+
+        Parameters
+        ----------
+        run
+            The run, on its present plan.
+        proposal
+            The plan beside it.
+        step
+            The steps made.
+        pace
+            What steps took over what they were predicted to.
+        save_s
+            What the last checkpoint took.
+        """
+        left = min(proposal.num_steps, run.last_step - step)
+        replans = read_replans(self._folder)
+        pauses = [one.pause_s for one in replans if one.pause_s is not None]
+        cost_s = pauses[-1] if pauses else self._start_s + save_s
+        gain_s = pace * left * (proposal.present_step_s - proposal.step_s)
+        is_same = proposal.plan.groups == run.plan.groups
+        decided = Replan(
+            step=step,
+            present=str(run.plan),
+            proposed=str(proposal.plan),
+            steps_left=left,
+            present_step_s=pace * proposal.present_step_s,
+            proposed_step_s=pace * proposal.step_s,
+            gain_s=gain_s,
+            cost_s=cost_s,
+            switched=gain_s > cost_s and not is_same,
+            decided_at=time.time(),
+        )
+        _write_replans(self._folder, [*replans, decided])
+        return decided
+
+    def end(self) -> None:
+        """Plan no more, until tasks change again."""
+        if self._process is not None:
+            self._process.end()
+            self._process = None
+
+
+def _lengths(folder: Path) -> IntArray:
+    return TokenizedDataset.load(folder).example_lengths
