@@ -32,7 +32,7 @@ from lobra.trainer.task_file_watch import request_to_join
 from lobra.trainer.task_requests import TaskRequest
 from tests.model.support import save_llama
 from tests.trainer.alone import VOCAB, make_starts, tasks_from, train_alone
-from tests.trainer.live import write_rows, write_script
+from tests.trainer.live import sharding_costs, write_rows, write_script
 from tests.trainer.support import make_plan, make_run, random_dataset
 
 SHORT, LONG = (40, 120), (900, 1000)  # tokens
@@ -100,7 +100,7 @@ def _measured(folder: Path, scale: float) -> Iterator[dict[str, Any]]:
     run = make_run(
         folder / "run", base, tuple(configs[n] for n in present), [data[n] for n in present],
         PLAN, round(300 * scale), precision="fp64", admission=Admission(PLAN, folder, MEMORY),
-        replanning=Replanning("small", 4, 4), save_every=0,
+        replanning=Replanning("small", 4, 4), save_every=0, cost_model=sharding_costs(4),
     )  # fmt: skip
     requests: dict[int, list[TaskRequest]] = {}
     for task in configs:

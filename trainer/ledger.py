@@ -1,8 +1,8 @@
 """The ledger of a run: which sequences each step trained, and whether any was left out or repeated.
 
 A task's epochs, laid end to end, are cut into batches without a gap (`tasks.sampling`). A step's
-line in metrics.jsonl has the place of every task's batch, and a digest of the sequences that were in
-the step's order. The places of consecutive batches must join, and each digest must be that of the
+line in metrics.jsonl has the place of every task's batch, and a digest of the sequences that its
+order had. The places of consecutive batches must join, and each digest must be that of the
 sequences of its place.
 """
 

@@ -158,28 +158,20 @@ class Replanner:
         self, run: RunSpec, tasks: Sequence[RunTask], attending: tuple[int, ...], step: int
     ) -> Proposal | None:
         """Return a proposal for the tasks that attend the next step, when there is one."""
-        assert run.replanning is not None
-        if self._planned_for in (None, attending):
-            self._planned_for = attending
-        else:
-            self._planned_for = attending
-            self.end()
-            try:
+        before, self._planned_for = self._planned_for, attending
+        try:
+            if before not in (None, attending):
+                self.end()
+                assert run.replanning is not None
                 job = planning_job(run, tasks, step, run.replanning.num_gpus)
                 self._process = PlanningProcess(job)
-            except ConfigError as error:
-                log.warning("the plan stays as it is: %s", error)
-        if self._process is None:
-            return None
-        try:
-            proposal = self._process.result()
+            proposal = None if self._process is None else self._process.result()
         except ConfigError as error:
             log.warning("the plan stays as it is: %s", error)
-            proposal = None
-        else:
-            if proposal is None:
-                return None
-        self.end()
+            self.end()
+            return None
+        if proposal is not None:
+            self.end()
         return proposal
 
     def decide(

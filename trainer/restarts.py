@@ -134,7 +134,7 @@ def _on_what_is_left(run: RunSpec, step: int | None) -> RunSpec:
         "%d of %d GPUs are left: the run goes on on %s, %.2f s a step instead of %.2f",
         left, run.plan.num_gpus, proposal.plan, proposal.step_s, proposal.present_step_s,
     )  # fmt: skip
-    return run.on_plan(proposal.plan)
+    return replace(run.on_plan(proposal.plan), replanning=replace(run.replanning, num_gpus=left))
 
 
 def gpus_left(run: RunSpec) -> int:

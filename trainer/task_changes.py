@@ -89,8 +89,9 @@ class TaskChanges:
             change = self._again.pop(0)
             yield DueChange(change.id, change.request)
         if self._watch is not None:
+            known = self.names | {change.request.name for change in self._again}
             try:
-                for request in self._watch.requests(self.names):
+                for request in self._watch.requests(known):
                     send(self.run.output_dir, request)
             except OSError as error:
                 log.warning("the task file's changes cannot be asked for: %s", error)
@@ -116,12 +117,16 @@ class TaskChanges:
         ConfigError
             If it may not.
         """
-        if due.request.name in self.names:
-            raise ConfigError(f"task {due.request.name}: the run has, or had, a task of this name")
+        name = due.request.name
+        if name.casefold() in map(str.casefold, self.names):
+            raise ConfigError("the run has, or had, a task of this name")
         try:
-            return self._checks.pop(due.id).result()
+            found = self._checks.pop(due.id).result()
         except OSError as error:
-            raise ConfigError(f"task {due.request.name}: cannot be read: {error}") from error
+            raise ConfigError(f"cannot be read: {error}") from error
+        if found.config.name != name:
+            raise ConfigError(f"its fields call it {found.config.name}")
+        return found
 
     def accept(self, due: DueChange, step: int, text: str) -> None:
         """Answer that a change is made after ``step`` steps; on disk before it has an effect."""

@@ -55,7 +55,7 @@ def test_tasks_join_and_leave_by_command(
     assert codes == {"add": 0, "bad": 2, "list": 0, "cancel": 0}
     out, err = capsys.readouterr()
     assert "task more joins after step" in out and "task own leaves after step" in out
-    assert "task bad: dataset_name = nowhere: no such data set" in err
+    assert "task bad: dataset_name = 'nowhere': no such data set" in err
     listed = json.loads(next(line for line in out.splitlines() if line.startswith('{"tasks"')))
     assert {row["task"] for row in listed["tasks"]} == {"own", "more"}
     tasks = {task.name: task for task in read_run_config(RUN).tasks}

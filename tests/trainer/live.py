@@ -11,13 +11,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 
 from lobra.layout.order import SlotOrder
+from lobra.profiler.cost_model import CostModel, fit_cost_model
+from lobra.profiler.profiles import TimeProfile
 from lobra.tasks.dataset import TokenizedDataset
+from lobra.trainer import coordinator, replanner
 from lobra.trainer import rank as one_rank
 from lobra.trainer.coordinator import Coordinator
 from lobra.trainer.engine import Engine
+from lobra.trainer.forecast import Forecast
 from lobra.trainer.proposal import Proposal
 from lobra.trainer.records import Records
 from lobra.trainer.run_spec import RunSpec
@@ -80,9 +85,7 @@ def train_as_scripted(run: RunSpec) -> one_rank.RankResult:
             return super().due(step, waits=True)
 
     one_rank.Engine, one_rank.Coordinator = Watched, Scripted  # type: ignore[misc]
-    import lobra.trainer.coordinator as module
-
-    module.TaskChanges = Patient  # type: ignore[misc]
+    coordinator.TaskChanges = Patient  # type: ignore[misc]
     result = one_rank.train_rank(run)
     assert dist.get_world_size() == run.world_size
     return result
@@ -98,6 +101,14 @@ def _was_asked(run: RunSpec, step: int) -> bool:
     return False
 
 
+def sharding_costs(num_layers: int) -> CostModel:
+    """Return costs by which shards do not pay for many short sequences, but for a long one."""
+    rows = [(tp, s, b) for tp in (1, 2, 4) for s in (16, 64, 128, 256, 512) for b in (1, 2, 4, 8)]
+    tp, s, b = (np.asarray(column, dtype=np.int64) for column in zip(*rows, strict=True))
+    time_ms = 0.2 + (b * s / 200 + b * s * s / 1e5) / tp**0.6
+    return fit_cost_model(TimeProfile(tp, s, b, time_ms), num_layers)
+
+
 def write_rows(path: Path, data: TokenizedDataset) -> str:
     """Write a data set as rows of tokens; return its path, as a task names it."""
     rows = (
@@ -109,21 +120,21 @@ def write_rows(path: Path, data: TokenizedDataset) -> str:
 
 
 def train_and_replan(run: RunSpec) -> one_rank.RankResult:
-    """Train as scripted; a proposal is waited for, and switching is thought to cost nothing."""
-    import lobra.trainer.replanner as module
+    """Train as scripted; a proposal is waited for, and steps seem to take long, as large ones do.
 
-    look, age_s = (
-        module.Replanner.look,
-        json.loads((run.output_dir / SCRIPT_FILE).read_text())["cost_s"],
-    )
+    What a switch costs is as the script says, until one was made.
+    """
+    cost_s = json.loads((run.output_dir / SCRIPT_FILE).read_text())["cost_s"]
+    look = replanner.Replanner.look
 
-    def patient(self: module.Replanner, *args: Any) -> Proposal | None:
+    def patient(self: replanner.Replanner, *args: Any) -> Proposal | None:
         found = look(self, *args)
         while found is None and self._process is not None:
             time.sleep(0.05)
             found = look(self, *args)
         return found
 
-    module.Replanner.look = patient  # type: ignore[method-assign]
-    module.process_age_s = lambda: age_s
+    replanner.Replanner.look = patient  # type: ignore[method-assign]
+    replanner.process_age_s = lambda: cost_s
+    Forecast.pace = 1000.0  # type: ignore[assignment, method-assign]
     return train_as_scripted(run)

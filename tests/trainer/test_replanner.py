@@ -15,6 +15,7 @@ from lobra.common.errors import ConfigError
 from lobra.layout.plan import Plan
 from lobra.model.launch import RankError
 from lobra.profiler.profiles import MemoryProfile, MemoryRow
+from lobra.tasks.dataset import TokenizedDataset
 from lobra.trainer import restarts
 from lobra.trainer.batches import draw_sequences
 from lobra.trainer.live_tasks import RunTask
@@ -28,8 +29,8 @@ from lobra.trainer.task_file_watch import request_to_join
 from lobra.trainer.task_progress import TaskProgress
 from tests.model.support import save_llama
 from tests.trainer.alone import TASKS, VOCAB, make_starts, tasks_from, train_alone
-from tests.trainer.live import write_rows, write_script
-from tests.trainer.support import make_plan, make_run, random_dataset, steps_of
+from tests.trainer.live import sharding_costs, write_rows, write_script
+from tests.trainer.support import make_plan, make_run, random_dataset, small_task, steps_of
 
 TARGET = "tests.trainer.live:train_and_replan"
 #: The third task's one sequence takes as long as all of the others' together.
@@ -46,26 +47,26 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_llama(tmp_path_factory.mktemp("replan") / "base", vocab_size=VOCAB)
 
 
-def data_of(number: int) -> object:
+def data_of(number: int) -> TokenizedDataset:
     return random_dataset(20, *LENGTHS[number], VOCAB, number)
 
 
 def new_run(folder: Path, base: Path, starts: list[Path] | None = None) -> RunSpec:
     """Return a run of the second task on four ranks, that may be planned anew."""
-    task = replace(tasks_from(starts)[1], steps=STEPS[1]) if starts else None
-    from tests.trainer.support import small_task
-
-    task = task or small_task(global_batch_size=8, steps=STEPS[1])
+    task = small_task(global_batch_size=8, steps=STEPS[1])
+    if starts:
+        task = replace(tasks_from(starts)[1], steps=STEPS[1])
     return make_run(
-        folder, base, (task,), [data_of(1)], PLAN, STEPS[1], precision="fp64",  # type: ignore[list-item]
+        folder, base, (task,), [data_of(1)], PLAN, STEPS[1], precision="fp64",
         admission=Admission(PLAN, folder.parent, MEMORY), replanning=Replanning("tiny", 4, 4),
+        cost_model=sharding_costs(4),
     )  # fmt: skip
 
 
 def test_both_plans_are_priced_on_the_steps_that_are_left(base: Path, tmp_path: Path) -> None:
     run = new_run(tmp_path / "run", base)
     config = run.tasks[0]
-    task = RunTask(config, data_of(1), TaskProgress(STEPS[1], steps=5))  # type: ignore[arg-type]
+    task = RunTask(config, data_of(1), TaskProgress(STEPS[1], steps=5))
     job = planning_job(run, [task], step=7, num_gpus=4)
     assert job.num_steps == 5, "the run ends with its twelfth step"
     for step, lengths in enumerate(job.workload.steps(9)):
@@ -84,7 +85,7 @@ def test_both_plans_are_priced_on_the_steps_that_are_left(base: Path, tmp_path: 
 
 def test_the_planning_process_answers_or_says_why_not(base: Path, tmp_path: Path) -> None:
     run = new_run(tmp_path / "run", base)
-    task = RunTask(run.tasks[0], data_of(1), TaskProgress(STEPS[1]))  # type: ignore[arg-type]
+    task = RunTask(run.tasks[0], data_of(1), TaskProgress(STEPS[1]))
     job = planning_job(run, [task], step=0, num_gpus=4)
     process = PlanningProcess(replace(job, num_gpus=0))
     with pytest.raises(ConfigError, match="at least one GPU"):
@@ -157,7 +158,7 @@ def test_adapters_are_as_alone_whatever_plans_a_run_has(base: Path, tmp_path: Pa
     data = [data_of(number) for number in range(3)]
     for task, peft in zip(
         TASKS, train_alone(base, data, starts, torch.float64, tasks=alone), strict=True
-    ):  # type: ignore[arg-type]
+    ):
         found = load_file(
             run.output_dir / "adapters" / str(task["name"]) / "adapter_model.safetensors"
         )
