@@ -117,7 +117,7 @@ class StepOrder:
     stop
         Whether this is the last order.
     finished
-        With ``stop``: whether all was trained that was asked for.
+        With ``stop``: whether all was trained that was asked for, or others go on with the rest.
     """
 
     step: int

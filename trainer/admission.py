@@ -19,10 +19,12 @@ from lobra.tasks.config import TaskConfig, TrainerConfig, clip_context
 from lobra.tasks.dataset import TokenizedDataset, split
 from lobra.tasks.sampling import num_steps
 from lobra.tasks.text_processor import TextProcessor
+from lobra.trainer.evaluation import held_out_data
 from lobra.trainer.request import TrainRequest
 from lobra.trainer.resume_checks import task_record
 from lobra.trainer.run_spec import DEFAULT_PERIOD, Admission, RunSpec
 from lobra.trainer.task_data import TaskChecks, too_long
+from lobra.trainer.task_progress import RunTask
 
 log = logging.getLogger(__name__)
 
@@ -152,6 +154,31 @@ def plan_beside(run: RunSpec, tasks: Sequence[TaskConfig]) -> tuple[Plan, str]:
         groups.append(replace(group, max_tokens=max(fits, 1)))
     problems.raise_if_any()
     return replace(admission.plan, groups=tuple(groups)), "; ".join(notes)
+
+
+def admit(run: RunSpec, tasks: Sequence[RunTask], new: Newcomer) -> str:
+    """Check that a run has room for a task beside those it has, and write the task's data there.
+
+    Returns
+    -------
+    str
+        What a person should know of how it was found; empty: nothing.
+
+    Raises
+    ------
+    ConfigError
+        If it has none, or the data cannot be written.
+    """
+    plan, text = plan_beside(run, [*(task.config for task in tasks), new.config])
+    held_out = ((task.config, held_out_data(run, task.config.name)) for task in tasks)
+    own = [*((task.config, task.data) for task in tasks), *held_out]
+    check_lengths(run, plan, [(task, data) for task, data in own if data is not None])
+    check_lengths(run, plan, new.pairs)
+    try:
+        new.save_data(run)
+    except OSError as error:
+        raise ConfigError(f"its data cannot be written: {error}") from error
+    return text
 
 
 def check_lengths(

@@ -25,7 +25,7 @@ from lobra.profiler.accelerators import load_tables
 from lobra.profiler.hardware import describe_device
 from lobra.tasks.dataset import TokenizedDataset
 from lobra.trainer.adapters import CARD_FILE
-from lobra.trainer.admission import check_lengths, plan_beside
+from lobra.trainer.admission import admit
 from lobra.trainer.batches import draw_sequences
 from lobra.trainer.checkpoint import CheckpointState, drop_later
 from lobra.trainer.engine import Engine
@@ -33,7 +33,7 @@ from lobra.trainer.evaluation import Evaluation, HeldOut
 from lobra.trainer.feedback import SpeedFeedback
 from lobra.trainer.forecast import Forecast
 from lobra.trainer.ledger import drawn_batches
-from lobra.trainer.live_tasks import RunTask, with_tasks
+from lobra.trainer.live_tasks import starting_tasks, with_tasks
 from lobra.trainer.metrics import StepMetrics, as_json, read_metrics, restore_metrics
 from lobra.trainer.model_card import model_card
 from lobra.trainer.orders import Attendance, DispatchedStep, OrdersAhead, dispatch_step
@@ -45,7 +45,7 @@ from lobra.trainer.save_times import SaveTimes
 from lobra.trainer.schedule import learning_rate
 from lobra.trainer.step_report import StepReport
 from lobra.trainer.task_changes import DueChange, TaskChanges
-from lobra.trainer.task_progress import TaskProgress
+from lobra.trainer.task_progress import RunTask, TaskProgress
 from lobra.trainer.task_requests import left_by
 from lobra.trainer.trained_step import TrainedStep, mean_losses
 
@@ -60,14 +60,7 @@ class Coordinator:
         self.run = run
         self.engine = engine
         self.step = 0
-        self.tasks = {
-            number: RunTask(
-                task, TokenizedDataset.load(run.data_folder(number)), TaskProgress(n), record
-            )
-            for number, (task, n, record) in enumerate(
-                zip(run.tasks, run.num_steps, run.task_records, strict=True)
-            )
-        }
+        self.tasks = dict(enumerate(starting_tasks(run)))
         self.next_number = len(self.tasks)
         self.changes = TaskChanges(run, () if resumed is None else resumed.changes)
         self.feedback = SpeedFeedback([1.0] * len(run.world.replicas))
@@ -111,11 +104,9 @@ class Coordinator:
 
     def _held_out(self) -> HeldOut:
         """Return what the tasks, as they are now, hold out."""
-        configs = {number: task.config for number, task in self.tasks.items()}
-        folders = {n: self.run.validation_folder(task.name) for n, task in configs.items()}
         return HeldOut(
-            configs,
-            {n: TokenizedDataset.load(folder) for n, folder in folders.items() if folder.is_dir()},
+            self.run,
+            {number: task.config for number, task in self.tasks.items()},
             lambda sequences: dispatch_step(self.run, 0, sequences, (), self._slowdown()).order,
         )
 
@@ -140,19 +131,25 @@ class Coordinator:
                     self.forecast.add(metrics)
                     records.write(metrics, self.forecast.outlook(self._standing()))
                 self._tell_exports(records, exported)
-            if self._told_to_stop():
-                self.next_plan = None
-            if self.next_plan is None:
-                self.changes.refuse_all(self.step, "the run has ended; ask again when it goes on")
-            exported, _ = self._write_down(is_end=True)
-            self._tell_exports(records, exported)
-            beat("ending")
-            is_over = not self._attendance().own_steps
-            if self.next_plan is not None:
-                save_plan(self.next_plan, self.run.output_dir / NEXT_PLAN_FILE)
-                is_over = True  # for these ranks
-            last = StepOrder(self.step, stop=True, finished=is_over)
-            self._carry_out(last)
+            return self._end(records)
+
+    def _end(self, records: Records) -> StepOrder:
+        """Write the rest and let all ranks end, for good or for another plan."""
+        if self.replanner is not None:
+            self.replanner.end()
+        if self._told_to_stop():
+            self.next_plan = None
+        if self.next_plan is None:
+            self.changes.refuse_all(self.step, "the run has ended; ask again when it goes on")
+        exported, _ = self._write_down(is_end=True)
+        self._tell_exports(records, exported)
+        beat("ending")
+        is_over = not self._attendance().own_steps
+        if self.next_plan is not None:
+            save_plan(self.next_plan, self.run.output_dir / NEXT_PLAN_FILE)
+            is_over = True  # for these ranks
+        last = StepOrder(self.step, stop=True, finished=is_over)
+        self._carry_out(last)
         return last
 
     def _told_to_stop(self) -> bool:
@@ -325,15 +322,7 @@ class Coordinator:
         """Give a task a slot; ConfigError if it may not join."""
         beat("loading", self.step + 1)
         new = self.changes.newcomer(due)
-        configs = [task.config for task in self.tasks.values()]
-        plan, text = plan_beside(self.run, [*configs, new.config])
-        own = [(task.config, task.data) for task in self.tasks.values()]
-        held_out = [(self.tasks[n].config, data) for n, data in self.held_out.data.items()]
-        check_lengths(self.run, plan, [*own, *held_out, *new.pairs])
-        try:
-            new.save_data(self.run)
-        except OSError as error:
-            raise ConfigError(f"its data cannot be written: {error}") from error
+        text = admit(self.run, list(self.tasks.values()), new)
         self.changes.accept(due, self.step, text)
         data = TokenizedDataset.load(self.run.data_folder(new.config.name))
         number, self.next_number = self.next_number, self.next_number + 1

@@ -21,9 +21,9 @@ from lobra.layout.order import StepOrder
 from lobra.layout.sequences import IntArray
 from lobra.tasks.objectives import SEQUENCES_OF_EXAMPLE, SUPERVISED
 from lobra.tasks.sampling import sample_indices, seed_of
-from lobra.trainer.live_tasks import RunTask
 from lobra.trainer.metrics import DrawnBatch, read_metrics
 from lobra.trainer.run_spec import CONFIG_FILE
+from lobra.trainer.task_progress import RunTask
 
 
 def drawn_batches(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from lobra.common.errors import ConfigError, Problems
 from lobra.common.models import read_as
@@ -19,18 +18,18 @@ from lobra.trainer.admission import plan_beside
 from lobra.trainer.checkpoint import CheckpointState
 from lobra.trainer.checkpoint_folder import FOLDER, STATE_FILE
 from lobra.trainer.run_spec import RunSpec
-from lobra.trainer.task_progress import TaskProgress
+from lobra.trainer.task_progress import RunTask, TaskProgress
 from lobra.trainer.task_requests import TaskChange, left_by
 
 
-@dataclass
-class RunTask:
-    """A task of the run: what it is, its data, how far it has come, what checkpoints know it by."""
-
-    config: TaskConfig
-    data: TokenizedDataset
-    progress: TaskProgress
-    record: dict[str, Any] = field(default_factory=dict)
+def starting_tasks(run: RunSpec) -> list[RunTask]:
+    """Return the tasks of a run as they start."""
+    return [
+        RunTask(
+            task, TokenizedDataset.load(run.data_folder(task.name)), TaskProgress(steps), record
+        )
+        for task, steps, record in zip(run.tasks, run.num_steps, run.task_records, strict=True)
+    ]
 
 
 def with_tasks(run: RunSpec, tasks: Sequence[RunTask], step: int) -> RunSpec:

@@ -16,14 +16,13 @@ from pathlib import Path
 
 from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
-from lobra.layout.sequences import IntArray
 from lobra.layout.shapes import read_shape
 from lobra.planner.workload import Workload
 from lobra.profiler.capacity import fitted_to
-from lobra.tasks.dataset import TokenizedDataset
-from lobra.trainer.live_tasks import RunTask
+from lobra.trainer.evaluation import held_out_data
 from lobra.trainer.proposal import PlanningJob, PlanningProcess, Proposal
 from lobra.trainer.run_spec import RunSpec
+from lobra.trainer.task_progress import RunTask
 
 log = logging.getLogger(__name__)
 
@@ -107,15 +106,12 @@ def planning_job(run: RunSpec, tasks: Sequence[RunTask], step: int, num_gpus: in
     going_on = [task for task in tasks if task.progress.steps_left]
     configs = [task.config for task in tasks]
     shape = read_shape(run.model_folder)
-    names = [task.config.name for task in going_on]
-    held_out = {
-        name: _lengths(folder) for name in names if (folder := run.validation_folder(name)).is_dir()
-    }
+    held_out = {name: held_out_data(run, name) for name in (t.config.name for t in going_on)}
     workload = Workload(
         lengths={task.config.name: task.data.example_lengths for task in going_on},
         batch_sizes={task.config.name: task.config.global_batch_size for task in going_on},
         clipped={},
-        held_out=held_out,
+        held_out={n: data.example_lengths for n, data in held_out.items() if data is not None},
         seeds={task.config.name: task.config.seed for task in going_on},
         num_steps={task.config.name: task.progress.num_steps for task in going_on},
         seed=run.seed,
@@ -218,7 +214,3 @@ class Replanner:
         if self._process is not None:
             self._process.end()
             self._process = None
-
-
-def _lengths(folder: Path) -> IntArray:
-    return TokenizedDataset.load(folder).example_lengths

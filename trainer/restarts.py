@@ -19,17 +19,15 @@ from lobra.common.files import remove_folder
 from lobra.common.words import counted
 from lobra.layout.plan import load_plan
 from lobra.model.launch import RankError
-from lobra.tasks.dataset import TokenizedDataset
 from lobra.trainer.checkpoint import newest_whole, read_state
 from lobra.trainer.checkpoint_folder import list_checkpoints, step_folder
-from lobra.trainer.live_tasks import RunTask, at_checkpoint, tasks_at
+from lobra.trainer.live_tasks import at_checkpoint, starting_tasks, tasks_at
 from lobra.trainer.metrics import METRICS_FILE
 from lobra.trainer.proposal import propose
 from lobra.trainer.rank import RankResult
 from lobra.trainer.replanner import planning_job
 from lobra.trainer.run_config import note_restart
 from lobra.trainer.run_spec import ADAPTER_FOLDER, NEXT_PLAN_FILE, RunSpec
-from lobra.trainer.task_progress import TaskProgress
 
 log = logging.getLogger(__name__)
 
@@ -122,13 +120,10 @@ def _on_what_is_left(run: RunSpec, step: int | None) -> RunSpec:
     """
     if run.replanning is None or (left := gpus_left(run)) >= run.plan.num_gpus:
         return run
-    tasks = []
-    if step is not None:
+    if step is None:
+        tasks = starting_tasks(run)
+    else:
         tasks = tasks_at(run, read_state(run.output_dir, step, whole=False))
-    tasks = tasks or [
-        RunTask(task, TokenizedDataset.load(run.data_folder(task.name)), TaskProgress(number))
-        for task, number in zip(run.tasks, run.num_steps, strict=True)
-    ]
     proposal = propose(planning_job(_at_step(run, step), tasks, step or 0, left))
     log.warning(
         "%d of %d GPUs are left: the run goes on on %s, %.2f s a step instead of %.2f",

@@ -213,8 +213,8 @@ def note_tasks(run: RunSpec, left: Mapping[str, int]) -> None:
         config |= {"tasks": list(known.values()), "last_step": run.last_step}
         config["digests"]["data"] |= _data_digests(run)
         write_atomic(path, yaml.safe_dump(config, sort_keys=False))
-    except OSError as error:
-        log.warning("%s: does not say that the tasks have changed (%s)", path, error.strerror)
+    except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
+        log.warning("%s: does not say that the tasks have changed (%s)", path, error)
 
 
 def _task_entries(run: RunSpec) -> list[dict[str, Any]]:

@@ -15,10 +15,10 @@ from lobra.profiler.profiles import MemoryProfile, MemoryRow
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.text_processor import TextProcessor
 from lobra.trainer.admission import check_lengths, newcomer_of, plan_beside
-from lobra.trainer.live_tasks import RunTask, fitting_plan, with_tasks
+from lobra.trainer.live_tasks import fitting_plan, with_tasks
 from lobra.trainer.run_spec import Admission, RunSpec
 from lobra.trainer.task_file_watch import TaskFileWatch, request_to_join
-from lobra.trainer.task_progress import TaskProgress
+from lobra.trainer.task_progress import RunTask, TaskProgress
 from tests.model.support import save_llama
 from tests.trainer.live import write_rows
 from tests.trainer.support import make_plan, make_run, random_dataset, small_task

@@ -27,13 +27,12 @@ from lobra.trainer.checkpoint import CheckpointState
 from lobra.trainer.checkpoint_folder import list_checkpoints
 from lobra.trainer.coordinator import Coordinator
 from lobra.trainer.engine import Engine
-from lobra.trainer.live_tasks import RunTask
 from lobra.trainer.metrics import as_json
 from lobra.trainer.orders import Attendance
 from lobra.trainer.run import run_local
 from lobra.trainer.run_spec import RunSpec
 from lobra.trainer.step_report import StepReport
-from lobra.trainer.task_progress import MAX_SKIPPED_IN_ROW, TaskProgress
+from lobra.trainer.task_progress import MAX_SKIPPED_IN_ROW, RunTask, TaskProgress
 from tests.model.support import save_llama
 from tests.trainer.faults import (
     EVALUATION_BYTES,

@@ -16,9 +16,8 @@ from lobra.layout.order import StepOrder
 from lobra.layout.sequences import MicroBatch
 from lobra.trainer.batches import draw_sequences
 from lobra.trainer.ledger import check_ledger, drawn_batches
-from lobra.trainer.live_tasks import RunTask
 from lobra.trainer.metrics import DrawnBatch
-from lobra.trainer.task_progress import TaskProgress
+from lobra.trainer.task_progress import RunTask, TaskProgress
 from tests.tiers import examples
 from tests.trainer.support import random_dataset, small_task
 

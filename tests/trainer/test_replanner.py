@@ -18,7 +18,6 @@ from lobra.profiler.profiles import MemoryProfile, MemoryRow
 from lobra.tasks.dataset import TokenizedDataset
 from lobra.trainer import restarts
 from lobra.trainer.batches import draw_sequences
-from lobra.trainer.live_tasks import RunTask
 from lobra.trainer.proposal import PlanningProcess, Proposal, mean_step_s, propose
 from lobra.trainer.rank import RankResult
 from lobra.trainer.replanner import Replanner, planning_job, read_replans
@@ -26,7 +25,7 @@ from lobra.trainer.restarts import run_with_restarts
 from lobra.trainer.run import run_local
 from lobra.trainer.run_spec import Admission, Replanning, RunSpec
 from lobra.trainer.task_file_watch import request_to_join
-from lobra.trainer.task_progress import TaskProgress
+from lobra.trainer.task_progress import RunTask, TaskProgress
 from tests.model.support import save_llama
 from tests.trainer.alone import TASKS, VOCAB, make_starts, tasks_from, train_alone
 from tests.trainer.live import sharding_costs, write_rows, write_script
