@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from lobra.common.errors import ConfigError
@@ -40,7 +41,7 @@ from lobra.trainer.orders import Attendance, DispatchedStep, OrdersAhead, dispat
 from lobra.trainer.records import Records
 from lobra.trainer.replanner import Replanner
 from lobra.trainer.run_config import note_tasks
-from lobra.trainer.run_spec import NEXT_PLAN_FILE, RunSpec
+from lobra.trainer.run_spec import PLAN_FOLDER, RunSpec
 from lobra.trainer.save_times import SaveTimes
 from lobra.trainer.schedule import learning_rate
 from lobra.trainer.step_report import StepReport
@@ -75,6 +76,7 @@ class Coordinator:
         self.stop_requested = False
         self.replanner = None if run.replanning is None else Replanner(run)
         self.next_plan: Plan | None = None
+        self.next_plan_file: Path | None = None  # when all is there to go on on it
         self.ahead = OrdersAhead()
         self.held_out = self._held_out()
         if resumed is not None:
@@ -146,7 +148,8 @@ class Coordinator:
         beat("ending")
         is_over = not self._attendance().own_steps
         if self.next_plan is not None:
-            save_plan(self.next_plan, self.run.output_dir / NEXT_PLAN_FILE)
+            file = self.run.output_dir / PLAN_FOLDER / f"step_{self.step}.yaml"
+            self.next_plan_file = save_plan(self.next_plan, file)
             is_over = True  # for these ranks
         last = StepOrder(self.step, stop=True, finished=is_over)
         self._carry_out(last)

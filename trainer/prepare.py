@@ -295,8 +295,6 @@ def _replanning(
     problems = []
     if batching != "packed":
         problems.append("micro-batches are bucketed, but only packed steps are planned anew")
-    if request.launched_world is not None:
-        problems.append("lobra train must start the ranks itself, on this machine")
     if admission.memory is None:
         problems.append(no_memory_profile(request.model, 1, own_memory_path(request.model, 1)))
     Problems(f"--replan auto: {problem}" for problem in problems).raise_if_any()

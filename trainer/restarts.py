@@ -27,7 +27,7 @@ from lobra.trainer.proposal import propose
 from lobra.trainer.rank import RankResult
 from lobra.trainer.replanner import planning_job
 from lobra.trainer.run_config import note_restart
-from lobra.trainer.run_spec import ADAPTER_FOLDER, NEXT_PLAN_FILE, RunSpec
+from lobra.trainer.run_spec import ADAPTER_FOLDER, PLAN_FOLDER, RunSpec
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,6 @@ def run_with_restarts(
     restarts = Restarts(run.output_dir, most)
     given = run
     while True:
-        (run.output_dir / NEXT_PLAN_FILE).unlink(missing_ok=True)
         try:
             results = start(run)
         except (RankError, MachineError) as error:
@@ -95,10 +94,10 @@ def run_with_restarts(
             step = restarts.next("\n".join([str(error), *getattr(error, "__notes__", ())]))
             given = _on_what_is_left(given, step)
         else:
-            if not (run.output_dir / NEXT_PLAN_FILE).is_file():
+            if (plan := results[0].next_plan) is None:
                 return results
             step = list_checkpoints(run.output_dir)[-1]
-            given = given.on_plan(load_plan(run.output_dir / NEXT_PLAN_FILE))
+            given = given.on_plan(load_plan(plan))
         revive = given.revive if step == given.resume_step else ()  # later ones have them alive
         run = note_restart(replace(_at_step(given, step), resume_step=step, revive=revive))
 
@@ -144,17 +143,20 @@ def gpus_left(run: RunSpec) -> int:
 
 
 def launch_with_restarts(
-    command: Callable[[int | None], Sequence[str]],
+    command: Callable[[int | None, Path | None], Sequence[str]],
     launch: Callable[[Sequence[str]], int],
     folder: Path,
     most: int,
 ) -> int:
     """Return the exit code of a launcher that is started again after failures.
 
+    It is also when its ranks have ended for another plan.
+
     Parameters
     ----------
     command
-        The launcher's command for a run that goes on from a step (None: as the user gave it).
+        The launcher's command for a run that goes on from a step and on a plan (None: as the user
+        gave it).
     launch
         Runs a command and returns its exit code.
     folder
@@ -163,14 +165,29 @@ def launch_with_restarts(
         How many restarts there may be.
     """
     restarts = Restarts(folder, most)
-    code = launch(command(None))
-    while code not in FINAL_EXIT_CODES and restarts.are_left:
-        code = launch(command(restarts.next(f"the launcher ended with exit code {code}")))
-    return code
+    step, plan = None, None
+    while True:
+        before = _plans_in(folder)
+        code = launch(command(step, plan))
+        if code == 0 and (chosen := _plans_in(folder) - before):
+            step = list_checkpoints(folder)[-1]
+            ((plan, _),) = chosen
+        elif code in FINAL_EXIT_CODES or not restarts.are_left:
+            return code
+        else:
+            step = restarts.next(f"the launcher ended with exit code {code}")
 
 
-def with_resume(arguments: Sequence[str], step: int | None) -> list[str]:
-    """Return a command line's arguments with `--resume step` for what they say of it, if any."""
+def _plans_in(folder: Path) -> set[tuple[Path, int]]:
+    """Return the plans that a run was to go on on so far, and when each was written."""
+    return {(file, file.stat().st_mtime_ns) for file in (folder / PLAN_FOLDER).glob("*.yaml")}
+
+
+def with_resume(arguments: Sequence[str], step: int | None, plan: Path | None = None) -> list[str]:
+    """Return a command line's arguments with `--resume step` for what they say of it, if any.
+
+    With a plan, this is the one that counts.
+    """
     if step is None:
         return list(arguments)
     rest = [
@@ -178,7 +195,8 @@ def with_resume(arguments: Sequence[str], step: int | None) -> list[str]:
         for word, before in zip(arguments, ["", *arguments], strict=False)
         if word.partition("=")[0] != "--resume" and not (before == "--resume" and word.isdigit())
     ]
-    return [*rest, "--resume", str(step)]
+    other = [] if plan is None else ["--strategy-config", str(plan)]  # the last one counts
+    return [*rest, *other, "--resume", str(step)]
 
 
 def forget_steps(folder: Path) -> None:

@@ -18,7 +18,7 @@ CONFIG_FILE = "config.yaml"
 DATA_FOLDER = "tokenised/training"
 VALIDATION_FOLDER = "tokenised/validation"
 ADAPTER_FOLDER = "adapters"
-NEXT_PLAN_FILE = "next_plan.yaml"  # that of ranks that have ended for it
+PLAN_FOLDER = "plans"  # that the run was to go on on, by the step from which on
 DEFAULT_PERIOD = 10  # steps between evaluations, where a task asks for them
 
 

@@ -116,6 +116,7 @@ def test_who_joins_and_who_leaves_is_as_alone(
         assert losses == pytest.approx(peft["losses"], rel=1e-10)
 
 
+@pytest.mark.long
 def test_a_run_that_is_killed_makes_its_changes_again(
     make: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -175,6 +175,7 @@ def test_a_switch_that_does_not_pay_is_declined(base: Path, tmp_path: Path) -> N
     assert {len(step.replicas) for step in steps_of(run)} == {4}
 
 
+@pytest.mark.long
 @pytest.mark.ranks
 def test_a_run_goes_on_on_the_gpus_that_are_left(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
