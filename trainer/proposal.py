@@ -7,6 +7,7 @@ the process starts in a second and works while the run goes on.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +26,7 @@ from lobra.planner.workload import Workload
 from lobra.profiler.cost_model import CostModel
 from lobra.profiler.profiles import MemoryProfile
 
-PRICED_STEPS = 24  # at most, evenly spaced over what is left
+PRICED_STEPS = 48  # at most, evenly spaced over what is left
 NICENESS = 10  # of the process: ranks may need all cores
 
 
@@ -68,21 +69,17 @@ class Proposal:
     ----------
     plan
         The plan.
-    present_step_s, step_s
-        What steps take on average on the present plan and on this one, predicted.
+    present_s, proposed_s
+        What steps that are evenly spaced over those that are left take on the present plan and on
+        this one, predicted.
     num_steps
         How many are left.
     """
 
     plan: Plan
-    present_step_s: float
-    step_s: float
+    present_s: tuple[float, ...]
+    proposed_s: tuple[float, ...]
     num_steps: int
-
-    @property
-    def gain_s(self) -> float:
-        """What the steps that are left take less."""
-        return self.num_steps * (self.present_step_s - self.step_s)
 
 
 def propose(job: PlanningJob) -> Proposal:
@@ -100,15 +97,16 @@ def propose(job: PlanningJob) -> Proposal:
     plan = plan_with_meta(found, job.model, job.memory, job.gpus_per_node)
     every = np.linspace(0, job.num_steps - 1, min(job.num_steps, PRICED_STEPS)).astype(int)
     steps = [lengths for step in every.tolist() for lengths in job.workload.steps(1, step)]
-    present_s, step_s = (mean_step_s(each, steps, job.cost_model) for each in (job.plan, plan))
-    return Proposal(plan, present_s, step_s, job.num_steps)
+    present_s, proposed_s = (step_times_s(each, steps, job.cost_model) for each in (job.plan, plan))
+    return Proposal(plan, present_s, proposed_s, job.num_steps)
 
 
-def mean_step_s(plan: Plan, steps: list[np.ndarray], cost_model: CostModel) -> float:
-    """Return what steps, given by their sequences' lengths, take on average on a plan."""
-    costs = packed_costs(plan, cost_model)
-    times_s = [dispatch_packed(lengths, plan, costs).step_time_s for lengths in steps]
-    return float(np.mean(times_s)) + sync_time_s(plan, cost_model)
+def step_times_s(
+    plan: Plan, steps: Sequence[np.ndarray], cost_model: CostModel
+) -> tuple[float, ...]:
+    """Return what steps, given by their sequences' lengths, take on a plan."""
+    costs, sync_s = packed_costs(plan, cost_model), sync_time_s(plan, cost_model)
+    return tuple(dispatch_packed(one, plan, costs).step_time_s + sync_s for one in steps)
 
 
 class PlanningProcess:

@@ -2,6 +2,7 @@
 
 What a switch gains is what the steps that are left take less, predicted, at the pace of the steps
 so far. What it costs is what the last one took or, before the first, what starting and saving took.
+A plan that is better only for a while, until tasks end, has to be left again: that costs twice.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
@@ -39,12 +42,13 @@ class Replan:
         After how many steps of the run.
     present, proposed
         The plans.
-    steps_left
-        Steps that the gain is of.
+    num_steps
+        For how many steps the proposed plan is better by most: all that are left, or fewer.
     present_step_s, proposed_step_s
         What these take on average, at the pace of the steps so far.
     gain_s, cost_s
-        What they take less on the proposed plan, and what switching was expected to take.
+        What they take less on the proposed plan, and what switching was expected to take; and
+        switching again, if they are not all.
     switched
         Whether the run went on on the proposed plan.
     decided_at
@@ -56,7 +60,7 @@ class Replan:
     step: int
     present: str
     proposed: str
-    steps_left: int
+    num_steps: int
     present_step_s: float
     proposed_step_s: float
     gain_s: float
@@ -69,7 +73,7 @@ class Replan:
         what = "the run goes on on another plan" if self.switched else "the plan stays as it is"
         return (
             f"{what}: {self.proposed} instead of {self.present} gains {self.gain_s:.1f} s in the "
-            f"{self.steps_left} steps that are left, switching takes {self.cost_s:.1f} s"
+            f"next {self.num_steps} steps, switching costs {self.cost_s:.1f} s"
         )
 
 
@@ -188,22 +192,32 @@ class Replanner:
         save_s
             What the last checkpoint took.
         """
-        left = min(proposal.num_steps, run.last_step - step)
         replans = read_replans(self._folder)
         pauses = [one.pause_s for one in replans if one.pause_s is not None]
         cost_s = pauses[-1] if pauses else self._start_s + save_s
-        gain_s = pace * left * (proposal.present_step_s - proposal.step_s)
+        # Of so many first ones of the priced steps, each of which stands for a part of those left.
+        num_priced = len(proposal.present_s)
+        part = min(proposal.num_steps, run.last_step - step) / num_priced
+        present_s, proposed_s = (
+            pace * part * np.cumsum(times_s)
+            for times_s in (proposal.present_s, proposal.proposed_s)
+        )
+        costs_s = np.full(num_priced, 2 * cost_s)
+        costs_s[-1] = cost_s
+        best = int(np.argmax(present_s - proposed_s - costs_s))
+        num_steps = max(1, round((best + 1) * part))
+        gain_s = float(present_s[best] - proposed_s[best])
         is_same = proposal.plan.groups == run.plan.groups
         decided = Replan(
             step=step,
             present=str(run.plan),
             proposed=str(proposal.plan),
-            steps_left=left,
-            present_step_s=pace * proposal.present_step_s,
-            proposed_step_s=pace * proposal.step_s,
+            num_steps=num_steps,
+            present_step_s=float(present_s[best]) / num_steps,
+            proposed_step_s=float(proposed_s[best]) / num_steps,
             gain_s=gain_s,
-            cost_s=cost_s,
-            switched=gain_s > cost_s and not is_same,
+            cost_s=float(costs_s[best]),
+            switched=gain_s > costs_s[best] and not is_same,
             decided_at=time.time(),
         )
         _write_replans(self._folder, [*replans, decided])

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 from lobra.common.errors import MachineError
 from lobra.common.files import remove_folder
@@ -126,7 +127,7 @@ def _on_what_is_left(run: RunSpec, step: int | None) -> RunSpec:
     proposal = propose(planning_job(_at_step(run, step), tasks, step or 0, left))
     log.warning(
         "%d of %d GPUs are left: the run goes on on %s, %.2f s a step instead of %.2f",
-        left, run.plan.num_gpus, proposal.plan, proposal.step_s, proposal.present_step_s,
+        left, run.plan.num_gpus, proposal.plan, *map(fmean, (proposal.proposed_s, proposal.present_s)),
     )  # fmt: skip
     return replace(run.on_plan(proposal.plan), replanning=replace(run.replanning, num_gpus=left))
 

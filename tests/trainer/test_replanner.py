@@ -6,7 +6,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,7 +17,7 @@ from lobra.profiler.profiles import MemoryProfile, MemoryRow
 from lobra.tasks.dataset import TokenizedDataset
 from lobra.trainer import restarts
 from lobra.trainer.batches import draw_sequences
-from lobra.trainer.proposal import PlanningProcess, Proposal, mean_step_s, propose
+from lobra.trainer.proposal import PlanningProcess, Proposal, propose, step_times_s
 from lobra.trainer.rank import RankResult
 from lobra.trainer.replanner import Replanner, planning_job, read_replans
 from lobra.trainer.restarts import run_with_restarts
@@ -74,11 +73,10 @@ def test_both_plans_are_priced_on_the_steps_that_are_left(base: Path, tmp_path: 
     assert step == 6, "the task has seven steps left"
     found = propose(job)
     steps = list(job.workload.steps(5))
-    for plan, step_s in ((PLAN, found.present_step_s), (found.plan, found.step_s)):
-        assert step_s == pytest.approx(
-            np.mean([mean_step_s(plan, [one], job.cost_model) for one in steps])
-        )
-    assert found.gain_s == 5 * (found.present_step_s - found.step_s)
+    assert found.num_steps == len(found.present_s) == 5
+    assert found.present_s == step_times_s(PLAN, steps, job.cost_model)
+    assert found.proposed_s == step_times_s(found.plan, steps, job.cost_model)
+    assert sum(found.proposed_s) <= sum(found.present_s)
     assert found.plan.num_gpus <= 4 and found.plan.meta["ranks"]
 
 
@@ -95,28 +93,37 @@ def test_the_planning_process_answers_or_says_why_not(base: Path, tmp_path: Path
     ended.end()
 
 
-@pytest.mark.parametrize(
-    ("step_s", "cost_s", "pays"), [(0.5, 4.0, True), (0.5, 6.0, False), (1.5, 0.0, False)]
-)
+#: Five steps are left, which take twice as long as predicted, 1 s each on the present plan.
+DECISIONS = {
+    "pays": ((0.5,) * 5, 4.0, (5, 5.0, 4.0, True)),
+    "costs more": ((0.5,) * 5, 6.0, (5, 5.0, 6.0, False)),
+    "is worse": ((1.5,) * 5, 0.0, (1, -1.0, 0.0, False)),
+    "pays for a while": ((0.1, 0.1, 0.1, 3.0, 3.0), 2.0, (3, 5.4, 4.0, True)),
+    "does not pay twice": ((0.1, 0.1, 0.1, 3.0, 3.0), 3.0, (3, 5.4, 6.0, False)),
+}
+
+
+@pytest.mark.parametrize("case", DECISIONS)
 def test_a_switch_is_made_when_it_pays(
-    step_s: float, cost_s: float, pays: bool, base: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    case: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proposed_s, cost_s, (num_steps, gain_s, costs_s, switched) = DECISIONS[case]
     run = new_run(tmp_path / "run", base)
     monkeypatch.setattr("lobra.trainer.replanner.process_age_s", lambda: cost_s - 1.0)
     other = make_plan([(2, 1), (2, 1)], 1024)
     replanner = Replanner(run)
     replanner.note_start()
-    # Five steps are left, and steps take twice as long as predicted.
-    decided = replanner.decide(run, Proposal(other, 1.0, step_s, 9), step=7, pace=2.0, save_s=1.0)
+    proposal = Proposal(other, (1.0,) * 5, proposed_s, 9)
+    decided = replanner.decide(run, proposal, step=7, pace=2.0, save_s=1.0)
     assert read_replans(run.output_dir) == [decided]
-    assert (decided.steps_left, decided.gain_s, decided.cost_s) == (5, 10 * (1 - step_s), cost_s)
-    assert (decided.switched, decided.pause_s) == (pays, None)
+    assert (decided.num_steps, decided.switched) == (num_steps, switched)
+    assert (decided.gain_s, decided.cost_s) == pytest.approx((gain_s, costs_s))
+    assert decided.pause_s is None
     Replanner(run).note_start()
     (noted,) = read_replans(run.output_dir)
-    assert (noted.pause_s is not None) == pays
-    if pays:  # the next one is judged by what this one took
-        replanner.decide(run, Proposal(other, 1.0, 0.5, 9), step=8, pace=1.0, save_s=1.0)
+    assert (noted.pause_s is not None) == switched
+    if switched:  # the next one is judged by what this one took
+        replanner.decide(run, Proposal(other, (1.0,), (0.5,), 9), step=8, pace=1.0, save_s=1.0)
         assert read_replans(run.output_dir)[1].cost_s == noted.pause_s
 
 
