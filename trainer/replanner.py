@@ -206,7 +206,7 @@ class Replanner:
         costs_s[-1] = cost_s
         best = int(np.argmax(present_s - proposed_s - costs_s))
         num_steps = max(1, round((best + 1) * part))
-        gain_s = float(present_s[best] - proposed_s[best])
+        gain_s, cost_s = float(present_s[best] - proposed_s[best]), float(costs_s[best])
         is_same = proposal.plan.groups == run.plan.groups
         decided = Replan(
             step=step,
@@ -216,8 +216,8 @@ class Replanner:
             present_step_s=float(present_s[best]) / num_steps,
             proposed_step_s=float(proposed_s[best]) / num_steps,
             gain_s=gain_s,
-            cost_s=float(costs_s[best]),
-            switched=gain_s > costs_s[best] and not is_same,
+            cost_s=cost_s,
+            switched=gain_s > cost_s and not is_same,
             decided_at=time.time(),
         )
         _write_replans(self._folder, [*replans, decided])

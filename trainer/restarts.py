@@ -126,8 +126,8 @@ def _on_what_is_left(run: RunSpec, step: int | None) -> RunSpec:
         tasks = tasks_at(run, read_state(run.output_dir, step, whole=False))
     proposal = propose(planning_job(_at_step(run, step), tasks, step or 0, left))
     log.warning(
-        "%d of %d GPUs are left: the run goes on on %s, %.2f s a step instead of %.2f",
-        left, run.plan.num_gpus, proposal.plan, *map(fmean, (proposal.proposed_s, proposal.present_s)),
+        "%d of %d GPUs are left: the run goes on on %s, predicted to take %.2f s a step",
+        left, run.plan.num_gpus, proposal.plan, fmean(proposal.proposed_s),
     )  # fmt: skip
     return replace(run.on_plan(proposal.plan), replanning=replace(run.replanning, num_gpus=left))
 
