@@ -34,6 +34,7 @@ SUBJECTS = {
     "baselines": "ours, tensor parallel, FSDP2 and a pipeline as real trainers of one adapter",
     "drift": "a long run, against PEFT alone: losses step by step, adapters at the end",
     "equality": "adapters trained jointly by us, against PEFT's trained alone",
+    "live_tasks": "a run whose tasks come and go, planned anew: pauses, and adapters beside PEFT's",
     "loss_memory": "peak memory and time of the loss, whole and in parts",
     "multi_lora": "many adapters: ours, PEFT one after the other, the frozen base alone",
     "packed_parts": "packed attention and LoRA dropout, beside what they replace",

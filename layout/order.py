@@ -70,6 +70,8 @@ class SlotOrder:
         The number of the task.
     adapter
         To install: the fields of the adapter's `model.adapter.AdapterSpec`.
+    config
+        To install, in place of these: the fields of the task's `tasks.config.TaskConfig`.
     folder
         To install: where its weights are read from, in PEFT's format; empty: it starts fresh. To
         save: where they are written.
@@ -85,6 +87,7 @@ class SlotOrder:
     folder: str = ""
     moments: bool = False
     updates: int = 0
+    config: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ class StepOrder:
     stop
         Whether this is the last order.
     finished
-        With ``stop``: whether all was trained that was asked for.
+        With ``stop``: whether all was trained that was asked for, or others go on with the rest.
     """
 
     step: int

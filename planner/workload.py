@@ -45,6 +45,8 @@ class Workload:
         By task name, after how many steps the task ends (never).
     seed
         The run's.
+    begun
+        By task name, how many steps the task has made before the workload's first (0).
     """
 
     lengths: Mapping[str, np.ndarray]
@@ -54,6 +56,7 @@ class Workload:
     seeds: Mapping[str, int] = field(default_factory=dict)
     num_steps: Mapping[str, int] = field(default_factory=dict)
     seed: int = 0
+    begun: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def longest(self) -> int:
@@ -65,7 +68,10 @@ class Workload:
         """Return the workload of one task alone; it draws what it draws among the others."""
         parts: dict[str, Any] = {
             name: {task: values[task]} if task in (values := getattr(self, name)) else {}
-            for name in ("lengths", "batch_sizes", "clipped", "held_out", "seeds", "num_steps")
+            for name in (
+                *("lengths", "batch_sizes", "clipped", "held_out", "seeds", "num_steps"),
+                "begun",
+            )
         }
         return replace(self, **parts)
 
@@ -79,10 +85,10 @@ class Workload:
                 len(values),
                 self.batch_sizes[task],
                 seed_of(task, self.seeds.get(task, 0), self.seed),
-                step,
+                step + self.begun.get(task, 0),
             )
             for task, values in self.lengths.items()
-            if task not in self.num_steps or step < self.num_steps[task]
+            if task not in self.num_steps or step + self.begun.get(task, 0) < self.num_steps[task]
         }
 
     def steps(self, number: int, first: int = 0) -> Iterator[np.ndarray]:

@@ -156,7 +156,10 @@ def summarise(folder: Path) -> RunSummary:
         other_gpu_seconds=sum(_between_steps(step) for step in steps),
         padding_ratio=1
         - sum(step["tokens"] for step in steps) / sum(step["padded_tokens"] for step in steps),
-        tasks=tuple(task_summary(task.name, steps, task.num_steps) for task in config.tasks),
+        tasks=tuple(
+            task_summary(task.name, steps, task.num_steps, task.left_at is not None)
+            for task in config.tasks
+        ),
         planned=dict(config.plan_meta or {}),
         adapters=exported if exported.is_dir() else None,
         unfinished=saved if saved is not None and missing else None,
@@ -219,9 +222,12 @@ def _last_saved(folder: Path) -> Path | None:
 
 
 def task_summary(
-    name: str, steps: list[dict[str, Any]], num_steps: int | None = None
+    name: str, steps: list[dict[str, Any]], num_steps: int | None = None, has_left: bool = False
 ) -> TaskSummary:
-    """Return what became of a task in these steps, of so many that it was to make itself."""
+    """Return what became of a task in these steps, of so many that it was to make itself.
+
+    ``has_left``: it has left the run.
+    """
     own = [step["tasks"][name] for step in steps if name in step["tasks"]]
     losses = [e["loss"] for e in own if e["loss"] is not None] or [float("nan")]
     edge = max(1, min(EDGE_STEPS, len(losses) // 2))
@@ -232,7 +238,7 @@ def task_summary(
         loss_before=sum(losses[:edge]) / edge,
         loss_after=sum(losses[-edge:]) / edge,
         skipped=sum(not entry["applied"] for entry in own),
-        ended=_how_it_ended(name, steps, num_steps),
+        ended=_how_it_ended(name, steps, num_steps, has_left),
         validation=tuple(
             (entry["own_step"] + 1, entry["validation_loss"])
             for entry in own
@@ -241,15 +247,17 @@ def task_summary(
     )
 
 
-def _how_it_ended(name: str, steps: list[dict[str, Any]], num_steps: int | None) -> str:
+def _how_it_ended(
+    name: str, steps: list[dict[str, Any]], num_steps: int | None, has_left: bool
+) -> str:
     """Return "done", when and why the task was stopped, or how far it came."""
     last = next((step for step in reversed(steps) if name in step["tasks"]), None)
     if last is None:
-        return "not started"
+        return "cancelled before its first step" if has_left else "not started"
     stopped = last["tasks"][name].get("stopped")
     if stopped:
         return f"stopped at step {last['step'] + 1}: {stopped.partition(';')[0]}"
     own_steps = last["tasks"][name].get("own_step", last["step"]) + 1
     if num_steps is None or own_steps >= num_steps:
         return "done"
-    return f"step {own_steps} of {num_steps}"
+    return f"{'cancelled after ' if has_left else ''}step {own_steps} of {num_steps}"

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,6 +46,7 @@ from lobra.trainer.optimizer import AdapterOptimizer
 from lobra.trainer.rank0_folder import Rank0Folder
 from lobra.trainer.seal import Seal, broken_by, not_finite, seal_of
 from lobra.trainer.task_progress import TaskProgress
+from lobra.trainer.task_requests import TaskChange
 from lobra.trainer.zero import moment_names
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,8 @@ class CheckpointState(FileModel):
     `base_model` is the base model's fingerprint (`model.fingerprint`).
     `data_day` is the date that chat templates with a date were told (ISO; None: that of the day).
     `last_metrics` is the line of the step before it in metrics.jsonl, which is written later: a
-    run that is killed in between gets it back from here. `precision` is None in checkpoints of
+    run that is killed in between gets it back from here. `changes` are those of the run's tasks so
+    far; the tasks are those that they left. `precision` is None in checkpoints of
     versions that did not note it; those without `batching` are of versions that had no other. A
     base without `base_precision` was not quantised.
     """
@@ -85,6 +87,7 @@ class CheckpointState(FileModel):
     precision: str | None = None
     base_precision: str | None = None
     batching: Annotated[str, OneOf(BATCHINGS)] = "bucketed"
+    changes: list[TaskChange] = field(default_factory=list)
 
 
 def drop_later(run: Path, step: int) -> None:
@@ -141,7 +144,8 @@ class CheckpointWriter(FolderWriter):
             The checkpoint could not be written; nothing is left of it, and no other was removed.
         """
         progress = {name: own.as_json() for name, own in state.progress.items()}
-        content = {"format": FORMAT, **state.__dict__, "progress": progress}
+        changes = [asdict(change) for change in state.changes]
+        content = {"format": FORMAT, **state.__dict__, "progress": progress, "changes": changes}
 
         def write(draft: Path) -> None:
             content["seal"] = asdict(seal_of(draft, content))

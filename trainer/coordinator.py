@@ -11,45 +11,45 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 
+from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
 from lobra.common.storage import StorageError
-from lobra.layout.order import StepOrder, Update
+from lobra.layout.order import SlotOrder, StepOrder, Update
+from lobra.layout.plan import Plan, save_plan
 from lobra.model.heartbeat import beat
 from lobra.profiler.accelerators import load_tables
 from lobra.profiler.hardware import describe_device
-from lobra.tasks.config import TaskConfig
 from lobra.tasks.dataset import TokenizedDataset
 from lobra.trainer.adapters import CARD_FILE
+from lobra.trainer.admission import admit
 from lobra.trainer.batches import draw_sequences
 from lobra.trainer.checkpoint import CheckpointState, drop_later
 from lobra.trainer.engine import Engine
 from lobra.trainer.evaluation import Evaluation, HeldOut
 from lobra.trainer.feedback import SpeedFeedback
 from lobra.trainer.forecast import Forecast
+from lobra.trainer.ledger import drawn_batches
+from lobra.trainer.live_tasks import starting_tasks, with_tasks
 from lobra.trainer.metrics import StepMetrics, as_json, restore_metrics
 from lobra.trainer.model_card import model_card
 from lobra.trainer.orders import Attendance, DispatchedStep, OrdersAhead, dispatch_step
 from lobra.trainer.records import Records
-from lobra.trainer.run_spec import RunSpec
+from lobra.trainer.replanner import Replanner
+from lobra.trainer.run_config import note_tasks
+from lobra.trainer.run_spec import PLAN_FOLDER, RunSpec
 from lobra.trainer.save_times import SaveTimes
 from lobra.trainer.schedule import learning_rate
 from lobra.trainer.step_report import StepReport
-from lobra.trainer.task_progress import TaskProgress
+from lobra.trainer.task_changes import DueChange, TaskChanges
+from lobra.trainer.task_progress import RunTask, TaskProgress
+from lobra.trainer.task_requests import left_by
 from lobra.trainer.trained_step import TrainedStep, mean_losses
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class RunTask:
-    """A task of the run: what it is, its data, and how far it has come."""
-
-    config: TaskConfig
-    data: TokenizedDataset
-    progress: TaskProgress
 
 
 class Coordinator:
@@ -60,10 +60,9 @@ class Coordinator:
         self.run = run
         self.engine = engine
         self.step = 0
-        self.tasks = {
-            number: RunTask(task, TokenizedDataset.load(run.data_folder(number)), TaskProgress(n))
-            for number, (task, n) in enumerate(zip(run.tasks, run.num_steps, strict=True))
-        }
+        self.tasks = dict(enumerate(starting_tasks(run)))
+        self.next_number = len(self.tasks)
+        self.changes = TaskChanges(run, () if resumed is None else resumed.changes)
         self.feedback = SpeedFeedback([1.0] * len(run.world.replicas))
         self.forecast = Forecast()
         device = describe_device(run.device)["name"]
@@ -74,16 +73,11 @@ class Coordinator:
         self.unwritten: set[int] = set()  # tasks whose adapters could not be exported
         self.last_metrics: StepMetrics | None = None
         self.stop_requested = False
+        self.replanner = None if run.replanning is None else Replanner(run)
+        self.next_plan: Plan | None = None
+        self.next_plan_file: Path | None = None  # when all is there to go on on it
         self.ahead = OrdersAhead()
-        self.held_out = HeldOut(
-            {number: task.config for number, task in self.tasks.items()},
-            {
-                number: TokenizedDataset.load(folder)
-                for number in self.tasks
-                if (folder := run.validation_folder(number)).is_dir()
-            },
-            lambda sequences: dispatch_step(run, 0, sequences, (), self._slowdown()).order,
-        )
+        self.held_out = self._held_out()
         if resumed is not None:
             self._resume(resumed)
 
@@ -109,14 +103,25 @@ class Coordinator:
         drop_later(run.output_dir, state.step)
         restore_metrics(run.output_dir, state.step, state.last_metrics)
 
+    def _held_out(self) -> HeldOut:
+        """Return what the tasks, as they are now, hold out."""
+        return HeldOut(
+            self.run,
+            {number: task.config for number, task in self.tasks.items()},
+            lambda sequences: dispatch_step(self.run, 0, sequences, (), self._slowdown()).order,
+        )
+
     # -- the run --------------------------------------------------------------------------------
 
     def train(self) -> StepOrder:
         """Run the steps, write adapters and checkpoints; return the last order."""
-        run = self.run
-        # The thread of `ahead` ends however the run does.
-        with self.ahead, Records(run, self.step) as records:
-            while (attendance := self._attendance()).own_steps and not self._told_to_stop():
+        # The threads of `ahead` and `changes` end however the run does.
+        with self.ahead, self.changes, Records(self.run, self.step) as records:
+            while not self._told_to_stop():
+                self._change_tasks(records)
+                attendance = self._attendance()
+                if not attendance.own_steps or self._is_to_switch(attendance, records):
+                    break
                 metrics = self._train_step(attendance)
                 self.last_metrics = metrics
                 exported: list[int] = []
@@ -127,11 +132,26 @@ class Coordinator:
                     self.forecast.add(metrics)
                     records.write(metrics, self.forecast.outlook(self._standing()))
                 self._tell_exports(records, exported)
-            exported, _ = self._write_down(is_end=True)
-            self._tell_exports(records, exported)
-            beat("ending")
-            last = StepOrder(self.step, stop=True, finished=not self._attendance().own_steps)
-            self._carry_out(last)
+            return self._end(records)
+
+    def _end(self, records: Records) -> StepOrder:
+        """Write the rest and let all ranks end, for good or for another plan."""
+        if self.replanner is not None:
+            self.replanner.end()
+        if self._told_to_stop():
+            self.next_plan = None
+        if self.next_plan is None:
+            self.changes.refuse_all(self.step, "the run has ended; ask again when it goes on")
+        exported, _ = self._write_down(is_end=True)
+        self._tell_exports(records, exported)
+        beat("ending")
+        is_over = not self._attendance().own_steps
+        if self.next_plan is not None:
+            file = self.run.output_dir / PLAN_FOLDER / f"step_{self.step}.yaml"
+            self.next_plan_file = save_plan(self.next_plan, file)
+            is_over = True  # for these ranks
+        last = StepOrder(self.step, stop=True, finished=is_over)
+        self._carry_out(last)
         return last
 
     def _told_to_stop(self) -> bool:
@@ -207,6 +227,7 @@ class Coordinator:
             run.plan_from,
             self.peak_flops_per_s,
         )
+        drawn = drawn_batches(trained.dispatched.order, trained.own_steps, self.tasks)
         tasks = {
             names[number]: replace(
                 metrics.tasks[names[number]],
@@ -218,6 +239,7 @@ class Coordinator:
         return replace(
             metrics,
             tasks=tasks,
+            drawn=drawn,
             memory_bytes=max((metrics.memory_bytes, *evaluation.memory_bytes)),
             validation_time_s=validation_time_s,
         )
@@ -281,6 +303,76 @@ class Coordinator:
         report = self._carry_out(order)
         assert report is not None, "what is held out has sequences"
         return Evaluation(mean_losses(order, report), report.memory_bytes)
+
+    # -- tasks come and go ----------------------------------------------------------------------
+
+    def _change_tasks(self, records: Records) -> None:
+        """Let tasks join and leave as was asked for since the last step, or refuse it."""
+        if self.run.max_steps is not None and self.step >= self.run.max_steps:
+            return
+        for due in self.changes.due(self.step, waits=not self._attendance().own_steps):
+            try:
+                if due.request.task is None:
+                    self._leave(due, records)
+                else:
+                    self._join(due, records)
+            except ConfigError as error:
+                self.changes.refuse(due, self.step, str(error))
+            else:
+                self.ahead.forget()
+                self.run = with_tasks(self.run, list(self.tasks.values()), self.step)
+                self.held_out = self._held_out()
+                note_tasks(self.run, left_by(self.changes.made))
+
+    def _join(self, due: DueChange, records: Records) -> None:
+        """Give a task a slot; ConfigError if it may not join."""
+        beat("loading", self.step + 1)
+        new = self.changes.newcomer(due)
+        text = admit(self.run, list(self.tasks.values()), new)
+        self.changes.accept(due, self.step, text)
+        data = TokenizedDataset.load(self.run.data_folder(new.config.name))
+        number, self.next_number = self.next_number, self.next_number + 1
+        self.tasks[number] = RunTask(new.config, data, TaskProgress(new.num_steps), new.record)
+        install = SlotOrder("install", number, config=asdict(new.config))
+        self._carry_out(StepOrder(self.step, slots=(install,)))
+        records.tell(f"task {new.config.name}: joins after step {self.step}")
+
+    def _leave(self, due: DueChange, records: Records) -> None:
+        """Export a task and take its slot away; ConfigError if that cannot be done."""
+        numbers = {task.config.name: number for number, task in self.tasks.items()}
+        number = numbers.get(due.request.name)
+        if self.run.trains_model:
+            raise ConfigError("the run trains its model itself (adapter: full): stop the run")
+        if number is None:
+            raise ConfigError(f"the run has no such task; it has {', '.join(numbers) or 'none'}")
+        if not self._is_exported(number):
+            try:
+                self._export(number)
+            except StorageError as error:
+                raise ConfigError(str(error)) from error
+            self._tell_exports(records, [number])
+        self.changes.accept(due, self.step, "")
+        del self.tasks[number]
+        self.unwritten.discard(number)
+        self._carry_out(StepOrder(self.step, slots=(SlotOrder("remove", number),)))
+        records.tell(f"task {due.request.name}: leaves after step {self.step}")
+
+    def _is_to_switch(self, attendance: Attendance, records: Records) -> bool:
+        """Return whether the run is to go on on another plan: ``next_plan``, for who starts it."""
+        if self.replanner is None:
+            return False
+        if self.last_metrics is None:
+            self.replanner.note_start()
+        attending = tuple(number for number, _ in attendance.own_steps)
+        tasks = list(self.tasks.values())
+        proposal = self.replanner.look(self.run, tasks, attending, self.step)
+        if proposal is not None:
+            decided = self.replanner.decide(
+                self.run, proposal, self.step, self.forecast.pace, self.save_times.took_s
+            )
+            records.tell(str(decided))
+            self.next_plan = proposal.plan if decided.switched else None
+        return self.next_plan is not None
 
     # -- what is left behind --------------------------------------------------------------------
 
@@ -362,7 +454,8 @@ class Coordinator:
     def _tell_exports(self, records: Records, numbers: list[int]) -> None:
         """Tell of adapters that were exported, and write their model cards."""
         for number in numbers:
-            task, folder = self.tasks[number], self.run.adapter_folder(number)
+            task = self.tasks[number]
+            folder = self.run.adapter_folder(task.config.name)
             kept = self.run.base_precision or self.run.precision
             card = model_card(task.config, self.run.base_model, kept, task.progress)
             try:
@@ -373,8 +466,9 @@ class Coordinator:
             records.tell_export(task.config.name, task.progress, folder, is_best)
 
     def _is_exported(self, number: int) -> bool:
-        progress = self.tasks[number].progress
-        there = self.run.adapter_folder(number).is_dir()
+        task = self.tasks[number]
+        there = self.run.adapter_folder(task.config.name).is_dir()
+        progress = task.progress
         return there and progress.exported_step == progress.steps
 
     def _is_best_kept(self, number: int) -> bool:
@@ -401,7 +495,7 @@ class Coordinator:
         return CheckpointState(
             step=self.step,
             seed=run.seed,
-            tasks=list(run.task_records),
+            tasks=[task.record for task in self.tasks.values()],
             progress={task.config.name: task.progress for task in self.tasks.values()},
             speed_factors=list(self.feedback.factors),
             speed_counts=list(self.feedback.counts),
@@ -412,4 +506,5 @@ class Coordinator:
             precision=run.precision,
             base_precision=run.base_precision,
             batching=run.batching,
+            changes=list(self.changes.made),
         )

@@ -148,13 +148,11 @@ class Engine:
     def change_slot(self, order: SlotOrder) -> None:
         """Install a task's slot, write its adapter or take it away."""
         folder = Path(order.folder)
-        if order.action == "install":
+        if order.config is not None:
+            self.install({order.task: TaskConfig(**_as_fields(order.config))})
+        elif order.action == "install":
             assert order.adapter is not None
-            fields: dict[str, Any] = {  # JSON has lists
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in order.adapter.items()
-            }
-            self.stage.install({order.task: AdapterSpec(**fields)})
+            self.stage.install({order.task: AdapterSpec(**_as_fields(order.adapter))})
             if order.folder:
                 load_adapter(folder, self.stage, order.task)
             self.optimizer.install(order.task)
@@ -504,3 +502,8 @@ class Engine:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+
+
+def _as_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a dataclass that came as JSON, which has lists for tuples."""
+    return {name: tuple(own) if isinstance(own, list) else own for name, own in values.items()}

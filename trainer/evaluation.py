@@ -10,6 +10,7 @@ from lobra.layout.sequences import Sequence
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.dataset import TokenizedDataset
 from lobra.trainer.batches import all_sequences
+from lobra.trainer.run_spec import RunSpec
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,12 @@ class Evaluation:
     memory_bytes: tuple[int, ...] = ()
 
 
+def held_out_data(run: RunSpec, name: str) -> TokenizedDataset | None:
+    """Return what a task of a run holds out, None if that is nothing."""
+    folder = run.validation_folder(name)
+    return TokenizedDataset.load(folder) if folder.is_dir() else None
+
+
 class HeldOut:
     """The tasks' held-out sequences, and the order that evaluates those of some of them.
 
@@ -36,12 +43,13 @@ class HeldOut:
 
     def __init__(
         self,
+        run: RunSpec,
         tasks: Mapping[int, TaskConfig],
-        data: Mapping[int, TokenizedDataset],
         dispatch: Callable[[list[Sequence]], StepOrder],
     ) -> None:
         self.tasks = tasks
-        self.data = data
+        found = {number: held_out_data(run, task.name) for number, task in tasks.items()}
+        self.data = {number: data for number, data in found.items() if data is not None}
         self.dispatch = dispatch
         self._kept: tuple[tuple[int, ...], StepOrder] | None = None
 

@@ -150,21 +150,21 @@ class AdapterExporter:
             tensors = self.kept[number] if number in best else self._weights(slot)
             if self.is_writer:
                 try:
-                    self._write(number, slot, tensors)
+                    self._write(slot, tensors)
                 except StorageError as error:
                     failure = error
         if present or best:
             dist.barrier(group=self.control)
         return failure
 
-    def _write(self, number: int, slot: Slot, tensors: dict[str, Tensor]) -> None:
+    def _write(self, slot: Slot, tensors: dict[str, Tensor]) -> None:
         if bad := not_finite(tensors):
             log.warning(
                 "the adapter of task %s holds values that are not finite (%s and %d more); "
                 "it is of no use",
                 slot.spec.name, bad[0], len(bad) - 1,
             )  # fmt: skip
-        folder = self.run.adapter_folder(number)
+        folder = self.run.adapter_folder(slot.spec.name)
         size = sum(tensor.nbytes for tensor in tensors.values())
         with told_as_storage(folder, "then go on with --resume", size):
             save_adapter(folder, slot.spec, tensors, self.run.base_model)

@@ -39,12 +39,15 @@ class Outlook:
 
     Attributes
     ----------
+    steps_left
+        Steps until its end.
     time_left_s, predicted_left_s
         Seconds until its end, at the measured and at the predicted rate.
     tasks
         Of every task, by name.
     """
 
+    steps_left: int
     time_left_s: float
     predicted_left_s: float
     tasks: Mapping[str, TaskOutlook]
@@ -72,6 +75,11 @@ class Forecast:
     predicted_s: float = 0.0
     num_steps: int = 0
 
+    @property
+    def pace(self) -> float:
+        """What the steps took over what they were predicted to; 1 as long as there are none."""
+        return self.measured_s / self.predicted_s if self.predicted_s else 1.0
+
     def add(self, step: StepMetrics) -> None:
         """Learn from a step."""
         for name, task in step.tasks.items():
@@ -88,8 +96,10 @@ class Forecast:
     def outlook(self, standing: Mapping[str, tuple[int, int]]) -> Outlook:
         """Return what is left, given the steps that every task has made and has left."""
         left = {name: steps_left for name, (_, steps_left) in standing.items()}
-        share = self._share(max(left.values(), default=0), left)
+        steps_left = max(left.values(), default=0)
+        share = self._share(steps_left, left)
         return Outlook(
+            steps_left=steps_left,
             time_left_s=share * self.measured_s,
             predicted_left_s=share * self.predicted_s,
             tasks={

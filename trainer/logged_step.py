@@ -24,6 +24,17 @@ class LoggedTask(TypedDict):
     stopped: NotRequired[str | None]
 
 
+class LoggedBatch(TypedDict):
+    """Which examples of a task a step trained."""
+
+    own_step: Count
+    epoch: Count
+    position: Count
+    size: PositiveInt
+    examples: PositiveInt
+    digest: Text
+
+
 class LoggedReplica(TypedDict):
     """One replica's step."""
 
@@ -56,3 +67,4 @@ class LoggedStep(TypedDict):
     validation_time_s: NotRequired[NotNegative]
     checkpoint_time_s: NotRequired[NotNegative]
     plan_from: NotRequired[Count]
+    drawn: NotRequired[dict[str, LoggedBatch]]

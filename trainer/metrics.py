@@ -9,7 +9,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -72,6 +72,32 @@ class TaskMetrics:
 
 
 @dataclass(frozen=True)
+class DrawnBatch:
+    """Which examples of a task a step trained: an entry of the ledger (`trainer.ledger`).
+
+    Attributes
+    ----------
+    own_step
+        How many steps the task had taken part in before.
+    epoch, position
+        Where the batch begins, each counted from 0.
+    size
+        Examples of the batch; what an epoch has no more of is of the next one.
+    examples
+        Of an epoch.
+    digest
+        Of the sequences that the step's order had.
+    """
+
+    own_step: int
+    epoch: int
+    position: int
+    size: int
+    examples: int
+    digest: str
+
+
+@dataclass(frozen=True)
 class ReplicaMetrics:
     """One replica's step.
 
@@ -128,6 +154,8 @@ class StepMetrics:
         The most any rank has had in use, in an evaluation after the step too.
     tasks
         By name, those with targets in the step.
+    drawn
+        By name, what the step trained of every task that took part.
     replicas
         In the plan's order.
     plan_from
@@ -162,6 +190,7 @@ class StepMetrics:
     tokens_per_s: float = 0.0
     flops: float = 0.0
     mfu: float | None = None
+    drawn: dict[str, DrawnBatch] = field(default_factory=dict)
 
 
 class MetricsFile:

@@ -172,6 +172,10 @@ class OrdersAhead:
         """Begin to make the order of a step that these tasks are expected to attend."""
         self._started = (attendance, self._thread.submit(make))
 
+    def forget(self) -> None:
+        """Have the next order made anew, since what it follows from has changed."""
+        self._started = None
+
     def take(self, attendance: Attendance, make: Callable[[], DispatchedStep]) -> DispatchedStep:
         """Return the order made ahead; where that was for others, the one that `make` makes."""
         if self._started is None or self._started[0] != attendance:

@@ -21,6 +21,7 @@ from lobra.common.words import counted
 from lobra.layout.base_precision import library_problem, option_problem, plan_problem
 from lobra.layout.placement import place, placed
 from lobra.layout.plan import Plan, load_plan
+from lobra.layout.sequences import Batching
 from lobra.layout.shapes import ModelShape, layout_problem, read_shape
 from lobra.layout.world import World
 from lobra.model.checkpoint import checkpoint_problems
@@ -31,13 +32,16 @@ from lobra.profiler.cost_model import CostModel, load_cost_model
 from lobra.profiler.estimate_memory import layer_weights
 from lobra.profiler.lookup import (
     base_precision_problem,
+    no_memory_profile,
     no_time_profile,
+    own_memory_path,
     provenance_note,
     time_path,
 )
 from lobra.profiler.memory import parse_bytes
 from lobra.profiler.model_memory import model_memory
 from lobra.tasks.config import (
+    ADAMW_8BIT,
     FULL,
     TaskConfig,
     TrainerConfig,
@@ -48,9 +52,11 @@ from lobra.tasks.data_report import summary_text
 from lobra.tasks.dataset import TokenizedDataset, split
 from lobra.tasks.sampling import num_steps
 from lobra.tasks.text_processor import TextProcessor
+from lobra.trainer.admission import admission_of
 from lobra.trainer.batching import chosen_batching, fixed_buckets
 from lobra.trainer.checkpoint import CheckpointState, read_state
 from lobra.trainer.eight_bit import eight_bit_problems
+from lobra.trainer.live_tasks import fitting_plan, present_tasks
 from lobra.trainer.log_parts import METRICS_FILE
 from lobra.trainer.metrics import kept_metrics
 from lobra.trainer.model_training import model_problems
@@ -63,7 +69,7 @@ from lobra.trainer.run_config import (
     warn_of_other_versions,
 )
 from lobra.trainer.run_folder import occupied, unusable, write_run_folder
-from lobra.trainer.run_spec import RunSpec
+from lobra.trainer.run_spec import DEFAULT_PERIOD, Admission, Replanning, RunSpec
 from lobra.trainer.step_trace import steps_of
 from lobra.trainer.task_data import TaskChecks, tasks_with_data, warn_of_greedy_tasks
 from lobra.trainer.trackers import trackers_of
@@ -71,7 +77,6 @@ from lobra.trainer.zero import moment_bytes
 
 log = logging.getLogger(__name__)
 
-DEFAULT_PERIOD = 10  # steps between evaluations, where a task asks for them
 RANK_BYTES = 64 << 20  # of its own, the least that a rank's process takes on a CPU
 ONE_MACHINE = 1 << 30  # a CPU machine is one node, however many ranks it runs
 
@@ -148,6 +153,10 @@ def prepare(request: TrainRequest) -> RunSpec:
             "--deterministic and --feedback on: timings would decide which micro-batch a sequence "
             "is in; leave one out"
         )
+    if request.watch_tasks and request.num_tasks is not None:
+        checks.problems.add(
+            "--watch-tasks and --num-tasks: all tasks of the file would join; leave one out"
+        )
     report_to: tuple[str, ...] = checks.attempt(trackers_of, request.report_to) or ()
     profiled_steps: frozenset[int] = frozenset()
     if request.torch_profiler is not None:
@@ -194,9 +203,13 @@ def prepare(request: TrainRequest) -> RunSpec:
             request.confine,
             not request.is_resumed,
         )
-        clipped = clip_context(config.tasks, request.max_seq_length)
-        kept = tasks_with_data(config, clipped, task_checks, left_out)
-        if kept and (request.skip_bad_tasks or len(kept) == len(clipped)):
+        kept: list[tuple[TaskConfig, TokenizedDataset]] = []
+        num_wanted = 0
+        for part in checks.attempt(present_tasks, config, state, request.watch_tasks) or ():
+            clipped = clip_context(part.tasks, request.max_seq_length)
+            kept += tasks_with_data(part, clipped, task_checks, left_out)
+            num_wanted += len(clipped)
+        if kept and (request.skip_bad_tasks or len(kept) == num_wanted):
             tasks, datasets = zip(*kept, strict=True)
             if plan is not None and batching == "bucketed" and request.dp_bucket == "off":
                 buckets = checks.attempt(fixed_buckets, request.num_buckets, datasets, plan) or ()
@@ -235,6 +248,10 @@ def prepare(request: TrainRequest) -> RunSpec:
         checks.problems += eight_bit_problems(
             tasks, precision, str(plan), None if state is None else state.plan
         )
+    admission = admission_of(request, config, plan) if config and plan else None
+    replanning = None
+    if request.replan == "auto" and plan and device and batching and admission:
+        replanning = checks.attempt(_replanning, request, plan, device, batching, admission, tasks)
     checks.raise_if_any()
     assert config and plan and folder and shape and world and cost_model and device and batching
     cost_model = cost_model.for_training(
@@ -250,6 +267,7 @@ def prepare(request: TrainRequest) -> RunSpec:
         tasks=tasks,
         num_steps=tuple(steps.values()),
         last_step=end,
+        max_steps=request.max_steps,
         plan=plan,
         world=world,
         cost_model=cost_model,
@@ -274,10 +292,14 @@ def prepare(request: TrainRequest) -> RunSpec:
         hang_timeout_s=request.hang_timeout,
         deterministic=request.deterministic,
         base_precision=shape.quantised,
+        admission=admission,
+        replanning=replanning,
     )
     if run.trains_model:
         _check_memory(checks, run, shape, request.memory_budget)
         checks.raise_if_any()
+    if state is not None and state.changes:
+        run = replace(run, plan=fitting_plan(run, run.tasks))
     if state is not None and state.precision not in (None, run.precision):
         log.warning(
             "the run goes on in %s, so far it was in %s: what the checkpoint holds is rounded to "
@@ -299,8 +321,7 @@ def prepare(request: TrainRequest) -> RunSpec:
     _warn_of_long_contexts(tasks, training, shape)
     plans = plan_history(run.output_dir, PlanPeriod.of(run))
     run = replace(run, plan_from=plans[-1].from_step)
-    nodes = node_sizes(request, device) if device == "cuda" else None
-    size = math.gcd(*nodes) if isinstance(nodes, tuple) else nodes
+    size = _common_node_size(request, device) if device == "cuda" else None
     write_run_folder(run, resolved_config(run, request, size, plans), training, validation)
     return run
 
@@ -345,6 +366,31 @@ def _check_memory(checks: _Collector, run: RunSpec, shape: ModelShape, budget: s
         )
     else:
         log.info("task %s: %s", task.name, told)
+
+
+def _replanning(
+    request: TrainRequest,
+    plan: Plan,
+    device: str,
+    batching: Batching,
+    admission: Admission,
+    tasks: Sequence[TaskConfig],
+) -> Replanning:
+    """Return how the run may be planned anew; ConfigError if it cannot be."""
+    problems = []
+    if batching != "packed":
+        problems.append("micro-batches are bucketed, but only packed steps are planned anew")
+    if admission.memory is None:
+        own = own_memory_path(request.model, 1, request.base_precision)
+        problems.append(no_memory_profile(request.model, 1, own, request.base_precision))
+    problems += [
+        f"task {task.name}: adapter: full, and moments in 8 bits, go on on the same plan only"
+        for task in tasks
+        if task.adapter == FULL or task.optimizer == ADAMW_8BIT
+    ]
+    Problems(f"--replan auto: {problem}" for problem in problems).raise_if_any()
+    num_gpus = request.num_gpus or plan.num_gpus
+    return Replanning(request.model, num_gpus, _common_node_size(request, device))
 
 
 def _warn_of_old_fingerprint(state: CheckpointState) -> None:
@@ -434,6 +480,12 @@ def node_sizes(request: TrainRequest, device: str | None) -> int | tuple[int, ..
     if request.found_nodes is not None:
         return request.found_nodes
     return torch.cuda.device_count() if device == "cuda" else ONE_MACHINE
+
+
+def _common_node_size(request: TrainRequest, device: str) -> int:
+    """Return how many ranks in a row are on one node, wherever they begin."""
+    nodes = node_sizes(request, device)
+    return math.gcd(*nodes) if isinstance(nodes, tuple) else nodes
 
 
 def requested_plan(request: TrainRequest) -> Plan:

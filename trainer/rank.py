@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,8 @@ class RankResult:
         The steps made by a run that was ended early; None if it came to its end.
     stop_signal
         What ended it early.
+    next_plan
+        On rank 0, the plan that the run is to go on on, if it ended for that.
     """
 
     rank: int
@@ -41,6 +44,7 @@ class RankResult:
     peak_memory_bytes: int
     stopped_at: int | None = None
     stop_signal: int | None = None
+    next_plan: Path | None = None
 
 
 def train_rank(run: RunSpec) -> RankResult:
@@ -52,8 +56,8 @@ def train_rank(run: RunSpec) -> RankResult:
         if run.resume_step is not None and dist.get_rank() == 0:
             resumed = read_state(run.output_dir, run.resume_step, whole=False)
         engine = Engine(run, resumed, lambda: stop.received is not None)
-        coordinates = engine.rank == 0
-        last = Coordinator(run, engine, resumed).train() if coordinates else engine.follow()
+        coordinator = Coordinator(run, engine, resumed) if engine.rank == 0 else None
+        last = engine.follow() if coordinator is None else coordinator.train()
         return RankResult(
             engine.rank,
             engine.stage.loaded_bytes,
@@ -61,6 +65,7 @@ def train_rank(run: RunSpec) -> RankResult:
             _peak_memory_bytes(engine),
             stopped_at=None if last.finished else last.step,
             stop_signal=None if last.finished else stop.received or signal.SIGTERM,
+            next_plan=None if coordinator is None else coordinator.next_plan_file,
         )
 
 

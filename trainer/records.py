@@ -21,7 +21,7 @@ class Records:
         """Write the steps from ``begin`` on."""
         self._file = MetricsFile(run.output_dir)
         self._trackers = [open_tracker(name, run, begin) for name in run.report_to]
-        self._screen = Screen(begin, run.last_step, [task.name for task in run.tasks])
+        self._screen = Screen(begin, run.last_step)
         self._open = ExitStack()
 
     def write(self, metrics: StepMetrics, outlook: Outlook) -> None:
@@ -30,6 +30,10 @@ class Records:
         for tracker in self._trackers:
             tracker.write(metrics)
         self._screen.write(metrics, outlook)
+
+    def tell(self, text: str) -> None:
+        """Say something that has happened between two steps."""
+        self._screen.tell(text)
 
     def tell_export(self, name: str, progress: TaskProgress, folder: Path, is_best: bool) -> None:
         """Say that a task's adapter was written, and whether it is the best or the last one."""

@@ -93,6 +93,12 @@ class TrainRequest:
     max_restarts
         Start again from the newest checkpoint, at most N times, when a rank dies or stands still or
         a file system fails.
+    watch_tasks
+        Look at the task file between steps: tasks that are added to it join the run, those that are
+        taken out of it leave.
+    replan
+        Plan anew when other tasks take part in steps than before, or GPUs are lost, and go on on
+        that plan when it pays.
     deterministic
         Use algorithms only that give the same bits every time, on GPUs too; slower there.
     memory_budget
@@ -142,6 +148,8 @@ class TrainRequest:
     torch_profiler: Annotated[str | None, Parameter(metavar="STEPS")] = None
     hang_timeout: Annotated[PositiveNumber | None, Parameter(metavar="S")] = None
     max_restarts: NonNegativeInt = 0
+    watch_tasks: bool = False
+    replan: Literal["auto", "off"] = "off"
     deterministic: bool = False
     memory_budget: Annotated[str | None, Parameter(metavar="SIZE")] = None
     gpus_per_node: PositiveInt | None = None

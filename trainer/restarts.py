@@ -7,21 +7,28 @@ same adapters, bit for bit on the same plan, as one that was not disturbed.
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 from lobra.common.errors import MachineError
 from lobra.common.files import remove_folder
 from lobra.common.words import counted
+from lobra.layout.plan import load_plan
 from lobra.model.launch import RankError
-from lobra.trainer.checkpoint import newest_whole
+from lobra.trainer.checkpoint import newest_whole, read_state
 from lobra.trainer.checkpoint_folder import list_checkpoints, step_folder
+from lobra.trainer.live_tasks import at_checkpoint, starting_tasks, tasks_at
 from lobra.trainer.log_parts import log_files
+from lobra.trainer.proposal import propose
 from lobra.trainer.rank import RankResult
-from lobra.trainer.run_config import note_resume
-from lobra.trainer.run_spec import ADAPTER_FOLDER, RunSpec
+from lobra.trainer.replanner import planning_job
+from lobra.trainer.run_config import note_restart
+from lobra.trainer.run_spec import ADAPTER_FOLDER, PLAN_FOLDER, RunSpec
 
 log = logging.getLogger(__name__)
 
@@ -69,37 +76,88 @@ def run_with_restarts(
 ) -> list[RankResult]:
     """Return what a run returns that is started again after failures, `most` times in all.
 
+    It is also when its ranks have ended for another plan (`trainer.replanner`).
+
     Raises
     ------
     RankError, MachineError
         The last failure, with a note how to go on.
     """
     restarts = Restarts(run.output_dir, most)
+    given = run
     while True:
         try:
-            return start(run)
+            results = start(run)
         except (RankError, MachineError) as error:
             if not restarts.are_left:
                 error.add_note(how_to_go_on(run.output_dir))
                 raise
             step = restarts.next("\n".join([str(error), *getattr(error, "__notes__", ())]))
-        revive = run.revive if step == run.resume_step else ()  # later checkpoints have them alive
-        run = replace(run, resume_step=step, revive=revive)
-        note_resume(run.output_dir, step)
+            given = _on_what_is_left(given, step)
+        else:
+            if (plan := results[0].next_plan) is None:
+                return results
+            step = list_checkpoints(run.output_dir)[-1]
+            given = given.on_plan(load_plan(plan))
+        revive = given.revive if step == given.resume_step else ()  # later ones have them alive
+        run = note_restart(replace(_at_step(given, step), resume_step=step, revive=revive))
+
+
+def _at_step(run: RunSpec, step: int | None) -> RunSpec:
+    """Return a run with the tasks it had after so many steps; None: at its start."""
+    if step is None:
+        return run
+    return at_checkpoint(run, read_state(run.output_dir, step, whole=False))
+
+
+def _on_what_is_left(run: RunSpec, step: int | None) -> RunSpec:
+    """Return a run on a plan for the GPUs that are left, if it needs more and may be planned anew.
+
+    Raises
+    ------
+    ConfigError
+        There is no such plan.
+    """
+    if run.replanning is None or (left := gpus_left(run)) >= run.plan.num_gpus:
+        return run
+    if step is None:
+        tasks = starting_tasks(run)
+    else:
+        tasks = tasks_at(run, read_state(run.output_dir, step, whole=False))
+    proposal = propose(planning_job(_at_step(run, step), tasks, step or 0, left))
+    log.warning(
+        "%d of %d GPUs are left: the run goes on on %s, predicted to take %.2f s a step",
+        left, run.plan.num_gpus, proposal.plan, fmean(proposal.proposed_s),
+    )  # fmt: skip
+    return replace(run.on_plan(proposal.plan), replanning=replace(run.replanning, num_gpus=left))
+
+
+def gpus_left(run: RunSpec) -> int:
+    """Return how many GPUs of this machine answer; on a CPU all ranks that a plan asks for do."""
+    if run.device == "cpu":
+        return run.plan.num_gpus
+    code = "import torch; print(torch.cuda.device_count())"
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    return int(found.stdout) if found.stdout.strip().isdecimal() else 0
 
 
 def launch_with_restarts(
-    command: Callable[[int | None], Sequence[str]],
+    command: Callable[[int | None, Path | None], Sequence[str]],
     launch: Callable[[Sequence[str]], int],
     folder: Path,
     most: int,
 ) -> int:
     """Return the exit code of a launcher that is started again after failures.
 
+    It is also when its ranks have ended for another plan.
+
     Parameters
     ----------
     command
-        The launcher's command for a run that goes on from a step (None: as the user gave it).
+        The launcher's command for a run that goes on from a step and on a plan (None: as the user
+        gave it).
     launch
         Runs a command and returns its exit code.
     folder
@@ -108,14 +166,29 @@ def launch_with_restarts(
         How many restarts there may be.
     """
     restarts = Restarts(folder, most)
-    code = launch(command(None))
-    while code not in FINAL_EXIT_CODES and restarts.are_left:
-        code = launch(command(restarts.next(f"the launcher ended with exit code {code}")))
-    return code
+    step, plan = None, None
+    while True:
+        before = _plans_in(folder)
+        code = launch(command(step, plan))
+        if code == 0 and (chosen := _plans_in(folder) - before):
+            step = list_checkpoints(folder)[-1]
+            ((plan, _),) = chosen
+        elif code in FINAL_EXIT_CODES or not restarts.are_left:
+            return code
+        else:
+            step = restarts.next(f"the launcher ended with exit code {code}")
 
 
-def with_resume(arguments: Sequence[str], step: int | None) -> list[str]:
-    """Return a command line's arguments with `--resume step` for what they say of it, if any."""
+def _plans_in(folder: Path) -> set[tuple[Path, int]]:
+    """Return the plans that a run was to go on on so far, and when each was written."""
+    return {(file, file.stat().st_mtime_ns) for file in (folder / PLAN_FOLDER).glob("*.yaml")}
+
+
+def with_resume(arguments: Sequence[str], step: int | None, plan: Path | None = None) -> list[str]:
+    """Return a command line's arguments with `--resume step` for what they say of it, if any.
+
+    With a plan, this is the one that counts.
+    """
     if step is None:
         return list(arguments)
     rest = [
@@ -123,7 +196,8 @@ def with_resume(arguments: Sequence[str], step: int | None) -> list[str]:
         for word, before in zip(arguments, ["", *arguments], strict=False)
         if word.partition("=")[0] != "--resume" and not (before == "--resume" and word.isdigit())
     ]
-    return [*rest, "--resume", str(step)]
+    other = [] if plan is None else ["--strategy-config", str(plan)]  # the last one counts
+    return [*rest, *other, "--resume", str(step)]
 
 
 def forget_steps(folder: Path) -> None:

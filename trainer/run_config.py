@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import yaml
 from pydantic import ConfigDict, Field
 
+from lobra.common.documents import read_document
 from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
 from lobra.common.models import Count, FileModel, PositiveInt, Text, load_as
@@ -45,7 +46,7 @@ class PlanPeriod(_Noted):
     @classmethod
     def of(cls, run: RunSpec) -> PlanPeriod:
         """Return where a run is to run from the step on that it starts at."""
-        plan = [PlanEntry.of(group) for group in run.plan.groups]
+        plan = [PlanEntry.of(group) for group in run.made_plan.groups]
         step = run.resume_step or 0
         return cls(step, plan, run.world.as_lists(), run.device, run.precision)
 
@@ -60,10 +61,11 @@ class PlanPeriod(_Noted):
 
 @dataclass(frozen=True)
 class RunTask(_Noted):
-    """A task of a run, and the steps it was to train."""
+    """A task of a run, the steps it was to train, and after which of the run's it left, if so."""
 
     name: Text
     num_steps: PositiveInt | None = None
+    left_at: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -175,15 +177,67 @@ def warn_of_other_versions(run: RunSpec) -> None:
         )
 
 
-def note_resume(folder: Path, step: int | None) -> None:
-    """Note in config.yaml from which step the run goes on (None: it begins anew)."""
+def note_restart(run: RunSpec) -> RunSpec:
+    """Note in config.yaml from where and on which plan a run goes on; return it, as it knows now.
+
+    What it knows is from which step on it has had that plan.
+    """
+    folder, step = run.output_dir, run.resume_step
     path = folder / CONFIG_FILE
+    plans = plan_history(folder, PlanPeriod.of(run))
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        config |= {"resumed_at": step, "resumes": resume_history(folder, step)}
+        config |= {
+            "resumed_at": step,
+            "resumes": resume_history(folder, step),
+            "plan": run.made_plan.entries(),
+            "plan_meta": _plain(run.made_plan.meta),
+            "rank_map": run.world.as_lists(),
+            "plans": [period.as_plain() for period in plans],
+        }
         write_atomic(path, yaml.safe_dump(config, sort_keys=False))
     except OSError as error:
         log.warning("%s: does not say that the run goes on (%s)", path, error.strerror)
+    return replace(run, plan_from=plans[-1].from_step)
+
+
+def note_tasks(run: RunSpec, left: Mapping[str, int]) -> None:
+    """Note in config.yaml which tasks the run has now, and after which step others left."""
+    path = run.output_dir / CONFIG_FILE
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        known = {entry["name"]: entry for entry in config["tasks"]}
+        known |= {entry["name"]: entry for entry in _task_entries(run)}
+        for name, step in left.items():
+            known[name]["left_at"] = step
+        config |= {"tasks": list(known.values()), "last_step": run.last_step}
+        config["digests"]["data"] |= _data_digests(run)
+        write_atomic(path, yaml.safe_dump(config, sort_keys=False))
+    except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
+        log.warning("%s: does not say that the tasks have changed (%s)", path, error)
+
+
+def _task_entries(run: RunSpec) -> list[dict[str, Any]]:
+    return [
+        {**_plain(asdict(task)), "num_steps": steps}
+        for task, steps in zip(run.tasks, run.num_steps, strict=True)
+    ]
+
+
+def _data_digests(run: RunSpec) -> dict[str, str]:
+    return {record["name"]: record["data_sha256"] for record in run.task_records}
+
+
+def _tasks_that_left(run: RunSpec) -> list[dict[str, Any]]:
+    """Return the entries of config.yaml of tasks that the run no longer has as it goes on."""
+    if run.resume_step is None:
+        return []
+    try:
+        earlier = read_document(run.output_dir / CONFIG_FILE)["tasks"]
+    except (ConfigError, KeyError, TypeError):  # `plan_history` has warned
+        return []
+    present = {task.name for task in run.tasks}
+    return [entry for entry in earlier if "left_at" in entry and entry["name"] not in present]
 
 
 def resolved_config(
@@ -217,22 +271,21 @@ def resolved_config(
         "keep_checkpoints": run.keep_checkpoints,
         "hang_timeout": run.hang_timeout_s,
         "max_restarts": request.max_restarts,
+        "watch_tasks": request.watch_tasks,
+        "replan": request.replan,
         "deterministic": run.deterministic,
         "report_to": list(run.report_to),
         "resumed_at": run.resume_step,
         "resumes": resume_history(run.output_dir, run.resume_step),
         "data_day": run.data_day,
-        "tasks": [
-            {**_plain(asdict(task)), "num_steps": steps}
-            for task, steps in zip(run.tasks, run.num_steps, strict=True)
-        ],
-        "plan": run.plan.entries(),
-        "plan_meta": _plain(run.plan.meta),
+        "tasks": [*_task_entries(run), *_tasks_that_left(run)],
+        "plan": run.made_plan.entries(),
+        "plan_meta": _plain(run.made_plan.meta),
         "rank_map": run.world.as_lists(),
         "versions": used_versions(run.device),
         "digests": {
             "base_model": run.fingerprint,
-            "data": {record["name"]: record["data_sha256"] for record in run.task_records},
+            "data": _data_digests(run),
         },
         "plans": [period.as_plain() for period in plans],
     }

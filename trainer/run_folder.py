@@ -13,6 +13,7 @@ from lobra.common.errors import ConfigError
 from lobra.common.files import remove_folder, write_atomic
 from lobra.common.lock import hold
 from lobra.tasks.dataset import TokenizedDataset
+from lobra.trainer import task_requests
 from lobra.trainer.checkpoint import read_state
 from lobra.trainer.checkpoint_folder import list_checkpoints
 from lobra.trainer.log_parts import log_files
@@ -105,7 +106,8 @@ def write_run_folder(
         elif problems := occupied(folder):
             raise ConfigError(problems)
         write_atomic(folder / CONFIG_FILE, yaml.safe_dump(dict(config), sort_keys=False))
-        for name in (DATA_FOLDER, VALIDATION_FOLDER):
+        is_new = run.resume_step is None
+        for name in (DATA_FOLDER, VALIDATION_FOLDER, *([task_requests.FOLDER] if is_new else [])):
             if (folder / name).exists():
                 remove_folder(folder / name)
         for task, (data, held_out) in enumerate(zip(training, validation, strict=True)):

@@ -2,20 +2,72 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from lobra.layout.placement import placed
 from lobra.layout.plan import Plan
 from lobra.layout.sequences import Batching
 from lobra.layout.world import World
 from lobra.profiler.cost_model import CostModel
+from lobra.profiler.profiles import MemoryProfile
 from lobra.tasks.config import FULL, TaskConfig
 
 CONFIG_FILE = "config.yaml"
 DATA_FOLDER = "tokenised/training"
 VALIDATION_FOLDER = "tokenised/validation"
 ADAPTER_FOLDER = "adapters"
+PLAN_FOLDER = "plans"  # that the run was to go on on, by the step from which on
+DEFAULT_PERIOD = 10  # steps between evaluations, where a task asks for them
+
+
+@dataclass(frozen=True)
+class Admission:
+    """What tasks that join a run are checked against, beside its model and plan.
+
+    Attributes
+    ----------
+    plan
+        The plan as it was made: its micro-batches are never larger, whatever else fits.
+    data_dir
+        Where data sets lie.
+    memory
+        Which micro-batches fit beside which adapters; None where that is not known.
+    confine
+        The folder that paths of tasks must lie in; None: anywhere.
+    max_seq_length
+        What every task's context_length is cut to, if it is.
+    validate_every
+        Steps of an evaluation period, from when a task asks for one.
+    task_file
+        The task file that is watched, if one is.
+    """
+
+    plan: Plan
+    data_dir: Path
+    memory: MemoryProfile | None = None
+    confine: Path | None = None
+    max_seq_length: int | None = None
+    validate_every: int = DEFAULT_PERIOD
+    task_file: Path | None = None
+
+
+@dataclass(frozen=True)
+class Replanning:
+    """How a run may be planned anew.
+
+    Attributes
+    ----------
+    model
+        What plans call the base model.
+    num_gpus, gpus_per_node
+        What there is to plan for.
+    """
+
+    model: str
+    num_gpus: int
+    gpus_per_node: int
 
 
 @dataclass(frozen=True)
@@ -32,6 +84,8 @@ class RunSpec:
         The tasks, each known by its place here as its number, and how many own steps each makes.
     last_step
         The step of the run with which it ends, whatever steps its tasks have left.
+    max_steps
+        The step with which it ends at the latest, also if tasks join it; None: with its tasks.
     plan, world
         The plan, and the plan on its ranks.
     cost_model
@@ -77,6 +131,10 @@ class RunSpec:
         Whether torch uses algorithms only that give the same bits every time.
     base_precision
         What the base's linears are kept in: int8 or nf4; None: not quantised.
+    admission
+        What tasks that join the run are checked against; None: none may.
+    replanning
+        How it is planned anew when its tasks change; None: it is not.
     """
 
     model_folder: Path
@@ -111,6 +169,9 @@ class RunSpec:
     hang_timeout_s: float | None = None
     deterministic: bool = False
     base_precision: str | None = None
+    max_steps: int | None = None
+    admission: Admission | None = None
+    replanning: Replanning | None = None
 
     @property
     def world_size(self) -> int:
@@ -122,14 +183,28 @@ class RunSpec:
         """Whether the run's only task trains the model itself, and no adapter."""
         return any(task.adapter == FULL for task in self.tasks)
 
-    def data_folder(self, task: int) -> Path:
-        """Return where the task's tokenised sequences lie."""
-        return self.output_dir / DATA_FOLDER / self.tasks[task].name
+    @property
+    def made_plan(self) -> Plan:
+        """The plan as it was made; beside the tasks of now its micro-batches may be smaller."""
+        return self.plan if self.admission is None else self.admission.plan
 
-    def validation_folder(self, task: int) -> Path:
-        """Return where the task's held-out sequences lie, if it has any."""
-        return self.output_dir / VALIDATION_FOLDER / self.tasks[task].name
+    def on_plan(self, plan: Plan) -> RunSpec:
+        """Return the run on another plan, whose file names its ranks."""
+        world = placed(plan)
+        assert world is not None and self.admission is not None
+        return replace(self, plan=plan, world=world, admission=replace(self.admission, plan=plan))
 
-    def adapter_folder(self, task: int) -> Path:
-        """Return where the task's adapter is written."""
-        return self.output_dir / ADAPTER_FOLDER / self.tasks[task].name
+    def data_folder(self, task: int | str) -> Path:
+        """Return where a task's tokenised sequences lie; it is known by number or name."""
+        return self.output_dir / DATA_FOLDER / self._name(task)
+
+    def validation_folder(self, task: int | str) -> Path:
+        """Return where a task's held-out sequences lie, if it has any."""
+        return self.output_dir / VALIDATION_FOLDER / self._name(task)
+
+    def adapter_folder(self, task: int | str) -> Path:
+        """Return where a task's adapter is written."""
+        return self.output_dir / ADAPTER_FOLDER / self._name(task)
+
+    def _name(self, task: int | str) -> str:
+        return task if isinstance(task, str) else self.tasks[task].name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -20,11 +19,10 @@ MOST_TASK_BARS = 16  # more do not leave room for anything else on a terminal
 
 
 class Screen:
-    """Shows the steps from ``begin`` to ``end`` of a run on standard error."""
+    """Shows the steps of a run on standard error, from ``begin`` on."""
 
-    def __init__(self, begin: int, end: int, tasks: Sequence[str]) -> None:
-        """Show the progress of the run and of its tasks."""
-        self.begin, self.end = begin, end
+    def __init__(self, begin: int, end: int) -> None:
+        """Show the progress of the run and of its tasks; ``end`` is its last step, as it seems."""
         self.console = Console(file=sys.stderr)
         self.bars: Progress | None = None
         self.rows: dict[str, TaskID] = {}
@@ -38,19 +36,17 @@ class Screen:
                 console=self.console,
             )
             self.whole = self.bars.add_task("all", total=end, completed=begin, latest="")
-            shown = tasks if len(tasks) <= MOST_TASK_BARS else ()
-            self.rows = {
-                name: self.bars.add_task(name, total=None, latest="", visible=False)
-                for name in shown
-            }
 
     def write(self, metrics: StepMetrics, outlook: Outlook) -> None:
         """Show one finished step, and what is left."""
+        end = metrics.step + 1 + outlook.steps_left
         if self.bars is None:
-            line = f"step {metrics.step + 1}/{self.end}  {describe(metrics, outlook)}"
+            line = f"step {metrics.step + 1}/{end}  {describe(metrics, outlook)}"
             self.tell(f"{line}  {describe_tasks(metrics, outlook)}")
             return
-        self.bars.update(self.whole, advance=1, latest=describe(metrics, outlook))
+        latest = describe(metrics, outlook)
+        self.bars.update(self.whole, completed=metrics.step + 1, total=end, latest=latest)
+        self._choose_rows(self.bars, outlook)
         for name, row in self.rows.items():
             task = outlook.tasks[name]
             total = task.steps + task.steps_left
@@ -61,6 +57,15 @@ class Screen:
                     self.validation[name] = own.validation_loss
                 shown = losses(replace(own, validation_loss=self.validation.get(name)))
                 self.bars.update(row, latest=f"{shown}, {clock(task.time_left_s)} left")
+
+    def _choose_rows(self, bars: Progress, outlook: Outlook) -> None:
+        """Have a row for every task that the run has now, if there is room for them."""
+        shown = outlook.tasks.keys() if len(outlook.tasks) <= MOST_TASK_BARS else set()
+        for name in self.rows.keys() - shown:
+            bars.remove_task(self.rows.pop(name))
+        for name in outlook.tasks:
+            if name in shown and name not in self.rows:
+                self.rows[name] = bars.add_task(name, total=None, latest="", visible=False)
 
     def tell(self, text: str) -> None:
         """Show a line that stays; that nobody reads it, or there is no room, ends no run."""

@@ -1,4 +1,4 @@
-"""How far a task of a run has come: its own steps, what was skipped, and whether it has ended.
+"""A task of a run and how far it has come: its own steps, what was skipped, whether it has ended.
 
 Everything a task does is a function of its own steps, those it has taken part in: a task that joins
 a run late does what it would have done from the run's start on.
@@ -12,6 +12,7 @@ from typing import Any
 
 from lobra.common.models import Count, FileModel
 from lobra.tasks.config import TaskConfig
+from lobra.tasks.dataset import TokenizedDataset
 
 MAX_SKIPPED_IN_ROW = 5
 
@@ -185,3 +186,13 @@ class TaskProgress(FileModel):
     def as_json(self) -> dict[str, Any]:
         """Return plain values; a loss of infinity as None, which reads as not given."""
         return {name: None if v == math.inf else v for name, v in asdict(self).items()}
+
+
+@dataclass
+class RunTask:
+    """A task of a run: what it is, its data, how far it has come, what checkpoints know it by."""
+
+    config: TaskConfig
+    data: TokenizedDataset
+    progress: TaskProgress
+    record: dict[str, Any] = field(default_factory=dict)

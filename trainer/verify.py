@@ -19,6 +19,7 @@ from lobra.trainer.metrics import read_metrics
 from lobra.trainer.request import TrainRequest
 from lobra.trainer.run import train
 from lobra.trainer.run_spec import CONFIG_FILE
+from lobra.trainer.task_requests import accepted_changes
 
 #: By precision, how far rounding may move a loss or a norm on another machine or plan.
 TOLERANCES = {"fp64": 1e-9, "fp32": 1e-4, "bf16": 2e-2}
@@ -79,10 +80,12 @@ def verify(folder: Path) -> Verification:
     config = _config(folder)
     logged = {line["step"]: line for line in read_metrics(folder)}
     plan_from = config["plans"][-1]["from_step"]
+    changed_at = {change.step for change in accepted_changes(folder)}  # after the checkpoint
     able = [
         step
         for step in list_checkpoints(folder)
         if step in logged and logged[step].get("plan_from", 0) == plan_from
+        if step not in changed_at
     ]
     if not able:
         raise ConfigError(

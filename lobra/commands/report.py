@@ -30,8 +30,9 @@ def report(run: Path, /, *, plots: bool = False, trace: bool = False, verify: bo
     trace
         Write RUN/trace.json (Chrome trace).
     verify
-        Compute the step after the newest checkpoint again and compare it with what was logged; ends
-        with 1 if it is another.
+        Check by the log that nothing was trained twice or left out, compute the step after the
+        newest checkpoint again, and compare it with what was logged; ends with 1 if anything is
+        otherwise.
 
     Raises
     ------
@@ -57,7 +58,20 @@ def report(run: Path, /, *, plots: bool = False, trace: bool = False, verify: bo
             print(f"written: {path}")
     if trace:
         print(f"written: {write_trace(run, parts)}")
-    return _verify(run) if verify else 0
+    return max(_check_ledger(run), _verify(run)) if verify else 0
+
+
+def _check_ledger(run: Path) -> int:
+    """Print what is wrong with a run's ledger; return 0 if nothing is, else 1."""
+    from lobra.trainer.ledger import check_ledger  # a base installation has no torch
+
+    found = check_ledger(run)
+    print(f"\nledger: {found.batches} batches of {found.examples} examples")
+    for problem in found.problems:
+        print(f"  {problem}")
+    if not found.problems:
+        print("nothing was trained twice or left out")
+    return 1 if found.problems else 0
 
 
 def _verify(run: Path) -> int:

@@ -94,6 +94,13 @@ def train(
             print(f"lobra: {error} before the first step; nothing to save", file=sys.stderr)
             return EXIT_CODES[error.signal]
         result = results[0]
+    if result.next_plan is not None:
+        print(
+            f"the run is to go on on another plan: with the same command, --resume and "
+            f"--strategy-config {result.next_plan}",
+            file=sys.stderr,
+        )
+        return 0
     _show_report(spec.output_dir)
     if result.stopped_at is None:
         return 0
@@ -132,15 +139,15 @@ def _through_launcher(
     from lobra.trainer.restarts import launch_with_restarts, with_resume
     from lobra.trainer.run_folder import occupied
 
-    def command(step: int | None) -> list[str]:
-        arguments = with_resume(sys.argv[2:], step)
+    def command(step: int | None, plan: Path | None) -> list[str]:
+        arguments = with_resume(sys.argv[2:], step, plan)
+        num_gpus = load_plan(plan or request.strategy_config).num_gpus
         return launcher_command(
-            arguments, host_file, plan.num_gpus, launcher.server_addr, launcher.server_port
+            arguments, host_file, num_gpus, launcher.server_addr, launcher.server_port
         )
 
     with problems.noted():
-        plan = load_plan(request.strategy_config)
-        command(None)
+        command(None, None)
     problems.raise_if_any()
     is_ours = request.is_resumed or not occupied(request.output_dir)  # else the ranks will say so
     most = request.max_restarts if is_ours else 0

@@ -29,6 +29,7 @@ STATES: dict[str, tuple[str | bytes | Any, str]] = {
     "factors": (STATE | {"speed_factors": [0]}, "speed_factors"),
     "stranger": (STATE | {"more": 1}, "more"),
     "day": (STATE | {"data_day": "2026-13-45"}, "data_day"),
+    "changes": (STATE | {"changes": [{"id": "a", "step": -1}]}, "changes[0].step"),
     "lives": (STATE | {"lives": 7}, "not usable"),
 }
 

@@ -25,14 +25,14 @@ from lobra.trainer import rank as one_rank
 from lobra.trainer.adapters import adapter_spec, save_adapter
 from lobra.trainer.checkpoint import CheckpointState
 from lobra.trainer.checkpoint_folder import list_checkpoints
-from lobra.trainer.coordinator import Coordinator, RunTask
+from lobra.trainer.coordinator import Coordinator
 from lobra.trainer.engine import Engine
 from lobra.trainer.metrics import as_json
 from lobra.trainer.orders import Attendance
 from lobra.trainer.run import run_local
 from lobra.trainer.run_spec import RunSpec
 from lobra.trainer.step_report import StepReport
-from lobra.trainer.task_progress import MAX_SKIPPED_IN_ROW, TaskProgress
+from lobra.trainer.task_progress import MAX_SKIPPED_IN_ROW, RunTask, TaskProgress
 from tests.model.support import save_llama
 from tests.trainer.faults import (
     EVALUATION_BYTES,

@@ -181,6 +181,20 @@ def test_a_launcher_is_started_again_with_the_newest_checkpoint(
     assert restarts.launch_with_restarts(command, launch, tmp_path, 5) == 0
     again = ["--model", "tiny", "--seed", "3", "--resume", "4"]
     assert started == [given, again, again]
+    codes = iter([0, 1, 0])
+    (tmp_path / "checkpoints/step_6").mkdir(parents=True)
+    (tmp_path / "checkpoints/step_6/state.json").touch()
+    started.clear()
+
+    def replan(command: list[str]) -> int:
+        if not started:  # the ranks end for another plan
+            (tmp_path / "plans").mkdir()
+            (tmp_path / "plans/step_6.yaml").touch()
+        return launch(command)
+
+    assert restarts.launch_with_restarts(command, replan, tmp_path, 1) == 0
+    other = ["--strategy-config", str(tmp_path / "plans/step_6.yaml"), "--resume"]
+    assert [one[4:] for one in started[1:]] == [[*other, "6"], [*other, "4"]]
     codes = iter([1, 2])
     assert restarts.launch_with_restarts(command, launch, tmp_path, 5) == 2
     codes = iter([1])

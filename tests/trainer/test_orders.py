@@ -21,6 +21,7 @@ from lobra.planner.packed.dispatch import dispatch_packed, packed_costs
 from lobra.trainer.coordinator import Coordinator
 from lobra.trainer.feedback import SpeedFeedback
 from lobra.trainer.orders import Attendance, DispatchedStep, OrdersAhead, order_of
+from lobra.trainer.task_changes import TaskChanges
 from lobra.trainer.task_progress import TaskProgress
 from tests.trainer.support import make_plan, plain_cost_model
 
@@ -136,8 +137,10 @@ def test_the_thread_ends_however_the_run_does(
 ) -> None:
     coordinator = Coordinator.__new__(Coordinator)
     coordinator.run = SimpleNamespace(  # type: ignore[assignment]
-        output_dir=tmp_path, last_step=3, tasks=(), report_to=()
-    )
+        output_dir=tmp_path, last_step=3, max_steps=None, tasks=(), report_to=(), data_day=None,
+        admission=None,
+    )  # fmt: skip
+    coordinator.changes, coordinator.replanner = TaskChanges(coordinator.run, ()), None
     coordinator.engine = SimpleNamespace(told_to_stop=lambda: False)  # type: ignore[assignment]
     coordinator.step, coordinator.stop_requested = 0, False
     coordinator.tasks = {0: SimpleNamespace(progress=TaskProgress(3))}  # type: ignore[dict-item]

@@ -1,0 +1,72 @@
+"""`lobra tasks` beside a run that trains: what it answers, and what the run then is."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from lobra.cli import main
+from lobra.trainer.metrics import METRICS_FILE, read_metrics
+from lobra.trainer.run_config import read_run_config
+from tests.trainer.command import train, write_config
+
+pytestmark = [pytest.mark.ranks, pytest.mark.long]
+RUN = Path("run")
+
+
+def wait_for(line: int) -> None:
+    while not (RUN / METRICS_FILE).is_file() or len(read_metrics(RUN)) < line:
+        time.sleep(0.05)
+
+
+def test_tasks_join_and_leave_by_command(
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By the command, from another thread than the run's, and by the watched file."""
+    write_config(name="own", steps=150)
+    shared = json.loads(Path("tasks.json").read_text())["task"][0]
+    Path("more.json").write_text(json.dumps({"task": [{**shared, "name": "more", "steps": 4}]}))
+    bad = {"task": [{**shared, "name": "bad", "dataset_name": "nowhere"}]}
+    Path("bad.json").write_text(json.dumps(bad))
+    codes: dict[str, int] = {}
+
+    def ask() -> None:
+        wait_for(2)
+        codes["add"] = main(["tasks", "add", "run", "more.json"])
+        codes["bad"] = main(["tasks", "add", "run", "bad.json"])
+        codes["list"] = main(["tasks", "list", "run", "--json"])
+        file = json.loads(Path("tasks.json").read_text())
+        file["task"].append({**shared, "name": "listed", "steps": 3})
+        file["train_task_num"] = 2
+        Path("tasks.json").write_text(json.dumps(file))
+        while "listed" not in [task.name for task in read_run_config(RUN).tasks]:
+            time.sleep(0.05)
+        codes["cancel"] = main(["tasks", "cancel", "run", "own"])
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert train(place, "--watch-tasks", "--save-every", "1", "--keep-checkpoints", "99") == 0
+    asking.join()
+    assert codes == {"add": 0, "bad": 2, "list": 0, "cancel": 0}
+    out, err = capsys.readouterr()
+    assert "task more joins after step" in out and "task own leaves after step" in out
+    assert "task bad: dataset_name = 'nowhere': no such data set" in err
+    listed = json.loads(next(line for line in out.splitlines() if line.startswith('{"tasks"')))
+    assert {row["task"] for row in listed["tasks"]} == {"own", "more"}
+    tasks = {task.name: task for task in read_run_config(RUN).tasks}
+    assert tasks["own"].left_at is not None and tasks["own"].left_at < 150
+    for name, steps in (("more", 4), ("listed", 3), ("own", tasks["own"].left_at)):
+        assert sum(name in line["tasks"] for line in read_metrics(RUN)) == steps
+        assert (RUN / "adapters" / name / "adapter_model.safetensors").is_file()
+    assert main(["report", "run", "--verify"]) == 0
+    out = capsys.readouterr().out
+    assert "cancelled" in out and "nothing was trained twice or left out" in out
+    assert "losses and norms are the same to the last bit" in out
+    assert main(["tasks", "cancel", "run", "more", "--timeout", "0.1"]) == 1
+    assert "no answer for more within 0.1 s" in capsys.readouterr().err
+    assert list((RUN / "task_requests").glob("*.request.json")) == []
