@@ -27,11 +27,12 @@ from torch import Tensor
 
 from lobra.layout.base_precision import NF4_BLOCK, SCALE_BLOCK
 from lobra.layout.shapes import FusedLinear
-from lobra.model.base_linear import ELEMENTS_AT_ONCE, BaseLinear, DenseLinear, Shard, by_group
+from lobra.model.base_linear import BaseLinear, DenseLinear, Shard, by_group
 from lobra.model.checkpoint import CheckpointReader
 from lobra.model.quantised_checkpoint import NF4_STATE, ROW_SCALES, Nf4State
 
 QUANTISED_AT_ONCE = 1 << 20  # elements: on a CPU the library takes 100 bytes for each
+MADE_AT_ONCE = 1 << 18
 SMALLEST = 1e-30  # of a scale: rows of zeros have one, too
 
 
@@ -72,10 +73,12 @@ class Int8Linear(BaseLinear):
     def weight_oi(self) -> Tensor:
         """Return the weight."""
         weight_oi = torch.empty_like(self.values_oi, dtype=self.dtype)
-        num_rows = max(1, ELEMENTS_AT_ONCE // weight_oi.shape[1])
+        # In fp32, in a proof in fp64 too: one kernel on a GPU, pieces for the caches on a CPU.
+        at_once = weight_oi.numel() if weight_oi.is_cuda else MADE_AT_ONCE
+        num_rows = max(1, at_once // weight_oi.shape[1])
         rows = (part.split(num_rows) for part in (weight_oi, self.values_oi, self.scales_o1))
         for made, values, scales in zip(*rows, strict=True):
-            torch.mul(values.type_as(scales), scales, out=made)  # in fp32, in a proof in fp64 too
+            torch.mul(values, scales, out=made)
         return weight_oi
 
 
