@@ -38,7 +38,7 @@ from tests.trainer.test_equality import final_tensors, losses_of, relative_error
 from tests.trainer.test_variants import logits_of, pissa_alone, task
 
 BAR = 1e-8
-LAYOUTS = [(1, 1), (2, 1), (1, 2)]
+LAYOUTS: list[tuple[Any, ...]] = [(1, 1), (2, 1, "lean"), (1, 2, "full")]
 Record = Callable[[str, object], None]
 
 HEAD = task("head", target_modules=("lm_head",), weight_decay=0.1)
@@ -74,7 +74,7 @@ CASES = {
 
 
 def joint_run(
-    family: str, tasks: tuple[dict[str, Any], ...], folder: Path, layouts: list[tuple[int, int]]
+    family: str, tasks: tuple[dict[str, Any], ...], folder: Path, layouts: list[tuple[Any, ...]]
 ) -> tuple[RunSpec, list[Path]]:
     """Train two steps on these layouts, and the rest, from a checkpoint, on others."""
     base = save_family(family, folder / "base", pad_token_id=9)
