@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from lobra.common.errors import did_you_mean, show
 from lobra.tasks.chat import ChatTemplate
@@ -284,13 +284,38 @@ _CONTRADICTION = (
 _EMPTY = TextRow("", ())
 
 
-#: Of rows of answers: their format, what is learned of them, the fields that each is read from.
-_PREFERENCES = ("preference", "chosen rather than rejected, after prompt", ("chosen", "rejected"))
-_LABELLED = ("labelled completion", "label of completion, after prompt", ("completion",))
-_PARAPHRASES = (
-    *("paraphrase", "completion, after prompt and after paraphrase"),
-    ("prompt", "paraphrase", "completion"),
+class _AnswerRows(NamedTuple):
+    """A format of answers: each is read from a field of its own, after a prompt, or is of one."""
+
+    kind: str
+    learns: str
+    answers: tuple[str, ...]
+    required: tuple[str, ...]
+    fields: str
+
+
+_PREFERENCES = _AnswerRows(
+    "preference",
+    "chosen rather than rejected, after prompt",
+    ("chosen", "rejected"),
+    ("chosen", "rejected"),
+    "prompt, chosen and rejected",
 )
+_LABELLED = _AnswerRows(
+    "labelled completion",
+    "label of completion, after prompt",
+    ("completion",),
+    ("completion",),
+    "prompt, completion and label",
+)
+_PARAPHRASES = _AnswerRows(
+    "paraphrase",
+    "completion, after prompt and after paraphrase",
+    ("prompt", "paraphrase"),
+    ("prompt", "paraphrase", "completion"),
+    "prompt, paraphrase and completion",
+)
+_ANSWER_ROWS = {**dict.fromkeys(PAIRED, _PREFERENCES), KTO: _LABELLED, CIT: _PARAPHRASES}
 
 
 class _Answers(RowFormat):
@@ -301,27 +326,25 @@ class _Answers(RowFormat):
 
     def __init__(self, reading: Reading, first: Mapping[str, Any]) -> None:
         super().__init__(reading)
-        kinds = {**dict.fromkeys(PAIRED, _PREFERENCES), KTO: _LABELLED, CIT: _PARAPHRASES}
-        self.kind, self.learns, self._answers = kinds[reading.objective]
-        if missing := [name for name in self._answers if name not in first]:
-            wanted = {"preference": "prompt, chosen and rejected"}
-            wanted |= {"labelled completion": "prompt, completion and label"}
-            wanted |= {"paraphrase": "prompt, paraphrase and completion"}
+        self._rows = _ANSWER_ROWS[reading.objective]
+        self.kind, self.learns = self._rows.kind, self._rows.learns
+        if missing := [name for name in self._rows.required if name not in first]:
             raise SettingError(
                 f"objective = {show(reading.objective)}: the first row has no {missing[0]}"
-                f"{did_you_mean(missing[0], first)}: want rows of {wanted[self.kind]}"
+                f"{did_you_mean(missing[0], first)}: want rows of {self._rows.fields}"
             )
         completion, _ = self._completions(first)[0]
         self._format = format_of(completion, replace(reading, objective=SUPERVISED))
 
     def used(self, fields: Mapping[str, Any]) -> Collection[str]:
-        label = ("label",) if self.kind == "labelled completion" else ()
+        label = ("label",) if self._rows is _LABELLED else ()
         settings = SETTINGS if self._format.kind == "chat" else ()
-        return (*dict.fromkeys(("prompt", *self._answers)), *label, *settings)
+        return {"prompt", *self._rows.required, *label, *settings}
 
     def read(self, fields: Mapping[str, Any]) -> list[Row]:
         rows = []
-        for (completion, sign), name in zip(self._completions(fields), self._answers, strict=False):
+        answers = zip(self._completions(fields), self._rows.answers, strict=True)
+        for (completion, sign), name in answers:
             made = self._format.parse(completion)
             if len(made) != 1:
                 raise FieldError(
@@ -337,16 +360,16 @@ class _Answers(RowFormat):
 
     def _completions(self, fields: Mapping[str, Any]) -> list[tuple[dict[str, Any], int]]:
         """Return every answer as a row of prompt and completion, with its sign."""
-        missing = [name for name in self._answers if name not in fields]
+        missing = [name for name in self._rows.required if name not in fields]
         if missing:
             raise FieldError(f"{missing[0]}: is missing{did_you_mean(missing[0], fields)}")
         rest = {name: value for name, value in fields.items() if name in SETTINGS}
-        if self.kind == "paraphrase":
+        if self._rows is _PARAPHRASES:
             return [
                 ({**rest, "prompt": fields[name], "completion": fields["completion"]}, 1)
-                for name in ("prompt", "paraphrase")
+                for name in self._rows.answers
             ]
-        if self.kind == "labelled completion":
+        if self._rows is _LABELLED:
             if not isinstance(fields.get("label"), bool):
                 raise FieldError(f"label = {show(fields.get('label'))}: want true or false")
             if "prompt" not in fields:

@@ -5,6 +5,7 @@ One file's tensors are in memory at a time.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from lobra.model.heartbeat import beat
 from lobra.model.held import HeldTensor, Size, held_tensors, owned_tensors
 from lobra.model.precision import kept_dtype
 from lobra.model.stage import Stage
+from lobra.trainer.adapters import not_finite
 from lobra.trainer.checkpoint import CheckpointState, CheckpointWriter
 from lobra.trainer.exporter import AdapterExporter
 from lobra.trainer.folder_writer import FolderWriter
@@ -25,6 +27,8 @@ from lobra.trainer.model_folder import Files, describe
 from lobra.trainer.model_optimizer import ModelOptimizer
 from lobra.trainer.run_spec import RunSpec
 from lobra.trainer.zero import MASTER
+
+log = logging.getLogger(__name__)
 
 
 class ModelExporter(AdapterExporter):
@@ -101,6 +105,12 @@ class ModelExporter(AdapterExporter):
         for file, tensors in self._gathered(flat, dtype):
             if writer is None:
                 continue
+            if bad := not_finite(tensors):
+                log.warning(
+                    "%s: the model holds values that are not finite (%s and %d more); it is of no "
+                    "use",
+                    file, bad[0], len(bad) - 1,
+                )  # fmt: skip
 
             def save(
                 draft: Path, file: str = file, tensors: Mapping[str, Tensor] = tensors

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lobra.layout.world import World
 from lobra.model.checkpoint import CheckpointReader
+from lobra.model.stage import Stage
 from lobra.model.trained_stage import TrainedWeights
 from lobra.tasks.config import TaskConfig
 from lobra.trainer.optimizer import AdapterOptimizer, Agree, TaskUpdate, alone, own_blocks
@@ -23,10 +24,10 @@ from lobra.trainer.zero import MASTER
 class ModelOptimizer(AdapterOptimizer):
     """The optimiser of this rank's shard, in the place of the adapters'."""
 
-    def __init__(self, weights: TrainedWeights, world: World, num_layers: int) -> None:
+    def __init__(self, stage: Stage, weights: TrainedWeights, world: World) -> None:
         """Optimise a stage's weights. Collective: every rank of the world calls it."""
-        self.trained = weights
-        self.blocks = own_blocks(world.shard_blocks(num_layers), weights.weights.device)
+        self.stage, self.trained = stage, weights
+        self.blocks = own_blocks(world.shard_blocks(stage.shape.num_layers), weights.weights.device)
         self.pieces: dict[int, slice] = {}
 
     def install(self, number: int, task: TaskConfig | None = None) -> None:

@@ -45,7 +45,7 @@ def train_model(
     sizes = {name: size for own in files.values() for name, size in own.items()}
     weights = TrainedWeights(stage, 0, adapter_spec(task, run.seed), sizes)
     stage.slots[0] = weights
-    optimizer = ModelOptimizer(weights, run.world, stage.shape.num_layers)
+    optimizer = ModelOptimizer(stage, weights, run.world)
     optimizer.install(0, task)
     if resumed is not None:
         moments = step_folder(run.output_dir, resumed.step) / "moments" / task.name

@@ -148,6 +148,12 @@ def prepare(request: TrainRequest) -> RunSpec:
             f"{request.strategy_config}: the plan {plan} has {plan.num_gpus} ranks, the launcher "
             f"started {launched}; start one process per rank"
         )
+    trains_model = config is not None and any(task.adapter == FULL for task in config.tasks)
+    if request.memory_budget is not None and not trains_model:
+        checks.problems.add(
+            f"--memory-budget {request.memory_budget}: only a task with adapter: full is held to "
+            f"it; what adapters take is in the plan's max_tokens"
+        )
     if request.deterministic and request.feedback == "on":
         checks.problems.add(
             "--deterministic and --feedback on: timings would decide which micro-batch a sequence "

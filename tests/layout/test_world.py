@@ -78,6 +78,19 @@ def test_blocks_cover_every_layer_with_its_holders(plan: list[Layout], num_layer
         assert left.holders != right.holders
 
 
+@given(st.builds(Layout, st.integers(1, 4), st.integers(1, 6)), st.integers(1, 4))
+def test_like_replicas_share_each_shard(layout: Layout, count: int) -> None:
+    world = consecutive([layout] * count)
+    blocks = world.shard_blocks(24)
+    holders = [rank for block in blocks for rank in block.holders]
+    assert sorted(holders) == list(range(world.num_ranks))
+    for block in blocks:
+        places = [world.place(rank) for rank in block.holders]
+        assert {place.replica for place in places} == set(range(count))
+        assert len({(place.stage, place.tp_index) for place in places}) == 1
+        assert block.layers == places[0].layers(24)
+
+
 def test_sixty_four_ranks_of_mixed_layouts() -> None:
     sizes = [(1, 1)] * 12 + [(2, 1)] * 6 + [(1, 4)] * 4 + [(4, 2)] * 3
     world = consecutive([Layout(tp, pp) for tp, pp in sizes])

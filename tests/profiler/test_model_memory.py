@@ -35,7 +35,7 @@ def held_on_rank(folder: Path) -> tuple[int, int, int]:
     stage = build_stage(folder, build_groups(world), {}, dtype=torch.bfloat16)
     (sizes,) = files_of(folder, stage.shape).values()
     weights = TrainedWeights(stage, 0, adapter_spec(TASK), sizes)
-    optimizer = ModelOptimizer(weights, world, stage.shape.num_layers)
+    optimizer = ModelOptimizer(stage, weights, world)
     optimizer.install(0, TASK)
     (block,) = optimizer.blocks
     state = sum(
