@@ -86,7 +86,10 @@ def read_replans(run: Path) -> list[Replan]:
 
 
 def _write_replans(run: Path, replans: Sequence[Replan]) -> None:
-    write_atomic(run / FILE, json.dumps([asdict(one) for one in replans], indent=1) + "\n")
+    try:
+        write_atomic(run / FILE, json.dumps([asdict(one) for one in replans], indent=1) + "\n")
+    except OSError as error:  # no reason to end a run
+        log.warning("%s: cannot be written (%s)", run / FILE, error.strerror)
 
 
 def process_age_s() -> float:
