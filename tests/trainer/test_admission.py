@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from lobra.common.errors import ConfigError
 from lobra.layout.shapes import read_shape
@@ -16,10 +17,14 @@ from lobra.tasks.config import TaskConfig
 from lobra.tasks.text_processor import TextProcessor
 from lobra.trainer.admission import check_lengths, newcomer_of, plan_beside
 from lobra.trainer.live_tasks import fitting_plan, with_tasks
+from lobra.trainer.prepare import prepare
+from lobra.trainer.request import TrainRequest
 from lobra.trainer.run_spec import Admission, RunSpec
 from lobra.trainer.task_file_watch import TaskFileWatch, request_to_join
 from lobra.trainer.task_progress import RunTask, TaskProgress
 from tests.model.support import save_llama
+from tests.trainer.command import refused as refused_by_command
+from tests.trainer.command import train
 from tests.trainer.live import write_rows
 from tests.trainer.support import make_plan, make_run, random_dataset, small_task
 
@@ -132,3 +137,22 @@ def test_a_watched_file_is_compared_with_what_it_was(
     assert "the run's tasks stay as they are" in caplog.text and "rank = -1" in caplog.text
     assert written("a", rank=4) == [("new", False)]
     assert "task a trains on as it was" in caplog.text
+
+
+def test_planning_anew_needs_packed_steps_and_a_memory_profile(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(place, "--replan", "auto", "--batching", "bucketed") == 2
+    refused_by_command(capsys, "only packed steps are planned anew", "no such profile")
+    Path("memory.csv").write_text("tp,pp,sp,max_tokens\n1,1,1,64\n")
+    plan = yaml.safe_load(Path("plan.yaml").read_text())
+    plan["meta"] = {"memory_profile": {"file": "memory.csv"}}
+    Path("plan.yaml").write_text(yaml.safe_dump(plan))
+    request = TrainRequest(
+        str(place), "tasks.json", "plan.yaml", Path("run"), num_gpus=3, device="cpu",
+        replan="auto", time_profile=Path("time.csv"),
+    )  # fmt: skip
+    run = prepare(request)
+    assert run.replanning is not None and run.admission is not None
+    assert run.replanning.num_gpus == 3
+    assert run.admission.memory is not None and run.admission.memory.max_tokens(1, 1) == 64
