@@ -7,22 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
-from cyclopts import Parameter
 
 from lobra.common.errors import ConfigError
-from lobra.common.options import (
-    Device,
-    ModelName,
-    PositiveInt,
-    TimeProfile,
-    as_options,
-    within_bounds,
-)
+from lobra.common.options import within_bounds
 from lobra.layout.layout import Layout
-from lobra.layout.memory_policy import MemoryPolicy
 from lobra.layout.placement import place, placed
 from lobra.layout.plan import Plan, ReplicaGroup, load_plan
 from lobra.layout.sequences import IntArray
@@ -38,6 +28,7 @@ from lobra.profiler.lookup import own_memory_path
 from lobra.profiler.memory import parse_bytes
 from lobra.profiler.profiles import default_time_path
 from lobra.service.admission import Admission, admission_of
+from lobra.service.request import ServeRequest
 from lobra.service.state_folder import StateFolder
 from lobra.service.wire import LossRequest, read_loss_request
 from lobra.trainer.run_spec import RunSpec
@@ -48,55 +39,6 @@ DEFAULT_MAX_TOKENS = 8192  # of the plan that is deployed where none is given
 ONE_MACHINE = 1 << 30  # all ranks are on this one, however many there are
 CUDA_MEMORY_SHARE = 0.9  # that ranks may take, as `lobra profile memory` has it
 PATH_PREFIX = "tinker://"
-
-OptionalPlan = Annotated[
-    str | None,
-    Parameter(help="Name or path of the plan; by default one replica <1,1>.", metavar="NAME"),
-]
-
-
-@as_options
-@dataclass(frozen=True)
-class ServeRequest:
-    """What is served, and where.
-
-    Parameters
-    ----------
-    host
-        Address to listen at.
-    port
-        Port to listen at.
-    state_dir
-        Where the service keeps all it must not forget.
-    name
-        What clients call the base model; by default what --model says.
-    precision
-        By default fp32 on CPU, bf16 on GPU; fp64, everything included, is for proofs: slow.
-    max_slots
-        Models that are on the ranks at once; others wait in the state folder.
-    max_rank
-        The largest rank of an adapter.
-    memory_profile
-        CSV tp,pp,sp,max_tokens with its .meta.json; by default the model's, else estimates.
-    memory_budget
-        Of one rank, such as 40GB; by default this machine's free memory by ranks on a CPU, 90 % of
-        the memory on a GPU.
-    """
-
-    model: ModelName
-    strategy_config: OptionalPlan = None
-    host: str = "127.0.0.1"
-    port: PositiveInt = 8000
-    state_dir: Path = Path("runs/service")
-    name: str | None = None
-    precision: Literal["fp32", "bf16", "fp64"] | None = None
-    device: Device = "auto"
-    memory: MemoryPolicy | None = None
-    max_slots: PositiveInt = 16
-    max_rank: PositiveInt = 128
-    time_profile: TimeProfile = None
-    memory_profile: Annotated[Path | None, Parameter(metavar="CSV")] = None
-    memory_budget: Annotated[str | None, Parameter(metavar="SIZE")] = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ import logging
 import signal
 
 from lobra.common.errors import ConfigError
-from lobra.service.deployment import ServeRequest, prepare_deployment
+from lobra.service.request import ServeRequest
 from lobra.trainer.signals import EXIT_CODES
 
 NEEDED = ("fastapi", "uvicorn", "sqlalchemy", "google.protobuf")
@@ -29,6 +29,7 @@ def serve(*, request: ServeRequest) -> int:
     missing = [name for name in NEEDED if importlib.util.find_spec(name.split(".")[0]) is None]
     if missing:
         raise ConfigError(f"{', '.join(missing)}: not installed; pip install 'lobra[serve]'")
+    from lobra.service.deployment import prepare_deployment
     from lobra.service.server import Service
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

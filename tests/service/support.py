@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from lobra.layout.plan import save_plan
-from lobra.service.deployment import Deployment, ServeRequest, prepare_deployment
+from lobra.service.deployment import Deployment, prepare_deployment
+from lobra.service.request import ServeRequest
 from lobra.service.server import Service
 from lobra.service.tenants import add_tenant
 from lobra.service.wire import CONTENT_TYPE, MESSAGES, Datum

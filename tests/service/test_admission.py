@@ -20,7 +20,8 @@ from lobra.profiler.capacity import Parts
 from lobra.profiler.sidecar import write_meta
 from lobra.service import seats
 from lobra.service.admission import Admission, GroupMemory, admission_of
-from lobra.service.deployment import ServeRequest, prepare_deployment
+from lobra.service.deployment import prepare_deployment
+from lobra.service.request import ServeRequest
 from lobra.service.seats import Seats
 from lobra.service.wire import Datum
 from tests.service.support import deployment_of, running

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from lobra.cli import main
-from lobra.service.deployment import ServeRequest, prepare_deployment
+from lobra.service.deployment import prepare_deployment
+from lobra.service.request import ServeRequest
 from tests.trainer.command import write_plan
 
 

@@ -1,0 +1,61 @@
+"""What is asked to be served: the options of `lobra serve`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from lobra.common.options import Device, ModelName, PositiveInt, TimeProfile, as_options
+from lobra.layout.memory_policy import MemoryPolicy
+
+OptionalPlan = Annotated[
+    str | None,
+    Parameter(help="Name or path of the plan; by default one replica <1,1>.", metavar="NAME"),
+]
+
+
+@as_options
+@dataclass(frozen=True)
+class ServeRequest:
+    """What is served, and where.
+
+    Parameters
+    ----------
+    host
+        Address to listen at.
+    port
+        Port to listen at.
+    state_dir
+        Where the service keeps all it must not forget.
+    name
+        What clients call the base model; by default what --model says.
+    precision
+        By default fp32 on CPU, bf16 on GPU; fp64, everything included, is for proofs: slow.
+    max_slots
+        Models that are on the ranks at once; others wait in the state folder.
+    max_rank
+        The largest rank of an adapter.
+    memory_profile
+        CSV tp,pp,sp,max_tokens with its .meta.json; by default the model's, else estimates.
+    memory_budget
+        Of one rank, such as 40GB; by default this machine's free memory by ranks on a CPU, 90 % of
+        the memory on a GPU.
+    """
+
+    model: ModelName
+    strategy_config: OptionalPlan = None
+    host: str = "127.0.0.1"
+    port: PositiveInt = 8000
+    state_dir: Path = Path("runs/service")
+    name: str | None = None
+    precision: Literal["fp32", "bf16", "fp64"] | None = None
+    device: Device = "auto"
+    memory: MemoryPolicy | None = None
+    max_slots: PositiveInt = 16
+    max_rank: PositiveInt = 128
+    time_profile: TimeProfile = None
+    memory_profile: Annotated[Path | None, Parameter(metavar="CSV")] = None
+    memory_budget: Annotated[str | None, Parameter(metavar="SIZE")] = None
