@@ -509,6 +509,8 @@ def requested_plan(request: TrainRequest) -> Plan:
 def place_plan(plan: Plan, request: TrainRequest, device: str | None) -> World:
     """Return the plan on the ranks its file says, else on those of this cluster's nodes.
 
+    So too where the file's ranks spread tensor-parallel groups over nodes, which is warned of.
+
     Raises
     ------
     ConfigError
@@ -521,13 +523,18 @@ def place_plan(plan: Plan, request: TrainRequest, device: str | None) -> World:
         raise ConfigError(error.problems.prefixed(f"{request.strategy_config}: ")) from None
     if world is None:
         return place(plan, nodes)
-    if spread := world.spread_groups(nodes):
-        log.warning(
-            "%s: meta.ranks spreads the tensor-parallel group %s over nodes of %s GPUs, which "
-            "is slow; plan for them (--gpus-per-node), or remove meta.ranks",
-            request.strategy_config, list(spread[0]), nodes,
-        )  # fmt: skip
-    return world
+    spread = world.spread_groups(nodes)
+    if not spread:
+        return world
+    try:
+        better, instead = place(plan, nodes), "the plan is placed anew"
+    except ConfigError:
+        better, instead = world, "which is slow; plan for them (--gpus-per-node)"
+    log.warning(
+        "%s: meta.ranks spreads the tensor-parallel group %s over nodes of %s GPUs: %s",
+        request.strategy_config, list(spread[0]), nodes, instead,
+    )  # fmt: skip
+    return better
 
 
 def _uses_feedback(request: TrainRequest, device: str) -> bool:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -133,13 +134,13 @@ def train_in_launcher(request: TrainRequest) -> tuple[RunSpec, RankResult]:
     if isinstance(outcome[0], Exception):
         dist.destroy_process_group()
         raise outcome[0]
-    found: list[list[str]] = [[] for _ in range(world)]
-    is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"
-    own = host_problems(outcome[0]) if is_first_here else []
-    dist.all_gather_object(found, own, group=waiting)
-    if any(found):
+    problems: list[list[str]] = [[]] * world
+    speaks_for_host = os.environ.get("LOCAL_RANK", "0") == "0"
+    own = host_problems(outcome[0]) if speaks_for_host else []
+    dist.all_gather_object(problems, own, group=waiting)
+    if any(problems):
         dist.destroy_process_group()
-        raise Refusal(problem for of_rank in found for problem in of_rank)
+        raise Refusal(chain.from_iterable(problems))
     from lobra.trainer.launched_watch import watch_each_other
     from lobra.trainer.rank import train_rank
 

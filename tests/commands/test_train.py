@@ -125,8 +125,11 @@ def test_a_rank_map_for_other_nodes_is_warned_of(caplog: pytest.LogCaptureFixtur
     assert place_plan(plan, request, "cuda").replicas[1] == ((4, 5, 6, 7),)
     assert not caplog.records
     plan = Plan((ReplicaGroup(Layout(4, 1), 2, 64),), {"ranks": [[[0, 1, 2, 7]], [[4, 5, 6, 3]]]})
-    place_plan(plan, request, "cuda")
-    assert "[0, 1, 2, 7] over nodes of 4 GPUs" in caplog.text
+    assert place_plan(plan, request, "cuda").replicas == (((0, 1, 2, 3),), ((4, 5, 6, 7),))
+    assert "[0, 1, 2, 7] over nodes of 4 GPUs: the plan is placed anew" in caplog.text
+    plan = Plan((ReplicaGroup(Layout(3, 1), 2, 64),), {"ranks": [[[0, 1, 2]], [[3, 4, 5]]]})
+    assert place_plan(plan, request, "cuda").replicas == (((0, 1, 2),), ((3, 4, 5),))
+    assert "[3, 4, 5] over nodes of 4 GPUs: which is slow; plan for them" in caplog.text
 
 
 def test_a_sequence_longer_than_any_replica_takes(

@@ -131,13 +131,18 @@ def test_hosts_that_do_not_reach_each_other(nodes: tuple[Node, Node]) -> None:
     )
 
 
-def test_hosts_that_do_not_answer(nodes: tuple[Node, Node]) -> None:
+def test_hosts_that_do_not_answer(
+    nodes: tuple[Node, Node], capsys: pytest.CaptureFixture[str]
+) -> None:
     with Path("hosts").open("a") as hosts:
         hosts.write("node3 slots=3\n")
     wrong = lacking(found())
     assert list(wrong) == ["host node3"]
     assert "Could not resolve hostname node3" in wrong["host node3"]
     assert "see that `ssh node3 true` works without a password" in wrong["host node3"]
+    Path("hosts").write_text("node3 slots=3\n")
+    assert main(["doctor", "--host-file", "hosts"]) == 1
+    assert "lacks" in capsys.readouterr().out
 
 
 def test_mistakes_of_options_come_first() -> None:

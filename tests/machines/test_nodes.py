@@ -33,7 +33,7 @@ from tests.machines.nodes import (
 pytestmark = [pytest.mark.ranks, pytest.mark.long]
 
 BAR = 1e-10  # of golden adapters, as on one machine
-#: A group of two shards on each node: as a plan lists them, the second would be on both.
+#: Of two shards each, and of one: rank by rank, a group of two would be on both nodes.
 PLAN = """strategy_config:
 - {dp: 2, tp: 2, pp: 1, max_tokens: 256}
 - {dp: 2, tp: 1, pp: 1, max_tokens: 128}
@@ -149,7 +149,11 @@ def test_a_slurm_job_on_folders_of_their_own_goes_on(
 
 
 def test_hosts_of_a_host_file(place: Path, nodes: tuple[Node, Node]) -> None:
-    """DeepSpeed's launcher, by `pdsh` and `ssh`; an environment file names the interface."""
+    """DeepSpeed's launcher, by `pdsh` and `ssh`; an environment file names the interface.
+
+    The plan says ranks for other nodes: one group would be on both.
+    """
+    Path("plan.yaml").write_text(f"{PLAN}meta: {{ranks: [[[0, 1]], [[2, 3]], [[4]], [[5]]]}}\n")
     write_ssh(place / "bin", nodes)
     Path("hosts.txt").write_text("lobra-0 slots=3\nlobra-1 slots=3\n")
     Path("env.sh").write_text(f"export GLOO_SOCKET_IFNAME={INTERFACE}\n")
