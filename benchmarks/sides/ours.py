@@ -59,7 +59,7 @@ class Ours:
         layers = setting.job.model.layers
         self.optimizer = AdapterOptimizer(self.stage, world)
         for number, task in enumerate(self.tasks):
-            self.optimizer.install(number, task.weight_decay)
+            self.optimizer.install(number, task)
         self.plan = Plan((ReplicaGroup(ALONE, 1, setting.job.max_tokens),))
         self.cost_model = fit_cost_model(_plain_times(setting.job.max_tokens), layers)
 
