@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
-from lobra.layout.plan import Plan
-from lobra.layout.shapes import ModelShape
 from lobra.model.stage import Stage
 from lobra.model.trained_stage import TrainedWeights
-from lobra.tasks.config import FULL, TaskConfig
 from lobra.trainer.adapters import adapter_spec
 from lobra.trainer.checkpoint import CheckpointState
 from lobra.trainer.checkpoint_folder import step_folder
@@ -53,40 +49,3 @@ def train_model(
         folders[MASTER] = checkpoint_model(run.output_dir, resumed.step, task.name)
         optimizer.load(folders, resumed.progress[task.name].updates)
     return optimizer, ModelExporter(run, stage, optimizer, control.group, files)
-
-
-def model_problems(tasks: Sequence[TaskConfig], plan: Plan, shape: ModelShape) -> list[str]:
-    """Return why a run cannot train its model whole (empty: it can, or is not to)."""
-    whole = [task.name for task in tasks if task.adapter == FULL]
-    if not whole:
-        return []
-    problems = []
-    if len(tasks) > 1:
-        problems.append(
-            f"task {whole[0]}: adapter: full trains the base itself, which the other "
-            f"{len(tasks) - 1} tasks would share: give it a task file of its own"
-        )
-    if shape.quantised is not None:
-        problems.append(
-            f"task {whole[0]}: adapter: full trains weights, which {shape.quantised} are not made "
-            f"for: leave --base-precision out, and use an unquantised model"
-        )
-    layouts = {group.layout for group in plan.groups}
-    if len(layouts) > 1:
-        problems.append(
-            f"task {whole[0]}: adapter: full wants replicas that are all alike, the plan has "
-            f"{', '.join(sorted(map(str, layouts)))}"
-        )
-    for layout in sorted(layouts):
-        if shape.tied_embeddings and layout.pp > 1:
-            problems.append(
-                f"task {whole[0]}: adapter: full: embedding and head of {shape.name} are one "
-                f"tensor, which {layout} has on two stages: want pp 1"
-            )
-        if shape.num_kv_heads % layout.tp:
-            problems.append(
-                f"task {whole[0]}: adapter: full: {layout} has some of the "
-                f"{shape.num_kv_heads} key heads of {shape.name} on several ranks: want a tp that "
-                f"divides them"
-            )
-    return problems

@@ -16,7 +16,6 @@ from typing import Any
 
 from lobra.common.errors import ConfigError, Problems
 from lobra.common.options import within_bounds
-from lobra.common.storage import shown_bytes
 from lobra.common.words import counted
 from lobra.layout.base_precision import library_problem, option_problem, plan_problem
 from lobra.layout.placement import place, placed
@@ -38,8 +37,6 @@ from lobra.profiler.lookup import (
     provenance_note,
     time_path,
 )
-from lobra.profiler.memory import parse_bytes
-from lobra.profiler.model_memory import model_memory
 from lobra.tasks.config import (
     ADAMW_8BIT,
     FULL,
@@ -59,7 +56,7 @@ from lobra.trainer.eight_bit import eight_bit_problems
 from lobra.trainer.live_tasks import fitting_plan, present_tasks
 from lobra.trainer.log_parts import METRICS_FILE
 from lobra.trainer.metrics import kept_metrics
-from lobra.trainer.model_training import model_problems
+from lobra.trainer.model_checks import check_memory, model_problems
 from lobra.trainer.request import TrainRequest
 from lobra.trainer.resume_checks import resume_problems, revival_problems, task_record
 from lobra.trainer.run_config import (
@@ -73,7 +70,6 @@ from lobra.trainer.run_spec import DEFAULT_PERIOD, Admission, Replanning, RunSpe
 from lobra.trainer.step_trace import steps_of
 from lobra.trainer.task_data import TaskChecks, tasks_with_data, warn_of_greedy_tasks
 from lobra.trainer.trackers import trackers_of
-from lobra.trainer.zero import moment_bytes
 
 log = logging.getLogger(__name__)
 
@@ -302,8 +298,7 @@ def prepare(request: TrainRequest) -> RunSpec:
         replanning=replanning,
     )
     if run.trains_model:
-        _check_memory(checks, run, shape, request.memory_budget)
-        checks.raise_if_any()
+        check_memory(run, shape, request.memory_budget)
     if state is not None and state.changes:
         run = replace(run, plan=fitting_plan(run, run.tasks))
     if state is not None and state.precision not in (None, run.precision):
@@ -337,41 +332,6 @@ def _trained_elements(task: TaskConfig, shape: ModelShape) -> int:
     if task.adapter == FULL:
         return shape.num_layers * layer_weights(shape)
     return shape.adapter_elements(task.largest_rank, task.target_modules)
-
-
-def _check_memory(checks: _Collector, run: RunSpec, shape: ModelShape, budget: str | None) -> None:
-    """Tell what a model that is trained whole will take of a rank; refuse it if that is too much.
-
-    The bound is the budget that is given, else a GPU's memory; on a CPU there is none.
-    """
-    import torch
-
-    (task,) = run.tasks
-    (group,) = {group.layout: group for group in run.plan.groups}.values()
-    memory = model_memory(
-        shape, group.layout, len(run.plan.replicas), run.precision,
-        moment_bytes=moment_bytes(task.optimizer, task.momentum), offload=task.offload,
-    )  # fmt: skip
-    tokens = run.plan.max_tokens
-    needed = memory.total_bytes(tokens)
-    told = (
-        f"{group.layout} x {len(run.plan.replicas)} in {run.precision} takes "
-        f"{shown_bytes(needed)} a rank: {shown_bytes(int(memory.weight_bytes))} of weights, "
-        f"{shown_bytes(int(memory.gradient_bytes))} of gradients, "
-        f"{shown_bytes(int(memory.optimizer_bytes))} of the optimiser's"
-        f"{' (more on the host)' if task.offload else ''}, the rest for micro-batches of {tokens} "
-        f"tokens and the exchange"
-    )
-    most = None if budget is None else checks.attempt(parse_bytes, budget)
-    if budget is None and run.device == "cuda":
-        most = torch.cuda.get_device_properties(0).total_memory
-    if most is not None and needed > most:
-        checks.problems.add(
-            f"task {task.name}: adapter: full: {told}; there are {shown_bytes(most)}: want more "
-            f"replicas, a larger tp or pp, a smaller max_tokens, --memory full, or offload: true"
-        )
-    else:
-        log.info("task %s: %s", task.name, told)
 
 
 def _replanning(

@@ -81,7 +81,7 @@ def show(*, options: ShowOptions) -> int:
     problems = option_problems(options)
     tasks: Sequence[TaskConfig] = ()
     with problems.noted():
-        tasks = load_trainer_config(options.trainer_config).tasks
+        tasks = load_trainer_config(options.trainer_config, whole_models=True).tasks
     names = [task.name for task in tasks]
     for name in options.task:
         if tasks and name not in names:
