@@ -98,7 +98,8 @@ def checkpoint_problems(folder: Path, shape: ModelShape) -> Problems:
                 for key in list(file.keys()):
                     part = file.get_slice(key)
                     headers[key] = tuple(part.get_shape()), part.get_dtype()
-        headers = as_unquantised(headers, folder, partial(_tensor, folder, files))
+        read = partial(_tensor, folder, files)
+        headers = as_unquantised(headers, shape.quantised, folder, read)
         expected = needed_tensors(folder, shape)
     except ConfigError as error:
         return error.problems

@@ -73,14 +73,19 @@ def quantised_weight_of(name: str) -> str | None:
 
 
 def as_unquantised(
-    headers: Mapping[str, Header], folder: Path, read: Callable[[str], Tensor]
+    headers: Mapping[str, Header],
+    quantised: str | None,
+    folder: Path,
+    read: Callable[[str], Tensor],
 ) -> dict[str, Header]:
-    """Return a checkpoint's headers as they would be had none of its weights been quantised.
+    """Return a checkpoint's headers as they would be had its weights not been quantised so.
 
     Parameters
     ----------
     headers
         As they are, by name.
+    quantised
+        What weights are expected to be in, int8 or nf4; others stay as they are.
     folder
         Where the checkpoint is.
     read
@@ -97,11 +102,11 @@ def as_unquantised(
         weight = quantised_weight_of(name)
         if weight is None:
             plain.setdefault(name, header)
-        elif name.endswith(NF4_STATE):
+        elif name.endswith(NF4_STATE) and quantised == "nf4":
             with problems.noted():
                 state = Nf4State.of_tensor(read(name), f"{folder}: tensor {name!r}")
                 plain[weight] = tuple(state.shape), "F32"
-        elif name.endswith(ROW_SCALES) and weight in headers:
+        elif name.endswith(ROW_SCALES) and quantised == "int8" and weight in headers:
             plain[weight] = headers[weight][0], "F32"
         elif name.endswith(ARRANGEMENT) and bool(read(name).any()):
             problems.add(

@@ -26,7 +26,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "head_dim": ("x", -8, 10**12),
     "tie_word_embeddings": ("no", 7),
     "max_position_embeddings": ("x", -1, 10**30),
-    "quantization_config": ({"quant_method": "fp8"},),
+    "quantization_config": ({"quant_method": "fp8"}, {"quant_method": "bitsandbytes"}, 4),
     "hidden_act": ("no such function", 7),
     "rope_scaling": ({"rope_type": "dynamic", "factor": 2.0},),
     "rope_parameters": (

@@ -24,6 +24,7 @@ WRONG: dict[str, tuple[str, tuple[str, ...]]] = {
     "--device": ("train", ("tpu",)),
     "--batching": ("train", ("loose",)),
     "--memory": ("train", ("all",)),
+    "--base-precision": ("train", ("fp4", "")),
     "--server-port": ("train", ("0", "99999999", "ssh")),
     "--server-addr": ("train", ("-oProxyCommand=id", "a b", "")),
     "--time-limit": ("plan", ("0", "-1", "nan", "inf", "soon")),

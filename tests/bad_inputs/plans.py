@@ -22,6 +22,7 @@ META: dict[str, tuple[Any, ...]] = {
     "num_gpus": (0, "3", 10**9),
     "gpus_per_node": (0, "x"),
     "batching": ("loose", 7),
+    "base_precision": ("fp4", 4),
     "buckets": ("x", [0], [-1], [1.5]),
     "expected_batch": (7, ["a"]),
     "step_time_s": (-1, "fast", float("nan")),

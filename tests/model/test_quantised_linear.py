@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,9 @@ def test_what_a_quantised_folder_lacks_or_has_otherwise_is_told(tmp_path: Path) 
         assert len(problems) == (0 if words is None else 1)
         assert words is None or (name in problems[0] and words in problems[0])
     assert fingerprint(folder, shape) != before, "its scales are others"
+    for other_kind in (None, "int8"):
+        problems = checkpoint_problems(folder, replace(shape, quantised=other_kind))
+        assert any(f"{name!r} is stored as U8" in problem for problem in problems)
 
 
 @pytest.mark.parametrize("quantised", [None, *QUANTISED])
