@@ -23,7 +23,7 @@ from lobra.model.precision import DTYPES
 from lobra.model.stage import build_stage
 from lobra.model.token_tasks import Segment, TokenTasks
 from lobra.profiler.layer_memory import LayerMemory
-from lobra.tasks.config import TARGET_MODULES
+from lobra.tasks.target_modules import TARGET_MODULES
 from tests.model.alive import Alive
 from tests.model.support import save_llama
 
