@@ -18,7 +18,7 @@ from lobra.common.words import counted
 from lobra.model.launch import RankError
 from lobra.trainer.checkpoint import newest_whole
 from lobra.trainer.checkpoint_folder import list_checkpoints, step_folder
-from lobra.trainer.log_parts import log_files
+from lobra.trainer.log_parts import log_files, remove_log
 from lobra.trainer.rank import RankResult
 from lobra.trainer.run_config import note_resume
 from lobra.trainer.run_spec import ADAPTER_FOLDER, RunSpec
@@ -128,8 +128,7 @@ def with_resume(arguments: Sequence[str], step: int | None) -> list[str]:
 
 def forget_steps(folder: Path) -> None:
     """Remove what a run that has no checkpoint has left of its steps."""
-    for path in log_files(folder):
-        path.unlink()
+    remove_log(log_files(folder))
     if (folder / ADAPTER_FOLDER).exists():
         remove_folder(folder / ADAPTER_FOLDER)
 
