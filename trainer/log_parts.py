@@ -11,7 +11,7 @@ import gzip
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lobra.common.documents import check_regular, reading
@@ -54,6 +54,17 @@ def move_away(folder: Path, step: int) -> None:
     os.replace(folder / METRICS_FILE, plain)
     write_atomic(plain.with_name(f"{plain.name}.gz"), gzip.compress(plain.read_bytes(), 6))
     plain.unlink()
+
+
+def remove_log(files: Iterable[Path], keep_aside: bool = False) -> None:
+    """Remove files of a log, or keep them aside, with the suffix ``.damaged``."""
+    for path in files:
+        if keep_aside:
+            os.replace(path, path.with_name(f"{path.name}.damaged"))
+        else:
+            path.unlink()
+        if path.suffix == ".gz":  # packing it may have been interrupted
+            path.with_suffix("").unlink(missing_ok=True)
 
 
 def log_lines(path: Path) -> Iterator[bytes]:

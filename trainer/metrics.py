@@ -324,27 +324,26 @@ def restore_metrics(folder: Path, step: int, last: dict[str, Any] | None) -> Non
     path = folder / METRICS_FILE
     kept = kept_metrics(folder, step, last)
     files = log_parts.log_files(folder)
-    whole = {} if kept.damage else {
-        until: part for until, part in log_parts.log_parts(folder).items() if until <= step
-    }  # fmt: skip
+    parts = {} if kept.damage else log_parts.log_parts(folder)
+    whole = {until: part for until, part in parts.items() if until <= step}
     begin = max(whole, default=0)
+    entries = () if kept.is_of_another_run else _ascending_steps(folder, Problems())
     if kept.steps or files:
         with atomic_path(path) as draft:
             with draft.open("w", encoding="utf-8") as file:
-                for entry in [] if kept.is_of_another_run else _ascending_steps(folder, Problems()):
+                for entry in entries:
                     if last is not None and entry["step"] == last["step"]:
                         last = None
                     if begin <= entry["step"] < step:
                         file.write(json.dumps(entry) + "\n")
                 if last is not None:
                     file.write(json.dumps(last) + "\n")
-            for old in files if kept.damage else ():
-                os.replace(old, old.with_name(f"{old.name}.damaged"))
+            if kept.damage:
+                log_parts.remove_log(files, keep_aside=True)
     if kept.damage:
         log.warning("%s: set aside as %s.damaged: %s", path, path.name, kept.damage)
     else:
-        for part in set(files) - {path, *whole.values()}:
-            part.unlink()
+        log_parts.remove_log(set(files) - {path, *whole.values()})
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

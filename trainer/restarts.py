@@ -23,7 +23,7 @@ from lobra.model.launch import RankError
 from lobra.trainer.checkpoint import newest_whole, read_state
 from lobra.trainer.checkpoint_folder import list_checkpoints, step_folder
 from lobra.trainer.live_tasks import at_checkpoint, starting_tasks, tasks_at
-from lobra.trainer.log_parts import log_files
+from lobra.trainer.log_parts import log_files, remove_log
 from lobra.trainer.proposal import propose
 from lobra.trainer.rank import RankResult
 from lobra.trainer.replanner import planning_job
@@ -202,8 +202,7 @@ def with_resume(arguments: Sequence[str], step: int | None, plan: Path | None = 
 
 def forget_steps(folder: Path) -> None:
     """Remove what a run that has no checkpoint has left of its steps."""
-    for path in log_files(folder):
-        path.unlink()
+    remove_log(log_files(folder))
     if (folder / ADAPTER_FOLDER).exists():
         remove_folder(folder / ADAPTER_FOLDER)
 

@@ -356,7 +356,7 @@ def _fail(_run: RunSpec) -> None:
 
 
 def _hang(_run: RunSpec) -> None:
-    def forever(*_args: object) -> NoReturn:
+    def forever(*_args: object, **_more: object) -> NoReturn:
         while True:
             time.sleep(0.1)
 

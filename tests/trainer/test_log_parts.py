@@ -128,6 +128,10 @@ def test_a_part_that_could_not_be_packed_is_read(
     plain = log_files(tmp_path)[0]
     (tmp_path / f"{plain.name}.gz").write_bytes(gzip.compress(plain.read_bytes()))
     assert numbers(tmp_path) == list(range(STEPS))
+    restore_metrics(tmp_path, 2, None)
+    assert numbers(tmp_path) == [0, 1]
+    forget_steps(tmp_path)
+    assert log_files(tmp_path) == []
 
 
 def test_a_run_with_parts_alone_is_a_run(run: Path) -> None:
