@@ -110,7 +110,7 @@ class Intake:
     def request(self, tenant: Tenant, request_id: str) -> RequestRow:
         """Return a tenant's request."""
         row = self.ledger.request(request_id)
-        if row is None or row.tenant != tenant.name:
+        if row is None or row.tenant != tenant.name or row.is_forgotten:
             raise Refusal(410, f"request {request_id!r}: there is none of that name any more")
         return row
 
@@ -256,7 +256,6 @@ class Intake:
                 _content(body), time.time(),
             )  # fmt: skip
             self.ledger.insert(requests, vars(row))
-            self.ledger.forget_samples()
         self._submit_sample(row, body)
         return row
 
