@@ -109,8 +109,7 @@ class ModelChanges:
         seat.updates = found.updates if with_moments else 0
         seat.has_gradient = False
         seat.loss = seat.weight = 0.0
-        folder = str(self.deployment.state_folder.checkpoint(found))
-        seats.install(job.model_id, folder=folder, moments=with_moments)
+        seats.install(job.model_id, self.deployment.state_folder.checkpoint(found), with_moments)
         # Whatever becomes of the checkpoint, the model does not depend on it.
         snapshot = seats.snapshot(job.model_id, job.seq_id)
         answer = as_json(type="load_weights", path=path, model_id=job.model_id)
@@ -152,7 +151,7 @@ class ModelChanges:
             None if life_s is None else now + life_s,
         )
         folder = self.deployment.state_folder.checkpoint(row)
-        self.seats.write(job.model_id, str(folder), kind == WEIGHTS)
+        self.seats.write(job.model_id, folder, kind == WEIGHTS)
         row = replace(row, size_bytes=sum(file.stat().st_size for file in folder.iterdir()))
         noted = [with_row(checkpoints, row)]
         answer = {"path": path}
@@ -165,12 +164,10 @@ class ModelChanges:
 
     def _life_s(self, job: Job) -> float | None:
         """Return how long what a job saves is kept where it does not say so; None: for ever."""
-        tenant = tenant_named(self.ledger, job.tenant)
-        keep_days = None if tenant is None else tenant.keep_days
-        lives_s = [] if keep_days is None else [keep_days * DAY_S]
         if job.content["path"] is None:
-            lives_s.append(SAMPLING_LIFE_S)
-        return min(lives_s, default=None)
+            return SAMPLING_LIFE_S
+        tenant = tenant_named(self.ledger, job.tenant)
+        return tenant.keep_days * DAY_S if tenant is not None and tenant.keep_days else None
 
     def _check_room(self, job: Job, path: str) -> None:
         """Raise a RequestError where the tenant, or the disk, may not take what is to be saved."""

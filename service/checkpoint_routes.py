@@ -59,7 +59,8 @@ def checkpoint_routes(intake: Intake) -> APIRouter:
 
     @routes.get(CHECKPOINT + "/archive")
     def archive(model_id: str, kind: str, name: str, sender: Sender) -> Response:
-        row = intake.checkpoint(sender, f"{PATH_PREFIX}{model_id}/{kind}/{name}")
+        path = f"{PATH_PREFIX}{model_id}/{kind}/{name}"
+        row = intake.checkpoint(sender, path, to_fetch=True)
         content = tar_of(deployment.state_folder.checkpoint(row), name)
         return StreamingResponse(content, media_type="application/x-tar")
 

@@ -112,6 +112,7 @@ class Coordinator:
         """Delete what has had its time, and all of tenants for whom that is asked for."""
         kept, now = self.deployment.state_folder, time.time()
         self.ledger.forget_expired(now)
+        self.ledger.forget_results(now)
         for model_id in retention.abandoned_models(self.ledger, now):
             self._close(model_id)
         for tenant in retention.to_be_deleted(self.ledger):

@@ -188,12 +188,12 @@ class Ledger:
         )
         return [RequestRow(**row) for row in self.rows(query.order_by(requests.c.arrived_at))]
 
-    def forget_samples(self) -> None:
-        """Forget the samples that nobody may ask for any more."""
+    def forget_results(self, now: float) -> None:
+        """Forget the results that nobody may ask for any more, and samples altogether."""
+        old = requests.c.finished_at < now - RESULT_LIFE_S
         self.execute(
-            requests.delete().where(
-                requests.c.kind == SAMPLE, requests.c.finished_at < time.time() - RESULT_LIFE_S
-            )
+            requests.delete().where(requests.c.kind == SAMPLE, old),
+            requests.update().where(old, requests.c.result.is_not(None)).values(result=None),
         )
 
     def sampler(self, sampler_id: str) -> SamplerRow | None:

@@ -53,7 +53,8 @@ class Quotas:
                 raise Refusal(
                     403,
                     f"tenant {tenant.name} stores {stored_bytes:,} bytes, of "
-                    f"{tenant.stored_bytes:,}; delete checkpoints",
+                    f"{tenant.stored_bytes:,}; delete checkpoints, or wait an hour for results to "
+                    f"be forgotten",
                 )
         if self.ledger.waiting_bytes(tenant.name) >= MOST_WAITING_BYTES:
             first = self.ledger.first_waiting(model_id)

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -184,7 +185,8 @@ class Seats:
         )
         self.backlog.open(model.id, model.tenant, model.snapshot_seq + 1)
         if model.snapshot_seq >= 0:
-            self.install(model.id, model.snapshot_seq)
+            folder = self.deployment.state_folder.snapshot(model.id, model.snapshot_seq)
+            self.install(model.id, folder, with_moments=True)
         for row in self.ledger.requests_after(model.id, model.snapshot_seq):
             self.backlog.add(self._job_again(row))
 
@@ -204,9 +206,9 @@ class Seats:
     # -- a slot ---------------------------------------------------------------------------------
 
     def install(
-        self, model_id: str, snapshot_seq: int | None = None, folder: str = "", moments: bool = True
+        self, model_id: str, folder: Path | None = None, with_moments: bool = False
     ) -> None:
-        """Give a model's slot its adapter: of its snapshot, or a folder, else as it starts."""
+        """Give a model's slot its adapter, as a folder has it, or as it starts."""
         model = self.ledger.model(model_id)
         assert model is not None
         seat = self.taken[model_id]
@@ -217,10 +219,9 @@ class Seats:
             "target_modules": model.target_modules,
             "seed": model.seed,
         }
-        if snapshot_seq is not None:
-            folder = str(self.deployment.state_folder.snapshot(model_id, snapshot_seq))
-        moments = moments and bool(folder)
-        order = SlotOrder("install", seat.slot, adapter, folder, moments, seat.updates)
+        order = SlotOrder(
+            "install", seat.slot, adapter, str(folder or ""), with_moments, seat.updates
+        )
         self.change_slot(order)
 
     def leave(self, model_id: str) -> None:
@@ -229,10 +230,10 @@ class Seats:
         self.backlog.close(model_id)
         self.change_slot(SlotOrder("remove", seat.slot))
 
-    def write(self, model_id: str, folder: str, with_moments: bool) -> None:
+    def write(self, model_id: str, folder: Path, with_moments: bool) -> None:
         """Write a model's adapter to a folder."""
         slot = self.taken[model_id].slot
-        self.change_slot(SlotOrder("save", slot, folder=folder, moments=with_moments))
+        self.change_slot(SlotOrder("save", slot, folder=str(folder), moments=with_moments))
 
     # -- snapshots ------------------------------------------------------------------------------
 
@@ -261,7 +262,7 @@ class Seats:
         """Write a model down as it is after a request; return what notes that."""
         seat = self.taken[model_id]
         folder = self.deployment.state_folder.snapshot(model_id, seq_id)
-        self.write(model_id, str(folder), with_moments=True)
+        self.write(model_id, folder, with_moments=True)
         seat.snapshot_updates, seat.snapshot_seq = seat.updates, seq_id
         return with_snapshot(model_id, seq_id, seat.updates)
 

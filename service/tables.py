@@ -159,6 +159,11 @@ class RequestRow:
     result: bytes | None = None
     error: str | None = None
 
+    @property
+    def is_forgotten(self) -> bool:
+        """Whether its result may not be asked for any more."""
+        return self.finished_at is not None and self.result is None and self.error is None
+
 
 @dataclass(frozen=True)
 class CheckpointRow:

@@ -139,6 +139,7 @@ def test_what_memory_does_not_hold_at_once_takes_turns(
 
 @pytest.mark.ranks
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_a_long_queue_takes_no_more_memory_than_a_full_pass(base: Path, tmp_path: Path) -> None:
     """193 requests of 816,000 tokens, one datum of which has 35,000."""
     most = 4096

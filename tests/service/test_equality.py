@@ -150,6 +150,7 @@ def test_tenants_get_what_they_would_get_alone(
 ) -> None:
     """All at once, of which all but two have to wait outside, in the middle of a step or not."""
     monkeypatch.setattr(seats, "IDLE_S", 0.0)
+    monkeypatch.setattr(seats, "TURN_S", 0.05)
 
     def train(number: int) -> tuple[Trainer, str, str]:
         trainer = Trainer(mixed.client(f"tenant{number}of{count}"), number % len(TENANTS))

@@ -71,6 +71,10 @@ def test_an_operator_sees_everybody_and_a_tenant_itself(mixed: Running) -> None:
     assert link is not None
     status, _ = fetched(clients[1], f"/{link[1]}")
     assert status == 404
+    assert operator.send("GET", link[1].removeprefix("api/v1/"))[0] == 200
+    assert (
+        operator.send("DELETE", link[1].removeprefix("api/v1/").removesuffix("/archive"))[0] == 404
+    )
     assert clients[0].send("GET", link[1].removeprefix("api/v1/"))[0] == 200
     assert fetched(Client(operator.port, "tml-none"), "/")[0] == 401
 

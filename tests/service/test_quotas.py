@@ -12,6 +12,7 @@ import pytest
 
 from lobra.cli import main
 from lobra.service import coordinator, quotas, retention, seats
+from lobra.service import ledger as ledger_module
 from lobra.service.ledger import Ledger
 from lobra.service.tables import OF_TENANTS, losses
 from lobra.service.tenants import add_tenant
@@ -108,18 +109,34 @@ def test_checkpoints_and_models_have_their_time(
     mixed: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(coordinator, "RETENTION_S", 0.05)
-    monkeypatch.setattr(retention, "DAY_S", 0.5)
     client = mixed.client("forgetting", keep_days=1)
     ledger, kept = mixed.service.ledger, mixed.service.deployment.state_folder
     model = client.new_model(client.new_session(), 0, rank=2)
     step(client, model, 1)
     path = saved(client, model, "a", seq_id=3, ttl_seconds=1)["path"]
     row = ledger.checkpoint(path)
-    assert row is not None and kept.checkpoint(row).is_dir()
-    mixed.client("waking").new_session()
+    assert row is not None
+    monkeypatch.setattr(retention, "DAY_S", 1e-3)
     wait_until(lambda: ledger.checkpoint(path) is None and not ledger.models_of("forgetting"))
     wait_until(lambda: not kept.checkpoint(row).exists())
     refused(client.losses(model, 4, [datum()]), 400, "closed")
+
+
+def test_results_have_their_time(mixed: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model goes on without them."""
+    monkeypatch.setattr(coordinator, "RETENTION_S", 0.05)
+    client = mixed.client("late")
+    model = client.new_model(client.new_session(), 0, rank=2)
+    future = client.losses(model, 1, [datum()])[1]
+    client.result(future)
+    monkeypatch.setattr(ledger_module, "RESULT_LIFE_S", 0.0)
+    wait_until(
+        lambda: client.post("retrieve_future", **{"request_id": future["request_id"]})[0] == 410
+    )
+    monkeypatch.undo()
+    assert mixed.service.ledger.stored_bytes("late") < 2000
+    update = client.asked("optim_step", model_id=model, seq_id=2, adam_params={})
+    assert client.result(update)["metrics"]["grad_norm"] > 0
 
 
 def test_all_of_a_tenant_is_deleted_while_others_train(
