@@ -136,5 +136,5 @@ def train_and_replan(run: RunSpec) -> one_rank.RankResult:
 
     replanner.Replanner.look = patient  # type: ignore[method-assign, assignment]
     replanner.process_age_s = lambda: cost_s
-    Forecast.pace = 1000.0  # type: ignore[assignment, method-assign]
+    Forecast.pace = 1e5  # type: ignore[assignment, method-assign]
     return train_as_scripted(run)
