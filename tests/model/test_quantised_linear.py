@@ -140,7 +140,7 @@ def test_estimates_are_of_what_a_rank_holds(
     quantised: str | None, layout: Layout, tmp_path: Path
 ) -> None:
     """Within a fiftieth, where blocks are not cut: norms are not counted."""
-    sizes = dict(hidden_size=256, intermediate_size=768, num_key_value_heads=4)
+    sizes = dict(hidden_size=256, intermediate_size=768, num_key_value_heads=4, num_hidden_layers=2)
     base = save_family("llama", tmp_path, **sizes)
     shape = read_shape(base).kept_in(quantised)
     runtime, dequantised = load_tables().runtime(None), 4 * 256 * 768 / layout.tp
