@@ -15,7 +15,6 @@ the linear programs of plans that were looked at; any give a valid bound.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -26,7 +25,7 @@ from lobra.planner.sequence_rates import SequenceRates
 
 LOOKED_AT = 6  # steps of which a plan's prices are computed
 CLASSES = 64  # of lengths, in the linear programs that give prices
-LEVELS = 1.03  # ratio of step times that rates are told apart for
+LEVELS = 1.01  # ratio of step times that rates are told apart for
 TINY = 1e-300
 SLACK = 1e-6  # relative: given away for the solver's tolerance
 MIP_GAP = 2e-4
@@ -38,8 +37,7 @@ LEAST_S = 0.5  # for the integer program, however late it is
 class Certificate:
     """Lower bounds on the steps of plans, and on the mean step of any plan.
 
-    K steps, D lengths, C candidates, P vectors of prices. Plans are replicas, int64 [C]. Inside, C
-    are the candidates that no others replace.
+    K steps, D lengths, C candidates, P vectors of prices. Plans are replicas, int64 [C].
 
     Parameters
     ----------
@@ -56,47 +54,75 @@ class Certificate:
     def __init__(
         self, fleet: Fleet, longest: int, counts: np.ndarray, rates: Sequence[SequenceRates]
     ) -> None:
+        self._fleet, self._rates = fleet, tuple(rates)
         self._counts = counts.astype(np.float64)
+        self._holds = fleet.max_tokens >= longest
         least_s = np.stack([one.least_s for one in rates])  # [C, D]
-        alone_s = np.stack([one.alone_s for one in rates]).min(axis=0)
+        alone_s = np.stack([one.alone_s for one in rates])
+        self._unshared_s = np.stack([one.begun_s for one in rates])  # [C, D]
+        self._longest_few = LongestFew.of(rates, counts)
+        longest_one = counts.shape[1] - 1 - np.argmax(counts[:, ::-1] > 0, axis=1)  # of each step
+        self._longest_s = alone_s[:, longest_one]  # [C, K]
+        self._starts = _class_starts(np.isfinite(least_s))
         price = fleet.sizes / fleet.num_gpus
         self._least_step_s = np.maximum(  # [K]: on the plan best for each step alone
-            np.where(counts > 0, alone_s, 0.0).max(axis=1),
+            np.where(counts > 0, alone_s.min(axis=0), 0.0).max(axis=1),
             self._counts @ _cheapest(price, least_s, np.zeros(len(price)), least_s),
         )
+        self._prices = self._unshared = np.empty((0, len(price)))  # [P, C]; of unshared ones
+        self._cut_at: list[np.ndarray] = []
+        self._set_levels()
+        # of every GPU, of those alone that hold more than some others, and of each layout alone
+        max_tokens = fleet.max_tokens
+        holds = max_tokens > np.unique([0, *max_tokens])[:-1, None]
+        own = np.eye(len(max_tokens))[self._holds & self._is_kept]
+        middle = self._rate_s[len(self._rate_s) // 2]
+        alone = [self._with_unused(one > 0, one, 0.0 * one, middle) for one in own]
+        own_worth = (own @ (fleet.num_gpus // fleet.sizes))[:, None]
+        prices = np.concatenate([np.where(holds, price, 0.0), np.array(alone) / own_worth])
+        self._add_prices(prices, np.zeros_like(prices))
+        rare = self._values[:, -1] / self._values[:, 0]  # [K]
+        order = np.argsort(rare, kind="stable")
+        places = np.linspace(0, len(order) - 1, min(LOOKED_AT, len(order)))
+        self._typical = order[np.rint(places).astype(np.int64)].tolist()
+        self._add_prices(*self._prices_of(self._typical))
+
+    def _set_levels(self) -> None:
+        """Take the rates of steps that take as long as each is known to take at least."""
         level = np.floor(np.log(self._least_step_s) / np.log(LEVELS)).astype(np.int64)
         levels, self._level_of = np.unique(level, return_inverse=True)
-        after = [[one.after(LEVELS**exponent) for one in rates] for exponent in levels.tolist()]
-        rate_s = np.array([[rate_s for rate_s, _ in own] for own in after])  # [levels, C, D]
-        bubble_s = np.array([[bubble_s for _, bubble_s in own] for own in after])
-        longest_one = counts.shape[1] - 1 - np.argmax(counts[:, ::-1] > 0, axis=1)  # of each step
-        longest_s = np.stack([one.alone_s[longest_one] for one in rates])  # [C, K]
-        self._kept, self._as_kept = _undominated(fleet, rate_s, bubble_s, longest_s)
-        self._longest_s = longest_s[self._kept]
-        self._longest_few = LongestFew.of(rates, counts)
-        self._rate_s, self._bubble_s = rate_s[:, self._kept], bubble_s[:, self._kept]
-        self._unshared_s = np.stack([rates[index].unshared_s for index in self._kept])  # [C, D]
-        self._fleet = replace(fleet, candidates=tuple(fleet.candidates[i] for i in self._kept))
-        self._holds = self._fleet.max_tokens >= longest
-        self._starts = _class_starts(np.isfinite(least_s[self._kept]))
-        # of every GPU, of those alone that hold more than some others, and of each layout alone
-        max_tokens = self._fleet.max_tokens
-        holds = max_tokens > np.unique([0, *max_tokens])[:-1, None]
-        own = np.eye(len(max_tokens))[self._holds]
-        alone = [
-            self._with_unused(one > 0, one, 0.0 * one, self._rate_s[len(levels) // 2])
-            for one in own
-        ]
-        own_worth = (own @ (fleet.num_gpus // self._fleet.sizes))[:, None]
-        self._prices = np.concatenate(  # [P, C]
-            [np.where(holds, price[self._kept], 0.0), np.array(alone) / own_worth]
+        self._level_s = LEVELS ** levels.astype(np.float64)
+        after = [[one.after(step_s) for one in self._rates] for step_s in self._level_s.tolist()]
+        self._rate_s = np.array([[rate_s for rate_s, _ in own] for own in after])  # [levels, C, D]
+        self._bubble_s = np.array([[bubble_s for _, bubble_s in own] for own in after])
+        left_s = self._level_s[:, None] - self._bubble_s
+        self._replacement = _replacement(
+            self._fleet, self._rate_s, left_s, self._unshared_s, self._longest_s
         )
-        self._unshared = np.zeros_like(self._prices)  # [P, C]: the part that unshared ones cost
-        self._most_worth = np.array([self._most_worth_at(price) for price in self._prices])  # [P]
-        self._looked_at: list[np.ndarray] = []
-        self._cut_at: list[np.ndarray] = []
-        self._set_values(self._values_at(self._prices, self._unshared))
-        self._rare = self._values[:, -1] / self._values[:, 0]  # [K]
+        self._is_kept = self._replacement.any(axis=0)
+        self._cut_at = [plan @ self._replacement for plan in self._cut_at]
+        self._values = self._values_at(self._prices, self._unshared)
+
+    def _add_prices(self, prices: np.ndarray, unshared: np.ndarray) -> None:
+        """Add prices, [P, C], and the part of them that is for sequences that share with none."""
+        values = self._values_at(prices, unshared)
+        self._prices = np.concatenate([self._prices, prices])
+        self._unshared = np.concatenate([self._unshared, unshared])
+        self._values = np.concatenate([self._values, values], axis=1)
+        least_s = (values / self._most_worth_of(prices)).max(axis=1)
+        self._least_step_s = np.maximum(self._least_step_s, least_s)
+        # the same with bubbles, of divisible replicas
+        num_gpus, sizes = self._fleet.num_gpus, self._fleet.sizes
+        shared = prices - unshared
+        limits = (prices > 0) & self._is_kept
+        for level, bubble_s in enumerate(self._bubble_s):
+            steps = self._level_of == level
+            each_s = values[steps][:, :, None] * (sizes / num_gpus) + shared * bubble_s
+            each_s = np.where(limits, each_s / np.where(limits, prices, 1.0), np.inf)
+            least_s = each_s.min(axis=2).max(axis=1)
+            self._least_step_s[steps] = np.maximum(self._least_step_s[steps], least_s)
+        if np.mean(self._least_step_s / self._level_s[self._level_of]) > LEVELS**2:
+            self._set_levels()
 
     def look_at(self, replicas: np.ndarray, steps: Sequence[int] | None = None) -> None:
         """Add the prices of a plan, and have the integer program see what it takes at least.
@@ -104,50 +130,33 @@ class Certificate:
         They are computed for the ``steps``, or for some with much and some with little of what few
         candidates hold.
         """
-        if steps is None:
-            order = np.argsort(self._rare, kind="stable")
-            places = np.linspace(0, len(order) - 1, min(LOOKED_AT, len(order)))
-            steps = order[np.rint(places).astype(np.int64)].tolist()
-        replicas = replicas @ self._as_kept
-        self._looked_at.append(replicas)
+        replicas = replicas @ self._replacement
         self._cut_at.append(replicas)
-        if not steps:
-            return
-        found = np.array([self._prices_of(replicas, step) for step in steps])
-        prices, unshared = found[:, 0], found[:, 1]
-        self._prices = np.concatenate([self._prices, prices])
-        self._unshared = np.concatenate([self._unshared, unshared])
-        most = [self._most_worth_at(price) for price in prices]
-        self._most_worth = np.concatenate([self._most_worth, most])
-        values = self._values_at(prices, unshared)
-        self._set_values(np.concatenate([self._values, values], axis=1))
+        steps = self._typical if steps is None else steps
+        if steps:
+            self._add_prices(*self._prices_of(steps, replicas))
 
     def steps_s(self, plans: np.ndarray) -> np.ndarray:
         """Return float64 [plans, K]: what each step takes at least; plans is int64 [plans, C]."""
-        kept = plans @ self._as_kept
-        found_s = np.stack([self._bounds_s(plan) for plan in kept])
+        found_s = np.stack([self._bounds_s(plan) for plan in plans @ self._replacement])
         crowded_s = np.stack([self._longest_few.steps_s(plan) for plan in plans])
         return np.maximum(found_s, crowded_s)
 
     def minimum(self, limit_s: float = MIP_LIMIT_S) -> tuple[float, np.ndarray | None]:
         """Return what the mean step of any plan takes at least, and the plan that may take it."""
         clock = Clock(limit_s)
-        bound_s, kept = float(self._least_step_s.mean()), None
+        bound_s, best = float(self._least_step_s.mean()), None
         while clock.left_s > 0:
             found_s, found = self._solve(clock.left_s)
             if found is None:
                 break
-            bound_s, kept = max(bound_s, found_s), found
+            bound_s, best = max(bound_s, found_s), found
             if self._known_s(found) <= bound_s * (1 + EXACT):
                 break
             if any((found == other).all() for other in self._cut_at):
                 break
             self._cut_at.append(found)
-        replicas = None
-        if kept is not None:
-            replicas = np.zeros(len(self._as_kept), dtype=np.int64)
-            replicas[self._kept] = kept
-        return bound_s * (1 - SLACK), replicas
+        return bound_s * (1 - SLACK), best
 
     def mean_s(self, replicas: np.ndarray, clock: Clock) -> float:
         """Return what the mean step of any plan takes at least, starting from a good plan."""
@@ -180,7 +189,7 @@ class Certificate:
                 LinearConstraint(rows, [least_s for least_s, _ in planes], np.inf),
                 LinearConstraint(plan, 1, [np.inf, num_gpus]),
             ],
-            bounds=(0, [*(num_gpus // sizes), np.inf]),
+            bounds=(0, [*np.where(self._is_kept, num_gpus // sizes, 0), np.inf]),
             integrality=[1] * len(sizes) + [0],
             options={"time_limit": limit_s, "mip_rel_gap": MIP_GAP},
         )
@@ -199,7 +208,7 @@ class Certificate:
         value, price = self._values[steps, best], self._prices[best]
         shared = price - self._unshared[best]
         lost_s = shared * self._bubble_s[self._level_of]  # [K, C]: of each replica
-        most_s = (lost_s / self._fleet.sizes).max(axis=1) * self._fleet.num_gpus
+        most_s = (lost_s / self._fleet.sizes)[:, self._is_kept].max(axis=1) * self._fleet.num_gpus
         low, high = np.sqrt(value), np.sqrt(value + most_s)
         rise = (high - low) / np.maximum(most_s, TINY)
         ratio = (low + rise * (lost_s @ replicas)) / (price @ replicas)
@@ -229,41 +238,35 @@ class Certificate:
         """Return float64 [K]: of each step's longest sequence alone, where the plan is fastest."""
         return self._longest_s[plan > 0].min(axis=0, initial=np.inf)
 
-    def _set_values(self, values: np.ndarray) -> None:
-        """Take the steps' values, [K, P], and with them what each takes on the plan best for it."""
-        self._values = values
-        least_s = (values / self._most_worth).max(axis=1)
-        self._least_step_s = np.maximum(self._least_step_s, least_s)
-
-    def _most_worth_at(self, price: np.ndarray) -> float:
-        """Return the greatest ``price . n`` of all plans that hold the longest sequence."""
-        sizes, num_gpus = self._fleet.sizes, self._fleet.num_gpus
-        best = np.zeros(num_gpus + 1)
+    def _most_worth_of(self, prices: np.ndarray) -> np.ndarray:
+        """Return float64 [P]: the greatest ``price . n`` of plans that hold the longest sequence."""
+        sizes, num_gpus = self._fleet.sizes[self._is_kept], self._fleet.num_gpus
+        price = prices[:, self._is_kept]
+        best = np.zeros((len(price), num_gpus + 1))
         for gpus in range(1, num_gpus + 1):
             fits = sizes <= gpus
-            best[gpus] = (best[gpus - sizes[fits]] + price[fits]).max(initial=best[gpus - 1])
-        holders = self._holds & (sizes <= num_gpus)
-        return float((best[num_gpus - sizes[holders]] + price[holders]).max())
+            with_one = best[:, gpus - sizes[fits]] + price[:, fits]
+            best[:, gpus] = np.maximum(best[:, gpus - 1], with_one.max(axis=1, initial=0.0))
+        holders = self._holds[self._is_kept] & (sizes <= num_gpus)
+        return (best[:, num_gpus - sizes[holders]] + price[:, holders]).max(axis=1)
 
     def _by_price(self, replicas: np.ndarray) -> np.ndarray:
         """Return float64 [K, P]: the steps' bounds on a plan by every vector of prices."""
         worth = self._prices @ replicas
-        bubble_s = (self._bubble_s @ ((self._prices - self._unshared) * replicas).T)[
-            self._level_of
-        ]  # [K, P]
+        lost_s = self._bubble_s @ ((self._prices - self._unshared) * replicas).T  # [levels, P]
         with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(self._values > 0, (self._values + bubble_s) / worth, 0.0)
+            bound_s = (self._values + lost_s[self._level_of]) / worth
+            return np.where(self._values > 0, bound_s, 0.0)
 
     def _values_at(self, prices: np.ndarray, unshared: np.ndarray) -> np.ndarray:
         """Return float64 [K, prices]: what the steps' sequences are worth at the least."""
         values = np.empty((len(self._counts), len(prices)))
-        for level, rate_s in enumerate(self._rate_s):
+        kept = self._is_kept
+        shared, unshared, alone_s = (prices - unshared)[:, kept], unshared[:, kept], self._unshared_s[kept]
+        for level, rate_s in enumerate(self._rate_s[:, kept]):
             steps = self._level_of == level
-            worth = [
-                _cheapest(price - part, rate_s, part, self._unshared_s)
-                for price, part in zip(prices, unshared, strict=True)
-            ]
-            values[steps] = self._counts[steps] @ np.array(worth).T
+            worth = [_cheapest(s, rate_s, u, alone_s) for s, u in zip(shared, unshared, strict=True)]
+            values[steps] = self._counts[steps] @ np.reshape(worth, (len(prices), rate_s.shape[1])).T
         return values
 
     def _with_unused(
@@ -274,44 +277,63 @@ class Certificate:
         worth = np.where(np.isfinite(worth), worth, 0.0)
         return np.where(used, shared, (worth / rate_s).max(axis=1))
 
-    def _prices_of(self, replicas: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return prices at which a plan's bound on a step is highest, float64 [C], in two parts.
+    def _prices_of(
+        self, steps: Sequence[int], replicas: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return prices at which a plan's bounds on steps are highest, float64 [steps, C] twice.
 
         The first are whole, the second what of them is for sequences that share with no other. All
         the plan's replicas together have the price 1. Candidates that the plan has none of are as
-        cheap as they can be without being used.
+        cheap as they can be without being used. Without a plan: of the best one of divisible
+        replicas.
         """
+        found = [
+            self._dual(step, replicas) for step in steps
+        ]
+        return np.array([p for p, _ in found]), np.array([u for _, u in found])
+
+    def _dual(self, step: int, replicas: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         from scipy.optimize import linprog
 
-        used = np.flatnonzero(replicas)
+        is_used = self._is_kept if replicas is None else replicas > 0
+        used = np.flatnonzero(is_used)
         level, number = self._level_of[step], len(used)
         rate_s, bubble_s = self._rate_s[level], self._bubble_s[level, used]
         held = np.isfinite(rate_s[:, self._starts])[used]
         there = (np.add.reduceat(self._counts[step], self._starts) > 0) & held.any(axis=0)
         held = held[:, there]
         candidate, length = np.nonzero(held)
-        columns = len(candidate) + 1
-        busy = np.zeros((2 * number, columns))
+        shares = len(candidate)
+        busy = np.zeros((2 * number, shares))
         for row, each_s in ((0, rate_s[used]), (number, self._unshared_s[used])):
             work_s = np.where(np.isfinite(each_s), each_s, 0.0) * self._counts[step]
             work_s = np.add.reduceat(work_s, self._starts, axis=1)[:, there]
-            busy[row + candidate, np.arange(columns - 1)] = work_s[candidate, length]
-        busy[:, -1] = -np.tile(replicas[used], 2)
-        whole = np.zeros((held.shape[1], columns))
-        whole[length, np.arange(columns - 1)] = 1.0
+            busy[row + candidate, np.arange(shares)] = work_s[candidate, length]
+        whole = np.zeros((held.shape[1], shares))
+        whole[length, np.arange(shares)] = 1.0
+        if replicas is None:  # further columns: the seconds of each candidate's replicas
+            left = 1.0 - bubble_s / self._level_s[level]
+            more = -np.concatenate([np.diag(left), np.eye(number)])
+            limit = np.zeros(2 * number)
+            cost = self._fleet.sizes[used]
+        else:  # a further column: the step
+            more = -np.tile(replicas[used], 2)[:, None]
+            limit = np.concatenate([-replicas[used] * bubble_s, np.zeros(number)])
+            cost = np.ones(1)
         found = linprog(
-            np.arange(columns) == columns - 1,
-            A_ub=busy,
-            b_ub=np.concatenate([-replicas[used] * bubble_s, np.zeros(number)]),
-            A_eq=whole,
+            np.concatenate([np.zeros(shares), cost]),
+            A_ub=np.concatenate([busy, more], axis=1),
+            b_ub=limit,
+            A_eq=np.concatenate([whole, np.zeros((len(whole), more.shape[1]))], axis=1),
             b_eq=np.ones(len(whole)),
         )
-        shared, unshared = np.zeros(len(replicas)), np.zeros(len(replicas))
+        shared, unshared = np.zeros(len(is_used)), np.zeros(len(is_used))
         dual = np.maximum(-found.ineqlin.marginals, 0.0)
         shared[used], unshared[used] = dual[:number], dual[number:]
-        shared = self._with_unused(replicas > 0, shared, unshared, rate_s)
+        shared = self._with_unused(is_used, shared, unshared, rate_s)
         prices = shared + unshared
-        return prices / (prices @ replicas), unshared / (prices @ replicas)
+        scale = prices.max() if replicas is None else prices @ replicas
+        return prices / scale, unshared / scale
 
 
 def _cheapest(
@@ -327,18 +349,23 @@ def _cheapest(
     return np.where(np.isfinite(rate_s), cost, np.inf).min(axis=0)
 
 
-def _undominated(
-    fleet: Fleet, rate_s: np.ndarray, bubble_s: np.ndarray, longest_s: np.ndarray
-) -> tuple[list[int], np.ndarray]:
-    """Return the candidates that no others replace, and plans of all as plans of these.
+def _replacement(
+    fleet: Fleet,
+    rate_s: np.ndarray,
+    left_s: np.ndarray,
+    unshared_s: np.ndarray,
+    longest_s: np.ndarray,
+) -> np.ndarray:
+    """Return plans of single candidates as plans of those that no others replace, int64 [C, C].
 
-    As many replicas of another on the same GPUs replace one if by rates [levels, C, D] and bubbles
-    [levels, C] they do no less of any length, and the longest sequences alone [C, K] take no
-    longer. The plans are int64 [C, kept], to be multiplied with.
+    As many replicas of another on the same GPUs replace one if they do no less of any length, by
+    rates [levels, C, D] in the seconds that bubbles leave of a step, [levels, C], and of unshared
+    ones [C, D], and the longest sequences alone [C, K] take no longer.
     """
     kept: list[int] = []
     replacement = np.zeros((len(fleet.sizes), len(fleet.sizes)), dtype=np.int64)
-    finite_s = np.where(np.isfinite(rate_s), rate_s, 1e30)
+    finite_s, unshared_s = (np.where(np.isfinite(each), each, 1e30) for each in (rate_s, unshared_s))
+    done = left_s[:, :, None] / finite_s
     for index in np.lexsort((finite_s.sum(axis=(0, 2)), fleet.sizes)).tolist():
         for other in kept:
             number, left = divmod(int(fleet.sizes[index]), int(fleet.sizes[other]))
@@ -346,16 +373,16 @@ def _undominated(
                 not left
                 and fleet.max_tokens[other] >= fleet.max_tokens[index]
                 and (longest_s[other] <= longest_s[index]).all()
-                and (bubble_s[:, other] <= bubble_s[:, index]).all()
-                and (rate_s[:, other] <= rate_s[:, index] * number).all()
+                and (finite_s[:, other] <= finite_s[:, index] * number).all()
+                and (done[:, other] * number >= done[:, index]).all()
+                and (unshared_s[other] <= unshared_s[index] * number).all()
             ):
                 replacement[index, other] = number
                 break
         else:
             kept.append(index)
             replacement[index, index] = 1
-    kept.sort()
-    return kept, replacement[:, kept]
+    return replacement
 
 
 def _class_starts(held: np.ndarray) -> np.ndarray:

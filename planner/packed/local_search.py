@@ -44,7 +44,9 @@ def improve(
         fast = order[number:][::-1]
         if number_of_round % 2:
             too_small = table.max_tokens[fast] < table.max_tokens[slow[0]]
-            fast = fast[np.argsort(too_small, kind="stable")]
+            group = table.group[fast]
+            before = np.tril(group[:, None] == group, -1).sum(axis=1)  # faster ones of the group
+            fast = fast[np.lexsort((before, too_small))]
         fast = fast[(np.arange(number) + shift) % len(fast)]
         tried = _exchanged(table, added_s, minorants, lengths, filling, slow, fast)
         new = filled(table, lengths, *tried)
