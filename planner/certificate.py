@@ -25,7 +25,7 @@ from lobra.planner.sequence_rates import SequenceRates
 
 LOOKED_AT = 6  # steps of which a plan's prices are computed
 CLASSES = 64  # of lengths, in the linear programs that give prices
-LEVELS = 1.01  # ratio of step times that rates are told apart for
+LEVELS = 1.015  # ratio of step times that rates are told apart for
 TINY = 1e-300
 SLACK = 1e-6  # relative: given away for the solver's tolerance
 MIP_GAP = 2e-4
@@ -59,7 +59,7 @@ class Certificate:
         self._holds = fleet.max_tokens >= longest
         least_s = np.stack([one.least_s for one in rates])  # [C, D]
         alone_s = np.stack([one.alone_s for one in rates])
-        self._unshared_s = np.stack([one.begun_s for one in rates])  # [C, D]
+        self._begun_s = np.stack([one.begun_s for one in rates])  # [C, D]
         self._longest_few = LongestFew.of(rates, counts)
         longest_one = counts.shape[1] - 1 - np.argmax(counts[:, ::-1] > 0, axis=1)  # of each step
         self._longest_s = alone_s[:, longest_one]  # [C, K]
@@ -67,10 +67,11 @@ class Certificate:
         price = fleet.sizes / fleet.num_gpus
         self._least_step_s = np.maximum(  # [K]: on the plan best for each step alone
             np.where(counts > 0, alone_s.min(axis=0), 0.0).max(axis=1),
-            self._counts @ _cheapest(price, least_s, np.zeros(len(price)), least_s),
+            self._counts @ _cheapest(price, np.zeros(len(price)), least_s, least_s),
         )
         self._prices = self._unshared = np.empty((0, len(price)))  # [P, C]; of unshared ones
         self._cut_at: list[np.ndarray] = []
+        self._after: dict[int, list[tuple[np.ndarray, float]]] = {}  # rates by level
         self._set_levels()
         # of every GPU, of those alone that hold more than some others, and of each layout alone
         max_tokens = fleet.max_tokens
@@ -92,12 +93,15 @@ class Certificate:
         level = np.floor(np.log(self._least_step_s) / np.log(LEVELS)).astype(np.int64)
         levels, self._level_of = np.unique(level, return_inverse=True)
         self._level_s = LEVELS ** levels.astype(np.float64)
-        after = [[one.after(step_s) for one in self._rates] for step_s in self._level_s.tolist()]
+        for exponent, step_s in zip(levels.tolist(), self._level_s.tolist(), strict=True):
+            if exponent not in self._after:
+                self._after[exponent] = [one.after(step_s) for one in self._rates]
+        after = [self._after[exponent] for exponent in levels.tolist()]
         self._rate_s = np.array([[rate_s for rate_s, _ in own] for own in after])  # [levels, C, D]
         self._bubble_s = np.array([[bubble_s for _, bubble_s in own] for own in after])
         left_s = self._level_s[:, None] - self._bubble_s
         self._replacement = _replacement(
-            self._fleet, self._rate_s, left_s, self._unshared_s, self._longest_s
+            self._fleet, self._rate_s, left_s, self._begun_s, self._longest_s
         )
         self._is_kept = self._replacement.any(axis=0)
         self._cut_at = [plan @ self._replacement for plan in self._cut_at]
@@ -262,18 +266,23 @@ class Certificate:
         """Return float64 [K, prices]: what the steps' sequences are worth at the least."""
         values = np.empty((len(self._counts), len(prices)))
         kept = self._is_kept
-        shared, unshared, alone_s = (prices - unshared)[:, kept], unshared[:, kept], self._unshared_s[kept]
+        shared, unshared = (prices - unshared)[:, kept], unshared[:, kept]
         for level, rate_s in enumerate(self._rate_s[:, kept]):
-            steps = self._level_of == level
-            worth = [_cheapest(s, rate_s, u, alone_s) for s, u in zip(shared, unshared, strict=True)]
-            values[steps] = self._counts[steps] @ np.reshape(worth, (len(prices), rate_s.shape[1])).T
+            steps = np.flatnonzero(self._level_of == level)
+            there = np.flatnonzero(self._counts[steps].any(axis=0))
+            own_s, begun_s = rate_s[:, there], self._begun_s[np.ix_(kept, there)]
+            worth = [
+                _cheapest(*each, own_s, begun_s) for each in zip(shared, unshared, strict=True)
+            ]
+            counts = self._counts[np.ix_(steps, there)]
+            values[steps] = counts @ np.reshape(worth, (len(prices), len(there))).T
         return values
 
     def _with_unused(
         self, used: np.ndarray, shared: np.ndarray, unshared: np.ndarray, rate_s: np.ndarray
     ) -> np.ndarray:
         """Return the prices for shared sequences, with the least at which others are not used."""
-        worth = _cheapest(shared[used], rate_s[used], unshared[used], self._unshared_s[used])
+        worth = _cheapest(shared[used], unshared[used], rate_s[used], self._begun_s[used])
         worth = np.where(np.isfinite(worth), worth, 0.0)
         return np.where(used, shared, (worth / rate_s).max(axis=1))
 
@@ -305,7 +314,7 @@ class Certificate:
         candidate, length = np.nonzero(held)
         shares = len(candidate)
         busy = np.zeros((2 * number, shares))
-        for row, each_s in ((0, rate_s[used]), (number, self._unshared_s[used])):
+        for row, each_s in ((0, rate_s[used]), (number, self._begun_s[used])):
             work_s = np.where(np.isfinite(each_s), each_s, 0.0) * self._counts[step]
             work_s = np.add.reduceat(work_s, self._starts, axis=1)[:, there]
             busy[row + candidate, np.arange(shares)] = work_s[candidate, length]
@@ -337,15 +346,15 @@ class Certificate:
 
 
 def _cheapest(
-    shared: np.ndarray, rate_s: np.ndarray, unshared: np.ndarray, unshared_s: np.ndarray
+    shared: np.ndarray, unshared: np.ndarray, rate_s: np.ndarray, begun_s: np.ndarray
 ) -> np.ndarray:
     """Return float64 [D]: what sequences are worth on the candidates cheapest for each.
 
-    A replica's time limits both the sum of its sequences' rates and that of the unshared ones, so
+    A replica's time limits both the sum of its sequences' rates and that of what they begin, so
     each may have a part of its price.
     """
     with np.errstate(invalid="ignore"):  # a price of 0 for what does not fit
-        cost = shared[:, None] * rate_s + unshared[:, None] * unshared_s
+        cost = shared[:, None] * rate_s + unshared[:, None] * begun_s
     return np.where(np.isfinite(rate_s), cost, np.inf).min(axis=0)
 
 

@@ -13,6 +13,7 @@ from lobra.planner.packed.micro_batches import room_for
 from lobra.planner.packed.minorant import Minorant
 
 NEAR = 5e-4  # of the bound, or of the mean: nearer is not searched for
+SLOWEST = 0.5  # of what the slowest replica is late: those that are later give
 MOST_TRIED = 48  # sequences of a replica that are considered at once
 
 
@@ -37,7 +38,8 @@ def improve(
         times_s = filling.replica_time_s
         enough_s = (1.0 + NEAR) * max(bound_s, float(times_s.mean()))
         order = np.argsort(-times_s, kind="stable")
-        number = min(int((times_s > enough_s).sum()), len(order) // 2)
+        slow_s = enough_s + SLOWEST * max(0.0, float(times_s.max()) - enough_s)
+        number = min(int((times_s > slow_s).sum()), len(order) // 2)
         if not number or shift >= len(order) - number:
             break
         slow = order[:number]
