@@ -28,7 +28,7 @@ from lobra.planner.packed.shared_sizes import shared
 from lobra.planner.packed.step_work import StepWork, minorants_of, step_work
 from lobra.profiler.cost_model import CostModel
 
-ROUNDS = 30  # of local search
+ROUNDS = 20  # of local search
 FAR = 0.015  # from the bound: there another start is tried
 
 
