@@ -26,7 +26,7 @@ from lobra.profiler.cost_model import CostModel
 
 SLOPES = 33  # values of square_s that are tried, twice
 LEVELS = 192  # of the longest micro-batch's time
-NEAR = 1.02  # times the least step: where lines are to be near
+NEAR = 1.1  # times the least step, about what plans take: there lines are to be near
 STEEPNESS = np.linspace(1.0, 1.5, 41)
 
 
