@@ -21,12 +21,13 @@ import numpy as np
 from lobra.planner.clock import Clock
 from lobra.planner.fleet import Fleet
 from lobra.planner.longest_few import LongestFew
+from lobra.planner.prices import best_prices, cheapest, class_starts
+from lobra.planner.replacement import replacement
 from lobra.planner.sequence_rates import SequenceRates
 
 LOOKED_AT = 6  # steps of which a plan's prices are computed
-CLASSES = 64  # of lengths, in the linear programs that give prices
 LEVELS = 1.015  # ratio of step times that rates are told apart for
-TINY = 1e-300
+TINY, ONE = 1e-300, np.ones(1)
 SLACK = 1e-6  # relative: given away for the solver's tolerance
 MIP_GAP = 2e-4
 EXACT = 5e-4  # relative: what the program's value of a plan may be below that plan's bound
@@ -37,7 +38,8 @@ LEAST_S = 0.5  # for the integer program, however late it is
 class Certificate:
     """Lower bounds on the steps of plans, and on the mean step of any plan.
 
-    K steps, D lengths, C candidates, P vectors of prices. Plans are replicas, int64 [C].
+    K steps, D lengths, C candidates, P vectors of prices. Plans are replicas, int64 [C]. Rates and
+    bubbles are those of steps at least as long as each is known to be, by level.
 
     Parameters
     ----------
@@ -63,30 +65,33 @@ class Certificate:
         self._longest_few = LongestFew.of(rates, counts)
         longest_one = counts.shape[1] - 1 - np.argmax(counts[:, ::-1] > 0, axis=1)  # of each step
         self._longest_s = alone_s[:, longest_one]  # [C, K]
-        self._starts = _class_starts(np.isfinite(least_s))
+        self._starts = class_starts(np.isfinite(least_s))
         price = fleet.sizes / fleet.num_gpus
         self._least_step_s = np.maximum(  # [K]: on the plan best for each step alone
             np.where(counts > 0, alone_s.min(axis=0), 0.0).max(axis=1),
-            self._counts @ _cheapest(price, np.zeros(len(price)), least_s, least_s),
+            self._counts @ cheapest(price, np.zeros(len(price)), least_s, least_s),
         )
-        self._prices = self._unshared = np.empty((0, len(price)))  # [P, C]; of unshared ones
+        self._prices = self._begun = np.empty((0, len(price)))  # [P, C]; the part for begun ones
         self._cut_at: list[np.ndarray] = []
         self._after: dict[int, list[tuple[np.ndarray, float]]] = {}  # rates by level
         self._set_levels()
         # of every GPU, of those alone that hold more than some others, and of each layout alone
         max_tokens = fleet.max_tokens
         holds = max_tokens > np.unique([0, *max_tokens])[:-1, None]
-        own = np.eye(len(max_tokens))[self._holds & self._is_kept]
-        middle = self._rate_s[len(self._rate_s) // 2]
-        alone = [self._with_unused(one > 0, one, 0.0 * one, middle) for one in own]
-        own_worth = (own @ (fleet.num_gpus // fleet.sizes))[:, None]
-        prices = np.concatenate([np.where(holds, price, 0.0), np.array(alone) / own_worth])
+        middle = int(np.argsort(self._least_step_s)[len(counts) // 2])
+        alone = [
+            self._for_all(np.array([one]), middle, size / fleet.num_gpus * ONE, 0.0 * ONE)[0]
+            for one, size in enumerate(fleet.sizes.tolist())
+            if self._holds[one] and self._is_kept[one]
+        ]
+        prices = np.concatenate([np.where(holds, price, 0.0), np.array(alone)])
         self._add_prices(prices, np.zeros_like(prices))
         rare = self._values[:, -1] / self._values[:, 0]  # [K]
         order = np.argsort(rare, kind="stable")
         places = np.linspace(0, len(order) - 1, min(LOOKED_AT, len(order)))
         self._typical = order[np.rint(places).astype(np.int64)].tolist()
-        self._add_prices(*self._prices_of(self._typical))
+        found = np.array([self._prices_of_shares(step) for step in self._typical])
+        self._add_prices(found[:, 0], found[:, 1])
 
     def _set_levels(self) -> None:
         """Take the rates of steps that take as long as each is known to take at least."""
@@ -100,24 +105,24 @@ class Certificate:
         self._rate_s = np.array([[rate_s for rate_s, _ in own] for own in after])  # [levels, C, D]
         self._bubble_s = np.array([[bubble_s for _, bubble_s in own] for own in after])
         left_s = self._level_s[:, None] - self._bubble_s
-        self._replacement = _replacement(
+        self._replacement = replacement(
             self._fleet, self._rate_s, left_s, self._begun_s, self._longest_s
         )
         self._is_kept = self._replacement.any(axis=0)
         self._cut_at = [plan @ self._replacement for plan in self._cut_at]
-        self._values = self._values_at(self._prices, self._unshared)
+        self._values = self._values_at(self._prices, self._begun)
 
-    def _add_prices(self, prices: np.ndarray, unshared: np.ndarray) -> None:
-        """Add prices, [P, C], and the part of them that is for sequences that share with none."""
-        values = self._values_at(prices, unshared)
+    def _add_prices(self, prices: np.ndarray, begun: np.ndarray) -> None:
+        """Add prices, [P, C], and the part of them that is for what is begun."""
+        values = self._values_at(prices, begun)
         self._prices = np.concatenate([self._prices, prices])
-        self._unshared = np.concatenate([self._unshared, unshared])
+        self._begun = np.concatenate([self._begun, begun])
         self._values = np.concatenate([self._values, values], axis=1)
         least_s = (values / self._most_worth_of(prices)).max(axis=1)
         self._least_step_s = np.maximum(self._least_step_s, least_s)
         # the same with bubbles, of divisible replicas
         num_gpus, sizes = self._fleet.num_gpus, self._fleet.sizes
-        shared = prices - unshared
+        shared = prices - begun
         limits = (prices > 0) & self._is_kept
         for level, bubble_s in enumerate(self._bubble_s):
             steps = self._level_of == level
@@ -138,7 +143,8 @@ class Certificate:
         self._cut_at.append(replicas)
         steps = self._typical if steps is None else steps
         if steps:
-            self._add_prices(*self._prices_of(steps, replicas))
+            found = np.array([self._prices_of(replicas, step) for step in steps])
+            self._add_prices(found[:, 0], found[:, 1])
 
     def steps_s(self, plans: np.ndarray) -> np.ndarray:
         """Return float64 [plans, K]: what each step takes at least; plans is int64 [plans, C]."""
@@ -210,7 +216,7 @@ class Certificate:
         by_price = self._by_price(replicas)
         best, steps = by_price.argmax(axis=1), np.arange(len(by_price))
         value, price = self._values[steps, best], self._prices[best]
-        shared = price - self._unshared[best]
+        shared = price - self._begun[best]
         lost_s = shared * self._bubble_s[self._level_of]  # [K, C]: of each replica
         most_s = (lost_s / self._fleet.sizes)[:, self._is_kept].max(axis=1) * self._fleet.num_gpus
         low, high = np.sqrt(value), np.sqrt(value + most_s)
@@ -243,7 +249,7 @@ class Certificate:
         return self._longest_s[plan > 0].min(axis=0, initial=np.inf)
 
     def _most_worth_of(self, prices: np.ndarray) -> np.ndarray:
-        """Return float64 [P]: the greatest ``price . n`` of plans that hold the longest sequence."""
+        """Return float64 [P]: the greatest ``price . n`` of plans that hold the longest."""
         sizes, num_gpus = self._fleet.sizes[self._is_kept], self._fleet.num_gpus
         price = prices[:, self._is_kept]
         best = np.zeros((len(price), num_gpus + 1))
@@ -257,146 +263,70 @@ class Certificate:
     def _by_price(self, replicas: np.ndarray) -> np.ndarray:
         """Return float64 [K, P]: the steps' bounds on a plan by every vector of prices."""
         worth = self._prices @ replicas
-        lost_s = self._bubble_s @ ((self._prices - self._unshared) * replicas).T  # [levels, P]
+        lost_s = self._bubble_s @ ((self._prices - self._begun) * replicas).T  # [levels, P]
         with np.errstate(divide="ignore", invalid="ignore"):
             bound_s = (self._values + lost_s[self._level_of]) / worth
             return np.where(self._values > 0, bound_s, 0.0)
 
-    def _values_at(self, prices: np.ndarray, unshared: np.ndarray) -> np.ndarray:
+    def _values_at(self, prices: np.ndarray, begun: np.ndarray) -> np.ndarray:
         """Return float64 [K, prices]: what the steps' sequences are worth at the least."""
         values = np.empty((len(self._counts), len(prices)))
         kept = self._is_kept
-        shared, unshared = (prices - unshared)[:, kept], unshared[:, kept]
+        shared, begun = (prices - begun)[:, kept], begun[:, kept]
         for level, rate_s in enumerate(self._rate_s[:, kept]):
             steps = np.flatnonzero(self._level_of == level)
             there = np.flatnonzero(self._counts[steps].any(axis=0))
             own_s, begun_s = rate_s[:, there], self._begun_s[np.ix_(kept, there)]
-            worth = [
-                _cheapest(*each, own_s, begun_s) for each in zip(shared, unshared, strict=True)
-            ]
+            worth = [cheapest(*each, own_s, begun_s) for each in zip(shared, begun, strict=True)]
             counts = self._counts[np.ix_(steps, there)]
             values[steps] = counts @ np.reshape(worth, (len(prices), len(there))).T
         return values
 
-    def _with_unused(
-        self, used: np.ndarray, shared: np.ndarray, unshared: np.ndarray, rate_s: np.ndarray
-    ) -> np.ndarray:
-        """Return the prices for shared sequences, with the least at which others are not used."""
-        worth = _cheapest(shared[used], unshared[used], rate_s[used], self._begun_s[used])
-        worth = np.where(np.isfinite(worth), worth, 0.0)
-        return np.where(used, shared, (worth / rate_s).max(axis=1))
+    def _prices_of(self, replicas: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return prices at which a plan's bound on a step is highest, float64 [C], in two parts.
 
-    def _prices_of(
-        self, steps: Sequence[int], replicas: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return prices at which a plan's bounds on steps are highest, float64 [steps, C] twice.
-
-        The first are whole, the second what of them is for sequences that share with no other. All
-        the plan's replicas together have the price 1. Candidates that the plan has none of are as
-        cheap as they can be without being used. Without a plan: of the best one of divisible
-        replicas.
+        The first are whole, the second what of them is for what is begun. All the plan's replicas
+        together have the price 1. Candidates that the plan has none of are as cheap as they can be
+        without being used.
         """
-        found = [
-            self._dual(step, replicas) for step in steps
-        ]
-        return np.array([p for p, _ in found]), np.array([u for _, u in found])
+        used = np.flatnonzero(replicas)
+        number = replicas[used].astype(np.float64)
+        lost_s = np.concatenate([number * self._bubble_s[self._level_of[step], used], 0.0 * number])
+        found = best_prices(self._work_s(used, step), np.tile(number, 2)[:, None], lost_s, ONE)
+        prices, begun = self._for_all(used, step, *found)
+        return prices / (prices @ replicas), begun / (prices @ replicas)
 
-    def _dual(self, step: int, replicas: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        from scipy.optimize import linprog
+    def _prices_of_shares(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the same for the plan of divisible replicas that is best for the step alone."""
+        used = np.flatnonzero(self._is_kept)
+        level = self._level_of[step]
+        left = 1.0 - self._bubble_s[level, used] / self._level_s[level]
+        time_s = np.concatenate([np.diag(left), np.eye(len(used))])  # of replicas for a second
+        sizes = self._fleet.sizes[used].astype(np.float64)
+        found = best_prices(self._work_s(used, step), time_s, np.zeros(len(time_s)), sizes)
+        prices, begun = self._for_all(used, step, *found)
+        return prices / prices.max(), begun / prices.max()
 
-        is_used = self._is_kept if replicas is None else replicas > 0
-        used = np.flatnonzero(is_used)
-        level, number = self._level_of[step], len(used)
-        rate_s, bubble_s = self._rate_s[level], self._bubble_s[level, used]
-        held = np.isfinite(rate_s[:, self._starts])[used]
-        there = (np.add.reduceat(self._counts[step], self._starts) > 0) & held.any(axis=0)
-        held = held[:, there]
-        candidate, length = np.nonzero(held)
-        shares = len(candidate)
-        busy = np.zeros((2 * number, shares))
-        for row, each_s in ((0, rate_s[used]), (number, self._begun_s[used])):
-            work_s = np.where(np.isfinite(each_s), each_s, 0.0) * self._counts[step]
-            work_s = np.add.reduceat(work_s, self._starts, axis=1)[:, there]
-            busy[row + candidate, np.arange(shares)] = work_s[candidate, length]
-        whole = np.zeros((held.shape[1], shares))
-        whole[length, np.arange(shares)] = 1.0
-        if replicas is None:  # further columns: the seconds of each candidate's replicas
-            left = 1.0 - bubble_s / self._level_s[level]
-            more = -np.concatenate([np.diag(left), np.eye(number)])
-            limit = np.zeros(2 * number)
-            cost = self._fleet.sizes[used]
-        else:  # a further column: the step
-            more = -np.tile(replicas[used], 2)[:, None]
-            limit = np.concatenate([-replicas[used] * bubble_s, np.zeros(number)])
-            cost = np.ones(1)
-        found = linprog(
-            np.concatenate([np.zeros(shares), cost]),
-            A_ub=np.concatenate([busy, more], axis=1),
-            b_ub=limit,
-            A_eq=np.concatenate([whole, np.zeros((len(whole), more.shape[1]))], axis=1),
-            b_eq=np.ones(len(whole)),
-        )
-        shared, unshared = np.zeros(len(is_used)), np.zeros(len(is_used))
-        dual = np.maximum(-found.ineqlin.marginals, 0.0)
-        shared[used], unshared[used] = dual[:number], dual[number:]
-        shared = self._with_unused(is_used, shared, unshared, rate_s)
-        prices = shared + unshared
-        scale = prices.max() if replicas is None else prices @ replicas
-        return prices / scale, unshared / scale
+    def _work_s(self, used: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return a step's work on candidates, by classes of lengths, for `best_prices`."""
+        counts = self._counts[step]
+        there = np.add.reduceat(counts, self._starts) > 0
+        rate_s = self._rate_s[self._level_of[step], used]
+        with np.errstate(invalid="ignore"):  # none of what does not fit
+            work_s = [
+                np.add.reduceat(np.where(counts > 0, each_s * counts, 0.0), self._starts, axis=1)
+                for each_s in (rate_s, self._begun_s[used])
+            ]
+        there &= np.isfinite(work_s[0]).any(axis=0)
+        return work_s[0][:, there], work_s[1][:, there]
 
-
-def _cheapest(
-    shared: np.ndarray, unshared: np.ndarray, rate_s: np.ndarray, begun_s: np.ndarray
-) -> np.ndarray:
-    """Return float64 [D]: what sequences are worth on the candidates cheapest for each.
-
-    A replica's time limits both the sum of its sequences' rates and that of what they begin, so
-    each may have a part of its price.
-    """
-    with np.errstate(invalid="ignore"):  # a price of 0 for what does not fit
-        cost = shared[:, None] * rate_s + unshared[:, None] * begun_s
-    return np.where(np.isfinite(rate_s), cost, np.inf).min(axis=0)
-
-
-def _replacement(
-    fleet: Fleet,
-    rate_s: np.ndarray,
-    left_s: np.ndarray,
-    unshared_s: np.ndarray,
-    longest_s: np.ndarray,
-) -> np.ndarray:
-    """Return plans of single candidates as plans of those that no others replace, int64 [C, C].
-
-    As many replicas of another on the same GPUs replace one if they do no less of any length, by
-    rates [levels, C, D] in the seconds that bubbles leave of a step, [levels, C], and of unshared
-    ones [C, D], and the longest sequences alone [C, K] take no longer.
-    """
-    kept: list[int] = []
-    replacement = np.zeros((len(fleet.sizes), len(fleet.sizes)), dtype=np.int64)
-    finite_s, unshared_s = (np.where(np.isfinite(each), each, 1e30) for each in (rate_s, unshared_s))
-    done = left_s[:, :, None] / finite_s
-    for index in np.lexsort((finite_s.sum(axis=(0, 2)), fleet.sizes)).tolist():
-        for other in kept:
-            number, left = divmod(int(fleet.sizes[index]), int(fleet.sizes[other]))
-            if (
-                not left
-                and fleet.max_tokens[other] >= fleet.max_tokens[index]
-                and (longest_s[other] <= longest_s[index]).all()
-                and (finite_s[:, other] <= finite_s[:, index] * number).all()
-                and (done[:, other] * number >= done[:, index]).all()
-                and (unshared_s[other] <= unshared_s[index] * number).all()
-            ):
-                replacement[index, other] = number
-                break
-        else:
-            kept.append(index)
-            replacement[index, index] = 1
-    return replacement
-
-
-def _class_starts(held: np.ndarray) -> np.ndarray:
-    """Return where classes of lengths start: those of one are held (bool [C, D]) by the same."""
-    number = held.shape[1]
-    equal = np.linspace(0, number, min(CLASSES, number), endpoint=False).astype(np.int64)
-    changes = np.flatnonzero((held[:, 1:] != held[:, :-1]).any(axis=0)) + 1
-    return np.unique(np.concatenate([equal, changes]))
+    def _for_all(
+        self, used: np.ndarray, step: int, own: np.ndarray, own_begun: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return prices of used candidates with the least at which others are not used."""
+        rate_s = self._rate_s[self._level_of[step]]
+        worth = cheapest(own, own_begun, rate_s[used], self._begun_s[used])
+        prices = (np.where(np.isfinite(worth), worth, 0.0) / rate_s).max(axis=1)
+        begun = np.zeros(len(rate_s))
+        prices[used], begun[used] = own + own_begun, own_begun
+        return prices, begun

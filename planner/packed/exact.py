@@ -205,7 +205,7 @@ class _Search:
             for place in np.argsort(bounds_s, kind="stable").tolist():
                 if bounds_s[place] >= best_s * (1 - TARGET_GAP) or self.is_out(share):
                     break
-                if self.is_time_for_all_steps():
+                if self.is_out(NAMED) and self.is_time_for_all_steps():
                     return
                 key = self.try_plan(near[place])
                 if key is not None and self.estimates()[key] < best_s * (1 - TARGET_GAP):
