@@ -9,7 +9,8 @@ is convex. For any r > 0 it is at least ``2 r a(n) - r^2 (prices . n)``. Nor is 
 its longest sequence alone takes on the fastest candidate that a plan has. So for each plan that was
 looked at there is a plane below the mean step, made of what is best there for each step; the least
 mean over all plans comes from an integer program in n (Kelley's cutting planes). Prices come from
-the linear programs of plans that were looked at; any give a valid bound.
+the linear programs of plans that were looked at; any give a valid bound. The longer a step takes at
+least, the better are its rates: they are taken anew when prices have shown more.
 """
 
 from __future__ import annotations
@@ -78,11 +79,12 @@ class Certificate:
         # of every GPU, of those alone that hold more than some others, and of each layout alone
         max_tokens = fleet.max_tokens
         holds = max_tokens > np.unique([0, *max_tokens])[:-1, None]
+        holders = (self._holds & self._is_kept).tolist()
         middle = int(np.argsort(self._least_step_s)[len(counts) // 2])
         alone = [
             self._for_all(np.array([one]), middle, size / fleet.num_gpus * ONE, 0.0 * ONE)[0]
             for one, size in enumerate(fleet.sizes.tolist())
-            if self._holds[one] and self._is_kept[one]
+            if holders[one]
         ]
         prices = np.concatenate([np.where(holds, price, 0.0), np.array(alone)])
         self._add_prices(prices, np.zeros_like(prices))

@@ -34,7 +34,7 @@ MOST_FULLY = 3
 def default_limit_s(num_gpus: int) -> float:
     """Return the seconds the search takes at most when no limit is given."""
     if num_gpus <= 64:
-        return 4.5
+        return 4.0
     return 12.0 if num_gpus <= 256 else 35.0
 
 

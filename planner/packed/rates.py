@@ -8,6 +8,8 @@ seconds leaves t - (pp - 1) z for work, done in micro-batches of at most z, whos
 the higher the smaller z is. With the best z for it, a replica does A(t) of sequences of one length;
 A is convex and never rises faster than one for each ``token_s s + square_s s^2`` of the largest z.
 So a line of that slope through A at the least time that the step takes is above A from there on.
+Without a pipeline A(t) is what whole micro-batches can do in t seconds: worth at most t at those
+rates, and just that only where some number of the best ones takes t.
 """
 
 from __future__ import annotations
@@ -188,8 +190,8 @@ def rates_of(
     last = np.searchsorted(time_s, longest_s[1:], side="left") - 1  # below the next level
     token_s = np.maximum(token_s[np.append(last, -1)], 0.0)
     full = _upper_hull(time_s, token_s[-1] * tokens[order] + square_s * squares[order])
-    alone = 2 * held > most
-    typical = np.average(held[alone], weights=weight[fits][alone]) if alone.any() else most
+    large = 2 * held > most
+    typical = np.average(held[large], weights=weight[fits][large]) if large.any() else most
     begun = _start_and_token(tokens, time_s[np.argsort(order)] - square_s * squares, typical)
     return Rates(lengths, weight, square_s, longest_s, token_s, own_s, bubbles, most, *full, *begun)
 
