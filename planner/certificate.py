@@ -9,25 +9,26 @@ is convex. For any r > 0 it is at least ``2 r a(n) - r^2 (prices . n)``. Nor is 
 its longest sequence alone takes on the fastest candidate that a plan has. So for each plan that was
 looked at there is a plane below the mean step, made of what is best there for each step; the least
 mean over all plans comes from an integer program in n (Kelley's cutting planes). Prices come from
-the linear programs of plans that were looked at; any give a valid bound.
+the linear programs of plans that were looked at; any give a valid bound. The longer a step takes at
+least, the better are its rates: they are taken anew when prices have shown more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
 from lobra.planner.clock import Clock
 from lobra.planner.fleet import Fleet
 from lobra.planner.longest_few import LongestFew
+from lobra.planner.prices import best_prices, cheapest, class_starts
+from lobra.planner.replacement import replacement
 from lobra.planner.sequence_rates import SequenceRates
 
 LOOKED_AT = 6  # steps of which a plan's prices are computed
-CLASSES = 64  # of lengths, in the linear programs that give prices
-LEVELS = 1.03  # ratio of step times that rates are told apart for
-TINY = 1e-300
+LEVELS = 1.015  # ratio of step times that rates are told apart for
+TINY, ONE = 1e-300, np.ones(1)
 SLACK = 1e-6  # relative: given away for the solver's tolerance
 MIP_GAP = 2e-4
 EXACT = 5e-4  # relative: what the program's value of a plan may be below that plan's bound
@@ -38,8 +39,8 @@ LEAST_S = 0.5  # for the integer program, however late it is
 class Certificate:
     """Lower bounds on the steps of plans, and on the mean step of any plan.
 
-    K steps, D lengths, C candidates, P vectors of prices. Plans are replicas, int64 [C]. Inside, C
-    are the candidates that no others replace.
+    K steps, D lengths, C candidates, P vectors of prices. Plans are replicas, int64 [C]. Rates and
+    bubbles are those of steps at least as long as each is known to be, by level.
 
     Parameters
     ----------
@@ -56,47 +57,83 @@ class Certificate:
     def __init__(
         self, fleet: Fleet, longest: int, counts: np.ndarray, rates: Sequence[SequenceRates]
     ) -> None:
+        self._fleet, self._rates = fleet, tuple(rates)
         self._counts = counts.astype(np.float64)
+        self._holds = fleet.max_tokens >= longest
         least_s = np.stack([one.least_s for one in rates])  # [C, D]
-        alone_s = np.stack([one.alone_s for one in rates]).min(axis=0)
+        alone_s = np.stack([one.alone_s for one in rates])
+        self._begun_s = np.stack([one.begun_s for one in rates])  # [C, D]
+        self._longest_few = LongestFew.of(rates, counts)
+        longest_one = counts.shape[1] - 1 - np.argmax(counts[:, ::-1] > 0, axis=1)  # of each step
+        self._longest_s = alone_s[:, longest_one]  # [C, K]
+        self._starts = class_starts(np.isfinite(least_s))
         price = fleet.sizes / fleet.num_gpus
         self._least_step_s = np.maximum(  # [K]: on the plan best for each step alone
-            np.where(counts > 0, alone_s, 0.0).max(axis=1),
-            self._counts @ _cheapest(price, least_s, np.zeros(len(price)), least_s),
+            np.where(counts > 0, alone_s.min(axis=0), 0.0).max(axis=1),
+            self._counts @ cheapest(price, np.zeros(len(price)), least_s, least_s),
         )
+        self._prices = self._begun = np.empty((0, len(price)))  # [P, C]; the part for begun ones
+        self._cut_at: list[np.ndarray] = []
+        self._after: dict[int, list[tuple[np.ndarray, float]]] = {}  # rates by level
+        self._set_levels()
+        # of every GPU, of those alone that hold more than some others, and of each layout alone
+        max_tokens = fleet.max_tokens
+        holds = max_tokens > np.unique([0, *max_tokens])[:-1, None]
+        holders = (self._holds & self._is_kept).tolist()
+        middle = int(np.argsort(self._least_step_s)[len(counts) // 2])
+        alone = [
+            self._for_all(np.array([one]), middle, size / fleet.num_gpus * ONE, 0.0 * ONE)[0]
+            for one, size in enumerate(fleet.sizes.tolist())
+            if holders[one]
+        ]
+        prices = np.concatenate([np.where(holds, price, 0.0), np.array(alone)])
+        self._add_prices(prices, np.zeros_like(prices))
+        rare = self._values[:, -1] / self._values[:, 0]  # [K]
+        order = np.argsort(rare, kind="stable")
+        places = np.linspace(0, len(order) - 1, min(LOOKED_AT, len(order)))
+        self._typical = order[np.rint(places).astype(np.int64)].tolist()
+        found = np.array([self._prices_of_shares(step) for step in self._typical])
+        self._add_prices(found[:, 0], found[:, 1])
+
+    def _set_levels(self) -> None:
+        """Take the rates of steps that take as long as each is known to take at least."""
         level = np.floor(np.log(self._least_step_s) / np.log(LEVELS)).astype(np.int64)
         levels, self._level_of = np.unique(level, return_inverse=True)
-        after = [[one.after(LEVELS**exponent) for one in rates] for exponent in levels.tolist()]
-        rate_s = np.array([[rate_s for rate_s, _ in own] for own in after])  # [levels, C, D]
-        bubble_s = np.array([[bubble_s for _, bubble_s in own] for own in after])
-        longest_one = counts.shape[1] - 1 - np.argmax(counts[:, ::-1] > 0, axis=1)  # of each step
-        longest_s = np.stack([one.alone_s[longest_one] for one in rates])  # [C, K]
-        self._kept, self._as_kept = _undominated(fleet, rate_s, bubble_s, longest_s)
-        self._longest_s = longest_s[self._kept]
-        self._longest_few = LongestFew.of(rates, counts)
-        self._rate_s, self._bubble_s = rate_s[:, self._kept], bubble_s[:, self._kept]
-        self._unshared_s = np.stack([rates[index].unshared_s for index in self._kept])  # [C, D]
-        self._fleet = replace(fleet, candidates=tuple(fleet.candidates[i] for i in self._kept))
-        self._holds = self._fleet.max_tokens >= longest
-        self._starts = _class_starts(np.isfinite(least_s[self._kept]))
-        # of every GPU, of those alone that hold more than some others, and of each layout alone
-        max_tokens = self._fleet.max_tokens
-        holds = max_tokens > np.unique([0, *max_tokens])[:-1, None]
-        own = np.eye(len(max_tokens))[self._holds]
-        alone = [
-            self._with_unused(one > 0, one, 0.0 * one, self._rate_s[len(levels) // 2])
-            for one in own
-        ]
-        own_worth = (own @ (fleet.num_gpus // self._fleet.sizes))[:, None]
-        self._prices = np.concatenate(  # [P, C]
-            [np.where(holds, price[self._kept], 0.0), np.array(alone) / own_worth]
+        self._level_s = LEVELS ** levels.astype(np.float64)
+        for exponent, step_s in zip(levels.tolist(), self._level_s.tolist(), strict=True):
+            if exponent not in self._after:
+                self._after[exponent] = [one.after(step_s) for one in self._rates]
+        after = [self._after[exponent] for exponent in levels.tolist()]
+        self._rate_s = np.array([[rate_s for rate_s, _ in own] for own in after])  # [levels, C, D]
+        self._bubble_s = np.array([[bubble_s for _, bubble_s in own] for own in after])
+        left_s = self._level_s[:, None] - self._bubble_s
+        self._replacement = replacement(
+            self._fleet, self._rate_s, left_s, self._begun_s, self._longest_s
         )
-        self._unshared = np.zeros_like(self._prices)  # [P, C]: the part that unshared ones cost
-        self._most_worth = np.array([self._most_worth_at(price) for price in self._prices])  # [P]
-        self._looked_at: list[np.ndarray] = []
-        self._cut_at: list[np.ndarray] = []
-        self._set_values(self._values_at(self._prices, self._unshared))
-        self._rare = self._values[:, -1] / self._values[:, 0]  # [K]
+        self._is_kept = self._replacement.any(axis=0)
+        self._cut_at = [plan @ self._replacement for plan in self._cut_at]
+        self._values = self._values_at(self._prices, self._begun)
+
+    def _add_prices(self, prices: np.ndarray, begun: np.ndarray) -> None:
+        """Add prices, [P, C], and the part of them that is for what is begun."""
+        values = self._values_at(prices, begun)
+        self._prices = np.concatenate([self._prices, prices])
+        self._begun = np.concatenate([self._begun, begun])
+        self._values = np.concatenate([self._values, values], axis=1)
+        least_s = (values / self._most_worth_of(prices)).max(axis=1)
+        self._least_step_s = np.maximum(self._least_step_s, least_s)
+        # the same with bubbles, of divisible replicas
+        num_gpus, sizes = self._fleet.num_gpus, self._fleet.sizes
+        shared = prices - begun
+        limits = (prices > 0) & self._is_kept
+        for level, bubble_s in enumerate(self._bubble_s):
+            steps = self._level_of == level
+            each_s = values[steps][:, :, None] * (sizes / num_gpus) + shared * bubble_s
+            each_s = np.where(limits, each_s / np.where(limits, prices, 1.0), np.inf)
+            least_s = each_s.min(axis=2).max(axis=1)
+            self._least_step_s[steps] = np.maximum(self._least_step_s[steps], least_s)
+        if np.mean(self._least_step_s / self._level_s[self._level_of]) > LEVELS**2:
+            self._set_levels()
 
     def look_at(self, replicas: np.ndarray, steps: Sequence[int] | None = None) -> None:
         """Add the prices of a plan, and have the integer program see what it takes at least.
@@ -104,50 +141,34 @@ class Certificate:
         They are computed for the ``steps``, or for some with much and some with little of what few
         candidates hold.
         """
-        if steps is None:
-            order = np.argsort(self._rare, kind="stable")
-            places = np.linspace(0, len(order) - 1, min(LOOKED_AT, len(order)))
-            steps = order[np.rint(places).astype(np.int64)].tolist()
-        replicas = replicas @ self._as_kept
-        self._looked_at.append(replicas)
+        replicas = replicas @ self._replacement
         self._cut_at.append(replicas)
-        if not steps:
-            return
-        found = np.array([self._prices_of(replicas, step) for step in steps])
-        prices, unshared = found[:, 0], found[:, 1]
-        self._prices = np.concatenate([self._prices, prices])
-        self._unshared = np.concatenate([self._unshared, unshared])
-        most = [self._most_worth_at(price) for price in prices]
-        self._most_worth = np.concatenate([self._most_worth, most])
-        values = self._values_at(prices, unshared)
-        self._set_values(np.concatenate([self._values, values], axis=1))
+        steps = self._typical if steps is None else steps
+        if steps:
+            found = np.array([self._prices_of(replicas, step) for step in steps])
+            self._add_prices(found[:, 0], found[:, 1])
 
     def steps_s(self, plans: np.ndarray) -> np.ndarray:
         """Return float64 [plans, K]: what each step takes at least; plans is int64 [plans, C]."""
-        kept = plans @ self._as_kept
-        found_s = np.stack([self._bounds_s(plan) for plan in kept])
+        found_s = np.stack([self._bounds_s(plan) for plan in plans @ self._replacement])
         crowded_s = np.stack([self._longest_few.steps_s(plan) for plan in plans])
         return np.maximum(found_s, crowded_s)
 
     def minimum(self, limit_s: float = MIP_LIMIT_S) -> tuple[float, np.ndarray | None]:
         """Return what the mean step of any plan takes at least, and the plan that may take it."""
         clock = Clock(limit_s)
-        bound_s, kept = float(self._least_step_s.mean()), None
+        bound_s, best = float(self._least_step_s.mean()), None
         while clock.left_s > 0:
             found_s, found = self._solve(clock.left_s)
             if found is None:
                 break
-            bound_s, kept = max(bound_s, found_s), found
+            bound_s, best = max(bound_s, found_s), found
             if self._known_s(found) <= bound_s * (1 + EXACT):
                 break
             if any((found == other).all() for other in self._cut_at):
                 break
             self._cut_at.append(found)
-        replicas = None
-        if kept is not None:
-            replicas = np.zeros(len(self._as_kept), dtype=np.int64)
-            replicas[self._kept] = kept
-        return bound_s * (1 - SLACK), replicas
+        return bound_s * (1 - SLACK), best
 
     def mean_s(self, replicas: np.ndarray, clock: Clock) -> float:
         """Return what the mean step of any plan takes at least, starting from a good plan."""
@@ -180,7 +201,7 @@ class Certificate:
                 LinearConstraint(rows, [least_s for least_s, _ in planes], np.inf),
                 LinearConstraint(plan, 1, [np.inf, num_gpus]),
             ],
-            bounds=(0, [*(num_gpus // sizes), np.inf]),
+            bounds=(0, [*np.where(self._is_kept, num_gpus // sizes, 0), np.inf]),
             integrality=[1] * len(sizes) + [0],
             options={"time_limit": limit_s, "mip_rel_gap": MIP_GAP},
         )
@@ -197,9 +218,9 @@ class Certificate:
         by_price = self._by_price(replicas)
         best, steps = by_price.argmax(axis=1), np.arange(len(by_price))
         value, price = self._values[steps, best], self._prices[best]
-        shared = price - self._unshared[best]
+        shared = price - self._begun[best]
         lost_s = shared * self._bubble_s[self._level_of]  # [K, C]: of each replica
-        most_s = (lost_s / self._fleet.sizes).max(axis=1) * self._fleet.num_gpus
+        most_s = (lost_s / self._fleet.sizes)[:, self._is_kept].max(axis=1) * self._fleet.num_gpus
         low, high = np.sqrt(value), np.sqrt(value + most_s)
         rise = (high - low) / np.maximum(most_s, TINY)
         ratio = (low + rise * (lost_s @ replicas)) / (price @ replicas)
@@ -229,138 +250,85 @@ class Certificate:
         """Return float64 [K]: of each step's longest sequence alone, where the plan is fastest."""
         return self._longest_s[plan > 0].min(axis=0, initial=np.inf)
 
-    def _set_values(self, values: np.ndarray) -> None:
-        """Take the steps' values, [K, P], and with them what each takes on the plan best for it."""
-        self._values = values
-        least_s = (values / self._most_worth).max(axis=1)
-        self._least_step_s = np.maximum(self._least_step_s, least_s)
-
-    def _most_worth_at(self, price: np.ndarray) -> float:
-        """Return the greatest ``price . n`` of all plans that hold the longest sequence."""
-        sizes, num_gpus = self._fleet.sizes, self._fleet.num_gpus
-        best = np.zeros(num_gpus + 1)
+    def _most_worth_of(self, prices: np.ndarray) -> np.ndarray:
+        """Return float64 [P]: the greatest ``price . n`` of plans that hold the longest."""
+        sizes, num_gpus = self._fleet.sizes[self._is_kept], self._fleet.num_gpus
+        price = prices[:, self._is_kept]
+        best = np.zeros((len(price), num_gpus + 1))
         for gpus in range(1, num_gpus + 1):
             fits = sizes <= gpus
-            best[gpus] = (best[gpus - sizes[fits]] + price[fits]).max(initial=best[gpus - 1])
-        holders = self._holds & (sizes <= num_gpus)
-        return float((best[num_gpus - sizes[holders]] + price[holders]).max())
+            with_one = best[:, gpus - sizes[fits]] + price[:, fits]
+            best[:, gpus] = np.maximum(best[:, gpus - 1], with_one.max(axis=1, initial=0.0))
+        holders = self._holds[self._is_kept] & (sizes <= num_gpus)
+        return (best[:, num_gpus - sizes[holders]] + price[:, holders]).max(axis=1)
 
     def _by_price(self, replicas: np.ndarray) -> np.ndarray:
         """Return float64 [K, P]: the steps' bounds on a plan by every vector of prices."""
         worth = self._prices @ replicas
-        bubble_s = (self._bubble_s @ ((self._prices - self._unshared) * replicas).T)[
-            self._level_of
-        ]  # [K, P]
+        lost_s = self._bubble_s @ ((self._prices - self._begun) * replicas).T  # [levels, P]
         with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(self._values > 0, (self._values + bubble_s) / worth, 0.0)
+            bound_s = (self._values + lost_s[self._level_of]) / worth
+            return np.where(self._values > 0, bound_s, 0.0)
 
-    def _values_at(self, prices: np.ndarray, unshared: np.ndarray) -> np.ndarray:
+    def _values_at(self, prices: np.ndarray, begun: np.ndarray) -> np.ndarray:
         """Return float64 [K, prices]: what the steps' sequences are worth at the least."""
         values = np.empty((len(self._counts), len(prices)))
-        for level, rate_s in enumerate(self._rate_s):
-            steps = self._level_of == level
-            worth = [
-                _cheapest(price - part, rate_s, part, self._unshared_s)
-                for price, part in zip(prices, unshared, strict=True)
-            ]
-            values[steps] = self._counts[steps] @ np.array(worth).T
+        kept = self._is_kept
+        shared, begun = (prices - begun)[:, kept], begun[:, kept]
+        for level, rate_s in enumerate(self._rate_s[:, kept]):
+            steps = np.flatnonzero(self._level_of == level)
+            there = np.flatnonzero(self._counts[steps].any(axis=0))
+            own_s, begun_s = rate_s[:, there], self._begun_s[np.ix_(kept, there)]
+            worth = [cheapest(*each, own_s, begun_s) for each in zip(shared, begun, strict=True)]
+            counts = self._counts[np.ix_(steps, there)]
+            values[steps] = counts @ np.reshape(worth, (len(prices), len(there))).T
         return values
-
-    def _with_unused(
-        self, used: np.ndarray, shared: np.ndarray, unshared: np.ndarray, rate_s: np.ndarray
-    ) -> np.ndarray:
-        """Return the prices for shared sequences, with the least at which others are not used."""
-        worth = _cheapest(shared[used], rate_s[used], unshared[used], self._unshared_s[used])
-        worth = np.where(np.isfinite(worth), worth, 0.0)
-        return np.where(used, shared, (worth / rate_s).max(axis=1))
 
     def _prices_of(self, replicas: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Return prices at which a plan's bound on a step is highest, float64 [C], in two parts.
 
-        The first are whole, the second what of them is for sequences that share with no other. All
-        the plan's replicas together have the price 1. Candidates that the plan has none of are as
-        cheap as they can be without being used.
+        The first are whole, the second what of them is for what is begun. All the plan's replicas
+        together have the price 1. Candidates that the plan has none of are as cheap as they can be
+        without being used.
         """
-        from scipy.optimize import linprog
-
         used = np.flatnonzero(replicas)
-        level, number = self._level_of[step], len(used)
-        rate_s, bubble_s = self._rate_s[level], self._bubble_s[level, used]
-        held = np.isfinite(rate_s[:, self._starts])[used]
-        there = (np.add.reduceat(self._counts[step], self._starts) > 0) & held.any(axis=0)
-        held = held[:, there]
-        candidate, length = np.nonzero(held)
-        columns = len(candidate) + 1
-        busy = np.zeros((2 * number, columns))
-        for row, each_s in ((0, rate_s[used]), (number, self._unshared_s[used])):
-            work_s = np.where(np.isfinite(each_s), each_s, 0.0) * self._counts[step]
-            work_s = np.add.reduceat(work_s, self._starts, axis=1)[:, there]
-            busy[row + candidate, np.arange(columns - 1)] = work_s[candidate, length]
-        busy[:, -1] = -np.tile(replicas[used], 2)
-        whole = np.zeros((held.shape[1], columns))
-        whole[length, np.arange(columns - 1)] = 1.0
-        found = linprog(
-            np.arange(columns) == columns - 1,
-            A_ub=busy,
-            b_ub=np.concatenate([-replicas[used] * bubble_s, np.zeros(number)]),
-            A_eq=whole,
-            b_eq=np.ones(len(whole)),
-        )
-        shared, unshared = np.zeros(len(replicas)), np.zeros(len(replicas))
-        dual = np.maximum(-found.ineqlin.marginals, 0.0)
-        shared[used], unshared[used] = dual[:number], dual[number:]
-        shared = self._with_unused(replicas > 0, shared, unshared, rate_s)
-        prices = shared + unshared
-        return prices / (prices @ replicas), unshared / (prices @ replicas)
+        number = replicas[used].astype(np.float64)
+        lost_s = np.concatenate([number * self._bubble_s[self._level_of[step], used], 0.0 * number])
+        found = best_prices(self._work_s(used, step), np.tile(number, 2)[:, None], lost_s, ONE)
+        prices, begun = self._for_all(used, step, *found)
+        return prices / (prices @ replicas), begun / (prices @ replicas)
 
+    def _prices_of_shares(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the same for the plan of divisible replicas that is best for the step alone."""
+        used = np.flatnonzero(self._is_kept)
+        level = self._level_of[step]
+        left = 1.0 - self._bubble_s[level, used] / self._level_s[level]
+        time_s = np.concatenate([np.diag(left), np.eye(len(used))])  # of replicas for a second
+        sizes = self._fleet.sizes[used].astype(np.float64)
+        found = best_prices(self._work_s(used, step), time_s, np.zeros(len(time_s)), sizes)
+        prices, begun = self._for_all(used, step, *found)
+        return prices / prices.max(), begun / prices.max()
 
-def _cheapest(
-    shared: np.ndarray, rate_s: np.ndarray, unshared: np.ndarray, unshared_s: np.ndarray
-) -> np.ndarray:
-    """Return float64 [D]: what sequences are worth on the candidates cheapest for each.
+    def _work_s(self, used: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return a step's work on candidates, by classes of lengths, for `best_prices`."""
+        counts = self._counts[step]
+        there = np.add.reduceat(counts, self._starts) > 0
+        rate_s = self._rate_s[self._level_of[step], used]
+        with np.errstate(invalid="ignore"):  # none of what does not fit
+            work_s = [
+                np.add.reduceat(np.where(counts > 0, each_s * counts, 0.0), self._starts, axis=1)
+                for each_s in (rate_s, self._begun_s[used])
+            ]
+        there &= np.isfinite(work_s[0]).any(axis=0)
+        return work_s[0][:, there], work_s[1][:, there]
 
-    A replica's time limits both the sum of its sequences' rates and that of the unshared ones, so
-    each may have a part of its price.
-    """
-    with np.errstate(invalid="ignore"):  # a price of 0 for what does not fit
-        cost = shared[:, None] * rate_s + unshared[:, None] * unshared_s
-    return np.where(np.isfinite(rate_s), cost, np.inf).min(axis=0)
-
-
-def _undominated(
-    fleet: Fleet, rate_s: np.ndarray, bubble_s: np.ndarray, longest_s: np.ndarray
-) -> tuple[list[int], np.ndarray]:
-    """Return the candidates that no others replace, and plans of all as plans of these.
-
-    As many replicas of another on the same GPUs replace one if by rates [levels, C, D] and bubbles
-    [levels, C] they do no less of any length, and the longest sequences alone [C, K] take no
-    longer. The plans are int64 [C, kept], to be multiplied with.
-    """
-    kept: list[int] = []
-    replacement = np.zeros((len(fleet.sizes), len(fleet.sizes)), dtype=np.int64)
-    finite_s = np.where(np.isfinite(rate_s), rate_s, 1e30)
-    for index in np.lexsort((finite_s.sum(axis=(0, 2)), fleet.sizes)).tolist():
-        for other in kept:
-            number, left = divmod(int(fleet.sizes[index]), int(fleet.sizes[other]))
-            if (
-                not left
-                and fleet.max_tokens[other] >= fleet.max_tokens[index]
-                and (longest_s[other] <= longest_s[index]).all()
-                and (bubble_s[:, other] <= bubble_s[:, index]).all()
-                and (rate_s[:, other] <= rate_s[:, index] * number).all()
-            ):
-                replacement[index, other] = number
-                break
-        else:
-            kept.append(index)
-            replacement[index, index] = 1
-    kept.sort()
-    return kept, replacement[:, kept]
-
-
-def _class_starts(held: np.ndarray) -> np.ndarray:
-    """Return where classes of lengths start: those of one are held (bool [C, D]) by the same."""
-    number = held.shape[1]
-    equal = np.linspace(0, number, min(CLASSES, number), endpoint=False).astype(np.int64)
-    changes = np.flatnonzero((held[:, 1:] != held[:, :-1]).any(axis=0)) + 1
-    return np.unique(np.concatenate([equal, changes]))
+    def _for_all(
+        self, used: np.ndarray, step: int, own: np.ndarray, own_begun: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return prices of used candidates with the least at which others are not used."""
+        rate_s = self._rate_s[self._level_of[step]]
+        worth = cheapest(own, own_begun, rate_s[used], self._begun_s[used])
+        prices = (np.where(np.isfinite(worth), worth, 0.0) / rate_s).max(axis=1)
+        begun = np.zeros(len(rate_s))
+        prices[used], begun[used] = own + own_begun, own_begun
+        return prices, begun

@@ -24,6 +24,10 @@ class SequenceRates(Protocol):
     def unshared_s(self) -> np.ndarray:
         """Of a sequence that no other shares a micro-batch with, but those counted as 0."""
 
+    @property
+    def begun_s(self) -> np.ndarray:
+        """Of a sequence, where what begins a micro-batch counts for unshared ones alone."""
+
     def after(self, step_s: float) -> tuple[np.ndarray, float]:
         """Of a sequence among others, and seconds of bubble, in steps of ``step_s`` or more.
 

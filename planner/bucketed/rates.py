@@ -41,6 +41,11 @@ class BucketedRates:
         """float64 [R]: zeros; nothing is known of sequences that share with no other."""
         return np.where(np.isfinite(self.least_s), 0.0, np.inf)
 
+    @property
+    def begun_s(self) -> np.ndarray:
+        """float64 [R]: the same."""
+        return self.unshared_s
+
     def after(self, step_s: float) -> tuple[np.ndarray, float]:
         """Return rates, float64 [R], and seconds of bubble, of steps of ``step_s`` or more.
 

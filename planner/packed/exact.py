@@ -24,6 +24,7 @@ FEW_STEPS, FEW_SEQUENCES = 12, 4000  # that every plan is tried on: at least two
 MOST_HOMOGENEOUS, MOST_NAMED = 8, 4  # that are tried, those with the lowest bounds
 TARGET_GAP = 1e-3
 NAMED, NEAR, FULLY = 0.4, 0.6, 0.8  # of the time, after which the parts of the search end
+CERTIFYING = 0.15  # of the time, for the certificate of the best plan's loosest steps
 PROMISING = 0.003  # a plan is dispatched over all steps if its estimate is within it of the best
 LOOSEST, LOOSE = 30, 0.985  # steps of the best plan of which prices are computed in the end
 COMPARED = 0.03  # so is the best homogeneous one
@@ -33,7 +34,7 @@ MOST_FULLY = 3
 def default_limit_s(num_gpus: int) -> float:
     """Return the seconds the search takes at most when no limit is given."""
     if num_gpus <= 64:
-        return 4.5
+        return 4.0
     return 12.0 if num_gpus <= 256 else 35.0
 
 
@@ -129,8 +130,10 @@ class _Search:
         return limit_s is not None and self.clock.left_s <= (1.0 - share) * limit_s
 
     def is_time_for_all_steps(self) -> bool:
-        """Return whether what is left is needed, or too little, to dispatch all steps."""
-        return self.clock.left_s <= self.every_step_s
+        """Return whether what is left is needed, or too little, for all steps and what follows."""
+        limit_s = self.clock.limit_s
+        certify_s = 0.0 if limit_s is None else CERTIFYING * limit_s
+        return self.clock.left_s <= self.every_step_s + certify_s
 
     def try_plan(self, replicas: np.ndarray) -> Key | None:
         """Dispatch a few steps over a plan, or what of it can be placed; return its key."""
@@ -202,7 +205,7 @@ class _Search:
             for place in np.argsort(bounds_s, kind="stable").tolist():
                 if bounds_s[place] >= best_s * (1 - TARGET_GAP) or self.is_out(share):
                     break
-                if self.is_time_for_all_steps():
+                if self.is_out(NAMED) and self.is_time_for_all_steps():
                     return
                 key = self.try_plan(near[place])
                 if key is not None and self.estimates()[key] < best_s * (1 - TARGET_GAP):

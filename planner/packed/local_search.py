@@ -13,6 +13,7 @@ from lobra.planner.packed.micro_batches import room_for
 from lobra.planner.packed.minorant import Minorant
 
 NEAR = 5e-4  # of the bound, or of the mean: nearer is not searched for
+SLOWEST = 0.5  # of what the slowest replica is late: those that are later give
 MOST_TRIED = 48  # sequences of a replica that are considered at once
 
 
@@ -37,14 +38,17 @@ def improve(
         times_s = filling.replica_time_s
         enough_s = (1.0 + NEAR) * max(bound_s, float(times_s.mean()))
         order = np.argsort(-times_s, kind="stable")
-        number = min(int((times_s > enough_s).sum()), len(order) // 2)
+        slow_s = enough_s + SLOWEST * max(0.0, float(times_s.max()) - enough_s)
+        number = min(int((times_s > slow_s).sum()), len(order) // 2)
         if not number or shift >= len(order) - number:
             break
         slow = order[:number]
         fast = order[number:][::-1]
         if number_of_round % 2:
             too_small = table.max_tokens[fast] < table.max_tokens[slow[0]]
-            fast = fast[np.argsort(too_small, kind="stable")]
+            group = table.group[fast]
+            before = np.tril(group[:, None] == group, -1).sum(axis=1)  # faster ones of the group
+            fast = fast[np.lexsort((before, too_small))]
         fast = fast[(np.arange(number) + shift) % len(fast)]
         tried = _exchanged(table, added_s, minorants, lengths, filling, slow, fast)
         new = filled(table, lengths, *tried)

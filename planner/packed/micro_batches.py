@@ -42,18 +42,13 @@ def fewest(lengths: Sequence[int], max_tokens: int) -> list[int]:
     1974).
     """
     most = room_for(max_tokens)
-    rooms: list[int] = []
+    rooms: list[tuple[int, int]] = []  # ascending, of (tokens, micro-batch)
     batches = []
     for length in lengths:
-        best, least = -1, most + 1
-        for batch, room in enumerate(rooms):
-            if length <= room < least:
-                best, least = batch, room
-        if best < 0:
-            best = len(rooms)
-            rooms.append(most)
-        rooms[best] -= length
-        batches.append(best)
+        place = bisect_left(rooms, (length, -1))
+        room, batch = rooms.pop(place) if place < len(rooms) else (most, len(rooms))
+        insort(rooms, (room - length, batch))
+        batches.append(batch)
     return batches
 
 

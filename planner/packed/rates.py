@@ -8,22 +8,28 @@ seconds leaves t - (pp - 1) z for work, done in micro-batches of at most z, whos
 the higher the smaller z is. With the best z for it, a replica does A(t) of sequences of one length;
 A is convex and never rises faster than one for each ``token_s s + square_s s^2`` of the largest z.
 So a line of that slope through A at the least time that the step takes is above A from there on.
+Without a pipeline A(t) is what whole micro-batches can do in t seconds: worth at most t at those
+rates, and just that only where some number of the best ones takes t.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from lobra.layout.sequences import PACKED_MULTIPLE, IntArray, packed_tokens
 from lobra.planner.candidates import Candidate
 from lobra.planner.packed.least_times import least_times
-from lobra.planner.sequence_rates import affine
+from lobra.planner.sequence_rates import MOST_BUBBLE, affine
 from lobra.profiler.cost_model import CostModel
 
 SLOPES = 33  # values of square_s that are tried, twice
-LEVELS = 48  # of the longest micro-batch's time
+LEVELS = 192  # of the longest micro-batch's time
+NEAR = 1.1  # times the least step, about what plans take: there lines are to be near
+STEEPNESS = np.linspace(1.0, 1.5, 41)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +51,12 @@ class Rates:
         float64 [D]: of each sequence alone; infinite if it does not fit.
     bubbles
         How often the longest micro-batch is paid more than once: pp - 1.
+    full_s, full_worth_s
+        float64 [V]: a micro-batch of so many seconds (ascending) is worth at most so many by
+        `least_s`, and in between what lies between: a concave function.
+    start_s, more_token_s
+        A micro-batch costs at least so much to begin, and so much for each token besides
+        ``square_s``.
     max_tokens
         The most of a micro-batch.
     """
@@ -57,6 +69,10 @@ class Rates:
     micro_batch_s: np.ndarray
     bubbles: int
     max_tokens: int
+    full_s: np.ndarray
+    full_worth_s: np.ndarray
+    start_s: float
+    more_token_s: float
 
     @property
     def least_s(self) -> np.ndarray:
@@ -77,6 +93,19 @@ class Rates:
         """
         return np.where(2 * self.lengths > self.max_tokens, self.micro_batch_s, 0.0)
 
+    @property
+    def begun_s(self) -> np.ndarray:
+        """float64 [D]: seconds of each sequence if it is begun only for those of more than half.
+
+        Infinite if it does not fit.
+        """
+        alone = 2 * self.lengths > self.max_tokens
+        fits = np.isfinite(self.micro_batch_s)
+        if not (alone & fits).any():
+            return np.where(fits, 0.0, np.inf)
+        more_s = self.more_token_s * self.lengths + self.square_s * self.lengths**2
+        return np.where(fits, more_s + self.start_s * alone, np.inf)
+
     def after(self, step_s: float) -> tuple[np.ndarray, float]:
         """Return rates, float64 [D], and seconds of bubble, of steps of ``step_s`` or more.
 
@@ -84,17 +113,52 @@ class Rates:
         """
         rate_s = self.least_s
         fits = np.isfinite(rate_s)
-        if not self.bubbles or not fits.any():
+        if not fits.any():
             return rate_s, 0.0
-        lengths, own_s = self.lengths[fits], self.micro_batch_s[fits]
-        longest_s = np.maximum(self.longest_s[:, None], own_s)  # [L, D]
-        longest_s[:-1][own_s >= self.longest_s[1:, None]] = np.inf
-        work_s = self.token_s[:, None] * lengths + self.square_s * lengths**2
+        if not self.bubbles:
+            faster, lost_s = self._in_whole_ones(step_s)
+            return rate_s / faster, lost_s / faster
+        longest_s, number = self._by_longest
         from_s = np.maximum(step_s, self.alone_s[fits])  # when the sequence is possible at all
-        number = ((from_s - self.bubbles * longest_s) / work_s).max(axis=0)
-        own, bubble_s = affine(rate_s[fits], from_s, number, step_s, self.weight[fits])
+        most = (from_s * number - longest_s).max(axis=0)
+        own, bubble_s = affine(rate_s[fits], from_s, most, step_s, self.weight[fits])
         rate_s[fits] = own
         return rate_s, bubble_s
+
+    @cached_property
+    def _by_longest(self) -> tuple[np.ndarray, np.ndarray]:
+        """Float64 [L, fitting] twice: in t seconds, with so long a micro-batch, t b - a sequences.
+
+        Of every length alone, (a, b).
+        """
+        fits = np.isfinite(self.micro_batch_s)
+        lengths, own_s = self.lengths[fits], self.micro_batch_s[fits]
+        longest_s = np.maximum(self.longest_s[:, None], own_s)
+        longest_s[:-1][own_s >= self.longest_s[1:, None]] = np.inf
+        each_s = self.token_s[:, None] * lengths + self.square_s * lengths**2
+        return self.bubbles * longest_s / each_s, 1.0 / each_s
+
+    def _in_whole_ones(self, step_s: float) -> tuple[float, float]:
+        """Return (p, l): steps of t seconds, ``step_s`` or more, are worth at most p t - l.
+
+        By `least_s`, without a pipeline. Of m whole micro-batches none can be worth more than those
+        that divide t equally; what each is worth is concave.
+        """
+        best = int((self.full_worth_s / self.full_s).argmax())
+        least_ratio = float(self.full_worth_s[best] / self.full_s[best])
+        most = max(1, math.ceil(step_s / self.full_s[best]))
+        number = np.arange(max(1, int(step_s / self.full_s[-1])), most + 1)
+        each = np.interp(step_s / number, self.full_s, self.full_worth_s, left=0.0)
+        time_s = (number[:, None] * self.full_s).ravel()
+        worth_s = (number[:, None] * self.full_worth_s).ravel()
+        end_s = most * self.full_s[best]  # from there on the best ratio says all
+        between = (time_s > step_s) & (time_s <= end_s)
+        time_s = np.concatenate([[step_s], time_s[between]])
+        worth_s = np.concatenate([[(number * each).max()], worth_s[between]])
+        slopes = least_ratio * STEEPNESS
+        lost_s = (slopes[:, None] * time_s - worth_s).min(axis=1)
+        at = int((slopes * NEAR * step_s - lost_s).argmin())
+        return float(slopes[at]), min(float(lost_s[at]), MOST_BUBBLE * step_s * slopes[at])
 
 
 def rates_of(
@@ -110,7 +174,8 @@ def rates_of(
     held = lengths[fits]
     own_s = np.full(len(lengths), np.inf)
     if not len(held):
-        return Rates(lengths, weight, 0.0, np.ones(1), np.zeros(1), own_s, bubbles, most)
+        one = np.ones(1)
+        return Rates(lengths, weight, 0.0, one, 0.0 * one, own_s, bubbles, most, one, one, 0.0, 0.0)
     own_s[fits] = seconds(held, held**2)
     tokens = np.arange(PACKED_MULTIPLE, packed_tokens(fullest(held, most)) + 1, PACKED_MULTIPLE)
     several = least_times(seconds, tokens[tokens >= held[0]], int(held[0]), int(held[-1]))
@@ -124,7 +189,42 @@ def rates_of(
     longest_s = np.geomspace(time_s[0], time_s[-1], LEVELS if bubbles else 1)
     last = np.searchsorted(time_s, longest_s[1:], side="left") - 1  # below the next level
     token_s = np.maximum(token_s[np.append(last, -1)], 0.0)
-    return Rates(lengths, weight, square_s, longest_s, token_s, own_s, bubbles, most)
+    full = _upper_hull(time_s, token_s[-1] * tokens[order] + square_s * squares[order])
+    large = 2 * held > most
+    typical = np.average(held[large], weights=weight[fits][large]) if large.any() else most
+    begun = _start_and_token(tokens, time_s[np.argsort(order)] - square_s * squares, typical)
+    return Rates(lengths, weight, square_s, longest_s, token_s, own_s, bubbles, most, *full, *begun)
+
+
+def _start_and_token(tokens: np.ndarray, time_s: np.ndarray, near: float) -> tuple[float, float]:
+    """Return the line below the times, none of it negative, that is highest at so many tokens."""
+    order = np.argsort(tokens, kind="stable")
+    each, begin = np.unique(tokens[order], return_index=True)
+    least_s = np.minimum.reduceat(time_s[order], begin)
+    low, high = 0.0, float((least_s / each).min())
+    for _ in range(2):
+        slopes = np.linspace(low, high, SLOPES)
+        starts = (least_s - slopes[:, None] * each).min(axis=1)
+        at = int((starts + slopes * near).argmax())
+        low, high = slopes[max(at - 1, 0)], slopes[min(at + 1, SLOPES - 1)]
+    return max(0.0, float(starts[at])), float(slopes[at])
+
+
+def _upper_hull(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the vertices of the least concave rising function above points; x is ascending."""
+    record = np.flatnonzero(np.diff(np.maximum.accumulate(y), prepend=-np.inf) > 0)
+    record = record[np.append(np.diff(x[record]) > 0, True)]  # of equal ones the highest
+    hull: list[int] = []
+    for new in record.tolist():
+        while len(hull) > 1:
+            before, last = hull[-2:]
+            if (y[last] - y[before]) * (x[new] - x[before]) > (y[new] - y[before]) * (
+                x[last] - x[before]
+            ):
+                break
+            hull.pop()
+        hull.append(new)
+    return x[hull], y[hull]
 
 
 def fullest(lengths: IntArray, max_tokens: int) -> int:

@@ -6,12 +6,13 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lobra.layout.layout import Layout
 from lobra.layout.sequences import packed_tokens
 from lobra.planner.candidates import Candidate
 from lobra.planner.packed.rates import fullest, rates_of
 from lobra.planner.step_time import pipeline_time
 from tests.planner.strategies import LAYOUTS, cost_models, lengths
-from tests.planner.support import LawCostModel
+from tests.planner.support import LawCostModel, plain_cost_model
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(1, 90))
@@ -48,7 +49,25 @@ def test_a_replica_takes_at_least_its_sequences_rates_and_the_bubble(
     step_s = pipeline_time(times_s, candidate.layout.pp)
     assert (rates.alone_s <= step_s * (1 + 1e-9)).all() or len(distinct) > 1
     assert rates.unshared_s @ counts <= step_s * (1 + 1e-9)
+    assert rates.begun_s @ counts <= sum(times_s) * (1 + 1e-9)
     for share in data.draw(st.lists(st.floats(0.05, 1.0), min_size=1, max_size=3)):
         rate_s, bubble_s = rates.after(share * step_s)
         assert 0 <= bubble_s < share * step_s
         assert rate_s @ counts <= (step_s - bubble_s) * (1 + 1e-9)
+
+
+def test_what_a_replica_of_whole_micro_batches_loses_is_known() -> None:
+    """Just after three full ones there is no time for a fourth: then nothing more can be done."""
+    cost_model, tokens = plain_cost_model(), 640
+    candidate = Candidate(Layout(1, 1), tokens)
+    rates = rates_of(candidate, cost_model, np.array([64]), np.ones(1))  # type: ignore[arg-type]
+    work = np.array([64, tokens]), np.array([64**2, 64 * tokens])
+    one_s, full_s = cost_model.micro_batch_time(candidate.layout, *work).total_ms / 1000
+    each_s = (full_s - one_s) / 9  # of one sequence more
+    start_s = one_s - each_s
+    step_s = 3 * full_s + start_s
+    rate_s, bubble_s = rates.after(float(step_s))
+    for later_s in (1.02 * step_s, 1.1 * step_s, 4 * full_s):
+        done = (later_s - 4 * start_s) / each_s  # in four equal ones
+        assert done * (1 - 1e-9) <= (later_s - bubble_s) / rate_s[0] <= 1.02 * done
+    assert step_s / rates.least_s[0] > 1.09 * 30
