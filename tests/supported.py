@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.model.support import FAMILIES
+from tests.model.test_quantised_linear import FAMILIES_IN_BITS
 from tests.trainer.test_more_than_linears import CASES
 from tests.trainer.test_preferences import PARAMETERS
 
@@ -31,17 +32,19 @@ SHOWN: Mapping[str, Test] = {
 }
 #: What tests show of every family, as they are given all.
 OF_ALL = ("LoRA", "PiSSA")
-PRECISIONS = {"fp32": True, "bf16": True, "8 bits": False, "4 bits": False}
+PRECISIONS = ("fp32", "bf16")
+BASE_PRECISIONS = ("int8", "nf4")
 
 
 def table() -> str:
     """Return the table as the README has it."""
-    columns = [*OF_ALL, *SHOWN, *PRECISIONS]
+    columns = [*OF_ALL, *SHOWN, *PRECISIONS, *BASE_PRECISIONS]
     lines = ["| `model_type` | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
     for family in FAMILIES:
         cells = [True] * len(OF_ALL)
         cells += [any(map(test, CASES[family])) for test in SHOWN.values()]
-        cells += PRECISIONS.values()
+        cells += [True] * len(PRECISIONS)
+        cells += [family in FAMILIES_IN_BITS] * len(BASE_PRECISIONS)
         lines.append(
             f"| `{family}` | " + " | ".join("yes" if cell else "-" for cell in cells) + " |"
         )

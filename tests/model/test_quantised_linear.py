@@ -29,8 +29,11 @@ QUANTISED = ("int8", "nf4")
 NF4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
 
 
+FAMILIES_IN_BITS = ("llama", "phi3")  # the others' linears are as Llama's
+
+
 @pytest.mark.parametrize("tp", [1, 2, 4])
-@pytest.mark.parametrize("family", ["llama", "phi3"])
+@pytest.mark.parametrize("family", FAMILIES_IN_BITS)
 @pytest.mark.parametrize("quantised", QUANTISED)
 def test_shards_together_are_what_the_library_makes_of_the_whole(
     quantised: str, family: str, tp: int, tmp_path: Path
