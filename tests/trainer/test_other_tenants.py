@@ -16,7 +16,7 @@ from tests.model.support import save_llama
 from tests.trainer.support import make_plan, make_run, random_dataset
 from tests.trainer.test_equality import parts, relative_errors
 
-#: Of every tensor after six steps, in fp64. Seen on this project's machines: 1e-14 and less.
+#: Of every tensor after six steps, in fp64. On an AMD EPYC the largest difference is 1.5e-15.
 BAR = 1e-12
 OWN = TaskConfig(
     "own", 4, 8.0, TARGET_MODULES, 5, "random", 64, learning_rate=1e-2, lora_dropout=0.1,
