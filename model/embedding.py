@@ -85,10 +85,16 @@ class VocabParallelEmbedding(Arranged):
 
     def _embed(self, tokens_BS: Tensor) -> Tensor:
         if self.group is None:
-            return self._adapted(functional.embedding(tokens_BS, self.weight), tokens_BS)
+            whole_BSD = functional.embedding(tokens_BS, self.weight, self.padding_token)
+            return self._adapted(whole_BSD, tokens_BS)
         local_BS = tokens_BS - self.rows.start
         outside_BS = (local_BS < 0) | (local_BS >= len(self.rows))
-        embedded_BSD = functional.embedding(local_BS.masked_fill(outside_BS, 0), self.weight)
+        local_BS = local_BS.masked_fill(outside_BS, 0)
+        padding = self.padding_token
+        own_padding = None
+        if padding is not None and padding in self.rows:
+            own_padding = padding - self.rows.start
+        embedded_BSD = functional.embedding(local_BS, self.weight, own_padding)
         embedded_BSD = embedded_BSD.masked_fill(outside_BS.unsqueeze(-1), 0.0)
         embedded_BSD = self._adapted(embedded_BSD, tokens_BS, outside_BS)
         return reduce_from_group(embedded_BSD, self.group, EMBEDDING)

@@ -11,7 +11,7 @@ from typing import Any
 from lobra.common.errors import ConfigError
 from lobra.report.run_plans import PlanPart, plan_parts
 from lobra.trainer.checkpoint_folder import list_checkpoints, step_folder
-from lobra.trainer.log_parts import METRICS_FILE
+from lobra.trainer.log_parts import METRICS_FILE, log_files
 from lobra.trainer.metrics import read_metrics
 from lobra.trainer.run_config import RunConfig, read_run_config
 from lobra.trainer.run_spec import ADAPTER_FOLDER, CONFIG_FILE
@@ -117,8 +117,9 @@ def run_parts(folder: Path) -> list[PlanPart]:
 
 def _read(folder: Path) -> tuple[RunConfig, list[PlanPart]]:
     """Return a run's config.yaml and its steps."""
-    for name in (CONFIG_FILE, METRICS_FILE):
-        if not (folder / name).is_file():
+    there = {CONFIG_FILE: (folder / CONFIG_FILE).is_file(), METRICS_FILE: log_files(folder)}
+    for name, found in there.items():
+        if not found:
             raise ConfigError(f"{folder}: no {name} in it; give the folder of a run")
     config = read_run_config(folder)
     steps = read_metrics(folder)

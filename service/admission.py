@@ -14,7 +14,7 @@ from lobra.layout.layout import ADAPTER_HIDDEN, COMPUTED_AGAIN
 from lobra.layout.plan import Plan, ReplicaGroup
 from lobra.layout.shapes import ModelShape
 from lobra.profiler.accelerators import load_tables
-from lobra.profiler.capacity import Parts, parts_of
+from lobra.profiler.capacity import Parts, most_growth, parts_of
 from lobra.profiler.estimate_memory import Adapters, estimate_memory
 from lobra.profiler.layer_memory import adapter_hidden_bytes, joint_rank
 from lobra.profiler.profiles import MemoryProfile, load_memory_profile
@@ -35,13 +35,13 @@ class GroupMemory:
         The group.
     parts
         What it takes beside some adapters.
-    elements, ranks
-        Of those adapters: their parameters over all layers, and the ranks a token goes through.
+    sizes, ranks
+        Of those adapters, and the ranks a token goes through.
     """
 
     group: ReplicaGroup
     parts: Parts
-    elements: int
+    sizes: tuple[AdapterSize, ...]
     ranks: int
 
 
@@ -92,8 +92,8 @@ class Admission:
     def needed_bytes(self, memory: GroupMemory, adapters: Sequence[AdapterSize]) -> float:
         """Return what a rank of a group takes with these adapters."""
         shape, parts, tokens = self.shape, memory.parts, memory.group.max_tokens
-        own = sum(shape.adapter_elements(*adapter) for adapter in adapters)
-        elements = parts.elements * own / memory.elements
+        stages = memory.group.layout.pp
+        elements = parts.elements * most_growth(memory.sizes, adapters, shape, stages)
         per_element, more_per_token = parts.bytes_per_element, 0
         if self.is_joint:
             per_element += KEPT_GRADIENT_BYTES
@@ -138,10 +138,9 @@ def admission_of(
         if parts is None:
             groups.append(_estimated(shape, group, precision))
         else:
-            sizes = [(rank, tuple(modules)) for rank, modules in settings["adapters"]]
-            elements = sum(shape.adapter_elements(*size) for size in sizes)
+            sizes = tuple((rank, tuple(modules)) for rank, modules in settings["adapters"])
             ranks = joint_rank([rank for rank, _ in sizes])
-            groups.append(GroupMemory(group, parts, elements, ranks))
+            groups.append(GroupMemory(group, parts, sizes, ranks))
     return Admission(shape, tuple(groups), budget_bytes, precision, device == "cuda")
 
 
@@ -162,7 +161,7 @@ def _estimated(shape: ModelShape, group: ReplicaGroup, precision: str) -> GroupM
         load_tables().runtime(None), layout.memory,
     )  # fmt: skip
     parts = estimate.parts(group.max_tokens)
-    return GroupMemory(group, parts, shape.adapter_elements(*size), ranks=1)
+    return GroupMemory(group, parts, (size,), ranks=1)
 
 
 def size_text(size_bytes: float) -> str:

@@ -44,10 +44,9 @@ def table() -> str:
         cells = [True] * len(OF_ALL)
         cells += [any(map(test, CASES[family])) for test in SHOWN.values()]
         cells += [True] * len(PRECISIONS)
-        cells += [family in FAMILIES_IN_BITS] * len(BASE_PRECISIONS)
-        lines.append(
-            f"| `{family}` | " + " | ".join("yes" if cell else "-" for cell in cells) + " |"
-        )
+        in_bits = ["yes" if family in FAMILIES_IN_BITS else "untried"] * len(BASE_PRECISIONS)
+        words = [*("yes" if cell else "-" for cell in cells), *in_bits]
+        lines.append(f"| `{family}` | " + " | ".join(words) + " |")
     objectives = ", ".join(("supervised", *PARAMETERS))
     return "\n".join([BEGIN, *lines, "", f"Objectives: {objectives}.", END])
 

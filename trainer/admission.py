@@ -11,7 +11,7 @@ from typing import Any
 from lobra.common.errors import ConfigError, Problems
 from lobra.common.models import read_as
 from lobra.layout.plan import Plan
-from lobra.layout.shapes import read_shape
+from lobra.layout.shapes import ModelShape, read_shape
 from lobra.profiler.capacity import fitted_to
 from lobra.profiler.lookup import own_memory_path
 from lobra.profiler.profiles import load_memory_profile
@@ -120,7 +120,7 @@ def newcomer_of(run: RunSpec, fields: Mapping[str, Any], processor: TextProcesso
     checks = TaskChecks(
         processor,
         run.admission.data_dir,
-        read_shape(run.model_folder),
+        _shape_of(run),
         run.plan,
         run.batching,
         run.admission.confine,
@@ -131,6 +131,10 @@ def newcomer_of(run: RunSpec, fields: Mapping[str, Any], processor: TextProcesso
     problems.raise_if_any()
     assert data is not None
     return Newcomer(task, *split(task, data, run.seed))
+
+
+def _shape_of(run: RunSpec) -> ModelShape:
+    return read_shape(run.model_folder).kept_in(run.base_precision)
 
 
 def plan_beside(run: RunSpec, tasks: Sequence[TaskConfig]) -> tuple[Plan, str]:
@@ -151,7 +155,7 @@ def plan_beside(run: RunSpec, tasks: Sequence[TaskConfig]) -> tuple[Plan, str]:
         return run.plan, ""
     if admission.memory is None:
         return run.plan, "there is no memory profile: whether it fits was not looked at"
-    fitted, notes = fitted_to(admission.memory, tasks, read_shape(run.model_folder))
+    fitted, notes = fitted_to(admission.memory, tasks, _shape_of(run))
     groups, problems = [], Problems()
     for group in admission.plan.groups:
         layout = group.layout

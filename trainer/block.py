@@ -155,6 +155,8 @@ class BlockOptimizer:
             partition.take_back(self.weights[number][start : start + partition.size])
         if own := [number for number in updated if number in self.partitions]:
             self._gather(own)
+        for number in own:
+            self.partitions[number].num_updates += 1
 
     def _gather(self, numbers: Sequence[int]) -> None:
         """Give every holder the updated weights of these tasks."""

@@ -43,6 +43,7 @@ class EightBitPartition(Partition):
 
     def set_updates(self, updates: int) -> None:
         """Set how many updates the moments have seen."""
+        self.num_updates = updates
         for _, state in self._states():
             state["step"] = updates
 

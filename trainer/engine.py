@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lobra.common.errors import ConfigError
 from lobra.layout.order import SlotOrder, StepOrder, Update
 from lobra.model.adapter import AdapterSpec
 from lobra.model.groups import build_groups
@@ -90,6 +91,10 @@ class Engine:
         self.resumed_step = 0 if resumed is None else resumed.step
         groups = build_groups(run.world)
         self.place = groups.place
+        if run.trains_model and resumed is not None:
+            folder = step_folder(run.output_dir, resumed.step)
+            if not Rank0Folder(folder, STATE_FILE, self.control.group).is_shared:
+                raise ConfigError(f"{folder}: adapter: full goes on only where all hosts see it")
         self.stage = build_stage(
             starting_folder(run, resumed),
             groups,

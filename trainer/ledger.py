@@ -19,7 +19,7 @@ import numpy as np
 from lobra.common.documents import read_document
 from lobra.layout.order import StepOrder
 from lobra.layout.sequences import IntArray
-from lobra.tasks.objectives import SEQUENCES_OF_EXAMPLE, SUPERVISED
+from lobra.tasks.objectives import COMPARING, SEQUENCES_OF_EXAMPLE
 from lobra.tasks.sampling import sample_indices, seed_of
 from lobra.trainer.metrics import DrawnBatch, read_metrics
 from lobra.trainer.run_spec import CONFIG_FILE
@@ -81,7 +81,7 @@ def check_ledger(folder: Path) -> LedgerCheck:
         for task in config["tasks"]
     }
     sizes = {
-        task["name"]: 1 if task.get("objective", SUPERVISED) == SUPERVISED else SEQUENCES_OF_EXAMPLE
+        task["name"]: SEQUENCES_OF_EXAMPLE if task.get("objective") in COMPARING else 1
         for task in config["tasks"]
     }
     batches: dict[str, list[dict[str, Any]]] = {}

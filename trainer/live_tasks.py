@@ -130,4 +130,5 @@ def tasks_at(run: RunSpec, state: CheckpointState) -> list[RunTask]:
 
 def at_checkpoint(run: RunSpec, state: CheckpointState) -> RunSpec:
     """Return the run with the tasks that it had at a checkpoint, where these have changed."""
-    return with_tasks(run, tasks_at(run, state), state.step) if state.changes else run
+    same = {task.name for task in run.tasks} == state.progress.keys()
+    return run if same and not state.changes else with_tasks(run, tasks_at(run, state), state.step)

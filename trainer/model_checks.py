@@ -34,6 +34,11 @@ def model_problems(tasks: Sequence[TaskConfig], plan: Plan, shape: ModelShape) -
             f"task {whole[0]}: adapter: full trains weights, which {shape.quantised} are not made "
             f"for: leave --base-precision out, and use an unquantised model"
         )
+    if fused := shape.fused_linears():
+        problems.append(
+            f"task {whole[0]}: adapter: full: {', '.join(fused)} of {shape.name} are several "
+            f"projections in one linear, which is not supported"
+        )
     layouts = {group.layout for group in plan.groups}
     if len(layouts) > 1:
         problems.append(

@@ -200,6 +200,15 @@ def with_resume(arguments: Sequence[str], step: int | None, plan: Path | None = 
     return [*rest, *other, "--resume", str(step)]
 
 
+def without_option(arguments: Sequence[str], name: str) -> list[str]:
+    """Return a command line's arguments without an option that takes a value."""
+    return [
+        word
+        for word, before in zip(arguments, ["", *arguments], strict=False)
+        if word.partition("=")[0] != name and before != name
+    ]
+
+
 def forget_steps(folder: Path) -> None:
     """Remove what a run that has no checkpoint has left of its steps."""
     remove_log(log_files(folder))

@@ -80,12 +80,19 @@ def verify(folder: Path) -> Verification:
     config = _config(folder)
     logged = {line["step"]: line for line in read_metrics(folder)}
     plan_from = config["plans"][-1]["from_step"]
-    changed_at = {change.step for change in accepted_changes(folder)}  # after the checkpoint
+    changes = accepted_changes(folder)
+    changed_at = {change.step for change in changes}  # after the checkpoint
+    watched = [
+        change.step
+        for change in changes
+        if change.request.task is not None and config.get("watch_tasks")
+    ]
     able = [
         step
         for step in list_checkpoints(folder)
         if step in logged and logged[step].get("plan_from", 0) == plan_from
         if step not in changed_at
+        if step >= max(watched, default=step)  # else the task file has more than the checkpoint
     ]
     if not able:
         raise ConfigError(

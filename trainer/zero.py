@@ -164,6 +164,7 @@ class Partition:
             params = [self.master_p[run] for run in runs]
             self.optimizer.param_groups.append({**settings, "params": params})
         self._keep_moments(names)
+        self.num_updates = 0  # that were made on all holders
 
     def _keep_moments(self, names: Sequence[str]) -> None:
         self._moments = {moment: torch.zeros_like(self.master_p) for moment in names}
@@ -198,6 +199,7 @@ class Partition:
 
     def set_updates(self, updates: int) -> None:
         """Set how many updates the moments have seen."""
+        self.num_updates = updates
         for of_run in self.optimizer.state.values():
             of_run["step"].fill_(updates)
 
@@ -216,11 +218,14 @@ class Partition:
     def take_back(self, weights_p: Tensor) -> None:
         """Be as before an update that has failed somewhere: the master copy is ``weights_p``.
 
-        Moments keep what they have seen, as far as it is finite.
+        It is then as exact as these are: of a model that is trained whole in bf16, rounded. Moments
+        keep what they have seen, as far as it is finite.
         """
         self.master_p[: len(weights_p)].copy_(weights_p)
-        for moment_p in self.moments.values():
-            moment_p.nan_to_num_(0.0, 0.0, 0.0)
+        for name, moment_p in self.moments.items():
+            if not moment_p.isfinite().all():
+                self.set(name, moment_p.nan_to_num(0.0, 0.0, 0.0))
+        self.set_updates(self.num_updates)
         self.optimizer.zero_grad()
 
 

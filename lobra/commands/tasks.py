@@ -15,7 +15,8 @@ from lobra.common.errors import ConfigError, MachineError, Problems
 from lobra.common.options import Json, PositiveNumber, TaskSetName
 from lobra.report.run_summary import task_summary
 from lobra.tasks.config import load_trainer_config
-from lobra.trainer.metrics import METRICS_FILE, read_metrics
+from lobra.trainer.log_parts import log_files
+from lobra.trainer.metrics import read_metrics
 from lobra.trainer.run_config import read_run_config
 from lobra.trainer.task_file_watch import request_to_join
 from lobra.trainer.task_requests import TaskRequest, answer_to, send, waiting
@@ -57,7 +58,7 @@ def cancel(run: Run, name: str, /, *more: str, timeout: Patience = PATIENCE_S) -
 def show(run: Run, /, *, json_output: Annotated[Json, Parameter(name="--json")] = False) -> int:
     """List the tasks that a run has, or had, and what is asked of it."""
     config = read_run_config(run)
-    steps = read_metrics(run) if (run / METRICS_FILE).is_file() else []
+    steps = read_metrics(run) if log_files(run) else []
     rows = [
         {
             "task": task.name,

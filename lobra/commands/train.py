@@ -23,9 +23,9 @@ from lobra.common.options import (
 from lobra.layout.plan import load_plan
 from lobra.model.launch import Interrupted
 from lobra.report.run_report import print_run_report
-from lobra.trainer.checkpoint_folder import step_folder
+from lobra.trainer.checkpoint_folder import list_checkpoints, step_folder
 from lobra.trainer.launcher import launcher_command, run_launcher
-from lobra.trainer.log_parts import METRICS_FILE
+from lobra.trainer.log_parts import log_files
 from lobra.trainer.request import TrainRequest
 from lobra.trainer.signals import EXIT_CODES
 
@@ -111,7 +111,7 @@ def train(
 
 def _show_report(folder: Path) -> None:
     """Print the run's report; that its lines find no room, or no reader, is no failure of a run."""
-    if not (folder / METRICS_FILE).is_file():
+    if not log_files(folder):
         return
     try:
         print_run_report(folder)
@@ -136,16 +136,20 @@ def _through_launcher(
     launcher: LauncherOptions, host_file: Path, request: TrainRequest, problems: Problems
 ) -> int:
     """Start deepspeed's launcher on the hosts of the host file and return its exit code."""
-    from lobra.trainer.restarts import launch_with_restarts, with_resume
+    from lobra.trainer.restarts import launch_with_restarts, with_resume, without_option
     from lobra.trainer.run_folder import occupied
 
     def command(step: int | None, plan: Path | None) -> list[str]:
-        arguments = with_resume(sys.argv[2:], step, plan)
+        given = sys.argv[2:]
+        if step is not None and step != begun:  # later checkpoints have the revived tasks alive
+            given = without_option(given, "--revive")
+        arguments = with_resume(given, step, plan)
         num_gpus = load_plan(plan or request.strategy_config).num_gpus
         return launcher_command(
             arguments, host_file, num_gpus, launcher.server_addr, launcher.server_port
         )
 
+    begun = request.resume_step or max(list_checkpoints(request.output_dir), default=None)
     with problems.noted():
         command(None, None)
     problems.raise_if_any()

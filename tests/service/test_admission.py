@@ -46,7 +46,7 @@ PARTS = Parts(
 
 def measured(max_tokens: int, budget_bytes: int, is_joint: bool = False) -> Admission:
     group = ReplicaGroup(Layout(1, 1), 1, max_tokens)
-    memory = GroupMemory(group, PARTS, SHAPE.adapter_elements(16, EVERY), ranks=16)
+    memory = GroupMemory(group, PARTS, ((16, EVERY),), ranks=16)
     return Admission(SHAPE, (memory,), budget_bytes, "bf16", is_joint)
 
 
