@@ -22,9 +22,7 @@ from lobra.layout.order import StepOrder
 from lobra.model.embedding import VocabParallelEmbedding
 from lobra.model.joint_stack import JointStack
 from lobra.model.micro_batch import MicroBatchTensors
-from lobra.model.slot import Slot
 from lobra.model.stage import Stage
-from lobra.tasks.config import TaskConfig
 from lobra.trainer import control, coordinator, engine, rank
 from lobra.trainer.block import BlockOptimizer
 from lobra.trainer.checkpoint import CheckpointWriter
@@ -93,9 +91,9 @@ def train_with_failing_updates(run: RunSpec) -> RankResult:
         now["step"] = order.step
         return order
 
-    def noted(self: BlockOptimizer, slot: Slot, task: TaskConfig | None) -> None:
-        install(self, slot, task)
-        numbers[id(self.partitions[slot.number])] = slot.number
+    def noted(self: BlockOptimizer, number: int, *args: Any) -> None:
+        install(self, number, *args)
+        numbers[id(self.partitions[number])] = number
 
     def fail(self: Partition, *args: Any) -> None:
         update(self, *args)
@@ -106,7 +104,7 @@ def train_with_failing_updates(run: RunSpec) -> RankResult:
             self.master_p[0] = float("inf")
 
     change_orders(begin)
-    BlockOptimizer.install = noted  # type: ignore[method-assign]
+    BlockOptimizer.install = noted  # type: ignore[method-assign, assignment]
     Partition.update = fail  # type: ignore[method-assign]
     with warnings_kept(run):
         return train_rank(run)

@@ -37,8 +37,10 @@ def batches(size: int, num_examples: int, seed: int) -> list[DrawnBatch]:
     return found
 
 
-def problems(folder: Path, lines: list[DrawnBatch], seed: int) -> tuple[str, ...]:
-    config = {"seed": 0, "tasks": [{"name": "t", "seed": seed}]}
+def problems(
+    folder: Path, lines: list[DrawnBatch], seed: int, objective: str = "supervised"
+) -> tuple[str, ...]:
+    config = {"seed": 0, "tasks": [{"name": "t", "seed": seed, "objective": objective}]}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     replica = {
         "layout": "<1,1>", "busy_s": 1, "predicted_s": 1, "micro_batches": 1, "padded_tokens": 1,
@@ -58,7 +60,8 @@ def test_a_run_without_faults_has_no_problem(
     size: int, num_examples: int, seed: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("ledger")
-    assert problems(folder, batches(size, num_examples, seed), seed) == ()
+    for objective in ("supervised", "ppo"):
+        assert problems(folder, batches(size, num_examples, seed), seed, objective) == ()
 
 
 FAULTS: dict[str, tuple[Callable[[list[DrawnBatch]], list[DrawnBatch]], str]] = {

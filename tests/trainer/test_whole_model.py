@@ -13,10 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer, get_scheduler
 
 from lobra.layout.placement import place as placed_anywhere
+from lobra.layout.shapes import read_shape
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.dataset import TokenizedDataset
 from lobra.tasks.sampling import sample_indices, task_seed
 from lobra.tasks.target_modules import TARGET_MODULES
+from lobra.trainer.model_checks import model_problems
 from lobra.trainer.run import run_local
 from lobra.trainer.run_spec import RunSpec
 from tests.model.support import save_family
@@ -103,7 +105,8 @@ def assert_as_alone(run: RunSpec, base: Path) -> None:
     ids=str,
 )
 def test_it_is_as_alone(family: str, layouts: list, tmp_path: Path) -> None:
-    base = save_family(family, tmp_path / "base")
+    """Nothing is learned of the model's own padding token, which the data have, as in torch."""
+    base = save_family(family, tmp_path / "base", pad_token_id=9)
     run = run_of(tmp_path / "run", base, layouts)
     run_local(run, "tests.trainer.double:train_in_double")
     assert_as_alone(run, base)
@@ -128,6 +131,12 @@ def test_it_goes_on_on_another_plan(tmp_path: Path) -> None:
     assert_as_alone(run, base)
     names = [path.name for path in run.adapter_folder(0).glob("*.safetensors")]
     assert sorted(names) == sorted(path.name for path in base.glob("*.safetensors")) != []
+
+
+def test_fused_linears_are_refused(tmp_path: Path) -> None:
+    shape = read_shape(save_family("phi3", tmp_path))
+    (problem,) = model_problems([TASK], make_plan([(1, 1)], max_tokens=128), shape)
+    assert "qkv_proj, gate_up_proj of" in problem and "not supported" in problem
 
 
 @pytest.mark.ranks
