@@ -17,6 +17,18 @@ HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # anything else: there a
 _held: dict[Path, IO[str]] = {}
 
 
+def is_held(lock: Path) -> bool:
+    """Return whether a process keeps a lock file (`hold`); True where that cannot be known."""
+    try:
+        with lock.open("r", encoding="ascii") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
 def hold(lock: Path, what: str, writer: str, remedy: str) -> None:
     """Keep a lock file to this process until it ends (the kernel frees it, also after a crash).
 

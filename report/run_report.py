@@ -46,7 +46,7 @@ def _poor_prediction(summary: RunSummary) -> str | None:
     return (
         f"steps take {factor:.1f} times {'longer' if more else 'less'} than predicted: the time "
         f"profile does not fit this machine, and the plan may not either; measure it with "
-        f"scripts/cost_model_benchmark.sh and plan anew"
+        f"lobra profile time and plan anew"
     )
 
 

@@ -22,11 +22,10 @@ from lobra.trainer.run_spec import (
     ADAPTER_FOLDER,
     CONFIG_FILE,
     DATA_FOLDER,
+    LOCK_FILE,
     VALIDATION_FOLDER,
     RunSpec,
 )
-
-LOCK_FILE = ".lock"
 
 
 def hold_folder(folder: Path) -> None:

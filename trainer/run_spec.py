@@ -15,6 +15,7 @@ from lobra.profiler.profiles import MemoryProfile
 from lobra.tasks.config import FULL, TaskConfig
 
 CONFIG_FILE = "config.yaml"
+LOCK_FILE = ".lock"  # held as long as the run goes on
 DATA_FOLDER = "tokenised/training"
 VALIDATION_FOLDER = "tokenised/validation"
 ADAPTER_FOLDER = "adapters"

@@ -92,13 +92,20 @@ def send(run: Path, request: TaskRequest) -> str:
     return name
 
 
-def answer_to(run: Path, name: str, patience_s: float) -> TaskAnswer | None:
-    """Return the answer to a request; None if there is none in time: then it is withdrawn."""
+def withdraw(run: Path, name: str) -> None:
+    """Ask for it no more."""
+    (run / FOLDER / f"{name}{REQUEST}").unlink(missing_ok=True)
+
+
+def answer_to(run: Path, name: str, until: float) -> TaskAnswer | None:
+    """Return the answer to a request; None if there is none in time: then it is withdrawn.
+
+    ``until`` is a time of the monotonic clock.
+    """
     path = run / FOLDER / f"{name}{ANSWER}"
-    until = time.monotonic() + patience_s
     while not path.is_file():
         if time.monotonic() > until:
-            (run / FOLDER / f"{name}{REQUEST}").unlink(missing_ok=True)
+            withdraw(run, name)
             if not path.is_file():
                 return None
         time.sleep(LOOK_S)

@@ -253,7 +253,7 @@ def _model(model: str) -> Iterator[Finding]:
         origin = provenance_note(profile)
         yield Finding(NOTE if origin else OK, "time profile", origin or str(profile))
     else:
-        text = f"no {profile}; measure it with scripts/cost_model_benchmark.sh"
+        text = f"no {profile}; measure it with lobra profile time"
         yield Finding(NOTE, "time profile", text)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -12,14 +13,16 @@ from rich.console import Console
 from rich.table import Table
 
 from lobra.common.errors import ConfigError, MachineError, Problems
+from lobra.common.lock import is_held
 from lobra.common.options import Json, PositiveNumber, TaskSetName
 from lobra.report.run_summary import task_summary
 from lobra.tasks.config import load_trainer_config
 from lobra.trainer.log_parts import log_files
 from lobra.trainer.metrics import read_metrics
-from lobra.trainer.run_config import read_run_config
+from lobra.trainer.run_config import RunConfig, read_run_config
+from lobra.trainer.run_spec import CONFIG_FILE, LOCK_FILE
 from lobra.trainer.task_file_watch import request_to_join
-from lobra.trainer.task_requests import TaskRequest, answer_to, send, waiting
+from lobra.trainer.task_requests import TaskRequest, answer_to, send, waiting, withdraw
 
 Run = Annotated[Path, Parameter(help="The run's folder.")]
 Patience = Annotated[
@@ -36,7 +39,7 @@ def add(run: Run, file: TaskSetName, /, *, timeout: Patience = PATIENCE_S) -> in
 
       lobra tasks add runs/a new_tasks.yaml
     """
-    read_run_config(run)
+    _known(run)
     tasks = load_trainer_config(file).tasks
     return _ask(run, [request_to_join(task) for task in tasks], timeout, "joins")
 
@@ -51,13 +54,13 @@ def cancel(run: Run, name: str, /, *more: str, timeout: Patience = PATIENCE_S) -
     more
         Further tasks.
     """
-    read_run_config(run)
+    _known(run)
     return _ask(run, [TaskRequest(each) for each in (name, *more)], timeout, "leaves")
 
 
 def show(run: Run, /, *, json_output: Annotated[Json, Parameter(name="--json")] = False) -> int:
     """List the tasks that a run has, or had, and what is asked of it."""
-    config = read_run_config(run)
+    config = _known(run)
     steps = read_metrics(run) if log_files(run) else []
     rows = [
         {
@@ -88,6 +91,12 @@ def show(run: Run, /, *, json_output: Annotated[Json, Parameter(name="--json")] 
     return 0
 
 
+def _known(run: Path) -> RunConfig:
+    if not (run / CONFIG_FILE).is_file():
+        raise ConfigError(f"{run}: no {CONFIG_FILE} in it; give the folder of a run")
+    return read_run_config(run)
+
+
 def _ask(run: Path, requests: Sequence[TaskRequest], timeout: float, done: str) -> int:
     """Send requests and print the answers.
 
@@ -100,17 +109,25 @@ def _ask(run: Path, requests: Sequence[TaskRequest], timeout: float, done: str) 
     """
     if timeout <= 0:
         raise ConfigError(f"--timeout {timeout}: want a positive number")
-    sent = [(request.name, send(run, request)) for request in requests]
-    refused, unheard = Problems(), []
-    for name, request_id in sent:
-        given = answer_to(run, request_id, timeout)
-        if given is None:
-            unheard.append(name)
-        elif given.accepted:
-            note = f" ({given.text})" if given.text else ""
-            print(f"task {name} {done} after step {given.step}{note}")
-        else:
-            refused.add(f"task {name}: {given.text}")
+    if not is_held(run / LOCK_FILE):
+        raise ConfigError(f"{run}: the run is not going on; tasks join and leave while it trains")
+    until = time.monotonic() + timeout
+    sent = {send(run, request): request.name for request in requests}
+    refused, unheard, open_ids = Problems(), [], set(sent)
+    try:
+        for request_id, name in sent.items():
+            given = answer_to(run, request_id, until)
+            open_ids.discard(request_id)
+            if given is None:
+                unheard.append(name)
+            elif given.accepted:
+                note = f" ({given.text})" if given.text else ""
+                print(f"task {name} {done} after step {given.step}{note}", flush=True)
+            else:
+                refused.add(f"task {name}: {given.text}")
+    finally:  # interrupted: what has no answer is not asked any more
+        for request_id in open_ids:
+            withdraw(run, request_id)
     refused.raise_if_any()
     if unheard:
         raise MachineError(

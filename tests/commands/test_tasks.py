@@ -12,6 +12,7 @@ import pytest
 from lobra.cli import main
 from lobra.trainer.metrics import METRICS_FILE, read_metrics
 from lobra.trainer.run_config import read_run_config
+from tests.report.runs import write_run
 from tests.trainer.command import train, write_config
 
 pytestmark = [pytest.mark.ranks, pytest.mark.long]
@@ -70,3 +71,27 @@ def test_tasks_join_and_leave_by_command(
     assert main(["tasks", "cancel", "run", "more", "--timeout", "0.1"]) == 1
     assert "no answer for more within 0.1 s" in capsys.readouterr().err
     assert list((RUN / "task_requests").glob("*.request.json")) == []
+
+
+def test_a_run_that_is_over_is_asked_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "run", ["short"], 2)
+    assert main(["tasks", "cancel", str(tmp_path / "run"), "short"]) == 2
+    assert "the run is not going on" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("task_requests/*"))
+    assert main(["tasks", "list", str(tmp_path / "nix")]) == 2
+    assert "no config.yaml in it; give the folder of a run" in capsys.readouterr().err
+
+
+def test_who_gives_up_withdraws_what_was_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_run: Path, _name: str, _until: float) -> None:
+        raise KeyboardInterrupt
+
+    write_run(tmp_path / "run", ["short"], 2)
+    monkeypatch.setattr("lobra.commands.tasks.is_held", lambda _lock: True)
+    monkeypatch.setattr("lobra.commands.tasks.answer_to", interrupted)
+    assert main(["tasks", "cancel", str(tmp_path / "run"), "short"]) == 130
+    assert not list((tmp_path / "run").glob("task_requests/*.request.json"))
