@@ -224,20 +224,14 @@ def test_the_doctor_says_whether_hosts_have_what_a_plan_needs(
     assert len(caught.value.problems) == 2
 
 
-def test_the_doctor_says_which_names_and_nodes_do_not_fit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def known(host: str, _port: None) -> None:
-        if host != "here":
-            raise OSError("Name or service not known")
-
-    monkeypatch.setattr("socket.getaddrinfo", known)
+def test_the_doctor_says_which_hosts_and_nodes_do_not_fit(tmp_path: Path) -> None:
     plan, hosts = tmp_path / "plan.yaml", tmp_path / "hosts"
     plan.write_text("strategy_config: [{dp: 1, tp: 4, pp: 1, max_tokens: 1024}]\n")
-    hosts.write_text("here slots=3\nelsewhere slots=3\n")
-    findings = {f.subject: f for f in doctor.examine("tiny", str(plan), None, hosts)}
-    assert findings["host here"].status == findings["ranks"].status == doctor.OK
-    assert findings["host elsewhere"].status == doctor.NOTE
-    assert "the name means nothing here" in findings["host elsewhere"].text
+    hosts.write_text("nowhere.invalid slots=3\nneither.invalid slots=3\n")
+    launcher = LauncherOptions(host_file=hosts)
+    findings = {f.subject: f for f in doctor.examine("tiny", str(plan), None, launcher)}
+    assert findings["ranks"].status == doctor.OK
+    for name in ("nowhere.invalid", "neither.invalid"):
+        assert findings[f"host {name}"].status == doctor.LACKS
     assert findings["placement"].status == doctor.LACKS
     assert "larger than a node of 3 GPUs" in findings["placement"].text

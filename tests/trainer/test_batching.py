@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import yaml
 
-from lobra.commands import train as command
 from lobra.common.errors import ConfigError
 from lobra.layout.layout import Layout
 from lobra.layout.plan import ReplicaGroup, make_plan
@@ -80,7 +79,7 @@ def test_variables_ask_for_buckets_unless_an_option_says_packed(
         seen.append(request)
         raise ConfigError("seen")
 
-    monkeypatch.setattr(command, "train_here", stop)
+    monkeypatch.setattr("lobra.trainer.run.train", stop)
     with caplog.at_level(logging.WARNING):
         assert train(place, *(("--batching", batching) if batching else ())) == 2
     assert [(seen[0].dp_bucket, seen[0].dispatch)] == [(dp_bucket, dispatch)]

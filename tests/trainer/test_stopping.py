@@ -16,13 +16,10 @@ import pytest
 
 from lobra.cli import main
 from lobra.common.errors import ConfigError
-from lobra.tasks.config import TaskConfig
 from lobra.trainer.launcher import run_launcher
-from lobra.trainer.run import Refusal, check_shared
+from lobra.trainer.run import Refusal
 from lobra.trainer.run_folder import hold_folder
 from lobra.trainer.signals import SAME_REQUEST_S, StopRequest
-from tests.model.support import save_llama
-from tests.trainer.support import make_plan, make_run, random_dataset
 
 
 def test_the_terminal_and_the_launcher_ask_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,20 +100,6 @@ def test_a_mistake_under_a_launcher_is_said_by_who_knows_it(
     assert bool(left) == alone, "found by one rank alone: out at once, without clean-up"
     message = capsys.readouterr().err
     assert message.endswith(said) if said else not message
-
-
-def test_a_host_that_does_not_share_the_run_folder(tmp_path: Path) -> None:
-    data = [random_dataset(3, 6, 20, 256, 0)]
-    task = TaskConfig("one", 2, 4.0, ("q_proj",), 2, dataset_name="random", context_length=64)
-    base = save_llama(tmp_path / "base")
-    run = make_run(tmp_path / "run", base, (task,), data, make_plan([(1, 1)], 64), 1)
-    check_shared(run)
-    run.data_folder(0).rename(tmp_path / "moved")
-    with pytest.raises(ConfigError, match="one: not on this host.*file system all hosts share"):
-        check_shared(run)
-    (tmp_path / "run").rename(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match="run: not on this host.*file system all hosts share"):
-        check_shared(run)
 
 
 # Like deepspeed's on one host: the ranks are grandchildren. "passes" hands a signal on and waits,
