@@ -150,6 +150,7 @@ def run(app: App, words: Sequence[str]) -> int:
     """Run the command that the words of a command line ask for (`parsed`); return its exit code."""
     command = parsed(app, [ALIASES.get(word, word) for word in words])
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # asks for kernels nobody needs
     code = command()
     if code is None:  # a text was shown, asked for or instead of a command that is missing
         return EXIT_OK if {"--help", "-h", "--version"} & set(words) else EXIT_USER_MISTAKE

@@ -115,6 +115,10 @@ def _settings_problem(
     if "settings" not in meta:
         return f"{meta_path(path)}: settings: is missing, want an object; {REMEDY}"
     before = meta["settings"]
+    was_estimated, is_estimated = ("accelerator" in one for one in (before, settings))
+    if was_estimated != is_estimated:
+        kind = "estimates" if was_estimated else "measurements"
+        return f"{path}: holds {kind}, which are not mixed with others; {REMEDY}"
     differences = [
         f"{name} was {before.get(name)!r}, is now {settings.get(name)!r}"
         for name in sorted({*before, *settings})

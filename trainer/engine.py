@@ -34,7 +34,7 @@ from lobra.model.precision import DTYPES, kept_dtype
 from lobra.model.stage import build_stage
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.objectives import Objective, objective_of
-from lobra.trainer.adapters import MOMENTS_FILE, adapter_spec, load_adapter
+from lobra.trainer.adapters import MOMENTS_FILE, WEIGHTS_FILE, adapter_spec, load_adapter
 from lobra.trainer.checkpoint import CheckpointState, load_moments, load_weights, read_moments
 from lobra.trainer.checkpoint_folder import STATE_FILE, step_folder
 from lobra.trainer.comparison import Comparison, example_weights, learned_part
@@ -136,7 +136,9 @@ class Engine:
             if resumed is not None:
                 load_weights(checkpoint, self.stage, number)
             elif task.resume_from:
-                load_adapter(Path(task.resume_from), self.stage, number)
+                start = Rank0Folder(Path(task.resume_from), WEIGHTS_FILE, self.control.group)
+                places = self.stage.slots[number].layout.places
+                self.stage.load(number, start.tensors(WEIGHTS_FILE, places))
             elif self.stage.slots[number].spec.starts_from_base:
                 start_from_base(self.run.model_folder, self.optimizer, number)
                 self.control.wait()

@@ -93,6 +93,7 @@ def _optimizer(weights: nn.Parameter, task: TaskConfig | None) -> torch.optim.Op
         return torch.optim.SGD([weights], rate, momentum=task.momentum, weight_decay=decay)
     betas = task.adam_beta1, task.adam_beta2
     if task.optimizer == ADAMW_8BIT:
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # asks for kernels nobody needs
         from bitsandbytes.optim import AdamW8bit
 
         eight_bit: torch.optim.Optimizer = AdamW8bit(
