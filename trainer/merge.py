@@ -134,6 +134,8 @@ def read_adapter(folder: Path) -> SavedAdapter:
         The folder holds none, or one that is not low-rank updates and trained tensors.
     """
     path = folder / CONFIG_FILE
+    if not path.exists() and (folder / "config.json").is_file():
+        raise ConfigError(f"{folder}: is a whole model, no adapter: there is nothing to merge")
     try:
         config = read_json(path)
         named = load_file(folder / WEIGHTS_FILE)

@@ -79,3 +79,6 @@ def test_all_mistakes_at_once(
     assert main(["generate", *words, "--max-new-tokens", "0", "--prompt", "a"]) == 2
     said = capsys.readouterr().err
     assert "nowhere" in said and "--max-new-tokens 0" in said
+    words = ["--model", str(place), "--adapter", str(place), "--output-dir", "new"]
+    assert main(["export", *words]) == 2
+    assert "is a whole model, no adapter" in capsys.readouterr().err
