@@ -14,6 +14,7 @@ from lobra.report.run_summary import PlanSummary, RunSummary, TaskSummary, summa
 
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1.0, ""))
 POOR_PREDICTION = 2.0  # measured over predicted step time, or the other way round
+FEW_STEPS = 5  # the first ones take longer than others: nothing follows from so few
 
 
 def print_run_report(folder: Path, console: Console | None = None) -> None:
@@ -39,6 +40,8 @@ def print_run_report(folder: Path, console: Console | None = None) -> None:
 def _poor_prediction(summary: RunSummary) -> str | None:
     """Return a warning if steps took much more or less time than predicted."""
     measured, predicted = summary.step_time_s, summary.predicted_step_time_s
+    if summary.steps < FEW_STEPS:
+        return None
     if predicted <= 0 or 1 / POOR_PREDICTION <= measured / predicted <= POOR_PREDICTION:
         return None
     more = measured > predicted

@@ -129,7 +129,11 @@ def plan(*, options: PlanOptions, sweeping: SweepOptions = NO_SWEEP) -> int:
         console.print(f"dry run: {plan_path(options.strategy_config)} not written")
     else:
         with written("--strategy-config", plan_path(options.strategy_config)):
-            console.print(f"written: {save_plan(chosen, options.strategy_config)}")
+            is_there = plan_path(options.strategy_config).exists()
+            path = save_plan(chosen, options.strategy_config)
+            console.print(
+                f"{'written, in place of an earlier one' if is_there else 'written'}: {path}"
+            )
     if options.json:
         swept = {"sweep": [sizing.as_json() for sizing in sizings]} if sizings else {}
         print(json.dumps({**as_json(deployment), **swept}))

@@ -86,6 +86,7 @@ def show(run: Run, /, *, json_output: Annotated[Json, Parameter(name="--json")] 
         table.add_row(str(row["task"]), f"{row['steps']} of {row['num_steps']}", str(row["state"]))
     console = Console()
     console.print(table)
+    console.print(f"the run is {'' if is_held(run / LOCK_FILE) else 'not '}going on")
     for one in asked:
         console.print(f"{one['task']} is asked {one['asked']}: no answer yet", soft_wrap=True)
     return 0

@@ -350,10 +350,13 @@ def test_a_prediction_that_is_far_off_is_said(
 ) -> None:
     assert train(place) == 0
     (step,) = read_metrics(Path("run"))
-    for predicted_s, said in [(3.0, "3.0 times less than predicted"), (0.25, "4.0 times longer"),
-                              (0.6, None), (1.9, None)]:  # fmt: skip
+    for predicted_s, num_steps, said in [
+        (3.0, 5, "3.0 times less than predicted"), (0.25, 5, "4.0 times longer"),
+        (0.6, 5, None), (1.9, 5, None), (3.0, 4, None),
+    ]:  # fmt: skip
         step |= {"step_time_s": 1.0, "predicted_step_time_s": predicted_s}
-        Path("run/metrics.jsonl").write_text(json.dumps(step) + "\n")
+        lines = (json.dumps({**step, "step": number}) + "\n" for number in range(num_steps))
+        Path("run/metrics.jsonl").write_text("".join(lines))
         capsys.readouterr()
         assert main(["report", "run"]) == 0
         shown = capsys.readouterr().out
