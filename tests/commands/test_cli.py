@@ -224,7 +224,13 @@ def test_the_doctor_says_whether_hosts_have_what_a_plan_needs(
     assert len(caught.value.problems) == 2
 
 
-def test_the_doctor_says_which_hosts_and_nodes_do_not_fit(tmp_path: Path) -> None:
+def test_the_doctor_says_which_hosts_and_nodes_do_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ssh", "pdsh"):  # which reach nobody
+        (tmp_path / name).write_text("#!/bin/sh\nexit 255\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     plan, hosts = tmp_path / "plan.yaml", tmp_path / "hosts"
     plan.write_text("strategy_config: [{dp: 1, tp: 4, pp: 1, max_tokens: 1024}]\n")
     hosts.write_text("nowhere.invalid slots=3\nneither.invalid slots=3\n")
