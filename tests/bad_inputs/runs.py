@@ -120,7 +120,7 @@ CASES = _cases() | {
         ("--revive nobody", "no such task"), None, ("--revive", "nobody"), "resume"
     ),
     "other-seed": Case(("was made with --seed 0",), None, ("--seed", "5"), "resume"),
-    "metrics-pipe": Case(("no metrics.jsonl",), {"run/metrics.jsonl": None}, command="report"),
+    "metrics-pipe": Case(("it is no regular file",), {"run/metrics.jsonl": None}, command="report"),
     "no-run": Case(("none: no such folder",), None, ("none",), "report-folder"),
     "long-name": Case(("File name too long",), None, ("x" * 300,), "report-folder"),
     "not-a-run": Case(("data: none of",), None, ("data",), "report-folder"),
