@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal
@@ -22,6 +23,14 @@ BY_SIZE = ("nf4", "int8", None)
 NF4_BLOCK = 64  # consecutive values of a weight that have a scale of their own
 SCALE_BLOCK = 256  # consecutive ones of these scales that have a scale of their own
 LIBRARY = "bitsandbytes"
+
+
+def quieten_library() -> None:
+    """Keep the library from warning that a product of its own, used nowhere here, lacks a kernel.
+
+    It does so when it is imported.
+    """
+    logging.getLogger(LIBRARY).setLevel(logging.ERROR)
 
 
 def stored_precision(config: Any) -> str | None:

@@ -30,6 +30,7 @@ from cyclopts import (
 from lobra.commands.help_format import PlainHelp
 from lobra.common.errors import ConfigError, MachineError, Problems, did_you_mean
 from lobra.common.version import installed_version
+from lobra.layout.base_precision import quieten_library
 from lobra.model.launch import RankError
 
 EXIT_OK, EXIT_FAILURE, EXIT_USER_MISTAKE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -150,7 +151,7 @@ def run(app: App, words: Sequence[str]) -> int:
     """Run the command that the words of a command line ask for (`parsed`); return its exit code."""
     command = parsed(app, [ALIASES.get(word, word) for word in words])
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # asks for kernels nobody needs
+    quieten_library()
     code = command()
     if code is None:  # a text was shown, asked for or instead of a command that is missing
         return EXIT_OK if {"--help", "-h", "--version"} & set(words) else EXIT_USER_MISTAKE

@@ -17,7 +17,6 @@ of the whole weight, w of this shard, r rows of blocks.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lobra.layout.base_precision import NF4_BLOCK, SCALE_BLOCK
+from lobra.layout.base_precision import NF4_BLOCK, SCALE_BLOCK, quieten_library
 from lobra.layout.shapes import FusedLinear
 from lobra.model.base_linear import BaseLinear, DenseLinear, Shard, by_group
 from lobra.model.checkpoint import CheckpointReader
@@ -231,8 +230,7 @@ class Nf4Linear(BaseLinear):
 @cache
 def bitsandbytes() -> Any:
     """Return the library's functions; as it is an extra, it is imported where one is needed."""
-    # It warns that a product of its own, which is not used here, has no kernel for CPUs.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    quieten_library()
     from bitsandbytes import functional
 
     return functional

@@ -14,7 +14,7 @@ from lobra.trainer.checkpoint_folder import list_checkpoints, step_folder
 from lobra.trainer.log_parts import METRICS_FILE, log_files
 from lobra.trainer.metrics import read_metrics
 from lobra.trainer.run_config import RunConfig, read_run_config
-from lobra.trainer.run_spec import ADAPTER_FOLDER, CONFIG_FILE
+from lobra.trainer.run_spec import ADAPTER_FOLDER
 
 WARM_UP_STEPS = 1  # the first step also pays for lazy initialisation; left out of the medians
 EDGE_STEPS = 3  # losses before and after are means over this many steps
@@ -117,11 +117,9 @@ def run_parts(folder: Path) -> list[PlanPart]:
 
 def _read(folder: Path) -> tuple[RunConfig, list[PlanPart]]:
     """Return a run's config.yaml and its steps."""
-    there = {CONFIG_FILE: (folder / CONFIG_FILE).is_file(), METRICS_FILE: log_files(folder)}
-    for name, found in there.items():
-        if not found:
-            raise ConfigError(f"{folder}: no {name} in it; give the folder of a run")
     config = read_run_config(folder)
+    if not log_files(folder):
+        raise ConfigError(f"{folder}: no {METRICS_FILE} in it; give the folder of a run")
     steps = read_metrics(folder)
     if not steps:
         raise ConfigError(f"{folder / METRICS_FILE}: the run has not finished a step yet")

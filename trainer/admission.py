@@ -120,7 +120,7 @@ def newcomer_of(run: RunSpec, fields: Mapping[str, Any], processor: TextProcesso
     checks = TaskChecks(
         processor,
         run.admission.data_dir,
-        _shape_of(run),
+        base_shape(run),
         run.plan,
         run.batching,
         run.admission.confine,
@@ -133,7 +133,8 @@ def newcomer_of(run: RunSpec, fields: Mapping[str, Any], processor: TextProcesso
     return Newcomer(task, *split(task, data, run.seed))
 
 
-def _shape_of(run: RunSpec) -> ModelShape:
+def base_shape(run: RunSpec) -> ModelShape:
+    """Return the sizes of a run's base, its linears kept as the run keeps them."""
     return read_shape(run.model_folder).kept_in(run.base_precision)
 
 
@@ -155,7 +156,7 @@ def plan_beside(run: RunSpec, tasks: Sequence[TaskConfig]) -> tuple[Plan, str]:
         return run.plan, ""
     if admission.memory is None:
         return run.plan, "there is no memory profile: whether it fits was not looked at"
-    fitted, notes = fitted_to(admission.memory, tasks, _shape_of(run))
+    fitted, notes = fitted_to(admission.memory, tasks, base_shape(run))
     groups, problems = [], Problems()
     for group in admission.plan.groups:
         layout = group.layout

@@ -10,11 +10,10 @@ from pathlib import Path
 from lobra.common.errors import ConfigError, Problems
 from lobra.common.models import read_as
 from lobra.layout.plan import Plan
-from lobra.layout.shapes import read_shape
 from lobra.planner.workload import label_share
 from lobra.tasks.config import TaskConfig, TrainerConfig
 from lobra.tasks.dataset import TokenizedDataset
-from lobra.trainer.admission import plan_beside
+from lobra.trainer.admission import base_shape, plan_beside
 from lobra.trainer.checkpoint import CheckpointState
 from lobra.trainer.checkpoint_folder import FOLDER, STATE_FILE
 from lobra.trainer.run_spec import RunSpec
@@ -39,7 +38,7 @@ def with_tasks(run: RunSpec, tasks: Sequence[RunTask], step: int) -> RunSpec:
     and it is as long as the tasks need.
     """
     configs = tuple(task.config for task in tasks)
-    shape = read_shape(run.model_folder)
+    shape = base_shape(run)
     elements = sum(shape.adapter_elements(one.largest_rank, one.target_modules) for one in configs)
     end = max([run.last_step, *(step + task.progress.steps_left for task in tasks)])
     return replace(

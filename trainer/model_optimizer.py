@@ -18,7 +18,7 @@ from lobra.model.stage import Stage
 from lobra.model.trained_stage import TrainedWeights
 from lobra.tasks.config import TaskConfig
 from lobra.trainer.optimizer import AdapterOptimizer, Agree, TaskUpdate, alone, own_blocks
-from lobra.trainer.zero import MASTER
+from lobra.trainer.zero import MASTER, kept_moments
 
 
 class ModelOptimizer(AdapterOptimizer):
@@ -29,10 +29,12 @@ class ModelOptimizer(AdapterOptimizer):
         self.stage, self.trained = stage, weights
         self.blocks = own_blocks(world.shard_blocks(stage.shape.num_layers), weights.weights.device)
         self.pieces: dict[int, slice] = {}
+        self._moment_names = {}
 
     def install(self, number: int, task: TaskConfig | None = None) -> None:
         """Begin to optimise the weights as they are now, as the task says. Collective."""
         assert task is not None, "a model's task says how it is optimised"
+        self._moment_names[number] = kept_moments(task)
         (block,) = self.blocks
         split, stop = self.trained.num_decayed, len(self.trained.weights)
         own = {0: (slice(0, split), task), 1: (slice(split, stop), replace(task, weight_decay=0.0))}
@@ -66,11 +68,6 @@ class ModelOptimizer(AdapterOptimizer):
         self.trained.share()
         self.trained.gradient.zero_()
         return failed
-
-    def moment_names(self, number: int) -> tuple[str, ...]:
-        """Return what the optimiser keeps of each weight."""
-        (block,) = self.blocks
-        return tuple(next(iter(block.partitions.values())).moments)
 
     def whole(self, name: str) -> Tensor | None:
         """Return one of the moments, or `MASTER`, of all of `weights`, on the CPU. Collective.

@@ -19,9 +19,9 @@ import numpy as np
 
 from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
-from lobra.layout.shapes import read_shape
 from lobra.planner.workload import Workload
 from lobra.profiler.capacity import fitted_to
+from lobra.trainer.admission import base_shape
 from lobra.trainer.evaluation import held_out_data
 from lobra.trainer.proposal import PlanningJob, PlanningProcess, Proposal
 from lobra.trainer.run_spec import RunSpec
@@ -112,7 +112,7 @@ def planning_job(run: RunSpec, tasks: Sequence[RunTask], step: int, num_gpus: in
         raise ConfigError("there is no memory profile")
     going_on = [task for task in tasks if task.progress.steps_left]
     configs = [task.config for task in tasks]
-    shape = read_shape(run.model_folder).kept_in(run.base_precision)
+    shape = base_shape(run)
     held_out = {name: held_out_data(run, name) for name in (t.config.name for t in going_on)}
     workload = Workload(
         lengths={task.config.name: task.data.example_lengths for task in going_on},

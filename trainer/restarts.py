@@ -191,21 +191,19 @@ def with_resume(arguments: Sequence[str], step: int | None, plan: Path | None = 
     """
     if step is None:
         return list(arguments)
-    rest = [
-        word
-        for word, before in zip(arguments, ["", *arguments], strict=False)
-        if word.partition("=")[0] != "--resume" and not (before == "--resume" and word.isdigit())
-    ]
+    rest = without_option(arguments, "--resume", str.isdigit)
     other = [] if plan is None else ["--strategy-config", str(plan)]  # the last one counts
     return [*rest, *other, "--resume", str(step)]
 
 
-def without_option(arguments: Sequence[str], name: str) -> list[str]:
-    """Return a command line's arguments without an option that takes a value."""
+def without_option(
+    arguments: Sequence[str], name: str, is_value: Callable[[str], bool] = lambda _: True
+) -> list[str]:
+    """Return a command line's arguments without an option and what follows it as its value."""
     return [
         word
         for word, before in zip(arguments, ["", *arguments], strict=False)
-        if word.partition("=")[0] != name and before != name
+        if word.partition("=")[0] != name and not (before == name and is_value(word))
     ]
 
 

@@ -117,6 +117,8 @@ def read_run_config(folder: Path) -> RunConfig:
     ConfigError
         If there is no config.yaml, or it is none of a run.
     """
+    if not (folder / CONFIG_FILE).is_file():
+        raise ConfigError(f"{folder}: no {CONFIG_FILE} in it; give the folder of a run")
     return load_as(RunConfig, folder / CONFIG_FILE)
 
 

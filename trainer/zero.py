@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lobra.layout.base_precision import quieten_library
 from lobra.tasks.config import ADAMW_8BIT, TaskConfig
 
 EIGHT_BIT_BLOCK = 256  # elements with a scale of their own, as bitsandbytes has them
@@ -93,7 +94,7 @@ def _optimizer(weights: nn.Parameter, task: TaskConfig | None) -> torch.optim.Op
         return torch.optim.SGD([weights], rate, momentum=task.momentum, weight_decay=decay)
     betas = task.adam_beta1, task.adam_beta2
     if task.optimizer == ADAMW_8BIT:
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # asks for kernels nobody needs
+        quieten_library()
         from bitsandbytes.optim import AdamW8bit
 
         eight_bit: torch.optim.Optimizer = AdamW8bit(

@@ -19,8 +19,8 @@ from lobra.report.run_summary import task_summary
 from lobra.tasks.config import load_trainer_config
 from lobra.trainer.log_parts import log_files
 from lobra.trainer.metrics import read_metrics
-from lobra.trainer.run_config import RunConfig, read_run_config
-from lobra.trainer.run_spec import CONFIG_FILE, LOCK_FILE
+from lobra.trainer.run_config import read_run_config
+from lobra.trainer.run_spec import LOCK_FILE
 from lobra.trainer.task_file_watch import request_to_join
 from lobra.trainer.task_requests import TaskRequest, answer_to, send, waiting, withdraw
 
@@ -39,7 +39,7 @@ def add(run: Run, file: TaskSetName, /, *, timeout: Patience = PATIENCE_S) -> in
 
       lobra tasks add runs/a new_tasks.yaml
     """
-    _known(run)
+    read_run_config(run)
     tasks = load_trainer_config(file).tasks
     return _ask(run, [request_to_join(task) for task in tasks], timeout, "joins")
 
@@ -54,13 +54,13 @@ def cancel(run: Run, name: str, /, *more: str, timeout: Patience = PATIENCE_S) -
     more
         Further tasks.
     """
-    _known(run)
+    read_run_config(run)
     return _ask(run, [TaskRequest(each) for each in (name, *more)], timeout, "leaves")
 
 
 def show(run: Run, /, *, json_output: Annotated[Json, Parameter(name="--json")] = False) -> int:
     """List the tasks that a run has, or had, and what is asked of it."""
-    config = _known(run)
+    config = read_run_config(run)
     steps = read_metrics(run) if log_files(run) else []
     rows = [
         {
@@ -90,12 +90,6 @@ def show(run: Run, /, *, json_output: Annotated[Json, Parameter(name="--json")] 
     for one in asked:
         console.print(f"{one['task']} is asked {one['asked']}: no answer yet", soft_wrap=True)
     return 0
-
-
-def _known(run: Path) -> RunConfig:
-    if not (run / CONFIG_FILE).is_file():
-        raise ConfigError(f"{run}: no {CONFIG_FILE} in it; give the folder of a run")
-    return read_run_config(run)
 
 
 def _ask(run: Path, requests: Sequence[TaskRequest], timeout: float, done: str) -> int:
