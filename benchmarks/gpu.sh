@@ -3,7 +3,7 @@
 #
 #   bash benchmarks/gpu.sh OUT
 #
-# OUT/gpu.json has all results, OUT/log.txt all output. A part that fails or takes too long does not
+# OUT/gpu.json has all results and the bars they are held to, OUT/log.txt all output. A part that fails or takes too long does not
 # end the others, and what it had found is kept; one that needs a package this Python lacks is left
 # out. Exits with 1 if a part failed or was left out.
 #
@@ -36,7 +36,7 @@ part() {
         status=${PIPESTATUS[0]}
     fi
     printf '%s\t%s\t%s\n' "$name" "$status" $((SECONDS - start)) >>"$out/parts.tsv"
-    "$python" -m benchmarks.gpu_report "$out"
+    "$python" -m benchmarks.gpu_report "$out" "$device"
 }
 
 share_gpu() {

@@ -14,14 +14,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import yaml
 
 from lobra.trainer.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 PLANS = {
-    "one": ("[{dp: 1, tp: 1, pp: 1, max_tokens: 2048}]", "1", 1),
+    "one": ([{"dp": 1, "tp": 1, "pp": 1, "max_tokens": 2048}], "1", 1),
     "mixed": (
-        "[{dp: 2, tp: 1, pp: 1, max_tokens: 1024}, {dp: 1, tp: 2, pp: 1, max_tokens: 2048}]",
+        [
+            {"dp": 2, "tp": 1, "pp": 1, "max_tokens": 1024},
+            {"dp": 1, "tp": 2, "pp": 1, "max_tokens": 2048},
+        ],
         "1,2",
         4,
     ),
@@ -37,7 +41,12 @@ def lobra(folder: Path, *arguments: str) -> None:
 
 
 def profiler_step_time(
-    folder: Path, *, plan: Literal["one", "mixed"] = "one", steps: int = 12
+    folder: Path,
+    *,
+    plan: Literal["one", "mixed"] = "one",
+    memory: Literal["keep", "lean", "full"] = "keep",
+    quick: bool = False,
+    steps: int = 12,
 ) -> Iterator[dict[str, Any]]:
     """Profile, train, and compare every step's predicted with its measured time.
 
@@ -47,17 +56,23 @@ def profiler_step_time(
         Where the profile and the run are kept.
     plan
         One rank, or <1,1>x2 <2,1>x1.
+    memory
+        The policy of all replicas.
+    quick
+        Profile as the quickstart does.
     steps
         To train.
     """
     replicas, tps, ranks = PLANS[plan]
     folder.mkdir(parents=True, exist_ok=True)
     plan_file, run = (folder / "plan.yaml").resolve(), (folder / f"run_{plan}").resolve()
-    plan_file.write_text(f"strategy_config: {replicas}\n", encoding="utf-8")
+    strategy = {"strategy_config": [{**replica, "memory": memory} for replica in replicas]}
+    plan_file.write_text(yaml.safe_dump(strategy), encoding="utf-8")
     common = ["--model", "tiny", "--device", "cpu"]
     common += ["--trainer-config", str(ROOT / "trainer_config" / "quickstart.json")]
     load = [] if ranks == 1 else ["--load-ranks", str(ranks)]
-    lobra(folder, "profile", "time", *common, "--tp", tps, *load)
+    sweep = ["--tp", tps, "--memory", memory, *load, *(["--quick"] if quick else [])]
+    lobra(folder, "profile", "time", *common, *sweep)
     where = ["--strategy-config", str(plan_file), "--output-dir", str(run)]
     lobra(folder, "train", *common, *where, "--max-steps", str(steps))
     step_errors, replica_errors = [], []

@@ -13,11 +13,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from lobra.model.compiled import compiled
 
 UintArray = NDArray[np.uint64]
 
@@ -84,6 +87,86 @@ class TokenNoise:
         first = features.start - start * FEATURES_PER_WORD
         bits_Ti = words_TW.view(torch.int16)[:, first : first + len(features)]
         return (bits_Ti >= self.limits_T1) * self.scales_T1
+
+
+@dataclass(frozen=True, eq=False)
+class InputDropout:
+    """What drops out of a linear's input, on this rank's features and some tokens.
+
+    Attributes
+    ----------
+    noise
+        The tokens'.
+    features_W
+        What `feature_keys` returns of the linear, on the device.
+    features
+        Which features, of all the linear has on all ranks.
+    is_fused
+        Whether factors are drawn in the one kernel that multiplies by them, and never stored.
+    """
+
+    noise: TokenNoise
+    features_W: Tensor
+    features: range
+    is_fused: bool
+
+    def left_of(self, x_Ti: Tensor) -> Tensor:
+        """Return what is left of an input."""
+        if self.is_fused:
+            left_Ti: Tensor = compiled(_left)(x_Ti, *self._drawn_from())
+            return left_Ti
+        return x_Ti * self._factors()
+
+    def add_left(self, total_Ti: Tensor, x_Ti: Tensor) -> None:
+        """Add what is left of a tensor of the input's shape."""
+        if self.is_fused:
+            compiled(_add_left)(total_Ti, x_Ti, *self._drawn_from())
+        else:
+            total_Ti.addcmul_(x_Ti, self._factors())
+
+    def _factors(self) -> Tensor:
+        return self.noise.factors(self.features_W, self.features)
+
+    def _drawn_from(self) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+        noise = self.noise
+        return (
+            noise.keys_T, noise.limits_T1, noise.scales_T1, self.features_W, self.features.start,
+        )  # fmt: skip
+
+
+def _left(
+    x_Ti: Tensor, keys_T: Tensor, limits_T1: Tensor, scales_T1: Tensor, features_W: Tensor,
+    start: int,
+) -> Tensor:  # fmt: skip
+    """Return x times what `TokenNoise.factors` returns, without words that features share."""
+    features_i = torch.arange(start, start + x_Ti.shape[1], device=x_Ti.device)
+    words_Ti = keys_T[:, None] ^ features_W[features_i // FEATURES_PER_WORD]
+    words_Ti = words_Ti ^ (words_Ti >> 32 & 0xFFFFFFFF)
+    for _ in range(2):
+        words_Ti = words_Ti * SIGNED_FACTOR
+        words_Ti = words_Ti ^ (words_Ti >> 32 & 0xFFFFFFFF)
+    bits_Ti = words_Ti >> 16 * (features_i % FEATURES_PER_WORD) & LEVELS - 1
+    signed_Ti = (bits_Ti ^ LEVELS // 2) - LEVELS // 2
+    return x_Ti * ((signed_Ti >= limits_T1) * scales_T1)
+
+
+def _add_left(total_Ti: Tensor, x_Ti: Tensor, *drawn_from: Any) -> None:
+    total_Ti.add_(_left(x_Ti, *drawn_from))
+
+
+def try_out_dropout(like: Tensor) -> None:
+    """Compile what fused dropout calls; raise what a compiler raises.
+
+    Parameters
+    ----------
+    like
+        Any tensor of the device and dtype.
+    """
+    keys_T = torch.arange(5, device=like.device)  # sizes that are equal would be taken for equal
+    noise = TokenNoise.of_tokens(keys_T, torch.full_like(keys_T, 0.5, dtype=like.dtype), like.dtype)
+    dropout = InputDropout(noise, feature_keys(0, "", 11).to(like.device), range(2, 9), True)
+    x_Ti = like.new_ones(5, 7)
+    dropout.add_left(x_Ti, dropout.left_of(x_Ti))
 
 
 def token_keys(

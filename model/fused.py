@@ -12,35 +12,45 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
-from functools import cache, partial, wraps
+from functools import partial, wraps
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lobra.model.compiled import compiled
+from lobra.model.dropout import try_out_dropout
+
 logger = logging.getLogger(__name__)
 
-# Round where eager code does; no pool of compiling processes in every rank for a few kernels.
-OPTIONS: dict[str, Any] = {"emulate_precision_casts": True, "compile_threads": 1}
 ROTARY = "apply_rotary_pos_emb"  # in the module of every family's attention
 
 
-def fuse(decoder: Any) -> None:
+def fuse(decoder: Any) -> bool:
     """Have the elementwise work of a decoder's layers run as few kernels, where that is faster.
 
     On CPU, and in fp32 and fp64, the decoder stays as it is; so it does, with a warning, where
     torch cannot compile.
+
+    Returns
+    -------
+    bool
+        Whether they do; then LoRA dropout can be fused, too.
     """
     if not _is_faster(next(decoder.parameters())):
-        return
+        return False
     try:
         try_out(decoder)
+        try_out_dropout(next(decoder.parameters()))
     except Exception as problem:  # of any kind: a compiler, a driver or triton may be missing
         reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-        logger.warning("norms and activations run unfused, as torch cannot compile: %s", reason)
-    else:
-        fuse_modules(decoder)
+        logger.warning(
+            "norms, activations and dropout run unfused, as torch cannot compile: %s", reason
+        )
+        return False
+    fuse_modules(decoder)
+    return True
 
 
 def _is_faster(weight: Tensor) -> bool:
@@ -81,16 +91,10 @@ def try_out(decoder: Any) -> None:
             outputs = _rotated(rotary, query, key, angles, angles.clone())
         elif _is_gated(module):
             gate_and_up = sample(1, tokens, features), sample(1, tokens, features)
-            outputs = [_compiled(_product)(module.act_fn, *gate_and_up)]
+            outputs = [compiled(_product)(module.act_fn, *gate_and_up)]
         else:
             continue
         torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
-
-
-@cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function compiled, for any number of tokens and for all layers together."""
-    return torch.compile(function, dynamic=True, options=OPTIONS)
 
 
 def _is_norm(module: Any) -> bool:
@@ -99,7 +103,7 @@ def _is_norm(module: Any) -> bool:
 
 def _normed(norm: Any, x: Tensor) -> Tensor:
     """Return the norm of x, by rows, so that tokens and heads are compiled for alike."""
-    normed: Tensor = _compiled(type(norm).forward)(norm, x.flatten(0, -2))
+    normed: Tensor = compiled(type(norm).forward)(norm, x.flatten(0, -2))
     return normed.view(x.shape)
 
 
@@ -138,7 +142,7 @@ def _rotated(
     tensors = (query.transpose(1, 2), key.transpose(1, 2), cos, sin)
     for tensor in tensors:
         torch._dynamo.mark_static(tensor, tensor.dim() - 1)
-    turned = _compiled(rotary)(*tensors, unsqueeze_dim=2)
+    turned = compiled(rotary)(*tensors, unsqueeze_dim=2)
     return [heads.transpose(1, 2) for heads in turned]
 
 
@@ -148,9 +152,7 @@ def _product(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -
 
 def _gated(mlp: Any, x: Tensor) -> Tensor:
     """Return what a gated MLP computes."""
-    output: Tensor = mlp.down_proj(
-        _compiled(_product)(mlp.act_fn, mlp.gate_proj(x), mlp.up_proj(x))
-    )
+    output: Tensor = mlp.down_proj(compiled(_product)(mlp.act_fn, mlp.gate_proj(x), mlp.up_proj(x)))
     return output
 
 

@@ -11,18 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lobra.model.adapter import AdapterSpec
+from lobra.model.dropout import InputDropout
 from lobra.model.part import Factors, Outputs, Part, Rows
 from lobra.model.precision import kept_dtype
 from lobra.model.slot import Slot
 from lobra.model.stack import Adapter, Stack
-from lobra.model.to_device import to_device
+from lobra.model.to_device import sent_together
 from lobra.model.token_tasks import Segment, TokenTasks
 
 
@@ -129,11 +130,10 @@ class JointStack(Stack):
         gradients_A = tuple(one.gradient_A for adapters in own for one in adapters)
         factors = Factors(Rows(self.A_Ri, gradients_A, present.rows_A), outputs)
         tokens = slice(segments[0].start, segments[-1].stop)
-        draw = None
+        dropouts: tuple[InputDropout, ...] = ()
         if tasks.drops(one.spec for adapters in own for one in adapters):
-            linears = [output.linear for output in outputs]
-            draw = partial(self.keep_factors, linears, tokens, tasks)
-        return Part(tokens, factors, present.scaling_NR, draw_keep_factors=draw)
+            dropouts = self.dropouts([output.linear for output in outputs], tokens, tasks)
+        return Part(tokens, factors, present.scaling_NR, dropouts=dropouts)
 
     def _may_all_be_there(self, numbers: Set[int], segments: Sequence[Segment]) -> bool:
         """Return whether tasks without tokens cost too little to leave them out."""
@@ -143,9 +143,6 @@ class JointStack(Stack):
         return total <= self.most_ranks and absent * num_tokens <= self.least_spared
 
     def _present(self, segments: Sequence[Segment], numbers: Set[int]) -> _Present:
-        lengths = torch.tensor([segment.stop - segment.start for segment in segments])
-        of_segment = torch.tensor([segment.number for segment in segments])
-        of_token = of_segment.repeat_interleave(lengths)
         of_row: list[int] = []
         scaling: list[float] = []
         rows_A: list[int] = []
@@ -166,13 +163,25 @@ class JointStack(Stack):
             num_rows += row
         stops = list(accumulate(map(len, rows_B)))
         whole = len(rows_A) == num_rows
-        send = partial(to_device, device=self.device)
+        of_segment = [segment.number for segment in segments]
+        lengths = [segment.stop - segment.start for segment in segments]
+        gathered = [] if whole else [rows_A, *rows_B]
+        numbers_S, lengths_S, of_row_R, scaling_R, *sent = sent_together(
+            [
+                np.array(of_segment),
+                np.array(lengths),
+                np.array(of_row),
+                np.array(scaling).view(np.int64),
+                *(np.array(rows, dtype=np.int64) for rows in gathered),
+            ],
+            self.device,
+        )
+        of_token = numbers_S.repeat_interleave(lengths_S, output_size=sum(lengths))
         # Not in the activations' dtype: bf16 would round a scaling such as 4/3 by 0.3 %.
-        scaling_R = send(torch.tensor(scaling, dtype=kept_dtype(self.dtype)))
-        of_row_R = send(torch.tensor(of_row))
+        scaling_R = scaling_R.view(torch.float64).to(kept_dtype(self.dtype))
         return _Present(
-            scaling_NR=(send(of_token).unsqueeze(1) == of_row_R) * scaling_R,
+            scaling_NR=(of_token.unsqueeze(1) == of_row_R) * scaling_R,
             columns=tuple(map(slice, [0, *stops], stops)),
-            rows_A=None if whole else send(torch.tensor(rows_A)),
-            rows_B=tuple(None if whole else send(torch.tensor(rows)) for rows in rows_B),
+            rows_A=None if whole else sent[0],
+            rows_B=(None,) * len(rows_B) if whole else tuple(sent[1:]),
         )

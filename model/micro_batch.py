@@ -25,7 +25,7 @@ from lobra.model.objectives import Examples, ExampleWeights, task_examples
 from lobra.model.packed_attention import Packing
 from lobra.model.policy_loss import Rollouts
 from lobra.model.precision import kept_dtype
-from lobra.model.to_device import to_device
+from lobra.model.to_device import sent_together
 from lobra.model.token_tasks import Segment
 
 
@@ -133,7 +133,7 @@ def micro_batch_tensors(
     drops = dropouts if dropouts and any(dropouts.values()) else None
     arrays = [_arrays(micro_batch, drops) for micro_batch in micro_batches]
     flat = [array for own in arrays for array in own]
-    weights, *sent = _sent([task_weights.view(np.int64), *flat], device)
+    weights, *sent = sent_together([task_weights.view(np.int64), *flat], device)
     weights = weights.view(torch.float64).to(kept_dtype(dtype))
     of_batch = iter(sent)
     return [
@@ -227,12 +227,6 @@ def _spans(micro_batch: MicroBatch) -> IntArray:
     spans = [length or len(sequence.tokens) for sequence in micro_batch.sequences]
     padding = micro_batch.padded_tokens - sum(spans)
     return np.array([*spans, padding] if padding else spans, dtype=np.int64)
-
-
-def _sent(arrays: Sequence[IntArray], device: torch.device) -> list[Tensor]:
-    """Return the arrays on the device, as parts of one tensor."""
-    whole = to_device(torch.from_numpy(np.concatenate(arrays)), device)
-    return list(whole.split([len(array) for array in arrays]))
 
 
 def _tensors(

@@ -6,13 +6,15 @@ of a linear's A, R rows of A or B: ranks of several tasks and linears, one below
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, zip_longest
 
 import torch
 from torch import Tensor
 
 from lobra.model.base_linear import BaseLinear
+from lobra.model.dropout import InputDropout
 from lobra.model.magnitude import Magnitude
 from lobra.model.vera import Vectors
 
@@ -72,9 +74,8 @@ class Part:
         VeRA's of the only output: then `scaling` is d.
     drops
         Whether dropout is before it, if the task has any.
-    draw_keep_factors
-        Returns for each of the factors' outputs what dropout multiplies x by, [n, i]; None where
-        nothing drops out.
+    dropouts
+        For each of the factors' outputs what drops out of x; none where nothing does.
     """
 
     tokens: slice
@@ -82,7 +83,7 @@ class Part:
     scaling: Tensor
     vectors: Vectors | None = None
     drops: bool = True
-    draw_keep_factors: Callable[[], list[Tensor]] | None = None
+    dropouts: tuple[InputDropout, ...] = ()
 
     @property
     def has_magnitudes(self) -> bool:
@@ -95,21 +96,17 @@ class Part:
 
     def _unscaled_hidden(self, x_ni: Tensor) -> Tensor:
         A_Ri = self.factors.A.weights_Rf()
-        if not self.draw_keep_factors:
+        if not self.dropouts:
             return x_ni @ A_Ri.t()
         h_nR = x_ni.new_empty(len(x_ni), len(A_Ri))
-        for output, left_ni, _ in self._dropped(x_ni):
+        for output, dropout in self._outputs():
+            left_ni = _left(x_ni, dropout)
             torch.mm(left_ni, A_Ri[output.columns].t(), out=h_nR[:, output.columns])
         return h_nR
 
-    def _dropped(self, x_ni: Tensor) -> Iterator[tuple[Outputs, Tensor, Tensor | None]]:
-        """Yield each output, what is left of its input, and what that was multiplied by."""
-        if not self.draw_keep_factors:
-            for output in self.factors.outputs:
-                yield output, x_ni, None
-            return
-        for output, keep_ni in zip(self.factors.outputs, self.draw_keep_factors(), strict=True):
-            yield output, x_ni * keep_ni, keep_ni
+    def _outputs(self) -> Iterator[tuple[Outputs, InputDropout | None]]:
+        """Yield each output and what drops out of its input."""
+        return zip_longest(self.factors.outputs, self.dropouts)
 
     def add_update(
         self, bases: Sequence[BaseLinear], x_ni: Tensor, h_nR: Tensor, ys_no: Sequence[Tensor]
@@ -122,10 +119,10 @@ class Part:
             else:
                 self.vectors.add_to(ys_no[output.linear], h_nr @ B_Ro)
         if self.has_magnitudes:
-            for output, left_ni, keep_ni in self._dropped(x_ni):
+            for output, dropout in self._outputs():
                 y_no, base = ys_no[output.linear], bases[output.linear]
-                if keep_ni is not None:
-                    unscaled_no = output.unscaled(base, left_ni, h_nR)
+                if dropout is not None:
+                    unscaled_no = output.unscaled(base, dropout.left_of(x_ni), h_nR)
                 else:
                     unscaled_no = y_no if base.bias is None else y_no - base.bias
                 assert output.magnitude is not None
@@ -157,15 +154,15 @@ class Part:
         What the base's product has beyond its plain gradient is added to ``dx_ni``.
         """
         found = list(dys_no)
-        for output, left_ni, keep_ni in self._dropped(x_ni):
+        for output, dropout in self._outputs():
             dy_no, base, magnitude = dys_no[output.linear], bases[output.linear], output.magnitude
             assert magnitude is not None
-            magnitude.add_gradient(dy_no, output.unscaled(base, left_ni, h_nR))
+            magnitude.add_gradient(dy_no, output.unscaled(base, _left(x_ni, dropout), h_nR))
             excess_no = dy_no * magnitude.excess_o
             found[output.linear] = dy_no + excess_no
             if dx_ni is not None:
                 more_ni = base.input_gradient(excess_no, None)
-                dx_ni.add_(more_ni if keep_ni is None else more_ni * keep_ni)
+                dx_ni.add_(_left(more_ni, dropout))
         return found
 
     def _add_gradients_of_factors(
@@ -182,20 +179,19 @@ class Part:
         owed: list[tuple[Tensor, Tensor]] = []
         for output in outputs:
             owed += _add_product(output.B.gradients, h_nR[:, output.columns], dys_no[output.linear])
-        if not self.draw_keep_factors:
+        A_Ri = A.weights_Rf()
+        if not self.dropouts:
             owed += _add_product(A.gradients, dh_nR, x_ni)
             if dx_ni is not None:
-                dx_ni.addmm_(dh_nR, A.weights_Rf())
+                dx_ni.addmm_(dh_nR, A_Ri)
         else:
-            A_Ri, dA = A.weights_Rf(), []
-            for output, left_ni, keep_ni in self._dropped(x_ni):
+            for output, dropout in zip(outputs, self.dropouts, strict=True):
                 dh_nr = dh_nR[:, output.columns]
                 if A.gradients:
-                    dA.append(dh_nr.t() @ left_ni)
-                if dx_ni is not None and keep_ni is not None:
-                    dx_ni.addcmul_(dh_nr @ A_Ri[output.columns], keep_ni)
-            if A.gradients:
-                owed += _cut(torch.cat(dA), A.gradients)
+                    gradients = _of_rows(A.gradients, output.columns)
+                    owed += _add_product(gradients, dh_nr, dropout.left_of(x_ni))
+                if dx_ni is not None:
+                    dropout.add_left(dx_ni, dh_nr @ A_Ri[output.columns])
         if owed:
             torch._foreach_add_(*map(list, zip(*owed, strict=True)))
 
@@ -206,6 +202,22 @@ class Part:
         )
         factors = Factors(replace(self.factors.A, gradients=()), outputs)
         return replace(self, factors=factors, scaling=-self.scaling, drops=False)
+
+
+def _left(x_ni: Tensor, dropout: InputDropout | None) -> Tensor:
+    return x_ni if dropout is None else dropout.left_of(x_ni)
+
+
+def _of_rows(gradients: Sequence[Tensor], rows: slice) -> list[Tensor]:
+    """Return the gradients of some rows, which no gradient crosses but an only one."""
+    if len(gradients) == 1:
+        return [gradients[0][rows]]
+    starts = accumulate((len(gradient) for gradient in gradients), initial=0)
+    return [
+        gradient
+        for gradient, start in zip(gradients, starts, strict=False)
+        if rows.start <= start < rows.stop
+    ]
 
 
 def _add_product(

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from lobra.layout.layout import ADAPTER_HIDDEN
 from lobra.model.adapter import AdapterSpec
 from lobra.model.base_linear import BaseLinear, Shard
-from lobra.model.dropout import feature_keys
+from lobra.model.dropout import InputDropout, feature_keys
 from lobra.model.magnitude import Magnitude
 from lobra.model.memory_policy import kept
 from lobra.model.own_vector import OwnVector
@@ -76,6 +76,7 @@ class Stack(ABC):
         self.feature_keys = [
             feature_keys(site.layer, site.module, site.in_features).to(device) for site in sites
         ]
+        self.fuses_dropout = False
         # Autograd is to call the function's backward also where the input needs no gradient.
         self.anchor = torch.zeros((), requires_grad=True)
         self._input: Tensor | None = None
@@ -129,8 +130,7 @@ class Stack(ABC):
         if not part.drops or not tasks.drops([self.specs[segment.number]]):
             return replace(part, tokens=tokens)
         linears = [output.linear for output in part.factors.outputs]
-        draw = partial(self.keep_factors, linears, tokens, tasks)
-        return replace(part, tokens=tokens, draw_keep_factors=draw)
+        return replace(part, tokens=tokens, dropouts=self.dropouts(linears, tokens, tasks))
 
     def _projected_parts(self, slot: Slot, projections: Projections) -> list[Part]:
         """Return, of no tokens, a part for each linear that a VeRA adapter is on."""
@@ -246,19 +246,18 @@ class Stack(ABC):
             ):
                 magnitude.renew(own)
 
-    def keep_factors(
+    def dropouts(
         self, linears: Sequence[int], tokens: slice, tasks: TokenTasks
-    ) -> list[Tensor]:
-        """Return of linears what dropout multiplies their inputs by, [n, i].
-
-        It is 1 for tokens of a task without dropout.
-        """
+    ) -> tuple[InputDropout, ...]:
+        """Return what drops out of these linears' inputs: of a task without dropout, nothing."""
         assert tasks.noise is not None
         noise = tasks.noise.part(tokens)
-        return [
-            noise.factors(self.feature_keys[linear], self.shards[linear].inputs)
+        return tuple(
+            InputDropout(
+                noise, self.feature_keys[linear], self.shards[linear].inputs, self.fuses_dropout
+            )
             for linear in linears
-        ]
+        )
 
     def products(
         self, x: Tensor, parts: Sequence[Part], hidden: Sequence[Tensor]

@@ -270,7 +270,9 @@ def build_stage(
     if getattr(decoder.rotary_emb, "rope_type", None) == LONG_ROPE:
         decoder.rotary_emb = OwnLengthRope(decoder.rotary_emb)
     decoder.requires_grad_(False)
-    fuse(decoder)
+    is_fused = fuse(decoder)
+    for stack in stacks:
+        stack.fuses_dropout = is_fused
     let_tasks_own_norms(decoder, layers, groups, selection)
     if dtype == torch.float64:
         for module in (*decoder.layers, decoder.norm, decoder.rotary_emb):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -11,3 +15,9 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda":
         values = values.pin_memory()
     return values.to(device, non_blocking=True)
+
+
+def sent_together(arrays: Sequence[NDArray[np.int64]], device: torch.device) -> list[Tensor]:
+    """Return arrays [n] on the device, as parts of one tensor and so by one copy."""
+    whole = to_device(torch.from_numpy(np.concatenate(arrays)), device)
+    return list(whole.split([len(array) for array in arrays]))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu_packages import NEEDED, lacking, message
-from benchmarks.gpu_report import read_parts
+from benchmarks.gpu_report import BARS, judge, read_parts
 from benchmarks.sides.job import JOBS
 from benchmarks.sides.lengths import find_lengths
 from benchmarks.training_run import step_medians, write_tasks
@@ -30,6 +30,30 @@ def test_every_part_says_how_it_ended_and_keeps_what_it_found(tmp_path: Path) ->
         "multi_lora": {"ended": "out of time", "seconds": 110, "found": {"rows": [2]}},
         "training": {"ended": "failed with 1", "seconds": 12, "found": {"rows": [3]}},
     }
+
+
+def test_what_was_found_is_held_to_its_bars() -> None:
+    def sides(tasks: int, **speeds: float) -> list[dict]:
+        return [
+            {"tasks": tasks, "side": side.replace("_", "-"), "tokens_per_s": speed,
+             "share": speed / 100, "compute_share": speed / 100 + 0.01}
+            for side, speed in speeds.items()
+        ]  # fmt: skip
+
+    rows = [
+        {"device": "cuda", "name": "a card"},
+        *sides(4, base=100.0, ours=82.0, peft_switching=40.0, peft_sorted=50.0),
+        *sides(16, base=100.0, ours=80.0),
+    ]
+    parts = {
+        "multi_lora": {"found": {"rows": rows}},
+        "activations": {"found": {"rows": [{"memory": "lean", "kept_bytes": 40e3}]}},
+        "training": {"found": None},
+    }
+    bars = list(judge(parts))
+    assert [bar["met"] for bar in bars] == [False, True, True, True, None]
+    assert bars[3]["found"] == 82.0 / 50.0
+    assert {bar.part for bar in BARS} <= set(NEEDED)
 
 
 @pytest.mark.parametrize(("python", "ended", "status"), [("true", "ok", 0), ("false", "1", 1)])

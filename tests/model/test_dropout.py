@@ -9,8 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
+from torch._dynamo.utils import counters
 
-from lobra.model.dropout import TokenNoise, feature_keys, token_keys
+from lobra.model import dropout as dropout_module
+from lobra.model.dropout import (
+    InputDropout,
+    TokenNoise,
+    feature_keys,
+    token_keys,
+    try_out_dropout,
+)
 
 SEED, LAYER, MODULE = 2**55 + 11, 5, "up_proj"
 MASK = 2**64 - 1
@@ -75,6 +83,60 @@ def test_a_sequence_is_dropped_alike_in_any_company_and_any_slice(
 
     alone = [of_tokens([sequence], range(num_features)) for sequence in sequences]
     assert torch.equal(of_tokens(sequences, part), torch.cat(alone)[:, part.start : part.stop])
+
+
+def results_of_dropout(
+    is_fused: bool, dtype: torch.dtype, device: str, tokens: int, features: range
+) -> tuple[Tensor, Tensor]:
+    """Return what is left of an input, and of the same input added to one."""
+    drawn = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, len(features), generator=drawn).to(device, dtype)
+    keys = torch.from_numpy(token_keys([SEED], [tokens])).to(device)
+    odds = torch.full((tokens,), 0.3, device=device)
+    noise = TokenNoise.of_tokens(keys, odds, dtype)
+    words = feature_keys(LAYER, MODULE, features.stop + 3).to(device)
+    dropout, total = InputDropout(noise, words, features, is_fused), torch.ones_like(x)
+    dropout.add_left(total, x)
+    return dropout.left_of(x), total
+
+
+@pytest.mark.parametrize("features", [range(16), range(5, 11), range(3, 4)])
+def test_fused_it_drops_the_same(features: range, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what is compiled, not compiled."""
+    monkeypatch.setattr(dropout_module, "compiled", lambda function: function)
+    own, fused = (
+        results_of_dropout(is_fused, torch.float64, "cpu", 50, features)
+        for is_fused in (False, True)
+    )
+    assert torch.equal(own[0], fused[0])
+    torch.testing.assert_close(own[1], fused[1], rtol=1e-15, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param("cpu", marks=pytest.mark.long),  # compiling takes seconds
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ],
+)
+def test_compiled_once_it_drops_the_same(device: str) -> None:
+    """For any number of tokens and slice of the features."""
+    torch._dynamo.reset()
+    counters.clear()
+    like = torch.ones(1, device=device, dtype=torch.bfloat16)
+    try_out_dropout(like)
+    tried = counters["stats"]["unique_graphs"]
+    assert tried == 2
+    for tokens in (2, 3, 40, 1000):
+        for features in (range(64), range(8, 24), range(5, 11)):
+            own, fused = (
+                results_of_dropout(is_fused, torch.bfloat16, device, tokens, features)
+                for is_fused in (False, True)
+            )
+            assert torch.equal(own[0], fused[0])
+            # The product is rounded before it is added, or it is not.
+            torch.testing.assert_close(own[1], fused[1], rtol=2**-7, atol=2**-7)
+    assert counters["stats"]["unique_graphs"] == tried, "compiled again"
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.05, 0.1, 0.5, 0.9])

@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 
 from lobra.layout.layout import MEMORY_POLICIES
 from lobra.model import fused
+from lobra.model.compiled import compiled
 from lobra.model.fused import fuse, fuse_modules, try_out
 from lobra.model.memory_policy import apply_policy
 from lobra.model.packed_attention import Packing, register
@@ -38,11 +39,11 @@ on_both = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def compiled_anew() -> Iterator[None]:
-    fused._compiled.cache_clear()
+    compiled.cache_clear()
     torch._dynamo.reset()
     counters.clear()
     yield
-    fused._compiled.cache_clear()
+    compiled.cache_clear()
 
 
 @pytest.fixture
@@ -147,7 +148,7 @@ def test_without_a_compiler_one_warning(
     with caplog.at_level(logging.WARNING):
         fuse(decoder)
     assert [record.message for record in caplog.records] == [
-        "norms and activations run unfused, as torch cannot compile: "
+        "norms, activations and dropout run unfused, as torch cannot compile: "
         "Cannot find a working triton installation"
     ]
     assert not any("forward" in vars(layer.input_layernorm) for layer in decoder.layers)
@@ -246,6 +247,6 @@ def own_and_fused(
         act = module.act_fn
         yield (
             lambda gate, up: (act(gate) * up,),
-            lambda gate, up: (fused._compiled(fused._product)(act, gate, up),),
+            lambda gate, up: (compiled(fused._product)(act, gate, up),),
             [(48,), (48,)],
         )

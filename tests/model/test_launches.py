@@ -19,8 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lobra.layout.layout import MEMORY_POLICIES, Layout
 from lobra.layout.world import one_replica
-from lobra.model import fused, packed_attention
+from lobra.model import packed_attention
 from lobra.model.adapter import AdapterSpec
+from lobra.model.compiled import compiled
+from lobra.model.dropout import TokenNoise
 from lobra.model.fused import fuse_modules
 from lobra.model.groups import ReplicaGroups
 from lobra.model.joint_stack import JointStack
@@ -36,6 +38,10 @@ LENGTH = 6
 # computes again it launches again: two norms, rotary embedding, silu x up and a sum (keep); two
 # products with their updates (lean); four more with theirs, attention, four x A^T and their masks.
 MOST_LAUNCHES = {None: 75, "keep": 75 + 5, "lean": 75 + 5 + 4, "full": 75 + 5 + 4 + 8 + 1 + 8}
+# With dropout each of seven linears has an input of its own, which is drawn twice: two launches
+# forward and four backward, where a stack of one or several linears has one and two.
+MORE_WITH_DROPOUT = 7 * 6 - 4 * 3
+MORE_IN_FULL = 7 * 2 - 4
 
 
 class Launches(TorchDispatchMode):
@@ -105,21 +111,23 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     """Return a count of launches, in which every compiled function is one."""
     counting = Launches()
 
-    def compiled(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+    def counted(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
         def one_kernel(*args: Any, **options: Any) -> Any:
             called = partial(function, **options)
             return OneKernel.apply(counting, function.__qualname__, called, *args)
 
         return one_kernel
 
-    fused._compiled.cache_clear()
-    monkeypatch.setattr(torch, "compile", compiled)
+    compiled.cache_clear()
+    monkeypatch.setattr(torch, "compile", counted)
     monkeypatch.setattr(packed_attention, "_is_fast", lambda query: True)
     yield counting
-    fused._compiled.cache_clear()
+    compiled.cache_clear()
 
 
-def stage_without_values(folder: Path, policy: str | None, num_tasks: int) -> Stage:
+def stage_without_values(
+    folder: Path, policy: str | None, num_tasks: int, dropout: float = 0.0
+) -> Stage:
     """Return a fused bf16 stage as on a GPU, of tensors that have no values."""
     place = one_replica(Layout(1, 1)).place(0)
     groups = ReplicaGroups(place, None, (0,), None, (0,))
@@ -128,7 +136,12 @@ def stage_without_values(folder: Path, policy: str | None, num_tasks: int) -> St
     stage.to("meta")
     for stack in stage.stacks:
         stack.device = stage.device
-    specs = {number: AdapterSpec(f"task {number}", 16, 4.0, MODULES) for number in range(num_tasks)}
+        stack.feature_keys = [keys.to(stage.device) for keys in stack.feature_keys]
+        stack.fuses_dropout = True
+    specs = {
+        number: AdapterSpec(f"task {number}", 16, 4.0, MODULES, dropout=dropout)
+        for number in range(num_tasks)
+    }
     stage.install(specs)
     fuse_modules(stage.decoder)
     if policy is not None:
@@ -136,14 +149,18 @@ def stage_without_values(folder: Path, policy: str | None, num_tasks: int) -> St
     return stage
 
 
-def launched(launches: Launches, stage: Stage, num_tasks: int) -> Counter[str]:
+def launched(
+    launches: Launches, stage: Stage, num_tasks: int, dropout: float = 0.0
+) -> Counter[str]:
     """Return what a packed micro-batch with a sequence of each task launches, both passes."""
     lengths = (LENGTH,) * num_tasks
     num_tokens = sum(lengths)
     starts = range(0, num_tokens, LENGTH)
     segments = (Segment(number, start, start + LENGTH) for number, start in enumerate(starts))
-    stage.selection.tasks = TokenTasks(tuple(segments))
     with torch.device("meta"):
+        odds = torch.full((num_tokens,), dropout)
+        noise = TokenNoise.of_tokens(torch.arange(num_tokens), odds, stage.dtype)
+        stage.selection.tasks = TokenTasks(tuple(segments), noise if dropout else None)
         tokens = torch.empty(1, num_tokens, dtype=torch.int64)
         offsets = torch.empty(num_tasks + 1, dtype=torch.int32)
         factors = torch.empty(num_tokens)
@@ -162,20 +179,22 @@ def launched(launches: Launches, stage: Stage, num_tasks: int) -> Counter[str]:
     return launches.names.copy()
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("policy", [None, *MEMORY_POLICIES])
 def test_a_layer_launches_little_and_no_more_for_more_tasks(
-    policy: str | None, tmp_path: Path, launches: Launches
+    policy: str | None, dropout: float, tmp_path: Path, launches: Launches
 ) -> None:
     folders = [save_llama(tmp_path / str(n), num_hidden_layers=n) for n in (1, 2)]
     of_a_layer = []
     for num_tasks in (1, 4, 16):
-        fewer, more = (
-            launched(launches, stage_without_values(folder, policy, num_tasks), num_tasks)
-            for folder in folders
-        )
+        stages = (stage_without_values(own, policy, num_tasks, dropout) for own in folders)
+        fewer, more = (launched(launches, stage, num_tasks, dropout) for stage in stages)
         of_a_layer.append(more - fewer)
     assert of_a_layer[0] == of_a_layer[1] == of_a_layer[2]
-    assert of_a_layer[0].total() <= MOST_LAUNCHES[policy], of_a_layer[0]
+    most = MOST_LAUNCHES[policy]
+    if dropout:
+        most += MORE_WITH_DROPOUT + (MORE_IN_FULL if policy == "full" else 0)
+    assert of_a_layer[0].total() <= most, of_a_layer[0]
 
 
 @pytest.mark.parametrize(

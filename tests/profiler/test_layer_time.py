@@ -136,15 +136,15 @@ def test_another_failure_is_raised(
 
 
 def dropouts_on_rank(sweep: TimeSweep, files: Files) -> int:
-    """Return how often dropout factors are drawn while a shape is timed."""
+    """Return from how many linears' inputs something drops out while a shape is timed."""
     drawn: list[int] = []
-    plain = Stack.keep_factors
+    plain = Stack.dropouts
 
     def counted(self: Any, linears: Any, *args: Any) -> Any:
         drawn.extend(linears)
         return plain(self, linears, *args)
 
-    Stack.keep_factors = counted  # type: ignore[method-assign]
+    Stack.dropouts = counted  # type: ignore[method-assign]
     time_shapes_on_rank(
         sweep.folder,
         one_replica(Layout(1, 1)),
@@ -169,7 +169,7 @@ def test_layers_are_timed_with_their_dropout(sweep: TimeSweep, tmp_path: Path) -
         counts += run_ranks("tests.profiler.test_layer_time:dropouts_on_rank", 1, arguments)
     assert counts[0] == 0
     repeats = read_meta(tmp_path / "0.1/t.csv")["rows"]["1,64,1"]["repeats"]
-    passes = 2 * (repeats + 1)  # forward and backward of each repeat and of a warm-up
+    passes = repeats + 1  # a warm-up is the first
     assert counts[1] == 4 * 2 * passes, "layers x linears x passes"
     with pytest.raises(ConfigError, match="lora_dropout was None, is now"):
         opened(dropping, tmp_path / "0.0")
