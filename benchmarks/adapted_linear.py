@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lobra.layout.shapes import ModelShape
+from lobra.model.adapted_linear import AdaptedLinear
 from lobra.model.adapter import AdapterSpec
 from lobra.model.base_linear import DenseLinear
 from lobra.model.joint_stack import JointStack
@@ -33,7 +34,7 @@ from lobra.model.segment_stack import SegmentStack
 from lobra.model.sharded_layer import linear_shards
 from lobra.model.site import Site
 from lobra.model.slot import Slot
-from lobra.model.stack import AdaptedLinear, Stack
+from lobra.model.stack import Stack
 from lobra.model.token_tasks import Segment, Selection, TokenTasks
 
 MODULES = ("gate_proj", "up_proj")

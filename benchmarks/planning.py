@@ -31,8 +31,8 @@ from lobra.planner.workload import Workload, make_workload
 from lobra.profiler.cost_model import CostModel, fit_cost_model
 from lobra.profiler.layer_fit import Kind
 from lobra.profiler.profiles import MemoryProfile, load_memory_profile, load_time_profile
-from lobra.tasks.config import load_trainer_config
 from lobra.tasks.lengths import load_lengths
+from lobra.tasks.task_file import load_trainer_config
 
 Row = dict[str, Any]
 INSTANCES = {

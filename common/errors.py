@@ -7,8 +7,10 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
+P = ParamSpec("P")
+T = TypeVar("T")
 MOST_LINES = 20  # of mistakes that a command prints
 #: Of them, where there are more mistakes than lines: so many in full, the others count the rest.
 LINES_IN_FULL = 15
@@ -82,6 +84,12 @@ class Problems(Sequence[str]):
             yield
         except ConfigError as error:
             self += error.problems
+
+    def result_of(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """Return function(...), or None after noting the mistakes of its `ConfigError`."""
+        with self.noted():
+            return function(*args, **kwargs)
+        return None
 
     def raise_if_any(self) -> None:
         """Raise a `ConfigError` of them, if there are any."""

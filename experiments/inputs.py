@@ -22,9 +22,9 @@ from lobra.profiler.profiles import (
     load_time_profile,
     num_layers_of,
 )
-from lobra.tasks.config import TrainerConfig, load_trainer_config
 from lobra.tasks.lengths import load_lengths
 from lobra.tasks.published_lengths import MIXTURES, published_lengths
+from lobra.tasks.task_file import TrainerConfig, load_trainer_config
 
 MAX_SEQ_LENGTH = 16384
 LARGEST_LAYOUT = 16  # GPUs of one replica

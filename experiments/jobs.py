@@ -57,7 +57,7 @@ from lobra.planner.baselines import FUSED_BUCKETS
 from lobra.planner.workload import read_lengths
 from lobra.profiler.cost_model import load_cost_model
 from lobra.profiler.profiles import default_memory_path, load_memory_profile
-from lobra.tasks.config import TrainerConfig
+from lobra.tasks.task_file import TrainerConfig
 
 STATIC = ("--batching", "bucketed", "--dp-bucket", "off", "--num-buckets")
 DYNAMIC = ("--batching", "bucketed", "--dp-bucket", "on", "--num-buckets", str(NUM_BUCKETS))

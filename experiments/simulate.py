@@ -64,7 +64,7 @@ from lobra.common.options import (
 )
 from lobra.common.version import installed_version
 from lobra.profiler.hardware import num_cores
-from lobra.tasks.config import TrainerConfig, load_trainer_config
+from lobra.tasks.task_file import TrainerConfig, load_trainer_config
 
 INFERRED_PLANS = {16: "<16,1>x1"}  # not published: the only layout that fits
 SCALE_PLANS = {**INFERRED_PLANS, **PLANS_70B}

@@ -31,7 +31,7 @@ from lobra.commands.help_format import PlainHelp
 from lobra.common.errors import ConfigError, MachineError, Problems, did_you_mean
 from lobra.common.version import installed_version
 from lobra.layout.base_precision import quieten_library
-from lobra.model.launch import RankError
+from lobra.model.rank_results import RankError
 
 EXIT_OK, EXIT_FAILURE, EXIT_USER_MISTAKE, EXIT_INTERRUPTED = 0, 1, 2, 130
 

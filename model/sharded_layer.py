@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from lobra.layout.shapes import FusedLinear, ModelShape, module_path
 from lobra.layout.world import kv_head_range, shard_range
+from lobra.model.adapted_linear import AdaptedLinear
 from lobra.model.base_linear import Shard
 from lobra.model.checkpoint import CheckpointReader, as_slice
 from lobra.model.groups import ReplicaGroups
 from lobra.model.own_vector import OwnNorm, OwnVector
 from lobra.model.quantised_linear import read_linear
 from lobra.model.site import sites_by_input
-from lobra.model.stack import AdaptedLinear, Stack
+from lobra.model.stack import Stack
 from lobra.model.tensor_parallel import SharedNorm, copy_to_group
 from lobra.model.token_tasks import Selection
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from lobra.layout.layout import ADAPTER_HIDDEN
 from lobra.model.adapter import AdapterSpec
@@ -30,12 +30,11 @@ from lobra.model.base_linear import BaseLinear, Shard
 from lobra.model.dropout import InputDropout, feature_keys
 from lobra.model.magnitude import Magnitude
 from lobra.model.memory_policy import kept
-from lobra.model.own_vector import OwnVector
 from lobra.model.part import Factors, Outputs, Part, Rows
 from lobra.model.precision import kept_dtype
 from lobra.model.site import Site
 from lobra.model.slot import Slot
-from lobra.model.tensor_parallel import Group, reduce_from_group
+from lobra.model.tensor_parallel import Group
 from lobra.model.token_tasks import Segment, Selection, TokenTasks
 from lobra.model.vera import Projections, Vectors
 
@@ -342,45 +341,3 @@ class _Products(torch.autograd.Function):
 
 def _by_token(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
-
-
-class AdaptedLinear(nn.Module):
-    """A linear layer's place in the model: its base and, in the stack, its adapters.
-
-    Column-parallel it returns this rank's slice of the output; row-parallel the whole, summed over
-    the group before the bias is added.
-    """
-
-    def __init__(
-        self,
-        stack: Stack,
-        linear: int,
-        group: Group = None,
-        bias_O: Tensor | None = None,
-        own_bias: OwnVector | None = None,
-    ) -> None:
-        """Be linear number ``linear`` of the stack; its output is summed over ``group``.
-
-        ``own_bias`` are the biases that tasks have instead of its own.
-        """
-        super().__init__()
-        self.base = stack.bases[linear]
-        self.bias = None if bias_O is None else nn.Parameter(bias_O, requires_grad=False)
-        self.stack = stack
-        self.linear = linear
-        self.group = group
-        self.own_bias = own_bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return [..., o] (column-parallel) or [..., O] (row-parallel) of x [..., i]."""
-        name = self.stack.sites[self.linear].module
-        y = reduce_from_group(self.stack.output(x, self.linear), self.group, name)
-        if self.bias is not None:
-            y = y + self.bias
-        return y if self.own_bias is None else self.own_bias.replaced(y, self._with_bias)
-
-    def _with_bias(self, y: Tensor, own_o: Tensor) -> Tensor:
-        """Return outputs with another bias than the base's, which they have."""
-        base_o = self.base.bias if self.bias is None else self.bias
-        assert base_o is not None
-        return y + (own_o - base_o).to(y.dtype)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lobra.model.adapted_linear import AdaptedLinear
 from lobra.model.head import LogitScale, VocabParallelHead, softmax_and_losses
 from lobra.model.memory_policy import kept
 from lobra.model.precision import kept_dtype
-from lobra.model.stack import AdaptedLinear
 from lobra.model.tensor_parallel import Group, copy_to_group, reduce_from_group
 from lobra.model.token_tasks import NOBODYS, TokenTasks
 

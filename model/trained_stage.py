@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lobra.model.adapted_linear import AdaptedLinear
 from lobra.model.adapter import AdapterSpec
 from lobra.model.base_linear import DenseLinear
 from lobra.model.checkpoint import HEAD, CheckpointReader
@@ -17,7 +18,6 @@ from lobra.model.held import HeldTensor, Size, held_tensors, owned_tensors
 from lobra.model.own_vector import OwnNorm
 from lobra.model.precision import in_double, kept_dtype
 from lobra.model.slot import Slot
-from lobra.model.stack import AdaptedLinear
 from lobra.model.stage import Stage
 from lobra.model.trained_modules import TrainedHead, TrainedLinear
 

@@ -14,9 +14,10 @@ import numpy as np
 from lobra.common.errors import ConfigError, Problems
 from lobra.layout.shapes import resolve_shape
 from lobra.model.folder import tokenizer_folder
-from lobra.tasks.config import TaskConfig, TrainerConfig, clip_context
+from lobra.tasks.config import TaskConfig
 from lobra.tasks.lengths import load_lengths
 from lobra.tasks.sampling import num_steps, sample_indices, seed_of, split_sequences
+from lobra.tasks.task_file import TrainerConfig, clip_context
 
 if TYPE_CHECKING:
     from lobra.tasks.dataset import TokenizedDataset

@@ -19,7 +19,8 @@ from lobra.layout.layout import Layout
 from lobra.layout.shapes import ModelShape, layout_problem
 from lobra.layout.world import consecutive
 from lobra.model.adapter import AdapterSpec
-from lobra.model.launch import DEFAULT_PRELOAD, RankError, default_threads, run_ranks
+from lobra.model.launch import DEFAULT_PRELOAD, default_threads, run_ranks
+from lobra.model.rank_results import RankError
 from lobra.profiler.effort import QUICK, THOROUGH, Effort
 from lobra.profiler.grid import time_grid
 from lobra.profiler.head import HEAD_COLUMNS, PROFILED_SHARE

@@ -17,7 +17,8 @@ from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
 from lobra.layout.layout import Layout
 from lobra.layout.shapes import ModelShape, layout_problem
-from lobra.model.launch import DEFAULT_PRELOAD, RankError, run_ranks
+from lobra.model.launch import DEFAULT_PRELOAD, run_ranks
+from lobra.model.rank_results import RankError
 from lobra.profiler.capacity import STEP_TOKENS, Parts, slope
 from lobra.profiler.exchange import ADAPTER_BYTES, OPTIMIZER_BYTES, most_exchange_bytes
 from lobra.profiler.search import Trial, largest_fitting

@@ -20,8 +20,8 @@ from lobra.tasks.config import TaskConfig
 from lobra.tasks.data_report import DataReport
 from lobra.tasks.encoding import LONG_TEXT, FloatArray, cut
 from lobra.tasks.examples import Answer, examples
-from lobra.tasks.formats import Reading
 from lobra.tasks.objectives import COMPARING, PPO, SEQUENCES_OF_EXAMPLE
+from lobra.tasks.row_format import Reading
 from lobra.tasks.rows import Rows, read_rows
 from lobra.tasks.sampling import split_sequences
 from lobra.tasks.sources import resolve_dataset

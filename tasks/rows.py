@@ -10,8 +10,9 @@ from pathlib import Path
 from lobra.common.errors import ConfigError, Problems
 from lobra.tasks.chat import ChatError
 from lobra.tasks.conversations import FieldError
-from lobra.tasks.formats import Reading, RowFormat, SettingError, format_of
+from lobra.tasks.formats import format_of
 from lobra.tasks.objectives import SUPERVISED
+from lobra.tasks.row_format import Reading, RowFormat, SettingError
 from lobra.tasks.tables import read_table
 from lobra.tasks.text_rows import Row
 

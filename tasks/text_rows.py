@@ -52,6 +52,8 @@ class TokenRow:
 
 Row = TextRow | TokenRow
 
+NOTHING = TextRow("", ())  # to learn
+
 
 def replace_spans(
     text: str, edits: Sequence[tuple[Span, str]], spans: Sequence[Span]

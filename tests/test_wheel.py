@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.assets.golden import HERE as GOLDEN
+from tests.assets.golden import copy_inputs
 from tests.commands.test_plan import files  # noqa: F401 (a fixture)
 from tests.commands.test_without_torch import WORKFLOW, check_workflow
 from tests.report.runs import write_run
@@ -135,11 +135,9 @@ def test_it_plans_and_trains(
         known = {"docstring": [*range(20, 400), 2000], "signature": list(range(20, 200))}
         (place / "lengths.json").write_text(json.dumps(known))
         lengths = ["--lengths", "lengths.json"]
-        for name in ("base", "data", "start"):
-            shutil.copytree(GOLDEN / name, place / name)
-        shutil.copy(GOLDEN / "tasks.json", place)
+        copy_inputs(place)
         training = ["--model", "base", "--trainer-config", "tasks.json"]
-        training += ["--time-profile", str(GOLDEN / "time.csv")]
+        training += ["--time-profile", "time.csv"]
         tasks = {"everything", "few"}
     plan = ["--strategy-config", "mine"]
     run(lobra, "plan", *quickstart, *plan, *memory, *lengths, "--num-gpus", "3", cwd=place)

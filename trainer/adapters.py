@@ -28,7 +28,7 @@ from lobra.model.flat_tensors import FlatTensors
 from lobra.model.site import PEFT_PREFIX, sites
 from lobra.model.stage import Stage
 from lobra.model.vera import PROJECTIONS
-from lobra.tasks.config import FULL, TaskConfig
+from lobra.tasks.config import TaskConfig
 from lobra.tasks.sampling import task_seed
 from lobra.trainer.peft_config import config_problems
 
@@ -48,7 +48,7 @@ def adapter_spec(task: TaskConfig, run_seed: int = 0) -> AdapterSpec:
         name=task.name,
         rank=task.rank,
         alpha=task.lora_alpha,
-        target_modules=() if task.adapter == FULL else task.target_modules,
+        target_modules=() if task.trains_model else task.target_modules,
         dropout=task.lora_dropout,
         seed=task_seed(task, run_seed),
         kind=task.adapter,

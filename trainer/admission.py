@@ -15,9 +15,11 @@ from lobra.layout.shapes import ModelShape, read_shape
 from lobra.profiler.capacity import fitted_to
 from lobra.profiler.lookup import own_memory_path
 from lobra.profiler.profiles import load_memory_profile
-from lobra.tasks.config import ADAMW_8BIT, FULL, TaskConfig, TrainerConfig, clip_context
+from lobra.tasks.config import TaskConfig
 from lobra.tasks.dataset import TokenizedDataset, split
+from lobra.tasks.kinds import ADAMW_8BIT
 from lobra.tasks.sampling import num_steps
+from lobra.tasks.task_file import TrainerConfig, clip_context
 from lobra.tasks.text_processor import TextProcessor
 from lobra.trainer.eight_bit import eight_bit_problems
 from lobra.trainer.evaluation import held_out_data
@@ -110,7 +112,7 @@ def newcomer_of(run: RunSpec, fields: Mapping[str, Any], processor: TextProcesso
     task = read_as(TaskConfig, dict(fields), problems)
     problems.raise_if_any()
     assert task is not None
-    if run.trains_model or task.adapter == FULL:
+    if run.trains_model or task.trains_model:
         raise ConfigError("adapter: full trains the base itself: it has a run of its own")
     if run.replanning is not None and task.optimizer == ADAMW_8BIT:
         raise ConfigError("the run is planned anew, but moments in 8 bits go on on one plan only")

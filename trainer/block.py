@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lobra.layout.world import LayerBlock
-from lobra.tasks.config import ADAMW_8BIT, TaskConfig
+from lobra.tasks.config import TaskConfig
+from lobra.tasks.kinds import ADAMW_8BIT
 from lobra.trainer.eight_bit import EightBitPartition
 from lobra.trainer.zero import Partition
 

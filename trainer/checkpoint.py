@@ -38,7 +38,7 @@ from lobra.model.pissa import trained_shape
 from lobra.model.slot import Slot
 from lobra.model.stage import Stage
 from lobra.model.vera import PROJECTIONS
-from lobra.tasks.config import FULL
+from lobra.tasks.kinds import FULL
 from lobra.trainer.adapters import CONFIG_FILE, WEIGHTS_FILE, save_adapter, save_moments
 from lobra.trainer.checkpoint_folder import FOLDER, STATE_FILE, list_checkpoints, step_folder
 from lobra.trainer.folder_writer import FolderWriter

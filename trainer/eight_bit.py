@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lobra.tasks.config import ADAMW_8BIT, TaskConfig
+from lobra.tasks.config import TaskConfig
+from lobra.tasks.kinds import ADAMW_8BIT
 from lobra.trainer.zero import EIGHT_BIT_BLOCK, MASTER, Partition
 
 _PLACES = {"exp_avg": "1", "exp_avg_sq": "2"}  # of each moment in the names of its state

@@ -28,7 +28,6 @@ from lobra.model.adapter import AdapterSpec
 from lobra.model.groups import build_groups
 from lobra.model.heartbeat import beat
 from lobra.model.micro_batch import MicroBatchTensors, micro_batch_tensors
-from lobra.model.objectives import OUTCOMES
 from lobra.model.pipeline import evaluate_replica, run_replica
 from lobra.model.precision import DTYPES, kept_dtype
 from lobra.model.stage import build_stage
@@ -37,8 +36,8 @@ from lobra.tasks.objectives import Objective, objective_of
 from lobra.trainer.adapters import MOMENTS_FILE, WEIGHTS_FILE, adapter_spec, load_adapter
 from lobra.trainer.checkpoint import CheckpointState, load_moments, load_weights, read_moments
 from lobra.trainer.checkpoint_folder import STATE_FILE, step_folder
-from lobra.trainer.comparison import Comparison, example_weights, learned_part
-from lobra.trainer.contrast import ContrastPass
+from lobra.trainer.compared_examples import ComparedExamples
+from lobra.trainer.comparison import example_weights, learned_part
 from lobra.trainer.control import Control
 from lobra.trainer.exporter import AdapterExporter
 from lobra.trainer.first_values import start_from_base
@@ -275,9 +274,8 @@ class Engine:
     ) -> StepReport:
         """Find losses and gradients and sum them over the world; the order came at ``start``."""
         begin = time.perf_counter()
-        compared, comparisons = self._compared(order, batches)
-        outcomes = self._no_outcomes()
-        losses = self.forward_backward(compared, outcomes)
+        examples = self._examples(order)
+        losses = self.forward_backward(examples.compared(batches), examples.outcomes)
         self._synchronize()
         computed = time.perf_counter()
         beat("reducing")
@@ -287,21 +285,21 @@ class Engine:
         reduced = time.perf_counter()
         beat("comparing norms")
         report = self._exchange(order, losses, squared_norms, computed - begin, computed - start)
-        report = self._with_outcomes(order, report, outcomes, comparisons)
-        return replace(report, reduce_s=reduced - computed)
+        return replace(examples.reported(report), reduce_s=reduced - computed)
 
     def _evaluate(self, order: StepOrder) -> StepReport:
         beat("evaluating", order.step)
         start = time.perf_counter()
         token_losses: list[Tensor] = []
-        batches, comparisons = self._compared(order, self._tensors(order))
-        outcomes = self._no_outcomes()
-        losses = evaluate_replica(self.stage, batches, self.num_tasks, token_losses, outcomes)
+        examples = self._examples(order)
+        batches = examples.compared(self._tensors(order))
+        losses = evaluate_replica(
+            self.stage, batches, self.num_tasks, token_losses, examples.outcomes
+        )
         self._synchronize()
         busy_s = time.perf_counter() - start
         report = self._exchange(order, losses, torch.zeros(len(losses)), busy_s, busy_s)
-        report = self._with_outcomes(order, report, outcomes, comparisons)
-        return self._with_token_losses(order, report, token_losses)
+        return self._with_token_losses(order, examples.reported(report), token_losses)
 
     def _accumulate(self, order: StepOrder) -> StepReport:
         """Add the gradients of an order's sequences to what their tasks have."""
@@ -408,6 +406,9 @@ class Engine:
                 failed[update.task] = f"its gradient's norm, {norm:.1e}, overflows when squared"
         return failed | self.optimizer.update(todo, self.control.agree)
 
+    def _examples(self, order: StepOrder) -> ComparedExamples:
+        return ComparedExamples(self.stage, self.control, order, self.objectives, self.num_tasks)
+
     def _tensors(self, order: StepOrder) -> list[MicroBatchTensors]:
         """Return the tensors of this replica's micro-batches; losses are means over targets."""
         weights = np.zeros(self.num_tasks)
@@ -419,62 +420,6 @@ class Engine:
             [learned_part(one) for one in own], weights, self.device, self.stage.dtype,
             self.stage.dropouts, example_weights(order, self.objectives),
         )  # fmt: skip
-
-    # -- examples of several sequences ----------------------------------------------------------
-
-    def _compared(
-        self, order: StepOrder, batches: Sequence[MicroBatchTensors]
-    ) -> tuple[Sequence[MicroBatchTensors], Mapping[int, Mapping[str, float]]]:
-        """Return an order's micro-batches with what their answers are compared with.
-
-        Beside them, of every task with examples, its divergence from the base model, 0 where its
-        objective has none, or its contrast and what that counts for.
-        """
-        contrasting = ContrastPass(self.stage, self.control, order, self.objectives, self.num_tasks)
-        batches = contrasting.pulled(order.replicas[self.place.replica], batches)
-        weights = example_weights(order, self.objectives)
-        comparison = Comparison(
-            self.stage, order.replicas[self.place.replica], weights, self.num_tasks
-        )
-        references = comparison.references()
-        gained = comparison.gains(references)
-        if not self.place.owns_loss:
-            gained = torch.zeros_like(gained)  # its TP peers computed the same
-        if any(sequence.is_compared for sequence in order.sequences):
-            self.control.sum_everywhere(gained)
-        divergence = comparison.divergence(gained)
-        comparisons = {task: {"kl": float(divergence[task])} for task in order.num_examples}
-        for task, own in contrasting.contrasts.items():
-            comparisons[task] = {"contrast": own.loss, "contrast_weight": own.weight}
-        return comparison.compared(batches, references, divergence), comparisons
-
-    def _no_outcomes(self) -> Tensor:
-        dtype = kept_dtype(self.stage.dtype)
-        return torch.zeros(self.num_tasks, len(OUTCOMES), dtype=dtype, device=self.device)
-
-    def _with_outcomes(
-        self,
-        order: StepOrder,
-        report: StepReport,
-        outcomes: Tensor,
-        comparisons: Mapping[int, Mapping[str, float]],
-    ) -> StepReport:
-        """Return the report with what became of examples, on every rank."""
-        if not order.num_examples:
-            return report
-        whole = outcomes.cpu().double() * self.place.owns_loss  # its TP peers computed the same
-        self.control.sum_everywhere(whole)
-        found = {
-            task: {
-                **dict(zip(OUTCOMES, whole[task].tolist(), strict=True)),
-                **comparisons[task],
-            }
-            for task in order.num_examples
-        }
-        for own in found.values():
-            own["loss"] += own.get("contrast", 0.0) * own.get("contrast_weight", 0.0)
-        losses = {**report.losses, **{task: own["loss"] for task, own in found.items()}}
-        return replace(report, losses=losses, outcomes=found)
 
     def _exchange(
         self,

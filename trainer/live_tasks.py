@@ -10,13 +10,17 @@ from pathlib import Path
 from lobra.common.errors import ConfigError, Problems
 from lobra.common.models import read_as
 from lobra.layout.plan import Plan
+from lobra.layout.shapes import ModelShape
 from lobra.planner.workload import label_share
-from lobra.tasks.config import TaskConfig, TrainerConfig
+from lobra.profiler.cost_model import CostModel
+from lobra.profiler.estimate_memory import layer_weights
+from lobra.tasks.config import TaskConfig
 from lobra.tasks.dataset import TokenizedDataset
+from lobra.tasks.task_file import TrainerConfig
 from lobra.trainer.admission import base_shape, plan_beside
 from lobra.trainer.checkpoint import CheckpointState
 from lobra.trainer.checkpoint_folder import FOLDER, STATE_FILE
-from lobra.trainer.run_spec import RunSpec
+from lobra.trainer.run_spec import Admission, RunSpec
 from lobra.trainer.task_progress import RunTask, TaskProgress
 from lobra.trainer.task_requests import TaskChange, left_by
 
@@ -38,8 +42,6 @@ def with_tasks(run: RunSpec, tasks: Sequence[RunTask], step: int) -> RunSpec:
     and it is as long as the tasks need.
     """
     configs = tuple(task.config for task in tasks)
-    shape = base_shape(run)
-    elements = sum(shape.adapter_elements(one.largest_rank, one.target_modules) for one in configs)
     end = max([run.last_step, *(step + task.progress.steps_left for task in tasks)])
     return replace(
         run,
@@ -48,10 +50,10 @@ def with_tasks(run: RunSpec, tasks: Sequence[RunTask], step: int) -> RunSpec:
         task_records=tuple(task.record for task in tasks),
         plan=fitting_plan(run, configs),
         last_step=end if run.max_steps is None else min(end, run.max_steps),
-        cost_model=run.cost_model.for_training(
-            label_share(configs, [task.data for task in tasks]), elements
+        cost_model=training_costs(
+            run.cost_model, base_shape(run), configs, [task.data for task in tasks]
         ),
-        validate_every=run.validate_every or _period_asked_for(run, configs),
+        validate_every=run.validate_every or evaluation_period(configs, run.admission),
     )
 
 
@@ -65,9 +67,26 @@ def fitting_plan(run: RunSpec, tasks: Sequence[TaskConfig]) -> Plan:
     return run.plan
 
 
-def _period_asked_for(run: RunSpec, tasks: Sequence[TaskConfig]) -> int:
+def training_costs(
+    cost_model: CostModel,
+    shape: ModelShape,
+    tasks: Sequence[TaskConfig],
+    training: Sequence[TokenizedDataset],
+) -> CostModel:
+    """Return the cost model of steps of these tasks, given with what they train on."""
+    elements = sum(
+        shape.num_layers * layer_weights(shape)
+        if task.trains_model
+        else shape.adapter_elements(task.largest_rank, task.target_modules)
+        for task in tasks
+    )
+    return cost_model.for_training(label_share(tasks, training), elements)
+
+
+def evaluation_period(tasks: Sequence[TaskConfig], admission: Admission | None) -> int:
+    """Return the steps of an evaluation period; 0: no task wants one, or none may be begun."""
     wanted = any(task.validation_split or task.early_stopping_patience for task in tasks)
-    return run.admission.validate_every if run.admission is not None and wanted else 0
+    return admission.validate_every if admission is not None and wanted else 0
 
 
 def joined_tasks(changes: Sequence[TaskChange]) -> tuple[TaskConfig, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import yaml
 
-from lobra.tasks.config import FULL, TaskConfig
+from lobra.tasks.config import TaskConfig
 from lobra.trainer.task_progress import TaskProgress
 
 #: What a task file's `adapter` is called.
@@ -52,7 +52,7 @@ def model_card(task: TaskConfig, base_model: str, precision: str, progress: Task
     progress
         How far it has come.
     """
-    is_model = task.adapter == FULL
+    is_model = task.trains_model
     tags = [f"base_model:adapter:{base_model}", "lora", "transformers"]
     head = {
         "base_model": base_model,

@@ -11,7 +11,7 @@ from lobra.layout.plan import Plan
 from lobra.layout.shapes import ModelShape
 from lobra.profiler.memory import parse_bytes
 from lobra.profiler.model_memory import model_memory
-from lobra.tasks.config import FULL, TaskConfig
+from lobra.tasks.config import TaskConfig
 from lobra.trainer.run_spec import RunSpec
 from lobra.trainer.zero import moment_bytes
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 def model_problems(tasks: Sequence[TaskConfig], plan: Plan, shape: ModelShape) -> list[str]:
     """Return why a run cannot train its model whole (empty: it can, or is not to)."""
-    whole = [task.name for task in tasks if task.adapter == FULL]
+    whole = [task.name for task in tasks if task.trains_model]
     if not whole:
         return []
     problems = []
@@ -60,6 +60,16 @@ def model_problems(tasks: Sequence[TaskConfig], plan: Plan, shape: ModelShape) -
     return problems
 
 
+def budget_problems(tasks: Sequence[TaskConfig], budget: str | None) -> list[str]:
+    """Return a problem if there is a budget but no task that it is for."""
+    if budget is None or any(task.trains_model for task in tasks):
+        return []
+    return [
+        f"--memory-budget {budget}: only a task with adapter: full is held to it; what adapters "
+        f"take is in the plan's max_tokens"
+    ]
+
+
 def check_memory(run: RunSpec, shape: ModelShape, budget: str | None) -> None:
     """Tell what a model that is trained whole will take of a rank, and refuse what is too much.
 
@@ -70,6 +80,8 @@ def check_memory(run: RunSpec, shape: ModelShape, budget: str | None) -> None:
     ConfigError
         A rank is predicted to take more, or the budget is no size.
     """
+    if not run.trains_model:
+        return
     import torch
 
     (task,) = run.tasks

@@ -19,12 +19,17 @@ import numpy as np
 
 from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
+from lobra.layout.sequences import Batching
 from lobra.planner.workload import Workload
 from lobra.profiler.capacity import fitted_to
+from lobra.profiler.lookup import no_memory_profile, own_memory_path
+from lobra.tasks.config import TaskConfig
+from lobra.tasks.kinds import ADAMW_8BIT
 from lobra.trainer.admission import base_shape
 from lobra.trainer.evaluation import held_out_data
 from lobra.trainer.proposal import PlanningJob, PlanningProcess, Proposal
-from lobra.trainer.run_spec import RunSpec
+from lobra.trainer.request import TrainRequest
+from lobra.trainer.run_spec import Admission, RunSpec
 from lobra.trainer.task_progress import RunTask
 
 log = logging.getLogger(__name__)
@@ -97,6 +102,27 @@ def process_age_s() -> float:
     fields = Path("/proc/self/stat").read_text(encoding="ascii", errors="replace")
     started_s = int(fields.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
     return float(Path("/proc/uptime").read_text(encoding="ascii").split()[0]) - started_s
+
+
+def replanning_problems(
+    request: TrainRequest,
+    batching: Batching | None,
+    admission: Admission,
+    tasks: Sequence[TaskConfig],
+) -> list[str]:
+    """Return why a run with these tasks cannot be planned anew (empty: it can)."""
+    problems = []
+    if batching == "bucketed":
+        problems.append("micro-batches are bucketed, but only packed steps are planned anew")
+    if admission.memory is None:
+        own = own_memory_path(request.model, 1, request.base_precision)
+        problems.append(no_memory_profile(request.model, 1, own, request.base_precision))
+    problems += [
+        f"task {task.name}: adapter: full, and moments in 8 bits, go on on the same plan only"
+        for task in tasks
+        if task.trains_model or task.optimizer == ADAMW_8BIT
+    ]
+    return [f"--replan auto: {problem}" for problem in problems]
 
 
 def planning_job(run: RunSpec, tasks: Sequence[RunTask], step: int, num_gpus: int) -> PlanningJob:

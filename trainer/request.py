@@ -166,3 +166,20 @@ class TrainRequest:
     def resume_step(self) -> int | None:
         """The step to go on from, None for that of the last checkpoint."""
         return self.resume[0] if self.resume else None
+
+    @property
+    def contradictions(self) -> list[str]:
+        """What is wrong with options beside each other."""
+        problems = []
+        if self.revive and not self.is_resumed:
+            problems.append("--revive: only a run that goes on (--resume) has stopped tasks")
+        if self.deterministic and self.feedback == "on":
+            problems.append(
+                "--deterministic and --feedback on: timings would decide which micro-batch a "
+                "sequence is in; leave one out"
+            )
+        if self.watch_tasks and self.num_tasks is not None:
+            problems.append(
+                "--watch-tasks and --num-tasks: all tasks of the file would join; leave one out"
+            )
+        return problems

@@ -19,7 +19,7 @@ from lobra.common.errors import MachineError
 from lobra.common.files import remove_folder
 from lobra.common.words import counted
 from lobra.layout.plan import load_plan
-from lobra.model.launch import RankError
+from lobra.model.rank_results import RankError
 from lobra.trainer.checkpoint import newest_whole, read_state
 from lobra.trainer.checkpoint_folder import list_checkpoints, step_folder
 from lobra.trainer.live_tasks import at_checkpoint, starting_tasks, tasks_at

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from lobra.model.fingerprint import MARK
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.dataset import TokenizedDataset
 from lobra.trainer.checkpoint import CheckpointState
+from lobra.trainer.run_spec import RunSpec
+
+log = logging.getLogger(__name__)
 
 # What must be the same for a task to go on; the rest may be changed between runs.
 FIXED_FIELDS = (
@@ -132,3 +137,43 @@ def revival_problems(state: CheckpointState, revived: Sequence[str]) -> list[str
             known = f"stopped are {', '.join(waiting)}" if waiting else "no task is"
             problems.append(f"--revive {name}: this task is not stopped; {known}")
     return problems
+
+
+def revivals_in_vain(
+    state: CheckpointState, revived: Sequence[str], num_steps: Mapping[str, int]
+) -> list[str]:
+    """Return a problem for every stopped task that would train nothing if it were revived.
+
+    `num_steps` are the steps each task is to run now, by its name.
+    """
+    return [
+        f"--revive {name}: its {num_steps[name]} steps are over; raise its steps"
+        for name, progress in state.progress.items()
+        if name in revived and progress.stopped is not None
+        if name in num_steps and num_steps[name] <= progress.steps
+    ]
+
+
+def warn_of_old_fingerprint(state: CheckpointState) -> None:
+    """Warn where a checkpoint says too little about its base model to tell another one."""
+    if not state.base_model.startswith(MARK):
+        log.warning(
+            "the checkpoint is of an older version, which knew the base model by the start of its "
+            "files only: see to it that --model is the one it was trained on"
+        )
+
+
+def warn_of_other_rounding(state: CheckpointState, run: RunSpec) -> None:
+    """Warn where a run goes on in another precision, or with other micro-batches."""
+    if state.precision not in (None, run.precision):
+        log.warning(
+            "the run goes on in %s, so far it was in %s: what the checkpoint holds is rounded to "
+            "it, and the result is of neither precision (--precision %s keeps to it)",
+            run.precision, state.precision, state.precision,
+        )  # fmt: skip
+    if state.batching != run.batching:
+        log.warning(
+            "the run goes on with %s micro-batches, so far they were %s: what is computed is the "
+            "same but for rounding",
+            run.batching, state.batching,
+        )  # fmt: skip

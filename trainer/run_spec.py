@@ -12,7 +12,7 @@ from lobra.layout.sequences import Batching
 from lobra.layout.world import World
 from lobra.profiler.cost_model import CostModel
 from lobra.profiler.profiles import MemoryProfile
-from lobra.tasks.config import FULL, TaskConfig
+from lobra.tasks.config import TaskConfig
 
 CONFIG_FILE = "config.yaml"
 LOCK_FILE = ".lock"  # held as long as the run goes on
@@ -182,7 +182,7 @@ class RunSpec:
     @property
     def trains_model(self) -> bool:
         """Whether the run's only task trains the model itself, and no adapter."""
-        return any(task.adapter == FULL for task in self.tasks)
+        return any(task.trains_model for task in self.tasks)
 
     @property
     def made_plan(self) -> Plan:

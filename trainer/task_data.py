@@ -13,10 +13,11 @@ from lobra.layout.plan import Plan
 from lobra.layout.sequences import Batching, packed_tokens
 from lobra.layout.shapes import ModelShape
 from lobra.planner.bucketed.buckets import ALIGN
-from lobra.tasks.config import TaskConfig, TrainerConfig
+from lobra.tasks.config import TaskConfig
 from lobra.tasks.confinement import is_inside
 from lobra.tasks.dataset import TokenizedDataset, load_dataset
 from lobra.tasks.objectives import COMPARING
+from lobra.tasks.task_file import TrainerConfig
 from lobra.tasks.text_processor import TextProcessor
 from lobra.trainer.adapters import adapter_spec, check_adapter
 
@@ -113,6 +114,19 @@ def warn_of_greedy_tasks(tasks: Sequence[TaskConfig], datasets: Sequence[Tokeniz
                 "task %s: with global_batch_size %d it is %.1f %% of a step's tokens: the steps of "
                 "all other tasks take about %.0f times as long as without it",
                 task.name, task.global_batch_size, 100 * own / total, total / (total - own),
+            )  # fmt: skip
+
+
+def warn_of_long_contexts(
+    tasks: Sequence[TaskConfig], datasets: Sequence[TokenizedDataset], shape: ModelShape
+) -> None:
+    """Warn of tasks whose sequences may be longer than what the model was made for."""
+    for task, data in zip(tasks, datasets, strict=True):
+        if shape.max_positions is not None and task.context_length > shape.max_positions:
+            log.warning(
+                "task %s: its context_length %d is beyond the model's max_position_embeddings %d "
+                "(its longest sequence has %d tokens); what lies beyond may be learnt badly",
+                task.name, task.context_length, shape.max_positions, int(data.lengths.max()),
             )  # fmt: skip
 
 

@@ -9,7 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lobra.common.errors import ConfigError
-from lobra.tasks.config import TaskConfig, load_trainer_config
+from lobra.tasks.config import TaskConfig
+from lobra.tasks.task_file import load_trainer_config
 from lobra.trainer.task_requests import TaskRequest
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from lobra.layout.sequences import Work, total_work
 from lobra.layout.shapes import ModelShape
 from lobra.layout.world import World
 from lobra.profiler.flops import training_flops
-from lobra.tasks.config import FULL, TaskConfig
+from lobra.tasks.config import TaskConfig
 from lobra.tasks.objectives import CIT, PAIRED
 from lobra.trainer.metrics import ReplicaMetrics, StepMetrics, TaskMetrics
 from lobra.trainer.orders import DispatchedStep
@@ -161,7 +161,7 @@ class TrainedStep:
 
 
 def _flops(task: TaskConfig, shape: ModelShape, work: Work) -> float:
-    if task.adapter == FULL:
+    if task.trains_model:
         return training_flops(shape, work, 0, (), trains_base=True)
     return training_flops(shape, work, task.rank, task.target_modules)
 

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lobra.layout.base_precision import quieten_library
-from lobra.tasks.config import ADAMW_8BIT, TaskConfig
+from lobra.tasks.config import TaskConfig
+from lobra.tasks.kinds import ADAMW_8BIT
 
 EIGHT_BIT_BLOCK = 256  # elements with a scale of their own, as bitsandbytes has them
 MASTER = "master"  # a partition's weights, where they are named beside its moments

@@ -26,9 +26,10 @@ from lobra.common.options import (
 )
 from lobra.layout.shapes import resolve_shape
 from lobra.model.folder import tokenizer_folder
-from lobra.tasks.config import TaskConfig, clip_context, load_trainer_config
+from lobra.tasks.config import TaskConfig
 from lobra.tasks.data_report import summary, summary_text
 from lobra.tasks.dataset import TokenizedDataset, load_dataset
+from lobra.tasks.task_file import clip_context, load_trainer_config
 from lobra.tasks.text_processor import TextProcessor
 from lobra.tasks.text_rows import MASKED
 

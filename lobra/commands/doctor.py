@@ -25,7 +25,7 @@ from lobra.model.folder import resolve_folder
 from lobra.profiler.collectives import ADAPTER_BYTES
 from lobra.profiler.hardware import available_memory_bytes, cpu_name, num_cores
 from lobra.profiler.lookup import provenance_note, time_path
-from lobra.tasks.config import TrainerConfig, load_trainer_config
+from lobra.tasks.task_file import TrainerConfig, load_trainer_config
 from lobra.trainer.host_file import first_slots, read_host_file
 
 DISTRIBUTION = "lobra"

@@ -23,7 +23,8 @@ from lobra.profiler.accelerators import Accelerator, Tables, load_tables
 from lobra.profiler.estimate import estimate
 from lobra.profiler.profiles import adapter_elements_of
 from lobra.report.sweep_plot import plot_problem
-from lobra.tasks.config import TaskConfig, load_trainer_config
+from lobra.tasks.config import TaskConfig
+from lobra.tasks.task_file import load_trainer_config
 
 
 @as_options

@@ -33,9 +33,10 @@ from lobra.profiler import lookup
 from lobra.profiler.capacity import memory_profile_for
 from lobra.profiler.cost_model import CostModel, Kind, load_cost_model
 from lobra.profiler.profiles import MemoryProfile, adapter_elements_of
-from lobra.tasks.config import TaskConfig, TrainerConfig, load_trainer_config
+from lobra.tasks.config import TaskConfig
 from lobra.tasks.lengths import PUBLISHED_LENGTHS
 from lobra.tasks.sources import PUBLISHED, resolve_dataset
+from lobra.tasks.task_file import TrainerConfig, load_trainer_config
 
 LINE_EVERY_S = 5.0  # of progress, where a search is longer
 

@@ -26,7 +26,7 @@ from lobra.model.folder import resolve_folder
 from lobra.profiler.lookup import profiled_name
 from lobra.profiler.profiles import MEMORY_COLUMNS, default_memory_path, load_memory_profile
 from lobra.profiler.sweep_file import open_sweep
-from lobra.tasks.config import load_trainer_config
+from lobra.tasks.task_file import load_trainer_config
 
 
 @as_options

@@ -39,7 +39,7 @@ from lobra.profiler.profiles import (
 )
 from lobra.profiler.sidecar import meta_path
 from lobra.profiler.sweep_file import open_sweep
-from lobra.tasks.config import load_trainer_config
+from lobra.tasks.task_file import load_trainer_config
 
 if TYPE_CHECKING:
     from lobra.profiler.accelerators import Tables

@@ -8,7 +8,7 @@ from typing import Literal
 
 from lobra.common.models import json_schema
 from lobra.layout.plan import PlanFile
-from lobra.tasks.config import TaskFile
+from lobra.tasks.task_file import TaskFile
 
 Kind = Literal["tasks", "plan"]
 MODELS: Mapping[Kind, type] = {"tasks": TaskFile, "plan": PlanFile}

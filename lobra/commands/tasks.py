@@ -16,7 +16,7 @@ from lobra.common.errors import ConfigError, MachineError, Problems
 from lobra.common.lock import is_held
 from lobra.common.options import Json, PositiveNumber, TaskSetName
 from lobra.report.run_summary import task_summary
-from lobra.tasks.config import load_trainer_config
+from lobra.tasks.task_file import load_trainer_config
 from lobra.trainer.log_parts import log_files
 from lobra.trainer.metrics import read_metrics
 from lobra.trainer.run_config import read_run_config

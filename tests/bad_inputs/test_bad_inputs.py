@@ -16,7 +16,7 @@ import pytest
 
 from lobra.cli import main
 from lobra.common.errors import MOST_CHARACTERS, MOST_LINES
-from lobra.model.launch import RankError
+from lobra.model.rank_results import RankError
 from tests.assets.golden import HERE as GOLDEN
 from tests.bad_inputs import data, models, options, plans, profiles, runs, task_files
 from tests.bad_inputs.case import COMMANDS, FORMATS

@@ -28,11 +28,11 @@ from lobra.profiler.sidecar import read_meta
 from lobra.profiler.sweep_rows import read_sweep
 from lobra.report.experiment_tables import read_experiment
 from lobra.report.run_summary import summarise
-from lobra.tasks.config import load_trainer_config
 from lobra.tasks.dataset import TokenizedDataset
-from lobra.tasks.formats import Reading
 from lobra.tasks.lengths import load_lengths
+from lobra.tasks.row_format import Reading
 from lobra.tasks.rows import read_rows
+from lobra.tasks.task_file import load_trainer_config
 from lobra.trainer.checkpoint import read_state
 from lobra.trainer.host_file import read_host_file
 from lobra.trainer.metrics import kept_metrics, read_metrics

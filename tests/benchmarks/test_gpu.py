@@ -14,7 +14,7 @@ from benchmarks.gpu_report import BARS, judge, read_parts
 from benchmarks.sides.job import JOBS
 from benchmarks.sides.lengths import find_lengths
 from benchmarks.training_run import step_medians, write_tasks
-from lobra.tasks.config import load_trainer_config
+from lobra.tasks.task_file import load_trainer_config
 
 
 def test_every_part_says_how_it_ended_and_keeps_what_it_found(tmp_path: Path) -> None:

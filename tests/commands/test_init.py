@@ -13,7 +13,8 @@ from lobra.cli import main
 from lobra.commands.init import DEFAULT_PATH, TEMPLATE
 from lobra.common.documents import read_document
 from lobra.common.models import json_schema
-from lobra.tasks.config import TaskConfig, TaskFile, load_trainer_config
+from lobra.tasks.config import TaskConfig
+from lobra.tasks.task_file import TaskFile, load_trainer_config
 
 #: # type (default): what it does, perhaps over two lines, and the field, perhaps commented out
 FIELD = re.compile(

@@ -16,7 +16,7 @@ from lobra.commands.init import TEMPLATE
 from lobra.common.documents import read_document
 from lobra.common.errors import ConfigError
 from lobra.layout.plan import load_plan
-from lobra.tasks.config import load_trainer_config
+from lobra.tasks.task_file import load_trainer_config
 from tests.tasks.test_config import LOBRA_TASK, WRONG_VALUES
 
 GROUP = {"dp": 6, "tp": 1, "pp": 1, "max_tokens": 2048}

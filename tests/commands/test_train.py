@@ -23,7 +23,7 @@ from lobra.model.fingerprint import fingerprint
 from lobra.trainer.host_file import read_host_file
 from lobra.trainer.launcher import launcher_command
 from lobra.trainer.metrics import read_metrics
-from lobra.trainer.prepare import node_sizes, place_plan
+from lobra.trainer.plan_checks import node_sizes, place_plan
 from lobra.trainer.request import TrainRequest
 from lobra.trainer.run import host_problems, local_world_size, nodes_of, sourced_environment
 from tests.trainer.command import refused, train, write_config, write_plan

@@ -15,7 +15,7 @@ from lobra.layout.placement import place
 from lobra.layout.plan import load_plan
 from lobra.profiler.lookup import published_memory_path
 from lobra.profiler.profiles import load_memory_profile
-from lobra.tasks.config import load_trainer_config
+from lobra.tasks.task_file import load_trainer_config
 
 
 @pytest.mark.parametrize(("name", "longest"), [("billsum", 16384), ("cnn_dailymail", 8192)])

@@ -20,6 +20,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.assets.golden import HERE as GOLDEN
+from tests.assets.golden import copy_inputs
 from tests.assets.golden.make import training_arguments
 from tests.machines.nodes import (
     INTERFACE,
@@ -43,10 +44,7 @@ PLAN = """strategy_config:
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the golden model, tasks, data and first adapters, and a plan of six ranks."""
-    for name in ("base", "data", "start"):
-        shutil.copytree(GOLDEN / name, tmp_path / name)
-    for name in ("tasks.json", "time.csv"):
-        shutil.copy(GOLDEN / name, tmp_path)
+    copy_inputs(tmp_path)
     (tmp_path / "plan.yaml").write_text(PLAN)
     (tmp_path / "runs").mkdir()
     write_script(

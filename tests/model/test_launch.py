@@ -13,13 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from lobra.model.launch import (
-    SHARED_GPUS,
-    RankError,
-    _forwarded_signals,
-    local_rank,
-    run_ranks,
-)
+from lobra.model.launch import SHARED_GPUS, _forwarded_signals, local_rank, run_ranks
+from lobra.model.rank_results import RankError
 from tests.model.support import is_alive
 
 END_S = 60.0  # far less than the five minutes torch waits for a lost rendezvous

@@ -16,6 +16,7 @@ from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
 
 from lobra.layout.shapes import ModelShape
+from lobra.model.adapted_linear import AdaptedLinear
 from lobra.model.adapter import AdapterSpec
 from lobra.model.base_linear import DenseLinear, Shard
 from lobra.model.dropout import TokenNoise, token_keys
@@ -24,9 +25,9 @@ from lobra.model.segment_stack import SegmentStack
 from lobra.model.sharded_layer import ROW_PARALLEL, linear_shards
 from lobra.model.site import PEFT_PREFIX, SHARED_INPUTS, Site
 from lobra.model.slot import Slot
-from lobra.model.stack import AdaptedLinear, Stack
+from lobra.model.stack import Stack
 from lobra.model.token_tasks import Segment, Selection, TokenTasks
-from lobra.tasks.config import ADAPTERS
+from lobra.tasks.kinds import ADAPTERS
 
 SHAPE = ModelShape("small", 1, 8, 12, 4, 2, 2, 16)
 MODULES = tuple(SHAPE.linear_sizes())

@@ -18,7 +18,8 @@ from lobra.layout.layout import Layout
 from lobra.layout.shapes import read_shape
 from lobra.layout.world import one_replica
 from lobra.model.groups import ReplicaGroups
-from lobra.model.launch import RankError, run_ranks
+from lobra.model.launch import run_ranks
+from lobra.model.rank_results import RankError
 from lobra.model.stage import build_stage
 from tests.model.support import (
     SPECS,

@@ -11,7 +11,8 @@ import pytest
 from lobra.common.errors import ConfigError
 from lobra.planner.bucketed.expected_batch import expect
 from lobra.planner.workload import Workload, make_workload
-from lobra.tasks.config import TaskConfig, TrainerConfig
+from lobra.tasks.config import TaskConfig
+from lobra.tasks.task_file import TrainerConfig
 
 LENGTHS = {"a": np.arange(1, 11), "b": np.arange(101, 104), "named": np.array([7])}
 

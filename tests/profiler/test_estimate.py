@@ -26,8 +26,8 @@ from lobra.profiler.estimate_time import Workload, calibrate, layer_ms
 from lobra.profiler.layer_memory import MOST_RANKS
 from lobra.profiler.memory import layouts_within
 from lobra.profiler.profiles import TimeProfile, load_memory_profile
-from lobra.tasks.config import load_trainer_config
 from lobra.tasks.target_modules import TARGET_MODULES
+from lobra.tasks.task_file import load_trainer_config
 
 TABLES = load_tables()
 OURS = TABLES.runtime("deepspeed")

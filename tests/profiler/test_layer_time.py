@@ -12,8 +12,10 @@ from lobra.common.errors import ConfigError
 from lobra.layout.layout import MEMORY_POLICIES, Layout
 from lobra.layout.shapes import read_shape
 from lobra.layout.world import one_replica
-from lobra.model.launch import RankError, run_ranks
-from lobra.model.stack import AdaptedLinear, Stack
+from lobra.model.adapted_linear import AdaptedLinear
+from lobra.model.launch import run_ranks
+from lobra.model.rank_results import RankError
+from lobra.model.stack import Stack
 from lobra.profiler import layer_time
 from lobra.profiler.layer_time import TimeSweep, missing_shapes, open_files, sweep_time
 from lobra.profiler.layer_time_rank import SingleDevice, time_shapes_on_rank

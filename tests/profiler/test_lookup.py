@@ -20,7 +20,7 @@ from lobra.profiler.lookup import (
 )
 from lobra.profiler.profiles import default_memory_path, default_time_path
 from lobra.profiler.sidecar import meta_path
-from lobra.tasks.config import load_trainer_config
+from lobra.tasks.task_file import load_trainer_config
 
 PUBLISHED = (
     published_time_path("7B"),

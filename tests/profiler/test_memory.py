@@ -13,7 +13,7 @@ from lobra.common.errors import ConfigError
 from lobra.layout.layout import MEMORY_POLICIES, Layout
 from lobra.layout.shapes import NAMED_SHAPES, read_shape
 from lobra.model.heartbeat import PHASES, Beat
-from lobra.model.launch import RankError, _cause_of_death
+from lobra.model.rank_results import RankError, _cause_of_death
 from lobra.profiler.accelerators import load_tables
 from lobra.profiler.capacity import parts_of
 from lobra.profiler.estimate_memory import Adapters, estimate_memory

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lobra.common.errors import ConfigError
 from lobra.tasks import foreign_names
-from lobra.tasks.config import TaskConfig, load_trainer_config
+from lobra.tasks.config import TaskConfig
 from lobra.tasks.lengths import load_lengths
 from lobra.tasks.target_modules import (
     ADAPTED_MODULES,
@@ -23,6 +23,7 @@ from lobra.tasks.target_modules import (
     TARGET_MODULES,
     resolve_target_modules,
 )
+from lobra.tasks.task_file import load_trainer_config
 
 LOBRA_TASK = {
     "rank": 16,
@@ -473,7 +474,7 @@ def test_whatever_a_file_holds_it_loads_or_says_what_is_wrong(
 
 def test_importing_it_is_light() -> None:
     program = (
-        "import sys, tasks.config\n"
+        "import sys, tasks.task_file\n"
         "heavy = {'torch', 'transformers', 'datasets', 'tokenizers', 'numpy', 'yaml'}\n"
         "print(sorted(heavy & sys.modules.keys()))"
     )

@@ -13,9 +13,9 @@ import pytest
 
 from lobra.common.errors import ConfigError
 from lobra.tasks import corpus as corpus_module
-from lobra.tasks.config import load_trainer_config
 from lobra.tasks.corpus import EMBEDDED, _mine, _modules, corpus_texts, ensure_corpus, mine_corpus
 from lobra.tasks.dataset import load_dataset
+from lobra.tasks.task_file import load_trainer_config
 from lobra.tasks.tokenizer import load_tokenizer, train_tokenizer
 from tests.tasks.support import save_tokenizer
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from lobra.common.errors import ConfigError
-from lobra.tasks.config import load_trainer_config
 from lobra.tasks.dataset import MASKED, TokenizedDataset, load_dataset
 from lobra.tasks.prompts import ALPACA
+from lobra.tasks.task_file import load_trainer_config
 from lobra.tasks.tokenizer import load_tokenizer
 from tests.tasks.support import rendered, task, write_rows
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from lobra.common.errors import ConfigError
 from lobra.tasks.chat import ChatTemplate
-from lobra.tasks.formats import Reading
 from lobra.tasks.prompts import ALPACA, PLAIN
+from lobra.tasks.row_format import Reading
 from lobra.tasks.rows import Rows, read_rows
 from lobra.tasks.special_tokens import SpecialTokens
 from lobra.tasks.text_rows import Row, TextRow, TokenRow

@@ -23,6 +23,7 @@ from lobra.model.embedding import VocabParallelEmbedding
 from lobra.model.joint_stack import JointStack
 from lobra.model.micro_batch import MicroBatchTensors
 from lobra.model.stage import Stage
+from lobra.tasks.dataset import TokenizedDataset
 from lobra.trainer import control, coordinator, engine, rank
 from lobra.trainer.block import BlockOptimizer
 from lobra.trainer.checkpoint import CheckpointWriter
@@ -256,7 +257,7 @@ def train_without_data(run: RunSpec) -> RankResult:
         raise OSError(f"{folder}: not here")
 
     if dist.get_rank():
-        coordinator.TokenizedDataset.load = fail  # type: ignore[method-assign, assignment]
+        TokenizedDataset.load = fail  # type: ignore[method-assign, assignment]
     return train_rank(run)
 
 

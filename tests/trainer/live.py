@@ -59,12 +59,12 @@ def train_as_scripted(run: RunSpec) -> one_rank.RankResult:
 
     class Scripted(Coordinator):
         def _change_tasks(self, records: Records) -> None:
-            if self.step == script["killed_at"]:
+            if self.live.step == script["killed_at"]:
                 file.write_text(json.dumps({**script, "killed_at": None}))
                 os.kill(os.getpid(), signal.SIGKILL)
                 time.sleep(60)
-            if not _was_asked(run, self.step):
-                for request in requests.get(self.step, ()):
+            if not _was_asked(run, self.live.step):
+                for request in requests.get(self.live.step, ()):
                     send(run.output_dir, request)
             super()._change_tasks(records)
 

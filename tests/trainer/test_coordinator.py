@@ -7,6 +7,7 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,16 +18,18 @@ from lobra.common.storage import StorageError
 from lobra.layout.order import StepOrder
 from lobra.layout.shapes import read_shape
 from lobra.model.flat_tensors import FlatTensors
-from lobra.model.launch import RankError
+from lobra.model.rank_results import RankError
 from lobra.report.run_summary import task_summary
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.target_modules import TARGET_MODULES
+from lobra.trainer import coordinator
 from lobra.trainer import rank as one_rank
 from lobra.trainer.adapters import adapter_spec, save_adapter
 from lobra.trainer.checkpoint import CheckpointState
 from lobra.trainer.checkpoint_folder import list_checkpoints
 from lobra.trainer.coordinator import Coordinator
 from lobra.trainer.engine import Engine
+from lobra.trainer.live_run import LiveRun
 from lobra.trainer.metrics import as_json
 from lobra.trainer.orders import Attendance
 from lobra.trainer.run import run_local
@@ -170,12 +173,12 @@ def test_a_last_checkpoint_without_room_ends_the_run(base: Path, tmp_path: Path)
 
 
 def test_steps_count_from_one_on_a_screen(caplog: pytest.LogCaptureFixture) -> None:
-    coordinator = Coordinator.__new__(Coordinator)
+    told = Coordinator.__new__(Coordinator)
     bad = TaskProgress(num_steps=9, skipped_in_row=MAX_SKIPPED_IN_ROW - 1)
-    coordinator.tasks = {3: RunTask(TASKS[1], None, bad)}  # type: ignore[arg-type]
-    coordinator.step = 5  # steps made
+    tasks = {3: RunTask(TASKS[1], None, bad)}  # type: ignore[arg-type]
+    told.live = SimpleNamespace(tasks=tasks, step=5)  # type: ignore[assignment]
     bad_report = StepReport({3: 1.0}, {3: math.nan}, (), (), (), False)
-    coordinator._record(3, 1.0, bad_report)
+    told._record(3, 1.0, bad_report)
     assert "step 5: the gradient of task broken" in caplog.text
     assert "step 5: task broken is stopped: gradient not finite" in caplog.text
 
@@ -253,15 +256,15 @@ def train_with_a_latecomer(run: RunSpec) -> one_rank.RankResult:
                 self.install(dict([latecomer]))
             return super().carry_out(order, state)
 
-    class Late(Coordinator):
-        def _attendance(self, after: Attendance | None = None) -> Attendance:
-            whole = super()._attendance(after)
+    class Late(LiveRun):
+        def attendance(self, after: Attendance | None = None) -> Attendance:
+            whole = super().attendance(after)
             if whole.step >= JOINS_AT:
                 return whole
             own_steps = (pair for pair in whole.own_steps if pair[0] != latecomer[0])
             return Attendance(whole.step, tuple(own_steps))
 
-    one_rank.Engine, one_rank.Coordinator = Growing, Late  # type: ignore[misc]
+    one_rank.Engine, coordinator.LiveRun = Growing, Late  # type: ignore[misc]
     return one_rank.train_rank(run)
 
 

@@ -12,7 +12,7 @@ from lobra.common.errors import ConfigError
 from lobra.layout.layout import Layout
 from lobra.layout.plan import Plan, ReplicaGroup
 from lobra.profiler.cost_model import padded_work
-from lobra.trainer.prepare import dispatch_costs
+from lobra.trainer.dispatch_costs import dispatch_costs
 
 SHAPES = [(s, b) for s in (64, 256, 1024) for b in (1, 4)]
 PLAN = Plan((ReplicaGroup(Layout(1, 1), 2, 1024), ReplicaGroup(Layout(2, 1), 1, 4096)))

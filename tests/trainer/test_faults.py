@@ -15,7 +15,7 @@ import yaml
 from hypothesis import settings
 
 from lobra.common.storage import StorageError
-from lobra.model.launch import RankError
+from lobra.model.rank_results import RankError
 from lobra.trainer import restarts
 from lobra.trainer.metrics import read_metrics
 from lobra.trainer.rank import RankResult

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -18,8 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from lobra.cli import main
-from tests.assets.golden import HERE as GOLDEN
+from tests.assets.golden import copy_inputs
 from tests.assets.golden.make import training_arguments
+from tests.machines.nodes import clean_environment
 
 pytestmark = pytest.mark.ranks
 
@@ -33,10 +33,7 @@ MODULES = {"torchrun": "torch.distributed.run", "deepspeed": "deepspeed.launcher
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a model, tasks and data, outside the checkout."""
-    for name in ("base", "data", "start"):
-        shutil.copytree(GOLDEN / name, tmp_path / name)
-    for name in ("tasks.json", "time.csv"):
-        shutil.copy(GOLDEN / name, tmp_path)
+    copy_inputs(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -63,10 +60,10 @@ def launcher(name: str) -> list[str]:
 
 def run(command: list[str]) -> str:
     """Run a command as from a user's shell; return what it printed."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run(
-        command, env=kept, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
+        command, env=clean_environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout
     return done.stdout
 
@@ -137,11 +134,10 @@ def test_a_launched_rank_that_stands_still_is_named_and_the_run_starts_again(pla
     more = ["--host-file", "hosts", "--server-port", free_port(), "--hang-timeout", "5"]
     more += ["--max-restarts", "1", "--save-every", "2"]
     arguments = training_arguments(Path("plan.yaml"), Path("run"))
-    environment = {name: v for name, v in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     with Path("said.txt").open("w") as said:
         lobra = subprocess.Popen(
             [sys.executable, "-m", "lobra", *arguments, *more],
-            env=environment, stdout=said, stderr=subprocess.STDOUT,
+            env=clean_environment(), stdout=said, stderr=subprocess.STDOUT,
         )  # fmt: skip
     until = time.monotonic() + 240
     while not list(Path("run").glob("checkpoints/step_[4-9]*")):

@@ -20,9 +20,11 @@ from lobra.planner.dispatch import dispatch
 from lobra.planner.packed.dispatch import dispatch_packed, packed_costs
 from lobra.trainer.coordinator import Coordinator
 from lobra.trainer.feedback import SpeedFeedback
+from lobra.trainer.live_run import LiveRun
 from lobra.trainer.orders import Attendance, DispatchedStep, OrdersAhead, order_of
 from lobra.trainer.task_changes import TaskChanges
 from lobra.trainer.task_progress import TaskProgress
+from lobra.trainer.turnover import Turnover
 from tests.trainer.support import make_plan, plain_cost_model
 
 COST = plain_cost_model(4)
@@ -87,7 +89,7 @@ def test_an_order_is_made_on_what_was_so_when_it_was_begun() -> None:
         """A coordinator without ranks, which makes orders when it is told to."""
 
         def __init__(self) -> None:
-            self.run = SimpleNamespace(feedback=True)  # type: ignore[assignment]
+            self.live = SimpleNamespace(spec=SimpleNamespace(feedback=True))  # type: ignore[assignment]
             self.feedback = SpeedFeedback(factors)
 
         def _draw(self, attendance: Attendance, slowdown: tuple[float, ...]) -> DispatchedStep:
@@ -135,15 +137,16 @@ def test_an_order_made_ahead_for_others_is_made_anew() -> None:
 def test_the_thread_ends_however_the_run_does(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    coordinator = Coordinator.__new__(Coordinator)
-    coordinator.run = SimpleNamespace(  # type: ignore[assignment]
+    coordinator, live = Coordinator.__new__(Coordinator), LiveRun.__new__(LiveRun)
+    live.spec = SimpleNamespace(  # type: ignore[assignment]
         output_dir=tmp_path, last_step=3, max_steps=None, tasks=(), report_to=(), data_day=None,
         admission=None,
     )  # fmt: skip
-    coordinator.changes, coordinator.replanner = TaskChanges(coordinator.run, ()), None
+    live.step, live.tasks = 0, {0: SimpleNamespace(progress=TaskProgress(3))}  # type: ignore[dict-item]
+    coordinator.live, coordinator.changes = live, TaskChanges(live.spec, ())
+    coordinator.turnover = Turnover(live, coordinator.changes, None, None)  # type: ignore[arg-type]
+    coordinator.replanner, coordinator.stop_requested = None, False
     coordinator.engine = SimpleNamespace(told_to_stop=lambda: False)  # type: ignore[assignment]
-    coordinator.step, coordinator.stop_requested = 0, False
-    coordinator.tasks = {0: SimpleNamespace(progress=TaskProgress(3))}  # type: ignore[dict-item]
     coordinator.ahead = OrdersAhead()
 
     def fail(attendance: Attendance) -> object:

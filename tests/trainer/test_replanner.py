@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from lobra.common.errors import ConfigError
 from lobra.layout.plan import Plan
-from lobra.model.launch import RankError
+from lobra.model.rank_results import RankError
 from lobra.profiler.profiles import MemoryProfile, MemoryRow
 from lobra.tasks.dataset import TokenizedDataset
 from lobra.trainer import restarts

@@ -30,11 +30,16 @@ from lobra.trainer.checkpoint import (
 )
 from lobra.trainer.checkpoint_folder import list_checkpoints, step_folder
 from lobra.trainer.metrics import read_metrics, restore_metrics
-from lobra.trainer.prepare import last_step, revivals_in_vain
-from lobra.trainer.resume_checks import resume_problems, revival_problems, task_record
+from lobra.trainer.resume_checks import (
+    resume_problems,
+    revival_problems,
+    revivals_in_vain,
+    task_record,
+)
 from lobra.trainer.run import run_local
 from lobra.trainer.run_spec import RunSpec
 from lobra.trainer.task_progress import TaskProgress
+from lobra.trainer.trained_tasks import last_step
 from lobra.trainer.zero import moment_names
 from tests.model.support import save_llama
 from tests.trainer.support import make_plan, make_run, random_dataset, train_steps

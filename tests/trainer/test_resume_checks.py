@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from lobra.layout.shapes import read_shape
 from lobra.model.fingerprint import fingerprint
-from lobra.model.launch import RankError
+from lobra.model.rank_results import RankError
 from lobra.profiler.hardware import cpu_name
 from lobra.trainer.checkpoint_folder import list_checkpoints
 from lobra.trainer.metrics import read_metrics, restore_metrics

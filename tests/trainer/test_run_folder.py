@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lobra.cli import guarded
-from lobra.model.launch import RankError
+from lobra.model.rank_results import RankError
 from lobra.tasks.dataset import TokenizedDataset
 from lobra.trainer.checkpoint_folder import list_checkpoints, step_folder
 from lobra.trainer.prepare import prepare

@@ -18,7 +18,7 @@ from lobra.planner.bucketed.expected_batch import expect
 from lobra.planner.dispatch import dispatch
 from lobra.planner.simulate import simulate
 from lobra.planner.workload import Workload, read_workload
-from lobra.tasks.config import load_trainer_config
+from lobra.tasks.task_file import load_trainer_config
 from lobra.trainer.metrics import read_metrics
 from lobra.trainer.prepare import prepare
 from lobra.trainer.request import TrainRequest

@@ -116,7 +116,7 @@ def test_a_plan_of_more_processes_than_fit_is_refused(
     write_tasks({})
     write_plan({"dp": 40, "tp": 1, "pp": 1, "max_tokens": 64})
     memory = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**19}  # 2 GiB
-    monkeypatch.setattr("lobra.trainer.prepare.os.sysconf", memory.__getitem__)
+    monkeypatch.setattr("lobra.trainer.plan_checks.os.sysconf", memory.__getitem__)
     assert train(place) == 2
     assert "40 ranks, which as CPU processes take 2 GiB or more" in capsys.readouterr().err
 

@@ -34,7 +34,7 @@ from lobra.cli import main as lobra
 from lobra.common.version import installed_version
 from lobra.layout.shapes import ModelShape, module_path, read_shape
 from lobra.model.site import PEFT_PREFIX
-from lobra.tasks.config import load_trainer_config
+from lobra.tasks.task_file import load_trainer_config
 from lobra.trainer.adapters import adapter_spec, save_adapter
 
 HERE = Path(__file__).resolve().parent
