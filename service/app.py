@@ -5,9 +5,9 @@ from __future__ import annotations
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from starlette.middleware.base import RequestResponseEndpoint
 
 from lobra.common.errors import ConfigError
+from lobra.service.body_limits import BodyLimits
 from lobra.service.checkpoint_routes import checkpoint_routes
 from lobra.service.intake import Intake
 from lobra.service.page_routes import page_routes
@@ -16,22 +16,13 @@ from lobra.service.training_routes import training_routes
 from lobra.service.waiters import Waiters
 
 API = "/api/v1"
-MOST_BODY_BYTES = 32 << 20  # the client sends 5 MB at most
 
 
 def make_app(intake: Intake, waiters: Waiters) -> FastAPI:
     """Return the application."""
     app = FastAPI(title="LobRA-on-DeepSpeed", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.ledger = intake.ledger
-
-    @app.middleware("http")
-    async def bounded(request: Request, go_on: RequestResponseEndpoint) -> Response:
-        size = request.headers.get("content-length", "0")
-        is_chunked = "transfer-encoding" in request.headers
-        if is_chunked or not size.isdecimal() or int(size) > MOST_BODY_BYTES:
-            text = f"want a body of a known length, at most {MOST_BODY_BYTES:,} bytes"
-            return JSONResponse({"detail": text}, 413)
-        return await go_on(request)
+    app.add_middleware(BodyLimits, ledger=intake.ledger)
 
     @app.exception_handler(Refusal)
     def refused(request: Request, error: Refusal) -> Response:
