@@ -10,7 +10,7 @@ from lobra.common.errors import ConfigError
 from lobra.service.body_limits import BodyLimits
 from lobra.service.checkpoint_routes import checkpoint_routes
 from lobra.service.intake import Intake
-from lobra.service.page_routes import page_routes
+from lobra.service.page_routes import health_routes, page_routes
 from lobra.service.refusal import Refusal
 from lobra.service.training_routes import training_routes
 from lobra.service.waiters import Waiters
@@ -35,15 +35,26 @@ def make_app(intake: Intake, waiters: Waiters) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     def malformed(request: Request, error: RequestValidationError) -> Response:
-        found = [f"{'.'.join(map(str, e['loc'][1:]))}: {e['msg']}" for e in error.errors()]
+        found = [
+            f"{'.'.join(map(str, one['loc'][1:])) or 'body'}: {one['msg']}"
+            for one in error.errors()
+        ]
         return JSONResponse({"detail": "; ".join(found)}, 400)
 
     app.include_router(page_routes(intake))
+    for prefix in ("", API):
+        app.include_router(health_routes(intake), prefix=prefix)
     for routes in (training_routes(intake, waiters), checkpoint_routes(intake)):
         app.include_router(routes, prefix=API)
 
     @app.api_route(f"{API}/{{rest:path}}", methods=["GET", "POST", "PUT", "DELETE", "PATCH"])
-    def not_offered(rest: str) -> Response:
-        return JSONResponse({"detail": f"{rest}: this service does not offer that"}, 501)
+    def not_offered(rest: str, request: Request) -> Response:
+        asked = f"{request.method} {rest}"
+        return JSONResponse({"detail": f"{asked}: this service does not offer that"}, 501)
+
+    @app.exception_handler(404)
+    def not_there(request: Request, error: Exception) -> Response:
+        there = f"the page is /, the metrics are /metrics, the API is {API}"
+        return JSONResponse({"detail": f"{request.url.path}: there is nothing; {there}"}, 404)
 
     return app

@@ -54,6 +54,17 @@ def page_routes(intake: Intake) -> APIRouter:
     return routes
 
 
+def health_routes(intake: Intake) -> APIRouter:
+    """Return the route of programs that look whether the service is well."""
+    routes = APIRouter()
+
+    @routes.get("/healthz")
+    def health() -> dict[str, str]:
+        return {"status": "waiting for ranks" if intake.coordinator.missing_ranks else "ok"}
+
+    return routes
+
+
 def view_of(intake: Intake, sender: Tenant) -> View:
     """Return what a tenant is shown: an operator everything, others their own."""
     ledger, coordinator = intake.ledger, intake.coordinator

@@ -45,10 +45,6 @@ def training_routes(intake: Intake, waiters: Waiters) -> APIRouter:
 
     # -- connecting -----------------------------------------------------------------------------
 
-    @routes.get("/healthz")
-    def health() -> dict[str, Any]:
-        return {"status": "waiting for ranks" if intake.coordinator.missing_ranks else "ok"}
-
     @routes.get("/get_server_capabilities")
     def capabilities(sender: Sender) -> dict[str, Any]:
         name, longest = deployment.names[0], deployment.run.plan.max_tokens
