@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from lobra.common.errors import ConfigError
 from lobra.layout.plan import Plan
 from lobra.layout.world import World, node_ranks
+
+log = logging.getLogger(__name__)
 
 
 def place(plan: Plan, gpus_per_node: int | Sequence[int]) -> World:
@@ -84,6 +87,43 @@ def placed(plan: Plan) -> World | None:
             f"meta.ranks does not fit the plan {plan}: {error}; remove meta.ranks to have the plan "
             "placed anew"
         ) from None
+
+
+def placed_on(plan: Plan, source: str, gpus_per_node: int | Sequence[int]) -> World:
+    """Return the plan on the ranks its file says, else on those of nodes.
+
+    So too where the file's ranks spread tensor-parallel groups over nodes, which is warned of.
+
+    Parameters
+    ----------
+    source
+        The plan's file, for messages.
+    gpus_per_node
+        Of every node, or of each.
+
+    Raises
+    ------
+    ConfigError
+        The file's ranks do not fit the plan, or it cannot be placed.
+    """
+    try:
+        world = placed(plan)
+    except ConfigError as error:
+        raise ConfigError(error.problems.prefixed(f"{source}: ")) from None
+    if world is None:
+        return place(plan, gpus_per_node)
+    spread = world.spread_groups(gpus_per_node)
+    if not spread:
+        return world
+    try:
+        better, instead = place(plan, gpus_per_node), "the plan is placed anew"
+    except ConfigError:
+        better, instead = world, "which is slow; plan for them (--gpus-per-node)"
+    log.warning(
+        "%s: meta.ranks spreads the tensor-parallel group %s over nodes of %s GPUs: %s",
+        source, list(spread[0]), gpus_per_node, instead,
+    )  # fmt: skip
+    return better
 
 
 def is_placeable(plan: Plan, gpus_per_node: int) -> bool:

@@ -5,33 +5,24 @@ from __future__ import annotations
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from starlette.middleware.base import RequestResponseEndpoint
 
 from lobra.common.errors import ConfigError
+from lobra.service.body_limits import BodyLimits
 from lobra.service.checkpoint_routes import checkpoint_routes
 from lobra.service.intake import Intake
-from lobra.service.page_routes import page_routes
+from lobra.service.page_routes import health_routes, page_routes
 from lobra.service.refusal import Refusal
 from lobra.service.training_routes import training_routes
 from lobra.service.waiters import Waiters
 
 API = "/api/v1"
-MOST_BODY_BYTES = 32 << 20  # the client sends 5 MB at most
 
 
 def make_app(intake: Intake, waiters: Waiters) -> FastAPI:
     """Return the application."""
     app = FastAPI(title="LobRA-on-DeepSpeed", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.ledger = intake.ledger
-
-    @app.middleware("http")
-    async def bounded(request: Request, go_on: RequestResponseEndpoint) -> Response:
-        size = request.headers.get("content-length", "0")
-        is_chunked = "transfer-encoding" in request.headers
-        if is_chunked or not size.isdecimal() or int(size) > MOST_BODY_BYTES:
-            text = f"want a body of a known length, at most {MOST_BODY_BYTES:,} bytes"
-            return JSONResponse({"detail": text}, 413)
-        return await go_on(request)
+    app.add_middleware(BodyLimits, ledger=intake.ledger)
 
     @app.exception_handler(Refusal)
     def refused(request: Request, error: Refusal) -> Response:
@@ -44,15 +35,26 @@ def make_app(intake: Intake, waiters: Waiters) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     def malformed(request: Request, error: RequestValidationError) -> Response:
-        found = [f"{'.'.join(map(str, e['loc'][1:]))}: {e['msg']}" for e in error.errors()]
+        found = [
+            f"{'.'.join(map(str, one['loc'][1:])) or 'body'}: {one['msg']}"
+            for one in error.errors()
+        ]
         return JSONResponse({"detail": "; ".join(found)}, 400)
 
     app.include_router(page_routes(intake))
+    for prefix in ("", API):
+        app.include_router(health_routes(intake), prefix=prefix)
     for routes in (training_routes(intake, waiters), checkpoint_routes(intake)):
         app.include_router(routes, prefix=API)
 
     @app.api_route(f"{API}/{{rest:path}}", methods=["GET", "POST", "PUT", "DELETE", "PATCH"])
-    def not_offered(rest: str) -> Response:
-        return JSONResponse({"detail": f"{rest}: this service does not offer that"}, 501)
+    def not_offered(rest: str, request: Request) -> Response:
+        asked = f"{request.method} {rest}"
+        return JSONResponse({"detail": f"{asked}: this service does not offer that"}, 501)
+
+    @app.exception_handler(404)
+    def not_there(request: Request, error: Exception) -> Response:
+        there = f"the page is /, the metrics are /metrics, the API is {API}"
+        return JSONResponse({"detail": f"{request.url.path}: there is nothing; {there}"}, 404)
 
     return app

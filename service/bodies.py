@@ -114,6 +114,12 @@ class SaveWeights(OfModel):
     user_metadata: Metadata = None
 
 
+class OfLife(Body):
+    """How long a checkpoint is kept from now on; None: for ever."""
+
+    ttl_seconds: LifeS | None
+
+
 class LoadWeights(Body):
     """A checkpoint becomes a model, new (of a session) or known (by its name)."""
 

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import tarfile
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Query, Response
 from fastapi.responses import StreamingResponse
 
-from lobra.service.bodies import WeightsInfo
+from lobra.service.bodies import OfLife, WeightsInfo
 from lobra.service.changes import SAMPLER_WEIGHTS, WEIGHTS
 from lobra.service.deployment import PATH_PREFIX
 from lobra.service.intake import MLP, Intake
 from lobra.service.sender import Sender
-from lobra.service.tables import CheckpointRow
+from lobra.service.tables import CheckpointRow, ModelRow, checkpoints, models
 from lobra.tasks.target_modules import HEAD
 
 KINDS = {WEIGHTS: "training", SAMPLER_WEIGHTS: "sampler"}
 BLOCK_BYTES = 1 << 20  # of a file that is sent
 RUN = "/training_runs/{model_id}"
 CHECKPOINT = RUN + "/checkpoints/{kind}/{name}"
+Limit = Annotated[int, Query(ge=1, le=1000)]
+Offset = Annotated[int, Query(ge=0, lt=1 << 62)]
 
 
 def checkpoint_routes(intake: Intake) -> APIRouter:
@@ -30,10 +33,8 @@ def checkpoint_routes(intake: Intake) -> APIRouter:
     routes = APIRouter()
     deployment, ledger = intake.deployment, intake.ledger
 
-    @routes.get(RUN)
-    def training_run(model_id: str, sender: Sender) -> dict[str, Any]:
-        model = intake.model(sender, model_id)
-        last = {row.kind: _checkpoint(row) for row in ledger.checkpoints_of(model_id)}
+    def run_of(model: ModelRow) -> dict[str, Any]:
+        last = {row.kind: _checkpoint(row) for row in ledger.checkpoints_of(model.id)}
         return {
             "training_run_id": model.id,
             "base_model": deployment.names[0],
@@ -46,6 +47,23 @@ def checkpoint_routes(intake: Intake) -> APIRouter:
             "user_metadata": model.user_metadata,
         }
 
+    @routes.get("/training_runs")
+    def list_runs(sender: Sender, limit: Limit = 20, offset: Offset = 0) -> dict[str, Any]:
+        rows, total = ledger.listed(models, sender.name, limit, offset)
+        cursor = {"offset": offset, "limit": limit, "total_count": total}
+        return {"training_runs": [run_of(ModelRow(**row)) for row in rows], "cursor": cursor}
+
+    @routes.get(RUN)
+    def training_run(model_id: str, sender: Sender) -> dict[str, Any]:
+        return run_of(intake.model(sender, model_id))
+
+    @routes.get("/checkpoints")
+    def list_all(sender: Sender, limit: Limit = 100, offset: Offset = 0) -> dict[str, Any]:
+        rows, total = ledger.listed(checkpoints, sender.name, limit, offset)
+        cursor = {"offset": offset, "limit": limit, "total_count": total}
+        found = [_checkpoint(CheckpointRow(**row)) for row in rows]
+        return {"checkpoints": found, "cursor": cursor}
+
     @routes.get(RUN + "/checkpoints")
     def list_checkpoints(model_id: str, sender: Sender) -> dict[str, Any]:
         rows = ledger.checkpoints_of(intake.model(sender, model_id).id)
@@ -55,6 +73,13 @@ def checkpoint_routes(intake: Intake) -> APIRouter:
     def delete_checkpoint(model_id: str, kind: str, name: str, sender: Sender) -> Response:
         row = intake.checkpoint(sender, f"{PATH_PREFIX}{model_id}/{kind}/{name}")
         ledger.forget_checkpoint(row.path)
+        return Response(status_code=204)
+
+    @routes.put(CHECKPOINT + "/ttl")
+    def set_life(model_id: str, kind: str, name: str, body: OfLife, sender: Sender) -> Response:
+        row = intake.checkpoint(sender, f"{PATH_PREFIX}{model_id}/{kind}/{name}")
+        life_s = body.ttl_seconds
+        ledger.set_expiry(row.path, None if life_s is None else time.time() + life_s)
         return Response(status_code=204)
 
     @routes.get(CHECKPOINT + "/archive")

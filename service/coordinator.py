@@ -22,7 +22,7 @@ from lobra.service import retention
 from lobra.service.backlog import LOSS_KINDS, Backlog, Job, Pass
 from lobra.service.changes import ModelChanges, as_json
 from lobra.service.deployment import Deployment
-from lobra.service.engine_link import EngineLink
+from lobra.service.engine_link import EngineLink, RanksEnded
 from lobra.service.ledger import Ledger, with_loss, without_body
 from lobra.service.passes import PassRunner, summed_loss, weight_of
 from lobra.service.seats import Seats, job_of
@@ -37,7 +37,13 @@ WAIT_S = 1.0  # while models wait for a slot: one becomes free by time alone
 
 
 class Coordinator:
-    """The thread that carries requests out. `submit` and `stop` may be called from any thread."""
+    """The thread that carries requests out; any thread may `submit`, `stop` and `lose_ranks`.
+
+    Attributes
+    ----------
+    missing_ranks
+        Why there are no ranks that would carry anything out; None: they are there.
+    """
 
     def __init__(
         self, deployment: Deployment, ledger: Ledger, finished: Callable[[str], None]
@@ -46,14 +52,12 @@ class Coordinator:
         self.deployment = deployment
         self.ledger = ledger
         self.finished = finished
-        self.backlog = Backlog()
         self.tally = Tally()
-        self.seats = Seats(deployment, ledger, self.backlog, self._change_slot, self._give_up)
-        self.changes = ModelChanges(deployment, ledger, self.seats, self._finish)
+        self._changed = threading.Condition()
         self.passes = PassRunner(deployment, self._order, self.tally)
         self.link: EngineLink | None = None
-        self._changed = threading.Condition()
-        self._submitted: list[Job] = []
+        self.missing_ranks: str | None = "they load the model"
+        self._forget()
         self._looked_at = -math.inf  # at what is to be deleted (monotonic seconds)
         self._stop = False
 
@@ -71,24 +75,49 @@ class Coordinator:
             self._stop = True
             self._changed.notify()
 
+    def lose_ranks(self, why: str) -> None:
+        """Wait for other ranks: those there were have ended."""
+        with self._changed:
+            self.missing_ranks = why
+            self._changed.notify()
+
     # -- the thread -----------------------------------------------------------------------------
 
     def run(self, link: EngineLink) -> None:
-        """Carry requests out until `stop`."""
-        self.link = link
+        """Carry requests out until `stop`, by ranks that have no model yet.
+
+        Raises
+        ------
+        RanksEnded
+            They have ended; what they had not done is done by the next ones.
+        """
+        self.link, self.missing_ranks = link, None
+        self._forget()
         for model_id in self.ledger.unfinished_models():
             self._want(model_id)
         while not self._stop:
+            if self.missing_ranks is not None:
+                raise RanksEnded
             if time.monotonic() - self._looked_at > RETENTION_S:
                 self._delete()
             self._take_submitted()
             self.seats.seat_wanted()
             if not self._carry_out_next():
                 with self._changed:
-                    if not (self._submitted or self._stop):
+                    if not (self._submitted or self._stop or self.missing_ranks):
                         self._changed.wait(WAIT_S if self.seats.wanted else RETENTION_S)
         self.seats.take_snapshots()
         self._order(StepOrder(self.tally.updates, stop=True))
+
+    def _forget(self) -> None:
+        """Forget what ranks had, and what was to be done: the ledger knows it."""
+        with self._changed:
+            self._submitted: list[Job] = []
+        self.backlog = Backlog()
+        self.seats = Seats(
+            self.deployment, self.ledger, self.backlog, self._change_slot, self._give_up
+        )
+        self.changes = ModelChanges(self.deployment, self.ledger, self.seats, self._finish)
 
     def _take_submitted(self) -> None:
         with self._changed:
@@ -128,17 +157,20 @@ class Coordinator:
         self.changes.close(model_id)
 
     def _carry_out_next(self) -> bool:
-        """Carry out what is ready, updates and slots before losses; return whether anything was."""
-        heads = [job for job in self.backlog.heads() if job.kind not in LOSS_KINDS]
-        if updates := [job for job in heads if job.kind == "optim_step"]:
+        """Carry out what is ready; return whether anything was.
+
+        Of every model one request of another kind than losses, updates together, then a pass: so
+        whoever has many of the former holds up nobody who waits for the latter.
+        """
+        others = [job for job in self.backlog.heads() if job.kind not in LOSS_KINDS]
+        if updates := [job for job in others if job.kind == "optim_step"]:
             self._update(updates)
-        elif heads:
-            self.changes.carry_out(heads[0])
-        elif found := self.backlog.next_pass(self._pass_tokens, time.time()):
+        for job in others:
+            if job.kind != "optim_step":
+                self.changes.carry_out(job)
+        if found := self.backlog.next_pass(self._pass_tokens, time.time()):
             self._compute(found)
-        else:
-            return False
-        return True
+        return bool(others or found)
 
     @property
     def _pass_tokens(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,8 +12,9 @@ import numpy as np
 
 from lobra.common.errors import ConfigError
 from lobra.common.options import within_bounds
+from lobra.common.words import counted
 from lobra.layout.layout import Layout
-from lobra.layout.placement import place, placed
+from lobra.layout.placement import placed_on
 from lobra.layout.plan import Plan, ReplicaGroup, load_plan
 from lobra.layout.sequences import IntArray
 from lobra.layout.shapes import ModelShape, layout_problem, read_shape
@@ -36,7 +37,7 @@ from lobra.trainer.run_spec import RunSpec
 log = logging.getLogger(__name__)
 
 DEFAULT_MAX_TOKENS = 8192  # of the plan that is deployed where none is given
-ONE_MACHINE = 1 << 30  # all ranks are on this one, however many there are
+ONE_MACHINE = (1 << 30,)  # all ranks are on this one, however many there are
 CUDA_MEMORY_SHARE = 0.9  # that ranks may take, as `lobra profile memory` has it
 PATH_PREFIX = "tinker://"
 
@@ -85,8 +86,17 @@ class Deployment:
         return read_loss_request(content, self.shape.vocab_size, self.run.plan.max_tokens)
 
 
-def prepare_deployment(request: ServeRequest) -> Deployment:
+def prepare_deployment(
+    request: ServeRequest, slots: Sequence[int] = ONE_MACHINE, mistakes: Iterable[str] = ()
+) -> Deployment:
     """Check what is to be served.
+
+    Parameters
+    ----------
+    slots
+        How many ranks each host takes, this one first.
+    mistakes
+        What is wrong beside.
 
     Raises
     ------
@@ -94,6 +104,7 @@ def prepare_deployment(request: ServeRequest) -> Deployment:
         With every mistake found; nothing was written then.
     """
     request, problems = within_bounds(request)
+    problems += mistakes
     folder: Path | None = None
     shape: ModelShape | None = None
     plan: Plan | None = None
@@ -114,9 +125,9 @@ def prepare_deployment(request: ServeRequest) -> Deployment:
     device, world = "cpu", None
     if plan is not None:
         with problems.noted():
-            device = _device(request, plan)
+            device = _device(request, plan, slots)
         with problems.noted():
-            world = placed(plan) or place(plan, ONE_MACHINE)
+            world = placed_on(plan, request.strategy_config or str(plan), slots)
     cost_model: CostModel | None = None
     profile = Path(request.time_profile or default_time_path(request.model))
     if profile.is_file() or request.time_profile is not None:
@@ -126,7 +137,7 @@ def prepare_deployment(request: ServeRequest) -> Deployment:
     admission: Admission | None = None
     if shape is not None and plan is not None:
         with problems.noted():
-            admission = _admission(request, shape, plan, precision, device)
+            admission = _admission(request, shape, plan, precision, device, slots)
     problems.raise_if_any()
     assert folder and shape and plan and world and admission
     return Deployment(
@@ -150,23 +161,38 @@ def _plan(request: ServeRequest, shape: ModelShape | None) -> Plan:
     return plan if request.memory is None else plan.with_memory(request.memory)
 
 
-def _device(request: ServeRequest, plan: Plan) -> str:
+def _device(request: ServeRequest, plan: Plan, slots: Sequence[int]) -> str:
     import torch
 
+    if plan.num_gpus > sum(slots):
+        raise ConfigError(
+            f"the plan {plan} has {counted(plan.num_gpus, 'rank')}, the hosts take "
+            f"{sum(slots)}; give another plan, or more slots"
+        )
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if request.device == "cpu" or (request.device == "auto" and not found):
         return "cpu"
-    if plan.num_gpus > found:
+    if (needed := _on_this_host(plan, slots)) > found:
         raise ConfigError(
-            f"the plan {plan} needs {plan.num_gpus} GPUs, this machine has {found}, and a service "
-            f"runs on one machine; give another plan, or --device cpu to run every rank as a CPU "
-            f"process"
+            f"the plan {plan} needs {counted(needed, 'GPU')} of this machine, which has {found}; "
+            f"give --host-file for several machines, another plan, or --device cpu to run every "
+            f"rank as a CPU process"
         )
     return "cuda"
 
 
+def _on_this_host(plan: Plan, slots: Sequence[int]) -> int:
+    """Return how many of a plan's ranks are on this host, the first one."""
+    return min(plan.num_gpus, slots[0])
+
+
 def _admission(
-    request: ServeRequest, shape: ModelShape, plan: Plan, precision: str, device: str
+    request: ServeRequest,
+    shape: ModelShape,
+    plan: Plan,
+    precision: str,
+    device: str,
+    slots: Sequence[int],
 ) -> Admission:
     """Return what the ranks hold; ConfigError if that is not one adapter, the smallest."""
     if request.memory_budget is not None:
@@ -174,7 +200,7 @@ def _admission(
     elif device == "cuda":
         budget_bytes = int(CUDA_MEMORY_SHARE * describe_device(device)["memory_bytes"])
     else:
-        budget_bytes = available_memory_bytes() // plan.num_gpus
+        budget_bytes = available_memory_bytes() // _on_this_host(plan, slots)
     profile = request.memory_profile or own_memory_path(request.model, request.max_slots)
     given = profile if request.memory_profile is not None or profile.is_file() else None
     admission = admission_of(shape, plan, precision, device, budget_bytes, given)
@@ -240,4 +266,5 @@ def _run(
         buckets=(),
         dispatch_mode="balance",
         seed=0,
+        hang_timeout_s=request.hang_timeout,
     )

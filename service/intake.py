@@ -81,16 +81,28 @@ class Intake:
         with self._lock:
             self._seen_at[session_id] = time.monotonic()
 
+    def finish_session(self, tenant: Tenant, session_id: str) -> None:
+        """Close the models of a session that is over; what was saved of them stays."""
+        self.check_session(tenant, session_id)
+        for model in self.ledger.models_of(tenant.name):
+            if model.session_id == session_id:
+                self._unload(tenant, model)
+
+    def _unload(self, tenant: Tenant, model: ModelRow) -> None:
+        """Have a model closed that nobody uses any more, also where numbers are missing."""
+        with self._lock:
+            seq_id = self.ledger.first_missing(model.id)
+            body = OfModel(model_id=model.id, seq_id=max(1, seq_id))
+            content = body.model_dump()
+            self.submit(tenant, model.id, body.seq_id, "unload_model", _content(body), content)
+
     def _live_models(self, tenant: Tenant) -> int:
         """Return how many models a tenant has open; those of sessions that ended are closed."""
         live = 0
         for model in self.ledger.models_of(tenant.name):
             seen_at = self._seen_at.get(model.session_id, self._started_at)
             if time.monotonic() - seen_at > SESSION_LIFE_S:
-                body = OfModel(model_id=model.id)
-                self.submit(
-                    tenant, model.id, None, "unload_model", _content(body), body.model_dump()
-                )
+                self._unload(tenant, model)
             else:
                 live += 1
         return live

@@ -75,6 +75,14 @@ class Ledger:
             return False
         return True
 
+    def listed(
+        self, table: sa.Table, tenant: str, limit: int, offset: int
+    ) -> tuple[list[dict[str, Any]], int]:
+        """Return some of a tenant's rows, the latest first, and how many there are in all."""
+        own = sa.select(table).where(table.c.tenant == tenant)
+        rows = own.order_by(table.c.created_at.desc()).limit(limit).offset(offset)
+        return self.rows(rows), self.number(sa.select(sa.func.count()).select_from(own.subquery()))
+
     def rows(self, query: sa.Select[Any]) -> list[dict[str, Any]]:
         """Return what a query finds."""
         with self.engine.connect() as connection:
@@ -144,6 +152,17 @@ class Ledger:
             found = connection.execute(query.where(join, models.c.id == model_id)).one()
         return max(number for number in found if number is not None)
 
+    def first_missing(self, model_id: str) -> int:
+        """Return the lowest number, after its snapshot, that no request of a model has."""
+        query = sa.select(requests.c.seq_id).where(requests.c.model_id == model_id)
+        known = {row["seq_id"] for row in self.rows(query)}
+        model = self.model(model_id)
+        assert model is not None
+        number = model.snapshot_seq + 1
+        while number in known:
+            number += 1
+        return number
+
     def last_use(self, model: ModelRow) -> float:
         """Return when a model was last asked for, or written down after that."""
         arrival = self.number(
@@ -157,6 +176,16 @@ class Ledger:
             sa.select(sessions.c.tenant).where(sessions.c.id == session_id)
         )
         return found
+
+    def of_session(self, session_id: str) -> tuple[list[str], list[str]]:
+        """Return the names of a session's models and of its sampling sessions."""
+        own = samplers.c.id.startswith(f"{session_id}:", autoescape=True)
+        found = (
+            self.rows(sa.select(models.c.id).where(models.c.session_id == session_id)),
+            self.rows(sa.select(samplers.c.id).where(own)),
+        )
+        made, sampling = ([row["id"] for row in rows] for rows in found)
+        return made, sampling
 
     def request_id(self, model_id: str, seq_id: int) -> str | None:
         """Return the name of a model's request, None if there is none of that number."""
@@ -244,6 +273,11 @@ class Ledger:
     def forget_expired(self, now: float) -> None:
         """Forget the checkpoints whose time is over."""
         self.execute(checkpoints.delete().where(checkpoints.c.expires_at < now))
+
+    def set_expiry(self, path: str, expires_at: float | None) -> None:
+        """Note when a checkpoint's time is over (seconds since the epoch); None: never."""
+        own = checkpoints.update().where(checkpoints.c.path == path)
+        self.execute(own.values(expires_at=expires_at))
 
     def forget_checkpoint(self, path: str) -> None:
         """Forget a checkpoint; its folder is removed when nobody reads it."""

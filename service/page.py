@@ -77,12 +77,15 @@ class View:
         Those it may see.
     activity
         What the ranks have done; None: it may not see that.
+    missing_ranks
+        Why nothing is computed at present, in a sentence; None: it is.
     """
 
     tenants: Sequence[TenantLine]
     models: Sequence[ModelLine]
     checkpoints: Sequence[CheckpointRow]
     activity: Activity | None
+    missing_ranks: str | None
 
 
 class _Html(str):
@@ -104,7 +107,11 @@ def page(deployment: Deployment, view: View) -> str:
 
 def sections(deployment: Deployment, view: View) -> str:
     """Return what changes on the page."""
-    parts = ["<h2>Plan</h2>", *_plan(deployment)]
+    parts = []
+    if view.missing_ranks is not None:
+        why = f"Requests wait until the ranks are there: {view.missing_ranks}."
+        parts.append(_paragraph(why, "missing"))
+    parts += ["<h2>Plan</h2>", *_plan(deployment)]
     if view.activity is not None:
         parts += ["<h2>Passes</h2>", *_passes(view.activity)]
         parts += ["<h2>Replicas</h2>", _replicas(deployment, view.activity)]

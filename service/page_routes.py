@@ -47,8 +47,20 @@ def page_routes(intake: Intake) -> APIRouter:
             raise Refusal(403, f"tenant {sender.name} is no operator; lobra keys add --operator")
         coordinator = intake.coordinator
         waiting, slots = intake.ledger.waiting_of_tenants(), len(coordinator.seats.taken)
-        text = as_prometheus(coordinator.tally.view(), waiting, slots)
+        ranks = 0 if coordinator.missing_ranks else intake.deployment.run.world_size
+        text = as_prometheus(coordinator.tally.view(), waiting, slots, ranks)
         return Response(text, media_type="text/plain; version=0.0.4")
+
+    return routes
+
+
+def health_routes(intake: Intake) -> APIRouter:
+    """Return the route of programs that look whether the service is well."""
+    routes = APIRouter()
+
+    @routes.get("/healthz")
+    def health() -> dict[str, str]:
+        return {"status": "waiting for ranks" if intake.coordinator.missing_ranks else "ok"}
 
     return routes
 
@@ -56,6 +68,7 @@ def page_routes(intake: Intake) -> APIRouter:
 def view_of(intake: Intake, sender: Tenant) -> View:
     """Return what a tenant is shown: an operator everything, others their own."""
     ledger, coordinator = intake.ledger, intake.coordinator
+    why = coordinator.missing_ranks
     activity, seated = coordinator.tally.view(), frozenset(coordinator.seats.taken)
     shown = None if sender.is_operator else sender.name
     models, waiting = ledger.models_of(shown), ledger.waiting(shown)
@@ -84,6 +97,7 @@ def view_of(intake: Intake, sender: Tenant) -> View:
         [model_line(row) for row in models],
         ledger.last_checkpoints(shown, MOST_CHECKPOINTS),
         activity if sender.is_operator else None,
+        why if why is None or sender.is_operator else "they are started",
     )
 
 

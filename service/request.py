@@ -8,7 +8,14 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from lobra.common.options import Device, ModelName, PositiveInt, TimeProfile, as_options
+from lobra.common.options import (
+    Device,
+    ModelName,
+    PositiveInt,
+    PositiveNumber,
+    TimeProfile,
+    as_options,
+)
 from lobra.layout.memory_policy import MemoryPolicy
 
 OptionalPlan = Annotated[
@@ -43,6 +50,8 @@ class ServeRequest:
     memory_budget
         Of one rank, such as 40GB; by default this machine's free memory by ranks on a CPU, 90 % of
         the memory on a GPU.
+    hang_timeout
+        Start the ranks again when all have stood still for S seconds; by default 600.
     """
 
     model: ModelName
@@ -59,3 +68,4 @@ class ServeRequest:
     time_profile: TimeProfile = None
     memory_profile: Annotated[Path | None, Parameter(metavar="CSV")] = None
     memory_budget: Annotated[str | None, Parameter(metavar="SIZE")] = None
+    hang_timeout: Annotated[PositiveNumber | None, Parameter(metavar="S")] = None

@@ -8,28 +8,31 @@ import secrets
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Callable
+from contextlib import closing, suppress
+from functools import partial
 from multiprocessing.connection import Listener
 
 import uvicorn
 
-from lobra.common.errors import ConfigError
-from lobra.model.launch import run_ranks
+from lobra.common.errors import ConfigError, MachineError
+from lobra.model.launch import Interrupted, RankError
 from lobra.service.app import make_app
 from lobra.service.coordinator import Coordinator
 from lobra.service.deployment import Deployment
-from lobra.service.engine_link import EngineLink
+from lobra.service.engine_link import EngineLink, RanksEnded
 from lobra.service.intake import Intake
 from lobra.service.ledger import Ledger
+from lobra.service.ranks import StartRanks, on_this_machine
 from lobra.service.sampling import Sampling
 from lobra.service.tenants import add_tenant, all_tenants
 from lobra.service.waiters import Waiters
-from lobra.trainer.run import PRELOAD
 
 log = logging.getLogger(__name__)
 
 FIRST_TENANT = "default"
-RANK_TARGET = "lobra.service.engine_link:serve_rank"
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0  # before ranks are started again; it doubles
 
 
 class Service:
@@ -65,63 +68,111 @@ class Service:
         self.intake = Intake(deployment, self.ledger, self.coordinator, self.sampling)
         app = make_app(self.intake, waiters)
         self.http = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+        self._serves = False
+        self._stopped = threading.Event()
+        self._failure: BaseException | None = None  # of the coordinator's own
 
     def run(
-        self, ready: Callable[[], None], on_signal: Callable[[int], None] | None = None
+        self,
+        ready: Callable[[], None],
+        on_signal: Callable[[int], None] | None = None,
+        start: StartRanks | None = None,
     ) -> None:
-        """Serve until `stop`; call ``ready`` when requests are taken.
+        """Serve until `stop`.
 
-        On the main thread signals are given to ``on_signal`` first, as `run_ranks` does.
+        Ranks that end after they have served are started again; requests wait meanwhile.
+
+        Parameters
+        ----------
+        ready
+            Called when requests are taken.
+        on_signal
+            On the main thread told of the first signal, as `run_ranks` does.
+        start
+            Starts the ranks; by default on this machine.
 
         Raises
         ------
-        RankError
-            A rank failed.
+        RankError, MachineError
+            The ranks could not be started.
         """
-        run = self.deployment.run
-        environment = {"DS_ACCELERATOR": "cpu"} if run.device == "cpu" else {}
-        os.environ.update(environment)  # the fork server imports deepspeed with this environment
+        start = start or on_this_machine(self.deployment.run)
         authkey = secrets.token_bytes(32)
         with (
             tempfile.TemporaryDirectory(prefix="lobra-service-") as folder,
             Listener(os.path.join(folder, "rank0"), "AF_UNIX", authkey=authkey) as listener,
         ):
-            coordinate = threading.Thread(
-                target=self._coordinate, args=(listener, ready), daemon=True
-            )
-            coordinate.start()
+            arguments = (listener, ready)
+            threading.Thread(target=self._coordinate, args=arguments, daemon=True).start()
             threading.Thread(target=self.sampling.run, daemon=True).start()
             try:
-                run_ranks(
-                    RANK_TARGET,
-                    run.world_size,
-                    {"run": run, "address": str(listener.address), "authkey": authkey},
-                    device=run.device,
-                    environment=environment,
-                    preload=PRELOAD,
-                    on_signal=on_signal,
-                )
+                self._keep_ranks(partial(start, str(listener.address), authkey, on_signal))
             finally:
+                self._stopped.set()
                 self.http.should_exit = True
                 self.sampling.stop()
 
     def stop(self) -> None:
         """End after the pass in progress. From any thread."""
+        self._stopped.set()
         self.http.should_exit = True
         self.coordinator.stop()
         self.sampling.stop()
 
+    def _keep_ranks(self, start: Callable[[], None]) -> None:
+        """Start the ranks, and again when they have ended, until the service ends."""
+        pause_s = FIRST_PAUSE_S
+        while True:
+            begun = time.monotonic()
+            try:
+                start()
+                why = "the ranks have ended"
+            except Interrupted:
+                return
+            except (RankError, MachineError) as error:
+                if not (self._serves or self._failure):
+                    raise
+                why = str(error)
+            if self._failure is not None:
+                raise self._failure
+            if self._stopped.is_set():
+                return
+            self.coordinator.lose_ranks(_in_a_line(why))
+            log.error("%s\nrequests wait, the ranks are started again in %.0f s", why, pause_s)
+            if self._stopped.wait(pause_s):
+                return
+            has_lasted = time.monotonic() - begun > LONGEST_PAUSE_S
+            pause_s = FIRST_PAUSE_S if has_lasted else min(LONGEST_PAUSE_S, 2 * pause_s)
+
     def _coordinate(self, listener: Listener, ready: Callable[[], None]) -> None:
-        link = EngineLink(listener)
-        self.socket.listen()  # from here on who connects is heard, as soon as the server is up
+        """Carry requests out by the ranks that come; when they have ended, by the next ones."""
+        while True:
+            with suppress(RanksEnded), closing(EngineLink(listener)) as link:
+                try:
+                    if not self._serves:
+                        self._open(ready)
+                    self.coordinator.run(link)
+                    return
+                except RanksEnded:
+                    raise
+                except BaseException as error:
+                    self._failure = error
+                    raise
+            if self._stopped.is_set():
+                return
+
+    def _open(self, ready: Callable[[], None]) -> None:
+        """Take requests from now on."""
+        self._serves = True
+        self.socket.listen()  # who connects is heard as soon as the server is up
         threading.Thread(target=self.http.run, args=([self.socket],), daemon=True).start()
         ready()
-        try:
-            self.coordinator.run(link)
-        except (EOFError, OSError):
-            log.error("a rank has ended")  # which one, and why, is raised by `run`
-        finally:
-            link.close()  # without it no rank goes on
+
+
+def _in_a_line(why: str) -> str:
+    """Return a failure without its traceback."""
+    who, traceback, rest = why.strip().partition("Traceback")
+    return f"{who}{rest.splitlines()[-1]}" if traceback else who.splitlines()[0]
 
 
 def _bound(host: str, port: int) -> socket.socket:

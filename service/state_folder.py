@@ -54,6 +54,11 @@ class StateFolder:
         """Keep every other service out; ConfigError if one is there."""
         lock.hold(self.path / "lock", f"--state-dir {self.path}", "service", remedy)
 
+    @property
+    def rank0_file(self) -> Path:
+        """Where rank 0 finds the service, if another host's launcher has started it."""
+        return self.path / "rank0.json"
+
     def model(self, model_id: str) -> Path:
         """Return the folder of a model; its name is checked when it is made."""
         return self.path / MODELS / model_id.replace(":", "_")

@@ -110,8 +110,18 @@ class Tally:
             )
 
 
-def as_prometheus(activity: Activity, waiting: Mapping[str, int], slots: int) -> str:
-    """Return all of it in Prometheus's text format; ``waiting`` are each tenant's requests."""
+def as_prometheus(activity: Activity, waiting: Mapping[str, int], slots: int, ranks: int) -> str:
+    """Return all of it in Prometheus's text format.
+
+    Parameters
+    ----------
+    activity
+        What has been counted.
+    waiting
+        Each tenant's requests without a result.
+    slots, ranks
+        Slots that are used, and ranks that are there.
+    """
     busy = {f'rank="{rank}"': value for rank, value in enumerate(activity.busy_s)}
     memory = {f'rank="{rank}"': value for rank, value in enumerate(activity.memory_bytes)}
     families: list[tuple[str, str, str, Mapping[str, float]]] = [
@@ -127,6 +137,7 @@ def as_prometheus(activity: Activity, waiting: Mapping[str, int], slots: int) ->
         ("memory_bytes", "gauge", "Most memory of a rank in its last pass.", memory),
         ("waiting_requests", "gauge", "Requests without a result.", _by_tenant(waiting)),
         ("slots_used", "gauge", "Models that are on the ranks.", {"": slots}),
+        ("ranks", "gauge", "Ranks that are there.", {"": ranks}),
     ]  # fmt: skip
     lines = []
     for name, kind, text, values in families:

@@ -26,10 +26,11 @@ from lobra.service.bodies import (
     SaveForSampler,
     SaveWeights,
 )
+from lobra.service.checkpoint_routes import Limit, Offset
 from lobra.service.intake import Intake
 from lobra.service.refusal import Refusal
 from lobra.service.sender import Sender
-from lobra.service.tables import SAMPLE, RequestRow
+from lobra.service.tables import SAMPLE, RequestRow, sessions
 from lobra.service.tenants import Tenant
 from lobra.service.waiters import Waiters
 from lobra.service.wire import CONTENT_TYPE
@@ -43,10 +44,6 @@ def training_routes(intake: Intake, waiters: Waiters) -> APIRouter:
     deployment = intake.deployment
 
     # -- connecting -----------------------------------------------------------------------------
-
-    @routes.get("/healthz")
-    def health() -> dict[str, Any]:
-        return {"status": "ok"}
 
     @routes.get("/get_server_capabilities")
     def capabilities(sender: Sender) -> dict[str, Any]:
@@ -72,6 +69,22 @@ def training_routes(intake: Intake, waiters: Waiters) -> APIRouter:
     def heartbeat(body: OfSession, sender: Sender) -> dict[str, Any]:
         intake.heartbeat(sender, body.session_id)
         return {"type": "session_heartbeat"}
+
+    @routes.get("/sessions")
+    def list_sessions(sender: Sender, limit: Limit = 20, offset: Offset = 0) -> dict[str, Any]:
+        rows, _ = intake.ledger.listed(sessions, sender.name, limit, offset)
+        return {"sessions": [row["id"] for row in rows]}
+
+    @routes.get("/sessions/{session_id}")
+    def session(session_id: str, sender: Sender) -> dict[str, Any]:
+        intake.check_session(sender, session_id)
+        own_models, own_samplers = intake.ledger.of_session(session_id)
+        return {"training_run_ids": own_models, "sampler_ids": own_samplers}
+
+    @routes.post("/sessions/{session_id}/finish")
+    def finish_session(session_id: str, sender: Sender) -> Response:
+        intake.finish_session(sender, session_id)
+        return Response(status_code=204)
 
     # -- training -------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lobra.common.documents import read_json
-from lobra.common.errors import ConfigError, Problems, show
+from lobra.common.errors import Problems, show
 from lobra.common.files import drafted, write_atomic
 from lobra.layout.shapes import ModelShape
 from lobra.layout.world import World
@@ -26,7 +26,6 @@ from lobra.model.adapter import VERA_D, AdapterSpec
 from lobra.model.checkpoint import EMBEDDING, HEAD, equal_slices, opened, tensor_files
 from lobra.model.flat_tensors import FlatTensors
 from lobra.model.site import PEFT_PREFIX, sites
-from lobra.model.stage import Stage
 from lobra.model.vera import PROJECTIONS
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.sampling import task_seed
@@ -294,20 +293,3 @@ def _differences(config: Mapping[str, Any], spec: AdapterSpec, shape: ModelShape
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Return the names of the tensors that hold a NaN or an infinity."""
     return [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]
-
-
-def load_adapter(folder: Path, stage: Stage, number: int) -> None:
-    """Load a PEFT adapter folder into this rank's layers of the task.
-
-    Raises
-    ------
-    ConfigError
-        If a tensor is missing or has another shape.
-    """
-    try:
-        stage.load(number, load_file(folder / WEIGHTS_FILE))
-    except (KeyError, ValueError) as error:
-        name = stage.slots[number].spec.name
-        raise ConfigError(
-            f"task {name}: resume_from: {folder / WEIGHTS_FILE} does not fit: {error}"
-        ) from error

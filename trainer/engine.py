@@ -33,8 +33,8 @@ from lobra.model.precision import DTYPES, kept_dtype
 from lobra.model.stage import build_stage
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.objectives import Objective, objective_of
-from lobra.trainer.adapters import MOMENTS_FILE, WEIGHTS_FILE, adapter_spec, load_adapter
-from lobra.trainer.checkpoint import CheckpointState, load_moments, load_weights, read_moments
+from lobra.trainer.adapters import MOMENTS_FILE, WEIGHTS_FILE, adapter_spec
+from lobra.trainer.checkpoint import CheckpointState, load_moments, load_weights
 from lobra.trainer.checkpoint_folder import STATE_FILE, step_folder
 from lobra.trainer.compared_examples import ComparedExamples
 from lobra.trainer.comparison import example_weights, learned_part
@@ -133,18 +133,18 @@ class Engine:
             checkpoint = Rank0Folder(folder, STATE_FILE, self.control.group)
         for number, task in tasks.items():
             if resumed is not None:
-                load_weights(checkpoint, self.stage, number)
+                load_weights(checkpoint, f"adapters/{task.name}/{WEIGHTS_FILE}", self.stage, number)
             elif task.resume_from:
                 start = Rank0Folder(Path(task.resume_from), WEIGHTS_FILE, self.control.group)
-                places = self.stage.slots[number].layout.places
-                self.stage.load(number, start.tensors(WEIGHTS_FILE, places))
+                load_weights(start, WEIGHTS_FILE, self.stage, number)
             elif self.stage.slots[number].spec.starts_from_base:
                 start_from_base(self.run.model_folder, self.optimizer, number)
                 self.control.wait()
             self.optimizer.install(number, task)
             if resumed is not None:
                 progress = resumed.progress[task.name]
-                load_moments(checkpoint, self.optimizer, number, progress.updates)
+                file = f"moments/{task.name}.safetensors"
+                load_moments(checkpoint, file, self.optimizer, number, progress.updates)
                 if progress.lowest_step is not None:
                     self.exporter.load_kept(resumed.step, number)
 
@@ -159,14 +159,13 @@ class Engine:
         elif order.action == "install":
             assert order.adapter is not None
             self.stage.install({order.task: AdapterSpec(**_as_fields(order.adapter))})
+            start = None
             if order.folder:
-                load_adapter(folder, self.stage, order.task)
+                start = Rank0Folder(folder, WEIGHTS_FILE, self.control.group)
+                load_weights(start, WEIGHTS_FILE, self.stage, order.task)
             self.optimizer.install(order.task)
-            if order.moments:
-                kinds = self.optimizer.moment_names(order.task)
-                slot = self.stage.slots[order.task]
-                moments = read_moments(folder / MOMENTS_FILE, slot, kinds)
-                self.optimizer.load_moments(order.task, moments, order.updates)
+            if start is not None and order.moments:
+                load_moments(start, MOMENTS_FILE, self.optimizer, order.task, order.updates)
         elif order.action == "save":
             self.exporter.save_slot(self.stage.slots[order.task], folder, order.moments)
         else:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -22,6 +22,8 @@ from lobra.trainer.signals import SAME_REQUEST_S
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 POLL_S = 0.2
+#: Of ssh, which pdsh starts for every host: so that it ends with a host that answers no more.
+SSH_OPTIONS = "-o ConnectTimeout=30 -o ServerAliveInterval=15 -o ServerAliveCountMax=3"
 
 
 def launcher_command(
@@ -30,8 +32,9 @@ def launcher_command(
     num_gpus: int,
     server_addr: str | None,
     server_port: int | None,
+    name: str = "train",
 ) -> list[str]:
-    """Return the deepspeed launcher's command that runs `lobra train arguments` on all hosts.
+    """Return the deepspeed launcher's command that runs `lobra name arguments` on all hosts.
 
     Raises
     ------
@@ -60,15 +63,16 @@ def launcher_command(
         command += ["--master_addr", server_addr]
     if server_port:
         command += ["--master_port", str(server_port)]
-    return [*command, "--module", "lobra.cli", "train", *arguments]
+    return [*command, "--module", "lobra.cli", name, *arguments]
 
 
-def run_launcher(command: Sequence[str]) -> int:
+def run_launcher(command: Sequence[str], on_signal: Callable[[int], None] | None = None) -> int:
     """Run the launcher's command until it and what it started on this host have ended.
 
     It runs in a session of its own, so that a Ctrl-C does not reach its ranks by several ways.
     The first SIGINT or SIGTERM is passed on to the launcher, and to its children if it ends without
-    them; another one after `SAME_REQUEST_S` kills all of them.
+    them, or to ``on_signal`` alone, which ends the ranks; another one after `SAME_REQUEST_S` kills
+    all of them.
 
     Returns
     -------
@@ -82,7 +86,9 @@ def run_launcher(command: Sequence[str]) -> int:
         now = time.monotonic()
         if not received:
             received.append((number, now))
-            if launcher is not None:
+            if on_signal is not None:
+                on_signal(number)
+            elif launcher is not None:
                 launcher.send_signal(number)
         elif launcher is not None and now - received[0][1] >= SAME_REQUEST_S:
             _signal_group(launcher.pid, signal.SIGKILL)
@@ -93,8 +99,8 @@ def run_launcher(command: Sequence[str]) -> int:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 previous[number] = signal.signal(number, handle)
     try:
-        launcher = subprocess.Popen(list(command), start_new_session=True)
-        if received:  # before there was a launcher
+        launcher = subprocess.Popen(list(command), start_new_session=True, env=_environment())
+        if received and on_signal is None:  # before there was a launcher
             launcher.send_signal(received[0][0])
         code = launcher.wait()
         if received:
@@ -107,6 +113,12 @@ def run_launcher(command: Sequence[str]) -> int:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _environment() -> dict[str, str]:
+    """Return this process's environment, and in it what pdsh tells ssh."""
+    name = "PDSH_SSH_ARGS_APPEND"
+    return {**os.environ, name: f"{os.environ.get(name, '')} {SSH_OPTIONS}".strip()}
 
 
 def _signal_group(group: int, number: int) -> None:

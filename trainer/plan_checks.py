@@ -9,7 +9,7 @@ import os
 from lobra.common.errors import ConfigError
 from lobra.common.words import counted
 from lobra.layout.base_precision import plan_problem
-from lobra.layout.placement import place, placed
+from lobra.layout.placement import placed_on
 from lobra.layout.plan import Plan, load_plan
 from lobra.layout.shapes import ModelShape, layout_problem
 from lobra.layout.world import World
@@ -125,31 +125,5 @@ def common_node_size(request: TrainRequest, device: str) -> int:
 
 
 def place_plan(plan: Plan, request: TrainRequest, device: str | None) -> World:
-    """Return the plan on the ranks its file says, else on those of this cluster's nodes.
-
-    So too where the file's ranks spread tensor-parallel groups over nodes, which is warned of.
-
-    Raises
-    ------
-    ConfigError
-        The file's ranks do not fit the plan, or it cannot be placed.
-    """
-    nodes = node_sizes(request, device)
-    try:
-        world = placed(plan)
-    except ConfigError as error:
-        raise ConfigError(error.problems.prefixed(f"{request.strategy_config}: ")) from None
-    if world is None:
-        return place(plan, nodes)
-    spread = world.spread_groups(nodes)
-    if not spread:
-        return world
-    try:
-        better, instead = place(plan, nodes), "the plan is placed anew"
-    except ConfigError:
-        better, instead = world, "which is slow; plan for them (--gpus-per-node)"
-    log.warning(
-        "%s: meta.ranks spreads the tensor-parallel group %s over nodes of %s GPUs: %s",
-        request.strategy_config, list(spread[0]), nodes, instead,
-    )  # fmt: skip
-    return better
+    """Return the plan on this cluster's nodes; ConfigError if it cannot be placed on them."""
+    return placed_on(plan, request.strategy_config, node_sizes(request, device))

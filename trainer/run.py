@@ -8,12 +8,12 @@ import platform
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lobra.common.documents import MOST_BYTES, check_regular
 from lobra.common.errors import ConfigError
@@ -29,6 +29,8 @@ from lobra.trainer.restarts import run_with_restarts
 from lobra.trainer.run_spec import RunSpec
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 ENV_FILE_MARK = "LOBRA_ENV_FILE"
 ENV_FILE_END = "sourced"  # the last entry of a sourced environment; it is no assignment
@@ -70,21 +72,41 @@ def run_local(run: RunSpec, target: str = "lobra.trainer.rank:train_rank") -> li
             signal.Signals(number).name,
         )
 
-    environment = {"DS_ACCELERATOR": "cpu"} if run.device == "cpu" else {}
-    os.environ.update(environment)  # the fork server imports deepspeed with this environment
-    results = run_ranks(
-        target,
-        run.world_size,
-        {"run": run},
-        device=run.device,
-        environment=environment,
-        preload=PRELOAD,
-        on_signal=tell,
-        watch=WatchOrder(run.hang_timeout_s, run.output_dir / STACKS_FOLDER),
-    )
+    results = start_ranks(run, target, {}, tell)
     if received and results[0].stopped_at is not None:
         results[0].stop_signal = received[0]
     return results
+
+
+def start_ranks(
+    run: RunSpec,
+    target: str,
+    arguments: Mapping[str, Any],
+    on_signal: Callable[[int], None] | None,
+) -> list[Any]:
+    """Start a run's ranks on this machine, watched, and return what each returns.
+
+    Parameters
+    ----------
+    run
+        What every rank is given as `run`.
+    target, on_signal
+        As `run_ranks` has them.
+    arguments
+        What the target is given beside.
+    """
+    environment = {"DS_ACCELERATOR": "cpu"} if run.device == "cpu" else {}
+    os.environ.update(environment)  # the fork server imports deepspeed with this environment
+    return run_ranks(
+        target,
+        run.world_size,
+        {"run": run, **arguments},
+        device=run.device,
+        environment=environment,
+        preload=PRELOAD,
+        on_signal=on_signal,
+        watch=WatchOrder(run.hang_timeout_s, run.output_dir / STACKS_FOLDER),
+    )
 
 
 def in_launcher() -> bool:
@@ -93,7 +115,36 @@ def in_launcher() -> bool:
 
 
 def train_in_launcher(request: TrainRequest) -> tuple[RunSpec, RankResult]:
-    """Train as one rank of the world a launcher made; rank 0 prepares for all. Collective.
+    """Train as one rank of the world a launcher made. Collective; raises as `run_in_launcher`."""
+    from lobra.trainer.rank import train_rank
+
+    def prepared(world: int, nodes: tuple[int, ...] | None) -> RunSpec:
+        return prepare(replace(request, launched_world=world, found_nodes=nodes))
+
+    return run_in_launcher(request.device, prepared, train_rank)
+
+
+def run_in_launcher(
+    device: str,
+    prepared: Callable[[int, tuple[int, ...] | None], RunSpec],
+    target: Callable[[RunSpec], T],
+) -> tuple[RunSpec, T]:
+    """Run a target as one rank of the world a launcher made. Collective.
+
+    Parameters
+    ----------
+    device
+        What --device says.
+    prepared
+        Called on rank 0 with the number of ranks, and how many each host has (None: unknown);
+        returns the run for all.
+    target
+        Called on every rank with the run, in an initialised world that is watched.
+
+    Returns
+    -------
+    tuple
+        The run, and what the target returned on this rank.
 
     Raises
     ------
@@ -108,7 +159,7 @@ def train_in_launcher(request: TrainRequest) -> tuple[RunSpec, RankResult]:
     import torch.distributed as dist
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    on_gpu = request.device != "cpu" and torch.cuda.is_available()
+    on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     else:
@@ -122,9 +173,8 @@ def train_in_launcher(request: TrainRequest) -> tuple[RunSpec, RankResult]:
     dist.all_gather_object(sizes, local_world_size(os.environ), group=waiting)
     outcome: list[Any] = [None]
     if rank == 0:
-        request = replace(request, launched_world=world, found_nodes=nodes_of(sizes))
         try:
-            outcome = [prepare(request)]
+            outcome = [prepared(world, nodes_of(sizes))]
         except ConfigError as error:
             outcome = [Refusal(error.problems)]
         except Exception as error:
@@ -134,24 +184,25 @@ def train_in_launcher(request: TrainRequest) -> tuple[RunSpec, RankResult]:
     if isinstance(outcome[0], Exception):
         dist.destroy_process_group()
         raise outcome[0]
+    run: RunSpec = outcome[0]
     problems: list[list[str]] = [[]] * world
     speaks_for_host = os.environ.get("LOCAL_RANK", "0") == "0"
-    own = host_problems(outcome[0]) if speaks_for_host else []
+    own = host_problems(run) if speaks_for_host else []
     dist.all_gather_object(problems, own, group=waiting)
     if any(problems):
         dist.destroy_process_group()
         raise Refusal(chain.from_iterable(problems))
+    from lobra.trainer.host_watch import watch_hosts
     from lobra.trainer.launched_watch import watch_each_other
-    from lobra.trainer.rank import train_rank
 
-    stacks = outcome[0].output_dir / STACKS_FOLDER
-    watch_each_other(waiting, outcome[0].hang_timeout_s, stacks)
+    watch_hosts(waiting)
+    watch_each_other(waiting, run.hang_timeout_s, run.output_dir / STACKS_FOLDER)
 
     # No clean-up if this fails: it would wait for ranks that wait for this one. The launcher ends
     # them when this process has ended.
-    result = train_rank(outcome[0])
+    result = target(run)
     dist.destroy_process_group()
-    return outcome[0], result
+    return run, result
 
 
 def host_problems(run: RunSpec) -> list[str]:

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -23,7 +24,9 @@ class StopRequest:
     reaches a rank from the terminal and from its launcher.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_signal: Callable[[int], None] | None = None) -> None:
+        """Tell ``on_signal`` of that signal."""
+        self._on_signal = on_signal
         self.received: int | None = early_stop[0] if early_stop else None
         self._received_at = time.monotonic()
         self._previous: dict[int, Any] = {}
@@ -39,6 +42,8 @@ class StopRequest:
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if self.received is None:
             self.received, self._received_at = number, time.monotonic()
+            if self._on_signal is not None:
+                self._on_signal(number)
         elif time.monotonic() - self._received_at >= SAME_REQUEST_S:
             # Asked twice: end at once, as without us.
             signal.signal(number, signal.SIG_DFL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.table import Table
 from lobra.common.errors import ConfigError, MachineError, Problems
 from lobra.common.lock import is_held
 from lobra.common.options import Json, PositiveNumber, TaskSetName
+from lobra.common.words import counted
 from lobra.report.run_summary import task_summary
 from lobra.tasks.task_file import load_trainer_config
 from lobra.trainer.log_parts import log_files
@@ -59,7 +61,11 @@ def cancel(run: Run, name: str, /, *more: str, timeout: Patience = PATIENCE_S) -
 
 
 def show(run: Run, /, *, json_output: Annotated[Json, Parameter(name="--json")] = False) -> int:
-    """List the tasks that a run has, or had, and what is asked of it."""
+    """List the tasks that a run has, or had, and what is asked of it.
+
+    Of each the steps it has made itself, of those it is to make; its loss, a mean of the last steps
+    (up to three); and whether it trains, is done, or was stopped or cancelled, when and why.
+    """
     config = read_run_config(run)
     steps = read_metrics(run) if log_files(run) else []
     rows = [
@@ -67,6 +73,7 @@ def show(run: Run, /, *, json_output: Annotated[Json, Parameter(name="--json")] 
             "task": task.name,
             "steps": summary.steps,
             "num_steps": task.num_steps,
+            "loss": summary.loss_after if math.isfinite(summary.loss_after) else None,
             "state": summary.ended,
         }
         for task in config.tasks
@@ -79,14 +86,20 @@ def show(run: Run, /, *, json_output: Annotated[Json, Parameter(name="--json")] 
     if json_output:
         print(json.dumps({"tasks": rows, "asked": asked}))
         return 0
+    is_going_on = is_held(run / LOCK_FILE)
     table = Table(title=f"Tasks of {run}", title_justify="left")
-    for column in ("task", "steps", "state"):
+    for column in ("task", "own steps made", "loss", "state"):
         table.add_column(column)
     for row in rows:
-        table.add_row(str(row["task"]), f"{row['steps']} of {row['num_steps']}", str(row["state"]))
+        loss = "" if row["loss"] is None else f"{row['loss']:.4g}"
+        ended = str(row["state"])
+        is_open = ended.startswith("step ")  # so far
+        state = ("trains" if is_going_on else "waits for the run to go on") if is_open else ended
+        table.add_row(str(row["task"]), f"{row['steps']} of {row['num_steps']}", loss, state)
     console = Console()
     console.print(table)
-    console.print(f"the run is {'' if is_held(run / LOCK_FILE) else 'not '}going on")
+    made = f"after {counted(steps[-1]['step'] + 1, 'step')}" if steps else "before its first step"
+    console.print(f"the run is {made}, and {'' if is_going_on else 'not '}going on")
     for one in asked:
         console.print(f"{one['task']} is asked {one['asked']}: no answer yet", soft_wrap=True)
     return 0

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 import sys
-import traceback
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
-from lobra.common.errors import ConfigError, MachineError, Problems
+from lobra.commands.launched import run_launched
+from lobra.common.errors import Problems
 from lobra.common.options import (
     THIS_MACHINE,
     LauncherOptions,
@@ -50,7 +49,7 @@ def train(
     ConfigError
         With every mistake of the options, the environment and the files.
     """
-    from lobra.trainer.run import Refusal, in_launcher, restart_with, train_in_launcher
+    from lobra.trainer.run import in_launcher, restart_with, train_in_launcher
     from lobra.trainer.run import train as train_here
 
     if launcher.env_file is not None:
@@ -71,20 +70,11 @@ def train(
         mistakes=tuple(problems),
     )
     if in_launcher():
-        is_first = os.environ["RANK"] == "0"
-        try:
-            spec, result = train_in_launcher(request)
-        except Refusal:
-            if is_first:
-                raise
-            return 2  # rank 0 says why
-        except ConfigError as error:
-            _leave(str(error), 2)
-        except MachineError as error:
-            _leave(str(error), 1)
-        except Exception:
-            _leave(f"failed\n{traceback.format_exc().rstrip()}", 1)
-        if not is_first:
+        outcome = run_launched(lambda: train_in_launcher(request))
+        if outcome is None:
+            return 2
+        spec, result = outcome
+        if os.environ["RANK"] != "0":
             return EXIT_CODES.get(result.stop_signal or 0, 0)
     else:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -119,17 +109,6 @@ def _show_report(folder: Path) -> None:
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         log.warning("the report is not shown (%s): lobra report %s", error.strerror, folder)
-
-
-def _leave(message: str, code: int) -> NoReturn:
-    """Say why this rank fails and end its process at once.
-
-    To end in good order would be to wait for ranks that wait for this one.
-    """
-    print(f"lobra: rank {os.environ['RANK']} on {platform.node()}: {message}", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def _through_launcher(

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lobra.cli import main
 from lobra.trainer.metrics import METRICS_FILE, read_metrics
@@ -95,3 +96,25 @@ def test_who_gives_up_withdraws_what_was_asked(
     monkeypatch.setattr("lobra.commands.tasks.answer_to", interrupted)
     assert main(["tasks", "cancel", str(tmp_path / "run"), "short"]) == 130
     assert not list((tmp_path / "run").glob("task_requests/*.request.json"))
+
+
+def test_the_list_says_how_far_each_task_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_run(tmp_path / "run", ["short", "done"], 2)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["tasks"][0]["num_steps"] = 5
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main(["tasks", "list", str(run)]) == 0
+    out = capsys.readouterr().out
+    lines = [line.split("│")[1:-1] for line in out.splitlines() if "│" in line]
+    assert [[cell.strip() for cell in line] for line in lines] == [
+        ["short", "2 of 5", lines[0][2].strip(), "waits for the run to go on"],
+        ["done", "2 of 2", lines[1][2].strip(), "done"],
+    ]
+    assert float(lines[0][2]) > 0
+    assert "the run is after 2 steps, and not going on" in out
+    monkeypatch.setattr("lobra.commands.tasks.is_held", lambda _lock: True)
+    main(["tasks", "list", str(run)])
+    assert "trains" in capsys.readouterr().out

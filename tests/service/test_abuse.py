@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lobra.service import training_routes
+from lobra.service import body_limits, training_routes
 from lobra.service.tenants import add_tenant, revoke
 from lobra.service.wire import CONTENT_TYPE
 from tests.service.support import ADDRESS, Client, Running, logprobs_of, loss_request
@@ -122,3 +122,32 @@ def test_all_of_it_left_nothing_behind(mixed: Running, client: Client) -> None:
     assert "abusing" not in mixed.service.ledger.waiting_of_tenants()
     assert not mixed.service.waiters.is_waited_for
     assert other.send("POST", "forward_backward", b"\x00" * 100, CONTENT_TYPE)[0] == 400
+
+
+def test_bodies_of_strangers_and_bodies_that_do_not_come(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stranger = Client(client.port, "tml-none")
+    large = b" " * (2 * body_limits.MOST_BYTES_OF_STRANGERS)
+    refused(stranger.send("POST", "optim_step", large), 401, "X-API-Key")
+    assert client.send("POST", "optim_step", large)[0] == 400
+    monkeypatch.setattr(body_limits, "MOST_S", 0.2)
+    connection = http.client.HTTPConnection(ADDRESS, client.port, timeout=60)
+    connection.putrequest("POST", "/api/v1/optim_step")
+    connection.putheader("X-API-Key", client.key)
+    connection.putheader("Content-Length", "1000")
+    connection.endheaders(b"{")
+    assert connection.getresponse().status == 400
+    connection.close()
+
+
+def test_what_is_not_there_is_said(client: Client) -> None:
+    status, answer = client.send("GET", "create_model")
+    assert (status, answer["detail"].partition(":")[0]) == (501, "GET create_model")
+    assert "body: " in client.send("POST", "create_model", b"1")[1]["detail"]
+    for path, code, text in (("/nix", 404, "the API is /api/v1"), ("/healthz", 200, '"ok"')):
+        connection = http.client.HTTPConnection(ADDRESS, client.port, timeout=60)
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        assert (answer.status, text in answer.read().decode()) == (code, True)
+        connection.close()

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lobra.service import seats, server
+from lobra.service import ranks, seats
 from lobra.service.backlog import Backlog, Pass
 from lobra.service.passes import PassRunner
 from lobra.service.wire import Datum
@@ -192,7 +192,7 @@ def test_where_tasks_are_computed_at_once_one_that_is_not_finite_spoils_no_other
     alone = mixed.client("alone")
     model = alone.new_model(alone.new_session(), 0, rank=4, seed=1)
     expected = [alone.result(future) for future in train(alone, model, 0.01, True)][-1]["path"]
-    monkeypatch.setattr(server, "RANK_TARGET", "tests.service.joined:serve_joined")
+    monkeypatch.setattr(ranks, "RANK_TARGET", "tests.service.joined:serve_joined")
     with running(deployment_of(base, tmp_path / "state", [(1, 1)], 64, precision="fp64")) as found:
         clients = [found.client(name) for name in ("good", "bad")]
         models = [one.new_model(one.new_session(), 0, rank=4, seed=1) for one in clients]

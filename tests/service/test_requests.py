@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import http.client
+import json
 import time
 from typing import Any
 
@@ -227,3 +228,42 @@ def test_checkpoints_are_listed_fetched_and_deleted(client: Client, model: str) 
     deleted = f"training_runs/{model}/checkpoints/weights/a"
     assert client.send("DELETE", deleted)[0] == 204
     refused(client.send("DELETE", deleted), 404)
+
+
+def test_runs_checkpoints_and_sessions_are_listed_page_by_page(mixed: Running) -> None:
+    client = mixed.client("listing")
+    session = client.new_session()
+    models = [client.new_model(session, number, rank=1) for number in range(3)]
+    for model in models[:2]:
+        client.result(client.asked("save_weights", model_id=model, path="a"))
+    status, answer = client.send("GET", "training_runs?limit=2&offset=1&access_scope=owned")
+    assert status == 200
+    assert [run["training_run_id"] for run in answer["training_runs"]] == [models[1], models[0]]
+    assert answer["training_runs"][0]["last_checkpoint"]["checkpoint_id"] == "weights/a"
+    assert answer["cursor"] == {"offset": 1, "limit": 2, "total_count": 3}
+    paths = [f"tinker://{model}/weights/a" for model in models[:2]]
+    listed = client.send("GET", "checkpoints")[1]["checkpoints"]
+    assert [row["tinker_path"] for row in listed] == paths[::-1]
+    assert client.send("GET", "sessions")[1]["sessions"] == [session]
+    assert client.send("GET", f"sessions/{session}")[1]["training_run_ids"] == models
+    refused(client.send("GET", "training_runs?limit=0"), 400, "limit")
+    other = mixed.client("reading")
+    assert other.send("GET", "checkpoints")[1]["checkpoints"] == []
+    refused(other.send("GET", f"sessions/{session}"), 404)
+    refused(other.send("POST", f"sessions/{session}/finish"), 404)
+    life = f"training_runs/{models[0]}/checkpoints/weights/a/ttl"
+    for seconds, expires in ((3600, True), (None, False)):
+        body = json.dumps({"ttl_seconds": seconds}).encode()
+        assert client.send("PUT", life, body)[0] == 204
+        row = mixed.service.ledger.checkpoint(paths[0])
+        assert row is not None and (row.expires_at is not None) == expires
+        refused(other.send("PUT", life, body), 404)
+    assert client.send("POST", f"sessions/{session}/finish")[0] == 204
+    full = mixed.client("finishing", max_models=1)
+    session = full.new_session()
+    full.new_model(session, 0, rank=1)
+    full.send("POST", f"sessions/{session}/finish")
+    deadline = time.monotonic() + 30
+    while mixed.service.ledger.models_of("finishing"):
+        assert time.monotonic() < deadline
+    assert full.new_model(full.new_session(), 0, rank=1)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lobra.cli import main
+from lobra.common.errors import ConfigError
 from lobra.service.deployment import prepare_deployment
 from lobra.service.request import ServeRequest
 from tests.trainer.command import write_plan
@@ -61,9 +62,19 @@ def test_without_a_plan_there_is_one_replica(base: Path) -> None:
 
 
 def test_a_plan_of_more_gpus_than_there_are(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A service is of one machine; whoever plans for several is told so."""
+    """Whoever plans for several machines is told how to use them."""
     write_plan({"dp": 2, "tp": 1, "pp": 1, "max_tokens": 64})
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    with pytest.raises(ValueError, match="needs 2 GPUs, this machine has 1, .* on one machine"):
-        prepare_deployment(ServeRequest(str(base), "plan.yaml", device="cuda"))
+    request = ServeRequest(str(base), "plan.yaml", device="cuda", memory_budget="1GB")
+    with pytest.raises(ConfigError, match="needs 2 GPUs of this machine, which has 1; .*host-file"):
+        prepare_deployment(request)
+    assert prepare_deployment(request, [1, 1]).run.device == "cuda"
+    with pytest.raises(ConfigError, match="has 2 ranks, the hosts take 1"):
+        prepare_deployment(request, [1])
+
+
+def test_it_listens_on_the_first_host(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("hosts").write_text("other.invalid slots=1\nlocalhost slots=1\n")
+    assert serve(base, "--host-file", "hosts", "--max-slots", "0") == 2
+    refused(capsys, "2 problems", "its first host is other.invalid", "--max-slots 0")
