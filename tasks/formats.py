@@ -144,6 +144,10 @@ class _Rollouts(RowFormat):
     kind = "rollout"
     learns = "completion_ids, by their advantages"
 
+    def __init__(self, reading: Reading, first: Mapping[str, Any]) -> None:
+        super().__init__(reading)
+        _check_first(first, reading.objective, ROLLOUT_FIELDS, ", ".join(ROLLOUT_FIELDS))
+
     def used(self, fields: Mapping[str, Any]) -> Collection[str]:
         return ROLLOUT_FIELDS
 
@@ -328,11 +332,7 @@ class _Answers(RowFormat):
         super().__init__(reading)
         self._rows = _ANSWER_ROWS[reading.objective]
         self.kind, self.learns = self._rows.kind, self._rows.learns
-        if missing := [name for name in self._rows.required if name not in first]:
-            raise SettingError(
-                f"objective = {show(reading.objective)}: the first row has no {missing[0]}"
-                f"{did_you_mean(missing[0], first)}: want rows of {self._rows.fields}"
-            )
+        _check_first(first, reading.objective, self._rows.required, self._rows.fields)
         completion, _ = self._completions(first)[0]
         self._format = format_of(completion, replace(reading, objective=SUPERVISED))
 
@@ -401,7 +401,7 @@ def format_of(fields: Mapping[str, Any], reading: Reading) -> RowFormat:
     """Return the parser of a file whose first row has these fields."""
     if reading.objective == PPO:
         _check_prompt(reading.prompt, _Rollouts.kind)
-        return _Rollouts(reading)
+        return _Rollouts(reading, fields)
     if reading.objective != SUPERVISED:
         return _Answers(reading, fields)
     json_key = reading.json_key or "text"
@@ -439,6 +439,17 @@ def format_of(fields: Mapping[str, Any], reading: Reading) -> RowFormat:
             lambda row: {*_instruction_columns(row), "history"},
         )
     return _Instructions(reading, fields)
+
+
+def _check_first(
+    first: Mapping[str, Any], objective: str, required: Sequence[str], wanted: str
+) -> None:
+    """Refuse a file whose first row lacks a field that rows of an objective must have."""
+    if missing := [name for name in required if name not in first]:
+        raise SettingError(
+            f"objective = {show(objective)}: the first row has no {missing[0]}"
+            f"{did_you_mean(missing[0], first)}: want rows of {wanted}"
+        )
 
 
 def _check_prompt(prompt: str, kind: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -31,6 +31,7 @@ from lobra.model.vera import PROJECTIONS
 from lobra.tasks.config import FULL, TaskConfig
 from lobra.tasks.sampling import task_seed
 from lobra.trainer.peft_config import config_problems
+from lobra.trainer.rank0_folder import Rank0Folder
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -296,18 +297,18 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     return [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]
 
 
-def load_adapter(folder: Path, stage: Stage, number: int) -> None:
-    """Load a PEFT adapter folder into this rank's layers of the task.
+def load_weights(folder: Rank0Folder, file: str, stage: Stage, number: int) -> None:
+    """Load a task's weights from a file of a folder into this rank's layers. Collective.
 
     Raises
     ------
     ConfigError
-        If a tensor is missing or has another shape.
+        If a tensor is missing or has another shape, or the file cannot be read.
     """
     try:
-        stage.load(number, load_file(folder / WEIGHTS_FILE))
-    except (KeyError, ValueError) as error:
+        stage.load(number, folder.tensors(file, stage.slots[number].layout.places))
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
         name = stage.slots[number].spec.name
         raise ConfigError(
-            f"task {name}: resume_from: {folder / WEIGHTS_FILE} does not fit: {error}"
+            f"task {name}: {folder.path / file}: cannot be loaded ({error})"
         ) from error

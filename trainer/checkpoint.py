@@ -35,8 +35,6 @@ from lobra.common.models import Count, FileModel, OneOf, Positive, read_as
 from lobra.layout.sequences import BATCHINGS
 from lobra.model.adapter import AdapterSpec
 from lobra.model.pissa import trained_shape
-from lobra.model.slot import Slot
-from lobra.model.stage import Stage
 from lobra.model.vera import PROJECTIONS
 from lobra.tasks.config import FULL
 from lobra.trainer.adapters import CONFIG_FILE, WEIGHTS_FILE, save_adapter, save_moments
@@ -358,36 +356,17 @@ def read_state(run: Path, step: int | None, *, whole: bool = True) -> Checkpoint
         raise ConfigError(f"{folder}: not a usable checkpoint: {error}; {remedy}") from error
 
 
-def load_weights(checkpoint: Rank0Folder, stage: Stage, number: int) -> None:
-    """Load a task's adapter of a checkpoint into this rank's layers (before the optimiser)."""
-    slot = stage.slots[number]
-    name = f"adapters/{slot.spec.name}/{WEIGHTS_FILE}"
-    stage.load(number, checkpoint.tensors(name, slot.layout.places))
-
-
 def load_best(run: Path, step: int, name: str) -> dict[str, Tensor]:
     """Return the best adapter that a checkpoint has of a task, by PEFT's names."""
     return load_file(step_folder(run, step) / BEST_FOLDER / name / WEIGHTS_FILE)
 
 
 def load_moments(
-    checkpoint: Rank0Folder, optimizer: AdapterOptimizer, number: int, updates: int
+    folder: Rank0Folder, file: str, optimizer: AdapterOptimizer, number: int, updates: int
 ) -> None:
-    """Load a task's moments of a checkpoint; ``updates`` are those it has had."""
-    slot = optimizer.stage.slots[number]
+    """Load a task's moments from a file of a folder, after so many updates. Collective."""
+    names = optimizer.stage.slots[number].layout.places
     kinds = optimizer.moment_names(number)
-    named = {f"{kind}/{name}" for kind in kinds for name in slot.layout.places}
-    found = checkpoint.tensors(f"moments/{slot.spec.name}.safetensors", named)
-    moments = {
-        kind: {name: found[f"{kind}/{name}"] for name in slot.layout.places} for kind in kinds
-    }
+    found = folder.tensors(file, {f"{kind}/{name}" for kind in kinds for name in names})
+    moments = {kind: {name: found[f"{kind}/{name}"] for name in names} for kind in kinds}
     optimizer.load_moments(number, moments, updates)
-
-
-def read_moments(path: Path, slot: Slot, kinds: Sequence[str]) -> dict[str, dict[str, Tensor]]:
-    """Return these moments of a slot's tensors (PEFT's names), as `save_moments` wrote them."""
-    with safe_open(path, framework="pt") as file:
-        return {
-            kind: {name: file.get_tensor(f"{kind}/{name}") for name in slot.layout.places}
-            for kind in kinds
-        }

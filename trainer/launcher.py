@@ -6,6 +6,7 @@ It runs as a child: stop signals reach it and its ranks once, and nothing outliv
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import subprocess
@@ -18,10 +19,16 @@ from types import FrameType
 
 from lobra.common.errors import ConfigError
 from lobra.trainer.host_file import first_slots, is_this_host, read_host_file
+from lobra.trainer.remote_host import answers
 from lobra.trainer.signals import SAME_REQUEST_S
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 POLL_S = 0.2
+ASK_AGAIN_S = 10.0  # of a host that does not answer
+#: For ssh to end, and with it the launcher, where a host is gone without a word.
+SSH_OPTIONS = "-o ServerAliveInterval=15 -o ServerAliveCountMax=4"
+
+log = logging.getLogger(__name__)
 
 
 def launcher_command(
@@ -87,13 +94,15 @@ def run_launcher(command: Sequence[str]) -> int:
         elif launcher is not None and now - received[0][1] >= SAME_REQUEST_S:
             _signal_group(launcher.pid, signal.SIGKILL)
 
+    given = os.environ.get("PDSH_SSH_ARGS_APPEND", "")  # first, as the first value counts for ssh
+    environment = {**os.environ, "PDSH_SSH_ARGS_APPEND": f"{given} {SSH_OPTIONS}".strip()}
     previous = {}
     if threading.current_thread() is threading.main_thread():
         for number in STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 previous[number] = signal.signal(number, handle)
     try:
-        launcher = subprocess.Popen(list(command), start_new_session=True)
+        launcher = subprocess.Popen(list(command), start_new_session=True, env=environment)
         if received:  # before there was a launcher
             launcher.send_signal(received[0][0])
         code = launcher.wait()
@@ -107,6 +116,19 @@ def run_launcher(command: Sequence[str]) -> int:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def await_hosts(host_file: Path, num_gpus: int) -> None:
+    """Wait, as long as it takes, until all hosts that take the first slots answer by ssh."""
+    names = list(first_slots(read_host_file(host_file), num_gpus))
+    if len(names) == 1 and is_this_host(names[0]):
+        return
+    told: list[str] = []
+    while silent := [name for name in names if not answers(name)]:
+        if silent != told:
+            log.warning("waiting for what does not answer by ssh: host %s", ", host ".join(silent))
+        told = silent
+        time.sleep(ASK_AGAIN_S)
 
 
 def _signal_group(group: int, number: int) -> None:

@@ -17,11 +17,11 @@ from typing import Any
 
 from lobra.common.documents import MOST_BYTES, check_regular
 from lobra.common.errors import ConfigError
+from lobra.common.options import within_bounds
 from lobra.layout.shapes import read_shape
 from lobra.model.fingerprint import fingerprint
 from lobra.model.host_memory import keep_freed_memory
 from lobra.model.launch import DEFAULT_PRELOAD, WatchOrder, run_ranks
-from lobra.trainer.adapters import CONFIG_FILE
 from lobra.trainer.prepare import prepare
 from lobra.trainer.rank import RankResult
 from lobra.trainer.request import TrainRequest
@@ -101,13 +101,16 @@ def train_in_launcher(request: TrainRequest) -> tuple[RunSpec, RankResult]:
         On every rank, when rank 0 found a mistake, the world does not fit, or a host lacks a file.
     ConfigError
         On this rank alone, when a file on its host is damaged.
+    LostHost
+        A host of the run is gone.
     RuntimeError
         On every rank, when rank 0 could not prepare for another reason.
     """
     import torch
     import torch.distributed as dist
 
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    from lobra.trainer.host_watch import HostWatch
+
     on_gpu = request.device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -118,6 +121,22 @@ def train_in_launcher(request: TrainRequest) -> tuple[RunSpec, RankResult]:
     dist.init_process_group("nccl" if on_gpu else "gloo")  # no device: `model.groups.new_group`
     # Tokenising may take much longer than NCCL waits, so the others wait on a CPU group.
     waiting = dist.new_group(backend="gloo", timeout=PREPARING)
+    hosts = HostWatch(waiting, within_bounds(request)[0].hang_timeout)
+    try:
+        return _train_in_world(request, waiting)
+    except RuntimeError as error:
+        if lost := hosts.reason(error):
+            raise lost from error
+        raise
+    finally:
+        hosts.end()
+
+
+def _train_in_world(request: TrainRequest, waiting: Any) -> tuple[RunSpec, RankResult]:
+    """Prepare on rank 0, let every host say what it lacks, and train. Collective."""
+    import torch.distributed as dist
+
+    rank, world = dist.get_rank(), dist.get_world_size()
     sizes: list[Any] = [None] * world
     dist.all_gather_object(sizes, local_world_size(os.environ), group=waiting)
     outcome: list[Any] = [None]
@@ -157,26 +176,18 @@ def train_in_launcher(request: TrainRequest) -> tuple[RunSpec, RankResult]:
 def host_problems(run: RunSpec) -> list[str]:
     """Return what this host lacks of what its ranks read, or has otherwise than rank 0's."""
     host = platform.node()
-    wanted = [run.model_folder / "config.json"]
-    if run.resume_step is None:
-        wanted += [Path(task.resume_from) / CONFIG_FILE for task in run.tasks if task.resume_from]
-    missing = [
-        f"{file.parent}: not on host {host}; the base model, and adapters that tasks start from, "
-        f"must lie at the same path on every host"
-        for file in wanted
-        if not file.is_file()
-    ]
-    if missing:
-        return missing
+    folder = run.model_folder
+    if not (folder / "config.json").is_file():
+        return [
+            f"{folder}: not on host {host}; the base model must lie at the same path on every host"
+        ]
     try:
-        found = fingerprint(run.model_folder, read_shape(run.model_folder))
+        found = fingerprint(folder, read_shape(folder))
     except ConfigError as error:
         return list(error.problems.prefixed(f"on host {host}: "))
     if found == run.fingerprint:
         return []
-    return [
-        f"{run.model_folder}: another model on host {host} than on that of rank 0; copy it anew"
-    ]
+    return [f"{folder}: another model on host {host} than on that of rank 0; copy it anew"]
 
 
 def local_world_size(environment: Mapping[str, str]) -> int | None:

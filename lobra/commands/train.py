@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -20,11 +21,12 @@ from lobra.common.options import (
     from_environment,
     option_problems,
 )
+from lobra.layout.layout import MEMORY_POLICIES
 from lobra.layout.plan import load_plan
 from lobra.model.launch import Interrupted
 from lobra.report.run_report import print_run_report
 from lobra.trainer.checkpoint_folder import list_checkpoints, step_folder
-from lobra.trainer.launcher import launcher_command, run_launcher
+from lobra.trainer.launcher import await_hosts, launcher_command, run_launcher
 from lobra.trainer.log_parts import log_files
 from lobra.trainer.request import TrainRequest
 from lobra.trainer.signals import EXIT_CODES
@@ -72,6 +74,8 @@ def train(
     )
     if in_launcher():
         is_first = os.environ["RANK"] == "0"
+        tells_how = is_first and launcher.host_file is None  # else who started the launcher does
+        begun_in = request.output_dir if tells_how else None
         try:
             spec, result = train_in_launcher(request)
         except Refusal:
@@ -81,9 +85,9 @@ def train(
         except ConfigError as error:
             _leave(str(error), 2)
         except MachineError as error:
-            _leave(str(error), 1)
+            _leave(str(error), 1, begun_in)
         except Exception:
-            _leave(f"failed\n{traceback.format_exc().rstrip()}", 1)
+            _leave(f"failed\n{traceback.format_exc().rstrip()}", 1, begun_in)
         if not is_first:
             return EXIT_CODES.get(result.stop_signal or 0, 0)
     else:
@@ -97,7 +101,7 @@ def train(
     if result.next_plan is not None:
         print(
             f"the run is to go on on another plan: with the same command, --resume and "
-            f"--strategy-config {result.next_plan}",
+            f"--strategy-config {result.next_plan}; that plan says what is kept, so no --memory",
             file=sys.stderr,
         )
         return 0
@@ -121,12 +125,16 @@ def _show_report(folder: Path) -> None:
         log.warning("the report is not shown (%s): lobra report %s", error.strerror, folder)
 
 
-def _leave(message: str, code: int) -> NoReturn:
-    """Say why this rank fails and end its process at once.
+def _leave(message: str, code: int, begun_in: Path | None = None) -> NoReturn:
+    """Say why this rank fails, and how the run begun in a folder goes on; end the process at once.
 
     To end in good order would be to wait for ranks that wait for this one.
     """
     print(f"lobra: rank {os.environ['RANK']} on {platform.node()}: {message}", file=sys.stderr)
+    if begun_in is not None:
+        from lobra.trainer.restarts import how_to_go_on
+
+        print(how_to_go_on(begun_in), file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -143,6 +151,9 @@ def _through_launcher(
         given = sys.argv[2:]
         if step is not None and step != begun:  # later checkpoints have the revived tasks alive
             given = without_option(given, "--revive")
+        if plan is not None:  # says itself what its replicas keep
+            for option in ("--memory", "--gradient-checkpointing"):
+                given = without_option(given, option, MEMORY_POLICIES.__contains__)
         arguments = with_resume(given, step, plan)
         num_gpus = load_plan(plan or request.strategy_config).num_gpus
         return launcher_command(
@@ -155,4 +166,6 @@ def _through_launcher(
     problems.raise_if_any()
     is_ours = request.is_resumed or not occupied(request.output_dir)  # else the ranks will say so
     most = request.max_restarts if is_ours else 0
-    return launch_with_restarts(command, run_launcher, request.output_dir, most)
+    num_gpus = load_plan(request.strategy_config).num_gpus
+    hosts_are_there = partial(await_hosts, host_file, num_gpus)
+    return launch_with_restarts(command, run_launcher, request.output_dir, most, hosts_are_there)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from lobra.layout.layout import Layout
 from lobra.layout.placement import place
@@ -21,7 +22,7 @@ from lobra.profiler.cost_model import CostModel, fit_cost_model
 from lobra.profiler.profiles import TimeProfile
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.dataset import TokenizedDataset
-from lobra.trainer.adapters import adapter_spec, load_adapter
+from lobra.trainer.adapters import WEIGHTS_FILE, adapter_spec
 from lobra.trainer.metrics import ReplicaMetrics, StepMetrics, TaskMetrics, read_metrics
 from lobra.trainer.resume_checks import task_record
 from lobra.trainer.run import run_local
@@ -147,7 +148,7 @@ def logits_on_rank(
     specs = {number: adapter_spec(task) for number, task in enumerate(tasks)}
     stage = build_stage(model_folder, build_groups(world), specs)
     for number, folder in enumerate(adapters):
-        load_adapter(folder, stage, number)
+        stage.load(number, load_file(folder / WEIGHTS_FILE))
     ids = torch.from_numpy(tokens)
     batches = tensors_of(stage, [micro_batch(ids, ids, row_tasks)], [1.0] * len(tasks))
     return stage.logits(batches[0]).numpy()
