@@ -23,12 +23,20 @@ from lobra.common.files import drafted, write_atomic
 from lobra.layout.shapes import ModelShape
 from lobra.layout.world import World
 from lobra.model.adapter import VERA_D, AdapterSpec
-from lobra.model.checkpoint import EMBEDDING, HEAD, equal_slices, opened, tensor_files
+from lobra.model.checkpoint import (
+    EMBEDDING,
+    HEAD,
+    PLAIN_DTYPES,
+    equal_slices,
+    opened,
+    tensor_files,
+)
 from lobra.model.flat_tensors import FlatTensors
 from lobra.model.site import PEFT_PREFIX, sites
 from lobra.model.stage import Stage
 from lobra.model.vera import PROJECTIONS
 from lobra.tasks.config import FULL, TaskConfig
+from lobra.tasks.patterns import patterns_problem
 from lobra.tasks.sampling import task_seed
 from lobra.trainer.peft_config import config_problems
 from lobra.trainer.rank0_folder import Rank0Folder
@@ -174,7 +182,9 @@ def check_adapter(folder: Path, spec: AdapterSpec, shape: ModelShape) -> Problem
     try:
         config = read_json(config_path)
         with safe_open(weights_path, framework="pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
+            slices = {name: file.get_slice(name) for name in list(file.keys())}
+            found = {name: tuple(own.get_shape()) for name, own in slices.items()}
+            stored = {name: own.get_dtype() for name, own in slices.items()}
     except Exception as error:  # any unreadable file is the same mistake
         return Problems([f"task {spec.name}: resume_from: {folder}: not readable ({error})"])
     if not isinstance(config, dict):
@@ -190,6 +200,12 @@ def check_adapter(folder: Path, spec: AdapterSpec, shape: ModelShape) -> Problem
     problems += [
         f"task {spec.name}: resume_from: {config_path}: {problem}"
         for problem in [*_differences(config, spec, shape), *config_problems(config)]
+    ]
+    problems += [
+        f"task {spec.name}: resume_from: {weights_path}: {name} is stored as {dtype}, want one of "
+        f"{', '.join(PLAIN_DTYPES)}"
+        for name, dtype in stored.items()
+        if dtype not in PLAIN_DTYPES
     ]
     drawn = {name: found.pop(name) for name in PROJECTIONS if name in found}
     tables = {name: found.pop(name) for name in BASE_TABLES if name in found}
@@ -280,6 +296,9 @@ def _differences(config: Mapping[str, Any], spec: AdapterSpec, shape: ModelShape
     ]
     for field in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(field) or {}
+        if problem := patterns_problem(pattern):
+            found.append(f"{field} is {pattern!r}: {problem}")
+            continue
         given: dict[str, Any] = {field: tuple(pattern.items())}
         theirs = replace(spec, **given)
         if any(

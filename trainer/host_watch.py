@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -23,6 +24,7 @@ from lobra.model import heartbeat
 from lobra.model.heartbeat import SLOW_PHASES
 from lobra.model.launch import SIGNS_OF_LOSS
 from lobra.model.watch import LOOK_S, STOPPED, process_state
+from lobra.trainer.restarts import how_to_go_on
 
 SILENT_S = 60.0  # of a host in a step: a network that comes back sooner ends no run
 SLOW_SILENT_S = 600.0  # in phases that files decide: a rank that waits for one may note nothing
@@ -39,7 +41,7 @@ class LostHost(MachineError):
 class HostWatch:
     """The hosts of a run, as this one hears of them."""
 
-    def __init__(self, group: dist.ProcessGroup, end_after_s: float | None) -> None:
+    def __init__(self, group: dist.ProcessGroup, end_after_s: float | None, folder: Path) -> None:
         """Begin to note that this host is there, and to end this process if another is not.
 
         Collective. Where all ranks are on one host, there is nothing to be watched.
@@ -50,8 +52,11 @@ class HostWatch:
             Of all ranks, on CPUs.
         end_after_s
             How long all may stand still in a step; a host is lost after `SILENT_S` at most.
+        folder
+            The run's.
         """
         self._silent_s = min(SILENT_S, end_after_s or SILENT_S)
+        self._folder = folder
         known: list[tuple[str, int]] = [("", 0)] * dist.get_world_size()
         dist.all_gather_object(known, (platform.node(), os.getpid()), group=group)
         self._ranks: dict[str, list[int]] = {}
@@ -88,6 +93,10 @@ class HostWatch:
             time.sleep(LOOK_S / 4)
         return None
 
+    def _remedy(self) -> list[str]:
+        """Return how the run goes on, on the host of rank 0, which has the checkpoints."""
+        return [how_to_go_on(self._folder)] if 0 in self._pids else []
+
     def _is_leader(self) -> bool:
         there = [rank for rank, pid in self._pids.items() if process_state(pid) not in STOPPED]
         return self._rank == min(there)
@@ -111,7 +120,7 @@ class HostWatch:
             self._quiet_s[""] = 0.0 if self._rounds != rounds else self._quiet_s[""] + passed_s
             rounds = self._rounds
             if (why := self._lost()) and not self._is_over:
-                log.critical("%s", why)
+                log.critical("%s", "\n".join([why, *self._remedy()]))
                 os._exit(1)
 
     def _lost(self, least_s: float | None = None) -> str | None:

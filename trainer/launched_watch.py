@@ -21,6 +21,7 @@ import torch.distributed as dist
 from lobra.model import heartbeat
 from lobra.model.heartbeat import Heartbeats
 from lobra.model.watch import DUMP_SIGNAL, LOOK_S, STOPPED, Watch, held_up, process_state
+from lobra.trainer.restarts import how_to_go_on
 
 MEMORY_FOLDERS = (Path("/dev/shm"), Path(tempfile.gettempdir()))
 
@@ -70,5 +71,8 @@ def _look_on(watch: Watch, own: int, pids: dict[int, int], stacks_folder: Path) 
             continue
         if stall := watch.look():
             kept = watch.keep_stacks(stacks_folder)
-            log.critical("%s\n%s", held_up(*stall), kept)
+            told = [held_up(*stall), kept]
+            if 0 in pids:  # the host that has the checkpoints
+                told.append(how_to_go_on(stacks_folder.parent))
+            log.critical("%s", "\n".join(told))
             os._exit(1)

@@ -121,7 +121,8 @@ def train_in_launcher(request: TrainRequest) -> tuple[RunSpec, RankResult]:
     dist.init_process_group("nccl" if on_gpu else "gloo")  # no device: `model.groups.new_group`
     # Tokenising may take much longer than NCCL waits, so the others wait on a CPU group.
     waiting = dist.new_group(backend="gloo", timeout=PREPARING)
-    hosts = HostWatch(waiting, within_bounds(request)[0].hang_timeout)
+    hang_timeout_s = within_bounds(request)[0].hang_timeout
+    hosts = HostWatch(waiting, hang_timeout_s, request.output_dir)
     try:
         return _train_in_world(request, waiting)
     except RuntimeError as error:

@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.ranks, pytest.mark.long]
 
 STEPS = 60
 HANG_TIMEOUT_S = 10
-PATIENCE_S = 240.0
+PATIENCE_S = 600.0
 
 
 @pytest.fixture(autouse=True)
