@@ -97,6 +97,11 @@ def attach(heartbeats: Heartbeats, rank: int) -> None:
     _own = heartbeats, rank
 
 
+def phase() -> str:
+    """Return the phase that this process has noted last."""
+    return _last.phase
+
+
 def beat(phase: str, step: int | None = None, expected_s: float | None = None) -> None:
     """Note that this rank is in a phase; what is not given is as it was."""
     global _last

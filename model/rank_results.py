@@ -47,7 +47,9 @@ def collect(
             if not left:
                 raise RankError(min(pending), f"no result after {timeout_s:.0f} s")
             if watch is not None and (stall := watch.look()):
-                raise Stalled(*stall)
+                rank, why = stall
+                assert rank is not None, "all ranks are watched"
+                raise Stalled(rank, why)
             continue
         failures = _take(processes, pending, ready, results, heartbeats)
         until = time.monotonic() + GRACE_S

@@ -49,6 +49,7 @@ class Watch:
         pids: Mapping[int, int],
         stacks: Mapping[int, Path],
         end_after_s: float | None,
+        has_other_hosts: bool = False,
     ) -> None:
         """Watch the ranks of this machine.
 
@@ -63,20 +64,23 @@ class Watch:
         end_after_s
             How long all may stand still in a step; by default ten minutes, or more where steps are
             long.
+        has_other_hosts
+            Whether ranks that are not seen here take part: then it may be one of them.
         """
         self._heartbeats = heartbeats
         self._pids = pids
         self._stacks = stacks
         self._end_after_s = end_after_s
+        self._has_other_hosts = has_other_hosts
         self._counts: list[int] = []
         self._looked_s = time.monotonic()
         self._silent_s = 0.0
         self._has_warned = False
 
-    def look(self) -> tuple[int, str] | None:
+    def look(self) -> tuple[int | None, str] | None:
         """Return the rank that holds all up and what is known of it, if that is so for too long.
 
-        It is warned of before.
+        None for the rank is one of another host. It is warned of before.
         """
         now = time.monotonic()
         # No more than what is between two looks: this process may have been stopped with them all.
@@ -96,8 +100,7 @@ class Watch:
             return self._blamed(beats, expected_s)
         if self._silent_s >= warn_s and not self._has_warned:
             self._has_warned = True
-            rank, why = self._blamed(beats, expected_s)
-            log.warning("rank %d holds the run up: %s", rank, why)
+            log.warning("%s", held_up(*self._blamed(beats, expected_s)))
         return None
 
     def keep_stacks(self, target: Path) -> str:
@@ -126,21 +129,27 @@ class Watch:
     def _is_stuck(pid: int) -> bool:
         return process_state(pid) in STOPPED
 
-    def _blamed(self, beats: Mapping[int, Beat], expected_s: float) -> tuple[int, str]:
+    def _blamed(self, beats: Mapping[int, Beat], expected_s: float) -> tuple[int | None, str]:
         states = {rank: process_state(pid) for rank, pid in self._pids.items()}
         halted = [rank for rank, state in states.items() if state in HALTED]
         outside = [rank for rank in beats if self._is_outside(rank)]
-        rank = min(halted or outside or beats, key=lambda one: beats[one].progress)
+        rank: int | None = min(halted or outside or beats, key=lambda one: beats[one].progress)
+        are_alike = len({beat.progress for beat in beats.values()}) == 1
+        if self._has_other_hosts and are_alike and not halted and not outside:
+            rank = None
         waiting: dict[str, list[str]] = {}
         for other, beat in beats.items():
             if other != rank:
                 waiting.setdefault(str(beat), []).append(str(other))
         usual = f" (a step takes up to {expected_s:.1f} s)" if expected_s else ""
-        known = PROCESS_STATES.get(states[rank], f"in state {states[rank]}")
-        parts = [
-            f"it has not moved for {self._silent_s:.0f} s, {beats[rank]}{usual}",
-            f"its process {self._pids[rank]} is {known}",
-        ]
+        if rank is None:
+            parts = [f"nothing has moved here for {self._silent_s:.0f} s{usual}"]
+        else:
+            known = PROCESS_STATES.get(states[rank], f"in state {states[rank]}")
+            parts = [
+                f"it has not moved for {self._silent_s:.0f} s, {beats[rank]}{usual}",
+                f"its process {self._pids[rank]} is {known}",
+            ]
         if waiting:
             told = [
                 f"rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)}, {where}"
@@ -167,6 +176,12 @@ class Watch:
         """Return whether a rank's stack was written and is in no collective."""
         text = self._stack(rank)
         return bool(text) and not _IN_COLLECTIVE.search(_main_thread(text))
+
+
+def held_up(rank: int | None, why: str) -> str:
+    """Return who holds a run up (None: a rank that is not seen here), and what is known of it."""
+    who = "a rank of another host" if rank is None else f"rank {rank}"
+    return f"{who} holds the run up: {why}"
 
 
 def stack_file(folder: Path, rank: int) -> Path:

@@ -15,7 +15,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from lobra.common.errors import ConfigError
-from lobra.service.state_folder import LEDGER_FILE
+from lobra.service.state_folder import LEDGER_FILE, MODELS
 from lobra.service.tables import (
     JSON_COLUMNS,
     OF_TENANTS,
@@ -52,12 +52,24 @@ class Ledger:
         self.path = folder / LEDGER_FILE
         self.engine = sa.create_engine(f"sqlite:///{self.path}", connect_args={"timeout": 60})
         sa.event.listen(self.engine, "connect", _durable)
+        try:
+            self._open()
+        except sa.exc.DatabaseError as error:
+            raise ConfigError(
+                f"{self.path}: SQLite cannot use it ({error.orig}); if it is damaged, restore a "
+                f"backup (lobra backup makes them)"
+            ) from error
+
+    def _open(self) -> None:
         with self.engine.begin() as connection:
             found = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
             if found not in (0, FORMAT):
                 raise ConfigError(
-                    f"{self.path}: is of format {found}, this version reads {FORMAT}; use the "
-                    f"version that wrote it or another --state-dir"
+                    f"{self.path}: is of format {found}, this version reads {FORMAT}: go on with "
+                    f"the version that wrote it, or give another --state-dir and add the tenants "
+                    f"anew (lobra keys add); the adapters they saved are below "
+                    f"{self.path.with_name(MODELS)}, in PEFT's format, and tasks may start from "
+                    f"them (resume_from)"
                 )
             connection.exec_driver_sql(f"PRAGMA user_version = {FORMAT}")
             metadata.create_all(connection)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lobra.common import lock
-from lobra.common.documents import read_json
+from lobra.common.documents import parsing, read_json
 from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
 from lobra.service.tables import CheckpointRow
@@ -43,7 +43,9 @@ class StateFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock("stop it, or give another")
         file = self.path / DEPLOYMENT_FILE
-        if file.is_file() and read_json(file)["base_model"] != fingerprint:
+        with parsing(file):
+            is_other = file.is_file() and read_json(file)["base_model"] != fingerprint
+        if is_other:
             raise ConfigError(
                 f"--state-dir {self.path}: what is trained there is of another base model; give a "
                 f"folder of its own for {name}"

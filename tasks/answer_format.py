@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from lobra.common.errors import did_you_mean, show
 from lobra.tasks.conversations import SETTINGS, FieldError
 from lobra.tasks.objectives import CIT, KTO, PAIRED, SUPERVISED
-from lobra.tasks.row_format import Reading, RowFormat, SettingError
+from lobra.tasks.row_format import Reading, RowFormat, check_first
 from lobra.tasks.text_rows import Row, TextRow
 
 
@@ -63,11 +63,7 @@ class Answers(RowFormat):
         super().__init__(reading)
         self._rows = _ANSWER_ROWS[reading.objective]
         self.kind, self.learns = self._rows.kind, self._rows.learns
-        if missing := [name for name in self._rows.required if name not in first]:
-            raise SettingError(
-                f"objective = {show(reading.objective)}: the first row has no {missing[0]}"
-                f"{did_you_mean(missing[0], first)}: want rows of {self._rows.fields}"
-            )
+        check_first(first, reading.objective, self._rows.required, self._rows.fields)
         completion, _ = self._completions(first)[0]
         self._format = format_of(completion, replace(reading, objective=SUPERVISED))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -32,6 +31,7 @@ from lobra.tasks.contradictions import contradictions
 from lobra.tasks.foreign_names import foreign_field
 from lobra.tasks.kinds import ADAPTERS, BIASES, FULL, LR_SCHEDULERS, OF_ADAPTERS, OPTIMIZERS
 from lobra.tasks.objectives import OBJECTIVES, SUPERVISED
+from lobra.tasks.patterns import pattern_problem
 from lobra.tasks.prompts import NAMES, template_problem
 from lobra.tasks.target_modules import ADAPTED_MODULES, MODULE_ALIASES, resolve_target_modules
 
@@ -86,16 +86,18 @@ _Optimizer = Annotated[str, OneOf(OPTIMIZERS)]
 
 def _checked_patterns(patterns: dict[str, Any]) -> dict[str, Any]:
     for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            text = f"want names of linears, but {pattern!r} is no regular expression ({error})"
-            raise PydanticCustomError("pattern", text) from None  # type: ignore[arg-type]
+        if problem := pattern_problem(pattern):
+            text = f"want names of linears, but {problem}"
+            raise PydanticCustomError("pattern", text)  # type: ignore[arg-type]
     return patterns
 
 
+#: A factor of one number in another: beyond it, half precision has no finite products.
+_Factor = AtMost(10**6)
+_Alpha = Annotated[Positive, _Factor]
+_Weight = Annotated[NotNegative, _Factor]
 _Ranks = Annotated[dict[Text, PositiveInt], AfterValidator(_checked_patterns)]
-_Alphas = Annotated[dict[Text, Positive], AfterValidator(_checked_patterns)]
+_Alphas = Annotated[dict[Text, _Alpha], AfterValidator(_checked_patterns)]
 
 
 def _alternatives(schema: dict[str, Any]) -> None:
@@ -119,7 +121,7 @@ class TaskConfig(FileModel):
     """The adapter's folder; the task in metrics and reports."""
     rank: Rank
     """Rank of the adapter, LoRA's r."""
-    lora_alpha: Annotated[Positive, AtMost(10**6)]
+    lora_alpha: _Alpha
     """The adapter is scaled by lora_alpha / rank (rslora: by lora_alpha / sqrt(rank))."""
     target_modules: _Modules
     """all-linear, or a list of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj,
@@ -154,7 +156,7 @@ class TaskConfig(FileModel):
     """What AdamW adds to the root of the mean square."""
     momentum: Share = 0.0
     """SGD's share of the old direction in the new."""
-    loraplus_ratio: Positive = 1.0
+    loraplus_ratio: Annotated[Positive, _Factor] = 1.0
     """LoRA+: B and vectors learn at so many times the learning rate."""
     lr_scheduler: _Scheduler = "constant"
     """Over the task's own steps, as in transformers."""
@@ -162,7 +164,7 @@ class TaskConfig(FileModel):
     """Steps in which the learning rate rises from 0."""
     max_grad_norm: Annotated[NotNegative, Wanted("a number of 0 or more (0: no clipping)")] = 1.0
     """The norm the task's gradient is clipped to; 0: never."""
-    lora_dropout: Share = 0.0
+    lora_dropout: Annotated[Share, AtMost(0.999, "what is left is scaled up by the rest")] = 0.0
     """Dropout before the adapter, in training."""
     seed: Count = 0
     """Of the adapter's first values and the order of the sequences."""
@@ -180,15 +182,15 @@ class TaskConfig(FileModel):
     objective: Annotated[str, OneOf(OBJECTIVES)] = SUPERVISED
     """What is learned: every token, wanted answers (dpo, cpo, orpo, kto), the same answer to two
     wordings (cit), or sampled tokens by their advantages (ppo)."""
-    beta: Annotated[Positive, AtMost(10**6)] = 0.1
+    beta: Annotated[Positive, _Factor] = 0.1
     """Of dpo, cpo, orpo, kto: the factor of differences of log-probabilities."""
-    cpo_alpha: NotNegative = 1.0
+    cpo_alpha: _Weight = 1.0
     """Of cpo: what the mean loss of the chosen answers' tokens counts for."""
-    desirable_weight: NotNegative = 1.0
+    desirable_weight: _Weight = 1.0
     """Of kto: what an answer with label true counts for."""
-    undesirable_weight: NotNegative = 1.0
+    undesirable_weight: _Weight = 1.0
     """Of kto: what an answer with label false counts for."""
-    contrast_weight: NotNegative = 1.0
+    contrast_weight: _Weight = 1.0
     """Of cit: what the contrast of pairs counts for, at most as much as the tokens' loss."""
     temperature: Positive = 0.05
     """Of cit: what the likeness of two sequences is divided by."""

@@ -49,7 +49,7 @@ def _optimizer_mistakes(given: Fields, defaults: Any) -> dict[str, Mistake]:
     }
     rate = given.get("learning_rate", defaults.learning_rate)
     decay = given.get("weight_decay")
-    if _is_number(rate) and _is_number(decay) and rate * decay > 1:
+    if _is_number(rate) and type(decay) in (int, float) and decay > 1 / rate:
         text = f"want at most 1 / learning_rate, {1 / rate:g}: a step would turn every weight over"
         mistakes["weight_decay"] = Mistake(text, decay)
     return mistakes

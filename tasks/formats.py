@@ -60,7 +60,7 @@ def format_of(fields: Mapping[str, Any], reading: Reading) -> RowFormat:
     """Return the parser of a file whose first row has these fields."""
     if reading.objective == PPO:
         _check_prompt(reading.prompt, Rollouts.kind)
-        return Rollouts(reading)
+        return Rollouts(reading, fields)
     if reading.objective != SUPERVISED:
         return Answers(reading, fields, format_of)
     json_key = reading.json_key or "text"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lobra.common.errors import did_you_mean, show
 from lobra.tasks.chat import ChatTemplate
 from lobra.tasks.conversations import FieldError
 from lobra.tasks.fields import refused_fields
@@ -80,3 +81,14 @@ class RowFormat:
     def notes(self) -> list[str]:
         """Return what a user should know of all rows parsed."""
         return []
+
+
+def check_first(
+    first: Mapping[str, Any], objective: str, required: Sequence[str], wanted: str
+) -> None:
+    """Refuse a file whose first row lacks a field that rows of an objective must have."""
+    if missing := [name for name in required if name not in first]:
+        raise SettingError(
+            f"objective = {show(objective)}: the first row has no {missing[0]}"
+            f"{did_you_mean(missing[0], first)}: want rows of {wanted}"
+        )

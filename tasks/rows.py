@@ -74,8 +74,9 @@ def read_rows(path: Path, reading: Reading) -> Rows:
             if reading.objective == SUPERVISED and len(rows) > 1:
                 row_format.num_split += 1
                 row_format.num_parts += len(rows)
-        except SettingError as error:
-            raise ConfigError(f"{path}: {error}") from None
+        except SettingError as error:  # of every row
+            problems.add(f"{path}: {error}")
+            break
         except (FieldError, ChatError) as error:
             hint = ""
             if "is missing" in str(error) and place != first:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from lobra.tasks.fields import ROLLOUT_FIELDS, TOKEN_FIELDS
-from lobra.tasks.row_format import CONTRADICTION, RowFormat, SettingError
+from lobra.tasks.row_format import CONTRADICTION, Reading, RowFormat, SettingError, check_first
 from lobra.tasks.text_rows import Row
 from lobra.tasks.token_rows import parse_rollout, parse_tokens
 
@@ -32,6 +32,10 @@ class Rollouts(RowFormat):
 
     kind = "rollout"
     learns = "completion_ids, by their advantages"
+
+    def __init__(self, reading: Reading, first: Mapping[str, Any]) -> None:
+        super().__init__(reading)
+        check_first(first, reading.objective, ROLLOUT_FIELDS, ", ".join(ROLLOUT_FIELDS))
 
     def used(self, fields: Mapping[str, Any]) -> Collection[str]:
         return ROLLOUT_FIELDS

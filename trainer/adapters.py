@@ -13,23 +13,33 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lobra.common.documents import read_json
-from lobra.common.errors import Problems, show
+from lobra.common.errors import ConfigError, Problems, show
 from lobra.common.files import drafted, write_atomic
 from lobra.layout.shapes import ModelShape
 from lobra.layout.world import World
 from lobra.model.adapter import VERA_D, AdapterSpec
-from lobra.model.checkpoint import EMBEDDING, HEAD, equal_slices, opened, tensor_files
+from lobra.model.checkpoint import (
+    EMBEDDING,
+    HEAD,
+    PLAIN_DTYPES,
+    equal_slices,
+    opened,
+    tensor_files,
+)
 from lobra.model.flat_tensors import FlatTensors
 from lobra.model.site import PEFT_PREFIX, sites
+from lobra.model.stage import Stage
 from lobra.model.vera import PROJECTIONS
 from lobra.tasks.config import TaskConfig
+from lobra.tasks.patterns import patterns_problem
 from lobra.tasks.sampling import task_seed
 from lobra.trainer.peft_config import config_problems
+from lobra.trainer.rank0_folder import Rank0Folder
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -172,7 +182,9 @@ def check_adapter(folder: Path, spec: AdapterSpec, shape: ModelShape) -> Problem
     try:
         config = read_json(config_path)
         with safe_open(weights_path, framework="pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
+            slices = {name: file.get_slice(name) for name in list(file.keys())}
+            found = {name: tuple(own.get_shape()) for name, own in slices.items()}
+            stored = {name: own.get_dtype() for name, own in slices.items()}
     except Exception as error:  # any unreadable file is the same mistake
         return Problems([f"task {spec.name}: resume_from: {folder}: not readable ({error})"])
     if not isinstance(config, dict):
@@ -188,6 +200,12 @@ def check_adapter(folder: Path, spec: AdapterSpec, shape: ModelShape) -> Problem
     problems += [
         f"task {spec.name}: resume_from: {config_path}: {problem}"
         for problem in [*_differences(config, spec, shape), *config_problems(config)]
+    ]
+    problems += [
+        f"task {spec.name}: resume_from: {weights_path}: {name} is stored as {dtype}, want one of "
+        f"{', '.join(PLAIN_DTYPES)}"
+        for name, dtype in stored.items()
+        if dtype not in PLAIN_DTYPES
     ]
     drawn = {name: found.pop(name) for name in PROJECTIONS if name in found}
     tables = {name: found.pop(name) for name in BASE_TABLES if name in found}
@@ -278,6 +296,9 @@ def _differences(config: Mapping[str, Any], spec: AdapterSpec, shape: ModelShape
     ]
     for field in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(field) or {}
+        if problem := patterns_problem(pattern):
+            found.append(f"{field} is {pattern!r}: {problem}")
+            continue
         given: dict[str, Any] = {field: tuple(pattern.items())}
         theirs = replace(spec, **given)
         if any(
@@ -293,3 +314,20 @@ def _differences(config: Mapping[str, Any], spec: AdapterSpec, shape: ModelShape
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Return the names of the tensors that hold a NaN or an infinity."""
     return [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]
+
+
+def load_weights(folder: Rank0Folder, file: str, stage: Stage, number: int) -> None:
+    """Load a task's weights from a file of a folder into this rank's layers. Collective.
+
+    Raises
+    ------
+    ConfigError
+        If a tensor is missing or has another shape, or the file cannot be read.
+    """
+    try:
+        stage.load(number, folder.tensors(file, stage.slots[number].layout.places))
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        name = stage.slots[number].spec.name
+        raise ConfigError(
+            f"task {name}: {folder.path / file}: cannot be loaded ({error})"
+        ) from error

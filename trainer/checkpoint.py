@@ -35,7 +35,6 @@ from lobra.common.models import Count, FileModel, OneOf, Positive, read_as
 from lobra.layout.sequences import BATCHINGS
 from lobra.model.adapter import AdapterSpec
 from lobra.model.pissa import trained_shape
-from lobra.model.stage import Stage
 from lobra.model.vera import PROJECTIONS
 from lobra.tasks.kinds import FULL
 from lobra.trainer.adapters import CONFIG_FILE, WEIGHTS_FILE, save_adapter, save_moments
@@ -357,12 +356,6 @@ def read_state(run: Path, step: int | None, *, whole: bool = True) -> Checkpoint
         raise ConfigError(f"{folder}: not a usable checkpoint: {error}; {remedy}") from error
 
 
-def load_weights(folder: Rank0Folder, file: str, stage: Stage, number: int) -> None:
-    """Load a task's adapter of a folder into this rank's layers (before the optimiser)."""
-    places = stage.slots[number].layout.places
-    stage.load(number, folder.tensors(file, places))
-
-
 def load_best(run: Path, step: int, name: str) -> dict[str, Tensor]:
     """Return the best adapter that a checkpoint has of a task, by PEFT's names."""
     return load_file(step_folder(run, step) / BEST_FOLDER / name / WEIGHTS_FILE)
@@ -371,7 +364,7 @@ def load_best(run: Path, step: int, name: str) -> dict[str, Tensor]:
 def load_moments(
     folder: Rank0Folder, file: str, optimizer: AdapterOptimizer, number: int, updates: int
 ) -> None:
-    """Load a task's moments of a folder, as `save_moments` wrote them, after so many updates."""
+    """Load a task's moments from a file of a folder, after so many updates. Collective."""
     kinds = optimizer.moment_names(number)
     names = optimizer.stage.slots[number].layout.places
     found = folder.tensors(file, {f"{kind}/{name}" for kind in kinds for name in names})

@@ -33,8 +33,8 @@ from lobra.model.precision import DTYPES, kept_dtype
 from lobra.model.stage import build_stage
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.objectives import Objective, objective_of
-from lobra.trainer.adapters import MOMENTS_FILE, WEIGHTS_FILE, adapter_spec
-from lobra.trainer.checkpoint import CheckpointState, load_moments, load_weights
+from lobra.trainer.adapters import MOMENTS_FILE, WEIGHTS_FILE, adapter_spec, load_weights
+from lobra.trainer.checkpoint import CheckpointState, load_moments
 from lobra.trainer.checkpoint_folder import STATE_FILE, step_folder
 from lobra.trainer.compared_examples import ComparedExamples
 from lobra.trainer.comparison import example_weights, learned_part
@@ -92,7 +92,7 @@ class Engine:
         self.place = groups.place
         if run.trains_model and resumed is not None:
             folder = step_folder(run.output_dir, resumed.step)
-            if not Rank0Folder(folder, STATE_FILE, self.control.group).is_shared:
+            if not self._folder(folder, STATE_FILE).is_shared:
                 raise ConfigError(f"{folder}: adapter: full goes on only where all hosts see it")
         self.stage = build_stage(
             starting_folder(run, resumed),
@@ -129,13 +129,12 @@ class Engine:
         self.stage.install({n: adapter_spec(task, self.run.seed) for n, task in tasks.items()})
         self._note_objectives(tasks)
         if resumed is not None:
-            folder = step_folder(self.run.output_dir, resumed.step)
-            checkpoint = Rank0Folder(folder, STATE_FILE, self.control.group)
+            checkpoint = self._folder(step_folder(self.run.output_dir, resumed.step), STATE_FILE)
         for number, task in tasks.items():
             if resumed is not None:
                 load_weights(checkpoint, f"adapters/{task.name}/{WEIGHTS_FILE}", self.stage, number)
             elif task.resume_from:
-                start = Rank0Folder(Path(task.resume_from), WEIGHTS_FILE, self.control.group)
+                start = self._folder(Path(task.resume_from), WEIGHTS_FILE)
                 load_weights(start, WEIGHTS_FILE, self.stage, number)
             elif self.stage.slots[number].spec.starts_from_base:
                 start_from_base(self.run.model_folder, self.optimizer, number)
@@ -143,10 +142,13 @@ class Engine:
             self.optimizer.install(number, task)
             if resumed is not None:
                 progress = resumed.progress[task.name]
-                file = f"moments/{task.name}.safetensors"
-                load_moments(checkpoint, file, self.optimizer, number, progress.updates)
+                moments = f"moments/{task.name}.safetensors"
+                load_moments(checkpoint, moments, self.optimizer, number, progress.updates)
                 if progress.lowest_step is not None:
                     self.exporter.load_kept(resumed.step, number)
+
+    def _folder(self, path: Path, mark: str) -> Rank0Folder:
+        return Rank0Folder(path, mark, self.control.group)
 
     def _note_objectives(self, tasks: Mapping[int, TaskConfig]) -> None:
         self.objectives |= {n: own for n, task in tasks.items() if (own := objective_of(task))}
@@ -159,13 +161,12 @@ class Engine:
         elif order.action == "install":
             assert order.adapter is not None
             self.stage.install({order.task: AdapterSpec(**_as_fields(order.adapter))})
-            start = None
             if order.folder:
-                start = Rank0Folder(folder, WEIGHTS_FILE, self.control.group)
-                load_weights(start, WEIGHTS_FILE, self.stage, order.task)
+                saved = self._folder(folder, WEIGHTS_FILE)
+                load_weights(saved, WEIGHTS_FILE, self.stage, order.task)
             self.optimizer.install(order.task)
-            if start is not None and order.moments:
-                load_moments(start, MOMENTS_FILE, self.optimizer, order.task, order.updates)
+            if order.moments:
+                load_moments(saved, MOMENTS_FILE, self.optimizer, order.task, order.updates)
         elif order.action == "save":
             self.exporter.save_slot(self.stage.slots[order.task], folder, order.moments)
         else:

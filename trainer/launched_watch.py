@@ -20,7 +20,8 @@ import torch.distributed as dist
 
 from lobra.model import heartbeat
 from lobra.model.heartbeat import Heartbeats
-from lobra.model.watch import DUMP_SIGNAL, LOOK_S, STOPPED, Watch, process_state
+from lobra.model.watch import DUMP_SIGNAL, LOOK_S, STOPPED, Watch, held_up, process_state
+from lobra.trainer.restarts import how_to_go_on
 
 MEMORY_FOLDERS = (Path("/dev/shm"), Path(tempfile.gettempdir()))
 
@@ -58,7 +59,7 @@ def watch_each_other(
     stacks = {one: Path(f"/proc/{pid}/fd/{number}") for one, (_, pid, number) in here.items()}
     heartbeat.attach(heartbeats, rank)
     heartbeat.beat("loading")
-    watch = Watch(heartbeats, pids, stacks, end_after_s)
+    watch = Watch(heartbeats, pids, stacks, end_after_s, has_other_hosts=len(here) < world)
     arguments = (watch, rank, pids, stacks_folder)
     threading.Thread(target=_look_on, args=arguments, name="watch", daemon=True).start()
 
@@ -69,7 +70,9 @@ def _look_on(watch: Watch, own: int, pids: dict[int, int], stacks_folder: Path) 
         if own != min(rank for rank, pid in pids.items() if process_state(pid) not in STOPPED):
             continue
         if stall := watch.look():
-            rank, why = stall
             kept = watch.keep_stacks(stacks_folder)
-            log.critical("rank %d holds the ranks of this host up: %s\n%s", rank, why, kept)
+            told = [held_up(*stall), kept]
+            if 0 in pids:  # the host that has the checkpoints
+                told.append(how_to_go_on(stacks_folder.parent))
+            log.critical("%s", "\n".join(told))
             os._exit(1)

@@ -6,6 +6,7 @@ It runs as a child: stop signals reach it and its ranks once, and nothing outliv
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import subprocess
@@ -18,12 +19,16 @@ from types import FrameType
 
 from lobra.common.errors import ConfigError
 from lobra.trainer.host_file import first_slots, is_this_host, read_host_file
+from lobra.trainer.remote_host import answers
 from lobra.trainer.signals import SAME_REQUEST_S
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 POLL_S = 0.2
+ASK_AGAIN_S = 10.0  # of a host that does not answer
 #: Of ssh, which pdsh starts for every host: so that it ends with a host that answers no more.
 SSH_OPTIONS = "-o ConnectTimeout=30 -o ServerAliveInterval=15 -o ServerAliveCountMax=3"
+
+log = logging.getLogger(__name__)
 
 
 def launcher_command(
@@ -116,9 +121,25 @@ def run_launcher(command: Sequence[str], on_signal: Callable[[int], None] | None
 
 
 def _environment() -> dict[str, str]:
-    """Return this process's environment, and in it what pdsh tells ssh."""
+    """Return this process's environment, and in it what pdsh tells ssh.
+
+    What is there already comes first, as the first value of an option counts.
+    """
     name = "PDSH_SSH_ARGS_APPEND"
     return {**os.environ, name: f"{os.environ.get(name, '')} {SSH_OPTIONS}".strip()}
+
+
+def await_hosts(host_file: Path, num_gpus: int) -> None:
+    """Wait, as long as it takes, until all hosts that take the first slots answer by ssh."""
+    names = list(first_slots(read_host_file(host_file), num_gpus))
+    if len(names) == 1 and is_this_host(names[0]):
+        return
+    told: list[str] = []
+    while silent := [name for name in names if not answers(name)]:
+        if silent != told:
+            log.warning("waiting for what does not answer by ssh: host %s", ", host ".join(silent))
+        told = silent
+        time.sleep(ASK_AGAIN_S)
 
 
 def _signal_group(group: int, number: int) -> None:

@@ -23,13 +23,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lobra.common.documents import read_json
+from lobra.common.documents import parsing, read_json
 from lobra.common.errors import ConfigError, Problems, show
 from lobra.common.files import drafted
 from lobra.layout.shapes import read_shape
 from lobra.model.adapter import matched
 from lobra.model.checkpoint import EMBEDDING, HEAD, opened, tensor_files
 from lobra.model.site import PEFT_PREFIX
+from lobra.tasks.patterns import patterns_problem
 from lobra.trainer.adapters import CONFIG_FILE, WEIGHTS_FILE, not_finite
 from lobra.trainer.peft_config import config_problems
 
@@ -151,8 +152,15 @@ def read_adapter(folder: Path) -> SavedAdapter:
         f"{folder / WEIGHTS_FILE}: {name} holds values that are not finite"
         for name in not_finite(named)
     ]
+    if problem := patterns_problem(config.get("alpha_pattern") or {}):
+        problems.add(f"{path}: alpha_pattern: {problem}")
     problems.raise_if_any()
-    return SavedAdapter(folder, config, {n.removeprefix(PEFT_PREFIX): t for n, t in named.items()})
+    adapter = SavedAdapter(
+        folder, config, {n.removeprefix(PEFT_PREFIX): t for n, t in named.items()}
+    )
+    with parsing(folder / WEIGHTS_FILE):  # each A needs its B, of two dimensions
+        _ = [update.shape for update in adapter.updates.values()]
+    return adapter
 
 
 def merge_problems(

@@ -20,26 +20,28 @@ class Rank0Folder:
 
     Attributes
     ----------
+    path
+        Where it is.
     is_shared
         Whether all ranks see it.
     """
 
-    def __init__(self, folder: Path, mark: str, group: dist.ProcessGroup) -> None:
+    def __init__(self, path: Path, mark: str, group: dist.ProcessGroup) -> None:
         """Find out whether all ranks see the folder.
 
         Parameters
         ----------
-        folder
-            Its path, the same for all.
+        path
+            Where it is, the same for all.
         mark
             A file in it that no other folder of that path has alike.
         group
             Of all ranks, on CPUs.
         """
-        self._folder = folder
+        self.path = path
         self._group = group
         try:
-            own = hashlib.sha256((folder / mark).read_bytes()).hexdigest()
+            own = hashlib.sha256((path / mark).read_bytes()).hexdigest()
         except OSError:
             own = ""
         seen = [""] * dist.get_world_size()
@@ -49,9 +51,9 @@ class Rank0Folder:
     def tensors(self, name: str, wanted: Collection[str]) -> dict[str, Tensor]:
         """Return some tensors of a safetensors file in the folder, others for each rank."""
         if self.is_shared:
-            with safe_open(self._folder / name, framework="pt") as file:
+            with safe_open(self.path / name, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in wanted}
-        own = load_file(self._folder / name) if dist.get_rank() == 0 else {}
+        own = load_file(self.path / name) if dist.get_rank() == 0 else {}
         heads = [[(key, value.shape, value.dtype) for key, value in own.items()]]
         dist.broadcast_object_list(heads, src=0, group=self._group)
         found = {}

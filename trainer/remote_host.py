@@ -42,6 +42,17 @@ class Denied(NoAnswer):
     """A host answers that its system denies what it was asked for."""
 
 
+def answers(host: str) -> bool:
+    """Return whether a host can be reached by ssh."""
+    try:
+        done = subprocess.run(
+            [*SSH, host, "true"], stdin=subprocess.DEVNULL, capture_output=True, timeout=ANSWER_S
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0
+
+
 class RemoteHost:
     """A process of `trainer.host_probe` on a host, from the beginning of a block to its end."""
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
+from lobra.common.models import FileModel, load_as
 from lobra.layout.sequences import Batching
 from lobra.planner.workload import Workload
 from lobra.profiler.capacity import fitted_to
@@ -38,7 +39,7 @@ FILE = "replans.json"  # in a run's folder: every decision
 
 
 @dataclass(frozen=True)
-class Replan:
+class Replan(FileModel):
     """A decision whether to go on on another plan.
 
     Attributes
@@ -83,11 +84,15 @@ class Replan:
 
 
 def read_replans(run: Path) -> list[Replan]:
-    """Return a run's decisions so far."""
+    """Return a run's decisions so far; none, with a warning, where their file is damaged."""
     path = run / FILE
     if not path.is_file():
         return []
-    return [Replan(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
+    try:
+        return list(load_as(tuple[Replan, ...], path))
+    except ConfigError as error:
+        log.warning("what was decided about plans so far is not known: %s", error)
+        return []
 
 
 def _write_replans(run: Path, replans: Sequence[Replan]) -> None:

@@ -148,6 +148,7 @@ def launch_with_restarts(
     launch: Callable[[Sequence[str]], int],
     folder: Path,
     most: int,
+    await_hosts: Callable[[], None] = lambda: None,
 ) -> int:
     """Return the exit code of a launcher that is started again after failures.
 
@@ -164,6 +165,8 @@ def launch_with_restarts(
         The run's, in which there was nothing of a run, or the run that goes on.
     most
         How many restarts there may be.
+    await_hosts
+        Waits, before it is started again, until all hosts are there.
     """
     restarts = Restarts(folder, most)
     step, plan = None, None
@@ -173,10 +176,14 @@ def launch_with_restarts(
         if code == 0 and (chosen := _plans_in(folder) - before):
             step = list_checkpoints(folder)[-1]
             ((plan, _),) = chosen
-        elif code in FINAL_EXIT_CODES or not restarts.are_left:
+        elif code in FINAL_EXIT_CODES:
+            return code
+        elif not restarts.are_left:
+            log.error("the launcher ended with exit code %d; %s", code, how_to_go_on(folder))
             return code
         else:
             step = restarts.next(f"the launcher ended with exit code {code}")
+            await_hosts()
 
 
 def _plans_in(folder: Path) -> set[tuple[Path, int]]:

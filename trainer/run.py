@@ -11,21 +11,22 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lobra.common.documents import MOST_BYTES, check_regular
 from lobra.common.errors import ConfigError
+from lobra.common.options import within_bounds
 from lobra.layout.shapes import read_shape
 from lobra.model.fingerprint import fingerprint
 from lobra.model.host_memory import keep_freed_memory
 from lobra.model.launch import DEFAULT_PRELOAD, WatchOrder, run_ranks
-from lobra.trainer.adapters import CONFIG_FILE
 from lobra.trainer.prepare import prepare
 from lobra.trainer.rank import RankResult
 from lobra.trainer.request import TrainRequest
-from lobra.trainer.restarts import run_with_restarts
+from lobra.trainer.restarts import how_to_go_on, run_with_restarts
 from lobra.trainer.run_spec import RunSpec
 
 log = logging.getLogger(__name__)
@@ -121,13 +122,21 @@ def train_in_launcher(request: TrainRequest) -> tuple[RunSpec, RankResult]:
     def prepared(world: int, nodes: tuple[int, ...] | None) -> RunSpec:
         return prepare(replace(request, launched_world=world, found_nodes=nodes))
 
-    return run_in_launcher(request.device, prepared, train_rank)
+    return run_in_launcher(
+        request.device,
+        prepared,
+        train_rank,
+        within_bounds(request)[0].hang_timeout,
+        partial(how_to_go_on, request.output_dir),
+    )
 
 
 def run_in_launcher(
     device: str,
     prepared: Callable[[int, tuple[int, ...] | None], RunSpec],
     target: Callable[[RunSpec], T],
+    end_after_s: float | None,
+    remedy: Callable[[], str],
 ) -> tuple[RunSpec, T]:
     """Run a target as one rank of the world a launcher made. Collective.
 
@@ -140,6 +149,8 @@ def run_in_launcher(
         returns the run for all.
     target
         Called on every rank with the run, in an initialised world that is watched.
+    end_after_s, remedy
+        As `HostWatch` has them.
 
     Returns
     -------
@@ -152,13 +163,16 @@ def run_in_launcher(
         On every rank, when rank 0 found a mistake, the world does not fit, or a host lacks a file.
     ConfigError
         On this rank alone, when a file on its host is damaged.
+    LostHost
+        A host of the run is gone.
     RuntimeError
         On every rank, when rank 0 could not prepare for another reason.
     """
     import torch
     import torch.distributed as dist
 
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    from lobra.trainer.host_watch import HostWatch
+
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -169,6 +183,26 @@ def run_in_launcher(
     dist.init_process_group("nccl" if on_gpu else "gloo")  # no device: `model.groups.new_group`
     # Tokenising may take much longer than NCCL waits, so the others wait on a CPU group.
     waiting = dist.new_group(backend="gloo", timeout=PREPARING)
+    hosts = HostWatch(waiting, end_after_s, remedy)
+    try:
+        return _run_in_world(prepared, target, waiting)
+    except RuntimeError as error:
+        if lost := hosts.reason(error):
+            raise lost from error
+        raise
+    finally:
+        hosts.end()
+
+
+def _run_in_world(
+    prepared: Callable[[int, tuple[int, ...] | None], RunSpec],
+    target: Callable[[RunSpec], T],
+    waiting: Any,
+) -> tuple[RunSpec, T]:
+    """Prepare on rank 0, let every host say what it lacks, and run the target. Collective."""
+    import torch.distributed as dist
+
+    rank, world = dist.get_rank(), dist.get_world_size()
     sizes: list[Any] = [None] * world
     dist.all_gather_object(sizes, local_world_size(os.environ), group=waiting)
     outcome: list[Any] = [None]
@@ -192,10 +226,8 @@ def run_in_launcher(
     if any(problems):
         dist.destroy_process_group()
         raise Refusal(chain.from_iterable(problems))
-    from lobra.trainer.host_watch import watch_hosts
     from lobra.trainer.launched_watch import watch_each_other
 
-    watch_hosts(waiting)
     watch_each_other(waiting, run.hang_timeout_s, run.output_dir / STACKS_FOLDER)
 
     # No clean-up if this fails: it would wait for ranks that wait for this one. The launcher ends
@@ -208,26 +240,18 @@ def run_in_launcher(
 def host_problems(run: RunSpec) -> list[str]:
     """Return what this host lacks of what its ranks read, or has otherwise than rank 0's."""
     host = platform.node()
-    wanted = [run.model_folder / "config.json"]
-    if run.resume_step is None:
-        wanted += [Path(task.resume_from) / CONFIG_FILE for task in run.tasks if task.resume_from]
-    missing = [
-        f"{file.parent}: not on host {host}; the base model, and adapters that tasks start from, "
-        f"must lie at the same path on every host"
-        for file in wanted
-        if not file.is_file()
-    ]
-    if missing:
-        return missing
+    folder = run.model_folder
+    if not (folder / "config.json").is_file():
+        return [
+            f"{folder}: not on host {host}; the base model must lie at the same path on every host"
+        ]
     try:
-        found = fingerprint(run.model_folder, read_shape(run.model_folder))
+        found = fingerprint(folder, read_shape(folder))
     except ConfigError as error:
         return list(error.problems.prefixed(f"on host {host}: "))
     if found == run.fingerprint:
         return []
-    return [
-        f"{run.model_folder}: another model on host {host} than on that of rank 0; copy it anew"
-    ]
+    return [f"{folder}: another model on host {host} than on that of rank 0; copy it anew"]
 
 
 def local_world_size(environment: Mapping[str, str]) -> int | None:

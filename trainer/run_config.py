@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -179,44 +179,51 @@ def warn_of_other_versions(run: RunSpec) -> None:
         )
 
 
+def _change_config(folder: Path, what: str, change: Callable[[dict[str, Any]], None]) -> None:
+    """Have a function change what a run's config.yaml holds, and write it again.
+
+    That it cannot be read or written is warned of, and no reason to end a run.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        change(config)
+        write_atomic(path, yaml.safe_dump(config, sort_keys=False))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        log.warning("%s: does not say that %s (%s)", path, what, error)
+
+
 def note_restart(run: RunSpec) -> RunSpec:
     """Note in config.yaml from where and on which plan a run goes on; return it, as it knows now.
 
     What it knows is from which step on it has had that plan.
     """
     folder, step = run.output_dir, run.resume_step
-    path = folder / CONFIG_FILE
     plans = plan_history(folder, PlanPeriod.of(run))
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        config |= {
-            "resumed_at": step,
-            "resumes": resume_history(folder, step),
-            "plan": run.made_plan.entries(),
-            "plan_meta": _plain(run.made_plan.meta),
-            "rank_map": run.world.as_lists(),
-            "plans": [period.as_plain() for period in plans],
-        }
-        write_atomic(path, yaml.safe_dump(config, sort_keys=False))
-    except OSError as error:
-        log.warning("%s: does not say that the run goes on (%s)", path, error.strerror)
+    noted = {
+        "resumed_at": step,
+        "resumes": resume_history(folder, step),
+        "plan": run.made_plan.entries(),
+        "plan_meta": _plain(run.made_plan.meta),
+        "rank_map": run.world.as_lists(),
+        "plans": [period.as_plain() for period in plans],
+    }
+    _change_config(folder, "the run goes on", lambda config: config.update(noted))
     return replace(run, plan_from=plans[-1].from_step)
 
 
 def note_tasks(run: RunSpec, left: Mapping[str, int]) -> None:
     """Note in config.yaml which tasks the run has now, and after which step others left."""
-    path = run.output_dir / CONFIG_FILE
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+
+    def change(config: dict[str, Any]) -> None:
         known = {entry["name"]: entry for entry in config["tasks"]}
         known |= {entry["name"]: entry for entry in _task_entries(run)}
         for name, step in left.items():
             known[name]["left_at"] = step
         config |= {"tasks": list(known.values()), "last_step": run.last_step}
         config["digests"]["data"] |= _data_digests(run)
-        write_atomic(path, yaml.safe_dump(config, sort_keys=False))
-    except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
-        log.warning("%s: does not say that the tasks have changed (%s)", path, error)
+
+    _change_config(run.output_dir, "the tasks have changed", change)
 
 
 def _task_entries(run: RunSpec) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,9 @@ from lobra.common.errors import ConfigError
 from lobra.common.files import atomic_path
 
 FOLDER = "torch_profiler"  # in the run's folder
+MOST_STEPS = 1000  # each writes a trace of megabytes a rank
+
+log = logging.getLogger(__name__)
 
 
 def steps_of(text: str) -> frozenset[int]:
@@ -22,14 +26,17 @@ def steps_of(text: str) -> frozenset[int]:
     Raises
     ------
     ConfigError
-        It is none.
+        It is none, or of more than `MOST_STEPS`.
     """
     steps: set[int] = set()
     for part in text.split(","):
-        match = re.fullmatch(r"([1-9]\d*)(?:-([1-9]\d*))?", part.strip())
+        match = re.fullmatch(r"([1-9]\d{0,17})(?:-([1-9]\d{0,17}))?", part.strip())
         if match is None or (match[2] and int(match[2]) < int(match[1])):
             raise ConfigError(f"--torch-profiler {text}: want steps, such as 3-5 or 3,7")
-        steps.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+        own = range(int(match[1]), int(match[2] or match[1]) + 1)
+        steps.update(own[: MOST_STEPS + 1])
+        if len(steps) > MOST_STEPS:
+            raise ConfigError(f"--torch-profiler {text}: want at most {MOST_STEPS} steps")
     return frozenset(steps)
 
 
@@ -41,5 +48,9 @@ def traced(run: Path, step: int, rank: int) -> Iterator[None]:
         activities.append(ProfilerActivity.CUDA)
     with profile(activities=activities) as profiler:
         yield
-    with atomic_path(run / FOLDER / f"step_{step}_rank_{rank}.json.gz") as draft:
-        profiler.export_chrome_trace(str(draft))
+    path = run / FOLDER / f"step_{step}_rank_{rank}.json.gz"
+    try:
+        with atomic_path(path) as draft:
+            profiler.export_chrome_trace(str(draft))
+    except (OSError, RuntimeError) as error:  # no reason to end a run
+        log.warning("%s: cannot be written (%s)", path, error)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lobra.service.ranks import StartRanks
     from lobra.trainer.run_spec import RunSpec
 
+GOES_ON = "start the service again when the host is back: what tenants have sent is done then"
 NEEDED = ("fastapi", "uvicorn", "sqlalchemy", "google.protobuf")
 
 log = logging.getLogger(__name__)
@@ -106,7 +107,9 @@ def _serve_in_launcher(request: ServeRequest, is_served_here: bool) -> int:
             serve_rank(run)
         return 0
 
-    outcome = run_launched(lambda: run_in_launcher(request.device, prepare, rank))
+    outcome = run_launched(
+        lambda: run_in_launcher(request.device, prepare, rank, None, lambda: GOES_ON)
+    )
     return 2 if outcome is None else outcome[1]
 
 

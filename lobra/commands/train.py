@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,11 +20,12 @@ from lobra.common.options import (
     from_environment,
     option_problems,
 )
+from lobra.layout.layout import MEMORY_POLICIES
 from lobra.layout.plan import load_plan
 from lobra.model.launch import Interrupted
 from lobra.report.run_report import print_run_report
 from lobra.trainer.checkpoint_folder import list_checkpoints, step_folder
-from lobra.trainer.launcher import launcher_command, run_launcher
+from lobra.trainer.launcher import await_hosts, launcher_command, run_launcher
 from lobra.trainer.log_parts import log_files
 from lobra.trainer.request import TrainRequest
 from lobra.trainer.signals import EXIT_CODES
@@ -70,7 +72,10 @@ def train(
         mistakes=tuple(problems),
     )
     if in_launcher():
-        outcome = run_launched(lambda: train_in_launcher(request))
+        # With a host file, who started the launcher tells it.
+        tells_how = os.environ["RANK"] == "0" and launcher.host_file is None
+        begun_in = request.output_dir if tells_how else None
+        outcome = run_launched(lambda: train_in_launcher(request), begun_in)
         if outcome is None:
             return 2
         spec, result = outcome
@@ -87,7 +92,7 @@ def train(
     if result.next_plan is not None:
         print(
             f"the run is to go on on another plan: with the same command, --resume and "
-            f"--strategy-config {result.next_plan}",
+            f"--strategy-config {result.next_plan}; that plan says what is kept, so no --memory",
             file=sys.stderr,
         )
         return 0
@@ -122,6 +127,9 @@ def _through_launcher(
         given = sys.argv[2:]
         if step is not None and step != begun:  # later checkpoints have the revived tasks alive
             given = without_option(given, "--revive")
+        if plan is not None:  # says itself what its replicas keep
+            for option in ("--memory", "--gradient-checkpointing"):
+                given = without_option(given, option, MEMORY_POLICIES.__contains__)
         arguments = with_resume(given, step, plan)
         num_gpus = load_plan(plan or request.strategy_config).num_gpus
         return launcher_command(
@@ -134,4 +142,6 @@ def _through_launcher(
     problems.raise_if_any()
     is_ours = request.is_resumed or not occupied(request.output_dir)  # else the ranks will say so
     most = request.max_restarts if is_ours else 0
-    return launch_with_restarts(command, run_launcher, request.output_dir, most)
+    num_gpus = load_plan(request.strategy_config).num_gpus
+    hosts_are_there = partial(await_hosts, host_file, num_gpus)
+    return launch_with_restarts(command, run_launcher, request.output_dir, most, hosts_are_there)

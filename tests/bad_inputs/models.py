@@ -76,6 +76,9 @@ ADAPTERS: dict[str, tuple[Any, str]] = {
     "dora": (ADAPTER | {"use_dora": True}, "use_dora"),
     "stranger": (ADAPTER | {"new_kind": "x"}, "new_kind"),
     "latin": (b'{"r": "\xe9"}', "not readable"),
+    "patterns": (ADAPTER | {"rank_pattern": 7}, "want an object of positive numbers"),
+    "pattern": (ADAPTER | {"alpha_pattern": {"(": 2}}, "is no regular expression"),
+    "endless": (ADAPTER | {"rank_pattern": {"(.*)*(.*)*x": 2}}, "may take for ever to match"),
 }
 
 
@@ -92,9 +95,10 @@ def weights(name: str, rows: int | None = None, value: float | None = None) -> b
     return save(tensors, metadata={"format": "pt"})
 
 
-def adapter(value: float) -> bytes:
-    """Return an adapter's weights with a value in them."""
+def adapter(value: float = 0.0, dtype: torch.dtype = torch.float32) -> bytes:
+    """Return an adapter's weights of a dtype, with a value in them."""
     tensors = load_file(GOLDEN / "start/few/adapter_model.safetensors")
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     torch.nn.init.constant_(next(iter(tensors.values())), value)
     return save(tensors, metadata={"format": "pt"})
 
@@ -164,6 +168,13 @@ CASES = _cases() | {
         ("task[1].resume_from", "not finite"),
         {
             "start/few/adapter_model.safetensors": adapter(float("nan")),
+            "tasks.json": task_file(resume_from="start/few"),
+        },
+    ),
+    "adapter-of-whole-numbers": Case(
+        ("task[1].resume_from", "is stored as I32, want one of F64"),
+        {
+            "start/few/adapter_model.safetensors": adapter(dtype=torch.int32),
             "tasks.json": task_file(resume_from="start/few"),
         },
     ),

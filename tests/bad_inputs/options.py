@@ -15,6 +15,7 @@ WRONG: dict[str, tuple[str, tuple[str, ...]]] = {
     "--num-gpus": ("plan", ("0", "-1", "1.5", "many", "1000000000", "9" * 30)),
     "--max-steps": ("train", ("0", "x", "9" * 30)),
     "--num-buckets": ("train", ("0", "99999999", "x")),
+    "--torch-profiler": ("train", ("1-1000000000000", "0", "3-1", "9" * 5000)),
     "--seed": ("train", ("-1", "x", "9" * 30)),
     "--save-every": ("train", ("-1", "1.5")),
     "--validate-every": ("train", ("-1", "x")),

@@ -426,19 +426,43 @@ def test_an_environment_file_is_sourced(tmp_path: Path) -> None:
 
 
 def test_a_host_without_what_its_ranks_read(tmp_path: Path, tiny_base: Path) -> None:
-    """Under a launcher every host reads the base and first adapters itself."""
+    """Under a launcher every host reads the base itself; adapters it gets from rank 0."""
     task = small_task(resume_from=str(tmp_path / "start"))
     known = fingerprint(tiny_base, read_shape(tiny_base))
     plan, data = make_plan([(1, 1)], 64), random_dataset(4, 3, 8, 64, 0)
     run = make_run(tmp_path / "run", tiny_base, (task,), [data], plan, 1, fingerprint=known)
     here = platform.node()
-    (said,) = host_problems(run)
-    assert f"start: not on host {here}; the base model, and adapters that tasks start from" in said
-    assert host_problems(replace(run, resume_step=1)) == []
-    (tmp_path / "start").mkdir()
-    (tmp_path / "start" / "adapter_config.json").touch()
     assert host_problems(run) == []
     (said,) = host_problems(replace(run, model_folder=tmp_path / "gone"))
     assert said.startswith(f"{tmp_path}/gone: not on host {here}; ")
     (said,) = host_problems(replace(run, fingerprint="tensors:0"))
     assert f"another model on host {here} than on that of rank 0; copy it anew" in said
+
+
+@pytest.mark.parametrize(
+    "option", [["--memory", "full"], ["--memory=full"], ["--gradient-checkpointing"]]
+)
+def test_a_plan_made_anew_says_itself_what_is_kept(
+    place: Path, option: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranks of a host file end for another plan; what the command kept was of the first."""
+    write_config()
+    Path("hosts").write_text("localhost slots=4\n")
+    words = ["--model", str(place), "--trainer-config", "tasks.json", "--strategy-config"]
+    words += ["plan.yaml", *option, "--output-dir", "run", "--host-file", "hosts"]
+    launched: list[list[str]] = []
+
+    def launch(command: list[str]) -> int:
+        launched.append(command[command.index("train") + 1 :])
+        if len(launched) == 1:
+            for file in ("run/plans/step_6.yaml", "run/checkpoints/step_6/state.json"):
+                Path(file).parent.mkdir(parents=True)
+                shutil.copy("plan.yaml", file)
+        return 0
+
+    monkeypatch.setattr("lobra.commands.train.run_launcher", launch)
+    monkeypatch.setattr("sys.argv", ["lobra", "train", *words])
+    assert main(["train", *words]) == 0
+    kept = [word for word in words if word not in option]
+    again = ["--strategy-config", "run/plans/step_6.yaml", "--resume", "6"]
+    assert launched == [words, [*kept, *again]]

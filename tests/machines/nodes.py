@@ -7,7 +7,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +36,24 @@ class Node:
         done = subprocess.run(self.command(words), capture_output=True, text=True, check=False)
         if done.returncode:
             raise OSError(f"{shlex.join(words)}: {done.stderr.strip()}")
+
+    def processes(self) -> list[int]:
+        """Return the processes on the node, but for the one that it is there for."""
+        own = os.readlink(f"/proc/{self.pid}/ns/net")
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has just ended
+                if os.readlink(process / "ns/net") == own:
+                    found.append(int(process.name))
+        return [pid for pid in found if pid != self.pid]
+
+    def pull_the_cable(self) -> None:
+        """Cut the node off: nothing is sent or refused any more."""
+        self.run("ip", "link", "set", INTERFACE, "down")
+
+    def plug_it_in(self) -> None:
+        """Undo that."""
+        self.run("ip", "link", "set", INTERFACE, "up")
 
     def hide(self, folder: Path) -> None:
         """Give the node a folder of its own, empty, in place of one that all see."""
@@ -111,7 +129,7 @@ def write_script(path: Path, text: str) -> None:
 def write_ssh(folder: Path, nodes: Sequence[Node]) -> None:
     """Write `ssh` that runs commands on nodes, and `pdsh` where there is none.
 
-    They are for a PATH that begins with the folder.
+    They are for a PATH that begins with the folder. A node that is cut off is not reached.
     """
     cases = "\n".join(f"  {node.name}|{node.address}) pid={node.pid} ;;" for node in nodes)
     write_script(
@@ -124,6 +142,10 @@ case $1 in
 {cases}
   *) echo "ssh: Could not resolve hostname $1: Name or service not known" >&2; exit 255 ;;
 esac
+if ! nsenter --target "$pid" --net ip link show {INTERFACE} up | grep -q .; then
+  echo "ssh: connect to host $1 port 22: No route to host" >&2
+  exit 255
+fi
 shift
 exec nsenter --target "$pid" {" ".join(NAMESPACES)} bash -c "cd /; $*"
 """,

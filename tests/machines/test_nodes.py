@@ -6,12 +6,11 @@ by the examples' Slurm script and Kubernetes manifest, and by a host file.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -20,46 +19,13 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.assets.golden import HERE as GOLDEN
-from tests.assets.golden import copy_inputs
 from tests.assets.golden.make import training_arguments
-from tests.machines.nodes import (
-    INTERFACE,
-    Node,
-    clean_environment,
-    two_nodes,
-    write_script,
-    write_ssh,
-)
+from tests.machines.conftest import PLAN
+from tests.machines.nodes import INTERFACE, Node, clean_environment, write_script, write_ssh
 
 pytestmark = [pytest.mark.ranks, pytest.mark.long]
 
 BAR = 1e-10  # of golden adapters, as on one machine
-#: Of two shards each, and of one: rank by rank, a group of two would be on both nodes.
-PLAN = """strategy_config:
-- {dp: 2, tp: 2, pp: 1, max_tokens: 256}
-- {dp: 2, tp: 1, pp: 1, max_tokens: 128}
-"""
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the golden model, tasks, data and first adapters, and a plan of six ranks."""
-    copy_inputs(tmp_path)
-    (tmp_path / "plan.yaml").write_text(PLAN)
-    (tmp_path / "runs").mkdir()
-    write_script(
-        tmp_path / "bin" / "torchrun", f'exec {sys.executable} -m torch.distributed.run "$@"\n'
-    )
-    write_script(tmp_path / "bin" / "python", f'exec {sys.executable} "$@"\n')
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    return tmp_path
-
-
-@pytest.fixture
-def nodes(place: Path) -> Iterator[tuple[Node, Node]]:
-    with two_nodes(place, {"lobra-0": "lobra-0.lobra", "lobra-1": "lobra-1.lobra"}) as made:
-        yield made
 
 
 def arguments(*more: str) -> list[str]:
@@ -116,9 +82,10 @@ def test_pods_meet_by_names(place: Path, nodes: tuple[Node, Node], project_root:
 def test_a_slurm_job_on_folders_of_their_own_goes_on(
     place: Path, nodes: tuple[Node, Node], project_root: Path
 ) -> None:
-    """Only the node of rank 0 has the run; the other gets its part of the checkpoint sent."""
+    """Only the node of rank 0 has the run and the first adapters; the other is sent its part."""
     shutil.copytree(project_root / "examples", "examples")
     nodes[1].hide(place / "runs")
+    nodes[1].hide(place / "start")
     write_script(place / "bin" / "scontrol", "printf '%s\\n' lobra-0 lobra-1\n")
     starts = "\n".join(
         f"SLURM_NODEID={number} nsenter --target {node.pid} --net --uts --mount "

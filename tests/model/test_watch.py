@@ -126,6 +126,24 @@ def test_all_sleep_but_one_is_in_no_collective(
     assert rank == (2 if culprit is None else culprit), "else the one that is least far"
 
 
+def test_where_all_are_alike_it_is_one_of_another_host(
+    heartbeats: Heartbeats, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(Watch, "_dump", lambda self: None)
+    pids = dict.fromkeys(range(3), os.getpid())
+    for phases, expected in ((["reducing"] * 3, None), (["reducing", "computing", "reducing"], 1)):
+        stacks = {rank: stack_file(tmp_path, rank) for rank in pids}
+        one = Watch(heartbeats, pids, stacks, 60, has_other_hosts=True)
+        note(heartbeats, *phases)
+        rank, _ = clock.silence(one, 100) or (-1, "")
+        assert rank == expected
+    assert caplog.messages[0].startswith(
+        "a rank of another host holds the run up: nothing has moved here for 30 s (a step takes "
+    )
+
+
 def test_a_stack_of_every_rank_is_written(
     heartbeats: Heartbeats, sleepers: list[int], tmp_path: Path
 ) -> None:

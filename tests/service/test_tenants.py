@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -61,3 +63,18 @@ def test_a_folder_without_a_service_is_none(
     assert main(["keys", "list", "--state-dir", str(tmp_path / "none")]) == 2
     assert "no service" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+def test_a_ledger_that_cannot_be_used_is_told_with_how_to_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["keys", "list", "--state-dir", str(tmp_path)]
+    with closing(sqlite3.connect(tmp_path / LEDGER_FILE)) as older:
+        older.execute("PRAGMA user_version = 1")
+    assert main(words) == 2
+    message = capsys.readouterr().err
+    assert "is of format 1, this version reads 2" in message
+    assert f"the adapters they saved are below {tmp_path}/models, in PEFT's format" in message
+    (tmp_path / LEDGER_FILE).write_bytes(b"junk" * 100)
+    assert main(words) == 2
+    assert "file is not a database); if it is damaged, restore a backup" in capsys.readouterr().err

@@ -72,7 +72,7 @@ def test_a_long_one_is_dropped_whole(tmp_path: Path) -> None:
 )
 def test_what_is_wrong_is_one_problem(changes: dict, told: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        load(tmp_path, ROW | changes)
+        load(tmp_path, ROW, ROW | changes)
     (problem,) = caught.value.problems
     assert told in problem
 
@@ -82,3 +82,12 @@ def test_other_objectives_have_no_such_rows(tmp_path: Path) -> None:
         load(tmp_path, ROW, objective="supervised")
     with pytest.raises(ConfigError, match="does not go with rows of the format 'rollout'"):
         load(tmp_path, ROW, prompt="chat")
+
+
+def test_rows_of_another_form_are_told_once_with_what_is_wrong_before(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, 7, *[{"prompt": "a", "completion": "b"}] * 100)
+    before, told = caught.value.problems
+    assert "line 1: is 7, want an object" in before
+    assert 'objective = "ppo": the first row has no prompt_ids (did you mean' in told
+    assert told.endswith("want rows of prompt_ids, completion_ids, logprobs, advantages")

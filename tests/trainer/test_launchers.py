@@ -148,7 +148,7 @@ def test_a_launched_rank_that_stands_still_is_named_and_the_run_starts_again(pla
     os.kill(stopped, signal.SIGSTOP)
     assert lobra.wait(timeout=240) == 0, Path("said.txt").read_text()
     shown = Path("said.txt").read_text()
-    assert "rank 1 holds the ranks of this host up: it has not moved for 5 s" in shown
+    assert "rank 1 holds the run up: it has not moved for 5 s" in shown
     assert "is stopped by a signal (T); waiting for it: rank 0, " in shown
     assert "restart 1 of 1, from step" in shown
     assert [path.name for path in Path("run/stacks").iterdir()] == ["rank_0.txt"]

@@ -202,3 +202,12 @@ def test_a_run_goes_on_on_the_gpus_that_are_left(
     run_with_restarts(run, 1, lose_a_gpu)
     assert [plan.num_gpus for plan in plans] == [4, 2]
     assert [step.step for step in steps_of(run)] == list(range(STEPS[1]))
+
+
+@pytest.mark.parametrize("content", ["{{", "[1]", '[{"step": -1}]', "7"])
+def test_decisions_that_cannot_be_read_are_no_reason_to_end(
+    content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "replans.json").write_text(content)
+    assert read_replans(tmp_path) == []
+    assert f"{tmp_path}/replans.json: " in caplog.text

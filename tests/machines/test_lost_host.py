@@ -1,0 +1,108 @@
+"""A host that is lost is named by the others, in seconds; when it is back, the run goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lobra.cli import main
+from tests.assets.golden.make import training_arguments
+from tests.machines.nodes import INTERFACE, Node, clean_environment, write_ssh
+from tests.machines.test_nodes import arguments
+from tests.trainer.test_launchers import adapters
+
+pytestmark = [pytest.mark.ranks, pytest.mark.long]
+
+STEPS = 60
+HANG_TIMEOUT_S = 10
+PATIENCE_S = 600.0
+
+
+@pytest.fixture(autouse=True)
+def long_tasks(place: Path) -> None:
+    content = json.loads(Path("tasks.json").read_text())
+    for task in content["task"]:
+        task["steps"] = STEPS
+    Path("tasks.json").write_text(json.dumps(content))
+
+
+def started(command: list[str], said: str, **variables: str) -> subprocess.Popen[bytes]:
+    with Path(said).open("w") as file:
+        return subprocess.Popen(
+            command, env=clean_environment(**variables), stdout=file, stderr=subprocess.STDOUT
+        )
+
+
+def await_checkpoint(*running: subprocess.Popen[bytes]) -> None:
+    until = time.monotonic() + PATIENCE_S
+    while not list(Path("runs/a").glob("checkpoints/step_[4-9]*/state.json")):
+        assert all(one.poll() is None for one in running), "ended before a checkpoint"
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def kill_all(node: Node) -> None:
+    for pid in node.processes():
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("lose", [kill_all, Node.pull_the_cable])
+def test_it_is_named(
+    lose: Callable[[Node], None], place: Path, nodes: tuple[Node, Node], project_root: Path
+) -> None:
+    """By torchrun, whose own timeouts are minutes."""
+    words = ["bash", str(project_root / "examples/torchrun.sh"), *arguments()]
+    words += ["--save-every", "2", "--hang-timeout", str(HANG_TIMEOUT_S)]
+    common = {"NODES": "2", "RANKS": "3", "FIRST": "lobra-0", "RUN": "runs/a"}
+    common["GLOO_SOCKET_IFNAME"] = INTERFACE
+    running = [
+        started(node.command(words), f"said-{rank}.txt", NODE_RANK=str(rank), **common)
+        for rank, node in enumerate(nodes)
+    ]
+    await_checkpoint(*running)
+    lose(nodes[1])
+    codes = [one.wait(PATIENCE_S) for one in running]
+    assert all(codes)
+    said = [Path(f"said-{rank}.txt").read_text() for rank in range(2)]
+    assert len(re.findall("host lobra-1 with ranks 3 to 5 is lost: nothing is heard", said[0])) == 1
+    assert "go on with the same command and --resume" in said[0]
+    if lose is not kill_all:  # each is lost to the other
+        assert len(re.findall("host lobra-0 with ranks 0 to 2 is lost", said[1])) == 1
+
+
+def test_a_run_goes_on_when_it_is_back(place: Path, nodes: tuple[Node, Node]) -> None:
+    write_ssh(place / "bin", nodes)
+    Path("hosts.txt").write_text("lobra-0 slots=3\nlobra-1 slots=3\n")
+    Path("env.sh").write_text(f"export GLOO_SOCKET_IFNAME={INTERFACE}\n")
+    words = [sys.executable, "-m", "lobra", "train", *arguments("--output-dir", "runs/a")]
+    words += ["--host-file", "hosts.txt", "--env-file", "env.sh", "--server-addr", "lobra-0"]
+    words += ["--save-every", "2", "--hang-timeout", str(HANG_TIMEOUT_S), "--max-restarts", "1"]
+    running = started(nodes[0].command(words), "said.txt")
+    await_checkpoint(running)
+    nodes[1].pull_the_cable()
+    until = time.monotonic() + PATIENCE_S
+    while (
+        "waiting for what does not answer by ssh: host lobra-1" not in Path("said.txt").read_text()
+    ):
+        assert running.poll() is None and time.monotonic() < until, Path("said.txt").read_text()
+        time.sleep(0.1)
+    nodes[1].plug_it_in()
+    assert running.wait(PATIENCE_S) == 0, Path("said.txt").read_text()
+    said = Path("said.txt").read_text()
+    assert "host lobra-1 with ranks 3 to 5 is lost" in said
+    assert "restart 1 of 1, from step" in said
+    assert main(training_arguments(Path("plan.yaml"), Path("alone"))) == 0
+    expected, found = adapters("alone"), adapters("runs/a")
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
