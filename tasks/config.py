@@ -5,6 +5,7 @@ LobRA's own files load unchanged. Everything that is wrong with a file is report
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -47,6 +48,8 @@ from lobra.tasks.target_modules import (
     TARGET_MODULES,
     resolve_target_modules,
 )
+
+log = logging.getLogger(__name__)
 
 CONFIG_FOLDER = Path("trainer_config")
 #: The same of the installation: the task sets that come with the project.
@@ -256,6 +259,11 @@ class TaskConfig(FileModel):
     def dataset_names(self) -> tuple[str, ...]:
         """The names of its data sets: one, or several in order."""
         return (self.dataset_name,) if isinstance(self.dataset_name, str) else self.dataset_name
+
+    @property
+    def trained(self) -> str:
+        """What is trained, in a word: an adapter, or the model itself."""
+        return "model" if self.adapter == FULL else "adapter"
 
     @property
     def largest_rank(self) -> int:
@@ -531,6 +539,12 @@ def load_trainer_config(
     problems.prefixed(f"{path}: ").raise_if_any()
     assert file is not None
     tasks = tuple(file.task[: num_tasks or file.train_task_num])
+    for task in tasks:
+        if task.steps is not None and task.epochs != TaskConfig.epochs:
+            log.warning(
+                "%s: task %s: its %d steps count, its %d epochs do not",
+                path, task.name, task.steps, task.epochs,
+            )  # fmt: skip
     return TrainerConfig(path.stem, file.variant, tasks, path, tuple(numbers or range(len(tasks))))
 
 

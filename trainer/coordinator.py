@@ -412,7 +412,8 @@ class Coordinator:
         ]
         failures = []
         for number in export:
-            name = f"the adapter of task {self.tasks[number].config.name}"
+            task = self.tasks[number].config
+            name = f"the {task.trained} of task {task.name}"
             failures += self._attempt(name, is_end, partial(self._export, number))
         tried = self.unwritten.union(export)
         self.unwritten = {number for number in tried if not self._is_exported(number)}
@@ -452,7 +453,7 @@ class Coordinator:
         self._carry_out(StepOrder(self.step, save=True), self._state())
 
     def _tell_exports(self, records: Records, numbers: list[int]) -> None:
-        """Tell of adapters that were exported, and write their model cards."""
+        """Tell of what was exported, and write the model cards."""
         for number in numbers:
             task = self.tasks[number]
             folder = self.run.adapter_folder(task.config.name)
@@ -463,7 +464,7 @@ class Coordinator:
             except OSError as error:
                 log.warning("%s: has no model card: %s", folder, error)
             is_best = self._is_best_kept(number)
-            records.tell_export(task.config.name, task.progress, folder, is_best)
+            records.tell_export(task.config, task.progress, folder, is_best)
 
     def _is_exported(self, number: int) -> bool:
         task = self.tasks[number]
