@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 Restart = Literal["never", "changed", "always"]
 # What of a sidecar's environment must agree for rows to be of one machine.
 SAME_MACHINE = (("hardware", "name"), ("hardware", "num_cores"), ("versions", "torch"))
-REMEDY = "--restart changed sets it aside and measures anew, --output takes another file"
+REMEDY = "--restart changed sets it aside and begins anew, --output takes another file"
 
 
 def open_sweep(

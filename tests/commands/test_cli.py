@@ -114,6 +114,9 @@ def test_an_argument_told_by_its_place_is_missing_only_where_it_is(
         (["experiment", "simulate", "7B"], ["--output: is required"]),
         (["experiment", "simulate"], ["MODEL: is required", "--output: is required"]),
         (["report"], ["RUN: is required"]),
+        (["tasks", "add"], ["RUN: is required", "FILE: is required"]),
+        (["tasks", "add", "runs/a"], ["FILE: is required"]),
+        (["tasks", "cancel", "--timeout", "5"], ["RUN: is required", "NAME: is required"]),
     ):
         assert main(words) == 2
         output = capsys.readouterr().err
