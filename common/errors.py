@@ -79,11 +79,21 @@ class Problems(Sequence[str]):
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Note the mistakes of the `ConfigError` that ends a block, and go on after the block."""
+        """Note the mistakes of the `ConfigError` that ends a block, and go on after the block.
+
+        What was noted before, because something else stumbled over it too, is not noted twice.
+        """
         try:
             yield
         except ConfigError as error:
-            self += error.problems
+            self += error.problems.beyond(self)
+
+    def beyond(self, others: Iterable[str]) -> Problems:
+        """Return these mistakes without those that are among others."""
+        known = set(others)
+        result = Problems(problem for problem in self if problem not in known)
+        result._rest = Counter(self._rest)
+        return result
 
     def result_of(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
         """Return function(...), or None after noting the mistakes of its `ConfigError`."""

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict
 
 from lobra.common.documents import read_json
-from lobra.common.errors import ConfigError, Problems
+from lobra.common.errors import ConfigError, Problems, did_you_mean
 from lobra.common.models import AtMost, FileModel, Flag, OneOf, PositiveInt, read_as
 from lobra.layout.base_precision import block_problems, stored_precision
 from lobra.layout.world import adapted_layers
@@ -261,9 +261,19 @@ def resolve_shape(model: str) -> ModelShape:
     if model in NAMED_SHAPES:
         return NAMED_SHAPES[model]
     raise ConfigError(
-        f"model {model!r}: neither one of {', '.join(NAMED_SHAPES)} nor a folder with a "
-        f"config.json; give the path of a Hugging Face model folder"
+        f"model {model!r}{similar_model(model)}: neither one of {', '.join(NAMED_SHAPES)} nor a "
+        f"folder with a config.json; give the path of a Hugging Face model folder"
     )
+
+
+def similar_model(model: str) -> str:
+    """Return which model may be meant by a name that is none: a built-in one, or a folder's."""
+    if model in NAMED_SHAPES:
+        return ""
+    beside = Path(model).parent
+    places = [MODELS_DIR, *([beside] if beside.is_dir() else [])]
+    folders = [file.parent for place in places for file in place.glob("*/config.json")]
+    return did_you_mean(model, [*NAMED_SHAPES, *(f.name for f in folders), *map(str, folders)])
 
 
 _Size = Annotated[PositiveInt, AtMost(2**24)]

@@ -152,10 +152,16 @@ def run(app: App, words: Sequence[str]) -> int:
     command = parsed(app, [ALIASES.get(word, word) for word in words])
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     quieten_library()
+    logging.getLogger("DeepSpeed").addFilter(_is_news)
     code = command()
     if code is None:  # a text was shown, asked for or instead of a command that is missing
         return EXIT_OK if {"--help", "-h", "--version"} & set(words) else EXIT_USER_MISTAKE
     return int(code)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Return whether DeepSpeed says more than that it found no GPU, whatever it is imported for."""
+    return "Setting accelerator to CPU" not in record.getMessage()
 
 
 def parsed(app: App, words: Sequence[str]) -> Callable[[], Any]:
@@ -198,16 +204,16 @@ def _explained(error: CycloptsError) -> Problems:
     is_missing = type(error) is MissingArgumentError and not error.keyword
     if (is_missing or type(error) is UnknownOptionError) and error.app:
         words = {word.partition("=")[0] for word in error.root_input_tokens or ()}
-        missing = error.argument.name if error.argument else None
-        if wrong := _wrong_options(error.app, words, missing):
+        place = error.argument.index if is_missing and error.argument else None
+        if wrong := _wrong_options(error.app, words, place):
             return wrong
     return Problems([str(error)])
 
 
-def _wrong_options(app: App, words: set[str], missing: str | None) -> Problems:
+def _wrong_options(app: App, words: set[str], missing: int | None) -> Problems:
     """Return which arguments of a command are missing, and which words are no options of it.
 
-    Of those that are told by their place, only the one known to be ``missing`` is said to be.
+    Those that are told by their place are missing from the place ``missing`` on; None: none is.
     """
     options = app.assemble_argument_collection()
     known = [option.name for option in options]
@@ -217,7 +223,7 @@ def _wrong_options(app: App, words: set[str], missing: str | None) -> Problems:
             continue
         if option.index is None and option.name not in words:
             problems.add(f"{option.name}: is required")
-        elif option.index is not None and option.name == missing:
+        elif option.index is not None and missing is not None and option.index >= missing:
             problems.add(f"{option.name.lstrip('-').upper()}: is required")
     problems += [
         f"{word}: no such option{did_you_mean(word, known)}"

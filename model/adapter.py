@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from dataclasses import dataclass
-from typing import Any
 
 from lobra.layout.shapes import ModelShape
 from lobra.model.adapter_tensor import AdapterTensor
-from lobra.model.base_vectors import base_vectors, fits
-from lobra.model.site import PEFT_PREFIX, Site, sites
+from lobra.model.base_vectors import base_vectors, is_trained_bias, is_trained_norm
+from lobra.model.site import PEFT_PREFIX, Pattern, Site, matched
 from lobra.model.vera import Projections
-from lobra.tasks.target_modules import EMBEDDING, HEAD
-
-Pattern = tuple[tuple[str, float], ...]
+from lobra.tasks.target_modules import EMBEDDING
 
 VERA_D = 0.1  # what d starts at in PEFT; b starts at zero
 OF_VARIANCE_ONE = math.sqrt(3.0)  # the bound of a uniform draw
@@ -102,50 +98,6 @@ class AdapterSpec:
         """Return VeRA's frozen matrices for a model."""
         return Projections.drawn(self.rank, self.target_modules, shape, self.projection_seed)
 
-    def problems(self, shape: ModelShape) -> list[str]:
-        """Return what of the adapter a model is not made for: field and reason."""
-        own = [site for site in sites(shape) if site.module in self.target_modules]
-        found = [
-            f"{field}: {pattern!r} fits nothing that the adapter is on"
-            for field in ("rank_pattern", "alpha_pattern")
-            for pattern, value in getattr(self, field)
-            if not any(matched(((pattern, value),), site.path, None) for site in own)
-        ]
-        if EMBEDDING in self.target_modules and self.kind not in ("lora", "rslora"):
-            found.append(
-                f"adapter: {self.kind} is not supported on {EMBEDDING}; want lora or rslora"
-            )
-        if self.kind == "pissa" and shape.quantised:
-            found.append(
-                f"adapter: pissa starts from the weights themselves, not from a base in "
-                f"{shape.quantised}: want another kind of adapter, or a base that is not quantised"
-            )
-        if self.kind == "pissa":
-            most = min(min(site.in_features, site.out_features) for site in own)
-            if self.largest_rank > most:
-                found.append(
-                    f"rank: {self.largest_rank} is more than a weight of the model has principal "
-                    f"components: at most {most} with adapter: pissa"
-                )
-            if HEAD in self.target_modules and shape.tied_embeddings:
-                found.append(
-                    f"adapter: pissa takes its start out of the weight, which {HEAD} and "
-                    f"{EMBEDDING} of {shape.name} share: remove {HEAD} from target_modules"
-                )
-        return [*found, *self._vector_problems(shape)] if self.trains_base else found
-
-    def _vector_problems(self, shape: ModelShape) -> list[str]:
-        names = [name for own in base_vectors(shape).values() for name in own]
-        found = [
-            f"modules_to_save: {key!r} fits no norm of {shape.name}; only norms are trained as "
-            f"they are"
-            for key in self.modules_to_save
-            if not any(fits(key, name) for name in names)
-        ]
-        if self.bias != "none" and not any(self._trains_bias(name) for name in names):
-            found.append(f"bias: {self.bias}, but {shape.name} has no such biases; want none")
-        return found
-
     def key(self, site: Site) -> int:
         """Return a 63-bit number unique to the adapter's seed and name and the site."""
         text = f"{self.seed}/{self.name}/{site.layer}/{site.module}"
@@ -196,8 +148,9 @@ class AdapterSpec:
         for name, size in base_vectors(shape)[layer].items():
             path, _, parameter = name.rpartition(".")
             module = path.rpartition(".")[2]
-            is_norm = any(fits(key, name) for key in self.modules_to_save)
-            if not is_norm and not self._trains_bias(name):
+            if not is_trained_norm(self.modules_to_save, name) and not is_trained_bias(
+                self.bias, self.target_modules, name
+            ):
                 continue
             if module in self.target_modules:  # PEFT has put its own module around the linear
                 name = f"{path}.base_layer.{parameter}"
@@ -208,15 +161,3 @@ class AdapterSpec:
                 )
             )
         return found
-
-    def _trains_bias(self, name: str) -> bool:
-        """Return whether a vector of the base is a bias that is trained."""
-        *_, module, parameter = name.split(".")
-        of_target = self.bias == "lora_only" and module in self.target_modules
-        return parameter == "bias" and (self.bias == "all" or of_target)
-
-
-def matched(pattern: Pattern, path: str, otherwise: Any) -> Any:
-    """Return the value of the first pattern that fits a module's path, as PEFT reads patterns."""
-    fitting = (value for key, value in pattern if re.match(rf"(.*\.)?({key})$", path))
-    return next(fitting, otherwise)

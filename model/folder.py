@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from lobra.common.errors import ConfigError
-from lobra.layout.shapes import MODELS_DIR, TINY
+from lobra.layout.shapes import MODELS_DIR, TINY, resolve_shape, similar_model
 
 
 def tokenizer_folder(model: str) -> Path:
@@ -20,6 +20,7 @@ def tokenizer_folder(model: str) -> Path:
     for folder in (Path(model), MODELS_DIR / model):
         if os.path.isfile(folder / "tokenizer.json"):
             return folder
+    resolve_shape(model)  # says which names there are
     return resolve_folder(model)
 
 
@@ -44,6 +45,7 @@ def resolve_folder(model: str) -> Path:
 
         return build_tiny(MODELS_DIR / TINY)
     raise ConfigError(
-        f"model {model!r}: no folder with its weights at {Path(model)} or {MODELS_DIR / model}; "
-        f"download a Hugging Face model folder and give its path or link it there"
+        f"model {model!r}{similar_model(model)}: no folder with its weights at {Path(model)} or "
+        f"{MODELS_DIR / model}; download a Hugging Face model folder and give its path or link it "
+        f"there"
     )

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from lobra.layout.shapes import FusedLinear, ModelShape, module_path
 from lobra.tasks.target_modules import EMBEDDING, HEAD
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: (Pattern, value), the first that fits counts: see `matched`.
+Pattern = tuple[tuple[str, float], ...]
 
 # The linears of a decoder layer by the input they have in common.
 SHARED_INPUTS = (
@@ -48,6 +53,8 @@ class Site:
         """
         if not self.fused:
             return rows_rO
+        import torch  # only where it is there already: who plans does without
+
         sizes = [self.fused.groups * width for width in self.fused.widths]
         parts = [part.unflatten(1, (self.fused.groups, -1)) for part in rows_rO.split(sizes, dim=1)]
         return torch.cat(parts, dim=2).flatten(1)
@@ -56,6 +63,8 @@ class Site:
         """Return what `grouped` was given."""
         if not self.fused:
             return rows_rO
+        import torch
+
         parts = rows_rO.unflatten(1, (self.fused.groups, -1)).split(self.fused.widths, dim=2)
         return torch.cat([part.flatten(1) for part in parts], dim=1)
 
@@ -81,3 +90,9 @@ def sites_by_input(shape: ModelShape, layer: int) -> Iterator[list[Site]]:
     for modules in SHARED_INPUTS:
         own = dict.fromkeys(whole.get(module, module) for module in modules)
         yield [Site(layer, module, *sizes[module], fused.get(module)) for module in own]
+
+
+def matched(pattern: Pattern, path: str, otherwise: Any) -> Any:
+    """Return the value of the first pattern that fits a module's path, as PEFT reads patterns."""
+    fitting = (value for key, value in pattern if re.match(rf"(.*\.)?({key})$", path))
+    return next(fitting, otherwise)

@@ -239,10 +239,8 @@ def _load(
     datasets: list[TokenizedDataset] = []
     problems = Problems()
     for task in tasks:
-        try:
+        with problems.noted():
             datasets.append(load_dataset(task, processor, data_dir, vocab_size))
-        except ConfigError as error:
-            problems += error.problems
     problems.raise_if_any()
     log.info("the tasks' data:\n%s", summary_text(datasets))
     return datasets

@@ -167,8 +167,8 @@ def fitted_to(
     times = most_growth(measured, wanted, shape, 1)
     note = (
         f"{profile.path}: capacities of {len(measured)} adapters were reckoned anew for these "
-        f"{len(tasks)}, {times:.2f} times as large; profile memory with this trainer "
-        f"config to measure them"
+        f"{len(tasks)}, which have {times:.2g} times their parameters; profile memory with this "
+        f"trainer config to measure them"
     )
     unknown = [f"<{r.tp},{r.pp}>" for r, part in zip(profile.rows, parts, strict=True) if not part]
     left_out = f"{profile.path}: has no parts of {', '.join(unknown)}: left out"

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lobra.common.errors import ConfigError
+from lobra.common.errors import ConfigError, show
 from lobra.common.lock import hold
 from lobra.profiler.profiles import DEFAULT_POLICY
 from lobra.profiler.sidecar import PUBLISHED, meta_path, read_meta, timestamp, write_meta
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 Restart = Literal["never", "changed", "always"]
 # What of a sidecar's environment must agree for rows to be of one machine.
 SAME_MACHINE = (("hardware", "name"), ("hardware", "num_cores"), ("versions", "torch"))
-REMEDY = "--restart changed sets it aside and measures anew, --output takes another file"
+REMEDY = "--restart changed sets it aside and begins anew, --output takes another file"
 
 
 def open_sweep(
@@ -119,14 +119,29 @@ def _settings_problem(
     if was_estimated != is_estimated:
         kind = "estimates" if was_estimated else "measurements"
         return f"{path}: holds {kind}, which are not mixed with others; {REMEDY}"
-    differences = [
-        f"{name} was {before.get(name)!r}, is now {settings.get(name)!r}"
-        for name in sorted({*before, *settings})
-        if before.get(name) != settings.get(name)
-    ]
+    differences = list(_differences(before, settings))
     if differences:
-        return f"{path}: was measured under other settings ({'; '.join(differences)}); {REMEDY}"
+        return f"{path}: was made under other settings ({'; '.join(differences)}); {REMEDY}"
     return None
+
+
+def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """Yield what of two settings differs; of two things with names, or of two lists, in short."""
+    if before == now:
+        return
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        is_another = before.get("name") != now.get("name")
+        for key in ("name",) if is_another else sorted({*before, *now}):
+            yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif isinstance(before, list) and isinstance(now, list):
+        if len(before) != len(now):
+            yield f"{name} were {len(before)}, are now {len(now)}"
+            return
+        place = [one == other for one, other in zip(before, now, strict=True)].index(False)
+        yield f"{name}[{place}] was {show(before[place])}, is now {show(now[place])}"
+    else:
+        was, is_now = ("not given" if one is None else show(one) for one in (before, now))
+        yield f"{name} was {was}, is now {is_now}"
 
 
 def _hardware_problem(

@@ -29,12 +29,13 @@ def print_run_report(folder: Path, console: Console | None = None) -> None:
         console.print(_replica_table(plan, len(summary.plans) > 1))
     if warning := _poor_prediction(summary):
         console.print(warning, style="yellow", soft_wrap=True)
+    is_model = summary.trains_model
+    what = "the model, as transformers loads it" if is_model else "adapters (PEFT format)"
     if summary.adapters or not summary.unfinished:
-        where = summary.adapters or "none saved yet"
-        console.print(f"adapters (PEFT format): {where}", soft_wrap=True)
+        console.print(f"{what}: {summary.adapters or 'none saved yet'}", soft_wrap=True)
     if summary.unfinished:
-        text = f"adapters of tasks that are not over, as last saved: {summary.unfinished}"
-        console.print(text, soft_wrap=True)
+        what = "the model" if is_model else "adapters of tasks that are not over"
+        console.print(f"{what}, as last saved: {summary.unfinished}", soft_wrap=True)
 
 
 def _poor_prediction(summary: RunSummary) -> str | None:
@@ -104,8 +105,8 @@ def _overview(summary: RunSummary, folder: Path) -> Table:
         ("  waiting for the dispatcher", f"{summary.dispatch_wait_share:.2%}"),
         ("  drawing the batch, building tensors", f"{summary.prepare_share:.1%}"),
         ("  waiting for slower replicas", f"{summary.replica_wait_share:.1%}"),
-        ("  adapters' gradient reduction", f"{summary.reduce_share:.1%}"),
-        ("  optimiser and adapter exchange", f"{summary.optimizer_share:.1%}"),
+        ("  reduction of gradients", f"{summary.reduce_share:.1%}"),
+        ("  optimiser and exchange of weights", f"{summary.optimizer_share:.1%}"),
         ("memory in use, largest rank", f"{summary.memory_bytes / 2**20:,.0f} MiB"),
     ]
     for name, value in rows:

@@ -77,7 +77,8 @@ class RunSummary:
     `step_gpu_seconds` is what the steps took on all GPUs; `other_gpu_seconds` what validation and
     checkpoints took in between (not: starting, loading the model). `flops_per_s` are of one GPU,
     `mfu` is their share of its peak; None where metrics do not say. `adapters` is where adapters of
-    tasks that are over lie, `unfinished` where those of the others do, in the last checkpoint.
+    tasks that are over lie, `unfinished` where those of the others do, in the last checkpoint; if
+    the run `trains_model`, that is what lies there.
     """
 
     plans: tuple[PlanSummary, ...]
@@ -100,6 +101,7 @@ class RunSummary:
     padding_ratio: float
     tasks: tuple[TaskSummary, ...]
     planned: dict[str, Any]
+    trains_model: bool
     adapters: Path | None
     unfinished: Path | None
 
@@ -160,6 +162,7 @@ def summarise(folder: Path) -> RunSummary:
             for task in config.tasks
         ),
         planned=dict(config.plan_meta or {}),
+        trains_model=config.trains_model,
         adapters=exported if exported.is_dir() else None,
         unfinished=saved if saved is not None and missing else None,
     )

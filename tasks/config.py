@@ -229,6 +229,11 @@ class TaskConfig(FileModel):
         return (self.dataset_name,) if isinstance(self.dataset_name, str) else self.dataset_name
 
     @property
+    def trained(self) -> str:
+        """What is trained, in a word: an adapter, or the model itself."""
+        return "model" if self.adapter == FULL else "adapter"
+
+    @property
     def largest_rank(self) -> int:
         """The largest rank of any of its linears; PiSSA computes with twice as many."""
         return max([self.rank, *self.rank_pattern.values()]) * (1 + (self.adapter == "pissa"))

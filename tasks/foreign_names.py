@@ -22,8 +22,6 @@ _SAME: Mapping[str, str] = {
     ),
     "json_key": "text_column text_field text_key dataset_text_field",
     "max_samples": "max_train_samples num_samples num_train_samples max_rows",
-    "steps": "max_steps num_steps train_steps num_train_steps max_train_steps total_steps",
-    "epochs": "num_epochs num_train_epochs n_epochs train_epochs max_epochs epoch",
     "learning_rate": "lr",
     "optimizer": "optim optimizer_name optimizer_type",
     "weight_decay": "wd",
@@ -54,6 +52,16 @@ _ALMOST: Sequence[tuple[str | None, str, str]] = (
         "micro-batches together",
         "batch_size train_batch_size total_batch_size micro_batch_size per_device_train_batch_size "
         "per_device_batch_size gradient_accumulation_steps",
+    ),
+    (
+        "steps",
+        "it is called steps, and counts where epochs is given too",
+        "max_steps num_steps train_steps num_train_steps max_train_steps total_steps",
+    ),
+    (
+        "epochs",
+        "it is called epochs, and counts where steps is not given",
+        "num_epochs num_train_epochs n_epochs train_epochs max_epochs epoch",
     ),
     ("adapter", "give adapter: rslora", "use_rslora rslora"),
     ("adapter", "give adapter: dora", "use_dora"),

@@ -5,6 +5,7 @@ LobRA's own files load unchanged. Everything that is wrong with a file is report
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,8 @@ from lobra.common.errors import ConfigError, Problems, did_you_mean
 from lobra.common.models import FileModel, Mistake, OneOf, PositiveInt, read_as
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.foreign_names import foreign_field
+
+log = logging.getLogger(__name__)
 
 CONFIG_FOLDER = Path("trainer_config")
 #: The same of the installation: the task sets that come with the project.
@@ -183,6 +186,12 @@ def load_trainer_config(
     problems.prefixed(f"{path}: ").raise_if_any()
     assert file is not None
     tasks = tuple(file.task[: num_tasks or file.train_task_num])
+    for task in tasks:
+        if task.steps is not None and task.epochs != TaskConfig.epochs:
+            log.warning(
+                "%s: task %s: its %d steps count, its %d epochs do not",
+                path, task.name, task.steps, task.epochs,
+            )  # fmt: skip
     return TrainerConfig(path.stem, file.variant, tasks, path, tuple(numbers or range(len(tasks))))
 
 

@@ -27,9 +27,8 @@ from lobra.common.documents import parsing, read_json
 from lobra.common.errors import ConfigError, Problems, show
 from lobra.common.files import drafted
 from lobra.layout.shapes import read_shape
-from lobra.model.adapter import matched
 from lobra.model.checkpoint import EMBEDDING, HEAD, opened, tensor_files
-from lobra.model.site import PEFT_PREFIX
+from lobra.model.site import PEFT_PREFIX, matched
 from lobra.tasks.patterns import patterns_problem
 from lobra.trainer.adapters import CONFIG_FILE, WEIGHTS_FILE, not_finite
 from lobra.trainer.peft_config import config_problems
@@ -135,8 +134,6 @@ def read_adapter(folder: Path) -> SavedAdapter:
         The folder holds none, or one that is not low-rank updates and trained tensors.
     """
     path = folder / CONFIG_FILE
-    if not path.exists() and (folder / "config.json").is_file():
-        raise ConfigError(f"{folder}: is a whole model, no adapter: there is nothing to merge")
     try:
         config = read_json(path)
         named = load_file(folder / WEIGHTS_FILE)

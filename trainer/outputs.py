@@ -84,7 +84,8 @@ class Outputs:
         ]
         failures = []
         for number in export:
-            name = f"the adapter of task {self.live.tasks[number].config.name}"
+            task = self.live.tasks[number].config
+            name = f"the {task.trained} of task {task.name}"
             failures += _attempt(name, is_end, partial(self.export, number))
         tried = self._unwritten.union(export)
         self._unwritten = {number for number in tried if not self.is_exported(number)}
@@ -141,7 +142,7 @@ class Outputs:
         return progress.lowest_step is not None and progress.lowest_loss <= present_loss
 
     def tell(self, records: Records, numbers: Sequence[int]) -> None:
-        """Tell of adapters that were exported, and write their model cards."""
+        """Tell of what was exported, and write the model cards."""
         spec = self.live.spec
         for number in numbers:
             task = self.live.tasks[number]
@@ -153,7 +154,7 @@ class Outputs:
             except OSError as error:
                 log.warning("%s: has no model card: %s", folder, error)
             is_best = self._is_best_kept(number)
-            records.tell_export(task.config.name, task.progress, folder, is_best)
+            records.tell_export(task.config, task.progress, folder, is_best)
 
 
 def _attempt(what: str, is_end: bool, write: Callable[[], object]) -> list[StorageError]:

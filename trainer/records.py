@@ -6,6 +6,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
 
+from lobra.tasks.config import TaskConfig
 from lobra.trainer.forecast import Outlook
 from lobra.trainer.metrics import MetricsFile, StepMetrics
 from lobra.trainer.run_spec import RunSpec
@@ -35,8 +36,10 @@ class Records:
         """Say something that has happened between two steps."""
         self._screen.tell(text)
 
-    def tell_export(self, name: str, progress: TaskProgress, folder: Path, is_best: bool) -> None:
-        """Say that a task's adapter was written, and whether it is the best or the last one."""
+    def tell_export(
+        self, task: TaskConfig, progress: TaskProgress, folder: Path, is_best: bool
+    ) -> None:
+        """Say that what a task trains was written, and whether it is the best or the last one."""
         what = "stopped after" if progress.stopped else "made"
         best = ""
         if is_best:
@@ -45,7 +48,7 @@ class Records:
                 f"validation loss {progress.lowest_loss:.3f}"
             )
         steps = f"{progress.steps} of {progress.num_steps} steps"
-        self._screen.tell(f"task {name}: {what} {steps}; its adapter is {folder}{best}")
+        self._screen.tell(f"task {task.name}: {what} {steps}; its {task.trained} is {folder}{best}")
 
     def __enter__(self) -> Records:
         self._open.enter_context(closing(self._file))

@@ -19,6 +19,7 @@ from lobra.common.models import Count, FileModel, PositiveInt, Text, load_as
 from lobra.common.version import installed_version
 from lobra.layout.plan import Plan, PlanEntry, PlanMeta, RankMap
 from lobra.profiler.hardware import describe_device, versions
+from lobra.tasks.config import ADAPTERS, FULL
 from lobra.trainer.run_spec import CONFIG_FILE, RunSpec
 
 if TYPE_CHECKING:
@@ -61,11 +62,12 @@ class PlanPeriod(_Noted):
 
 @dataclass(frozen=True)
 class RunTask(_Noted):
-    """A task of a run, the steps it was to train, and after which of the run's it left, if so."""
+    """A task of a run: its kind, its steps, and after which of the run's it left, if so."""
 
     name: Text
     num_steps: PositiveInt | None = None
     left_at: Count | None = None
+    adapter: Text = ADAPTERS[0]
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,11 @@ class RunConfig(_Noted):
     plans: tuple[PlanPeriod, ...] = ()
     resumes: tuple[Count, ...] = ()
     time_profile: UsedProfile = UsedProfile()
+
+    @property
+    def trains_model(self) -> bool:
+        """Whether the run's only task trains the model itself, and no adapter."""
+        return any(task.adapter == FULL for task in self.tasks)
 
     @property
     def known_resumes(self) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from lobra.common.errors import ConfigError, Problems, without_values
 from lobra.layout.plan import Plan
 from lobra.layout.sequences import Batching, packed_tokens
 from lobra.layout.shapes import ModelShape
+from lobra.model.adapter_checks import adapter_problems
 from lobra.planner.bucketed.buckets import ALIGN
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.confinement import is_inside
@@ -62,7 +63,7 @@ class TaskChecks:
         """
         problems = Problems()
         if self.shape is not None:
-            problems += _adapter_problems(task, self.shape)
+            problems += adapter_problems(task, self.shape)
             if task.resume_from and self.starts:
                 problems += self._start_problems(task, Path(task.resume_from), self.shape)
         vocab_size = self.shape.vocab_size if self.shape else None
@@ -169,23 +170,6 @@ def _named_data(task: TaskConfig) -> str:
     """Return the task's data sets as its configuration has them."""
     names = task.dataset_names
     return f"dataset_name = {names[0] if len(names) == 1 else list(names)!r}"
-
-
-def _adapter_problems(task: TaskConfig, shape: ModelShape) -> Problems:
-    """Return what of a task's adapter the model cannot have."""
-    try:
-        own = shape.own_modules(task.target_modules)
-    except ConfigError as error:
-        return error.problems.prefixed("target_modules: ")
-    spec, sizes = replace(adapter_spec(task), target_modules=own), shape.module_sizes()
-    problems = Problems(spec.problems(shape))
-    widest = max(size for module in own for size in sizes[module])
-    if spec.largest_rank > widest:
-        problems.add(
-            f"rank = {spec.largest_rank}: want at most {widest}, the width of the widest "
-            f"module it is on"
-        )
-    return problems
 
 
 def _foreign_tokens(task: TaskConfig, data: TokenizedDataset, shape: ModelShape) -> list[str]:

@@ -138,8 +138,8 @@ class TaskProgress(FileModel):
             self.period_steps += 1
         if failure is not None:
             self.stopped = (
-                f"its update failed: {failure}; its adapter is that of the step before: lower its "
-                f"learning rate"
+                f"its update failed: {failure}; its weights are those of the step before: lower "
+                f"its learning rate"
             )
         elif self.skipped_in_row >= MAX_SKIPPED_IN_ROW:
             self.stopped = (

@@ -99,10 +99,8 @@ def show(*, options: ShowOptions) -> int:
     processor = TextProcessor.of_folder(lambda: tokenizer_folder(options.model))
     datasets = []
     for task in clip_context(tasks, options.max_seq_length):
-        try:
+        with problems.noted():
             datasets.append(load_dataset(task, processor, options.data_dir, vocab_size))
-        except ConfigError as error:
-            problems += error.problems.prefixed(f"task {task.name}: ")
     problems.raise_if_any()
     try:
         processor.tokenizer  # noqa: B018 (loaded now, if it was not needed so far)

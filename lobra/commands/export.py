@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from lobra.commands.adapter_folder import adapter_folder_problem
 from lobra.common.errors import Problems
 from lobra.common.options import ModelName, as_options
+from lobra.model.folder import resolve_folder
 
 
 @as_options
@@ -44,21 +46,22 @@ def export(*, options: ExportOptions) -> int:
     ConfigError
         With every mistake of the options and the adapters.
     """
-    from lobra.model.folder import resolve_folder
-    from lobra.trainer.merge import merge_problems, read_adapter, write_merged
-
-    problems = Problems()
+    problems = Problems(filter(None, map(adapter_folder_problem, options.adapter)))
     factors = options.weight or (1.0,) * len(options.adapter)
     if len(factors) != len(options.adapter):
         problems.add(f"--weight: {len(factors)} for {len(options.adapter)} adapters, want one each")
     if options.output_dir.exists():
         problems.add(f"--output-dir {options.output_dir}: is there already, give another folder")
+    with problems.noted():
+        base = resolve_folder(options.model)
+    problems.raise_if_any()
+    from lobra.trainer.merge import merge_problems, read_adapter, write_merged  # imports torch
+
     adapters = []
     for folder in options.adapter:
         with problems.noted():
             adapters.append(read_adapter(folder))
     with problems.noted():
-        base = resolve_folder(options.model)
         if len(adapters) == len(factors):
             problems += merge_problems(base, adapters, factors)
     problems.raise_if_any()

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from lobra.commands.adapter_folder import adapter_folder_problem
 from lobra.common.errors import ConfigError
 from lobra.common.options import (
     Device,
@@ -18,6 +19,8 @@ from lobra.common.options import (
     as_options,
     option_problems,
 )
+from lobra.model.folder import resolve_folder
+from lobra.profiler.hardware import resolve_device
 
 BASE = "base"
 
@@ -67,27 +70,20 @@ def generate(*, options: GenerateOptions) -> int:
     ConfigError
         With every mistake of the options, the base and the adapters.
     """
-    import torch
-
-    from lobra.model.folder import resolve_folder
-    from lobra.trainer.generation import Sampling, answers
-
     problems = option_problems(options)
-    for folder in options.adapter:
-        if not (folder / "adapter_config.json").is_file():
-            problems.add(f"--adapter {folder}: holds no adapter_config.json")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        problems.add("--device cuda: torch finds no GPU")
+    problems += filter(None, map(adapter_folder_problem, options.adapter))
     with problems.noted():
         base = resolve_folder(options.model)
     problems.raise_if_any()
+    device = resolve_device(options.device)
+    if not options.prompt and sys.stdin.isatty():
+        print("the prompt, ended by Ctrl-D on a line of its own:", file=sys.stderr)
     prompts = options.prompt or (sys.stdin.read(),)
     if not all(prompts):
         raise ConfigError("--prompt: is empty; give one, or a text on standard input")
+    from lobra.trainer.generation import Sampling, answers  # imports torch and transformers
+
     chosen = [*([None] if options.base or not options.adapter else []), *options.adapter]
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     sampling = Sampling(options.max_new_tokens, options.temperature, options.seed)
     told = answers(base, chosen, prompts, sampling, device)
     names = [BASE if folder is None else str(folder) for folder in chosen]

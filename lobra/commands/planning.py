@@ -27,6 +27,7 @@ from lobra.common.options import (
 )
 from lobra.layout.base_precision import BasePrecision
 from lobra.layout.shapes import ModelShape, layout_problem, resolve_shape
+from lobra.model.adapter_checks import task_file_problems
 from lobra.planner.outcome import Progress
 from lobra.planner.workload import Workload, read_workload
 from lobra.profiler import lookup
@@ -133,31 +134,37 @@ def read_inputs(
     Raises
     ------
     ConfigError
-        If a file is missing or has mistakes, or there are other ``problems``: all at once.
+        If a file is missing or has mistakes, the model cannot have an adapter of the tasks, or
+        there are other ``problems``: all at once.
     """
-    config = cost_model = memory = found = None
-    paths: tuple[Path, Path | None] | None = None
+    config = shape = times = capacities = cost_model = memory = found = None
     notes: list[str | None] = []
     with problems.noted():
         config = load_trainer_config(options.trainer_config, options.num_tasks)
     with problems.noted():
-        if with_memory and config is not None:
-            paths = lookup.planning_paths(
+        shape = options.shape
+    if config is not None and shape is not None:
+        problems += task_file_problems(config, shape)
+    with problems.noted():
+        if shape is None:  # nothing is looked for by the name of a model that is none
+            times, capacities = options.time_profile, options.memory_profile
+        elif with_memory and config is not None:
+            times, capacities = lookup.planning_paths(
                 options.model, len(config.tasks), options.time_profile, options.memory_profile,
                 options.base_precision,
             )  # fmt: skip
         else:
             own_times = lookup.time_path(options.model, options.base_precision)
-            paths = options.time_profile or own_times, None
-    if paths is not None:
-        with problems.noted():
-            cost_model = load_cost_model(options.model, paths[0], options.cost_model)
-            problems += _of_another_base(paths[0], options.shape)
-        with problems.noted():
-            if config is not None and paths[1] is not None:
-                memory, of_memory = memory_profile_for(options.model, config.tasks, paths[1])
-                notes += of_memory
-                problems += _of_another_base(paths[1], options.shape)
+            times = options.time_profile or own_times
+    with problems.noted():
+        if times is not None:
+            cost_model = load_cost_model(options.model, times, options.cost_model)
+            problems += _of_another_base(times, options.shape)
+    with problems.noted():
+        if config is not None and capacities is not None:
+            memory, of_memory = memory_profile_for(options.model, config.tasks, capacities)
+            notes += of_memory
+            problems += _of_another_base(capacities, options.shape)
     if config is not None:
         lengths, note = lengths_for(config, options)
         notes.append(note)
@@ -167,10 +174,10 @@ def read_inputs(
                 options.seed,
             )  # fmt: skip
         except ConfigError as error:
-            problems += error.problems.changed(_or_lengths)
+            problems += error.problems.changed(_or_lengths).beyond(problems)
     problems.raise_if_any()
-    assert config and cost_model and found and paths
-    origins = [lookup.provenance_note(path) for path in paths if path is not None]
+    assert config and cost_model and found
+    origins = [lookup.provenance_note(path) for path in (times, capacities) if path is not None]
     notes.append(next(filter(None, origins), None))  # the same is said once
     workload, labels = found
     adapters = [(task.rank, task.target_modules) for task in config.tasks]

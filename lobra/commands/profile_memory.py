@@ -16,6 +16,7 @@ from lobra.commands.profile_options import (
     base_shape,
     check_one_machine,
     environment_of,
+    fitting_tasks,
     make_console,
     precision_of,
     profiler_problems,
@@ -26,7 +27,6 @@ from lobra.model.folder import resolve_folder
 from lobra.profiler.lookup import profiled_name
 from lobra.profiler.profiles import MEMORY_COLUMNS, default_memory_path, load_memory_profile
 from lobra.profiler.sweep_file import open_sweep
-from lobra.tasks.task_file import load_trainer_config
 
 
 @as_options
@@ -86,10 +86,10 @@ def _measure(options: MemoryOptions) -> int:
     )
 
     check_one_machine(options.host_file, os.environ)
-    tasks = load_trainer_config(options.trainer_config, options.num_tasks).tasks
     device = resolve_device(options.device)
     precision = precision_of(options.precision, device)
     shape = base_shape(options, precision)
+    tasks = fitting_tasks(options.trainer_config, options.num_tasks, shape)
     limit = num_devices(device)
     layouts = layouts_within(shape, options.num_gpus)
     here = tuple((tp, pp) for tp, pp in layouts if limit is None or tp * pp <= limit)
@@ -158,9 +158,9 @@ def _estimate(options: MemoryOptions) -> int:
     tables = load_tables(options.accelerators)
     accelerator = tables.accelerator(options.accelerator)
     runtime = tables.runtime(options.runtime)
-    tasks = load_trainer_config(options.trainer_config, options.num_tasks).tasks
     precision = options.precision or "bf16"
     shape = base_shape(options, precision)
+    tasks = fitting_tasks(options.trainer_config, options.num_tasks, shape)
     adapters = Adapters.of_tasks(tasks, shape)
     largest = whole_steps(options.max_seq_length)
     budget = CUDA_MEMORY_SHARE * accelerator.memory_bytes

@@ -14,6 +14,9 @@ from lobra.common.options import Device, ModelName, option_problems
 from lobra.layout.base_precision import BasePrecision, library_problem, option_problem
 from lobra.layout.memory_policy import MemoryPolicy
 from lobra.layout.shapes import ModelShape, resolve_shape
+from lobra.model.adapter_checks import task_file_problems
+from lobra.tasks.config import TaskConfig
+from lobra.tasks.task_file import load_trainer_config
 from lobra.trainer.host_file import read_host_file
 
 if TYPE_CHECKING:
@@ -124,6 +127,19 @@ def base_shape(options: ProfilerOptions, precision: str) -> ModelShape:
     problems = filter(None, (option_problem(options.base_precision, precision), unable))
     Problems(problems).raise_if_any()
     return shape
+
+
+def fitting_tasks(name: str, num_tasks: int | None, shape: ModelShape) -> tuple[TaskConfig, ...]:
+    """Return the tasks of a task file.
+
+    Raises
+    ------
+    ConfigError
+        With every mistake of the file, or all of the tasks' adapters that the model cannot have.
+    """
+    config = load_trainer_config(name, num_tasks)
+    task_file_problems(config, shape).raise_if_any()
+    return config.tasks
 
 
 def environment_of(device: str) -> dict[str, Any]:

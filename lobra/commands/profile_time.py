@@ -17,6 +17,7 @@ from lobra.commands.profile_options import (
     base_shape,
     check_one_machine,
     environment_of,
+    fitting_tasks,
     make_console,
     precision_of,
     profiler_problems,
@@ -39,12 +40,12 @@ from lobra.profiler.profiles import (
 )
 from lobra.profiler.sidecar import meta_path
 from lobra.profiler.sweep_file import open_sweep
-from lobra.tasks.task_file import load_trainer_config
 
 if TYPE_CHECKING:
     from lobra.profiler.accelerators import Tables
     from lobra.profiler.estimate_time import Workload
     from lobra.profiler.layer_time_rank import SingleDevice
+    from lobra.tasks.config import TaskConfig
 
 NUM_TASKS, LORA_RANK = 4, 16  # where neither they nor a trainer config are given
 DEFAULT_MAX_SEQ_LENGTH = {"cpu": 2048, "cuda": 16384}
@@ -160,7 +161,7 @@ def _measure(options: TimeOptions) -> int:
         precision=precision,
         device=device,
         single_device=_single_devices(options, shape, precision, device, tps),
-        tasks=load_trainer_config(options.trainer_config).tasks if options.trainer_config else (),
+        tasks=_tasks(options, shape),
         links=_links(options),
         memory=options.memory,
         quick=options.quick,
@@ -340,35 +341,26 @@ def _links(options: TimeOptions) -> str:
 
 
 def _workload(options: TimeOptions, tables: Tables, shape: ModelShape, precision: str) -> Workload:
+    from lobra.profiler.estimate_memory import Adapters
     from lobra.profiler.estimate_time import Workload
 
     assert options.accelerator is not None, "see profiler_problems"
     runtime = tables.runtime(options.runtime)
+    tasks = _tasks(options, shape)
     return Workload(
         shape,
         tables.accelerator(options.accelerator),
         precision,
-        options.lora_rank or _largest_rank(options),
+        options.lora_rank or max((task.rank for task in tasks), default=LORA_RANK),
         memory=options.memory,
         sequence_parallel=runtime.sequence_parallel,
         keeps_elementwise=runtime.keeps_elementwise,
-        dropout_modules=_dropout_modules(options, shape),
+        dropout_modules=Adapters.of_tasks(tasks, shape).dropout_modules,
     )
 
 
-def _largest_rank(options: TimeOptions) -> int:
-    if not options.trainer_config:
-        return LORA_RANK
-    return max(task.rank for task in load_trainer_config(options.trainer_config).tasks)
-
-
-def _dropout_modules(options: TimeOptions, shape: ModelShape) -> tuple[str, ...]:
-    from lobra.profiler.estimate_memory import Adapters
-
-    if not options.trainer_config:
-        return ()
-    tasks = load_trainer_config(options.trainer_config).tasks
-    return Adapters.of_tasks(tasks, shape).dropout_modules
+def _tasks(options: TimeOptions, shape: ModelShape) -> tuple[TaskConfig, ...]:
+    return fitting_tasks(options.trainer_config, None, shape) if options.trainer_config else ()
 
 
 def _paths(options: TimeOptions) -> tuple[Path, Path, Path]:

@@ -114,6 +114,9 @@ def test_an_argument_told_by_its_place_is_missing_only_where_it_is(
         (["experiment", "simulate", "7B"], ["--output: is required"]),
         (["experiment", "simulate"], ["MODEL: is required", "--output: is required"]),
         (["report"], ["RUN: is required"]),
+        (["tasks", "add"], ["RUN: is required", "FILE: is required"]),
+        (["tasks", "add", "runs/a"], ["FILE: is required"]),
+        (["tasks", "cancel", "--timeout", "5"], ["RUN: is required", "NAME: is required"]),
     ):
         assert main(words) == 2
         output = capsys.readouterr().err
@@ -241,3 +244,30 @@ def test_the_doctor_says_which_hosts_and_nodes_do_not_fit(
         assert findings[f"host {name}"].status == doctor.LACKS
     assert findings["placement"].status == doctor.LACKS
     assert "larger than a node of 3 GPUs" in findings["placement"].text
+
+
+def test_typos_are_told_before_torch_is_imported(project_root: Path, tmp_path: Path) -> None:
+    told = (
+        (["generate", "--model", "70b", "--adapter", "nowhere"], "2 problems"),
+        (["export", "--model", "70b", "--adapter", "nowhere", "--output-dir", "new"], "2 problems"),
+        (["export"], "3 problems"),
+        (["generate", "--adapter", "x"], "--model: is required"),
+    )
+    program = (
+        "import sys\nfrom lobra.cli import main\n"
+        f"for words, _ in {told!r}:\n"
+        "    assert main(words) == 2\n    print('--', file=sys.stderr)\n"
+        "print({'torch', 'transformers', 'peft'} & set(sys.modules))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(project_root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "set()"
+    for message, (_, said) in zip(result.stderr.split("--\n"), told, strict=False):
+        assert said in message

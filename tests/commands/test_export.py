@@ -82,3 +82,16 @@ def test_all_mistakes_at_once(
     words = ["--model", str(place), "--adapter", str(place), "--output-dir", "new"]
     assert main(["export", *words]) == 2
     assert "is a whole model, no adapter" in capsys.readouterr().err
+
+
+def test_what_may_have_been_meant_by_a_folder_without_an_adapter(
+    place: Path, adapters: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model", str(place), "--prompt", "a"]
+    for given, said in (
+        (str(place), "is a whole model, no adapter: give it as --model"),
+        (".", "holds no adapter_config.json; give one of one, two"),
+        ("tow", "no such folder"),
+    ):
+        assert main(["generate", *words, "--adapter", given]) == 2
+        assert f"--adapter {given}: {said}" in capsys.readouterr().err

@@ -358,3 +358,50 @@ def test_all_mistakes_are_told_at_once(
     words = ["--model", "none", "--trainer-config", "nowhere", "--rows", "-1"]
     assert lobra(["data", "show", *words]) == 2
     assert "3 problems" in capsys.readouterr().err
+
+
+PLANNING = (
+    "--strategy-config", "plan.yaml", "--time-profile", "time.csv", "--lengths", "lengths.json",
+    "--memory-profile", "memory.csv",
+)  # fmt: skip
+ESTIMATING = ("--estimate", "--accelerator", "A100-40GB", "--output", "new.csv")
+READERS = (
+    ("plan", "--num-gpus", "4", *PLANNING),
+    ("simulate", *PLANNING),
+    ("profile", "memory", "--num-gpus", "4", *ESTIMATING),
+    ("profile", "time", "--tp", "1", *ESTIMATING),
+)
+
+
+@pytest.mark.parametrize("words", READERS, ids=lambda words: "-".join(words[:2]))
+def test_what_the_model_cannot_have_is_told_before_training(
+    files: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+) -> None:
+    config = json.loads((files / "config.json").read_text())
+    config["task"][0] |= {"modules_to_save": ["input_norm"], "bias": "all"}
+    config["task"][1] |= {"rank_pattern": {"k_pro": 2}}
+    (files / "config.json").write_text(json.dumps(config))
+    (files / "plan.yaml").write_text("strategy_config: [{dp: 1, tp: 1, pp: 1, max_tokens: 2048}]\n")
+    before = sorted(entry.name for entry in files.iterdir())
+    assert lobra([*words, "--model", "7B", "--trainer-config", "config.json"]) == 2
+    message = capsys.readouterr().err
+    for told in (
+        "3 problems",
+        "config.json: task[0].modules_to_save: 'input_norm' fits no norm of 7B",
+        "config.json: task[0].bias: all, but 7B has no such biases",
+        "config.json: task[1].rank_pattern: 'k_pro' fits nothing that the adapter is on",
+    ):
+        assert told in message
+    assert sorted(entry.name for entry in files.iterdir() if entry.name[0] != ".") == before
+
+
+@pytest.mark.parametrize("lengths", [["--lengths", "lengths.json"], []])
+def test_a_model_that_is_none_is_told_once(
+    files: Path, capsys: pytest.CaptureFixture[str], lengths: list[str]
+) -> None:
+    data = [word for word in arguments() if word not in ("--lengths", "lengths.json")]
+    assert main([*data, *lengths, "--model", "70b"]) == 2
+    told = "model '70b' (did you mean '70B'?): neither one of"
+    assert capsys.readouterr().err.startswith(f"deploy_strategy_plan: {told}")
+    assert lobra(["data", "show", "--model", "70b", "--trainer-config", "quickstart"]) == 2
+    assert capsys.readouterr().err.startswith(f"lobra: {told}")

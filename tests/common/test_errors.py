@@ -135,3 +135,12 @@ def test_raising_only_what_is_there() -> None:
 def test_suggestions_ignore_case_and_leave_strangers_alone() -> None:
     assert "'rank'" in did_you_mean("Ramk", ["rank", "steps"])
     assert did_you_mean("zzz", ["rank", "steps"]) == ""
+
+
+def test_what_two_things_stumble_over_is_noted_once() -> None:
+    found = Problems(["model 'x': none"])
+    with found.noted():
+        raise ConfigError(["model 'x': none", "a.csv: broken"])
+    with found.noted():
+        raise ConfigError(Problems(bad_rows("b.jsonl", 30)))
+    assert found.total == 32 and list(found)[:2] == ["model 'x': none", "a.csv: broken"]

@@ -122,7 +122,7 @@ def test_rows_of_other_links_are_not_continued(sweep: TimeSweep, tmp_path: Path)
     shard = SingleDevice(2, (0.1, 0.001), (0.05, 0.0005))
     sweep = replace(sweep, tps=(2,), load_ranks=0, single_device=(shard,), links="of an A100")
     opened(sweep, tmp_path)[0].add((2, 64, 1, 1.0), {"spread": 0.0})
-    with pytest.raises(ConfigError, match="links was 'of an A100', is now 'of an H100'"):
+    with pytest.raises(ConfigError, match='links was "of an A100", is now "of an H100"'):
         opened(replace(sweep, links="of an H100"), tmp_path)
 
 

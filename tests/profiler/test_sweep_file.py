@@ -112,7 +112,7 @@ def test_a_skipped_row_is_remembered(tmp_path: Path) -> None:
 def test_other_settings_are_never_mixed(tmp_path: Path) -> None:
     path = written(tmp_path / "t.csv")
     before = path.read_bytes()
-    with pytest.raises(ConfigError, match=r"precision was 'fp32', is now 'bf16'.*--restart"):
+    with pytest.raises(ConfigError, match=r'precision was "fp32", is now "bf16".*--restart'):
         opened(path, SETTINGS | {"precision": "bf16"})
     assert path.read_bytes() == before
     assert opened(path, SETTINGS | {"precision": "bf16"}, restart="changed").done == {}
@@ -247,3 +247,27 @@ def test_nor_are_rows_of_other_cores_or_another_torch(
     opened(tmp_path / "t.csv", environment=before).add((1, 64, 1, 2.0), {})
     with pytest.raises(ConfigError, match=message):
         opened(tmp_path / "t.csv", environment=now)
+
+
+def test_what_differs_is_told_in_short(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    figures = {"memory_gib": 40, "bf16_tflops": 312}
+    mine = SETTINGS | {"accelerator": {"name": "A", **figures}, "adapters": [[16, ["q_proj"]]] * 2}
+    opened(path, mine).add(ROWS[0], {})
+    for changed, told in (
+        ({"accelerator": {"name": "B", "memory_gib": 80}}, 'accelerator.name was "A", is now "B"'),
+        (
+            {"accelerator": {"name": "A", **figures, "memory_gib": 80}},
+            "memory_gib was 40, is now 80",
+        ),
+        ({"adapters": [[16, ["q_proj"]]]}, "adapters were 2, are now 1"),
+        (
+            {"adapters": [[16, ["q_proj"]], [8, []]]},
+            'adapters[1] was [16, ["q_proj"]], is now [8, []]',
+        ),
+        ({"quick": True}, "quick was not given, is now true"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            opened(path, mine | changed)
+        (problem,) = caught.value.problems
+        assert f"{told})" in problem and problem.count(" was ") == (" were " not in told) + 1

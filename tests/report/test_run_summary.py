@@ -81,3 +81,17 @@ def test_a_report_has_validation_losses_and_says_where_adapters_are(run: Path) -
 def test_large_numbers() -> None:
     numbers = (12.0, 3.456e6, 989e12, 1e9)
     assert [tera(number) for number in numbers] == ["12 ", "3.46 M", "989 T", "1 G"]
+
+
+def test_a_model_that_is_trained_whole_is_called_none_of_an_adapter(run: Path) -> None:
+    written = yaml.safe_load((run / "config.yaml").read_text())
+    written["tasks"] = [{"name": "a", "num_steps": 9, "adapter": "full"}]
+    (run / "config.yaml").write_text(yaml.safe_dump(written))
+    (run / "checkpoints/step_2/adapters/a").mkdir(parents=True)
+    (run / "checkpoints/step_2/state.json").touch()
+    shown = report(run)
+    assert f"the model, as last saved: {run / 'checkpoints/step_2/adapters'}" in shown
+    (run / "adapters/a").mkdir(parents=True)
+    shown = report(run)
+    assert f"the model, as transformers loads it: {run / 'adapters'}" in shown
+    assert "adapters" not in shown.replace(str(run / "adapters"), "")

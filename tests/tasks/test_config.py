@@ -482,3 +482,20 @@ def test_importing_it_is_light() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+def test_which_of_steps_and_epochs_counts_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    theirs = {key: value for key, value in LOBRA_TASK.items() if key not in ("steps", "epochs")}
+    problems = problems_of(write(tmp_path, [theirs | {"max_steps": 5, "num_epochs": 2}]))
+    assert problems == (
+        "task[0].max_steps: is no field here: it is called steps, and counts where epochs is given "
+        "too",
+        "task[0].num_epochs: is no field here: it is called epochs, and counts where steps is not "
+        "given",
+    )
+    load_trainer_config(write(tmp_path, [LOBRA_TASK | {"steps": 5, "epochs": 1}]))
+    assert not caplog.text
+    load_trainer_config(write(tmp_path, [LOBRA_TASK | {"steps": 5, "epochs": 2}]))
+    assert "its 5 steps count, its 2 epochs do not" in caplog.text

@@ -80,7 +80,7 @@ def test_a_task_whose_update_fails_keeps_its_last_adapter(
     for part in (
         f"step 2: task raising is stopped: its update failed: ValueError: odd (on rank {last}); ",
         "step 3: task spoilt is stopped: its update failed: its weights would not be finite any "
-        "more (on rank 0); its adapter is that of the step before",
+        "more (on rank 0); its weights are those of the step before",
     ):
         assert said.count(part) == 1, said
     assert "its update is skipped" not in said

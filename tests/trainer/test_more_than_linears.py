@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from lobra.layout.placement import place as placed_anywhere
 from lobra.layout.shapes import read_shape
-from lobra.model.adapter import AdapterSpec
+from lobra.model.adapter_checks import adapter_problems
 from lobra.model.checkpoint import CheckpointReader
 from lobra.model.flat_tensors import FlatTensors
 from lobra.trainer.adapters import adapter_spec, check_adapter, save_adapter
@@ -207,8 +207,8 @@ def test_an_adapter_of_another_embedding_is_no_start(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "fields", "problem"),
     [
-        ("llama", dict(kind="dora", target_modules=("embed_tokens",)), "dora is not supported on"),
-        ("qwen3", dict(kind="pissa", target_modules=("lm_head",)), "lm_head and embed_tokens"),
+        ("llama", dict(adapter="dora", target_modules=("embed_tokens",)), "dora is not supported"),
+        ("qwen3", dict(adapter="pissa", target_modules=("lm_head",)), "lm_head and embed_tokens"),
         ("llama", dict(modules_to_save=("lm_head",)), "'lm_head' fits no norm of"),
         ("llama", dict(bias="all"), "bias: all, but base has no such biases"),
         ("qwen2", dict(bias="lora_only", target_modules=("o_proj",)), "has no such biases"),
@@ -218,6 +218,6 @@ def test_what_a_model_is_not_made_for_is_told(
     family: str, fields: dict[str, Any], problem: str, tmp_path: Path
 ) -> None:
     shape = read_shape(save_family(family, tmp_path / "base", num_hidden_layers=2))
-    spec = AdapterSpec("x", 2, 2.0, **{"target_modules": ("q_proj",), **fields})
-    (found,) = spec.problems(shape)
+    own = task_config(task("x", **{"target_modules": ("q_proj",), **fields}))
+    (found,) = adapter_problems(own, shape)
     assert problem in found

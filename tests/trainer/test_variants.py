@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from lobra.layout.placement import place as placed_anywhere
 from lobra.layout.shapes import read_shape
-from lobra.model.adapter import AdapterSpec
+from lobra.model.adapter_checks import adapter_problems
 from lobra.model.pissa import divided
 from lobra.model.site import sites
 from lobra.tasks.dataset import TokenizedDataset
@@ -201,8 +201,8 @@ def logits_of(base: Path, adapter: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize("pattern", ["q_pro", "self_attn", "layers.4.self_attn.q_proj"])
 def test_a_pattern_that_fits_nothing_is_told(joint: Joint, pattern: str) -> None:
-    spec = AdapterSpec("x", 2, 2.0, ATTENTION, rank_pattern=((pattern, 3), ("v_proj", 4)))
-    (problem,) = spec.problems(read_shape(joint.base))
+    fields = task("x", target_modules=ATTENTION, rank_pattern={pattern: 3, "v_proj": 4})
+    (problem,) = adapter_problems(task_config(fields), read_shape(joint.base))
     assert problem.startswith(f"rank_pattern: {pattern!r} fits nothing")
 
 
