@@ -14,6 +14,7 @@ from multiprocessing.connection import Listener
 import uvicorn
 
 from lobra.common.errors import ConfigError
+from lobra.model.launch import run_ranks
 from lobra.service.app import make_app
 from lobra.service.coordinator import Coordinator
 from lobra.service.deployment import Deployment
@@ -23,7 +24,7 @@ from lobra.service.ledger import Ledger
 from lobra.service.sampling import Sampling
 from lobra.service.tenants import add_tenant, all_tenants
 from lobra.service.waiters import Waiters
-from lobra.trainer.run import start_ranks
+from lobra.trainer.run import PRELOAD
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,8 @@ class Service:
             A rank failed.
         """
         run = self.deployment.run
+        environment = {"DS_ACCELERATOR": "cpu"} if run.device == "cpu" else {}
+        os.environ.update(environment)  # the fork server imports deepspeed with this environment
         authkey = secrets.token_bytes(32)
         with (
             tempfile.TemporaryDirectory(prefix="lobra-service-") as folder,
@@ -89,8 +92,15 @@ class Service:
             coordinate.start()
             threading.Thread(target=self.sampling.run, daemon=True).start()
             try:
-                address = str(listener.address)
-                start_ranks(run, RANK_TARGET, on_signal, address=address, authkey=authkey)
+                run_ranks(
+                    RANK_TARGET,
+                    run.world_size,
+                    {"run": run, "address": str(listener.address), "authkey": authkey},
+                    device=run.device,
+                    environment=environment,
+                    preload=PRELOAD,
+                    on_signal=on_signal,
+                )
             finally:
                 self.http.should_exit = True
                 self.sampling.stop()

@@ -8,7 +8,7 @@ import platform
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from itertools import chain
@@ -70,36 +70,21 @@ def run_local(run: RunSpec, target: str = "lobra.trainer.rank:train_rank") -> li
             signal.Signals(number).name,
         )
 
-    watch = WatchOrder(run.hang_timeout_s, run.output_dir / STACKS_FOLDER)
-    results = start_ranks(run, target, tell, watch)
-    if received and results[0].stopped_at is not None:
-        results[0].stop_signal = received[0]
-    return results
-
-
-def start_ranks(
-    run: RunSpec,
-    target: str,
-    on_signal: Callable[[int], None] | None = None,
-    watch: WatchOrder | None = None,
-    **more: Any,
-) -> list[Any]:
-    """Run a target on every rank of a run, on this machine; return what `run_ranks` does.
-
-    The target gets the run and what ``more`` there is.
-    """
     environment = {"DS_ACCELERATOR": "cpu"} if run.device == "cpu" else {}
     os.environ.update(environment)  # the fork server imports deepspeed with this environment
-    return run_ranks(
+    results = run_ranks(
         target,
         run.world_size,
-        {"run": run, **more},
+        {"run": run},
         device=run.device,
         environment=environment,
         preload=PRELOAD,
-        on_signal=on_signal,
-        watch=watch,
+        on_signal=tell,
+        watch=WatchOrder(run.hang_timeout_s, run.output_dir / STACKS_FOLDER),
     )
+    if received and results[0].stopped_at is not None:
+        results[0].stop_signal = received[0]
+    return results
 
 
 def in_launcher() -> bool:
