@@ -41,7 +41,7 @@ from lobra.tasks.dataset import TokenizedDataset
 from lobra.tasks.sampling import task_seed
 from lobra.tasks.target_modules import TARGET_MODULES
 from lobra.trainer.run import PRELOAD, run_local
-from tests.trainer.support import make_run
+from tests.trainer.support import dataset_of, make_run
 
 LEARNING_RATE, LORA_RANK = 1e-3, 16
 HOURS_S = 4 * 3600.0  # after which a method that hangs is given up
@@ -76,16 +76,12 @@ class Row:
         return self.losses[-1]
 
 
-def random_dataset(number: int, longest: int, vocab_size: int, seed: int = 0) -> TokenizedDataset:
+def random_dataset(number: int, longest: int, vocab_size: int) -> TokenizedDataset:
     """Return random sequences: most are short, the longest has ``longest`` tokens."""
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     lengths = np.clip(generator.lognormal(4.2, 0.9, number), 16, longest).astype(np.int64)
     lengths[0] = longest
-    tokens = generator.integers(3, vocab_size, int(lengths.sum())).astype(np.int32)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    labels = tokens.copy()
-    labels[offsets[:-1]] = -100
-    return TokenizedDataset(tokens, labels, offsets)
+    return dataset_of(lengths, vocab_size, generator)
 
 
 def run_baseline(method: str, work: Work, ranks: int) -> Row:

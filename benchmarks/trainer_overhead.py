@@ -24,7 +24,7 @@ from lobra.tasks.dataset import TokenizedDataset
 from lobra.tasks.target_modules import TARGET_MODULES
 from lobra.trainer.metrics import read_metrics
 from lobra.trainer.run import run_local
-from tests.trainer.support import make_run
+from tests.trainer.support import dataset_of, make_run
 
 SEQUENCES_PER_TASK = 6
 LENGTHS = (24, 200)
@@ -72,11 +72,7 @@ def random_dataset(seed: int, vocab_size: int) -> TokenizedDataset:
     generator = np.random.default_rng(seed)
     low, high = LENGTHS
     lengths = np.clip(generator.lognormal(4.0, 0.6, 200), low, high).astype(np.int64)
-    tokens = generator.integers(3, vocab_size, int(lengths.sum())).astype(np.int32)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    labels = tokens.copy()
-    labels[offsets[:-1]] = -100
-    return TokenizedDataset(tokens, labels, offsets)
+    return dataset_of(lengths, vocab_size, generator)
 
 
 def trainer_overhead(*, steps: int = 12, case: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:

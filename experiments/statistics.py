@@ -28,7 +28,7 @@ def mean_interval(values: np.ndarray) -> Interval:
     return Interval(mean, mean - reach, mean + reach)
 
 
-def reduction_interval(values: np.ndarray, baseline: np.ndarray, seed: int = 0) -> Interval:
+def reduction_interval(values: np.ndarray, baseline: np.ndarray) -> Interval:
     """Return 1 - mean(values) / mean(baseline), with the interval of a paired bootstrap.
 
     Both are [n]: the same n sampled steps. Steps are resampled in pairs, so what makes a step long
@@ -42,7 +42,7 @@ def reduction_interval(values: np.ndarray, baseline: np.ndarray, seed: int = 0) 
     values, baseline = np.asarray(values, float), np.asarray(baseline, float)
     if values.shape != baseline.shape:
         raise ValueError(f"{len(values)} steps against {len(baseline)}: not the same steps")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     chosen = rng.integers(0, len(values), size=(RESAMPLES, len(values)))
     ratios = 1.0 - values[chosen].mean(axis=1) / baseline[chosen].mean(axis=1)
     low, high = np.percentile(ratios, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])

@@ -60,7 +60,6 @@ def planning_rows(
     *,
     published_s: Mapping[str, float | None] | None = None,
     published_plan: str = "",
-    patterns: tuple[tuple[str, str, bool], ...] = PATTERNS,
 ) -> Rows:
     """Return every pattern's planning time, plan and quality.
 
@@ -73,11 +72,11 @@ def planning_rows(
     bench = bench.in_powers_of_two()
     theirs = _expected_step_s(bench, published_plan)
     cells = [
-        deployment_cell(bench, pattern, proposal, limit_s) for _, pattern, proposal in patterns
+        deployment_cell(bench, pattern, proposal, limit_s) for _, pattern, proposal in PATTERNS
     ]
     rows = []
     records = store.get(cells, f"planning {bench.num_gpus} GPUs")
-    for (label, _, _), record in zip(patterns, records, strict=True):
+    for (label, _, _), record in zip(PATTERNS, records, strict=True):
         known = published_s is not None and label in published_s
         stopped = record.get("proven") is False and record["limit_s"] is not None
         rows.append(

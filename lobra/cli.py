@@ -13,8 +13,10 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from cyclopts import (
@@ -177,7 +179,24 @@ def parsed(app: App, words: Sequence[str]) -> Callable[[], Any]:
         command, given, _ = app.parse_args(words, print_error=False, exit_on_error=False)
     except CycloptsError as error:
         raise ConfigError(_explained(error)) from None
+    _long_names(given.arguments).raise_if_any()
     return partial(command, *given.args, **given.kwargs)
+
+
+def _long_names(values: Mapping[str, Any]) -> Problems:
+    """Return which paths among values, or of dataclasses among them, no file can have."""
+    problems = Problems()
+    for value in values.values():
+        if is_dataclass(value):
+            problems += _long_names(vars(value))
+        for path in value if isinstance(value, tuple) else (value,):
+            try:
+                if isinstance(path, Path):
+                    path.lstat()
+            except OSError as error:
+                if error.errno == errno.ENAMETOOLONG:
+                    problems.add(f"{path}: {error.strerror}")
+    return problems
 
 
 def _empty_words(words: Sequence[str]) -> Problems:
@@ -280,9 +299,6 @@ def guarded(run: Callable[[], int], name: str = "lobra") -> int:
     except Exception as error:
         if missing := missing_package(error):
             print(f"{name}: {missing} is not installed; {INSTALL_TRAIN}", file=sys.stderr)
-            return EXIT_USER_MISTAKE
-        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # of the user's
-            print(f"{name}: {Problems([f'{error.filename}: {error.strerror}'])}", file=sys.stderr)
             return EXIT_USER_MISTAKE
         traceback.print_exc()
         return EXIT_FAILURE

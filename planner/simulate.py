@@ -110,7 +110,7 @@ def simulate(
 
 
 def simulate_packed(
-    plan: Plan, workload: Workload, cost_model: CostModel, num_steps: int, *, name: str = "packed"
+    plan: Plan, workload: Workload, cost_model: CostModel, num_steps: int
 ) -> Simulation:
     """Return what the first ``num_steps`` steps of a run take on a plan, packed; see `simulate`."""
     costs = packed_costs(plan, cost_model)
@@ -119,7 +119,7 @@ def simulate_packed(
         assignment = dispatch_packed(lengths, plan, costs)
         return assignment.replica_time_s, assignment.padded_tokens
 
-    return _simulated(name, plan, cost_model, workload.steps(num_steps), run)
+    return _simulated("packed", plan, cost_model, workload.steps(num_steps), run)
 
 
 def _simulated(

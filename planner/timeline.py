@@ -16,7 +16,6 @@ def timeline(
     lengths: IntArray,
     plan: Plan,
     cost_model: CostModel,
-    step: int = 0,
 ) -> list[ReplicaTrace]:
     """Return every replica's timeline, in plan order; ``lengths`` are what was dispatched.
 
@@ -47,7 +46,7 @@ def timeline(
             _shifted(slices, stage * longest_s, (pp - 1 - stage) * longest_s) for stage in range(pp)
         ]
         name = f"replica {replica.index} {replica.layout}"
-        replicas.append(ReplicaTrace(name, [Slice(f"step {step}", 0.0, busy_s, details)], stages))
+        replicas.append(ReplicaTrace(name, [Slice("step 0", 0.0, busy_s, details)], stages))
     return replicas
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack, closing
 from pathlib import Path
-from types import TracebackType
 
 from lobra.tasks.config import TaskConfig
 from lobra.trainer.forecast import Outlook
@@ -55,12 +54,7 @@ class Records:
         self._open.enter_context(self._screen)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self._open.close()
         for tracker in self._trackers:
             tracker.close(failed=kind is not None)

@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from lobra.trainer.host_probe import MARK
@@ -87,12 +86,7 @@ class RemoteHost:
         """Begin the block."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """End the process."""
         assert self._process.stdin and self._process.stdout
         self._process.stdin.close()

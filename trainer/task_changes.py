@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
-from types import TracebackType
 
 from lobra.common.errors import ConfigError
 from lobra.tasks.text_processor import TextProcessor
@@ -156,10 +155,5 @@ class TaskChanges:
     def __enter__(self) -> TaskChanges:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)

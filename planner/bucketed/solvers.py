@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from types import TracebackType
 
 from lobra.planner.bucketed.identical import IdenticalModel, IdenticalResult
 
@@ -51,12 +50,7 @@ class Solvers:
     def __enter__(self) -> Solvers:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         if kind is not None:
             self._stopped = True
             self._pool.shutdown(wait=False, cancel_futures=True)

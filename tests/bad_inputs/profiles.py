@@ -113,7 +113,7 @@ CASES = _cases() | {
         ("none.csv: no such profile",), None, ("--time-profile", "none.csv"), "plan"
     ),
     "time-folder": Case(("base: ", "no regular file"), None, ("--time-profile", "base"), "plan"),
-    "time-long-name": Case(("no such profile",), None, ("--time-profile", "x" * 300), "plan"),
+    "time-long-name": Case(("File name too long",), None, ("--time-profile", "x" * 300), "plan"),
     "lengths-pickle": Case(
         ("few.npy",), {"folder/few.npy": b"\x80\x04\x95."}, ("--lengths", "folder"), "plan"
     ),

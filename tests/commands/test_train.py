@@ -303,6 +303,12 @@ def test_a_run_goes_on_with_another_plan_and_is_reported(
     ]
     assert train(place, "--resume", "7") == 2
     assert "has only the steps 1, 3" in capsys.readouterr().err
+    write_config(steps=3, name="another")
+    assert train(place, "--resume") == 2
+    told = capsys.readouterr().err
+    assert told.startswith(
+        "lobra: --resume: tasks.json has other tasks than the checkpoint: it lacks"
+    )
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,12 @@ from tests.trainer.command import write_config, write_plan
 
 
 @pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a small random Llama of four layers, without a tokenizer."""
+    return save_llama(tmp_path_factory.mktemp("llama") / "base")
+
+
+@pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a small random Llama with a byte-level tokenizer of 300 tokens."""
     folder = save_llama(tmp_path_factory.mktemp("tiny-base") / "base", vocab_size=300)

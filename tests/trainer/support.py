@@ -59,18 +59,25 @@ def make_plan(layouts: list[tuple[Any, ...]], max_tokens: int) -> Plan:
     return Plan(tuple(groups))
 
 
+def dataset_of(lengths: np.ndarray, vocab: int, generator: np.random.Generator) -> TokenizedDataset:
+    """Return random sequences of these lengths; all tokens but the first are targets."""
+    tokens = generator.integers(3, vocab, int(lengths.sum())).astype(np.int32)
+    labels = tokens.copy()
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    labels[offsets[:-1]] = -100
+    return TokenizedDataset(tokens, labels, offsets)
+
+
 def random_dataset(
     num: int, shortest: int, longest: int, vocab: int, seed: int
 ) -> TokenizedDataset:
     """Return random sequences whose first third is prompt (masked)."""
     generator = np.random.default_rng(seed)
     lengths = generator.integers(shortest, longest + 1, num)
-    tokens = generator.integers(3, vocab, int(lengths.sum())).astype(np.int32)
-    labels = tokens.copy()
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    for start, length in zip(offsets[:-1], lengths, strict=True):
-        labels[start : start + max(1, length // 3)] = -100
-    return TokenizedDataset(tokens, labels, offsets, 0, 0)
+    data = dataset_of(lengths, vocab, generator)
+    for start, length in zip(data.offsets[:-1], lengths, strict=True):
+        data.labels[start : start + length // 3] = -100
+    return data
 
 
 def make_run(

@@ -27,7 +27,6 @@ from lobra.trainer.exporter import AdapterExporter
 from lobra.trainer.log_parts import METRICS_FILE
 from lobra.trainer.metrics import read_metrics
 from lobra.trainer.run import run_local
-from tests.model.support import save_llama
 from tests.trainer.support import make_plan, make_run, random_dataset
 
 SHAPE = ModelShape("base", 4, 64, 96, 4, 2, 16, 256)  # what save_llama saves
@@ -36,11 +35,6 @@ TASKS = (
     TaskConfig("wide", 8, 16.0, TARGET_MODULES, 4, **SHARED_FIELDS),
     TaskConfig("narrow", 2, 1.0, ("o_proj", "gate_proj"), 3, **SHARED_FIELDS),
 )
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("adapters") / "base")
 
 
 @pytest.fixture(scope="module")

@@ -22,18 +22,12 @@ from lobra.trainer.request import TrainRequest
 from lobra.trainer.run_spec import Admission, RunSpec
 from lobra.trainer.task_file_watch import TaskFileWatch, request_to_join
 from lobra.trainer.task_progress import RunTask, TaskProgress
-from tests.model.support import save_llama
 from tests.trainer.command import refused as refused_by_command
 from tests.trainer.command import train
 from tests.trainer.live import write_rows
 from tests.trainer.support import make_plan, make_run, random_dataset, small_task
 
 PLAN = make_plan([(1, 1), (2, 1)], 1024)  # of 1,024 and 2,048 tokens
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("admission") / "base")
 
 
 @pytest.fixture

@@ -36,7 +36,6 @@ from lobra.trainer.run import run_local
 from lobra.trainer.run_spec import RunSpec
 from lobra.trainer.step_report import StepReport
 from lobra.trainer.task_progress import MAX_SKIPPED_IN_ROW, RunTask, TaskProgress
-from tests.model.support import save_llama
 from tests.trainer.faults import (
     EVALUATION_BYTES,
     FAST_S,
@@ -54,11 +53,6 @@ TASKS = (
     TaskConfig("steady", 4, 8.0, TARGET_MODULES, 4, **COMMON),
     TaskConfig("broken", 2, 4.0, ("q_proj", "down_proj"), 3, weight_decay=0.1, **COMMON),
 )
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("life") / "base")
 
 
 def new_run(folder: Path, base: Path, layouts: list, steps: int = 4, **changes: object) -> RunSpec:

@@ -16,18 +16,12 @@ from lobra.trainer.checkpoint import read_state, step_folder
 from lobra.trainer.run import run_local
 from lobra.trainer.run_spec import RunSpec
 from lobra.trainer.step_trace import steps_of
-from tests.model.support import save_llama
 from tests.trainer.support import make_plan, make_run, random_dataset, train_steps
 
 COMMON = dict(dataset_name="random", context_length=64, learning_rate=1e-2)
 SHORT = TaskConfig("short", 4, 8.0, ("q_proj", "down_proj"), 4, steps=1, **COMMON)
 STEADY = TaskConfig("steady", 2, 4.0, ("o_proj",), 3, **COMMON)
 WEIGHTS = "adapter_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("exports") / "base")
 
 
 def weights(folder: Path) -> bytes:

@@ -41,7 +41,6 @@ from lobra.trainer.run_spec import RunSpec
 from lobra.trainer.task_progress import TaskProgress
 from lobra.trainer.trained_tasks import last_step
 from lobra.trainer.zero import moment_names
-from tests.model.support import save_llama
 from tests.trainer.support import make_plan, make_run, random_dataset, train_steps
 
 COMMON = dict(dataset_name="random", context_length=64, learning_rate=1e-2)
@@ -54,11 +53,6 @@ TASKS = (
     TaskConfig("short", 2, 4.0, ("o_proj",), 2, steps=4, **COMMON),
 )  # fmt: skip
 PLAN = make_plan([(1, 1), (2, 1), (1, 2)], max_tokens=64)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("resume") / "base")
 
 
 def new_run(folder: Path, base: Path, steps: int) -> RunSpec:
