@@ -22,13 +22,13 @@ import numpy as np
 from lobra.planner.clock import Clock
 from lobra.planner.fleet import Fleet
 from lobra.planner.longest_few import LongestFew
-from lobra.planner.prices import best_prices, cheapest, class_starts
+from lobra.planner.prices import best_prices, class_starts, worth
 from lobra.planner.replacement import replacement
 from lobra.planner.sequence_rates import SequenceRates
 
-LOOKED_AT = 6  # steps of which a plan's prices are computed
+LOOKED_AT = 12  # steps of which a plan's prices are computed
 LEVELS = 1.015  # ratio of step times that rates are told apart for
-TINY, ONE = 1e-300, np.ones(1)
+TINY = 1e-300
 SLACK = 1e-6  # relative: given away for the solver's tolerance
 MIP_GAP = 2e-4
 EXACT = 5e-4  # relative: what the program's value of a plan may be below that plan's bound
@@ -39,8 +39,9 @@ LEAST_S = 0.5  # for the integer program, however late it is
 class Certificate:
     """Lower bounds on the steps of plans, and on the mean step of any plan.
 
-    K steps, D lengths, C candidates, P vectors of prices. Plans are replicas, int64 [C]. Rates and
-    bubbles are those of steps at least as long as each is known to be, by level.
+    K steps, D lengths, C candidates. Plans are replicas, int64 [C]. Rates and bubbles are those of
+    steps at least as long as each is known to be, by level. A candidate's time has L limits: one of
+    rates, the others of what is begun (see `SequenceRates`); P times prices are known, [L, C] each.
 
     Parameters
     ----------
@@ -62,7 +63,7 @@ class Certificate:
         self._holds = fleet.max_tokens >= longest
         least_s = np.stack([one.least_s for one in rates])  # [C, D]
         alone_s = np.stack([one.alone_s for one in rates])
-        self._begun_s = np.stack([one.begun_s for one in rates])  # [C, D]
+        self._begun_s = np.stack([one.begun_s for one in rates], axis=1)  # [L - 1, C, D]
         self._longest_few = LongestFew.of(rates, counts)
         longest_one = counts.shape[1] - 1 - np.argmax(counts[:, ::-1] > 0, axis=1)  # of each step
         self._longest_s = alone_s[:, longest_one]  # [C, K]
@@ -70,30 +71,28 @@ class Certificate:
         price = fleet.sizes / fleet.num_gpus
         self._least_step_s = np.maximum(  # [K]: on the plan best for each step alone
             np.where(counts > 0, alone_s.min(axis=0), 0.0).max(axis=1),
-            self._counts @ cheapest(price, np.zeros(len(price)), least_s, least_s),
+            self._counts @ worth(price[None, None], least_s[None])[0],
         )
-        self._prices = self._begun = np.empty((0, len(price)))  # [P, C]; the part for begun ones
+        self._prices = np.empty((0, 1 + len(self._begun_s), len(price)))  # [P, L, C]
         self._cut_at: list[np.ndarray] = []
         self._after: dict[int, list[tuple[np.ndarray, float]]] = {}  # rates by level
         self._set_levels()
         # of every GPU, of those alone that hold more than some others, and of each layout alone
         max_tokens = fleet.max_tokens
         holds = max_tokens > np.unique([0, *max_tokens])[:-1, None]
-        holders = (self._holds & self._is_kept).tolist()
+        holders = self._holds & self._is_kept
         middle = int(np.argsort(self._least_step_s)[len(counts) // 2])
-        alone = [
-            self._for_all(np.array([one]), middle, size / fleet.num_gpus * ONE, 0.0 * ONE)[0]
-            for one, size in enumerate(fleet.sizes.tolist())
-            if holders[one]
-        ]
-        prices = np.concatenate([np.where(holds, price, 0.0), np.array(alone)])
-        self._add_prices(prices, np.zeros_like(prices))
+        prices = np.zeros((len(holds) + sum(holders), *self._prices.shape[1:]))
+        prices[: len(holds), 0] = np.where(holds, price, 0.0)
+        for place, one in enumerate(np.flatnonzero(holders).tolist(), len(holds)):
+            own = np.eye(1, len(self._begun_s) + 1).T * price[one]
+            prices[place] = self._for_all(np.array([one]), middle, own)
+        self._add_prices(prices)
         rare = self._values[:, -1] / self._values[:, 0]  # [K]
         order = np.argsort(rare, kind="stable")
         places = np.linspace(0, len(order) - 1, min(LOOKED_AT, len(order)))
         self._typical = order[np.rint(places).astype(np.int64)].tolist()
-        found = np.array([self._prices_of_shares(step) for step in self._typical])
-        self._add_prices(found[:, 0], found[:, 1])
+        self._add_prices(np.stack([self._prices_of_shares(step) for step in self._typical]))
 
     def _set_levels(self) -> None:
         """Take the rates of steps that take as long as each is known to take at least."""
@@ -112,19 +111,18 @@ class Certificate:
         )
         self._is_kept = self._replacement.any(axis=0)
         self._cut_at = [plan @ self._replacement for plan in self._cut_at]
-        self._values = self._values_at(self._prices, self._begun)
+        self._values = self._values_at(self._prices)
 
-    def _add_prices(self, prices: np.ndarray, begun: np.ndarray) -> None:
-        """Add prices, [P, C], and the part of them that is for what is begun."""
-        values = self._values_at(prices, begun)
+    def _add_prices(self, prices: np.ndarray) -> None:
+        """Add prices, [P, L, C]."""
+        values = self._values_at(prices)
         self._prices = np.concatenate([self._prices, prices])
-        self._begun = np.concatenate([self._begun, begun])
         self._values = np.concatenate([self._values, values], axis=1)
+        shared, prices = prices[:, 0], prices.sum(axis=1)
         least_s = (values / self._most_worth_of(prices)).max(axis=1)
         self._least_step_s = np.maximum(self._least_step_s, least_s)
         # the same with bubbles, of divisible replicas
         num_gpus, sizes = self._fleet.num_gpus, self._fleet.sizes
-        shared = prices - begun
         limits = (prices > 0) & self._is_kept
         for level, bubble_s in enumerate(self._bubble_s):
             steps = self._level_of == level
@@ -145,8 +143,7 @@ class Certificate:
         self._cut_at.append(replicas)
         steps = self._typical if steps is None else steps
         if steps:
-            found = np.array([self._prices_of(replicas, step) for step in steps])
-            self._add_prices(found[:, 0], found[:, 1])
+            self._add_prices(np.stack([self._prices_of(replicas, step) for step in steps]))
 
     def steps_s(self, plans: np.ndarray) -> np.ndarray:
         """Return float64 [plans, K]: what each step takes at least; plans is int64 [plans, C]."""
@@ -217,9 +214,8 @@ class Certificate:
         """Return a constant and float64 [C]: what n replicas' mean step is above, near at these."""
         by_price = self._by_price(replicas)
         best, steps = by_price.argmax(axis=1), np.arange(len(by_price))
-        value, price = self._values[steps, best], self._prices[best]
-        shared = price - self._begun[best]
-        lost_s = shared * self._bubble_s[self._level_of]  # [K, C]: of each replica
+        value, price = self._values[steps, best], self._prices[best].sum(axis=1)
+        lost_s = self._prices[best, 0] * self._bubble_s[self._level_of]  # [K, C]: of each replica
         most_s = (lost_s / self._fleet.sizes)[:, self._is_kept].max(axis=1) * self._fleet.num_gpus
         low, high = np.sqrt(value), np.sqrt(value + most_s)
         rise = (high - low) / np.maximum(most_s, TINY)
@@ -264,71 +260,71 @@ class Certificate:
 
     def _by_price(self, replicas: np.ndarray) -> np.ndarray:
         """Return float64 [K, P]: the steps' bounds on a plan by every vector of prices."""
-        worth = self._prices @ replicas
-        lost_s = self._bubble_s @ ((self._prices - self._begun) * replicas).T  # [levels, P]
+        price = self._prices.sum(axis=1) @ replicas
+        lost_s = self._bubble_s @ (self._prices[:, 0] * replicas).T  # [levels, P]
         with np.errstate(divide="ignore", invalid="ignore"):
-            bound_s = (self._values + lost_s[self._level_of]) / worth
+            bound_s = (self._values + lost_s[self._level_of]) / price
             return np.where(self._values > 0, bound_s, 0.0)
 
-    def _values_at(self, prices: np.ndarray, begun: np.ndarray) -> np.ndarray:
-        """Return float64 [K, prices]: what the steps' sequences are worth at the least."""
+    def _values_at(self, prices: np.ndarray) -> np.ndarray:
+        """Return float64 [K, P]: what the steps' sequences are worth at prices, [P, L, C]."""
         values = np.empty((len(self._counts), len(prices)))
-        kept = self._is_kept
-        shared, begun = (prices - begun)[:, kept], begun[:, kept]
-        for level, rate_s in enumerate(self._rate_s[:, kept]):
+        kept = np.flatnonzero(self._is_kept)
+        for level in range(len(self._level_s)):
             steps = np.flatnonzero(self._level_of == level)
             there = np.flatnonzero(self._counts[steps].any(axis=0))
-            own_s, begun_s = rate_s[:, there], self._begun_s[np.ix_(kept, there)]
-            worth = [cheapest(*each, own_s, begun_s) for each in zip(shared, begun, strict=True)]
-            counts = self._counts[np.ix_(steps, there)]
-            values[steps] = counts @ np.reshape(worth, (len(prices), len(there))).T
+            each = worth(prices[:, :, kept], self._work_s(level, kept)[:, :, there])
+            values[steps] = self._counts[np.ix_(steps, there)] @ each.T
         return values
 
-    def _prices_of(self, replicas: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return prices at which a plan's bound on a step is highest, float64 [C], in two parts.
+    def _work_s(self, level: int, candidates: np.ndarray) -> np.ndarray:
+        """Return float64 [L, candidates, D]: a sequence's seconds on candidates, by limit."""
+        rate_s = self._rate_s[level, candidates][None]
+        return np.concatenate([rate_s, self._begun_s[:, candidates]])
 
-        The first are whole, the second what of them is for what is begun. All the plan's replicas
-        together have the price 1. Candidates that the plan has none of are as cheap as they can be
-        without being used.
+    def _prices_of(self, replicas: np.ndarray, step: int) -> np.ndarray:
+        """Return prices at which a plan's bound on a step is highest, float64 [L, C].
+
+        All the plan's replicas together have the price 1. Candidates that the plan has none of are
+        as cheap as they can be without being used.
         """
         used = np.flatnonzero(replicas)
         number = replicas[used].astype(np.float64)
-        lost_s = np.concatenate([number * self._bubble_s[self._level_of[step], used], 0.0 * number])
-        found = best_prices(self._work_s(used, step), np.tile(number, 2)[:, None], lost_s, ONE)
-        prices, begun = self._for_all(used, step, *found)
-        return prices / (prices @ replicas), begun / (prices @ replicas)
+        lost_s = np.zeros((len(self._begun_s) + 1, len(used)))
+        lost_s[0] = number * self._bubble_s[self._level_of[step], used]
+        time_s = np.broadcast_to(number, lost_s.shape)[:, :, None]
+        found = best_prices(self._work_of_classes(used, step), time_s, lost_s, np.ones(1))
+        prices = self._for_all(used, step, found)
+        return prices / (prices.sum(axis=0) @ replicas)
 
-    def _prices_of_shares(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+    def _prices_of_shares(self, step: int) -> np.ndarray:
         """Return the same for the plan of divisible replicas that is best for the step alone."""
         used = np.flatnonzero(self._is_kept)
         level = self._level_of[step]
-        left = 1.0 - self._bubble_s[level, used] / self._level_s[level]
-        time_s = np.concatenate([np.diag(left), np.eye(len(used))])  # of replicas for a second
+        time_s = np.broadcast_to(np.eye(len(used)), (len(self._begun_s) + 1, len(used), len(used)))
+        time_s = time_s.copy()  # of replicas for a second
+        time_s[0] *= 1.0 - self._bubble_s[level, used] / self._level_s[level]
         sizes = self._fleet.sizes[used].astype(np.float64)
-        found = best_prices(self._work_s(used, step), time_s, np.zeros(len(time_s)), sizes)
-        prices, begun = self._for_all(used, step, *found)
-        return prices / prices.max(), begun / prices.max()
+        found = best_prices(
+            self._work_of_classes(used, step), time_s, np.zeros(time_s.shape[:2]), sizes
+        )
+        prices = self._for_all(used, step, found)
+        return prices / prices.sum(axis=0).max()
 
-    def _work_s(self, used: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
+    def _work_of_classes(self, used: np.ndarray, step: int) -> np.ndarray:
         """Return a step's work on candidates, by classes of lengths, for `best_prices`."""
         counts = self._counts[step]
         there = np.add.reduceat(counts, self._starts) > 0
-        rate_s = self._rate_s[self._level_of[step], used]
         with np.errstate(invalid="ignore"):  # none of what does not fit
-            work_s = [
-                np.add.reduceat(np.where(counts > 0, each_s * counts, 0.0), self._starts, axis=1)
-                for each_s in (rate_s, self._begun_s[used])
-            ]
-        there &= np.isfinite(work_s[0]).any(axis=0)
-        return work_s[0][:, there], work_s[1][:, there]
+            work_s = self._work_s(self._level_of[step], used) * counts
+        work_s = np.add.reduceat(np.where(counts > 0, work_s, 0.0), self._starts, axis=2)
+        return work_s[:, :, there & np.isfinite(work_s[0]).any(axis=0)]
 
-    def _for_all(
-        self, used: np.ndarray, step: int, own: np.ndarray, own_begun: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _for_all(self, used: np.ndarray, step: int, own: np.ndarray) -> np.ndarray:
         """Return prices of used candidates with the least at which others are not used."""
-        rate_s = self._rate_s[self._level_of[step]]
-        worth = cheapest(own, own_begun, rate_s[used], self._begun_s[used])
-        prices = (np.where(np.isfinite(worth), worth, 0.0) / rate_s).max(axis=1)
-        begun = np.zeros(len(rate_s))
-        prices[used], begun[used] = own + own_begun, own_begun
-        return prices, begun
+        level = self._level_of[step]
+        each = worth(own[None], self._work_s(level, used))[0]
+        prices = np.zeros((len(own), len(self._rate_s[level])))
+        prices[0] = (np.where(np.isfinite(each), each, 0.0) / self._rate_s[level]).max(axis=1)
+        prices[:, used] = own
+        return prices

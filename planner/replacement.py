@@ -29,7 +29,7 @@ def replacement(
         Float64 [levels, C, D] and [levels, C]: for several least times of a step the seconds of
         every sequence, and what of that time bubbles leave.
     begun_s
-        Float64 [C, D]: see `SequenceRates`.
+        Float64 [limits, C, D]: see `SequenceRates`.
     longest_s
         Float64 [C, K]: seconds of the steps' longest sequences alone.
     """
@@ -46,7 +46,7 @@ def replacement(
                 and (longest_s[other] <= longest_s[index]).all()
                 and (rate_s[:, other] <= rate_s[:, index] * number).all()
                 and (done[:, other] * number >= done[:, index]).all()
-                and (begun_s[other] <= begun_s[index] * number).all()
+                and (begun_s[:, other] <= begun_s[:, index] * number).all()
             ):
                 found[index, other] = number
                 break

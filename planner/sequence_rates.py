@@ -26,7 +26,10 @@ class SequenceRates(Protocol):
 
     @property
     def begun_s(self) -> np.ndarray:
-        """Of a sequence, where what begins a micro-batch counts for unshared ones alone."""
+        """Of a sequence, [limits, D]: by several ways to count what begins a micro-batch.
+
+        No replica's time is less than the sum over its sequences, by any of them.
+        """
 
     def after(self, step_s: float) -> tuple[np.ndarray, float]:
         """Of a sequence among others, and seconds of bubble, in steps of ``step_s`` or more.

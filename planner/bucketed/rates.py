@@ -43,8 +43,8 @@ class BucketedRates:
 
     @property
     def begun_s(self) -> np.ndarray:
-        """float64 [R]: the same."""
-        return self.unshared_s
+        """float64 [0, R]: nothing is known of it."""
+        return np.empty((0, len(self.least_s)))
 
     def after(self, step_s: float) -> tuple[np.ndarray, float]:
         """Return rates, float64 [R], and seconds of bubble, of steps of ``step_s`` or more.

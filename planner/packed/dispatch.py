@@ -120,7 +120,7 @@ def _dispatched(
         for kind, own in enumerate(ends_s):
             more_s[kind] += float(np.mean([times_s[replica] - end for replica, end in own.items()]))
     best = min(found, key=lambda filling: filling.step_time_s)
-    best = improve(table, minorants, lengths, best, bound_s, ROUNDS)
+    best = improve(table, lengths, best, bound_s, ROUNDS)
     return best, min(bound_s, best.step_time_s)
 
 

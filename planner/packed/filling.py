@@ -45,8 +45,8 @@ class Filling:
         int64 [n]: the micro-batch of each sequence.
     replica_of
         int64 [k]: the replica of each micro-batch; one may be empty.
-    sizes, sums, tokens
-        int64 [k]: sequences, their tokens, and those with padding.
+    sizes, sums, squares, tokens
+        int64 [k]: sequences, their tokens, the squares of their lengths, and tokens with padding.
     times_s
         float64 [k]: what each micro-batch takes.
     longest_s, replica_time_s
@@ -57,6 +57,7 @@ class Filling:
     replica_of: IntArray
     sizes: IntArray
     sums: IntArray
+    squares: IntArray
     tokens: IntArray
     times_s: np.ndarray
     longest_s: np.ndarray
@@ -88,4 +89,6 @@ def filled(
     longest_s = np.zeros(replicas)
     np.maximum.at(longest_s, replica_of, times_s)
     replica_time_s = np.bincount(replica_of, times_s, replicas) + table.bubbles * longest_s
-    return Filling(batch_of, replica_of, sizes, sums, tokens, times_s, longest_s, replica_time_s)
+    return Filling(
+        batch_of, replica_of, sizes, sums, squares, tokens, times_s, longest_s, replica_time_s
+    )

@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from lobra.layout.sequences import IntArray
+from lobra.layout.sequences import IntArray, packed_tokens
 from lobra.planner.packed.filling import Filling, ReplicaTable, filled
 from lobra.planner.packed.micro_batches import room_for
-from lobra.planner.packed.minorant import Minorant
 
 NEAR = 5e-4  # of the bound, or of the mean: nearer is not searched for
 SLOWEST = 0.5  # of what the slowest replica is late: those that are later give
-MOST_TRIED = 48  # sequences of a replica that are considered at once
+MOST_TRIED = 24  # sequences of a replica that are considered at once
 
 
 def improve(
-    table: ReplicaTable,
-    minorants: Sequence[Minorant],
-    lengths: IntArray,
-    filling: Filling,
-    bound_s: float,
-    rounds: int,
+    table: ReplicaTable, lengths: IntArray, filling: Filling, bound_s: float, rounds: int
 ) -> Filling:
     """Return the filling after at most so many rounds of moves and swaps, never a slower one.
 
     In each round the slowest replica meets the fastest, the second slowest the second fastest, and
-    so on; in every other round the fastest of those that hold as much as the slowest come first.
-    What promises most of a pair is done, and undone if it does not make the slower one of
-    both faster. ``minorants`` (one for each group) say what sequences add to a micro-batch.
+    so on; in every other round the fastest of those that hold as much as the slowest come first. Of
+    each pair that is done which makes the later of both earliest, by what micro-batches really
+    take.
     """
-    added_s = [m.marginal_ms(lengths) / 1000.0 for m in minorants]
     shift = 0
     for number_of_round in range(rounds):
         times_s = filling.replica_time_s
@@ -50,52 +42,50 @@ def improve(
             before = np.tril(group[:, None] == group, -1).sum(axis=1)  # faster ones of the group
             fast = fast[np.lexsort((before, too_small))]
         fast = fast[(np.arange(number) + shift) % len(fast)]
-        tried = _exchanged(table, added_s, minorants, lengths, filling, slow, fast)
-        new = filled(table, lengths, *tried)
-        worse = np.maximum(new.replica_time_s[slow], new.replica_time_s[fast]) >= times_s[slow]
-        if worse.any():
-            undone = np.zeros(len(order), dtype=bool)
-            undone[slow[worse]] = undone[fast[worse]] = True
-            back = undone[filling.replica_of[filling.batch_of]]
-            new = filled(table, lengths, np.where(back, filling.batch_of, tried[0]), tried[1])
-        shift = shift + 1 if worse[0] else 0
-        filling = new
+        batch_of, replica_of = _exchanged(table, lengths, filling, slow, fast)
+        filling = filled(table, lengths, batch_of, replica_of)
+        shift = shift + 1 if filling.replica_time_s[slow[0]] >= times_s[slow[0]] else 0
     return filling
 
 
 @dataclass(frozen=True, eq=False)
 class _Side:
-    """The sequences of a replica that may go, and what comes of it: arrays are [sequences].
+    """The sequences of a replica that may go, int64 [n] each, and their micro-batches.
 
-    The last entries of the receiving side are no sequence: its micro-batch with most room, and a
-    new one.
+    Attributes
+    ----------
+    indices, lengths
+        The sequences; those that are none have no length.
+    batches
+        The micro-batch of each; -1: a new one.
+    sizes, sums, squares
+        Of the micro-batches.
+    others_s, longest_s
+        float64 [n]: what the other micro-batches of the replica take, and the longest of them.
     """
 
     indices: IntArray
-    batches: IntArray
     lengths: IntArray
-    rooms: IntArray
-    weight: np.ndarray
+    batches: IntArray
+    sizes: IntArray
+    sums: IntArray
+    squares: IntArray
+    others_s: np.ndarray
+    longest_s: np.ndarray
 
 
 def _exchanged(
-    table: ReplicaTable,
-    added_s: Sequence[np.ndarray],
-    minorants: Sequence[Minorant],
-    lengths: IntArray,
-    filling: Filling,
-    slow: IntArray,
-    fast: IntArray,
+    table: ReplicaTable, lengths: IntArray, filling: Filling, slow: IntArray, fast: IntArray
 ) -> tuple[IntArray, IntArray]:
-    """Return micro-batches with the best exchange of each pair done, where one promises."""
+    """Return micro-batches with the best exchange of each pair done, where one is better."""
     batch_of, replica_of = filling.batch_of.copy(), filling.replica_of
     by_replica = np.argsort(replica_of[batch_of], kind="stable")
     starts = np.searchsorted(replica_of[batch_of][by_replica], np.arange(len(table.group) + 1))
     added: list[int] = []
     for giver, taker in zip(slow.tolist(), fast.tolist(), strict=True):
-        give = _side(table, lengths, filling, by_replica[starts[giver] : starts[giver + 1]], giver)
-        take = _side(table, lengths, filling, by_replica[starts[taker] : starts[taker + 1]], taker)
-        found = _best_exchange(table, added_s, minorants, filling, (giver, give), (taker, take))
+        give = _side(lengths, filling, by_replica[starts[giver] : starts[giver + 1]], giver, False)
+        take = _side(lengths, filling, by_replica[starts[taker] : starts[taker + 1]], taker, True)
+        found = _best_exchange(table, filling, (giver, give), (taker, take))
         if found is None:
             continue
         sequence, back, batch = found
@@ -109,57 +99,72 @@ def _exchanged(
 
 
 def _side(
-    table: ReplicaTable, lengths: IntArray, filling: Filling, indices: IntArray, replica: int
+    lengths: IntArray, filling: Filling, indices: IntArray, replica: int, takes: bool
 ) -> _Side:
+    """Return what may go of a replica; if it ``takes``, then also no sequence.
+
+    Of its emptiest micro-batch, and of a new one.
+    """
     if len(indices) > MOST_TRIED:
         order = np.argsort(lengths[indices], kind="stable")
         every = np.linspace(0, len(indices) - 1, MOST_TRIED).astype(np.int64)
         indices = indices[order[every]]
-    batches = filling.batch_of[indices]
-    own = lengths[indices]
-    rooms = room_for(int(table.max_tokens[replica])) - filling.sums[batches] + own
-    is_longest = filling.times_s[batches] >= filling.longest_s[replica]
-    weight = 1.0 + table.bubbles[replica] * is_longest
-    return _Side(indices, batches, own, rooms, weight)
+    own = np.flatnonzero(filling.replica_of == replica)
+    batches, own_lengths = filling.batch_of[indices], lengths[indices]
+    if takes:
+        emptiest = own[filling.sums[own].argmin()] if len(own) else -1
+        indices = np.concatenate([indices, [-1, -1]])
+        batches = np.concatenate([batches, [emptiest, -1]])
+        own_lengths = np.concatenate([own_lengths, [0, 0]])
+    there = batches >= 0
+    sizes, sums, squares, times_s = (
+        np.where(there, each[batches], 0)
+        for each in (filling.sizes, filling.sums, filling.squares, filling.times_s)
+    )
+    own_s = filling.times_s[own]
+    second_s, first_s = np.sort(np.concatenate([[0.0, 0.0], own_s]))[-2:].tolist()
+    longest_s = np.where(times_s >= first_s, second_s, first_s)
+    others_s = own_s.sum() - times_s
+    return _Side(indices, own_lengths, batches, sizes, sums, squares, others_s, longest_s)
 
 
 def _best_exchange(
-    table: ReplicaTable,
-    added_s: Sequence[np.ndarray],
-    minorants: Sequence[Minorant],
-    filling: Filling,
-    giving: tuple[int, _Side],
-    taking: tuple[int, _Side],
+    table: ReplicaTable, filling: Filling, giving: tuple[int, _Side], taking: tuple[int, _Side]
 ) -> tuple[int, int, int] | None:
     """Return a sequence to give, one to take for it or -1, and its micro-batch (-1: a new one)."""
     (giver, give), (taker, take) = giving, taking
-    factor = table.factors[giver], table.factors[taker]
-    at_giver = added_s[table.group[giver]] * factor[0]
-    at_taker = added_s[table.group[taker]] * factor[1]
-    most = room_for(int(table.max_tokens[taker]))
-    own = np.flatnonzero(filling.replica_of == taker)
-    rooms = most - filling.sums[own]
-    start_s = minorants[table.group[taker]].start_ms / 1000.0 * factor[1]
-    if len(own):
-        widest = int(rooms.argmax())
-        slots = np.array([own[widest], -1]), np.array([rooms[widest], most])
-    else:
-        slots = np.array([-1, -1]), np.array([most, most])
-    batches = np.concatenate([take.batches, slots[0]])
-    taker_rooms = np.concatenate([take.rooms, slots[1]])
-    taken = np.concatenate([take.lengths, [0, 0]])
-    saved_s = np.concatenate([at_taker[take.indices] * take.weight, [0.0, -start_s]])
-    back_s = np.concatenate([at_giver[take.indices], [0.0, 0.0]])
-    weight = np.concatenate([take.weight, [1.0, 1.0 + table.bubbles[taker] * (len(own) == 0)]])
-    fits = (give.lengths[:, None] <= taker_rooms) & (taken <= give.rooms[:, None])
-    given_s = at_giver[give.indices][:, None]
-    new_giver = filling.replica_time_s[giver] - (given_s - back_s) * give.weight[:, None]
-    received_s = at_taker[give.indices][:, None] * weight
-    new_taker = filling.replica_time_s[taker] + received_s - saved_s
-    slower = np.where(fits, np.maximum(new_giver, new_taker), np.inf)
-    best = int(slower.argmin())
-    if slower.flat[best] >= filling.replica_time_s[giver]:
+    given, taken = give.lengths[:, None], take.lengths
+    most = room_for(int(table.max_tokens[giver])), room_for(int(table.max_tokens[taker]))
+    fits = (give.sums[:, None] - given + taken <= most[0]) & (take.sums - taken + given <= most[1])
+    rows, columns = np.nonzero(fits)
+    if not len(rows):
         return None
-    row, column = divmod(best, slower.shape[1])
-    back = int(take.indices[column]) if column < len(take.indices) else -1
-    return int(give.indices[row]), back, int(batches[column])
+    more, only = take.lengths[columns] - give.lengths[rows], take.indices[columns] < 0
+    more_squares = take.lengths[columns] ** 2 - give.lengths[rows] ** 2
+    giver_s = _time_s(table, giver, give, rows, more, more_squares, -only.astype(np.int64))
+    taker_s = _time_s(table, taker, take, columns, -more, -more_squares, only.astype(np.int64))
+    later_s = np.maximum(giver_s, taker_s)
+    best = int(later_s.argmin())
+    if later_s[best] >= filling.replica_time_s[giver]:
+        return None
+    row, column = int(rows[best]), int(columns[best])
+    return int(give.indices[row]), int(take.indices[column]), int(take.batches[column])
+
+
+def _time_s(
+    table: ReplicaTable,
+    replica: int,
+    side: _Side,
+    places: IntArray,
+    tokens: IntArray,
+    squares: IntArray,
+    number: IntArray,
+) -> np.ndarray:
+    """Return what a replica takes if micro-batches get so much more, each alone: float64 [n]."""
+    sums, sizes = side.sums[places] + tokens, side.sizes[places] + number
+    padded = np.where(sizes > 1, packed_tokens(sums), np.maximum(sums, 1))
+    cost = table.costs[table.group[replica]]
+    times_s = cost(padded, np.maximum(side.squares[places] + squares, 1))
+    times_s = np.where(sizes > 0, times_s, 0.0) * (table.factors[replica] / 1000.0)
+    longest_s = np.maximum(side.longest_s[places], times_s)
+    return side.others_s[places] + times_s + table.bubbles[replica] * longest_s

@@ -95,16 +95,16 @@ class Rates:
 
     @property
     def begun_s(self) -> np.ndarray:
-        """float64 [D]: seconds of each sequence if it is begun only for those of more than half.
+        """float64 [1, D]: seconds of each sequence if it is begun only for those of more than half.
 
         Infinite if it does not fit.
         """
         alone = 2 * self.lengths > self.max_tokens
         fits = np.isfinite(self.micro_batch_s)
         if not (alone & fits).any():
-            return np.where(fits, 0.0, np.inf)
+            return np.where(fits, 0.0, np.inf)[None]
         more_s = self.more_token_s * self.lengths + self.square_s * self.lengths**2
-        return np.where(fits, more_s + self.start_s * alone, np.inf)
+        return np.where(fits, more_s + self.start_s * alone, np.inf)[None]
 
     def after(self, step_s: float) -> tuple[np.ndarray, float]:
         """Return rates, float64 [D], and seconds of bubble, of steps of ``step_s`` or more.

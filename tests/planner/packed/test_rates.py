@@ -49,7 +49,7 @@ def test_a_replica_takes_at_least_its_sequences_rates_and_the_bubble(
     step_s = pipeline_time(times_s, candidate.layout.pp)
     assert (rates.alone_s <= step_s * (1 + 1e-9)).all() or len(distinct) > 1
     assert rates.unshared_s @ counts <= step_s * (1 + 1e-9)
-    assert rates.begun_s @ counts <= sum(times_s) * (1 + 1e-9)
+    assert (rates.begun_s @ counts <= sum(times_s) * (1 + 1e-9)).all()
     for share in data.draw(st.lists(st.floats(0.05, 1.0), min_size=1, max_size=3)):
         rate_s, bubble_s = rates.after(share * step_s)
         assert 0 <= bubble_s < share * step_s
