@@ -10,7 +10,7 @@ from pathlib import Path
 from lobra.common.errors import ConfigError, Problems
 from lobra.common.models import read_as
 from lobra.layout.plan import Plan
-from lobra.planner.workload import label_share
+from lobra.planner.workload import token_shares
 from lobra.tasks.config import TaskConfig, TrainerConfig
 from lobra.tasks.dataset import TokenizedDataset
 from lobra.trainer.admission import base_shape, plan_beside
@@ -49,7 +49,7 @@ def with_tasks(run: RunSpec, tasks: Sequence[RunTask], step: int) -> RunSpec:
         plan=fitting_plan(run, configs),
         last_step=end if run.max_steps is None else min(end, run.max_steps),
         cost_model=run.cost_model.for_training(
-            label_share(configs, [task.data for task in tasks]), elements
+            token_shares(configs, [task.data for task in tasks]), elements
         ),
         validate_every=run.validate_every or _period_asked_for(run, configs),
     )

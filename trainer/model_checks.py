@@ -11,9 +11,9 @@ from lobra.layout.plan import Plan
 from lobra.layout.shapes import ModelShape
 from lobra.profiler.memory import parse_bytes
 from lobra.profiler.model_memory import model_memory
-from lobra.tasks.config import FULL, TaskConfig
+from lobra.tasks.config import ADAMW_8BIT, FULL, TaskConfig
 from lobra.trainer.run_spec import RunSpec
-from lobra.trainer.zero import moment_bytes
+from lobra.trainer.zero import kept_moments, moment_bytes
 
 log = logging.getLogger(__name__)
 
@@ -33,11 +33,6 @@ def model_problems(tasks: Sequence[TaskConfig], plan: Plan, shape: ModelShape) -
         problems.append(
             f"task {whole[0]}: adapter: full trains weights, which {shape.quantised} are not made "
             f"for: leave --base-precision out, and use an unquantised model"
-        )
-    if fused := shape.fused_linears():
-        problems.append(
-            f"task {whole[0]}: adapter: full: {', '.join(fused)} of {shape.name} are several "
-            f"projections in one linear, which is not supported"
         )
     layouts = {group.layout for group in plan.groups}
     if len(layouts) > 1:
@@ -78,6 +73,7 @@ def check_memory(run: RunSpec, shape: ModelShape, budget: str | None) -> None:
     memory = model_memory(
         shape, layout, replicas, run.precision,
         moment_bytes(task.optimizer, task.momentum), task.offload,
+        len(kept_moments(task)) if task.optimizer == ADAMW_8BIT and not task.offload else 0,
     )  # fmt: skip
     needed = memory.total_bytes(tokens)
     parts = (memory.weight_bytes, memory.gradient_bytes, memory.optimizer_bytes)

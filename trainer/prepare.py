@@ -17,7 +17,7 @@ from typing import Any
 from lobra.common.errors import ConfigError, Problems
 from lobra.common.options import within_bounds
 from lobra.common.words import counted
-from lobra.layout.base_precision import library_problem, option_problem, plan_problem
+from lobra.layout.base_precision import library_problem, option_problem, plan_problem, takes_more
 from lobra.layout.placement import place, placed
 from lobra.layout.plan import Plan, load_plan
 from lobra.layout.sequences import Batching
@@ -26,9 +26,10 @@ from lobra.layout.world import World
 from lobra.model.checkpoint import checkpoint_problems
 from lobra.model.fingerprint import MARK, fingerprint
 from lobra.model.folder import resolve_folder
-from lobra.planner.workload import label_share
+from lobra.planner.workload import token_shares
 from lobra.profiler.cost_model import CostModel, load_cost_model
 from lobra.profiler.estimate_memory import layer_weights
+from lobra.profiler.hardware import product_problem
 from lobra.profiler.lookup import (
     base_precision_problem,
     no_memory_profile,
@@ -165,8 +166,15 @@ def prepare(request: TrainRequest) -> RunSpec:
         profiled_steps = checks.attempt(steps_of, request.torch_profiler) or frozenset()
     device = checks.attempt(_choose_device, request, plan)
     precision = request.precision or ("bf16" if device == "cuda" else "fp32")
-    unable = library_problem(shape.quantised if shape else None)
-    checks.problems += filter(None, (option_problem(request.base_precision, precision), unable))
+    quantised = None if shape is None else shape.quantised
+    checks.problems += filter(
+        None,
+        (
+            option_problem(request.base_precision, precision),
+            library_problem(quantised),
+            product_problem(quantised, device),
+        ),
+    )
     batching = checks.attempt(
         chosen_batching, request.batching, request.dp_bucket, request.dispatch, plan
     )
@@ -257,7 +265,7 @@ def prepare(request: TrainRequest) -> RunSpec:
     checks.raise_if_any()
     assert config and plan and folder and shape and world and cost_model and device and batching
     cost_model = cost_model.for_training(
-        label_share(tasks, training),
+        token_shares(tasks, training),
         sum(_trained_elements(task, shape) for task in tasks),
     )
 
@@ -554,7 +562,7 @@ def _room_problems(plan: Plan, shape: ModelShape, request: TrainRequest) -> list
     made_for = plan.meta.get("base_precision")
     if problem := plan_problem(made_for, shape.quantised):
         return [f"{request.strategy_config}: {problem}"]
-    if plan.meta and made_for != shape.quantised:
+    if plan.meta and takes_more(made_for, shape.quantised):
         log.warning(
             "%s: was made for a base that takes more memory than one in %s: plan again, and its "
             "micro-batches may be larger",

@@ -89,7 +89,7 @@ def _measure(options: MemoryOptions) -> int:
     tasks = load_trainer_config(options.trainer_config, options.num_tasks).tasks
     device = resolve_device(options.device)
     precision = precision_of(options.precision, device)
-    shape = base_shape(options, precision)
+    shape = base_shape(options, precision, device)
     limit = num_devices(device)
     layouts = layouts_within(shape, options.num_gpus)
     here = tuple((tp, pp) for tp, pp in layouts if limit is None or tp * pp <= limit)
