@@ -42,7 +42,7 @@ SUBJECTS = {
     "profiler_cost": "how few rows of a time profile suffice",
     "profiler_deployments": "the memory estimator, against the layouts LobRA deployed",
     "profiler_step_time": "predicted against measured step times of training on this machine",
-    "quantised_base": "a base in eight and four bits: what ranks hold of it, and its time",
+    "quantised_base": "a base in eight and four bits: what ranks hold of it, its errors and time",
     "service_passes": "the service: passes of several tenants, against one tenant a pass",
     "soak": "a long run: whether memory, handles, threads and files stay as they are",
     "trainer_overhead": "how much of a step is not computing",

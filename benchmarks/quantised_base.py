@@ -1,9 +1,10 @@
-"""A base in eight and in four bits beside one that is not quantised: its bytes and its time.
+"""A base in eight and in four bits beside one that is not quantised: bytes, errors and time.
 
 Of a random Llama. Bytes are those of the tensors that the rank of a layout holds which holds most
-of the base, counted, beside what the estimator says. Time, on a CPU the processor's, is of one
-micro-batch's forward and backward pass through the layers of a replica <1,1>, without adapters: the
-least of several, taken in turns with those of the others.
+of the base, counted, beside what the estimator says. An error is how far the products of random
+inputs are from those with the model's own weights in fp32, relative (Frobenius). Time, on a CPU the
+processor's, is of one micro-batch's forward and backward pass through the layers of a replica
+<1,1>, without adapters: the least of several, taken in turns with those of the others.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, Literal
 import torch
 
 from lobra.common.options import Device
+from lobra.layout.base_precision import QUANTISED
 from lobra.layout.layout import Layout
 from lobra.layout.shapes import read_shape
 from lobra.layout.world import one_replica
@@ -30,7 +32,8 @@ from lobra.profiler.memory_rank import synthetic_batch
 
 MIB = 1 << 20
 LAYOUTS = ((1, 1), (2, 1), (4, 1), (1, 2))
-BASES = (None, "int8", "nf4")
+BASES = (None, *QUANTISED)
+INPUTS = 256  # of each linear, for its error
 
 
 def quantised_base(
@@ -43,7 +46,7 @@ def quantised_base(
     precision: Literal["fp32", "bf16"] = "bf16",
     device: Device = "auto",
 ) -> Iterator[dict[str, Any]]:
-    """Count what ranks hold of a base, and time its layers.
+    """Count what ranks hold of a base, compare its products, and time its layers.
 
     Parameters
     ----------
@@ -62,6 +65,8 @@ def quantised_base(
             for tp, pp in LAYOUTS:
                 yield _bytes_of(folder, Layout(tp, pp), kept, precision, where)
         stages = {kept: _stage(folder, Layout(1, 1), 0, kept, precision, where) for kept in BASES}
+        for kept, stage in stages.items():
+            yield {"base": _name(kept), "error %": 100 * _error(stage, stages[None])}
         for count in tokens:
             taken_ms: dict[str | None, list[float]] = {kept: [] for kept in BASES}
             for _ in range(repeats):
@@ -90,6 +95,20 @@ def _bytes_of(
         "estimated MiB": expected / MIB,
         "error %": 100 * (expected / held - 1),
     }
+
+
+@torch.no_grad()
+def _error(stage: Stage, plain: Stage) -> float:
+    """Return how far the products of a stage's linears are from another's in fp32: their mean."""
+    generator, errors = torch.Generator().manual_seed(1), []
+    for own, exact in zip(stage.stacks, plain.stacks, strict=True):
+        for base, other in zip(own.bases, exact.bases, strict=True):
+            weight = other.weight_oi().float()
+            x = torch.randn(INPUTS, weight.shape[1], generator=generator).to(stage.dtype)
+            x = x.to(stage.device)
+            expected = x.float() @ weight.t()
+            errors.append(float((base.product(x).float() - expected).norm() / expected.norm()))
+    return sum(errors[:-1]) / len(errors[:-1])  # but the head's, which is never quantised
 
 
 def _stage(

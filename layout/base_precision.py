@@ -12,14 +12,14 @@ from cyclopts import Parameter
 from lobra.common.errors import ConfigError
 
 BasePrecision = Annotated[
-    Literal["bf16", "int8", "nf4"],
+    Literal["bf16", "fp8", "int8", "nf4"],
     Parameter(
         help="What the base's linears are kept in: quantised, they leave room for more tokens; by "
         "default as the model folder has them, in the precision of the activations."
     ),
 ]
-#: From what takes least; None is not quantised.
-BY_SIZE = ("nf4", "int8", None)
+FP8, INT8, NF4 = QUANTISED = ("fp8", "int8", "nf4")
+_BITS = {NF4: 4, INT8: 8, FP8: 8, None: 16}  # about, of an element
 NF4_BLOCK = 64  # consecutive values of a weight that have a scale of their own
 SCALE_BLOCK = 256  # consecutive ones of these scales that have a scale of their own
 LIBRARY = "bitsandbytes"
@@ -45,10 +45,10 @@ def stored_precision(config: Any) -> str | None:
         return None
     if isinstance(config, dict) and config.get("quant_method") == LIBRARY:
         if config.get("load_in_8bit"):
-            return "int8"
+            return INT8
         of_bytes = config.get("bnb_4bit_quant_storage") in (None, "uint8")
         if config.get("load_in_4bit") and config.get("bnb_4bit_quant_type") == "nf4" and of_bytes:
-            return "nf4"
+            return NF4
     raise ConfigError(
         f"quantization_config: quantised weights are not read, but for those of {LIBRARY} in int8, "
         f"or in nf4 kept as uint8; use the unquantised model"
@@ -67,14 +67,19 @@ def option_problem(base_precision: str | None, precision: str) -> str | None:
 
 def library_problem(quantised: str | None) -> str | None:
     """Return what is missing here for a base that is kept so, None if nothing is."""
-    if quantised != "nf4" or find_spec(LIBRARY) is not None:
+    if quantised != NF4 or find_spec(LIBRARY) is not None:
         return None
     return f"a base in nf4 needs {LIBRARY}: pip install 'lobra[quantised]'"
 
 
+def takes_more(quantised: str | None, other: str | None) -> bool:
+    """Return whether a base that is kept so takes more memory than one that is kept otherwise."""
+    return _BITS[quantised] > _BITS[other]
+
+
 def plan_problem(made_for: str | None, quantised: str | None) -> str | None:
     """Return why a plan's micro-batches may not fit beside the base, None if they may."""
-    if BY_SIZE.index(made_for) >= BY_SIZE.index(quantised):
+    if not takes_more(quantised, made_for):
         return None
     return (
         f"the plan was made for a base in {made_for}, which leaves more room than this one: give "

@@ -28,6 +28,7 @@ from lobra.common.models import (
     load_as,
     refusal,
 )
+from lobra.layout.base_precision import QUANTISED
 from lobra.layout.layout import MEMORY_POLICIES, Layout
 from lobra.layout.sequences import BATCHINGS
 
@@ -216,7 +217,7 @@ class PlanMeta(TypedDict, total=False):
     step_time_s: NotNegative
     sync_time_s: NotNegative
     lower_bound_s: NotNegative
-    base_precision: Annotated[str, OneOf(("int8", "nf4"))]
+    base_precision: Annotated[str, OneOf(QUANTISED)]
     """What the base's linears were kept in; left out: not quantised."""
     gap: NotNegative
     """How much faster a plan might at most be, relative to this one's step time."""

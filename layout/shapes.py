@@ -75,8 +75,9 @@ class FusedLinear:
         """Features of all groups."""
         return self.groups * self.group_width
 
-    def part_rows(self, groups: range) -> list[range]:
-        """Return where features of groups lie in a checkpoint: a range of each part."""
+    def part_rows(self, features: range) -> list[range]:
+        """Return where features of whole groups lie in a checkpoint: a range of each part."""
+        groups = range(features.start // self.group_width, features.stop // self.group_width)
         offsets = accumulate((self.groups * width for width in self.widths), initial=0)
         return [
             range(offset + groups.start * width, offset + groups.stop * width)
@@ -90,8 +91,8 @@ class ModelShape:
 
     `max_positions` is the longest context the model was made for, None where nothing says it.
     `norms_behind`: a norm follows the last product of a layer. `fused`: names of linears that are
-    several projections in one. `quantised`: what weights of linears are kept in, int8 or nf4; None:
-    in what all else is.
+    several projections in one. `quantised`: what weights of linears are kept in, one of
+    `base_precision.QUANTISED`; None: in what all else is.
     """
 
     name: str

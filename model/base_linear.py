@@ -6,6 +6,7 @@ Shape suffixes: N tokens, i input features and o output features of this rank's 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,10 +35,7 @@ class Shard:
 
     def stored_rows(self, fused: FusedLinear | None) -> list[range]:
         """Return where a checkpoint has its output features, a fused linear's part by part."""
-        if fused is None:
-            return [self.outputs]
-        width = fused.group_width
-        return fused.part_rows(range(self.outputs.start // width, self.outputs.stop // width))
+        return [self.outputs] if fused is None else fused.part_rows(self.outputs)
 
 
 def by_group(parts: list[Tensor], fused: FusedLinear | None) -> Tensor:
@@ -46,6 +44,11 @@ def by_group(parts: list[Tensor], fused: FusedLinear | None) -> Tensor:
         return parts[0]
     widths = zip(parts, fused.widths, strict=True)
     return torch.cat([part.unflatten(0, (-1, width)) for part, width in widths], 1).flatten(0, 1)
+
+
+def row_numbers(stored: Sequence[range], fused: FusedLinear | None) -> Tensor:
+    """Return the numbers of rows that a checkpoint has in these ranges, as they lie here, int64."""
+    return by_group([torch.arange(rows.start, rows.stop) for rows in stored], fused)
 
 
 class BaseLinear(nn.Module, ABC):

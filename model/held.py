@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from lobra.layout.shapes import ModelShape
+from lobra.layout.shapes import FusedLinear, ModelShape
 from lobra.layout.world import Place, shard_range
 from lobra.model.base_linear import Shard
 from lobra.model.checkpoint import EMBEDDING, HEAD, LAYERS, as_slice
@@ -28,15 +28,24 @@ class HeldTensor:
     size
         Of the whole.
     parts
-        Of each of its axes what the rank holds.
+        Of each of its axes what the rank holds, of a fused linear's as features lie here.
     is_shared
         Whether its tensor-parallel peers hold the same.
+    fused
+        What it is made of where it is the weight of a fused linear.
     """
 
     name: str
     size: Size
     parts: tuple[slice, ...]
     is_shared: bool
+    fused: FusedLinear | None = None
+
+    @property
+    def stored_rows(self) -> list[range]:
+        """Where a checkpoint has its rows, a fused linear's part by part."""
+        rows = range(self.parts[0].start, self.parts[0].stop)
+        return [rows] if self.fused is None else self.fused.part_rows(rows)
 
     @property
     def held_size(self) -> Size:
@@ -65,7 +74,7 @@ class HeldTensor:
 def held_tensors(
     sizes: Mapping[str, Size], shape: ModelShape, place: Place
 ) -> tuple[HeldTensor, ...]:
-    """Return what a rank holds of the tensors of a model without fused linears.
+    """Return what a rank holds of a model's tensors.
 
     Parameters
     ----------
@@ -90,7 +99,7 @@ def owned_tensors(held: Sequence[HeldTensor], place: Place) -> list[HeldTensor]:
 
 def _held(sizes: Mapping[str, Size], shape: ModelShape, place: Place) -> Iterator[HeldTensor]:
     shards = linear_shards(shape, place.layout.tp, place.tp_index)
-    layers = place.layers(shape.num_layers)
+    layers, all_fused = place.layers(shape.num_layers), shape.fused_linears()
     for name, size in sizes.items():
         if name.startswith(LAYERS):
             is_here = int(name.removeprefix(LAYERS).partition(".")[0]) in layers
@@ -99,7 +108,8 @@ def _held(sizes: Mapping[str, Size], shape: ModelShape, place: Place) -> Iterato
         if is_here:
             whole = tuple(slice(0, length) for length in size)
             parts = _parts(name, whole, shards, place)
-            yield HeldTensor(name, size, parts, place.layout.tp > 1 and parts == whole)
+            fused = all_fused.get(name.split(".")[-2])
+            yield HeldTensor(name, size, parts, place.layout.tp > 1 and parts == whole, fused)
 
 
 def _parts(

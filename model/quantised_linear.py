@@ -17,6 +17,7 @@ of the whole weight, w of this shard, r rows of blocks.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -24,10 +25,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lobra.layout.base_precision import NF4_BLOCK, SCALE_BLOCK, quieten_library
+from lobra.layout.base_precision import (
+    FP8,
+    INT8,
+    NF4,
+    NF4_BLOCK,
+    SCALE_BLOCK,
+    quieten_library,
+)
 from lobra.layout.shapes import FusedLinear
-from lobra.model.base_linear import BaseLinear, DenseLinear, Shard, by_group
+from lobra.model.base_linear import BaseLinear, DenseLinear, Shard, row_numbers
 from lobra.model.checkpoint import CheckpointReader
+from lobra.model.fp8_linear import Fp8Linear
 from lobra.model.quantised_checkpoint import NF4_STATE, ROW_SCALES, Nf4State
 
 QUANTISED_AT_ONCE = 1 << 20  # elements: on a CPU the library takes 100 bytes for each
@@ -65,7 +74,7 @@ class Int8Linear(BaseLinear):
             values_OI, scales_O = stored, reader.stored(f"{name}.{ROW_SCALES}")
         else:
             values_OI, scales_O = int8(stored)
-        rows = rows_of(shard, fused, reader.device)
+        rows = row_numbers(shard.stored_rows(fused), fused).to(reader.device)
         columns = slice(shard.inputs.start, shard.inputs.stop)
         return cls(values_OI[rows, columns], scales_O[rows], reader.dtype, bias_o)
 
@@ -197,7 +206,7 @@ class Nf4Linear(BaseLinear):
         bias_o: Tensor | None = None,
     ) -> Nf4Linear:
         """Read the shard of a linear, from a checkpoint that has it in nf4 or not quantised."""
-        rows = rows_of(shard, fused, reader.device)
+        rows = row_numbers(shard.stored_rows(fused), fused).to(reader.device)
         return cls(Nf4Weight.read(reader, name), shard, rows, reader.dtype, bias_o)
 
     def weight_oi(self) -> Tensor:
@@ -227,6 +236,13 @@ class Nf4Linear(BaseLinear):
         return self.code[self.scales_rw.int()] * outer_rw + self.offset
 
 
+KINDS: Mapping[str, type[Fp8Linear | Int8Linear | Nf4Linear]] = {
+    FP8: Fp8Linear,
+    INT8: Int8Linear,
+    NF4: Nf4Linear,
+}
+
+
 @cache
 def bitsandbytes() -> Any:
     """Return the library's functions; as it is an extra, it is imported where one is needed."""
@@ -234,12 +250,6 @@ def bitsandbytes() -> Any:
     from bitsandbytes import functional
 
     return functional
-
-
-def rows_of(shard: Shard, fused: FusedLinear | None, device: torch.device) -> Tensor:
-    """Return the rows of the whole weight that a shard has, in its order, int64 [o]."""
-    parts = [torch.arange(rows.start, rows.stop) for rows in shard.stored_rows(fused)]
-    return by_group(parts, fused).to(device)
 
 
 def read_linear(
@@ -257,5 +267,4 @@ def read_linear(
     own = (f"{name}.{ROW_SCALES}", f"{name}.{NF4_STATE}")
     if quantised is None or (reader.is_quantised and not any(part in reader for part in own)):
         return DenseLinear.read(reader, name, shard, fused, bias_o)
-    kind: type[Int8Linear] | type[Nf4Linear] = Int8Linear if quantised == "int8" else Nf4Linear
-    return kind.read(reader, name, shard, fused, bias_o)
+    return KINDS[quantised].read(reader, name, shard, fused, bias_o)

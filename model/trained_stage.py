@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lobra.model.adapted_linear import AdaptedLinear
 from lobra.model.adapter import AdapterSpec
-from lobra.model.base_linear import DenseLinear
-from lobra.model.checkpoint import HEAD, CheckpointReader
+from lobra.model.base_linear import DenseLinear, by_group
+from lobra.model.checkpoint import HEAD, CheckpointReader, as_slice
 from lobra.model.flat_tensors import FlatTensors
 from lobra.model.held import HeldTensor, Size, held_tensors, owned_tensors
 from lobra.model.own_vector import OwnNorm
@@ -95,7 +95,10 @@ class TrainedWeights(Slot):
 
 
 def _read(reader: CheckpointReader, tensor: HeldTensor) -> Tensor:
-    return reader.read(tensor.name, *tensor.parts)
+    rows = [
+        reader.read(tensor.name, as_slice(own), *tensor.parts[1:]) for own in tensor.stored_rows
+    ]
+    return by_group(rows, tensor.fused)
 
 
 def _divide(whole: Tensor, parts: list[Tensor]) -> None:
@@ -133,7 +136,7 @@ def _parameters(stage: Stage) -> dict[str, nn.Parameter]:
     """Return a stage's parameters by their names in a checkpoint."""
     found = {}
     for name, parameter in stage.decoder.named_parameters():
-        parts = name.split(".")
+        parts = name.replace(".linear.", ".").split(".")  # a fused one is inside of its place
         if parts[0] == "layers":
             parts[1] = str(stage.layers[int(parts[1])])
         found[".".join(["model", *parts])] = parameter

@@ -14,9 +14,12 @@ import numpy as np
 from lobra.common.errors import ConfigError, Problems
 from lobra.layout.shapes import resolve_shape
 from lobra.model.folder import tokenizer_folder
+from lobra.profiler.cost_model import TokenShares
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.lengths import load_lengths
+from lobra.tasks.objectives import PASSES_BEFORE
 from lobra.tasks.sampling import num_steps, sample_indices, seed_of, split_sequences
+from lobra.tasks.target_modules import HEAD
 from lobra.tasks.task_file import TrainerConfig, clip_context
 
 if TYPE_CHECKING:
@@ -192,11 +195,11 @@ def read_workload(
     data_dir: str | os.PathLike[str],
     max_seq_length: int,
     seed: int = 0,
-) -> tuple[Workload, float | None]:
-    """Return the workload of a run of ``seed``, and the share of its tokens that carry a loss.
+) -> tuple[Workload, TokenShares]:
+    """Return the workload of a run of ``seed``, and what its tokens ask for.
 
-    Lengths are from a file, or of the data sets, tokenised as `lobra train` does. The share is None
-    with a file of lengths, which does not say.
+    Lengths are from a file, which does not say how many carry a loss, or of the data sets,
+    tokenised as `lobra train` does.
 
     Raises
     ------
@@ -205,7 +208,9 @@ def read_workload(
     """
     if lengths_path is not None:
         lengths = load_lengths(Path(lengths_path))
-        return make_workload(config, lengths, max_seq_length, seed), None
+        workload = make_workload(config, lengths, max_seq_length, seed)
+        means = [float(workload.lengths[task.name].mean()) for task in config.tasks]
+        return workload, _shares(config.tasks, means, None)
     if problems := _length_problems(max_seq_length):
         raise ConfigError(problems)
     from lobra.tasks.dataset import split
@@ -222,7 +227,7 @@ def read_workload(
         [data.num_truncated for data in datasets],
         seed,
     )
-    return workload, label_share(tasks, training)
+    return workload, token_shares(tasks, training)
 
 
 def _load(
@@ -246,12 +251,29 @@ def _load(
     return datasets
 
 
-def label_share(tasks: Sequence[TaskConfig], datasets: Sequence[TokenizedDataset]) -> float | None:
-    """Return the share of a step's tokens that carry a loss, on average; None without tokens."""
-    labels = tokens = 0.0
-    for task, data in zip(tasks, datasets, strict=True):
-        if len(data):
-            weight = task.global_batch_size / data.num_examples
-            labels += weight * data.num_labels
-            tokens += weight * len(data.tokens)
-    return labels / tokens if tokens else None
+def token_shares(tasks: Sequence[TaskConfig], datasets: Sequence[TokenizedDataset]) -> TokenShares:
+    """Return what the tokens of a step ask for, on average."""
+    examples = [max(1, data.num_examples) for data in datasets]
+    tokens, labels = (
+        [size / number for size, number in zip(sizes, examples, strict=True)]
+        for sizes in ([len(data.tokens) for data in datasets], [d.num_labels for d in datasets])
+    )
+    return _shares(tasks, tokens, labels)
+
+
+def _shares(
+    tasks: Sequence[TaskConfig], tokens: Sequence[float], labels: Sequence[float] | None
+) -> TokenShares:
+    """Return what tokens ask for where an example of each task has so many, and so many labels."""
+    sizes = [task.global_batch_size for task in tasks]
+    of_tokens = np.multiply(sizes, tokens)
+    of_labels = of_tokens if labels is None else np.multiply(sizes, labels)
+    if not of_labels.sum():
+        return TokenShares()
+    before = np.array([PASSES_BEFORE.get(task.objective, 0.0) for task in tasks])
+    on_head = np.array([not task.trains_model and HEAD in task.target_modules for task in tasks])
+    return TokenShares(
+        None if labels is None else float(of_labels.sum() / of_tokens.sum()),
+        float(before @ of_tokens / of_tokens.sum()),
+        float((before + on_head) @ of_labels / of_labels.sum()),
+    )

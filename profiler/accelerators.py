@@ -29,6 +29,7 @@ class Accelerator:
     link_gb_s: float
     network_gb_s: float
     devices: tuple[str, ...] = ()
+    fp8_tflops: float | None = None
     name: str = ""
 
     @property
@@ -42,8 +43,20 @@ class Accelerator:
         return {name: value for name, value in vars(self).items() if name != "devices"}
 
     def flops_per_ms(self, precision: str) -> float:
-        """Return the peak of "bf16" or "fp32" matrix products."""
-        return 1e9 * (self.bf16_tflops if precision == "bf16" else self.fp32_tflops)
+        """Return the peak of "fp8", "bf16" or "fp32" matrix products.
+
+        Raises
+        ------
+        ConfigError
+            If it has none in fp8.
+        """
+        tflops = {"fp8": self.fp8_tflops, "bf16": self.bf16_tflops}.get(precision, self.fp32_tflops)
+        if tflops is None:
+            raise ConfigError(
+                f"accelerator {self.name}: has no products in fp8 (no fp8_tflops); give "
+                f"--base-precision int8, which takes as little memory"
+            )
+        return 1e9 * tflops
 
 
 @dataclass(frozen=True)
@@ -186,6 +199,8 @@ def _build(
             if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
                 problems.append(f"{where}.{key}: {value!r} is not a list of names")
             values[key] = tuple(value)
+        elif value is None and key in defaults:
+            continue
         elif isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             problems.append(f"{where}.{key}: {value!r} is not a positive number")
         elif value == math.inf:

@@ -27,6 +27,11 @@ from lobra.profiler.profiles import (
 )
 from lobra.profiler.sidecar import read_meta
 
+#: Of a layer's time, what its forward pass takes: of the two products with each frozen weight one,
+#: or of those that the memory policy makes of them.
+FORWARD_SHARE = {"keep": 1 / 2, "lean": 2 / 5, "full": 1 / 3}
+LOGITS_SHARE = 1 / 2  # of the head's time, what the logits take; the rest is their gradient's
+
 
 @dataclass(frozen=True, eq=False)
 class MicroBatchTime:
@@ -72,6 +77,25 @@ def equal_rows(
     return np.divide(tokens, length), length
 
 
+@dataclass(frozen=True)
+class TokenShares:
+    """What the tokens of a step ask for on average.
+
+    Attributes
+    ----------
+    labels
+        The share of them that carry a loss; None: as in the profile.
+    passes_before
+        How often they go through the model forward before the pass that learns from them.
+    logits_again
+        How often the logits of those that carry a loss are computed besides.
+    """
+
+    labels: float | None = None
+    passes_before: float = 0.0
+    logits_again: float = 0.0
+
+
 @dataclass(frozen=True, eq=False)
 class CostModel:
     """Times of micro-batches and of a step's synchronisation for every tensor-parallel size.
@@ -90,8 +114,8 @@ class CostModel:
         Where the profile comes from.
     collectives
         Transfers and synchronisation; None when not profiled.
-    label_share
-        The share of positions that carry a loss in what is trained; None: as in the profile.
+    shares
+        What the tokens of what is trained ask for.
     adapter_elements
         Parameters of all tasks' adapters together, over all layers; 0 where not known.
     other_layers
@@ -104,7 +128,7 @@ class CostModel:
     head: Mapping[int, HeadFit] = field(default_factory=dict)
     meta: Mapping[str, Any] = field(default_factory=dict)
     collectives: Collectives | None = None
-    label_share: float | None = None
+    shares: TokenShares = TokenShares()
     adapter_elements: float = 0.0
     other_layers: Mapping[str, Mapping[int, LayerFit]] = field(default_factory=dict)
 
@@ -128,7 +152,7 @@ class CostModel:
 
         The slowest stage has the layers divided by pp, rounded up. The other arguments, which
         broadcast, are the work of the micro-batches (``layout.sequences.Work``) with the padding
-        that is computed. Without ``labels`` they are `label_share` of the tokens.
+        that is computed. Without ``labels`` they are the share of the tokens that `shares` says.
 
         Raises
         ------
@@ -138,13 +162,15 @@ class CostModel:
         b, s = equal_rows(tokens, squares)
         if not self.has(layout):
             raise ConfigError(self.missing(layout))
-        layers_ms = self._layers(layout.memory)[layout.tp].time_ms(b, s)
+        passes = 1.0 + FORWARD_SHARE[layout.memory] * self.shares.passes_before
+        layers_ms = passes * self._layers(layout.memory)[layout.tp].time_ms(b, s)
         head_ms = transfer_ms = np.zeros(())
         if layout.tp in self.head:
-            share = self.label_share if labels is None else labels / np.asarray(tokens)
-            head_ms = self.head[layout.tp].time_ms(b, s, share)
+            share = self.shares.labels if labels is None else labels / np.asarray(tokens)
+            times = 1.0 + LOGITS_SHARE * self.shares.logits_again
+            head_ms = self.head[layout.tp].time_ms(b, s, share, times)
         if layout.pp > 1 and self.collectives is not None:
-            transfer_ms = self.collectives.transfer_ms(tokens)
+            transfer_ms = self.collectives.transfer_ms(tokens) * (1 + self.shares.passes_before / 2)
         return MicroBatchTime(layers_ms * -(-self.num_layers // layout.pp), head_ms, transfer_ms)
 
     def sync_time_ms(self, num_ranks: int, layers_share: float = 1.0) -> float:
@@ -158,9 +184,9 @@ class CostModel:
             return 0.0
         return self.collectives.sync_ms(num_ranks, layers_share * self.adapter_elements)
 
-    def for_training(self, label_share: float | None, adapter_elements: float) -> CostModel:
-        """Return the cost model of what is trained: its share of labels, its adapters' size."""
-        return replace(self, label_share=label_share, adapter_elements=float(adapter_elements))
+    def for_training(self, shares: TokenShares, adapter_elements: float) -> CostModel:
+        """Return the cost model of what is trained: its tokens, its adapters' size."""
+        return replace(self, shares=shares, adapter_elements=float(adapter_elements))
 
     def missing(self, layout: Layout) -> str:
         """Return what a person is told who asks for times that were not profiled."""

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lobra.layout.base_precision import NF4_BLOCK, SCALE_BLOCK
+from lobra.layout.base_precision import NF4, NF4_BLOCK, SCALE_BLOCK
 from lobra.layout.shapes import ModelShape
 from lobra.layout.world import adapted_layers, stage_layers
 from lobra.profiler.accelerators import Runtime
@@ -133,7 +133,7 @@ def base_bytes(shape: ModelShape, tp: int, precision: str) -> float:
         outputs / (1 if name in ROW_PARALLEL else tp)
         for name, (_, outputs) in shape.linear_sizes().items()
     )
-    if shape.quantised == "int8":
+    if shape.quantised != NF4:
         return elements / tp + FLOAT_BYTES * rows
     scales = elements / NF4_BLOCK  # of one byte; theirs are of the whole weight
     beside = INDEX_BYTES * rows + CODE_BYTES * len(shape.linear_sizes())

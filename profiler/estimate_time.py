@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lobra.common.errors import ConfigError
+from lobra.layout.base_precision import FP8
 from lobra.layout.layout import ADAPTER_HIDDEN, ATTENTION, COMPUTED_AGAIN
 from lobra.layout.shapes import ModelShape
 from lobra.profiler.accelerators import Accelerator, Efficiency
 from lobra.profiler.estimate_memory import base_bytes, dropout_factor_bytes, layer_weights
 from lobra.profiler.head import PROFILED_SHARE
-from lobra.profiler.layer_memory import LayerMemory, element_bytes
+from lobra.profiler.layer_memory import ROW_PARALLEL, LayerMemory, element_bytes
 from lobra.profiler.profiles import TimeProfile
 
 Array = np.ndarray
@@ -31,6 +32,7 @@ ATTENTION_BACKWARD = 2.5
 # What autograd needs is written and read back; as much again is written and read but not kept. Half
 # of it is the forward pass's.
 MEMORY_PASSES = 4
+ROUNDING_PASSES = 4  # of an input in 16 bits: read for its largest value, read, written, read
 ALL_REDUCES = 4  # of a layer: after attention and after the mlp, forward and backward
 START_FORWARD = 1 / 3  # the forward pass's share of what a layer takes to start
 SMALLEST_SHARE = 0.01
@@ -87,7 +89,11 @@ def matmul_ms(work: Workload, tp: int, b: Sizes, s: Sizes) -> Array:
         adapters += (PASSES + 1 + x_again) * inputs + (PASSES + 1 + again) * outputs
     flops = 2.0 * tokens * (weights + work.lora_rank * adapters) / tp
     read = element_bytes(work.precision) * weights / tp
-    return np.maximum(flops / work.peak, read / _bytes_per_ms(work.accelerator.memory_gb_s))
+    busy_ms = flops / work.peak
+    if work.shape.quantised == FP8:
+        forward = 2.0 * tokens * (weights - layer_weights(work.shape)) / tp
+        busy_ms += forward * (1 / work.accelerator.flops_per_ms(FP8) - 1 / work.peak)
+    return np.maximum(busy_ms, read / _bytes_per_ms(work.accelerator.memory_gb_s))
 
 
 def weights_used(work: Workload) -> int:
@@ -98,13 +104,24 @@ def weights_used(work: Workload) -> int:
     )
 
 
-def dequantising_ms(work: Workload, tp: int) -> float:
-    """Return ms of making weights from quantised ones at the device's bandwidth, each time anew."""
-    if work.shape.quantised is None:
-        return 0.0
-    kept = base_bytes(work.shape, tp, work.precision) / layer_weights(work.shape)
-    made = element_bytes(work.precision) / tp
-    return (kept + made) * weights_used(work) / _bytes_per_ms(work.accelerator.memory_gb_s)
+def quantising_ms(work: Workload, tp: int, b: Sizes, s: Sizes) -> Array:
+    """Return ms of making weights from quantised ones at the device's bandwidth, each time anew.
+
+    In fp8 they are made for the gradient of the input only; the input of each product is rounded.
+    """
+    tokens, shape = np.asarray(b) * np.asarray(s), work.shape
+    if shape.quantised is None:
+        return np.zeros(np.shape(tokens))
+    e, rounded = element_bytes(work.precision), 0.0
+    moved = base_bytes(shape, tp, work.precision) + e * layer_weights(shape) / tp
+    if shape.quantised == FP8:
+        for module, (inputs, _) in shape.linear_sizes().items():
+            again = int(module in COMPUTED_AGAIN[work.memory])
+            rounded += (1 + again) * inputs / (tp if module in ROW_PARALLEL else 1)
+    else:
+        moved *= weights_used(work) / layer_weights(shape)
+    moved = moved + (ROUNDING_PASSES * e + 1) * rounded * tokens
+    return moved / _bytes_per_ms(work.accelerator.memory_gb_s)
 
 
 def attention_ms(work: Workload, tp: int, b: Sizes, s: Sizes) -> Array:
@@ -155,7 +172,7 @@ def layer_ms(work: Workload, efficiency: Efficiency, tp: int, b: Sizes, s: Sizes
         efficiency.start_ms * work.starts
         + matmul_ms(work, tp, b, s) / efficiency.matmul
         + attention_ms(work, tp, b, s) / efficiency.attention
-        + (memory_ms(work, tp, b, s) + dequantising_ms(work, tp)) / efficiency.memory
+        + (memory_ms(work, tp, b, s) + quantising_ms(work, tp, b, s)) / efficiency.memory
         + all_reduce_ms(work, efficiency, tp, b, s)
     )
 
@@ -204,7 +221,7 @@ def calibrate(
         raise ConfigError(f"{profile.path}: at least 4 rows of tp {tp} are needed to calibrate")
     b, s = profile.mbs[rows].astype(float), profile.seq_len[rows].astype(float)
     time_ms = profile.time_ms[rows]
-    known = (memory_ms(work, tp, b, s) + dequantising_ms(work, tp)) / efficiency.memory
+    known = (memory_ms(work, tp, b, s) + quantising_ms(work, tp, b, s)) / efficiency.memory
     known = known + all_reduce_ms(work, efficiency, tp, b, s)
     terms = np.stack(
         [

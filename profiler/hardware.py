@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lobra.common.errors import ConfigError
+from lobra.layout.base_precision import FP8
 
 PACKAGES = ("torch", "transformers", "numpy")
 DEVICES = ("auto", "cpu", "cuda")
+FP8_VERSION = (8, 9)  # the compute capability from which on a GPU multiplies e4m3: Ada, Hopper
 
 
 def resolve_device(device: str) -> Literal["cpu", "cuda"]:
@@ -77,6 +79,22 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def product_problem(quantised: str | None, device: str | None) -> str | None:
+    """Return why a device cannot multiply by a base that is kept so, None if it can."""
+    if quantised != FP8 or device != "cuda":
+        return None
+    import torch
+
+    version = torch.cuda.get_device_capability()
+    if version >= FP8_VERSION:
+        return None
+    has, wants = (".".join(map(str, one)) for one in (version, FP8_VERSION))
+    return (
+        f"--base-precision fp8: {torch.cuda.get_device_name()} has no products in fp8 (its compute "
+        f"capability is {has}, {wants} is needed): int8 takes as little memory"
+    )
 
 
 def available_memory_bytes() -> int:

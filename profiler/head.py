@@ -46,14 +46,17 @@ class HeadFit:
     labels: LayerFit
     profiled_share: float = PROFILED_SHARE
 
-    def time_ms(self, b: Array, s: Array, label_share: Array | float | None = None) -> Array:
+    def time_ms(
+        self, b: Array, s: Array, label_share: Array | float | None = None, times: float = 1.0
+    ) -> Array:
         """Return ms for ``b`` sequences of ``s`` tokens (arrays broadcast).
 
-        ``label_share`` of the positions carry a loss; by default as many as were profiled.
+        ``label_share`` of the positions carry a loss; by default as many as were profiled. What
+        these add counts so many ``times``.
         """
         b, s = np.asarray(b, dtype=np.float64), np.asarray(s, dtype=np.float64)
         ratio = 1.0 if label_share is None else label_share / self.profiled_share
-        time_ms = ratio * self.labels.time_ms(b, s)
+        time_ms = times * ratio * self.labels.time_ms(b, s)
         return time_ms if self.base is None else time_ms + self.base.time_ms(b, s)
 
 

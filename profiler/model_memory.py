@@ -21,7 +21,7 @@ class ModelMemory:
     weight_bytes, gradient_bytes, optimizer_bytes
         What is always held; the optimiser's on the rank's device.
     exchange_bytes
-        What is held besides while replicas exchange, when there are no activations.
+        What is held besides while replicas exchange or save, when there are no activations.
     activations
         What a micro-batch takes; its fixed part is that of the weights.
     factor
@@ -49,6 +49,7 @@ def model_memory(
     precision: str,
     moment_bytes: float = 2 * FLOAT_BYTES,
     offload: bool = False,
+    moments_made: int = 0,
 ) -> ModelMemory:
     """Return the memory of the rank that needs most.
 
@@ -64,6 +65,8 @@ def model_memory(
         What the optimiser keeps of a weight beside the weight itself; in fp64 it is twice that.
     offload
         Whether that is in the host's memory.
+    moments_made
+        How many moments saving makes whole in fp32, all at once, of those kept in fewer bits.
     """
     factor = 2 if precision == "fp64" else 1
     stages = stage_memories(
@@ -71,7 +74,8 @@ def model_memory(
         layout.memory,
     )  # fmt: skip
     found = [
-        _of_stage(one, num_replicas, precision, moment_bytes, offload, factor) for one in stages
+        _of_stage(one, num_replicas, precision, moment_bytes, offload, factor, moments_made)
+        for one in stages
     ]
     return max(found, key=lambda memory: memory.total_bytes(1))
 
@@ -83,6 +87,7 @@ def _of_stage(
     moment_bytes: float,
     offload: bool,
     factor: int,
+    moments_made: int,
 ) -> ModelMemory:
     weight, wide = factor * element_bytes(precision), factor * FLOAT_BYTES
     elements = estimate.fixed_bytes / element_bytes(precision)
@@ -90,11 +95,12 @@ def _of_stage(
     # All replicas' rows of the gradient and this one's of the sum; then the new weights, gathered.
     reducing = wide * (elements + share) if num_replicas > 1 else 0
     gathering = weight * (elements + share) + wide * share
+    saving = wide * (elements + (1 + moments_made) * share)  # one moment of all replicas
     return ModelMemory(
         weight * elements,
         wide * elements,
         0 if offload else (wide + factor * moment_bytes) * share,
-        max(reducing, gathering),
+        max(reducing, gathering, saving),
         estimate,
         factor,
     )

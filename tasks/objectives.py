@@ -39,6 +39,9 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
 OBJECTIVES = tuple(PARAMETERS)
 PAIRED = ("dpo", "cpo", "orpo")
 COMPARING = (*PAIRED, KTO, CIT)
+#: How often tokens go through the model forward besides, on average: before a step's own pass. Half
+#: of KTO's sequences are compared with only: twice forward, but not back, which is as much as once.
+PASSES_BEFORE = {"dpo": 1.0, KTO: 0.5, CIT: 1.0}
 
 
 @dataclass(frozen=True)

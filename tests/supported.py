@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lobra.layout.base_precision import QUANTISED
 from tests.model.support import FAMILIES
-from tests.model.test_quantised_linear import FAMILIES_IN_BITS
 from tests.trainer.test_more_than_linears import CASES
 from tests.trainer.test_preferences import PARAMETERS
 
@@ -22,6 +22,7 @@ Test = Callable[[Mapping[str, Any]], bool]
 
 #: What a task of the tests shows of its family.
 SHOWN: Mapping[str, Test] = {
+    "LoRA+": lambda task: "loraplus_ratio" in task,
     "rsLoRA": lambda task: task.get("adapter") == "rslora",
     "DoRA": lambda task: task.get("adapter") == "dora",
     "VeRA": lambda task: task.get("adapter") == "vera",
@@ -33,19 +34,17 @@ SHOWN: Mapping[str, Test] = {
 #: What tests show of every family, as they are given all.
 OF_ALL = ("LoRA", "PiSSA")
 PRECISIONS = ("fp32", "bf16")
-BASE_PRECISIONS = ("int8", "nf4")
 
 
 def table() -> str:
     """Return the table as the README has it."""
-    columns = [*OF_ALL, *SHOWN, *PRECISIONS, *BASE_PRECISIONS]
+    columns = [*OF_ALL, *SHOWN, *PRECISIONS, *QUANTISED]
     lines = ["| `model_type` | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
     for family in FAMILIES:
         cells = [True] * len(OF_ALL)
         cells += [any(map(test, CASES[family])) for test in SHOWN.values()]
-        cells += [True] * len(PRECISIONS)
-        in_bits = ["yes" if family in FAMILIES_IN_BITS else "untried"] * len(BASE_PRECISIONS)
-        words = [*("yes" if cell else "-" for cell in cells), *in_bits]
+        cells += [True] * len((*PRECISIONS, *QUANTISED))
+        words = ["yes" if cell else "-" for cell in cells]
         lines.append(f"| `{family}` | " + " | ".join(words) + " |")
     objectives = ", ".join(("supervised", *PARAMETERS))
     return "\n".join([BEGIN, *lines, "", f"Objectives: {objectives}.", END])

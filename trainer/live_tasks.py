@@ -11,7 +11,7 @@ from lobra.common.errors import ConfigError, Problems
 from lobra.common.models import read_as
 from lobra.layout.plan import Plan
 from lobra.layout.shapes import ModelShape
-from lobra.planner.workload import label_share
+from lobra.planner.workload import token_shares
 from lobra.profiler.cost_model import CostModel
 from lobra.profiler.estimate_memory import layer_weights
 from lobra.tasks.config import TaskConfig
@@ -80,7 +80,7 @@ def training_costs(
         else shape.adapter_elements(task.largest_rank, task.target_modules)
         for task in tasks
     )
-    return cost_model.for_training(label_share(tasks, training), elements)
+    return cost_model.for_training(token_shares(tasks, training), elements)
 
 
 def evaluation_period(tasks: Sequence[TaskConfig], admission: Admission | None) -> int:

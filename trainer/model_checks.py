@@ -12,8 +12,9 @@ from lobra.layout.shapes import ModelShape
 from lobra.profiler.memory import parse_bytes
 from lobra.profiler.model_memory import model_memory
 from lobra.tasks.config import TaskConfig
+from lobra.tasks.kinds import ADAMW_8BIT
 from lobra.trainer.run_spec import RunSpec
-from lobra.trainer.zero import moment_bytes
+from lobra.trainer.zero import kept_moments, moment_bytes
 
 log = logging.getLogger(__name__)
 
@@ -33,11 +34,6 @@ def model_problems(tasks: Sequence[TaskConfig], plan: Plan, shape: ModelShape) -
         problems.append(
             f"task {whole[0]}: adapter: full trains weights, which {shape.quantised} are not made "
             f"for: leave --base-precision out, and use an unquantised model"
-        )
-    if fused := shape.fused_linears():
-        problems.append(
-            f"task {whole[0]}: adapter: full: {', '.join(fused)} of {shape.name} are several "
-            f"projections in one linear, which is not supported"
         )
     layouts = {group.layout for group in plan.groups}
     if len(layouts) > 1:
@@ -90,6 +86,7 @@ def check_memory(run: RunSpec, shape: ModelShape, budget: str | None) -> None:
     memory = model_memory(
         shape, layout, replicas, run.precision,
         moment_bytes(task.optimizer, task.momentum), task.offload,
+        len(kept_moments(task)) if task.optimizer == ADAMW_8BIT and not task.offload else 0,
     )  # fmt: skip
     needed = memory.total_bytes(tokens)
     parts = (memory.weight_bytes, memory.gradient_bytes, memory.optimizer_bytes)

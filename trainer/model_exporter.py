@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lobra.common.storage import StorageError
+from lobra.model.base_linear import row_numbers
 from lobra.model.heartbeat import beat
 from lobra.model.held import HeldTensor, Size, held_tensors, owned_tensors
 from lobra.model.precision import kept_dtype
@@ -141,7 +142,8 @@ class ModelExporter(AdapterExporter):
                         part = torch.empty(tensor.held_size, dtype=dtype)
                         dist.recv(part, source, group=self.control)
                     if self.is_writer:
-                        whole[tensor.parts] = part
+                        rows = row_numbers(tensor.stored_rows, tensor.fused)
+                        whole[:, *tensor.parts[1:]][rows] = part
                     else:
                         dist.send(part.contiguous(), 0, group=self.control)
                 found[name] = whole

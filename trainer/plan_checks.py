@@ -8,7 +8,7 @@ import os
 
 from lobra.common.errors import ConfigError
 from lobra.common.words import counted
-from lobra.layout.base_precision import plan_problem
+from lobra.layout.base_precision import plan_problem, takes_more
 from lobra.layout.placement import placed_on
 from lobra.layout.plan import Plan, load_plan
 from lobra.layout.shapes import ModelShape, layout_problem
@@ -60,7 +60,7 @@ def layout_problems(request: TrainRequest, plan: Plan, shape: ModelShape) -> lis
     made_for = plan.meta.get("base_precision")
     if problem := plan_problem(made_for, shape.quantised):
         problems.append(f"{request.strategy_config}: {problem}")
-    elif plan.meta and made_for != shape.quantised:
+    elif plan.meta and takes_more(made_for, shape.quantised):
         log.warning(
             "%s: was made for a base that takes more memory than one in %s: plan again, and its "
             "micro-batches may be larger",

@@ -19,7 +19,7 @@ from lobra.common.models import Count, FileModel, PositiveInt, Text, load_as
 from lobra.common.version import installed_version
 from lobra.layout.plan import Plan, PlanEntry, PlanMeta, RankMap
 from lobra.profiler.hardware import describe_device, versions
-from lobra.tasks.config import ADAPTERS, FULL
+from lobra.tasks.kinds import ADAPTERS, FULL
 from lobra.trainer.run_spec import CONFIG_FILE, RunSpec
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from lobra.layout.base_precision import library_problem, option_problem
 from lobra.layout.sequences import Batching
 from lobra.layout.world import World
 from lobra.profiler.cost_model import CostModel
+from lobra.profiler.hardware import product_problem
 from lobra.trainer.admission import admission_of
 from lobra.trainer.batching import chosen_batching
 from lobra.trainer.dispatch_costs import dispatch_costs, missing_profile
@@ -78,8 +79,13 @@ def chosen_setting(request: TrainRequest, inputs: RunInputs, problems: Problems)
         profiled_steps = problems.result_of(steps_of, request.torch_profiler) or profiled_steps
     device = problems.result_of(chosen_device, request, plan)
     precision = request.precision or ("bf16" if device == "cuda" else "fp32")
-    unable = library_problem(shape.quantised if shape else None)
-    problems += filter(None, (option_problem(request.base_precision, precision), unable))
+    quantised = None if shape is None else shape.quantised
+    unusable = (
+        option_problem(request.base_precision, precision),
+        library_problem(quantised),
+        product_problem(quantised, device),
+    )
+    problems += filter(None, unusable)
     batching = problems.result_of(
         chosen_batching, request.batching, request.dp_bucket, request.dispatch, plan
     )

@@ -20,6 +20,7 @@ from lobra.planner.sweep import Hardware, Sizing, parse_range
 from lobra.planner.workload import Workload, read_workload
 from lobra.profiler import lookup
 from lobra.profiler.accelerators import Accelerator, Tables, load_tables
+from lobra.profiler.cost_model import TokenShares
 from lobra.profiler.estimate import estimate
 from lobra.profiler.profiles import adapter_elements_of
 from lobra.report.sweep_plot import plot_problem
@@ -173,17 +174,17 @@ def read_hardware(
         inputs = read_inputs(options, problems)
         assert inputs.memory
         own = Hardware("", inputs.cost_model, inputs.memory, sweeps.price_of(""))
-        labels = inputs.cost_model.label_share
-        swept = estimates(sweeps, options, num_gpus, inputs.tasks, labels)
+        shares = inputs.cost_model.shares
+        swept = estimates(sweeps, options, num_gpus, inputs.tasks, shares)
         return inputs.workload, own, swept or [own], inputs.notes
     with problems.noted():
         config = load_trainer_config(options.trainer_config, options.num_tasks)
     problems.raise_if_any()
     lengths, made_up = lengths_for(config, options)
-    workload, labels = read_workload(
+    workload, shares = read_workload(
         config, options.model, lengths, options.data_dir, options.max_seq_length, options.seed
     )
-    swept = estimates(sweeps, options, num_gpus, config.tasks, labels)
+    swept = estimates(sweeps, options, num_gpus, config.tasks, shares)
     note = f"{options.model} has no time profile: the plan is for {swept[0].name}, ESTIMATED"
     return workload, swept[0], swept, (note, *filter(None, [made_up]))
 
@@ -193,7 +194,7 @@ def estimates(
     options: PlanningOptions,
     num_gpus: int,
     tasks: Sequence[TaskConfig],
-    label_share: float | None,
+    shares: TokenShares,
 ) -> list[Hardware]:
     """Return what training the tasks costs on each swept accelerator.
 
@@ -218,7 +219,7 @@ def estimates(
             memory_share=CUDA_MEMORY_SHARE,
             kind=options.cost_model,
         )
-        cost_model = own.cost_model.for_training(label_share, elements)
+        cost_model = own.cost_model.for_training(shares, elements)
         price = sweeps.price_of(accelerator.name)
         found.append(Hardware(accelerator.name, cost_model, own.memory, price))
     return found

@@ -179,10 +179,10 @@ def read_inputs(
     assert config and cost_model and found
     origins = [lookup.provenance_note(path) for path in (times, capacities) if path is not None]
     notes.append(next(filter(None, origins), None))  # the same is said once
-    workload, labels = found
+    workload, shares = found
     adapters = [(task.rank, task.target_modules) for task in config.tasks]
     elements = adapter_elements_of(options.model, adapters)
-    cost_model = cost_model.for_training(labels, elements)
+    cost_model = cost_model.for_training(shares, elements)
     return PlanningInputs(config.tasks, workload, cost_model, memory, tuple(filter(None, notes)))
 
 

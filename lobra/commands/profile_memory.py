@@ -88,7 +88,7 @@ def _measure(options: MemoryOptions) -> int:
     check_one_machine(options.host_file, os.environ)
     device = resolve_device(options.device)
     precision = precision_of(options.precision, device)
-    shape = base_shape(options, precision)
+    shape = base_shape(options, precision, device)
     tasks = fitting_tasks(options.trainer_config, options.num_tasks, shape)
     limit = num_devices(device)
     layouts = layouts_within(shape, options.num_gpus)

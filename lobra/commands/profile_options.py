@@ -114,8 +114,10 @@ def precision_of(precision: str | None, device: str) -> str:
     return precision or ("bf16" if device == "cuda" else "fp32")
 
 
-def base_shape(options: ProfilerOptions, precision: str) -> ModelShape:
+def base_shape(options: ProfilerOptions, precision: str, device: str | None = None) -> ModelShape:
     """Return the base's shape, its linears kept as the options say.
+
+    ``device`` is what computes with it; None: it is estimated.
 
     Raises
     ------
@@ -123,9 +125,12 @@ def base_shape(options: ProfilerOptions, precision: str) -> ModelShape:
         If the model is unknown, or is not to be had so.
     """
     shape = resolve_shape(options.model).kept_in(options.base_precision)
-    unable = None if options.estimate else library_problem(shape.quantised)
-    problems = filter(None, (option_problem(options.base_precision, precision), unable))
-    Problems(problems).raise_if_any()
+    problems = [option_problem(options.base_precision, precision)]
+    if device is not None:
+        from lobra.profiler.hardware import product_problem
+
+        problems += [library_problem(shape.quantised), product_problem(shape.quantised, device)]
+    Problems(filter(None, problems)).raise_if_any()
     return shape
 
 

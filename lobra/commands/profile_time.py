@@ -148,7 +148,7 @@ def _measure(options: TimeOptions) -> int:
     device = resolve_device(options.device)
     length = _length(options, device)
     precision = precision_of(options.precision, device)
-    shape = base_shape(options, precision)
+    shape = base_shape(options, precision, device)
     sweep = TimeSweep(
         folder=resolve_folder(options.model),
         shape=shape,

@@ -1,4 +1,7 @@
-"""Models whose linears have the values that bitsandbytes' own functions make of them."""
+"""Models whose linears have the values that bitsandbytes' own functions make of them.
+
+In fp8, which it does not have, those that follow from what e4m3 is.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,22 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 
+def in_e4m3(rows: Tensor) -> Tensor:
+    """Return rows, fp64, rounded to e4m3 times a power of two.
+
+    By which their largest value is at least 128 and less than 256. Numbers from 2^-6 on have three
+    binary digits behind the first, smaller ones are multiples of 2^-9 (arXiv 2209.05433, table 1).
+    """
+    power = torch.frexp(rows.abs().amax(1, keepdim=True)).exponent.double() - 8
+    scaled = rows / 2.0**power
+    last_digit = torch.frexp(scaled).exponent.double().clamp(min=-5) - 4
+    return (scaled / 2.0**last_digit).round() * 2.0 ** (last_digit + power)
+
+
 def as_the_library_makes_it(weight: Tensor, quantised: str) -> Tensor:
     """Return a whole weight, in fp32, quantised and made again."""
+    if quantised == "fp8":
+        return in_e4m3(weight.double()).float()
     if quantised == "int8":
         values, scales, _ = int8_vectorwise_quant(weight.float())
         made = values * (scales / 127)[:, None]

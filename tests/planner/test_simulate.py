@@ -11,7 +11,7 @@ from lobra.planner.simulate import simulate, simulate_packed
 from lobra.planner.step_time import sync_time_s
 from lobra.planner.workload import Workload
 from lobra.profiler.collectives import SYNC, Collectives, Link
-from lobra.profiler.cost_model import fit_cost_model
+from lobra.profiler.cost_model import TokenShares, fit_cost_model
 from lobra.profiler.profiles import TimeProfile
 from tests.planner.support import MIXED_PLAN, plain_cost_model, two_tasks
 
@@ -46,8 +46,8 @@ def test_synchronisation_is_added_where_it_was_profiled() -> None:
     profile = TimeProfile(*rows.T, 1.0 + 0.01 * rows[:, 1] * rows[:, 2] / rows[:, 0])
     plain = fit_cost_model(profile, 4)
     plan = make_plan([ReplicaGroup(Layout(1, 2), 2, 512), ReplicaGroup(Layout(2, 2), 1, 512)])
-    assert sync_time_s(plan, plain.for_training(None, 1e6)) == 0
-    model = fit_cost_model(profile, 4, collectives=links).for_training(None, 1e6)
+    assert sync_time_s(plan, plain.for_training(TokenShares(), 1e6)) == 0
+    model = fit_cost_model(profile, 4, collectives=links).for_training(TokenShares(), 1e6)
     half = 1e6 * 4 / 2  # bytes of two of the four layers
     assert sync_time_s(plan, model) == pytest.approx((9.0 + 1e-6 * half) / 1000)
     work = Workload({"t": np.full(8, 100)}, {"t": 4}, {})

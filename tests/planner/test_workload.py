@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 
 from lobra.common.errors import ConfigError
 from lobra.planner.bucketed.expected_batch import expect
-from lobra.planner.workload import Workload, make_workload
+from lobra.planner.workload import Workload, make_workload, token_shares
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.task_file import TrainerConfig
+from tests.trainer.support import random_dataset
 
 LENGTHS = {"a": np.arange(1, 11), "b": np.arange(101, 104), "named": np.array([7])}
 
@@ -48,6 +50,26 @@ def test_what_is_held_out_is_not_trained_but_must_fit() -> None:
     long = {"a": np.array([100] * 9 + [500])}
     batches = [expect(make_workload(config, long, 512, seed), 4) for seed in range(6)]
     assert all(batch.buckets[-1] == 512 and batch.counts[-1] >= 1 for batch in batches)
+
+
+def test_a_step_asks_for_what_its_tasks_do_with_their_tokens() -> None:
+    """Tasks with a reference compute it before, an adapter on the head its logits twice."""
+    fields = {"a": {"objective": "dpo"}, "b": {"objective": "kto"}, "c": {}}
+    tasks = tuple(
+        TaskConfig(name, 4, 8, ("q_proj", "lm_head"), 4, name, 512, **own)
+        for name, own in fields.items()
+    )
+    data = [random_dataset(12, 8, 40, 64, seed) for seed in range(3)]
+    data[:2] = [replace(own, signs=np.tile([1, -1], 6).astype(np.int8)) for own in data[:2]]
+    found = token_shares(tasks, data)
+    tokens, labels = (
+        np.array([size * 4 / own.num_examples for own, size in zip(data, sizes, strict=True)])
+        for sizes in ([len(own.tokens) for own in data], [own.num_labels for own in data])
+    )
+    assert found.labels == pytest.approx(labels.sum() / tokens.sum())
+    assert found.passes_before == pytest.approx(tokens @ [1, 0.5, 0] / tokens.sum())
+    assert found.logits_again == pytest.approx(labels @ [2, 1.5, 1] / labels.sum())
+    assert token_shares(tasks[2:], data[2:]).passes_before == 0
 
 
 def test_a_task_alone_draws_what_it_draws_among_others() -> None:

@@ -12,7 +12,12 @@ from lobra.layout.layout import Layout
 from lobra.layout.shapes import NAMED_SHAPES
 from lobra.profiler.collective_time import open_collectives, sweep_collectives, wanted_rows
 from lobra.profiler.collectives import fit_link, load_collectives
-from lobra.profiler.cost_model import fit_cost_model, load_cost_model, padded_work
+from lobra.profiler.cost_model import (
+    TokenShares,
+    fit_cost_model,
+    load_cost_model,
+    padded_work,
+)
 from lobra.profiler.csv_rows import append_row
 from lobra.profiler.profiles import TimeProfile
 from lobra.profiler.sidecar import write_meta
@@ -58,13 +63,13 @@ def test_a_pipelined_micro_batch_pays_for_two_transfers(tmp_path: Path) -> None:
 
 def test_synchronisation_grows_with_ranks_and_is_free_where_not_measured(tmp_path: Path) -> None:
     links = load_collectives(written(tmp_path / "links.csv"))
-    model = fit_cost_model(profile(), 8, collectives=links).for_training(None, 1_000_000)
+    model = fit_cost_model(profile(), 8, collectives=links).for_training(TokenShares(), 1_000_000)
     times = [model.sync_time_ms(ranks) for ranks in (1, 2, 3, 4, 8, 16)]
     assert times[0] == 0
     assert times[1] == pytest.approx(0.2 + 3e-6 * 4e6)
     assert times == sorted(times)
     assert model.sync_time_ms(4, 0.5) < model.sync_time_ms(4), "half of the layers, half of it"
-    assert fit_cost_model(profile(), 8).for_training(None, 1_000_000).sync_time_ms(8) == 0
+    assert fit_cost_model(profile(), 8).for_training(TokenShares(), 1_000_000).sync_time_ms(8) == 0
     assert fit_cost_model(profile(), 8, collectives=links).sync_time_ms(8) == 0, "no adapters"
 
 

@@ -9,7 +9,12 @@ import pytest
 
 from lobra.common.errors import ConfigError
 from lobra.layout.layout import Layout
-from lobra.profiler.cost_model import fit_cost_model, load_cost_model, padded_work
+from lobra.profiler.cost_model import (
+    TokenShares,
+    fit_cost_model,
+    load_cost_model,
+    padded_work,
+)
 from lobra.profiler.head import HEAD_COLUMNS, HeadProfile, fit_heads, load_head_profile
 from lobra.profiler.layer_time_rank import row_mixtures
 from lobra.profiler.profiles import TimeProfile
@@ -51,12 +56,24 @@ def test_a_micro_batch_knows_what_is_trained(tmp_path: Path) -> None:
     layers = TimeProfile(*rows.T, 1.0 + 0.01 * rows[:, 1] * rows[:, 2])
     head = load_head_profile(written(tmp_path / "head.csv"))
     model = fit_cost_model(layers, 4, head_profile=head)
-    few, many = (model.for_training(share, 0) for share in (0.1, 0.9))
+    few, many = (model.for_training(TokenShares(share), 0) for share in (0.1, 0.9))
     work = padded_work(2, 256)
     few_ms, many_ms = (one.micro_batch_time(Layout(1, 1), *work).head_ms for one in (few, many))
     assert float(many_ms - few_ms) == pytest.approx(labels_ms(2, 256, 0.8), rel=1e-3)
     counted = few.micro_batch_time(Layout(1, 1), *work, labels=0.9 * 2 * 256)
     assert float(counted.head_ms) == pytest.approx(float(many_ms))
+
+
+def test_passes_without_gradient_take_half_of_a_whole_one(tmp_path: Path) -> None:
+    """Of what is computed with a frozen weight, the product and the gradient of its input."""
+    rows = np.array([(1, s, b) for s in LENGTHS for b in SIZES])
+    layers = TimeProfile(*rows.T, 0.01 * rows[:, 1] * rows[:, 2])
+    model = fit_cost_model(layers, 4, head_profile=load_head_profile(written(tmp_path / "h.csv")))
+    models = (model.for_training(TokenShares(0.5, *again), 0) for again in ((0, 0), (1, 2)))
+    plain, more = (one.micro_batch_time(Layout(1, 1), *padded_work(2, 256)) for one in models)
+    assert float(more.layers_ms / plain.layers_ms) == pytest.approx(1.5)
+    added_ms = labels_ms(2, 256, 0.5)
+    assert float(more.head_ms - plain.head_ms) == pytest.approx(added_ms, rel=1e-3)
 
 
 def test_a_file_without_the_base_is_scaled_whole() -> None:

@@ -53,20 +53,20 @@ PLUS = task(
 ROWS = task("rows", target_modules=(*ALL_LINEAR, "lm_head"), adapter="dora", lora_dropout=0.2)
 GATES = task("gates", target_modules=ALL_LINEAR, adapter="vera", rank=16, learning_rate=0.02)
 ENDS = task("ends", target_modules=("o_proj", "embed_tokens", "lm_head"), modules_to_save=["norm"])
-EVERYWHERE = (HEAD, WORDS, ROWS, GATES, ENDS)
+EVERYWHERE = (HEAD, WORDS, PLUS, ROWS, GATES, ENDS)
 ALL_BIASES = task("biases", target_modules=("v_proj", "o_proj"), bias="all")
 OWN_BIASES = task("own", target_modules=("q_proj", "o_proj"), bias="lora_only", adapter="dora")
 HEAD_GATES = task("scaled", target_modules=("lm_head", "q_proj"), adapter="vera")
 CASES = {
-    "llama": (*EVERYWHERE, PLUS, HEAD_GATES),
+    "llama": (*EVERYWHERE, HEAD_GATES),
     "mistral": EVERYWHERE,
-    "qwen2": (*EVERYWHERE, PLUS, ALL_BIASES, OWN_BIASES),
-    "qwen3": (*EVERYWHERE, PLUS),
+    "qwen2": (*EVERYWHERE, ALL_BIASES, OWN_BIASES),
+    "qwen3": EVERYWHERE,
     "gemma": EVERYWHERE,
-    "gemma2": (*EVERYWHERE, PLUS),
+    "gemma2": EVERYWHERE,
     "gemma3_text": EVERYWHERE,
     "granite": (*EVERYWHERE, ALL_BIASES, OWN_BIASES),
-    "phi3": (*EVERYWHERE, PLUS),
+    "phi3": EVERYWHERE,
     "glm": (*EVERYWHERE, ALL_BIASES, OWN_BIASES),
     "glm4": EVERYWHERE,
     "olmo2": EVERYWHERE,

@@ -15,15 +15,17 @@ import yaml
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
+from lobra.layout.base_precision import QUANTISED
 from lobra.layout.shapes import read_shape
 from lobra.model.adapter import sites
 from lobra.trainer.adapters import adapter_spec
 from lobra.trainer.metrics import read_metrics
 from lobra.trainer.run import run_local
 from lobra.trainer.verify import verify
-from tests.model.quantised import save_dequantised
-from tests.model.support import save_llama
+from tests.model.quantised import in_e4m3, save_dequantised
+from tests.model.support import FAMILIES, save_family, save_llama
 from tests.trainer.alone import (
+    VOCAB,
     make_datasets,
     make_starts,
     peft_config,
@@ -42,18 +44,43 @@ TASKS = (
     task("fresh", adapter="dora", steps=3),
 )
 BAR = 1e-8
+LAYOUTS = [(1, 1), (2, 1), (1, 2)]
+#: A row-parallel shard's tokens have other scales than whole ones, by which values are rounded
+#: otherwise that are 2^13 times smaller than the largest; that decides how later ones are rounded.
+FP8_LAYOUTS = [(1, 1), (1, 2)]
 
 
-@pytest.mark.parametrize("quantised", ["nf4", pytest.param("int8", marks=pytest.mark.long)])
+def _with_rounded_input(linear: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """Return what a linear computes; of the base's layers with an input in fp8.
+
+    The gradient goes through as if nothing was rounded.
+    """
+    if not linear.weight.requires_grad and linear.out_features != VOCAB:
+        rounded = in_e4m3(x.detach().flatten(0, -2)).view(x.shape)
+        x = x + (rounded - x.detach())
+    return torch.nn.functional.linear(x, linear.weight, linear.bias)
+
+
+@pytest.mark.parametrize(
+    "quantised",
+    [
+        "nf4",
+        pytest.param("int8", marks=pytest.mark.long),
+        pytest.param("fp8", marks=pytest.mark.long),
+    ],
+)
 def test_joint_equals_alone(
-    quantised: str, tmp_path: Path, record_property: Callable[[str, object], None]
+    quantised: str,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     base = save_llama(tmp_path / "base", intermediate_size=192)
     plain = save_dequantised(base, tmp_path / "plain", quantised)
     shape, data = read_shape(base), make_datasets(len(TASKS))
     starts = make_starts(plain, tmp_path / "starts", TASKS[:2])
     fresh = task_config(TASKS[2])
-    plan = make_plan([(1, 1), (2, 1), (1, 2)], max_tokens=128)
+    plan = make_plan(FP8_LAYOUTS if quantised == "fp8" else LAYOUTS, max_tokens=128)
     run = make_run(
         tmp_path / "run", base, (*tasks_from(starts, TASKS[:2]), fresh), data, plan, 3,
         precision="fp64", base_precision=quantised,
@@ -70,6 +97,8 @@ def test_joint_equals_alone(
         model.base_model.model.get_submodule(site.path).lora_A["default"].weight.data = A.double()
     starts.append(tmp_path / "starts" / "fresh")
     model.save_pretrained(starts[-1])
+    if quantised == "fp8":
+        monkeypatch.setattr(torch.nn.Linear, "forward", _with_rounded_input)
     alone = train_alone(plain, data, starts, torch.float64, tasks=TASKS)
     for number, own in enumerate(run.tasks):
         errors = relative_errors(final_tensors(run, number), alone[number]["tensors"])
@@ -78,6 +107,30 @@ def test_joint_equals_alone(
         record_property(own.name, f"{max(errors.values()):.1e}")
         losses = losses_of(run, own.name)
         np.testing.assert_allclose(losses, alone[number]["losses"], rtol=BAR, atol=0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("quantised", QUANTISED)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_as_alone(
+    family: str, quantised: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save_family(family, tmp_path / "base", intermediate_size=192)
+    plain = save_dequantised(base, tmp_path / "plain", quantised)
+    data, tasks = make_datasets(1), (task("plain", steps=1, lora_dropout=0.2),)
+    starts = make_starts(plain, tmp_path / "starts", tasks)
+    plan = make_plan([(1, 1)], max_tokens=128)
+    run = make_run(
+        tmp_path / "run", base, tasks_from(starts, tasks), data, plan, 1,
+        precision="fp64", base_precision=quantised,
+    )  # fmt: skip
+    run_local(run)
+    if quantised == "fp8":
+        monkeypatch.setattr(torch.nn.Linear, "forward", _with_rounded_input)
+    (alone,) = train_alone(plain, data, starts, torch.float64, tasks=tasks)
+    errors = relative_errors(final_tensors(run, 0), alone["tensors"])
+    assert max(errors.values()) < BAR, errors
+    np.testing.assert_allclose(losses_of(run, "plain"), alone["losses"], rtol=BAR, atol=0)
 
 
 def test_a_run_knows_its_base(
