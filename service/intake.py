@@ -34,7 +34,7 @@ from lobra.service.tables import (
 from lobra.service.tenants import Tenant
 from lobra.tasks.target_modules import HEAD, TARGET_MODULES
 
-SESSION_LIFE_S = 600.0  # without a sign of life; then its models make room for others
+SESSION_LIFE_S = 60.0  # without a sign, which clients give every 10 s; then it makes room
 ATTENTION, MLP = TARGET_MODULES[:4], TARGET_MODULES[4:]
 CHECKPOINT_PATH = re.compile(
     rf"{PATH_PREFIX}[^/]+/(weights|sampler_weights)/[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -96,16 +96,27 @@ class Intake:
             content = body.model_dump()
             self.submit(tenant, model.id, body.seq_id, "unload_model", _content(body), content)
 
-    def _live_models(self, tenant: Tenant) -> int:
-        """Return how many models a tenant has open; those of sessions that ended are closed."""
-        live = 0
-        for model in self.ledger.models_of(tenant.name):
-            seen_at = self._seen_at.get(model.session_id, self._started_at)
-            if time.monotonic() - seen_at > SESSION_LIFE_S:
-                self._unload(tenant, model)
-            else:
-                live += 1
-        return live
+    def _make_room(self, tenant: Tenant) -> None:
+        """Have a tenant have one model open less than it may; refuse where none can be closed.
+
+        Those are whose session has given no sign of life for a while, the longest silent first.
+        """
+        now = time.monotonic()
+        open_models = self.ledger.models_of(tenant.name)
+        silent_s = {one.id: now - self._last_sign(one.session_id) for one in open_models}
+        open_models.sort(key=lambda one: -silent_s[one.id])
+        excess = open_models[: max(0, len(open_models) - tenant.max_models + 1)]
+        if any(silent_s[one.id] <= SESSION_LIFE_S for one in excess):
+            raise Refusal(
+                403,
+                f"tenant {tenant.name} has {len(open_models)} models open, and may have "
+                f"{tenant.max_models}; unload one, or wait a minute after a program has ended",
+            )
+        for model in excess:
+            self._unload(tenant, model)
+
+    def _last_sign(self, session_id: str) -> float:
+        return self._seen_at.get(session_id, self._started_at)
 
     def check_session(self, tenant: Tenant, session_id: str) -> None:
         """Refuse a session that is not the tenant's."""
@@ -181,7 +192,7 @@ class Intake:
             raise Refusal(400, f"rank {rank}: {refusal}; ask for a smaller one")
         with self._lock:
             if self.ledger.model(model_id) is None:
-                self._quotas.check_models(tenant, self._live_models(tenant))
+                self._make_room(tenant)
                 metadata = body.user_metadata or {}
                 row = ModelRow(
                     model_id, tenant.name, body.session_id, rank, modules, seed, metadata,
@@ -205,6 +216,8 @@ class Intake:
         """
         model = self.model(tenant, model_id)
         with self._lock:
+            if kind != "unload_model":
+                self._seen_at[model.session_id] = time.monotonic()
             if seq_id is None:
                 seq_id = self.ledger.last_seq(model_id) + 1
             known = self.ledger.request_id(model_id, seq_id)
@@ -214,8 +227,10 @@ class Intake:
                 raise Refusal(400, f"model {model_id}: is closed; load a checkpoint of it")
             if seq_id <= model.snapshot_seq:
                 raise Refusal(410, f"model {model_id}: its request {seq_id} is long over")
+            if kind != "unload_model":
+                self._quotas.check_waiting(tenant, model_id, seq_id)
             if kind in LOSS_KINDS:
-                self._quotas.check_room(tenant, model_id, seq_id)
+                self._quotas.check_stored(tenant)
                 self._quotas.spend(tenant, content.num_tokens)
             row = RequestRow(
                 secrets.token_hex(16), tenant.name, model_id, seq_id, kind, body, time.time()
@@ -263,7 +278,8 @@ class Intake:
             known = self.ledger.request_id(body.sampling_session_id, body.seq_id)
             if known is not None:
                 return self.request(tenant, known)
-            self._quotas.check_room(tenant, body.sampling_session_id, body.seq_id)
+            self._quotas.check_waiting(tenant, body.sampling_session_id, body.seq_id)
+            self._quotas.check_stored(tenant)
             self._quotas.spend(tenant, len(tokens) * body.num_samples)
             row = RequestRow(
                 secrets.token_hex(16), tenant.name, body.sampling_session_id, body.seq_id, SAMPLE,

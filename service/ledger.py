@@ -73,6 +73,8 @@ class Ledger:
                 )
             connection.exec_driver_sql(f"PRAGMA user_version = {FORMAT}")
             metadata.create_all(connection)
+            for index in requests.indexes:  # a table that was there may lack one
+                index.create(connection, checkfirst=True)
 
     def close(self) -> None:
         """Close the file."""
@@ -304,11 +306,13 @@ class Ledger:
             for table, size in ((checkpoints, checkpoints.c.size_bytes), (requests, content))
         )
 
-    def waiting_bytes(self, tenant: str) -> int:
-        """Return what the bodies of a tenant's requests without a result take."""
+    def waiting_size(self, tenant: str) -> tuple[int, int]:
+        """Return how many requests of a tenant have no result, and the bytes of their bodies."""
+        size = sa.func.coalesce(sa.func.sum(sa.func.length(requests.c.body)), 0)
+        query = sa.select(sa.func.count().label("count"), size.label("bytes"))
         own = (requests.c.tenant == tenant, requests.c.finished_at.is_(None))
-        size = sa.func.sum(sa.func.length(requests.c.body))
-        return self.number(sa.select(size).where(*own)) or 0
+        (row,) = self.rows(query.where(*own))
+        return row["count"], row["bytes"]
 
     def first_waiting(self, model_id: str) -> int | None:
         """Return the number of a model's first request without a result, None if all have one."""

@@ -1,4 +1,4 @@
-"""What tenants may use: tokens a minute, models, room on disk, and room in the queue."""
+"""What tenants may use: tokens a minute, room on disk, and room in the queue."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from lobra.service.ledger import Ledger
 from lobra.service.refusal import Refusal
 from lobra.service.tenants import Tenant
 
-MOST_WAITING_BYTES = 256 << 20  # of a tenant's requests without a result: they are in memory
+#: Of a tenant's requests without a result, which are in memory.
+MOST_WAITING, MOST_WAITING_BYTES = 10_000, 256 << 20
 
 
 class Quotas:
@@ -32,21 +33,8 @@ class Quotas:
             )
         self._tokens[tenant.name] = (left - tokens, now)
 
-    def check_models(self, tenant: Tenant, count: int) -> None:
-        """Refuse another model of a tenant that has so many open."""
-        if count >= tenant.max_models:
-            raise Refusal(
-                403,
-                f"tenant {tenant.name} has {tenant.max_models} models open, which is the most; "
-                f"unload one",
-            )
-
-    def check_room(self, tenant: Tenant, model_id: str, seq_id: int) -> None:
-        """Refuse a request of a tenant that stores, or has waiting, all that it may.
-
-        What other requests of its model wait for is taken in however many wait: clients send the
-        first part of a batch last.
-        """
+    def check_stored(self, tenant: Tenant) -> None:
+        """Refuse new data of a tenant that stores all that it may."""
         if tenant.stored_bytes is not None:
             stored_bytes = self.ledger.stored_bytes(tenant.name)
             if stored_bytes >= tenant.stored_bytes:
@@ -56,11 +44,20 @@ class Quotas:
                     f"{tenant.stored_bytes:,}; delete checkpoints, or wait an hour for results to "
                     f"be forgotten",
                 )
-        if self.ledger.waiting_bytes(tenant.name) >= MOST_WAITING_BYTES:
+
+    def check_waiting(self, tenant: Tenant, model_id: str, seq_id: int) -> None:
+        """Refuse a request of a tenant that has as many waiting as it may.
+
+        What other requests of its model wait for is taken in however many wait: clients send the
+        first part of a batch last.
+        """
+        count, waiting_bytes = self.ledger.waiting_size(tenant.name)
+        if count >= MOST_WAITING or waiting_bytes >= MOST_WAITING_BYTES:
             first = self.ledger.first_waiting(model_id)
             if first is None or seq_id > first:
                 raise Refusal(
                     429,
-                    f"tenant {tenant.name} has {MOST_WAITING_BYTES:,} bytes of requests waiting, "
-                    f"which is the most; wait for their results",
+                    f"tenant {tenant.name} has {count:,} requests of {waiting_bytes:,} bytes "
+                    f"waiting, of {MOST_WAITING:,} and {MOST_WAITING_BYTES:,}; wait for their "
+                    f"results",
                 )

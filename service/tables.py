@@ -15,7 +15,7 @@ JSON_COLUMNS = ("target_modules", "user_metadata")
 metadata = sa.MetaData()
 
 
-def _table(name: str, *columns: sa.Column[Any] | sa.UniqueConstraint) -> sa.Table:
+def _table(name: str, *columns: sa.Column[Any] | sa.UniqueConstraint | sa.Index) -> sa.Table:
     return sa.Table(name, metadata, *columns)
 
 
@@ -75,6 +75,7 @@ requests = _table(
     sa.Column("result", LargeBinary),
     sa.Column("error", Text),
     sa.UniqueConstraint("model_id", "seq_id"),
+    sa.Index("requests_by_end", "finished_at", "tenant"),  # who waits, and what has had its time
 )
 samplers = _table(
     "samplers",

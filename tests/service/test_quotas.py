@@ -98,7 +98,7 @@ def test_requests_that_wait_are_bounded_but_for_what_others_wait_for(
     client = mixed.client("waiting")
     model = client.new_model(client.new_session(), 0, rank=2)
     late = client.losses(model, 2, [datum(60)])[1]
-    refused(client.losses(model, 3, [datum()]), 429, "1,000 bytes", "wait")
+    refused(client.losses(model, 3, [datum()]), 429, "of 10,000 and 1,000", "wait")
     first = client.losses(model, 1, [datum(60)])[1]
     for future in (first, late):
         assert [len(own) for own in logprobs_of(client.result(future))] == [60]

@@ -198,7 +198,7 @@ def test_quotas_are_kept(mixed: Running, monkeypatch: pytest.MonkeyPatch) -> Non
     session = client.new_session()
     model = client.new_model(session, 0, rank=1)
     make = dict(session_id=session, model_seq_id=1, base_model="base")
-    refused(client.post("create_model", **make), 403, "1 models open")
+    refused(client.post("create_model", **make), 403, "1 models open", "may have 1")
     assert client.losses(model, 1, [datum(30)])[0] == 200
     refused(client.losses(model, 2, [datum(1)]), 429, "10 tokens a minute")
     client.result(client.asked("unload_model", model_id=model))
