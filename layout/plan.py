@@ -13,7 +13,7 @@ import yaml
 from pydantic import AfterValidator, ConfigDict, Field
 from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
-from lobra.common.errors import ConfigError
+from lobra.common.errors import ConfigError, did_you_mean
 from lobra.common.files import write_atomic
 from lobra.common.models import (
     Count,
@@ -275,8 +275,10 @@ def load_plan(name_or_path: str | os.PathLike[str]) -> Plan:
     """
     path = plan_path(name_or_path)
     if not os.path.exists(path):
+        there = [other.stem for other in path.parent.glob("*.yaml")]
         raise ConfigError(
-            f"{path}: no such plan; make it with deploy_strategy_plan or give its path"
+            f"{path}: no such plan{did_you_mean(path.stem, there)}; make it with "
+            f"deploy_strategy_plan or give its path"
         )
     file = load_as(PlanFile, path)
     return Plan(tuple(entry.group() for entry in file.strategy_config), dict(file.meta))

@@ -86,14 +86,13 @@ def _overview(summary: RunSummary, folder: Path) -> Table:
             group["tp"] * group["pp"] * group["replicas"] for group in homogeneous["plan"]
         )
         saved = 1 - planned * summary.num_gpus / best
-        rows.append(
-            (
-                "against the best homogeneous plan",
-                f"{planned * summary.num_gpus:.2f} against {best:.2f} "
-                f"{unit}-seconds per step, both predicted: {saved:.1%} less "
-                f"({describe_groups(homogeneous.get('plan', []))})",
-            )
+        other = describe_groups(homogeneous["plan"])
+        told = (
+            f"{planned * summary.num_gpus:.2f} against {best:.2f} {unit}-seconds per step, both "
+            f"predicted: {saved:.1%} less ({other})"
         )
+        is_same = other == summary.plans[-1].plan
+        rows.append(("against the best homogeneous plan", "it is that plan" if is_same else told))
     rows += [
         (f"{unit}-seconds, all steps", f"{summary.step_gpu_seconds:.1f}"),
         (

@@ -13,16 +13,16 @@ from lobra.cli import resumable
 from lobra.commands.profile_options import (
     CUDA_MEMORY_SHARE,
     ProfilerOptions,
-    base_shape,
+    base_and_tasks,
     check_one_machine,
     environment_of,
-    fitting_tasks,
     make_console,
     precision_of,
     profiler_problems,
     progress_bars,
 )
 from lobra.common.options import NumGpus, NumTasks, NumTokens, TaskSetName, as_options
+from lobra.common.words import counted
 from lobra.model.folder import resolve_folder
 from lobra.profiler.lookup import profiled_name
 from lobra.profiler.profiles import MEMORY_COLUMNS, default_memory_path, load_memory_profile
@@ -88,8 +88,9 @@ def _measure(options: MemoryOptions) -> int:
     check_one_machine(options.host_file, os.environ)
     device = resolve_device(options.device)
     precision = precision_of(options.precision, device)
-    shape = base_shape(options, precision, device)
-    tasks = fitting_tasks(options.trainer_config, options.num_tasks, shape)
+    shape, tasks = base_and_tasks(
+        options, precision, device, options.trainer_config, options.num_tasks
+    )
     limit = num_devices(device)
     layouts = layouts_within(shape, options.num_gpus)
     here = tuple((tp, pp) for tp, pp in layouts if limit is None or tp * pp <= limit)
@@ -138,8 +139,8 @@ def _measure(options: MemoryOptions) -> int:
             if result.max_tokens is None:
                 progress.console.print(f"{name}: failed: {result.failure.splitlines()[-1]}")
             else:
-                trials = len(result.trials)
-                progress.console.print(f"{name}: {result.max_tokens} tokens ({trials} trials)")
+                trials = counted(len(result.trials), "trial")
+                progress.console.print(f"{name}: {result.max_tokens} tokens ({trials})")
 
         results = sweep_memory(sweep, file, report)
     console.print(f"{len(file.done)} rows in {path}")
@@ -155,12 +156,13 @@ def _estimate(options: MemoryOptions) -> int:
     from lobra.profiler.settings import adapter_settings, model_settings
 
     assert options.accelerator is not None, "see profiler_problems"
+    precision = options.precision or "bf16"
+    shape, tasks = base_and_tasks(
+        options, precision, None, options.trainer_config, options.num_tasks
+    )
     tables = load_tables(options.accelerators)
     accelerator = tables.accelerator(options.accelerator)
     runtime = tables.runtime(options.runtime)
-    precision = options.precision or "bf16"
-    shape = base_shape(options, precision)
-    tasks = fitting_tasks(options.trainer_config, options.num_tasks, shape)
     adapters = Adapters.of_tasks(tasks, shape)
     largest = whole_steps(options.max_seq_length)
     budget = CUDA_MEMORY_SHARE * accelerator.memory_bytes

@@ -134,17 +134,38 @@ def base_shape(options: ProfilerOptions, precision: str, device: str | None = No
     return shape
 
 
-def fitting_tasks(name: str, num_tasks: int | None, shape: ModelShape) -> tuple[TaskConfig, ...]:
-    """Return the tasks of a task file.
+def base_and_tasks(
+    options: ProfilerOptions,
+    precision: str,
+    device: str | None,
+    task_file: str | None,
+    num_tasks: int | None = None,
+) -> tuple[ModelShape, tuple[TaskConfig, ...]]:
+    """Return the base's shape and the tasks of a task file, none without one.
 
     Raises
     ------
     ConfigError
-        With every mistake of the file, or all of the tasks' adapters that the model cannot have.
+        With every mistake of both, and of the accelerator that is named; and with what the model
+        cannot have of the tasks' adapters.
     """
-    config = load_trainer_config(name, num_tasks)
-    task_file_problems(config, shape).raise_if_any()
-    return config.tasks
+    problems, shape, config = Problems(), None, None
+    with problems.noted():
+        shape = base_shape(options, precision, device)
+    with problems.noted():
+        config = None if task_file is None else load_trainer_config(task_file, num_tasks)
+    if options.accelerator is not None:
+        from lobra.profiler.accelerators import load_tables
+
+        with problems.noted():
+            tables = load_tables(options.accelerators)
+            tables.accelerator(options.accelerator)
+            tables.runtime(options.runtime)
+    if shape is not None and config is not None:
+        problems += task_file_problems(config, shape)
+    problems.raise_if_any()
+    assert shape is not None
+    return shape, () if config is None else config.tasks
 
 
 def environment_of(device: str) -> dict[str, Any]:

@@ -14,10 +14,9 @@ from cyclopts import Parameter
 from lobra.cli import resumable
 from lobra.commands.profile_options import (
     ProfilerOptions,
-    base_shape,
+    base_and_tasks,
     check_one_machine,
     environment_of,
-    fitting_tasks,
     make_console,
     precision_of,
     profiler_problems,
@@ -148,7 +147,7 @@ def _measure(options: TimeOptions) -> int:
     device = resolve_device(options.device)
     length = _length(options, device)
     precision = precision_of(options.precision, device)
-    shape = base_shape(options, precision, device)
+    shape, tasks = base_and_tasks(options, precision, device, options.trainer_config)
     sweep = TimeSweep(
         folder=resolve_folder(options.model),
         shape=shape,
@@ -160,8 +159,8 @@ def _measure(options: TimeOptions) -> int:
         lora_rank=options.lora_rank or LORA_RANK,
         precision=precision,
         device=device,
-        single_device=_single_devices(options, shape, precision, device, tps),
-        tasks=_tasks(options, shape),
+        single_device=_single_devices(options, shape, tasks, precision, device, tps),
+        tasks=tasks,
         links=_links(options),
         memory=options.memory,
         quick=options.quick,
@@ -222,12 +221,12 @@ def _estimate(options: TimeOptions) -> int:
 
     tps = _tp_list(options.tp)
     precision = options.precision or "bf16"
-    shape = base_shape(options, precision)
+    shape, tasks = base_and_tasks(options, precision, None, options.trainer_config)
     problems = [problem for tp in tps if (problem := layout_problem(shape, tp, 1))]
     if problems:
         raise ConfigError(problems)
     tables = load_tables(options.accelerators)
-    work = _workload(options, tables, shape, precision)
+    work = _workload(options, tables, shape, tasks, precision)
     efficiency = tables.efficiency
     console = make_console()
     if options.calibrate is not None:
@@ -284,7 +283,12 @@ def _estimate(options: TimeOptions) -> int:
 
 
 def _single_devices(
-    options: TimeOptions, shape: ModelShape, precision: str, device: str, tps: tuple[int, ...]
+    options: TimeOptions,
+    shape: ModelShape,
+    tasks: tuple[TaskConfig, ...],
+    precision: str,
+    device: str,
+    tps: tuple[int, ...],
 ) -> tuple[SingleDevice, ...]:
     """Return what the collectives of each tp would cost, if shards are to be timed alone."""
     if not options.single_device:
@@ -311,7 +315,7 @@ def _single_devices(
         )
     else:
         tables = load_tables(options.accelerators)
-        work = replace(_workload(options, tables, shape, precision), sequence_parallel=False)
+        work = replace(_workload(options, tables, shape, tasks, precision), sequence_parallel=False)
 
         def layer_ms(tp: int, tokens: int) -> float:
             return float(all_reduce_ms(work, tables.efficiency, tp, 1, tokens))
@@ -340,13 +344,18 @@ def _links(options: TimeOptions) -> str:
     return f"{accelerator}, {tables.efficiency}"
 
 
-def _workload(options: TimeOptions, tables: Tables, shape: ModelShape, precision: str) -> Workload:
+def _workload(
+    options: TimeOptions,
+    tables: Tables,
+    shape: ModelShape,
+    tasks: tuple[TaskConfig, ...],
+    precision: str,
+) -> Workload:
     from lobra.profiler.estimate_memory import Adapters
     from lobra.profiler.estimate_time import Workload
 
     assert options.accelerator is not None, "see profiler_problems"
     runtime = tables.runtime(options.runtime)
-    tasks = _tasks(options, shape)
     return Workload(
         shape,
         tables.accelerator(options.accelerator),
@@ -357,10 +366,6 @@ def _workload(options: TimeOptions, tables: Tables, shape: ModelShape, precision
         keeps_elementwise=runtime.keeps_elementwise,
         dropout_modules=Adapters.of_tasks(tasks, shape).dropout_modules,
     )
-
-
-def _tasks(options: TimeOptions, shape: ModelShape) -> tuple[TaskConfig, ...]:
-    return fitting_tasks(options.trainer_config, None, shape) if options.trainer_config else ()
 
 
 def _paths(options: TimeOptions) -> tuple[Path, Path, Path]:

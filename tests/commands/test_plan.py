@@ -13,6 +13,7 @@ import pytest
 from lobra.cli import main as lobra
 from lobra.commands.output import write_problem
 from lobra.commands.plan import by_reason, main
+from lobra.common.errors import ConfigError
 from lobra.layout.plan import load_plan
 
 TIMES = "tp,seq_len,mbs,time\n" + "".join(
@@ -333,6 +334,12 @@ def test_ctrl_c_ends_the_planners_soon_with_130(files: Path, pattern: str) -> No
     assert usage.ru_utime + usage.ru_stime - used_s < 10.0
     assert "interrupted" in errors and "Traceback" not in errors
     assert not (files / "plan.yaml").exists()
+
+
+def test_a_plan_that_may_be_meant_is_named(files: Path) -> None:
+    (files / "mine.yaml").touch()
+    with pytest.raises(ConfigError, match=r"mime.yaml: no such plan \(did you mean 'mine'\?\)"):
+        load_plan("mime.yaml")
 
 
 def test_layouts_left_out_for_the_same_reason_are_told_together() -> None:

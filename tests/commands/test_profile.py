@@ -51,6 +51,10 @@ def test_both_tables_of_a_large_model_without_weights_or_gpu(tmp_path: Path) -> 
         (["--accelerator", "A100-40GB"], "give --estimate too"),
         (["--runtime", "hetu", "--accelerators", "none.yaml"], "2 problems"),
         (["--estimate", "--accelerator", "B9000"], "known are A100-40GB"),
+        (
+            ["--estimate", "--accelerator", "B9000", "--model", "8B", "--num-tasks", "99"],
+            "3 problems",
+        ),
         ([*ESTIMATE[:3], "--runtime", "abacus"], "known are deepspeed, hetu"),
         ([*ESTIMATE, "--num-gpus", "0"], "--num-gpus 0: want a positive integer"),
     ],
@@ -236,5 +240,5 @@ def test_measured_links_may_be_of_another_model(tmp_path: Path) -> None:
     options = TimeOptions(model="7B", tp="2", single_device=True, links=links)
     for bytes_per_token in (512, 8192):
         written_links(links, bytes_per_token)
-        (found,) = _single_devices(options, NAMED_SHAPES["7B"], "bf16", "cpu", (2,))
+        (found,) = _single_devices(options, NAMED_SHAPES["7B"], (), "bf16", "cpu", (2,))
         assert found.layer_ms == pytest.approx((4 * 0.1, 4 * 1e-6 * 2 * 4096))
