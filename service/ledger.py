@@ -46,9 +46,13 @@ class Ledger:
         Raises
         ------
         ConfigError
-            Another version wrote it.
+            Another version wrote it, or it cannot be used.
         """
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            text = f"cannot be used ({error.strerror}); give another"
+            raise ConfigError(f"--state-dir {folder}: {text}") from error
         self.path = folder / LEDGER_FILE
         self.engine = sa.create_engine(f"sqlite:///{self.path}", connect_args={"timeout": 60})
         sa.event.listen(self.engine, "connect", _durable)

@@ -38,19 +38,25 @@ class StateFolder:
         Raises
         ------
         ConfigError
-            Another service uses it, or it is of another base model.
+            Another service uses it, it is of another base model, or cannot be written.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.lock("stop it, or give another")
         file = self.path / DEPLOYMENT_FILE
-        with parsing(file):
-            is_other = file.is_file() and read_json(file)["base_model"] != fingerprint
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock("stop it, or give another")
+            with parsing(file):
+                is_other = file.is_file() and read_json(file)["base_model"] != fingerprint
+            if not is_other:
+                write_atomic(file, json.dumps({"base_model": fingerprint}) + "\n")
+        except OSError as error:
+            raise ConfigError(
+                f"--state-dir {self.path}: cannot be used ({error.strerror}); give another"
+            ) from error
         if is_other:
             raise ConfigError(
                 f"--state-dir {self.path}: what is trained there is of another base model; give a "
                 f"folder of its own for {name}"
             )
-        write_atomic(file, json.dumps({"base_model": fingerprint}) + "\n")
 
     def lock(self, remedy: str) -> None:
         """Keep every other service out; ConfigError if one is there."""
