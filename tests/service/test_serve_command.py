@@ -42,6 +42,10 @@ def test_all_mistakes_are_told(base: Path, capsys: pytest.CaptureFixture[str]) -
     refused(capsys, "2 problems", "--port 99999999", "--host a b")
     assert serve(base, "--state-dir", "/proc/none") == 2
     refused(capsys, "--state-dir /proc/none: cannot be used (")
+    for taken in (".", str(base), "some"):  # what is not known there would be removed
+        Path("some/models/ours").mkdir(parents=True, exist_ok=True)
+        assert serve(base, "--state-dir", taken) == 2
+        refused(capsys, f"--state-dir {taken}: holds other things; choose a folder of its own")
 
 
 def test_a_port_or_folder_that_is_taken(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
