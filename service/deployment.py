@@ -29,7 +29,7 @@ from lobra.profiler.memory import parse_bytes
 from lobra.profiler.profiles import default_time_path
 from lobra.service.admission import Admission, admission_of
 from lobra.service.request import ServeRequest
-from lobra.service.state_folder import DEPLOYMENT_FILE, LEDGER_FILE, StateFolder
+from lobra.service.state_folder import StateFolder, other_things
 from lobra.service.wire import LossRequest, read_loss_request
 from lobra.trainer.run_folder import unusable
 from lobra.trainer.run_spec import RunSpec
@@ -86,17 +86,6 @@ class Deployment:
         return read_loss_request(content, self.shape.vocab_size, self.run.plan.max_tokens)
 
 
-def state_folder_problems(request: ServeRequest) -> list[str]:
-    """Return why a service cannot have its state folder there: what it does not know it removes."""
-    folder, option = request.state_dir, "--state-dir"
-    if problems := unusable(folder, [Path(request.model)], option):
-        return problems
-    is_ours = any((folder / name).is_file() for name in (DEPLOYMENT_FILE, LEDGER_FILE))
-    if folder.is_dir() and any(folder.iterdir()) and not is_ours:
-        return [f"{option} {folder}: holds other things; choose a folder of its own"]
-    return []
-
-
 def prepare_deployment(request: ServeRequest) -> Deployment:
     """Check what is to be served.
 
@@ -106,7 +95,8 @@ def prepare_deployment(request: ServeRequest) -> Deployment:
         With every mistake found; nothing was written then.
     """
     request, problems = within_bounds(request)
-    problems += state_folder_problems(request)
+    unfit = unusable(request.state_dir, [Path(request.model)], "--state-dir")
+    problems += unfit or other_things(request.state_dir)
     folder: Path | None = None
     shape: ModelShape | None = None
     plan: Plan | None = None

@@ -73,3 +73,11 @@ class StateFolder:
     def snapshot(self, model_id: str, seq_id: int) -> Path:
         """Return the folder of a model's snapshot after a request."""
         return self.model(model_id) / SNAPSHOTS / str(seq_id)
+
+
+def other_things(folder: Path) -> list[str]:
+    """Return why a service cannot use a folder: it holds other things, which would be removed."""
+    is_ours = any((folder / name).is_file() for name in (DEPLOYMENT_FILE, LEDGER_FILE))
+    if folder.is_dir() and any(folder.iterdir()) and not is_ours:
+        return [f"--state-dir {folder}: holds other things; choose a folder of its own"]
+    return []

@@ -33,9 +33,7 @@ def hold_folder(folder: Path) -> None:
     hold(folder / LOCK_FILE, f"--output-dir {folder}", "run", "choose another folder")
 
 
-def unusable(
-    folder: Path, inputs: Iterable[Path] = (), option: str = "--output-dir"
-) -> list[str]:
+def unusable(folder: Path, inputs: Iterable[Path] = (), option: str = "--output-dir") -> list[str]:
     """Return why nothing can be written into this folder, which may not exist yet.
 
     The working folder, what holds it, and the ``inputs`` of a run are no folders for its output.
