@@ -60,8 +60,8 @@ class Ledger:
             self._open()
         except sa.exc.DatabaseError as error:
             raise ConfigError(
-                f"{self.path}: SQLite cannot use it ({error.orig}); if it is damaged, restore a "
-                f"backup (lobra backup makes them)"
+                f"{self.path}: SQLite cannot use it ({error.orig}); make room for it, or, if it is "
+                f"damaged, restore a backup (lobra backup makes them)"
             ) from error
 
     def _open(self) -> None:

@@ -77,7 +77,9 @@ def test_a_ledger_that_cannot_be_used_is_told_with_how_to_go_on(
     assert f"the adapters they saved are below {tmp_path}/models, in PEFT's format" in message
     (tmp_path / LEDGER_FILE).write_bytes(b"junk" * 100)
     assert main(words) == 2
-    assert "file is not a database); if it is damaged, restore a backup" in capsys.readouterr().err
+    assert "file is not a database); make room for it, or, if it is damaged, restore a backup" in (
+        capsys.readouterr().err
+    )
 
 
 def test_a_key_is_not_for_a_folder_of_other_things(
