@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 #: of 1,024 ranks and ten plans has 30,000, and PyYAML takes a second for 10,000.
 MOST_NODES = 100_000
 MOST_LEVELS = 64  # of lists and mappings in each other
+MOST_BITS = 4096  # of an integer, which may be written in base 60: 1,233 decimal digits
 MOST_CHARACTERS = 1 << 22  # comments included, of which a second is enough for a million
 #: What a document may hold. Dates are texts, as they are in JSON.
 _PLAIN = ("null", "bool", "int", "float", "str", "seq", "map", "merge")
@@ -97,7 +98,10 @@ def _loader() -> type[yaml.SafeLoader]:
                 text = f"the tag {node.tag.replace(_TAG, '!!')!r} is not allowed, only plain values"
                 raise ValueError(f"{_place(node.start_mark)}: not valid YAML: {text}")
             try:
-                return super().construct_object(node, deep)
+                value = super().construct_object(node, deep)
+                if isinstance(value, int) and value.bit_length() > MOST_BITS:
+                    raise OverflowError(f"an integer of {value.bit_length()} bits")
+                return value
             except (KeyError, OverflowError, IndexError) as error:
                 raise ValueError(_no_value(node, str(error))) from None
             except ValueError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lobra.common.errors import ConfigError
 from lobra.common.files import drafted
+from lobra.common.storage import told_as_storage
 from lobra.service.ledger import Ledger
 from lobra.service.retention import named_folders, remove_unnamed
 from lobra.service.state_folder import DEPLOYMENT_FILE, LEDGER_FILE, StateFolder
@@ -30,14 +31,16 @@ def back_up(source: Path, target: Path) -> int:
     Raises
     ------
     ConfigError
-        There is no service's folder, the target exists, or folders went faster than they could be
-        copied.
+        There is no service's folder, or a damaged one, the target exists, or folders went faster
+        than they could be copied.
+    StorageError
+        The copy finds no room.
     """
-    if not (source / LEDGER_FILE).is_file():
+    if not all((source / name).is_file() for name in (LEDGER_FILE, DEPLOYMENT_FILE)):
         raise ConfigError(f"--state-dir {source}: no service has been there")
     if target.exists():
         raise ConfigError(f"{target}: is there already; give the name of a new folder")
-    with drafted(target) as draft:
+    with told_as_storage(target, "or choose another disk"), drafted(target) as draft:
         shutil.copy2(source / DEPLOYMENT_FILE, draft / DEPLOYMENT_FILE)
         for _ in range(MOST_TRIES):
             _copy_ledger(source / LEDGER_FILE, draft / LEDGER_FILE)
@@ -51,7 +54,11 @@ def back_up(source: Path, target: Path) -> int:
 def _copy_ledger(source: Path, target: Path) -> None:
     target.unlink(missing_ok=True)
     with closing(sqlite3.connect(source)) as one, closing(sqlite3.connect(target)) as other:
-        one.backup(other)
+        try:
+            one.backup(other)
+        except sqlite3.DatabaseError as error:
+            text = f"cannot be copied ({error}); restore an earlier backup"
+            raise ConfigError(f"{source}: {text}") from error
 
 
 def _copy_folders(source: Path, draft: Path) -> bool:

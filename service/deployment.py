@@ -30,8 +30,9 @@ from lobra.profiler.memory import parse_bytes
 from lobra.profiler.profiles import default_time_path
 from lobra.service.admission import Admission, admission_of
 from lobra.service.request import ServeRequest
-from lobra.service.state_folder import StateFolder
+from lobra.service.state_folder import StateFolder, other_things
 from lobra.service.wire import LossRequest, read_loss_request
+from lobra.trainer.run_folder import unusable
 from lobra.trainer.run_spec import RunSpec
 
 log = logging.getLogger(__name__)
@@ -105,6 +106,8 @@ def prepare_deployment(
     """
     request, problems = within_bounds(request)
     problems += mistakes
+    unfit = unusable(request.state_dir, [Path(request.model)], "--state-dir")
+    problems += unfit or other_things(request.state_dir)
     folder: Path | None = None
     shape: ModelShape | None = None
     plan: Plan | None = None

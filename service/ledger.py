@@ -46,9 +46,13 @@ class Ledger:
         Raises
         ------
         ConfigError
-            Another version wrote it.
+            Another version wrote it, or it cannot be used.
         """
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            text = f"cannot be used ({error.strerror}); give another"
+            raise ConfigError(f"--state-dir {folder}: {text}") from error
         self.path = folder / LEDGER_FILE
         self.engine = sa.create_engine(f"sqlite:///{self.path}", connect_args={"timeout": 60})
         sa.event.listen(self.engine, "connect", _durable)
@@ -56,8 +60,8 @@ class Ledger:
             self._open()
         except sa.exc.DatabaseError as error:
             raise ConfigError(
-                f"{self.path}: SQLite cannot use it ({error.orig}); if it is damaged, restore a "
-                f"backup (lobra backup makes them)"
+                f"{self.path}: SQLite cannot use it ({error.orig}); make room for it, or, if it is "
+                f"damaged, restore a backup (lobra backup makes them)"
             ) from error
 
     def _open(self) -> None:

@@ -8,12 +8,14 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from lobra.common import models
 from lobra.common.options import (
     Device,
+    Int,
     ModelName,
-    PositiveInt,
     PositiveNumber,
     TimeProfile,
+    Within,
     as_options,
 )
 from lobra.layout.memory_policy import MemoryPolicy
@@ -56,15 +58,15 @@ class ServeRequest:
 
     model: ModelName
     strategy_config: OptionalPlan = None
-    host: str = "127.0.0.1"
-    port: PositiveInt = 8000
+    host: Annotated[str, Within(models.HostName)] = "127.0.0.1"
+    port: Annotated[Int, Within(models.Port)] = 8000
     state_dir: Path = Path("runs/service")
     name: str | None = None
     precision: Literal["fp32", "bf16", "fp64"] | None = None
     device: Device = "auto"
     memory: MemoryPolicy | None = None
-    max_slots: PositiveInt = 16
-    max_rank: PositiveInt = 128
+    max_slots: Annotated[Int, Within(models.up_to(2**16))] = 16
+    max_rank: Annotated[Int, Within(models.Rank)] = 128
     time_profile: TimeProfile = None
     memory_profile: Annotated[Path | None, Parameter(metavar="CSV")] = None
     memory_budget: Annotated[str | None, Parameter(metavar="SIZE")] = None

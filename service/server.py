@@ -54,10 +54,14 @@ class Service:
         ConfigError
             Another process has one of them, or the folder is of another base model.
         """
-        deployment.state_folder.claim(deployment.run.fingerprint, deployment.names[0])
         self.deployment = deployment
-        self.ledger = Ledger(deployment.run.output_dir)
-        self.socket = _bound(host, port)
+        self.socket = _bound(host, port)  # first: nothing is written where that is a mistake
+        try:
+            deployment.state_folder.claim(deployment.run.fingerprint, deployment.names[0])
+            self.ledger = Ledger(deployment.run.output_dir)
+        except ConfigError:
+            self.socket.close()
+            raise
         self.address = f"http://{host}:{self.socket.getsockname()[1]}"
         self.first_key: str | None = None
         if not all_tenants(self.ledger):

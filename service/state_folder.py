@@ -38,19 +38,25 @@ class StateFolder:
         Raises
         ------
         ConfigError
-            Another service uses it, or it is of another base model.
+            Another service uses it, it is of another base model, or cannot be written.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.lock("stop it, or give another")
         file = self.path / DEPLOYMENT_FILE
-        with parsing(file):
-            is_other = file.is_file() and read_json(file)["base_model"] != fingerprint
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock("stop it, or give another")
+            with parsing(file):
+                is_other = file.is_file() and read_json(file)["base_model"] != fingerprint
+            if not is_other:
+                write_atomic(file, json.dumps({"base_model": fingerprint}) + "\n")
+        except OSError as error:
+            raise ConfigError(
+                f"--state-dir {self.path}: cannot be used ({error.strerror}); give another"
+            ) from error
         if is_other:
             raise ConfigError(
                 f"--state-dir {self.path}: what is trained there is of another base model; give a "
                 f"folder of its own for {name}"
             )
-        write_atomic(file, json.dumps({"base_model": fingerprint}) + "\n")
 
     def lock(self, remedy: str) -> None:
         """Keep every other service out; ConfigError if one is there."""
@@ -72,3 +78,11 @@ class StateFolder:
     def snapshot(self, model_id: str, seq_id: int) -> Path:
         """Return the folder of a model's snapshot after a request."""
         return self.model(model_id) / SNAPSHOTS / str(seq_id)
+
+
+def other_things(folder: Path) -> list[str]:
+    """Return why a service cannot use a folder: it holds other things, which would be removed."""
+    is_ours = any((folder / name).is_file() for name in (DEPLOYMENT_FILE, LEDGER_FILE))
+    if folder.is_dir() and any(folder.iterdir()) and not is_ours:
+        return [f"--state-dir {folder}: holds other things; choose a folder of its own"]
+    return []

@@ -55,6 +55,12 @@ class Tenant:
     is_operator: bool = False
 
 
+def check_name(name: str) -> None:
+    """Raise a ConfigError if no tenant can have this name."""
+    if not NAME.fullmatch(name):
+        raise ConfigError(f"tenant {name!r}: want letters, digits, '.', '_' and '-', at most 64")
+
+
 def add_tenant(ledger: Ledger, name: str, **quotas: Any) -> str:
     """Add a tenant and return its key, which nothing can tell again.
 
@@ -68,8 +74,7 @@ def add_tenant(ledger: Ledger, name: str, **quotas: Any) -> str:
     ConfigError
         The name is taken, or is none.
     """
-    if not NAME.fullmatch(name):
-        raise ConfigError(f"tenant {name!r}: want letters, digits, '.', '_' and '-', at most 64")
+    check_name(name)
     key = KEY_PREFIX + secrets.token_urlsafe(32)
     row = vars(Tenant(name, time.time(), **quotas)) | {"key_hash": _hash(key)}
     if not ledger.insert(tenants, row):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from lobra.tasks.fields import MASKS, ROLLOUT_FIELDS
 from lobra.tasks.text_rows import MASKED, TokenRow
 
 _LARGEST = 2**31 - 1
+_MOST = 1e30  # of a number that losses are multiplied by in float32
 
 
 def parse_tokens(row: Mapping[str, Any], vocab_size: int | None) -> tuple[TokenRow, bool]:
@@ -144,8 +144,10 @@ def _check_numbers(values: Any, name: str) -> None:
     if not isinstance(values, list):
         raise FieldError(f"{name} = {show(values)}: want a list of numbers")
     for index, value in enumerate(values):
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise FieldError(f"{name}[{index}] = {show(value)}: want a finite number")
+        if type(value) not in (int, float) or not abs(value) <= _MOST:
+            raise FieldError(
+                f"{name}[{index}] = {show(value)}: want a finite number, at most {_MOST:g}"
+            )
 
 
 def _check_length(

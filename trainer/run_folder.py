@@ -33,21 +33,21 @@ def hold_folder(folder: Path) -> None:
     hold(folder / LOCK_FILE, f"--output-dir {folder}", "run", "choose another folder")
 
 
-def unusable(folder: Path, inputs: Iterable[Path] = ()) -> list[str]:
+def unusable(folder: Path, inputs: Iterable[Path] = (), option: str = "--output-dir") -> list[str]:
     """Return why nothing can be written into this folder, which may not exist yet.
 
     The working folder, what holds it, and the ``inputs`` of a run are no folders for its output.
     """
     whole = folder.resolve()
     if Path.cwd().is_relative_to(whole) or whole in [path.resolve() for path in inputs]:
-        return [f"--output-dir {folder}: holds other things than a run; choose a folder of its own"]
+        return [f"{option} {folder}: holds other things; choose a folder of its own"]
     nearest = folder
     while not os.path.exists(nearest) and nearest != nearest.parent:
         nearest = nearest.parent
     if not os.path.isdir(nearest):
-        return [f"--output-dir {folder}: {nearest} is a file; choose another folder"]
+        return [f"{option} {folder}: {nearest} is a file; choose another folder"]
     if not os.access(nearest, os.W_OK | os.X_OK):
-        return [f"--output-dir {folder}: no permission to write in {nearest}; choose another"]
+        return [f"{option} {folder}: no permission to write in {nearest}; choose another"]
     return []
 
 

@@ -59,9 +59,14 @@ def add(
         Of the tenant.
     """
     from lobra.service.ledger import Ledger
-    from lobra.service.tenants import add_tenant
+    from lobra.service.state_folder import other_things
+    from lobra.service.tenants import add_tenant, check_name
 
-    option_problems(quotas).raise_if_any()
+    problems = option_problems(quotas)
+    problems += other_things(state_dir)
+    with problems.noted():
+        check_name(name)
+    problems.raise_if_any()
     fields = vars(quotas).copy()
     is_operator = fields.pop("operator")
     print(add_tenant(Ledger(state_dir), name, **fields, is_operator=is_operator))

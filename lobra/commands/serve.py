@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lobra.commands.launched import run_launched
 from lobra.common.errors import ConfigError
-from lobra.common.options import THIS_MACHINE, LauncherOptions, option_problems
+from lobra.common.options import THIS_MACHINE, LauncherOptions, option_problems, within_bounds
 from lobra.service.request import ServeRequest
 from lobra.trainer.host_file import is_this_host, read_host_file
 from lobra.trainer.launcher import launcher_command
@@ -107,8 +107,9 @@ def _serve_in_launcher(request: ServeRequest, is_served_here: bool) -> int:
             serve_rank(run)
         return 0
 
+    end_after_s = within_bounds(request)[0].hang_timeout
     outcome = run_launched(
-        lambda: run_in_launcher(request.device, prepare, rank, None, lambda: GOES_ON)
+        lambda: run_in_launcher(request.device, prepare, rank, end_after_s, lambda: GOES_ON)
     )
     return 2 if outcome is None else outcome[1]
 

@@ -82,6 +82,8 @@ YAML_TEXTS: dict[str, tuple[str, str]] = {
     "float-of-text": ("task: !!float many\n", "line 1, column 7"),
     "digits": ("task: " + "9" * 5000 + "\n", "line 1, column 7"),
     "empty-hex": ("task: 0x_\n", "line 1, column 7"),
+    "huge-hex": ("task: 0x" + "f" * 10_000 + "\n", "line 1, column 7"),
+    "base-60": ("task: " + ":".join(["59"] * 5000) + "\n", "line 1, column 7"),
     "deep": ("task: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
     "deep-enough": ("task: " + "[" * 70 + "]" * 70, "want at most 64 levels"),
     "list-key": ("? [a, b]\n: 1\n", "line 1"),

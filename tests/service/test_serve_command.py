@@ -39,6 +39,14 @@ def test_all_mistakes_are_told(base: Path, capsys: pytest.CaptureFixture[str]) -
     assert not Path("state").exists()
     assert serve("nowhere", "--port", "-1") == 2
     refused(capsys, "2 problems", "nowhere", "--port -1")
+    assert serve(base, "--port", "99999999", "--host", "a b") == 2
+    refused(capsys, "2 problems", "--port 99999999", "--host a b")
+    assert serve(base, "--state-dir", "/proc/none") == 2
+    refused(capsys, "--state-dir /proc/none: cannot be used (")
+    for taken in (".", str(base), "some"):  # what is not known there would be removed
+        Path("some/models/ours").mkdir(parents=True, exist_ok=True)
+        assert serve(base, "--state-dir", taken) == 2
+        refused(capsys, f"--state-dir {taken}: holds other things; choose a folder of its own")
 
 
 def test_a_port_or_folder_that_is_taken(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,8 +56,14 @@ def test_a_port_or_folder_that_is_taken(base: Path, capsys: pytest.CaptureFixtur
         port = other.getsockname()[1]
         assert serve(base, "--port", str(port)) == 2
     refused(capsys, f"--port {port}", "in use")
+    assert not Path("state").exists()
+    Path("state").mkdir()
     noted = Path("state/deployment.json")
-    noted.write_text(json.dumps({**json.loads(noted.read_text()), "base_model": "another"}))
+    for content, said in (("[1]", "state/deployment.json: "), ("{}", "lacks 'base_model'")):
+        noted.write_text(content)
+        assert serve(base, "--port", str(port)) == 2
+        refused(capsys, said)
+    noted.write_text(json.dumps({"base_model": "another"}))
     assert serve(base, "--port", str(port)) == 2
     refused(capsys, "--state-dir", "another base model")
 

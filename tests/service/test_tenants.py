@@ -77,4 +77,28 @@ def test_a_ledger_that_cannot_be_used_is_told_with_how_to_go_on(
     assert f"the adapters they saved are below {tmp_path}/models, in PEFT's format" in message
     (tmp_path / LEDGER_FILE).write_bytes(b"junk" * 100)
     assert main(words) == 2
-    assert "file is not a database); if it is damaged, restore a backup" in capsys.readouterr().err
+    assert "file is not a database); make room for it, or, if it is damaged, restore a backup" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_key_is_not_for_a_folder_of_other_things(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ours").touch()
+    assert main(["keys", "add", "a/b", "--state-dir", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    for part in ("2 problems", "holds other things", "tenant 'a/b': want letters"):
+        assert part in message
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
+def test_a_damaged_folder_is_not_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["backup", str(tmp_path / "copy"), "--state-dir", str(tmp_path)]
+    (tmp_path / LEDGER_FILE).write_bytes(b"junk" * 1000)
+    assert main(words) == 2
+    assert "no service has been there" in capsys.readouterr().err
+    (tmp_path / "deployment.json").write_text("{}")
+    assert main(words) == 2
+    assert "cannot be copied (file is not a database)" in capsys.readouterr().err
+    assert not (tmp_path / "copy").exists()

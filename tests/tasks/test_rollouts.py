@@ -68,6 +68,8 @@ def test_a_long_one_is_dropped_whole(tmp_path: Path) -> None:
         ({"logprobs": -1.0}, "logprobs = -1.0: want a list of numbers"),
         ({"advantages": [1.0]}, "advantages: are 1, want one for each of 3"),
         ({"advantages": True}, "advantages[0] = true: want a finite number"),
+        ({"advantages": 10**400}, "want a finite number, at most 1e+30"),
+        ({"logprobs": [-1.0, float("nan"), -1e31]}, "logprobs[1] = NaN: want a finite number"),
     ],
 )
 def test_what_is_wrong_is_one_problem(changes: dict, told: str, tmp_path: Path) -> None:
