@@ -20,10 +20,11 @@ from lobra.layout.sequences import IntArray
 from lobra.planner.assignment import Assignment, Rows
 from lobra.planner.packed.bound import crowded_s, least_time_s, prices_of
 from lobra.planner.packed.filling import Filling, ReplicaTable, filled
+from lobra.planner.packed.least_times import Cost
 from lobra.planner.packed.local_search import improve
 from lobra.planner.packed.longest_first import longest_first
 from lobra.planner.packed.micro_batches import fewest, for_pipeline
-from lobra.planner.packed.minorant import Cost, Minorant
+from lobra.planner.packed.minorant import Minorant
 from lobra.planner.packed.shared_sizes import shared
 from lobra.planner.packed.step_work import StepWork, minorants_of, step_work
 from lobra.profiler.cost_model import CostModel

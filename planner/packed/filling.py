@@ -9,7 +9,7 @@ import numpy as np
 
 from lobra.layout.plan import Plan
 from lobra.layout.sequences import IntArray, packed_tokens
-from lobra.planner.packed.minorant import Cost
+from lobra.planner.packed.least_times import Cost
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""The least times of packed micro-batches, for functions that are to be below all of them."""
+"""The least times of packed micro-batches, and what is linear and below all of them."""
 
 from __future__ import annotations
 
@@ -8,21 +8,64 @@ import numpy as np
 
 from lobra.layout.sequences import PACKED_MULTIPLE, IntArray
 
+#: Times of micro-batches, float64 [k], from their tokens and squares of lengths, int64 [k] each: ms
+#: or seconds. One sequence more never takes less. For the same tokens they are convex in the
+#: squares.
+Cost = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
 MEAN_LENGTHS = 24  # of the sequences of a micro-batch, weighted by tokens, that are looked at
+SLOPES = 8  # tried at once; the best lies between neighbours of the best of them
+NARROWINGS = 4
 
 
 def least_times(
-    cost: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    tokens: IntArray,
-    shortest: int,
-    longest: int,
+    cost: Cost, lengths: IntArray, tokens: IntArray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return tokens, squares and times, float64 [n] each, of micro-batches of several sequences.
+    """Return tokens (ascending), squares and times, float64 [n] each, of micro-batches.
 
-    What is linear and below all of these is below every micro-batch of as many ``tokens`` (int64
-    [k], ascending multiples of 16, padding included) of sequences of ``shortest`` to ``longest``
-    tokens. For the same tokens the cost is convex in the squares: between neighbouring ones that
-    are computed it lies above the lines through the two before and through the two behind.
+    What is linear and below all of these is below every micro-batch of one sequence of ``lengths``,
+    or of several sequences, no shorter and no longer than these, that are padded to one of
+    ``tokens``; int64 [j] and [k], ascending, the latter multiples of 16.
+    """
+    several = _several(cost, tokens, int(lengths[0]), int(lengths[-1]))
+    alone = lengths, lengths**2, cost(lengths, lengths**2)
+    found = [np.concatenate(pair) for pair in zip(several, alone, strict=True)]
+    order = np.argsort(found[0], kind="stable")
+    all_tokens, squares, times = (each[order] for each in found)
+    return all_tokens, squares, times
+
+
+def highest(values: Callable[[np.ndarray], np.ndarray], high: float) -> float:
+    """Return where in [0, high] a concave function is about the largest."""
+    low = 0.0
+    for _ in range(NARROWINGS):
+        tried = np.linspace(low, high, SLOPES)
+        best = int(values(tried).argmax())
+        low, high = float(tried[max(0, best - 1)]), float(tried[min(SLOPES - 1, best + 1)])
+    return float(tried[best])
+
+
+def line_below(tokens: np.ndarray, times: np.ndarray, near: float) -> tuple[float, float]:
+    """Return the start and the slope, none negative, of the line highest at ``near`` tokens.
+
+    It is nowhere above the times, float64 [n], which are not negative; tokens ascend.
+    """
+    each, begin = np.unique(tokens, return_index=True)
+    least = np.minimum.reduceat(times, begin)
+    slope = highest(
+        lambda slopes: (least - slopes[:, None] * each).min(axis=1) + slopes * near,
+        float((least / each).min()),  # of the line that begins at no time
+    )
+    return max(0.0, float((least - slope * each).min())), slope
+
+
+def _several(
+    cost: Cost, tokens: IntArray, shortest: int, longest: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return tokens, squares and times of micro-batches of several sequences; see `least_times`.
+
+    For the same tokens the cost is convex in the squares: between neighbouring ones that are
+    computed it lies above the lines through the two before and through the two behind.
     """
     size = tokens.astype(np.float64)[:, None]
     lowest = shortest * (size - PACKED_MULTIPLE + 1) / size  # the mean length, padding included

@@ -16,7 +16,7 @@ from heapq import heapreplace
 import numpy as np
 
 from lobra.layout.sequences import PACKED_MULTIPLE, IntArray, packed_tokens
-from lobra.planner.packed.minorant import Cost
+from lobra.planner.packed.least_times import Cost
 
 MOST_SIZES = 128  # of micro-batches that are told apart
 TABLED = (

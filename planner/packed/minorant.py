@@ -7,21 +7,14 @@ sums over sequences, and replicas can be balanced before their micro-batches are
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 from lobra.layout.sequences import PACKED_MULTIPLE, IntArray, packed_tokens
-from lobra.planner.packed.least_times import least_times
+from lobra.planner.packed.least_times import Cost, highest, least_times, line_below
 
-#: Milliseconds of micro-batches, float64 [k], from their tokens and squares of lengths, int64 [k]
-#: each. One sequence more never takes less. For the same tokens they are convex in the squares.
-Cost = Callable[[IntArray, IntArray], np.ndarray]
-
-SLOPES = 8  # tried at once; the best lies between neighbours of the best of them
-NARROWINGS = 4
 NEARLY_FULL = 0.97  # of the most tokens: what a line must be near so as not to be any steep one
 HALF_FULL = 0.8  # of the most tokens: below, their number does not limit micro-batches
 LOOKED_AT = 64  # numbers of tokens that the line is chosen by; it is lowered where others need it
@@ -80,22 +73,19 @@ def minorant_of(cost: Cost, max_tokens: int, tokens: int, mean_length: int) -> M
     few = np.unique(packed_tokens(np.linspace(1, max_tokens, LOOKED_AT).astype(np.int64)))
     few = few[few <= max_tokens] if max_tokens >= PACKED_MULTIPLE else np.array([max_tokens])
     looked_at, squares, least_ms = _least_times(cost, few)
-    each, begin = np.unique(looked_at, return_index=True)
 
-    def line(square_ms: float) -> tuple[float, float, float]:
-        """Return the value where the line is to be near, its start and its ms of a token."""
-        left_ms = np.minimum.reduceat(least_ms - square_ms * squares, begin)
-        # at the least time per token the line begins at no time
-        high = float((left_ms / each).min())
-        token_ms = _best(
-            lambda slopes: (left_ms - slopes[:, None] * each).min(axis=1) + slopes * near, high
-        )
-        start_ms = max(0.0, float((left_ms - token_ms * each).min()))
-        return start_ms + token_ms * near + square_ms * near_squares, start_ms, token_ms
+    def line(square_ms: float) -> tuple[float, float]:
+        return line_below(looked_at, least_ms - square_ms * squares, near)
 
-    most = float((least_ms / squares).min())
-    square_ms = _best(lambda slopes: np.array([line(slope)[0] for slope in slopes]), most)
-    _, start_ms, token_ms = line(square_ms)
+    def value_ms(square_ms: float) -> float:
+        start_ms, token_ms = line(square_ms)
+        return start_ms + token_ms * near + square_ms * near_squares
+
+    square_ms = highest(
+        lambda slopes: np.array([value_ms(slope) for slope in slopes]),
+        float((least_ms / squares).min()),
+    )
+    start_ms, token_ms = line(square_ms)
     looked_at, squares, least_ms = _least_times(cost, np.arange(1, max_tokens + 1))
     found_ms = start_ms + token_ms * looked_at + square_ms * squares
     ratio = min(1.0, float((least_ms / np.maximum(found_ms, 1e-300)).min()))
@@ -103,23 +93,6 @@ def minorant_of(cost: Cost, max_tokens: int, tokens: int, mean_length: int) -> M
     return Minorant(ratio * start_ms, ratio * token_ms, ratio * square_ms, spread)
 
 
-def _best(values: Callable[[np.ndarray], np.ndarray], high: float) -> float:
-    """Return where in [0, high] a concave function is about the largest."""
-    low = 0.0
-    for _ in range(NARROWINGS):
-        tried = np.linspace(low, high, SLOPES)
-        best = int(values(tried).argmax())
-        low, high = float(tried[max(0, best - 1)]), float(tried[min(SLOPES - 1, best + 1)])
-    return float(tried[best])
-
-
-def _least_times(cost: Cost, alone: IntArray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return tokens (ascending), squares and ms that what is linear must be below.
-
-    Of single sequences of these numbers of tokens, ascending, and several of so many.
-    """
-    several = least_times(cost, alone[alone % PACKED_MULTIPLE == 0], 1, int(alone[-1]))
-    single = alone, alone**2, cost(alone, alone**2)
-    tokens, squares, times_ms = (np.concatenate(p) for p in zip(several, single, strict=True))
-    order = np.argsort(tokens, kind="stable")
-    return tokens[order], squares[order], times_ms[order]
+def _least_times(cost: Cost, lengths: IntArray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return them of single sequences of these lengths, ascending, and of several of as many."""
+    return least_times(cost, lengths, lengths[lengths % PACKED_MULTIPLE == 0])

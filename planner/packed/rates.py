@@ -22,11 +22,10 @@ import numpy as np
 
 from lobra.layout.sequences import PACKED_MULTIPLE, IntArray, packed_tokens
 from lobra.planner.candidates import Candidate
-from lobra.planner.packed.least_times import least_times
+from lobra.planner.packed.least_times import highest, least_times, line_below
 from lobra.planner.sequence_rates import MOST_BUBBLE, affine
 from lobra.profiler.cost_model import CostModel
 
-SLOPES = 33  # values of square_s that are tried, twice
 LEVELS = 192  # of the longest micro-batch's time
 NEAR = 1.1  # times the least step, about what plans take: there lines are to be near
 STEEPNESS = np.linspace(1.0, 1.5, 41)
@@ -178,53 +177,40 @@ def rates_of(
         return Rates(lengths, weight, 0.0, one, 0.0 * one, own_s, bubbles, most, one, one, 0.0, 0.0)
     own_s[fits] = seconds(held, held**2)
     tokens = np.arange(PACKED_MULTIPLE, packed_tokens(fullest(held, most)) + 1, PACKED_MULTIPLE)
-    several = least_times(seconds, tokens[tokens >= held[0]], int(held[0]), int(held[-1]))
-    alone = held, held**2, own_s[fits]
-    tokens, squares, time_s = (np.concatenate(pair) for pair in zip(several, alone, strict=True))
-    mixture = float(weight[fits] @ held), float(weight[fits] @ held**2)
-    square_s = _best_slope(tokens, squares, time_s, *mixture)
+    tokens, squares, time_s = least_times(seconds, held, tokens[tokens >= held[0]])
+    all_tokens, all_squares = float(weight[fits] @ held), float(weight[fits] @ held**2)
+    each_s, mean_length = time_s / tokens, squares / tokens
+    square_s = highest(
+        lambda slopes: (
+            (each_s - slopes[:, None] * mean_length).min(axis=1) * all_tokens + slopes * all_squares
+        ),
+        float((time_s / squares).min()),
+    )
+    large = 2 * held > most
+    typical = np.average(held[large], weights=weight[fits][large]) if large.any() else most
+    begun = line_below(tokens, time_s - square_s * squares, float(typical))
     order = np.argsort(time_s, kind="stable")
-    time_s = time_s[order]
-    token_s = np.minimum.accumulate((time_s - square_s * squares[order]) / tokens[order])
+    tokens, squares, time_s = tokens[order], squares[order], time_s[order]
+    token_s = np.minimum.accumulate((time_s - square_s * squares) / tokens)
     longest_s = np.geomspace(time_s[0], time_s[-1], LEVELS if bubbles else 1)
     last = np.searchsorted(time_s, longest_s[1:], side="left") - 1  # below the next level
     token_s = np.maximum(token_s[np.append(last, -1)], 0.0)
-    full = _upper_hull(time_s, token_s[-1] * tokens[order] + square_s * squares[order])
-    large = 2 * held > most
-    typical = np.average(held[large], weights=weight[fits][large]) if large.any() else most
-    begun = _start_and_token(tokens, time_s[np.argsort(order)] - square_s * squares, typical)
+    full = _upper_hull(time_s, token_s[-1] * tokens + square_s * squares)
     return Rates(lengths, weight, square_s, longest_s, token_s, own_s, bubbles, most, *full, *begun)
-
-
-def _start_and_token(tokens: np.ndarray, time_s: np.ndarray, near: float) -> tuple[float, float]:
-    """Return the line below the times, none of it negative, that is highest at so many tokens."""
-    order = np.argsort(tokens, kind="stable")
-    each, begin = np.unique(tokens[order], return_index=True)
-    least_s = np.minimum.reduceat(time_s[order], begin)
-    low, high = 0.0, float((least_s / each).min())
-    for _ in range(2):
-        slopes = np.linspace(low, high, SLOPES)
-        starts = (least_s - slopes[:, None] * each).min(axis=1)
-        at = int((starts + slopes * near).argmax())
-        low, high = slopes[max(at - 1, 0)], slopes[min(at + 1, SLOPES - 1)]
-    return max(0.0, float(starts[at])), float(slopes[at])
 
 
 def _upper_hull(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the vertices of the least concave rising function above points; x is ascending."""
     record = np.flatnonzero(np.diff(np.maximum.accumulate(y), prepend=-np.inf) > 0)
     record = record[np.append(np.diff(x[record]) > 0, True)]  # of equal ones the highest
-    hull: list[int] = []
-    for new in record.tolist():
-        while len(hull) > 1:
-            before, last = hull[-2:]
-            if (y[last] - y[before]) * (x[new] - x[before]) > (y[new] - y[before]) * (
-                x[last] - x[before]
-            ):
-                break
-            hull.pop()
-        hull.append(new)
-    return x[hull], y[hull]
+    x, y = x[record], y[record]
+    while True:
+        is_vertex = np.ones(len(x), dtype=bool)
+        across, up = np.diff(x), np.diff(y)  # not below the line between its neighbours
+        is_vertex[1:-1] = up[:-1] * across[1:] > up[1:] * across[:-1]
+        if is_vertex.all():
+            return x, y
+        x, y = x[is_vertex], y[is_vertex]
 
 
 def fullest(lengths: IntArray, max_tokens: int) -> int:
@@ -240,22 +226,3 @@ def fullest(lengths: IntArray, max_tokens: int) -> int:
         if sums == limit:
             break
     return sums.bit_length() - 1
-
-
-def _best_slope(
-    tokens: np.ndarray,
-    squares: np.ndarray,
-    time_s: np.ndarray,
-    all_tokens: float,
-    all_squares: float,
-) -> float:
-    """Return the seconds for a squared token that give a mixture's total the highest bound."""
-    low, high = 0.0, float((time_s / squares).min())
-    best = 0.0
-    for _ in range(2):
-        slopes = np.linspace(low, high, SLOPES)
-        token_s = [((time_s - slope * squares) / tokens).min() for slope in slopes.tolist()]
-        at = int(np.argmax(np.array(token_s) * all_tokens + slopes * all_squares))
-        best = float(slopes[at])
-        low, high = slopes[max(at - 1, 0)], slopes[min(at + 1, SLOPES - 1)]
-    return best

@@ -10,7 +10,8 @@ import numpy as np
 from lobra.layout.plan import Plan
 from lobra.layout.sequences import IntArray
 from lobra.planner.packed.filling import ReplicaTable
-from lobra.planner.packed.minorant import Cost, Minorant, minorant_of
+from lobra.planner.packed.least_times import Cost
+from lobra.planner.packed.minorant import Minorant, minorant_of
 
 # Minorants are made for mean lengths, and micro-batches' tokens, of these ratios: they are few.
 MEAN_RATIO, TOKENS_RATIO = 1.5, 1.2

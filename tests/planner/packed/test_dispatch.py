@@ -17,7 +17,7 @@ from lobra.layout.layout import Layout
 from lobra.layout.plan import Plan, ReplicaGroup, make_plan
 from lobra.layout.sequences import PACKED_MULTIPLE, IntArray, packed_tokens
 from lobra.planner.packed.dispatch import dispatch_packed, packed_costs
-from lobra.planner.packed.minorant import Cost
+from lobra.planner.packed.least_times import Cost
 from lobra.planner.step_time import pipeline_time
 from tests.planner.strategies import cost_models, plans
 from tests.planner.support import LawCostModel
