@@ -30,6 +30,7 @@ ROWS_AT_A_TIME = 4096  # of an embedding: some tens of megabytes
 #: Of a model whose values are looked at before a run: a second's reading. Ranks look at all of it.
 SAMPLED_BYTES = 256 << 20
 PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors names them
+LARGEST_EPSILON = 0.01  # of norms: models have 1e-5 or less
 
 
 def tensor_files(folder: Path) -> dict[str, str]:
@@ -163,7 +164,7 @@ def needed_tensors(folder: Path, shape: ModelShape) -> dict[str, tuple[int, ...]
     Raises
     ------
     ConfigError
-        Transformers builds no model from it.
+        Transformers builds no model from it, or one that computes no numbers.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -174,10 +175,12 @@ def needed_tensors(folder: Path, shape: ModelShape) -> dict[str, tuple[int, ...]
             config.layer_types = config.layer_types[:1]
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
+        problems = [*_number_problems(model, config)]
     except Exception as error:  # of whatever kind: its message says what it did not like
         raise ConfigError(
             f"{folder / 'config.json'}: transformers builds no model from it: {error}"
         ) from error
+    Problems(f"{folder / 'config.json'}: {problem}" for problem in problems).raise_if_any()
     needed = {}
     for name, parameter in model.named_parameters():
         copies = range(shape.num_layers) if name.startswith(FIRST_LAYER) else range(1)
@@ -187,6 +190,23 @@ def needed_tensors(folder: Path, shape: ModelShape) -> dict[str, tuple[int, ...]
     if shape.tied_embeddings:
         needed.pop(HEAD, None)
     return needed
+
+
+def _number_problems(model: Any, config: Any) -> Iterator[str]:
+    """Yield why a model computes no finite numbers, whatever its weights."""
+    epsilons = {
+        getattr(module, "variance_epsilon", getattr(module, "eps", 0.0))
+        for module in model.modules()
+    }
+    for epsilon in epsilons:
+        if not 0 <= epsilon <= LARGEST_EPSILON:
+            text = f"want a number from 0 to {LARGEST_EPSILON}"
+            yield f"what norms add to the mean square (rms_norm_eps) is {epsilon}: {text}"
+    rotary = getattr(model.model, "rotary_emb", None)
+    for _, frequencies in type(rotary)(config).named_buffers() if rotary is not None else ():
+        if not bool(((frequencies > 0) & frequencies.isfinite()).all()):
+            yield "rope_parameters give frequencies that are not positive numbers: correct them"
+            return
 
 
 def _unused_tensors(names: Iterable[str], shape: ModelShape) -> list[str]:

@@ -30,9 +30,10 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("no such function", 7),
     "rope_scaling": ({"rope_type": "dynamic", "factor": 2.0},),
     "rope_parameters": (
-        {"rope_type": "no such kind"}, {"type": "longrope"}, {"rope_type": 7}, "x",
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": -2.0}, {"rope_type": "no such kind"},
+        {"type": "longrope"}, {"rope_type": 7}, "x", {"rope_type": "default", "rope_theta": 0},
     ),
-    "rms_norm_eps": ("small",),
+    "rms_norm_eps": (1e308, "small", float("nan")),
 }  # fmt: skip
 TEXTS: dict[str, tuple[str | bytes, str]] = {
     "empty": ("", "not valid JSON"),
