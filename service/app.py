@@ -12,6 +12,7 @@ from lobra.service.checkpoint_routes import checkpoint_routes
 from lobra.service.intake import Intake
 from lobra.service.page_routes import health_routes, page_routes
 from lobra.service.refusal import Refusal
+from lobra.service.tenants import tenant_of
 from lobra.service.training_routes import training_routes
 from lobra.service.waiters import Waiters
 
@@ -39,7 +40,12 @@ def make_app(intake: Intake, waiters: Waiters) -> FastAPI:
             f"{'.'.join(map(str, one['loc'][1:])) or 'body'}: {one['msg']}"
             for one in error.errors()
         ]
-        return JSONResponse({"detail": "; ".join(found)}, 400)
+        why = "; ".join(found)
+        sender = tenant_of(intake.ledger, request.headers.get("x-api-key", ""))
+        match error.body:
+            case {"model_id": str(model_id), "seq_id": int(seq_id)} if sender is not None:
+                intake.pass_over(sender, model_id, seq_id, why)
+        return JSONResponse({"detail": why}, 400)
 
     app.include_router(page_routes(intake))
     for prefix in ("", API):

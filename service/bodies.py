@@ -104,6 +104,12 @@ class SaveForSampler(OfModel):
     ttl_seconds: LifeS | None = None
     user_metadata: Metadata = None
 
+    @model_validator(mode="after")
+    def _is_named(self) -> Self:
+        if self.path is None and self.sampling_session_seq_id is None:
+            raise ValueError("path: is missing")
+        return self
+
 
 class SaveWeights(OfModel):
     """A model is written down."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -82,9 +83,9 @@ class Deployment:
         """The most tokens of a sequence that is sampled, its prompt included."""
         return self.shape.max_positions or DEFAULT_MAX_TOKENS
 
-    def read_loss_request(self, content: bytes) -> LossRequest:
-        """Return what a body of ``forward_backward`` asks for; ConfigError says what is wrong."""
-        return read_loss_request(content, self.shape.vocab_size, self.run.plan.max_tokens)
+    def read_loss_request(self, message: Any) -> LossRequest:
+        """Return what a `loss_message` asks for; ConfigError says what is wrong."""
+        return read_loss_request(message, self.shape.vocab_size, self.run.plan.max_tokens)
 
 
 def prepare_deployment(

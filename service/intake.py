@@ -6,12 +6,23 @@ import re
 import secrets
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
+from lobra.common.errors import ConfigError
 from lobra.service.backlog import LOSS_KINDS
-from lobra.service.bodies import Body, CreateModel, CreateSampler, LoadWeights, OfModel, Sample
+from lobra.service.bodies import (
+    MOST_NUMBER,
+    Body,
+    CreateModel,
+    CreateSampler,
+    LoadWeights,
+    OfModel,
+    Sample,
+)
 from lobra.service.changes import sampler_name
 from lobra.service.coordinator import Coordinator
 from lobra.service.deployment import PATH_PREFIX, Deployment
@@ -238,6 +249,38 @@ class Intake:
             self.ledger.insert(requests, vars(row))
         self.coordinator.submit(row, content)
         return row
+
+    @contextmanager
+    def passing_over(
+        self, tenant: Tenant, model_id: str | None, seq_id: int | None
+    ) -> Iterator[None]:
+        """Have what follows a numbered request carried out although this one is refused.
+
+        Its sender, who has to hear why, does not send that number again, unless it is to wait.
+        """
+        try:
+            yield
+        except (Refusal, ConfigError) as error:
+            if getattr(error, "status", 400) != 429 and model_id is not None and seq_id is not None:
+                self.pass_over(tenant, model_id, seq_id, str(error))
+            raise
+
+    def pass_over(self, tenant: Tenant, model_id: str, seq_id: int, why: str) -> None:
+        """Note that a request was refused, if it is a tenant's and its number was not known."""
+        with self._lock:
+            model = self.ledger.model(model_id)
+            if model is None or model.tenant != tenant.name or not model.is_open:
+                return
+            now = time.time()
+            row = RequestRow(
+                secrets.token_hex(16), tenant.name, model_id, seq_id, "nothing", b"null", now, now,
+                error=why,
+            )  # fmt: skip
+            if not model.snapshot_seq < seq_id < MOST_NUMBER or not self.ledger.insert(
+                requests, vars(row)
+            ):
+                return
+        self.coordinator.submit(row, None)
 
     # -- samples --------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from lobra.service.deployment import Deployment
 from lobra.service.ledger import Ledger, with_snapshot
 from lobra.service.tables import ModelRow, RequestRow
 from lobra.service.tenants import tenant_named
+from lobra.service.wire import loss_message
 
 ALPHA = 32.0  # of every adapter: the protocol has no field for it
 MOST_TRIES = 3  # of a request during which the service ended
@@ -201,7 +202,7 @@ class Seats:
             row = replace(row, finished_at=time.time(), error=error)
         if row.error is not None or row.body is None:
             return replace(job_of(row, None), kind="nothing")
-        return job_of(row, self.deployment.read_loss_request(row.body))
+        return job_of(row, self.deployment.read_loss_request(loss_message(row.body)))
 
     # -- a slot ---------------------------------------------------------------------------------
 

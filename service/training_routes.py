@@ -33,7 +33,7 @@ from lobra.service.sender import Sender
 from lobra.service.tables import SAMPLE, RequestRow, sessions
 from lobra.service.tenants import Tenant
 from lobra.service.waiters import Waiters
-from lobra.service.wire import CONTENT_TYPE
+from lobra.service.wire import CONTENT_TYPE, loss_message
 
 POLL_S = 30.0  # how long a question for a result is held
 
@@ -94,7 +94,8 @@ def training_routes(intake: Intake, waiters: Waiters) -> APIRouter:
 
     @routes.post("/load_weights")
     def load_weights(body: LoadWeights, sender: Sender) -> dict[str, Any]:
-        return _future(intake.load_weights(sender, body))
+        with intake.passing_over(sender, body.model_id, body.seq_id):
+            return _future(intake.load_weights(sender, body))
 
     @routes.post("/get_info")
     def get_info(body: OfModel, sender: Sender) -> dict[str, Any]:
@@ -114,18 +115,22 @@ def training_routes(intake: Intake, waiters: Waiters) -> APIRouter:
         body = await request.body()
 
         def submit() -> RequestRow:
-            content = deployment.read_loss_request(body)
-            if content.seq_id < 1:
-                raise Refusal(400, f"seq_id {content.seq_id}: want at least 1")
-            kind = LOSS_KINDS[content.forward_only]
-            return intake.submit(sender, content.model_id, content.seq_id, kind, body, content)
+            message = loss_message(body)
+            model_id, seq_id = message.model_id, message.seq_id
+            if seq_id < 1:
+                raise Refusal(400, f"seq_id {seq_id}: want at least 1")
+            with intake.passing_over(sender, model_id, seq_id):
+                content = deployment.read_loss_request(message)
+                kind = LOSS_KINDS[content.forward_only]
+                return intake.submit(sender, model_id, seq_id, kind, body, content)
 
         return _future(await run_in_threadpool(submit))
 
     def submit(sender: Tenant, kind: str, body: OfModel) -> dict[str, Any]:
         content = body.model_dump_json().encode()
-        row = intake.submit(sender, body.model_id, body.seq_id, kind, content, body.model_dump())
-        return _future(row)
+        with intake.passing_over(sender, body.model_id, body.seq_id):
+            fields = body.model_dump()
+            return _future(intake.submit(sender, body.model_id, body.seq_id, kind, content, fields))
 
     @routes.post("/optim_step")
     def optim_step(body: OptimStep, sender: Sender) -> dict[str, Any]:
@@ -137,8 +142,6 @@ def training_routes(intake: Intake, waiters: Waiters) -> APIRouter:
 
     @routes.post("/save_weights_for_sampler")
     def save_weights_for_sampler(body: SaveForSampler, sender: Sender) -> dict[str, Any]:
-        if body.path is None and body.sampling_session_seq_id is None:
-            raise Refusal(400, "path: is missing")
         return submit(sender, "save_weights_for_sampler", body)
 
     @routes.post("/unload_model")

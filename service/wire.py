@@ -164,13 +164,25 @@ class LossRequest:
         return sum(len(datum.tokens) for datum in self.data)
 
 
-def read_loss_request(content: bytes, vocab_size: int, max_tokens: int) -> LossRequest:
+def loss_message(content: bytes) -> Any:
+    """Return a body of ``forward_backward`` as its message; ConfigError if it is none."""
+    message: Any = MESSAGES["ForwardBackwardRequest"]()
+    try:
+        message.ParseFromString(content)
+    except DecodeError:
+        raise ConfigError(
+            f"the body is no ForwardBackwardRequest of Tinker's protobuf ({CONTENT_TYPE})"
+        ) from None
+    return message
+
+
+def read_loss_request(message: Any, vocab_size: int, max_tokens: int) -> LossRequest:
     """Return what a body of ``forward_backward`` asks for.
 
     Parameters
     ----------
-    content
-        The body.
+    message
+        The body, as `loss_message` returns it.
     vocab_size
         Tokens and labels are below.
     max_tokens
@@ -181,13 +193,6 @@ def read_loss_request(content: bytes, vocab_size: int, max_tokens: int) -> LossR
     ConfigError
         With all that is wrong with it.
     """
-    message: Any = MESSAGES["ForwardBackwardRequest"]()
-    try:
-        message.ParseFromString(content)
-    except DecodeError:
-        raise ConfigError(
-            f"the body is no ForwardBackwardRequest of Tinker's protobuf ({CONTENT_TYPE})"
-        ) from None
     problems = Problems()
     if message.loss_fn not in LOSSES:
         known = ", ".join(LOSSES)

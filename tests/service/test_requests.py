@@ -267,3 +267,25 @@ def test_runs_checkpoints_and_sessions_are_listed_page_by_page(mixed: Running) -
     while mixed.service.ledger.models_of("finishing"):
         assert time.monotonic() < deadline
     assert full.new_model(full.new_session(), 0, rank=1)
+
+
+def test_what_is_refused_holds_up_nothing_after_it(mixed: Running) -> None:
+    """A client has used up the number, and does not send it again."""
+    client = mixed.client("refused")
+    model = client.new_model(client.new_session(), 0, rank=2)
+    refused(client.losses(model, 1, [datum(LONGEST + 1)]), 400, f"has {LONGEST + 1} tokens")
+    refused(client.losses(model, 2, [datum()], loss_fn="cispo"), 400, "cispo")
+    own = dict(model_id=model)
+    refused(client.post("optim_step", seq_id=3, adam_params=dict(eps=-1), **own), 400, "eps")
+    refused(client.post("save_weights", seq_id=4, path="../a", **own), 400, "path")
+    refused(client.post("save_weights_for_sampler", seq_id=5, **own), 400, "path: is missing")
+    load = dict(seq_id=6, path="tinker://nix/weights/a", optimizer=False, **own)
+    refused(client.post("load_weights", **load), 404, "nix")
+    loss = client.losses(model, 7, [datum()])[1]
+    update = client.asked("optim_step", seq_id=8, adam_params={}, **own)
+    assert [len(found) for found in logprobs_of(client.result(loss))] == [4]
+    assert client.result(update)["metrics"]["grad_norm"] > 0
+    other = mixed.client("meddling")
+    refused(other.post("optim_step", seq_id=9, adam_params=dict(eps=-1), **own), 400, "eps")
+    step = client.asked("optim_step", seq_id=9, adam_params={}, **own)
+    assert "metrics" in client.result(step), "nobody else takes its numbers"

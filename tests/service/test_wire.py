@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lobra.common.errors import ConfigError
-from lobra.service.wire import loss_output, read_loss_request
+from lobra.service.wire import loss_message, loss_output, read_loss_request
 
 #: tinker 0.38.0: tokens 5 6 7, targets 6 7 300, weights 0 -1.5 1; request 3 of model m:train:0.
 REQUEST = bytes.fromhex(
@@ -25,7 +25,7 @@ RESULT = bytes.fromhex(
 
 @pytest.mark.parametrize("forward_only", [False, True])
 def test_what_the_client_writes_is_read(forward_only: bool) -> None:
-    found = read_loss_request(REQUEST + FORWARD_ONLY * forward_only, 301, 3)
+    found = read_loss_request(loss_message(REQUEST + FORWARD_ONLY * forward_only), 301, 3)
     assert (found.model_id, found.seq_id, found.forward_only) == ("m:train:0", 3, forward_only)
     (datum,) = found.data
     np.testing.assert_array_equal(datum.tokens, [5, 6, 7])
@@ -42,7 +42,7 @@ def test_what_is_written_is_as_the_client_has_it() -> None:
 def test_damaged_bytes_are_a_mistake_or_another_request(place: int) -> None:
     damaged = REQUEST[:place] + bytes([REQUEST[place] ^ 0x15]) + REQUEST[place + 1 :]
     try:
-        found = read_loss_request(damaged, 301, 3)
+        found = read_loss_request(loss_message(damaged), 301, 3)
     except ConfigError:
         return
     assert all(len(datum.tokens) == len(datum.labels) for datum in found.data)
@@ -51,4 +51,4 @@ def test_damaged_bytes_are_a_mistake_or_another_request(place: int) -> None:
 @pytest.mark.parametrize(("vocab", "longest", "words"), [(300, 3, "0 to 299"), (301, 2, "has 3")])
 def test_what_the_model_cannot_take_is_refused(vocab: int, longest: int, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        read_loss_request(REQUEST, vocab, longest)
+        read_loss_request(loss_message(REQUEST), vocab, longest)
