@@ -25,7 +25,6 @@ from lobra.trainer.engine import Engine
 from lobra.trainer.evaluation import Evaluation, HeldOut
 from lobra.trainer.feedback import SpeedFeedback
 from lobra.trainer.forecast import Forecast
-from lobra.trainer.ledger import drawn_batches
 from lobra.trainer.live_run import LiveRun
 from lobra.trainer.metrics import StepMetrics, as_json, restore_metrics
 from lobra.trainer.orders import Attendance, DispatchedStep, OrdersAhead, dispatch_step
@@ -196,27 +195,9 @@ class Coordinator:
             self.feedback.update(trained.plain_time_s, trained.busy_s(run.world))
         for number in trained.own_steps:
             self._record(number, trained.losses.get(number), trained.report)
-        mark = time.perf_counter()
         self.outputs.evaluation = evaluation = self._end_periods(list(trained.own_steps))
-        validation_time_s = time.perf_counter() - mark
-        configs = live.configs
-        metrics = trained.metrics(
-            run.world, self.engine.stage.shape, configs, run.plan_from, self.peak_flops_per_s
-        )
-        tasks = {
-            configs[number].name: replace(
-                metrics.tasks[configs[number].name],
-                validation_loss=evaluation.losses.get(number),
-                stopped=live.tasks[number].progress.stopped,
-            )
-            for number in trained.losses
-        }
-        return replace(
-            metrics,
-            tasks=tasks,
-            drawn=drawn_batches(trained.dispatched.order, trained.own_steps, live.tasks),
-            memory_bytes=max((metrics.memory_bytes, *evaluation.memory_bytes)),
-            validation_time_s=validation_time_s,
+        return trained.metrics(
+            run, self.engine.stage.shape, live.tasks, evaluation, self.peak_flops_per_s
         )
 
     def _run_step(self, attendance: Attendance) -> TrainedStep:
@@ -276,9 +257,11 @@ class Coordinator:
         order = self.held_out.order(tuple(numbers))
         if order is None:
             return Evaluation()
+        start = time.perf_counter()
         report = self._carry_out(order)
         assert report is not None, "what is held out has sequences"
-        return Evaluation(mean_losses(order, report), report.memory_bytes)
+        time_s = time.perf_counter() - start
+        return Evaluation(mean_losses(order, report), report.memory_bytes, time_s)
 
     def _state(self) -> CheckpointState:
         """Return the part of a checkpoint that is not tensors."""

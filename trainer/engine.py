@@ -249,17 +249,11 @@ class Engine:
         beat("preparing", order.step + 1, max(self.step_times_s, default=0.0))
         batches = self._tensors(order)
         prepare_s = time.perf_counter() - start
-        try:
-            report = self._compute(order, batches, start)
-            if self.stage.joins_tasks and not all(map(math.isfinite, report.grad_norms.values())):
-                # Where tasks are computed at once, one that is not finite may spoil the others.
-                self.stage.forget_gradients(order.tasks)
-                self.stage.apart = True
-                report = self._compute(order, batches, start)
-        except torch.OutOfMemoryError as error:
-            raise RuntimeError(self._too_large(order)) from error
-        finally:
-            self.stage.apart = False
+        report = self._computed(
+            order,
+            lambda: self._compute(order, batches, start),
+            lambda: self.stage.forget_gradients(order.tasks),
+        )
         exchanged = time.perf_counter()
         beat("updating")
         failed = self.step(order.updates, report.grad_norms)
@@ -280,8 +274,7 @@ class Engine:
         computed = time.perf_counter()
         beat("reducing")
         numbers = [update.task for update in order.updates]
-        squared_norms = torch.zeros(self.num_tasks, dtype=torch.float64)
-        squared_norms[numbers] = self.optimizer.reduce(numbers).cpu()
+        squared_norms = self._of_tasks(numbers, self.optimizer.reduce(numbers))
         reduced = time.perf_counter()
         beat("comparing norms")
         report = self._exchange(order, losses, squared_norms, computed - begin, computed - start)
@@ -309,33 +302,52 @@ class Engine:
         gradients = [self.stage.slots[number].gradient for number in order.tasks]
         before = [own.clone() for own in gradients] if self.stage.joins_tasks else []
 
-        def added() -> tuple[StepReport, list[Tensor]]:
-            token_losses: list[Tensor] = []
+        token_losses: list[Tensor] = []
+
+        def compute() -> StepReport:
+            token_losses.clear()
             losses = run_replica(self.stage, batches, self.num_tasks, token_losses)
             # Of this rank's gradients, to learn whether all are finite.
-            squared_norms = torch.zeros(self.num_tasks, dtype=torch.float64)
             norms = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64))
-            squared_norms[list(order.tasks)] = norms.square().cpu()
+            squared_norms = self._of_tasks(order.tasks, norms.square())
             busy_s = time.perf_counter() - start
-            return self._exchange(order, losses, squared_norms, busy_s, busy_s), token_losses
+            return self._exchange(order, losses, squared_norms, busy_s, busy_s)
 
+        report = self._computed(order, compute, lambda: torch._foreach_copy_(gradients, before))
+        return self._with_token_losses(order, report, token_losses)
+
+    def _computed(
+        self, order: StepOrder, compute: Callable[[], StepReport], undo: Callable[[], object]
+    ) -> StepReport:
+        """Compute an order; again with tasks apart where one that is not finite may spoil others.
+
+        Raises
+        ------
+        RuntimeError
+            The GPU has not enough memory.
+        """
         try:
-            report, token_losses = added()
-            if before and not all(map(math.isfinite, report.grad_norms.values())):
-                torch._foreach_copy_(gradients, before)
+            report = compute()
+            if self.stage.joins_tasks and not all(map(math.isfinite, report.grad_norms.values())):
+                undo()
                 self.stage.apart = True
-                report, token_losses = added()
+                report = compute()
         except torch.OutOfMemoryError as error:
             raise RuntimeError(self._too_large(order)) from error
         finally:
             self.stage.apart = False
-        return self._with_token_losses(order, report, token_losses)
+        return report
+
+    def _of_tasks(self, numbers: Sequence[int], values: Tensor) -> Tensor:
+        """Return a vector with an element for every task number, zero but for some tasks."""
+        whole = torch.zeros(self.num_tasks, dtype=torch.float64)
+        whole[list(numbers)] = values.cpu()
+        return whole
 
     def _update(self, order: StepOrder) -> StepReport:
         """Update tasks with the gradients they have accumulated, and forget these."""
         numbers = list(order.tasks)
-        squared_norms = torch.zeros(self.num_tasks, dtype=torch.float64)
-        squared_norms[numbers] = self.optimizer.reduce(numbers).cpu()
+        squared_norms = self._of_tasks(numbers, self.optimizer.reduce(numbers))
         no_losses = torch.zeros(self.num_tasks, dtype=torch.float64)
         report = self._exchange(order, no_losses, squared_norms, 0.0, 0.0)
         failed = self.step(order.updates, report.grad_norms)

@@ -23,10 +23,13 @@ class Evaluation:
         By task its mean loss per target token; without the tasks that have nothing held out.
     memory_bytes
         Of every rank its peak since the step before; empty where there was nothing to evaluate.
+    time_s
+        What it took.
     """
 
     losses: Mapping[int, float] = field(default_factory=dict)
     memory_bytes: tuple[int, ...] = ()
+    time_s: float = 0.0
 
 
 def held_out_data(run: RunSpec, name: str) -> TokenizedDataset | None:

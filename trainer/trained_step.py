@@ -16,9 +16,13 @@ from lobra.layout.world import World
 from lobra.profiler.flops import training_flops
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.objectives import CIT, PAIRED
+from lobra.trainer.evaluation import Evaluation
+from lobra.trainer.ledger import drawn_batches
 from lobra.trainer.metrics import ReplicaMetrics, StepMetrics, TaskMetrics
 from lobra.trainer.orders import DispatchedStep
+from lobra.trainer.run_spec import RunSpec
 from lobra.trainer.step_report import StepReport
+from lobra.trainer.task_progress import RunTask
 
 
 @dataclass(frozen=True)
@@ -66,31 +70,31 @@ class TrainedStep:
 
     def metrics(
         self,
-        world: World,
+        run: RunSpec,
         shape: ModelShape,
-        tasks: Mapping[int, TaskConfig],
-        plan_from: int,
+        tasks: Mapping[int, RunTask],
+        evaluation: Evaluation,
         peak_flops_per_s: float | None,
     ) -> StepMetrics:
-        """Return what is written of the step, without what follows from it or comes after it.
+        """Return what is written of the step, without what comes after its evaluation.
 
         Parameters
         ----------
-        world
-            The plan on its ranks.
+        run
+            The run.
         shape
             The base model.
         tasks
-            The tasks by number.
-        plan_from
-            The step from which on the run has had its plan.
+            The tasks by number, as they are after it.
+        evaluation
+            That of the periods which end with the step.
         peak_flops_per_s
             What one GPU can do in a second, None where that is not known.
         """
         report, order = self.report, self.dispatched.order
         tokens = total_work(order.work.values()).tokens
-        gpu_seconds = self.step_time_s * world.num_ranks
-        flops = {number: _flops(tasks[number], shape, work) for number, work in order.work.items()}
+        gpu_seconds = self.step_time_s * run.world.num_ranks
+        flops = {n: _flops(tasks[n].config, shape, work) for n, work in order.work.items()}
         total_flops = sum(flops.values())
         # Ready before the slowest rank was, rank 0 waited for it inside the reduction.
         waited_s = max(0.0, min(report.reduce_s, max(report.arrival_s) - report.arrival_s[0]))
@@ -107,25 +111,24 @@ class TrainedStep:
             tokens=tokens,
             padded_tokens=order.padded_tokens,
             gpu_seconds=gpu_seconds,
-            memory_bytes=max(report.memory_bytes),
-            tasks={
-                tasks[number].name: task
-                for number, task in self._task_metrics(tasks, flops).items()
-            },
-            replicas=self._replica_metrics(world),
-            plan_from=plan_from,
+            memory_bytes=max((*report.memory_bytes, *evaluation.memory_bytes)),
+            tasks=self._task_metrics(tasks, evaluation, flops),
+            drawn=drawn_batches(order, self.own_steps, tasks),
+            replicas=self._replica_metrics(run.world),
+            validation_time_s=evaluation.time_s,
+            plan_from=run.plan_from,
             tokens_per_s=tokens / self.step_time_s,
             flops=total_flops,
             mfu=total_flops / (gpu_seconds * peak_flops_per_s) if peak_flops_per_s else None,
         )
 
     def _task_metrics(
-        self, tasks: Mapping[int, TaskConfig], flops: Mapping[int, float]
-    ) -> dict[int, TaskMetrics]:
+        self, tasks: Mapping[int, RunTask], evaluation: Evaluation, flops: Mapping[int, float]
+    ) -> dict[str, TaskMetrics]:
         order = self.dispatched.order
         num_sequences = Counter(sequence.task for sequence in order.sequences)
         return {
-            update.task: TaskMetrics(
+            tasks[update.task].config.name: TaskMetrics(
                 loss=self.losses[update.task],
                 tokens=order.work[update.task].labels,
                 sequences=num_sequences[update.task],
@@ -133,9 +136,11 @@ class TrainedStep:
                 lr=update.learning_rate,
                 applied=self.report.is_applied(update.task),
                 own_step=self.own_steps[update.task],
+                validation_loss=evaluation.losses.get(update.task),
+                stopped=tasks[update.task].progress.stopped,
                 flops=flops[update.task],
                 preferences=preferences(
-                    tasks[update.task].objective, self.report.outcomes.get(update.task)
+                    tasks[update.task].config.objective, self.report.outcomes.get(update.task)
                 ),
             )
             for update in order.updates
