@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from lobra.cli import main
-from lobra.tasks import text_processor
+from lobra.trainer import trained_tasks
 from lobra.trainer.log_parts import METRICS_FILE
 from tests.tasks.support import write_rows
 from tests.trainer.command import train, write_config
@@ -116,7 +116,7 @@ def test_a_runs_data_do_not_depend_on_the_clock(
         def today(cls) -> Any:
             return cls.day
 
-    monkeypatch.setattr(text_processor, "date", Clock)
+    monkeypatch.setattr(trained_tasks, "date", Clock)
     assert train(base, "--max-steps", "1", "--save-every", "1") == 0, capsys.readouterr().err
     Clock.day = date(2025, 3, 10)
     assert train(base, "--resume") == 0, capsys.readouterr().err
