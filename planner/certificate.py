@@ -16,6 +16,7 @@ least, the better are its rates: they are taken anew when prices have shown more
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -33,7 +34,21 @@ SLACK = 1e-6  # relative: given away for the solver's tolerance
 MIP_GAP = 2e-4
 EXACT = 5e-4  # relative: what the program's value of a plan may be below that plan's bound
 MIP_LIMIT_S = 5.0
+INFEASIBLE = 2  # scipy's word for it
 LEAST_S = 0.5  # for the integer program, however late it is
+
+
+@dataclass(frozen=True)
+class Part:
+    """The plans with so many GPUs in pipelines."""
+
+    fewest: int
+    most: int
+
+    def around(self, gpus: int) -> list[Part]:
+        """Return those with fewer, with just so many, and with more; nothing if these are all."""
+        parts = Part(self.fewest, gpus - 1), Part(gpus, gpus), Part(gpus + 1, self.most)
+        return [] if self in parts else [one for one in parts if one.fewest <= one.most]
 
 
 class Certificate:
@@ -61,6 +76,7 @@ class Certificate:
         self._fleet, self._rates = fleet, tuple(rates)
         self._counts = counts.astype(np.float64)
         self._holds = fleet.max_tokens >= longest
+        self._pipelines = np.where([c.layout.pp > 1 for c in fleet.candidates], fleet.sizes, 0)
         least_s = np.stack([one.least_s for one in rates])  # [C, D]
         alone_s = np.stack([one.alone_s for one in rates])
         self._begun_s = np.stack([one.begun_s for one in rates], axis=1)  # [L - 1, C, D]
@@ -152,20 +168,30 @@ class Certificate:
         return np.maximum(found_s, crowded_s)
 
     def minimum(self, limit_s: float = MIP_LIMIT_S) -> tuple[float, np.ndarray | None]:
-        """Return what the mean step of any plan takes at least, and the plan that may take it."""
+        """Return what the mean step of any plan takes at least, and the plan that may take it.
+
+        Plans are told apart by the GPUs of their pipelines where planes are not near enough.
+        """
         clock = Clock(limit_s)
-        bound_s, best = float(self._least_step_s.mean()), None
-        while clock.left_s > 0:
-            found_s, found = self._solve(clock.left_s)
-            if found is None:
+        part, parts = Part(0, self._fleet.num_gpus), [Part(0, self._fleet.num_gpus)]
+        found: dict[Part, tuple[float, np.ndarray | None]] = {}
+        least_s = float(self._least_step_s.mean())
+        while parts:
+            for one in parts:
+                bound_s, plan = self._solve(one, max(clock.left_s, TINY))
+                found[one] = max(bound_s, least_s), plan
+            part = min(found, key=lambda one: found[one][0])
+            least_s, plan = found[part]
+            if plan is None or self._known_s(plan) <= least_s * (1 + EXACT) or clock.left_s <= 0:
                 break
-            bound_s, best = max(bound_s, found_s), found
-            if self._known_s(found) <= bound_s * (1 + EXACT):
-                break
-            if any((found == other).all() for other in self._cut_at):
-                break
-            self._cut_at.append(found)
-        return bound_s * (1 - SLACK), best
+            parts = [part]
+            if any((plan == other).all() for other in self._cut_at):
+                parts = part.around(int(plan @ self._pipelines))
+            else:
+                self._cut_at.append(plan)
+            if parts:
+                del found[part]
+        return least_s * (1 - SLACK), found[part][1]
 
     def mean_s(self, replicas: np.ndarray, clock: Clock) -> float:
         """Return what the mean step of any plan takes at least, starting from a good plan."""
@@ -181,44 +207,49 @@ class Certificate:
             next_one = found
         return least_s
 
-    def _solve(self, limit_s: float) -> tuple[float, np.ndarray | None]:
+    def _solve(self, part: Part, limit_s: float) -> tuple[float, np.ndarray | None]:
         """Return what the mean step takes at least by all the planes, and the plan; bare if late.
 
-        Columns are the replicas and the mean step.
+        Of the plans of a part; infinite if there are none. Columns are the replicas and the mean
+        step.
         """
         from scipy.optimize import LinearConstraint, milp  # slow to import, and few need it
 
         sizes, num_gpus = self._fleet.sizes, self._fleet.num_gpus
-        planes = [self._plane(replicas) for replicas in self._cut_at]
+        planes = [self._plane(replicas, part) for replicas in self._cut_at]
         rows = np.array([[*(-slope), 1.0] for _, slope in planes]).reshape(-1, len(sizes) + 1)
-        plan = np.array([[*self._holds, 0.0], [*sizes, 0.0]])
+        plan = np.array([[*self._holds, 0.0], [*sizes, 0.0], [*self._pipelines, 0.0]])
         found = milp(
             np.eye(1, len(sizes) + 1, len(sizes))[0],
             constraints=[
                 LinearConstraint(rows, [least_s for least_s, _ in planes], np.inf),
-                LinearConstraint(plan, 1, [np.inf, num_gpus]),
+                LinearConstraint(plan, [1, 1, part.fewest], [np.inf, num_gpus, part.most]),
             ],
             bounds=(0, [*np.where(self._is_kept, num_gpus // sizes, 0), np.inf]),
             integrality=[1] * len(sizes) + [0],
             options={"time_limit": limit_s, "mip_rel_gap": MIP_GAP},
         )
-        if found.x is None:  # stopped before it knew anything
-            return 0.0, None
+        if found.x is None:  # there is no plan, or it stopped before it knew anything
+            return (np.inf if found.status == INFEASIBLE else 0.0), None
         bound_s = min(float(found.mip_dual_bound), float(found.fun))
-        known_s = min((self._known_s(replicas) for replicas in self._cut_at), default=np.inf)
-        if bound_s > known_s * (1 + SLACK):  # numerical trouble of the solver
-            bound_s = 0.0
+        own = [one for one in self._cut_at if part.fewest <= one @ self._pipelines <= part.most]
+        if bound_s > min(map(self._known_s, own), default=np.inf) * (1 + SLACK):
+            bound_s = 0.0  # numerical trouble of the solver
         return bound_s, np.rint(found.x[: len(sizes)]).astype(np.int64)
 
-    def _plane(self, replicas: np.ndarray) -> tuple[float, np.ndarray]:
-        """Return a constant and float64 [C]: what n replicas' mean step is above, near at these."""
+    def _plane(self, replicas: np.ndarray, part: Part) -> tuple[float, np.ndarray]:
+        """Return a constant and float64 [C]: what n replicas' mean step is above, near at these.
+
+        For all n of the part.
+        """
         by_price = self._by_price(replicas)
         best, steps = by_price.argmax(axis=1), np.arange(len(by_price))
         value, price = self._values[steps, best], self._prices[best].sum(axis=1)
         lost_s = self._prices[best, 0] * self._bubble_s[self._level_of]  # [K, C]: of each replica
-        most_s = (lost_s / self._fleet.sizes)[:, self._is_kept].max(axis=1) * self._fleet.num_gpus
-        low, high = np.sqrt(value), np.sqrt(value + most_s)
-        rise = (high - low) / np.maximum(most_s, TINY)
+        fewest_s, most_s = self._lost_in(part, lost_s)
+        low, high = np.sqrt(value + fewest_s), np.sqrt(value + most_s)
+        rise = (high - low) / np.maximum(most_s - fewest_s, TINY)
+        low -= rise * fewest_s
         ratio = (low + rise * (lost_s @ replicas)) / (price @ replicas)
         slope = 2.0 * (ratio * rise)[:, None] * lost_s - ratio[:, None] ** 2 * price
         least_s = 2.0 * ratio * low
@@ -232,6 +263,22 @@ class Certificate:
         least_s[waits] = longest_s[waits]
         slope[waits] = np.where(faster, (floor_s - longest_s)[:, None], 0.0)[waits]
         return float(least_s.mean()), slope.mean(axis=0)
+
+    def _lost_in(self, part: Part, lost_s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return float64 [K] twice: the least and the most that plans of a part lose to bubbles.
+
+        ``lost_s`` is what one replica does, float64 [K, C].
+        """
+        each_s = lost_s / self._fleet.sizes
+        is_pipeline = self._pipelines > 0
+        pipelines_s = each_s[:, self._is_kept & is_pipeline]
+        others_s = each_s[:, self._is_kept & ~is_pipeline].max(axis=1, initial=0.0)
+        fewest_s = part.fewest * pipelines_s.min(axis=1, initial=np.inf if part.fewest else 0.0)
+        most_s = [
+            gpus * pipelines_s.max(axis=1, initial=0.0) + (self._fleet.num_gpus - gpus) * others_s
+            for gpus in (part.fewest, part.most)
+        ]
+        return np.where(np.isfinite(fewest_s), fewest_s, 0.0), np.maximum(*most_s)
 
     def _known_s(self, plan: np.ndarray) -> float:
         """Return what the mean step of a plan takes at least."""

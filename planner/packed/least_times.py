@@ -35,10 +35,12 @@ def least_times(
     return all_tokens, squares, times
 
 
-def highest(values: Callable[[np.ndarray], np.ndarray], high: float) -> float:
+def highest(
+    values: Callable[[np.ndarray], np.ndarray], high: float, narrowings: int = NARROWINGS
+) -> float:
     """Return where in [0, high] a concave function is about the largest."""
     low = 0.0
-    for _ in range(NARROWINGS):
+    for _ in range(narrowings):
         tried = np.linspace(low, high, SLOPES)
         best = int(values(tried).argmax())
         low, high = float(tried[max(0, best - 1)]), float(tried[min(SLOPES - 1, best + 1)])

@@ -26,6 +26,7 @@ from lobra.planner.packed.least_times import highest, least_times, line_below
 from lobra.planner.sequence_rates import MOST_BUBBLE, affine
 from lobra.profiler.cost_model import CostModel
 
+NARROWINGS = 7  # of what the seconds for a squared token may be
 LEVELS = 192  # of the longest micro-batch's time
 NEAR = 1.1  # times the least step, about what plans take: there lines are to be near
 STEEPNESS = np.linspace(1.0, 1.5, 41)
@@ -185,6 +186,7 @@ def rates_of(
             (each_s - slopes[:, None] * mean_length).min(axis=1) * all_tokens + slopes * all_squares
         ),
         float((time_s / squares).min()),
+        NARROWINGS,
     )
     large = 2 * held > most
     typical = np.average(held[large], weights=weight[fits][large]) if large.any() else most
