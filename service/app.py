@@ -56,7 +56,8 @@ def make_app(intake: Intake, waiters: Waiters) -> FastAPI:
     @app.api_route(f"{API}/{{rest:path}}", methods=["GET", "POST", "PUT", "DELETE", "PATCH"])
     def not_offered(rest: str, request: Request) -> Response:
         asked = f"{request.method} {rest}"
-        return JSONResponse({"detail": f"{asked}: this service does not offer that"}, 501)
+        # No 501: the client sends what is answered with 5xx again and again, for minutes.
+        return JSONResponse({"detail": f"{asked}: this service does not offer that"}, 404)
 
     @app.exception_handler(404)
     def not_there(request: Request, error: Exception) -> Response:

@@ -92,7 +92,7 @@ def test_what_cannot_be_done_is_refused(client: Client, model: str) -> None:
         load = dict(session_id=session, model_seq_id=1, path=path, optimizer=False)
         refused(client.post("load_weights", **load), 404, path)
     for route in ("publish", "create_custom_loss", "checkpoints", "sessions/search"):
-        refused(client.post(route), 501, route)
+        refused(client.post(route), 404, route)
 
 
 def test_all_that_is_wrong_with_data_is_told(client: Client, model: str) -> None:
