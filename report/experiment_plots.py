@@ -260,7 +260,7 @@ def _predicted(rows: Sequence[Row]) -> Figure:
     axes.plot(places, predicted, "o", color=OURS, label="predicted by our cost model", markersize=4)
     for place, row in zip(places, rows, strict=True):
         above = 1.12 * max(measured[place], predicted[place])
-        text = f"{100 * float(row['difference']):+.1f} %"
+        text = f"{round(100 * float(row['difference']), 1) + 0.0:+.1f} %"  # no -0.0
         axes.text(place, above, text, ha="center", fontsize="small")
     labels = [f"{row['plan']}\n{int(row['seq_len']) // 1024}K tokens" for row in rows]
     axes.set_xticks(places, labels, fontsize="small")

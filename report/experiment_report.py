@@ -44,7 +44,6 @@ SHOWN = {  # the columns of the terminal's tables; the page and the CSVs have al
         "gpu_seconds",
         "less_than_sequential",
         "less_than_fused",
-        "less_than_fused_dynamic",
     ),
     "ablation": (
         *("plan_of", "rung", "buckets", "step_time_s", "gpu_seconds"),
@@ -66,6 +65,7 @@ SHOWN = {  # the columns of the terminal's tables; the page and the CSVs have al
     ),
     "homogeneous_steps": ("plan", "seq_len", "measured_lobra_s", "predicted_s", "difference"),
 }
+NUMBER_WIDTH = 10  # of a column in the terminal: headings wrap, names have the room
 SHARES = ("less_than", "padding", "idle", "gap", "difference", "error")
 
 
@@ -115,7 +115,10 @@ def _terminal(title: str, rows: Sequence[Mapping[str, str]], columns: Sequence[s
     table = Table(title=title)
     present = [name for name in columns if any(row.get(name) for row in rows)]
     for name in present:
-        table.add_column(_heading(name), justify="right" if _is_number(rows, name) else "left")
+        if _is_number(rows, name):
+            table.add_column(_heading(name), justify="right", max_width=NUMBER_WIDTH)
+        else:
+            table.add_column(_heading(name), overflow="fold")
     for row in rows:
         table.add_row(*(shown(name, row.get(name, "")) for name in present))
     return table
@@ -126,11 +129,10 @@ def shown(column: str, text: str) -> str:
     try:
         number = float(text)
     except (TypeError, ValueError):
-        return text or ""
-    if any(column.startswith(word) or column.endswith(word) for word in SHARES):
-        return f"{100 * number:.1f} %"
-    if "less_than" in column:
-        return f"{100 * number:.1f} %"
+        return {"True": "yes", "False": "no"}.get(text, text or "")
+    is_share = any(column.startswith(word) or column.endswith(word) for word in SHARES)
+    if is_share or "less_than" in column:
+        return f"{round(100 * number, 1) + 0.0:.1f} %"  # no -0.0
     if number == int(number) and "." not in text:
         return f"{int(number):,}"
     return f"{number:,.1f}" if abs(number) >= 1000 else f"{number:.4g}"
@@ -141,7 +143,8 @@ def _heading(column: str) -> str:
     words = words.replace("_balanced", ", our dispatch")
     words = words.replace("_dynamic", ", our dispatch, dynamic buckets")
     words = words.replace("fused_16_fixed", "fused, 16 fixed buckets")
-    words = words.replace("num_gpus", "GPUs").replace("published_s", "published (s)")
+    words = words.replace("num_gpus", "GPUs").replace("gpus", "GPUs")
+    words = words.replace("published_s", "published (s)").replace("d_lobra_s", "d by LobRA (s)")
     if words.endswith("_s"):
         words = f"{words[:-2]} (s)"
     if words.endswith("_ms"):

@@ -29,13 +29,24 @@ def print_run_report(folder: Path, console: Console | None = None) -> None:
         console.print(_replica_table(plan, len(summary.plans) > 1))
     if warning := _poor_prediction(summary):
         console.print(warning, style="yellow", soft_wrap=True)
-    is_model = summary.trains_model
-    what = "the model, as transformers loads it" if is_model else "adapters (PEFT format)"
+    _print_folders(summary, console)
+
+
+def _print_folders(summary: RunSummary, console: Console) -> None:
+    """Print where what was trained lies."""
+    over, others = "adapters (PEFT format)", "adapters of tasks that are not over"
+    own = Path()
+    if summary.trains_model:
+        over, others, own = (
+            "the model, as transformers loads it",
+            "the model",
+            Path(summary.tasks[0].name),
+        )
     if summary.adapters or not summary.unfinished:
-        console.print(f"{what}: {summary.adapters or 'none saved yet'}", soft_wrap=True)
+        where = summary.adapters / own if summary.adapters else "none saved yet"
+        console.print(f"{over}: {where}", soft_wrap=True)
     if summary.unfinished:
-        what = "the model" if is_model else "adapters of tasks that are not over"
-        console.print(f"{what}, as last saved: {summary.unfinished}", soft_wrap=True)
+        console.print(f"{others}, as last saved: {summary.unfinished / own}", soft_wrap=True)
 
 
 def _poor_prediction(summary: RunSummary) -> str | None:
@@ -92,7 +103,7 @@ def _overview(summary: RunSummary, folder: Path) -> Table:
             f"predicted: {saved:.1%} less ({other})"
         )
         is_same = other == summary.plans[-1].plan
-        rows.append(("against the best homogeneous plan", "it is that plan" if is_same else told))
+        rows.append(("against the best homogeneous plan", "the same plan" if is_same else told))
     rows += [
         (f"{unit}-seconds, all steps", f"{summary.step_gpu_seconds:.1f}"),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,9 @@ def answers(
 
 def _adapted(model: Any, folder: Path) -> Any:
     try:
-        return PeftModel.from_pretrained(model, folder).eval()
+        with warnings.catch_warnings():  # of what PEFT asks of transformers, to its authors
+            warnings.simplefilter("ignore", FutureWarning)
+            return PeftModel.from_pretrained(model, folder).eval()
     except Exception as error:  # of many kinds; its message says what PEFT did not like
         raise ConfigError(f"{folder}: PEFT loads no adapter of this base ({error})") from error
 

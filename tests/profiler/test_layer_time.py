@@ -75,7 +75,7 @@ def test_a_quick_sweep_runs_less_and_is_not_mixed_with_a_thorough_one(
     layers, _ = sweep_time(quick, opened(quick, tmp_path))
     assert set(layers.done) == {(1, s, b) for b, s in quick.grid}
     assert all("attempts" not in layers.details(key) for key in layers.done)
-    with pytest.raises(ConfigError, match="quick was True, is now None"):
+    with pytest.raises(ConfigError, match="quick was true, is now not given"):
         opened(replace(quick, quick=False), tmp_path)
 
 
@@ -173,7 +173,7 @@ def test_layers_are_timed_with_their_dropout(sweep: TimeSweep, tmp_path: Path) -
     repeats = read_meta(tmp_path / "0.1/t.csv")["rows"]["1,64,1"]["repeats"]
     passes = repeats + 1  # a warm-up is the first
     assert counts[1] == 4 * 2 * passes, "layers x linears x passes"
-    with pytest.raises(ConfigError, match="lora_dropout was None, is now"):
+    with pytest.raises(ConfigError, match="lora_dropout was not given, is now"):
         opened(dropping, tmp_path / "0.0")
 
 

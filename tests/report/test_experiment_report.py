@@ -181,7 +181,9 @@ def test_broken_files_are_a_users_mistake(experiment: Path) -> None:
     ("column", "text", "expected"),
     [
         ("less_than_fused", "0.4631", "46.3 %"),
+        ("less_than_fused", "-0.00001", "0.0 %"),
         ("padding", "0.05", "5.0 %"),
+        ("stopped", "True", "yes"),
         ("num_gpus", "16", "16"),
         ("gpu_seconds", "8178.4721", "8,178.5"),
         ("step_time_s", "10.81204", "10.81"),

@@ -90,8 +90,17 @@ def test_a_model_that_is_trained_whole_is_called_none_of_an_adapter(run: Path) -
     (run / "checkpoints/step_2/adapters/a").mkdir(parents=True)
     (run / "checkpoints/step_2/state.json").touch()
     shown = report(run)
-    assert f"the model, as last saved: {run / 'checkpoints/step_2/adapters'}" in shown
+    assert f"the model, as last saved: {run / 'checkpoints/step_2/adapters/a'}" in shown
     (run / "adapters/a").mkdir(parents=True)
     shown = report(run)
-    assert f"the model, as transformers loads it: {run / 'adapters'}" in shown
+    assert f"the model, as transformers loads it: {run / 'adapters/a'}" in shown
     assert "adapters" not in shown.replace(str(run / "adapters"), "")
+
+
+def test_a_homogeneous_plan_is_not_compared_with_itself(run: Path) -> None:
+    written = yaml.safe_load((run / "config.yaml").read_text())
+    for tp, told in ((1, "the same plan"), (2, "2.00 against 4.00 GPU-seconds per step")):
+        best = {"step_time_s": 2.0, "plan": [{"tp": tp, "pp": 1, "replicas": 2 // tp}]}
+        written["plan_meta"] = {"step_time_s": 1.0, "homogeneous": best}
+        (run / "config.yaml").write_text(yaml.safe_dump(written))
+        assert told in report(run)
