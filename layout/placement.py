@@ -11,8 +11,6 @@ from lobra.layout.world import World, node_ranks
 
 log = logging.getLogger(__name__)
 
-MOST_TRIALS = 20_000  # of packing groups into nodes
-
 
 def place(plan: Plan, gpus_per_node: int | Sequence[int]) -> World:
     """Return the plan on its ranks.
@@ -137,10 +135,10 @@ def is_placeable(plan: Plan, gpus_per_node: int) -> bool:
     return True
 
 
-def pack(sizes: list[int], capacities: list[int]) -> list[int] | None:
+def pack(sizes: list[int], capacities: list[int], max_trials: int = 20_000) -> list[int] | None:
     """Return the bin of each item, or None if they do not fit.
 
-    First fit in the given (descending) order, then backtracking over at most `MOST_TRIALS`
+    First fit in the given (descending) order, then backtracking over at most ``max_trials``
     choices. First fit alone is exact when every size divides the next larger one and the bins.
     """
     if sum(sizes) > sum(capacities):
@@ -160,7 +158,7 @@ def pack(sizes: list[int], capacities: list[int]) -> list[int] | None:
             same = len(chosen) < len(sizes) and sizes[len(chosen)] == size
             start = node if same else 0
             continue
-        if not chosen or trials > MOST_TRIALS:
+        if not chosen or trials > max_trials:
             return None
         last = chosen.pop()
         room[last] += sizes[len(chosen)]

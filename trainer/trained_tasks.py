@@ -73,9 +73,9 @@ def read_tasks(
     """
     state, config, folder = inputs.state, inputs.config, inputs.folder
     day = date.fromisoformat(state.data_day) if state and state.data_day else date.today()
-    none = TrainedTasks(day.isoformat())
+    nothing = TrainedTasks(day.isoformat())
     if config is None or folder is None:
-        return none
+        return nothing
     checks = TaskChecks(
         TextProcessor.of_folder(lambda: folder, day),
         request.data_dir,
@@ -94,13 +94,13 @@ def read_tasks(
     if request.skip_bad_tasks and not kept:
         problems += bad_tasks
     if not kept or (len(kept) < num_wanted and not request.skip_bad_tasks):
-        return none
+        return nothing
     tasks, datasets = zip(*kept, strict=True)
     buckets = None
     if inputs.plan is not None and batching == "bucketed" and request.dp_bucket == "off":
         buckets = problems.result_of(fixed_buckets, request.num_buckets, datasets, inputs.plan)
     training, validation = zip(*(split(*pair, request.seed) for pair in kept), strict=True)
-    return TrainedTasks(none.data_day, tasks, datasets, training, validation, buckets or ())
+    return TrainedTasks(nothing.data_day, tasks, datasets, training, validation, buckets or ())
 
 
 def last_step(
