@@ -92,7 +92,7 @@ def _checked_patterns(patterns: dict[str, Any]) -> dict[str, Any]:
     return patterns
 
 
-#: A factor of one number in another: beyond it, half precision has no finite products.
+#: A factor of what is learned; those in use are below a thousand.
 _Factor = AtMost(10**6)
 _Alpha = Annotated[Positive, _Factor]
 _Weight = Annotated[NotNegative, _Factor]
