@@ -88,9 +88,9 @@ def solve(problem: PackedProblem, clock: Clock | None = None, progress: Progress
     bounds_s = np.array([problem.homogeneous_bound_s(replicas) for replicas in same])
     homogeneous = search.try_best(same, bounds_s, MOST_HOMOGENEOUS)
     search.certificate.look_at(np.array(homogeneous))
-    named = search.named(NAMED)
-    bounds_s = search.certificate.steps_s(np.array(named)).mean(axis=1)
-    search.try_best(named, bounds_s, MOST_NAMED)
+    if named := search.named(NAMED):
+        bounds_s = search.certificate.steps_s(np.array(named)).mean(axis=1)
+        search.try_best(named, bounds_s, MOST_NAMED)
     search.climb(NEAR)
     search.run_fully(homogeneous)
     return search.found(homogeneous)
