@@ -25,6 +25,9 @@ from lobra.profiler.profiles import MemoryProfile
 Row = dict[str, Any]
 SEQUENCES = 832  # of a step on up to 64 GPUs, as those of the six tasks
 DRAWN = 20_000  # lengths of a made-up data set
+INSTANCES = 12  # random ones
+LONGEST = 16384
+BAR = 2.0  # %: the gap up to 64 GPUs
 
 
 def hard_workloads() -> Mapping[str, Workload]:
@@ -43,6 +46,35 @@ def hard_workloads() -> Mapping[str, Workload]:
         name: Workload({"one": values}, {"one": SEQUENCES}, {"one": 0})
         for name, values in lengths.items()
     }
+
+
+def random_instances() -> Iterator[tuple[str, int, Workload]]:
+    """Yield what is hard about an instance, its GPUs, and a workload of 16 to 64 sequences each."""
+    rng = np.random.default_rng(1)
+    for place in range(INSTANCES):
+        num_gpus = int(rng.choice([16, 32, 64]))
+        sequences = num_gpus * int(rng.integers(16, 65))
+        short = rng.integers(50, rng.integers(300, 2000), DRAWN)
+        tail = rng.lognormal(rng.uniform(5.0, 6.5), rng.uniform(0.8, 1.5), DRAWN).astype(np.int64)
+        over = int(rng.choice([1024, 2048, 4096]) * rng.uniform(1.01, 1.1))
+        name, lengths = (
+            ("heavy tail", np.minimum(tail + 1, LONGEST)),
+            ("rarely 16k", np.where(rng.random(DRAWN) < 1 / sequences, LONGEST, short)),
+            ("all equal", np.full(DRAWN, short[0])),
+            ("two just over a capacity", rng.choice([over, 2 * over], DRAWN)),
+        )[place % 4]
+        yield name, num_gpus, Workload({"one": lengths}, {"one": sequences}, {"one": 0})
+
+
+def bench_random(memory: MemoryProfile, cost_model: CostModel) -> Iterator[Row]:
+    """Gaps of random instances, and of how many they are within the bar."""
+    within = 0
+    for name, num_gpus, workload in random_instances():
+        candidates = all_candidates(memory, cost_model, num_gpus, workload.longest, 8).chosen
+        row = _measured(workload, candidates, num_gpus, cost_model)
+        within += row["gap %"] <= BAR
+        yield {"instance": name, "GPUs": num_gpus, "sequences": workload.batch_sizes["one"]} | row
+    yield {"within the bar": within, "of": INSTANCES}
 
 
 def bench_packed(
@@ -84,6 +116,7 @@ def _measured(
     other_s = problem.step_s(make_plan(padded.groups), range(len(steps)))
     return {
         "plan": str(plan),
+        "replicas": len(plan.replicas),
         "steps": len(steps),
         "mean s": mean_s,
         "GPU-seconds": mean_s * plan.num_gpus,

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from benchmarks.packed_planning import bench_packed, hard_workloads
+from benchmarks.packed_planning import bench_packed, bench_random, hard_workloads
 from lobra.layout.layout import Layout
 from lobra.layout.plan import Plan, ReplicaGroup, make_plan
 from lobra.planner.bucketed import exact, homogeneous, lobra
@@ -317,7 +317,14 @@ def bench_packed_plans(setting: Setting) -> Iterator[Row]:
     yield from bench_packed(setting.memory, setting.cost_model, hard_workloads(), few)
 
 
-Subject = Literal["exact", "lobra", "dispatch", "packed_dispatch", "ilp", "buckets", "packed"]
+def bench_packed_random(setting: Setting) -> Iterator[Row]:
+    """Packed plans of random instances; which tasks are asked for does not matter."""
+    yield from bench_random(setting.memory, setting.cost_model)
+
+
+Subject = Literal[
+    "exact", "lobra", "dispatch", "packed_dispatch", "ilp", "buckets", "packed", "packed_random"
+]
 SUBJECTS: dict[Subject, Callable[[Setting], Iterator[Row]]] = {
     "exact": bench_exact,
     "lobra": bench_lobra,
@@ -326,6 +333,7 @@ SUBJECTS: dict[Subject, Callable[[Setting], Iterator[Row]]] = {
     "ilp": bench_ilp,
     "buckets": bench_buckets,
     "packed": bench_packed_plans,
+    "packed_random": bench_packed_random,
 }
 
 

@@ -175,13 +175,14 @@ class Certificate:
         clock = Clock(limit_s)
         part, parts = Part(0, self._fleet.num_gpus), [Part(0, self._fleet.num_gpus)]
         found: dict[Part, tuple[float, np.ndarray | None]] = {}
-        least_s = float(self._least_step_s.mean())
+        least_s, best = float(self._least_step_s.mean()), None
         while parts:
             for one in parts:
                 bound_s, plan = self._solve(one, max(clock.left_s, TINY))
                 found[one] = max(bound_s, least_s), plan
             part = min(found, key=lambda one: found[one][0])
             least_s, plan = found[part]
+            best = plan if plan is not None else best
             if plan is None or self._known_s(plan) <= least_s * (1 + EXACT) or clock.left_s <= 0:
                 break
             parts = [part]
@@ -191,7 +192,7 @@ class Certificate:
                 self._cut_at.append(plan)
             if parts:
                 del found[part]
-        return least_s * (1 - SLACK), found[part][1]
+        return least_s * (1 - SLACK), best
 
     def mean_s(self, replicas: np.ndarray, clock: Clock) -> float:
         """Return what the mean step of any plan takes at least, starting from a good plan."""

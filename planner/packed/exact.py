@@ -24,7 +24,7 @@ FEW_STEPS, FEW_SEQUENCES = 12, 4000  # that every plan is tried on: at least two
 MOST_HOMOGENEOUS, MOST_NAMED = 8, 4  # that are tried, those with the lowest bounds
 TARGET_GAP = 1e-3
 NAMED, NEAR, FULLY = 0.4, 0.6, 0.8  # of the time, after which the parts of the search end
-CERTIFYING = 0.15  # of the time, for the certificate of the best plan's loosest steps
+CERTIFYING = 0.2  # of the time, for the certificate of the best plan's loosest steps
 PROMISING = 0.003  # a plan is dispatched over all steps if its estimate is within it of the best
 LOOSEST, LOOSE = 30, 0.985  # steps of the best plan of which prices are computed in the end
 COMPARED = 0.03  # so is the best homogeneous one
@@ -88,9 +88,9 @@ def solve(problem: PackedProblem, clock: Clock | None = None, progress: Progress
     bounds_s = np.array([problem.homogeneous_bound_s(replicas) for replicas in same])
     homogeneous = search.try_best(same, bounds_s, MOST_HOMOGENEOUS)
     search.certificate.look_at(np.array(homogeneous))
-    named = search.named(NAMED)
-    bounds_s = search.certificate.steps_s(np.array(named)).mean(axis=1)
-    search.try_best(named, bounds_s, MOST_NAMED)
+    if named := search.named(NAMED):
+        bounds_s = search.certificate.steps_s(np.array(named)).mean(axis=1)
+        search.try_best(named, bounds_s, MOST_NAMED)
     search.climb(NEAR)
     search.run_fully(homogeneous)
     return search.found(homogeneous)
