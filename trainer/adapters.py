@@ -158,11 +158,12 @@ def peft_config(spec: AdapterSpec, base_model: str) -> dict[str, Any]:
             "save_projection": True,
         }
     twice = 2 if spec.kind == "pissa" else 1
+    alpha = twice * spec.alpha
     return {
         "peft_type": "LORA",
         **common,
         "r": twice * spec.rank,
-        "lora_alpha": twice * spec.alpha,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,  # PEFT has integers
         "lora_dropout": spec.dropout,
         "init_lora_weights": True,
         "rank_pattern": {key: twice * own for key, own in spec.rank_pattern},

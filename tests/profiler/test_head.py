@@ -10,6 +10,8 @@ import pytest
 from lobra.common.errors import ConfigError
 from lobra.layout.layout import Layout
 from lobra.profiler.cost_model import (
+    FORWARD_SHARE,
+    LOGITS_SHARE,
     TokenShares,
     fit_cost_model,
     load_cost_model,
@@ -64,15 +66,14 @@ def test_a_micro_batch_knows_what_is_trained(tmp_path: Path) -> None:
     assert float(counted.head_ms) == pytest.approx(float(many_ms))
 
 
-def test_passes_without_gradient_take_half_of_a_whole_one(tmp_path: Path) -> None:
-    """Of what is computed with a frozen weight, the product and the gradient of its input."""
+def test_passes_without_gradient_take_a_share_of_a_whole_one(tmp_path: Path) -> None:
     rows = np.array([(1, s, b) for s in LENGTHS for b in SIZES])
     layers = TimeProfile(*rows.T, 0.01 * rows[:, 1] * rows[:, 2])
     model = fit_cost_model(layers, 4, head_profile=load_head_profile(written(tmp_path / "h.csv")))
     models = (model.for_training(TokenShares(0.5, *again), 0) for again in ((0, 0), (1, 2)))
     plain, more = (one.micro_batch_time(Layout(1, 1), *padded_work(2, 256)) for one in models)
-    assert float(more.layers_ms / plain.layers_ms) == pytest.approx(1.5)
-    added_ms = labels_ms(2, 256, 0.5)
+    assert float(more.layers_ms / plain.layers_ms) == pytest.approx(1 + FORWARD_SHARE["keep"])
+    added_ms = 2 * LOGITS_SHARE * labels_ms(2, 256, 0.5)
     assert float(more.head_ms - plain.head_ms) == pytest.approx(added_ms, rel=1e-3)
 
 

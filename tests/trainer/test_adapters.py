@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,9 @@ from transformers import AutoModelForCausalLM
 from lobra.layout.layout import Layout
 from lobra.layout.shapes import ModelShape
 from lobra.layout.world import one_replica
+from lobra.model.flat_tensors import FlatTensors
 from lobra.model.launch import run_ranks
+from lobra.model.site import sites
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.target_modules import TARGET_MODULES
 from lobra.trainer.adapters import adapter_spec, check_adapter, save_adapter
@@ -76,10 +79,39 @@ def test_logits_of_the_exported_adapter_in_peft(base: Path, trained: list[Path],
         assert np.abs(theirs - unadapted[rows]).max() > 1e-2, "the adapter does nothing"
 
 
+#: What vLLM reads of adapter_config.json and its type (`PEFTHelper` of its `vllm.lora`), the first
+#: three required; it refuses `modules_to_save` and DoRA, and knows tensors by the names below.
+VLLM_FIELDS = {
+    "r": int, "lora_alpha": int, "target_modules": list, "bias": str, "use_rslora": bool,
+    "use_dora": bool,
+}  # fmt: skip
+VLLM_TENSOR = re.compile(r"base_model\.model\.(.+)\.(?:lora_[AB]\.weight|lora_embedding_[AB])")
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora"])
+def test_vllm_can_read_what_is_written(kind: str, tmp_path: Path) -> None:
+    spec = replace(adapter_spec(TASKS[0]), kind=kind, rank=4, alpha=6.0)
+    tensors = {
+        tensor.name: tensor.as_peft(tensor.start()).contiguous()
+        for tensor in FlatTensors.whole(spec, SHAPE).tensors
+    }
+    save_adapter(tmp_path / "adapter", spec, tensors, "base")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    for field, kind_of in VLLM_FIELDS.items():
+        assert type(config[field]) is kind_of, field
+    assert config["bias"] == "none" and not config["use_dora"] and not config["modules_to_save"]
+    divisor = math.sqrt(config["r"]) if config["use_rslora"] else config["r"]
+    assert {spec.scaling(site) for site in sites(SHAPE)} == {config["lora_alpha"] / divisor}
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    found = map(VLLM_TENSOR.fullmatch, weights)
+    modules = {match[1].rpartition(".")[2] for match in found if match is not None}
+    assert modules == set(config["target_modules"])
+
+
 def test_an_adapter_that_does_not_fit_the_task_is_refused(trained: list[Path]) -> None:
     assert check_adapter(trained[0], adapter_spec(TASKS[0]), SHAPE) == []
     problems = "\n".join(check_adapter(trained[1], adapter_spec(TASKS[0]), SHAPE))
-    for wrong in ("r is 2", "lora_alpha is 1.0", "down_proj"):
+    for wrong in ("r is 2", "lora_alpha is 1,", "down_proj"):
         assert wrong in problems
     assert "not found" in check_adapter(trained[0] / "nowhere", adapter_spec(TASKS[0]), SHAPE)[0]
     wider = replace(SHAPE, hidden_size=128, head_dim=32)
