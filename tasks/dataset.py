@@ -263,10 +263,8 @@ def _files(task: TaskConfig, data_dir: Path, confine: Path | None) -> list[Path]
     problems = Problems()
     files = []
     for name in task.dataset_names:
-        try:
+        with problems.noted():
             files.append(resolve_dataset(name, data_dir, confine))
-        except ConfigError as error:
-            problems += error.problems
     problems.raise_if_any()
     return files
 
@@ -349,10 +347,8 @@ def _encoded(
     problems = Problems()
     read = []
     for path in files:
-        try:
+        with problems.noted():
             read.append((path, read_rows(path, reading)))
-        except ConfigError as error:
-            problems += error.problems
     for path, rows in read:
         problems += _endless(path, rows, task.context_length, processor)
     problems.raise_if_any()

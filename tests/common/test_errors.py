@@ -132,6 +132,17 @@ def test_raising_only_what_is_there() -> None:
         Problems(["bad"]).raise_if_any()
 
 
+def test_what_fails_by_a_mistake_is_none_and_noted() -> None:
+    problems = Problems(["first"])
+
+    def fail(text: str) -> str:
+        raise ConfigError([text, "third"])
+
+    assert problems.result_of(str.upper, "a") == "A"
+    assert problems.result_of(fail, "second") is None
+    assert list(problems) == ["first", "second", "third"]
+
+
 def test_suggestions_ignore_case_and_leave_strangers_alone() -> None:
     assert "'rank'" in did_you_mean("Ramk", ["rank", "steps"])
     assert did_you_mean("zzz", ["rank", "steps"]) == ""
