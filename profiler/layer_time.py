@@ -124,7 +124,7 @@ class TimeSweep:
             "lora_rank": self.lora_rank,
             "precision": self.precision,
             "device": self.device,
-            "rows": "of tasks drawn in proportion to their global batch sizes",
+            "rows": "of tasks drawn in proportion to their global batch sizes, laid end to end",
         }
         if self.quick:
             settings["quick"] = True

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -95,13 +96,14 @@ def time_shapes_on_rank(
         groups = replace(groups, place=replace(groups.place, layout=layout))
     where = torch_device(device)
     layers, head = _build_probes(folder, groups, specs, DTYPES[precision], where, base_precision)
+    packed_batch = partial(synthetic_batch, packed=True)  # as is trained by default
     mixtures_wanted = NUM_MIXTURES if _adapters_differ(specs) else 1
     weights = task_weights or [1.0] * len(specs)
 
     def time_layer(b: int, s: int, received_BSD: torch.Tensor) -> None:
         gradient_BSD = torch.randn_like(received_BSD)
         runs = [
-            _layer_run(layers, synthetic_batch((b, s), layers, tasks), received_BSD, gradient_BSD)
+            _layer_run(layers, packed_batch((b, s), layers, tasks), received_BSD, gradient_BSD)
             for tasks in row_mixtures(b, weights, mixtures_wanted)
         ]
         timing = measured_timing(runs, where, effort)
@@ -123,10 +125,11 @@ def time_shapes_on_rank(
             record_attempt(head_file, (tp, s, b), (base_ms,), time_ms, timing.details(modelled_ms))
 
     def time_shape(b: int, s: int, layer_too: bool, head_too: bool) -> None:
-        batch = synthetic_batch((b, s), layers, target_fraction=PROFILED_SHARE)
+        batch = packed_batch((b, s), layers, target_fraction=PROFILED_SHARE)
         if single_device is not None:  # the other shards' rows of the embedding are not here
             batch = replace(batch, tokens_BS=batch.tokens_BS % len(_embedding_rows(layers)))
-        received_BSD = torch.randn(b, s, layers.shape.hidden_size, device=where).to(layers.dtype)
+        size = (*batch.tokens_BS.shape, layers.shape.hidden_size)
+        received_BSD = torch.randn(size, device=where).to(layers.dtype)
         if layer_too:
             time_layer(b, s, received_BSD)
         if head_too:

@@ -159,6 +159,7 @@ def synthetic_batch(
     stage: Stage,
     row_tasks: abc.Sequence[int] | None = None,
     target_fraction: float = 1.0,
+    packed: bool = False,
 ) -> MicroBatchTensors:
     """Return a micro-batch of random tokens, dropout included.
 
@@ -172,6 +173,8 @@ def synthetic_batch(
         Whose each row is; by default rows are shared out to the tasks.
     target_fraction
         Of each row's positions the last that carry a loss.
+    packed
+        Lay the rows end to end, as sequences of one row.
     """
     num_rows, length = shape
     num_tasks = len(stage.slots)
@@ -187,7 +190,11 @@ def synthetic_batch(
     )
     weights = np.full(num_tasks, 1.0 / (num_rows * length))
     return micro_batch_tensors(
-        [MicroBatch(rows, length)], weights, stage.device, stage.dtype, stage.dropouts
+        [MicroBatch(rows, None if packed else length)],
+        weights,
+        stage.device,
+        stage.dtype,
+        stage.dropouts,
     )[0]
 
 
