@@ -87,6 +87,14 @@ def local_rank(rank: int, device: str) -> int:
 def _context(device: str, preload: Sequence[str]) -> multiprocessing.context.BaseContext:
     if device == "cuda":
         return multiprocessing.get_context("spawn")
+    return start_server(preload)
+
+
+def start_server(preload: Sequence[str]) -> multiprocessing.context.BaseContext:
+    """Have a process that has imported these modules fork CPU ranks; return where they start.
+
+    A server that is there stays as it is: what it has not imported, every rank imports itself.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
     atexit.unregister(_end_server)

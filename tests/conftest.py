@@ -65,6 +65,25 @@ def interruptible() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def warm_ranks() -> None:
+    """Start the server that ranks are forked from with all that a run imports.
+
+    It imports once: a server that began for a test of fewer modules would leave deepspeed, seconds
+    of it, to every rank of every run that follows.
+    """
+    from lobra.model.launch import start_server
+    from lobra.trainer.run import PRELOAD
+
+    start_server(PRELOAD)
+
+
+@pytest.fixture(autouse=True)
+def ranks_start_warm(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("ranks"):
+        request.getfixturevalue("warm_ranks")
+
+
+@pytest.fixture(scope="session")
 def project_root() -> Path:
     """Return the root of the checkout."""
     return ROOT

@@ -47,9 +47,9 @@ def test_what_may_be_stored_is_bounded(mixed: Running, monkeypatch: pytest.Monke
     assert "of 20,000; delete" in saved(client, model, "b", seq_id=2)["error"]
     refused(client.losses(model, 3, [datum()]), 403, "storing", "20,000")
     assert client.send("DELETE", f"training_runs/{model}/checkpoints/weights/a")[0] == 204
-    assert saved(client, model, "b", seq_id=3)["path"]
+    assert saved(client, model, "b", seq_id=4)["path"]
     folder = mixed.service.deployment.state_folder.model(model) / "weights"
-    wait_until(lambda: [path.name for path in folder.iterdir()] == ["b.3"])
+    wait_until(lambda: [path.name for path in folder.iterdir()] == ["b.4"])
 
 
 def test_what_is_written_again_takes_the_place_of_the_older(

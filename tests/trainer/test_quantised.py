@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from lobra.layout.base_precision import QUANTISED
 from lobra.layout.shapes import read_shape
-from lobra.model.adapter import sites
+from lobra.model.site import sites
 from lobra.trainer.adapters import adapter_spec
 from lobra.trainer.metrics import read_metrics
 from lobra.trainer.run import run_local
