@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import platform
 import secrets
@@ -54,12 +55,14 @@ class HostWatch:
         group
             Of all ranks, on CPUs.
         end_after_s
-            How long all may stand still in a step; a host is lost after `SILENT_S` at most.
+            How long all may stand still in a step; a host is lost after half of that, and after
+            `SILENT_S` at most.
         remedy
             Returns how one goes on, which the host of rank 0 says; None: who started the launcher
             does.
         """
-        self._silent_s = min(SILENT_S, end_after_s or SILENT_S)
+        # Half, so that a lost host is called one before it is a rank that stands still.
+        self._silent_s = min(SILENT_S, (end_after_s or math.inf) / 2)
         self._remedy = remedy
         known: list[tuple[str, int]] = [("", 0)] * dist.get_world_size()
         dist.all_gather_object(known, (platform.node(), os.getpid()), group=group)
