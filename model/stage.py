@@ -233,7 +233,7 @@ def build_stage(
     stack_type
         How adapters are computed; by default what is faster on the device.
     base_precision
-        What the linears are kept in: int8 or nf4; None: as the folder has them, in ``dtype``.
+        What linears are kept in, one of `QUANTISED`; None: as the folder has them, in ``dtype``.
 
     Raises
     ------

@@ -17,7 +17,8 @@ from multiprocessing.connection import Listener
 import uvicorn
 
 from lobra.common.errors import ConfigError, MachineError
-from lobra.model.launch import Interrupted, RankError
+from lobra.model.launch import Interrupted
+from lobra.model.rank_results import RankError
 from lobra.service.app import make_app
 from lobra.service.coordinator import Coordinator
 from lobra.service.deployment import Deployment
@@ -81,6 +82,7 @@ class Service:
         ready: Callable[[], None],
         on_signal: Callable[[int], None] | None = None,
         start: StartRanks | None = None,
+        await_hosts: Callable[[], None] = lambda: None,
     ) -> None:
         """Serve until `stop`.
 
@@ -94,6 +96,8 @@ class Service:
             On the main thread told of the first signal, as `run_ranks` does.
         start
             Starts the ranks; by default on this machine.
+        await_hosts
+            Waits, before they are started again, until all hosts are there.
 
         Raises
         ------
@@ -110,7 +114,8 @@ class Service:
             threading.Thread(target=self._coordinate, args=arguments, daemon=True).start()
             threading.Thread(target=self.sampling.run, daemon=True).start()
             try:
-                self._keep_ranks(partial(start, str(listener.address), authkey, on_signal))
+                begin = partial(start, str(listener.address), authkey, on_signal)
+                self._keep_ranks(begin, await_hosts)
             finally:
                 self._stopped.set()
                 self.http.should_exit = True
@@ -123,7 +128,7 @@ class Service:
         self.coordinator.stop()
         self.sampling.stop()
 
-    def _keep_ranks(self, start: Callable[[], None]) -> None:
+    def _keep_ranks(self, start: Callable[[], None], await_hosts: Callable[[], None]) -> None:
         """Start the ranks, and again when they have ended, until the service ends."""
         pause_s = FIRST_PAUSE_S
         while True:
@@ -141,12 +146,14 @@ class Service:
                 raise self._failure
             if self._stopped.is_set():
                 return
+            if time.monotonic() - begun > LONGEST_PAUSE_S:  # they had come up
+                pause_s = FIRST_PAUSE_S
             self.coordinator.lose_ranks(_in_a_line(why))
             log.error("%s\nrequests wait, the ranks are started again in %.0f s", why, pause_s)
             if self._stopped.wait(pause_s):
                 return
-            has_lasted = time.monotonic() - begun > LONGEST_PAUSE_S
-            pause_s = FIRST_PAUSE_S if has_lasted else min(LONGEST_PAUSE_S, 2 * pause_s)
+            await_hosts()
+            pause_s = min(LONGEST_PAUSE_S, 2 * pause_s)
 
     def _coordinate(self, listener: Listener, ready: Callable[[], None]) -> None:
         """Carry requests out by the ranks that come; when they have ended, by the next ones."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import platform
 import secrets
@@ -40,7 +41,10 @@ class HostWatch:
     """The hosts of a run, as this one hears of them."""
 
     def __init__(
-        self, group: dist.ProcessGroup, end_after_s: float | None, remedy: Callable[[], str]
+        self,
+        group: dist.ProcessGroup,
+        end_after_s: float | None,
+        remedy: Callable[[], str] | None,
     ) -> None:
         """Begin to note that this host is there, and to end this process if another is not.
 
@@ -51,11 +55,14 @@ class HostWatch:
         group
             Of all ranks, on CPUs.
         end_after_s
-            How long all may stand still in a step; a host is lost after `SILENT_S` at most.
+            How long all may stand still in a step; a host is lost after half of that, and after
+            `SILENT_S` at most.
         remedy
-            Returns how one goes on when a host is lost; it is asked on the host of rank 0.
+            Returns how one goes on, which the host of rank 0 says; None: who started the launcher
+            does.
         """
-        self._silent_s = min(SILENT_S, end_after_s or SILENT_S)
+        # Half, so that a lost host is called one before it is a rank that stands still.
+        self._silent_s = min(SILENT_S, (end_after_s or math.inf) / 2)
         self._remedy = remedy
         known: list[tuple[str, int]] = [("", 0)] * dist.get_world_size()
         dist.all_gather_object(known, (platform.node(), os.getpid()), group=group)
@@ -116,7 +123,9 @@ class HostWatch:
             self._quiet_s[""] = 0.0 if self._rounds != rounds else self._quiet_s[""] + passed_s
             rounds = self._rounds
             if (why := self._lost()) and not self._is_over:
-                told = [why, self._remedy()] if 0 in self._pids else [why]
+                told = [why]
+                if self._remedy is not None and 0 in self._pids:
+                    told.append(self._remedy())
                 log.critical("%s", "\n".join(told))
                 os._exit(1)
 

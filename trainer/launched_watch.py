@@ -14,6 +14,7 @@ import secrets
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
@@ -21,7 +22,6 @@ import torch.distributed as dist
 from lobra.model import heartbeat
 from lobra.model.heartbeat import Heartbeats
 from lobra.model.watch import DUMP_SIGNAL, LOOK_S, STOPPED, Watch, held_up, process_state
-from lobra.trainer.restarts import how_to_go_on
 
 MEMORY_FOLDERS = (Path("/dev/shm"), Path(tempfile.gettempdir()))
 
@@ -31,7 +31,10 @@ _kept_open: list[object] = []  # files that are written to whatever happens
 
 
 def watch_each_other(
-    group: dist.ProcessGroup, end_after_s: float | None, stacks_folder: Path
+    group: dist.ProcessGroup,
+    end_after_s: float | None,
+    stacks_folder: Path,
+    remedy: Callable[[], str] | None,
 ) -> None:
     """Begin to note where this rank is, and to watch the ranks of this host. Collective.
 
@@ -41,6 +44,8 @@ def watch_each_other(
         Of all ranks, on CPUs.
     end_after_s, stacks_folder
         As `model.launch.WatchOrder` has them.
+    remedy
+        As `trainer.host_watch.HostWatch` has it.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     token = [secrets.token_hex(8)]
@@ -60,11 +65,17 @@ def watch_each_other(
     heartbeat.attach(heartbeats, rank)
     heartbeat.beat("loading")
     watch = Watch(heartbeats, pids, stacks, end_after_s, has_other_hosts=len(here) < world)
-    arguments = (watch, rank, pids, stacks_folder)
+    arguments = (watch, rank, pids, stacks_folder, remedy)
     threading.Thread(target=_look_on, args=arguments, name="watch", daemon=True).start()
 
 
-def _look_on(watch: Watch, own: int, pids: dict[int, int], stacks_folder: Path) -> None:
+def _look_on(
+    watch: Watch,
+    own: int,
+    pids: dict[int, int],
+    stacks_folder: Path,
+    remedy: Callable[[], str] | None,
+) -> None:
     while True:
         time.sleep(LOOK_S)
         if own != min(rank for rank, pid in pids.items() if process_state(pid) not in STOPPED):
@@ -72,7 +83,7 @@ def _look_on(watch: Watch, own: int, pids: dict[int, int], stacks_folder: Path) 
         if stall := watch.look():
             kept = watch.keep_stacks(stacks_folder)
             told = [held_up(*stall), kept]
-            if 0 in pids:  # the host that has the checkpoints
-                told.append(how_to_go_on(stacks_folder.parent))
+            if remedy is not None and 0 in pids:  # the host that has the checkpoints
+                told.append(remedy())
             log.critical("%s", "\n".join(told))
             os._exit(1)

@@ -148,7 +148,7 @@ def launch_with_restarts(
     launch: Callable[[Sequence[str]], int],
     folder: Path,
     most: int,
-    await_hosts: Callable[[], None] = lambda: None,
+    await_hosts: Callable[[Path | None], None] = lambda _: None,
 ) -> int:
     """Return the exit code of a launcher that is started again after failures.
 
@@ -166,7 +166,7 @@ def launch_with_restarts(
     most
         How many restarts there may be.
     await_hosts
-        Waits, before it is started again, until all hosts are there.
+        Waits, before it is started again, until all hosts that a plan needs are there.
     """
     restarts = Restarts(folder, most)
     step, plan = None, None
@@ -183,7 +183,7 @@ def launch_with_restarts(
             return code
         else:
             step = restarts.next(f"the launcher ended with exit code {code}")
-            await_hosts()
+            await_hosts(plan)
 
 
 def _plans_in(folder: Path) -> set[tuple[Path, int]]:

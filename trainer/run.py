@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +25,7 @@ from lobra.model.launch import DEFAULT_PRELOAD, WatchOrder, run_ranks
 from lobra.trainer.prepare import prepare
 from lobra.trainer.rank import RankResult
 from lobra.trainer.request import TrainRequest
-from lobra.trainer.restarts import how_to_go_on, run_with_restarts
+from lobra.trainer.restarts import run_with_restarts
 from lobra.trainer.run_spec import RunSpec
 
 log = logging.getLogger(__name__)
@@ -115,8 +114,13 @@ def in_launcher() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def train_in_launcher(request: TrainRequest) -> tuple[RunSpec, RankResult]:
-    """Train as one rank of the world a launcher made. Collective; raises as `run_in_launcher`."""
+def train_in_launcher(
+    request: TrainRequest, remedy: Callable[[], str] | None
+) -> tuple[RunSpec, RankResult]:
+    """Train as one rank of the world a launcher made. Collective.
+
+    ``remedy`` and what is raised are those of `run_in_launcher`.
+    """
     from lobra.trainer.rank import train_rank
 
     def prepared(world: int, nodes: tuple[int, ...] | None) -> RunSpec:
@@ -127,7 +131,7 @@ def train_in_launcher(request: TrainRequest) -> tuple[RunSpec, RankResult]:
         prepared,
         train_rank,
         within_bounds(request)[0].hang_timeout,
-        partial(how_to_go_on, request.output_dir),
+        remedy,
     )
 
 
@@ -136,7 +140,7 @@ def run_in_launcher(
     prepared: Callable[[int, tuple[int, ...] | None], RunSpec],
     target: Callable[[RunSpec], T],
     end_after_s: float | None,
-    remedy: Callable[[], str],
+    remedy: Callable[[], str] | None,
 ) -> tuple[RunSpec, T]:
     """Run a target as one rank of the world a launcher made. Collective.
 
@@ -185,7 +189,7 @@ def run_in_launcher(
     waiting = dist.new_group(backend="gloo", timeout=PREPARING)
     hosts = HostWatch(waiting, end_after_s, remedy)
     try:
-        return _run_in_world(prepared, target, waiting)
+        return _run_in_world(prepared, target, waiting, remedy)
     except RuntimeError as error:
         if lost := hosts.reason(error):
             raise lost from error
@@ -198,6 +202,7 @@ def _run_in_world(
     prepared: Callable[[int, tuple[int, ...] | None], RunSpec],
     target: Callable[[RunSpec], T],
     waiting: Any,
+    remedy: Callable[[], str] | None,
 ) -> tuple[RunSpec, T]:
     """Prepare on rank 0, let every host say what it lacks, and run the target. Collective."""
     import torch.distributed as dist
@@ -228,7 +233,7 @@ def _run_in_world(
         raise Refusal(chain.from_iterable(problems))
     from lobra.trainer.launched_watch import watch_each_other
 
-    watch_each_other(waiting, run.hang_timeout_s, run.output_dir / STACKS_FOLDER)
+    watch_each_other(waiting, run.hang_timeout_s, run.output_dir / STACKS_FOLDER, remedy)
 
     # No clean-up if this fails: it would wait for ranks that wait for this one. The launcher ends
     # them when this process has ended.

@@ -131,7 +131,7 @@ class RunSpec:
     deterministic
         Whether torch uses algorithms only that give the same bits every time.
     base_precision
-        What the base's linears are kept in: int8 or nf4; None: not quantised.
+        What the base's linears are kept in, one of `base_precision.QUANTISED`; None: not quantised.
     admission
         What tasks that join the run are checked against; None: none may.
     replanning

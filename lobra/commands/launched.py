@@ -7,7 +7,6 @@ import platform
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from lobra.common.errors import ConfigError, MachineError
@@ -15,7 +14,7 @@ from lobra.common.errors import ConfigError, MachineError
 T = TypeVar("T")
 
 
-def run_launched(run: Callable[[], T], begun_in: Path | None = None) -> T | None:
+def run_launched(run: Callable[[], T], remedy: Callable[[], str] | None) -> T | None:
     """Return what a rank's part of a command returns; where it fails, its process ends.
 
     None on other ranks than rank 0 where all were refused: rank 0 raises what says why.
@@ -24,8 +23,9 @@ def run_launched(run: Callable[[], T], begun_in: Path | None = None) -> T | None
     ----------
     run
         Raises as `trainer.run.run_in_launcher` does.
-    begun_in
-        The folder of a run of which it is to be said, where it fails, how it goes on.
+    remedy
+        Returns how one goes on where it fails, which rank 0 says; None: who started the launcher
+        does.
     """
     from lobra.trainer.run import Refusal
 
@@ -38,21 +38,19 @@ def run_launched(run: Callable[[], T], begun_in: Path | None = None) -> T | None
     except ConfigError as error:
         _leave(str(error), 2)
     except MachineError as error:
-        _leave(str(error), 1, begun_in)
+        _leave(str(error), 1, remedy)
     except Exception:
-        _leave(f"failed\n{traceback.format_exc().rstrip()}", 1, begun_in)
+        _leave(f"failed\n{traceback.format_exc().rstrip()}", 1, remedy)
 
 
-def _leave(message: str, code: int, begun_in: Path | None = None) -> NoReturn:
-    """Say why this rank fails, and how the run begun in a folder goes on; end the process at once.
+def _leave(message: str, code: int, remedy: Callable[[], str] | None = None) -> NoReturn:
+    """Say why this rank fails and, on rank 0, how one goes on; end the process at once.
 
     To end in good order would be to wait for ranks that wait for this one.
     """
     print(f"lobra: rank {os.environ['RANK']} on {platform.node()}: {message}", file=sys.stderr)
-    if begun_in is not None:
-        from lobra.trainer.restarts import how_to_go_on
-
-        print(how_to_go_on(begun_in), file=sys.stderr)
+    if remedy is not None and os.environ["RANK"] == "0":
+        print(remedy(), file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lobra.commands.output import write_problem
-from lobra.commands.planning import PlanningOptions, lengths_for, read_inputs
+from lobra.commands.planning import PlanningOptions, lengths_for, read_inputs, read_tasks
 from lobra.commands.profile_options import CUDA_MEMORY_SHARE
 from lobra.common.errors import Problems
 from lobra.common.options import as_options
@@ -25,7 +25,6 @@ from lobra.profiler.estimate import estimate
 from lobra.profiler.profiles import adapter_elements_of
 from lobra.report.sweep_plot import plot_problem
 from lobra.tasks.config import TaskConfig
-from lobra.tasks.task_file import load_trainer_config
 
 
 @as_options
@@ -177,9 +176,9 @@ def read_hardware(
         shares = inputs.cost_model.shares
         swept = estimates(sweeps, options, num_gpus, inputs.tasks, shares)
         return inputs.workload, own, swept or [own], inputs.notes
-    with problems.noted():
-        config = load_trainer_config(options.trainer_config, options.num_tasks)
+    config, _ = read_tasks(options, problems)
     problems.raise_if_any()
+    assert config is not None
     lengths, made_up = lengths_for(config, options)
     workload, shares = read_workload(
         config, options.model, lengths, options.data_dir, options.max_seq_length, options.seed
@@ -204,7 +203,8 @@ def estimates(
         If the model is unknown.
     """
     shape = options.shape
-    elements = adapter_elements_of(options.model, [(t.rank, t.target_modules) for t in tasks])
+    adapters = [(task.largest_rank, task.target_modules) for task in tasks]
+    elements = adapter_elements_of(options.model, adapters)
     found = []
     for accelerator in sweeps.accelerators:
         assert sweeps.tables

@@ -126,6 +126,22 @@ def progress_on(console: Console, status: Status) -> Progress:
     return tell
 
 
+def read_tasks(
+    options: PlanningOptions, problems: Problems
+) -> tuple[TrainerConfig | None, ModelShape | None]:
+    """Return the task file and the base as it is to be kept, None what is not usable.
+
+    ``problems`` gets why, and what the model cannot have of the tasks' adapters.
+    """
+    config = problems.result_of(load_trainer_config, options.trainer_config, options.num_tasks)
+    shape = None
+    with problems.noted():
+        shape = options.shape
+    if config is not None and shape is not None:
+        problems += task_file_problems(config, shape)
+    return config, shape
+
+
 def read_inputs(
     options: PlanningOptions, problems: Problems, with_memory: bool = True
 ) -> PlanningInputs:
@@ -137,14 +153,9 @@ def read_inputs(
         If a file is missing or has mistakes, the model cannot have an adapter of the tasks, or
         there are other ``problems``: all at once.
     """
-    config = shape = times = capacities = cost_model = memory = found = None
+    times = capacities = cost_model = memory = found = None
     notes: list[str | None] = []
-    with problems.noted():
-        config = load_trainer_config(options.trainer_config, options.num_tasks)
-    with problems.noted():
-        shape = options.shape
-    if config is not None and shape is not None:
-        problems += task_file_problems(config, shape)
+    config, shape = read_tasks(options, problems)
     with problems.noted():
         if shape is None:  # nothing is looked for by the name of a model that is none
             times, capacities = options.time_profile, options.memory_profile
@@ -180,7 +191,7 @@ def read_inputs(
     origins = [lookup.provenance_note(path) for path in (times, capacities) if path is not None]
     notes.append(next(filter(None, origins), None))  # the same is said once
     workload, shares = found
-    adapters = [(task.rank, task.target_modules) for task in config.tasks]
+    adapters = [(task.largest_rank, task.target_modules) for task in config.tasks]
     elements = adapter_elements_of(options.model, adapters)
     cost_model = cost_model.for_training(shares, elements)
     return PlanningInputs(config.tasks, workload, cost_model, memory, tuple(filter(None, notes)))

@@ -114,7 +114,7 @@ def precision_of(precision: str | None, device: str) -> str:
     return precision or ("bf16" if device == "cuda" else "fp32")
 
 
-def base_shape(options: ProfilerOptions, precision: str, device: str | None = None) -> ModelShape:
+def base_shape(options: ProfilerOptions, precision: str, device: str | None) -> ModelShape:
     """Return the base's shape, its linears kept as the options say.
 
     ``device`` is what computes with it; None: it is estimated.

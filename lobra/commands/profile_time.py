@@ -360,7 +360,7 @@ def _workload(
         shape,
         tables.accelerator(options.accelerator),
         precision,
-        options.lora_rank or max((task.rank for task in tasks), default=LORA_RANK),
+        options.lora_rank or max((task.largest_rank for task in tasks), default=LORA_RANK),
         memory=options.memory,
         sequence_parallel=runtime.sequence_parallel,
         keeps_elementwise=runtime.keeps_elementwise,

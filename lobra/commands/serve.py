@@ -6,7 +6,8 @@ import importlib.util
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from lobra.common.errors import ConfigError
 from lobra.common.options import THIS_MACHINE, LauncherOptions, option_problems, within_bounds
 from lobra.service.request import ServeRequest
 from lobra.trainer.host_file import is_this_host, read_host_file
-from lobra.trainer.launcher import launcher_command
+from lobra.trainer.launcher import await_hosts, launcher_command
 from lobra.trainer.signals import EXIT_CODES
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from lobra.service.ranks import StartRanks
     from lobra.trainer.run_spec import RunSpec
 
-GOES_ON = "start the service again when the host is back: what tenants have sent is done then"
+GOES_ON = "start the service again: what tenants have sent is done then"
 NEEDED = ("fastapi", "uvicorn", "sqlalchemy", "google.protobuf")
 
 log = logging.getLogger(__name__)
@@ -61,11 +62,13 @@ def serve(*, request: ServeRequest, launcher: LauncherOptions = THIS_MACHINE) ->
     deployment = prepare_deployment(request, slots, problems)
     if launcher.host_file is None:
         return _serve(deployment, request, on_this_machine(deployment.run))
+    num_ranks = deployment.run.world_size
     command = launcher_command(
-        sys.argv[2:], launcher.host_file, deployment.run.world_size, launcher.server_addr,
-        launcher.server_port, "serve",
+        sys.argv[2:], launcher.host_file, num_ranks, launcher.server_addr, launcher.server_port,
+        "serve",
     )  # fmt: skip
-    return _serve(deployment, request, on_hosts(command, deployment.state_folder))
+    start = on_hosts(command, deployment.state_folder)
+    return _serve(deployment, request, start, partial(await_hosts, launcher.host_file, num_ranks))
 
 
 def _slots(host_file: Path) -> Sequence[int]:
@@ -108,13 +111,19 @@ def _serve_in_launcher(request: ServeRequest, is_served_here: bool) -> int:
         return 0
 
     end_after_s = within_bounds(request)[0].hang_timeout
+    remedy = (lambda: GOES_ON) if is_served_here else None  # else who started the launcher goes on
     outcome = run_launched(
-        lambda: run_in_launcher(request.device, prepare, rank, end_after_s, lambda: GOES_ON)
+        lambda: run_in_launcher(request.device, prepare, rank, end_after_s, remedy), remedy
     )
     return 2 if outcome is None else outcome[1]
 
 
-def _serve(deployment: Deployment, request: ServeRequest, start: StartRanks) -> int:
+def _serve(
+    deployment: Deployment,
+    request: ServeRequest,
+    start: StartRanks,
+    await_hosts: Callable[[], None] = lambda: None,
+) -> int:
     """Serve until a signal; return the exit code."""
     from lobra.service.server import Service
 
@@ -132,5 +141,5 @@ def _serve(deployment: Deployment, request: ServeRequest, start: StartRanks) -> 
         log.warning("%s: ending after the pass in progress", signal.Signals(number).name)
         service.stop()
 
-    service.run(ready, stop, start)
+    service.run(ready, stop, start, await_hosts)
     return EXIT_CODES.get(received[0], 0) if received else 0

@@ -51,6 +51,7 @@ def train(
     ConfigError
         With every mistake of the options, the environment and the files.
     """
+    from lobra.trainer.restarts import how_to_go_on
     from lobra.trainer.run import in_launcher, restart_with, train_in_launcher
     from lobra.trainer.run import train as train_here
 
@@ -72,10 +73,10 @@ def train(
         mistakes=tuple(problems),
     )
     if in_launcher():
-        # With a host file, who started the launcher tells it.
-        tells_how = os.environ["RANK"] == "0" and launcher.host_file is None
-        begun_in = request.output_dir if tells_how else None
-        outcome = run_launched(lambda: train_in_launcher(request), begun_in)
+        remedy = None  # with a host file, who started the launcher says how one goes on
+        if launcher.host_file is None:
+            remedy = partial(how_to_go_on, request.output_dir)
+        outcome = run_launched(lambda: train_in_launcher(request, remedy), remedy)
         if outcome is None:
             return 2
         spec, result = outcome
@@ -123,6 +124,12 @@ def _through_launcher(
     from lobra.trainer.restarts import launch_with_restarts, with_resume, without_option
     from lobra.trainer.run_folder import occupied
 
+    def num_gpus(plan: Path | None) -> int:
+        return load_plan(plan or request.strategy_config).num_gpus
+
+    def hosts_are_there(plan: Path | None) -> None:
+        await_hosts(host_file, num_gpus(plan))
+
     def command(step: int | None, plan: Path | None) -> list[str]:
         given = sys.argv[2:]
         if step is not None and step != begun:  # later checkpoints have the revived tasks alive
@@ -131,9 +138,8 @@ def _through_launcher(
             for option in ("--memory", "--gradient-checkpointing"):
                 given = without_option(given, option, MEMORY_POLICIES.__contains__)
         arguments = with_resume(given, step, plan)
-        num_gpus = load_plan(plan or request.strategy_config).num_gpus
         return launcher_command(
-            arguments, host_file, num_gpus, launcher.server_addr, launcher.server_port
+            arguments, host_file, num_gpus(plan), launcher.server_addr, launcher.server_port
         )
 
     begun = request.resume_step or max(list_checkpoints(request.output_dir), default=None)
@@ -142,6 +148,4 @@ def _through_launcher(
     problems.raise_if_any()
     is_ours = request.is_resumed or not occupied(request.output_dir)  # else the ranks will say so
     most = request.max_restarts if is_ours else 0
-    num_gpus = load_plan(request.strategy_config).num_gpus
-    hosts_are_there = partial(await_hosts, host_file, num_gpus)
     return launch_with_restarts(command, run_launcher, request.output_dir, most, hosts_are_there)

@@ -13,7 +13,8 @@ import pytest
 from lobra.cli import main as lobra
 from lobra.commands.output import write_problem
 from lobra.commands.plan import by_reason, main
-from lobra.common.errors import ConfigError
+from lobra.commands.planning import PlanningOptions, read_inputs
+from lobra.common.errors import ConfigError, Problems
 from lobra.layout.plan import load_plan
 
 TIMES = "tp,seq_len,mbs,time\n" + "".join(
@@ -412,3 +413,19 @@ def test_a_model_that_is_none_is_told_once(
     assert capsys.readouterr().err.startswith(f"deploy_strategy_plan: {told}")
     assert lobra(["data", "show", "--model", "70b", "--trainer-config", "quickstart"]) == 2
     assert capsys.readouterr().err.startswith(f"lobra: {told}")
+
+
+def test_predictions_count_the_largest_rank_of_a_task(files: Path) -> None:
+    """As a run does, where some linears have another rank."""
+    config = json.loads((files / "config.json").read_text())
+    options = PlanningOptions(
+        model="tiny", trainer_config="config.json", strategy_config="plan.yaml",
+        time_profile=Path("time.csv"), lengths=Path("lengths.json"),
+    )  # fmt: skip
+    found = []
+    for change in ({"rank_pattern": {"q_proj": 32}}, {"rank": 32}, {}):
+        tasks = [config["task"][0] | change, config["task"][1]]
+        (files / "config.json").write_text(json.dumps({**config, "task": tasks}))
+        inputs = read_inputs(options, Problems(), with_memory=False)
+        found.append(inputs.cost_model.adapter_elements)
+    assert found[0] == found[1] > found[2] > 0

@@ -133,3 +133,16 @@ def test_a_base_in_four_bits_has_room_for_more_tokens(
     assert main([*plan, "--time-profile", times]) == 2
     told = capsys.readouterr().err
     assert f"{times}: is of a base in nf4, this one is not quantised" in told
+
+
+def test_what_the_model_cannot_have_is_told_without_profiles_too(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (files / "llama").mkdir()
+    (files / "llama/config.json").write_text(json.dumps(LLAMA_8B))
+    config = json.loads((files / "config.json").read_text())
+    config["task"][1] |= {"rank_pattern": {"k_pro": 2}}
+    (files / "config.json").write_text(json.dumps(config))
+    assert main(without_profiles("--model", "llama", *SWEEP)) == 2
+    told = capsys.readouterr().err
+    assert "config.json: task[1].rank_pattern: 'k_pro' fits nothing that the adapter is on" in told

@@ -154,7 +154,7 @@ def test_options_that_would_be_ignored_or_overwritten(
 
 def test_an_estimate_takes_the_largest_rank_of_the_trainer_config(tmp_path: Path) -> None:
     tasks = json.loads((ROOT / "trainer_config" / "quickstart.json").read_text(encoding="utf-8"))
-    tasks["task"][1]["rank"] = 32
+    tasks["task"][1]["rank_pattern"] = {"q_proj": 32}
     config = tmp_path / "config.json"
     config.write_text(json.dumps(tasks), encoding="utf-8")
     outputs = {}

@@ -23,7 +23,8 @@ from tests.trainer.test_launchers import adapters
 
 pytestmark = [pytest.mark.ranks, pytest.mark.long]
 
-STEPS = 100
+STEPS = 200
+SAVE_EVERY = 40  # seldom: of a host that was writing when it was last heard of, much is borne
 HANG_TIMEOUT_S = 10
 PATIENCE_S = 240.0
 
@@ -47,10 +48,11 @@ def started(command: list[str], said: str, **variables: str) -> subprocess.Popen
 
 def await_checkpoint(*running: subprocess.Popen[bytes]) -> None:
     until = time.monotonic() + PATIENCE_S
-    while not list(Path("runs/a").glob("checkpoints/step_[4-9]*/state.json")):
+    while not list(Path("runs/a").glob("checkpoints/step_*/state.json")):
         assert all(one.poll() is None for one in running), "ended before a checkpoint"
         assert time.monotonic() < until
         time.sleep(0.02)
+    time.sleep(1.5)  # for hosts to note that they train again
 
 
 def kill_all(node: Node) -> None:
@@ -64,7 +66,7 @@ def test_it_is_named(
 ) -> None:
     """By torchrun, whose own timeouts are minutes."""
     words = ["bash", str(project_root / "examples/torchrun.sh"), *arguments()]
-    words += ["--save-every", "2", "--hang-timeout", str(HANG_TIMEOUT_S)]
+    words += ["--save-every", str(SAVE_EVERY), "--hang-timeout", str(HANG_TIMEOUT_S)]
     common = {"NODES": "2", "RANKS": "1", "FIRST": "lobra-0", "RUN": "runs/a"}
     common["GLOO_SOCKET_IFNAME"] = INTERFACE
     running = [
@@ -88,7 +90,8 @@ def test_a_run_goes_on_when_it_is_back(place: Path, nodes: tuple[Node, Node]) ->
     Path("env.sh").write_text(f"export GLOO_SOCKET_IFNAME={INTERFACE}\n")
     words = [sys.executable, "-m", "lobra", "train", *arguments("--output-dir", "runs/a")]
     words += ["--host-file", "hosts.txt", "--env-file", "env.sh", "--server-addr", "lobra-0"]
-    words += ["--save-every", "2", "--hang-timeout", str(HANG_TIMEOUT_S), "--max-restarts", "1"]
+    words += ["--save-every", str(SAVE_EVERY), "--hang-timeout", str(HANG_TIMEOUT_S)]
+    words += ["--max-restarts", "1"]
     running = started(nodes[0].command(words), "said.txt")
     await_checkpoint(running)
     nodes[1].pull_the_cable()

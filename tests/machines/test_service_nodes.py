@@ -131,12 +131,13 @@ def test_a_node_that_is_lost_is_waited_for(nodes: tuple[Node, Node], tmp_path: P
         client = client_on(first, served.key())
         assert client.stdout is not None and client.stdin is not None
         assert client.stdout.readline() == "waiting\n"
-        second.run("ip", "link", "set", INTERFACE, "down")
+        second.pull_the_cable()
         client.stdin.write("go on\n")
         client.stdin.flush()
         said = served.wait_for("requests wait, the ranks are started again")
         assert "host node2 with ranks 2 to 3 is lost: nothing is heard of it on node1" in said
-        second.run("ip", "link", "set", INTERFACE, "up")
+        served.wait_for("waiting for what does not answer by ssh: host node2")
+        second.plug_it_in()
         told = json.loads(client.stdout.readline())
         assert served.stop() == 143
     finally:

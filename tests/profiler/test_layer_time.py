@@ -14,8 +14,10 @@ from lobra.layout.shapes import read_shape
 from lobra.layout.world import one_replica
 from lobra.model.adapted_linear import AdaptedLinear
 from lobra.model.launch import run_ranks
+from lobra.model.micro_batch import MicroBatchTensors
 from lobra.model.rank_results import RankError
 from lobra.model.stack import Stack
+from lobra.model.stage import Stage
 from lobra.profiler import layer_time
 from lobra.profiler.layer_time import TimeSweep, missing_shapes, open_files, sweep_time
 from lobra.profiler.layer_time_rank import SingleDevice, time_shapes_on_rank
@@ -186,7 +188,14 @@ def forwards_on_rank(sweep: TimeSweep, files: Files) -> int:
         calls.append(1)
         return plain(self, x)
 
+    hidden = Stage.hidden
+
+    def packed(self: Any, batch: MicroBatchTensors, *args: Any) -> Any:
+        assert batch.packing is not None, "as is trained by default"
+        return hidden(self, batch, *args)
+
     AdaptedLinear.forward = counted  # type: ignore[method-assign]
+    Stage.hidden = packed  # type: ignore[method-assign]
     world = one_replica(Layout(1, 1, memory=sweep.memory))
     time_shapes_on_rank(sweep.folder, world, sweep.specs, sweep.grid, "fp32", "cpu", *files)
     return len(calls)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from lobra.cli import main
-from lobra.common.errors import ConfigError
-from lobra.service.deployment import prepare_deployment
+from lobra.common.errors import ConfigError, MachineError
+from lobra.model.launch import Interrupted
+from lobra.service.deployment import Deployment, prepare_deployment
 from lobra.service.request import ServeRequest
+from lobra.service.server import Service
 from tests.trainer.command import write_plan
 
 
@@ -92,3 +98,77 @@ def test_it_listens_on_the_first_host(base: Path, capsys: pytest.CaptureFixture[
     Path("hosts").write_text("other.invalid slots=1\nlocalhost slots=1\n")
     assert serve(base, "--host-file", "hosts", "--max-slots", "0") == 2
     refused(capsys, "2 problems", "its first host is other.invalid", "--max-slots 0")
+
+
+def test_ranks_are_started_again_when_hosts_are_there(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After pauses that grow as long as ranks do not come up, of which no pause is a part."""
+    now, done, pauses = [0.0], list[str](), list[float]()
+
+    def pause(pause_s: float) -> bool:
+        pauses.append(pause_s)
+        now[0] += pause_s
+        return False
+
+    def start() -> None:
+        done.append("start")
+        now[0] += 100.0 if len(pauses) == 8 else 1.0
+        raise Interrupted(signal.SIGTERM) if len(pauses) == 9 else MachineError("a host is lost")
+
+    service = Service(prepare_deployment(ServeRequest(str(base), device="cpu")), "127.0.0.1", 0)
+    monkeypatch.setattr(service, "_serves", True)
+    monkeypatch.setattr(service._stopped, "wait", pause)
+    monkeypatch.setattr("lobra.service.server.time.monotonic", lambda: now[0])
+    service._keep_ranks(start, lambda: done.append("hosts are there"))
+    assert done == ["start", *["hosts are there", "start"] * 9]
+    assert pauses == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 1.0]
+    service.socket.close()
+
+
+def test_the_hosts_of_a_host_file_are_waited_for(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    class Waiting(Service):
+        def __init__(self, deployment: Deployment, host: str, _port: int) -> None:
+            super().__init__(deployment, host, 0)
+
+        def run(
+            self, ready: object, on_signal: object = None, start: object = None,
+            await_hosts: Callable[[], None] = lambda: None,
+        ) -> None:  # fmt: skip
+            await_hosts()
+            self.socket.close()
+
+    monkeypatch.setattr("lobra.service.server.Service", Waiting)
+    monkeypatch.setattr("lobra.trainer.launcher.answers", lambda host: not asked.append(host))
+    write_plan({"dp": 2, "tp": 1, "pp": 1, "max_tokens": 64})
+    Path("hosts").write_text("localhost slots=1\nother.invalid slots=1\nthird.invalid slots=1\n")
+    assert serve(base, "--strategy-config", "plan.yaml", "--host-file", "hosts") == 0
+    assert asked == ["localhost", "other.invalid"]
+
+
+@pytest.mark.parametrize("more", [(), ("--host-file", "hosts")])
+def test_how_a_launched_service_goes_on_is_said_by_one(
+    base: Path,
+    more: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With a host file, the service's own process starts the ranks again."""
+
+    def fail(*arguments: object) -> None:
+        assert (arguments[-1] is None) == bool(more), "the watches say it or not, too"
+        raise MachineError("host b is lost")
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("lobra.trainer.run.run_in_launcher", fail)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit, match="1"):
+        serve(base, *more)
+    said = capsys.readouterr().err
+    assert "host b is lost\n" in said
+    assert ("start the service again: what tenants have sent" in said) == (not more)

@@ -192,7 +192,9 @@ def test_a_launcher_is_started_again_with_the_newest_checkpoint(
             (tmp_path / "plans/step_6.yaml").touch()
         return launch(command)
 
-    assert restarts.launch_with_restarts(command, replan, tmp_path, 1) == 0
+    awaited: list[Path | None] = []
+    assert restarts.launch_with_restarts(command, replan, tmp_path, 1, awaited.append) == 0
+    assert awaited == [tmp_path / "plans/step_6.yaml"]
     other = ["--strategy-config", str(tmp_path / "plans/step_6.yaml"), "--resume"]
     assert [one[4:] for one in started[1:]] == [[*other, "6"], [*other, "4"]]
     codes = iter([1, 2])

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import platform
 import socket
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 
 from lobra.model.launch import run_ranks
-from lobra.trainer import host_watch
+from lobra.trainer import host_watch, launched_watch
 from lobra.trainer.host_watch import HostWatch, _spans
 
 HERE = "tests.trainer.test_host_watch"
@@ -28,7 +31,7 @@ def explained_on_rank(port: int) -> tuple[str | None, ...]:
     host_watch.BREAK_S = 3.0
     group = dist.new_group(backend="gloo")
     assert group is not None
-    watch = HostWatch(group, None, Path("run"))
+    watch = HostWatch(group, None, None)
     time.sleep(2.0)  # all have noted
     found = [watch.reason(ValueError("odd")), watch.reason(BROKEN) if rank == 0 else None]
     dist.barrier(group=group)
@@ -53,3 +56,30 @@ def test_a_lost_host_is_the_reason() -> None:
 
 def test_ranks_in_a_row_are_told_by_their_ends() -> None:
     assert [_spans(own) for own in ([3], [3, 4, 5], [1, 3])] == ["3", "3 to 5", "1, 3"]
+
+
+class Stall:
+    """A watch that sees rank 1 hold the run up."""
+
+    def look(self) -> tuple[int, str]:
+        return 1, "it sleeps"
+
+    def keep_stacks(self, _target: Path) -> str:
+        return "stacks are kept"
+
+
+@pytest.mark.parametrize("remedy", [None, lambda: "start it again"])
+def test_a_stall_is_told_with_how_one_goes_on(
+    remedy: Callable[[], str] | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Of a run or a service, as who started it says; not where that one goes on by itself."""
+    watch: Any = Stall()
+    monkeypatch.setattr(launched_watch, "LOOK_S", 0.0)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    pids = dict.fromkeys(range(2), os.getpid())
+    with pytest.raises(SystemExit):
+        launched_watch._look_on(watch, 0, pids, Path("stacks"), remedy)
+    told = ["rank 1 holds the run up: it sleeps", "stacks are kept"]
+    assert caplog.messages[-1].splitlines() == [*told, *([remedy()] if remedy else [])]

@@ -15,7 +15,7 @@ from platform import node
 import pytest
 
 from lobra.cli import main
-from lobra.common.errors import ConfigError
+from lobra.common.errors import ConfigError, MachineError
 from lobra.trainer.launcher import run_launcher
 from lobra.trainer.run import Refusal
 from lobra.trainer.run_folder import hold_folder
@@ -79,7 +79,7 @@ def test_a_mistake_under_a_launcher_is_said_by_who_knows_it(
 ) -> None:  # fmt: skip
     left: list[int] = []
 
-    def fail(_request: object) -> None:
+    def fail(*_: object) -> None:
         raise pickle.loads(pickle.dumps(error))  # as it comes from another rank
 
     def leave(number: int) -> None:
@@ -100,6 +100,33 @@ def test_a_mistake_under_a_launcher_is_said_by_who_knows_it(
     assert bool(left) == alone, "found by one rank alone: out at once, without clean-up"
     message = capsys.readouterr().err
     assert message.endswith(said) if said else not message
+
+
+@pytest.mark.parametrize(
+    ("rank", "more", "is_said"), [(0, (), True), (1, (), False), (0, ("--host-file=hosts",), False)]
+)
+def test_how_a_launched_run_goes_on_is_said_by_one(
+    rank: int, more: tuple[str, ...], is_said: bool, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """With a host file that is who started the launcher, and goes on by itself if it may."""
+    remedies: list[object] = []
+
+    def fail(_request: object, remedy: object) -> None:
+        remedies.append(remedy)
+        raise MachineError("host b is lost")
+
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("lobra.trainer.run.train_in_launcher", fail)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    arguments = [f"--{name}={tmp_path}" for name in
+                 ("model", "trainer-config", "strategy-config", "output-dir")]  # fmt: skip
+    with pytest.raises(SystemExit, match="1"):
+        main(["train", *arguments, *more])
+    said = f"no checkpoint was saved in {tmp_path}: begin anew, in another --output-dir\n"
+    assert capsys.readouterr().err.endswith(said if is_said else "host b is lost\n")
+    assert (remedies == [None]) == bool(more), "the watches say it or not, too"
 
 
 # Like deepspeed's on one host: the ranks are grandchildren. "passes" hands a signal on and waits,
