@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -64,23 +65,25 @@ def interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, previous)
 
 
-@pytest.fixture(scope="session")
-def warm_ranks() -> None:
-    """Start the server that ranks are forked from with all that a run imports.
+@pytest.fixture(scope="session", autouse=True)
+def ranks_start_warm() -> Iterator[None]:
+    """Have the server that ranks are forked from import all that a run does, whoever starts it.
 
-    It imports once: a server that began for a test of fewer modules would leave deepspeed, seconds
-    of it, to every rank of every run that follows.
+    It imports once: one that began for a test of fewer modules would leave deepspeed, seconds of
+    it, to every rank of every run that follows.
     """
-    from lobra.model.launch import start_server
-    from lobra.trainer.run import PRELOAD
+    from lobra.model import launch
 
-    start_server(PRELOAD)
+    plain = launch.start_server
 
+    def start_server(preload: Sequence[str]) -> Any:
+        from lobra.trainer.run import PRELOAD
 
-@pytest.fixture(autouse=True)
-def ranks_start_warm(request: pytest.FixtureRequest) -> None:
-    if request.node.get_closest_marker("ranks"):
-        request.getfixturevalue("warm_ranks")
+        return plain(PRELOAD)
+
+    launch.start_server = start_server
+    yield
+    launch.start_server = plain
 
 
 @pytest.fixture(scope="session")
