@@ -305,7 +305,7 @@ def processor_s(pid: int) -> float:
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
-@pytest.mark.parametrize("pattern", ["BALANCE", "PRUNE"])
+@pytest.mark.parametrize("pattern", ["BALANCE", pytest.param("PRUNE", marks=pytest.mark.long)])
 def test_ctrl_c_ends_the_planners_soon_with_130(files: Path, pattern: str) -> None:
     layouts = [(tp, pp) for tp in (1, 2, 4) for pp in (1, 2, 3, 4, 6, 8)]
     rows = "".join(f"{tp},{pp},1,{1024 * tp * (1 + pp // 3)}\n" for tp, pp in layouts)

@@ -188,6 +188,7 @@ def written_links(path: Path, bytes_per_token: int) -> Path:
     return path
 
 
+@pytest.mark.long
 @pytest.mark.ranks
 def test_a_single_device_times_a_shard_and_says_so(tmp_path: Path) -> None:
     folder = save_llama(tmp_path / "llama")

@@ -83,7 +83,12 @@ def held_by_policy(
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(
-    ("precision", "tp", "dropout"), [("fp32", 1, 0.0), ("bf16", 1, 0.1), ("fp32", 2, 0.1)]
+    ("precision", "tp", "dropout"),
+    [
+        pytest.param("fp32", 1, 0.0, marks=pytest.mark.long),
+        ("bf16", 1, 0.1),
+        pytest.param("fp32", 2, 0.1, marks=pytest.mark.long),
+    ],
 )
 def test_what_a_layer_holds_is_what_the_shapes_say(
     tmp_path: Path, precision: str, tp: int, dropout: float

@@ -109,6 +109,7 @@ def test_code_without_its_docstring_is_still_code() -> None:
     assert broken < 0.005 * len(examples)
 
 
+@pytest.mark.long
 def test_mining_is_quick() -> None:
     start = time.process_time()
     mine_corpus.__wrapped__()  # the function without its cache

@@ -44,6 +44,7 @@ def explained_on_rank(port: int) -> tuple[str | None, ...]:
     return tuple(None if one is None else str(one) for one in found)
 
 
+@pytest.mark.long
 @pytest.mark.ranks
 def test_a_lost_host_is_the_reason() -> None:
     with socket.socket() as tried:

@@ -90,7 +90,7 @@ def check_same(plan: str, launched: str) -> None:
     ("name", "plan"),
     [
         ("torchrun", "<2,1>"),
-        ("deepspeed", "<1,1>x2"),
+        pytest.param("deepspeed", "<1,1>x2", marks=pytest.mark.long),
         pytest.param("torchrun", "<1,1>x2", marks=pytest.mark.long),
         pytest.param("deepspeed", "<2,1>", marks=pytest.mark.long),
     ],
