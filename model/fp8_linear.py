@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lobra.layout.shapes import FusedLinear
-from lobra.model.base_linear import BaseLinear, Shard, row_numbers
-from lobra.model.checkpoint import CheckpointReader, as_slice
+from lobra.model.checkpoint import CheckpointReader
+from lobra.model.scaled_rows import ScaledRows
 
 E4M3 = torch.float8_e4m3fn
 EXPONENT = 0x7F800000  # the bits of an fp32 number that are its power of two
@@ -32,35 +31,13 @@ SMALLEST = 1e-30  # that a row's largest value counts as: rows of zeros have a s
 GPU_MULTIPLE = 16  # of features, where a GPU multiplies
 
 
-class Fp8Linear(BaseLinear):
+class Fp8Linear(ScaledRows):
     """A weight [o, i] in e4m3, with a scale for each of its rows."""
 
-    values_oi: Tensor
-    scales_o1: Tensor
-
-    def __init__(
-        self, values_oi: Tensor, scales_o1: Tensor, dtype: torch.dtype, bias_o: Tensor | None
-    ) -> None:
-        """Have activations of this dtype."""
-        super().__init__(bias_o)
-        self.dtype = dtype
-        self.register_buffer("values_oi", values_oi)
-        self.register_buffer("scales_o1", scales_o1)
-
-    @classmethod
-    def read(
-        cls,
-        reader: CheckpointReader,
-        name: str,
-        shard: Shard,
-        fused: FusedLinear | None = None,
-        bias_o: Tensor | None = None,
-    ) -> Fp8Linear:
-        """Read the shard of a linear from a checkpoint that has it not quantised."""
-        values_OI, scales_O1 = rounded(reader.stored(f"{name}.weight").float())
-        rows = row_numbers(shard.stored_rows(fused), fused).to(reader.device)
-        values_oi = values_OI[rows, as_slice(shard.inputs)]
-        return cls(values_oi, scales_O1[rows], reader.dtype, bias_o)
+    @staticmethod
+    def stored(reader: CheckpointReader, name: str) -> tuple[Tensor, Tensor]:
+        """Return a whole weight of a checkpoint that has it not quantised, rounded."""
+        return rounded(reader.stored(f"{name}.weight").float())
 
     def weight_oi(self) -> Tensor:
         """Return the weight."""

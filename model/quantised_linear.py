@@ -38,45 +38,25 @@ from lobra.model.base_linear import BaseLinear, DenseLinear, Shard, row_numbers
 from lobra.model.checkpoint import CheckpointReader
 from lobra.model.fp8_linear import Fp8Linear
 from lobra.model.quantised_checkpoint import NF4_STATE, ROW_SCALES, Nf4State
+from lobra.model.scaled_rows import ScaledRows
 
 QUANTISED_AT_ONCE = 1 << 20  # elements: on a CPU the library takes 100 bytes for each
 MADE_AT_ONCE = 1 << 18
 SMALLEST = 1e-30  # of a scale: rows of zeros have one, too
 
 
-class Int8Linear(BaseLinear):
+class Int8Linear(ScaledRows):
     """A weight [o, i] in eight bits, with a scale for each of its rows."""
 
-    values_oi: Tensor
-    scales_o1: Tensor
-
-    def __init__(
-        self, values_oi: Tensor, scales_o: Tensor, dtype: torch.dtype, bias_o: Tensor | None
-    ) -> None:
-        """Have activations of this dtype."""
-        super().__init__(bias_o)
-        self.dtype = dtype
-        self.register_buffer("values_oi", values_oi)
-        self.register_buffer("scales_o1", scales_o[:, None] / 127)
-
-    @classmethod
-    def read(
-        cls,
-        reader: CheckpointReader,
-        name: str,
-        shard: Shard,
-        fused: FusedLinear | None = None,
-        bias_o: Tensor | None = None,
-    ) -> Int8Linear:
-        """Read the shard of a linear, from a checkpoint that has it in int8 or not quantised."""
-        stored = reader.stored(f"{name}.weight")
+    @staticmethod
+    def stored(reader: CheckpointReader, name: str) -> tuple[Tensor, Tensor]:
+        """Return a whole weight of a checkpoint that has it in int8 or not quantised."""
+        values_OI = reader.stored(f"{name}.weight")
         if reader.is_quantised:
-            values_OI, scales_O = stored, reader.stored(f"{name}.{ROW_SCALES}")
+            scales_O = reader.stored(f"{name}.{ROW_SCALES}")
         else:
-            values_OI, scales_O = int8(stored)
-        rows = row_numbers(shard.stored_rows(fused), fused).to(reader.device)
-        columns = slice(shard.inputs.start, shard.inputs.stop)
-        return cls(values_OI[rows, columns], scales_O[rows], reader.dtype, bias_o)
+            values_OI, scales_O = int8(values_OI)
+        return values_OI, scales_O[:, None] / 127
 
     def weight_oi(self) -> Tensor:
         """Return the weight."""
