@@ -19,6 +19,7 @@ from lobra.layout.plan import Plan
 from lobra.layout.sequences import IntArray
 from lobra.planner.assignment import Assignment, Rows
 from lobra.planner.packed.bound import crowded_s, least_time_s, prices_of
+from lobra.planner.packed.bubbles import without_long_bubbles
 from lobra.planner.packed.filling import Filling, ReplicaTable, filled
 from lobra.planner.packed.least_times import Cost
 from lobra.planner.packed.local_search import improve
@@ -106,6 +107,7 @@ def _dispatched(
     whole_s = crowded_s(work)
     prices = prices_of(work, max(least_time_s(work, typical), whole_s))
     bound_s = max(least_time_s(work, prices), whole_s)
+    work, prices = without_long_bubbles(work, prices, bound_s)
     more_s = [0.0] * len(work.alike)
     step_s = bound_s
     found: list[Filling] = []

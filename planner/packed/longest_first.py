@@ -82,12 +82,16 @@ def _first_end(queues: Sequence[_Queue], kinds: Sequence[int], length: int) -> t
     return best_s, best
 
 
-def stretches(work: StepWork, step_time_s: float) -> np.ndarray:
-    """Return float64 [G]: how much longer than its parts a replica takes, its bubbles included."""
+def stretches(work: StepWork, step_time_s: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return float64 [G] twice: how much longer than its parts a replica takes, its bubbles included.
+
+    And what a micro-batch then takes.
+    """
     most = int(work.counts.sum())
-    held_s = np.array([alike.held_s(step_time_s, most) for alike in work.alike])
+    held_s, each_s = np.array([alike.held_s(step_time_s, most) for alike in work.alike]).T
     bubbles = np.array([alike.bubbles for alike in work.alike])
-    return np.where(held_s > 0.0, step_time_s / np.maximum(held_s, 1e-300), 1.0 + bubbles)
+    stretch = np.where(held_s > 0.0, step_time_s / np.maximum(held_s, 1e-300), 1.0 + bubbles)
+    return stretch, each_s
 
 
 def _queues(work: StepWork, step_time_s: float, more_s: Sequence[float]) -> list[_Queue]:
@@ -97,17 +101,17 @@ def _queues(work: StepWork, step_time_s: float, more_s: Sequence[float]) -> list
     sequence adds what it takes more than a micro-batch does then.
     """
     queues = []
+    stretch, each_s = stretches(work, step_time_s)
     kinds = zip(
-        work.alike, work.parts_s, stretches(work, step_time_s).tolist(), more_s, strict=True
+        work.alike, work.parts_s, stretch.tolist(), each_s.tolist(), more_s, strict=True
     )
-    for alike, parts_s, stretch, idle_s in kinds:
-        usual_s = (1.0 - 1.0 / stretch) * step_time_s / max(1, alike.bubbles)  # a micro-batch's
+    for alike, parts_s, longer, usual_s, idle_s in kinds:
         fitting_s = np.where(np.isfinite(parts_s), parts_s, 0.0)
         start_s = alike.minorant.start_ms / 1000.0 * alike.factor
         bubble_s = alike.bubbles * np.maximum(0.0, fitting_s + start_s - usual_s)
         least = [(idle_s, replica) for replica in alike.replicas.tolist()]
         heapify(least)
-        queues.append(_Queue((parts_s * stretch).tolist(), bubble_s.tolist(), least, idle_s))
+        queues.append(_Queue((parts_s * longer).tolist(), bubble_s.tolist(), least, idle_s))
     return queues
 
 

@@ -42,18 +42,20 @@ class Alike:
     bubbles: int
     factor: float
 
-    def held_s(self, step_time_s: float, most: int) -> float:
+    def held_s(self, step_time_s: float, most: int) -> tuple[float, float]:
         """Return the most seconds of parts that one replica can take in a step of that time.
 
-        It has at most ``most`` micro-batches.
+        It has at most ``most`` micro-batches. And what each of them then takes.
         """
         if not self.bubbles:
-            return step_time_s
+            return step_time_s, step_time_s
         start_s = self.minorant.start_ms / 1000.0 * self.factor
         number = np.arange(1, most + 1)
         work_s = step_time_s / (1.0 + self.bubbles / number)
         share = max(self.minorant.marginal_share, 1e-9)
-        return max(0.0, float(np.minimum(work_s, (work_s - start_s * number) / share).max()))
+        held_s = np.minimum(work_s, (work_s - start_s * number) / share)
+        best = int(held_s.argmax())
+        return max(0.0, float(held_s[best])), float(work_s[best]) / (best + 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +91,7 @@ class StepWork:
         If only one kind holds the longest sequence, one of these has its bubbles.
         """
         most = int(self.counts.sum())
-        held_s = np.array([a.held_s(step_time_s, most) for a in self.alike])
+        held_s = np.array([a.held_s(step_time_s, most)[0] for a in self.alike])
         of_all_s = held_s * [len(a.replicas) for a in self.alike]
         holding = np.flatnonzero(np.isfinite(self.alone_s[:, -1]))
         if len(holding) == 1:
