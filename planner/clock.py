@@ -17,8 +17,13 @@ class Clock:
     def __init__(self, limit_s: float | None = None, processor: bool = False) -> None:
         self._start = time.perf_counter()
         self._processor_start = time.process_time()
+        self._spent_s = 0.0
         self.limit_s = limit_s
         self.processor = processor
+
+    def spend(self, seconds: float) -> None:
+        """Count processor seconds that other processes spent on the search."""
+        self._spent_s += seconds
 
     @property
     def elapsed_s(self) -> float:
@@ -32,7 +37,7 @@ class Clock:
             return float("inf")
         if not self.processor:
             return self.limit_s - self.elapsed_s
-        used_s = time.process_time() - self._processor_start
+        used_s = time.process_time() - self._processor_start + self._spent_s
         return min(self.limit_s - used_s, WALL_FACTOR * self.limit_s - self.elapsed_s)
 
     def part(self, share: float) -> Clock:

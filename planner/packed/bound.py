@@ -29,22 +29,23 @@ def prices_of(work: StepWork, step_time_s: float) -> np.ndarray:
     typical_s = work.parts_s[:, 0] / work.lengths[0]
     if len(held_s) == 1 or not held_s.all():
         return 1.0 / typical_s
-    shares = work.parts_s / held_s[:, None]
+    shares = work.parts_of_classes_s / held_s[:, None]
     fits = np.isfinite(shares)
     shares = np.where(fits, shares, 1e30)
     prices = held_s / typical_s
     prices /= prices.sum()
     best, best_value = prices, 0.0
-    for rate in RATES:
+    for rate in RATES.tolist():
         cost = prices[:, None] * shares
         least = cost.min(axis=0)
-        value = float(work.counts @ least)
+        value = float(least.sum())
         if value > best_value:
             best, best_value = prices, value
-        taken = np.exp(np.maximum(-SHARPNESS * (cost / least - 1.0), -50.0))
-        loads = np.where(fits, taken * shares, 0.0) @ (work.counts / taken.sum(axis=0))
-        loads -= loads.mean()
-        prices = prices * np.exp(rate * loads / (np.abs(loads).max() + 1e-12))
+        taken = np.exp(np.maximum(SHARPNESS * (1.0 - cost / least), -50.0))
+        taken /= taken.sum(axis=0)
+        loads = np.where(fits, taken * shares, 0.0).sum(axis=1)
+        loads -= loads.sum() / len(loads)
+        prices = prices * np.exp(rate / (abs(loads).max() + 1e-12) * loads)
         prices /= prices.sum()
     return best / held_s
 

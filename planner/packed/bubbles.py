@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from lobra.planner.packed.bound import least_time_s, prices_of
+from lobra.planner.packed.bound import prices_of
 from lobra.planner.packed.step_work import StepWork
 
-TRIED = 6
+TRIED = 4
 
 
 def without_long_bubbles(
@@ -36,8 +36,8 @@ def without_long_bubbles(
             own_prices = prices_of(one, step_time_s)
             value = float(one.counts @ (own_prices[:, None] * one.parts_s).min(axis=0))
             t = step_time_s
-            low, high = step_time_s, 4 * step_time_s
-            for _ in range(20):
+            low, high = step_time_s, 1.5 * step_time_s
+            for _ in range(12):
                 t = 0.5 * (low + high)
                 held = one.held_s(t)
                 held[kind] -= len(alike.replicas) * more_s * held[kind] / (len(alike.replicas) * t)

@@ -19,6 +19,7 @@ from lobra.planner.certificate import LEAST_S, Certificate
 from lobra.planner.clock import Clock
 from lobra.planner.outcome import Progress, silent
 from lobra.planner.packed.problem import PackedProblem
+from lobra.planner.packed.step_times import StepTimes, step_times
 
 FEW_STEPS, FEW_SEQUENCES = 12, 4000  # that every plan is tried on: at least two steps
 MOST_HOMOGENEOUS, MOST_NAMED = 8, 4  # that are tried, those with the lowest bounds
@@ -27,6 +28,7 @@ NAMED, NEAR, FULLY = 0.4, 0.6, 0.8  # of the time, after which the parts of the 
 CERTIFYING = 0.2  # of the time, for the certificate of the best plan's loosest steps
 PROMISING = 0.003  # a plan is dispatched over all steps if its estimate is within it of the best
 LOOSEST, LOOSE = 30, 0.985  # steps of the best plan of which prices are computed in the end
+SIMILAR = 0.005  # relative: what plans near each other differ by in how near their bounds they come
 COMPARED = 0.03  # so is the best homogeneous one
 MOST_FULLY = 3
 
@@ -84,7 +86,13 @@ def solve(problem: PackedProblem, clock: Clock | None = None, progress: Progress
             f"in nodes of {fleet.gpus_per_node}"
         )
     clock = clock or Clock(default_limit_s(fleet.num_gpus), processor=True)
-    search = _Search(problem, clock, progress)
+    with step_times(problem, clock) as step_s:
+        return _searched(_Search(problem, clock, progress, step_s), same)
+
+
+def _searched(search: _Search, same: Sequence[np.ndarray]) -> Found:
+    """Return what the search finds; ``same`` are the homogeneous plans."""
+    problem = search.problem
     bounds_s = np.array([problem.homogeneous_bound_s(replicas) for replicas in same])
     homogeneous = search.try_best(same, bounds_s, MOST_HOMOGENEOUS)
     search.certificate.look_at(np.array(homogeneous))
@@ -106,6 +114,7 @@ class _Search:
     problem: PackedProblem
     clock: Clock
     progress: Progress
+    step_s: StepTimes
     certificate: Certificate = field(init=False)
     few: np.ndarray = field(init=False)
     few_s: dict[Key, np.ndarray] = field(default_factory=dict)
@@ -143,7 +152,7 @@ class _Search:
         key = tuple(placed.tolist())
         if key not in self.few_s:
             plan, left_s = self.problem.fleet.plan(placed), self.clock.left_s
-            self.few_s[key] = self.problem.step_s(plan, self.few.tolist())
+            self.few_s[key] = self.step_s(plan, self.few.tolist())
             if self.clock.limit_s is not None:
                 each_s = (left_s - self.clock.left_s) / len(self.few)
                 self.every_step_s = len(self.problem.steps) * each_s
@@ -201,9 +210,11 @@ class _Search:
             ]
             if not near:
                 return
-            bounds_s = self.certificate.steps_s(np.array(near)).mean(axis=1)
+            bounds_s = self.certificate.steps_s(np.array([centre, *near])).mean(axis=1)
+            enough_s = bounds_s[0] * (1 + SIMILAR)  # further above its bound is none that is better
+            bounds_s = bounds_s[1:]
             for place in np.argsort(bounds_s, kind="stable").tolist():
-                if bounds_s[place] >= best_s * (1 - TARGET_GAP) or self.is_out(share):
+                if bounds_s[place] >= min(enough_s, best_s * (1 - TARGET_GAP)) or self.is_out(share):
                     break
                 if self.is_out(NAMED) and self.is_time_for_all_steps():
                     return
@@ -223,7 +234,7 @@ class _Search:
         for key in dict.fromkeys([*needed, *good]):
             if key not in needed and (self.is_out(FULLY) or self.is_time_for_all_steps()):
                 break
-            self.all_s[key] = self.problem.step_s(self.problem.fleet.plan(np.array(key)), every)
+            self.all_s[key] = self.step_s(self.problem.fleet.plan(np.array(key)), every)
         self.certify()
 
     def certify(self) -> None:

@@ -42,129 +42,147 @@ def improve(
             before = np.tril(group[:, None] == group, -1).sum(axis=1)  # faster ones of the group
             fast = fast[np.lexsort((before, too_small))]
         fast = fast[(np.arange(number) + shift) % len(fast)]
-        batch_of, replica_of = _exchanged(table, lengths, filling, slow, fast)
-        filling = filled(table, lengths, batch_of, replica_of)
+        filling = _exchanged(table, lengths, filling, slow, fast)
         shift = shift + 1 if filling.replica_time_s[slow[0]] >= times_s[slow[0]] else 0
     return filling
 
 
 @dataclass(frozen=True, eq=False)
-class _Side:
-    """The sequences of a replica that may go, int64 [n] each, and their micro-batches.
+class _Offers:
+    """Sequences that replicas may part with, a row of them for each of P replicas.
 
     Attributes
     ----------
-    indices, lengths
-        The sequences; those that are none have no length.
-    batches
-        The micro-batch of each; -1: a new one.
-    sizes, sums, squares
-        Of the micro-batches.
-    others_s, longest_s
-        float64 [n]: what the other micro-batches of the replica take, and the longest of them.
+    sequences, lengths, batches
+        int64 [P, S]: sequences, their tokens, their micro-batches. -1, of no tokens: none, whose
+        micro-batch only takes another's; there -1 is a new one.
+    there
+        bool [P, S]: those that exist.
     """
 
-    indices: IntArray
+    sequences: IntArray
     lengths: IntArray
     batches: IntArray
-    sizes: IntArray
-    sums: IntArray
-    squares: IntArray
-    others_s: np.ndarray
-    longest_s: np.ndarray
+    there: np.ndarray
 
 
 def _exchanged(
     table: ReplicaTable, lengths: IntArray, filling: Filling, slow: IntArray, fast: IntArray
-) -> tuple[IntArray, IntArray]:
-    """Return micro-batches with the best exchange of each pair done, where one is better."""
-    batch_of, replica_of = filling.batch_of.copy(), filling.replica_of
-    by_replica = np.argsort(replica_of[batch_of], kind="stable")
-    starts = np.searchsorted(replica_of[batch_of][by_replica], np.arange(len(table.group) + 1))
-    added: list[int] = []
-    for giver, taker in zip(slow.tolist(), fast.tolist(), strict=True):
-        give = _side(lengths, filling, by_replica[starts[giver] : starts[giver + 1]], giver, False)
-        take = _side(lengths, filling, by_replica[starts[taker] : starts[taker + 1]], taker, True)
-        found = _best_exchange(table, filling, (giver, give), (taker, take))
-        if found is None:
-            continue
-        sequence, back, batch = found
-        if batch < 0:
-            batch = len(replica_of) + len(added)
-            added.append(taker)
-        if back >= 0:
-            batch_of[back] = batch_of[sequence]
-        batch_of[sequence] = batch
-    return batch_of, np.concatenate([replica_of, np.array(added, dtype=np.int64)])
-
-
-def _side(
-    lengths: IntArray, filling: Filling, indices: IntArray, replica: int, takes: bool
-) -> _Side:
-    """Return what may go of a replica; if it ``takes``, then also no sequence.
-
-    Of its emptiest micro-batch, and of a new one.
-    """
-    if len(indices) > MOST_TRIED:
-        order = np.argsort(lengths[indices], kind="stable")
-        every = np.linspace(0, len(indices) - 1, MOST_TRIED).astype(np.int64)
-        indices = indices[order[every]]
-    own = np.flatnonzero(filling.replica_of == replica)
-    batches, own_lengths = filling.batch_of[indices], lengths[indices]
-    if takes:
-        emptiest = own[filling.sums[own].argmin()] if len(own) else -1
-        indices = np.concatenate([indices, [-1, -1]])
-        batches = np.concatenate([batches, [emptiest, -1]])
-        own_lengths = np.concatenate([own_lengths, [0, 0]])
-    there = batches >= 0
-    sizes, sums, squares, times_s = (
-        np.where(there, each[batches], 0)
-        for each in (filling.sizes, filling.sums, filling.squares, filling.times_s)
+) -> Filling:
+    """Return the filling with the best exchange of each pair done, where one is better."""
+    order = np.lexsort((lengths, filling.replica_of[filling.batch_of]))
+    give = _offers(lengths, filling, order, slow)
+    take = _with_none(filling, _offers(lengths, filling, order, fast), fast)
+    pair, row, column = _possible(table, filling, (slow, give), (fast, take))
+    given, taken = (pair, row), (pair, column)
+    tokens = take.lengths[taken] - give.lengths[given]
+    squares = take.lengths[taken] ** 2 - give.lengths[given] ** 2
+    only = (take.sequences[taken] < 0).astype(np.int64)
+    giver, taker, to = slow[pair], fast[pair], take.batches[taken]
+    times_s = _times_s(
+        table,
+        filling,
+        np.concatenate([giver, taker]),
+        np.concatenate([give.batches[given], to]),
+        np.concatenate([tokens, -tokens]),
+        np.concatenate([squares, -squares]),
+        np.concatenate([-only, only]),
     )
-    own_s = filling.times_s[own]
-    second_s, first_s = np.sort(np.concatenate([[0.0, 0.0], own_s]))[-2:].tolist()
-    longest_s = np.where(times_s >= first_s, second_s, first_s)
-    others_s = own_s.sum() - times_s
-    return _Side(indices, own_lengths, batches, sizes, sums, squares, others_s, longest_s)
+    later_s = times_s.reshape(2, -1).max(axis=0)
+    by_time = np.lexsort((later_s, pair))
+    best = by_time[np.unique(pair[by_time], return_index=True)[1]]
+    best = best[later_s[best] < filling.replica_time_s[giver[best]]]
+    sequences, back, to = give.sequences[given][best], take.sequences[taken][best], to[best]
+    is_new = to < 0
+    to[is_new] = len(filling.replica_of) + np.arange(is_new.sum())
+    batch_of = filling.batch_of.copy()
+    batch_of[back[back >= 0]] = filling.batch_of[sequences[back >= 0]]
+    batch_of[sequences] = to
+    return filled(
+        table, lengths, batch_of, np.concatenate([filling.replica_of, taker[best][is_new]])
+    )
 
 
-def _best_exchange(
-    table: ReplicaTable, filling: Filling, giving: tuple[int, _Side], taking: tuple[int, _Side]
-) -> tuple[int, int, int] | None:
-    """Return a sequence to give, one to take for it or -1, and its micro-batch (-1: a new one)."""
-    (giver, give), (taker, take) = giving, taking
-    given, taken = give.lengths[:, None], take.lengths
-    most = room_for(int(table.max_tokens[giver])), room_for(int(table.max_tokens[taker]))
-    fits = (give.sums[:, None] - given + taken <= most[0]) & (take.sums - taken + given <= most[1])
-    rows, columns = np.nonzero(fits)
-    if not len(rows):
-        return None
-    more, only = take.lengths[columns] - give.lengths[rows], take.indices[columns] < 0
-    more_squares = take.lengths[columns] ** 2 - give.lengths[rows] ** 2
-    giver_s = _time_s(table, giver, give, rows, more, more_squares, -only.astype(np.int64))
-    taker_s = _time_s(table, taker, take, columns, -more, -more_squares, only.astype(np.int64))
-    later_s = np.maximum(giver_s, taker_s)
-    best = int(later_s.argmin())
-    if later_s[best] >= filling.replica_time_s[giver]:
-        return None
-    row, column = int(rows[best]), int(columns[best])
-    return int(give.indices[row]), int(take.indices[column]), int(take.batches[column])
+def _offers(lengths: IntArray, filling: Filling, order: IntArray, replicas: IntArray) -> _Offers:
+    """Return what replicas may part with; ``order`` are sequences by replica and length."""
+    owner = filling.replica_of[filling.batch_of[order]]
+    first = np.searchsorted(owner, replicas)[:, None]
+    number = np.searchsorted(owner, replicas, side="right")[:, None] - first
+    every = np.arange(MOST_TRIED)
+    few = number <= MOST_TRIED
+    place = first + np.where(few, every, every * (number - 1) // (MOST_TRIED - 1))
+    there = ~few | (every < number)
+    sequences = order[np.where(there, place, 0)]
+    return _Offers(sequences, lengths[sequences], filling.batch_of[sequences], there)
 
 
-def _time_s(
+def _with_none(filling: Filling, offers: _Offers, replicas: IntArray) -> _Offers:
+    """Return the offers with none besides: for their emptiest micro-batch, and for a new one."""
+    by_sum = np.lexsort((filling.sums, filling.replica_of))
+    owner = filling.replica_of[by_sum]
+    first = np.minimum(np.searchsorted(owner, replicas), len(owner) - 1)
+    emptiest = np.where(owner[first] == replicas, by_sum[first], -1)
+    new = np.full((len(replicas), 2), -1)
+    return _Offers(
+        np.concatenate([offers.sequences, new], axis=1),
+        np.concatenate([offers.lengths, 0 * new], axis=1),
+        np.concatenate([offers.batches, np.stack([emptiest, new[:, 1]], axis=1)], axis=1),
+        np.concatenate([offers.there, new < 0], axis=1),
+    )
+
+
+def _possible(
     table: ReplicaTable,
-    replica: int,
-    side: _Side,
-    places: IntArray,
+    filling: Filling,
+    giving: tuple[IntArray, _Offers],
+    taking: tuple[IntArray, _Offers],
+) -> tuple[IntArray, IntArray, IntArray]:
+    """Return the pair, the row and the column of every exchange for a shorter one that fits."""
+    (slow, give), (fast, take) = giving, taking
+    sums = np.append(filling.sums, 0)
+    most = np.array([room_for(tokens) for tokens in table.max_tokens.tolist()])
+    given, taken = give.lengths[:, :, None], take.lengths[:, None]
+    fits = (taken < given) & give.there[:, :, None] & take.there[:, None]
+    room = (most[fast, None] - sums[take.batches] + take.lengths)[:, None]
+    return np.nonzero(fits & (given <= room))
+
+
+def _times_s(
+    table: ReplicaTable,
+    filling: Filling,
+    replicas: IntArray,
+    batches: IntArray,
     tokens: IntArray,
     squares: IntArray,
     number: IntArray,
 ) -> np.ndarray:
-    """Return what a replica takes if micro-batches get so much more, each alone: float64 [n]."""
-    sums, sizes = side.sums[places] + tokens, side.sizes[places] + number
+    """Return what replicas take if micro-batches get so much more, each alone: float64 [n]."""
+    sums = np.append(filling.sums, 0)[batches] + tokens
+    sizes = np.append(filling.sizes, 0)[batches] + number
     padded = np.where(sizes > 1, packed_tokens(sums), np.maximum(sums, 1))
-    cost = table.costs[table.group[replica]]
-    times_s = cost(padded, np.maximum(side.squares[places] + squares, 1))
-    times_s = np.where(sizes > 0, times_s, 0.0) * (table.factors[replica] / 1000.0)
-    longest_s = np.maximum(side.longest_s[places], times_s)
-    return side.others_s[places] + times_s + table.bubbles[replica] * longest_s
+    squares = np.maximum(np.append(filling.squares, 0)[batches] + squares, 1)
+    times_s, groups = np.zeros(len(batches)), table.group[replicas]
+    for group, cost in enumerate(table.costs):
+        own = np.flatnonzero((groups == group) & (sizes > 0))
+        if len(own):
+            times_s[own] = cost(padded[own], squares[own])
+    times_s *= table.factors[replicas] / 1000.0
+    others_s, longest_s = _others_s(table, filling, replicas, batches)
+    return others_s + times_s + table.bubbles[replicas] * np.maximum(longest_s, times_s)
+
+
+def _others_s(
+    table: ReplicaTable, filling: Filling, replicas: IntArray, batches: IntArray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return float64 [n] twice: what all other micro-batches of replicas take, and the longest."""
+    every = np.arange(len(table.group))
+    times_s = np.append(filling.times_s, 0.0)
+    busy_s = np.bincount(filling.replica_of, filling.times_s, len(every))
+    by_time = np.lexsort((filling.times_s, filling.replica_of))
+    owner = filling.replica_of[by_time]
+    last = np.searchsorted(owner, every, side="right") - 1
+    before = np.maximum(last - 1, 0)
+    second_s = np.where((last > 0) & (owner[before] == every), times_s[by_time[before]], 0.0)
+    is_longest = (batches >= 0) & (batches == by_time[last][replicas])
+    longest_s = np.where(is_longest, second_s[replicas], filling.longest_s[replicas])
+    return busy_s[replicas] - times_s[batches], longest_s

@@ -55,8 +55,8 @@ def longest_first(
     every = list(range(len(queues)))
     chosen = _cheapest(work, prices)
     replicas = np.empty(len(length_of), dtype=np.int64)
-    for index in np.argsort(-length_of, kind="stable").tolist():
-        length = int(length_of[index])
+    order = np.argsort(-length_of, kind="stable")
+    for index, length in zip(order.tolist(), length_of[order].tolist(), strict=True):
         end_s, kind = _first_end(queues, chosen[length], length)
         if end_s > step_time_s and len(chosen[length]) < len(every):
             end_s, kind = _first_end(queues, every, length)

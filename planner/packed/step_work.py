@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -12,10 +14,15 @@ from lobra.layout.sequences import IntArray
 from lobra.planner.packed.filling import ReplicaTable
 from lobra.planner.packed.least_times import Cost
 from lobra.planner.packed.minorant import Minorant, minorant_of
+from lobra.planner.prices import class_starts
 
 # Minorants are made for mean lengths, and micro-batches' tokens, of these ratios: they are few.
 MEAN_RATIO, TOKENS_RATIO = 1.5, 1.2
 LEAST_MS = 1e-9  # of a token, where a cost does not grow with tokens
+
+
+def _within(least: int, number: int, most: int) -> int:
+    return max(least, min(number, most))
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,12 +57,21 @@ class Alike:
         if not self.bubbles:
             return step_time_s, step_time_s
         start_s = self.minorant.start_ms / 1000.0 * self.factor
-        number = np.arange(1, most + 1)
-        work_s = step_time_s / (1.0 + self.bubbles / number)
         share = max(self.minorant.marginal_share, 1e-9)
-        held_s = np.minimum(work_s, (work_s - start_s * number) / share)
-        best = int(held_s.argmax())
-        return max(0.0, float(held_s[best])), float(work_s[best]) / (best + 1)
+        # of m micro-batches: the least of w = t m / (m + bubbles) and (w - start m) / share, which
+        # rise up to these m
+        best = math.inf
+        if start_s > 0.0:
+            most_work = math.sqrt(step_time_s * self.bubbles / start_s) - self.bubbles
+            best = max(most_work, (1.0 - share) * step_time_s / start_s - self.bubbles)
+        held_s, each_s = 0.0, step_time_s / (1 + self.bubbles)
+        for number in {_within(1, math.floor(min(best, most)), most), _within(1, math.ceil(min(best, most)), most)}:
+            own_s = step_time_s / (number + self.bubbles)
+            work_s = own_s * number
+            one_s = min(work_s, (work_s - start_s * number) / share)
+            if one_s > held_s:
+                held_s, each_s = one_s, own_s
+        return held_s, each_s
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +94,12 @@ class StepWork:
     alike: tuple[Alike, ...]
     parts_s: np.ndarray
     alone_s: np.ndarray
+
+    @cached_property
+    def parts_of_classes_s(self) -> np.ndarray:
+        """float64 [G, classes]: the same of all sequences in classes of lengths held by the same."""
+        starts = class_starts(np.isfinite(self.parts_s))
+        return np.add.reduceat(self.counts * self.parts_s, starts, axis=1)
 
     @property
     def whole_s(self) -> float:
