@@ -28,7 +28,7 @@ from lobra.planner.replacement import replacement
 from lobra.planner.sequence_rates import SequenceRates
 
 LOOKED_AT = 12  # steps of which a plan's prices are computed
-LEVELS = 1.015  # ratio of step times that rates are told apart for
+LEVELS = 1.03  # ratio of step times that rates are told apart for
 TINY = 1e-300
 SLACK = 1e-6  # relative: given away for the solver's tolerance
 MIP_GAP = 2e-4

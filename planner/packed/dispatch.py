@@ -107,7 +107,7 @@ def _dispatched(
     whole_s = crowded_s(work)
     prices = prices_of(work, max(least_time_s(work, typical), whole_s))
     bound_s = max(least_time_s(work, prices), whole_s)
-    work, prices = without_long_bubbles(work, prices, bound_s)
+    work, prices = without_long_bubbles(work.begun(prices), bound_s)
     more_s = [0.0] * len(work.alike)
     step_s = bound_s
     found: list[Filling] = []

@@ -24,7 +24,7 @@ from lobra.planner.packed.step_times import StepTimes, step_times
 FEW_STEPS, FEW_SEQUENCES = 12, 4000  # that every plan is tried on: at least two steps
 MOST_HOMOGENEOUS, MOST_NAMED = 8, 4  # that are tried, those with the lowest bounds
 TARGET_GAP = 1e-3
-NAMED, NEAR, FULLY = 0.4, 0.6, 0.8  # of the time, after which the parts of the search end
+NAMED, NEAR, FULLY = 0.55, 0.65, 0.8  # of the time, after which the parts of the search end
 CERTIFYING = 0.2  # of the time, for the certificate of the best plan's loosest steps
 PROMISING = 0.003  # a plan is dispatched over all steps if its estimate is within it of the best
 LOOSEST, LOOSE = 30, 0.985  # steps of the best plan of which prices are computed in the end
@@ -214,7 +214,9 @@ class _Search:
             enough_s = bounds_s[0] * (1 + SIMILAR)  # further above its bound is none that is better
             bounds_s = bounds_s[1:]
             for place in np.argsort(bounds_s, kind="stable").tolist():
-                if bounds_s[place] >= min(enough_s, best_s * (1 - TARGET_GAP)) or self.is_out(share):
+                if bounds_s[place] >= min(enough_s, best_s * (1 - TARGET_GAP)) or self.is_out(
+                    share
+                ):
                     break
                 if self.is_out(NAMED) and self.is_time_for_all_steps():
                     return

@@ -102,9 +102,7 @@ def _queues(work: StepWork, step_time_s: float, more_s: Sequence[float]) -> list
     """
     queues = []
     stretch, each_s = stretches(work, step_time_s)
-    kinds = zip(
-        work.alike, work.parts_s, stretch.tolist(), each_s.tolist(), more_s, strict=True
-    )
+    kinds = zip(work.alike, work.parts_s, stretch.tolist(), each_s.tolist(), more_s, strict=True)
     for alike, parts_s, longer, usual_s, idle_s in kinds:
         fitting_s = np.where(np.isfinite(parts_s), parts_s, 0.0)
         start_s = alike.minorant.start_ms / 1000.0 * alike.factor

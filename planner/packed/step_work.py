@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -18,11 +18,8 @@ from lobra.planner.prices import class_starts
 
 # Minorants are made for mean lengths, and micro-batches' tokens, of these ratios: they are few.
 MEAN_RATIO, TOKENS_RATIO = 1.5, 1.2
+CROWDED = 0.6  # of a kind's tokens: room for more in micro-batches with one that needs its own
 LEAST_MS = 1e-9  # of a token, where a cost does not grow with tokens
-
-
-def _within(least: int, number: int, most: int) -> int:
-    return max(least, min(number, most))
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,9 +60,9 @@ class Alike:
         best = math.inf
         if start_s > 0.0:
             most_work = math.sqrt(step_time_s * self.bubbles / start_s) - self.bubbles
-            best = max(most_work, (1.0 - share) * step_time_s / start_s - self.bubbles)
+            best = max(1.0, most_work, (1.0 - share) * step_time_s / start_s - self.bubbles)
         held_s, each_s = 0.0, step_time_s / (1 + self.bubbles)
-        for number in {_within(1, math.floor(min(best, most)), most), _within(1, math.ceil(min(best, most)), most)}:
+        for number in {math.floor(best), math.ceil(best)} if best < most else {most}:
             own_s = step_time_s / (number + self.bubbles)
             work_s = own_s * number
             one_s = min(work_s, (work_s - start_s * number) / share)
@@ -106,6 +103,32 @@ class StepWork:
         """The time of the sequence that takes longest, alone on the best replica."""
         stages = np.array([[1 + alike.bubbles] for alike in self.alike])
         return float((self.alone_s * stages).min(axis=0).max())
+
+    def begun(self, prices: np.ndarray) -> StepWork:
+        """Return the work with whole starts for sequences of which a micro-batch holds only one.
+
+        Of kinds for which so many of them are cheapest, at prices (float64 [G]) of the kinds' time,
+        that the others hardly fill up the micro-batches they begin. Not of pipelines, whose
+        micro-batches are seldom full.
+        """
+        cheapest = (prices[:, None] * self.parts_s).argmin(axis=0)
+        parts_s = self.parts_s.copy()
+        for kind, alike in enumerate(self.alike):
+            counts = np.where(cheapest == kind, self.counts, 0)
+            alone = (2 * self.lengths > alike.max_tokens) & np.isfinite(parts_s[kind])
+            room = int(counts[alone].sum()) * alike.max_tokens
+            if alike.bubbles or room <= CROWDED * (counts @ self.lengths):
+                continue
+            whole_ms = alike.minorant.start_ms + alike.minorant.marginal_ms(self.lengths[alone])
+            whole_s = whole_ms / 1000.0 * alike.factor
+            parts_s[kind, alone] = np.maximum(parts_s[kind, alone], whole_s)
+        return replace(self, parts_s=parts_s)
+
+    def up_to(self, kind: int, number: int) -> StepWork:
+        """Return the work of which a kind takes only so many of the lengths, the shortest."""
+        parts_s = self.parts_s.copy()
+        parts_s[kind, number:] = np.inf
+        return replace(self, parts_s=parts_s)
 
     def held_s(self, step_time_s: float) -> np.ndarray:
         """Return float64 [G]: the most seconds of parts that all replicas of a kind can take.
