@@ -28,7 +28,7 @@ NAMED, NEAR, FULLY = 0.55, 0.65, 0.8  # of the time, after which the parts of th
 CERTIFYING = 0.2  # of the time, for the certificate of the best plan's loosest steps
 PROMISING = 0.003  # a plan is dispatched over all steps if its estimate is within it of the best
 LOOSEST, LOOSE = 30, 0.985  # steps of the best plan of which prices are computed in the end
-SIMILAR = 0.005  # relative: what plans near each other differ by in how near their bounds they come
+SIMILAR = 0.005  # relative: so much above a plan's bound its neighbours' are, if they are better
 COMPARED = 0.03  # so is the best homogeneous one
 MOST_FULLY = 3
 
@@ -211,12 +211,10 @@ class _Search:
             if not near:
                 return
             bounds_s = self.certificate.steps_s(np.array([centre, *near])).mean(axis=1)
-            enough_s = bounds_s[0] * (1 + SIMILAR)  # further above its bound is none that is better
+            enough_s = min(bounds_s[0] * (1 + SIMILAR), best_s * (1 - TARGET_GAP))
             bounds_s = bounds_s[1:]
             for place in np.argsort(bounds_s, kind="stable").tolist():
-                if bounds_s[place] >= min(enough_s, best_s * (1 - TARGET_GAP)) or self.is_out(
-                    share
-                ):
+                if bounds_s[place] >= enough_s or self.is_out(share):
                     break
                 if self.is_out(NAMED) and self.is_time_for_all_steps():
                     return

@@ -73,7 +73,7 @@ def _exchanged(
     order = np.lexsort((lengths, filling.replica_of[filling.batch_of]))
     give = _offers(lengths, filling, order, slow)
     take = _with_none(filling, _offers(lengths, filling, order, fast), fast)
-    pair, row, column = _possible(table, filling, (slow, give), (fast, take))
+    pair, row, column = _possible(table, filling, give, take, fast)
     given, taken = (pair, row), (pair, column)
     tokens = take.lengths[taken] - give.lengths[given]
     squares = take.lengths[taken] ** 2 - give.lengths[given] ** 2
@@ -134,17 +134,18 @@ def _with_none(filling: Filling, offers: _Offers, replicas: IntArray) -> _Offers
 def _possible(
     table: ReplicaTable,
     filling: Filling,
-    giving: tuple[IntArray, _Offers],
-    taking: tuple[IntArray, _Offers],
+    give: _Offers,
+    take: _Offers,
+    takers: IntArray,
 ) -> tuple[IntArray, IntArray, IntArray]:
     """Return the pair, the row and the column of every exchange for a shorter one that fits."""
-    (slow, give), (fast, take) = giving, taking
     sums = np.append(filling.sums, 0)
     most = np.array([room_for(tokens) for tokens in table.max_tokens.tolist()])
     given, taken = give.lengths[:, :, None], take.lengths[:, None]
     fits = (taken < given) & give.there[:, :, None] & take.there[:, None]
-    room = (most[fast, None] - sums[take.batches] + take.lengths)[:, None]
-    return np.nonzero(fits & (given <= room))
+    room = (most[takers, None] - sums[take.batches] + take.lengths)[:, None]
+    pair, row, column = np.nonzero(fits & (given <= room))
+    return pair, row, column
 
 
 def _times_s(

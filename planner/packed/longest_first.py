@@ -83,9 +83,9 @@ def _first_end(queues: Sequence[_Queue], kinds: Sequence[int], length: int) -> t
 
 
 def stretches(work: StepWork, step_time_s: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return float64 [G] twice: how much longer than its parts a replica takes, its bubbles included.
+    """Return float64 [G] twice: how much longer than its parts a replica takes with its bubbles.
 
-    And what a micro-batch then takes.
+    And what each of its micro-batches then takes.
     """
     most = int(work.counts.sum())
     held_s, each_s = np.array([alike.held_s(step_time_s, most) for alike in work.alike]).T

@@ -94,7 +94,7 @@ class StepWork:
 
     @cached_property
     def parts_of_classes_s(self) -> np.ndarray:
-        """float64 [G, classes]: the same of all sequences in classes of lengths held by the same."""
+        """float64 [G, classes]: parts of all sequences, in classes of lengths held by the same."""
         starts = class_starts(np.isfinite(self.parts_s))
         return np.add.reduceat(self.counts * self.parts_s, starts, axis=1)
 
