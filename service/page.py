@@ -186,7 +186,8 @@ def _passes(activity: Activity) -> list[str]:
 
 def _replicas(deployment: Deployment, activity: Activity) -> str:
     """Return a line per replica: of its ranks those that are busiest and have most in memory."""
-    recent, world = activity.recent, deployment.run.world
+    world = deployment.run.world
+    recent = [record for record in activity.recent if len(record.busy_s) == world.num_ranks]
     if not recent:
         return _paragraph("None has computed anything yet.", "quiet")
     pass_s = sum(record.pass_s for record in recent)
@@ -195,7 +196,7 @@ def _replicas(deployment: Deployment, activity: Activity) -> str:
     for replica in deployment.run.plan.replicas:
         ranks = world.ranks(replica.index)
         busy_s = max(sum(record.busy_s[rank] for record in recent) for rank in ranks)
-        memory_bytes = max(activity.memory_bytes[rank] for rank in ranks)
+        memory_bytes = max(recent[-1].memory_bytes[rank] for rank in ranks)
         share = busy_s / max(pass_s, 1e-9)
         memory_text = f"{size_text(memory_bytes)} of {size_text(budget_bytes)}"
         rows.append(

@@ -35,11 +35,11 @@ def page_routes(intake: Intake) -> APIRouter:
 
     @routes.get("/")
     def overview(sender: Sender) -> Response:
-        return _html(page(intake.deployment, view_of(intake, sender)))
+        return _html(page(intake.coordinator.deployment, view_of(intake, sender)))
 
     @routes.get("/live")
     def live(sender: Sender) -> Response:
-        return _html(sections(intake.deployment, view_of(intake, sender)))
+        return _html(sections(intake.coordinator.deployment, view_of(intake, sender)))
 
     @routes.get("/metrics")
     def metrics(sender: Sender) -> Response:
@@ -47,7 +47,7 @@ def page_routes(intake: Intake) -> APIRouter:
             raise Refusal(403, f"tenant {sender.name} is no operator; lobra keys add --operator")
         coordinator = intake.coordinator
         waiting, slots = intake.ledger.waiting_of_tenants(), len(coordinator.seats.taken)
-        ranks = 0 if coordinator.missing_ranks else intake.deployment.run.world_size
+        ranks = 0 if coordinator.missing_ranks else intake.coordinator.deployment.run.world_size
         text = as_prometheus(coordinator.tally.view(), waiting, slots, ranks)
         return Response(text, media_type="text/plain; version=0.0.4")
 

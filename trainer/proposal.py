@@ -7,7 +7,7 @@ the process starts in a second and works while the run goes on.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -112,22 +112,23 @@ def step_times_s(
 class PlanningProcess:
     """Plans in a process of its own, which ends with this one."""
 
-    def __init__(self, job: PlanningJob) -> None:
+    def __init__(self, plan: Callable[[], Proposal]) -> None:
+        """Start the process: what is called there can be pickled."""
         context = get_context("spawn")
         self._results, answers = context.Pipe(duplex=False)
-        self._process = context.Process(target=_work, args=(job, answers), daemon=True)
+        self._process = context.Process(target=_work, args=(plan, answers), daemon=True)
         self._process.start()
         answers.close()
 
-    def result(self) -> Proposal | None:
-        """Return the proposal, None as long as there is none.
+    def result(self, wait_s: float | None = 0.0) -> Proposal | None:
+        """Return the proposal, None if there is none yet after so long; None: wait for it.
 
         Raises
         ------
         ConfigError
             If there is no plan, or the process failed.
         """
-        if not self._results.poll():
+        if not self._results.poll(wait_s):
             return None
         try:
             found = self._results.recv()
@@ -145,10 +146,10 @@ class PlanningProcess:
         self._results.close()
 
 
-def _work(job: PlanningJob, answers: Connection) -> None:
+def _work(plan: Callable[[], Proposal], answers: Connection) -> None:
     os.nice(NICENESS)
     with suppress(BrokenPipeError):  # the run has ended meanwhile
         try:
-            answers.send(propose(job))
+            answers.send(plan())
         except ConfigError as error:
             answers.send(error)

@@ -26,6 +26,7 @@ from lobra.trainer.metrics import read_metrics
 from lobra.trainer.plan_checks import node_sizes, place_plan
 from lobra.trainer.request import TrainRequest
 from lobra.trainer.run import host_problems, local_world_size, nodes_of, sourced_environment
+from lobra.trainer.run_hosts import RunHosts
 from tests.trainer.command import refused, train, write_config, write_plan
 from tests.trainer.support import make_plan, make_run, random_dataset, small_task
 
@@ -389,16 +390,16 @@ def test_host_files(tmp_path: Path) -> None:
     path = tmp_path / "hosts"
     path.write_text("# ours\nalpha slots=8\nbeta slots=4 # half\n\n")
     assert read_host_file(path) == {"alpha": 8, "beta": 4}
-    command = launcher_command(["--model", "7B"], path, 12, "10.0.0.1", 29500)
+    command = launcher_command(["--model", "7B"], RunHosts.read(path, 0.0), 12, "10.0.0.1", 29500)
     assert command[command.index("--hostfile") + 1] == str(path)
     assert "--include" not in command
-    fewer = launcher_command([], path, 10, None, None)
+    fewer = launcher_command([], RunHosts.read(path, 0.0), 10, None, None)
     assert fewer[fewer.index("--include") + 1] == "alpha:0,1,2,3,4,5,6,7@beta:0,1"
     assert not {"--no_ssh_check", "--force_multi"} & {*command, *fewer}
     assert command[command.index("--master_addr") + 1] == "10.0.0.1"
     assert command[-4:] == ["lobra.cli", "train", "--model", "7B"]
     with pytest.raises(ConfigError, match="12 slots on 2 hosts, the plan needs 16"):
-        launcher_command([], path, 16, None, None)
+        launcher_command([], RunHosts.read(path, 0.0), 16, None, None)
     path.write_text("alpha\nbeta slots=x\nbeta slots=1\nbeta slots=2\ngamma 8\n")
     with pytest.raises(ConfigError) as caught:
         read_host_file(path)
@@ -410,12 +411,12 @@ def test_a_host_file_of_one_host(tmp_path: Path) -> None:
     path = tmp_path / "hosts"
     for name in ("localhost", "127.0.0.1", platform.node()):
         path.write_text(f"{name} slots=2\nother.invalid slots=2\n")
-        here = launcher_command([], path, 2, None, 29500)
+        here = launcher_command([], RunHosts.read(path, 0.0), 2, None, 29500)
         assert "--no_ssh_check" in here
         assert here[here.index("--master_addr") + 1] == "127.0.0.1"
-    assert "10.0.0.1" in launcher_command([], path, 2, "10.0.0.1", 29500)
+    assert "10.0.0.1" in launcher_command([], RunHosts.read(path, 0.0), 2, "10.0.0.1", 29500)
     path.write_text("other.invalid slots=2\n")
-    there = launcher_command([], path, 2, None, None)
+    there = launcher_command([], RunHosts.read(path, 0.0), 2, None, None)
     assert "--force_multi" in there
     assert not {"--no_ssh_check", "--master_addr"} & {*there}
 

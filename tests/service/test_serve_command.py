@@ -130,6 +130,7 @@ def test_the_hosts_of_a_host_file_are_waited_for(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
+    found: list[Deployment | None] = []
 
     class Waiting(Service):
         def __init__(self, deployment: Deployment, host: str, _port: int) -> None:
@@ -137,17 +138,18 @@ def test_the_hosts_of_a_host_file_are_waited_for(
 
         def run(
             self, ready: object, on_signal: object = None, start: object = None,
-            await_hosts: Callable[[], None] = lambda: None,
+            after_failure: Callable[[], Deployment | None] = lambda: None,
         ) -> None:  # fmt: skip
-            await_hosts()
+            found.append(after_failure())
             self.socket.close()
 
     monkeypatch.setattr("lobra.service.server.Service", Waiting)
-    monkeypatch.setattr("lobra.trainer.launcher.answers", lambda host: not asked.append(host))
+    monkeypatch.setattr("lobra.trainer.run_hosts.answers", lambda host: not asked.append(host))
     write_plan({"dp": 2, "tp": 1, "pp": 1, "max_tokens": 64})
     Path("hosts").write_text("localhost slots=1\nother.invalid slots=1\nthird.invalid slots=1\n")
     assert serve(base, "--strategy-config", "plan.yaml", "--host-file", "hosts") == 0
-    assert asked == ["localhost", "other.invalid"]
+    assert asked == ["other.invalid", "third.invalid"]
+    assert [str(own.run.plan) for own in found if own] == ["<1,1>x2"]
 
 
 @pytest.mark.parametrize("more", [(), ("--host-file", "hosts")])

@@ -65,7 +65,7 @@ def test_both_plans_are_priced_on_the_steps_that_are_left(base: Path, tmp_path: 
     run = new_run(tmp_path / "run", base)
     config = run.tasks[0]
     task = RunTask(config, data_of(1), TaskProgress(STEPS[1], steps=5))
-    job = planning_job(run, [task], step=7, num_gpus=4)
+    job = planning_job(run, [task], step=7)
     assert job.num_steps == 5, "the run ends with its twelfth step"
     for step, lengths in enumerate(job.workload.steps(9)):
         drawn = draw_sequences(0, config, task.data, run.seed, 5 + step)
@@ -83,13 +83,12 @@ def test_both_plans_are_priced_on_the_steps_that_are_left(base: Path, tmp_path: 
 def test_the_planning_process_answers_or_says_why_not(base: Path, tmp_path: Path) -> None:
     run = new_run(tmp_path / "run", base)
     task = RunTask(run.tasks[0], data_of(1), TaskProgress(STEPS[1]))
-    job = planning_job(run, [task], step=0, num_gpus=4)
-    process = PlanningProcess(replace(job, num_gpus=0))
+    job = planning_job(run, [task], step=0)
+    process = PlanningProcess(partial(propose, replace(job, num_gpus=0)))
     with pytest.raises(ConfigError, match="at least one GPU"):
-        while process.result() is None:
-            pass
+        process.result(wait_s=None)
     process.end()
-    ended = PlanningProcess(job)
+    ended = PlanningProcess(partial(propose, job))
     ended.end()
 
 
