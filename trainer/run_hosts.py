@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -75,10 +76,10 @@ class RunHosts:
     ) -> T | None:
         """Wait until there are hosts to go on on; return another plan, None for the present one.
 
-        Hosts that ranks are on are waited for, the first one, where all is kept, for as long as it
-        takes. Others have to be there again in time; else their ranks are on spare hosts from now
-        on or, where there are too few, there is another plan for the hosts that are left. One that
-        was lost and is back is planned for, too.
+        Where hosts that ranks are on are not back in time, slots to spare take their ranks; where
+        there are too few, another plan is for the hosts that are left. So it is for all where one
+        that was lost is back. Without such a plan hosts are waited for as long as it takes, as the
+        first one always is: all that must not be lost is there.
 
         Parameters
         ----------
@@ -88,36 +89,39 @@ class RunHosts:
             Returns a plan for hosts, given with their slots, and why: which are lost or back.
             ConfigError where there is none.
         """
-        until, refused, told = time.monotonic() + self.await_s, None, frozenset[str]()
-        needed = first_slots(self.slots, plan.num_gpus).keys()
+        needed = frozenset(first_slots(self.slots, plan.num_gpus))
+        silent = self._silent_after(self.await_s, needed)
+        left, is_missed = self._without(silent), bool(silent & needed)
+        is_back = not self.lost <= silent
+        if (is_missed and not _is_enough(left, plan)) or (is_back and not is_missed):
+            try:
+                found = plan_anew(left, self._news(silent))
+            except ConfigError as error:
+                log.warning("%s; no plan for the others: %s", self._news(silent), error)
+                silent = self._silent_after(math.inf, needed)
+            else:
+                self.lost = silent
+                return found
+        self.lost = silent
+        return None
+
+    def _silent_after(self, await_s: float, needed: frozenset[str]) -> frozenset[str]:
+        """Return the hosts that do not answer: none that is needed, or time is over.
+
+        It is not as long as the first host, which is always needed, is among them.
+        """
+        until, told = time.monotonic() + await_s, frozenset[str]()
         while True:
             silent = frozenset(
                 name for name in self.listed if not (is_this_host(name) or answers(name))
             )
-            missing = silent & needed
-            is_same = not missing and self.lost <= silent
-            may_leave = time.monotonic() >= until and next(iter(self.listed)) not in silent
-            left = self._without(silent)
-            if is_same or (missing and may_leave and _is_enough(left, plan)):
-                self.lost = silent
-                return None
-            if silent != refused and (may_leave or not missing):
-                try:
-                    found = plan_anew(left, self._news(silent))
-                except ConfigError as error:
-                    if not missing:
-                        self.lost = silent
-                        return None
-                    log.warning("%s; no plan for the others: %s", self._news(silent), error)
-                    refused = silent
-                else:
-                    self.lost = silent
-                    return found
+            missing, left_s = silent & needed, until - time.monotonic()
+            if not missing or (left_s <= 0 and next(iter(self.listed)) not in silent):
+                return silent
             if missing != told:
                 names = ", host ".join(sorted(missing))
                 log.warning("waiting for what does not answer by ssh: host %s", names)
             told = missing
-            left_s = until - time.monotonic()
             time.sleep(min(ASK_AGAIN_S, left_s) if left_s > 0 else ASK_AGAIN_S)
 
     def _without(self, names: Iterable[str]) -> dict[str, int]:

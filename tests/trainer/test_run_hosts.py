@@ -121,6 +121,7 @@ def test_where_there_is_no_plan_the_host_is_waited_for(
     assert caplog.messages == [
         "waiting for what does not answer by ssh: host b",
         "host b (2 GPUs) is lost; no plan for the others: no layout within 4 GPUs holds 512 tokens",
+        "waiting for what does not answer by ssh: host b",
     ]
 
 
