@@ -71,17 +71,6 @@ class Restarts:
         return step
 
 
-@contextmanager
-def interruptible_pause(folder: Path) -> Iterator[None]:
-    """Have a stop signal between two starts of a run raise `Interrupted`, with how to go on."""
-    try:
-        with interruptible():
-            yield
-    except Interrupted as interruption:
-        interruption.add_note(how_to_go_on(folder))
-        raise
-
-
 def run_with_restarts(
     run: RunSpec, most: int, start: Callable[[RunSpec], list[RankResult]]
 ) -> list[RankResult]:
@@ -94,19 +83,23 @@ def run_with_restarts(
     RankError, MachineError
         The last failure, with a note how to go on.
     Interrupted
-        A stop signal came before there was anything to save or, with such a note, between starts.
+        A stop signal came while there was nothing to save, with such a note if there are steps.
     """
     restarts = Restarts(run.output_dir, most)
     given = run
     while True:
         try:
             results = start(run)
+        except Interrupted as interruption:
+            if list_checkpoints(run.output_dir):
+                interruption.add_note(how_to_go_on(run.output_dir))
+            raise
         except (RankError, MachineError) as error:
             if not restarts.are_left:
                 error.add_note(how_to_go_on(run.output_dir))
                 raise
             try:
-                with interruptible_pause(run.output_dir):
+                with _pause(run.output_dir):
                     step = restarts.next("\n".join([str(error), *getattr(error, "__notes__", ())]))
                     given = _on_what_is_left(given, step)
             except ConfigError as refusal:
@@ -120,6 +113,17 @@ def run_with_restarts(
             given = given.on_plan(load_plan(plan))
         revive = given.revive if step == given.resume_step else ()  # later ones have them alive
         run = note_restart(replace(_at_step(given, step), resume_step=step, revive=revive))
+
+
+@contextmanager
+def _pause(folder: Path) -> Iterator[None]:
+    """Have a stop signal between two starts of a run raise `Interrupted`, with how to go on."""
+    try:
+        with interruptible():
+            yield
+    except Interrupted as interruption:
+        interruption.add_note(how_to_go_on(folder))
+        raise
 
 
 def _at_step(run: RunSpec, step: int | None) -> RunSpec:
@@ -175,7 +179,7 @@ def launch_with_restarts(
     Raises
     ------
     Interrupted
-        A stop signal came between two starts; with a note how to go on.
+        A stop signal came between two starts, with a note how to go on.
     """
     restarts = Restarts(folder, most)
     step, plan = None, None
@@ -191,7 +195,7 @@ def launch_with_restarts(
             log.error("the launcher ended with exit code %d; %s", code, how_to_go_on(folder))
             return code
         else:
-            with interruptible_pause(folder):
+            with _pause(folder):
                 step = restarts.next(f"the launcher ended with exit code {code}")
                 plan = after_failure(step, plan)
 

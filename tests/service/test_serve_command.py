@@ -128,6 +128,21 @@ def test_ranks_are_started_again_when_hosts_are_there(
     service.socket.close()
 
 
+def test_a_signal_ends_a_service_that_waits_for_hosts(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise MachineError("a host is lost")
+
+    told: list[int] = []
+    service = Service(prepare_deployment(ServeRequest(str(base), device="cpu")), "127.0.0.1", 0)
+    monkeypatch.setattr(service, "_serves", True)
+    monkeypatch.setattr(service._stopped, "wait", lambda _s: False)
+    service._keep_ranks(fail, lambda: os.kill(os.getpid(), signal.SIGTERM), told.append)
+    assert told == [signal.SIGTERM]
+    service.socket.close()
+
+
 @pytest.mark.parametrize(
     ("silent", "plan", "chosen"),
     [
