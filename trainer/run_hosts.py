@@ -97,7 +97,8 @@ class RunHosts:
             try:
                 found = plan_anew(left, self._news(silent))
             except ConfigError as error:
-                log.warning("%s; no plan for the others: %s", self._news(silent), error)
+                if is_missed:
+                    log.warning("%s; no plan for the others: %s", self._news(silent), error)
                 silent = self._silent_after(math.inf, needed)
             else:
                 self.lost = silent

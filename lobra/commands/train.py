@@ -143,7 +143,7 @@ def _through_launcher(
         if step is not None and step != begun:  # later checkpoints have the revived tasks alive
             given = without_option(given, "--revive")
         arguments = with_resume(on_plan(given, plan), step)
-        if hosts.lost:
+        if hosts.lost:  # or the ranks would plan for them
             arguments += ["--num-gpus", str(min(most, sum(hosts.slots.values())))]
         return launcher_command(
             arguments, hosts, loaded(plan).num_gpus, launcher.server_addr, launcher.server_port
