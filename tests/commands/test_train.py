@@ -473,3 +473,41 @@ def test_a_plan_made_anew_says_itself_what_is_kept(
     kept = [word for word in words if word not in option]
     again = ["--strategy-config", "run/plans/step_6.yaml", "--resume", "6"]
     assert launched == [words, [*kept, *again]]
+
+
+def test_ranks_are_started_on_the_hosts_that_are_left(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a plan for them, which is told to plan for no more; with all, once all are back."""
+    write_config()
+    write_plan({"dp": 4, "tp": 1, "pp": 1, "max_tokens": 64})
+    Path("hosts").write_text("localhost slots=2\nb.invalid slots=2\n")
+    words = ["--model", str(place), "--trainer-config", "tasks.json", "--strategy-config"]
+    words += ["plan.yaml", "--output-dir", "run", "--host-file", "hosts", "--replan", "auto"]
+    words += ["--max-restarts", "2", "--await-hosts", "0"]
+    launched: list[list[str]] = []
+
+    def launch(command: list[str]) -> int:
+        launched.append(command)
+        return [1, 1, 0][len(launched) - 1]
+
+    def planned(
+        request: TrainRequest, present: Plan, ranks: dict[str, int], left: dict[str, int], why: str
+    ) -> Path:
+        assert request.num_gpus == 4
+        assert sum(ranks.values()) == present.num_gpus == 4 - 2 * (len(launched) - 1)
+        assert why == f"host b.invalid (2 GPUs) is {'lost' if len(left) == 1 else 'back'}"
+        write_plan({"dp": sum(left.values()), "tp": 1, "pp": 1, "max_tokens": 64})
+        return Path("plan.yaml").rename(f"plan-{len(left)}.yaml")
+
+    monkeypatch.setattr("lobra.trainer.restarts.FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr("lobra.trainer.run_hosts.answers", lambda _name: len(launched) == 2)
+    monkeypatch.setattr("lobra.trainer.survivors.plan_on_hosts", planned)
+    monkeypatch.setattr("lobra.commands.train.run_launcher", launch)
+    monkeypatch.setattr("sys.argv", ["lobra", "train", *words])
+    assert main(["train", *words]) == 0
+    given, smaller, whole = (command[command.index("train") + 1 :] for command in launched)
+    assert given == words
+    assert smaller == [*words, "--strategy-config", "plan-1.yaml", "--num-gpus", "2"]
+    assert whole == [*words, "--strategy-config", "plan-2.yaml"]
+    assert ["localhost:0,1" in command for command in launched] == [False, True, False]
