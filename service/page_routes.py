@@ -68,7 +68,7 @@ def health_routes(intake: Intake) -> APIRouter:
 def view_of(intake: Intake, sender: Tenant) -> View:
     """Return what a tenant is shown: an operator everything, others their own."""
     ledger, coordinator = intake.ledger, intake.coordinator
-    why = coordinator.missing_ranks
+    why, whole = coordinator.missing_ranks, intake.deployment.run.plan
     activity, seated = coordinator.tally.view(), frozenset(coordinator.seats.taken)
     shown = None if sender.is_operator else sender.name
     models, waiting = ledger.models_of(shown), ledger.waiting(shown)
@@ -98,6 +98,7 @@ def view_of(intake: Intake, sender: Tenant) -> View:
         ledger.last_checkpoints(shown, MOST_CHECKPOINTS),
         activity if sender.is_operator else None,
         why if why is None or sender.is_operator else "they are started",
+        None if coordinator.deployment.run.plan == whole else whole,
     )
 
 
