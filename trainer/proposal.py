@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
@@ -48,6 +47,8 @@ class PlanningJob:
         What the plan's file calls it.
     num_gpus, gpus_per_node
         What there is to plan for.
+    most_tp
+        The most GPUs of a tensor-parallel group; None: any number.
     """
 
     plan: Plan
@@ -59,6 +60,13 @@ class PlanningJob:
     model: str
     num_gpus: int
     gpus_per_node: int
+    most_tp: int | None = None
+
+    def refusal(self, tp: int, pp: int) -> str | None:
+        """Return why there can be no replica of a layout, None if there can."""
+        if self.most_tp is not None and tp > self.most_tp:
+            return f"tp {tp} is more than a host has GPUs"
+        return layout_problem(self.shape, tp, pp)
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,7 @@ def propose(job: PlanningJob) -> Proposal:
         job.cost_model,
         job.num_gpus,
         Options(batching="packed", gpus_per_node=job.gpus_per_node),
-        refused=partial(layout_problem, job.shape),
+        refused=job.refusal,
     )
     plan = plan_with_meta(found, job.model, job.memory, job.gpus_per_node)
     every = np.linspace(0, job.num_steps - 1, min(job.num_steps, PRICED_STEPS)).astype(int)

@@ -86,7 +86,7 @@ class Replan(FileModel):
         if self.reason is not None:
             return (
                 f"{self.reason}: the run goes on on {self.proposed} instead of {self.present}; "
-                f"a step takes {self.proposed_step_s:.2f} s instead of {self.present_step_s:.2f} s "
+                f"a step takes {self.proposed_step_s:.3g} s instead of {self.present_step_s:.3g} s "
                 f"by prediction"
             )
         what = "the run goes on on another plan" if self.switched else "the plan stays as it is"

@@ -64,8 +64,7 @@ def survivors_plan(run: RunSpec, step: int | None, nodes: Sequence[int]) -> Prop
     if not sum(nodes):
         raise ConfigError("no GPU is left")
     job = planning_job(run.on_gpus(sum(nodes), gcd(*nodes)), tasks, step or 0)
-    in_hosts = tuple(row for row in job.memory.rows if row.tp <= max(nodes))
-    found = propose(replace(job, memory=replace(job.memory, rows=in_hosts)))
+    found = propose(replace(job, most_tp=max(nodes)))
     ranks = place(found.plan, nodes).as_lists()
     return replace(found, plan=replace(found.plan, meta={**found.plan.meta, "ranks": ranks}))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from lobra.common.errors import ConfigError
 from lobra.layout.placement import placed
 from lobra.layout.plan import Plan
+from lobra.profiler.profiles import MemoryProfile
 from lobra.trainer.replanner import note_move, read_replans
 from lobra.trainer.run_spec import Admission, Replanning, RunSpec
 from lobra.trainer.survivors import survivors_plan
@@ -70,8 +72,12 @@ def test_there_is_a_plan_if_the_longest_sequence_fits(
 
 def test_what_would_hold_it_is_named(base: Path, tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", base, LONG)
-    with pytest.raises(ConfigError, match=r"would hold it are out: <1,2>: needs 2 GPUs of 1"):
+    with pytest.raises(ConfigError, match=r"would hold it are out: <1,2>: needs 2 GPUs of 1; <2,1"):
         survivors_plan(run, None, [1])
+    no_pipeline = MemoryProfile(tuple(row for row in MEMORY.rows if row.pp == 1))
+    flat = replace(run, admission=Admission(PLAN, tmp_path, no_pipeline))
+    with pytest.raises(ConfigError, match=r"are out: <2,1>: tp 2 is more than a host has GPUs;"):
+        survivors_plan(flat, None, [1, 1])
     with pytest.raises(ConfigError, match="no GPU is left"):
         survivors_plan(run, None, [0])
 
@@ -85,4 +91,4 @@ def test_it_is_noted_with_what_a_step_takes(base: Path, tmp_path: Path) -> None:
     assert noted.switched and noted.proposed_step_s > noted.present_step_s and noted.gain_s < 0
     said = str(noted)
     assert said.startswith(f"host b (4 GPUs) is lost: the run goes on on {found.plan} instead of")
-    assert f"takes {noted.proposed_step_s:.2f} s instead of {noted.present_step_s:.2f} s" in said
+    assert f"takes {noted.proposed_step_s:.3g} s instead of {noted.present_step_s:.3g} s" in said
