@@ -43,6 +43,7 @@ NumGpus = Annotated[Int, Within(models.NumGpus)]
 NumTokens = Annotated[Int, Within(models.NumTokens)]
 NonNegativeInt = Annotated[Int, Within(models.Count)]
 PositiveNumber = Annotated[float, Within(models.Positive)]
+AwaitHosts = Annotated[float, Within(models.NotNegative), Parameter(metavar="S")]
 Switch = Literal["on", "off"]
 Device = Annotated[Literal["auto", "cpu", "cuda"], Parameter(help="What ranks run on.")]
 
@@ -102,6 +103,7 @@ class LauncherOptions:
 
 
 THIS_MACHINE = LauncherOptions()
+AWAIT_HOSTS_S = 300.0  # in which a machine that was only restarted is back
 
 
 def option_problems(options: Any) -> Problems:

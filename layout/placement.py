@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 from lobra.common.errors import ConfigError
 from lobra.layout.plan import Plan
@@ -126,7 +127,51 @@ def placed_on(plan: Plan, source: str, gpus_per_node: int | Sequence[int]) -> Wo
     return better
 
 
-def is_placeable(plan: Plan, gpus_per_node: int) -> bool:
+def plan_within(plan: Plan, nodes: Sequence[int]) -> Plan:
+    """Return a plan of as many of a plan's replicas as fewer GPUs have room for, placed on them.
+
+    The smallest that takes the plan's longest sequences is among them; of the others large ones
+    come first.
+
+    Parameters
+    ----------
+    plan
+        A plan for more GPUs.
+    nodes
+        The GPUs of each node.
+
+    Raises
+    ------
+    ConfigError
+        There is no room for one that takes the longest sequences.
+    """
+    groups, counts = plan.groups, [0] * len(plan.groups)
+
+    def kept() -> Plan:
+        pairs = zip(groups, counts, strict=True)
+        return Plan(tuple(replace(group, replicas=count) for group, count in pairs if count))
+
+    def is_added(number: int) -> bool:
+        if counts[number] == groups[number].replicas:
+            return False
+        counts[number] += 1
+        has_room = kept().num_gpus <= sum(nodes) and is_placeable(kept(), nodes)
+        counts[number] -= not has_room
+        return has_room
+
+    by_size = sorted(range(len(groups)), key=lambda number: -groups[number].layout.num_gpus)
+    needed = [number for number in by_size if groups[number].max_tokens == plan.max_tokens][-1]
+    if not is_added(needed):
+        raise ConfigError(
+            f"a replica {groups[needed].layout}, which takes sequences of {plan.max_tokens} "
+            f"tokens, has no place on nodes of {[*nodes]} GPUs"
+        )
+    while any(is_added(number) for number in by_size):
+        pass
+    return replace(kept(), meta={"ranks": place(kept(), nodes).as_lists()})
+
+
+def is_placeable(plan: Plan, gpus_per_node: int | Sequence[int]) -> bool:
     """Return whether ``place`` succeeds."""
     try:
         place(plan, gpus_per_node)

@@ -41,6 +41,9 @@ class Coordinator:
 
     Attributes
     ----------
+    deployment
+        Where what is carried out runs; after ranks are lost, another of the same model may take
+        its place.
     missing_ranks
         Why there are no ranks that would carry anything out; None: they are there.
     """
@@ -54,7 +57,6 @@ class Coordinator:
         self.finished = finished
         self.tally = Tally()
         self._changed = threading.Condition()
-        self.passes = PassRunner(deployment, self._order, self.tally)
         self.link: EngineLink | None = None
         self.missing_ranks: str | None = "they load the model"
         self._forget()
@@ -114,6 +116,7 @@ class Coordinator:
         with self._changed:
             self._submitted: list[Job] = []
         self.backlog = Backlog()
+        self.passes = PassRunner(self.deployment, self._order, self.tally)
         self.seats = Seats(
             self.deployment, self.ledger, self.backlog, self._change_slot, self._give_up
         )

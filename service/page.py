@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from lobra.layout.plan import Plan
 from lobra.service.admission import size_text
 from lobra.service.charts import bar, lines
 from lobra.service.deployment import Deployment
@@ -79,6 +80,8 @@ class View:
         What the ranks have done; None: it may not see that.
     missing_ranks
         Why nothing is computed at present, in a sentence; None: it is.
+    whole_plan
+        The plan that was deployed before hosts were lost; None: none are.
     """
 
     tenants: Sequence[TenantLine]
@@ -86,6 +89,7 @@ class View:
     checkpoints: Sequence[CheckpointRow]
     activity: Activity | None
     missing_ranks: str | None
+    whole_plan: Plan | None
 
 
 class _Html(str):
@@ -111,7 +115,11 @@ def sections(deployment: Deployment, view: View) -> str:
     if view.missing_ranks is not None:
         why = f"Requests wait until the ranks are there: {view.missing_ranks}."
         parts.append(_paragraph(why, "missing"))
-    parts += ["<h2>Plan</h2>", *_plan(deployment)]
+    parts.append("<h2>Plan</h2>")
+    if view.whole_plan is not None:
+        lost = f"Hosts are lost: of {view.whole_plan} there is what the others have room for."
+        parts.append(_paragraph(lost, "missing"))
+    parts += _plan(deployment)
     if view.activity is not None:
         parts += ["<h2>Passes</h2>", *_passes(view.activity)]
         parts += ["<h2>Replicas</h2>", _replicas(deployment, view.activity)]
@@ -186,7 +194,8 @@ def _passes(activity: Activity) -> list[str]:
 
 def _replicas(deployment: Deployment, activity: Activity) -> str:
     """Return a line per replica: of its ranks those that are busiest and have most in memory."""
-    recent, world = activity.recent, deployment.run.world
+    world = deployment.run.world
+    recent = [record for record in activity.recent if len(record.busy_s) == world.num_ranks]
     if not recent:
         return _paragraph("None has computed anything yet.", "quiet")
     pass_s = sum(record.pass_s for record in recent)
@@ -195,7 +204,7 @@ def _replicas(deployment: Deployment, activity: Activity) -> str:
     for replica in deployment.run.plan.replicas:
         ranks = world.ranks(replica.index)
         busy_s = max(sum(record.busy_s[rank] for record in recent) for rank in ranks)
-        memory_bytes = max(activity.memory_bytes[rank] for rank in ranks)
+        memory_bytes = max(recent[-1].memory_bytes[rank] for rank in ranks)
         share = busy_s / max(pass_s, 1e-9)
         memory_text = f"{size_text(memory_bytes)} of {size_text(budget_bytes)}"
         rows.append(

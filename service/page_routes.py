@@ -35,11 +35,11 @@ def page_routes(intake: Intake) -> APIRouter:
 
     @routes.get("/")
     def overview(sender: Sender) -> Response:
-        return _html(page(intake.deployment, view_of(intake, sender)))
+        return _html(page(intake.coordinator.deployment, view_of(intake, sender)))
 
     @routes.get("/live")
     def live(sender: Sender) -> Response:
-        return _html(sections(intake.deployment, view_of(intake, sender)))
+        return _html(sections(intake.coordinator.deployment, view_of(intake, sender)))
 
     @routes.get("/metrics")
     def metrics(sender: Sender) -> Response:
@@ -47,7 +47,7 @@ def page_routes(intake: Intake) -> APIRouter:
             raise Refusal(403, f"tenant {sender.name} is no operator; lobra keys add --operator")
         coordinator = intake.coordinator
         waiting, slots = intake.ledger.waiting_of_tenants(), len(coordinator.seats.taken)
-        ranks = 0 if coordinator.missing_ranks else intake.deployment.run.world_size
+        ranks = 0 if coordinator.missing_ranks else intake.coordinator.deployment.run.world_size
         text = as_prometheus(coordinator.tally.view(), waiting, slots, ranks)
         return Response(text, media_type="text/plain; version=0.0.4")
 
@@ -68,7 +68,7 @@ def health_routes(intake: Intake) -> APIRouter:
 def view_of(intake: Intake, sender: Tenant) -> View:
     """Return what a tenant is shown: an operator everything, others their own."""
     ledger, coordinator = intake.ledger, intake.coordinator
-    why = coordinator.missing_ranks
+    why, whole = coordinator.missing_ranks, intake.deployment.run.plan
     activity, seated = coordinator.tally.view(), frozenset(coordinator.seats.taken)
     shown = None if sender.is_operator else sender.name
     models, waiting = ledger.models_of(shown), ledger.waiting(shown)
@@ -98,6 +98,7 @@ def view_of(intake: Intake, sender: Tenant) -> View:
         ledger.last_checkpoints(shown, MOST_CHECKPOINTS),
         activity if sender.is_operator else None,
         why if why is None or sender.is_operator else "they are started",
+        None if coordinator.deployment.run.plan == whole else whole,
     )
 
 

@@ -49,8 +49,8 @@ def on_this_machine(run: RunSpec) -> StartRanks:
     return start
 
 
-def on_hosts(command: Sequence[str], folder: StateFolder) -> StartRanks:
-    """Return what starts ranks by a launcher's command; rank 0 is on this host.
+def on_hosts(command: Callable[[], Sequence[str]], folder: StateFolder) -> StartRanks:
+    """Return what starts ranks by a launcher's command, as it is then; rank 0 is on this host.
 
     Its process is not a child of this one, so the address is in the state folder for it.
     """
@@ -60,7 +60,7 @@ def on_hosts(command: Sequence[str], folder: StateFolder) -> StartRanks:
         folder.rank0_file.unlink(missing_ok=True)
         with os.fdopen(os.open(folder.rank0_file, os.O_CREAT | os.O_WRONLY, 0o600), "w") as file:
             file.write(told)
-        code = run_launcher(command, on_signal)
+        code = run_launcher(command(), on_signal)
         if code not in (0, *EXIT_CODES.values()):
             raise MachineError(
                 f"the launcher of the hosts' ranks ended with exit code {code}: what its ranks, or "

@@ -10,6 +10,8 @@ from cyclopts import Parameter
 
 from lobra.common import models
 from lobra.common.options import (
+    AWAIT_HOSTS_S,
+    AwaitHosts,
     Device,
     Int,
     ModelName,
@@ -55,6 +57,9 @@ class ServeRequest:
     hang_timeout
         Start the ranks again when all have stood still for S seconds; by default 600, and no less
         unless a process is stopped.
+    await_hosts
+        With --host-file: wait S seconds for a host that is lost; then go on without it, on those
+        replicas that the others have room for.
     """
 
     model: ModelName
@@ -72,3 +77,4 @@ class ServeRequest:
     memory_profile: Annotated[Path | None, Parameter(metavar="CSV")] = None
     memory_budget: Annotated[str | None, Parameter(metavar="SIZE")] = None
     hang_timeout: Annotated[PositiveNumber | None, Parameter(metavar="S")] = None
+    await_hosts: AwaitHosts = AWAIT_HOSTS_S

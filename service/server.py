@@ -29,6 +29,7 @@ from lobra.service.ranks import StartRanks, on_this_machine
 from lobra.service.sampling import Sampling
 from lobra.service.tenants import add_tenant, all_tenants
 from lobra.service.waiters import Waiters
+from lobra.trainer.signals import interruptible
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ class Service:
         ready: Callable[[], None],
         on_signal: Callable[[int], None] | None = None,
         start: StartRanks | None = None,
-        await_hosts: Callable[[], None] = lambda: None,
+        after_failure: Callable[[], Deployment | None] = lambda: None,
     ) -> None:
         """Serve until `stop`.
 
@@ -96,8 +97,9 @@ class Service:
             On the main thread told of the first signal, as `run_ranks` does.
         start
             Starts the ranks; by default on this machine.
-        await_hosts
-            Waits, before they are started again, until all hosts are there.
+        after_failure
+            Waits, before they are started again, for what they need; returns the deployment that is
+            started then, None: the one there was.
 
         Raises
         ------
@@ -115,7 +117,7 @@ class Service:
             threading.Thread(target=self.sampling.run, daemon=True).start()
             try:
                 begin = partial(start, str(listener.address), authkey, on_signal)
-                self._keep_ranks(begin, await_hosts)
+                self._keep_ranks(begin, after_failure, on_signal)
             finally:
                 self._stopped.set()
                 self.http.should_exit = True
@@ -128,7 +130,12 @@ class Service:
         self.coordinator.stop()
         self.sampling.stop()
 
-    def _keep_ranks(self, start: Callable[[], None], await_hosts: Callable[[], None]) -> None:
+    def _keep_ranks(
+        self,
+        start: Callable[[], None],
+        after_failure: Callable[[], Deployment | None],
+        on_signal: Callable[[int], None] | None = None,
+    ) -> None:
         """Start the ranks, and again when they have ended, until the service ends."""
         pause_s = FIRST_PAUSE_S
         while True:
@@ -150,9 +157,17 @@ class Service:
                 pause_s = FIRST_PAUSE_S
             self.coordinator.lose_ranks(_in_a_line(why))
             log.error("%s\nrequests wait, the ranks are started again in %.0f s", why, pause_s)
-            if self._stopped.wait(pause_s):
+            try:
+                with interruptible():
+                    if self._stopped.wait(pause_s):
+                        return
+                    other = after_failure()
+            except Interrupted as interruption:
+                if on_signal is not None:
+                    on_signal(interruption.signal)
                 return
-            await_hosts()
+            if other is not None:
+                self.coordinator.deployment = other
             pause_s = min(LONGEST_PAUSE_S, 2 * pause_s)
 
     def _coordinate(self, listener: Listener, ready: Callable[[], None]) -> None:

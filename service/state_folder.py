@@ -67,6 +67,11 @@ class StateFolder:
         """Where rank 0 finds the service, if another host's launcher has started it."""
         return self.path / "rank0.json"
 
+    @property
+    def plan_file(self) -> Path:
+        """The plan that ranks are on while hosts are lost."""
+        return self.path / "plan.yaml"
+
     def model(self, model_id: str) -> Path:
         """Return the folder of a model; its name is checked when it is made."""
         return self.path / MODELS / model_id.replace(":", "_")

@@ -85,8 +85,9 @@ class Tally:
             self.passes += 1
             self._pass_s += record.pass_s
             self._predicted_s += record.predicted_s or 0.0
-            before = self._busy_s or [0.0] * len(record.busy_s)
-            self._busy_s = [sum(pair) for pair in zip(before, record.busy_s, strict=True)]
+            if len(self._busy_s) != len(record.busy_s):  # the first pass of these ranks
+                self._busy_s = [0.0] * len(record.busy_s)
+            self._busy_s = [sum(pair) for pair in zip(self._busy_s, record.busy_s, strict=True)]
             self._recent.append(record)
             for tenant, count in tokens.items():
                 self._tokens[tenant] = self._tokens.get(tenant, 0) + count

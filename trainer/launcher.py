@@ -6,7 +6,6 @@ It runs as a child: stop signals reach it and its ranks once, and nothing outliv
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import signal
 import subprocess
@@ -17,23 +16,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
-from lobra.common.errors import ConfigError
-from lobra.trainer.host_file import first_slots, is_this_host, read_host_file
-from lobra.trainer.remote_host import answers
+from lobra.trainer.host_file import is_this_host
+from lobra.trainer.run_hosts import RunHosts
 from lobra.trainer.signals import SAME_REQUEST_S
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 POLL_S = 0.2
-ASK_AGAIN_S = 10.0  # of a host that does not answer
 #: Of ssh, which pdsh starts for every host: so that it ends with a host that answers no more.
 SSH_OPTIONS = "-o ConnectTimeout=30 -o ServerAliveInterval=15 -o ServerAliveCountMax=3"
-
-log = logging.getLogger(__name__)
 
 
 def launcher_command(
     arguments: Sequence[str],
-    host_file: Path,
+    hosts: RunHosts,
     num_gpus: int,
     server_addr: str | None,
     server_port: int | None,
@@ -44,17 +39,11 @@ def launcher_command(
     Raises
     ------
     ConfigError
-        The host file is unreadable or has fewer slots than the plan has ranks.
+        The hosts have fewer slots than the plan has ranks.
     """
-    slots = read_host_file(host_file)
-    if sum(slots.values()) < num_gpus:
-        raise ConfigError(
-            f"{host_file}: {sum(slots.values())} slots on {len(slots)} hosts, the plan needs "
-            f"{num_gpus}"
-        )
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(host_file)]
-    if sum(slots.values()) > num_gpus:  # deepspeed starts a rank on every slot it is given
-        slots = first_slots(slots, num_gpus)
+    slots = hosts.chosen(num_gpus)
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hosts.file)]
+    if slots != hosts.listed:  # deepspeed starts a rank on every slot it is given
         chosen = (f"{host}:{','.join(map(str, range(count)))}" for host, count in slots.items())
         command += ["--include", "@".join(chosen)]
     if len(slots) == 1:  # deepspeed takes a single host for this one, after asking it by ssh
@@ -127,19 +116,6 @@ def _environment() -> dict[str, str]:
     """
     name = "PDSH_SSH_ARGS_APPEND"
     return {**os.environ, name: f"{os.environ.get(name, '')} {SSH_OPTIONS}".strip()}
-
-
-def await_hosts(host_file: Path, num_gpus: int) -> None:
-    """Wait, as long as it takes, until all hosts that take the first slots answer by ssh."""
-    names = list(first_slots(read_host_file(host_file), num_gpus))
-    if len(names) == 1 and is_this_host(names[0]):
-        return
-    told: list[str] = []
-    while silent := [name for name in names if not answers(name)]:
-        if silent != told:
-            log.warning("waiting for what does not answer by ssh: host %s", ", host ".join(silent))
-        told = silent
-        time.sleep(ASK_AGAIN_S)
 
 
 def _signal_group(group: int, number: int) -> None:

@@ -7,10 +7,9 @@ the process starts in a second and works while the run goes on.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
@@ -48,6 +47,8 @@ class PlanningJob:
         What the plan's file calls it.
     num_gpus, gpus_per_node
         What there is to plan for.
+    most_tp
+        The most GPUs of a tensor-parallel group; None: any number.
     """
 
     plan: Plan
@@ -59,6 +60,13 @@ class PlanningJob:
     model: str
     num_gpus: int
     gpus_per_node: int
+    most_tp: int | None = None
+
+    def refusal(self, tp: int, pp: int) -> str | None:
+        """Return why there can be no replica of a layout, None if there can."""
+        if self.most_tp is not None and tp > self.most_tp:
+            return f"tp {tp} is more than a host has GPUs"
+        return layout_problem(self.shape, tp, pp)
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,7 @@ def propose(job: PlanningJob) -> Proposal:
         job.cost_model,
         job.num_gpus,
         Options(batching="packed", gpus_per_node=job.gpus_per_node),
-        refused=partial(layout_problem, job.shape),
+        refused=job.refusal,
     )
     plan = plan_with_meta(found, job.model, job.memory, job.gpus_per_node)
     every = np.linspace(0, job.num_steps - 1, min(job.num_steps, PRICED_STEPS)).astype(int)
@@ -112,22 +120,23 @@ def step_times_s(
 class PlanningProcess:
     """Plans in a process of its own, which ends with this one."""
 
-    def __init__(self, job: PlanningJob) -> None:
+    def __init__(self, plan: Callable[[], Proposal]) -> None:
+        """Start the process: what is called there can be pickled."""
         context = get_context("spawn")
         self._results, answers = context.Pipe(duplex=False)
-        self._process = context.Process(target=_work, args=(job, answers), daemon=True)
+        self._process = context.Process(target=_work, args=(plan, answers), daemon=True)
         self._process.start()
         answers.close()
 
-    def result(self) -> Proposal | None:
-        """Return the proposal, None as long as there is none.
+    def result(self, wait_s: float | None = 0.0) -> Proposal | None:
+        """Return the proposal, None if there is none yet after so long; None: wait for it.
 
         Raises
         ------
         ConfigError
             If there is no plan, or the process failed.
         """
-        if not self._results.poll():
+        if not self._results.poll(wait_s):
             return None
         try:
             found = self._results.recv()
@@ -145,10 +154,10 @@ class PlanningProcess:
         self._results.close()
 
 
-def _work(job: PlanningJob, answers: Connection) -> None:
+def _work(plan: Callable[[], Proposal], answers: Connection) -> None:
     os.nice(NICENESS)
     with suppress(BrokenPipeError):  # the run has ended meanwhile
         try:
-            answers.send(propose(job))
+            answers.send(plan())
         except ConfigError as error:
             answers.send(error)

@@ -13,13 +13,16 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 
 from lobra.common.errors import ConfigError
 from lobra.common.files import write_atomic
 from lobra.common.models import FileModel, load_as
+from lobra.layout.plan import Plan
 from lobra.layout.sequences import Batching
 from lobra.planner.workload import Workload
 from lobra.profiler.capacity import fitted_to
@@ -28,7 +31,7 @@ from lobra.tasks.config import TaskConfig
 from lobra.tasks.kinds import ADAMW_8BIT
 from lobra.trainer.admission import base_shape
 from lobra.trainer.evaluation import held_out_data
-from lobra.trainer.proposal import PlanningJob, PlanningProcess, Proposal
+from lobra.trainer.proposal import PlanningJob, PlanningProcess, Proposal, propose
 from lobra.trainer.request import TrainRequest
 from lobra.trainer.run_spec import Admission, RunSpec
 from lobra.trainer.task_progress import RunTask
@@ -61,6 +64,9 @@ class Replan(FileModel):
         When, in seconds since 1970.
     pause_s
         What switching took, from this decision to the next step.
+    reason
+        Which GPUs are lost or back, so that the run goes on on the other plan whatever that costs
+        (0 here); times are as predicted. None: none are.
     """
 
     step: int
@@ -74,8 +80,15 @@ class Replan(FileModel):
     switched: bool
     decided_at: float
     pause_s: float | None = None
+    reason: str | None = None
 
     def __str__(self) -> str:
+        if self.reason is not None:
+            return (
+                f"{self.reason}: the run goes on on {self.proposed} instead of {self.present}; "
+                f"a step takes {self.proposed_step_s:.3g} s instead of {self.present_step_s:.3g} s "
+                f"by prediction"
+            )
         what = "the run goes on on another plan" if self.switched else "the plan stays as it is"
         return (
             f"{what}: {self.proposed} instead of {self.present} gains {self.gain_s:.1f} s in the "
@@ -100,6 +113,38 @@ def _write_replans(run: Path, replans: Sequence[Replan]) -> None:
         write_atomic(run / FILE, json.dumps([asdict(one) for one in replans], indent=1) + "\n")
     except OSError as error:  # no reason to end a run
         log.warning("%s: cannot be written (%s)", run / FILE, error.strerror)
+
+
+def note_move(run: Path, proposal: Proposal, present: Plan, step: int, reason: str) -> Replan:
+    """Return, and note in a run's folder, that it goes on on another plan as its GPUs are others.
+
+    Parameters
+    ----------
+    run
+        The folder.
+    proposal, present
+        The plan, beside the one it has.
+    step
+        The steps made.
+    reason
+        Which are lost or back.
+    """
+    present_s, proposed_s = fmean(proposal.present_s), fmean(proposal.proposed_s)
+    noted = Replan(
+        step=step,
+        present=str(present),
+        proposed=str(proposal.plan),
+        num_steps=proposal.num_steps,
+        present_step_s=present_s,
+        proposed_step_s=proposed_s,
+        gain_s=proposal.num_steps * (present_s - proposed_s),
+        cost_s=0.0,
+        switched=True,
+        decided_at=time.time(),
+        reason=reason,
+    )
+    _write_replans(run, [*read_replans(run), noted])
+    return noted
 
 
 def process_age_s() -> float:
@@ -130,18 +175,19 @@ def replanning_problems(
     return [f"--replan auto: {problem}" for problem in problems]
 
 
-def planning_job(run: RunSpec, tasks: Sequence[RunTask], step: int, num_gpus: int) -> PlanningJob:
+def planning_job(run: RunSpec, tasks: Sequence[RunTask], step: int) -> PlanningJob:
     """Return what is to be planned for after ``step`` steps of a run.
 
     Raises
     ------
     ConfigError
-        If it is not known what fits beside the tasks' adapters.
+        If no task has steps left, or it is not known what fits beside the tasks' adapters.
     """
     assert run.replanning is not None and run.admission is not None
     if run.admission.memory is None:
         raise ConfigError("there is no memory profile")
-    going_on = [task for task in tasks if task.progress.steps_left]
+    if not (going_on := [task for task in tasks if task.progress.steps_left]):
+        raise ConfigError("no task has steps left")
     configs = [task.config for task in tasks]
     shape = base_shape(run)
     held_out = {name: held_out_data(run, name) for name in (t.config.name for t in going_on)}
@@ -165,7 +211,7 @@ def planning_job(run: RunSpec, tasks: Sequence[RunTask], step: int, num_gpus: in
         cost_model=run.cost_model,
         shape=shape,
         model=run.replanning.model,
-        num_gpus=num_gpus,
+        num_gpus=run.replanning.num_gpus,
         gpus_per_node=run.replanning.gpus_per_node,
     )
 
@@ -196,9 +242,8 @@ class Replanner:
         try:
             if before not in (None, attending):
                 self.end()
-                assert run.replanning is not None
-                job = planning_job(run, tasks, step, run.replanning.num_gpus)
-                self._process = PlanningProcess(job)
+                job = planning_job(run, tasks, step)
+                self._process = PlanningProcess(partial(propose, job))
             proposal = None if self._process is None else self._process.result()
         except ConfigError as error:
             log.warning("the plan stays as it is: %s", error)

@@ -9,7 +9,9 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from lobra.common.options import (
+    AWAIT_HOSTS_S,
     NOT_AN_OPTION,
+    AwaitHosts,
     DataDir,
     Device,
     Int,
@@ -93,6 +95,9 @@ class TrainRequest:
     max_restarts
         Start again from the newest checkpoint, at most N times, when a rank dies or stands still or
         a file system fails.
+    await_hosts
+        With --host-file and --max-restarts: wait S seconds for a host that is lost; then go on
+        without it, where spare slots or --replan auto allow that.
     watch_tasks
         Look at the task file between steps: tasks that are added to it join the run, those that are
         taken out of it leave.
@@ -148,6 +153,7 @@ class TrainRequest:
     torch_profiler: Annotated[str | None, Parameter(metavar="STEPS")] = None
     hang_timeout: Annotated[PositiveNumber | None, Parameter(metavar="S")] = None
     max_restarts: NonNegativeInt = 0
+    await_hosts: AwaitHosts = AWAIT_HOSTS_S
     watch_tasks: bool = False
     replan: Literal["auto", "off"] = "off"
     deterministic: bool = False

@@ -7,28 +7,28 @@ same adapters, bit for bit on the same plan, as one that was not disturbed.
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 
-from lobra.common.errors import MachineError
+from lobra.common.errors import ConfigError, MachineError
 from lobra.common.files import remove_folder
 from lobra.common.words import counted
 from lobra.layout.plan import load_plan
+from lobra.model.launch import Interrupted
 from lobra.model.rank_results import RankError
 from lobra.trainer.checkpoint import newest_whole, read_state
 from lobra.trainer.checkpoint_folder import list_checkpoints, step_folder
-from lobra.trainer.live_tasks import at_checkpoint, starting_tasks, tasks_at
+from lobra.trainer.live_tasks import at_checkpoint
 from lobra.trainer.log_parts import log_files, remove_log
-from lobra.trainer.proposal import propose
 from lobra.trainer.rank import RankResult
-from lobra.trainer.replanner import planning_job
+from lobra.trainer.replanner import note_move
 from lobra.trainer.run_config import note_restart
 from lobra.trainer.run_spec import ADAPTER_FOLDER, PLAN_FOLDER, RunSpec
+from lobra.trainer.signals import interruptible
+from lobra.trainer.survivors import gpus_left, survivors_plan
 
 log = logging.getLogger(__name__)
 
@@ -82,18 +82,30 @@ def run_with_restarts(
     ------
     RankError, MachineError
         The last failure, with a note how to go on.
+    Interrupted
+        A stop signal came while there was nothing to save, with such a note if there are steps.
     """
     restarts = Restarts(run.output_dir, most)
     given = run
     while True:
         try:
             results = start(run)
+        except Interrupted as interruption:
+            if list_checkpoints(run.output_dir):
+                interruption.add_note(how_to_go_on(run.output_dir))
+            raise
         except (RankError, MachineError) as error:
             if not restarts.are_left:
                 error.add_note(how_to_go_on(run.output_dir))
                 raise
-            step = restarts.next("\n".join([str(error), *getattr(error, "__notes__", ())]))
-            given = _on_what_is_left(given, step)
+            try:
+                with _pause(run.output_dir):
+                    step = restarts.next("\n".join([str(error), *getattr(error, "__notes__", ())]))
+                    given = _on_what_is_left(given, step)
+            except ConfigError as refusal:
+                error.add_note(f"GPUs are lost, and there is no plan for the rest: {refusal}")
+                error.add_note(how_to_go_on(run.output_dir))
+                raise error from None
         else:
             if (plan := results[0].next_plan) is None:
                 return results
@@ -101,6 +113,17 @@ def run_with_restarts(
             given = given.on_plan(load_plan(plan))
         revive = given.revive if step == given.resume_step else ()  # later ones have them alive
         run = note_restart(replace(_at_step(given, step), resume_step=step, revive=revive))
+
+
+@contextmanager
+def _pause(folder: Path) -> Iterator[None]:
+    """Have a stop signal between two starts of a run raise `Interrupted`, with how to go on."""
+    try:
+        with interruptible():
+            yield
+    except Interrupted as interruption:
+        interruption.add_note(how_to_go_on(folder))
+        raise
 
 
 def _at_step(run: RunSpec, step: int | None) -> RunSpec:
@@ -118,29 +141,13 @@ def _on_what_is_left(run: RunSpec, step: int | None) -> RunSpec:
     ConfigError
         There is no such plan.
     """
-    if run.replanning is None or (left := gpus_left(run)) >= run.plan.num_gpus:
+    needed = run.plan.num_gpus
+    if run.replanning is None or (left := gpus_left(run)) >= needed:
         return run
-    if step is None:
-        tasks = starting_tasks(run)
-    else:
-        tasks = tasks_at(run, read_state(run.output_dir, step, whole=False))
-    proposal = propose(planning_job(_at_step(run, step), tasks, step or 0, left))
-    log.warning(
-        "%d of %d GPUs are left: the run goes on on %s, predicted to take %.2f s a step",
-        left, run.plan.num_gpus, proposal.plan, fmean(proposal.proposed_s),
-    )  # fmt: skip
-    return replace(run.on_plan(proposal.plan), replanning=replace(run.replanning, num_gpus=left))
-
-
-def gpus_left(run: RunSpec) -> int:
-    """Return how many GPUs of this machine answer; on a CPU all ranks that a plan asks for do."""
-    if run.device == "cpu":
-        return run.plan.num_gpus
-    code = "import torch; print(torch.cuda.device_count())"
-    found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
-    )
-    return int(found.stdout) if found.stdout.strip().isdecimal() else 0
+    found = survivors_plan(run, step, [left])
+    why = f"{left} of {needed} GPUs are left"
+    log.warning("%s", note_move(run.output_dir, found, run.plan, step or 0, why))
+    return run.on_plan(found.plan).on_gpus(left, left)
 
 
 def launch_with_restarts(
@@ -148,7 +155,7 @@ def launch_with_restarts(
     launch: Callable[[Sequence[str]], int],
     folder: Path,
     most: int,
-    await_hosts: Callable[[Path | None], None] = lambda _: None,
+    after_failure: Callable[[int | None, Path | None], Path | None] = lambda _, plan: plan,
 ) -> int:
     """Return the exit code of a launcher that is started again after failures.
 
@@ -165,8 +172,14 @@ def launch_with_restarts(
         The run's, in which there was nothing of a run, or the run that goes on.
     most
         How many restarts there may be.
-    await_hosts
-        Waits, before it is started again, until all hosts that a plan needs are there.
+    after_failure
+        Given where the run goes on from, and the plan it has, waits for what the launcher needs;
+        returns the plan to go on on.
+
+    Raises
+    ------
+    Interrupted
+        A stop signal came between two starts, with a note how to go on.
     """
     restarts = Restarts(folder, most)
     step, plan = None, None
@@ -182,36 +195,14 @@ def launch_with_restarts(
             log.error("the launcher ended with exit code %d; %s", code, how_to_go_on(folder))
             return code
         else:
-            step = restarts.next(f"the launcher ended with exit code {code}")
-            await_hosts(plan)
+            with _pause(folder):
+                step = restarts.next(f"the launcher ended with exit code {code}")
+                plan = after_failure(step, plan)
 
 
 def _plans_in(folder: Path) -> set[tuple[Path, int]]:
     """Return the plans that a run was to go on on so far, and when each was written."""
     return {(file, file.stat().st_mtime_ns) for file in (folder / PLAN_FOLDER).glob("*.yaml")}
-
-
-def with_resume(arguments: Sequence[str], step: int | None, plan: Path | None = None) -> list[str]:
-    """Return a command line's arguments with `--resume step` for what they say of it, if any.
-
-    With a plan, this is the one that counts.
-    """
-    if step is None:
-        return list(arguments)
-    rest = without_option(arguments, "--resume", str.isdigit)
-    other = [] if plan is None else ["--strategy-config", str(plan)]  # the last one counts
-    return [*rest, *other, "--resume", str(step)]
-
-
-def without_option(
-    arguments: Sequence[str], name: str, is_value: Callable[[str], bool] = lambda _: True
-) -> list[str]:
-    """Return a command line's arguments without an option and what follows it as its value."""
-    return [
-        word
-        for word, before in zip(arguments, ["", *arguments], strict=False)
-        if word.partition("=")[0] != name and not (before == name and is_value(word))
-    ]
 
 
 def forget_steps(folder: Path) -> None:

@@ -195,6 +195,12 @@ class RunSpec:
         assert world is not None and self.admission is not None
         return replace(self, plan=plan, world=world, admission=replace(self.admission, plan=plan))
 
+    def on_gpus(self, num_gpus: int, gpus_per_node: int) -> RunSpec:
+        """Return the run as it is planned anew where it may use no more GPUs than these."""
+        assert self.replanning is not None
+        most = min(num_gpus, self.replanning.num_gpus)
+        return replace(self, replanning=Replanning(self.replanning.model, most, gpus_per_node))
+
     def data_folder(self, task: int | str) -> Path:
         """Return where a task's tokenised sequences lie; it is known by number or name."""
         return self.output_dir / DATA_FOLDER / self._name(task)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -46,6 +46,9 @@ class TaskChecks:
         The folder that paths of tasks must lie in; None: anywhere.
     starts
         Whether tasks begin anew: those of a run that goes on have their adapters in its checkpoint.
+    is_over
+        Says of a task with its data whether it takes part in no step any more, so that a plan need
+        not hold its sequences.
     """
 
     processor: TextProcessor
@@ -55,6 +58,7 @@ class TaskChecks:
     batching: Batching | None
     confine: Path | None = None
     starts: bool = True
+    is_over: Callable[[TaskConfig, TokenizedDataset], bool] = lambda _task, _data: False
 
     def data_of(self, task: TaskConfig) -> tuple[TokenizedDataset | None, Problems]:
         """Return a task's data, None if there are none, and what is wrong with it and them.
@@ -77,7 +81,7 @@ class TaskChecks:
                 f"objective = {task.objective!r}: bucketed micro-batches have a sequence a row and "
                 "no examples of several: give --batching packed, or plan so"
             )
-        if data is not None and self.plan is not None:
+        if data is not None and self.plan is not None and not self.is_over(task, data):
             problems += too_long(task, data, self.plan, self.batching)
         if data is not None and self.shape is not None:
             problems += _foreign_tokens(task, data, self.shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from lobra.common.errors import Problems
@@ -84,6 +84,7 @@ def read_tasks(
         batching,
         request.confine,
         not request.is_resumed,
+        partial(_is_over, request, state),
     )
     kept: list[tuple[TaskConfig, TokenizedDataset]] = []
     num_wanted = 0
@@ -101,6 +102,21 @@ def read_tasks(
         buckets = problems.result_of(fixed_buckets, request.num_buckets, datasets, inputs.plan)
     training, validation = zip(*(split(*pair, request.seed) for pair in kept), strict=True)
     return TrainedTasks(nothing.data_day, tasks, datasets, training, validation, buckets or ())
+
+
+def _is_over(
+    request: TrainRequest,
+    state: CheckpointState | None,
+    task: TaskConfig,
+    data: TokenizedDataset,
+) -> bool:
+    """Return whether a task was over at a checkpoint, and is not to go on."""
+    if state is None or (made := state.progress.get(task.name)) is None:
+        return False
+    if made.stopped is not None:
+        return task.name not in request.revive
+    training, _ = split(task, data, request.seed)
+    return made.steps >= num_steps(task, training.num_examples)
 
 
 def last_step(

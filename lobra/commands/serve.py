@@ -6,17 +6,21 @@ import importlib.util
 import logging
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lobra.commands.launched import run_launched
 from lobra.common.errors import ConfigError
 from lobra.common.options import THIS_MACHINE, LauncherOptions, option_problems, within_bounds
+from lobra.layout.placement import plan_within
+from lobra.layout.plan import save_plan
 from lobra.service.request import ServeRequest
-from lobra.trainer.host_file import is_this_host, read_host_file
-from lobra.trainer.launcher import await_hosts, launcher_command
+from lobra.trainer.arguments import on_plan
+from lobra.trainer.host_file import is_this_host
+from lobra.trainer.launcher import launcher_command
+from lobra.trainer.run_hosts import RunHosts
 from lobra.trainer.signals import EXIT_CODES
 
 if TYPE_CHECKING:
@@ -55,31 +59,79 @@ def serve(*, request: ServeRequest, launcher: LauncherOptions = THIS_MACHINE) ->
     if in_launcher():
         return _serve_in_launcher(request, is_served_here=launcher.host_file is None)
     problems = option_problems(launcher)
-    slots: Sequence[int] = ONE_MACHINE
+    hosts: RunHosts | None = None
     if launcher.host_file is not None:
         with problems.noted():
-            slots = _slots(launcher.host_file)
+            hosts = _hosts(launcher.host_file, request)
+    slots = ONE_MACHINE if hosts is None else tuple(hosts.slots.values())
     deployment = prepare_deployment(request, slots, problems)
-    if launcher.host_file is None:
+    if hosts is None:
         return _serve(deployment, request, on_this_machine(deployment.run))
-    num_ranks = deployment.run.world_size
-    command = launcher_command(
-        sys.argv[2:], launcher.host_file, num_ranks, launcher.server_addr, launcher.server_port,
-        "serve",
-    )  # fmt: skip
-    start = on_hosts(command, deployment.state_folder)
-    return _serve(deployment, request, start, partial(await_hosts, launcher.host_file, num_ranks))
+    hosted = _OnHosts(request, launcher, hosts, deployment, deployment)
+    start = on_hosts(hosted.command, deployment.state_folder)
+    return _serve(deployment, request, start, hosted.after_failure)
 
 
-def _slots(host_file: Path) -> Sequence[int]:
-    """Return how many ranks each host takes; ConfigError if this is not the first one."""
-    slots = read_host_file(host_file)
-    if not is_this_host(first := next(iter(slots))):
+def _hosts(host_file: Path, request: ServeRequest) -> RunHosts:
+    """Return the hosts of a file; ConfigError if this is not the first one."""
+    hosts = RunHosts.read(host_file, request.await_hosts)
+    if not is_this_host(first := next(iter(hosts.listed))):
         raise ConfigError(
             f"{host_file}: its first host is {first}, which this machine is not; a service listens "
             f"on the first host: start it there, or list this one first"
         )
-    return tuple(slots.values())
+    return hosts
+
+
+@dataclass
+class _OnHosts:
+    """A service on hosts, some of which may be lost for now.
+
+    Attributes
+    ----------
+    request, launcher, hosts
+        What is served, and where.
+    whole, present
+        The deployment on all hosts, and the one that is there.
+    """
+
+    request: ServeRequest
+    launcher: LauncherOptions
+    hosts: RunHosts
+    whole: Deployment
+    present: Deployment
+
+    def command(self) -> list[str]:
+        """Return the launcher's command that starts the ranks."""
+        words = sys.argv[2:]
+        if self.present is not self.whole:
+            words = on_plan(words, self.whole.state_folder.plan_file)
+        return launcher_command(
+            words, self.hosts, self.present.run.world_size,
+            self.launcher.server_addr, self.launcher.server_port, "serve",
+        )  # fmt: skip
+
+    def after_failure(self) -> Deployment:
+        """Wait for hosts; return the deployment on those that are there."""
+        found = self.hosts.after_failure(self.present.run.plan, self._without_lost)
+        self.present = found or self.present
+        return self.present
+
+    def _without_lost(self, left: Mapping[str, int], reason: str) -> Deployment:
+        """Return a deployment on the hosts that are left; ConfigError if there is none."""
+        from lobra.service.deployment import prepare_deployment
+
+        found = self.whole
+        if len(left) < len(self.hosts.listed):
+            plan = plan_within(found.run.plan, tuple(left.values()))
+            file = save_plan(plan, found.state_folder.plan_file)
+            smaller = replace(self.request, strategy_config=str(file), memory=None)
+            found = prepare_deployment(smaller, tuple(left.values()))
+        log.warning(
+            "%s: the service goes on on %s instead of %s",
+            reason, found.run.plan, self.present.run.plan,
+        )  # fmt: skip
+        return found
 
 
 def _serve_in_launcher(request: ServeRequest, is_served_here: bool) -> int:
@@ -122,7 +174,7 @@ def _serve(
     deployment: Deployment,
     request: ServeRequest,
     start: StartRanks,
-    await_hosts: Callable[[], None] = lambda: None,
+    after_failure: Callable[[], Deployment | None] = lambda: None,
 ) -> int:
     """Serve until a signal; return the exit code."""
     from lobra.service.server import Service
@@ -141,5 +193,5 @@ def _serve(
         log.warning("%s: ending after the pass in progress", signal.Signals(number).name)
         service.stop()
 
-    service.run(ready, stop, start, await_hosts)
+    service.run(ready, stop, start, after_failure)
     return EXIT_CODES.get(received[0], 0) if received else 0

@@ -20,14 +20,15 @@ from lobra.common.options import (
     from_environment,
     option_problems,
 )
-from lobra.layout.layout import MEMORY_POLICIES
-from lobra.layout.plan import load_plan
+from lobra.layout.plan import Plan, load_plan
 from lobra.model.launch import Interrupted
 from lobra.report.run_report import print_run_report
+from lobra.trainer.arguments import on_plan, with_resume, without_option
 from lobra.trainer.checkpoint_folder import list_checkpoints, step_folder
-from lobra.trainer.launcher import await_hosts, launcher_command, run_launcher
+from lobra.trainer.launcher import launcher_command, run_launcher
 from lobra.trainer.log_parts import log_files
 from lobra.trainer.request import TrainRequest
+from lobra.trainer.run_hosts import RunHosts
 from lobra.trainer.signals import EXIT_CODES
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,10 @@ def train(
     dispatch = from_environment("EXPR_DATA_DISPATCH", DISPATCH_MODES, os.environ, problems)
     if launcher.host_file is not None and not in_launcher():
         problems += option_problems(request)
-        return _through_launcher(launcher, launcher.host_file, request, problems)
+        try:
+            return _through_launcher(launcher, launcher.host_file, request, problems)
+        except Interrupted as error:
+            return _end_of(error)
     if request.batching == "packed" and (dp_bucket or dispatch):
         log.warning("DP_BUCKET and EXPR_DATA_DISPATCH are for bucketed micro-batches: no effect")
         dp_bucket = dispatch = None
@@ -87,8 +91,7 @@ def train(
         try:
             spec, results = train_here(request)
         except Interrupted as error:
-            print(f"lobra: {error} before the first step; nothing to save", file=sys.stderr)
-            return EXIT_CODES[error.signal]
+            return _end_of(error)
         result = results[0]
     if result.next_plan is not None:
         print(
@@ -103,6 +106,13 @@ def train(
     folder = step_folder(spec.output_dir, result.stopped_at)
     print(f"stopped; saved {folder}; go on with the same command and --resume", file=sys.stderr)
     return EXIT_CODES.get(result.stop_signal or 0, 1)
+
+
+def _end_of(error: Interrupted) -> int:
+    """Say how a run that was interrupted goes on; return the exit code."""
+    notes = getattr(error, "__notes__", ["before the first step, nothing to save"])
+    print(f"lobra: {error}: {'; '.join(notes)}", file=sys.stderr)
+    return EXIT_CODES[error.signal]
 
 
 def _show_report(folder: Path) -> None:
@@ -121,31 +131,40 @@ def _through_launcher(
     launcher: LauncherOptions, host_file: Path, request: TrainRequest, problems: Problems
 ) -> int:
     """Start deepspeed's launcher on the hosts of the host file and return its exit code."""
-    from lobra.trainer.restarts import launch_with_restarts, with_resume, without_option
+    from lobra.trainer.restarts import launch_with_restarts
     from lobra.trainer.run_folder import occupied
+    from lobra.trainer.survivors import plan_on_hosts
 
-    def num_gpus(plan: Path | None) -> int:
-        return load_plan(plan or request.strategy_config).num_gpus
-
-    def hosts_are_there(plan: Path | None) -> None:
-        await_hosts(host_file, num_gpus(plan))
+    def loaded(plan: Path | None) -> Plan:
+        return load_plan(plan or request.strategy_config)
 
     def command(step: int | None, plan: Path | None) -> list[str]:
         given = sys.argv[2:]
         if step is not None and step != begun:  # later checkpoints have the revived tasks alive
             given = without_option(given, "--revive")
-        if plan is not None:  # says itself what its replicas keep
-            for option in ("--memory", "--gradient-checkpointing"):
-                given = without_option(given, option, MEMORY_POLICIES.__contains__)
-        arguments = with_resume(given, step, plan)
+        arguments = with_resume(on_plan(given, plan), step)
+        if hosts.lost:  # or the ranks would plan for them
+            arguments += ["--num-gpus", str(min(most, sum(hosts.slots.values())))]
         return launcher_command(
-            arguments, host_file, num_gpus(plan), launcher.server_addr, launcher.server_port
+            arguments, hosts, loaded(plan).num_gpus, launcher.server_addr, launcher.server_port
         )
+
+    def after_failure(step: int | None, plan: Path | None) -> Path | None:
+        now = replace(request, num_gpus=most, resume=None if step is None else (step,))
+        if step != begun:
+            now = replace(now, revive=())
+        if plan is not None:
+            now = replace(now, strategy_config=str(plan), memory=None)
+        present = loaded(plan)
+        plan_anew = partial(plan_on_hosts, now, present, hosts.chosen(present.num_gpus))
+        return hosts.after_failure(present, plan_anew) or plan
 
     begun = request.resume_step or max(list_checkpoints(request.output_dir), default=None)
     with problems.noted():
+        hosts = RunHosts.read(host_file, request.await_hosts)
+        most = request.num_gpus or loaded(None).num_gpus
         command(None, None)
     problems.raise_if_any()
     is_ours = request.is_resumed or not occupied(request.output_dir)  # else the ranks will say so
-    most = request.max_restarts if is_ours else 0
-    return launch_with_restarts(command, run_launcher, request.output_dir, most, hosts_are_there)
+    restarts = request.max_restarts if is_ours else 0
+    return launch_with_restarts(command, run_launcher, request.output_dir, restarts, after_failure)

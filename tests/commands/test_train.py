@@ -26,6 +26,7 @@ from lobra.trainer.metrics import read_metrics
 from lobra.trainer.plan_checks import node_sizes, place_plan
 from lobra.trainer.request import TrainRequest
 from lobra.trainer.run import host_problems, local_world_size, nodes_of, sourced_environment
+from lobra.trainer.run_hosts import RunHosts
 from tests.trainer.command import refused, train, write_config, write_plan
 from tests.trainer.support import make_plan, make_run, random_dataset, small_task
 
@@ -389,16 +390,16 @@ def test_host_files(tmp_path: Path) -> None:
     path = tmp_path / "hosts"
     path.write_text("# ours\nalpha slots=8\nbeta slots=4 # half\n\n")
     assert read_host_file(path) == {"alpha": 8, "beta": 4}
-    command = launcher_command(["--model", "7B"], path, 12, "10.0.0.1", 29500)
+    command = launcher_command(["--model", "7B"], RunHosts.read(path, 0.0), 12, "10.0.0.1", 29500)
     assert command[command.index("--hostfile") + 1] == str(path)
     assert "--include" not in command
-    fewer = launcher_command([], path, 10, None, None)
+    fewer = launcher_command([], RunHosts.read(path, 0.0), 10, None, None)
     assert fewer[fewer.index("--include") + 1] == "alpha:0,1,2,3,4,5,6,7@beta:0,1"
     assert not {"--no_ssh_check", "--force_multi"} & {*command, *fewer}
     assert command[command.index("--master_addr") + 1] == "10.0.0.1"
     assert command[-4:] == ["lobra.cli", "train", "--model", "7B"]
     with pytest.raises(ConfigError, match="12 slots on 2 hosts, the plan needs 16"):
-        launcher_command([], path, 16, None, None)
+        launcher_command([], RunHosts.read(path, 0.0), 16, None, None)
     path.write_text("alpha\nbeta slots=x\nbeta slots=1\nbeta slots=2\ngamma 8\n")
     with pytest.raises(ConfigError) as caught:
         read_host_file(path)
@@ -410,12 +411,12 @@ def test_a_host_file_of_one_host(tmp_path: Path) -> None:
     path = tmp_path / "hosts"
     for name in ("localhost", "127.0.0.1", platform.node()):
         path.write_text(f"{name} slots=2\nother.invalid slots=2\n")
-        here = launcher_command([], path, 2, None, 29500)
+        here = launcher_command([], RunHosts.read(path, 0.0), 2, None, 29500)
         assert "--no_ssh_check" in here
         assert here[here.index("--master_addr") + 1] == "127.0.0.1"
-    assert "10.0.0.1" in launcher_command([], path, 2, "10.0.0.1", 29500)
+    assert "10.0.0.1" in launcher_command([], RunHosts.read(path, 0.0), 2, "10.0.0.1", 29500)
     path.write_text("other.invalid slots=2\n")
-    there = launcher_command([], path, 2, None, None)
+    there = launcher_command([], RunHosts.read(path, 0.0), 2, None, None)
     assert "--force_multi" in there
     assert not {"--no_ssh_check", "--master_addr"} & {*there}
 
@@ -472,3 +473,41 @@ def test_a_plan_made_anew_says_itself_what_is_kept(
     kept = [word for word in words if word not in option]
     again = ["--strategy-config", "run/plans/step_6.yaml", "--resume", "6"]
     assert launched == [words, [*kept, *again]]
+
+
+def test_ranks_are_started_on_the_hosts_that_are_left(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a plan for them, which is told to plan for no more; with all, once all are back."""
+    write_config()
+    write_plan({"dp": 4, "tp": 1, "pp": 1, "max_tokens": 64})
+    Path("hosts").write_text("localhost slots=2\nb.invalid slots=2\n")
+    words = ["--model", str(place), "--trainer-config", "tasks.json", "--strategy-config"]
+    words += ["plan.yaml", "--output-dir", "run", "--host-file", "hosts", "--replan", "auto"]
+    words += ["--max-restarts", "2", "--await-hosts", "0"]
+    launched: list[list[str]] = []
+
+    def launch(command: list[str]) -> int:
+        launched.append(command)
+        return [1, 1, 0][len(launched) - 1]
+
+    def planned(
+        request: TrainRequest, present: Plan, ranks: dict[str, int], left: dict[str, int], why: str
+    ) -> Path:
+        assert request.num_gpus == 4
+        assert sum(ranks.values()) == present.num_gpus == 4 - 2 * (len(launched) - 1)
+        assert why == f"host b.invalid (2 GPUs) is {'lost' if len(left) == 1 else 'back'}"
+        write_plan({"dp": sum(left.values()), "tp": 1, "pp": 1, "max_tokens": 64})
+        return Path("plan.yaml").rename(f"plan-{len(left)}.yaml")
+
+    monkeypatch.setattr("lobra.trainer.restarts.FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr("lobra.trainer.run_hosts.answers", lambda _name: len(launched) == 2)
+    monkeypatch.setattr("lobra.trainer.survivors.plan_on_hosts", planned)
+    monkeypatch.setattr("lobra.commands.train.run_launcher", launch)
+    monkeypatch.setattr("sys.argv", ["lobra", "train", *words])
+    assert main(["train", *words]) == 0
+    given, smaller, whole = (command[command.index("train") + 1 :] for command in launched)
+    assert given == words
+    assert smaller == [*words, "--strategy-config", "plan-1.yaml", "--num-gpus", "2"]
+    assert whole == [*words, "--strategy-config", "plan-2.yaml"]
+    assert ["localhost:0,1" in command for command in launched] == [False, True, False]

@@ -1,4 +1,4 @@
-"""A host that is lost is named by the others, in seconds; when it is back, the run goes on."""
+"""A host that is lost is named by the others, in seconds; the run goes on with or without it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from lobra.cli import main
+from lobra.trainer.metrics import read_metrics
+from lobra.trainer.replanner import read_replans
 from tests.assets.golden.make import training_arguments
 from tests.machines.nodes import INTERFACE, Node, clean_environment, write_ssh
 from tests.machines.test_nodes import arguments
@@ -111,3 +113,35 @@ def test_a_run_goes_on_when_it_is_back(place: Path, nodes: tuple[Node, Node]) ->
     assert expected.keys() == found.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
+
+
+def test_a_run_goes_on_without_it(place: Path, nodes: tuple[Node, Node]) -> None:
+    """On a plan for the node that is left, to the adapters of a run that nothing disturbed."""
+    write_ssh(place / "bin", nodes)
+    Path("hosts.txt").write_text("lobra-0 slots=1\nlobra-1 slots=1\n")
+    Path("env.sh").write_text(f"export GLOO_SOCKET_IFNAME={INTERFACE}\n")
+    Path("memory.csv").write_text("tp,pp,sp,max_tokens\n1,1,1,300\n2,1,1,600\n")
+    with Path("plan.yaml").open("a") as file:
+        file.write("meta: {memory_profile: {file: memory.csv}}\n")
+    words = [sys.executable, "-m", "lobra", "train", *arguments("--output-dir", "runs/a")]
+    words += ["--host-file", "hosts.txt", "--env-file", "env.sh", "--server-addr", "lobra-0"]
+    words += ["--save-every", str(SAVE_EVERY), "--hang-timeout", str(HANG_TIMEOUT_S)]
+    words += ["--max-restarts", "1", "--replan", "auto", "--await-hosts", "1"]
+    running = started(nodes[0].command(words), "said.txt")
+    await_checkpoint(running)
+    nodes[1].pull_the_cable()
+    assert running.wait(2 * PATIENCE_S) == 0, Path("said.txt").read_text()
+    said = Path("said.txt").read_text()
+    assert "waiting for what does not answer by ssh: host lobra-1" in said
+    assert "host lobra-1 (1 GPU) is lost: the run goes on on <1,1>x1 instead of <1,1>x2" in said
+    (noted,) = read_replans(Path("runs/a"))
+    assert noted.switched and noted.pause_s and noted.reason == "host lobra-1 (1 GPU) is lost"
+    steps = read_metrics(Path("runs/a"))
+    assert [line["step"] for line in steps] == list(range(STEPS))
+    assert [len(steps[step]["replicas"]) for step in (0, -1)] == [2, 1]
+    assert main(["report", "runs/a", "--verify"]) == 0
+    assert main(training_arguments(Path("plan.yaml"), Path("alone"))) == 0
+    expected, found = adapters("alone"), adapters("runs/a")
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert (found[name] - value).norm() <= 1e-8 * value.norm(), name

@@ -1,4 +1,4 @@
-"""A service whose ranks are on two nodes, of which one is lost and comes back: PEFT's adapters.
+"""A service whose ranks are on two nodes, of which one is lost, or is back: PEFT's adapters.
 
 The nodes are network namespaces (`tests.machines.nodes`); only the first sees the state folder.
 """
@@ -120,11 +120,15 @@ def check(told: dict, folder: Path) -> None:
             torch.testing.assert_close(own[name], value, rtol=BAR, atol=BAR)
 
 
-def test_a_node_that_is_lost_is_waited_for(nodes: tuple[Node, Node], tmp_path: Path) -> None:
-    """Started by a host file; the cable is pulled for as long as the loss takes to be seen."""
+@pytest.mark.parametrize("is_back", [True, False])
+def test_a_node_that_is_lost_costs_nothing_but_time(
+    is_back: bool, nodes: tuple[Node, Node], tmp_path: Path
+) -> None:
+    """Started by a host file; without the node, the pipeline is on the one that is left."""
     first, second = nodes
     Path("hosts.txt").write_text("node1 slots=2\nnode2 slots=2\n")
     hosts = ["--host-file", "hosts.txt", "--env-file", "env.sh", "--server-addr", "node1"]
+    hosts += ["--await-hosts", "240" if is_back else "0"]
     command = first.command([sys.executable, "-m", "lobra", *SERVE, *hosts])
     served = Served([command], tmp_path / "served")
     try:
@@ -136,8 +140,12 @@ def test_a_node_that_is_lost_is_waited_for(nodes: tuple[Node, Node], tmp_path: P
         client.stdin.flush()
         said = served.wait_for("requests wait, the ranks are started again")
         assert "host node2 with ranks 2 to 3 is lost: nothing is heard of it on node1" in said
-        served.wait_for("waiting for what does not answer by ssh: host node2")
-        second.plug_it_in()
+        if is_back:
+            served.wait_for("waiting for what does not answer by ssh: host node2")
+            second.plug_it_in()
+        else:
+            said = served.wait_for("the service goes on on <1,2>x1 instead of <1,2>x1 <1,1>x2")
+            assert "host node2 (2 GPUs) is lost: the service goes on" in said
         told = json.loads(client.stdout.readline())
         assert served.stop() == 143
     finally:

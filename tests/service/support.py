@@ -53,14 +53,14 @@ class Running:
 
 
 @contextmanager
-def running(deployment: Deployment) -> Iterator[Running]:
-    """Serve as long as the block lasts; a crash in it ends the service only."""
+def running(deployment: Deployment, **how: Any) -> Iterator[Running]:
+    """Serve as long as the block lasts, as `Service.run` does; a crash ends the service only."""
     found = Running(Service(deployment, ADDRESS, 0))
     ready = threading.Event()
 
     def run() -> None:
         try:
-            found.service.run(ready.set)
+            found.service.run(ready.set, **how)
         except BaseException as error:
             found.crashed.append(error)
             ready.set()

@@ -7,11 +7,13 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from lobra.service import ranks, server
+from lobra.service.deployment import Deployment
 from lobra.service.wire import Datum
 from tests.service import test_equality
 from tests.service.dying import DEADLY, MORTAL
@@ -73,6 +75,37 @@ def test_ranks_that_die_are_started_again(
         why, what = message.splitlines()
         assert why.startswith("rank 1 failed: the process was killed by SIGKILL")
         assert what.startswith("requests wait, the ranks are started again in ")
+
+
+def test_others_may_be_on_a_smaller_plan(base: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """A lost host's are not started again; the adapter is PEFT's all the same."""
+    monkeypatch.setattr(ranks, "RANK_TARGET", "tests.service.dying:serve_mortal")
+    monkeypatch.setattr(server, "FIRST_PAUSE_S", 0.1)
+    monkeypatch.setattr(test_equality, "steps_of", steps_of)
+    state = tmp_path / "state"
+    whole = deployment_of(base, state, [(1, 1), (1, 1), (1, 1)], 64, precision="fp64")
+    smaller = deployment_of(base, state, [(1, 1)], 64, precision="fp64")
+    present = [whole]
+
+    def start(*how: Any) -> None:
+        ranks.on_this_machine(present[-1].run)(*how)
+
+    def after_failure() -> Deployment:
+        present.append(smaller)
+        return smaller
+
+    with running(whole, start=start, after_failure=after_failure) as found:
+        client = found.client("tenant", is_operator=True)
+        trainer = Trainer(client, 0)
+        start_of = trainer.save("save_weights_for_sampler", "start")
+        assert "Hosts are lost" not in fetched(client, "/")[1]
+        trainer.train(steps_of(0))
+        assert (state / "died").exists()
+        page = fetched(client, "/")[1]
+        assert "Hosts are lost: of &lt;1,1&gt;x1 &lt;1,1&gt;x1 &lt;1,1&gt;x1 there is" in page
+        assert "lobra_ranks 1" in fetched(client, "/metrics")[1]
+        check(found, trainer, start_of, trainer.save("save_weights_for_sampler", "end"), tmp_path)
+        assert not found.crashed
 
 
 def health(client: Client) -> str:

@@ -7,15 +7,17 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from lobra.cli import main
 from lobra.common.errors import ConfigError, MachineError
+from lobra.layout.plan import load_plan
 from lobra.model.launch import Interrupted
 from lobra.service.deployment import Deployment, prepare_deployment
+from lobra.service.ranks import StartRanks
 from lobra.service.request import ServeRequest
 from lobra.service.server import Service
 from tests.trainer.command import write_plan
@@ -126,28 +128,73 @@ def test_ranks_are_started_again_when_hosts_are_there(
     service.socket.close()
 
 
-def test_the_hosts_of_a_host_file_are_waited_for(
+def test_a_signal_ends_a_service_that_waits_for_hosts(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[str] = []
+    def fail() -> None:
+        raise MachineError("a host is lost")
 
-    class Waiting(Service):
+    told: list[int] = []
+    service = Service(prepare_deployment(ServeRequest(str(base), device="cpu")), "127.0.0.1", 0)
+    monkeypatch.setattr(service, "_serves", True)
+    monkeypatch.setattr(service._stopped, "wait", lambda _s: False)
+    service._keep_ranks(fail, lambda: os.kill(os.getpid(), signal.SIGTERM), told.append)
+    assert told == [signal.SIGTERM]
+    service.socket.close()
+
+
+@pytest.mark.parametrize(
+    ("silent", "plan", "chosen"),
+    [
+        ((), "<2,1>x1 <1,1>x2", "localhost:0,1@b.invalid:0,1"),
+        (("c.invalid",), "<2,1>x1 <1,1>x2", "localhost:0,1@b.invalid:0,1"),
+        (("b.invalid",), "<2,1>x1 <1,1>x1", "localhost:0,1@c.invalid:0"),
+        (("b.invalid", "c.invalid"), "<2,1>x1", "localhost:0,1"),
+    ],
+)
+def test_hosts_that_are_not_back_in_time_are_left_out(
+    silent: tuple[str, ...], plan: str, chosen: str, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranks are started on a plan for the others, which says itself what is kept."""
+    commands: list[Sequence[str]] = []
+    found: list[Deployment | None] = []
+
+    class Losing(Service):
         def __init__(self, deployment: Deployment, host: str, _port: int) -> None:
             super().__init__(deployment, host, 0)
 
         def run(
-            self, ready: object, on_signal: object = None, start: object = None,
-            await_hosts: Callable[[], None] = lambda: None,
+            self, ready: object, on_signal: object, start: StartRanks,
+            after_failure: Callable[[], Deployment | None],
         ) -> None:  # fmt: skip
-            await_hosts()
+            found.append(after_failure())
+            start("address", b"key", None)
             self.socket.close()
 
-    monkeypatch.setattr("lobra.service.server.Service", Waiting)
-    monkeypatch.setattr("lobra.trainer.launcher.answers", lambda host: not asked.append(host))
-    write_plan({"dp": 2, "tp": 1, "pp": 1, "max_tokens": 64})
-    Path("hosts").write_text("localhost slots=1\nother.invalid slots=1\nthird.invalid slots=1\n")
-    assert serve(base, "--strategy-config", "plan.yaml", "--host-file", "hosts") == 0
-    assert asked == ["localhost", "other.invalid"]
+    monkeypatch.setattr("lobra.service.server.Service", Losing)
+    monkeypatch.setattr("lobra.trainer.run_hosts.answers", lambda host: host not in silent)
+    monkeypatch.setattr(
+        "lobra.service.ranks.run_launcher", lambda command, _told: commands.append(command) or 0
+    )
+    write_plan(
+        {"dp": 1, "tp": 2, "pp": 1, "max_tokens": 128},
+        {"dp": 2, "tp": 1, "pp": 1, "max_tokens": 64},
+    )
+    Path("hosts").write_text("localhost slots=2\nb.invalid slots=2\nc.invalid slots=1\n")
+    words = ["--strategy-config", "plan.yaml", "--host-file", "hosts", "--memory", "lean"]
+    words += ["--await-hosts", "0"]
+    monkeypatch.setattr("sys.argv", ["lobra", "serve", *words])
+    assert serve(base, *words) == 0
+    (command,), (deployment,) = commands, found
+    assert deployment is not None
+    groups = deployment.run.plan.groups
+    assert {group.layout.memory for group in groups} == {"lean"}
+    assert " ".join(f"<{g.layout.tp},{g.layout.pp}>x{g.replicas}" for g in groups) == plan
+    assert command[command.index("--include") + 1] == chosen
+    if "b.invalid" in silent:
+        (smaller,) = (word for word in command if word.endswith("state/plan.yaml"))
+        assert load_plan(smaller) == deployment.run.plan
+        assert "--memory" not in command
 
 
 @pytest.mark.parametrize("more", [(), ("--host-file", "hosts")])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 import shutil
+import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,9 +19,10 @@ from hypothesis import settings
 from lobra.common.storage import StorageError
 from lobra.model.rank_results import RankError
 from lobra.trainer import restarts
+from lobra.trainer.arguments import on_plan, with_resume
 from lobra.trainer.metrics import read_metrics
 from lobra.trainer.rank import RankResult
-from lobra.trainer.restarts import run_with_restarts, with_resume
+from lobra.trainer.restarts import run_with_restarts
 from lobra.trainer.run import run_local
 from lobra.trainer.run_spec import RunSpec
 from tests.model.support import save_llama
@@ -164,6 +167,18 @@ def test_pauses_grow_while_a_run_comes_no_further(
     assert not ours.are_left
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_between_two_starts_a_signal_ends_the_run_at_once(
+    number: signal.Signals, code: int, place: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("lobra.trainer.run.run_local", fail)
+    monkeypatch.setattr(restarts.time, "sleep", lambda _s: os.kill(os.getpid(), number))
+    write_config(steps=4)
+    assert train(place, "--max-restarts", "2") == code
+    assert f"lobra: interrupted by {number.name}: no checkpoint" in capsys.readouterr().err
+
+
 def test_a_launcher_is_started_again_with_the_newest_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,7 +192,10 @@ def test_a_launcher_is_started_again_with_the_newest_checkpoint(
         return next(codes)
 
     given = ["--model", "tiny", "--resume", "2", "--seed", "3"]
-    command = partial(with_resume, given)
+
+    def command(step: int | None, plan: Path | None) -> list[str]:
+        return with_resume(on_plan(given, plan), step)
+
     assert restarts.launch_with_restarts(command, launch, tmp_path, 5) == 0
     again = ["--model", "tiny", "--seed", "3", "--resume", "4"]
     assert started == [given, again, again]
@@ -192,11 +210,15 @@ def test_a_launcher_is_started_again_with_the_newest_checkpoint(
             (tmp_path / "plans/step_6.yaml").touch()
         return launch(command)
 
-    awaited: list[Path | None] = []
-    assert restarts.launch_with_restarts(command, replan, tmp_path, 1, awaited.append) == 0
-    assert awaited == [tmp_path / "plans/step_6.yaml"]
-    other = ["--strategy-config", str(tmp_path / "plans/step_6.yaml"), "--resume"]
-    assert [one[4:] for one in started[1:]] == [[*other, "6"], [*other, "4"]]
+    def plan_again(step: int | None, plan: Path | None) -> Path | None:
+        assert (step, plan) == (4, tmp_path / "plans/step_6.yaml")
+        return Path("smaller.yaml")
+
+    assert restarts.launch_with_restarts(command, replan, tmp_path, 1, plan_again) == 0
+    assert [one[5:] for one in started[1:]] == [
+        [str(tmp_path / "plans/step_6.yaml"), "--resume", "6"],
+        ["smaller.yaml", "--resume", "4"],
+    ]
     codes = iter([1, 2])
     assert restarts.launch_with_restarts(command, launch, tmp_path, 5) == 2
     codes = iter([1])

@@ -65,7 +65,7 @@ def test_both_plans_are_priced_on_the_steps_that_are_left(base: Path, tmp_path: 
     run = new_run(tmp_path / "run", base)
     config = run.tasks[0]
     task = RunTask(config, data_of(1), TaskProgress(STEPS[1], steps=5))
-    job = planning_job(run, [task], step=7, num_gpus=4)
+    job = planning_job(run, [task], step=7)
     assert job.num_steps == 5, "the run ends with its twelfth step"
     for step, lengths in enumerate(job.workload.steps(9)):
         drawn = draw_sequences(0, config, task.data, run.seed, 5 + step)
@@ -83,13 +83,12 @@ def test_both_plans_are_priced_on_the_steps_that_are_left(base: Path, tmp_path: 
 def test_the_planning_process_answers_or_says_why_not(base: Path, tmp_path: Path) -> None:
     run = new_run(tmp_path / "run", base)
     task = RunTask(run.tasks[0], data_of(1), TaskProgress(STEPS[1]))
-    job = planning_job(run, [task], step=0, num_gpus=4)
-    process = PlanningProcess(replace(job, num_gpus=0))
+    job = planning_job(run, [task], step=0)
+    process = PlanningProcess(partial(propose, replace(job, num_gpus=0)))
     with pytest.raises(ConfigError, match="at least one GPU"):
-        while process.result() is None:
-            pass
+        process.result(wait_s=None)
     process.end()
-    ended = PlanningProcess(job)
+    ended = PlanningProcess(partial(propose, job))
     ended.end()
 
 
@@ -202,6 +201,33 @@ def test_a_run_goes_on_on_the_gpus_that_are_left(
     run_with_restarts(run, 1, lose_a_gpu)
     assert [plan.num_gpus for plan in plans] == [4, 2]
     assert [step.step for step in steps_of(run)] == list(range(STEPS[1]))
+    (noted,) = read_replans(run.output_dir)
+    assert noted.switched and noted.pause_s and noted.reason == "2 of 4 GPUs are left"
+    straight = new_run(tmp_path / "straight", base)
+    run_local(straight)
+    found, expected = (
+        load_file(one.output_dir / "adapters" / "t" / "adapter_model.safetensors")
+        for one in (run, straight)
+    )
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert (found[key] - value).norm() <= 1e-8 * value.norm(), key
+
+
+def test_a_run_ends_where_what_is_left_has_no_plan(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(restarts, "FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(restarts, "gpus_left", lambda _run: 0)
+
+    def fail(_run: RunSpec) -> list[RankResult]:
+        raise RankError(1, "odd")
+
+    with pytest.raises(RankError, match="odd") as caught:
+        run_with_restarts(new_run(tmp_path / "run", base), 2, fail)
+    why, how = caught.value.__notes__
+    assert why == "GPUs are lost, and there is no plan for the rest: no GPU is left"
+    assert "no checkpoint was saved" in how
 
 
 @pytest.mark.parametrize("content", ["{{", "[1]", '[{"step": -1}]', "7"])

@@ -19,7 +19,7 @@ from lobra.profiler.hardware import cpu_name
 from lobra.trainer.checkpoint_folder import list_checkpoints
 from lobra.trainer.metrics import read_metrics, restore_metrics
 from lobra.trainer.resume_checks import DATA_FIELDS
-from tests.trainer.command import train, write_config
+from tests.trainer.command import train, write_config, write_plan
 
 
 @pytest.fixture
@@ -76,6 +76,25 @@ def test_the_adapter_a_task_started_from_is_not_needed_again(run: Path, accepted
     write_config(steps=3, resume_from="adapters/gone")
     assert train(run, "--resume") == 1
     assert train(run, "--output-dir", "new") == 2
+
+
+def test_a_plan_need_not_hold_the_sequences_of_a_task_that_is_over(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("data/long.jsonl").write_text(Path("data/small.jsonl").read_text())
+    Path("data/small.jsonl").write_text(Path("data/long.jsonl").read_text().splitlines()[0] + "\n")
+    write_config(steps=3)
+    content = json.loads(Path("tasks.json").read_text())
+    short = {**content["task"][0], "name": "short"}
+    for steps, code in ((1, 0), (2, 2)):  # with one more step, the long one is not over
+        long = {**short, "name": "long", "dataset_name": "long", "steps": steps}
+        tasks = {**content, "train_task_num": 2, "task": [short, long]}
+        Path("tasks.json").write_text(json.dumps(tasks))
+        if steps == 1:
+            assert train(place, "--max-steps", "2") == 0
+            write_plan({"dp": 1, "tp": 1, "pp": 1, "max_tokens": 16})
+        assert train(place, "--resume", "2") == code
+    assert "1 of 2 sequences of task long are longer" in capsys.readouterr().err
 
 
 def test_tasks_listed_in_another_order_go_on(place: Path) -> None:
