@@ -24,6 +24,7 @@ from lobra.profiler.timing import measured_timing
 NUM_KEYS = 3
 SIZES = (1 << 14, 1 << 17, 1 << 20, 1 << 23)  # bytes of a message
 QUICK_SIZES = (1 << 14, 1 << 20)
+REPORTED = 32  # values that ranks tell each other in a step: of tasks and of ranks
 
 
 def open_collectives(
@@ -42,7 +43,7 @@ def open_collectives(
     settings: dict[str, Any] = {
         "model": shape.name,
         "shape": shape_settings(shape),
-        "what": "ms of one message, kinds transfer (one way), all_reduce, sync (sum and share)",
+        "what": "ms of: transfer (one way), all_reduce, sync (adapters: sum, update, share)",
         "precision": precision,
         "device": device,
         "bytes_per_token": element_bytes(precision) * shape.hidden_size,
@@ -118,9 +119,7 @@ def _message(kind: str, num_bytes: int, device: torch.device) -> Callable[[], No
         return partial(_there_and_back, tensor)
     if kind == ALL_REDUCE:
         return partial(_all_reduce, tensor)
-    shard = torch.zeros(-(-tensor.numel() // dist.get_world_size()), device=device)
-    shards = [torch.zeros_like(shard) for _ in range(dist.get_world_size())]
-    return partial(_sum_and_share, tensor, shard, shards)
+    return _Synchronisation(tensor.numel(), device)
 
 
 def _there_and_back(tensor: torch.Tensor) -> None:
@@ -136,7 +135,32 @@ def _all_reduce(tensor: torch.Tensor) -> None:
     dist.all_reduce(tensor)
 
 
-def _sum_and_share(tensor: torch.Tensor, shard: torch.Tensor, shards: list[torch.Tensor]) -> None:
-    """As ZeRO stage 1 does: sum the gradients everywhere, gather the updated partitions."""
-    dist.all_reduce(tensor)
-    dist.all_gather(shards, shard)
+class _Synchronisation:
+    """The end of a step, as training has it, of adapters with so many elements on every rank.
+
+    ZeRO stage 1: a rank gets its part of the summed gradients, all agree on their norms, it updates
+    its part of the weights, all agree that this went well, and every rank gets all parts.
+    """
+
+    def __init__(self, elements: int, device: torch.device) -> None:
+        size = -(-elements // dist.get_world_size())
+        self._gradients = torch.zeros(dist.get_world_size() * size, device=device)
+        self._weights = torch.zeros_like(self._gradients)
+        self._own = torch.nn.Parameter(torch.zeros(size, device=device))
+        self._own.grad = torch.zeros_like(self._own)
+        self._optimizer = torch.optim.AdamW([self._own])
+        self._report = torch.zeros(REPORTED, dtype=torch.float64)
+        self._group = dist.new_group(backend="gloo")  # ranks agree on the CPU
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        assert self._own.grad is not None
+        dist.reduce_scatter_tensor(self._own.grad, self._gradients.clone())
+        self._report[0] = torch.linalg.vector_norm(self._own.grad, dtype=torch.float64).cpu()
+        dist.all_reduce(self._report, group=self._group)
+        dist.broadcast(self._report, src=0, group=self._group)
+        self._optimizer.step()
+        dist.all_reduce(self._report, group=self._group)
+        gathered = torch.empty_like(self._gradients)
+        dist.all_gather_into_tensor(gathered, self._own.detach())
+        self._weights.copy_(gathered)

@@ -71,7 +71,7 @@ class Collectives:
         return self._time_ms(ALL_REDUCE, ranks, num_bytes)
 
     def sync_ms(self, ranks: int, adapter_elements: float) -> float:
-        """Return ms of summing adapters' gradients over the ranks and sharing the new weights."""
+        """Return ms of summing adapters' gradients over the ranks, updating and sharing weights."""
         return float(self._time_ms(SYNC, ranks, ADAPTER_BYTES * adapter_elements))
 
     def _time_ms(self, kind: str, ranks: int, num_bytes: np.ndarray | float) -> np.ndarray:
