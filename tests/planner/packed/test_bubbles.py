@@ -13,6 +13,7 @@ from lobra.layout.layout import Layout
 from lobra.layout.plan import Plan, ReplicaGroup, make_plan
 from lobra.layout.sequences import IntArray
 from lobra.planner.packed import dispatch
+from lobra.planner.packed.bound import prices_of
 from lobra.planner.packed.dispatch import dispatch_packed
 from lobra.planner.packed.minorant import Minorant
 from lobra.planner.packed.step_work import Alike, StepWork
@@ -33,9 +34,8 @@ def test_a_long_sequence_goes_where_there_is_no_bubble(monkeypatch: pytest.Monke
     lengths = np.append(rng.integers(50, 500, 400), [4000, 7000])
     longest, step_s = longest_of_pipeline(PLAN, lengths)
     assert longest <= 500
-    monkeypatch.setattr(
-        dispatch, "without_long_bubbles", lambda work, step_s: (work, dispatch.prices_of(work, step_s))
-    )  # fmt: skip
+    everything = "without_long_bubbles", lambda work, step_s: (work, prices_of(work, step_s))
+    monkeypatch.setattr(dispatch, *everything)
     longest, other_s = longest_of_pipeline(PLAN, lengths)
     assert longest == 4000 and step_s < 0.99 * other_s
 
