@@ -103,7 +103,7 @@ def _queues(work: StepWork, step_time_s: float, more_s: Sequence[float]) -> list
         fitting_s = np.where(np.isfinite(parts_s), parts_s, 0.0)
         start_s = kind.minorant.start_ms / 1000.0 * kind.factor
         bubble_s = kind.bubbles * np.maximum(0.0, fitting_s + start_s - each_s)
-        ends = [(idle_s, replica) for replica in kind.replicas.tolist()]  # equal: a heap
+        ends = [(idle_s, replica) for replica in kind.replicas.tolist()]  # all equal: a heap
         queues.append(_Queue((parts_s * longer).tolist(), bubble_s.tolist(), ends, idle_s))
     return queues
 
