@@ -6,6 +6,8 @@ A replica's time limits several sums over its sequences: of their rates, and of 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 CLASSES = 64  # of lengths, in the linear programs that give prices
@@ -36,7 +38,79 @@ def class_starts(held: np.ndarray) -> np.ndarray:
     return np.unique(np.concatenate([equal, changes]))
 
 
-def best_prices(
+@dataclass(frozen=True, eq=False)
+class StepCosts:
+    """What a step's sequences cost on each candidate at least.
+
+    Attributes
+    ----------
+    counts
+        Float64 [D]: the sequences of each length.
+    starts
+        Where classes of lengths start, int64 [J].
+    work_s
+        Float64 [L, C, D]: seconds of a sequence of each length; infinite where it does not fit.
+        The first limit is that of rates.
+    bubble_s
+        Float64 [C]: what the bubble of one replica takes of that limit.
+    step_s
+        Rates and bubbles are those of steps of so many seconds or more.
+    """
+
+    counts: np.ndarray
+    starts: np.ndarray
+    work_s: np.ndarray
+    bubble_s: np.ndarray
+    step_s: float
+
+    def prices_of(self, replicas: np.ndarray) -> np.ndarray:
+        """Return prices at which the bound on the step is highest on a plan, float64 [L, C].
+
+        All the plan's replicas, int64 [C], together have the price 1. Candidates that it has none
+        of are as cheap as they can be without being used.
+        """
+        used = np.flatnonzero(replicas)
+        number = replicas[used].astype(np.float64)
+        lost_s = np.zeros((len(self.work_s), len(used)))
+        lost_s[0] = number * self.bubble_s[used]
+        time_s = np.broadcast_to(number, lost_s.shape)[:, :, None]
+        found = _best_prices(self._of_classes(used), time_s, lost_s, np.ones(1))
+        prices = self.for_all(used, found)
+        return prices / (prices.sum(axis=0) @ replicas)
+
+    def prices_of_shares(self, used: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """Return the same for the plan of divisible replicas that is best for the step alone.
+
+        It has the candidates ``used``, int64 [U]; ``sizes`` are the GPUs of one replica of each,
+        float64 [U].
+        """
+        time_s = np.tile(np.eye(len(used)), (len(self.work_s), 1, 1))  # of replicas for a second
+        time_s[0] *= 1.0 - self.bubble_s[used] / self.step_s
+        found = _best_prices(self._of_classes(used), time_s, np.zeros(time_s.shape[:2]), sizes)
+        prices = self.for_all(used, found)
+        return prices / prices.sum(axis=0).max()
+
+    def for_all(self, used: np.ndarray, own: np.ndarray) -> np.ndarray:
+        """Return prices of used candidates, int64 [U], with the least at which no others are.
+
+        Float64 [L, C]; ``own`` are those of the used ones, float64 [L, U].
+        """
+        each = worth(own[None], self.work_s[:, used])[0]
+        prices = np.zeros(self.work_s.shape[:2])
+        prices[0] = (np.where(np.isfinite(each), each, 0.0) / self.work_s[0]).max(axis=1)
+        prices[:, used] = own
+        return prices
+
+    def _of_classes(self, used: np.ndarray) -> np.ndarray:
+        """Return seconds of all sequences of each class that is there, float64 [L, U, J]."""
+        there = np.add.reduceat(self.counts, self.starts) > 0
+        with np.errstate(invalid="ignore"):  # none of what does not fit
+            work_s = self.work_s[:, used] * self.counts
+        work_s = np.add.reduceat(np.where(self.counts > 0, work_s, 0.0), self.starts, axis=2)
+        return work_s[:, :, there & np.isfinite(work_s[0]).any(axis=0)]
+
+
+def _best_prices(
     work_s: np.ndarray, time_s: np.ndarray, lost_s: np.ndarray, cost: np.ndarray
 ) -> np.ndarray:
     """Return float64 [L, C]: prices of the candidates' time that bound a cost.

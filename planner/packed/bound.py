@@ -52,9 +52,9 @@ def prices_of(work: StepWork, step_time_s: float) -> np.ndarray:
 
 def least_time_s(work: StepWork, prices: np.ndarray) -> float:
     """Return the time below which these prices (float64 [G], see `prices_of`) allow no step."""
-    value = float(work.counts @ (prices[:, None] * work.parts_s).min(axis=0))
-    low = value / float(prices @ [len(alike.replicas) for alike in work.alike])
-    if not any(alike.bubbles for alike in work.alike):
+    value = work.worth(prices)
+    low = value / float(prices @ [len(kind.replicas) for kind in work.kinds])
+    if not any(kind.bubbles for kind in work.kinds):
         return low
     high = low
     while prices @ work.held_s(high) < value:
@@ -75,8 +75,8 @@ def crowded_s(work: StepWork) -> float:
     i R + 1 of them some replica has i + 1, and one has their mean. They count with their parts; or,
     where only one fits a micro-batch, as alone in it, those shorter not at all.
     """
-    replicas = np.array([len(alike.replicas) for alike in work.alike])
-    half = np.array([[alike.max_tokens / 2] for alike in work.alike])
+    replicas = np.array([len(kind.replicas) for kind in work.kinds])
+    half = np.array([[kind.max_tokens / 2] for kind in work.kinds])
     whole_s = np.where(work.lengths > half, work.alone_s, 0.0)
     fits = np.isfinite(work.parts_s)
     found_s = work.whole_s

@@ -107,16 +107,16 @@ def _dispatched(
     whole_s = crowded_s(work)
     prices = prices_of(work, max(least_time_s(work, typical), whole_s))
     bound_s = max(least_time_s(work, prices), whole_s)
-    work, prices = without_long_bubbles(work.begun(prices), bound_s)
-    more_s = [0.0] * len(work.alike)
+    work, prices = without_long_bubbles(work.with_whole_starts(prices), bound_s)
+    more_s = [0.0] * len(work.kinds)
     step_s = bound_s
     found: list[Filling] = []
     for own_prices in (prices, prices, None):  # again with what the replicas before really took
         replicas, ends_s = longest_first(work, length_of, step_s, own_prices, more_s)
         filling = _filling_of(table, minorants, lengths, replicas)
-        filling = shared(table, lengths, filling, work.alike)
+        filling = shared(table, lengths, filling, work.kinds)
         found.append(filling)
-        if len(work.alike) == 1 or filling.step_time_s <= bound_s * (1.0 + FAR):
+        if len(work.kinds) == 1 or filling.step_time_s <= bound_s * (1.0 + FAR):
             break
         times_s = filling.replica_time_s
         step_s = max(bound_s, float(times_s.mean()))

@@ -116,11 +116,11 @@ class _Search:
     progress: Progress
     step_s: StepTimes
     certificate: Certificate = field(init=False)
-    few: np.ndarray = field(init=False)
-    few_s: dict[Key, np.ndarray] = field(default_factory=dict)
-    all_s: dict[Key, np.ndarray] = field(default_factory=dict)
+    few: np.ndarray = field(init=False)  # int64: the steps that every plan is tried on
+    few_s: dict[Key, np.ndarray] = field(default_factory=dict)  # by plan: what these take
+    all_s: dict[Key, np.ndarray] = field(default_factory=dict)  # and all steps
     lower_bound_s: float = 0.0
-    every_step_s: float = 0.0  # what dispatching all steps takes, by the plan tried last
+    every_step_s: float = 0.0  # that dispatching all steps takes, by the plan tried last
 
     def __post_init__(self) -> None:
         problem = self.problem

@@ -14,10 +14,18 @@ from lobra.planner.packed.least_times import Cost
 
 @dataclass(frozen=True, eq=False)
 class ReplicaTable:
-    """The replicas of a plan: arrays are [replicas]; of ``costs`` there is one for each group.
+    """The replicas of a plan.
 
-    ``bubbles`` is how many times more a replica's longest micro-batch counts, ``factors`` its
-    measured time over the cost's.
+    Attributes
+    ----------
+    costs
+        Of a micro-batch, in ms, for each group of the plan.
+    group, max_tokens
+        int64 [replicas]: the group of each, and the most tokens of a micro-batch.
+    bubbles
+        int64 [replicas]: how many times more the longest micro-batch counts.
+    factors
+        float64 [replicas]: measured time over the cost's.
     """
 
     costs: tuple[Cost, ...]
@@ -33,6 +41,20 @@ class ReplicaTable:
         max_tokens = np.array([g.max_tokens for g in plan.groups])[group]
         bubbles = np.array([g.layout.pp - 1 for g in plan.groups])[group]
         return cls(tuple(costs), group, max_tokens, bubbles, factors)
+
+    def micro_batch_s(
+        self, replicas: IntArray, sizes: IntArray, tokens: IntArray, squares: IntArray
+    ) -> np.ndarray:
+        """Return float64 [k]: what micro-batches on replicas take; nothing where they are empty.
+
+        Of int64 [k] each: see `Filling`.
+        """
+        times_s, groups = np.zeros(len(replicas)), self.group[replicas]
+        for group, cost in enumerate(self.costs):
+            own = np.flatnonzero((groups == group) & (sizes > 0))
+            if len(own):
+                times_s[own] = cost(tokens[own], squares[own])
+        return times_s * (self.factors[replicas] / 1000.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,13 +100,7 @@ def filled(
     sums = np.bincount(batch_of, lengths, number).astype(np.int64)
     squares = np.bincount(batch_of, lengths * lengths, number).astype(np.int64)
     tokens = np.where(sizes > 1, packed_tokens(sums), sums)
-    times_s = np.zeros(number)
-    groups = table.group[replica_of]
-    for group, cost in enumerate(table.costs):
-        own = np.flatnonzero((groups == group) & (sizes > 0))
-        if len(own):
-            times_s[own] = cost(tokens[own], squares[own])
-    times_s *= table.factors[replica_of] / 1000.0
+    times_s = table.micro_batch_s(replica_of, sizes, tokens, squares)
     replicas = len(table.group)
     longest_s = np.zeros(replicas)
     np.maximum.at(longest_s, replica_of, times_s)

@@ -21,12 +21,12 @@ def improve(
     """Return the filling after at most so many rounds of moves and swaps, never a slower one.
 
     In each round the slowest replica meets the fastest, the second slowest the second fastest, and
-    so on; in every other round the fastest of those that hold as much as the slowest come first. Of
-    each pair that is done which makes the later of both earliest, by what micro-batches really
-    take.
+    so on; in every other round the fast ones that hold as much as the slowest come first, one of
+    each group by turns. Of each pair that is done which makes the later of both earliest, by what
+    micro-batches really take. No filling takes less than ``bound_s``.
     """
     shift = 0
-    for number_of_round in range(rounds):
+    for turn in range(rounds):
         times_s = filling.replica_time_s
         enough_s = (1.0 + NEAR) * max(bound_s, float(times_s.mean()))
         order = np.argsort(-times_s, kind="stable")
@@ -36,11 +36,11 @@ def improve(
             break
         slow = order[:number]
         fast = order[number:][::-1]
-        if number_of_round % 2:
-            too_small = table.max_tokens[fast] < table.max_tokens[slow[0]]
+        if turn % 2:
+            is_smaller = table.max_tokens[fast] < table.max_tokens[slow[0]]
             group = table.group[fast]
-            before = np.tril(group[:, None] == group, -1).sum(axis=1)  # faster ones of the group
-            fast = fast[np.lexsort((before, too_small))]
+            faster = np.tril(group[:, None] == group, -1).sum(axis=1)  # of the same group
+            fast = fast[np.lexsort((faster, is_smaller))]
         fast = fast[(np.arange(number) + shift) % len(fast)]
         filling = _exchanged(table, lengths, filling, slow, fast)
         shift = shift + 1 if filling.replica_time_s[slow[0]] >= times_s[slow[0]] else 0
@@ -77,7 +77,7 @@ def _exchanged(
     given, taken = (pair, row), (pair, column)
     tokens = take.lengths[taken] - give.lengths[given]
     squares = take.lengths[taken] ** 2 - give.lengths[given] ** 2
-    only = (take.sequences[taken] < 0).astype(np.int64)
+    moved = (take.sequences[taken] < 0).astype(np.int64)
     giver, taker, to = slow[pair], fast[pair], take.batches[taken]
     times_s = _times_s(
         table,
@@ -86,7 +86,7 @@ def _exchanged(
         np.concatenate([give.batches[given], to]),
         np.concatenate([tokens, -tokens]),
         np.concatenate([squares, -squares]),
-        np.concatenate([-only, only]),
+        np.concatenate([-moved, moved]),
     )
     later_s = times_s.reshape(2, -1).max(axis=0)
     by_time = np.lexsort((later_s, pair))
@@ -104,14 +104,14 @@ def _exchanged(
 
 
 def _offers(lengths: IntArray, filling: Filling, order: IntArray, replicas: IntArray) -> _Offers:
-    """Return what replicas may part with; ``order`` are sequences by replica and length."""
+    """Return what replicas may part with; ``order`` are all sequences by replica and length."""
     owner = filling.replica_of[filling.batch_of[order]]
-    first = np.searchsorted(owner, replicas)[:, None]
-    number = np.searchsorted(owner, replicas, side="right")[:, None] - first
+    start = np.searchsorted(owner, replicas)[:, None]
+    number = np.searchsorted(owner, replicas, side="right")[:, None] - start
     every = np.arange(MOST_TRIED)
-    few = number <= MOST_TRIED
-    place = first + np.where(few, every, every * (number - 1) // (MOST_TRIED - 1))
-    there = ~few | (every < number)
+    are_few = number <= MOST_TRIED
+    place = start + np.where(are_few, every, every * (number - 1) // (MOST_TRIED - 1))
+    there = ~are_few | (every < number)
     sequences = order[np.where(there, place, 0)]
     return _Offers(sequences, lengths[sequences], filling.batch_of[sequences], there)
 
@@ -120,8 +120,8 @@ def _with_none(filling: Filling, offers: _Offers, replicas: IntArray) -> _Offers
     """Return the offers with none besides: for their emptiest micro-batch, and for a new one."""
     by_sum = np.lexsort((filling.sums, filling.replica_of))
     owner = filling.replica_of[by_sum]
-    first = np.minimum(np.searchsorted(owner, replicas), len(owner) - 1)
-    emptiest = np.where(owner[first] == replicas, by_sum[first], -1)
+    start = np.minimum(np.searchsorted(owner, replicas), len(owner) - 1)
+    emptiest = np.where(owner[start] == replicas, by_sum[start], -1)
     new = np.full((len(replicas), 2), -1)
     return _Offers(
         np.concatenate([offers.sequences, new], axis=1),
@@ -138,7 +138,10 @@ def _possible(
     take: _Offers,
     takers: IntArray,
 ) -> tuple[IntArray, IntArray, IntArray]:
-    """Return the pair, the row and the column of every exchange for a shorter one that fits."""
+    """Return int64 [n] thrice: pair, row and column of every exchange for a shorter one that fits.
+
+    ``takers`` are the replicas that take, int64 [pairs].
+    """
     sums = np.append(filling.sums, 0)
     most = np.array([room_for(tokens) for tokens in table.max_tokens.tolist()])
     given, taken = give.lengths[:, :, None], take.lengths[:, None]
@@ -153,21 +156,19 @@ def _times_s(
     filling: Filling,
     replicas: IntArray,
     batches: IntArray,
-    tokens: IntArray,
-    squares: IntArray,
-    number: IntArray,
+    more_tokens: IntArray,
+    more_squares: IntArray,
+    more_sequences: IntArray,
 ) -> np.ndarray:
-    """Return what replicas take if micro-batches get so much more, each alone: float64 [n]."""
-    sums = np.append(filling.sums, 0)[batches] + tokens
-    sizes = np.append(filling.sizes, 0)[batches] + number
-    padded = np.where(sizes > 1, packed_tokens(sums), np.maximum(sums, 1))
-    squares = np.maximum(np.append(filling.squares, 0)[batches] + squares, 1)
-    times_s, groups = np.zeros(len(batches)), table.group[replicas]
-    for group, cost in enumerate(table.costs):
-        own = np.flatnonzero((groups == group) & (sizes > 0))
-        if len(own):
-            times_s[own] = cost(padded[own], squares[own])
-    times_s *= table.factors[replicas] / 1000.0
+    """Return float64 [n]: what replicas take if one micro-batch of each gets so much more.
+
+    All are int64 [n], and independent of each other; micro-batch -1 is a new one.
+    """
+    sizes = np.append(filling.sizes, 0)[batches] + more_sequences
+    sums = np.append(filling.sums, 0)[batches] + more_tokens
+    squares = np.append(filling.squares, 0)[batches] + more_squares
+    tokens = np.where(sizes > 1, packed_tokens(sums), sums)
+    times_s = table.micro_batch_s(replicas, sizes, tokens, squares)
     others_s, longest_s = _others_s(table, filling, replicas, batches)
     return others_s + times_s + table.bubbles[replicas] * np.maximum(longest_s, times_s)
 
@@ -175,7 +176,10 @@ def _times_s(
 def _others_s(
     table: ReplicaTable, filling: Filling, replicas: IntArray, batches: IntArray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return float64 [n] twice: what all other micro-batches of replicas take, and the longest."""
+    """Return float64 [n] twice: what all other micro-batches of replicas take, and the longest.
+
+    ``batches`` are those left out, one of each replica; -1: none.
+    """
     every = np.arange(len(table.group))
     times_s = np.append(filling.times_s, 0.0)
     busy_s = np.bincount(filling.replica_of, filling.times_s, len(every))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from heapq import heapify, heapreplace
+from heapq import heapreplace
 
 import numpy as np
 
@@ -16,15 +16,22 @@ DEARER = 0.003  # than at the cheapest kind of replicas a sequence may be, where
 
 @dataclass(frozen=True, eq=False)
 class _Queue:
-    """Replicas of a kind, as a heap of (seconds of work, replica), the one with the least first.
+    """The replicas of a kind.
 
-    ``part_s`` are the seconds of a sequence of each length, its share of bubbles included;
-    ``bubble_s`` those that the longest of a replica adds to them; ``idle_s`` where replicas start.
+    Attributes
+    ----------
+    part_s, bubble_s
+        Of a sequence of each length: its seconds, with its share of bubbles, and what it adds to
+        these as the longest of its replica.
+    ends
+        A heap of (seconds when it ends, replica).
+    idle_s
+        When a replica without work ends.
     """
 
     part_s: list[float]
     bubble_s: list[float]
-    least: list[tuple[float, int]]
+    ends: list[tuple[float, int]]
     idle_s: float
 
 
@@ -35,7 +42,7 @@ def longest_first(
     prices: np.ndarray | None,
     more_s: Sequence[float],
 ) -> tuple[IntArray, list[dict[int, float]]]:
-    """Return the replica of every sequence, int64 [n], and by kind when its replicas then end.
+    """Return the replica of every sequence, int64 [n], and by kind the seconds when each ends.
 
     Parameters
     ----------
@@ -44,12 +51,12 @@ def longest_first(
     length_of
         int64 [n]: which of the lengths each sequence has.
     step_time_s
-        About what the step will take.
+        About the seconds that the step will take.
     prices
         Of the kinds' time: a sequence goes where it is cheapest, as long as the time allows. None:
         to where it ends first.
     more_s
-        Of each kind, what its replicas take more than their sequences' seconds add up to.
+        Of each kind, the seconds that its replicas take beyond those of their sequences.
     """
     queues = _queues(work, step_time_s, more_s)
     every = list(range(len(queues)))
@@ -61,37 +68,25 @@ def longest_first(
         if end_s > step_time_s and len(chosen[length]) < len(every):
             end_s, kind = _first_end(queues, every, length)
         queue = queues[kind]
-        replica = queue.least[0][1]
-        heapreplace(queue.least, (end_s, replica))
+        replica = queue.ends[0][1]
+        heapreplace(queue.ends, (end_s, replica))
         replicas[index] = replica
-    ends_s = [{replica: end_s for end_s, replica in queue.least} for queue in queues]
+    ends_s = [{replica: end_s for end_s, replica in queue.ends} for queue in queues]
     return replicas, ends_s
 
 
 def _first_end(queues: Sequence[_Queue], kinds: Sequence[int], length: int) -> tuple[float, int]:
-    """Return when a sequence of the length ends where it ends first, and the kind."""
+    """Return the seconds when a sequence of the length ends where it ends first, and the kind."""
     best_s, best = np.inf, kinds[0]
     for kind in kinds:
         queue = queues[kind]
-        end_s = queue.least[0][0]
+        end_s = queue.ends[0][0]
         if end_s == queue.idle_s:
             end_s += queue.bubble_s[length]
         end_s += queue.part_s[length]
         if end_s < best_s:
             best_s, best = end_s, kind
     return best_s, best
-
-
-def stretches(work: StepWork, step_time_s: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return float64 [G] twice: how much longer than its parts a replica takes with its bubbles.
-
-    And what each of its micro-batches then takes.
-    """
-    most = int(work.counts.sum())
-    held_s, each_s = np.array([alike.held_s(step_time_s, most) for alike in work.alike]).T
-    bubbles = np.array([alike.bubbles for alike in work.alike])
-    stretch = np.where(held_s > 0.0, step_time_s / np.maximum(held_s, 1e-300), 1.0 + bubbles)
-    return stretch, each_s
 
 
 def _queues(work: StepWork, step_time_s: float, more_s: Sequence[float]) -> list[_Queue]:
@@ -101,15 +96,15 @@ def _queues(work: StepWork, step_time_s: float, more_s: Sequence[float]) -> list
     sequence adds what it takes more than a micro-batch does then.
     """
     queues = []
-    stretch, each_s = stretches(work, step_time_s)
-    kinds = zip(work.alike, work.parts_s, stretch.tolist(), each_s.tolist(), more_s, strict=True)
-    for alike, parts_s, longer, usual_s, idle_s in kinds:
+    most = int(work.counts.sum())
+    for kind, parts_s, idle_s in zip(work.kinds, work.parts_s, more_s, strict=True):
+        held_s, each_s = kind.held_s(step_time_s, most)
+        longer = step_time_s / held_s if held_s > 0.0 else 1.0 + kind.bubbles
         fitting_s = np.where(np.isfinite(parts_s), parts_s, 0.0)
-        start_s = alike.minorant.start_ms / 1000.0 * alike.factor
-        bubble_s = alike.bubbles * np.maximum(0.0, fitting_s + start_s - usual_s)
-        least = [(idle_s, replica) for replica in alike.replicas.tolist()]
-        heapify(least)
-        queues.append(_Queue((parts_s * longer).tolist(), bubble_s.tolist(), least, idle_s))
+        start_s = kind.minorant.start_ms / 1000.0 * kind.factor
+        bubble_s = kind.bubbles * np.maximum(0.0, fitting_s + start_s - each_s)
+        ends = [(idle_s, replica) for replica in kind.replicas.tolist()]  # all equal: a heap
+        queues.append(_Queue((parts_s * longer).tolist(), bubble_s.tolist(), ends, idle_s))
     return queues
 
 

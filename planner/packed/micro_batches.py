@@ -19,9 +19,7 @@ from lobra.layout.sequences import PACKED_MULTIPLE, IntArray, packed_tokens
 from lobra.planner.packed.least_times import Cost
 
 MOST_SIZES = 128  # of micro-batches that are told apart
-TABLED = (
-    16  # full micro-batches' tokens, up to which sizes are tabled; beyond, the best one repeats
-)
+TABLED = 16  # full micro-batches, up to whose tokens sizes are tabled; then the best one repeats
 SPARE = 0.5  # of the multiple that micro-batches are padded to: what each needs beyond its tokens
 MEAN_RATIO = 1.5  # of neighbours among the mean lengths that sizes are tabled for
 MOST_NUMBERS = 3  # of a pipeline's micro-batches that are tried

@@ -13,11 +13,11 @@ import numpy as np
 from lobra.layout.sequences import PACKED_MULTIPLE, IntArray
 from lobra.planner.packed.filling import Filling, ReplicaTable, filled
 from lobra.planner.packed.micro_batches import into_sizes, near, sizes_of, spare, times_ms
-from lobra.planner.packed.step_work import Alike
+from lobra.planner.packed.step_work import ReplicaKind
 
 
 def shared(
-    table: ReplicaTable, lengths: IntArray, filling: Filling, alike: Sequence[Alike]
+    table: ReplicaTable, lengths: IntArray, filling: Filling, kinds: Sequence[ReplicaKind]
 ) -> Filling:
     """Return the filling with the micro-batches of equal replicas made anew where that is better.
 
@@ -27,7 +27,7 @@ def shared(
     replica_of = filling.replica_of.tolist()
     batch_of = filling.batch_of.copy()
     at = filling.replica_of[filling.batch_of]
-    for kind in alike:
+    for kind in kinds:
         number = len(kind.replicas)
         if kind.bubbles or kind.max_tokens < PACKED_MULTIPLE:
             continue

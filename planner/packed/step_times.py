@@ -27,9 +27,9 @@ _problem: PackedProblem | None = None  # of a process forked for it
 
 @contextmanager
 def step_times(problem: PackedProblem, clock: Clock) -> Iterator[StepTimes]:
-    """Provide `PackedProblem.step_s`, which uses the processors there are.
+    """Provide `PackedProblem.step_s`, by as many processes as there are processors.
 
-    Each counts on the clock with its share of what they spend together.
+    What they spend counts on the clock as if they were one: the mean of theirs.
     """
     processes = min(len(os.sched_getaffinity(0)), MOST_PROCESSES) if _can_fork() else 1
     if processes < 2 or sum(map(len, problem.steps)) < MUCH:
@@ -40,7 +40,7 @@ def step_times(problem: PackedProblem, clock: Clock) -> Iterator[StepTimes]:
 
         def step_s(plan: Plan, steps: Sequence[int]) -> np.ndarray:
             each = -(-len(steps) // (PARTS * processes))
-            parts = [steps[first : first + each] for first in range(0, len(steps), each)]
+            parts = [steps[start : start + each] for start in range(0, len(steps), each)]
             found = pool.starmap(_step_s, [(plan, part) for part in parts], chunksize=1)
             clock.spend(sum(seconds for _, seconds in found) / min(processes, len(parts)))
             return np.concatenate([step_s for step_s, _ in found])
@@ -59,7 +59,7 @@ def _begin(problem: PackedProblem) -> None:
 
 
 def _step_s(plan: Plan, steps: Sequence[int]) -> tuple[np.ndarray, float]:
-    """Return the steps' times, and the processor seconds that took."""
+    """Return float64 [steps], the seconds that steps take, and processor seconds to find them."""
     assert _problem is not None
     start_s = time.process_time()
     step_s = _problem.step_s(plan, steps)

@@ -23,8 +23,8 @@ LEAST_MS = 1e-9  # of a token, where a cost does not grow with tokens
 
 
 @dataclass(frozen=True, eq=False)
-class Alike:
-    """Replicas that take as long for the same.
+class ReplicaKind:
+    """Replicas of a plan that take as long for the same.
 
     Attributes
     ----------
@@ -47,9 +47,9 @@ class Alike:
     factor: float
 
     def held_s(self, step_time_s: float, most: int) -> tuple[float, float]:
-        """Return the most seconds of parts that one replica can take in a step of that time.
+        """Return the most seconds of parts that one replica can take in a step of so many seconds.
 
-        It has at most ``most`` micro-batches. And what each of them then takes.
+        And the seconds that each of its micro-batches, at most ``most``, then takes.
         """
         if not self.bubbles:
             return step_time_s, step_time_s
@@ -59,8 +59,8 @@ class Alike:
         # rise up to these m
         best = math.inf
         if start_s > 0.0:
-            most_work = math.sqrt(step_time_s * self.bubbles / start_s) - self.bubbles
-            best = max(1.0, most_work, (1.0 - share) * step_time_s / start_s - self.bubbles)
+            most_marginal = math.sqrt(step_time_s * self.bubbles / start_s) - self.bubbles
+            best = max(1.0, most_marginal, (1.0 - share) * step_time_s / start_s - self.bubbles)
         held_s, each_s = 0.0, step_time_s / (1 + self.bubbles)
         for number in {math.floor(best), math.ceil(best)} if best < most else {most}:
             own_s = step_time_s / (number + self.bubbles)
@@ -79,7 +79,7 @@ class StepWork:
     ----------
     lengths, counts
         int64 [J]: the different lengths, ascending, and how many sequences have them.
-    alike
+    kinds
         The G kinds of replicas.
     parts_s, alone_s
         float64 [G, J]: a sequence's part of its replica's time, and what a micro-batch of it alone
@@ -88,7 +88,7 @@ class StepWork:
 
     lengths: IntArray
     counts: IntArray
-    alike: tuple[Alike, ...]
+    kinds: tuple[ReplicaKind, ...]
     parts_s: np.ndarray
     alone_s: np.ndarray
 
@@ -100,11 +100,15 @@ class StepWork:
 
     @property
     def whole_s(self) -> float:
-        """The time of the sequence that takes longest, alone on the best replica."""
-        stages = np.array([[1 + alike.bubbles] for alike in self.alike])
+        """Seconds of the sequence that takes longest, alone on the replica best for it."""
+        stages = np.array([[1 + kind.bubbles] for kind in self.kinds])
         return float((self.alone_s * stages).min(axis=0).max())
 
-    def begun(self, prices: np.ndarray) -> StepWork:
+    def worth(self, prices: np.ndarray) -> float:
+        """Return what all sequences cost at prices of the kinds' time, float64 [G], at least."""
+        return float(self.counts @ (prices[:, None] * self.parts_s).min(axis=0))
+
+    def with_whole_starts(self, prices: np.ndarray) -> StepWork:
         """Return the work with whole starts for sequences of which a micro-batch holds only one.
 
         Of kinds for which so many of them are cheapest, at prices (float64 [G]) of the kinds' time,
@@ -113,19 +117,19 @@ class StepWork:
         """
         cheapest = (prices[:, None] * self.parts_s).argmin(axis=0)
         parts_s = self.parts_s.copy()
-        for kind, alike in enumerate(self.alike):
-            counts = np.where(cheapest == kind, self.counts, 0)
-            alone = (2 * self.lengths > alike.max_tokens) & np.isfinite(parts_s[kind])
-            room = int(counts[alone].sum()) * alike.max_tokens
-            if alike.bubbles or room <= CROWDED * (counts @ self.lengths):
+        for place, kind in enumerate(self.kinds):
+            counts = np.where(cheapest == place, self.counts, 0)
+            alone = (2 * self.lengths > kind.max_tokens) & np.isfinite(parts_s[place])
+            room = int(counts[alone].sum()) * kind.max_tokens
+            if kind.bubbles or room <= CROWDED * (counts @ self.lengths):
                 continue
-            whole_ms = alike.minorant.start_ms + alike.minorant.marginal_ms(self.lengths[alone])
-            whole_s = whole_ms / 1000.0 * alike.factor
-            parts_s[kind, alone] = np.maximum(parts_s[kind, alone], whole_s)
+            whole_ms = kind.minorant.start_ms + kind.minorant.marginal_ms(self.lengths[alone])
+            whole_s = whole_ms / 1000.0 * kind.factor
+            parts_s[place, alone] = np.maximum(parts_s[place, alone], whole_s)
         return replace(self, parts_s=parts_s)
 
     def up_to(self, kind: int, number: int) -> StepWork:
-        """Return the work of which a kind takes only so many of the lengths, the shortest."""
+        """Return the work of which one kind takes only so many of the lengths, the shortest."""
         parts_s = self.parts_s.copy()
         parts_s[kind, number:] = np.inf
         return replace(self, parts_s=parts_s)
@@ -133,16 +137,17 @@ class StepWork:
     def held_s(self, step_time_s: float) -> np.ndarray:
         """Return float64 [G]: the most seconds of parts that all replicas of a kind can take.
 
-        If only one kind holds the longest sequence, one of these has its bubbles.
+        In a step of so many seconds. If only one kind holds the longest sequence, one of these has
+        its bubbles.
         """
         most = int(self.counts.sum())
-        held_s = np.array([a.held_s(step_time_s, most)[0] for a in self.alike])
-        of_all_s = held_s * [len(a.replicas) for a in self.alike]
+        held_s = np.array([kind.held_s(step_time_s, most)[0] for kind in self.kinds])
+        of_all_s = held_s * [len(kind.replicas) for kind in self.kinds]
         holding = np.flatnonzero(np.isfinite(self.alone_s[:, -1]))
         if len(holding) == 1:
-            kind = int(holding[0])
-            bubbles_s = self.alike[kind].bubbles * float(self.alone_s[kind, -1])
-            of_all_s[kind] -= held_s[kind] - min(held_s[kind], max(0.0, step_time_s - bubbles_s))
+            only = int(holding[0])
+            bubbles_s = self.kinds[only].bubbles * float(self.alone_s[only, -1])
+            of_all_s[only] -= held_s[only] - min(held_s[only], max(0.0, step_time_s - bubbles_s))
         return of_all_s
 
 
@@ -171,9 +176,9 @@ def minorants_of(plan: Plan, costs: Sequence[Cost], lengths: IntArray) -> tuple[
 def step_work(
     table: ReplicaTable, plan: Plan, minorants: Sequence[Minorant], lengths: IntArray
 ) -> tuple[StepWork, IntArray]:
-    """Return the step's work, and which of its lengths each sequence has."""
+    """Return the step's work, and int64 [n]: which of its lengths each sequence has."""
     distinct, length_of, counts = np.unique(lengths, return_inverse=True, return_counts=True)
-    alike, parts_s, alone_s = [], [], []
+    kinds, parts_s, alone_s = [], [], []
     for group, (own, minorant, cost) in enumerate(
         zip(plan.groups, minorants, table.costs, strict=True)
     ):
@@ -187,8 +192,8 @@ def step_work(
         for factor in np.unique(table.factors[replicas]).tolist():
             same = replicas[table.factors[replicas] == factor]
             bubbles = own.layout.pp - 1
-            alike.append(Alike(same, own.max_tokens, minorant, bubbles, factor))
+            kinds.append(ReplicaKind(same, own.max_tokens, minorant, bubbles, factor))
             parts_s.append(part_s * factor)
             alone_s.append(alone * factor)
-    work = StepWork(distinct, counts, tuple(alike), np.stack(parts_s), np.stack(alone_s))
+    work = StepWork(distinct, counts, tuple(kinds), np.stack(parts_s), np.stack(alone_s))
     return work, length_of

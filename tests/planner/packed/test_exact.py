@@ -14,6 +14,7 @@ from lobra.planner.certificate import Certificate
 from lobra.planner.fleet import Fleet
 from lobra.planner.packed import exact
 from lobra.planner.packed.problem import PackedProblem
+from lobra.planner.step_bounds import StepBounds
 from tests.planner.packed.support import least_step_s, packed_problems, plans_of
 from tests.planner.support import plain_cost_model
 from tests.tiers import examples
@@ -38,6 +39,24 @@ def test_no_bound_is_above_brute_force(problem: PackedProblem, data: st.DataObje
         certificate.look_at(plans[place])
         assert (certificate.steps_s(np.array(plans)) <= optima_s * ABOVE).all()
         assert certificate.minimum()[0] <= optima_s.mean(axis=1).min() * ABOVE
+
+
+@given(packed_problems(most=5), st.data())
+@examples(15, 300)
+def test_the_tight_prices_of_a_plan_bound_every_plan(
+    problem: PackedProblem, data: st.DataObject
+) -> None:
+    plans = plans_of(problem)
+    holds = problem.fleet.max_tokens >= problem.longest
+    bounds = StepBounds(problem.fleet, holds, problem.counts, problem.rates)
+    looked_at = data.draw(st.sampled_from(range(len(plans))))
+    bounds.look_at(plans[looked_at])
+    tight = bounds.tight_prices(bounds.reduced(plans[looked_at]))
+    for plan in plans:
+        optima_s = np.array([least_step_s(problem, plan, step) for step in problem.steps])
+        replicas = bounds.reduced(plan)
+        bound_s = (tight.value + tight.bubble @ replicas) / (tight.price @ replicas)
+        assert (bound_s <= optima_s * ABOVE).all()
 
 
 @given(packed_problems())
