@@ -62,7 +62,7 @@ class PlanOptions(PlanningOptions):
         The planner; by default EXPR_DEPLOY_PATTERN, else EXACT.
     batching
         How training is to fill micro-batches; by default packed with EXACT, bucketed with the
-        others, which plan no other.
+        others, which plan no other, and with LobRA's fit, which is of padded rows.
     proposal
         Only the layouts LobRA would propose; by default EXPR_SCHEME_PROPOSAL, else off with EXACT,
         on with the others.
@@ -170,9 +170,14 @@ def deploy_options(
             f"--batching packed: {pattern} plans padded buckets only; leave the option out, or "
             f"plan with --pattern EXACT"
         )
+    if options.batching == "packed" and options.cost_model == "lobra6":
+        problems.add(
+            "--batching packed: --cost-model lobra6 is LobRA's fit of padded rows; leave one out"
+        )
+    packs = pattern == "EXACT" and options.cost_model != "lobra6"
     return Options(
         pattern=pattern,
-        batching=options.batching or ("packed" if pattern == "EXACT" else "bucketed"),
+        batching=options.batching or ("packed" if packs else "bucketed"),
         proposal=proposal == "on",
         static_buckets=(options.bucket_plan or bucket_plan) == "STATIC",
         num_buckets=options.num_buckets,

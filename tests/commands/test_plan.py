@@ -139,6 +139,7 @@ def edit(path: Path, old: str, new: str) -> None:
         ),
         (["--bucket-plan", "STATIC", "--batching", "bucketed"], None, "fixed sets"),
         (["--batching", "packed", "--pattern", "PRUNE"], None, "PRUNE plans padded buckets only"),
+        (["--batching", "packed", "--cost-model", "lobra6"], None, "LobRA's fit of padded rows"),
         (["--trainer-config", "none"], None, "none"),
         (["--lengths", "none.json"], None, "none.json"),
         (["--model", "600B"], None, "600B"),
@@ -429,3 +430,8 @@ def test_predictions_count_the_largest_rank_of_a_task(files: Path) -> None:
         inputs = read_inputs(options, Problems(), with_memory=False)
         found.append(inputs.cost_model.adapter_elements)
     assert found[0] == found[1] > found[2] > 0
+
+
+def test_lobras_fit_is_of_padded_rows(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments("--cost-model", "lobra6", "--dry-run", "--json")) == 0
+    assert json.loads(capsys.readouterr().out)["batching"] == "bucketed"
