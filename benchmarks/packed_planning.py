@@ -103,6 +103,7 @@ def _measured(
     workload: Workload, candidates: tuple[Candidate, ...], num_gpus: int, cost_model: CostModel
 ) -> Row:
     steps = sampled_steps(workload)
+    cost_model = replace(cost_model)  # of another, nothing is known from the instance before
     problem = PackedProblem(steps, workload.longest, Fleet(candidates, num_gpus), cost_model)
     start, processor = time.perf_counter(), time.process_time()
     found = exact.solve(problem)

@@ -16,6 +16,7 @@ from lobra.planner.outcome import SIMPLER, Outcome, Progress, SampledMean, silen
 from lobra.planner.packed import exact
 from lobra.planner.packed.problem import PackedProblem
 from lobra.planner.packed.roles import longest_alone, roles
+from lobra.planner.packed.step_times import step_times
 from lobra.planner.roles import saturation
 from lobra.planner.sampling import Sampled
 from lobra.planner.step_time import sync_time_s
@@ -105,7 +106,8 @@ def _notes_on(plan: Plan, mean_s: float, problem: PackedProblem, workload: Workl
     fresh = tuple(workload.steps(-(-number // 2), first=number))
     if fresh:  # none where the run ends before
         further = PackedProblem(fresh, problem.longest, problem.fleet, problem.cost_model)
-        fresh_s = float(np.mean(further.step_s(plan, range(len(fresh)))))
+        with step_times(further, Clock()) as step_s:
+            fresh_s = float(np.mean(step_s(plan, range(len(fresh)))))
         if abs(fresh_s / mean_s - 1.0) > FRESH:
             notes.append(
                 f"on {len(fresh)} further steps {fresh_s:.4g} s on average, "
