@@ -34,8 +34,10 @@ def test_a_long_sequence_goes_where_there_is_no_bubble(monkeypatch: pytest.Monke
     longest, step_s = longest_of_pipeline(PLAN, lengths)
     assert longest <= 500
     monkeypatch.setattr(
-        dispatch, "without_long_bubbles", lambda work, step_s: (work, dispatch.prices_of(work, step_s))
-    )  # fmt: skip
+        dispatch,
+        "without_long_bubbles",
+        lambda work, step_s: (work, dispatch.prices_of(work, step_s)),
+    )
     longest, other_s = longest_of_pipeline(PLAN, lengths)
     assert longest == 4000 and step_s < 0.99 * other_s
 
