@@ -29,7 +29,7 @@ from lobra.profiler.cost_model import CostModel
 NARROWINGS = 7  # of what the seconds for a squared token may be
 LEVELS = 192  # of the longest micro-batch's time
 NEAR = 1.1  # times the least step, about what plans take: there lines are to be near
-SHORTEST_S = 1e-6  # of a micro-batch: every fit gives more, but may fall below in between
+SHORTEST_S = 1e-6  # no fit says less of a micro-batch; what is reckoned between some may
 STEEPNESS = np.linspace(1.0, 1.5, 41)
 
 
