@@ -69,7 +69,7 @@ class PlanOptions(PlanningOptions):
     bucket_plan
         By default BUCKET_PLAN, else DYNAMIC.
     time_limit
-        Seconds the planner may take; it then gives its best plan so far. By default 60, EXACT 5 to
+        Seconds the planner may take; it then gives its best plan so far. By default 60, EXACT 4 to
         35 of processor time by the number of GPUs.
     dry_run
         Write no plan file.

@@ -29,6 +29,7 @@ from lobra.profiler.cost_model import CostModel
 NARROWINGS = 7  # of what the seconds for a squared token may be
 LEVELS = 192  # of the longest micro-batch's time
 NEAR = 1.1  # times the least step, about what plans take: there lines are to be near
+SHORTEST_S = 1e-6  # no fit says less of a micro-batch; what is reckoned between some may
 STEEPNESS = np.linspace(1.0, 1.5, 41)
 
 
@@ -179,6 +180,7 @@ def rates_of(
     own_s[fits] = seconds(held, held**2)
     tokens = np.arange(PACKED_MULTIPLE, packed_tokens(fullest(held, most)) + 1, PACKED_MULTIPLE)
     tokens, squares, time_s = least_times(seconds, held, tokens[tokens >= held[0]])
+    time_s = np.maximum(time_s, SHORTEST_S)
     all_tokens, all_squares = float(weight[fits] @ held), float(weight[fits] @ held**2)
     each_s, mean_length = time_s / tokens, squares / tokens
     square_s = highest(

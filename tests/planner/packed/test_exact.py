@@ -11,6 +11,7 @@ from lobra.common.errors import ConfigError
 from lobra.layout.layout import Layout
 from lobra.planner.candidates import Candidate
 from lobra.planner.certificate import Certificate
+from lobra.planner.clock import Clock
 from lobra.planner.fleet import Fleet
 from lobra.planner.packed import exact
 from lobra.planner.packed.problem import PackedProblem
@@ -113,6 +114,17 @@ def test_near_the_plan_found_and_valid_out_of_time() -> None:
     at_once_s, _ = certificate.minimum(1e-9)
     in_time_s, _ = certificate.minimum()
     assert at_once_s <= in_time_s <= certificate.steps_s(replicas[None]).mean() * ABOVE
+
+
+def test_a_plan_that_the_certificate_names_is_tried_however_late_it_is() -> None:
+    """One sequence in a hundred needs four GPUs, which are slower for all the others."""
+    rng = np.random.default_rng(2)
+    steps = tuple(np.append(rng.integers(50, 500, 99), 3000) for _ in range(4))
+    candidates = Candidate(Layout(1, 1), 600), Candidate(Layout(4, 1), 3000)
+    problem = PackedProblem(steps, 3000, Fleet(candidates, 12, 8), plain_cost_model())
+    found = exact.solve(problem, Clock(1e-9))
+    assert not found.complete
+    assert next(iter(found.step_s.values())).mean() < 0.85 * found.homogeneous_s
 
 
 def test_a_fleet_without_room_for_the_longest_is_refused() -> None:

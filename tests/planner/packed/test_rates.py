@@ -11,6 +11,7 @@ from lobra.layout.sequences import packed_tokens
 from lobra.planner.candidates import Candidate
 from lobra.planner.packed.rates import fullest, rates_of
 from lobra.planner.step_time import pipeline_time
+from lobra.profiler.cost_model import load_cost_model
 from tests.planner.strategies import LAYOUTS, cost_models, lengths
 from tests.planner.support import LawCostModel, plain_cost_model
 
@@ -71,3 +72,13 @@ def test_what_a_replica_of_whole_micro_batches_loses_is_known() -> None:
         done = (later_s - 4 * start_s) / each_s  # in four equal ones
         assert done * (1 - 1e-9) <= (later_s - bubble_s) / rate_s[0] <= 1.02 * done
     assert step_s / rates.least_s[0] > 1.09 * 30
+
+
+def test_no_sequence_costs_nothing_where_a_fit_falls_below_zero() -> None:
+    """LobRA's fit for tp 4 does for many sequences of few tokens."""
+    cost_model, lengths = load_cost_model("7B", kind="lobra6"), np.array([1, 2, 8100])
+    for layout in (Layout(4, 1), Layout(4, 2)):
+        rates = rates_of(Candidate(layout, 8192), cost_model, lengths, np.array([9.0, 9.0, 1.0]))
+        rate_s, bubble_s = rates.after(1.0)
+        assert (rates.least_s > 0).all() and (rate_s > 0).all()
+        assert 0 <= bubble_s < 1.0
