@@ -22,6 +22,7 @@ from lobra.layout.shapes import read_shape
 from lobra.model.fingerprint import fingerprint
 from lobra.model.host_memory import keep_freed_memory
 from lobra.model.launch import DEFAULT_PRELOAD, WatchOrder, run_ranks
+from lobra.trainer.agent import agent_of, going_on, join_world
 from lobra.trainer.prepare import prepare
 from lobra.trainer.rank import RankResult
 from lobra.trainer.request import TrainRequest
@@ -124,7 +125,9 @@ def train_in_launcher(
     from lobra.trainer.rank import train_rank
 
     def prepared(world: int, nodes: tuple[int, ...] | None) -> RunSpec:
-        return prepare(replace(request, launched_world=world, found_nodes=nodes))
+        agent = agent_of(os.environ, os.getppid())
+        known = replace(request, launched_world=world, found_nodes=nodes, agent=agent)
+        return prepare(going_on(known))
 
     return run_in_launcher(
         request.device,
@@ -184,7 +187,7 @@ def run_in_launcher(
         os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         keep_freed_memory()
-    dist.init_process_group("nccl" if on_gpu else "gloo")  # no device: `model.groups.new_group`
+    join_world("nccl" if on_gpu else "gloo", os.environ)
     # Tokenising may take much longer than NCCL waits, so the others wait on a CPU group.
     waiting = dist.new_group(backend="gloo", timeout=PREPARING)
     hosts = HostWatch(waiting, end_after_s, remedy)
