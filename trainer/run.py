@@ -13,7 +13,7 @@ from dataclasses import replace
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lobra.common.documents import MOST_BYTES, check_regular
 from lobra.common.errors import ConfigError
@@ -28,6 +28,9 @@ from lobra.trainer.rank import RankResult
 from lobra.trainer.request import TrainRequest
 from lobra.trainer.restarts import run_with_restarts
 from lobra.trainer.run_spec import RunSpec
+
+if TYPE_CHECKING:
+    from lobra.trainer.host_watch import HostWatch
 
 log = logging.getLogger(__name__)
 
@@ -192,7 +195,7 @@ def run_in_launcher(
     waiting = dist.new_group(backend="gloo", timeout=PREPARING)
     hosts = HostWatch(waiting, end_after_s, remedy)
     try:
-        return _run_in_world(prepared, target, waiting, remedy)
+        return _run_in_world(prepared, target, waiting, hosts, remedy)
     except RuntimeError as error:
         if lost := hosts.reason(error):
             raise lost from error
@@ -205,6 +208,7 @@ def _run_in_world(
     prepared: Callable[[int, tuple[int, ...] | None], RunSpec],
     target: Callable[[RunSpec], T],
     waiting: Any,
+    hosts: HostWatch,
     remedy: Callable[[], str] | None,
 ) -> tuple[RunSpec, T]:
     """Prepare on rank 0, let every host say what it lacks, and run the target. Collective."""
@@ -236,7 +240,8 @@ def _run_in_world(
         raise Refusal(chain.from_iterable(problems))
     from lobra.trainer.launched_watch import watch_each_other
 
-    watch_each_other(waiting, run.hang_timeout_s, run.output_dir / STACKS_FOLDER, remedy)
+    stacks = run.output_dir / STACKS_FOLDER
+    watch_each_other(waiting, run.hang_timeout_s, stacks, hosts, remedy)
 
     # No clean-up if this fails: it would wait for ranks that wait for this one. The launcher ends
     # them when this process has ended.

@@ -13,6 +13,7 @@ from lobra.trainer.engine import Engine
 from lobra.trainer.run_spec import RunSpec
 
 DEADLY, DULL = 13, 17  # tokens of a sequence
+MARKS = {DEADLY: "died", DULL: "slept"}  # that it was so
 MORTAL = 1  # the rank
 
 
@@ -24,9 +25,9 @@ def serve_mortal(run: RunSpec, **arguments: Any) -> None:
 
     def carry_out(self: Engine, order: StepOrder, *more: Any) -> Any:
         lengths = {len(sequence.tokens) for sequence in order.sequences}
-        for length in lengths & {DEADLY, DULL} if self.rank == MORTAL else ():
-            mark = run.output_dir / f"was-at-{length}"
-            if not mark.exists():
+        for length in lengths & MARKS.keys():
+            mark = run.output_dir / MARKS[length]
+            if self.rank == MORTAL and not mark.exists():
                 mark.touch()
                 os.kill(os.getpid(), signal.SIGKILL) if length == DEADLY else time.sleep(600)
         return plain(self, order, *more)
