@@ -7,7 +7,6 @@ import os
 import signal
 import tempfile
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,16 @@ _CACHE = tempfile.TemporaryDirectory(prefix="lobra-cache-")  # gone when the tes
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 ROOT = Path(__file__).resolve().parent.parent
+#: Modules whose tests share what takes seconds to make.
+SHARING = (
+    "tests/experiments/test_simulate.py",
+    "tests/tasks/test_corpus.py",
+    "tests/test_wheel.py",
+    "tests/trainer/test_equality.py",
+    "tests/trainer/test_faults.py",
+    "tests/trainer/test_resume.py",
+    "tests/trainer/test_variants.py",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,22 +47,13 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile(ALL if config.getoption("--all") else DEFAULT)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the long tests to `--all`, and those that need a GPU to machines that have one.
-
-    Tests that share what is made for a module, or a package, are for one process (`--dist
-    loadgroup`), which makes it once.
-    """
+    """Leave the long tests to `--all`, and those that need a GPU to machines that have one."""
     if not config.getoption("--all"):
         long = [item for item in items if item.get_closest_marker("long")]
         items[:] = [item for item in items if not item.get_closest_marker("long")]
         if long:
             config.hook.pytest_deselected(items=long)
-    for item in items:
-        made = chain.from_iterable(item._fixtureinfo.name2fixturedefs.values())  # type: ignore[attr-defined]
-        if shared := [fixture.baseid for fixture in made if fixture.scope in ("module", "package")]:
-            item.add_marker(pytest.mark.xdist_group(min(shared, key=len)))
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu:
         import torch  # seconds to import, and most of the tests do without
@@ -61,6 +61,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if not torch.cuda.is_available():
             for item in on_gpu:
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Have one process run all tests of a module in which they share what is dear, and first."""
+    if config.getvalue("dist") != "load":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module = nodeid.partition("::")[0]
+            return module if module in SHARING else nodeid
+
+    return Scheduling(config, log)
 
 
 def pytest_collection_finish() -> None:
