@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, cast
 if TYPE_CHECKING:
     import yaml
 
-#: Of a document, aliases counted with all that they stand for: a run's config.yaml with a rank map
-#: of 1,024 ranks and ten plans has 30,000, and PyYAML takes a second for 10,000.
-MOST_NODES = 100_000
+#: Of a document, aliases counted with all that they stand for: a run's config.yaml has about 105
+#: for every task that the run has ever had, and 30,000 for ten rank maps of 1,024 ranks. PyYAML
+#: takes a second for 40,000.
+MOST_NODES = 400_000
 MOST_LEVELS = 64  # of lists and mappings in each other
 MOST_BITS = 4096  # of an integer, which may be written in base 60: 1,233 decimal digits
 MOST_CHARACTERS = 1 << 22  # comments included, of which a second is enough for a million

@@ -96,7 +96,7 @@ def start_server(preload: Sequence[str]) -> multiprocessing.context.BaseContext:
     A server that is there stays as it is: what it has not imported, every rank imports itself.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(preload))
+    context.set_forkserver_preload([*preload, "lobra.model.frozen"])
     atexit.unregister(_end_server)
     atexit.register(_end_server)
     if threading.current_thread() is threading.main_thread():

@@ -74,33 +74,36 @@ class Watch:
         self._has_other_hosts = has_other_hosts
         self._counts: list[int] = []
         self._looked_s = time.monotonic()
-        self._silent_s = 0.0
+        self._silent_s = 0.0  # since any has moved
+        self._stopped_s: dict[int, float] = {}
         self._has_warned = False
 
     def look(self) -> tuple[int | None, str] | None:
         """Return the rank that holds all up and what is known of it, if that is so for too long.
 
-        None for the rank is one of another host. It is warned of before.
+        None for the rank is one of another host. It is warned of before. That is when none has
+        moved for too long, or one has been stopped for as long.
         """
         now = time.monotonic()
         # No more than what is between two looks: this process may have been stopped with them all.
-        self._silent_s += min(now - self._looked_s, 2 * LOOK_S)
-        self._looked_s = now
+        passed_s, self._looked_s = min(now - self._looked_s, 2 * LOOK_S), now
         noted = self._heartbeats.read()
         beats = {rank: noted[rank] for rank in self._pids}
         counts = [beat.count for beat in beats.values()]
-        if counts != self._counts:
-            self._counts, self._silent_s = counts, 0.0
-            self._has_warned = False
-            return None
+        self._silent_s = 0.0 if counts != self._counts else self._silent_s + passed_s
+        self._counts = counts
+        stopped = [rank for rank, pid in self._pids.items() if process_state(pid) in STOPPED]
+        self._stopped_s = {rank: self._stopped_s.get(rank, 0.0) + passed_s for rank in stopped}
+        # Others move for as long as what they send to a stopped rank finds room on the way.
+        still_s = max([self._silent_s, *self._stopped_s.values()])
         expected_s = max(beat.expected_s for beat in beats.values())
         warn_s, end_s = self._limits(beats, expected_s)
-        if self._silent_s >= end_s:
+        if still_s >= end_s:
             self._dump()
-            return self._blamed(beats, expected_s)
-        if self._silent_s >= warn_s and not self._has_warned:
-            self._has_warned = True
-            log.warning("%s", held_up(*self._blamed(beats, expected_s)))
+            return self._blamed(beats, expected_s, still_s)
+        if still_s >= warn_s and not self._has_warned:
+            log.warning("%s", held_up(*self._blamed(beats, expected_s, still_s)))
+        self._has_warned = still_s >= warn_s
         return None
 
     def keep_stacks(self, target: Path) -> str:
@@ -118,18 +121,16 @@ class Watch:
         """Return after how many seconds to warn, and to end the run."""
         warn_s = max(WARN_AFTER_S, WARN_AFTER_STEPS * expected_s)
         end_s = self._end_after_s or max(END_AFTER_S, END_AFTER_STEPS * expected_s)
-        if not any(map(self._is_stuck, self._pids.values())):
+        if not self._stopped_s:
             if any(beat.phase in SLOW_PHASES for beat in beats.values()):
                 return max(warn_s, END_AFTER_S), max(end_s, SLOW_S)
             if not expected_s:  # the first step: much is compiled and made in it
                 warn_s, end_s = max(warn_s, END_AFTER_S / 2), max(end_s, END_AFTER_S)
         return min(warn_s, end_s / 2), end_s
 
-    @staticmethod
-    def _is_stuck(pid: int) -> bool:
-        return process_state(pid) in STOPPED
-
-    def _blamed(self, beats: Mapping[int, Beat], expected_s: float) -> tuple[int | None, str]:
+    def _blamed(
+        self, beats: Mapping[int, Beat], expected_s: float, still_s: float
+    ) -> tuple[int | None, str]:
         states = {rank: process_state(pid) for rank, pid in self._pids.items()}
         halted = [rank for rank, state in states.items() if state in HALTED]
         outside = [rank for rank in beats if self._is_outside(rank)]
@@ -143,11 +144,11 @@ class Watch:
                 waiting.setdefault(str(beat), []).append(str(other))
         usual = f" (a step takes up to {expected_s:.1f} s)" if expected_s else ""
         if rank is None:
-            parts = [f"nothing has moved here for {self._silent_s:.0f} s{usual}"]
+            parts = [f"nothing has moved here for {still_s:.0f} s{usual}"]
         else:
             known = PROCESS_STATES.get(states[rank], f"in state {states[rank]}")
             parts = [
-                f"it has not moved for {self._silent_s:.0f} s, {beats[rank]}{usual}",
+                f"it has not moved for {still_s:.0f} s, {beats[rank]}{usual}",
                 f"its process {self._pids[rank]} is {known}",
             ]
         if waiting:

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -182,7 +183,7 @@ def read_lengths(
     config: TrainerConfig, model: str, data_dir: str | os.PathLike[str]
 ) -> Mapping[str, np.ndarray]:
     """Return the lengths of every task's tokenised data set, what is held out included."""
-    datasets = _load(config.tasks, model, data_dir)
+    datasets = _load(config, model, data_dir)
     return {
         task.name: data.example_lengths for task, data in zip(config.tasks, datasets, strict=True)
     }
@@ -216,7 +217,7 @@ def read_workload(
     from lobra.tasks.dataset import split
 
     tasks = clip_context(config.tasks, max_seq_length)
-    datasets = _load(tasks, model, data_dir)
+    datasets = _load(replace(config, tasks=tasks), model, data_dir)
     parts = [split(task, data, seed) for task, data in zip(tasks, datasets, strict=True)]
     training = [own for own, _ in parts]
     nothing = np.empty(0, dtype=np.int64)
@@ -231,11 +232,11 @@ def read_workload(
 
 
 def _load(
-    tasks: Sequence[TaskConfig], model: str, data_dir: str | os.PathLike[str]
+    config: TrainerConfig, model: str, data_dir: str | os.PathLike[str]
 ) -> list[TokenizedDataset]:
-    """Return every task's data set, tokenised; ConfigError with every mistake of them."""
+    """Return the data of every task of a file, tokenised; ConfigError with every mistake."""
     from lobra.tasks.data_report import summary_text
-    from lobra.tasks.dataset import load_dataset
+    from lobra.tasks.dataset import at_field, load_dataset
     from lobra.tasks.text_processor import TextProcessor
 
     # Data that are tokenised already need no tokenizer, so no folder of the model either.
@@ -243,9 +244,12 @@ def _load(
     vocab_size = resolve_shape(model).vocab_size
     datasets: list[TokenizedDataset] = []
     problems = Problems()
-    for task in tasks:
-        with problems.noted():
+    for number, task in zip(config.numbers, config.tasks, strict=True):
+        try:
             datasets.append(load_dataset(task, processor, data_dir, vocab_size))
+        except ConfigError as error:
+            own = error.problems.changed(partial(at_field, task))
+            problems += own.prefixed(f"{config.path}: task[{number}].")
     problems.raise_if_any()
     log.info("the tasks' data:\n%s", summary_text(datasets))
     return datasets

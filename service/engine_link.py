@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
@@ -89,12 +90,16 @@ def serve_rank(
 def _follow(engine: Engine, connection: Connection) -> None:
     """Pass every order on, as rank 0, until the last one."""
     while True:
-        beat("waiting for its order")
+        beat("waiting for its order", expected_s=max(engine.step_times_s, default=0.0))
         if not connection.poll(IDLE_S):
             engine.control.send(StepOrder(0))
             continue
         order = StepOrder.decode(np.frombuffer(connection.recv_bytes(), dtype=np.int64))
+        start = time.perf_counter()
         engine.control.send(order)
-        connection.send(engine.carry_out(order))
+        report = engine.carry_out(order)
+        if order.sequences:
+            engine.step_times_s.append(time.perf_counter() - start)
+        connection.send(report)
         if order.stop:
             return

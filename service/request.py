@@ -55,8 +55,8 @@ class ServeRequest:
         Of one rank, such as 40GB; by default this machine's free memory by ranks on a CPU, 90 % of
         the memory on a GPU.
     hang_timeout
-        Start the ranks again when all have stood still for S seconds; by default 600, and no less
-        unless a process is stopped.
+        Start the ranks again when all have stood still for S seconds, or one is stopped for as
+        long; by default 600, or 20 times the longest pass. Before the first it is at least 600.
     await_hosts
         With --host-file: wait S seconds for a host that is lost; then go on without it, on those
         replicas that the others have room for.

@@ -258,6 +258,18 @@ def load_dataset(
     return data
 
 
+def at_field(task: TaskConfig, problem: str) -> str:
+    """Return a problem of a task's data with the field of the configuration it is about."""
+    is_told = problem.startswith("dataset_name = ")
+    return problem if is_told else f"{named_data(task)}: {problem}"
+
+
+def named_data(task: TaskConfig) -> str:
+    """Return the task's data sets as its configuration has them."""
+    names = task.dataset_names
+    return f"dataset_name = {names[0] if len(names) == 1 else list(names)!r}"
+
+
 def _files(task: TaskConfig, data_dir: Path, confine: Path | None) -> list[Path]:
     """Return the files of a task's data sets; mine or fetch what must be."""
     problems = Problems()

@@ -29,6 +29,7 @@ CONFIG_FOLDER = Path("trainer_config")
 SHIPPED_FOLDER = Path(__file__).parent.with_name("trainer_config")
 SUFFIXES = (".json", ".yaml", ".yml")
 VARIANTS = ("canonical", "fused")
+MOST_TASKS = 3000  # that a run's config.yaml has room for (`common.yaml_text.MOST_NODES`)
 
 
 def _named(entries: Any) -> Any:
@@ -97,7 +98,12 @@ class TaskFile(FileModel):
     def contradictions(cls, given: Mapping[str, Any]) -> Mapping[str, Mistake]:
         """Return what is wrong with the number of tasks."""
         wanted_tasks, entries = given.get("train_task_num"), given.get("task")
-        if not isinstance(wanted_tasks, int) or not isinstance(entries, list):
+        if not isinstance(entries, list):
+            return {}
+        if len(entries) > MOST_TASKS:
+            text = f"lists {len(entries)} tasks, want at most {MOST_TASKS} in a run"
+            return {"task": Mistake(text)}
+        if not isinstance(wanted_tasks, int):
             return {}
         missing = wanted_tasks - len(entries)
         if missing <= 0 or not entries:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import tempfile
@@ -23,6 +24,16 @@ _CACHE = tempfile.TemporaryDirectory(prefix="lobra-cache-")  # gone when the tes
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 ROOT = Path(__file__).resolve().parent.parent
+#: Modules whose tests share what takes seconds to make.
+SHARING = (
+    "tests/experiments/test_simulate.py",
+    "tests/tasks/test_corpus.py",
+    "tests/test_wheel.py",
+    "tests/trainer/test_equality.py",
+    "tests/trainer/test_faults.py",
+    "tests/trainer/test_resume.py",
+    "tests/trainer/test_variants.py",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -50,6 +61,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if not torch.cuda.is_available():
             for item in on_gpu:
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Have one process run all tests of a module in which they share what is dear, and first."""
+    if config.getvalue("dist") != "load":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module = nodeid.partition("::")[0]
+            return module if module in SHARING else nodeid
+
+    return Scheduling(config, log)
+
+
+def pytest_collection_finish() -> None:
+    """Search what all tests have imported for garbage no more: a tenth of their time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

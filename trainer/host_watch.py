@@ -95,10 +95,14 @@ class HostWatch:
             return None
         until = time.monotonic() + 2 * BREAK_S
         while time.monotonic() < until:
-            if why := self._lost(BREAK_S):
+            if why := self.quiet():
                 return LostHost(why)
             time.sleep(LOOK_S / 4)
         return None
+
+    def quiet(self) -> str | None:
+        """Return what is known of a host of which nothing is heard any more, None if all are."""
+        return self._lost(BREAK_S)
 
     def _is_leader(self) -> bool:
         there = [rank for rank, pid in self._pids.items() if process_state(pid) not in STOPPED]

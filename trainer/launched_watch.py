@@ -22,6 +22,7 @@ import torch.distributed as dist
 from lobra.model import heartbeat
 from lobra.model.heartbeat import Heartbeats
 from lobra.model.watch import DUMP_SIGNAL, LOOK_S, STOPPED, Watch, held_up, process_state
+from lobra.trainer.host_watch import HostWatch
 
 MEMORY_FOLDERS = (Path("/dev/shm"), Path(tempfile.gettempdir()))
 
@@ -34,6 +35,7 @@ def watch_each_other(
     group: dist.ProcessGroup,
     end_after_s: float | None,
     stacks_folder: Path,
+    hosts: HostWatch,
     remedy: Callable[[], str] | None,
 ) -> None:
     """Begin to note where this rank is, and to watch the ranks of this host. Collective.
@@ -44,6 +46,8 @@ def watch_each_other(
         Of all ranks, on CPUs.
     end_after_s, stacks_folder
         As `model.launch.WatchOrder` has them.
+    hosts
+        Knows which is lost, where a rank of another holds the run up.
     remedy
         As `trainer.host_watch.HostWatch` has it.
     """
@@ -65,7 +69,7 @@ def watch_each_other(
     heartbeat.attach(heartbeats, rank)
     heartbeat.beat("loading")
     watch = Watch(heartbeats, pids, stacks, end_after_s, has_other_hosts=len(here) < world)
-    arguments = (watch, rank, pids, stacks_folder, remedy)
+    arguments = (watch, rank, pids, stacks_folder, hosts.quiet, remedy)
     threading.Thread(target=_look_on, args=arguments, name="watch", daemon=True).start()
 
 
@@ -74,6 +78,7 @@ def _look_on(
     own: int,
     pids: dict[int, int],
     stacks_folder: Path,
+    quiet_host: Callable[[], str | None],
     remedy: Callable[[], str] | None,
 ) -> None:
     while True:
@@ -82,7 +87,8 @@ def _look_on(
             continue
         if stall := watch.look():
             kept = watch.keep_stacks(stacks_folder)
-            told = [held_up(*stall), kept]
+            lost = quiet_host() if stall[0] is None else None
+            told = [lost or held_up(*stall), kept]
             if remedy is not None and 0 in pids:  # the host that has the checkpoints
                 told.append(remedy())
             log.critical("%s", "\n".join(told))

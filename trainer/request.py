@@ -115,6 +115,8 @@ class TrainRequest:
         How many ranks a launcher has started on each node, in the order of the ranks.
     launched_world
         Ranks a launcher has started, None without one.
+    agent
+        torchrun's that has started them (`trainer.agent`), None without one.
     mistakes
         What is wrong besides, to be reported with all else.
     """
@@ -161,6 +163,7 @@ class TrainRequest:
     gpus_per_node: PositiveInt | None = None
     found_nodes: Annotated[tuple[int, ...] | None, NOT_AN_OPTION] = None
     launched_world: Annotated[int | None, NOT_AN_OPTION] = None
+    agent: Annotated[str | None, NOT_AN_OPTION] = None
     mistakes: Annotated[tuple[str, ...], NOT_AN_OPTION] = ()
 
     @property

@@ -13,7 +13,7 @@ from dataclasses import replace
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lobra.common.documents import MOST_BYTES, check_regular
 from lobra.common.errors import ConfigError
@@ -22,11 +22,15 @@ from lobra.layout.shapes import read_shape
 from lobra.model.fingerprint import fingerprint
 from lobra.model.host_memory import keep_freed_memory
 from lobra.model.launch import DEFAULT_PRELOAD, WatchOrder, run_ranks
+from lobra.trainer.agent import agent_of, going_on, join_world
 from lobra.trainer.prepare import prepare
 from lobra.trainer.rank import RankResult
 from lobra.trainer.request import TrainRequest
 from lobra.trainer.restarts import run_with_restarts
 from lobra.trainer.run_spec import RunSpec
+
+if TYPE_CHECKING:
+    from lobra.trainer.host_watch import HostWatch
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +128,9 @@ def train_in_launcher(
     from lobra.trainer.rank import train_rank
 
     def prepared(world: int, nodes: tuple[int, ...] | None) -> RunSpec:
-        return prepare(replace(request, launched_world=world, found_nodes=nodes))
+        agent = agent_of(os.environ, os.getppid())
+        known = replace(request, launched_world=world, found_nodes=nodes, agent=agent)
+        return prepare(going_on(known))
 
     return run_in_launcher(
         request.device,
@@ -184,12 +190,12 @@ def run_in_launcher(
         os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         keep_freed_memory()
-    dist.init_process_group("nccl" if on_gpu else "gloo")  # no device: `model.groups.new_group`
+    join_world("nccl" if on_gpu else "gloo", os.environ)
     # Tokenising may take much longer than NCCL waits, so the others wait on a CPU group.
     waiting = dist.new_group(backend="gloo", timeout=PREPARING)
     hosts = HostWatch(waiting, end_after_s, remedy)
     try:
-        return _run_in_world(prepared, target, waiting, remedy)
+        return _run_in_world(prepared, target, waiting, hosts, remedy)
     except RuntimeError as error:
         if lost := hosts.reason(error):
             raise lost from error
@@ -202,6 +208,7 @@ def _run_in_world(
     prepared: Callable[[int, tuple[int, ...] | None], RunSpec],
     target: Callable[[RunSpec], T],
     waiting: Any,
+    hosts: HostWatch,
     remedy: Callable[[], str] | None,
 ) -> tuple[RunSpec, T]:
     """Prepare on rank 0, let every host say what it lacks, and run the target. Collective."""
@@ -233,7 +240,8 @@ def _run_in_world(
         raise Refusal(chain.from_iterable(problems))
     from lobra.trainer.launched_watch import watch_each_other
 
-    watch_each_other(waiting, run.hang_timeout_s, run.output_dir / STACKS_FOLDER, remedy)
+    stacks = run.output_dir / STACKS_FOLDER
+    watch_each_other(waiting, run.hang_timeout_s, stacks, hosts, remedy)
 
     # No clean-up if this fails: it would wait for ranks that wait for this one. The launcher ends
     # them when this process has ended.

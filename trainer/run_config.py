@@ -83,7 +83,8 @@ class RunConfig(_Noted):
     """What is read again of a run's config.yaml.
 
     ``plan`` and what is beside it are of the last plan; ``plans`` are all the run has had, and
-    ``resumes`` all steps (0-based) it went on from, which older versions did not note.
+    ``resumes`` all steps (0-based) it went on from, which older versions did not note. ``agent`` is
+    torchrun's that has launched it (`trainer.agent`).
     """
 
     versions: dict[str, str]
@@ -97,6 +98,7 @@ class RunConfig(_Noted):
     plans: tuple[PlanPeriod, ...] = ()
     resumes: tuple[Count, ...] = ()
     time_profile: UsedProfile = UsedProfile()
+    agent: Text | None = None
 
     @property
     def trains_model(self) -> bool:
@@ -293,6 +295,7 @@ def resolved_config(
         "report_to": list(run.report_to),
         "resumed_at": run.resume_step,
         "resumes": resume_history(run.output_dir, run.resume_step),
+        "agent": request.agent,
         "data_day": run.data_day,
         "tasks": [*_task_entries(run), *_tasks_that_left(run)],
         "plan": run.made_plan.entries(),

@@ -16,7 +16,7 @@ from lobra.model.adapter_checks import adapter_problems
 from lobra.planner.bucketed.buckets import ALIGN
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.confinement import is_inside
-from lobra.tasks.dataset import TokenizedDataset, load_dataset
+from lobra.tasks.dataset import TokenizedDataset, at_field, load_dataset, named_data
 from lobra.tasks.objectives import COMPARING
 from lobra.tasks.task_file import TrainerConfig
 from lobra.tasks.text_processor import TextProcessor
@@ -75,7 +75,7 @@ class TaskChecks:
         try:
             data = load_dataset(task, self.processor, self.data_dir, vocab_size, self.confine)
         except ConfigError as error:
-            problems += error.problems.changed(partial(_at_field, task))
+            problems += error.problems.changed(partial(at_field, task))
         if self.batching == "bucketed" and task.objective in COMPARING:
             problems.add(
                 f"objective = {task.objective!r}: bucketed micro-batches have a sequence a row and "
@@ -164,24 +164,12 @@ def too_long(
     ]
 
 
-def _at_field(task: TaskConfig, problem: str) -> str:
-    """Return a problem of a task's data with the field of the configuration it is about."""
-    is_told = problem.startswith("dataset_name = ")
-    return problem if is_told else f"{_named_data(task)}: {problem}"
-
-
-def _named_data(task: TaskConfig) -> str:
-    """Return the task's data sets as its configuration has them."""
-    names = task.dataset_names
-    return f"dataset_name = {names[0] if len(names) == 1 else list(names)!r}"
-
-
 def _foreign_tokens(task: TaskConfig, data: TokenizedDataset, shape: ModelShape) -> list[str]:
     """Return a problem if token ids of the task exceed the model's vocabulary."""
     largest = int(data.tokens.max())
     if largest < shape.vocab_size:
         return []
     return [
-        f"{_named_data(task)}: token id {largest} is outside the model's vocabulary of "
+        f"{named_data(task)}: token id {largest} is outside the model's vocabulary of "
         f"{shape.vocab_size}; the data was tokenised for another model"
     ]

@@ -58,6 +58,7 @@ TEXTS: dict[str, tuple[str | bytes, str]] = {
     "entry": ('{"task": [7]}', "task[0] = 7: want an object"),
     "stranger": ('{"task": [{}], "tasks": 1}', "tasks"),
     "too-few": ('{"train_task_num": 9, "task": [{}]}', "lists only 1"),
+    "too-many": ('{"task": [' + "{}, " * 3000 + "{}]}", "lists 3001 tasks, want at most 3000"),
     "pickle": (b"\x80\x04\x95\x10\x00\x00\x00.", "not UTF-8 text"),
     "zeros": (b"\x00" * 64, "not valid JSON"),
     "gzip": (b"\x1f\x8b\x08\x00\x00\x00", "not UTF-8 text"),

@@ -15,6 +15,7 @@ from lobra.commands import doctor
 from lobra.commands.finding import LACKS, NOTE, OK
 from lobra.common.errors import ConfigError
 from lobra.common.options import LauncherOptions
+from tests.assets.golden import HERE as GOLDEN
 
 
 def test_a_users_mistake_an_interruption_and_a_failure(capsys: pytest.CaptureFixture) -> None:
@@ -136,11 +137,11 @@ def test_a_command_that_lacks_its_subcommand_shows_help(capsys: pytest.CaptureFi
     ("arguments", "message"),
     [
         ("profile time --model tiny --tp 1,x", "--tp '1,x'"),
-        ("profile time --model tiny --tp 3 --device cpu", "tp 3 does not divide the 4"),
+        ("profile time --model BASE --tp 3 --device cpu", "tp 3 does not divide the 4"),
         ("profile time --model nosuch --tp 1 --device cpu", "model 'nosuch'"),
         ("profile memory --model tiny --num-gpus 0 --trainer-config quickstart", "--num-gpus 0"),
         (
-            "profile memory --model tiny --num-gpus 2 --trainer-config quickstart --device cpu "
+            "profile memory --model BASE --num-gpus 2 --trainer-config quickstart --device cpu "
             "--memory-budget much",
             "memory budget 'much'",
         ),
@@ -157,7 +158,7 @@ def test_mistakes_of_the_profilers(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "trainer_config").symlink_to(project_root / "trainer_config")
-    assert main(arguments.split()) == 2
+    assert main(arguments.replace("BASE", str(GOLDEN / "base")).split()) == 2
     output = capsys.readouterr().err
     assert message in output
     assert "Traceback" not in output

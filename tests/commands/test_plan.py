@@ -205,6 +205,8 @@ def test_lengths_like_the_published_ones_stand_in_for_lobras_data_alone(
     assert main(words) == 2
     message = capsys.readouterr().err
     assert message.count("no such data set") == message.count("--lengths published") == 2
+    for number, name in enumerate(("mine", "xsum")):
+        assert f"config.json: task[{number}].dataset_name = {name!r}: no such data set" in message
     assert main([*words, "--lengths", "published"]) == 2
     assert "no lengths for it (data set 'mine')" in capsys.readouterr().err
 

@@ -51,7 +51,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, project_root: Path) -> Pa
     folder = tmp_path_factory.mktemp("experiment")
     (folder / "lengths.json").write_text(json.dumps(LENGTHS), encoding="utf-8")
     command = [sys.executable, "-m", "lobra", "experiment", "simulate", "7B"]
-    command += ["--output", str(folder / "out"), "--steps", "4", "--time-limit", "1"]
+    command += ["--output", str(folder / "out"), "--steps", "4", "--time-limit", "0.3"]
     command += ["--lengths", str(folder / "lengths.json")]
     done = subprocess.run(
         command, cwd=project_root, capture_output=True, text=True, timeout=300, check=False

@@ -173,11 +173,12 @@ def test_a_vocabulary_that_the_ranks_cannot_share_evenly(tmp_path: Path) -> None
     ],
 )
 def test_every_memory_policy_computes_what_plain_autograd_does(
-    llama, layout: Layout, kinds: tuple[str, str]
+    layout: Layout, kinds: tuple[str, str], tmp_path: Path
 ) -> None:
     """To the bit, dropout included; what is computed again adds no gradient again."""
+    base = save_llama(tmp_path / "base", num_hidden_layers=2 * layout.pp)
     function = "tests.model.support:unlike_plain_autograd"
-    arguments = dict(folder=llama, world=one_replica(layout), kinds=kinds)
+    arguments = dict(folder=base, world=one_replica(layout), kinds=kinds)
     assert run_ranks(function, layout.num_gpus, arguments) == [[]] * layout.num_gpus
 
 

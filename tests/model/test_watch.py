@@ -76,6 +76,13 @@ def note(heartbeats: Heartbeats, *phases: str, step: int = 7, expected_s: float 
         heartbeats.note(rank, Beat(count, step, phase, expected_s))
 
 
+def stop(pid: int) -> None:
+    os.kill(pid, signal.SIGSTOP)
+    until = time.monotonic() + 30
+    while process_state(pid) != "T":
+        assert time.monotonic() < until
+
+
 def test_what_is_noted_is_read(heartbeats: Heartbeats, tmp_path: Path) -> None:
     assert heartbeats.read() == [Beat(0, 0, PHASES[0])] * 3
     Heartbeats(tmp_path / "heartbeats", 3).note(1, Beat(9, 4, "reducing", 2.5))
@@ -87,10 +94,7 @@ def test_the_stopped_process_is_to_blame_though_another_is_less_far(
     heartbeats: Heartbeats, sleepers: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    os.kill(sleepers[2], signal.SIGSTOP)
-    until = time.monotonic() + 30
-    while process_state(sleepers[2]) != "T":
-        assert time.monotonic() < until
+    stop(sleepers[2])
     clock = Clock(monkeypatch)
     one = watch_of(heartbeats, sleepers, 60, tmp_path)
     note(heartbeats, "computing", "computing", "reducing")
@@ -104,8 +108,22 @@ def test_the_stopped_process_is_to_blame_though_another_is_less_far(
     assert warning.startswith(f"{start}to 0.5 s); its process {sleepers[2]} is stopped by a signal")
     assert "stopped by a signal (T); waiting for it: ranks 0, 1, computing in step 7" in warning
     rank, why = clock.silence(one, 60) or (None, "")
-    assert rank == 2 and clock.now == 61
+    assert rank == 2 and clock.now == 60
     assert f"its process {sleepers[2]} is stopped by a signal (T)" in why
+
+
+def test_a_stopped_process_is_missed_though_others_move(
+    heartbeats: Heartbeats, sleepers: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a service at rest, whose ranks are told now and then that there is nothing to do."""
+    stop(sleepers[1])
+    clock = Clock(monkeypatch)
+    one = watch_of(heartbeats, sleepers, 60, tmp_path)
+    for _ in range(5):
+        note(heartbeats, "waiting for its order")
+        assert clock.silence(one, 10) is None
+    rank, why = clock.silence(one, 10) or (None, "")
+    assert (rank, clock.now) == (1, 60) and "is stopped by a signal (T)" in why
 
 
 @pytest.mark.parametrize("culprit", [None, 1])

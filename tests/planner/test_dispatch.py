@@ -24,7 +24,7 @@ LEAST_COSTS = LawCostModel(8, {tp: (0.5, 0.05, 0.002 / tp**0.5, 0.0, 0.0) for tp
 
 
 @given(steps(120), cost_models(), st.sampled_from(MODES))
-@examples(150, 1500)
+@examples(50, 1500)
 def test_every_sequence_once_no_micro_batch_too_large_longest_first(
     step: tuple[Plan, list[int]], cost_model: LawCostModel, mode: Mode
 ) -> None:
@@ -50,7 +50,7 @@ def test_every_sequence_once_no_micro_batch_too_large_longest_first(
 
 
 @given(st.data(), problems())
-@examples(100, 1000)
+@examples(50, 1000)
 def test_the_bound_is_never_above_the_optimum_nor_the_result_below(
     data: st.DataObject, problem: Problem
 ) -> None:
@@ -82,7 +82,7 @@ def test_the_same_step_is_dispatched_the_same_way(
 
 @given(steps(20, most_replicas=8), cost_models())
 @example((make_plan([ReplicaGroup(Layout(1, 2), 2, 272)]), [1, 17, 33, 193]), LEAST_COSTS)
-@examples(200, 2000)
+@examples(50, 2000)
 def test_never_slower_than_greedy(step: tuple[Plan, list[int]], cost_model: LawCostModel) -> None:
     plan, values = step[0], np.array(step[1])
     found = dispatch(values, plan, cost_model, num_buckets=8)

@@ -1,4 +1,4 @@
-"""A rank that dies costs nothing but time: requests wait, others carry them out."""
+"""A rank that dies or stands still costs nothing but time: requests wait, others carry them out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lobra.service import ranks, server
 from lobra.service.deployment import Deployment
 from lobra.service.wire import Datum
 from tests.service import test_equality
-from tests.service.dying import DEADLY, MORTAL
+from tests.service.dying import DEADLY, DULL, MORTAL
 from tests.service.peft_alone import Step
 from tests.service.support import Client, deployment_of, running
 from tests.service.test_equality import ADAM, Trainer, check
@@ -24,9 +24,11 @@ from tests.service.test_page import fetched
 
 pytestmark = pytest.mark.ranks
 
+HANG_TIMEOUT_S = 4.0
+
 
 def steps_of(number: int) -> list[Step]:
-    """Return steps of the shared tenants' kind, of which the second is deadly."""
+    """Return steps of the shared tenants' kind, of which one is deadly and one dull."""
     generator = np.random.default_rng(number)
 
     def datum(length: int) -> Datum:
@@ -34,46 +36,56 @@ def steps_of(number: int) -> list[Step]:
         return Datum(*tokens, generator.normal(size=length).astype(np.float32).astype(np.float64))
 
     adam = {**ADAM, "learning_rate": 3e-3}
-    return [Step(((datum(9), datum(20)), (datum(length),)), adam) for length in (5, DEADLY, 7, 11)]
+    lengths = (5, DEADLY, 7, DULL, 11)
+    return [Step(((datum(9), datum(20)), (datum(length),)), adam) for length in lengths]
 
 
-def test_ranks_that_die_are_started_again(
+def strike(state: Path, number: int, client: Client) -> None:
+    """Send a signal to a rank that rests; return when it is missed."""
+    os.kill(int((state / f"pid{MORTAL}").read_text()), number)
+    deadline = time.monotonic() + 60
+    while health(client) == "ok":
+        assert time.monotonic() < deadline
+
+
+def test_ranks_that_are_lost_are_started_again(
     base: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """One in the middle of a pass, one that rests; the adapter is PEFT's all the same."""
+    """One dies in a pass, one at rest, one sleeps in a pass, one is stopped at rest; the adapter
+    is PEFT's all the same."""
     monkeypatch.setattr(ranks, "RANK_TARGET", "tests.service.dying:serve_mortal")
     monkeypatch.setattr(server, "FIRST_PAUSE_S", 0.1)
     monkeypatch.setattr(test_equality, "steps_of", steps_of)
     state = tmp_path / "state"
     layouts = [(1, 1), (1, 1)]
+    options = {"precision": "fp64", "hang_timeout": HANG_TIMEOUT_S}
     with (
         caplog.at_level(logging.ERROR, "lobra.service.server"),
-        running(deployment_of(base, state, layouts, 64, precision="fp64")) as found,
+        running(deployment_of(base, state, layouts, 64, **options)) as found,
     ):
         client = found.client("tenant", is_operator=True)
         trainer = Trainer(client, 0)
         start = trainer.save("save_weights_for_sampler", "start")
         steps = steps_of(0)
         trainer.train(steps[:3])
-        assert (state / "died").exists()
-        os.kill(int((state / f"pid{MORTAL}").read_text()), signal.SIGKILL)
-        deadline = time.monotonic() + 60
-        while health(client) == "ok":
-            assert time.monotonic() < deadline
+        strike(state, signal.SIGKILL, client)
         page = fetched(client, "/")[1]
         assert "Requests wait until the ranks are there: rank 1 failed: the process was kil" in page
-        trainer.train(steps[3:])
+        trainer.train(steps[3:4])
+        strike(state, signal.SIGSTOP, client)
+        trainer.train(steps[4:])
         assert health(client) == "ok"
         check(found, trainer, start, trainer.save("save_weights_for_sampler", "end"), tmp_path)
         assert not found.crashed
-    told = [record.getMessage() for record in caplog.records]
-    assert len(told) == 2
-    for message in told:
-        why, what = message.splitlines()
-        assert why.startswith("rank 1 failed: the process was killed by SIGKILL")
+    told = [record.getMessage().splitlines() for record in caplog.records]
+    killed, still = "the process was killed by SIGKILL", "it has not moved for 4 s, "
+    expected = [killed, killed, still, still]
+    assert len(told) == len(expected)
+    for (why, *_, what), cause in zip(told, expected, strict=True):
+        assert why.startswith(f"rank 1 failed: {cause}")
         assert what.startswith("requests wait, the ranks are started again in ")
 
 

@@ -162,7 +162,8 @@ def test_loading_data_does_not_need_torch(tmp_path: Path) -> None:
     assert result.stdout.strip() == "False"
 
 
-REAL = ["codegen_gpt4", "dolly_3k", "evol_instruct_code", "gsm8k", "pubmedqa", "us_bills_115_all"]
+REAL = ["dolly_3k", "gsm8k", "us_bills_115_all"]  # with inputs, without, and long
+MORE_REAL = ["codegen_gpt4", "evol_instruct_code", "pubmedqa"]
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +171,9 @@ def gpt2(shared: Path) -> Any:
     return load_tokenizer(shared / "tokenizers")
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize(
+    "name", [*REAL, *(pytest.param(name, marks=pytest.mark.long) for name in MORE_REAL)]
+)
 def test_real_data(shared: Path, project_root: Path, gpt2: Any, name: str) -> None:
     config = load_trainer_config(project_root / "trainer_config" / "real12.json")
     (found,) = (entry for entry in config.tasks if entry.name == name)

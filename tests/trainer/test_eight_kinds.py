@@ -12,9 +12,8 @@ from tests.model.support import save_llama
 from tests.trainer.alone import STEPS, make_datasets, make_starts, tasks_from, train_alone
 from tests.trainer.support import make_plan, make_run
 from tests.trainer.test_equality import final_tensors, losses_of, relative_errors
-from tests.trainer.test_preferences import assert_as_with_trl, examples, tasks_in
+from tests.trainer.test_preferences import MODULES, assert_as_with_trl, examples, tasks_in
 from tests.trainer.test_variants import task
-from tests.trainer.trl_alone import MODULES
 
 BAR = 1e-8
 SUPERVISED = (

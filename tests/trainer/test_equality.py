@@ -51,7 +51,7 @@ PLANS: dict[str, list[tuple[Any, ...]]] = {
 FAMILY_PLAN = "<2,1> <1,2>"
 EVERY_FAMILY = (FAMILY_PLAN, "<1,2> <2,2>", "<4,1> <1,1>")
 LLAMA_LONG = ("<1,1> <2,2>", "one <1,1>", FAMILY_PLAN)  # parts of others
-FP32_PLANS = ("one <1,1>", "<1,1>x2 <2,1> <1,2>", "<4,1> <1,1>")
+FP32_PLANS = ("one <1,1>", "<1,1>x2 <2,1> <1,2>")
 
 
 @dataclass
@@ -71,19 +71,28 @@ class Reference:
 
 
 @pytest.fixture(scope="module")
-def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]:
+def references(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Reference]:
     return {}
 
 
 @pytest.fixture
 def reference(
-    family: str, references: dict[str, Reference], tmp_path_factory: pytest.TempPathFactory
+    family: str,
+    references: dict[tuple[str, int], Reference],
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
 ) -> Reference:
-    if family not in references:
+    """What is a family's own shows in two layers, windows over three in four.
+
+    Stages of several layers are shown by Llama; the bars of bf16 are of four layers' rounding.
+    """
+    is_deep = family in ("llama", "gemma3_text") or "bf16" in request.function.__name__
+    key = family, 4 if is_deep else 2
+    if key not in references:
         folder = tmp_path_factory.mktemp(family)
-        base = save_family(family, folder / "base")
-        references[family] = Reference(base, make_starts(base, folder / "starts"))
-    return references[family]
+        base = save_family(family, folder / "base", num_hidden_layers=key[1])
+        references[key] = Reference(base, make_starts(base, folder / "starts"))
+    return references[key]
 
 
 def train_jointly(
@@ -188,7 +197,7 @@ def test_dropout_is_peft_s_with_our_masks(
         assert min(errors.values()) > 1e-3, "nothing dropped out"
 
 
-@pytest.mark.parametrize("plan", FP32_PLANS)
+@pytest.mark.parametrize("plan", [*FP32_PLANS, pytest.param("<4,1> <1,1>", marks=pytest.mark.long)])
 @pytest.mark.parametrize("family", ["llama"])
 def test_fp32_as_near_to_fp64_as_peft_in_fp32(
     family: str, plan: str, reference: Reference, tmp_path: Path
@@ -256,6 +265,7 @@ def test_bf16_as_near_to_fp64_as_peft_in_bf16(
             assert task.name == "few" or max(ours, apart) < 3e-2, f"{task.name} {part}: {seen}"
 
 
+@pytest.mark.long  # tests/model/test_stage.py has it of a replica
 def test_memory_policies_change_nothing(tmp_path: Path) -> None:
     base = save_family("llama", tmp_path / "base")
     plan = make_plan([(1, 1), (2, 2)], max_tokens=128)

@@ -60,27 +60,44 @@ def test_ranks_in_a_row_are_told_by_their_ends() -> None:
 
 
 class Stall:
-    """A watch that sees rank 1 hold the run up."""
+    """A watch that sees a rank hold the run up; None: one of another host."""
 
-    def look(self) -> tuple[int, str]:
-        return 1, "it sleeps"
+    def __init__(self, rank: int | None) -> None:
+        self.rank = rank
+
+    def look(self) -> tuple[int | None, str]:
+        return self.rank, "it sleeps"
 
     def keep_stacks(self, _target: Path) -> str:
         return "stacks are kept"
 
 
+@pytest.mark.parametrize(
+    ("rank", "quiet", "told"),
+    [
+        (1, "host b is lost", "rank 1 holds the run up: it sleeps"),
+        (None, None, "a rank of another host holds the run up: it sleeps"),
+        (None, "host b is lost", "host b is lost"),
+    ],
+)
 @pytest.mark.parametrize("remedy", [None, lambda: "start it again"])
 def test_a_stall_is_told_with_how_one_goes_on(
+    rank: int | None,
+    quiet: str | None,
+    told: str,
     remedy: Callable[[], str] | None,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Of a run or a service, as who started it says; not where that one goes on by itself."""
-    watch: Any = Stall()
+    """Of a run or a service, as who started it says; not where that one goes on by itself.
+
+    A host that is lost while it writes is given long to be heard of again: then others stall.
+    """
+    watch: Any = Stall(rank)
     monkeypatch.setattr(launched_watch, "LOOK_S", 0.0)
     monkeypatch.setattr(os, "_exit", sys.exit)
     pids = dict.fromkeys(range(2), os.getpid())
     with pytest.raises(SystemExit):
-        launched_watch._look_on(watch, 0, pids, Path("stacks"), remedy)
-    told = ["rank 1 holds the run up: it sleeps", "stacks are kept"]
-    assert caplog.messages[-1].splitlines() == [*told, *([remedy()] if remedy else [])]
+        launched_watch._look_on(watch, 0, pids, Path("stacks"), lambda: quiet, remedy)
+    expected = [told, "stacks are kept", *([remedy()] if remedy else [])]
+    assert caplog.messages[-1].splitlines() == expected

@@ -123,6 +123,40 @@ def rank_process(rank: int) -> int | None:
     return None
 
 
+def await_step_4(launched: subprocess.Popen[bytes]) -> None:
+    until = time.monotonic() + 240
+    while not list(Path("run").glob("checkpoints/step_[4-9]*")):
+        assert launched.poll() is None and time.monotonic() < until, Path("said.txt").read_text()
+        time.sleep(0.02)
+
+
+@pytest.mark.long
+def test_torchrun_s_own_restarts_go_on_but_not_with_another_launch_s_run(place: Path) -> None:
+    content = json.loads(Path("tasks.json").read_text())
+    for task in content["task"]:
+        task["steps"] = 16
+    Path("tasks.json").write_text(json.dumps(content))
+    Path("plan.yaml").write_text(PLANS["<1,1>x2"])
+    torchrun = [*script("torchrun"), "--max-restarts", "1", *launcher("torchrun")[1:]]
+    command = [*torchrun, *training_arguments(Path("plan.yaml"), Path("run")), "--save-every", "2"]
+    with Path("said.txt").open("w") as said:
+        launched = subprocess.Popen(
+            command, env=clean_environment(), stdout=said, stderr=subprocess.STDOUT
+        )
+    await_step_4(launched)
+    killed = rank_process(1)
+    assert killed is not None
+    os.kill(killed, signal.SIGKILL)
+    assert launched.wait(timeout=240) == 0, Path("said.txt").read_text()
+    shown = Path("said.txt").read_text()
+    assert shown.count("torchrun has started the ranks again: the run goes on from step ") == 1
+    check_same("plan.yaml", "run")
+    again = subprocess.run(command, env=clean_environment(), capture_output=True, text=True)
+    assert again.returncode
+    assert again.stderr.count("--output-dir run: already holds a run") == 2
+    assert "goes on from" not in again.stderr
+
+
 @pytest.mark.long
 def test_a_launched_rank_that_stands_still_is_named_and_the_run_starts_again(place: Path) -> None:
     content = json.loads(Path("tasks.json").read_text())
@@ -139,10 +173,7 @@ def test_a_launched_rank_that_stands_still_is_named_and_the_run_starts_again(pla
             [sys.executable, "-m", "lobra", *arguments, *more],
             env=clean_environment(), stdout=said, stderr=subprocess.STDOUT,
         )  # fmt: skip
-    until = time.monotonic() + 240
-    while not list(Path("run").glob("checkpoints/step_[4-9]*")):
-        assert lobra.poll() is None and time.monotonic() < until, Path("said.txt").read_text()
-        time.sleep(0.02)
+    await_step_4(lobra)
     stopped = rank_process(1)
     assert stopped is not None
     os.kill(stopped, signal.SIGSTOP)

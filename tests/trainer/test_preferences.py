@@ -8,7 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from lobra.tasks.config import TaskConfig
 from lobra.tasks.dataset import TokenizedDataset
@@ -16,9 +19,9 @@ from lobra.trainer.run import run_local
 from lobra.trainer.run_spec import RunSpec
 from tests.model.support import save_llama
 from tests.trainer.support import make_plan, make_run, random_dataset, steps_of
-from tests.trainer.trl_alone import MODULES, make_start, train_alone
 
 BAR = 1e-8
+MODULES = ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 STEPS = 3
 EXAMPLES = 12
 PARAMETERS = {
@@ -46,6 +49,22 @@ def examples(objective: str, seed: int) -> TokenizedDataset:
         wanted = np.random.default_rng(seed).choice([1, -1], EXAMPLES)
         signs = np.stack([wanted, np.zeros(EXAMPLES)], axis=1).flatten()
     return replace(data, signs=signs.astype(np.int8))
+
+
+def make_start(
+    base: Path, folder: Path, seed: int, rank: int, modules: Sequence[str] = MODULES
+) -> Path:
+    """Save a fresh adapter of PEFT's with B that is not zero."""
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=list(modules), task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.save_pretrained(folder)
+    return folder
 
 
 def tasks_in(
@@ -91,6 +110,8 @@ def test_joint_equals_trl_alone(layouts: list, tmp_path: Path) -> None:
 
 def assert_as_with_trl(run: RunSpec, number: int, data: TokenizedDataset) -> None:
     """Assert that a task got the losses and the adapter that TRL's losses give it alone."""
+    from tests.trainer.trl_alone import train_alone  # seconds: TRL, with trackers that it knows
+
     task = run.tasks[number]
     alone = train_alone(run.model_folder, task, data, Path(task.resume_from or ""), run.last_step)
     for step, loss, expected in zip(steps_of(run), alone["losses"], alone["metrics"], strict=True):

@@ -8,7 +8,6 @@ ORPO's odds in fp32 by name; here they are lifted to fp64.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +15,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -28,24 +27,6 @@ from lobra.tasks.config import TaskConfig
 from lobra.tasks.dataset import TokenizedDataset
 from lobra.tasks.sampling import sample_indices, task_seed
 from tests.trainer.alone import lift_to_double, padded
-
-MODULES = ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")
-
-
-def make_start(
-    base: Path, folder: Path, seed: int, rank: int, modules: Sequence[str] = MODULES
-) -> Path:
-    """Save a fresh adapter of PEFT's with B that is not zero."""
-    torch.manual_seed(seed)
-    config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules=list(modules), task_type="CAUSAL_LM"
-    )
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    model.save_pretrained(folder)
-    return folder
 
 
 def train_alone(

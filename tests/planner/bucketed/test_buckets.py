@@ -42,7 +42,7 @@ def recurrence(lengths: np.ndarray, num_buckets: int, align: int) -> int:
 
 
 @given(LENGTHS, st.integers(1, 5))
-@examples(150, 1500)
+@examples(50, 1500)
 def test_buckets_waste_no_more_than_any_others(values: list[int], num_buckets: int) -> None:
     lengths = np.array([-(-value // 90) * 90 for value in values])  # few distinct boundaries
     buckets = make_buckets(lengths, num_buckets)
@@ -50,7 +50,7 @@ def test_buckets_waste_no_more_than_any_others(values: list[int], num_buckets: i
 
 
 @given(LENGTHS, st.integers(1, 8), st.sampled_from([1, 16, 50]))
-@examples(150, 1500)
+@examples(50, 1500)
 def test_buckets_agree_with_the_plain_recurrence(
     values: list[int], num_buckets: int, align: int
 ) -> None:

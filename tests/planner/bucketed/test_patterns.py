@@ -18,7 +18,7 @@ from tests.tiers import examples
 
 
 @given(st.data(), problems(max_count=5))
-@examples(120, 1200)
+@examples(50, 1200)
 def test_pricing_bounds_every_pattern_and_rounded_up_finds_real_ones(
     data: st.DataObject, problem: Problem
 ) -> None:

@@ -57,7 +57,7 @@ def optimum_identical_s(problem: Problem, tables: list[TimeTable], plans: np.nda
 
 
 @given(problems(max_count=3))
-@examples(120, 1000)
+@examples(50, 1000)
 def test_balance_group_and_prune_agree_with_brute_force(problem: Problem) -> None:
     plans = maximal(problem.sizes, problem.num_gpus)
     assert len(plans) == count_maximal(problem.sizes, problem.num_gpus)
@@ -77,7 +77,7 @@ def test_balance_group_and_prune_agree_with_brute_force(problem: Problem) -> Non
 
 
 @given(problems(max_count=3))
-@examples(100, 1000)
+@examples(50, 1000)
 def test_exact_is_certified_and_never_worse(problem: Problem) -> None:
     optimum = best_plan_s(problem)
     found = exact.solve(problem, 1.0)

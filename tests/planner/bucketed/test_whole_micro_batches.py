@@ -12,7 +12,7 @@ from tests.tiers import examples
 
 
 @given(st.data(), problems(("fitted",)))
-@examples(100, 1000)
+@examples(50, 1000)
 def test_whole_micro_batches_never_exclude_a_plan_that_reaches_the_step_time(
     data: st.DataObject, problem: Problem
 ) -> None:
