@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
 from lobra.common.errors import ConfigError
+from lobra.common.storage import StorageError
 from lobra.service.body_limits import BodyLimits
 from lobra.service.checkpoint_routes import checkpoint_routes
 from lobra.service.intake import Intake
@@ -17,6 +20,7 @@ from lobra.service.training_routes import training_routes
 from lobra.service.waiters import Waiters
 
 API = "/api/v1"
+log = logging.getLogger(__name__)
 
 
 def make_app(intake: Intake, waiters: Waiters) -> FastAPI:
@@ -33,6 +37,12 @@ def make_app(intake: Intake, waiters: Waiters) -> FastAPI:
     @app.exception_handler(ConfigError)
     def mistaken(request: Request, error: ConfigError) -> Response:
         return JSONResponse({"detail": str(error)}, 400)
+
+    @app.exception_handler(StorageError)
+    def denied(request: Request, error: StorageError) -> Response:
+        log.error("%s", error)
+        why = "the service cannot write down what is sent, its disk is full or broken"
+        return JSONResponse({"detail": f"{why}; try again, or tell its operator"}, 503)
 
     @app.exception_handler(RequestValidationError)
     def malformed(request: Request, error: RequestValidationError) -> Response:
