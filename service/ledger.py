@@ -134,6 +134,7 @@ class Ledger:
 
     def execute(self, *statements: sa.UpdateBase | sa.TextClause) -> int:
         """Carry statements out, all or none; return how many rows the first one changed."""
+        is_told = False
         while True:
             try:
                 with self.engine.begin() as connection:
@@ -142,7 +143,9 @@ class Ledger:
             except StorageError as error:
                 if self._is_over():
                     raise
-                log.error("%s; it is tried again every %.0f s", error, RETRY_S)
+                if not is_told:
+                    log.error("%s; what is done waits to be noted until it can", error)
+                is_told = True
                 time.sleep(RETRY_S)
 
     # -- models and their requests --------------------------------------------------------------

@@ -7,17 +7,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import sqlalchemy as sa
 
 from lobra.common.storage import StorageError
 from lobra.service import ledger as ledger_module
+from lobra.service import seats
 from lobra.service.ledger import Ledger
-from lobra.service.tables import requests, sessions
+from lobra.service.tables import sessions
+from lobra.service.wire import Datum
 from tests.service.support import deployment_of, running
 
 ROW = {"tenant": "alice", "created_at": 0.0}
 LARGE = "x" * 100_000
+TOKENS = np.arange(3, 12, dtype=np.int32)
 
 
 class Disk:
@@ -49,7 +53,7 @@ def test_who_can_wait_writes_when_there_is_room(
     waiting = threading.Thread(target=patient.execute, args=(large,))
     waiting.start()
     deadline = time.monotonic() + 10
-    while "tried again" not in caplog.text:
+    while "waits to be noted" not in caplog.text:
         assert time.monotonic() < deadline
     assert waiting.is_alive()
     disk.is_full = False
@@ -62,7 +66,11 @@ def test_who_can_wait_writes_when_there_is_room(
 
 
 @pytest.mark.ranks
-def test_who_sends_is_told_to_wait(base: Path, tmp_path: Path) -> None:
+def test_who_sends_is_told_to_wait(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model is trained without snapshots meanwhile; its ranks go on."""
+    monkeypatch.setattr(seats, "SNAPSHOT_UPDATES", 1)
     deployment = deployment_of(base, tmp_path / "state", [(1, 1)], 64)
     with running(deployment) as found:
         client = found.client("tenant")
@@ -74,8 +82,24 @@ def test_who_sends_is_told_to_wait(base: Path, tmp_path: Path) -> None:
         assert status == 503
         assert answer["detail"].startswith("the service cannot write down what is sent, its disk")
         disk.is_full = False
-        client.result(client.asked("create_model", user_metadata=metadata, **body))
+        future = client.asked("create_model", user_metadata=metadata, **body)
+        model = str(client.result(future)["model_id"])
+
+        def snapshot_after(seq_id: int) -> int:
+            client.losses(model, seq_id, [Datum(TOKENS, TOKENS, np.ones(len(TOKENS)))])
+            step = {"model_id": model, "seq_id": seq_id + 1, "adam_params": {}}
+            client.result(client.asked("optim_step", **step))
+            saved = {"model_id": model, "seq_id": seq_id + 2, "path": "one", "overwrite": True}
+            answer = client.result(client.asked("save_weights", **saved))
+            assert ("error" in answer) == (free == 0)
+            found_model = found.service.ledger.model(model)
+            assert found_model is not None
+            return found_model.snapshot_seq
+
+        free = 0
+        monkeypatch.setattr(seats, "free_bytes", lambda path: free)
+        assert snapshot_after(1) == -1
+        free = 1 << 40
+        assert snapshot_after(4) == 5
         assert not found.crashed
-        assert not found.service.ledger.rows(
-            sa.select(requests.c.id).where(requests.c.finished_at.is_(None))
-        )
+        assert found.service.coordinator.missing_ranks is None
