@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -46,11 +47,7 @@ def make_app(intake: Intake, waiters: Waiters) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     def malformed(request: Request, error: RequestValidationError) -> Response:
-        found = [
-            f"{'.'.join(map(str, one['loc'][1:])) or 'body'}: {one['msg']}"
-            for one in error.errors()
-        ]
-        why = "; ".join(found)
+        why = "; ".join(map(_told, error.errors()))
         sender = tenant_of(intake.ledger, request.headers.get("x-api-key", ""))
         match error.body:
             case {"model_id": str(model_id), "seq_id": int(seq_id)} if sender is not None:
@@ -75,3 +72,11 @@ def make_app(intake: Intake, waiters: Waiters) -> FastAPI:
         return JSONResponse({"detail": f"{request.url.path}: there is nothing; {there}"}, 404)
 
     return app
+
+
+def _told(mistake: dict[str, Any]) -> str:
+    """Return what is wrong with a body, and where in it."""
+    *place, last = mistake["loc"][1:] or ["body"]
+    if mistake["type"] == "json_invalid":
+        return f"body: is no JSON from character {last} on"
+    return f"{'.'.join(map(str, [*place, last]))}: {mistake['msg']}"
