@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
 from lobra.common.errors import ConfigError
+from lobra.common.storage import StorageError
 from lobra.service.body_limits import BodyLimits
 from lobra.service.checkpoint_routes import checkpoint_routes
 from lobra.service.intake import Intake
@@ -17,6 +21,7 @@ from lobra.service.training_routes import training_routes
 from lobra.service.waiters import Waiters
 
 API = "/api/v1"
+log = logging.getLogger(__name__)
 
 
 def make_app(intake: Intake, waiters: Waiters) -> FastAPI:
@@ -34,13 +39,15 @@ def make_app(intake: Intake, waiters: Waiters) -> FastAPI:
     def mistaken(request: Request, error: ConfigError) -> Response:
         return JSONResponse({"detail": str(error)}, 400)
 
+    @app.exception_handler(StorageError)
+    def denied(request: Request, error: StorageError) -> Response:
+        log.error("%s", error)
+        why = "the service cannot write down what is sent, its disk is full or broken"
+        return JSONResponse({"detail": f"{why}; try again, or tell its operator"}, 503)
+
     @app.exception_handler(RequestValidationError)
     def malformed(request: Request, error: RequestValidationError) -> Response:
-        found = [
-            f"{'.'.join(map(str, one['loc'][1:])) or 'body'}: {one['msg']}"
-            for one in error.errors()
-        ]
-        why = "; ".join(found)
+        why = "; ".join(map(_told, error.errors()))
         sender = tenant_of(intake.ledger, request.headers.get("x-api-key", ""))
         match error.body:
             case {"model_id": str(model_id), "seq_id": int(seq_id)} if sender is not None:
@@ -65,3 +72,11 @@ def make_app(intake: Intake, waiters: Waiters) -> FastAPI:
         return JSONResponse({"detail": f"{request.url.path}: there is nothing; {there}"}, 404)
 
     return app
+
+
+def _told(mistake: dict[str, Any]) -> str:
+    """Return what is wrong with a body, and where in it."""
+    *place, last = mistake["loc"][1:] or ["body"]
+    if mistake["type"] == "json_invalid":
+        return f"body: is no JSON from character {last} on"
+    return f"{'.'.join(map(str, [*place, last]))}: {mistake['msg']}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import replace
@@ -22,8 +21,6 @@ from lobra.service.tenants import tenant_named
 
 SAMPLING_LIFE_S = DAY_S  # of weights that were saved without a name, only to be sampled from
 FREE_BYTES = 1 << 30  # that are left on the disk: the ledger needs some to go on
-#: An adapter and its two moments, at most in fp64.
-ADAPTER_AND_MOMENTS, ELEMENT_BYTES = 3, 8
 WEIGHTS, SAMPLER_WEIGHTS = "weights", "sampler_weights"
 
 
@@ -103,6 +100,7 @@ class ModelChanges:
         assert own is not None and source is not None, "models are forgotten with their checkpoints"
         if own.adapter != source.adapter:
             raise RequestError(f"{path}: is of another rank or of other modules than this model")
+        self._check_disk(job, path)
         seats, seat = self.seats, self.seats.taken[job.model_id]
         if job.seq_id:
             seats.change_slot(SlotOrder("remove", seat.slot))
@@ -179,9 +177,10 @@ class ModelChanges:
                     f"{path}: tenant {tenant.name} stores {stored_bytes:,} bytes, of "
                     f"{tenant.stored_bytes:,}; delete checkpoints"
                 )
-        elements = self.deployment.shape.adapter_elements(*self.seats.taken[job.model_id].adapter)
-        need_bytes = ADAPTER_AND_MOMENTS * ELEMENT_BYTES * elements
-        if shutil.disk_usage(self.ledger.path.parent).free < need_bytes + FREE_BYTES:
+        self._check_disk(job, path, FREE_BYTES)
+
+    def _check_disk(self, job: Job, path: str, also_bytes: int = 0) -> None:
+        if not self.seats.has_room(job.model_id, also_bytes):
             raise RequestError(f"{path}: the service's disk has no room for it; tell its operator")
 
 

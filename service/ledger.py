@@ -6,15 +6,19 @@ its last snapshot and the requests after it (`service.coordinator`).
 
 from __future__ import annotations
 
+import copy
 import json
+import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
 from lobra.common.errors import ConfigError
+from lobra.common.storage import StorageError
 from lobra.service.state_folder import LEDGER_FILE, MODELS
 from lobra.service.tables import (
     JSON_COLUMNS,
@@ -33,12 +37,18 @@ from lobra.service.tables import (
     sessions,
 )
 
+log = logging.getLogger(__name__)
+
 FORMAT = 2
 RESULT_LIFE_S = 3600.0  # how long a result may be asked for again
+RETRY_S = 5.0  # between two tries to write, of who can only wait
 
 
 class Ledger:
-    """The service's database; its methods may be called from any thread."""
+    """The service's database; its methods may be called from any thread.
+
+    Once it is open they raise a StorageError where its disk is full, read-only or broken.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Open the database of a state folder, made if there is none.
@@ -63,6 +73,17 @@ class Ledger:
                 f"{self.path}: SQLite cannot use it ({error.orig}); make room for it, or, if it is "
                 f"damaged, restore a backup (lobra backup makes them)"
             ) from error
+        sa.event.listen(self.engine, "handle_error", partial(_denied, self.path))
+        self._is_over: Callable[[], bool] = lambda: True
+
+    def patient(self, is_over: Callable[[], bool]) -> Ledger:
+        """Return the same database for a thread whose work is lost if it cannot be noted.
+
+        What `execute` and `finish` cannot write is tried again until it can, or all is over.
+        """
+        found = copy.copy(self)
+        found._is_over = is_over
+        return found
 
     def _open(self) -> None:
         with self.engine.begin() as connection:
@@ -111,11 +132,21 @@ class Ledger:
         with self.engine.connect() as connection:
             return connection.execute(query).scalar()
 
-    def execute(self, *statements: sa.UpdateBase) -> int:
+    def execute(self, *statements: sa.UpdateBase | sa.TextClause) -> int:
         """Carry statements out, all or none; return how many rows the first one changed."""
-        with self.engine.begin() as connection:
-            counts = [connection.execute(statement).rowcount for statement in statements]
-        return counts[0]
+        is_told = False
+        while True:
+            try:
+                with self.engine.begin() as connection:
+                    counts = [connection.execute(one).rowcount for one in statements]
+                return counts[0]
+            except StorageError as error:
+                if self._is_over():
+                    raise
+                if not is_told:
+                    log.error("%s; what is done waits to be noted until it can", error)
+                is_told = True
+                time.sleep(RETRY_S)
 
     # -- models and their requests --------------------------------------------------------------
 
@@ -331,12 +362,8 @@ class Ledger:
             losses.delete().where(losses.c.model_id.in_(own_models)),
             *(table.delete().where(table.c.tenant == tenant) for table in OF_TENANTS),
         ]
-        with self.engine.connect() as connection:
-            connection.exec_driver_sql("PRAGMA secure_delete = ON")
-            for statement in statements:
-                connection.execute(statement)
-            connection.commit()
-            connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+        self.execute(sa.text("PRAGMA secure_delete = ON"), *statements)
+        self.execute(sa.text("PRAGMA wal_checkpoint(TRUNCATE)"))
 
 
 # What else may become of a request (`Ledger.finish`).
@@ -383,6 +410,15 @@ def _as_values(columns: sa.RowMapping) -> dict[str, Any]:
     if "target_modules" in values:
         values["target_modules"] = tuple(values["target_modules"])
     return values
+
+
+def _denied(path: Path, context: sa.engine.ExceptionContext) -> None:
+    """Have what SQLite cannot do for the disk's sake said in a line."""
+    if isinstance(context.sqlalchemy_exception, sa.exc.OperationalError):
+        raise StorageError(
+            f"{path}: SQLite cannot use it ({context.original_exception}); make room for it, or "
+            f"repair its disk"
+        )
 
 
 def _durable(connection: Any, _record: Any) -> None:

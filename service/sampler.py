@@ -119,7 +119,9 @@ class Sampler:
         self, folder: Path, precision: str, device: str, free_bytes: int = 1 << 40
     ) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         self.free_bytes = free_bytes
         self.device = torch.device(device)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[precision])

@@ -7,6 +7,7 @@ the requests since are carried out once more; those that had a result keep it.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from lobra.common.storage import free_bytes
 from lobra.layout.order import SlotOrder
 from lobra.service.admission import AdapterSize
 from lobra.service.backlog import LOSS_KINDS, Backlog, Job
@@ -24,11 +26,15 @@ from lobra.service.tables import ModelRow, RequestRow
 from lobra.service.tenants import tenant_named
 from lobra.service.wire import loss_message
 
+log = logging.getLogger(__name__)
+
 ALPHA = 32.0  # of every adapter: the protocol has no field for it
 MOST_TRIES = 3  # of a request during which the service ended
 SNAPSHOT_UPDATES = 20  # updates after which a model's snapshot is renewed
 SNAPSHOT_REQUESTS = 500  # requests after which it is, between two steps: results are kept no longer
 IDLE_S = 10.0  # a model in the middle of a step keeps its slot so long
+#: An adapter and its two moments, at most in fp64.
+ADAPTER_AND_MOMENTS, ELEMENT_BYTES = 3, 8
 TURN_S = 30.0  # while others wait, a model that never rests keeps its slot so long
 
 
@@ -96,6 +102,7 @@ class Seats:
         self.give_up = give_up
         self.taken: dict[str, Seat] = {}
         self.wanted: dict[str, float] = {}
+        self._lacks_room = False
 
     @property
     def slots(self) -> dict[str, int]:
@@ -236,6 +243,12 @@ class Seats:
         slot = self.taken[model_id].slot
         self.change_slot(SlotOrder("save", slot, folder=str(folder), moments=with_moments))
 
+    def has_room(self, model_id: str, also_bytes: int = 0) -> bool:
+        """Return whether the disk has room for a model, moments included, and for more bytes."""
+        elements = self.deployment.shape.adapter_elements(*self.taken[model_id].adapter)
+        need_bytes = ADAPTER_AND_MOMENTS * ELEMENT_BYTES * elements + also_bytes
+        return free_bytes(self.deployment.state_folder.path) >= need_bytes
+
     # -- snapshots ------------------------------------------------------------------------------
 
     def snapshot_if_due(self, model_id: str) -> None:
@@ -255,7 +268,20 @@ class Seats:
                 self.take_snapshot(model_id)
 
     def take_snapshot(self, model_id: str) -> None:
-        """Write a model down as it is after the last request that was carried out."""
+        """Write a model down as it is after the last request that was carried out.
+
+        Where the disk has no room it is not: what the model is follows from an older snapshot too.
+        """
+        if not self.has_room(model_id):
+            if not self._lacks_room:
+                log.error(
+                    "%s: its disk has no room for snapshots of models: make room, or a restart has "
+                    "ever more to carry out again",
+                    self.deployment.state_folder.path,
+                )
+            self._lacks_room = True
+            return
+        self._lacks_room = False
         seq_id = self.backlog.queues[model_id].next_seq - 1
         self.ledger.execute(*self.snapshot(model_id, seq_id))
 

@@ -69,13 +69,14 @@ class Service:
         if not all_tenants(self.ledger):
             self.first_key = add_tenant(self.ledger, FIRST_TENANT, is_operator=True)
         self.waiters = waiters = Waiters()
-        self.coordinator = Coordinator(deployment, self.ledger, waiters.finished)
-        self.sampling = Sampling(deployment, self.ledger, waiters.finished)
+        self._stopped = threading.Event()
+        patient = self.ledger.patient(self._stopped.is_set)
+        self.coordinator = Coordinator(deployment, patient, waiters.finished)
+        self.sampling = Sampling(deployment, patient, waiters.finished)
         self.intake = Intake(deployment, self.ledger, self.coordinator, self.sampling)
         app = make_app(self.intake, waiters)
         self.http = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
         self._serves = False
-        self._stopped = threading.Event()
         self._failure: BaseException | None = None  # of the coordinator's own
 
     def run(
