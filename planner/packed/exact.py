@@ -24,7 +24,8 @@ from lobra.planner.packed.step_times import StepTimes, step_times
 FEW_STEPS, FEW_SEQUENCES = 12, 4000  # that every plan is tried on: at least two steps
 MOST_HOMOGENEOUS, MOST_NAMED = 8, 4  # that are tried, those with the lowest bounds
 TARGET_GAP = 1e-3
-NAMED, NEAR, FULLY = 0.55, 0.65, 0.8  # of the time, after which the parts of the search end
+NAMED, NEAR, FULLY = 0.4, 0.6, 0.8  # of the time, after which the parts of the search end
+NAMING = 0.15  # of the time, for each plan that is named before the search
 CERTIFYING = 0.2  # of the time, for the certificate of the best plan's loosest steps
 PROMISING = 0.003  # a plan is dispatched over all steps if its estimate is within it of the best
 LOOSEST, LOOSE = 30, 0.985  # steps of the best plan of which prices are computed in the end
@@ -196,7 +197,10 @@ class _Search:
         """Return the plans that the certificate's program names, until it names one again."""
         found: dict[Key, np.ndarray] = {}
         while not found or not self.is_out(share):
-            bound_s, replicas = self.certificate.minimum(max(self.left_s(share), LEAST_S))
+            limit_s = self.left_s(share)
+            if share < 1.0 and self.clock.limit_s is not None:  # any will do to begin with
+                limit_s = min(limit_s, NAMING * self.clock.limit_s)
+            bound_s, replicas = self.certificate.minimum(max(limit_s, LEAST_S))
             self.lower_bound_s = max(self.lower_bound_s, bound_s)
             if replicas is None or (key := tuple(replicas.tolist())) in found:
                 break
