@@ -70,6 +70,11 @@ class Certificate:
         self._bounds = StepBounds(fleet, self._holds, counts, rates)
         self._cut_at: list[np.ndarray] = []
 
+    @property
+    def shares(self) -> np.ndarray:
+        """float64 [C]: replicas for each GPU, see `StepBounds`."""
+        return self._bounds.shares
+
     def look_at(self, replicas: np.ndarray, steps: Sequence[int] | None = None) -> None:
         """Add the prices of a plan, and have the integer program see what it takes at least.
 

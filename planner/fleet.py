@@ -77,6 +77,25 @@ class Fleet:
             left -= number * int(self.sizes[index])
         return replicas
 
+    def rounded(self, replicas: np.ndarray, longest: int) -> np.ndarray:
+        """Return whole replicas on about all GPUs, near to divided ones, float64 [candidates].
+
+        One that holds ``longest`` tokens is among them.
+        """
+        whole = np.floor(replicas).astype(np.int64)
+        holders = np.flatnonzero(self.max_tokens >= longest)
+        if not whole[holders].any():
+            whole[holders[replicas[holders].argmax()]] += 1
+        order = np.argsort(whole - replicas, kind="stable")
+        for index in order.tolist():
+            left = self.num_gpus - int(whole @ self.sizes)
+            whole[index] += whole[index] < replicas[index] and self.sizes[index] <= left
+        for index in order[::-1].tolist():  # the holder may be too much
+            if index not in holders:
+                over = max(0, int(whole @ self.sizes) - self.num_gpus)
+                whole[index] -= min(whole[index], -(-over // int(self.sizes[index])))
+        return self.filled(whole)
+
     def placed(self, replicas: np.ndarray, longest: int) -> np.ndarray | None:
         """Return the plan, or what is left of it when replicas go until it can be placed.
 

@@ -74,21 +74,26 @@ class StepCosts:
         lost_s = np.zeros((len(self.work_s), len(used)))
         lost_s[0] = number * self.bubble_s[used]
         time_s = np.broadcast_to(number, lost_s.shape)[:, :, None]
-        found = _best_prices(self._of_classes(used), time_s, lost_s, np.ones(1))
+        found, _ = _best_prices(self._of_classes(used), time_s, lost_s, np.ones(1))
         prices = self.for_all(used, found)
         return prices / (prices.sum(axis=0) @ replicas)
 
-    def prices_of_shares(self, used: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    def prices_of_shares(
+        self, used: np.ndarray, sizes: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Return the same for the plan of divisible replicas that is best for the step alone.
 
         It has the candidates ``used``, int64 [U]; ``sizes`` are the GPUs of one replica of each,
-        float64 [U].
+        float64 [U]. And how many replicas of each it has for each GPU, float64 [C].
         """
         time_s = np.tile(np.eye(len(used)), (len(self.work_s), 1, 1))  # of replicas for a second
         time_s[0] *= 1.0 - self.bubble_s[used] / self.step_s
-        found = _best_prices(self._of_classes(used), time_s, np.zeros(time_s.shape[:2]), sizes)
+        no_loss_s = np.zeros(time_s.shape[:2])
+        found, replicas = _best_prices(self._of_classes(used), time_s, no_loss_s, sizes)
         prices = self.for_all(used, found)
-        return prices / prices.sum(axis=0).max()
+        shares = np.zeros(prices.shape[1])
+        shares[used] = replicas / (replicas @ sizes)
+        return prices / prices.sum(axis=0).max(), shares
 
     def for_all(self, used: np.ndarray, own: np.ndarray) -> np.ndarray:
         """Return prices of used candidates, int64 [U], with the least at which no others are.
@@ -112,10 +117,11 @@ class StepCosts:
 
 def _best_prices(
     work_s: np.ndarray, time_s: np.ndarray, lost_s: np.ndarray, cost: np.ndarray
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray]:
     """Return float64 [L, C]: prices of the candidates' time that bound a cost.
 
-    By linear programming: the cost is the least for which the candidates take all the work.
+    By linear programming: the cost is the least for which the candidates take all the work. And the
+    variables with that cost, float64 [V].
 
     Parameters
     ----------
@@ -143,4 +149,5 @@ def _best_prices(
         A_eq=whole,
         b_eq=np.ones(len(whole)),
     )
-    return np.maximum(-found.ineqlin.marginals, 0.0).reshape(lost_s.shape)
+    prices = np.maximum(-found.ineqlin.marginals, 0.0).reshape(lost_s.shape)
+    return prices, found.x[len(shares) :]

@@ -71,6 +71,9 @@ class StepBounds:
         float64 [C, K]: what each step's longest sequence takes alone.
     is_kept
         bool [C]: the candidates that no others replace.
+    shares
+        float64 [C]: how many replicas there would be for each GPU if they could be divided, in the
+        plan best for typical steps.
     """
 
     def __init__(
@@ -100,7 +103,8 @@ class StepBounds:
         kept = np.flatnonzero(self.is_kept)
         sizes = fleet.sizes[kept].astype(np.float64)
         of_shares = [self._costs_of(step).prices_of_shares(kept, sizes) for step in self._typical]
-        self._add_prices(np.stack(of_shares))
+        self.shares = np.mean([shares for _, shares in of_shares], axis=0)
+        self._add_prices(np.stack([prices for prices, _ in of_shares]))
 
     def reduced(self, plans: np.ndarray) -> np.ndarray:
         """Return plans, int64 [..., C], of kept candidates alone, in place of those replaced."""

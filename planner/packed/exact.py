@@ -24,7 +24,12 @@ from lobra.planner.packed.step_times import StepTimes, step_times
 FEW_STEPS, FEW_SEQUENCES = 12, 4000  # that every plan is tried on: at least two steps
 MOST_HOMOGENEOUS, MOST_NAMED = 8, 4  # that are tried, those with the lowest bounds
 TARGET_GAP = 1e-3
-NAMED, NEAR, FULLY = 0.4, 0.6, 0.8  # of the time, after which the parts of the search end
+STARTED, NAMED, NEAR, FULLY = (
+    0.3,
+    0.45,
+    0.6,
+    0.8,
+)  # of the time, after which the parts of the search end
 NAMING = 0.15  # of the time, for each plan that is named before the search
 CERTIFYING = 0.2  # of the time, for the certificate of the best plan's loosest steps
 PROMISING = 0.003  # a plan is dispatched over all steps if its estimate is within it of the best
@@ -37,7 +42,7 @@ MOST_FULLY = 3
 def default_limit_s(num_gpus: int) -> float:
     """Return the seconds the search takes at most when no limit is given."""
     if num_gpus <= 64:
-        return 4.0
+        return 4.5
     return 12.0 if num_gpus <= 256 else 35.0
 
 
@@ -97,6 +102,7 @@ def _searched(search: _Search, same: Sequence[np.ndarray]) -> Found:
     bounds_s = np.array([problem.homogeneous_bound_s(replicas) for replicas in same])
     homogeneous = search.try_best(same, bounds_s, MOST_HOMOGENEOUS)
     search.certificate.look_at(np.array(homogeneous))
+    search.try_plan(search.lowest_bound())
     if named := search.named(NAMED):
         bounds_s = search.certificate.steps_s(np.array(named)).mean(axis=1)
         search.try_best(named, bounds_s, MOST_NAMED)
@@ -208,18 +214,31 @@ class _Search:
             self.certificate.look_at(replicas)
         return list(found.values())
 
+    def near(self, replicas: np.ndarray) -> list[np.ndarray]:
+        """Return plans near one that hold the longest sequence."""
+        fleet = self.problem.fleet
+        filled = [fleet.filled(each) for each in fleet.neighbours(replicas)]
+        return [one for one in filled if (fleet.max_tokens[one > 0] >= self.problem.longest).any()]
+
+    def lowest_bound(self) -> np.ndarray:
+        """Return a plan with a low bound, near the best one of replicas that could be divided."""
+        fleet = self.problem.fleet
+        best = fleet.rounded(self.certificate.shares * fleet.num_gpus, self.problem.longest)
+        while not self.is_out(STARTED) and (near := self.near(best)):
+            self.certificate.look_at(best)
+            bounds_s = self.certificate.steps_s(np.array([best, *near])).mean(axis=1)
+            if bounds_s.min() >= bounds_s[0] * (1 - TARGET_GAP):
+                break
+            best = near[int(bounds_s.argmin()) - 1]
+        return best
+
     def climb(self, share: float) -> None:
         """Go to better neighbours of the best plan while there are any."""
-        fleet = self.problem.fleet
         centre = None
         while centre != (centre := self.best()) and not self.is_out(share):
             self.certificate.look_at(np.array(centre))
             best_s = self.estimates()[centre]
-            near = [fleet.filled(replicas) for replicas in fleet.neighbours(np.array(centre))]
-            near = [
-                one for one in near if (fleet.max_tokens[one > 0] >= self.problem.longest).any()
-            ]
-            if not near:
+            if not (near := self.near(np.array(centre))):
                 return
             bounds_s = self.certificate.steps_s(np.array([centre, *near])).mean(axis=1)
             enough_s = min(bounds_s[0] * (1 + SIMILAR), best_s * (1 - TARGET_GAP))
