@@ -80,7 +80,14 @@ class Certificate:
 
         They are computed for the ``steps``, or for some with much and some with little of what few
         candidates hold.
+
+        Raises
+        ------
+        ValueError
+            If no replica holds the longest sequence: what such a plan takes bounds no other.
         """
+        if (replicas < 0).any() or not replicas[self._holds].any():
+            raise ValueError(f"replicas {replicas.tolist()}: no plan that holds every sequence")
         self._cut_at.append(self._bounds.reduced(replicas))
         self._bounds.look_at(replicas, steps)  # which may know of other candidates to replace
         self._cut_at = [self._bounds.reduced(one) for one in self._cut_at]

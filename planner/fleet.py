@@ -82,7 +82,7 @@ class Fleet:
 
         One that holds ``longest`` tokens is among them.
         """
-        whole = np.floor(replicas).astype(np.int64)
+        whole = np.floor(np.maximum(replicas, 0.0)).astype(np.int64)
         holders = np.flatnonzero(self.max_tokens >= longest)
         if not whole[holders].any():
             whole[holders[replicas[holders].argmax()]] += 1

@@ -150,4 +150,4 @@ def _best_prices(
         b_eq=np.ones(len(whole)),
     )
     prices = np.maximum(-found.ineqlin.marginals, 0.0).reshape(lost_s.shape)
-    return prices, found.x[len(shares) :]
+    return prices, np.maximum(found.x[len(shares) :], 0.0)

@@ -132,3 +132,15 @@ def test_a_fleet_without_room_for_the_longest_is_refused() -> None:
     steps = (np.array([50, 60]),)
     with pytest.raises(ConfigError, match="no layout that holds 400 tokens can be placed on 2"):
         exact.solve(PackedProblem(steps, 400, Fleet(candidates, 2, 8), plain_cost_model()))
+
+
+def test_the_certificate_is_of_plans_that_hold_every_sequence() -> None:
+    candidates = (Candidate(Layout(1, 1), 100), Candidate(Layout(1, 2), 400))
+    fleet = Fleet(candidates, 4, 8)
+    problem = PackedProblem((np.array([50, 300]),), 400, fleet, plain_cost_model())
+    certificate = certificate_of(problem)
+    for replicas in ([4, 0], [6, -1]):
+        with pytest.raises(ValueError, match="no plan that holds every sequence"):
+            certificate.look_at(np.array(replicas))
+    certificate.look_at(np.array([2, 1]))
+    assert np.isfinite(certificate.minimum()[0])
