@@ -22,7 +22,7 @@ from lobra.planner.replacement import replacement
 from lobra.planner.sequence_rates import SequenceRates
 
 LOOKED_AT = 12  # steps of which a plan's prices are computed
-LEVELS = 1.03  # ratio of step times that rates are told apart for
+LEVELS = 1.02  # ratio of step times that rates are told apart for
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,17 +24,12 @@ from lobra.planner.packed.step_times import StepTimes, step_times
 FEW_STEPS, FEW_SEQUENCES = 12, 4000  # that every plan is tried on: at least two steps
 MOST_HOMOGENEOUS, MOST_NAMED = 8, 4  # that are tried, those with the lowest bounds
 TARGET_GAP = 1e-3
-STARTED, NAMED, NEAR, FULLY = (
-    0.3,
-    0.45,
-    0.6,
-    0.8,
-)  # of the time, after which the parts of the search end
+NAMED, NEAR, FULLY = 0.45, 0.6, 0.8  # of the time, after which the parts of the search end
 NAMING = 0.15  # of the time, for each plan that is named before the search
 CERTIFYING = 0.2  # of the time, for the certificate of the best plan's loosest steps
 PROMISING = 0.003  # a plan is dispatched over all steps if its estimate is within it of the best
 LOOSEST, LOOSE = 30, 0.985  # steps of the best plan of which prices are computed in the end
-SIMILAR = 0.005  # relative: so much above a plan's bound its neighbours' are, if they are better
+UNLIKELY, SIMILAR = 0.3, 0.005  # of the time, after which only plans with bounds so near are tried
 COMPARED = 0.03  # so is the best homogeneous one
 MOST_FULLY = 3
 
@@ -224,7 +219,7 @@ class _Search:
         """Return a plan with a low bound, near the best one of replicas that could be divided."""
         fleet = self.problem.fleet
         best = fleet.rounded(self.certificate.shares * fleet.num_gpus, self.problem.longest)
-        while not self.is_out(STARTED) and (near := self.near(best)):
+        while not self.is_out(NEAR) and (near := self.near(best)):
             self.certificate.look_at(best)
             bounds_s = self.certificate.steps_s(np.array([best, *near])).mean(axis=1)
             if bounds_s.min() >= bounds_s[0] * (1 - TARGET_GAP):
@@ -241,10 +236,11 @@ class _Search:
             if not (near := self.near(np.array(centre))):
                 return
             bounds_s = self.certificate.steps_s(np.array([centre, *near])).mean(axis=1)
-            enough_s = min(bounds_s[0] * (1 + SIMILAR), best_s * (1 - TARGET_GAP))
-            bounds_s = bounds_s[1:]
+            similar_s, bounds_s = bounds_s[0] * (1 + SIMILAR), bounds_s[1:]
             for place in np.argsort(bounds_s, kind="stable").tolist():
-                if bounds_s[place] >= enough_s or self.is_out(share):
+                if bounds_s[place] >= best_s * (1 - TARGET_GAP) or self.is_out(share):
+                    break
+                if bounds_s[place] >= similar_s and self.is_out(UNLIKELY):
                     break
                 if self.is_out(NAMED) and self.is_time_for_all_steps():
                     return
