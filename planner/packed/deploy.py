@@ -12,10 +12,10 @@ from lobra.planner.candidates import all_candidates, propose
 from lobra.planner.clock import Clock
 from lobra.planner.deployment import Deployment, Options
 from lobra.planner.fleet import Fleet
-from lobra.planner.outcome import SIMPLER, Outcome, Progress, SampledMean, silent
+from lobra.planner.outcome import SAME, SIMPLER, Outcome, Progress, SampledMean, silent
 from lobra.planner.packed import exact
 from lobra.planner.packed.problem import PackedProblem
-from lobra.planner.packed.roles import longest_alone, roles
+from lobra.planner.packed.roles import longest_alone_s, roles
 from lobra.planner.packed.step_times import step_times
 from lobra.planner.roles import saturation
 from lobra.planner.sampling import Sampled
@@ -27,6 +27,7 @@ from lobra.profiler.profiles import MemoryProfile
 SEQUENCES = 160_000  # of all sampled steps: large steps differ little
 FEWEST_STEPS, MOST_STEPS = 6, 100
 EXPLAINED_STEPS = 8
+MANY = 0.25  # of the steps that wait for one sequence: from there on it is said
 FRESH = 0.01  # relative: what further steps may differ by without a note
 
 
@@ -67,7 +68,8 @@ def deploy_packed(
             f"does not pay for it"
         )
         plan = same
-    notes += _notes_on(plan, mean_s[plan], problem, workload)
+    notes += _waiting(found.step_s.get(plan), sync_time_s(plan, cost_model), problem)
+    notes += _fresh_steps(plan, mean_s[plan], problem, workload)
     own_roles, padding = roles(problem, plan, range(min(EXPLAINED_STEPS, len(steps))))
 
     def outcome_of(each: Plan, name: str) -> Outcome:
@@ -98,19 +100,38 @@ def sampled_steps(workload: Workload) -> tuple[IntArray, ...]:
     return tuple(workload.steps(min(max(number, FEWEST_STEPS), MOST_STEPS)))
 
 
-def _notes_on(plan: Plan, mean_s: float, problem: PackedProblem, workload: Workload) -> list[str]:
-    """Return what is to be said of a plan: a sequence that fills steps, steps that differ."""
-    length, alone_s = longest_alone(problem)
-    notes = [saturation(mean_s - sync_time_s(plan, problem.cost_model), length, alone_s)]
+def _waiting(step_s: np.ndarray | None, sync_s: float, problem: PackedProblem) -> list[str]:
+    """Return a note if steps take as long as one of their sequences alone, on average or many."""
+    if step_s is None:  # of a plan that was only estimated
+        return []
+    alone_s = longest_alone_s(problem)
+    own_s = step_s - sync_s
+    longest = int(problem.lengths[-1])
+    if note := saturation(float(own_s.mean()), longest, float(alone_s.mean())):
+        return [note]
+    share = float((own_s <= alone_s * (1.0 + SAME)).mean())
+    if share < MANY:
+        return []
+    return [
+        f"{share:.0%} of the steps take as long as one of their sequences alone: these gain "
+        f"nothing by more GPUs"
+    ]
+
+
+def _fresh_steps(
+    plan: Plan, mean_s: float, problem: PackedProblem, workload: Workload
+) -> list[str]:
+    """Return a note if further steps take longer or shorter on average."""
     number = len(problem.steps)
     fresh = tuple(workload.steps(-(-number // 2), first=number))
-    if fresh:  # none where the run ends before
-        further = PackedProblem(fresh, problem.longest, problem.fleet, problem.cost_model)
-        with step_times(further, Clock()) as step_s:
-            fresh_s = float(np.mean(step_s(plan, range(len(fresh)))))
-        if abs(fresh_s / mean_s - 1.0) > FRESH:
-            notes.append(
-                f"on {len(fresh)} further steps {fresh_s:.4g} s on average, "
-                f"{fresh_s / mean_s - 1.0:+.1%}: steps differ"
-            )
-    return [note for note in notes if note]
+    if not fresh:  # the run ends before
+        return []
+    further = PackedProblem(fresh, problem.longest, problem.fleet, problem.cost_model)
+    with step_times(further, Clock()) as step_s:
+        fresh_s = float(np.mean(step_s(plan, range(len(fresh)))))
+    if abs(fresh_s / mean_s - 1.0) <= FRESH:
+        return []
+    return [
+        f"on {len(fresh)} further steps {fresh_s:.4g} s on average, "
+        f"{fresh_s / mean_s - 1.0:+.1%}: steps differ"
+    ]

@@ -32,11 +32,11 @@ def roles(problem: PackedProblem, plan: Plan, steps: Sequence[int]) -> tuple[lis
     return explained(plan.groups, lengths, taken, rate_s), padding
 
 
-def longest_alone(problem: PackedProblem) -> tuple[int, float]:
-    """Return the longest sequence, and what it takes alone on its best layout, step by step.
+def longest_alone_s(problem: PackedProblem) -> np.ndarray:
+    """Return float64 [steps]: what the sequence that takes longest in each takes alone, in seconds.
 
-    The seconds are the mean over the steps, of the sequence that takes longest in each.
+    On its best layout.
     """
     alone_s = np.stack([rates.alone_s for rates in problem.rates]).min(axis=0)
-    by_step_s = np.where(problem.counts > 0, alone_s, 0.0).max(axis=1)
-    return int(problem.lengths[-1]), float(by_step_s.mean())
+    found_s: np.ndarray = np.where(problem.counts > 0, alone_s, 0.0).max(axis=1)
+    return found_s

@@ -78,3 +78,18 @@ def test_a_run_that_ends_early_is_planned_for_the_steps_it_has() -> None:
     memory = memory_of((1, 1, 1, 4096, "keep"), (2, 1, 1, 8192, "keep"))
     found = deploy(workload, memory, plain_cost_model(), 2, PACKED)
     assert found.sampled.steps == 3
+
+
+@pytest.mark.parametrize(("share", "said"), [(0.5, True), (0.02, False)])
+def test_steps_that_wait_for_one_sequence_are_counted(share: float, said: bool) -> None:
+    rng = np.random.default_rng(0)
+    long = rng.random(4000) < share / 6
+    lengths = np.where(long, 2000, rng.integers(50, 100, 4000))
+    workload = Workload({"one": lengths}, {"one": 6}, {"one": 0})
+    found = deploy(workload, memory_of((1, 1, 1, 2000, "keep")), plain_cost_model(), 4, PACKED)
+    notes = [note for note in found.outcome.notes if "take as long as one of their" in note]
+    assert bool(notes) == said
+    if said:
+        steps = [max(step) for step in workload.steps(100)]
+        waiting = np.mean(np.array(steps) == 2000)
+        assert float(notes[0].partition("%")[0]) / 100 == pytest.approx(waiting, abs=0.05)
