@@ -102,6 +102,17 @@ def test_it_listens_on_the_first_host(base: Path, capsys: pytest.CaptureFixture[
     refused(capsys, "2 problems", "its first host is other.invalid", "--max-slots 0")
 
 
+def test_hosts_that_do_not_answer_are_told_before_anything_is_started(
+    base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lobra.trainer.run_hosts.why_silent", lambda host: f"{host}: unknown")
+    write_plan({"dp": 2, "tp": 1, "pp": 1, "max_tokens": 64})
+    Path("hosts").write_text("localhost slots=1\nb.invalid slots=1\n")
+    assert serve(base, "--host-file", "hosts", "--strategy-config", "plan.yaml") == 2
+    refused(capsys, "2 problems", "ssh: localhost: unknown", "ssh: b.invalid: unknown")
+    assert not Path("state").exists()
+
+
 def test_ranks_are_started_again_when_hosts_are_there(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +183,7 @@ def test_hosts_that_are_not_back_in_time_are_left_out(
             self.socket.close()
 
     monkeypatch.setattr("lobra.service.server.Service", Losing)
+    monkeypatch.setattr("lobra.trainer.run_hosts.why_silent", lambda _host: None)
     monkeypatch.setattr("lobra.trainer.run_hosts.answers", lambda host: host not in silent)
     monkeypatch.setattr(
         "lobra.service.ranks.run_launcher", lambda command, _told: commands.append(command) or 0
