@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from lobra.model.launch import Interrupted
 from lobra.service.deployment import Deployment, prepare_deployment
 from lobra.service.ranks import StartRanks
 from lobra.service.request import ServeRequest
-from lobra.service.server import Service
+from lobra.service.server import Service, socket_folder
 from tests.trainer.command import write_plan
 
 
@@ -231,3 +232,27 @@ def test_how_a_launched_service_goes_on_is_said_by_one(
     said = capsys.readouterr().err
     assert "host b is lost\n" in said
     assert ("start the service again: what tenants have sent" in said) == (not more)
+
+
+def test_the_socket_of_a_service_that_was_killed_is_removed_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By one of the same state folder, which nobody else can use then."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for state in ("ours", "theirs"):
+        hold = "import time; from pathlib import Path; "
+        hold += "from lobra.service.server import socket_folder\n"
+        hold += f"with socket_folder(Path({state!r})): print(flush=True); time.sleep(60)"
+        environment = {**os.environ, "TMPDIR": str(tmp_path)}
+        killed = subprocess.Popen(
+            [sys.executable, "-c", hold], stdout=subprocess.PIPE, env=environment
+        )
+        assert killed.stdout and killed.stdout.readline()
+        killed.kill()
+        killed.communicate()
+    assert len(list(tmp_path.glob("lobra-service-*"))) == 2
+    with socket_folder(Path("ours")) as folder:
+        kept = {path.parent for path in tmp_path.glob("lobra-service-*/state-dir")}
+        assert len(kept) == 2 and Path(folder) in kept
+    (left,) = tmp_path.glob("lobra-service-*")
+    assert (left / "state-dir").read_text() == "theirs"
