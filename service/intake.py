@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lobra.common.errors import ConfigError
+from lobra.common.errors import ConfigError, show
 from lobra.service.backlog import LOSS_KINDS
 from lobra.service.bodies import (
     MOST_NUMBER,
@@ -132,20 +132,20 @@ class Intake:
     def check_session(self, tenant: Tenant, session_id: str) -> None:
         """Refuse a session that is not the tenant's."""
         if self.ledger.tenant_of_session(session_id) != tenant.name:
-            raise Refusal(404, f"session {session_id!r}: there is none of that name")
+            raise Refusal(404, f"session {show(session_id)}: there is none of that name")
 
     def model(self, tenant: Tenant, model_id: str) -> ModelRow:
         """Return a tenant's model."""
         model = self.ledger.model(model_id)
         if model is None or model.tenant != tenant.name:
-            raise Refusal(404, f"model {model_id!r}: there is none of that name")
+            raise Refusal(404, f"model {show(model_id)}: there is none of that name")
         return model
 
     def request(self, tenant: Tenant, request_id: str) -> RequestRow:
         """Return a tenant's request."""
         row = self.ledger.request(request_id)
         if row is None or row.tenant != tenant.name or row.is_forgotten:
-            raise Refusal(410, f"request {request_id!r}: there is none of that name any more")
+            raise Refusal(410, f"request {show(request_id)}: there is none of that name any more")
         return row
 
     def checkpoint(self, tenant: Tenant, path: str, to_fetch: bool = False) -> CheckpointRow:
@@ -153,7 +153,7 @@ class Intake:
         row = self.ledger.checkpoint(path) if CHECKPOINT_PATH.fullmatch(path) else None
         may_see = row is not None and row.tenant == tenant.name
         if row is None or not (may_see or (to_fetch and tenant.is_operator)):
-            raise Refusal(404, f"{path!r}: there is no such checkpoint")
+            raise Refusal(404, f"{show(path)}: there is no such checkpoint")
         return row
 
     # -- requests -------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ class Intake:
             raise Refusal(400, "train_attn, train_mlp, train_unembed: want at least one of them")
         if adapter.rank > self.deployment.max_rank:
             most = self.deployment.max_rank
-            raise Refusal(400, f"rank {adapter.rank}: this service trains up to rank {most}")
+            raise Refusal(400, f"rank {show(adapter.rank)}: this service trains up to rank {most}")
         seed = secrets.randbelow(1 << 31) if adapter.seed is None else adapter.seed
         return self._first(tenant, "create_model", body, (adapter.rank, modules, seed))
 
@@ -196,7 +196,7 @@ class Intake:
         self.check_session(tenant, body.session_id)
         if body.base_model not in (None, *self.deployment.names):
             names = self.deployment.names[0]
-            raise Refusal(400, f"base_model {body.base_model!r}: this service trains {names}")
+            raise Refusal(400, f"base_model {show(body.base_model)}: this service trains {names}")
         model_id = f"{body.session_id}:train:{body.model_seq_id}"
         rank, modules, seed = adapter
         if refusal := self.deployment.admission.refusal([(rank, modules)]):
@@ -289,7 +289,8 @@ class Intake:
         self.check_session(tenant, body.session_id)
         if body.model_path is None and body.base_model not in self.deployment.names:
             names = self.deployment.names[0]
-            raise Refusal(400, f"base_model {body.base_model!r}: this service samples from {names}")
+            name = show(body.base_model)
+            raise Refusal(400, f"base_model {name}: this service samples from {names}")
         path = "" if body.model_path is None else self.checkpoint(tenant, body.model_path).path
         name = sampler_name(body.session_id, body.sampling_session_seq_id)
         self.ledger.insert(samplers, {"id": name, "tenant": tenant.name, "path": path})
@@ -299,7 +300,7 @@ class Intake:
         """Return a tenant's sampling session."""
         row = self.ledger.sampler(sampler_id)
         if row is None or row.tenant != tenant.name:
-            raise Refusal(404, f"sampler {sampler_id!r}: there is none of that name")
+            raise Refusal(404, f"sampler {show(sampler_id)}: there is none of that name")
         return row
 
     def sample(self, tenant: Tenant, body: Sample) -> RequestRow:

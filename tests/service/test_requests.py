@@ -107,7 +107,7 @@ def test_all_that_is_wrong_with_data_is_told(client: Client, model: str) -> None
     many = b"0" * (33 << 20)
     refused(client.send("POST", "forward_backward", many, CONTENT_TYPE), 413, "bytes")
     refused(client.losses(model, 1, []), 400, "data: is empty")
-    refused(client.losses(model, 1, [datum()], loss_fn="dro"), 400, "'dro'", "cross_entropy")
+    refused(client.losses(model, 1, [datum()], loss_fn="dro"), 400, '"dro"', "cross_entropy")
     refused(client.losses(model, 1, [datum()], loss_fn="ppo"), 400, "weights", "advantages")
     refused(client.losses(model, 0, [datum()]), 400, "seq_id 0")
     body = loss_request(model, 1, [datum()])
