@@ -324,7 +324,8 @@ class Intake:
                 return self.request(tenant, known)
             self._quotas.check_waiting(tenant, body.sampling_session_id, body.seq_id)
             self._quotas.check_stored(tenant)
-            self._quotas.spend(tenant, len(tokens) * body.num_samples)
+            most_tokens = len(tokens) + self._max_tokens(body, len(tokens))
+            self._quotas.spend(tenant, most_tokens * body.num_samples)
             row = RequestRow(
                 secrets.token_hex(16), tenant.name, body.sampling_session_id, body.seq_id, SAMPLE,
                 _content(body), time.time(),
@@ -332,6 +333,10 @@ class Intake:
             self.ledger.insert(requests, vars(row))
         self._submit_sample(row, body)
         return row
+
+    def _max_tokens(self, body: Sample, prompt_tokens: int) -> int:
+        """Return how many tokens a sample may have after its prompt."""
+        return body.sampling_params.max_tokens or self.deployment.max_context - prompt_tokens
 
     def _submit_sample(self, row: RequestRow, body: Sample) -> None:
         sampler, params = self.ledger.sampler(body.sampling_session_id), body.sampling_params
@@ -344,7 +349,7 @@ class Intake:
         content = SampleRequest(
             np.array(prompt, dtype=np.int32),
             body.num_samples,
-            params.max_tokens or self.deployment.max_context - len(prompt),
+            self._max_tokens(body, len(prompt)),
             params.temperature,
             params.top_k,
             params.top_p,

@@ -29,7 +29,9 @@ class Quotas:
         left = min(float(tenant.tokens_per_minute), left + gained)
         if left <= 0:
             raise Refusal(
-                429, f"tenant {tenant.name} may send {tenant.tokens_per_minute} tokens a minute"
+                429,
+                f"tenant {tenant.name} may send, and have sampled, {tenant.tokens_per_minute} "
+                f"tokens a minute",
             )
         self._tokens[tenant.name] = (left - tokens, now)
 
