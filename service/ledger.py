@@ -24,6 +24,7 @@ from lobra.service.tables import (
     JSON_COLUMNS,
     OF_TENANTS,
     SAMPLE,
+    USER,
     CheckpointRow,
     ModelRow,
     RequestRow,
@@ -98,8 +99,8 @@ class Ledger:
                 )
             connection.exec_driver_sql(f"PRAGMA user_version = {FORMAT}")
             metadata.create_all(connection)
-            for index in requests.indexes:  # a table that was there may lack one
-                index.create(connection, checkfirst=True)
+            for table in metadata.sorted_tables:  # one that was there may lack columns and indexes
+                _complete(connection, table)
 
     def close(self) -> None:
         """Close the file."""
@@ -296,9 +297,11 @@ class Ledger:
         result: bytes | None,
         error: str | None = None,
         also: Iterable[sa.UpdateBase] = (),
+        category: str = USER,
     ) -> None:
         """Note a request's result, or why it has none, and what else became of it, as one."""
-        values = {"result": result, "error": error, "finished_at": time.time()}
+        noted = {"error": error, "category": None if error is None else category}
+        values = {"result": result, "finished_at": time.time(), **noted}
         finished = requests.update().where(requests.c.id == request_id).values(**values)
         self.execute(finished, *also)
 
@@ -399,6 +402,17 @@ def with_snapshot(model_id: str, seq_id: int, updates: int) -> tuple[sa.UpdateBa
 
 def _only(query: sa.Select[Any], table: sa.Table, tenant: str | None) -> sa.Select[Any]:
     return query if tenant is None else query.where(table.c.tenant == tenant)
+
+
+def _complete(connection: sa.Connection, table: sa.Table) -> None:
+    """Add what a table does not have that an older version made."""
+    known = {column["name"] for column in sa.inspect(connection).get_columns(table.name)}
+    for column in table.columns:
+        if column.name not in known:
+            kind = column.type.compile(connection.dialect)
+            connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {column.name} {kind}")
+    for index in table.indexes:
+        index.create(connection, checkfirst=True)
 
 
 def _as_columns(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy import BigInteger, Boolean, Float, Integer, LargeBinary, String, Text
 
 SAMPLE = "sample"  # the kind of requests that are of a sampling session, not of a model
+USER, SERVER = "user", "server"  # whose fault an error is: the tenant's, or the operator's
 #: Columns that hold JSON.
 JSON_COLUMNS = ("target_modules", "user_metadata")
 
@@ -74,6 +75,7 @@ requests = _table(
     sa.Column("tries", Integer, nullable=False),
     sa.Column("result", LargeBinary),
     sa.Column("error", Text),
+    sa.Column("category", String),
     sa.UniqueConstraint("model_id", "seq_id"),
     sa.Index("requests_by_end", "finished_at", "tenant"),  # who waits, and what has had its time
 )
@@ -145,7 +147,7 @@ class ModelRow:
 class RequestRow:
     """A request that was accepted; finished, it has a result or an error.
 
-    `tries` counts how often it was begun to be computed.
+    `tries` counts how often it was begun to be computed; `category` says whose fault an error is.
     """
 
     id: str
@@ -159,6 +161,7 @@ class RequestRow:
     tries: int = 0
     result: bytes | None = None
     error: str | None = None
+    category: str | None = None
 
     @property
     def is_forgotten(self) -> bool:
