@@ -145,6 +145,7 @@ class Coordinator:
         kept, now = self.deployment.state_folder, time.time()
         self.ledger.forget_expired(now)
         self.ledger.forget_results(now)
+        self.ledger.forget_sessions(now - retention.SESSION_DAYS * retention.DAY_S)
         for model_id in retention.abandoned_models(self.ledger, now):
             self._close(model_id)
         for tenant in retention.to_be_deleted(self.ledger):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import secrets
 import threading
@@ -45,6 +46,7 @@ from lobra.service.tables import (
 from lobra.service.tenants import Tenant
 from lobra.tasks.target_modules import HEAD, TARGET_MODULES
 
+NOTE_SIGNS_S = 3600.0  # between two signs of life of a session that the ledger has
 SESSION_LIFE_S = 60.0  # without a sign, which clients give every 10 s; then it makes room
 ATTENTION, MLP = TARGET_MODULES[:4], TARGET_MODULES[4:]
 CHECKPOINT_PATH = re.compile(
@@ -72,6 +74,7 @@ class Intake:
         self._lock = threading.RLock()
         self._started_at = time.monotonic()
         self._seen_at: dict[str, float] = {}  # of a session since the start (monotonic)
+        self._noted_at: dict[str, float] = {}  # when a session's sign was (monotonic)
         self._quotas = Quotas(ledger)
 
     # -- whose it is ----------------------------------------------------------------------------
@@ -79,18 +82,28 @@ class Intake:
     def new_session(self, tenant: Tenant) -> str:
         """Return the name of a new session of a tenant."""
         name, now = secrets.token_hex(16), time.monotonic()
+        self._quotas.check_sessions(tenant)
         with self._lock:
-            seen = self._seen_at.items()
+            seen, noted = self._seen_at.items(), self._noted_at.items()
             self._seen_at = {one: at for one, at in seen if now - at <= SESSION_LIFE_S}
-            self._seen_at[name] = now
+            self._noted_at = {one: at for one, at in noted if now - at <= NOTE_SIGNS_S}
+            self._seen_at[name] = self._noted_at[name] = now
         self.ledger.insert(sessions, {"id": name, "tenant": tenant.name, "created_at": time.time()})
         return name
 
     def heartbeat(self, tenant: Tenant, session_id: str) -> None:
         """Note that a session goes on."""
         self.check_session(tenant, session_id)
+        self._note_sign(session_id)
+
+    def _note_sign(self, session_id: str) -> None:
+        """Note a sign of life of a session; in the ledger not each one."""
+        now = time.monotonic()
         with self._lock:
-            self._seen_at[session_id] = time.monotonic()
+            self._seen_at[session_id] = now
+            if now - self._noted_at.get(session_id, -math.inf) > NOTE_SIGNS_S:
+                self.ledger.note_sign(session_id)
+                self._noted_at[session_id] = now
 
     def finish_session(self, tenant: Tenant, session_id: str) -> None:
         """Close the models of a session that is over; what was saved of them stays."""
@@ -228,7 +241,7 @@ class Intake:
         model = self.model(tenant, model_id)
         with self._lock:
             if kind != "unload_model":
-                self._seen_at[model.session_id] = time.monotonic()
+                self._note_sign(model.session_id)
             if seq_id is None:
                 seq_id = self.ledger.last_seq(model_id) + 1
             known = self.ledger.request_id(model_id, seq_id)
@@ -240,6 +253,8 @@ class Intake:
                 raise Refusal(410, f"model {model_id}: its request {seq_id} is long over")
             if kind != "unload_model":
                 self._quotas.check_waiting(tenant, model_id, seq_id)
+            if kind == "save_weights_for_sampler" and content["path"] is None:
+                self._quotas.check_samplers(tenant)
             if kind in LOSS_KINDS:
                 self._quotas.check_stored(tenant)
                 self._quotas.spend(tenant, content.num_tokens)
@@ -293,6 +308,9 @@ class Intake:
             raise Refusal(400, f"base_model {name}: this service samples from {names}")
         path = "" if body.model_path is None else self.checkpoint(tenant, body.model_path).path
         name = sampler_name(body.session_id, body.sampling_session_seq_id)
+        if self.ledger.sampler(name) is None:
+            self._quotas.check_samplers(tenant)
+        self._note_sign(body.session_id)
         self.ledger.insert(samplers, {"id": name, "tenant": tenant.name, "path": path})
         return name
 
@@ -322,6 +340,7 @@ class Intake:
             known = self.ledger.request_id(body.sampling_session_id, body.seq_id)
             if known is not None:
                 return self.request(tenant, known)
+            self._note_sign(body.sampling_session_id.partition(":")[0])
             self._quotas.check_waiting(tenant, body.sampling_session_id, body.seq_id)
             self._quotas.check_stored(tenant)
             most_tokens = len(tokens) + self._max_tokens(body, len(tokens))

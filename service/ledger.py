@@ -227,6 +227,11 @@ class Ledger:
         )
         return found
 
+    def note_sign(self, session_id: str) -> None:
+        """Note that a session goes on."""
+        own = sessions.update().where(sessions.c.id == session_id)
+        self.execute(own.values(seen_at=time.time()))
+
     def of_session(self, session_id: str) -> tuple[list[str], list[str]]:
         """Return the names of a session's models and of its sampling sessions."""
         own = samplers.c.id.startswith(f"{session_id}:", autoescape=True)
@@ -325,6 +330,24 @@ class Ledger:
     def forget_expired(self, now: float) -> None:
         """Forget the checkpoints whose time is over."""
         self.execute(checkpoints.delete().where(checkpoints.c.expires_at < now))
+
+    def forget_sessions(self, silent_since: float) -> None:
+        """Forget sessions without a sign of life since then, and what none samples from any more.
+
+        Sessions with open models stay, and sampling sessions of which results may be asked for.
+        """
+        last_sign = sa.func.coalesce(sessions.c.seen_at, sessions.c.created_at)
+        is_open = sa.exists().where(models.c.is_open, models.c.session_id == sessions.c.id)
+        session_id = sa.func.substr(samplers.c.id, 1, sa.func.instr(samplers.c.id, ":") - 1)
+        is_over = ~sa.exists().where(sessions.c.id == session_id)
+        is_empty = (samplers.c.path != "") & ~sa.exists().where(
+            checkpoints.c.path == samplers.c.path
+        )
+        is_asked = sa.exists().where(requests.c.model_id == samplers.c.id)
+        self.execute(
+            sessions.delete().where(last_sign < silent_since, ~is_open),
+            samplers.delete().where(is_over | is_empty, ~is_asked),
+        )
 
     def set_expiry(self, path: str, expires_at: float | None) -> None:
         """Note when a checkpoint's time is over (seconds since the epoch); None: never."""

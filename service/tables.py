@@ -39,6 +39,7 @@ sessions = _table(
     sa.Column("id", String, primary_key=True),
     sa.Column("tenant", String, nullable=False),
     sa.Column("created_at", Float, nullable=False),
+    sa.Column("seen_at", Float),  # to the hour; None: within an hour of when it was made
 )
 models = _table(
     "models",
