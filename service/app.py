@@ -9,7 +9,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
-from lobra.common.errors import ConfigError
+from lobra.common.errors import ConfigError, show
 from lobra.common.storage import StorageError
 from lobra.service.body_limits import BodyLimits
 from lobra.service.checkpoint_routes import checkpoint_routes
@@ -51,7 +51,8 @@ def make_app(intake: Intake, waiters: Waiters) -> FastAPI:
         sender = tenant_of(intake.ledger, request.headers.get("x-api-key", ""))
         match error.body:
             case {"model_id": str(model_id), "seq_id": int(seq_id)} if sender is not None:
-                intake.pass_over(sender, model_id, seq_id, why)
+                if model_id.isascii():  # as all models' names are, and half a character is not
+                    intake.pass_over(sender, model_id, seq_id, why)
         return JSONResponse({"detail": why}, 400)
 
     app.include_router(page_routes(intake))
@@ -62,14 +63,14 @@ def make_app(intake: Intake, waiters: Waiters) -> FastAPI:
 
     @app.api_route(f"{API}/{{rest:path}}", methods=["GET", "POST", "PUT", "DELETE", "PATCH"])
     def not_offered(rest: str, request: Request) -> Response:
-        asked = f"{request.method} {rest}"
+        asked = f"{request.method} {show(rest)}"
         # No 501: the client sends what is answered with 5xx again and again, for minutes.
         return JSONResponse({"detail": f"{asked}: this service does not offer that"}, 404)
 
     @app.exception_handler(404)
     def not_there(request: Request, error: Exception) -> Response:
         there = f"the page is /, the metrics are /metrics, the API is {API}"
-        return JSONResponse({"detail": f"{request.url.path}: there is nothing; {there}"}, 404)
+        return JSONResponse({"detail": f"{show(request.url.path)}: there is nothing; {there}"}, 404)
 
     return app
 

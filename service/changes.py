@@ -16,7 +16,7 @@ from lobra.service.deployment import PATH_PREFIX, Deployment
 from lobra.service.ledger import Ledger, with_row
 from lobra.service.retention import DAY_S
 from lobra.service.seats import Seats
-from lobra.service.tables import CheckpointRow, SamplerRow, checkpoints, samplers
+from lobra.service.tables import SERVER, USER, CheckpointRow, SamplerRow, checkpoints, samplers
 from lobra.service.tenants import tenant_named
 
 SAMPLING_LIFE_S = DAY_S  # of weights that were saved without a name, only to be sampled from
@@ -30,7 +30,11 @@ def sampler_name(session_id: str, seq_id: int) -> str:
 
 
 class RequestError(Exception):
-    """Why a request that was accepted has no result; the tenant is told."""
+    """Why a request that was accepted has no result, and by whose fault; its tenant is told."""
+
+    def __init__(self, sentence: str, category: str = USER) -> None:
+        super().__init__(sentence)
+        self.category = category
 
 
 class Finish(Protocol):
@@ -42,6 +46,7 @@ class Finish(Protocol):
         result: bytes | None = None,
         error: str | None = None,
         also: Iterable[sa.UpdateBase] = (),
+        category: str = USER,
     ) -> None:
         """Note it."""
 
@@ -66,7 +71,7 @@ class ModelChanges:
             else:
                 change(job)
         except RequestError as error:
-            self.finish(job, error=str(error))
+            self.finish(job, error=str(error), category=error.category)
             if not job.seq_id:  # there is no model then
                 del self.seats.taken[job.model_id]
                 self.seats.backlog.close(job.model_id)
@@ -181,7 +186,8 @@ class ModelChanges:
 
     def _check_disk(self, job: Job, path: str, also_bytes: int = 0) -> None:
         if not self.seats.has_room(job.model_id, also_bytes):
-            raise RequestError(f"{path}: the service's disk has no room for it; tell its operator")
+            why = "the service's disk has no room for it; tell its operator"
+            raise RequestError(f"{path}: {why}", SERVER)
 
 
 def as_json(**fields: Any) -> bytes:

@@ -26,7 +26,7 @@ from lobra.service.engine_link import EngineLink, RanksEnded
 from lobra.service.ledger import Ledger, with_loss, without_body
 from lobra.service.passes import PassRunner, summed_loss, weight_of
 from lobra.service.seats import Seats, job_of
-from lobra.service.tables import RequestRow
+from lobra.service.tables import USER, RequestRow
 from lobra.service.tally import Tally
 from lobra.service.wire import loss_output
 from lobra.trainer.step_report import StepReport
@@ -145,6 +145,7 @@ class Coordinator:
         kept, now = self.deployment.state_folder, time.time()
         self.ledger.forget_expired(now)
         self.ledger.forget_results(now)
+        self.ledger.forget_sessions(now - retention.SESSION_DAYS * retention.DAY_S)
         for model_id in retention.abandoned_models(self.ledger, now):
             self._close(model_id)
         for tenant in retention.to_be_deleted(self.ledger):
@@ -242,12 +243,13 @@ class Coordinator:
         result: bytes | None = None,
         error: str | None = None,
         also: abc.Iterable[sa.UpdateBase] = (),
+        category: str = USER,
     ) -> None:
         """Note what became of a job, and with it, as one, what else is to be noted."""
         self.backlog.done(job)
         if not job.is_replay:
             self.seats.taken[job.model_id].has_progressed = True
-            self.ledger.finish(job.id, result, error, also)
+            self.ledger.finish(job.id, result, error, also, category)
             self.finished(job.id)
 
     def _give_up(self, row: RequestRow, error: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import secrets
 import threading
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lobra.common.errors import ConfigError
+from lobra.common.errors import ConfigError, show
 from lobra.service.backlog import LOSS_KINDS
 from lobra.service.bodies import (
     MOST_NUMBER,
@@ -45,6 +46,7 @@ from lobra.service.tables import (
 from lobra.service.tenants import Tenant
 from lobra.tasks.target_modules import HEAD, TARGET_MODULES
 
+NOTE_SIGNS_S = 3600.0  # between two signs of life of a session that the ledger has
 SESSION_LIFE_S = 60.0  # without a sign, which clients give every 10 s; then it makes room
 ATTENTION, MLP = TARGET_MODULES[:4], TARGET_MODULES[4:]
 CHECKPOINT_PATH = re.compile(
@@ -72,6 +74,7 @@ class Intake:
         self._lock = threading.RLock()
         self._started_at = time.monotonic()
         self._seen_at: dict[str, float] = {}  # of a session since the start (monotonic)
+        self._noted_at: dict[str, float] = {}  # when a session's sign was (monotonic)
         self._quotas = Quotas(ledger)
 
     # -- whose it is ----------------------------------------------------------------------------
@@ -79,18 +82,28 @@ class Intake:
     def new_session(self, tenant: Tenant) -> str:
         """Return the name of a new session of a tenant."""
         name, now = secrets.token_hex(16), time.monotonic()
+        self._quotas.check_sessions(tenant)
         with self._lock:
-            seen = self._seen_at.items()
+            seen, noted = self._seen_at.items(), self._noted_at.items()
             self._seen_at = {one: at for one, at in seen if now - at <= SESSION_LIFE_S}
-            self._seen_at[name] = now
+            self._noted_at = {one: at for one, at in noted if now - at <= NOTE_SIGNS_S}
+            self._seen_at[name] = self._noted_at[name] = now
         self.ledger.insert(sessions, {"id": name, "tenant": tenant.name, "created_at": time.time()})
         return name
 
     def heartbeat(self, tenant: Tenant, session_id: str) -> None:
         """Note that a session goes on."""
         self.check_session(tenant, session_id)
+        self._note_sign(session_id)
+
+    def _note_sign(self, session_id: str) -> None:
+        """Note a sign of life of a session; in the ledger not each one."""
+        now = time.monotonic()
         with self._lock:
-            self._seen_at[session_id] = time.monotonic()
+            self._seen_at[session_id] = now
+            if now - self._noted_at.get(session_id, -math.inf) > NOTE_SIGNS_S:
+                self.ledger.note_sign(session_id)
+                self._noted_at[session_id] = now
 
     def finish_session(self, tenant: Tenant, session_id: str) -> None:
         """Close the models of a session that is over; what was saved of them stays."""
@@ -132,20 +145,20 @@ class Intake:
     def check_session(self, tenant: Tenant, session_id: str) -> None:
         """Refuse a session that is not the tenant's."""
         if self.ledger.tenant_of_session(session_id) != tenant.name:
-            raise Refusal(404, f"session {session_id!r}: there is none of that name")
+            raise Refusal(404, f"session {show(session_id)}: there is none of that name")
 
     def model(self, tenant: Tenant, model_id: str) -> ModelRow:
         """Return a tenant's model."""
         model = self.ledger.model(model_id)
         if model is None or model.tenant != tenant.name:
-            raise Refusal(404, f"model {model_id!r}: there is none of that name")
+            raise Refusal(404, f"model {show(model_id)}: there is none of that name")
         return model
 
     def request(self, tenant: Tenant, request_id: str) -> RequestRow:
         """Return a tenant's request."""
         row = self.ledger.request(request_id)
         if row is None or row.tenant != tenant.name or row.is_forgotten:
-            raise Refusal(410, f"request {request_id!r}: there is none of that name any more")
+            raise Refusal(410, f"request {show(request_id)}: there is none of that name any more")
         return row
 
     def checkpoint(self, tenant: Tenant, path: str, to_fetch: bool = False) -> CheckpointRow:
@@ -153,7 +166,7 @@ class Intake:
         row = self.ledger.checkpoint(path) if CHECKPOINT_PATH.fullmatch(path) else None
         may_see = row is not None and row.tenant == tenant.name
         if row is None or not (may_see or (to_fetch and tenant.is_operator)):
-            raise Refusal(404, f"{path!r}: there is no such checkpoint")
+            raise Refusal(404, f"{show(path)}: there is no such checkpoint")
         return row
 
     # -- requests -------------------------------------------------------------------------------
@@ -167,7 +180,7 @@ class Intake:
             raise Refusal(400, "train_attn, train_mlp, train_unembed: want at least one of them")
         if adapter.rank > self.deployment.max_rank:
             most = self.deployment.max_rank
-            raise Refusal(400, f"rank {adapter.rank}: this service trains up to rank {most}")
+            raise Refusal(400, f"rank {show(adapter.rank)}: this service trains up to rank {most}")
         seed = secrets.randbelow(1 << 31) if adapter.seed is None else adapter.seed
         return self._first(tenant, "create_model", body, (adapter.rank, modules, seed))
 
@@ -196,7 +209,7 @@ class Intake:
         self.check_session(tenant, body.session_id)
         if body.base_model not in (None, *self.deployment.names):
             names = self.deployment.names[0]
-            raise Refusal(400, f"base_model {body.base_model!r}: this service trains {names}")
+            raise Refusal(400, f"base_model {show(body.base_model)}: this service trains {names}")
         model_id = f"{body.session_id}:train:{body.model_seq_id}"
         rank, modules, seed = adapter
         if refusal := self.deployment.admission.refusal([(rank, modules)]):
@@ -228,7 +241,7 @@ class Intake:
         model = self.model(tenant, model_id)
         with self._lock:
             if kind != "unload_model":
-                self._seen_at[model.session_id] = time.monotonic()
+                self._note_sign(model.session_id)
             if seq_id is None:
                 seq_id = self.ledger.last_seq(model_id) + 1
             known = self.ledger.request_id(model_id, seq_id)
@@ -240,6 +253,8 @@ class Intake:
                 raise Refusal(410, f"model {model_id}: its request {seq_id} is long over")
             if kind != "unload_model":
                 self._quotas.check_waiting(tenant, model_id, seq_id)
+            if kind == "save_weights_for_sampler" and content["path"] is None:
+                self._quotas.check_samplers(tenant)
             if kind in LOSS_KINDS:
                 self._quotas.check_stored(tenant)
                 self._quotas.spend(tenant, content.num_tokens)
@@ -289,9 +304,13 @@ class Intake:
         self.check_session(tenant, body.session_id)
         if body.model_path is None and body.base_model not in self.deployment.names:
             names = self.deployment.names[0]
-            raise Refusal(400, f"base_model {body.base_model!r}: this service samples from {names}")
+            name = show(body.base_model)
+            raise Refusal(400, f"base_model {name}: this service samples from {names}")
         path = "" if body.model_path is None else self.checkpoint(tenant, body.model_path).path
         name = sampler_name(body.session_id, body.sampling_session_seq_id)
+        if self.ledger.sampler(name) is None:
+            self._quotas.check_samplers(tenant)
+        self._note_sign(body.session_id)
         self.ledger.insert(samplers, {"id": name, "tenant": tenant.name, "path": path})
         return name
 
@@ -299,7 +318,7 @@ class Intake:
         """Return a tenant's sampling session."""
         row = self.ledger.sampler(sampler_id)
         if row is None or row.tenant != tenant.name:
-            raise Refusal(404, f"sampler {sampler_id!r}: there is none of that name")
+            raise Refusal(404, f"sampler {show(sampler_id)}: there is none of that name")
         return row
 
     def sample(self, tenant: Tenant, body: Sample) -> RequestRow:
@@ -321,9 +340,11 @@ class Intake:
             known = self.ledger.request_id(body.sampling_session_id, body.seq_id)
             if known is not None:
                 return self.request(tenant, known)
+            self._note_sign(body.sampling_session_id.partition(":")[0])
             self._quotas.check_waiting(tenant, body.sampling_session_id, body.seq_id)
             self._quotas.check_stored(tenant)
-            self._quotas.spend(tenant, len(tokens) * body.num_samples)
+            most_tokens = len(tokens) + self._max_tokens(body, len(tokens))
+            self._quotas.spend(tenant, most_tokens * body.num_samples)
             row = RequestRow(
                 secrets.token_hex(16), tenant.name, body.sampling_session_id, body.seq_id, SAMPLE,
                 _content(body), time.time(),
@@ -331,6 +352,10 @@ class Intake:
             self.ledger.insert(requests, vars(row))
         self._submit_sample(row, body)
         return row
+
+    def _max_tokens(self, body: Sample, prompt_tokens: int) -> int:
+        """Return how many tokens a sample may have after its prompt."""
+        return body.sampling_params.max_tokens or self.deployment.max_context - prompt_tokens
 
     def _submit_sample(self, row: RequestRow, body: Sample) -> None:
         sampler, params = self.ledger.sampler(body.sampling_session_id), body.sampling_params
@@ -343,7 +368,7 @@ class Intake:
         content = SampleRequest(
             np.array(prompt, dtype=np.int32),
             body.num_samples,
-            params.max_tokens or self.deployment.max_context - len(prompt),
+            self._max_tokens(body, len(prompt)),
             params.temperature,
             params.top_k,
             params.top_p,

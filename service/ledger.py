@@ -24,6 +24,7 @@ from lobra.service.tables import (
     JSON_COLUMNS,
     OF_TENANTS,
     SAMPLE,
+    USER,
     CheckpointRow,
     ModelRow,
     RequestRow,
@@ -98,8 +99,8 @@ class Ledger:
                 )
             connection.exec_driver_sql(f"PRAGMA user_version = {FORMAT}")
             metadata.create_all(connection)
-            for index in requests.indexes:  # a table that was there may lack one
-                index.create(connection, checkfirst=True)
+            for table in metadata.sorted_tables:  # one that was there may lack columns and indexes
+                _complete(connection, table)
 
     def close(self) -> None:
         """Close the file."""
@@ -226,6 +227,11 @@ class Ledger:
         )
         return found
 
+    def note_sign(self, session_id: str) -> None:
+        """Note that a session goes on."""
+        own = sessions.update().where(sessions.c.id == session_id)
+        self.execute(own.values(seen_at=time.time()))
+
     def of_session(self, session_id: str) -> tuple[list[str], list[str]]:
         """Return the names of a session's models and of its sampling sessions."""
         own = samplers.c.id.startswith(f"{session_id}:", autoescape=True)
@@ -296,9 +302,11 @@ class Ledger:
         result: bytes | None,
         error: str | None = None,
         also: Iterable[sa.UpdateBase] = (),
+        category: str = USER,
     ) -> None:
         """Note a request's result, or why it has none, and what else became of it, as one."""
-        values = {"result": result, "error": error, "finished_at": time.time()}
+        noted = {"error": error, "category": None if error is None else category}
+        values = {"result": result, "finished_at": time.time(), **noted}
         finished = requests.update().where(requests.c.id == request_id).values(**values)
         self.execute(finished, *also)
 
@@ -322,6 +330,24 @@ class Ledger:
     def forget_expired(self, now: float) -> None:
         """Forget the checkpoints whose time is over."""
         self.execute(checkpoints.delete().where(checkpoints.c.expires_at < now))
+
+    def forget_sessions(self, silent_since: float) -> None:
+        """Forget sessions without a sign of life since then, and what none samples from any more.
+
+        Sessions with open models stay, and sampling sessions of which results may be asked for.
+        """
+        last_sign = sa.func.coalesce(sessions.c.seen_at, sessions.c.created_at)
+        is_open = sa.exists().where(models.c.is_open, models.c.session_id == sessions.c.id)
+        session_id = sa.func.substr(samplers.c.id, 1, sa.func.instr(samplers.c.id, ":") - 1)
+        is_over = ~sa.exists().where(sessions.c.id == session_id)
+        is_empty = (samplers.c.path != "") & ~sa.exists().where(
+            checkpoints.c.path == samplers.c.path
+        )
+        is_asked = sa.exists().where(requests.c.model_id == samplers.c.id)
+        self.execute(
+            sessions.delete().where(last_sign < silent_since, ~is_open),
+            samplers.delete().where(is_over | is_empty, ~is_asked),
+        )
 
     def set_expiry(self, path: str, expires_at: float | None) -> None:
         """Note when a checkpoint's time is over (seconds since the epoch); None: never."""
@@ -399,6 +425,17 @@ def with_snapshot(model_id: str, seq_id: int, updates: int) -> tuple[sa.UpdateBa
 
 def _only(query: sa.Select[Any], table: sa.Table, tenant: str | None) -> sa.Select[Any]:
     return query if tenant is None else query.where(table.c.tenant == tenant)
+
+
+def _complete(connection: sa.Connection, table: sa.Table) -> None:
+    """Add what a table does not have that an older version made."""
+    known = {column["name"] for column in sa.inspect(connection).get_columns(table.name)}
+    for column in table.columns:
+        if column.name not in known:
+            kind = column.type.compile(connection.dialect)
+            connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {column.name} {kind}")
+    for index in table.indexes:
+        index.create(connection, checkfirst=True)
 
 
 def _as_columns(values: Mapping[str, Any]) -> dict[str, Any]:

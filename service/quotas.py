@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import time
 
+import sqlalchemy as sa
+
 from lobra.service.ledger import Ledger
 from lobra.service.refusal import Refusal
+from lobra.service.tables import samplers, sessions
 from lobra.service.tenants import Tenant
 
+MOST_SESSIONS, MOST_SAMPLERS = 1_000, 20_000  # of a tenant; retention ends the old ones
 #: Of a tenant's requests without a result, which are in memory.
 MOST_WAITING, MOST_WAITING_BYTES = 10_000, 256 << 20
 
@@ -29,7 +33,9 @@ class Quotas:
         left = min(float(tenant.tokens_per_minute), left + gained)
         if left <= 0:
             raise Refusal(
-                429, f"tenant {tenant.name} may send {tenant.tokens_per_minute} tokens a minute"
+                429,
+                f"tenant {tenant.name} may send, and have sampled, {tenant.tokens_per_minute} "
+                f"tokens a minute",
             )
         self._tokens[tenant.name] = (left - tokens, now)
 
@@ -44,6 +50,23 @@ class Quotas:
                     f"{tenant.stored_bytes:,}; delete checkpoints, or wait an hour for results to "
                     f"be forgotten",
                 )
+
+    def check_sessions(self, tenant: Tenant) -> None:
+        """Refuse a new session of a tenant that has as many as it may."""
+        self._check_count(tenant, sessions, "sessions", MOST_SESSIONS)
+
+    def check_samplers(self, tenant: Tenant) -> None:
+        """Refuse a new sampling session of a tenant that has as many as it may."""
+        self._check_count(tenant, samplers, "sampling sessions", MOST_SAMPLERS)
+
+    def _check_count(self, tenant: Tenant, table: sa.Table, what: str, most: int) -> None:
+        own = sa.select(sa.func.count()).select_from(table).where(table.c.tenant == tenant.name)
+        if (count := self.ledger.number(own)) >= most:
+            raise Refusal(
+                429,
+                f"tenant {tenant.name} has {count:,} {what}, and may have {most:,}; use those "
+                f"there are, or wait until some have had their time",
+            )
 
     def check_waiting(self, tenant: Tenant, model_id: str, seq_id: int) -> None:
         """Refuse a request of a tenant that has as many waiting as it may.

@@ -21,6 +21,7 @@ from lobra.service.tables import (
 from lobra.service.tenants import all_tenants
 
 DAY_S = 86400.0
+SESSION_DAYS = 7  # that a session without a sign of life, and without open models, is kept
 
 
 def abandoned_models(ledger: Ledger, now: float) -> list[str]:

@@ -19,6 +19,7 @@ from lobra.service.deployment import Deployment
 from lobra.service.ledger import Ledger
 from lobra.service.sampler import MOST_ROWS, SampleRequest, SampleResult, sample_for_ever
 from lobra.service.sampler_room import SamplerRoom, row_bytes, sampler_room
+from lobra.service.tables import SERVER, USER
 from lobra.service.wire import sample_output
 
 log = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ class Sampling:
                 self._connection = None
                 log.error("the sampler has ended; it is started again for the next request")
                 for entry in batch:
-                    self._finish(entry.id, None, "the sampler has ended; ask again")
+                    self._finish(entry.id, None, "the sampler has ended; ask again", SERVER)
                 continue
             for entry, result in zip(batch, results, strict=True):
                 if result is None:
@@ -147,6 +148,12 @@ class Sampling:
         connection: Connection = own
         return connection
 
-    def _finish(self, request_id: str, result: bytes | None, error: str | None = None) -> None:
-        self.ledger.finish(request_id, result, error)
+    def _finish(
+        self,
+        request_id: str,
+        result: bytes | None,
+        error: str | None = None,
+        category: str = USER,
+    ) -> None:
+        self.ledger.finish(request_id, result, error, category=category)
         self.finished(request_id)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import shutil
 import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from multiprocessing.connection import Listener
+from pathlib import Path
 
 import uvicorn
 
@@ -34,6 +36,7 @@ from lobra.trainer.signals import interruptible
 log = logging.getLogger(__name__)
 
 FIRST_TENANT = "default"
+SOCKET_FOLDER, OWNER = "lobra-service-", "state-dir"
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0  # before ranks are started again; it doubles
 
 
@@ -110,7 +113,7 @@ class Service:
         start = start or on_this_machine(self.deployment.run)
         authkey = secrets.token_bytes(32)
         with (
-            tempfile.TemporaryDirectory(prefix="lobra-service-") as folder,
+            socket_folder(self.deployment.run.output_dir) as folder,
             Listener(os.path.join(folder, "rank0"), "AF_UNIX", authkey=authkey) as listener,
         ):
             arguments = (listener, ready)
@@ -194,6 +197,22 @@ class Service:
         self.socket.listen()  # who connects is heard as soon as the server is up
         threading.Thread(target=self.http.run, args=([self.socket],), daemon=True).start()
         ready()
+
+
+@contextmanager
+def socket_folder(state_dir: Path) -> Iterator[str]:
+    """Have a folder for a service's socket, which says whose it is, for as long as a block lasts.
+
+    What a service of the same state folder has left when it was killed is removed: two at once
+    cannot have that.
+    """
+    for owner in Path(tempfile.gettempdir()).glob(f"{SOCKET_FOLDER}*/{OWNER}"):
+        with suppress(OSError):  # another user's
+            if owner.read_bytes() == os.fsencode(state_dir):
+                shutil.rmtree(owner.parent)
+    with tempfile.TemporaryDirectory(prefix=SOCKET_FOLDER) as folder:
+        Path(folder, OWNER).write_bytes(os.fsencode(state_dir))
+        yield folder
 
 
 def _in_a_line(why: str) -> str:

@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy import BigInteger, Boolean, Float, Integer, LargeBinary, String, Text
 
 SAMPLE = "sample"  # the kind of requests that are of a sampling session, not of a model
+USER, SERVER = "user", "server"  # whose fault an error is: the tenant's, or the operator's
 #: Columns that hold JSON.
 JSON_COLUMNS = ("target_modules", "user_metadata")
 
@@ -38,6 +39,7 @@ sessions = _table(
     sa.Column("id", String, primary_key=True),
     sa.Column("tenant", String, nullable=False),
     sa.Column("created_at", Float, nullable=False),
+    sa.Column("seen_at", Float),  # to the hour; None: within an hour of when it was made
 )
 models = _table(
     "models",
@@ -74,6 +76,7 @@ requests = _table(
     sa.Column("tries", Integer, nullable=False),
     sa.Column("result", LargeBinary),
     sa.Column("error", Text),
+    sa.Column("category", String),
     sa.UniqueConstraint("model_id", "seq_id"),
     sa.Index("requests_by_end", "finished_at", "tenant"),  # who waits, and what has had its time
 )
@@ -145,7 +148,7 @@ class ModelRow:
 class RequestRow:
     """A request that was accepted; finished, it has a result or an error.
 
-    `tries` counts how often it was begun to be computed.
+    `tries` counts how often it was begun to be computed; `category` says whose fault an error is.
     """
 
     id: str
@@ -159,6 +162,7 @@ class RequestRow:
     tries: int = 0
     result: bytes | None = None
     error: str | None = None
+    category: str | None = None
 
     @property
     def is_forgotten(self) -> bool:

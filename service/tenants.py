@@ -31,7 +31,7 @@ class Tenant:
     created_at
         Seconds since the epoch.
     tokens_per_minute
-        Tokens it may send in a minute; None: any number.
+        Tokens it may send, or have sampled, in a minute; None: any number.
     stored_bytes
         What its checkpoints and requests may take on disk; None: any size.
     slots

@@ -30,7 +30,7 @@ from lobra.service.checkpoint_routes import Limit, Offset
 from lobra.service.intake import Intake
 from lobra.service.refusal import Refusal
 from lobra.service.sender import Sender
-from lobra.service.tables import SAMPLE, RequestRow, sessions
+from lobra.service.tables import SAMPLE, USER, RequestRow, sessions
 from lobra.service.tenants import Tenant
 from lobra.service.waiters import Waiters
 from lobra.service.wire import CONTENT_TYPE, loss_message
@@ -197,6 +197,6 @@ def _result(row: RequestRow) -> Response:
     if row.finished_at is None:
         return JSONResponse({"queue_state": "active"}, 408)
     if row.error is not None:
-        return JSONResponse({"error": row.error, "category": "user"})
+        return JSONResponse({"error": row.error, "category": row.category or USER})
     kind = CONTENT_TYPE if row.kind in (*LOSS_KINDS, SAMPLE) else "application/json"
     return Response(row.result, media_type=kind)

@@ -14,7 +14,7 @@ import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError, Message
 
-from lobra.common.errors import ConfigError, Problems
+from lobra.common.errors import ConfigError, Problems, show
 from lobra.layout.sequences import Clipping, FloatArray, TokenArray
 from lobra.service.sampler import SampleResult
 
@@ -196,12 +196,12 @@ def read_loss_request(message: Any, vocab_size: int, max_tokens: int) -> LossReq
     problems = Problems()
     if message.loss_fn not in LOSSES:
         known = ", ".join(LOSSES)
-        problems.add(f"loss_fn {message.loss_fn!r} is not offered here, want one of {known}")
+        problems.add(f"loss_fn {show(message.loss_fn)} is not offered here, want one of {known}")
     settings = CLIPPING if message.loss_fn == "ppo" else {}
     given = {name: entry.number for name, entry in message.loss_fn_config_v2.items()}
     if strange := ", ".join(sorted(given.keys() - settings.keys())):
         known = ", ".join(settings) or "none"
-        problems.add(f"loss_fn_config: {strange}: {message.loss_fn} has the settings: {known}")
+        problems.add(f"loss_fn_config: {strange}: this loss has the settings: {known}")
     if not message.data:
         problems.add("data: is empty")
     data = []

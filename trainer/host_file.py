@@ -55,6 +55,14 @@ def first_slots(slots: Mapping[str, int], count: int) -> dict[str, int]:
     return chosen
 
 
+def names_of_this_host(slots: Mapping[str, int]) -> list[str]:
+    """Return what is wrong with hosts of which several are this machine (empty: nothing)."""
+    names = [name for name in slots if is_this_host(name)]
+    if len(names) < 2:
+        return []
+    return [f"hosts {', '.join(names)} are one machine, this one: list it once, with all its slots"]
+
+
 def is_this_host(name: str) -> bool:
     """Return whether a host's name means this machine: one of its addresses can be bound here."""
     if name in ("localhost", platform.node()):

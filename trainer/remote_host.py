@@ -43,13 +43,28 @@ class Denied(NoAnswer):
 
 def answers(host: str) -> bool:
     """Return whether a host can be reached by ssh."""
+    return why_silent(host) is None
+
+
+def why_silent(host: str) -> str | None:
+    """Return why a host cannot be reached by ssh, None if it can."""
     try:
         done = subprocess.run(
             [*SSH, host, "true"], stdin=subprocess.DEVNULL, capture_output=True, timeout=ANSWER_S
         )
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return done.returncode == 0
+    except OSError as error:
+        return f"ssh: {error.strerror}"
+    except subprocess.TimeoutExpired:
+        return f"no answer within {ANSWER_S:.0f} s"
+    if done.returncode == 0:
+        return None
+    return _last_line(done.stderr) or f"ssh ended with exit code {done.returncode}"
+
+
+def _last_line(said: bytes) -> str:
+    """Return the last line that is not blank, "" if there is none."""
+    lines = said.decode(errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 class RemoteHost:
@@ -138,6 +153,4 @@ class RemoteHost:
         except subprocess.TimeoutExpired:
             code = None
         self._complaints.seek(0)
-        text = self._complaints.read().decode(errors="replace")
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        return lines[-1] if lines else f"it ended with exit code {code}"
+        return _last_line(self._complaints.read()) or f"it ended with exit code {code}"

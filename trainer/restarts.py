@@ -26,6 +26,7 @@ from lobra.trainer.log_parts import log_files, remove_log
 from lobra.trainer.rank import RankResult
 from lobra.trainer.replanner import note_move
 from lobra.trainer.run_config import note_restart
+from lobra.trainer.run_folder import occupied
 from lobra.trainer.run_spec import ADAPTER_FOLDER, PLAN_FOLDER, RunSpec
 from lobra.trainer.signals import interruptible
 from lobra.trainer.survivors import gpus_left, survivors_plan
@@ -216,7 +217,8 @@ def how_to_go_on(folder: Path) -> str:
     """Return what to do about a run that has failed."""
     steps = list_checkpoints(folder)
     if not steps:
-        return f"no checkpoint was saved in {folder}: begin anew, in another --output-dir"
+        how = "in another --output-dir" if occupied(folder) else "with the same command"
+        return f"no checkpoint was saved in {folder}: begin anew, {how}"
     return (
         f"its last checkpoint is {step_folder(folder, steps[-1])}, after "
         f"{counted(steps[-1], 'step')}: go on with the same command and --resume, or unattended "

@@ -6,20 +6,27 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from lobra.common.errors import ConfigError
+from lobra.common.errors import ConfigError, Problems
 from lobra.common.words import counted
 from lobra.layout.placement import is_placeable
 from lobra.layout.plan import Plan
-from lobra.trainer.host_file import first_slots, is_this_host, read_host_file
-from lobra.trainer.remote_host import answers
+from lobra.trainer.host_file import (
+    first_slots,
+    is_this_host,
+    names_of_this_host,
+    read_host_file,
+)
+from lobra.trainer.remote_host import answers, why_silent
 
 T = TypeVar("T")
 
 ASK_AGAIN_S = 10.0  # of a host that does not answer
+ASKED_AT_ONCE = 64  # hosts, before the first start
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +56,9 @@ class RunHosts:
     @classmethod
     def read(cls, file: Path, await_s: float) -> RunHosts:
         """Return the hosts of a host file; ConfigError if it has mistakes."""
-        return cls(file, read_host_file(file), await_s)
+        slots = read_host_file(file)
+        Problems(names_of_this_host(slots)).prefixed(f"{file}: ").raise_if_any()
+        return cls(file, slots, await_s)
 
     @property
     def slots(self) -> dict[str, int]:
@@ -70,6 +79,26 @@ class RunHosts:
                 f"plan needs {num_gpus}"
             )
         return first_slots(self.slots, num_gpus)
+
+    def check_answers(self, num_gpus: int) -> None:
+        """Ask the hosts that ranks are to be on, as the launcher will reach them.
+
+        Raises
+        ------
+        ConfigError
+            With every one that does not answer: before a first start it is no lost one.
+        """
+        names = list(self.chosen(num_gpus))
+        if len(names) == 1 and is_this_host(names[0]):
+            return  # which the launcher does not reach by ssh
+        with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
+            reasons = dict(zip(names, pool.map(why_silent, names), strict=True))
+        Problems(
+            f"{self.file}: host {name} does not answer by ssh: {why}; `ssh {name} true` must work "
+            f"without a password"
+            for name, why in reasons.items()
+            if why is not None
+        ).raise_if_any()
 
     def after_failure(
         self, plan: Plan, plan_anew: Callable[[Mapping[str, int], str], T]

@@ -108,6 +108,11 @@ class TaskChanges:
             )
         return self._checks[name].done()
 
+    def left_at(self, name: str) -> int | None:
+        """Return after how many steps of the run a task left it, None if it has not."""
+        steps = [change.step for change in self.made if change.request == TaskRequest(name)]
+        return steps[-1] if steps else None
+
     def newcomer(self, due: DueChange) -> Newcomer:
         """Return the task that is to join, with its data.
 

@@ -69,6 +69,8 @@ class Turnover:
         if live.spec.trains_model:
             raise ConfigError("the run trains its model itself (adapter: full): stop the run")
         if number is None:
+            if (left_at := self.changes.left_at(name)) is not None:
+                raise ConfigError(f"it was cancelled already, after step {left_at}")
             names = (task.config.name for task in live.tasks.values())
             raise ConfigError(f"the run has no such task; it has {', '.join(names) or 'none'}")
         if not self.outputs.is_exported(number):

@@ -12,7 +12,7 @@ from typing import Any
 
 from lobra.commands.finding import LACKS, NOTE, OK, Finding
 from lobra.common.options import LauncherOptions
-from lobra.trainer.host_file import is_this_host
+from lobra.trainer.host_file import is_this_host, names_of_this_host
 from lobra.trainer.remote_host import Denied, NoAnswer, RemoteHost, Unreachable
 
 DEFAULT_PORT = 29500  # DeepSpeed's launcher's
@@ -68,6 +68,8 @@ def host_findings(
     if len(slots) > 1 and shutil.which("pdsh") is None:
         text = "not installed; deepspeed's launcher starts ranks on several hosts with it"
         yield Finding(LACKS, "pdsh", text)
+    for problem in names_of_this_host(slots):
+        yield Finding(LACKS, "host file", problem)
     by_ssh = len(slots) > 1 or not is_this_host(next(iter(slots)))
     if by_ssh and shutil.which("ssh") is None:
         yield Finding(LACKS, "ssh", "not installed; hosts are reached with it")

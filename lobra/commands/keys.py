@@ -23,7 +23,7 @@ class Quotas:
     Parameters
     ----------
     tokens_per_minute
-        Tokens it may send in a minute; by default any number.
+        Tokens it may send, or have sampled, in a minute; by default any number.
     stored_bytes
         What its checkpoints and requests may take on disk; by default any size.
     slots

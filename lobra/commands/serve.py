@@ -67,6 +67,7 @@ def serve(*, request: ServeRequest, launcher: LauncherOptions = THIS_MACHINE) ->
     deployment = prepare_deployment(request, slots, problems)
     if hosts is None:
         return _serve(deployment, request, on_this_machine(deployment.run))
+    hosts.check_answers(deployment.run.world_size)
     hosted = _OnHosts(request, launcher, hosts, deployment, deployment)
     start = on_hosts(hosted.command, deployment.state_folder)
     return _serve(deployment, request, start, hosted.after_failure)

@@ -164,6 +164,7 @@ def _through_launcher(
         hosts = RunHosts.read(host_file, request.await_hosts)
         most = request.num_gpus or loaded(None).num_gpus
         command(None, None)
+        hosts.check_answers(loaded(None).num_gpus)
     problems.raise_if_any()
     is_ours = request.is_resumed or not occupied(request.output_dir)  # else the ranks will say so
     restarts = request.max_restarts if is_ours else 0

@@ -220,6 +220,7 @@ def test_the_doctor_says_whether_hosts_have_what_a_plan_needs(
         assert findings["ranks"].status == status
         assert findings["placement"].text == f"fits nodes of {sizes} GPUs"
     assert findings["ranks"].text == "2 slots are missing: 2 hosts have 4"
+    assert findings["host file"].text.startswith("hosts localhost, 127.0.0.1 are one machine")
     assert findings["host localhost"].status == LACKS
     assert findings["host localhost"].text.startswith("no answer: no route to host; see that")
     hosts.write_text("localhost\n")

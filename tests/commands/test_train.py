@@ -501,6 +501,7 @@ def test_ranks_are_started_on_the_hosts_that_are_left(
         return Path("plan.yaml").rename(f"plan-{len(left)}.yaml")
 
     monkeypatch.setattr("lobra.trainer.restarts.FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr("lobra.trainer.run_hosts.why_silent", lambda _name: None)
     monkeypatch.setattr("lobra.trainer.run_hosts.answers", lambda _name: len(launched) == 2)
     monkeypatch.setattr("lobra.trainer.survivors.plan_on_hosts", planned)
     monkeypatch.setattr("lobra.commands.train.run_launcher", launch)
@@ -511,3 +512,19 @@ def test_ranks_are_started_on_the_hosts_that_are_left(
     assert smaller == [*words, "--strategy-config", "plan-1.yaml", "--num-gpus", "2"]
     assert whole == [*words, "--strategy-config", "plan-2.yaml"]
     assert ["localhost:0,1" in command for command in launched] == [False, True, False]
+
+
+def test_hosts_that_are_mistyped_are_told_before_anything_is_started(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_config()
+    write_plan({"dp": 2, "tp": 1, "pp": 1, "max_tokens": 64})
+    Path("hosts").write_text("a.invalid slots=1\nb.invalid slots=1\n")
+    words = ["--model", str(place), "--trainer-config", "tasks.json", "--strategy-config"]
+    words += ["plan.yaml", "--output-dir", "run", "--host-file", "hosts", "--max-restarts", "2"]
+    monkeypatch.setattr("lobra.commands.train.run_launcher", pytest.fail)
+    monkeypatch.setattr("lobra.trainer.run_hosts.why_silent", lambda _name: "unknown")
+    assert main(["train", *words]) == 2
+    said = capsys.readouterr().err
+    assert all(f"hosts: host {name} does not answer" in said for name in ("a.invalid", "b.invalid"))
+    assert not Path("run").exists()

@@ -17,7 +17,8 @@ from tests.service.test_requests import datum, refused
 
 pytestmark = pytest.mark.ranks
 
-HUGE = 10**400
+HUGE, LONG = 10**400, "a" * 5000
+PROMPT = {"chunks": [{"tokens": [5]}]}
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,15 @@ def model(client: Client) -> str:
         ("load_weights", {"path": "\ud800", "optimizer": True}, "surrogates"),
         ("retrieve_future", {"request_id": "\ud800"}, "surrogates"),
         ("asample", {"num_samples": HUGE}, "num_samples"),
+        ("asample", {"prompt": PROMPT, "sampling_session_id": LONG}, "sampler"),
+        ("create_sampling_session", {"model_path": LONG}, "checkpoint"),
+        ("create_sampling_session", {"base_model": LONG}, "samples from"),
+        ("create_model", {"session_id": LONG}, "session"),
+        ("create_model", {"base_model": LONG}, "base_model"),
+        ("load_weights", {"path": LONG, "optimizer": True}, "checkpoint"),
+        ("optim_step", {"adam_params": {}, "model_id": LONG}, "model"),
+        ("retrieve_future", {"request_id": LONG}, "request"),
+        (LONG, {}, "does not offer that"),
     ],
 )
 def test_what_no_client_would_send_is_refused(
@@ -58,9 +68,11 @@ def test_what_no_client_would_send_is_refused(
 ) -> None:
     session = model.partition(":")[0]
     own = dict(session_id=session, model_id=model, model_seq_id=7, base_model="base")
+    own |= dict(sampling_session_seq_id=0, seq_id=1, sampling_params={})
     answer = client.post(route, **{**own, **fields})
     assert 400 <= answer[0] < 500, answer
     assert word in answer[1]["detail"]
+    assert len(answer[1]["detail"]) < 300, "what was sent is cut"
 
 
 def test_bodies_that_are_none(client: Client) -> None:
@@ -143,7 +155,7 @@ def test_bodies_of_strangers_and_bodies_that_do_not_come(
 
 def test_what_is_not_there_is_said(client: Client) -> None:
     status, answer = client.send("GET", "create_model")
-    assert (status, answer["detail"].partition(":")[0]) == (404, "GET create_model")
+    assert (status, answer["detail"].partition(":")[0]) == (404, 'GET "create_model"')
     assert "body: " in client.send("POST", "create_model", b"1")[1]["detail"]
     for path, code, text in (("/nix", 404, "the API is /api/v1"), ("/healthz", 200, '"ok"')):
         connection = http.client.HTTPConnection(ADDRESS, client.port, timeout=60)

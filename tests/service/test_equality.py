@@ -259,7 +259,7 @@ def test_what_is_killed_goes_on_where_it_was(
     with running(deployment) as found:
         client = found.client("tenant")
         trainer = Trainer(client, number)
-        plain, left, sent = found.service.ledger.execute, [count], threading.Event()
+        plain, left, sent = found.service.coordinator.ledger.execute, [count], threading.Event()
 
         def dying(*statements: Any) -> int:
             sent.wait(30)
@@ -271,7 +271,7 @@ def test_what_is_killed_goes_on_where_it_was(
                 raise EOFError
             return changed
 
-        monkeypatch.setattr(found.service.ledger, "execute", dying)
+        monkeypatch.setattr(found.service.coordinator.ledger, "execute", dying)
         save = dict(model_id=trainer.model, path="start")
         saves = [client.asked("save_weights", seq_id=trainer.next_seq(), **save)]
         futures = [trainer.send(step) for step in steps_of(number)]

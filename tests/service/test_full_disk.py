@@ -92,6 +92,7 @@ def test_who_sends_is_told_to_wait(
             saved = {"model_id": model, "seq_id": seq_id + 2, "path": "one", "overwrite": True}
             answer = client.result(client.asked("save_weights", **saved))
             assert ("error" in answer) == (free == 0)
+            assert answer.get("category") == ("server" if free == 0 else None)
             found_model = found.service.ledger.model(model)
             assert found_model is not None
             return found_model.snapshot_seq

@@ -11,10 +11,18 @@ from typing import Any
 import pytest
 
 from lobra.cli import main
-from lobra.service import coordinator, quotas, retention, seats
+from lobra.service import coordinator, intake, quotas, retention, seats
 from lobra.service import ledger as ledger_module
 from lobra.service.ledger import Ledger
-from lobra.service.tables import OF_TENANTS, losses
+from lobra.service.tables import (
+    OF_TENANTS,
+    SAMPLE,
+    RequestRow,
+    losses,
+    requests,
+    samplers,
+    sessions,
+)
 from lobra.service.tenants import add_tenant
 from tests.service.support import Client, Running, logprobs_of
 from tests.service.test_requests import datum, refused
@@ -103,6 +111,66 @@ def test_requests_that_wait_are_bounded_but_for_what_others_wait_for(
     for future in (first, late):
         assert [len(own) for own in logprobs_of(client.result(future))] == [60]
     assert client.losses(model, 3, [datum()])[0] == 200
+
+
+def test_sessions_and_sampling_sessions_are_bounded(
+    mixed: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quotas, "MOST_SESSIONS", 2)
+    monkeypatch.setattr(quotas, "MOST_SAMPLERS", 1)
+    client = mixed.client("connecting")
+    session, _ = client.new_session(), client.new_session()
+    refused(client.post("create_session"), 429, "has 2 sessions, and may have 2")
+    make = dict(session_id=session, sampling_session_seq_id=0, base_model="base")
+    assert [client.post("create_sampling_session", **make)[0] for _ in range(2)] == [200, 200]
+    make["sampling_session_seq_id"] = 1
+    refused(client.post("create_sampling_session", **make), 429, "has 1 sampling sessions")
+    model = client.new_model(session, 0, rank=2)
+    save = dict(model_id=model, seq_id=1, sampling_session_seq_id=2)
+    refused(client.post("save_weights_for_sampler", **save), 429, "has 1 sampling sessions")
+    monkeypatch.setattr(quotas, "MOST_SAMPLERS", 2)
+    saved = client.result(client.asked("save_weights_for_sampler", **save))
+    assert saved["sampling_session_id"] == f"{session}:sample:2"
+
+
+def test_sessions_without_a_sign_of_life_have_their_time(
+    mixed: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But not one with an open model, nor one that goes on."""
+    monkeypatch.setattr(coordinator, "RETENTION_S", 0.05)
+    client = mixed.client("resting")
+    resting, open_one, going_on = names = [client.new_session() for _ in range(3)]
+    for name in names:
+        make = dict(session_id=name, sampling_session_seq_id=0, base_model="base")
+        client.asked("create_sampling_session", **make)
+    client.new_model(open_one, 0, rank=2)
+    long_ago = time.time() - 8 * retention.DAY_S
+    ledger = mixed.service.ledger
+    own = sessions.c.tenant == "resting"
+    monkeypatch.setattr(intake, "NOTE_SIGNS_S", -1.0)
+    assert client.post("session_heartbeat", session_id=going_on)[0] == 200
+    ledger.execute(sessions.update().where(own).values(created_at=long_ago))
+    ledger.execute(sessions.update().where(own, sessions.c.id != going_on).values(seen_at=long_ago))
+    wait_until(lambda: ledger.sampler(f"{resting}:sample:0") is None)
+    refused(client.post("session_heartbeat", session_id=resting), 404, "session")
+    assert set(client.send("GET", "sessions")[1]["sessions"]) == {open_one, going_on}
+    for name in (open_one, going_on):
+        assert ledger.sampler(f"{name}:sample:0") is not None
+
+
+def test_a_sampling_session_is_over_with_its_weights_but_not_before_its_results(
+    tmp_path: Path,
+) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.insert(sessions, {"id": "s", "tenant": "alice", "created_at": time.time()})
+    for number, path in enumerate(("", "tinker://gone", "tinker://gone")):
+        row = {"id": f"s:sample:{number}", "tenant": "alice", "path": path}
+        ledger.insert(samplers, row)
+    asked = RequestRow("a", "alice", "s:sample:2", 0, SAMPLE, b"", time.time())
+    ledger.insert(requests, vars(asked))
+    ledger.forget_sessions(time.time() - 60)
+    found = [ledger.sampler(f"s:sample:{number}") is not None for number in range(3)]
+    assert found == [True, False, True]
 
 
 def test_checkpoints_and_models_have_their_time(

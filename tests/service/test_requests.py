@@ -107,7 +107,7 @@ def test_all_that_is_wrong_with_data_is_told(client: Client, model: str) -> None
     many = b"0" * (33 << 20)
     refused(client.send("POST", "forward_backward", many, CONTENT_TYPE), 413, "bytes")
     refused(client.losses(model, 1, []), 400, "data: is empty")
-    refused(client.losses(model, 1, [datum()], loss_fn="dro"), 400, "'dro'", "cross_entropy")
+    refused(client.losses(model, 1, [datum()], loss_fn="dro"), 400, '"dro"', "cross_entropy")
     refused(client.losses(model, 1, [datum()], loss_fn="ppo"), 400, "weights", "advantages")
     refused(client.losses(model, 0, [datum()]), 400, "seq_id 0")
     body = loss_request(model, 1, [datum()])
@@ -207,6 +207,23 @@ def test_quotas_are_kept(mixed: Running, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(intake, "SESSION_LIFE_S", 0.0)  # a session that ended is not counted
     assert client.new_model(client.new_session(), 0, rank=1)
     refused(client.post("optim_step", model_id=f"{session}:train:1", adam_params={}), 400, "closed")
+
+
+def test_samples_are_charged_as_long_as_they_may_be(mixed: Running) -> None:
+    """With their prompts, when they are accepted: who asks for many at once has none for free."""
+    client = mixed.client("drawing-much", tokens_per_minute=100)
+    make = dict(session_id=client.new_session(), sampling_session_seq_id=0, base_model="base")
+    sampler = client.asked("create_sampling_session", **make)["sampling_session_id"]
+
+    def asked(seq_id: int, max_tokens: int) -> tuple[int, Any]:
+        return client.post(
+            "asample", sampling_session_id=sampler, seq_id=seq_id, num_samples=2,
+            prompt=dict(chunks=[dict(tokens=[5, 6])]), sampling_params=dict(max_tokens=max_tokens),
+        )  # fmt: skip
+
+    assert [asked(0, 18)[0], asked(1, 38)[0]] == [200, 200]  # 40 and 80 tokens
+    refused(asked(2, 1), 429, "100 tokens a minute")
+    assert asked(1, 38)[0] == 200, "the same request is charged once"
 
 
 def test_checkpoints_are_listed_fetched_and_deleted(client: Client, model: str) -> None:

@@ -164,3 +164,26 @@ def test_a_policy_is_trained_as_peft_would(mixed: Running) -> None:
             torch.testing.assert_close(other, value.detach(), rtol=BAR, atol=BAR)
     (logprobs,) = logprobs_of(client.result(future))
     np.testing.assert_allclose(logprobs, own[:, 0].detach().numpy(), atol=FLOAT32_BAR)
+
+
+def test_that_the_sampler_has_ended_is_the_operator_s_fault(
+    mixed: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = mixed.client("unlucky")
+    make = dict(session_id=client.new_session(), sampling_session_seq_id=0, base_model="base")
+    sampler = client.asked("create_sampling_session", **make)["sampling_session_id"]
+
+    def ended(_requests: object) -> None:
+        raise EOFError
+
+    def asked(seq_id: int) -> Any:
+        return client.asked(
+            "asample", sampling_session_id=sampler, seq_id=seq_id,
+            prompt={"chunks": [{"tokens": [5]}]}, sampling_params={"max_tokens": 1},
+        )  # fmt: skip
+
+    with monkeypatch.context() as patched:
+        patched.setattr(mixed.service.sampling, "_sampled", ended)
+        told = client.result(asked(0))
+    assert told == {"error": "the sampler has ended; ask again", "category": "server"}
+    assert isinstance(client.result(asked(1)), bytes)

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from lobra.model.launch import Interrupted
 from lobra.service.deployment import Deployment, prepare_deployment
 from lobra.service.ranks import StartRanks
 from lobra.service.request import ServeRequest
-from lobra.service.server import Service
+from lobra.service.server import Service, socket_folder
 from tests.trainer.command import write_plan
 
 
@@ -102,6 +103,17 @@ def test_it_listens_on_the_first_host(base: Path, capsys: pytest.CaptureFixture[
     refused(capsys, "2 problems", "its first host is other.invalid", "--max-slots 0")
 
 
+def test_hosts_that_do_not_answer_are_told_before_anything_is_started(
+    base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lobra.trainer.run_hosts.why_silent", lambda host: f"{host}: unknown")
+    write_plan({"dp": 2, "tp": 1, "pp": 1, "max_tokens": 64})
+    Path("hosts").write_text("localhost slots=1\nb.invalid slots=1\n")
+    assert serve(base, "--host-file", "hosts", "--strategy-config", "plan.yaml") == 2
+    refused(capsys, "2 problems", "ssh: localhost: unknown", "ssh: b.invalid: unknown")
+    assert not Path("state").exists()
+
+
 def test_ranks_are_started_again_when_hosts_are_there(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +184,7 @@ def test_hosts_that_are_not_back_in_time_are_left_out(
             self.socket.close()
 
     monkeypatch.setattr("lobra.service.server.Service", Losing)
+    monkeypatch.setattr("lobra.trainer.run_hosts.why_silent", lambda _host: None)
     monkeypatch.setattr("lobra.trainer.run_hosts.answers", lambda host: host not in silent)
     monkeypatch.setattr(
         "lobra.service.ranks.run_launcher", lambda command, _told: commands.append(command) or 0
@@ -219,3 +232,27 @@ def test_how_a_launched_service_goes_on_is_said_by_one(
     said = capsys.readouterr().err
     assert "host b is lost\n" in said
     assert ("start the service again: what tenants have sent" in said) == (not more)
+
+
+def test_the_socket_of_a_service_that_was_killed_is_removed_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By one of the same state folder, which nobody else can use then."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for state in ("ours", "theirs"):
+        hold = "import time; from pathlib import Path; "
+        hold += "from lobra.service.server import socket_folder\n"
+        hold += f"with socket_folder(Path({state!r})): print(flush=True); time.sleep(60)"
+        environment = {**os.environ, "TMPDIR": str(tmp_path)}
+        killed = subprocess.Popen(
+            [sys.executable, "-c", hold], stdout=subprocess.PIPE, env=environment
+        )
+        assert killed.stdout and killed.stdout.readline()
+        killed.kill()
+        killed.communicate()
+    assert len(list(tmp_path.glob("lobra-service-*"))) == 2
+    with socket_folder(Path("ours")) as folder:
+        kept = {path.parent for path in tmp_path.glob("lobra-service-*/state-dir")}
+        assert len(kept) == 2 and Path(folder) in kept
+    (left,) = tmp_path.glob("lobra-service-*")
+    assert (left / "state-dir").read_text() == "theirs"

@@ -11,6 +11,7 @@ import pytest
 from lobra.cli import main
 from lobra.service.ledger import Ledger
 from lobra.service.state_folder import LEDGER_FILE
+from lobra.service.tables import SERVER, RequestRow, requests
 from lobra.service.tenants import all_tenants, tenant_of
 
 
@@ -63,6 +64,21 @@ def test_a_folder_without_a_service_is_none(
     assert main(["keys", "list", "--state-dir", str(tmp_path / "none")]) == 2
     assert "no service" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+def test_a_ledger_without_a_later_column_gets_it(tmp_path: Path) -> None:
+    Ledger(tmp_path).close()
+    with closing(sqlite3.connect(tmp_path / LEDGER_FILE)) as connection:
+        connection.execute("ALTER TABLE requests DROP COLUMN category")
+        connection.execute("DROP INDEX requests_by_end")
+    row = RequestRow("a", "alice", "m", 1, "optim_step", b"", 0.0)
+    for _ in range(2):
+        ledger = Ledger(tmp_path)
+        ledger.insert(requests, vars(row))
+        ledger.finish("a", None, "no room", category=SERVER)
+        found = ledger.request("a")
+        assert found is not None and (found.error, found.category) == ("no room", SERVER)
+        ledger.close()
 
 
 def test_a_ledger_that_cannot_be_used_is_told_with_how_to_go_on(

@@ -142,6 +142,11 @@ def test_a_run_that_fails_again_says_how_to_go_on(tmp_path: Path) -> None:
     with pytest.raises(RankError) as caught:
         run_with_restarts(run, 0, fail)
     assert "no checkpoint was saved" in caught.value.__notes__[0]
+    assert "begin anew, with the same command" in caught.value.__notes__[0]
+    (tmp_path / "adapters").mkdir()
+    with pytest.raises(RankError) as caught:
+        run_with_restarts(run, 0, fail)
+    assert "begin anew, in another --output-dir" in caught.value.__notes__[0]
     (tmp_path / "checkpoints/step_12").mkdir(parents=True)
     (tmp_path / "checkpoints/step_12/state.json").touch()
     with pytest.raises(RankError) as caught:

@@ -64,6 +64,7 @@ def make(base: Path, starts: list[Path], tmp_path: Path) -> Callable[..., RunSpe
             2: [request_to_join(others[1])],
             3: [request_to_join(others[0]), request_to_join(tasks[1])],
             LEAVES_AFTER: [TaskRequest(tasks[1].name)],
+            LEAVES_AFTER + 1: [TaskRequest(tasks[1].name)],
         }
         write_script(run, requests, killed_at)
         return run
@@ -93,10 +94,11 @@ def test_who_joins_and_who_leaves_is_as_alone(
     given = answers(run)
     assert [(one.request.name, one.step, one.accepted) for one in given] == [
         ("nobody", 0, False), ("few", 2, True), ("attention", 3, True), ("everything", 3, False),
-        ("everything", LEAVES_AFTER, True),
+        ("everything", LEAVES_AFTER, True), ("everything", LEAVES_AFTER + 1, False),
     ]  # fmt: skip
     assert given[0].text == "the run has no such task; it has everything"
     assert "the run has, or had, a task of this name" in given[3].text
+    assert given[5].text == f"it was cancelled already, after step {LEAVES_AFTER}"
     steps = steps_of(run)
     assert [sorted(step.tasks) for step in steps] == [
         *2 * [["everything"]], ["everything", "few"], *3 * [["attention", "everything", "few"]],

@@ -129,7 +129,7 @@ def test_a_failed_rank_is_told_without_the_launcher_s_traceback(
     message = capsys.readouterr().err
     told, how = message.splitlines()
     assert told == "lobra: rank 1 failed: the process was killed by SIGKILL"
-    assert how == "no checkpoint was saved in run: begin anew, in another --output-dir"
+    assert how == "no checkpoint was saved in run: begin anew, with the same command"
     assert guarded(lambda: int("x")) == 1
     assert "Traceback" in capsys.readouterr().err
 

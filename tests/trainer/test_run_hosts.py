@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -139,3 +140,31 @@ def test_this_machine_is_there(network: Network, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(run_hosts, "is_this_host", lambda name: name == "a")
     network.back_at_s["a"] = 1e9
     assert RunHosts(Path("hosts"), {"a": 6}, AWAIT_S).after_failure(WHOLE, never) is None
+
+
+def test_every_host_that_does_not_answer_before_the_first_start_is_a_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that ranks are to be on; spare ones may come later."""
+    ssh = tmp_path / "ssh"
+    ssh.write_text('#!/bin/bash\n[[ $5 == localhost ]] && exit\necho "no $5 here" >&2\nexit 255\n')
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    file = tmp_path / "hosts"
+    file.write_text("localhost slots=1\nb.invalid slots=1\nc.invalid slots=1\nd.invalid slots=1\n")
+    hosts = RunHosts.read(file, AWAIT_S)
+    hosts.check_answers(1)
+    with pytest.raises(ConfigError) as caught:
+        hosts.check_answers(3)
+    assert list(caught.value.problems) == [
+        f"{file}: host {name} does not answer by ssh: no {name} here; `ssh {name} true` must work "
+        f"without a password"
+        for name in ("b.invalid", "c.invalid")
+    ]
+
+
+def test_this_machine_under_two_names_is_a_mistake(tmp_path: Path) -> None:
+    file = tmp_path / "hosts"
+    file.write_text("127.0.0.1 slots=1\nb.invalid slots=1\nlocalhost slots=1\n")
+    with pytest.raises(ConfigError, match="hosts 127.0.0.1, localhost are one machine, this one"):
+        RunHosts.read(file, AWAIT_S)

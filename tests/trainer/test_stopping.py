@@ -124,7 +124,7 @@ def test_how_a_launched_run_goes_on_is_said_by_one(
                  ("model", "trainer-config", "strategy-config", "output-dir")]  # fmt: skip
     with pytest.raises(SystemExit, match="1"):
         main(["train", *arguments, *more])
-    said = f"no checkpoint was saved in {tmp_path}: begin anew, in another --output-dir\n"
+    said = f"no checkpoint was saved in {tmp_path}: begin anew, with the same command\n"
     assert capsys.readouterr().err.endswith(said if is_said else "host b is lost\n")
     assert (remedies == [None]) == bool(more), "the watches say it or not, too"
 
