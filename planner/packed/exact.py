@@ -25,6 +25,7 @@ FEW_STEPS, FEW_SEQUENCES = 12, 4000  # that every plan is tried on: at least two
 MOST_HOMOGENEOUS, MOST_NAMED = 8, 4  # that are tried, those with the lowest bounds
 TARGET_GAP = 1e-3
 NAMED, NEAR, FULLY = 0.45, 0.6, 0.8  # of the time, after which the parts of the search end
+SURE = 3  # moves from the first plan to one with a lower bound, however late it is
 NAMING = 0.15  # of the time, for each plan that is named before the search
 CERTIFYING = 0.2  # of the time, for the certificate of the best plan's loosest steps
 PROMISING = 0.003  # a plan is dispatched over all steps if its estimate is within it of the best
@@ -219,7 +220,9 @@ class _Search:
         """Return a plan with a low bound, near the best one of replicas that could be divided."""
         fleet = self.problem.fleet
         best = fleet.rounded(self.certificate.shares * fleet.num_gpus, self.problem.longest)
-        while not self.is_out(NEAR) and (near := self.near(best)):
+        moves = 0
+        while (moves < SURE or not self.is_out(NEAR)) and (near := self.near(best)):
+            moves += 1
             self.certificate.look_at(best)
             bounds_s = self.certificate.steps_s(np.array([best, *near])).mean(axis=1)
             if bounds_s.min() >= bounds_s[0] * (1 - TARGET_GAP):
