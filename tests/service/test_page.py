@@ -80,7 +80,11 @@ def test_an_operator_sees_everybody_and_a_tenant_itself(mixed: Running) -> None:
 
 
 def test_prometheus_can_read_the_metrics(mixed: Running) -> None:
-    operator = mixed.client("prometheus", is_operator=True)
+    operator, counted = mixed.client("prometheus", is_operator=True), mixed.client("counted")
+    tokens = np.arange(3, 13, dtype=np.int32)
+    model = counted.new_model(counted.new_session(), 0, rank=3)
+    data = [Datum(tokens, tokens, np.ones(10))]
+    counted.result(counted.losses(model, 1, data, forward_only=True)[1])
     assert fetched(mixed.client("curious"), "/metrics")[0] == 403
     status, text = fetched(operator, "/metrics")
     assert status == 200
@@ -90,7 +94,7 @@ def test_prometheus_can_read_the_metrics(mixed: Running) -> None:
             name, value = line.rsplit(" ", 1)
             assert re.fullmatch(r'[a-z_]+(\{[a-z]+="[^"]*"\})?', name), line
             samples[name] = float(value)
-    assert samples["lobra_slots_used"] == 2
+    assert samples["lobra_slots_used"] >= 1
     assert samples["lobra_passes_total"] > 0
-    assert samples['lobra_tokens_total{tenant="seen0"}'] == 10
+    assert samples['lobra_tokens_total{tenant="counted"}'] == 10
     assert len([name for name in samples if name.startswith("lobra_busy_seconds")]) == 3
