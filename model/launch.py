@@ -26,6 +26,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from lobra.common.stop_signals import handled_by
 from lobra.model.heartbeat import Heartbeats
 from lobra.model.rank_process import HEARTBEATS, RankEnv, rank_main
 from lobra.model.rank_results import RankError, Stalled, collect
@@ -33,7 +34,6 @@ from lobra.model.watch import Watch, stack_file
 
 log = logging.getLogger(__name__)
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SHARED_GPUS = "NCCL_MULTI_RANK_GPU_ENABLE"  # NCCL's own switch, from version 2.30 on
 MEMORY_FOLDER = "/dev/shm"
 DEFAULT_PRELOAD = ("torch", "transformers", "lobra.model.preload")
@@ -233,7 +233,7 @@ def _forwarded_signals(
     process was started to ignore (SIGINT, under nohup or in a script's background) stays ignored.
     """
     received: list[int] = []
-    if on_signal is None or threading.current_thread() is not threading.main_thread():
+    if on_signal is None:
         yield received
         return
 
@@ -246,13 +246,8 @@ def _forwarded_signals(
             if process.is_alive():
                 process.terminate()
 
-    heard = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    previous = {number: signal.signal(number, handle) for number in heard}
-    try:
+    with handled_by(handle):
         yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _memory_folder() -> str | None:

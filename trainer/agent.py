@@ -13,9 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from lobra.common.errors import ConfigError
-from lobra.trainer.checkpoint import newest_whole
 from lobra.trainer.request import TrainRequest
-from lobra.trainer.restarts import forget_steps
+from lobra.trainer.restarts import forget_steps, newest_step
 from lobra.trainer.run_config import read_run_config
 
 log = logging.getLogger(__name__)
@@ -77,9 +76,7 @@ def going_on(request: TrainRequest) -> TrainRequest:
         return request
     if request.agent is None or known.agent != request.agent:
         return request
-    step, broken = newest_whole(folder)
-    for damage in broken:
-        log.warning("%s; the one before is taken", damage)
+    step = newest_step(folder)
     where = "its start" if step is None else f"step {step}"
     log.warning("torchrun has started the ranks again: the run goes on from %s", where)
     if step is None:

@@ -10,17 +10,16 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
+from lobra.common.stop_signals import handled_by
 from lobra.trainer.host_file import is_this_host
 from lobra.trainer.run_hosts import RunHosts
 from lobra.trainer.signals import SAME_REQUEST_S
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 POLL_S = 0.2
 #: Of ssh, which pdsh starts for every host: so that it ends with a host that answers no more.
 SSH_OPTIONS = "-o ConnectTimeout=30 -o ServerAliveInterval=15 -o ServerAliveCountMax=3"
@@ -87,12 +86,7 @@ def run_launcher(command: Sequence[str], on_signal: Callable[[int], None] | None
         elif launcher is not None and now - received[0][1] >= SAME_REQUEST_S:
             _signal_group(launcher.pid, signal.SIGKILL)
 
-    previous = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                previous[number] = signal.signal(number, handle)
-    try:
+    with handled_by(handle):
         launcher = subprocess.Popen(list(command), start_new_session=True, env=_environment())
         if received and on_signal is None:  # before there was a launcher
             launcher.send_signal(received[0][0])
@@ -104,9 +98,6 @@ def run_launcher(command: Sequence[str], on_signal: Callable[[int], None] | None
                 time.sleep(POLL_S)
             return 128 + received[0][0]
         return code if code >= 0 else 128 - code
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _environment() -> dict[str, str]:

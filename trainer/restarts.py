@@ -55,9 +55,7 @@ class Restarts:
 
     def next(self, why: str) -> int | None:
         """Say that the run starts again, wait, and return the step to go on from (None: anew)."""
-        step, broken = newest_whole(self._folder)
-        for damage in broken:
-            log.warning("%s; the one before is taken", damage)
+        step = newest_step(self._folder)
         self._made += 1
         self._in_vain = 0 if (step or 0) > (self._step or 0) else self._in_vain + 1
         self._step = step
@@ -70,6 +68,14 @@ class Restarts:
         if step is None:
             forget_steps(self._folder)
         return step
+
+
+def newest_step(folder: Path) -> int | None:
+    """Return a run's newest checkpoint that is whole, None if none is; say which are damaged."""
+    step, broken = newest_whole(folder)
+    for damage in broken:
+        log.warning("%s; the one before is taken", damage)
+    return step
 
 
 def run_with_restarts(

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from lobra.common.stop_signals import handled_by
 from lobra.model.launch import Interrupted
 from lobra.model.rank_process import early_stop
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SAME_REQUEST_S = 2.0  # a launcher repeats within milliseconds what the terminal sent to all
 EXIT_CODES: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -23,22 +22,14 @@ EXIT_CODES: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}
 def interruptible() -> Iterator[None]:
     """Have SIGINT and SIGTERM raise `Interrupted` where nothing is to be saved: between two starts.
 
-    Only on the main thread, and not what this process was started to ignore.
+    Where `handled_by` has a handler.
     """
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
         raise Interrupted(number)
 
-    previous = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                previous[number] = signal.signal(number, interrupt)
-    try:
+    with handled_by(interrupt):
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 class StopRequest:
@@ -53,14 +44,10 @@ class StopRequest:
         self._on_signal = on_signal
         self.received: int | None = early_stop[0] if early_stop else None
         self._received_at = time.monotonic()
-        self._previous: dict[int, Any] = {}
+        self._handling = handled_by(self._note)
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            for number in STOP_SIGNALS:
-                # Ranks started by `lobra train` ignore Ctrl-C: their parent passes it on.
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    self._previous[number] = signal.signal(number, self._note)
+        self._handling.__enter__()
         return self
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
@@ -73,6 +60,5 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+    def __exit__(self, *failure: Any) -> None:
+        self._handling.__exit__(*failure)

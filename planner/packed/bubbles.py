@@ -21,17 +21,24 @@ def without_long_bubbles(work: StepWork, step_time_s: float) -> tuple[StepWork, 
 
     ``step_time_s`` are the seconds that the step takes at least.
     """
+    prices: np.ndarray | None = None
     for place, kind in enumerate(work.kinds):
-        if kind.bubbles:
-            work = _without_long_bubbles_of(place, work, step_time_s)
-    return work, prices_of(work, step_time_s)
+        if kind.bubbles and len(numbers := _numbers_tried(place, work, step_time_s)) > 1:
+            works = [work.up_to(place, number) for number in numbers]
+            of_each = [prices_of(each, step_time_s) for each in works]
+            times_s = [
+                _estimate_s(each, own, place, step_time_s)
+                for each, own in zip(works, of_each, strict=True)
+            ]
+            best = int(np.argmin(times_s))
+            work, prices = works[best], of_each[best]
+    return work, prices_of(work, step_time_s) if prices is None else prices
 
 
-def _without_long_bubbles_of(place: int, work: StepWork, step_time_s: float) -> StepWork:
-    """Return the work of which a kind of pipelines takes the lengths up to the best of a few.
+def _numbers_tried(place: int, work: StepWork, step_time_s: float) -> list[int]:
+    """Return how many of the lengths, the shortest, a kind of pipelines may take.
 
-    So that the step is estimated to take least. It takes all that no other kind holds, and all that
-    are shorter than its micro-batches anyway.
+    It takes all that no other kind holds, and all that are shorter than its micro-batches anyway.
     """
     _, each_s = work.kinds[place].held_s(step_time_s, int(work.counts.sum()))
     fits = np.isfinite(work.parts_s)
@@ -39,20 +46,16 @@ def _without_long_bubbles_of(place: int, work: StepWork, step_time_s: float) -> 
     shorter = int(np.searchsorted(work.alone_s[place, :most], each_s))
     needed = np.flatnonzero(fits[place] & (fits.sum(axis=0) == 1))
     least = max(1, shorter, int(needed.max(initial=-1)) + 1)
-    tried = np.unique(np.linspace(least, most, TRIED).astype(np.int64)).tolist()
-    if len(tried) == 1:
-        return work
-    works = [work.up_to(place, number) for number in tried]
-    times_s = [_estimate_s(each, place, step_time_s, each_s) for each in works]
-    return works[int(np.argmin(times_s))]
+    numbers: list[int] = np.unique(np.linspace(least, most, TRIED).astype(np.int64)).tolist()
+    return numbers
 
 
-def _estimate_s(work: StepWork, place: int, step_time_s: float, each_s: float) -> float:
+def _estimate_s(work: StepWork, prices: np.ndarray, place: int, step_time_s: float) -> float:
     """Return about what the step takes if its longest sequence makes a kind's bubbles longer.
 
-    ``each_s`` are the seconds that the kind's micro-batches take without.
+    Than its micro-batches are without; in seconds.
     """
-    prices = prices_of(work, step_time_s)
+    _, each_s = work.kinds[place].held_s(step_time_s, int(work.counts.sum()))
     value = work.worth(prices)
     longest_s = work.alone_s[place, np.isfinite(work.parts_s[place])][-1]
     lost_s = work.kinds[place].bubbles * max(0.0, float(longest_s) - each_s)

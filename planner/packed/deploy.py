@@ -15,7 +15,7 @@ from lobra.planner.fleet import Fleet
 from lobra.planner.outcome import SAME, SIMPLER, Outcome, Progress, SampledMean, silent
 from lobra.planner.packed import exact
 from lobra.planner.packed.problem import PackedProblem
-from lobra.planner.packed.roles import longest_alone_s, roles
+from lobra.planner.packed.roles import roles
 from lobra.planner.packed.step_times import step_times
 from lobra.planner.roles import saturation
 from lobra.planner.sampling import Sampled
@@ -104,7 +104,8 @@ def _waiting(step_s: np.ndarray | None, sync_s: float, problem: PackedProblem) -
     """Return a note if steps take as long as one of their sequences alone, on average or many."""
     if step_s is None:  # of a plan that was only estimated
         return []
-    alone_s = longest_alone_s(problem)
+    of_lengths_s = np.stack([rates.alone_s for rates in problem.rates]).min(axis=0)
+    alone_s = problem.longest_alone_s(of_lengths_s)
     own_s = step_s - sync_s
     longest = int(problem.lengths[-1])
     if note := saturation(float(own_s.mean()), longest, float(alone_s.mean())):

@@ -71,12 +71,19 @@ class PackedProblem:
         """
         place = int(np.flatnonzero(replicas)[0])
         rates, number = self.rates[place], int(replicas[place])
-        step_s = np.maximum(self.counts @ rates.least_s / number, self._longest_alone_s(rates))
+        step_s = np.maximum(
+            self.counts @ rates.least_s / number, self.longest_alone_s(rates.alone_s)
+        )
         rate_s, bubble_s = rates.after(float(step_s.min()))
         return float(np.maximum(step_s, self.counts @ rate_s / number + bubble_s).mean())
 
-    def _longest_alone_s(self, rates: Rates) -> np.ndarray:
-        return np.where(self.counts > 0, rates.alone_s, 0.0).max(axis=1)
+    def longest_alone_s(self, alone_s: np.ndarray) -> np.ndarray:
+        """Return float64 [steps]: what the sequence that takes longest in each takes alone.
+
+        ``alone_s``, float64 [D], are the seconds of each length.
+        """
+        longest_s: np.ndarray = np.where(self.counts > 0, alone_s, 0.0).max(axis=1)
+        return longest_s
 
     def dispatch(self, plan: Plan, steps: Iterable[int]) -> list[Assignment]:
         """Return the assignments of some of the steps, known by their places, over a plan."""

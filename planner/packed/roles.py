@@ -30,13 +30,3 @@ def roles(problem: PackedProblem, plan: Plan, steps: Sequence[int]) -> tuple[lis
     rate_s = np.stack([by_layout[group.layout, group.max_tokens] for group in plan.groups])
     padding = 1.0 - float((taken * lengths).sum()) / computed
     return explained(plan.groups, lengths, taken, rate_s), padding
-
-
-def longest_alone_s(problem: PackedProblem) -> np.ndarray:
-    """Return float64 [steps]: what the sequence that takes longest in each takes alone, in seconds.
-
-    On its best layout.
-    """
-    alone_s = np.stack([rates.alone_s for rates in problem.rates]).min(axis=0)
-    found_s: np.ndarray = np.where(problem.counts > 0, alone_s, 0.0).max(axis=1)
-    return found_s

@@ -123,6 +123,14 @@ def rank_process(rank: int) -> int | None:
     return None
 
 
+def write_steps(steps: int) -> None:
+    """Have every task make so many."""
+    content = json.loads(Path("tasks.json").read_text())
+    for task in content["task"]:
+        task["steps"] = steps
+    Path("tasks.json").write_text(json.dumps(content))
+
+
 def await_step_4(launched: subprocess.Popen[bytes]) -> None:
     until = time.monotonic() + 240
     while not list(Path("run").glob("checkpoints/step_[4-9]*")):
@@ -132,10 +140,7 @@ def await_step_4(launched: subprocess.Popen[bytes]) -> None:
 
 @pytest.mark.long
 def test_torchrun_s_own_restarts_go_on_but_not_with_another_launch_s_run(place: Path) -> None:
-    content = json.loads(Path("tasks.json").read_text())
-    for task in content["task"]:
-        task["steps"] = 16
-    Path("tasks.json").write_text(json.dumps(content))
+    write_steps(16)
     Path("plan.yaml").write_text(PLANS["<1,1>x2"])
     torchrun = [*script("torchrun"), "--max-restarts", "1", *launcher("torchrun")[1:]]
     command = [*torchrun, *training_arguments(Path("plan.yaml"), Path("run")), "--save-every", "2"]
@@ -159,10 +164,7 @@ def test_torchrun_s_own_restarts_go_on_but_not_with_another_launch_s_run(place: 
 
 @pytest.mark.long
 def test_a_launched_rank_that_stands_still_is_named_and_the_run_starts_again(place: Path) -> None:
-    content = json.loads(Path("tasks.json").read_text())
-    for task in content["task"]:
-        task["steps"] = 16
-    Path("tasks.json").write_text(json.dumps(content))
+    write_steps(16)
     Path("hosts").write_text("localhost slots=2\n")
     Path("plan.yaml").write_text(PLANS["<1,1>x2"])
     more = ["--host-file", "hosts", "--server-port", free_port(), "--hang-timeout", "5"]
