@@ -59,7 +59,9 @@ bench() {
     part "$1" "$2" "$python" -m benchmarks "${@:3}" --device "$device" --json "$out/$1.json"
 }
 
-part tests 55 "$python" -m pytest -q -p no:cacheprovider -m gpu
+# Only the files that have such tests: others import what the parts do not need.
+mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests | grep -v test_tiers)
+part tests 120 "$python" -m pytest -q -p no:cacheprovider -m gpu "${files[@]}"
 bench equality 65 equality --families llama --precision fp64 --precision fp32 --precision bf16 --plans "one <1,1>"
 bench multi_lora 125 multi_lora --job "$job" "${sizes[@]}" --operators "$out/operators.csv"
 bench activations 25 activation_bytes --job "$job"

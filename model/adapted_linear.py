@@ -39,6 +39,11 @@ class AdaptedLinear(nn.Module):
         self.group = group
         self.own_bias = own_bias
 
+    @property
+    def out_features(self) -> int:
+        """Return o."""
+        return len(self.stack.shards[self.linear].outputs)
+
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., o] (column-parallel) or [..., O] (row-parallel) of x [..., i]."""
         name = self.stack.sites[self.linear].module

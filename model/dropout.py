@@ -162,10 +162,12 @@ def try_out_dropout(like: Tensor) -> None:
     like
         Any tensor of the device and dtype.
     """
-    keys_T = torch.arange(5, device=like.device)  # sizes that are equal would be taken for equal
+    # Sizes that are equal would be taken for equal always, small ones make small blocks.
+    tokens, features = 1031, range(2, 1023)
+    keys_T = torch.arange(tokens, device=like.device)
     noise = TokenNoise.of_tokens(keys_T, torch.full_like(keys_T, 0.5, dtype=like.dtype), like.dtype)
-    dropout = InputDropout(noise, feature_keys(0, "", 11).to(like.device), range(2, 9), True)
-    x_Ti = like.new_ones(5, 7)
+    dropout = InputDropout(noise, feature_keys(0, "", 1030).to(like.device), features, True)
+    x_Ti = like.new_ones(tokens, len(features))
     dropout.add_left(x_Ti, dropout.left_of(x_Ti))
 
 

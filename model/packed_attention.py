@@ -146,11 +146,8 @@ def _varlen(
         heads.squeeze(0).transpose(0, 1) for heads in (query_1HTd, key_1KTd, value_1KTd)
     )
     options: dict[str, Any] = {}
-    repeats = query_THd.shape[1] // key_TKd.shape[1]
-    if repeats > 1 and "enable_gqa" in VARLEN_OPTIONS:
-        options["enable_gqa"] = True
-    elif repeats > 1:
-        key_TKd, value_TKd = (x.repeat_interleave(repeats, dim=1) for x in (key_TKd, value_TKd))
+    if query_THd.shape[1] > key_TKd.shape[1] and "enable_gqa" in VARLEN_OPTIONS:
+        options["enable_gqa"] = True  # which torch 2.11 neither has nor asks for
     before = -1 if sliding_window is None else sliding_window - 1
     attended: Any = varlen_attn(
         query_THd,

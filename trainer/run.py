@@ -99,7 +99,7 @@ def start_ranks(
     arguments
         What the target is given beside.
     """
-    environment = {"DS_ACCELERATOR": "cpu"} if run.device == "cpu" else {}
+    environment = {"DS_ACCELERATOR": run.device}  # whatever the user's environment says
     os.environ.update(environment)  # the fork server imports deepspeed with this environment
     return run_ranks(
         target,
@@ -184,10 +184,10 @@ def run_in_launcher(
     from lobra.trainer.host_watch import HostWatch
 
     on_gpu = device != "cpu" and torch.cuda.is_available()
+    os.environ["DS_ACCELERATOR"] = "cuda" if on_gpu else "cpu"
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     else:
-        os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         keep_freed_memory()
     join_world("nccl" if on_gpu else "gloo", os.environ)

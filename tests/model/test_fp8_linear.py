@@ -47,18 +47,22 @@ def test_a_value_does_not_depend_on_the_others_of_its_row() -> None:
     assert not (different & ~is_small).any() and not is_small.all()
 
 
-def linear(dtype: torch.dtype, bias: torch.Tensor | None = None) -> Fp8Linear:
-    return Fp8Linear(*rounded(rows(OUTPUTS, seed=1)), dtype, bias)
+def linear(
+    dtype: torch.dtype, bias: torch.Tensor | None = None, device: str = "cpu"
+) -> Fp8Linear:
+    return Fp8Linear(*rounded(rows(OUTPUTS, seed=1).to(device)), dtype, bias)
 
 
-def test_the_product_is_that_of_torch() -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_product_is_that_of_torch(device: str) -> None:
     """On a CPU torch computes what its kernels for GPUs are asked for."""
     x = rows(TOKENS, dtype=torch.bfloat16).unflatten(0, (4, -1))
-    own = linear(torch.bfloat16)
-    exact = in_e4m3(x.flatten(0, 1).double()) @ own.weight_oi().double().t()
-    for product in (own.scaled_product(x), own.product(x)):
+    own = linear(torch.bfloat16, device=device)
+    exact = in_e4m3(x.flatten(0, 1).double()) @ own.weight_oi().double().t().cpu()
+    for product in (own.scaled_product(x.to(device)), own.product(x.to(device))):
         assert product.shape == (*x.shape[:-1], OUTPUTS) and product.dtype == torch.bfloat16
-        torch.testing.assert_close(product.flatten(0, 1).double(), exact, rtol=2**-7, atol=1e-9)
+        found = product.flatten(0, 1).double().cpu()
+        torch.testing.assert_close(found, exact, rtol=2**-7, atol=1e-9)
         assert not product._is_view(), "adapters add to it in place"
 
 

@@ -100,7 +100,7 @@ def test_one_kernel_is_asked_for_the_same(
     ) -> Tensor:  # fmt: skip
         assert starts.dtype == torch.int32 and torch.equal(starts, starts_of_keys)
         assert longest == longest_keys == max(lengths) and window_size[1] == 0
-        assert enable_gqa == knows_groups == (query.shape[1] != key.shape[1])
+        assert enable_gqa == knows_groups and query.shape[1] == 2 * key.shape[1]
         outputs = []
         for start, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
             part = [x[None, start:end].transpose(1, 2) for x in (query, key, value)]

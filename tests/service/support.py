@@ -27,13 +27,10 @@ ADDRESS = "127.0.0.1"
 def deployment_of(
     base: Path, state_dir: Path, layouts: list[tuple[Any, ...]], max_tokens: int, **options: Any
 ) -> Deployment:
-    """Return the deployment of a base model on CPU ranks."""
+    """Return the deployment of a base model, by default on CPU ranks."""
     plan = save_plan(make_plan(layouts, max_tokens), state_dir.with_suffix(".yaml"))
-    return prepare_deployment(
-        ServeRequest(
-            str(base), str(plan), state_dir=state_dir, device="cpu", name="base", **options
-        )
-    )
+    wanted = {"device": "cpu", "name": "base", **options}
+    return prepare_deployment(ServeRequest(str(base), str(plan), state_dir=state_dir, **wanted))
 
 
 @dataclass
