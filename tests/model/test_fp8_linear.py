@@ -55,14 +55,20 @@ def linear(
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_the_product_is_that_of_torch(device: str) -> None:
-    """On a CPU torch computes what its kernels for GPUs are asked for."""
+    """On a CPU torch computes what its kernels for GPUs are asked for.
+
+    GPUs sum products in eight bits with about 14 bits (DeepSeek-V3, arXiv 2412.19437), so what they
+    are off by is a share of the products' sizes, not of their sum's.
+    """
     x = rows(TOKENS, dtype=torch.bfloat16).unflatten(0, (4, -1))
     own = linear(torch.bfloat16, device=device)
-    exact = in_e4m3(x.flatten(0, 1).double()) @ own.weight_oi().double().t().cpu()
+    factors = in_e4m3(x.flatten(0, 1).double()), own.weight_oi().double().t().cpu()
+    exact, sizes = factors[0] @ factors[1], factors[0].abs() @ factors[1].abs()
     for product in (own.scaled_product(x.to(device)), own.product(x.to(device))):
         assert product.shape == (*x.shape[:-1], OUTPUTS) and product.dtype == torch.bfloat16
         found = product.flatten(0, 1).double().cpu()
-        torch.testing.assert_close(found, exact, rtol=2**-7, atol=1e-9)
+        share = 2**-11 if device == "cuda" else 0.0
+        assert ((found - exact).abs() <= 2**-7 * exact.abs() + share * sizes + 1e-9).all()
         assert not product._is_view(), "adapters add to it in place"
 
 
