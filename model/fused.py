@@ -73,31 +73,41 @@ def fuse_modules(decoder: Any) -> None:
 
 
 def try_out(decoder: Any) -> None:
-    """Compile what `fuse_modules` has modules call, both passes; raise what a compiler raises."""
+    """Compile what `fuse_modules` has modules call; raise what a compiler raises.
+
+    It is compiled apart for passes without gradients, where none is wanted of the inputs, and with.
+    """
     weight = next(decoder.parameters())
+    for has_gradients, is_wanted in ((False, False), (True, False), (True, True)):
 
-    def sample(*size: int) -> Tensor:
-        return weight.new_ones(size).requires_grad_()
+        def sample(*size: int, is_wanted: bool = is_wanted) -> Tensor:
+            return weight.new_ones(size).requires_grad_(is_wanted)
 
+        for module in decoder.modules():
+            with torch.set_grad_enabled(has_gradients):
+                outputs = _sampled(module, sample)
+            if is_wanted and outputs:
+                torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+
+
+def _sampled(module: Any, sample: Callable[..., Tensor]) -> list[Tensor]:
+    """Return what is fused of a module, of inputs of any numbers."""
     tokens = TRIED_TOKENS
-    for module in decoder.modules():
-        if _is_norm(module):
-            outputs = [_normed(module, sample(tokens, len(module.weight)))]
-        elif (rotary := _rotary_of(module)) is not None:
-            angles = weight.new_ones(1, tokens, module.head_dim)
-            query, key = (  # views, as attentions make them of what products return
-                sample(1, tokens, heads * module.head_dim)
-                .view(1, tokens, heads, module.head_dim)
-                .transpose(1, 2)
-                for heads in (32, 8)
-            )
-            outputs = _rotated(rotary, query, key, angles, angles.clone())
-        elif _is_gated(module):
-            size = 1, tokens, module.up_proj.out_features
-            outputs = [_activated(module, sample(*size), sample(*size))]
-        else:
-            continue
-        torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+    if _is_norm(module):
+        return [_normed(module, sample(tokens, len(module.weight)))]
+    if (rotary := _rotary_of(module)) is not None:
+        cos = sample(1, tokens, module.head_dim).detach()
+        query, key = (  # views, as attentions make them of what products return
+            sample(1, tokens, heads * module.head_dim)
+            .view(1, tokens, heads, module.head_dim)
+            .transpose(1, 2)
+            for heads in (32, 8)
+        )
+        return _rotated(rotary, query, key, cos, cos.clone())
+    if _is_gated(module):
+        size = 1, tokens, module.up_proj.out_features
+        return [_activated(module, sample(*size), sample(*size))]
+    return []
 
 
 def _is_norm(module: Any) -> bool:

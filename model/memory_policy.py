@@ -18,7 +18,6 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 from lobra.layout.layout import ATTENTION, COMPUTED_AGAIN
 
@@ -45,6 +44,7 @@ class _Pass:
         self.is_first = is_first
         self.given: Iterator[Any] = iter(())
         self.outer: _Pass | None = None
+        self.is_trained = False
 
     def __enter__(self) -> Self:
         self.outer = _current.get()
@@ -143,27 +143,66 @@ def apply_policy(layers: Iterable[nn.Module], policy: str) -> None:
     """
     for layer in layers:
         keeps_last = any(hasattr(layer, name) for name in NORMS_BEHIND)
-        layer.forward = _under_policy(layer.forward, policy, keeps_last)  # type: ignore[method-assign]
+        layer.forward = _under_policy(layer, policy, keeps_last)  # type: ignore[method-assign]
 
 
-def _under_policy(forward: Callable[..., Any], policy: str, keeps_last: bool) -> Callable[..., Any]:
+def trains() -> None:
+    """Say that the layer which is running computes with something that is trained."""
+    if (current := _current.get()) is not None:
+        current.is_trained = True
+
+
+def _under_policy(layer: nn.Module, policy: str, keeps_last: bool) -> Callable[..., Any]:
     """Return a layer's forward pass such that it keeps what the policy says."""
+    forward = layer.forward
     computed_again = COMPUTED_AGAIN[policy]
+    anchor = torch.zeros((), requires_grad=True)
 
     @wraps(forward)
-    def keeping(*args: Any, **kwargs: Any) -> Any:
+    def keeping(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
+            return forward(hidden_states, *args, **kwargs)
         outputs: list[Any] = []
-        what = computed_again, keeps_last, outputs
-        passes = (_Pass(*what, is_first=True), _Pass(*what, is_first=False))
-        return checkpoint(
-            forward,
-            *args,
-            use_reentrant=False,
-            preserve_rng_state=False,  # nothing in a layer draws numbers from a generator
-            context_fn=lambda: passes,
-            **kwargs,
+        passes = (
+            _Pass(computed_again, keeps_last, outputs, is_first) for is_first in (True, False)
         )
 
+        def run(hidden: Tensor) -> tuple[Tensor, bool]:
+            with next(passes) as running:
+                output: Tensor = forward(hidden, *args, **kwargs)
+            is_trained = running.is_trained or hidden_states.requires_grad
+            return output, is_trained or any(one.requires_grad for one in layer.parameters())
+
+        return _RunAgain.apply(hidden_states, anchor, run)
+
     return keeping
+
+
+class _RunAgain(torch.autograd.Function):
+    """A layer of hidden states that runs again for its backward pass.
+
+    torch's own checkpoint has autograd record the first run, too, and put a stand-in in the place
+    of every tensor it keeps: as much work for the host as all the rest of a layer.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, _: Tensor, run: Callable[[Tensor], tuple[Tensor, bool]]
+    ) -> Tensor:
+        output, is_trained = run(hidden.detach())
+        if is_trained:
+            ctx.save_for_backward(hidden)
+            ctx.run = run
+        else:
+            ctx.mark_non_differentiable(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        run, ctx.run = ctx.run, None  # what it keeps is freed here, not with the whole graph
+        hidden = ctx.saved_tensors[0].detach().requires_grad_(ctx.needs_input_grad[0])
+        with torch.enable_grad():
+            output, _ = run(hidden)
+        del run
+        torch.autograd.backward(output, gradient)
+        return hidden.grad, None, None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lobra.model.arranged import Arranged, trained_view
+from lobra.model.memory_policy import trains
 from lobra.model.slot import Slot
 from lobra.model.token_tasks import Selection
 
@@ -67,6 +68,7 @@ class OwnVector(Arranged):
         segments = self.selection.tasks.segments
         if not any(segment.number in self.own for segment in segments):
             return x if plain is None else plain(x)
+        trains()
         x_N, pieces = x.flatten(0, 1), []
         for segment in segments:
             piece = x_N[segment.start : segment.stop]

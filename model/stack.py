@@ -29,7 +29,7 @@ from lobra.model.adapter import AdapterSpec
 from lobra.model.base_linear import BaseLinear, Shard
 from lobra.model.dropout import InputDropout, feature_keys
 from lobra.model.magnitude import Magnitude
-from lobra.model.memory_policy import kept
+from lobra.model.memory_policy import kept, trains
 from lobra.model.part import Factors, Outputs, Part, Rows
 from lobra.model.precision import kept_dtype
 from lobra.model.site import Site
@@ -304,7 +304,10 @@ class Stack(ABC):
         """
         if self._input is not x or self._outputs[linear] is None:
             parts = self.parts(self.selection.tasks)
-            anchor = self.anchor if parts else None
+            anchor = None
+            if parts:
+                anchor = self.anchor
+                trains()
             self._input, self._outputs = x, list(_Products.apply(x, anchor, self, parts))
         output, self._outputs[linear] = self._outputs[linear], None
         if not any(waiting is not None for waiting in self._outputs):
