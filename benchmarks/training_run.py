@@ -141,7 +141,7 @@ def training_run(
     tasks = ("--trainer-config", folder / "tasks.json")
     profile = (*common, *tasks, "--max-seq-length", sizes.max_tokens, "--output")
     time_csv, memory_csv = folder / "time.csv", folder / "memory.csv"
-    took_s = run_lobra("profile", "time", *profile, time_csv, "--tp", 1)
+    took_s = run_lobra("profile", "time", *profile, time_csv, "--tp", 1, "--quick")
     yield {"command": "profile time", "took_s": took_s, "rows": read_rows(time_csv)}
     took_s = run_lobra(
         *("train", *common, *tasks, "--strategy-config", folder / "plan.yaml"),
