@@ -123,6 +123,16 @@ class Stack(ABC):
         ]
         return [*self.joined_parts(tasks), *own]
 
+    def _parts_now(self) -> list[Part]:
+        """Return the parts of the micro-batch that is computed, the same when it runs again."""
+        tasks = self.selection.tasks
+        if not tasks.segments:
+            return []
+        if self not in tasks.shared:
+            tasks.shared[self] = self.parts(tasks)
+        parts: list[Part] = tasks.shared[self]
+        return parts
+
     def _on(self, segment: Segment, part: Part, tasks: TokenTasks) -> Part:
         """Return a task's part on a segment of its tokens."""
         tokens = slice(segment.start, segment.stop)
@@ -303,7 +313,7 @@ class Stack(ABC):
         The first linear that is asked for an input computes all of them.
         """
         if self._input is not x or self._outputs[linear] is None:
-            parts = self.parts(self.selection.tasks)
+            parts = self._parts_now()
             anchor = None
             if parts:
                 anchor = self.anchor
