@@ -227,7 +227,7 @@ def _estimate(options: TimeOptions) -> int:
         raise ConfigError(problems)
     tables = load_tables(options.accelerators)
     work = _workload(options, tables, shape, tasks, precision)
-    efficiency = tables.efficiency
+    efficiency = work.accelerator.efficiency
     console = make_console()
     if options.calibrate is not None:
         measured = load_time_profile(options.calibrate)
@@ -318,7 +318,7 @@ def _single_devices(
         work = replace(_workload(options, tables, shape, tasks, precision), sequence_parallel=False)
 
         def layer_ms(tp: int, tokens: int) -> float:
-            return float(all_reduce_ms(work, tables.efficiency, tp, 1, tokens))
+            return float(all_reduce_ms(work, work.accelerator.efficiency, tp, 1, tokens))
 
     found = []
     for tp in tps:
@@ -339,9 +339,7 @@ def _links(options: TimeOptions) -> str:
     from lobra.profiler.accelerators import load_tables
 
     assert options.accelerator is not None, "refused where the links are asked for"
-    tables = load_tables(options.accelerators)
-    accelerator = tables.accelerator(options.accelerator)
-    return f"{accelerator}, {tables.efficiency}"
+    return str(load_tables(options.accelerators).accelerator(options.accelerator))
 
 
 def _workload(

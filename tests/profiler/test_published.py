@@ -85,7 +85,7 @@ def test_time_estimated_from_tp_1_alone(profile: TimeProfile) -> None:
     tables = load_tables()
     shape, accelerator = NAMED_SHAPES["7B"], tables.accelerator("A100-40GB")
     work = Workload(shape, accelerator, "bf16", 16, keeps_elementwise=True)
-    efficiency = calibrate(work, tables.efficiency, profile)
+    efficiency = calibrate(work, work.accelerator.efficiency, profile)
     error = [
         abs(float(layer_ms(work, efficiency, int(tp), int(b), int(s))) / time_ms - 1.0)
         for tp, b, s, time_ms in zip(
