@@ -3,16 +3,15 @@
 A layer takes what it costs to start, and on the device matrix products (bounded by arithmetic or by
 reading the weights), attention, moving activations through memory, and the all-reduces of its tp
 group: the sum of both, or the longer where the host starts ahead of the device. The shares of the
-peaks that are reached come from measured rows where there are any (`calibrate`).
+peaks that are reached come from measured rows where there are any (`calibration.py`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from lobra.common.errors import ConfigError
 from lobra.layout.base_precision import FP8
 from lobra.layout.layout import ADAPTER_HIDDEN, ATTENTION, COMPUTED_AGAIN
 from lobra.layout.shapes import ModelShape
@@ -21,7 +20,6 @@ from lobra.profiler.estimate_memory import base_bytes, dropout_factor_bytes, lay
 from lobra.profiler.exchange import FLOAT_BYTES
 from lobra.profiler.head import PROFILED_SHARE
 from lobra.profiler.layer_memory import ROW_PARALLEL, LayerMemory, element_bytes
-from lobra.profiler.profiles import TimeProfile
 
 Array = np.ndarray
 Sizes = np.ndarray | float
@@ -40,13 +38,10 @@ START_FORWARD = 1 / 3  # the forward pass's share of what a layer takes to start
 # Of what a layer takes to start: embedding and norm, and these with head and loss. Measured on an
 # H200 (on a CPU, in a small model, they are a fifth and a third).
 BASE_START, HEAD_START = 1 / 8, 1 / 4
-# Of the logits in fp32 by the loss: written, read for the largest; read and written to subtract it,
-# for exp and for the quotient; read for the sum and as the gradient.
+# By the loss (`model/head.py`), of the logits in fp32: written, read for the largest; read and
+# written to subtract it, for exp and for the quotient; read for the sum and as the gradient.
 LOGIT_PASSES = 10
 ROUNDED_LOGIT_PASSES = 4  # of the product in 16 bits, and of the gradient: written, read
-SMALLEST_SHARE = 0.01
-ROUNDS = 10  # of telling rows of their start from rows of the device's work, far more than it takes
-LARGEST_ERROR = 0.25  # that calibrating may leave, or the rows are another device's
 
 
 @dataclass(frozen=True)
@@ -176,12 +171,18 @@ def all_reduces(memory: str) -> int:
     return ALL_REDUCES + int("o_proj" in COMPUTED_AGAIN[memory])
 
 
+def moving_ms(work: Workload, efficiency: Efficiency, tp: int, b: Sizes, s: Sizes) -> Array:
+    """Return ms of all that a layer moves through memory and over links."""
+    through_memory = memory_ms(work, tp, b, s) + quantising_ms(work, tp, b, s)
+    return through_memory / efficiency.memory + all_reduce_ms(work, efficiency, tp, b, s)
+
+
 def layer_ms(work: Workload, efficiency: Efficiency, tp: int, b: Sizes, s: Sizes) -> Array:
     """Return ms of one layer, forward + backward with LoRA (arrays broadcast)."""
     device_ms = (
         matmul_ms(work, tp, b, s) / efficiency.matmul
         + attention_ms(work, tp, b, s) / efficiency.attention
-        + _not_fitted_ms(work, efficiency, tp, b, s)
+        + moving_ms(work, efficiency, tp, b, s)
     )
     return _started(efficiency, work.starts, device_ms)
 
@@ -209,74 +210,6 @@ def head_ms(work: Workload, efficiency: Efficiency, tp: int, b: Sizes, s: Sizes)
     return _started(efficiency, HEAD_START, device_ms)
 
 
-def calibrate(
-    work: Workload, efficiency: Efficiency, profile: TimeProfile, tp: int = 1
-) -> Efficiency:
-    """Return the efficiency with start, matmul and attention fitted to a profile's rows of ``tp``.
-
-    Least squares of relative errors with non-negative terms, of start and device added up and of
-    the longer of both; whichever misses the rows by less. The rest stays as it is.
-
-    Raises
-    ------
-    ConfigError
-        If the profile has fewer than four rows of that tp, or the mean error that remains on them
-        is above 25 %: they were not measured on this accelerator.
-    """
-    rows = profile.tp == tp
-    if int(rows.sum()) < 4:
-        raise ConfigError(f"{profile.path}: at least 4 rows of tp {tp} are needed to calibrate")
-    b, s = profile.mbs[rows].astype(float), profile.seq_len[rows].astype(float)
-    time_ms = profile.time_ms[rows]
-
-    def fitted(starts: Array, works: Array, starts_ahead: bool) -> Efficiency:
-        """Fit to rows that take their start, or the device's work, or both."""
-        from scipy.optimize import nnls  # slow to import, and few need it
-
-        terms = np.stack(
-            [
-                work.starts * starts,
-                matmul_ms(work, tp, b, s) * works,
-                attention_ms(work, tp, b, s) * works,
-            ],
-            axis=1,
-        )
-        known = _not_fitted_ms(work, efficiency, tp, b, s) * works
-        target = np.maximum(time_ms - known, 0.1 * time_ms)
-        start_ms, matmul, attention = nnls(terms / time_ms[:, None], target / time_ms)[0]
-        return replace(
-            efficiency,
-            start_ms=float(start_ms),
-            matmul=_share(matmul, efficiency.matmul),
-            attention=_share(attention, efficiency.attention),
-            starts_ahead=starts_ahead,
-        )
-
-    every = np.ones(len(b), dtype=bool)
-    found = [fitted(every, every, False)]
-    works = time_ms > np.median(time_ms)  # at first
-    for _ in range(ROUNDS):
-        found.append(fitted(~works, works, True))
-        works_ms = layer_ms(work, replace(found[-1], start_ms=0.0), tp, b, s)
-        works = works_ms > found[-1].start_ms * work.starts
-    best = min(found, key=lambda one: layer_error(work, one, profile, tp))
-    error = layer_error(work, best, profile, tp)
-    if error > LARGEST_ERROR:
-        raise ConfigError(
-            f"{profile.path}: fitted to its rows of tp {tp}, {work.accelerator.name} misses them "
-            f"by {100 * error:.0f} % on average (at most {100 * LARGEST_ERROR:.0f} % is accepted): "
-            f"the rows and --accelerator do not belong together"
-        )
-    return best
-
-
-def layer_error(work: Workload, efficiency: Efficiency, profile: TimeProfile, tp: int = 1) -> float:
-    """Return the mean relative error of ``layer_ms`` on a profile's rows of ``tp``."""
-    rows = profile.tp == tp
-    b, s = profile.mbs[rows].astype(float), profile.seq_len[rows].astype(float)
-    return float(np.abs(layer_ms(work, efficiency, tp, b, s) / profile.time_ms[rows] - 1.0).mean())
-
-
 def _started(efficiency: Efficiency, starts: float, device_ms: Array) -> Array:
     """Return ms of what starts so often as a layer and takes the device so long."""
     start_ms = efficiency.start_ms * starts
@@ -285,21 +218,10 @@ def _started(efficiency: Efficiency, starts: float, device_ms: Array) -> Array:
     return start_ms + device_ms
 
 
-def _not_fitted_ms(work: Workload, efficiency: Efficiency, tp: int, b: Sizes, s: Sizes) -> Array:
-    """Return ms of what a layer moves through memory and over links."""
-    moved_ms = memory_ms(work, tp, b, s) + quantising_ms(work, tp, b, s)
-    return moved_ms / efficiency.memory + all_reduce_ms(work, efficiency, tp, b, s)
-
-
 def _base_device_ms(work: Workload, efficiency: Efficiency, b: Sizes, s: Sizes) -> Array:
     tokens = np.asarray(b) * np.asarray(s)
     moved = 2.0 * MEMORY_PASSES * element_bytes(work.precision) * work.shape.hidden_size * tokens
     return moved / _bytes_per_ms(work.accelerator.memory_gb_s) / efficiency.memory
-
-
-def _share(slowdown: float, otherwise: float) -> float:
-    """Return 1 / slowdown as a share of the peak; what was assumed if the rows do not say."""
-    return max(SMALLEST_SHARE, float(1.0 / slowdown)) if slowdown > 1.0 else otherwise
 
 
 def _bytes_per_ms(gb_s: float) -> float:

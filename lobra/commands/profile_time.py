@@ -215,7 +215,8 @@ def _measure(options: TimeOptions) -> int:
 
 def _estimate(options: TimeOptions) -> int:
     from lobra.profiler.accelerators import load_tables
-    from lobra.profiler.estimate_time import base_ms, calibrate, head_ms, layer_error, layer_ms
+    from lobra.profiler.calibration import calibrate, layer_error
+    from lobra.profiler.estimate_time import base_ms, head_ms, layer_ms
     from lobra.profiler.grid import time_grid
     from lobra.profiler.settings import model_settings
 
@@ -235,7 +236,8 @@ def _estimate(options: TimeOptions) -> int:
         efficiency = calibrate(kept, efficiency, measured)
         console.print(
             f"calibrated on the rows of tp 1: matmul {efficiency.matmul:.2f}, attention "
-            f"{efficiency.attention:.2f}, start {efficiency.start_ms:.2f} ms; mean error that "
+            f"{efficiency.attention:.2f}, start {efficiency.start_ms:.2f} ms"
+            f"{' while the device works' if efficiency.starts_ahead else ''}; mean error that "
             f"remains {100 * layer_error(kept, efficiency, measured):.1f} %"
         )
     length = _length(options, "cuda")

@@ -15,6 +15,7 @@ from lobra.layout.shapes import NAMED_SHAPES, resolve_shape
 from lobra.model import head as model_head
 from lobra.model.joint_stack import JointStack
 from lobra.profiler.accelerators import Runtime, load_tables
+from lobra.profiler.calibration import calibrate
 from lobra.profiler.cost_model import load_cost_model
 from lobra.profiler.estimate import estimate as estimate_all
 from lobra.profiler.estimate_memory import (
@@ -22,10 +23,11 @@ from lobra.profiler.estimate_memory import (
     Adapters,
     estimate_memory,
 )
-from lobra.profiler.estimate_time import Workload, calibrate, layer_ms
+from lobra.profiler.estimate_time import Workload, layer_ms
 from lobra.profiler.layer_memory import MOST_RANKS
 from lobra.profiler.memory import layouts_within
 from lobra.profiler.profiles import TimeProfile, load_memory_profile
+from lobra.profiler.sidecar import read_meta
 from lobra.tasks.target_modules import TARGET_MODULES
 from lobra.tasks.task_file import load_trainer_config
 
@@ -199,7 +201,7 @@ def test_estimates_in_memory_are_what_the_command_writes(tmp_path: Path) -> None
 
     found = estimate_all(
         resolve_shape("7B"),
-        TABLES.accelerator("A100-80GB"),
+        TABLES.accelerator("H200-141GB"),
         TABLES,
         tasks,
         num_gpus=2,
@@ -209,10 +211,12 @@ def test_estimates_in_memory_are_what_the_command_writes(tmp_path: Path) -> None
     )
     times, memory = tmp_path / "times.csv", tmp_path / "memory.csv"
     for policy in ("keep", "lean"):
-        more = ["--model", "7B", "--estimate", "--accelerator", "A100-80GB", "--memory", policy]
+        more = ["--model", "7B", "--estimate", "--accelerator", "H200-141GB", "--memory", policy]
         more += ["--trainer-config", "exp_task4", "--max-seq-length", "512"]
         assert main(["profile", "time", *more, "--tp", "1,2", "--output", str(times)]) == 0
         assert main(["profile", "memory", *more, "--num-gpus", "2", "--output", str(memory)]) == 0
+    used = read_meta(times)["settings"]["efficiency"]
+    assert used == vars(TABLES.accelerator("H200-141GB").efficiency)
     written = load_memory_profile(memory)
     for layout in (Layout(1, 1), Layout(1, 2, memory="lean"), Layout(2, 1)):
         sizes = layout.tp, layout.pp, layout.memory

@@ -10,14 +10,8 @@ import pytest
 
 from lobra.layout.shapes import NAMED_SHAPES, read_shape
 from lobra.profiler.accelerators import load_tables
-from lobra.profiler.estimate_time import (
-    Workload,
-    base_ms,
-    calibrate,
-    head_ms,
-    layer_error,
-    layer_ms,
-)
+from lobra.profiler.calibration import calibrate, layer_error
+from lobra.profiler.estimate_time import Workload, base_ms, head_ms, layer_ms
 from lobra.profiler.head import HeadProfile, load_head_profile
 from lobra.profiler.profiles import TimeProfile, load_time_profile
 
