@@ -146,7 +146,7 @@ def load_tables(path: str | os.PathLike[str] | None = None) -> Tables:
         With every mistake of the file.
     """
     raw = _read(BUILT_IN)
-    assumed = Efficiency(**raw["efficiency"])  # where the user's has mistakes
+    assumed = Efficiency(**raw["efficiency"])  # for the accelerators, if the user's has mistakes
     if path is not None:
         for section, entries in _read(Path(path)).items():
             raw[section] = {**raw.get(section, {}), **entries}

@@ -41,11 +41,9 @@ def head(folder: Path) -> HeadProfile:
 
 def test_layers_are_estimated(work: Workload, layers: TimeProfile) -> None:
     assert layer_error(work, work.accelerator.efficiency, layers) < 0.08
-    long = layers.mbs * layers.seq_len == 8192
-    of_long = replace(
-        layers,
-        **{name: getattr(layers, name)[long] for name in ("tp", "seq_len", "mbs", "time_ms")},
-    )
+    rows = layers.mbs * layers.seq_len == 8192
+    columns = (layers.tp, layers.seq_len, layers.mbs, layers.time_ms)
+    of_long = TimeProfile(*(column[rows] for column in columns))
     assert layer_error(work, work.accelerator.efficiency, of_long) < 0.02
 
 
