@@ -12,10 +12,33 @@ from typing import Any, TypeVar
 from lobra.common.documents import read_document
 from lobra.common.errors import ConfigError
 
-FLAGS = ("sequence_parallel", "adapters_sharded", "loss_in_chunks", "keeps_elementwise")
+FLAGS = (
+    "sequence_parallel",
+    "adapters_sharded",
+    "loss_in_chunks",
+    "keeps_elementwise",
+    "starts_ahead",
+)
 SHARES = ("matmul", "attention", "memory", "link", "network")
 DEFAULT_RUNTIME = "deepspeed"
 BUILT_IN = Path(__file__).with_name("accelerators.yaml")
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Shares of the peaks that are reached, and ms a layer and a collective take to start.
+
+    With ``starts_ahead`` a layer starts while the device works: it takes the longer of both.
+    """
+
+    matmul: float
+    attention: float
+    memory: float
+    link: float
+    network: float
+    start_ms: float
+    collective_start_ms: float
+    starts_ahead: bool = False
 
 
 @dataclass(frozen=True)
@@ -28,6 +51,7 @@ class Accelerator:
     memory_gb_s: float
     link_gb_s: float
     network_gb_s: float
+    efficiency: Efficiency
     devices: tuple[str, ...] = ()
     fp8_tflops: float | None = None
     name: str = ""
@@ -39,8 +63,9 @@ class Accelerator:
 
     @property
     def figures(self) -> dict[str, Any]:
-        """Return what estimates follow from; not `devices`, by which it is found only."""
-        return {name: value for name, value in vars(self).items() if name != "devices"}
+        """Return what the maker says; not `devices`, by which it is found only."""
+        apart = ("devices", "efficiency")
+        return {name: value for name, value in vars(self).items() if name not in apart}
 
     def flops_per_ms(self, precision: str) -> float:
         """Return the peak of "fp8", "bf16" or "fp32" matrix products.
@@ -60,19 +85,6 @@ class Accelerator:
 
 
 @dataclass(frozen=True)
-class Efficiency:
-    """Shares of the peaks that are reached, and ms a layer and a collective take to start."""
-
-    matmul: float
-    attention: float
-    memory: float
-    link: float
-    network: float
-    start_ms: float
-    collective_start_ms: float
-
-
-@dataclass(frozen=True)
 class Runtime:
     """How a runtime keeps activations, adapters and logits."""
 
@@ -89,7 +101,6 @@ class Tables:
     """Everything of the file."""
 
     accelerators: Mapping[str, Accelerator]
-    efficiency: Efficiency
     runtimes: Mapping[str, Runtime]
 
     def accelerator(self, name: str) -> Accelerator:
@@ -135,17 +146,20 @@ def load_tables(path: str | os.PathLike[str] | None = None) -> Tables:
         With every mistake of the file.
     """
     raw = _read(BUILT_IN)
+    assumed = Efficiency(**raw["efficiency"])  # for the accelerators, if the user's has mistakes
     if path is not None:
         for section, entries in _read(Path(path)).items():
             raw[section] = {**raw.get(section, {}), **entries}
     problems: list[str] = []
     where = path or BUILT_IN
-    accelerators = _build_all(Accelerator, raw["accelerators"], f"{where}: accelerators", problems)
+    general = _build(Efficiency, raw["efficiency"], f"{where}: efficiency", problems, {}) or assumed
+    accelerators = _build_all(
+        Accelerator, raw["accelerators"], f"{where}: accelerators", problems, efficiency=general
+    )
     runtimes = _build_all(Runtime, raw["runtimes"], f"{where}: runtimes", problems)
-    efficiency = _build(Efficiency, raw["efficiency"], f"{where}: efficiency", problems)
-    if problems or efficiency is None:
+    if problems:
         raise ConfigError(problems)
-    return Tables(accelerators, efficiency, runtimes)
+    return Tables(accelerators, runtimes)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -161,7 +175,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _build_all(
-    kind: type[T], entries: Mapping[str, Any], where: str, problems: list[str]
+    kind: type[T], entries: Mapping[str, Any], where: str, problems: list[str], **given: Any
 ) -> dict[str, T]:
     problems += [
         f"{where}: {name!r}: a name is text, not {type(name).__name__}; put it in quotes"
@@ -169,44 +183,47 @@ def _build_all(
         if not isinstance(name, str)
     ]
     built = {
-        name: _build(kind, values, f"{where}.{name}", problems, name)
+        name: _build(kind, values, f"{where}.{name}", problems, {"name": name, **given})
         for name, values in entries.items()
     }
     return {name: entry for name, entry in built.items() if entry is not None}
 
 
 def _build(
-    kind: type[T], values: Any, where: str, problems: list[str], name: str | None = None
+    kind: type[T], values: Any, where: str, problems: list[str], given: Mapping[str, Any]
 ) -> T | None:
-    wanted = {field.name: field for field in fields(kind) if field.name != "name"}  # type: ignore[arg-type]
+    """Return a dataclass of the values; those of ``given`` where they are left out."""
+    wanted = [field.name for field in fields(kind) if field.name != "name"]  # type: ignore[arg-type]
     if not isinstance(values, dict):
         problems.append(f"{where}: a mapping of {', '.join(wanted)} is expected")
         return None
-    defaults = {key: field.default for key, field in wanted.items() if field.default != MISSING}
-    values = {**defaults, **values}
     before = len(problems)
     problems += [
         f"{where}.{key}: unknown; known are {', '.join(wanted)}"
         for key in values
         if key not in wanted
     ]
+    defaults = {field.name: field.default for field in fields(kind) if field.default != MISSING}  # type: ignore[arg-type]
+    defaults.update(given)
+    values = {**defaults, **values}
     for key in wanted:
         value = values.get(key)
+        if key in defaults and value is defaults[key]:
+            continue
         if key in FLAGS:
             if not isinstance(value, bool):
                 problems.append(f"{where}.{key}: {value!r} is not true or false")
+        elif key == "efficiency":
+            values[key] = _build(Efficiency, value, f"{where}.{key}", problems, vars(defaults[key]))
         elif key == "devices":
             if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
                 problems.append(f"{where}.{key}: {value!r} is not a list of names")
-            values[key] = tuple(value)
-        elif value is None and key in defaults:
-            continue
+            else:
+                values[key] = tuple(value)
         elif isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             problems.append(f"{where}.{key}: {value!r} is not a positive number")
         elif value == math.inf:
             problems.append(f"{where}.{key}: {value!r} is not finite")
         elif key in SHARES and value > 1:
             problems.append(f"{where}.{key}: {value!r} is not a share of the peak, at most 1")
-    if len(problems) > before:
-        return None
-    return kind(**values, **({} if name is None else {"name": name}))
+    return None if len(problems) > before else kind(**values)

@@ -86,7 +86,7 @@ def estimate(
             runtime.keeps_elementwise,
             adapters.dropout_modules,
         )
-        rows = [of(work, tables.efficiency, size, *shapes.T.astype(float)) for size in tps]
+        rows = [of(work, accelerator.efficiency, size, *shapes.T.astype(float)) for size in tps]
         return np.concatenate(rows)
 
     def max_tokens(tp: int, pp: int, memory: str) -> int:

@@ -215,7 +215,8 @@ def _measure(options: TimeOptions) -> int:
 
 def _estimate(options: TimeOptions) -> int:
     from lobra.profiler.accelerators import load_tables
-    from lobra.profiler.estimate_time import base_ms, calibrate, head_ms, layer_error, layer_ms
+    from lobra.profiler.calibration import calibrate, layer_error
+    from lobra.profiler.estimate_time import base_ms, head_ms, layer_ms
     from lobra.profiler.grid import time_grid
     from lobra.profiler.settings import model_settings
 
@@ -227,7 +228,7 @@ def _estimate(options: TimeOptions) -> int:
         raise ConfigError(problems)
     tables = load_tables(options.accelerators)
     work = _workload(options, tables, shape, tasks, precision)
-    efficiency = tables.efficiency
+    efficiency = work.accelerator.efficiency
     console = make_console()
     if options.calibrate is not None:
         measured = load_time_profile(options.calibrate)
@@ -235,7 +236,8 @@ def _estimate(options: TimeOptions) -> int:
         efficiency = calibrate(kept, efficiency, measured)
         console.print(
             f"calibrated on the rows of tp 1: matmul {efficiency.matmul:.2f}, attention "
-            f"{efficiency.attention:.2f}, start {efficiency.start_ms:.2f} ms; mean error that "
+            f"{efficiency.attention:.2f}, start {efficiency.start_ms:.2f} ms"
+            f"{' while the device works' if efficiency.starts_ahead else ''}; mean error that "
             f"remains {100 * layer_error(kept, efficiency, measured):.1f} %"
         )
     length = _length(options, "cuda")
@@ -318,7 +320,7 @@ def _single_devices(
         work = replace(_workload(options, tables, shape, tasks, precision), sequence_parallel=False)
 
         def layer_ms(tp: int, tokens: int) -> float:
-            return float(all_reduce_ms(work, tables.efficiency, tp, 1, tokens))
+            return float(all_reduce_ms(work, work.accelerator.efficiency, tp, 1, tokens))
 
     found = []
     for tp in tps:
@@ -339,9 +341,7 @@ def _links(options: TimeOptions) -> str:
     from lobra.profiler.accelerators import load_tables
 
     assert options.accelerator is not None, "refused where the links are asked for"
-    tables = load_tables(options.accelerators)
-    accelerator = tables.accelerator(options.accelerator)
-    return f"{accelerator}, {tables.efficiency}"
+    return str(load_tables(options.accelerators).accelerator(options.accelerator))
 
 
 def _workload(

@@ -101,20 +101,17 @@ def test_cards_without_such_products_are_refused(monkeypatch: pytest.MonkeyPatch
     tables = load_tables()
     shape = NAMED_SHAPES["7B"].kept_in("fp8")
     with pytest.raises(ConfigError, match="A100-40GB: has no products in fp8"):
-        layer_ms(
-            Workload(shape, tables.accelerator("A100-40GB"), "bf16", 16), tables.efficiency, 1, 1, 9
-        )
+        work = Workload(shape, tables.accelerator("A100-40GB"), "bf16", 16)
+        layer_ms(work, work.accelerator.efficiency, 1, 1, 9)
 
 
 def test_estimates_know_that_products_are_faster_and_gradients_are_not() -> None:
-    tables = load_tables()
-    plain_ms, int8_ms, fp8_ms = (
-        float(layer_ms(
-            Workload(NAMED_SHAPES["7B"].kept_in(kept), tables.accelerator("H100"), "bf16", 16),
-            tables.efficiency, 1, 1, 8192,
-        ))
+    h100 = load_tables().accelerator("H100")
+    works = (
+        Workload(NAMED_SHAPES["7B"].kept_in(kept), h100, "bf16", 16)
         for kept in (None, "int8", "fp8")
-    )  # fmt: skip
+    )
+    plain_ms, int8_ms, fp8_ms = (float(layer_ms(w, h100.efficiency, 1, 1, 8192)) for w in works)
     assert 0.7 * plain_ms < fp8_ms < plain_ms < int8_ms
 
 

@@ -15,6 +15,7 @@ from lobra.layout.shapes import NAMED_SHAPES, resolve_shape
 from lobra.model import head as model_head
 from lobra.model.joint_stack import JointStack
 from lobra.profiler.accelerators import Runtime, load_tables
+from lobra.profiler.calibration import calibrate
 from lobra.profiler.cost_model import load_cost_model
 from lobra.profiler.estimate import estimate as estimate_all
 from lobra.profiler.estimate_memory import (
@@ -22,10 +23,11 @@ from lobra.profiler.estimate_memory import (
     Adapters,
     estimate_memory,
 )
-from lobra.profiler.estimate_time import Workload, calibrate, layer_ms
+from lobra.profiler.estimate_time import Workload, layer_ms
 from lobra.profiler.layer_memory import MOST_RANKS
 from lobra.profiler.memory import layouts_within
 from lobra.profiler.profiles import TimeProfile, load_memory_profile
+from lobra.profiler.sidecar import read_meta
 from lobra.tasks.target_modules import TARGET_MODULES
 from lobra.tasks.task_file import load_trainer_config
 
@@ -81,10 +83,10 @@ def test_leaner_policies_and_fewer_tasks_hold_more() -> None:
 
 def test_a_calibrated_roofline_returns_the_efficiencies_that_made_the_rows() -> None:
     work = Workload(NAMED_SHAPES["7B"], TABLES.accelerator("A100-40GB"), "bf16", 16)
-    truth = replace(TABLES.efficiency, matmul=0.5, attention=0.3, start_ms=1.7)
+    truth = replace(work.accelerator.efficiency, matmul=0.5, attention=0.3, start_ms=1.7)
     s, b = (axis.reshape(-1) for axis in np.meshgrid([128, 512, 2048, 8192], [1, 2, 4, 8]))
     profile = TimeProfile(np.ones_like(b), s, b, layer_ms(work, truth, 1, b, s))
-    found = calibrate(work, TABLES.efficiency, profile)
+    found = calibrate(work, work.accelerator.efficiency, profile)
     assert found.matmul == pytest.approx(0.5, rel=1e-6)
     assert found.attention == pytest.approx(0.3, rel=1e-6)
     assert found.start_ms == pytest.approx(1.7, rel=1e-6)
@@ -92,15 +94,16 @@ def test_a_calibrated_roofline_returns_the_efficiencies_that_made_the_rows() -> 
         calibrate(work, truth, profile, tp=2)
     slower = replace(work, accelerator=TABLES.accelerator("RTX3090-24GB"))
     with pytest.raises(ConfigError, match="do not belong together"):
-        calibrate(slower, TABLES.efficiency, profile)
+        calibrate(slower, work.accelerator.efficiency, profile)
 
 
 def test_time_shrinks_with_tp_until_the_group_leaves_the_node() -> None:
     work = Workload(NAMED_SHAPES["70B"], TABLES.accelerator("A800-80GB"), "bf16", 16)
-    times = [float(layer_ms(work, TABLES.efficiency, tp, 1, 8192)) for tp in (1, 2, 4, 8, 16)]
+    efficiency = work.accelerator.efficiency
+    times = [float(layer_ms(work, efficiency, tp, 1, 8192)) for tp in (1, 2, 4, 8, 16)]
     assert times[:4] == sorted(times[:4], reverse=True)
     one_node = replace(work, gpus_per_node=16)
-    assert times[4] > float(layer_ms(one_node, TABLES.efficiency, 16, 1, 8192))
+    assert times[4] > float(layer_ms(one_node, efficiency, 16, 1, 8192))
 
 
 def test_a_users_accelerator_is_added_and_mistakes_are_all_named(tmp_path: Path) -> None:
@@ -121,13 +124,54 @@ def test_a_users_accelerator_is_added_and_mistakes_are_all_named(tmp_path: Path)
     with pytest.raises(ConfigError) as error:
         load_tables(path)
     assert [problem.split(": ", 1)[1] for problem in error.value.problems] == [
-        "accelerators: 4090: a name is text, not int; put it in quotes",
-        "accelerators.4090.memory_gib: inf is not finite",
         "efficiency.matmul: 1.5 is not a share of the peak, at most 1",
         "efficiency.link: 2 is not a share of the peak, at most 1",
+        "accelerators: 4090: a name is text, not int; put it in quotes",
+        "accelerators.4090.memory_gib: inf is not finite",
     ]
     with pytest.raises(ConfigError, match="known are A100-40GB"):
         TABLES.accelerator("B9000")
+
+
+def test_an_accelerators_own_efficiency_goes_before_the_general_one(tmp_path: Path) -> None:
+    general, own = (TABLES.accelerator(name).efficiency for name in ("A100-40GB", "H200"))
+    assert not general.starts_ahead and own.starts_ahead
+    assert own == replace(
+        general,
+        **{name: getattr(own, name) for name in ("matmul", "attention", "start_ms")},
+        starts_ahead=True,
+    )
+    path = tmp_path / "mine.yaml"
+    entry = "{memory_gib: 16, bf16_tflops: 10, fp32_tflops: 5, memory_gb_s: 100, link_gb_s: 8, "
+    entry += "network_gb_s: 1, efficiency: "
+    path.write_text(
+        "accelerators:\n  Mine: " + entry + "{link: 0.9, start_ms: 1}}\n"
+        "efficiency: {link: 0.1, memory: 0.7}\n",
+        encoding="utf-8",
+    )
+    tables = load_tables(path)
+    assert tables.accelerator("Mine").efficiency == replace(
+        general, link=0.9, start_ms=1, memory=0.7
+    )
+    assert tables.accelerator("H200").efficiency == replace(own, link=0.1, memory=0.7)
+    path.write_text(
+        "accelerators:\n  One: " + entry + "{link: 2, speed: 1, matmul: null}}\n"
+        "  Two: " + entry + "{starts_ahead: 1}}\n  Three: " + entry + "0.5}\n"
+        "efficiency: {memory: 2}\n",
+        encoding="utf-8",
+    )
+    with pytest.raises(ConfigError) as error:
+        load_tables(path)
+    assert [problem.split(": ", 1)[1] for problem in error.value.problems] == [
+        "efficiency.memory: 2 is not a share of the peak, at most 1",
+        "accelerators.One.efficiency.speed: unknown; known are matmul, attention, memory, link, "
+        "network, start_ms, collective_start_ms, starts_ahead",
+        "accelerators.One.efficiency.matmul: None is not a positive number",
+        "accelerators.One.efficiency.link: 2 is not a share of the peak, at most 1",
+        "accelerators.Two.efficiency.starts_ahead: 1 is not true or false",
+        "accelerators.Three.efficiency: a mapping of matmul, attention, memory, link, network, "
+        "start_ms, collective_start_ms, starts_ahead is expected",
+    ]
 
 
 def test_what_is_computed_again_takes_time() -> None:
@@ -140,7 +184,7 @@ def test_what_is_computed_again_takes_time() -> None:
         work = Workload(NAMED_SHAPES["7B"], TABLES.accelerator("A100-40GB"), "bf16", 16)
         for s in (256, 4096, 32768):
             plain_ms, *again_ms = (
-                float(layer_ms(one, TABLES.efficiency, tp, 1, s))
+                float(layer_ms(one, work.accelerator.efficiency, tp, 1, s))
                 for one in (
                     replace(work, keeps_elementwise=True),
                     *(replace(work, memory=memory) for memory in MEMORY_POLICIES),
@@ -157,7 +201,7 @@ def test_estimates_in_memory_are_what_the_command_writes(tmp_path: Path) -> None
 
     found = estimate_all(
         resolve_shape("7B"),
-        TABLES.accelerator("A100-80GB"),
+        TABLES.accelerator("H200-141GB"),
         TABLES,
         tasks,
         num_gpus=2,
@@ -167,10 +211,12 @@ def test_estimates_in_memory_are_what_the_command_writes(tmp_path: Path) -> None
     )
     times, memory = tmp_path / "times.csv", tmp_path / "memory.csv"
     for policy in ("keep", "lean"):
-        more = ["--model", "7B", "--estimate", "--accelerator", "A100-80GB", "--memory", policy]
+        more = ["--model", "7B", "--estimate", "--accelerator", "H200-141GB", "--memory", policy]
         more += ["--trainer-config", "exp_task4", "--max-seq-length", "512"]
         assert main(["profile", "time", *more, "--tp", "1,2", "--output", str(times)]) == 0
         assert main(["profile", "memory", *more, "--num-gpus", "2", "--output", str(memory)]) == 0
+    used = read_meta(times)["settings"]["efficiency"]
+    assert used == vars(TABLES.accelerator("H200-141GB").efficiency)
     written = load_memory_profile(memory)
     for layout in (Layout(1, 1), Layout(1, 2, memory="lean"), Layout(2, 1)):
         sizes = layout.tp, layout.pp, layout.memory
@@ -192,7 +238,7 @@ def test_a_quantised_base_leaves_room_and_takes_time() -> None:
         tokens = estimate.max_tokens(0.9 * accelerator.memory_bytes, 256, 1 << 20)
         assert tokens == 0 or estimate.total_bytes(tokens) <= 0.9 * accelerator.memory_bytes
         work = Workload(shape, accelerator, "bf16", 16)
-        times[kept] = [float(layer_ms(work, TABLES.efficiency, 1, 1, s)) for s in (256, 16384)]
+        times[kept] = [float(layer_ms(work, accelerator.efficiency, 1, 1, s)) for s in (256, 16384)]
     assert room["nf4"] - room[None] > 9.4e9 and room["int8"] - room[None] > 6.3e9
     assert times[None][0] < times["nf4"][0] < times["int8"][0] < 2.5 * times[None][0]
     assert times["int8"][1] < 1.05 * times[None][1], "few tokens pay for it"

@@ -12,9 +12,10 @@ import pytest
 from lobra.layout.layout import Layout
 from lobra.layout.shapes import NAMED_SHAPES
 from lobra.profiler.accelerators import load_tables
+from lobra.profiler.calibration import calibrate
 from lobra.profiler.cost_model import fit_cost_model, padded_work
 from lobra.profiler.estimate_memory import Adapters, estimate_memory
-from lobra.profiler.estimate_time import Workload, calibrate, layer_ms
+from lobra.profiler.estimate_time import Workload, layer_ms
 from lobra.profiler.lookup import published_memory_path, published_time_path
 from lobra.profiler.profiles import TimeProfile, load_time_profile
 from lobra.profiler.validation import (
@@ -85,7 +86,7 @@ def test_time_estimated_from_tp_1_alone(profile: TimeProfile) -> None:
     tables = load_tables()
     shape, accelerator = NAMED_SHAPES["7B"], tables.accelerator("A100-40GB")
     work = Workload(shape, accelerator, "bf16", 16, keeps_elementwise=True)
-    efficiency = calibrate(work, tables.efficiency, profile)
+    efficiency = calibrate(work, work.accelerator.efficiency, profile)
     error = [
         abs(float(layer_ms(work, efficiency, int(tp), int(b), int(s))) / time_ms - 1.0)
         for tp, b, s, time_ms in zip(

@@ -65,7 +65,7 @@ def estimated() -> TimeProfile:
     tables = load_tables()
     work = Workload(NAMED_SHAPES["7B"], tables.accelerator("A100-40GB"), "bf16", 16)
     b, s = np.array(time_grid(16384)).T
-    times = layer_ms(work, tables.efficiency, 1, b, s)
+    times = layer_ms(work, work.accelerator.efficiency, 1, b, s)
     return TimeProfile(np.ones_like(b), s, b, times, meta={"settings": {}})
 
 
