@@ -17,6 +17,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lobra.layout.layout import ATTENTION, COMPUTED_AGAIN
@@ -202,7 +203,7 @@ class _RunAgain(torch.autograd.Function):
         run, ctx.run = ctx.run, None  # what it keeps is freed here, not with the whole graph
         hidden = ctx.saved_tensors[0].detach().requires_grad_(ctx.needs_input_grad[0])
         with torch.enable_grad():
-            output, _ = run(hidden)
+            edge = get_gradient_edge(run(hidden)[0])  # the output itself is needed no more
         del run
-        torch.autograd.backward(output, gradient)
+        torch.autograd.backward(edge, gradient)
         return hidden.grad, None, None

@@ -248,7 +248,7 @@ def _stage_memory(
         runtime.keeps_elementwise,
     )
     in_flight = pp - stage
-    per_token = in_flight * layers * layer.kept_bytes + layer.computed_again_bytes
+    per_token = in_flight * layers * layer.kept_bytes + layer.held_again_bytes
     # One layer's gradients while the backward pass is in it, or a linear's dropout: its bits
     # (int16), the factors and the input times them.
     per_token += max(

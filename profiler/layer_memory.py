@@ -91,10 +91,18 @@ class LayerMemory:
 
     @property
     def computed_again_bytes(self) -> float:
-        """What the backward pass computes again, and holds while it is in the layer."""
+        """What the backward pass computes again."""
         if not self.runs_again:
             return 0.0
         return self.saved_bytes - sum(self._kept_outputs.get(name, 0.0) for name in NEEDED)
+
+    @property
+    def held_again_bytes(self) -> float:
+        """What the layer holds besides while the backward pass is in it: all that a run needs.
+
+        That run takes over what was kept of the first.
+        """
+        return self.saved_bytes - sum(self._kept_outputs.values()) if self.runs_again else 0.0
 
     @property
     def _outputs(self) -> dict[str, float]:

@@ -111,7 +111,7 @@ def test_what_a_layer_holds_is_what_the_shapes_say(
         layer = LayerMemory(shape, tp, precision, LORA_RANK, memory, False, alone)
         assert layer.kept_bytes == pytest.approx(kept_bytes, rel=1e-3), policy
         # While the backward pass is in it; for bf16 and tp 2 the count is a query's width too high.
-        in_backward = layer.kept_bytes + layer.computed_again_bytes
+        in_backward = layer.kept_bytes + layer.held_again_bytes
         assert in_backward == pytest.approx(kept_bytes + again_bytes, rel=0.05), policy
 
 
