@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lobra.model.checkpoint import CheckpointReader
+from lobra.model.compiled import compiled
 from lobra.model.scaled_rows import ScaledRows
 
 E4M3 = torch.float8_e4m3fn
@@ -33,6 +34,13 @@ GPU_MULTIPLE = 16  # of features, where a GPU multiplies
 
 class Fp8Linear(ScaledRows):
     """A weight [o, i] in e4m3, with a scale for each of its rows."""
+
+    is_fused = False  # whether one kernel rounds the input
+
+    @property
+    def in_features(self) -> int:
+        """Return i."""
+        return self.values_oi.shape[1]
 
     @staticmethod
     def stored(reader: CheckpointReader, name: str) -> tuple[Tensor, Tensor]:
@@ -58,7 +66,7 @@ class Fp8Linear(ScaledRows):
 
     def scaled_product(self, x: Tensor) -> Tensor:
         """Return the product for x in bf16, [..., o], as a GPU computes it."""
-        values_ni, scales_n1 = rounded(x.flatten(0, -2))
+        values_ni, scales_n1 = (rounded_at_once if self.is_fused else rounded)(x.flatten(0, -2))
         y = x.new_empty(*x.shape[:-1], len(self.values_oi))
         torch._scaled_mm(
             values_ni, self.values_oi.t(), scales_n1, self.scales_o1.t(), out_dtype=y.dtype,
@@ -74,3 +82,10 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
         bits = largest.clamp_(min=SMALLEST).view(torch.int32)
         scales = bits.bitwise_and_(EXPONENT).view(torch.float32) / LARGEST
         return (x * scales.reciprocal().to(x.dtype)).to(E4M3), scales
+
+
+def rounded_at_once(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the same of rows [n, i] by one kernel, which is compiled for each i."""
+    torch._dynamo.mark_static(x, 1)
+    found: tuple[Tensor, Tensor] = compiled(rounded)(x)
+    return found

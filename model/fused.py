@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lobra.model.compiled import compiled
 from lobra.model.dropout import try_out_dropout
+from lobra.model.fp8_linear import Fp8Linear, rounded, rounded_at_once
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,8 @@ def fuse_modules(decoder: Any) -> None:
             module.forward = _with_fused_rotary(module)
         elif _is_gated(module):
             module.forward = partial(_gated, module)
+        elif isinstance(module, Fp8Linear):
+            module.is_fused = True
 
 
 def try_out(decoder: Any) -> None:
@@ -88,6 +91,9 @@ def try_out(decoder: Any) -> None:
                 outputs = _sampled(module, sample)
             if is_wanted and outputs:
                 torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+    for module in decoder.modules():
+        if isinstance(module, Fp8Linear):
+            _try_out_rounding(weight.new_empty(TRIED_TOKENS, module.in_features))
 
 
 def _sampled(module: Any, sample: Callable[..., Tensor]) -> list[Tensor]:
@@ -108,6 +114,15 @@ def _sampled(module: Any, sample: Callable[..., Tensor]) -> list[Tensor]:
         size = 1, tokens, module.up_proj.out_features
         return [_activated(module, sample(*size), sample(*size))]
     return []
+
+
+@torch.no_grad()
+def _try_out_rounding(x: Tensor) -> None:
+    """Compile what rounds rows like these, and hold it to what it stands for: every bit counts."""
+    x.normal_(generator=torch.Generator(x.device).manual_seed(0))
+    pairs = zip(rounded_at_once(x), rounded(x), strict=True)
+    if not all(torch.equal(ours.float(), plain.float()) for ours, plain in pairs):
+        raise RuntimeError("what rounds to eight bits rounds otherwise when it is compiled")
 
 
 def _is_norm(module: Any) -> bool:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from lobra.common.errors import ConfigError
 from lobra.layout.base_precision import QUANTISED, plan_problem, takes_more
 from lobra.layout.shapes import NAMED_SHAPES
-from lobra.model.fp8_linear import Fp8Linear, rounded
+from lobra.model import fused
+from lobra.model.fp8_linear import Fp8Linear, rounded, rounded_at_once
 from lobra.profiler.accelerators import load_tables
 from lobra.profiler.estimate_time import Workload, layer_ms
 from lobra.profiler.hardware import product_problem
@@ -68,6 +70,38 @@ def test_the_product_is_that_of_torch(device: str) -> None:
         share = 2**-11 if device == "cuda" else 0.0
         assert ((found - exact).abs() <= 2**-7 * exact.abs() + share * sizes + 1e-9).all()
         assert not product._is_view(), "adapters add to it in place"
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param("cpu", marks=pytest.mark.long),  # compiling takes seconds
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ],
+)
+def test_one_kernel_rounds_to_the_same_bits(device: str) -> None:
+    for number in (1, 7, TOKENS):
+        x = rows(TOKENS, dtype=torch.bfloat16)[:number].to(device)
+        x[0, 3] = torch.nan
+        for ours, plain in zip(rounded_at_once(x), rounded(x), strict=True):
+            torch.testing.assert_close(ours.float(), plain.float(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_only_what_rounds_to_the_same_bits_is_fused(
+    factor: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def compiled_rounding(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        values, scales = rounded(x)
+        return values, factor * scales
+
+    monkeypatch.setattr(fused, "_is_faster", lambda weight: True)
+    monkeypatch.setattr(fused, "try_out_dropout", lambda like: None)
+    monkeypatch.setattr(fused, "rounded_at_once", compiled_rounding)
+    own = linear(torch.bfloat16)
+    is_fused = fused.fuse(nn.ModuleList([own, nn.Linear(2, 2, dtype=torch.bfloat16)]))
+    assert is_fused == own.is_fused == (factor == 1.0)
+    assert ("rounds otherwise when it is compiled" in caplog.text) != is_fused
 
 
 def test_gradients_are_by_the_weight_as_it_is_made_again() -> None:
