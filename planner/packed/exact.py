@@ -58,7 +58,7 @@ class Found:
     seconds
         What the search took.
     complete
-        Whether it ended before its time did.
+        Whether nothing was left out for want of time.
     """
 
     step_s: dict[Plan, np.ndarray]
@@ -124,6 +124,7 @@ class _Search:
     all_s: dict[Key, np.ndarray] = field(default_factory=dict)  # and all steps
     lower_bound_s: float = 0.0
     every_step_s: float = 0.0  # that dispatching all steps takes, by the plan tried last
+    is_cut: bool = False  # whether something was left out for want of time
 
     def __post_init__(self) -> None:
         problem = self.problem
@@ -137,8 +138,8 @@ class _Search:
         self.few = every[np.rint(places).astype(np.int64)]
 
     def is_out(self, share: float) -> bool:
-        """Return whether a share of the time is over."""
-        return self.left_s(share) <= 0.0
+        """Return whether a share of the time is over, for which something is then left out."""
+        return self._cut_if(self.left_s(share) <= 0.0)
 
     def left_s(self, share: float) -> float:
         """Return the seconds until a share of the time is over; infinite without a limit."""
@@ -146,10 +147,17 @@ class _Search:
         return np.inf if limit_s is None else self.clock.left_s - (1.0 - share) * limit_s
 
     def is_time_for_all_steps(self) -> bool:
-        """Return whether what is left is needed, or too little, for all steps and what follows."""
+        """Return whether what is left is needed, or too little, for all steps and what follows.
+
+        Something else is then left out.
+        """
         limit_s = self.clock.limit_s
         certify_s = 0.0 if limit_s is None else CERTIFYING * limit_s
-        return self.clock.left_s <= self.every_step_s + certify_s
+        return self._cut_if(self.clock.left_s <= self.every_step_s + certify_s)
+
+    def _cut_if(self, is_late: bool) -> bool:
+        self.is_cut |= is_late
+        return is_late
 
     def try_plan(self, replicas: np.ndarray) -> Key | None:
         """Dispatch a few steps over a plan, or what of it can be placed; return its key."""
@@ -245,7 +253,7 @@ class _Search:
                     break
                 if bounds_s[place] >= similar_s and self.is_out(UNLIKELY):
                     break
-                if self.is_out(NAMED) and self.is_time_for_all_steps():
+                if self.left_s(NAMED) <= 0.0 and self.is_time_for_all_steps():
                     return
                 key = self.try_plan(near[place])
                 if key is not None and self.estimates()[key] < best_s * (1 - TARGET_GAP):
@@ -286,5 +294,5 @@ class _Search:
             self.estimates()[homogeneous] if same_s is None else float(same_s.mean()),
             min(self.lower_bound_s, float(self.all_s[order[0]].mean())),
             self.clock.elapsed_s,
-            self.clock.left_s > 0,
+            not self.is_cut and self.clock.left_s > 0,
         )

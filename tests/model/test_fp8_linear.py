@@ -47,9 +47,7 @@ def test_a_value_does_not_depend_on_the_others_of_its_row() -> None:
     assert not (different & ~is_small).any() and not is_small.all()
 
 
-def linear(
-    dtype: torch.dtype, bias: torch.Tensor | None = None, device: str = "cpu"
-) -> Fp8Linear:
+def linear(dtype: torch.dtype, bias: torch.Tensor | None = None, device: str = "cpu") -> Fp8Linear:
     return Fp8Linear(*rounded(rows(OUTPUTS, seed=1).to(device)), dtype, bias)
 
 
