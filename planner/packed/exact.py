@@ -30,7 +30,7 @@ NAMING = 0.15  # of the time, for each plan that is named before the search
 CERTIFYING = 0.2  # of the time, for the certificate of the best plan's loosest steps
 PROMISING = 0.003  # a plan is dispatched over all steps if its estimate is within it of the best
 LOOSEST, LOOSE = 30, 0.985  # steps of the best plan of which prices are computed in the end
-UNLIKELY, SIMILAR = 0.3, 0.005  # of the time, after which only plans with bounds so near are tried
+SIMILAR = 0.005  # after the same as for naming, only plans with bounds so near are tried
 COMPARED = 0.03  # so is the best homogeneous one
 MOST_FULLY = 3
 
@@ -123,7 +123,7 @@ class _Search:
     few_s: dict[Key, np.ndarray] = field(default_factory=dict)  # by plan: what these take
     all_s: dict[Key, np.ndarray] = field(default_factory=dict)  # and all steps
     lower_bound_s: float = 0.0
-    every_step_s: float = 0.0  # that dispatching all steps takes, by the plan tried last
+    every_step_s: float = 0.0  # that dispatching all steps takes, by the plan dispatched last
     is_cut: bool = False  # whether something was left out for want of time
 
     def __post_init__(self) -> None:
@@ -166,13 +166,19 @@ class _Search:
             return None
         key = tuple(placed.tolist())
         if key not in self.few_s:
-            plan, left_s = self.problem.fleet.plan(placed), self.clock.left_s
-            self.few_s[key] = self.step_s(plan, self.few.tolist())
-            if self.clock.limit_s is not None:
-                each_s = (left_s - self.clock.left_s) / len(self.few)
-                self.every_step_s = len(self.problem.steps) * each_s
+            plan = self.problem.fleet.plan(placed)
+            self.few_s[key] = self.dispatched_s(plan, self.few.tolist())
             self.progress(f"{plan}: {self.few_s[key].mean():.4g} s on {len(self.few)} steps")
         return key
+
+    def dispatched_s(self, plan: Plan, steps: Sequence[int]) -> np.ndarray:
+        """Return what some of the steps take on a plan, and note how long that takes for all."""
+        left_s = self.clock.left_s
+        step_s = self.step_s(plan, steps)
+        if self.clock.limit_s is not None:
+            each_s = (left_s - self.clock.left_s) / len(steps)
+            self.every_step_s = len(self.problem.steps) * each_s
+        return step_s
 
     def estimates(self) -> dict[Key, float]:
         """Return, by plan, the mean of the few steps and what the bounds of the others differ."""
@@ -251,7 +257,7 @@ class _Search:
             for place in np.argsort(bounds_s, kind="stable").tolist():
                 if bounds_s[place] >= best_s * (1 - TARGET_GAP) or self.is_out(share):
                     break
-                if bounds_s[place] >= similar_s and self.is_out(UNLIKELY):
+                if bounds_s[place] >= similar_s and self.is_out(NAMED):
                     break
                 if self.left_s(NAMED) <= 0.0 and self.is_time_for_all_steps():
                     return
@@ -271,7 +277,7 @@ class _Search:
         for key in dict.fromkeys([*needed, *good]):
             if key not in needed and (self.is_out(FULLY) or self.is_time_for_all_steps()):
                 break
-            self.all_s[key] = self.step_s(self.problem.fleet.plan(np.array(key)), every)
+            self.all_s[key] = self.dispatched_s(self.problem.fleet.plan(np.array(key)), every)
         self.certify()
 
     def certify(self) -> None:
