@@ -27,10 +27,10 @@ TARGET_GAP = 1e-3
 NAMED, NEAR, FULLY = 0.45, 0.6, 0.8  # of the time, after which the parts of the search end
 SURE = 3  # moves from the first plan to one with a lower bound, however late it is
 NAMING = 0.15  # of the time, for each plan that is named before the search
-CERTIFYING = 0.2  # of the time, for the certificate of the best plan's loosest steps
+CERTIFYING = 0.15  # of the time, for the certificate of the best plan's loosest steps
 PROMISING = 0.003  # a plan is dispatched over all steps if its estimate is within it of the best
 LOOSEST, LOOSE = 30, 0.985  # steps of the best plan of which prices are computed in the end
-SIMILAR = 0.005  # after the same as for naming, only plans with bounds so near are tried
+SIMILAR = 0.005  # plans with farther bounds are tried while there is time for two over all steps
 COMPARED = 0.03  # so is the best homogeneous one
 MOST_FULLY = 3
 
@@ -146,14 +146,16 @@ class _Search:
         limit_s = self.clock.limit_s
         return np.inf if limit_s is None else self.clock.left_s - (1.0 - share) * limit_s
 
-    def is_time_for_all_steps(self) -> bool:
+    def is_time_for_all_steps(self, plans: int = 1) -> bool:
         """Return whether what is left is needed, or too little, for all steps and what follows.
+
+        Of so many plans.
 
         Something else is then left out.
         """
         limit_s = self.clock.limit_s
         certify_s = 0.0 if limit_s is None else CERTIFYING * limit_s
-        return self._cut_if(self.clock.left_s <= self.every_step_s + certify_s)
+        return self._cut_if(self.clock.left_s <= plans * self.every_step_s + certify_s)
 
     def _cut_if(self, is_late: bool) -> bool:
         self.is_cut |= is_late
@@ -257,7 +259,7 @@ class _Search:
             for place in np.argsort(bounds_s, kind="stable").tolist():
                 if bounds_s[place] >= best_s * (1 - TARGET_GAP) or self.is_out(share):
                     break
-                if bounds_s[place] >= similar_s and self.is_out(NAMED):
+                if bounds_s[place] >= similar_s and self.is_time_for_all_steps(plans=2):
                     break
                 if self.left_s(NAMED) <= 0.0 and self.is_time_for_all_steps():
                     return
