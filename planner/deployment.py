@@ -126,6 +126,7 @@ def as_json(deployment: Deployment) -> dict[str, Any]:
         "planner_time_s": outcome.planner_time_s,
         "objective_s": outcome.objective_s,
         "proven": outcome.proven,
+        "complete": outcome.complete,
         "homogeneous": homogeneous_entry(deployment),
         "sampled": deployment.sampled.as_json(),
         "compared": [

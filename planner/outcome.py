@@ -35,7 +35,9 @@ class Outcome:
     objective_s
         The planner's own objective, where it has one of its own (LobRA's methods).
     proven
-        Whether the planner's own search was completed.
+        Whether the planner proved that no plan is better by its own objective.
+    complete
+        Whether nothing was left out for want of time.
     notes
         What a person should know, one sentence each.
     alternatives
@@ -49,6 +51,7 @@ class Outcome:
     planner_time_s: float
     objective_s: float | None = None
     proven: bool = False
+    complete: bool = True
     notes: tuple[str, ...] = field(default=())
     alternatives: tuple[tuple[Plan, float], ...] = field(default=())
 

@@ -20,7 +20,10 @@ from lobra.profiler.profiles import MemoryProfile
 
 MOST_SIZES = 15
 SIZE_LIMIT_S = 2.0
-IN_JSON = ("plan", "num_gpus", "step_time_s", "gpu_seconds", "lower_bound_s", "gap", "homogeneous")
+IN_JSON = (
+    *("plan", "num_gpus", "step_time_s", "gpu_seconds", "lower_bound_s", "gap", "homogeneous"),
+    "complete",
+)
 SECONDS_PER_HOUR, MILLION = 3600.0, 1e6
 
 
@@ -71,6 +74,11 @@ class Sizing:
     def accelerator(self) -> str:
         """The accelerator's name; empty: that of the profiles."""
         return "" if self.hardware is None else self.hardware.name
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the time limit ended the search before it was complete."""
+        return self.deployment is not None and not self.deployment.outcome.complete
 
     @property
     def cost_per_million_tokens(self) -> float | None:

@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".pdf", ".svg")
+STOPPED: Any = {
+    "color": COMPARED,
+    "marker": "o",
+    "markersize": 9,
+    "linestyle": "",
+    "fillstyle": "none",
+}
 GPUS, CONTEXTS, ACCELERATORS = "GPUs", "longest sequence [tokens]", "accelerator"
 
 
@@ -31,7 +38,8 @@ def plot(sizings: Sequence[Sizing], path: str | os.PathLike[str]) -> None:
     """Draw step time and what a step costs: the price of a million tokens, else GPU-seconds.
 
     Over the numbers of GPUs, else over the context limits, else over the accelerators; what else
-    differs are lines of their own. With one line, its bound and the best homogeneous plan beside.
+    differs are lines of their own. Plans whose search the time limit stopped have a ring. With one
+    line, its bound and the best homogeneous plan beside.
 
     Raises
     ------
@@ -64,6 +72,10 @@ def _picture(found: Sequence[Sizing]) -> Figure:
             costs = [_mean(sizing).mean_gpu_seconds for sizing in own]
         left.plot(places, times, **curve(number), label=name or "plan")
         right.plot(places, costs, **curve(number), label=name or "plan")
+    stopped = [sizing for sizing in found if sizing.is_stopped]
+    if stopped:
+        times = [_mean(sizing).mean_step_time_s for sizing in stopped]
+        left.plot([*map(place, stopped)], times, **STOPPED, label="stopped by the time limit")
     if len(lines) == 1:
         _draw_beside(left, right, [(place(sizing), sizing) for sizing in found], has_prices)
     titles = "step time [s]", "cost per million tokens" if has_prices else "GPU-seconds per step"

@@ -58,6 +58,7 @@ class SweepOptions:
 
 
 NO_SWEEP = SweepOptions()
+STOPPED = "*"  # marks rows of the table whose search the time limit stopped
 
 
 @dataclass(frozen=True)
@@ -235,8 +236,13 @@ def show_sweep(console: Console, sizings: Sequence[Sizing]) -> None:
     table.add_column("plan", overflow="fold")
     for sizing, row in zip(sizings, rows, strict=True):
         plan = "none, see below" if sizing.deployment is None else str(sizing.deployment.plan)
-        table.add_row(*(row[name] or "-" for name in columns), plan)
+        mark = f" {STOPPED}" if sizing.is_stopped else ""
+        table.add_row(*(row[name] or "-" for name in columns), plan + mark)
     console.print(table)
+    if any(sizing.is_stopped for sizing in sizings):
+        console.print(
+            f"{STOPPED} stopped before the search was complete; --time-limit gives each row more"
+        )
     for sizing in sizings:
         if sizing.deployment is None:
             console.print(f"{words_of(sizing)}: {sizing.reason}")

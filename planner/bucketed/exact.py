@@ -89,7 +89,8 @@ def solve(
     )
     plans = [problem.plan(np.array(key)) for _, key in order]
     notes: tuple[str, ...] = ()
-    if not search.proven and search.clock.left_s <= 0:
+    complete = search.proven or search.clock.left_s > 0
+    if not complete:
         notes = (f"stopped after {search.clock.elapsed_s:.1f} s; --time-limit gives it more",)
     return Outcome(
         plans[0],
@@ -98,6 +99,7 @@ def solve(
         "EXACT",
         search.clock.elapsed_s,
         proven=search.proven,
+        complete=complete,
         notes=notes,
         alternatives=tuple(zip(plans, (time_s for time_s, _ in order), strict=True))[:8],
     )

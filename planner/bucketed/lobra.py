@@ -182,5 +182,6 @@ def _outcome(
         clock.elapsed_s,
         objective_s=result.objective_s,
         proven=bool(result.proven),
+        complete=bool(result.proven),
         notes=notes,
     )

@@ -9,6 +9,8 @@ too, need some time: by weak duality at least what any prices of the groups' tim
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from lobra.planner.packed.step_work import StepWork
@@ -25,29 +27,51 @@ def prices_of(work: StepWork, step_time_s: float) -> np.ndarray:
     A sequence costs its part times the price; at the best prices what is cheapest for each of them
     gives all kinds as much as they can take.
     """
-    held_s = work.held_s(step_time_s)
-    typical_s = work.parts_s[:, 0] / work.lengths[0]
-    if len(held_s) == 1 or not held_s.all():
-        return 1.0 / typical_s
-    shares = work.parts_of_classes_s / held_s[:, None]
+    return prices_of_each([work], step_time_s)[0]
+
+
+def prices_of_each(works: Sequence[StepWork], step_time_s: float) -> np.ndarray:
+    """Return float64 [works, G]: `prices_of` several works of the same kinds."""
+    found = np.empty((len(works), len(works[0].kinds)))
+    classes = np.array([work.parts_of_classes_s.shape[1] for work in works])
+    for number in np.unique(classes).tolist():  # those of one shape at once
+        places = np.flatnonzero(classes == number)
+        own = [works[place] for place in places.tolist()]
+        held_s = np.stack([work.held_s(step_time_s) for work in own])
+        typical_s = np.stack([work.parts_s[:, 0] / work.lengths[0] for work in own])
+        parts_s = np.stack([work.parts_of_classes_s for work in own])
+        if held_s.shape[1] == 1 or not held_s.all():
+            found[places] = 1.0 / typical_s
+        else:
+            found[places] = _balanced(parts_s / held_s[:, :, None], held_s / typical_s) / held_s
+    return found
+
+
+def _balanced(shares: np.ndarray, prices: np.ndarray) -> np.ndarray:
+    """Return float64 [W, G]: the prices at which the cheapest is worth most, of all looked at.
+
+    ``shares``, float64 [W, G, J], are those that classes of sequences take of kinds; ``prices`` to
+    begin with are float64 [W, G].
+    """
     fits = np.isfinite(shares)
+    fitting = np.where(fits, shares, 0.0)
     shares = np.where(fits, shares, 1e30)
-    prices = held_s / typical_s
-    prices /= prices.sum()
-    best, best_value = prices, 0.0
+    prices = prices / prices.sum(axis=1, keepdims=True)
+    values, tried = [], []
     for rate in RATES.tolist():
-        cost = prices[:, None] * shares
-        least = cost.min(axis=0)
-        value = float(least.sum())
-        if value > best_value:
-            best, best_value = prices, value
+        cost = prices[:, :, None] * shares
+        least = cost.min(axis=1, keepdims=True)
+        values.append(least.sum(axis=2))
+        tried.append(prices)
         taken = np.exp(np.maximum(SHARPNESS * (1.0 - cost / least), -50.0))
-        taken /= taken.sum(axis=0)
-        loads = np.where(fits, taken * shares, 0.0).sum(axis=1)
-        loads -= loads.sum() / len(loads)
-        prices = prices * np.exp(rate / (abs(loads).max() + 1e-12) * loads)
-        prices /= prices.sum()
-    return best / held_s
+        taken /= taken.sum(axis=1, keepdims=True)
+        loads = (taken * fitting).sum(axis=2)
+        loads -= loads.sum(axis=1, keepdims=True) / loads.shape[1]
+        largest = abs(loads).max(axis=1, keepdims=True)
+        prices = prices * np.exp(rate / (largest + 1e-12) * loads)
+        prices /= prices.sum(axis=1, keepdims=True)
+    best = np.argmax(values, axis=0)[:, 0]
+    return np.array(tried)[best, np.arange(len(best))]
 
 
 def least_time_s(work: StepWork, prices: np.ndarray) -> float:

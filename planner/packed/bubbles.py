@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lobra.planner.packed.bound import prices_of
+from lobra.planner.packed.bound import prices_of, prices_of_each
 from lobra.planner.packed.step_work import StepWork
 
 TRIED = 4  # lengths up to which a kind of pipelines takes sequences
@@ -25,7 +25,7 @@ def without_long_bubbles(work: StepWork, step_time_s: float) -> tuple[StepWork, 
     for place, kind in enumerate(work.kinds):
         if kind.bubbles and len(numbers := _numbers_tried(place, work, step_time_s)) > 1:
             works = [work.up_to(place, number) for number in numbers]
-            of_each = [prices_of(each, step_time_s) for each in works]
+            of_each = prices_of_each(works, step_time_s)
             times_s = [
                 _estimate_s(each, own, place, step_time_s)
                 for each, own in zip(works, of_each, strict=True)

@@ -76,7 +76,9 @@ def deploy_packed(
         own_s = mean_s[each] - sync_time_s(each, cost_model)
         bound_s = min(found.lower_bound_s, own_s)
         proven = bound_s >= own_s * (1 - exact.TARGET_GAP)
-        return Outcome(each, own_s, bound_s, name, found.seconds, proven=proven)
+        return Outcome(
+            each, own_s, bound_s, name, found.seconds, proven=proven, complete=found.complete
+        )
 
     outcome = outcome_of(plan, "EXACT")
     return Deployment(

@@ -27,10 +27,10 @@ TARGET_GAP = 1e-3
 NAMED, NEAR, FULLY = 0.45, 0.6, 0.8  # of the time, after which the parts of the search end
 SURE = 3  # moves from the first plan to one with a lower bound, however late it is
 NAMING = 0.15  # of the time, for each plan that is named before the search
-CERTIFYING = 0.2  # of the time, for the certificate of the best plan's loosest steps
+CERTIFYING = 0.15  # of the time, for the certificate of the best plan's loosest steps
 PROMISING = 0.003  # a plan is dispatched over all steps if its estimate is within it of the best
 LOOSEST, LOOSE = 30, 0.985  # steps of the best plan of which prices are computed in the end
-UNLIKELY, SIMILAR = 0.3, 0.005  # of the time, after which only plans with bounds so near are tried
+SIMILAR = 0.005  # plans with farther bounds are tried while there is time for two over all steps
 COMPARED = 0.03  # so is the best homogeneous one
 MOST_FULLY = 3
 
@@ -58,7 +58,7 @@ class Found:
     seconds
         What the search took.
     complete
-        Whether it ended before its time did.
+        Whether nothing was left out for want of time.
     """
 
     step_s: dict[Plan, np.ndarray]
@@ -123,7 +123,8 @@ class _Search:
     few_s: dict[Key, np.ndarray] = field(default_factory=dict)  # by plan: what these take
     all_s: dict[Key, np.ndarray] = field(default_factory=dict)  # and all steps
     lower_bound_s: float = 0.0
-    every_step_s: float = 0.0  # that dispatching all steps takes, by the plan tried last
+    every_step_s: float = 0.0  # that dispatching all steps takes, by the plan dispatched last
+    is_cut: bool = False  # whether something was left out for want of time
 
     def __post_init__(self) -> None:
         problem = self.problem
@@ -137,19 +138,28 @@ class _Search:
         self.few = every[np.rint(places).astype(np.int64)]
 
     def is_out(self, share: float) -> bool:
-        """Return whether a share of the time is over."""
-        return self.left_s(share) <= 0.0
+        """Return whether a share of the time is over, for which something is then left out."""
+        return self._cut_if(self.left_s(share) <= 0.0)
 
     def left_s(self, share: float) -> float:
         """Return the seconds until a share of the time is over; infinite without a limit."""
         limit_s = self.clock.limit_s
         return np.inf if limit_s is None else self.clock.left_s - (1.0 - share) * limit_s
 
-    def is_time_for_all_steps(self) -> bool:
-        """Return whether what is left is needed, or too little, for all steps and what follows."""
+    def is_time_for_all_steps(self, plans: int = 1) -> bool:
+        """Return whether what is left is needed, or too little, for all steps and what follows.
+
+        Of so many plans.
+
+        Something else is then left out.
+        """
         limit_s = self.clock.limit_s
         certify_s = 0.0 if limit_s is None else CERTIFYING * limit_s
-        return self.clock.left_s <= self.every_step_s + certify_s
+        return self._cut_if(self.clock.left_s <= plans * self.every_step_s + certify_s)
+
+    def _cut_if(self, is_late: bool) -> bool:
+        self.is_cut |= is_late
+        return is_late
 
     def try_plan(self, replicas: np.ndarray) -> Key | None:
         """Dispatch a few steps over a plan, or what of it can be placed; return its key."""
@@ -158,13 +168,19 @@ class _Search:
             return None
         key = tuple(placed.tolist())
         if key not in self.few_s:
-            plan, left_s = self.problem.fleet.plan(placed), self.clock.left_s
-            self.few_s[key] = self.step_s(plan, self.few.tolist())
-            if self.clock.limit_s is not None:
-                each_s = (left_s - self.clock.left_s) / len(self.few)
-                self.every_step_s = len(self.problem.steps) * each_s
+            plan = self.problem.fleet.plan(placed)
+            self.few_s[key] = self.dispatched_s(plan, self.few.tolist())
             self.progress(f"{plan}: {self.few_s[key].mean():.4g} s on {len(self.few)} steps")
         return key
+
+    def dispatched_s(self, plan: Plan, steps: Sequence[int]) -> np.ndarray:
+        """Return what some of the steps take on a plan, and note how long that takes for all."""
+        left_s = self.clock.left_s
+        step_s = self.step_s(plan, steps)
+        if self.clock.limit_s is not None:
+            each_s = (left_s - self.clock.left_s) / len(steps)
+            self.every_step_s = len(self.problem.steps) * each_s
+        return step_s
 
     def estimates(self) -> dict[Key, float]:
         """Return, by plan, the mean of the few steps and what the bounds of the others differ."""
@@ -243,9 +259,9 @@ class _Search:
             for place in np.argsort(bounds_s, kind="stable").tolist():
                 if bounds_s[place] >= best_s * (1 - TARGET_GAP) or self.is_out(share):
                     break
-                if bounds_s[place] >= similar_s and self.is_out(UNLIKELY):
+                if bounds_s[place] >= similar_s and self.is_time_for_all_steps(plans=2):
                     break
-                if self.is_out(NAMED) and self.is_time_for_all_steps():
+                if self.left_s(NAMED) <= 0.0 and self.is_time_for_all_steps():
                     return
                 key = self.try_plan(near[place])
                 if key is not None and self.estimates()[key] < best_s * (1 - TARGET_GAP):
@@ -263,7 +279,7 @@ class _Search:
         for key in dict.fromkeys([*needed, *good]):
             if key not in needed and (self.is_out(FULLY) or self.is_time_for_all_steps()):
                 break
-            self.all_s[key] = self.step_s(self.problem.fleet.plan(np.array(key)), every)
+            self.all_s[key] = self.dispatched_s(self.problem.fleet.plan(np.array(key)), every)
         self.certify()
 
     def certify(self) -> None:
@@ -286,5 +302,5 @@ class _Search:
             self.estimates()[homogeneous] if same_s is None else float(same_s.mean()),
             min(self.lower_bound_s, float(self.all_s[order[0]].mean())),
             self.clock.elapsed_s,
-            self.clock.left_s > 0,
+            not self.is_cut and self.clock.left_s > 0,
         )

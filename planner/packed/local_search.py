@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -25,6 +26,7 @@ def improve(
     each group by turns. Of each pair that is done which makes the later of both earliest, by what
     micro-batches really take. No filling takes less than ``bound_s``.
     """
+    by_length = np.argsort(lengths, kind="stable")
     shift = 0
     for turn in range(rounds):
         times_s = filling.replica_time_s
@@ -42,7 +44,7 @@ def improve(
             faster = np.tril(group[:, None] == group, -1).sum(axis=1)  # of the same group
             fast = fast[np.lexsort((faster, is_smaller))]
         fast = fast[(np.arange(number) + shift) % len(fast)]
-        filling = _exchanged(table, lengths, filling, slow, fast)
+        filling = _exchanged(table, lengths, by_length, filling, slow, fast)
         shift = shift + 1 if filling.replica_time_s[slow[0]] >= times_s[slow[0]] else 0
     return filling
 
@@ -67,10 +69,19 @@ class _Offers:
 
 
 def _exchanged(
-    table: ReplicaTable, lengths: IntArray, filling: Filling, slow: IntArray, fast: IntArray
+    table: ReplicaTable,
+    lengths: IntArray,
+    by_length: IntArray,
+    filling: Filling,
+    slow: IntArray,
+    fast: IntArray,
 ) -> Filling:
-    """Return the filling with the best exchange of each pair done, where one is better."""
-    order = np.lexsort((lengths, filling.replica_of[filling.batch_of]))
+    """Return the filling with the best exchange of each pair done, where one is better.
+
+    ``by_length``, int64 [n], are all sequences, the shortest first.
+    """
+    owner = filling.replica_of[filling.batch_of[by_length]]
+    order = by_length[np.argsort(owner, kind="stable")]
     give = _offers(lengths, filling, order, slow)
     take = _with_none(filling, _offers(lengths, filling, order, fast), fast)
     pair, row, column = _possible(table, filling, give, take, fast)
@@ -89,9 +100,12 @@ def _exchanged(
         np.concatenate([-moved, moved]),
     )
     later_s = times_s.reshape(2, -1).max(axis=0)
-    by_time = np.lexsort((later_s, pair))
-    best = by_time[np.unique(pair[by_time], return_index=True)[1]]
+    begin = np.flatnonzero(np.diff(pair, prepend=-1, append=-1)).tolist()
+    of_pairs = [start + later_s[start:end].argmin() for start, end in pairwise(begin)]
+    best = np.array(of_pairs, dtype=np.int64)
     best = best[later_s[best] < filling.replica_time_s[giver[best]]]
+    if not len(best):
+        return filling
     sequences, back, to = give.sequences[given][best], take.sequences[taken][best], to[best]
     is_new = to < 0
     to[is_new] = len(filling.replica_of) + np.arange(is_new.sum())
@@ -143,10 +157,10 @@ def _possible(
     ``takers`` are the replicas that take, int64 [pairs].
     """
     sums = np.append(filling.sums, 0)
-    most = np.array([room_for(tokens) for tokens in table.max_tokens.tolist()])
+    most = room_for(table.max_tokens[takers])
     given, taken = give.lengths[:, :, None], take.lengths[:, None]
     fits = (taken < given) & give.there[:, :, None] & take.there[:, None]
-    room = (most[takers, None] - sums[take.batches] + take.lengths)[:, None]
+    room = (most[:, None] - sums[take.batches] + take.lengths)[:, None]
     pair, row, column = np.nonzero(fits & (given <= room))
     return pair, row, column
 

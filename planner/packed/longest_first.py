@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heapreplace
@@ -59,33 +60,31 @@ def longest_first(
         Of each kind, the seconds that its replicas take beyond those of their sequences.
     """
     queues = _queues(work, step_time_s, more_s)
-    every = list(range(len(queues)))
-    chosen = _cheapest(work, prices)
-    replicas = np.empty(len(length_of), dtype=np.int64)
+    chosen = [[queues[kind] for kind in kinds] for kinds in _cheapest(work, prices)]
     order = np.argsort(-length_of, kind="stable")
-    for index, length in zip(order.tolist(), length_of[order].tolist(), strict=True):
-        end_s, kind = _first_end(queues, chosen[length], length)
-        if end_s > step_time_s and len(chosen[length]) < len(every):
-            end_s, kind = _first_end(queues, every, length)
-        queue = queues[kind]
-        replica = queue.ends[0][1]
-        heapreplace(queue.ends, (end_s, replica))
-        replicas[index] = replica
+    taking = []
+    for length in length_of[order].tolist():
+        end_s, ends = _first_end(chosen[length], length)
+        if end_s > step_time_s and len(chosen[length]) < len(queues):
+            end_s, ends = _first_end(queues, length)
+        taking.append(replica := ends[0][1])
+        heapreplace(ends, (end_s, replica))
+    replicas = np.empty(len(order), dtype=np.int64)
+    replicas[order] = taking
     ends_s = [{replica: end_s for end_s, replica in queue.ends} for queue in queues]
     return replicas, ends_s
 
 
-def _first_end(queues: Sequence[_Queue], kinds: Sequence[int], length: int) -> tuple[float, int]:
-    """Return the seconds when a sequence of the length ends where it ends first, and the kind."""
-    best_s, best = np.inf, kinds[0]
-    for kind in kinds:
-        queue = queues[kind]
+def _first_end(queues: Sequence[_Queue], length: int) -> tuple[float, list[tuple[float, int]]]:
+    """Return the seconds when a sequence of the length ends where it ends first, and the heap."""
+    best_s, best = math.inf, queues[0].ends
+    for queue in queues:
         end_s = queue.ends[0][0]
         if end_s == queue.idle_s:
             end_s += queue.bubble_s[length]
         end_s += queue.part_s[length]
         if end_s < best_s:
-            best_s, best = end_s, kind
+            best_s, best = end_s, queue.ends
     return best_s, best
 
 
@@ -115,6 +114,9 @@ def _cheapest(work: StepWork, prices: np.ndarray | None) -> list[list[int]]:
     else:
         cost = prices[:, None] * work.parts_s
         near = cost <= (1.0 + DEARER) * cost.min(axis=0)
-    different, which = np.unique(near, axis=1, return_inverse=True)
-    kinds = [np.flatnonzero(column).tolist() for column in different.T]
-    return [kinds[number] for number in which.ravel().tolist()]
+    found: dict[tuple[bool, ...], list[int]] = {}
+    columns = [tuple(column) for column in near.T.tolist()]
+    for column in columns:
+        if column not in found:
+            found[column] = np.flatnonzero(column).tolist()
+    return [found[column] for column in columns]

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from heapq import heapreplace
+from itertools import pairwise
 
 import numpy as np
 
-from lobra.layout.sequences import PACKED_MULTIPLE, IntArray, packed_tokens
+from lobra.layout.sequences import PACKED_MULTIPLE, IntArray, Tokens, packed_tokens
 from lobra.planner.packed.least_times import Cost
 
 MOST_SIZES = 128  # of micro-batches that are told apart
@@ -25,7 +26,7 @@ MEAN_RATIO = 1.5  # of neighbours among the mean lengths that sizes are tabled f
 MOST_NUMBERS = 3  # of a pipeline's micro-batches that are tried
 
 
-def room_for(max_tokens: int) -> int:
+def room_for(max_tokens: Tokens) -> Tokens:
     """Return the tokens that several sequences may have: a multiple of 16 to which they are padded.
 
     One alone may have ``max_tokens``.
@@ -182,11 +183,6 @@ def for_pipeline(
     ``parts`` are about their times. Tried are as few micro-batches as hold them, and the numbers of
     equal ones that would take least.
     """
-
-    def time_ms(batches: Sequence[int]) -> float:
-        own_ms = times_ms(cost, lengths, batches)
-        return float(own_ms.sum() + bubbles * own_ms.max())
-
     sizes, tokens = lengths.tolist(), int(lengths.sum())
     few = fewest(sizes, max_tokens)
     number = np.arange(max(few) + 1, len(sizes) + 1)
@@ -195,4 +191,9 @@ def for_pipeline(
     even_ms = (number + bubbles) * cost(even, even * np.minimum(even, mean))
     best = number[np.argsort(even_ms, kind="stable")[:MOST_NUMBERS]]
     equal = (balanced(sizes, parts.tolist(), n, max_tokens) for n in best.tolist())
-    return min((few, *filter(None, equal)), key=time_ms)
+    tried = [few, *filter(None, equal)]
+    begin = np.cumsum([0, *(max(batches) + 1 for batches in tried)])
+    batches = np.add(tried, begin[:-1, None]).ravel()  # of all at once: each its own
+    batch_ms = times_ms(cost, np.tile(lengths, len(tried)), batches)
+    each_ms = [batch_ms[start:end] for start, end in pairwise(begin.tolist())]
+    return tried[int(np.argmin([own_ms.sum() + bubbles * own_ms.max() for own_ms in each_ms]))]

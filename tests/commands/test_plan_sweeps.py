@@ -87,6 +87,25 @@ def test_shorter_contexts_train_fewer_tokens_in_less_time(
     assert (files / "a.svg").stat().st_size > 1000
 
 
+def test_rows_whose_search_was_stopped_say_so(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "* stopped before the search was complete; --time-limit gives each row more"
+    for limit, is_stopped in (("0.001", True), ("600", False)):
+        more = ["--sweep-gpus", "2:4:2", "--time-limit", limit, "--plot", "a.svg", "--dry-run"]
+        assert main(arguments(*more, "--json")) == 0
+        captured = capsys.readouterr()
+        result = json.loads(captured.out)
+        assert [row["complete"] for row in result["sweep"]] == [not is_stopped] * 2
+        assert result["complete"] != is_stopped
+        assert any("stopped after" in note for note in result["notes"]) == is_stopped
+        _, table = captured.err.split("what if")
+        rows = [line.rstrip() for line in table.splitlines() if "<" in line]
+        assert [row.endswith(" *") for row in rows] == [is_stopped] * 2
+        assert (words in " ".join(table.split())) == is_stopped
+        assert ("stopped by the time limit" in Path("a.svg").read_text()) == is_stopped
+
+
 def test_a_price_alone_tells_what_the_plan_costs(
     files: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
