@@ -65,15 +65,17 @@ bench() {
 # Only the files that have such tests: others import what the parts do not need.
 mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests | grep -v test_tiers)
 
+"$python" -c "import xdist" 2>/dev/null && at_once=(-n 6) || at_once=()
+
 # What is not timed, all at once: most of its time goes into starting processes.
 share_gpu
-part tests 150 "$python" -m pytest -q -p no:cacheprovider -n 6 -m gpu "${files[@]}" &
-bench equality 150 equality --families llama --precision fp64 --precision fp32 --precision bf16 --plans "one <1,1>" &
-bench ranks 150 equality --families llama --precision fp64 --precision fp32 --plans "<1,1> <2,2>;<1,1>x2 <2,1> <1,2>" &
+part tests 140 "$python" -m pytest -q -p no:cacheprovider "${at_once[@]}" -m gpu "${files[@]}" &
+bench equality 140 equality --families llama --precision fp64 --precision fp32 --precision bf16 --plans "one <1,1>" &
+bench ranks 140 equality --families llama --precision fp64 --precision fp32 --plans "<1,1> <2,2>;<1,1>x2 <2,1> <1,2>" &
 wait
 own_gpu
-bench multi_lora 115 multi_lora --job "$job" "${sizes[@]}" --operators "$out/operators.csv"
-bench training 140 training_run "$out/training" --job "$job" --steps "$steps"
+bench multi_lora 110 multi_lora --job "$job" "${sizes[@]}" --operators "$out/operators.csv"
+bench training 130 training_run "$out/training" --job "$job" --steps "$steps"
 bench activations 25 activation_bytes --job "$job"
 bench attention 30 packed_parts
 bench linears 20 adapted_linear --repeats "$repeats"

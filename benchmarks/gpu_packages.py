@@ -24,7 +24,7 @@ MODEL = (
 TRAINER = (*MODEL, "deepspeed", "ortools")
 TESTS = (*TRAINER, "tokenizers", "peft", "pytest")
 NEEDED = {
-    "tests": (*TESTS, "hypothesis", "xdist"),
+    "tests": (*TESTS, "hypothesis"),
     "equality": TESTS,
     "multi_lora": (*TRAINER, "peft"),
     "activations": TRAINER,
@@ -33,7 +33,7 @@ NEEDED = {
     "training": (*TRAINER, "tokenizers"),
     "ranks": TESTS,
 }
-PACKAGES = {"yaml": "pyyaml", "xdist": "pytest-xdist"}  # by importable name, where they differ
+PACKAGES = {"yaml": "pyyaml"}  # by importable name, where they differ
 
 
 def is_there(module: str) -> bool:

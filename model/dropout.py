@@ -11,7 +11,7 @@ features.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lobra.model.compiled import compiled
+from lobra.model.compiled import TRIED_TOKENS, compiled
 
 UintArray = NDArray[np.uint64]
 
@@ -113,16 +113,21 @@ class InputDropout:
     def left_of(self, x_Ti: Tensor) -> Tensor:
         """Return what is left of an input."""
         if self.is_fused:
-            left_Ti: Tensor = compiled(_left)(x_Ti, *self._drawn_from())
+            left_Ti: Tensor = self._fused(_left, x_Ti)
             return left_Ti
         return x_Ti * self._factors()
 
     def add_left(self, total_Ti: Tensor, x_Ti: Tensor) -> None:
         """Add what is left of a tensor of the input's shape."""
         if self.is_fused:
-            compiled(_add_left)(total_Ti, x_Ti, *self._drawn_from())
+            self._fused(_add_left, total_Ti, x_Ti)
         else:
             total_Ti.addcmul_(x_Ti, self._factors())
+
+    @torch.no_grad()
+    def _fused(self, function: Callable[..., Any], *tensors: Tensor) -> Any:
+        """Call what is compiled; it is compiled once, whatever autograd knows of the tensors."""
+        return compiled(function)(*(tensor.detach() for tensor in tensors), *self._drawn_from())
 
     def _factors(self) -> Tensor:
         return self.noise.factors(self.features_W, self.features)
@@ -162,12 +167,11 @@ def try_out_dropout(like: Tensor) -> None:
     like
         Any tensor of the device and dtype.
     """
-    # Sizes that are equal would be taken for equal always, small ones make small blocks.
-    tokens, features = 1031, range(2, 1023)
-    keys_T = torch.arange(tokens, device=like.device)
+    features = range(2, 1023)  # sizes that are equal would be taken for equal always
+    keys_T = torch.arange(TRIED_TOKENS, device=like.device)
     noise = TokenNoise.of_tokens(keys_T, torch.full_like(keys_T, 0.5, dtype=like.dtype), like.dtype)
     dropout = InputDropout(noise, feature_keys(0, "", 1030).to(like.device), features, True)
-    x_Ti = like.new_ones(tokens, len(features))
+    x_Ti = like.new_ones(TRIED_TOKENS, len(features))
     dropout.add_left(x_Ti, dropout.left_of(x_Ti))
 
 

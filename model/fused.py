@@ -19,17 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lobra.model.compiled import compiled
+from lobra.model.compiled import TRIED_TOKENS, compiled
 from lobra.model.dropout import try_out_dropout
 from lobra.model.fp8_linear import Fp8Linear, rounded, rounded_at_once
 
 logger = logging.getLogger(__name__)
 
 ROTARY = "apply_rotary_pos_emb"  # in the module of every family's attention
-# Of the sizes that a kernel is compiled with torch decides what each of its blocks computes: with
-# few tokens one warp 64 elements, which made the product of activations six times as slow on an
-# H200. A number that no other size has: sizes that are equal would be taken for equal always.
-TRIED_TOKENS = 1031
 
 
 def fuse(decoder: Any) -> bool:

@@ -164,12 +164,9 @@ def _under_policy(layer: nn.Module, policy: str, keeps_last: bool) -> Callable[.
         if not torch.is_grad_enabled():
             return forward(hidden_states, *args, **kwargs)
         outputs: list[Any] = []
-        passes = (
-            _Pass(computed_again, keeps_last, outputs, is_first) for is_first in (True, False)
-        )
 
-        def run(hidden: Tensor) -> tuple[Tensor, bool]:
-            with next(passes) as running:
+        def run(hidden: Tensor, is_first: bool) -> tuple[Tensor, bool]:
+            with _Pass(computed_again, keeps_last, outputs, is_first) as running:
                 output: Tensor = forward(hidden, *args, **kwargs)
             is_trained = running.is_trained or hidden_states.requires_grad
             return output, is_trained or any(one.requires_grad for one in layer.parameters())
@@ -183,14 +180,14 @@ class _RunAgain(torch.autograd.Function):
     """A layer of hidden states that runs again for its backward pass.
 
     torch's own checkpoint has autograd record the first run, too, and put a stand-in in the place
-    of every tensor it keeps: as much work for the host as all the rest of a layer.
+    of every tensor it keeps: on a CPU twice the work for the host beyond that of the layer itself.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, _: Tensor, run: Callable[[Tensor], tuple[Tensor, bool]]
+        ctx: Any, hidden: Tensor, _: Tensor, run: Callable[[Tensor, bool], tuple[Tensor, bool]]
     ) -> Tensor:
-        output, is_trained = run(hidden.detach())
+        output, is_trained = run(hidden.detach(), True)
         if is_trained:
             ctx.save_for_backward(hidden)
             ctx.run = run
@@ -203,7 +200,7 @@ class _RunAgain(torch.autograd.Function):
         run, ctx.run = ctx.run, None  # what it keeps is freed here, not with the whole graph
         hidden = ctx.saved_tensors[0].detach().requires_grad_(ctx.needs_input_grad[0])
         with torch.enable_grad():
-            edge = get_gradient_edge(run(hidden)[0])  # the output itself is needed no more
+            edge = get_gradient_edge(run(hidden, False)[0])  # the output itself is needed no more
         del run
         torch.autograd.backward(edge, gradient)
         return hidden.grad, None, None

@@ -42,7 +42,7 @@ from lobra.model.sharded_layer import let_tasks_own_norms, shard_layer
 from lobra.model.site import sites_by_input
 from lobra.model.slot import Slot
 from lobra.model.stack import Stack
-from lobra.model.token_tasks import Selection, TokenTasks
+from lobra.model.token_tasks import NOBODYS, Selection, TokenTasks
 
 # As transformers names them: what Gemma's embedding, and what Granite's decoder multiplies by.
 EMBEDDING_SCALE, INPUT_FACTOR = "scalar_embed_scale", "embedding_multiplier"
@@ -128,6 +128,7 @@ class Stage(nn.Module):
         self._arrange()
 
     def _arrange(self) -> None:
+        self.selection.tasks = NOBODYS  # what stacks worked out for others' slots
         for one in self.arranged:
             one.arrange(self.slots)
 

@@ -24,7 +24,7 @@ class TokenTasks:
     """Whose the tokens of a micro-batch are; `noise` is what LoRA dropout needs (None: off).
 
     `apart` has each task computed by itself, whatever the stack. `shared` is what stacks work out
-    of all this once for all layers.
+    of all this once: for all layers alike, or for a layer that runs twice.
     """
 
     segments: tuple[Segment, ...]

@@ -148,7 +148,12 @@ def load_tables(path: str | os.PathLike[str] | None = None) -> Tables:
     raw = _read(BUILT_IN)
     assumed = Efficiency(**raw["efficiency"])  # for the accelerators, if the user's has mistakes
     if path is not None:
-        for section, entries in _read(Path(path)).items():
+        own = _read(Path(path))
+        for accelerator in raw["accelerators"].values():  # what is said of all is said of these
+            shares = accelerator.pop("efficiency", {})
+            left = {key: shares[key] for key in shares.keys() - own.get("efficiency", {}).keys()}
+            accelerator.update({"efficiency": left} if left else {})
+        for section, entries in own.items():
             raw[section] = {**raw.get(section, {}), **entries}
     problems: list[str] = []
     where = path or BUILT_IN

@@ -63,10 +63,19 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 def gradient_and_output(decoder: Any, lengths: list[int] = LENGTHS) -> tuple[Tensor, Tensor]:
+    embedded, output = output_of(decoder, lengths, is_learned=True)
+    generator = torch.Generator().manual_seed(2)
+    output.backward(torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output))
+    assert embedded.grad is not None
+    return embedded.grad, output
+
+
+def output_of(decoder: Any, lengths: list[int], is_learned: bool) -> tuple[Tensor, Tensor]:
+    """Return random embeddings, whose gradient may be wanted, and the decoder's output."""
     generator = torch.Generator().manual_seed(1)
     size = (1, sum(lengths), HIDDEN_SIZE)
     embedded = torch.randn(size, generator=generator, dtype=torch.float64)
-    embedded = embedded.to(decoder.device, decoder.dtype).requires_grad_()
+    embedded = embedded.to(decoder.device, decoder.dtype).requires_grad_(is_learned)
     positions = torch.cat([torch.arange(length) for length in lengths])
     output = decoder(
         inputs_embeds=embedded,
@@ -75,9 +84,7 @@ def gradient_and_output(decoder: Any, lengths: list[int] = LENGTHS) -> tuple[Ten
         use_cache=False,
         packing=Packing.of_lengths(lengths, decoder.device),
     ).last_hidden_state
-    output.backward(torch.randn(size, generator=generator).to(output))
-    assert embedded.grad is not None
-    return embedded.grad, output
+    return embedded, output
 
 
 @families
@@ -191,8 +198,9 @@ def test_a_decoder_is_compiled_when_it_is_made(policy: str, device: str) -> None
     exact.load_state_dict({name: value.double() for name, value in plain.state_dict().items()})
     try_out(ours)
     fuse_modules(ours)
-    apply_policy(ours.layers, policy)
     tried = counters["stats"]["unique_graphs"]
+    output_of(ours, LENGTHS, is_learned=False)  # as the first layer's, while its weights are
+    apply_policy(ours.layers, policy)
     for lengths in (LENGTHS, [40], [2, 30]):
         wanted = gradient_and_output(exact, lengths)
         errors = [

@@ -146,14 +146,16 @@ def test_an_accelerators_own_efficiency_goes_before_the_general_one(tmp_path: Pa
     entry += "network_gb_s: 1, efficiency: "
     path.write_text(
         "accelerators:\n  Mine: " + entry + "{link: 0.9, start_ms: 1}}\n"
-        "efficiency: {link: 0.1, memory: 0.7}\n",
+        "efficiency: {link: 0.1, memory: 0.7, matmul: 0.5}\n",
         encoding="utf-8",
     )
     tables = load_tables(path)
     assert tables.accelerator("Mine").efficiency == replace(
-        general, link=0.9, start_ms=1, memory=0.7
+        general, link=0.9, start_ms=1, memory=0.7, matmul=0.5
     )
-    assert tables.accelerator("H200").efficiency == replace(own, link=0.1, memory=0.7)
+    # A person's general one goes before what an accelerator that comes with the project has.
+    expected = replace(own, link=0.1, memory=0.7, matmul=0.5)
+    assert tables.accelerator("H200").efficiency == expected
     path.write_text(
         "accelerators:\n  One: " + entry + "{link: 2, speed: 1, matmul: null}}\n"
         "  Two: " + entry + "{starts_ahead: 1}}\n  Three: " + entry + "0.5}\n"
