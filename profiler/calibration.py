@@ -46,7 +46,7 @@ def calibrate(
             [
                 work.starts * starts,
                 matmul_ms(work, tp, b, s) * works,
-                attention_ms(work, tp, b, s) * works,
+                attention_ms(work, tp, b, s),
             ],
             axis=1,
         )
@@ -66,8 +66,9 @@ def calibrate(
     works = time_ms > np.median(time_ms)  # at first
     for _ in range(ROUNDS):
         found.append(fitted(~works, works, True))
-        works_ms = layer_ms(work, replace(found[-1], start_ms=0.0), tp, b, s)
-        works = works_ms > found[-1].start_ms * work.starts
+        work_ms = matmul_ms(work, tp, b, s) / found[-1].matmul
+        work_ms = work_ms + moving_ms(work, efficiency, tp, b, s)
+        works = work_ms > found[-1].start_ms * work.starts
     best = min(found, key=lambda one: layer_error(work, one, profile, tp))
     error = layer_error(work, best, profile, tp)
     if error > LARGEST_ERROR:

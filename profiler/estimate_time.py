@@ -178,13 +178,15 @@ def moving_ms(work: Workload, efficiency: Efficiency, tp: int, b: Sizes, s: Size
 
 
 def layer_ms(work: Workload, efficiency: Efficiency, tp: int, b: Sizes, s: Sizes) -> Array:
-    """Return ms of one layer, forward + backward with LoRA (arrays broadcast)."""
-    device_ms = (
-        matmul_ms(work, tp, b, s) / efficiency.matmul
-        + attention_ms(work, tp, b, s) / efficiency.attention
-        + moving_ms(work, efficiency, tp, b, s)
-    )
-    return _started(efficiency, work.starts, device_ms)
+    """Return ms of one layer, forward + backward with LoRA (arrays broadcast).
+
+    What attention's products take is not hidden behind the start: so it was in rows of an H200, and
+    so a cost model, whose term of b s^2 is added to one of the tokens, can follow.
+    """
+    linears_ms = matmul_ms(work, tp, b, s) / efficiency.matmul
+    device_ms = linears_ms + moving_ms(work, efficiency, tp, b, s)
+    started_ms = _started(efficiency, work.starts, device_ms)
+    return started_ms + attention_ms(work, tp, b, s) / efficiency.attention
 
 
 def base_ms(work: Workload, efficiency: Efficiency, tp: int, b: Sizes, s: Sizes) -> Array:
