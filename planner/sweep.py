@@ -19,10 +19,11 @@ from lobra.profiler.cost_model import CostModel
 from lobra.profiler.profiles import MemoryProfile
 
 MOST_SIZES = 15
+MATTERS = 0.02  # how much faster another plan may be, at most, before a row says so
 SIZE_LIMIT_S = 2.0
 IN_JSON = (
     *("plan", "num_gpus", "step_time_s", "gpu_seconds", "lower_bound_s", "gap", "homogeneous"),
-    "complete",
+    *("complete", "sampled"),
 )
 SECONDS_PER_HOUR, MILLION = 3600.0, 1e6
 
@@ -77,8 +78,9 @@ class Sizing:
 
     @property
     def is_stopped(self) -> bool:
-        """Whether the time limit ended the search before it was complete."""
-        return self.deployment is not None and not self.deployment.outcome.complete
+        """Whether the time limit ended the search while another plan could be much faster."""
+        found = self.deployment
+        return found is not None and not found.outcome.complete and found.sampled.gap > MATTERS
 
     @property
     def cost_per_million_tokens(self) -> float | None:

@@ -16,7 +16,7 @@ from lobra.commands.planning import PlanningOptions, lengths_for, read_inputs, r
 from lobra.commands.profile_options import CUDA_MEMORY_SHARE
 from lobra.common.errors import Problems
 from lobra.common.options import as_options
-from lobra.planner.sweep import Hardware, Sizing, parse_range
+from lobra.planner.sweep import MATTERS, Hardware, Sizing, parse_range
 from lobra.planner.workload import Workload, read_workload
 from lobra.profiler import lookup
 from lobra.profiler.accelerators import Accelerator, Tables, load_tables
@@ -59,6 +59,7 @@ class SweepOptions:
 
 NO_SWEEP = SweepOptions()
 STOPPED = "*"  # marks rows of the table whose search the time limit stopped
+PRICE, SAME = "cost / M", "homogeneous s"  # columns of it
 
 
 @dataclass(frozen=True)
@@ -230,6 +231,8 @@ def show_sweep(console: Console, sizings: Sequence[Sizing]) -> None:
     """Print what other hardware would give, with the columns in which something differs."""
     rows = [_cells(sizing) for sizing in sizings]
     columns = [name for name in rows[0] if any(row[name] for row in rows)]
+    if PRICE in columns and SAME in columns:
+        columns.remove(SAME)  # there is no room for both
     table = Table(title="what if", box=None, header_style="underline")
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
@@ -241,7 +244,8 @@ def show_sweep(console: Console, sizings: Sequence[Sizing]) -> None:
     console.print(table)
     if any(sizing.is_stopped for sizing in sizings):
         console.print(
-            f"{STOPPED} stopped before the search was complete; --time-limit gives each row more"
+            f"{STOPPED} stopped before the search was complete, and more than "
+            f"{100 * MATTERS:.0f} % from the bound; --time-limit gives each row more"
         )
     for sizing in sizings:
         if sizing.deployment is None:
@@ -258,7 +262,7 @@ def _cells(sizing: Sizing) -> dict[str, str]:
     found, cost = sizing.deployment, sizing.cost_per_million_tokens
     mean = None if found is None else found.sampled
     same = None
-    if found is not None and found.homogeneous is not None and cost is None:
+    if found is not None and found.homogeneous is not None:
         same = found.with_sync(found.homogeneous)
     return {
         "accelerator": sizing.accelerator,
@@ -268,8 +272,8 @@ def _cells(sizing: Sizing) -> dict[str, str]:
         "step s": "" if mean is None else f"{mean.mean_step_time_s:.3f}",
         "gap %": "" if mean is None else f"{100 * mean.gap:.2f}",
         "GPU-s": "" if mean is None else f"{mean.mean_gpu_seconds:.1f}",
-        "cost / M": "" if cost is None else f"{cost:.4g}",
-        "homogeneous s": "" if same is None else f"{same.step_time_s:.3f}",
+        PRICE: "" if cost is None else f"{cost:.4g}",
+        SAME: "" if same is None else f"{same.step_time_s:.3f}",
     }
 
 

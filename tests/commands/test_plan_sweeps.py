@@ -88,9 +88,10 @@ def test_shorter_contexts_train_fewer_tokens_in_less_time(
 
 
 def test_rows_whose_search_was_stopped_say_so(
-    files: Path, capsys: pytest.CaptureFixture[str]
+    files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = "* stopped before the search was complete; --time-limit gives each row more"
+    monkeypatch.setattr("lobra.planner.sweep.MATTERS", 0.001)
+    words = "* stopped before the search was complete, and more than 2 % from the bound;"
     for limit, is_stopped in (("0.001", True), ("600", False)):
         more = ["--sweep-gpus", "2:4:2", "--time-limit", limit, "--plot", "a.svg", "--dry-run"]
         assert main(arguments(*more, "--json")) == 0
@@ -101,7 +102,10 @@ def test_rows_whose_search_was_stopped_say_so(
         assert any("stopped after" in note for note in result["notes"]) == is_stopped
         _, table = captured.err.split("what if")
         rows = [line.rstrip() for line in table.splitlines() if "<" in line]
-        assert [row.endswith(" *") for row in rows] == [is_stopped] * 2
+        gaps = [row["sampled"]["gap"] for row in result["sweep"]]
+        is_marked = [is_stopped and gap > 0.001 for gap in gaps]
+        assert any(is_marked) == is_stopped
+        assert [row.endswith(" *") for row in rows] == is_marked
         assert (words in " ".join(table.split())) == is_stopped
         assert ("stopped by the time limit" in Path("a.svg").read_text()) == is_stopped
 
