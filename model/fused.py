@@ -87,9 +87,9 @@ def try_out(decoder: Any) -> None:
                 outputs = _sampled(module, sample)
             if is_wanted and outputs:
                 torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
-    for module in decoder.modules():
-        if isinstance(module, Fp8Linear):
-            _try_out_rounding(weight.new_empty(TRIED_TOKENS, module.in_features))
+    rounding = (module for module in decoder.modules() if isinstance(module, Fp8Linear))
+    for in_features in {module.in_features for module in rounding}:  # of all layers alike
+        _try_out_rounding(weight.new_empty(TRIED_TOKENS, in_features))
 
 
 def _sampled(module: Any, sample: Callable[..., Tensor]) -> list[Tensor]:

@@ -28,7 +28,8 @@ BUILT_IN = Path(__file__).with_name("accelerators.yaml")
 class Efficiency:
     """Shares of the peaks that are reached, and ms a layer and a collective take to start.
 
-    With ``starts_ahead`` a layer starts while the device works: it takes the longer of both.
+    With ``starts_ahead`` a layer starts while the device works: it takes the longer of
+    both, and attention on top.
     """
 
     matmul: float

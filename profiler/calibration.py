@@ -8,7 +8,14 @@ import numpy as np
 
 from lobra.common.errors import ConfigError
 from lobra.profiler.accelerators import Efficiency
-from lobra.profiler.estimate_time import Workload, attention_ms, layer_ms, matmul_ms, moving_ms
+from lobra.profiler.estimate_time import (
+    Workload,
+    attention_ms,
+    hideable_ms,
+    layer_ms,
+    matmul_ms,
+    moving_ms,
+)
 from lobra.profiler.profiles import TimeProfile
 
 Array = np.ndarray
@@ -66,9 +73,7 @@ def calibrate(
     works = time_ms > np.median(time_ms)  # at first
     for _ in range(ROUNDS):
         found.append(fitted(~works, works, True))
-        work_ms = matmul_ms(work, tp, b, s) / found[-1].matmul
-        work_ms = work_ms + moving_ms(work, efficiency, tp, b, s)
-        works = work_ms > found[-1].start_ms * work.starts
+        works = hideable_ms(work, found[-1], tp, b, s) > found[-1].start_ms * work.starts
     best = min(found, key=lambda one: layer_error(work, one, profile, tp))
     error = layer_error(work, best, profile, tp)
     if error > LARGEST_ERROR:

@@ -2,8 +2,9 @@
 
 A layer takes what it costs to start, and on the device matrix products (bounded by arithmetic or by
 reading the weights), attention, moving activations through memory, and the all-reduces of its tp
-group: the sum of both, or the longer where the host starts ahead of the device. The shares of the
-peaks that are reached come from measured rows where there are any (`calibration.py`).
+group: the sum of both, or, where the host starts ahead of the device, the longer of the start and
+of all but attention, which comes on top. The shares of the peaks that are reached come from
+measured rows where there are any (`calibration.py`).
 """
 
 from __future__ import annotations
@@ -177,14 +178,19 @@ def moving_ms(work: Workload, efficiency: Efficiency, tp: int, b: Sizes, s: Size
     return through_memory / efficiency.memory + all_reduce_ms(work, efficiency, tp, b, s)
 
 
+def hideable_ms(work: Workload, efficiency: Efficiency, tp: int, b: Sizes, s: Sizes) -> Array:
+    """Return ms of what a layer may start ahead of: all that the device does but attention."""
+    linears_ms = matmul_ms(work, tp, b, s) / efficiency.matmul
+    return linears_ms + moving_ms(work, efficiency, tp, b, s)
+
+
 def layer_ms(work: Workload, efficiency: Efficiency, tp: int, b: Sizes, s: Sizes) -> Array:
     """Return ms of one layer, forward + backward with LoRA (arrays broadcast).
 
     What attention's products take is not hidden behind the start: so it was in rows of an H200, and
     so a cost model, whose term of b s^2 is added to one of the tokens, can follow.
     """
-    linears_ms = matmul_ms(work, tp, b, s) / efficiency.matmul
-    device_ms = linears_ms + moving_ms(work, efficiency, tp, b, s)
+    device_ms = hideable_ms(work, efficiency, tp, b, s)
     started_ms = _started(efficiency, work.starts, device_ms)
     return started_ms + attention_ms(work, tp, b, s) / efficiency.attention
 
